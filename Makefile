@@ -1,0 +1,66 @@
+# make demo      teach a small text model to draw digits, and look at out/demo/
+# make test      the test suite (under 10 minutes on 2 cores)
+# make test-all  with the slow tests: builds in empty environments, longer training
+# make test-oldest   the integration tests on the oldest supported transformers
+# make lint      ruff: lint and format
+#
+# Each sets up all that it needs in $(VENV). Variables:
+#   TORCH    what to give to `pip install` for torch; empty keeps the torch that is there
+#   VENV     the environment to use, made if it is not there
+#   PYTHON   the Python that makes it
+#   PYTEST   arguments for pytest
+
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+PYTHON ?= python3
+PYTEST ?= -n 2
+OLDEST_TRANSFORMERS := 5.17.0
+
+PY        := $(VENV)/bin/python
+INSTALLED := $(VENV)/.moe-kernels-installed
+SOURCES   := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+# One thread for each test process: $(PYTEST) runs several.
+RUN_TESTS  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST)
+# Tests of what moe_kernels and transformers promise each other.
+INTEGRATION := tests/test_canary.py tests/test_models.py tests/test_generation.py \
+	tests/test_adapters.py tests/test_tokens.py tests/test_trainer.py
+
+# $(call install,environment,extra requirements): torch, what the build needs, then the package
+define install
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(if $(strip $(TORCH)),$(1)/bin/python -m pip install -q $(TORCH))
+$(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
+$(1)/bin/python -m pip install -q --no-build-isolation -e ".[demo,plots,test]" $(2)
+endef
+
+.PHONY: demo test test-all test-oldest lint format install clean
+
+$(INSTALLED): $(SOURCES)
+	$(call install,$(VENV))
+	touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(PY) python/demo.py $(DEMO)
+
+test: $(INSTALLED)
+	$(call RUN_TESTS,$(VENV)) -m "not slow"
+
+test-all: $(INSTALLED)
+	$(call RUN_TESTS,$(VENV))
+
+test-oldest: $(SOURCES)
+	$(call install,$(VENV)-oldest,transformers==$(OLDEST_TRANSFORMERS))
+	$(call RUN_TESTS,$(VENV)-oldest) -m "not slow" $(INTEGRATION)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info moe_kernels/*.so moe_kernels/_build_info.json $(INSTALLED)

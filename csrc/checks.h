@@ -1,0 +1,62 @@
+// Checks that every op makes before it touches memory. The Python side gives friendlier errors;
+// these keep a direct call through torch.ops from reading out of bounds.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+
+namespace moe_kernels {
+
+// A size of -1 matches any.
+inline void check_shape(const at::Tensor& tensor, const char* name,
+                        std::initializer_list<int64_t> sizes) {
+  const at::IntArrayRef expected(sizes.begin(), sizes.size());
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  for (size_t i = 0; same && i < expected.size(); ++i) {
+    same = expected[i] == -1 || tensor.size(static_cast<int64_t>(i)) == expected[i];
+  }
+  TORCH_CHECK(same, name, " must have shape ", expected, " (-1: any), has ", tensor.sizes());
+}
+
+inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
+                         std::initializer_list<int64_t> sizes) {
+  TORCH_CHECK(tensor.defined() && tensor.device().is_cpu(), name, " must be a CPU tensor");
+  TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype, ", is ",
+              tensor.scalar_type());
+  check_shape(tensor, name, sizes);
+  TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_together(const std::optional<at::Tensor>& a, const char* a_name,
+                           const std::optional<at::Tensor>& b, const char* b_name) {
+  TORCH_CHECK(a.has_value() == b.has_value(), a_name, " and ", b_name,
+              " must be given together or not at all");
+}
+
+// The compute dtypes: float32, float64, bfloat16, float16.
+inline void check_compute_dtype(const at::Tensor& tensor, const char* name) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+                  dtype == at::kHalf,
+              name, " must be float32, float64, bfloat16 or float16, is ", dtype);
+}
+
+inline void check_offsets(const at::Tensor& offsets, const char* name, int64_t num_rows) {
+  const int64_t* values = offsets.const_data_ptr<int64_t>();
+  const int64_t count = offsets.numel();
+  bool valid = values[0] == 0 && values[count - 1] <= num_rows;
+  for (int64_t i = 1; valid && i < count; ++i) valid = values[i] >= values[i - 1];
+  TORCH_CHECK(valid, name, " must start at 0, not decrease, and not pass the ", num_rows, " rows");
+}
+
+inline void check_indices(const at::Tensor& indices, const char* name, int64_t bound) {
+  const int64_t* values = indices.const_data_ptr<int64_t>();
+  bool valid = true;
+  for (int64_t i = 0; i < indices.numel(); ++i) valid &= values[i] >= 0 && values[i] < bound;
+  TORCH_CHECK(valid, name, " must hold indices below ", bound);
+}
+
+}  // namespace moe_kernels

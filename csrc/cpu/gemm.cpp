@@ -1,0 +1,86 @@
+#include "gemm_tables.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace moe_kernels::cpu {
+namespace {
+
+struct Level {
+  const char* name;
+  const KernelTables* tables;
+};
+
+#ifdef MOE_HAS_X86_LEVELS
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// PyTorch's own variable, so that one setting moves both to the same level.
+bool capped_to(const char* capability) {
+  const char* value = std::getenv("ATEN_CPU_CAPABILITY");
+  return value != nullptr && std::strcmp(value, capability) == 0;
+}
+
+Level choose_level() {
+#ifdef MOE_HAS_X86_LEVELS
+  __builtin_cpu_init();
+  if (!capped_to("default")) {
+    if (!capped_to("avx2")) {
+      if (has_avx512_bf16()) return {"avx512_bf16", &avx512_bf16::tables};
+      if (has_avx512()) return {"avx512", &avx512::tables};
+    }
+    if (has_avx2()) return {"avx2", &avx2::tables};
+  }
+#endif
+  return {"baseline", &baseline::tables};
+}
+
+// Chosen once: a level that changed within a process would change bits.
+const Level& level() {
+  static const Level chosen = choose_level();
+  return chosen;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return level().tables->f32;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return level().tables->f64;
+}
+template <>
+const Kernels<c10::BFloat16>& kernels<c10::BFloat16>() {
+  return level().tables->bf16;
+}
+template <>
+const Kernels<c10::Half>& kernels<c10::Half>() {
+  return level().tables->f16;
+}
+
+std::string gemm_level() { return level().name; }
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> features;
+#ifdef MOE_HAS_X86_LEVELS
+  __builtin_cpu_init();
+  if (has_avx2()) features.emplace_back("avx2");
+  if (has_avx512()) features.emplace_back("avx512");
+  if (has_avx512_bf16()) features.emplace_back("avx512_bf16");
+#endif
+  return features;
+}
+
+}  // namespace moe_kernels::cpu

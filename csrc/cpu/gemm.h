@@ -1,0 +1,83 @@
+// The GEMM engine of the CPU backend.
+//
+// Every element of C is one chain of fused multiply-adds over k, k = 0, 1, 2, ..., whatever the
+// number of rows in the call, the row's place among them, or the values of the others. That is
+// what makes a text row's output a function of that row alone: library GEMMs choose their kernel,
+// and so their order of summation, by the number of rows.
+//
+// A is read through one pointer per row, so gathered rows need no copy. B is packed by panels of
+// one or two vectors of columns into scratch memory that lives as long as the work item.
+#pragma once
+
+#include <ATen/OpMathType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace moe_kernels::cpu {
+
+// float for the low precisions and float itself, double for double.
+template <typename scalar_t>
+using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+// Elements between rows copied to scratch: an odd number of cache lines, so that rows never share
+// a set.
+inline int64_t scratch_stride(int64_t K) { return (K + 15) / 16 / 2 * 32 + 16; }
+
+// One instruction set's kernels for operands stored as scalar_t.
+template <typename scalar_t>
+struct Kernels {
+  using acc_t = acc_type<scalar_t>;
+
+  int max_rows;        // rows of C that stay in registers
+  int vector;          // acc_t elements in one vector
+  int k_multiple;      // K is padded to this in a panel (2: pairs of bf16)
+  int element_bytes;   // of a packed element
+
+  // panel (K, nv * vector) from columns [0, n) of B = W^T, W (n, K) with row stride ld.
+  void (*pack_transposed)(const scalar_t* w, int64_t ld, int64_t n, int64_t K, int nv, void* panel);
+  // The same from B (K, n) with row stride ld.
+  void (*pack)(const scalar_t* b, int64_t ld, int64_t n, int64_t K, int nv, void* panel);
+  // The same from K gathered rows, columns [column, column + n), as acc_t whatever scalar_t is.
+  void (*pack_rows)(const scalar_t* const* rows, int64_t column, int64_t n, int64_t K, int nv,
+                    acc_t* panel);
+
+  // C (m, num_panels * nv * vector) = or += A (m, K) @ panels; m <= max_rows.
+  // scratch: max_rows * scratch_stride(K) elements, for rows that are copied or widened first.
+  void (*tile)(int m, int64_t K, const scalar_t* const* rows, const void* panels, int num_panels,
+               int nv, acc_t* c, int64_t ldc, bool accumulate, acc_t* scratch);
+  // The same with A stored k-major, A(i, k) = a[k * lda + i], and panels of acc_t.
+  void (*tile_kmajor)(int m, int64_t K, const acc_t* a, int64_t lda, const acc_t* panels,
+                      int num_panels, int nv, acc_t* c, int64_t ldc);
+
+  // dst = scalar_t(scale * src) and back.
+  void (*store)(const acc_t* src, acc_t scale, scalar_t* dst, int64_t n);
+  void (*load)(const scalar_t* src, acc_t scale, acc_t* dst, int64_t n);
+  // dst += scale * src
+  void (*axpy)(const acc_t* src, acc_t scale, acc_t* dst, int64_t n);
+  // act = silu(gate) * up from gate and up as rounded to scalar_t; both are written when not null.
+  void (*swiglu)(const acc_t* gate, const acc_t* up, scalar_t* gate_out, scalar_t* up_out,
+                 scalar_t* act, int64_t n);
+  // Given d(act) / weight, returns <dact, act>; writes d(gate) and d(up) when not null.
+  acc_t (*swiglu_backward)(const acc_t* dact, acc_t weight, const scalar_t* gate,
+                           const scalar_t* up, scalar_t* dgate, scalar_t* dup, int64_t n);
+
+  int64_t panel_bytes(int64_t K, int nv) const {
+    const int64_t padded = (K + k_multiple - 1) / k_multiple * k_multiple;
+    return padded * nv * vector * element_bytes;
+  }
+};
+
+// The kernels for the CPU that this process runs on.
+template <typename scalar_t>
+const Kernels<scalar_t>& kernels();
+
+// Names for moe_kernels._C.cpu_features(): what the CPU has, and which kernels were chosen.
+std::vector<std::string> cpu_features();
+std::string gemm_level();
+
+}  // namespace moe_kernels::cpu

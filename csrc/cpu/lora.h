@@ -1,0 +1,61 @@
+// What the ops share about low-rank adapters and their gradients.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../checks.h"
+#include "products.h"
+
+namespace moe_kernels::cpu {
+
+// One projection's adapters: lora_A (M, E or 1, r, in), lora_B (M, E, out, r), scaling (M,).
+template <typename scalar_t>
+struct Lora {
+  int64_t rank = 0;  // 0: the projection has no adapters
+  int64_t in = 0;
+  int64_t out = 0;
+  int64_t num_experts = 0;
+  AdapterStack<scalar_t> A;  // (r, in)
+  AdapterStack<scalar_t> B;  // (out, r)
+  const float* scaling = nullptr;
+
+  acc_type<scalar_t> scale(int64_t modality) const { return scaling[modality - 1]; }
+
+  Extension<scalar_t> extension(const scalar_t* u, const AdapterStack<scalar_t>& stack) const {
+    return {rank, u, stack, num_experts};
+  }
+};
+
+// The gradients that a parameter needs one sum of: per modality and expert, or per modality with
+// the experts in order (shared).
+// Group g belongs to modality g / (number of groups / number of modalities) + 1.
+inline std::vector<GradientGroup> adapter_groups(const Segments& segments, int64_t num_experts,
+                                                 bool shared) {
+  std::vector<GradientGroup> groups;
+  for (int64_t m = 1; m <= segments.num_modalities; ++m) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (e == 0 || !shared) groups.emplace_back();
+      if (segments.modality(e, m).size() > 0) groups.back().rows.push_back(segments.modality(e, m));
+    }
+  }
+  return groups;
+}
+
+// Writes rectangles of gradients laid out (groups, height, width), or (groups, width, height).
+template <typename acc_t>
+auto write_gradient(acc_t* grad, int64_t height, int64_t width, bool transposed) {
+  return [=](const OuterItem& item, const acc_t* values, int64_t ld) {
+    acc_t* base = grad + item.group * height * width;
+    for (int64_t i = 0; i < item.num_rows; ++i) {
+      for (int64_t j = 0; j < item.num_columns; ++j) {
+        const int64_t row = item.row + i, column = item.column + j;
+        base[transposed ? column * height + row : row * width + column] = values[i * ld + j];
+      }
+    }
+  };
+}
+
+}  // namespace moe_kernels::cpu

@@ -1,0 +1,157 @@
+#include <ATen/Dispatch.h>
+
+#include "moe_mlp.h"
+
+namespace moe_kernels::cpu {
+namespace {
+
+template <typename scalar_t>
+class Forward {
+ public:
+  using acc_t = acc_type<scalar_t>;
+
+  Forward(const MoeMlpInputs& in, bool save)
+      : mlp_(in),
+        size_(mlp_.size),
+        save_(save),
+        adapted_(adapted_blocks(mlp_.segments, size_.experts, kRowsPerProjection)) {
+    for (int64_t e = 0; e < size_.all_experts(); ++e) {
+      append_blocks(blocks_, e, 0, mlp_.segments.expert(e), kRowsPerItem);
+    }
+    const int64_t saved = save ? size_.slots() : 0;
+    out_ = allocate({size_.tokens, size_.hidden});
+    pre_act_ = allocate({saved, 2 * size_.inter});
+    u1_ = allocate({saved, size_.rank1});
+    u2_ = allocate({saved, size_.rank2});
+    clear_unused();
+  }
+
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run() {
+    const at::Tensor act = gate_up();
+    const at::Tensor expert_out = down(act.const_data_ptr<scalar_t>());
+    mlp_.combine(expert_out.const_data_ptr<acc_t>(), mlp_.weights,
+                 out_.mutable_data_ptr<scalar_t>());
+    return {out_, pre_act_, u1_, u2_};
+  }
+
+ private:
+  // Saved rows that nothing is computed for are zeros: each output is a function of the inputs.
+  void clear_unused() const {
+    const int64_t total = size_.slots();
+    zero_rows(pre_act_, mlp_.segments.num_rows(), total);
+    for_each_unadapted(mlp_.segments, size_.experts, total, [&](int64_t begin, int64_t end) {
+      zero_rows(u1_, begin, end);
+      zero_rows(u2_, begin, end);
+    });
+  }
+
+  static at::Tensor allocate(at::IntArrayRef sizes) { return empty(sizes, MoeMlp<scalar_t>::kType); }
+
+  // u = row A^T, rounded and kept in `saved`; returns scale * u, rounded once more, which is what
+  // meets B.
+  template <typename Row>
+  at::Tensor shrink(const Lora<scalar_t>& lora, const Row& row, at::Tensor& saved) const {
+    const auto& kernel = kernels<scalar_t>();
+    const int64_t r = lora.rank;
+    const at::Tensor scaled = allocate({size_.slots(), r});
+    scalar_t* scaled_u = scaled.mutable_data_ptr<scalar_t>();
+    scalar_t* u = save_ ? saved.mutable_data_ptr<scalar_t>() : scaled_u;
+    project_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(),
+                           [&](int64_t p, const RowBlock& block, acc_t* values) {
+                             kernel.store(values, acc_t(1), u + p * r, r);
+                             kernel.load(u + p * r, acc_t(1), values, r);
+                             kernel.store(values, lora.scale(block.modality), scaled_u + p * r, r);
+                           });
+    return scaled;
+  }
+
+  // silu(gate) * up (T*K, I), fused with both products.
+  at::Tensor gate_up() {
+    const auto& kernel = kernels<scalar_t>();
+    const int64_t I = size_.inter;
+    const auto row = [&](int64_t p) { return mlp_.hidden_row(p); };
+    at::Tensor scaled;
+    Extension<scalar_t> extension;
+    if (size_.rank1 > 0) {
+      scaled = shrink(mlp_.gate_up_lora, row, u1_);
+      extension = mlp_.gate_up_lora.extension(scaled.const_data_ptr<scalar_t>(),
+                                              mlp_.gate_up_lora.B.t());
+    }
+    at::Tensor act = allocate({size_.slots(), I});
+    scalar_t* act_data = act.mutable_data_ptr<scalar_t>();
+    scalar_t* pre = save_ ? pre_act_.mutable_data_ptr<scalar_t>() : nullptr;
+    const ColumnPlan plan = column_plan<scalar_t>(2 * I, true);
+    expert_products<scalar_t>(
+        blocks_, mlp_.segments, plan, size_.hidden, row,
+        [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, true); }, extension,
+        [&](int64_t p, int m, int64_t, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
+          const int64_t column = columns.begin[0];
+          for (int i = 0; i < m; ++i) {
+            scalar_t* gate = pre ? pre + (p + i) * 2 * I + column : nullptr;
+            kernel.swiglu(c + i * ldc, c + i * ldc + plan.width, gate, gate ? gate + I : nullptr,
+                          act_data + (p + i) * I + column, columns.size[0]);
+          }
+        });
+    return act;
+  }
+
+  // The experts' outputs (T*K, H), unweighted, in acc_t.
+  at::Tensor down(const scalar_t* act) {
+    const int64_t H = size_.hidden;
+    const auto row = [&](int64_t p) { return act + p * size_.inter; };
+    at::Tensor scaled;
+    Extension<scalar_t> extension;
+    if (size_.rank2 > 0) {
+      scaled = shrink(mlp_.down_lora, row, u2_);
+      extension =
+          mlp_.down_lora.extension(scaled.const_data_ptr<scalar_t>(), mlp_.down_lora.B.t());
+    }
+    at::Tensor out = empty({size_.slots(), H}, MoeMlp<scalar_t>::kAccType);
+    acc_t* out_data = out.mutable_data_ptr<acc_t>();
+    const ColumnPlan plan = column_plan<scalar_t>(H);
+    expert_products<scalar_t>(
+        blocks_, mlp_.segments, plan, size_.inter, row,
+        [&](int64_t e) { return mlp_.down_proj.matrix(e, true); }, extension,
+        [&](int64_t p, int m, int64_t, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
+          copy_tile(c, ldc, m, columns, plan.width, out_data + p * H, H);
+        });
+    return out;
+  }
+
+  MoeMlp<scalar_t> mlp_;
+  const MoeMlpSizes& size_;
+  bool save_;
+  std::vector<RowBlock> adapted_;
+  std::vector<RowBlock> blocks_;
+  at::Tensor out_, pre_act_, u1_, u2_;
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
+    const at::Tensor& hidden_states, const at::Tensor& topk_weights, const at::Tensor& perm,
+    const at::Tensor& inv_perm, const at::Tensor& segment_offsets, const at::Tensor& gate_up_proj,
+    const at::Tensor& down_proj, const OptionalTensor& extra_gate_up_proj,
+    const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
+    const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
+    const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
+    const OptionalTensor& down_scaling, int64_t num_modalities, bool save_for_backward) {
+  const MoeMlpInputs inputs{hidden_states,
+                            topk_weights,
+                            perm,
+                            inv_perm,
+                            segment_offsets,
+                            gate_up_proj,
+                            down_proj,
+                            extra_gate_up_proj,
+                            extra_down_proj,
+                            {gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up"},
+                            {down_lora_A, down_lora_B, down_scaling, "down"},
+                            num_modalities};
+  inputs.check();
+  return AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, hidden_states.scalar_type(), "moe_mlp_forward",
+      [&] { return Forward<scalar_t>(inputs, save_for_backward).run(); });
+}
+
+}  // namespace moe_kernels::cpu

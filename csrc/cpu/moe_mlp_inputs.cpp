@@ -1,0 +1,57 @@
+#include "moe_mlp.h"
+
+namespace moe_kernels::cpu {
+namespace {
+
+void check_lora(const LoraTensors& lora, at::ScalarType dtype, int64_t num_modalities,
+                int64_t num_experts, int64_t in, int64_t out) {
+  const std::string a = std::string(lora.name) + "_lora_A", b = std::string(lora.name) + "_lora_B";
+  const std::string scaling = std::string(lora.name) + "_scaling";
+  check_together(lora.A, a.c_str(), lora.B, b.c_str());
+  check_together(lora.A, a.c_str(), lora.scaling, scaling.c_str());
+  if (!lora.present()) return;
+  check_tensor(*lora.A, a.c_str(), dtype, {num_modalities, -1, -1, in});
+  TORCH_CHECK(lora.A->size(1) == 1 || lora.A->size(1) == num_experts, a,
+              " must hold one matrix for each of the ", num_experts,
+              " experts or one shared by all, holds ", lora.A->size(1));
+  TORCH_CHECK(lora.rank() >= 1, a, " must have a rank of at least 1");
+  check_tensor(*lora.B, b.c_str(), dtype, {num_modalities, num_experts, out, lora.rank()});
+  check_tensor(*lora.scaling, scaling.c_str(), at::kFloat, {num_modalities});
+}
+
+}  // namespace
+
+void MoeMlpInputs::check() const {
+  check_compute_dtype(hidden_states, "hidden_states");
+  const at::ScalarType dtype = hidden_states.scalar_type();
+  check_tensor(hidden_states, "hidden_states", dtype, {-1, -1});
+  const int64_t T = hidden_states.size(0), H = hidden_states.size(1);
+  check_compute_dtype(topk_weights, "topk_weights");
+  check_tensor(topk_weights, "topk_weights", topk_weights.scalar_type(), {T, -1});
+  const int64_t slots = topk_weights.numel();
+  TORCH_CHECK(topk_weights.size(1) >= 1, "topk_weights must have at least one column");
+  check_tensor(perm, "perm", at::kLong, {slots});
+  check_tensor(inv_perm, "inv_perm", at::kLong, {slots});
+  check_indices(perm, "perm", slots);
+  check_indices(inv_perm, "inv_perm", slots);
+
+  check_tensor(gate_up_proj, "gate_up_proj", dtype, {-1, -1, H});
+  const int64_t E = gate_up_proj.size(0), I = gate_up_proj.size(1) / 2;
+  TORCH_CHECK(E >= 1 && I >= 1 && H >= 1 && gate_up_proj.size(1) % 2 == 0,
+              "gate_up_proj must be (experts, 2 * intermediate, hidden), none of them 0, is ",
+              gate_up_proj.sizes());
+  check_tensor(down_proj, "down_proj", dtype, {E, H, I});
+  check_together(extra_gate_up_proj, "extra_gate_up_proj", extra_down_proj, "extra_down_proj");
+  const int64_t X = extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0;
+  if (extra_gate_up_proj) {
+    check_tensor(*extra_gate_up_proj, "extra_gate_up_proj", dtype, {X, 2 * I, H});
+    check_tensor(*extra_down_proj, "extra_down_proj", dtype, {X, H, I});
+  }
+  TORCH_CHECK(num_modalities >= 0, "num_modalities must not be negative, is ", num_modalities);
+  check_tensor(segment_offsets, "segment_offsets", at::kLong, {(E + X) * (num_modalities + 1) + 1});
+  check_offsets(segment_offsets, "segment_offsets", slots);
+  check_lora(gate_up, dtype, num_modalities, E, H, 2 * I);
+  check_lora(down, dtype, num_modalities, E, I, H);
+}
+
+}  // namespace moe_kernels::cpu

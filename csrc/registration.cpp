@@ -1,0 +1,83 @@
+// The one place where op schemas are written, and the Python module moe_kernels._C, which carries
+// nothing but facts about this build.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/alloc.h"
+#include "cpu/gemm.h"
+#include "ops.h"
+
+#ifndef MOE_KERNELS_CUDA_ARCH_LIST
+#define MOE_KERNELS_CUDA_ARCH_LIST ""
+#endif
+#ifndef MOE_KERNELS_CXX_FLAGS
+#define MOE_KERNELS_CXX_FLAGS ""
+#endif
+
+namespace py = pybind11;
+
+TORCH_LIBRARY(moe_kernels_native, m) {
+  m.def(
+      "dispatch(Tensor topk_ids, int num_experts, Tensor? modality_ids, int num_modalities)"
+      " -> (Tensor perm, Tensor inv_perm, Tensor tokens_per_expert, Tensor expert_offsets,"
+      " Tensor segment_offsets)");
+  m.def(
+      "moe_mlp_forward(Tensor hidden_states, Tensor topk_weights, Tensor perm, Tensor inv_perm,"
+      " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj, Tensor? extra_gate_up_proj,"
+      " Tensor? extra_down_proj, Tensor? gate_up_lora_A, Tensor? gate_up_lora_B,"
+      " Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B, Tensor? down_scaling,"
+      " int num_modalities, bool save_for_backward)"
+      " -> (Tensor out, Tensor pre_act, Tensor u1, Tensor u2)");
+  m.def(
+      "moe_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor perm,"
+      " Tensor inv_perm, Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj,"
+      " Tensor? extra_gate_up_proj, Tensor? extra_down_proj, Tensor? gate_up_lora_A,"
+      " Tensor? gate_up_lora_B, Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B,"
+      " Tensor? down_scaling, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
+      " bool[] needs) -> Tensor[]");
+  m.def(
+      "lora_linear_forward(Tensor(a!) out, Tensor hidden_states, Tensor perm,"
+      " Tensor segment_offsets, Tensor lora_A, Tensor lora_B, Tensor scaling,"
+      " bool save_for_backward) -> Tensor u");
+  m.def(
+      "lora_linear_backward(Tensor grad_out, Tensor hidden_states, Tensor u, Tensor perm,"
+      " Tensor segment_offsets, Tensor lora_A, Tensor lora_B, Tensor scaling,"
+      " Tensor(a!)? grad_hidden, bool[] needs) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
+  m.impl("dispatch", &moe_kernels::cpu::dispatch);
+  m.impl("moe_mlp_forward", &moe_kernels::cpu::moe_mlp_forward);
+  m.impl("moe_mlp_backward", &moe_kernels::cpu::moe_mlp_backward);
+  m.impl("lora_linear_forward", &moe_kernels::cpu::lora_linear_forward);
+  m.impl("lora_linear_backward", &moe_kernels::cpu::lora_linear_backward);
+}
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["torch_version"] = TORCH_VERSION;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda_arch_list"] = MOE_KERNELS_CUDA_ARCH_LIST;
+  info["cxx_flags"] = MOE_KERNELS_CXX_FLAGS;
+  info["gemm_level"] = moe_kernels::cpu::gemm_level();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native ops of moe_kernels; loading it registers torch.ops.moe_kernels_native.";
+  m.def("build_info", &build_info);
+  m.def("cpu_features", &moe_kernels::cpu::cpu_features);
+  m.def("set_poison", &moe_kernels::cpu::set_poison, py::arg("on"));
+}

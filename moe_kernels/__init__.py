@@ -1,0 +1,41 @@
+"""Modality-masked low-rank updates fused into Mixture-of-Experts layers.
+
+``import moe_kernels`` is lean: transformers, triton and POT are imported when a name that needs
+them is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from moe_kernels import backends, ops
+
+if TYPE_CHECKING:
+    from moe_kernels.models import (
+        ModalityLoraConfig,
+        PatchedModel,
+        add_modality_tokens,
+        patch_model,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ModalityLoraConfig",
+    "PatchedModel",
+    "add_modality_tokens",
+    "backends",
+    "ops",
+    "patch_model",
+]
+
+_FROM_MODELS = ("ModalityLoraConfig", "PatchedModel", "add_modality_tokens", "patch_model")
+
+
+def __getattr__(name: str):
+    if name in _FROM_MODELS:
+        return getattr(import_module("moe_kernels.models"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

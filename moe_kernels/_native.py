@@ -1,0 +1,88 @@
+"""Loads the compiled extension ``moe_kernels._C``, and says why it is not there.
+
+Importing this module never fails. The extension is loaded when it is first asked for; before that,
+a note that the build left beside it is compared with the running torch, because a library built
+for another torch can crash the process instead of raising.
+"""
+
+import functools
+import json
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from moe_kernels import env
+
+_NOTE = Path(__file__).with_name("_build_info.json")
+_REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps`"
+
+
+def _series(version: str) -> str:
+    """The part of a torch version that fixes its binary interface: major.minor."""
+    return ".".join(version.split(".")[:2])
+
+
+def _why_not_this_torch(built_for: str) -> str | None:
+    if _series(built_for) == _series(torch.__version__):
+        return None
+    return f"built for torch {built_for}, this is torch {torch.__version__}: {_REBUILD}"
+
+
+def _note() -> dict[str, str]:
+    try:
+        return json.loads(_NOTE.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or why there is none."""
+    if find_spec("moe_kernels._C") is None:
+        return None, (
+            "not built: install with a C++ compiler (on Debian, apt install g++) and without "
+            "MOE_KERNELS_SKIP_CPP: pip install --no-build-isolation"
+        )
+    built_for = _note().get("torch_version")
+    reason = _why_not_this_torch(built_for) if built_for else None
+    if reason:
+        return None, reason
+    try:
+        extension = import_module("moe_kernels._C")
+    except ImportError as error:
+        return (
+            None,
+            f"built, but does not load into torch {torch.__version__} ({error}): {_REBUILD}",
+        )
+    reason = _why_not_this_torch(extension.build_info()["torch_version"])
+    return (None, reason) if reason else (extension, None)
+
+
+def is_available() -> bool:
+    """Whether the native ops can be called."""
+    return _load()[0] is not None
+
+
+def why_not() -> str | None:
+    """None where the native ops can be called, else the reason."""
+    return _load()[1]
+
+
+def ops():
+    """``torch.ops.moe_kernels_native``; RuntimeError with the reason where it is not there."""
+    extension, reason = _load()
+    if extension is None:
+        raise RuntimeError(f"the native ops of moe_kernels are not available: {reason}")
+    extension.set_poison(env.poison())
+    return torch.ops.moe_kernels_native
+
+
+def build_info() -> dict:
+    """What the extension was built with and what it found here; empty where it is not there."""
+    extension = _load()[0]
+    if extension is None:
+        return {}
+    return extension.build_info() | {"cpu_features": extension.cpu_features()}

@@ -1,0 +1,52 @@
+"""The backends an op can run on, which of them work here, and how one is chosen.
+
+An explicit choice never falls back: the op runs on that backend or raises with the reason.
+"""
+
+import torch
+
+from moe_kernels import _native, env
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+# What `backend=None` tries, best first, for tensors on a device type.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_NO_KERNELS = "this version has no {} kernels yet"
+
+
+def available() -> dict[str, str | None]:
+    """Every backend's name -> None where it works on this machine, else the reason why not."""
+    return {
+        "reference": None,
+        "cpu": _native.why_not(),
+        "triton": _NO_KERNELS.format("Triton"),
+        "cuda": _NO_KERNELS.format("CUDA"),
+    }
+
+
+def select(backend: str | None, device: torch.device) -> str:
+    """The backend to run on for tensors on ``device``.
+
+    Args:
+        backend: a name of :data:`NAMES`: that one or an error. None: the best that works, in an
+            order that the environment variable ``MOE_KERNELS_BACKEND`` can override.
+        device: where the op's tensors are.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend named does not work here, or not on this device; the reason is
+            in the message.
+    """
+    backend = backend or env.backend()
+    reasons = available()
+    if backend is None:
+        order = _ORDER.get(device.type, ("reference",))
+        return next(name for name in order if reasons[name] is None)
+    if backend not in NAMES:
+        raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(NAMES)}")
+    if reasons[backend] is not None:
+        raise RuntimeError(f"backend {backend!r} is not available: {reasons[backend]}")
+    if backend == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+    return backend

@@ -1,0 +1,46 @@
+"""Every ``MOE_KERNELS_*`` variable that is read at run time, parsed in one place.
+
+Each is read when it is asked for, so that setting one takes effect at once.
+
+``MOE_KERNELS_CHECK=1``
+    Check values (ids in range) on CUDA too, at the price of a synchronisation.
+``MOE_KERNELS_POISON=1``
+    Fill memory that native ops allocate with NaN, so that an unwritten element shows.
+``MOE_KERNELS_BACKEND=name``
+    The backend that ``backend=None`` means.
+
+Those read by ``setup.py`` alone are described there.
+"""
+
+import os
+
+_TRUE = ("1", "true")
+_FALSE = ("", "0", "false")
+_BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def _boolean(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ValueError(f"{name} must be 1, 0, true or false, is {os.environ[name]!r}")
+
+
+def check_values() -> bool:
+    """Whether values are checked where that synchronises with the device."""
+    return _boolean("MOE_KERNELS_CHECK")
+
+
+def poison() -> bool:
+    """Whether native ops fill new memory with NaN."""
+    return _boolean("MOE_KERNELS_POISON")
+
+
+def backend() -> str | None:
+    """The backend that ``backend=None`` means, or None for the built-in order."""
+    value = os.environ.get("MOE_KERNELS_BACKEND", "").strip()
+    if value and value not in _BACKENDS:
+        raise ValueError(f"MOE_KERNELS_BACKEND must be one of {', '.join(_BACKENDS)}, is {value!r}")
+    return value or None

@@ -1,0 +1,75 @@
+"""``python -m moe_kernels.info``: versions, build, backends and devices, to paste into a report."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from moe_kernels import _native, backends
+
+_DISTRIBUTIONS = {
+    "moe_kernels": "modality-moe-kernels",
+    "torch": "torch",
+    "triton": "triton",
+    "transformers": "transformers",
+    "peft": "peft",
+    "POT": "POT",
+}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    names = [f"cpu: {platform.processor() or platform.machine()}"]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        names.append(f"cuda:{index}: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    return names
+
+
+def collect() -> dict:
+    """All that the command prints, as plain data."""
+    versions = {name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()}
+    return {
+        "versions": {"python": platform.python_version(), "torch CUDA": torch.version.cuda}
+        | versions,
+        "build": _native.build_info() or {"extension": _native.why_not()},
+        "backends": {name: reason or "ok" for name, reason in backends.available().items()},
+        "devices": _devices(),
+        "threads": torch.get_num_threads(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _lines(data: Mapping) -> list[str]:
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            lines.append(f"{key}:")
+            lines += [f"  {line}" for line in _lines(value)]
+        elif isinstance(value, list):
+            lines.append(f"{key}: {', '.join(value) or 'none'}")
+        else:
+            lines.append(f"{key}: {'none' if value in (None, '') else value}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what :func:`collect` found, as text or as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m moe_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    data = collect()
+    print(json.dumps(data, indent=2) if arguments.json else "\n".join(_lines(data)))
+
+
+if __name__ == "__main__":
+    main()

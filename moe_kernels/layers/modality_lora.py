@@ -1,0 +1,76 @@
+"""The trainable low-rank pairs of one projection, one pair for each added modality."""
+
+import torch
+from torch import nn
+
+from moe_kernels.ops import LoraWeights
+
+
+class ModalityLora(nn.Module):
+    """Parameters ``lora_A`` and ``lora_B`` of one projection, for M added modalities.
+
+    For a linear layer ``lora_A`` is (M, r, in) and ``lora_B`` (M, out, r). With ``num_experts`` E
+    they are (M, E, r, in), or (M, 1, r, in) with ``shared_A``, and (M, E, out, r). As in LoRA
+    (arXiv 2106.09685) A is random and B zero, so that training starts at the base model.
+
+    Args:
+        num_modalities: M.
+        in_features: inner size of the projection.
+        out_features: outer size of the projection.
+        r: rank.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        num_experts: E for stacked experts, None for a linear layer.
+        shared_A: one A for all experts.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_modalities: int,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        *,
+        num_experts: int | None = None,
+        shared_A: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        experts_a = () if num_experts is None else (1 if shared_A else num_experts,)
+        experts_b = () if num_experts is None else (num_experts,)
+        options = {"device": device, "dtype": dtype}
+        self.lora_A = nn.Parameter(
+            torch.empty(num_modalities, *experts_a, r, in_features, **options)
+        )
+        self.lora_B = nn.Parameter(
+            torch.empty(num_modalities, *experts_b, out_features, r, **options)
+        )
+        self.r, self.lora_alpha = r, lora_alpha
+        self.register_buffer("scaling", self._make_scaling(), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A uniform within 1/sqrt(in) as in ``nn.Linear`` and PEFT, B zero."""
+        bound = self.lora_A.shape[-1] ** -0.5
+        nn.init.uniform_(self.lora_A, -bound, bound)
+        nn.init.zeros_(self.lora_B)
+
+    def weights(self) -> LoraWeights:
+        """What the ops take."""
+        return LoraWeights(self.lora_A, self.lora_B, self.scaling)
+
+    def extra_repr(self) -> str:
+        return f"lora_A={tuple(self.lora_A.shape)}, lora_B={tuple(self.lora_B.shape)}"
+
+    def _make_scaling(self) -> torch.Tensor:
+        scaling = self.lora_alpha / self.r
+        return torch.full((self.lora_A.shape[0],), scaling, device=self.lora_A.device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # A cast of the model to bf16 must not round the scaling.
+        self.scaling = self._make_scaling()
+        return self

@@ -1,0 +1,199 @@
+"""Adapters on disk: ``adapter_model.safetensors`` beside ``adapter_config.json``.
+
+The configuration stands in the safetensors header too, so a file says by itself what it fits.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_kernels.models import tokens
+from moe_kernels.models.config import ModalityLoraConfig
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+LAYOUT = 1  # raised when names or shapes of the saved tensors change
+
+_OURS = ("modality_lora", tokens.ROWS)
+_FINGERPRINT_SAMPLES = 64
+
+
+def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Low-rank pairs and added rows with their names in the model."""
+    for name, parameter in model.named_parameters():
+        if _is_ours(name):
+            yield name, parameter
+
+
+def save(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> None:
+    """Write the two files; each replaces an old one only when both are complete.
+
+    The weights go first and carry the configuration, which is the one that is read: an interruption
+    between the two leaves a good adapter and an older JSON, which is for people.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in named_adapter_parameters(model)
+    }
+    text = json.dumps(_describe(model, config), indent=2) + "\n"
+    weights, settings = folder / f".{WEIGHTS_NAME}.tmp", folder / f".{CONFIG_NAME}.tmp"
+    try:
+        save_file(tensors, weights, metadata={"format": "pt", "adapter_config": text})
+        settings.write_text(text)
+        os.replace(weights, folder / WEIGHTS_NAME)
+        os.replace(settings, folder / CONFIG_NAME)
+    finally:
+        weights.unlink(missing_ok=True)
+        settings.unlink(missing_ok=True)
+
+
+def load(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> None:
+    """Copy an adapter into a patched model, after every check."""
+    saved, tensors = _read(folder)
+    _check_fits(model, config, saved)
+    own, added = tokens.token_counts(model), saved["added_tokens"]
+    if own and list(own.items()) != list(added.items()):
+        raise ValueError(f"the adapter has added tokens {added}, the model {own}")
+    expected = {name: tuple(p.shape) for name, p in named_adapter_parameters(model)}
+    if not own:
+        expected |= _expected_rows(model, added)
+    _check_tensors(tensors, expected)
+
+    for modality, count in added.items() if not own else ():
+        tokens.add_modality_tokens(model, modality, count, init="mean")
+    with torch.no_grad():
+        for name, parameter in named_adapter_parameters(model):
+            parameter.copy_(tensors[name])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the base weights: names, shapes and a sample of each, rounded to bfloat16.
+
+    Rounding makes a float32 copy of a bfloat16 model the same model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not _is_ours(name):
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_ours(name: str) -> bool:
+    return any(part in _OURS for part in name.split("."))
+
+
+def _describe(model: PreTrainedModel, config: ModalityLoraConfig) -> dict:
+    import moe_kernels
+
+    return {
+        "layout": LAYOUT,
+        "lora": config.to_dict(),
+        "added_tokens": tokens.token_counts(model),
+        "base_model": {
+            "model_type": model.config.model_type,
+            "name_or_path": model.config.name_or_path,
+            "fingerprint": fingerprint(model),
+        },
+        "versions": {
+            "moe_kernels": moe_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def read_config(folder: Path) -> dict:
+    """What stands in the header of the adapter's weights: the configuration and what it fits.
+
+    Raises:
+        FileNotFoundError: the folder has no adapter.
+        ValueError: the file is damaged, not ours, or of another layout.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is missing")
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get("adapter_config")
+    saved = {} if text is None else json.loads(text)
+    if "layout" not in saved:
+        raise ValueError(f"{path} was not written by moe_kernels: its header has no adapter_config")
+    if saved["layout"] != LAYOUT:
+        raise ValueError(
+            f"the adapter has layout {saved['layout']} (moe_kernels "
+            f"{saved['versions']['moe_kernels']}), this version reads layout {LAYOUT}"
+        )
+    return saved
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The configuration and all tensors, in memory: a damaged file shows before any change."""
+    saved = read_config(folder)
+    with _opened(folder / WEIGHTS_NAME) as file:
+        return saved, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _check_fits(model: PreTrainedModel, config: ModalityLoraConfig, saved: dict) -> None:
+    base = saved["base_model"]
+    if base["model_type"] != model.config.model_type:
+        raise ValueError(
+            f"the adapter is for a {base['model_type']!r} model, this is a "
+            f"{model.config.model_type!r}"
+        )
+    ours = config.to_dict()
+    if differing := {k: (v, ours.get(k)) for k, v in saved["lora"].items() if ours.get(k) != v}:
+        listed = ", ".join(f"{k}: {theirs!r} != {own!r}" for k, (theirs, own) in differing.items())
+        raise ValueError(
+            f"the adapter was trained with another configuration (adapter != model): {listed}; "
+            "patch with ModalityLoraConfig.from_adapter(folder)"
+        )
+    if base["fingerprint"] != fingerprint(model):
+        raise ValueError(
+            f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'})"
+        )
+
+
+def _expected_rows(model: PreTrainedModel, added: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the rows that adding these tokens would create."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [table] if table.weight is head.weight else [table, head]
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        f"{names[module]}.{tokens.ROWS}.{modality}": (count, module.weight.shape[1])
+        for module in modules
+        for modality, count in added.items()
+    }
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    if missing := sorted(set(expected) - set(tensors)):
+        raise ValueError(f"the adapter lacks {len(missing)} tensors, such as {missing[0]}")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise ValueError(f"the adapter has {len(unknown)} unknown tensors, such as {unknown[0]}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"the adapter's {name} has shape {tuple(tensors[name].shape)}, the model's {shape}"
+            )

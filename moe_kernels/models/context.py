@@ -1,0 +1,116 @@
+"""How each token's modality reaches the layers.
+
+The patched model's ``forward`` resolves (B, S) modality ids and passes them down as a keyword. A
+pre-hook on each ``self_attn`` takes them: it runs before the MoE block of the same layer, and again
+when activation checkpointing recomputes the layer, which a global or a hook on the layer would not.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import env
+
+MISSING = (
+    "this layer got no modality_ids: call the patched model itself (not its inner model), which "
+    "derives them from input_ids or takes modality_ids="
+)
+
+
+class ModalityContext:
+    """One layer's modality ids, shared by its experts and attention projections.
+
+    Attributes:
+        modality_ids: (B, S) int64 of the forward that is running, or None before the first.
+        adapters_enabled: False switches the low-rank updates off.
+        backend: passed to the ops.
+    """
+
+    def __init__(self, backend: str | None):
+        self.modality_ids: Tensor | None = None
+        self.adapters_enabled = True
+        self.backend = backend
+
+
+class TakeModalityIds:
+    """Pre-hook of ``self_attn``: moves the keyword ``modality_ids`` into the layer's context.
+
+    An object, not a closure: a deepcopy of the model must set the copy's context.
+    """
+
+    def __init__(self, context: ModalityContext):
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = dict(kwargs)
+        if kwargs.get("modality_ids") is None:
+            raise RuntimeError(MISSING)
+        self.context.modality_ids = kwargs.pop("modality_ids")
+        return args, kwargs
+
+
+def resolve_modality_ids(
+    table: Tensor,
+    modality_ids: Tensor | None,
+    *,
+    num_modalities: int,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+) -> Tensor:
+    """The (B, S) modality of each position: given, or looked up by token id; -1 on padding.
+
+    Args:
+        table: (V,) modality of each token id.
+        modality_ids: (B, S) as given by the caller, or None.
+        num_modalities: M.
+        input_ids: (B, S) or None.
+        inputs_embeds: (B, S, H) or None.
+        attention_mask: (B, at least S) marks padding with 0 in its last S columns; any other mask:
+            no padding.
+        past_key_values: the cache, or None.
+
+    Raises:
+        ValueError: embeddings without modality ids, ids of another shape, or (on the CPU) above M.
+        TypeError: modality ids that are not integers.
+    """
+    if input_ids is None and inputs_embeds is None:
+        raise ValueError("give input_ids or inputs_embeds")
+    shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]
+    if modality_ids is not None and modality_ids.shape != shape and input_ids is not None:
+        # During decoding generate() still hands over the prompt's ids.
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            modality_ids = None
+    if modality_ids is None:
+        if input_ids is None:
+            raise ValueError(
+                "inputs_embeds say nothing of the tokens' modality: give modality_ids too, (B, S) "
+                "integers, 0 for the base modality, m for the m-th added one, -1 for padding"
+            )
+        modality_ids = table[input_ids]
+    elif modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
+        raise TypeError(f"modality_ids must be integers, got {modality_ids.dtype}")
+    elif modality_ids.shape != shape:
+        raise ValueError(
+            f"modality_ids must be (B, S) = {tuple(shape)}, got {tuple(modality_ids.shape)}"
+        )
+    else:
+        _check_values(modality_ids, num_modalities)
+    modality_ids = modality_ids.to(device=table.device, dtype=torch.int64)
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        real = attention_mask[:, -shape[1] :].to(table.device) != 0
+        modality_ids = torch.where(real, modality_ids, -1)
+    return modality_ids
+
+
+def _check_values(modality_ids: Tensor, num_modalities: int) -> None:
+    if modality_ids.numel() == 0 or (modality_ids.is_cuda and not env.check_values()):
+        return
+    low, high = (int(value) for value in torch.aminmax(modality_ids))
+    if low < -1 or high > num_modalities:
+        raise ValueError(
+            f"modality_ids must be in -1..{num_modalities} (-1 padding, 0 the base modality, then "
+            f"{num_modalities} added), got {low}..{high}"
+        )

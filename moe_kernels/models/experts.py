@@ -1,0 +1,105 @@
+"""The experts of Hugging Face models: which layouts fit, and the function registered for them.
+
+No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transformers call
+:func:`experts_forward` with the experts module. Layouts are told by that module's attributes.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from moe_kernels import ops
+from moe_kernels.layers import ModalityLora
+from moe_kernels.models.context import MISSING, ModalityContext
+
+IMPLEMENTATION = "moe_kernels"
+
+# attribute of an experts module -> (the value that the kernels support, what another one means)
+_LAYOUT = {
+    "has_gate": (True, "experts without a gate"),
+    "is_concatenated": (True, "interleaved gate and up rows"),
+    "is_transposed": (False, "transposed expert weights"),
+    "has_bias": (False, "expert biases"),
+    "has_post_expert_norm": (False, "a norm after each expert"),
+    "_is_expert_parallel": (False, "expert parallelism"),
+}
+
+
+def find_experts(layer: nn.Module) -> nn.Module | None:
+    """The module of a decoder layer that holds stacked expert weights, or None."""
+    for module in layer.modules():
+        weight = getattr(module, "gate_up_proj", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 3:
+            return module
+    return None
+
+
+def unsupported(experts: nn.Module) -> list[str]:
+    """What of an experts module the kernels do not support; empty: all is well."""
+    reasons = []
+    for attribute, (wanted, meaning) in _LAYOUT.items():
+        value = getattr(experts, attribute, None)
+        if value is None and attribute not in ("has_post_expert_norm", "_is_expert_parallel"):
+            reasons.append(f"no attribute {attribute!r} (not built for transformers' experts)")
+        elif value is not None and value != wanted:
+            reasons.append(meaning)
+    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
+        reasons.append("a gating function of its own")
+    act = getattr(experts, "act_fn", None)
+    if type(act).__name__ not in ("SiLU", "SiLUActivation"):
+        reasons.append(f"activation {type(act).__name__} (only SiLU)")
+    down = getattr(experts, "down_proj", None)
+    if not isinstance(down, nn.Parameter) or down.ndim != 3:
+        reasons.append("no stacked down_proj")
+    elif not experts.gate_up_proj.is_floating_point() or not down.is_floating_point():
+        reasons.append(f"quantised expert weights ({experts.gate_up_proj.dtype})")
+    else:
+        classes = {type(experts.gate_up_proj.data), type(down.data)} - {Tensor}
+        reasons += [f"expert weights of class {cls.__name__}" for cls in classes]
+    return reasons
+
+
+def attach(experts: nn.Module, context: ModalityContext, lora: nn.ModuleDict | None) -> None:
+    """Give an experts module its context and adapters, as unregistered references."""
+    experts.__dict__["_modality_context"] = context
+    experts.__dict__["_modality_lora"] = lora
+
+
+def detach(experts: nn.Module) -> None:
+    """Undo :func:`attach`."""
+    experts.__dict__.pop("_modality_context", None)
+    experts.__dict__.pop("_modality_lora", None)
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """transformers' experts interface: (T, H), (T, K), (T, K) -> (T, H).
+
+    An experts module without a context (the model is not patched) takes the base path.
+    """
+    context: ModalityContext | None = self.__dict__.get("_modality_context")
+    modality_ids, loras, backend = None, {}, None
+    if context is not None:
+        if context.modality_ids is None:
+            raise RuntimeError(MISSING)
+        modality_ids, backend = context.modality_ids.reshape(-1), context.backend
+        adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"] or {}
+        if context.adapters_enabled and adapters:
+            loras = {
+                "gate_up_lora": adapters["gate_up_proj"].weights(),
+                "down_lora": adapters["down_proj"].weights(),
+            }
+    return ops.moe_mlp(
+        hidden_states,
+        top_k_index.to(torch.int64),
+        top_k_weights,
+        self.gate_up_proj,
+        self.down_proj,
+        modality_ids=modality_ids,
+        backend=backend,
+        **loras,
+    )
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

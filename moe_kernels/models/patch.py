@@ -1,0 +1,383 @@
+"""``patch_model``: teach a Mixture-of-Experts model of Hugging Face the masked low-rank updates."""
+
+import contextlib
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_kernels import backends
+from moe_kernels.layers import ModalityLora
+from moe_kernels.models import adapters, attention, experts, tokens
+from moe_kernels.models.config import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, ModalityLoraConfig
+from moe_kernels.models.context import ModalityContext, TakeModalityIds, resolve_modality_ids
+
+_HANDLE = "_modality_patch"
+
+
+class PatchedModel:
+    """Handle of a patched model; made by :func:`patch_model`.
+
+    Attributes:
+        model: the model that was patched, in place.
+        config: what it was patched with.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ModalityLoraConfig):
+        self.model = model
+        self.config = config
+        self._contexts: list[ModalityContext] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._original_config = model.config
+        self._original_generation_config = copy.deepcopy(model.generation_config)
+        self._original_vocab_sizes = tokens.vocab_sizes(model)
+        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Adapters and added token rows: all that may train."""
+        return (parameter for _, parameter in self.named_trainable_parameters())
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same with their names in the model."""
+        return adapters.named_adapter_parameters(self.model)
+
+    def modality_token_ids(self, modality: str) -> range:
+        """The ids of the tokens added for a modality; empty if there are none."""
+        return tokens.modality_token_ids(self.model, modality)
+
+    @contextlib.contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Within it, no low-rank update is added; added token rows stay."""
+        before = [context.adapters_enabled for context in self._contexts]
+        for context in self._contexts:
+            context.adapters_enabled = False
+        try:
+            yield
+        finally:
+            for context, enabled in zip(self._contexts, before, strict=True):
+                context.adapters_enabled = enabled
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.
+
+        Files of an earlier adapter there stay whole until the new ones are complete.
+        """
+        self._check_in_place()
+        adapters.save(self.model, self.config, Path(folder))
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Load what :meth:`save_adapter` wrote, adding the tokens that it has and the model lacks.
+
+        Raises:
+            FileNotFoundError: the folder has no adapter.
+            ValueError: the adapter is of another shape, model or layout, or a file is damaged;
+                nothing of the model has changed then.
+        """
+        self._check_in_place()
+        adapters.load(self.model, self.config, Path(folder))
+
+    def unpatch(self) -> PreTrainedModel:
+        """Take everything away again; the model is as it was, bit for bit. Returns the model.
+
+        Raises:
+            ValueError: this handle has been unpatched before.
+        """
+        self._check_in_place()
+        self._undo()
+        return self.model
+
+    def _check_in_place(self) -> None:
+        if self.model.__dict__.get(_HANDLE) is not self:
+            raise ValueError(
+                "this handle was unpatched: use the one that patch_model returned last"
+            )
+
+    def _undo(self) -> None:
+        """Take away whatever is there, also after a patch that stopped half-way."""
+        model = self.model
+        for hook in self._hooks:
+            hook.remove()
+        tokens.remove(model)
+        for layer in _decoder_layers(model):
+            _detach_layer(layer)
+        for name in ("forward", "prepare_inputs_for_generation", _HANDLE):
+            model.__dict__.pop(name, None)
+        if "token_modality" in model._buffers:
+            del model.token_modality
+        _set_config(model, model.config, self._original_config)
+        model.generation_config = self._original_generation_config
+        for module, size in self._original_vocab_sizes.items():
+            module.vocab_size = size
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._requires_grad[name])
+
+
+def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None) -> PatchedModel:
+    """Add masked low-rank updates to a Mixture-of-Experts model, in place, and freeze the rest.
+
+    Afterwards ``model(input_ids)`` derives each token's modality from its id (see
+    :func:`moe_kernels.add_modality_tokens`), and ``model(..., modality_ids=)`` takes it: (B, S)
+    integers, 0 the base modality, m the m-th of ``config.modalities``, -1 padding. The class and
+    other instances are not touched.
+
+    Args:
+        model: a causal language model with experts as in Mixtral, OLMoE or Qwen-MoE.
+        config: what to add; default: rank 16 on experts and attention for modality "image".
+
+    Returns:
+        The handle to train, save, load and undo with.
+
+    Raises:
+        TypeError: not a transformers model, or one that is wrapped by PEFT.
+        ValueError: the model is patched already, quantised, or of a layout that the kernels do not
+            support; the message names what is missing. Nothing is patched then.
+    """
+    config = config or ModalityLoraConfig()
+    layers = _check_model(model, config)
+    if config.backend is not None:
+        backends.select(config.backend, next(model.parameters()).device)
+    patched = PatchedModel(model, config)
+    try:
+        model.requires_grad_(False)
+        for layer in layers:
+            _attach_layer(layer, patched)
+        _attach_model(model, patched)
+    except BaseException:  # out of memory, an interrupt: nothing stays half-patched
+        patched._undo()
+        raise
+    return patched
+
+
+def get_patched(model: nn.Module) -> PatchedModel:
+    """The handle of a model that :func:`patch_model` has patched, also of a deepcopy of one.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    handle = model.__dict__.get(_HANDLE)
+    if handle is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not patched: call patch_model(model) first"
+        )
+    return handle
+
+
+def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[nn.Module]:
+    """The decoder layers, after every check that patching could fail on."""
+    name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise TypeError(
+            f"{name} carries PEFT adapters: merge or unload them first "
+            "(model = model.merge_and_unload()), then patch the plain model"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"patch_model needs a transformers model, got {name}")
+    if _HANDLE in model.__dict__:
+        raise ValueError(f"this {name} is already patched: unpatch() it first")
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise ValueError(f"{name} is quantised: load it in bfloat16, float16 or float32")
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"{name} is not supported: it has no language-model head")
+    if reasons := _table_problems(model):
+        raise ValueError(f"{name} is not supported: {'; '.join(reasons)}")
+    layers = _decoder_layers(model)
+    if not any(experts.find_experts(layer) for layer in layers):
+        raise ValueError(f"{name} is not supported: no layer has stacked experts (gate_up_proj)")
+    for index, layer in enumerate(layers):
+        if reasons := _layer_problems(layer, config):
+            raise ValueError(f"{name} is not supported: layer {index}: {'; '.join(reasons)}")
+    return layers
+
+
+def _table_problems(model: PreTrainedModel) -> list[str]:
+    """Why added tokens could not work."""
+    reasons = []
+    if "forward" in model.__dict__:
+        reasons.append("it has a forward of its own (a device map, or mixed precision?)")
+    for module, wanted in (
+        (model.get_input_embeddings(), nn.Embedding),
+        (model.get_output_embeddings(), nn.Linear),
+    ):
+        if type(module) is not wanted:
+            reasons.append(f"a {type(module).__name__} where nn.{wanted.__name__} is needed")
+        elif "forward" in module.__dict__:
+            reasons.append(f"its {wanted.__name__} has a forward of its own (a device map?)")
+    return reasons
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    layers = getattr(base, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} is not supported: no list of decoder layers")
+    return list(layers)
+
+
+def _layer_problems(layer: nn.Module, config: ModalityLoraConfig) -> list[str]:
+    if not isinstance(getattr(layer, "self_attn", None), nn.Module):
+        return ["no self_attn"]
+    reasons = []
+    experts_module = experts.find_experts(layer)
+    if experts_module is not None:
+        reasons += experts.unsupported(experts_module)
+    if "attention" in config.target_modules:
+        for name in ATTENTION_PROJECTIONS:
+            linear = getattr(layer.self_attn, name, None)
+            if type(linear) is not nn.Linear:
+                reasons.append(f"self_attn.{name} is {type(linear).__name__}, not nn.Linear")
+            elif "forward" in linear.__dict__:
+                reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
+    return reasons
+
+
+def _attach_layer(layer: nn.Module, patched: PatchedModel) -> None:
+    """Adapters live on the decoder layer: under ``mlp``, Mixtral's saving would rename them."""
+    config, context = patched.config, ModalityContext(patched.config.backend)
+    patched._contexts.append(context)
+    hook = layer.self_attn.register_forward_pre_hook(TakeModalityIds(context), with_kwargs=True)
+    patched._hooks.append(hook)
+    layer.modality_lora = nn.ModuleDict()
+    experts_module = experts.find_experts(layer)
+    if experts_module is not None:
+        lora = None
+        if "experts" in config.target_modules:
+            lora = layer.modality_lora["experts"] = nn.ModuleDict(
+                {
+                    name: _make_lora(name, getattr(experts_module, name), config)
+                    for name in EXPERT_PROJECTIONS
+                }
+            )
+        experts.attach(experts_module, context, lora)
+    if "attention" in config.target_modules:
+        lora = layer.modality_lora["attention"] = nn.ModuleDict()
+        for name in ATTENTION_PROJECTIONS:
+            linear = getattr(layer.self_attn, name)
+            lora[name] = _make_lora(name, linear.weight, config)
+            attention.attach(linear, context, lora[name])
+
+
+def _attach_model(model: PreTrainedModel, patched: PatchedModel) -> None:
+    _set_config(model, model.config, copy.deepcopy(model.config))
+    # Not set_experts_implementation: it refuses a subclass that a script defines by itself.
+    model.config._experts_implementation = experts.IMPLEMENTATION
+    table = model.get_input_embeddings()
+    zeros = torch.zeros(table.weight.shape[0], dtype=torch.int64, device=table.weight.device)
+    model.register_buffer("token_modality", zeros, persistent=False)
+    patched._hooks.append(table.register_forward_hook(_RequireGrad(model)))
+    model.forward = types.MethodType(_forward_of(type(model)), model)
+    model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs_of(type(model)), model)
+    model.__dict__[_HANDLE] = patched
+
+
+def _detach_layer(layer: nn.Module) -> None:
+    experts_module = experts.find_experts(layer)
+    if experts_module is not None:
+        experts.detach(experts_module)
+    loras = layer._modules.pop("modality_lora", {})
+    for name in loras["attention"] if "attention" in loras else ():
+        attention.detach(getattr(layer.self_attn, name))
+
+
+def _make_lora(projection: str, weight: nn.Parameter, config: ModalityLoraConfig) -> ModalityLora:
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return ModalityLora(
+        len(config.modalities),
+        weight.shape[-1],
+        weight.shape[-2],
+        config.rank(projection),
+        config.alpha(projection),
+        num_experts=weight.shape[0] if weight.ndim == 3 else None,
+        shared_A=config.shared_A,
+        device=weight.device,
+        dtype=torch.float32 if half else weight.dtype,
+    )
+
+
+def _set_config(model: nn.Module, old, new) -> None:
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+class _RequireGrad:
+    """Hook of the embedding: see :func:`_require_grad`."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return _require_grad(self.model, output)
+
+
+def _require_grad(model: PreTrainedModel, embeddings: torch.Tensor) -> torch.Tensor:
+    """Reentrant checkpointing gives no gradients unless an input of the layers requires grad."""
+    if not model.training or embeddings.requires_grad or not torch.is_grad_enabled():
+        return embeddings
+    if not any(getattr(layer, "gradient_checkpointing", False) for layer in _decoder_layers(model)):
+        return embeddings
+    return embeddings.detach().requires_grad_()
+
+
+@functools.cache
+def _forward_of(model_class: type[PreTrainedModel]):
+    """``forward`` of the class with an explicit ``modality_ids``, for the Trainer and generate()."""
+    inner = model_class.forward
+    signature = inspect.signature(inner)
+    names = list(signature.parameters)[1:]
+
+    @functools.wraps(inner)
+    def forward(self, *args, modality_ids=None, **kwargs):
+        kwargs.update(zip(names, args, strict=False))
+        if kwargs.get("inputs_embeds") is not None:
+            kwargs["inputs_embeds"] = _require_grad(self, kwargs["inputs_embeds"])
+        kwargs["modality_ids"] = resolve_modality_ids(
+            self.token_modality,
+            modality_ids,
+            num_modalities=len(get_patched(self).config.modalities),
+            input_ids=kwargs.get("input_ids"),
+            inputs_embeds=kwargs.get("inputs_embeds"),
+            attention_mask=kwargs.get("attention_mask"),
+            past_key_values=kwargs.get("past_key_values"),
+        )
+        return inner(self, **kwargs)
+
+    parameters = list(signature.parameters.values())
+    keyword = inspect.Parameter("modality_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    at = next(
+        (i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD),
+        len(parameters),
+    )
+    forward.__signature__ = signature.replace(
+        parameters=[*parameters[:at], keyword, *parameters[at:]]
+    )
+    return forward
+
+
+@functools.cache
+def _prepare_inputs_of(model_class: type[PreTrainedModel]):
+    """``prepare_inputs_for_generation`` that keeps modality_ids in step with the input ids.
+
+    generate() hands over the prompt's ids at every step; new tokens' modality follows from the id.
+    """
+    inner = model_class.prepare_inputs_for_generation
+
+    @functools.wraps(inner)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = inner(self, *args, **kwargs)
+        modality_ids, input_ids = inputs.get("modality_ids"), inputs.get("input_ids")
+        if modality_ids is None or input_ids is None or kwargs.get("is_first_iteration"):
+            return inputs
+        del inputs["modality_ids"]
+        cache = inputs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            new = self.token_modality[input_ids[:, modality_ids.shape[1] :]]
+            inputs["modality_ids"] = torch.cat([modality_ids, new], dim=1)
+        return inputs
+
+    return prepare_inputs_for_generation

@@ -1,0 +1,12 @@
+"""The ops: dispatch, the fused expert MLP and the masked linear layer.
+
+Each folder has the public function in ``api``, its registered ops and their autograd formula in
+``autograd``, the definition in plain torch in ``reference``, and one file for each backend.
+"""
+
+from moe_kernels.ops.dispatch import Dispatch, dispatch
+from moe_kernels.ops.lora_linear import lora_linear
+from moe_kernels.ops.lora_weights import LoraWeights
+from moe_kernels.ops.moe_mlp import moe_mlp
+
+__all__ = ["Dispatch", "LoraWeights", "dispatch", "lora_linear", "moe_mlp"]

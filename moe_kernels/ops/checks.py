@@ -1,0 +1,51 @@
+"""Argument checks shared by the ops. They look at shapes, dtypes and devices, never at values."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops.dtypes import FLOATS
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def ndim(name: str, tensor: Tensor, expected: int) -> None:
+    """Raise ValueError unless ``tensor`` has ``expected`` dimensions."""
+    if tensor.ndim != expected:
+        raise ValueError(
+            f"{name} must have {expected} dimensions, got {tensor.ndim}: {tuple(tensor.shape)}"
+        )
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``tensor`` has the shape ``expected``."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+
+
+def dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError unless the dtype of ``tensor`` is one of ``allowed``."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` has a dtype that the kernels compute in."""
+    dtype(name, tensor, FLOATS)
+
+
+def integer(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` is of an integer type."""
+    dtype(name, tensor, _INTEGERS)
+
+
+def device(name: str, tensor: Tensor, expected: torch.device) -> None:
+    """Raise ValueError unless ``tensor`` is on ``expected``."""
+    if tensor.device != expected:
+        raise ValueError(f"{name} must be on {expected}, got {tensor.device}")
+
+
+def frozen(name: str, tensor: Tensor | None, why: str) -> None:
+    """Raise ValueError if a gradient would be expected for a tensor that never gets one."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but {why}: call {name}.requires_grad_(False)")

@@ -1,0 +1,68 @@
+"""The registered op ``moe_kernels::dispatch``. Ids carry no gradient, so it has no formula."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels import env
+from moe_kernels.ops.dispatch import native_impl, reference
+
+_IMPLEMENTATIONS = {"reference": reference.dispatch, "cpu": native_impl.dispatch}
+
+
+def run(
+    topk_ids: Tensor,
+    num_experts: int,
+    modality_ids: Tensor | None,
+    num_modalities: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ``Dispatch``, in order, after a check of the values where that is free."""
+    if topk_ids.device.type == "cpu" or env.check_values():
+        _check_values(topk_ids, num_experts, modality_ids, num_modalities)
+    implementation = _IMPLEMENTATIONS[backend]
+    return implementation(
+        topk_ids.contiguous(),
+        num_experts,
+        None if modality_ids is None else modality_ids.contiguous(),
+        num_modalities,
+    )
+
+
+def _check_values(
+    topk_ids: Tensor, num_experts: int, modality_ids: Tensor | None, num_modalities: int
+) -> None:
+    if topk_ids.numel():
+        low, high = (int(v) for v in torch.aminmax(topk_ids))
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"topk_ids must be in 0..{num_experts - 1}, got {low}..{high}")
+    if modality_ids is not None and modality_ids.numel():
+        low, high = (int(v) for v in torch.aminmax(modality_ids))
+        if low < -1 or high > num_modalities:
+            raise ValueError(
+                f"modality_ids must be in -1..{num_modalities} (-1 padding, 0 the base modality, "
+                f"then {num_modalities} added), got {low}..{high}"
+            )
+
+
+@torch.library.custom_op("moe_kernels::dispatch", mutates_args=())
+def dispatch_op(
+    topk_ids: Tensor,
+    num_experts: int,
+    modality_ids: Tensor | None,
+    num_modalities: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`moe_kernels.ops.dispatch`."""
+    return run(topk_ids, num_experts, modality_ids, num_modalities, backend)
+
+
+@dispatch_op.register_fake
+def _(topk_ids, num_experts, modality_ids, num_modalities, backend):
+    rows = topk_ids.numel()
+    return (
+        topk_ids.new_empty(rows),
+        topk_ids.new_empty(rows),
+        topk_ids.new_empty(num_experts),
+        topk_ids.new_empty(num_experts + 1),
+        topk_ids.new_empty(num_experts * (num_modalities + 1) + 1),
+    )

@@ -1,0 +1,71 @@
+"""Public function ``lora_linear``: checks of shape and dtype, then the registered op."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels import backends
+from moe_kernels.ops import checks
+from moe_kernels.ops.dispatch.api import check_modality_ids
+from moe_kernels.ops.lora_linear import autograd  # noqa: F401  (registers the ops)
+from moe_kernels.ops.lora_weights import LoraWeights, check_linear_lora
+
+_FROZEN = "the base layer is frozen and gets no gradient"
+
+
+def lora_linear(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoraWeights,
+    *,
+    modality_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``x W^T + b``, plus ``s[m] (x A[m]^T) B[m]^T`` on the rows of modality m >= 1.
+
+    Partial LoRA (arXiv 2401.16420) on a frozen linear layer. Rows of the base modality and of
+    padding are the base layer's output, whatever the adapters are.
+
+    Args:
+        hidden_states: (..., in), any float; computed in the dtype of ``weight``.
+        weight: (out, in), frozen.
+        bias: (out,) or None, frozen.
+        lora: ``lora_A`` (M, r, in), ``lora_B`` (M, out, r), in the base's dtype or float32.
+        modality_ids: int, of the leading shape of ``hidden_states``, -1..M. None: the base path.
+        backend: see :func:`moe_kernels.backends.select`.
+
+    Returns:
+        (..., out) in the dtype of ``hidden_states``. There is no double backward.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
+        RuntimeError: the backend that was named is not available.
+    """
+    checks.floating("hidden_states", hidden_states)
+    checks.ndim("weight", weight, 2)
+    checks.floating("weight", weight)
+    if hidden_states.ndim == 0 or hidden_states.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden_states must be (..., {weight.shape[1]}), got {tuple(hidden_states.shape)}"
+        )
+    checks.device("weight", weight, hidden_states.device)
+    checks.frozen("weight", weight, _FROZEN)
+    if bias is not None:
+        checks.shape("bias", bias, (weight.shape[0],))
+        checks.dtype("bias", bias, (weight.dtype,))
+        checks.device("bias", bias, hidden_states.device)
+        checks.frozen("bias", bias, _FROZEN)
+    check_linear_lora("lora", lora, weight)
+
+    leading = hidden_states.shape[:-1]
+    x = hidden_states.reshape(-1, weight.shape[1]).to(weight.dtype)
+    if modality_ids is not None:
+        checks.integer("modality_ids", modality_ids)
+        checks.shape("modality_ids", modality_ids, tuple(leading))
+        modality_ids = modality_ids.reshape(-1).long()
+        check_modality_ids(modality_ids, x.shape[0], x.device)
+    backend = backends.select(backend, x.device)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora[:2]))
+    out, *_ = torch.ops.moe_kernels.lora_linear(x, weight, bias, modality_ids, *lora, save, backend)
+    return out.view(*leading, weight.shape[0]).to(hidden_states.dtype)

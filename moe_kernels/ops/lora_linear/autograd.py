@@ -1,0 +1,163 @@
+"""The registered ops ``moe_kernels::lora_linear`` and ``lora_linear_backward``.
+
+The base GEMM is torch's, over all rows, so its bits follow from the shape alone; the low-rank term
+is added in place, on the rows of added modalities only. Saved: hidden_states, u = x A^T (unscaled)
+and the dispatch.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops.dispatch import autograd as dispatch_autograd
+from moe_kernels.ops.lora_linear import native_impl, reference
+
+_IMPLEMENTATIONS = {"reference": reference, "cpu": native_impl}
+
+
+@torch.library.custom_op("moe_kernels::lora_linear", mutates_args=())
+def lora_linear_op(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    modality_ids: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    save_for_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns out (T, out), u (T, r) or (0, r), perm (T,) and segment_offsets (M+2,)."""
+    topk_ids = torch.zeros(
+        hidden_states.shape[0], 1, dtype=torch.int64, device=hidden_states.device
+    )
+    perm, _, _, _, segment_offsets = dispatch_autograd.run(
+        topk_ids, 1, modality_ids, lora_A.shape[0], backend
+    )
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        hidden_states = hidden_states.contiguous()
+        out = torch.nn.functional.linear(hidden_states, weight, bias)
+        u = _IMPLEMENTATIONS[backend].forward(
+            out,
+            hidden_states,
+            perm,
+            segment_offsets,
+            *_in_compute_dtype(weight.dtype, lora_A, lora_B, scaling),
+            save_for_backward,
+        )
+    return out, u, perm, segment_offsets
+
+
+@lora_linear_op.register_fake
+def _(
+    hidden_states,
+    weight,
+    bias,
+    modality_ids,
+    lora_A,
+    lora_B,
+    scaling,
+    save_for_backward,
+    backend,
+):
+    rows = hidden_states.shape[0]
+    return (
+        hidden_states.new_empty(rows, weight.shape[0]),
+        hidden_states.new_empty(rows if save_for_backward else 0, lora_A.shape[1]),
+        hidden_states.new_empty(rows, dtype=torch.int64),
+        hidden_states.new_empty(lora_A.shape[0] + 2, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("moe_kernels::lora_linear_backward", mutates_args=())
+def lora_linear_backward_op(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    u: Tensor,
+    perm: Tensor,
+    segment_offsets: Tensor,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, of hidden_states, lora_A and lora_B."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        grad_out = grad_out.contiguous()
+        grad_hidden = grad_out @ weight if needs[0] else None
+        params = _IMPLEMENTATIONS[backend].backward(
+            grad_out,
+            hidden_states.contiguous(),
+            u,
+            perm,
+            segment_offsets,
+            *_in_compute_dtype(weight.dtype, lora_A, lora_B, scaling),
+            grad_hidden,
+            needs[1:],
+        )
+    grads = [grad.to(lora_A.dtype) for grad in params]
+    return [grad_hidden, *grads] if needs[0] else grads
+
+
+@lora_linear_backward_op.register_fake
+def _(
+    grad_out,
+    hidden_states,
+    weight,
+    lora_A,
+    lora_B,
+    scaling,
+    u,
+    perm,
+    segment_offsets,
+    needs,
+    backend,
+):
+    candidates = (hidden_states, lora_A, lora_B)
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, need in zip(candidates, needs, strict=True)
+        if need
+    ]
+
+
+def _in_compute_dtype(
+    dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        lora_A.to(dtype).contiguous(),
+        lora_B.to(dtype).contiguous(),
+        scaling.float().contiguous(),
+    )
+
+
+# Positions in lora_linear_op's arguments of what may take a gradient, in the order of ``needs``.
+_DIFFERENTIABLE = (0, 4, 5)
+_NUM_ARGS = 9
+
+
+def _setup_context(ctx, inputs, output):
+    hidden_states, weight, _, _, lora_A, lora_B, scaling, _, backend = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden_states, weight, lora_A, lora_B, scaling, *saved)
+    ctx.backend = backend
+
+
+def _backward(ctx, grad_out, *_):
+    if grad_out is None:
+        return (None,) * _NUM_ARGS
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    needed = iter(
+        torch.ops.moe_kernels.lora_linear_backward(grad_out, *ctx.saved_tensors, needs, ctx.backend)
+    )
+    grads = [None] * _NUM_ARGS
+    for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
+        if need:
+            grads[position] = next(needed)
+    return tuple(grads)
+
+
+lora_linear_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,69 @@
+"""Low-rank weights, one pair for each added modality, and what is checked of them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops import checks
+
+
+class LoraWeights(NamedTuple):
+    """One projection's low-rank update for M added modalities: W + scaling * lora_B @ lora_A.
+
+    For experts ``lora_A`` is (M, E, r, in), or (M, 1, r, in) when all experts share it, and
+    ``lora_B`` is (M, E, out, r). For a linear layer they are (M, r, in) and (M, out, r).
+    ``scaling`` is (M,), usually ``lora_alpha / r``, used in float32; it takes no gradient.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: Tensor
+
+
+def check_expert_lora(name: str, lora: LoraWeights, weight: Tensor) -> None:
+    """Raise unless ``lora`` fits the stacked ``weight`` (E, out, in)."""
+    num_experts, out_features, in_features = weight.shape
+    _check_common(name, lora, weight, ndim=4)
+    num_modalities, num_a, rank, lora_in = lora.lora_A.shape
+    if num_a not in (1, num_experts) or lora_in != in_features:
+        raise ValueError(
+            f"{name}.lora_A must be (M, {num_experts} or 1, r, {in_features}), "
+            f"got {tuple(lora.lora_A.shape)}"
+        )
+    checks.shape(f"{name}.lora_B", lora.lora_B, (num_modalities, num_experts, out_features, rank))
+
+
+def check_linear_lora(name: str, lora: LoraWeights, weight: Tensor) -> None:
+    """Raise unless ``lora`` fits the ``weight`` (out, in) of a linear layer."""
+    out_features, in_features = weight.shape
+    _check_common(name, lora, weight, ndim=3)
+    num_modalities, rank, lora_in = lora.lora_A.shape
+    if lora_in != in_features:
+        raise ValueError(
+            f"{name}.lora_A must be (M, r, {in_features}), got {tuple(lora.lora_A.shape)}"
+        )
+    checks.shape(f"{name}.lora_B", lora.lora_B, (num_modalities, out_features, rank))
+
+
+def _check_common(name: str, lora: LoraWeights, weight: Tensor, ndim: int) -> None:
+    for field in ("lora_A", "lora_B"):
+        tensor = getattr(lora, field)
+        checks.ndim(f"{name}.{field}", tensor, ndim)
+        checks.device(f"{name}.{field}", tensor, weight.device)
+        allowed = {weight.dtype, torch.float32} - ({torch.float32} if _is_double(weight) else set())
+        checks.dtype(f"{name}.{field}", tensor, tuple(sorted(allowed, key=str)))
+    if lora.lora_A.dtype != lora.lora_B.dtype:
+        raise TypeError(
+            f"{name}.lora_A is {lora.lora_A.dtype} but lora_B {lora.lora_B.dtype}: use one dtype"
+        )
+    if lora.lora_A.shape[-2] == 0 or lora.lora_A.shape[0] == 0:
+        raise ValueError(f"{name} needs a rank and a number of modalities of at least 1")
+    checks.shape(f"{name}.scaling", lora.scaling, (lora.lora_A.shape[0],))
+    checks.device(f"{name}.scaling", lora.scaling, weight.device)
+    checks.floating(f"{name}.scaling", lora.scaling)
+    checks.frozen(f"{name}.scaling", lora.scaling, "scaling is a constant")
+
+
+def _is_double(weight: Tensor) -> bool:
+    return weight.dtype == torch.float64

@@ -1,0 +1,174 @@
+"""Public function ``moe_mlp``: checks of shape and dtype, then the registered op."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels import backends
+from moe_kernels.ops import checks
+from moe_kernels.ops.dispatch.api import check_modality_ids
+from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
+from moe_kernels.ops.moe_mlp import autograd  # noqa: F401  (registers the ops)
+
+_FROZEN = "the experts of the base are frozen and get no gradient"
+
+
+def moe_mlp(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    modality_ids: Tensor | None = None,
+    gate_up_lora: LoraWeights | None = None,
+    down_lora: LoraWeights | None = None,
+    extra_gate_up_proj: Tensor | None = None,
+    extra_down_proj: Tensor | None = None,
+    act: str = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """The weighted sum of each token's experts, with masked low-rank updates.
+
+    For a token x of modality m, routed to expert e with weight w, the term is w * y with::
+
+        gate, up = x W_gate_up[e]^T + s1[m] (x A1[m, e]^T) B1[m, e]^T      (m >= 1)
+        y        = a W_down[e]^T    + s2[m] (a A2[m, e]^T) B2[m, e]^T,      a = silu(gate) * up
+
+    and without the second terms for m = 0 (Partial LoRA, arXiv 2401.16420). The output of a row
+    of modality 0 does not depend on any adapter, nor on the other rows, in any bit. A padding row
+    (modality -1) is not computed; its output is zeros.
+
+    Args:
+        hidden_states: (T, H), any of float32, bfloat16, float16, float64; computed in the dtype of
+            the weights.
+        topk_ids: (T, K) int64, experts of each token, of 0..E+X-1.
+        topk_weights: (T, K) float, their weights.
+        gate_up_proj: (E, 2I, H), rows [gate; up], frozen.
+        down_proj: (E, H, I), frozen, of the same dtype.
+        modality_ids: (T,) int, -1..M. None: the base path and nothing else.
+        gate_up_lora: update of ``gate_up_proj``, in the base's dtype or float32; see
+            :class:`LoraWeights`. None: no update.
+        down_lora: the same for ``down_proj``, with a rank of its own.
+        extra_gate_up_proj: (X, 2I, H), added trainable experts with ids E..E+X-1. No low-rank
+            update applies to them.
+        extra_down_proj: (X, H, I), given together with the former.
+        act: activation of the gate; only "silu" now.
+        backend: see :func:`moe_kernels.backends.select`.
+
+    Returns:
+        (T, H) in the dtype of ``hidden_states``. Gradients exist for ``hidden_states``,
+        ``topk_weights``, the low-rank weights and the added experts. There is no double backward.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
+        RuntimeError: the backend that was named is not available.
+    """
+    _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, act)
+    _check_extra(extra_gate_up_proj, extra_down_proj, gate_up_proj, down_proj)
+    num_modalities = _check_loras(gate_up_lora, down_lora, gate_up_proj, down_proj)
+    if modality_ids is not None:
+        check_modality_ids(modality_ids, hidden_states.shape[0], hidden_states.device)
+        modality_ids = modality_ids.long()
+        if num_modalities == 0:  # only padding matters
+            modality_ids = modality_ids.clamp(max=0)
+    backend = backends.select(backend, hidden_states.device)
+
+    gate_up_lora = gate_up_lora or (None, None, None)
+    down_lora = down_lora or (None, None, None)
+    inputs = (
+        hidden_states.to(gate_up_proj.dtype),
+        topk_weights,
+        extra_gate_up_proj,
+        extra_down_proj,
+        *gate_up_lora,
+        *down_lora,
+    )
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out, *_ = torch.ops.moe_kernels.moe_mlp(
+        inputs[0], topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids,
+        *inputs[2:], save, backend,
+    )  # fmt: skip
+    return out.to(hidden_states.dtype)
+
+
+def _check_base(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    act: str,
+) -> None:
+    if act != "silu":
+        raise ValueError(f"act must be 'silu', got {act!r}")
+    checks.ndim("hidden_states", hidden_states, 2)
+    checks.floating("hidden_states", hidden_states)
+    checks.ndim("gate_up_proj", gate_up_proj, 3)
+    checks.floating("gate_up_proj", gate_up_proj)
+    num_experts, double_inter, hidden = gate_up_proj.shape
+    if hidden_states.shape[1] != hidden or double_inter % 2 or num_experts == 0:
+        raise ValueError(
+            f"gate_up_proj must be (E, 2I, {hidden_states.shape[1]}) for hidden_states "
+            f"{tuple(hidden_states.shape)}, got {tuple(gate_up_proj.shape)}"
+        )
+    checks.shape("down_proj", down_proj, (num_experts, hidden, double_inter // 2))
+    checks.dtype("down_proj", down_proj, (gate_up_proj.dtype,))
+    checks.ndim("topk_ids", topk_ids, 2)
+    checks.dtype("topk_ids", topk_ids, (torch.int64,))
+    checks.shape("topk_ids", topk_ids, (hidden_states.shape[0], topk_ids.shape[1]))
+    if topk_ids.shape[1] == 0:
+        raise ValueError("topk_ids must have at least one expert a token, got top-k 0")
+    checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape))
+    checks.floating("topk_weights", topk_weights)
+    checks.frozen("gate_up_proj", gate_up_proj, _FROZEN)
+    checks.frozen("down_proj", down_proj, _FROZEN)
+    for name, tensor in (
+        ("topk_ids", topk_ids),
+        ("topk_weights", topk_weights),
+        ("gate_up_proj", gate_up_proj),
+        ("down_proj", down_proj),
+    ):
+        checks.device(name, tensor, hidden_states.device)
+
+
+def _check_extra(
+    extra_gate_up_proj: Tensor | None,
+    extra_down_proj: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+) -> None:
+    if (extra_gate_up_proj is None) != (extra_down_proj is None):
+        raise ValueError("extra_gate_up_proj and extra_down_proj must be given together")
+    if extra_gate_up_proj is None:
+        return
+    num_extra = extra_gate_up_proj.shape[0] if extra_gate_up_proj.ndim else 0
+    for name, extra, base in (
+        ("extra_gate_up_proj", extra_gate_up_proj, gate_up_proj),
+        ("extra_down_proj", extra_down_proj, down_proj),
+    ):
+        checks.shape(name, extra, (num_extra, *base.shape[1:]))
+        allowed = (base.dtype,) if base.dtype == torch.float64 else (base.dtype, torch.float32)
+        checks.dtype(name, extra, allowed)
+        checks.device(name, extra, base.device)
+
+
+def _check_loras(
+    gate_up_lora: LoraWeights | None,
+    down_lora: LoraWeights | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+) -> int:
+    counts = set()
+    for name, lora, weight in (
+        ("gate_up_lora", gate_up_lora, gate_up_proj),
+        ("down_lora", down_lora, down_proj),
+    ):
+        if lora is not None:
+            check_expert_lora(name, lora, weight)
+            counts.add(lora.lora_A.shape[0])
+    if len(counts) > 1:
+        raise ValueError(
+            f"gate_up_lora and down_lora must have the same number of modalities, got {counts}"
+        )
+    return counts.pop() if counts else 0

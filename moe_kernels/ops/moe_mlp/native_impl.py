@@ -1,0 +1,58 @@
+"""``moe_mlp`` on the native extension: one call forward, one backward."""
+
+from torch import Tensor
+
+from moe_kernels import _native
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+
+
+def forward(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    perm: Tensor,
+    inv_perm: Tensor,
+    segment_offsets: Tensor,
+    weights: ExpertWeights,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2)."""
+    return _native.ops().moe_mlp_forward(
+        hidden_states,
+        topk_weights,
+        perm,
+        inv_perm,
+        segment_offsets,
+        *weights,
+        weights.num_modalities,
+        save_for_backward,
+    )
+
+
+def backward(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    perm: Tensor,
+    inv_perm: Tensor,
+    segment_offsets: Tensor,
+    weights: ExpertWeights,
+    pre_act: Tensor,
+    u1: Tensor,
+    u2: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in its order."""
+    return _native.ops().moe_mlp_backward(
+        grad_out,
+        hidden_states,
+        topk_weights,
+        perm,
+        inv_perm,
+        segment_offsets,
+        *weights,
+        pre_act,
+        u1,
+        u2,
+        weights.num_modalities,
+        needs,
+    )

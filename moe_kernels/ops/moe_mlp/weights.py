@@ -1,0 +1,63 @@
+"""The weights that every implementation of ``moe_mlp`` takes, in one tuple."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of ``moe_mlp``: the frozen stack, added experts, and low-rank pairs, or None.
+
+    Shapes as in :func:`moe_kernels.ops.moe_mlp`; ``*_A``, ``*_B`` and ``*_scaling`` are the fields
+    of ``LoraWeights``.
+    """
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    extra_gate_up_proj: Tensor | None
+    extra_down_proj: Tensor | None
+    gate_up_A: Tensor | None
+    gate_up_B: Tensor | None
+    gate_up_scaling: Tensor | None
+    down_A: Tensor | None
+    down_B: Tensor | None
+    down_scaling: Tensor | None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts, added ones included."""
+        extra = 0 if self.extra_gate_up_proj is None else self.extra_gate_up_proj.shape[0]
+        return self.gate_up_proj.shape[0] + extra
+
+    @property
+    def num_modalities(self) -> int:
+        """Number of added modalities that have a low-rank pair."""
+        lora_a = self.gate_up_A if self.gate_up_A is not None else self.down_A
+        return 0 if lora_a is None else lora_a.shape[0]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of the gate_up and the down update; 0 where there is none."""
+        return tuple(0 if a is None else a.shape[2] for a in (self.gate_up_A, self.down_A))
+
+    def trainable(self) -> tuple[Tensor | None, ...]:
+        """What may take a gradient, in the order of the backward op's ``needs[2:]``."""
+        return (
+            self.extra_gate_up_proj,
+            self.extra_down_proj,
+            self.gate_up_A,
+            self.gate_up_B,
+            self.down_A,
+            self.down_B,
+        )
+
+    def in_compute_dtype(self) -> "ExpertWeights":
+        """Contiguous, with the adapters cast to the base's dtype and the scaling to fp32."""
+        dtype = self.gate_up_proj.dtype
+        cast = {}
+        for name, tensor in self._asdict().items():
+            if tensor is not None:
+                to = torch.float32 if name.endswith("scaling") else dtype
+                cast[name] = tensor.to(to).contiguous()
+        return self._replace(**cast)

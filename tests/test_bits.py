@@ -1,0 +1,95 @@
+"""Text rows keep their bits whatever the adapters and the other rows are (docs/design.md 5.1).
+
+Hidden sizes are large enough to see a wrong implementation: at 48 it passes, fp32 shows it from
+128 and bf16 from 512.
+"""
+
+import pytest
+import torch
+
+from moe_kernels import backends, ops
+from moe_kernels.ops import LoraWeights
+from moe_kernels.testing import Shape, make_modality_ids, make_moe_inputs, make_routing
+
+WORKING = [name for name, why_not in backends.available().items() if why_not is None]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+BACKENDS = pytest.mark.parametrize("backend", WORKING)
+
+
+def call(inputs, backend):
+    with torch.no_grad():
+        return ops.moe_mlp(*inputs[:5], **inputs.keywords(), backend=backend)
+
+
+def scaled(lora, factor):
+    return LoraWeights(lora.lora_A * factor, lora.lora_B * factor, lora.scaling)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("num_tokens", [64, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_adapter(backend, dtype, num_tokens, seed):
+    shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256, r=16)
+    inputs = make_moe_inputs(shape, seed=seed, num_extra=1).to(dtype)
+    text = inputs.modality_ids == 0
+    expected = call(inputs, backend)[text]
+    for factor in (-3.0, 1e18, float("inf"), float("nan")):
+        changed = inputs._replace(
+            gate_up_lora=scaled(inputs.gate_up_lora, factor),
+            down_lora=scaled(inputs.down_lora, factor),
+        )
+        assert torch.equal(call(changed, backend)[text], expected)
+    none = inputs._replace(gate_up_lora=None, down_lora=None)
+    assert torch.equal(call(none, backend)[text], expected)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("num_tokens", [64, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_other_rows(backend, dtype, num_tokens, seed):
+    """Values, modality and routing of the other rows change, and with them every count."""
+    shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256, r=16)
+    inputs = make_moe_inputs(shape, seed=seed).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 100)
+    keep = torch.rand(num_tokens, generator=generator) < 0.3
+    keep[0] = True
+    inputs.modality_ids[keep] = 0
+    expected = call(inputs, backend)[keep]
+    for kind in ("zipf", "one_expert", "balanced"):
+        ids, weights = make_routing(num_tokens, 2, 8, kind=kind, generator=generator)
+        modality = make_modality_ids(num_tokens, kind="mixed", generator=generator)
+        noise = torch.randn(num_tokens, 512, generator=generator).to(dtype) * 100
+        changed = inputs._replace(
+            hidden_states=torch.where(keep[:, None], inputs.hidden_states, noise),
+            topk_ids=torch.where(keep[:, None], inputs.topk_ids, ids),
+            topk_weights=torch.where(keep[:, None], inputs.topk_weights, weights.to(dtype)),
+            modality_ids=torch.where(keep, inputs.modality_ids, modality),
+        )
+        assert torch.equal(call(changed, backend)[keep], expected)
+
+
+@BACKENDS
+@DTYPES
+def test_the_other_rows_values_may_be_nan(backend, dtype):
+    inputs = make_moe_inputs(Shape(T=64, K=2, E=4, H=512, I=256)).to(dtype)
+    text = inputs.modality_ids == 0
+    expected = call(inputs, backend)[text]
+    inputs.hidden_states[~text] = float("nan")
+    assert torch.equal(call(inputs, backend)[text], expected)
+
+
+@BACKENDS
+@DTYPES
+def test_thread_count(backend, dtype, thread_count):
+    inputs = make_moe_inputs(Shape(T=200, K=2, E=8, H=512, I=256), num_extra=1).to(dtype)
+    results = []
+    for threads in (1, 2):
+        thread_count(threads)
+        inputs.requires_grad_()
+        out = ops.moe_mlp(*inputs[:5], **inputs.keywords(), backend=backend)
+        tensors = list(inputs.differentiable().values())
+        results.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
