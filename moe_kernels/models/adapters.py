@@ -36,20 +36,23 @@ def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramet
 
 
 def save(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> None:
+    """Write the adapter of a patched model."""
+    tensors = {name: parameter.detach() for name, parameter in named_adapter_parameters(model)}
+    text = json.dumps(_describe(model, config), indent=2) + "\n"
+    write(folder, tensors, text, {"format": "pt", "adapter_config": text})
+
+
+def write(folder: Path, tensors: dict[str, Tensor], text: str, metadata: dict[str, str]) -> None:
     """Write the two files; each replaces an old one only when both are complete.
 
-    The weights go first and carry the configuration, which is the one that is read: an interruption
-    between the two leaves a good adapter and an older JSON, which is for people.
+    The weights go first. Ours carry the configuration, which is the one that is read: an
+    interruption between the two leaves a good adapter and an older JSON, which is for people.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in named_adapter_parameters(model)
-    }
-    text = json.dumps(_describe(model, config), indent=2) + "\n"
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     weights, settings = folder / f".{WEIGHTS_NAME}.tmp", folder / f".{CONFIG_NAME}.tmp"
     try:
-        save_file(tensors, weights, metadata={"format": "pt", "adapter_config": text})
+        save_file(tensors, weights, metadata=metadata)
         settings.write_text(text)
         os.replace(weights, folder / WEIGHTS_NAME)
         os.replace(settings, folder / CONFIG_NAME)

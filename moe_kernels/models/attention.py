@@ -17,9 +17,10 @@ def attach(linear: nn.Linear, context: ModalityContext, lora: ModalityLora) -> N
 
 
 def detach(linear: nn.Linear) -> None:
-    """Undo :func:`attach`."""
-    for name in ("_modality_context", "_modality_lora", "forward"):
-        linear.__dict__.pop(name, None)
+    """Undo :func:`attach`, if it was done."""
+    if "_modality_context" in linear.__dict__:
+        for name in ("_modality_context", "_modality_lora", "forward"):
+            del linear.__dict__[name]
 
 
 def _forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:

@@ -79,10 +79,9 @@ def resolve_modality_ids(
     if input_ids is None and inputs_embeds is None:
         raise ValueError("give input_ids or inputs_embeds")
     shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]
-    if modality_ids is not None and modality_ids.shape != shape and input_ids is not None:
-        # During decoding generate() still hands over the prompt's ids.
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            modality_ids = None
+    decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+    if decoding and input_ids is not None and getattr(modality_ids, "shape", shape) != shape:
+        modality_ids = None  # the prompt's, which generate() still hands over
     if modality_ids is None:
         if input_ids is None:
             raise ValueError(

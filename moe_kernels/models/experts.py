@@ -59,10 +59,10 @@ def unsupported(experts: nn.Module) -> list[str]:
     return reasons
 
 
-def attach(experts: nn.Module, context: ModalityContext, lora: nn.ModuleDict | None) -> None:
-    """Give an experts module its context and adapters, as unregistered references."""
+def attach(experts: nn.Module, context: ModalityContext, loras: dict[str, ModalityLora]) -> None:
+    """Give an experts module its context and adapters (or none), as unregistered references."""
     experts.__dict__["_modality_context"] = context
-    experts.__dict__["_modality_lora"] = lora
+    experts.__dict__["_modality_lora"] = loras
 
 
 def detach(experts: nn.Module) -> None:
@@ -84,7 +84,7 @@ def experts_forward(
         if context.modality_ids is None:
             raise RuntimeError(MISSING)
         modality_ids, backend = context.modality_ids.reshape(-1), context.backend
-        adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"] or {}
+        adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
         if context.adapters_enabled and adapters:
             loras = {
                 "gate_up_lora": adapters["gate_up_proj"].weights(),

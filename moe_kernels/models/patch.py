@@ -108,6 +108,9 @@ class PatchedModel:
             _detach_layer(layer)
         for name in ("forward", "prepare_inputs_for_generation", _HANDLE):
             model.__dict__.pop(name, None)
+        if model.__dict__.pop("_original_forward", None) is not None:
+            # accelerate's autocast went with our forward: it may wrap the model again.
+            model.__dict__.pop("_is_accelerate_prepared", None)
         if "token_modality" in model._buffers:
             del model.token_modality
         _set_config(model, model.config, self._original_config)
@@ -199,7 +202,7 @@ def _table_problems(model: PreTrainedModel) -> list[str]:
     """Why added tokens could not work."""
     reasons = []
     if "forward" in model.__dict__:
-        reasons.append("it has a forward of its own (a device map, or mixed precision?)")
+        reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
     for module, wanted in (
         (model.get_input_embeddings(), nn.Embedding),
         (model.get_output_embeddings(), nn.Linear),
@@ -237,29 +240,28 @@ def _layer_problems(layer: nn.Module, config: ModalityLoraConfig) -> list[str]:
 
 
 def _attach_layer(layer: nn.Module, patched: PatchedModel) -> None:
-    """Adapters live on the decoder layer: under ``mlp``, Mixtral's saving would rename them."""
+    """Adapters live on the decoder layer, without a level named "experts".
+
+    Under ``mlp.experts``, or any ``experts.gate_up_proj``, transformers takes them for base weights
+    when it saves: it would split and rename them, and resuming would lose them without a word.
+    """
     config, context = patched.config, ModalityContext(patched.config.backend)
     patched._contexts.append(context)
     hook = layer.self_attn.register_forward_pre_hook(TakeModalityIds(context), with_kwargs=True)
     patched._hooks.append(hook)
-    layer.modality_lora = nn.ModuleDict()
+    loras = layer.modality_lora = nn.ModuleDict()
     experts_module = experts.find_experts(layer)
     if experts_module is not None:
-        lora = None
+        pair = {}
         if "experts" in config.target_modules:
-            lora = layer.modality_lora["experts"] = nn.ModuleDict(
-                {
-                    name: _make_lora(name, getattr(experts_module, name), config)
-                    for name in EXPERT_PROJECTIONS
-                }
-            )
-        experts.attach(experts_module, context, lora)
+            for name in EXPERT_PROJECTIONS:
+                pair[name] = loras[name] = _make_lora(name, getattr(experts_module, name), config)
+        experts.attach(experts_module, context, pair)
     if "attention" in config.target_modules:
-        lora = layer.modality_lora["attention"] = nn.ModuleDict()
         for name in ATTENTION_PROJECTIONS:
             linear = getattr(layer.self_attn, name)
-            lora[name] = _make_lora(name, linear.weight, config)
-            attention.attach(linear, context, lora[name])
+            loras[name] = _make_lora(name, linear.weight, config)
+            attention.attach(linear, context, loras[name])
 
 
 def _attach_model(model: PreTrainedModel, patched: PatchedModel) -> None:
@@ -279,9 +281,10 @@ def _detach_layer(layer: nn.Module) -> None:
     experts_module = experts.find_experts(layer)
     if experts_module is not None:
         experts.detach(experts_module)
-    loras = layer._modules.pop("modality_lora", {})
-    for name in loras["attention"] if "attention" in loras else ():
-        attention.detach(getattr(layer.self_attn, name))
+    layer._modules.pop("modality_lora", None)
+    for name in ATTENTION_PROJECTIONS:
+        if isinstance(linear := getattr(layer.self_attn, name, None), nn.Linear):
+            attention.detach(linear)
 
 
 def _make_lora(projection: str, weight: nn.Parameter, config: ModalityLoraConfig) -> ModalityLora:
@@ -326,7 +329,7 @@ def _require_grad(model: PreTrainedModel, embeddings: torch.Tensor) -> torch.Ten
 
 @functools.cache
 def _forward_of(model_class: type[PreTrainedModel]):
-    """``forward`` of the class with an explicit ``modality_ids``, for the Trainer and generate()."""
+    """The class's ``forward`` with an explicit ``modality_ids``, for Trainer and generate()."""
     inner = model_class.forward
     signature = inspect.signature(inner)
     names = list(signature.parameters)[1:]
@@ -347,6 +350,8 @@ def _forward_of(model_class: type[PreTrainedModel]):
         )
         return inner(self, **kwargs)
 
+    # accelerate unwraps down to the innermost function when it takes autocast away.
+    del forward.__wrapped__
     parameters = list(signature.parameters.values())
     keyword = inspect.Parameter("modality_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
     at = next(

@@ -1,6 +1,5 @@
 """Added tokens: rows for a new modality beside the frozen embedding table and head."""
 
-import copy
 import types
 from collections.abc import Callable
 
@@ -23,8 +22,10 @@ def add_modality_tokens(
     """Give a patched model ``num_tokens`` tokens of an added modality, with trainable rows.
 
     The frozen table keeps its name and its bits; the new rows are a second parameter of the
-    embedding and, unless the two are tied, of the head. Text generation does not produce them
-    (``generation_config.suppress_tokens``); ``forward`` never masks their logits.
+    embedding and, unless the two are tied, of the head. Text generation does not produce them: they
+    are added to the model's ``generation_config.suppress_tokens``. ``generate(...,
+    suppress_tokens=[])`` allows them; in a ``GenerationConfig`` of your own it must be ``[]`` too,
+    as transformers fills None from the model's. ``forward`` never masks their logits.
 
     Args:
         model: patched by :func:`moe_kernels.patch_model` for this modality.
@@ -160,30 +161,24 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
 
 
 def _extend_tokenizer(tokenizer, modality: str, first: int, num_tokens: int) -> None:
-    """Add ``<modality_i>`` under the ids from ``first`` on, with fillers for ids without a token."""
-    missing = first - len(tokenizer)
-    if missing < 0:
+    """Add ``<modality_i>`` under the ids from ``first`` on; fillers take ids without a token."""
+    vocabulary = tokenizer.get_vocab()
+    last = max(vocabulary.values(), default=-1)
+    if last >= first:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's table {first} rows: "
+            f"the tokenizer has ids up to {last} but the model's table {first} rows: "
             "resize the model's embeddings before patching"
         )
-    names = [f"<unused_{i}>" for i in range(len(tokenizer), first)]
-    names += [f"<{modality}_{i}>" for i in range(num_tokens)]
-    if clash := set(names) & set(tokenizer.get_vocab()):
-        raise ValueError(f"the tokenizer has tokens of these names already: {sorted(clash)[:5]}")
-    _check_ids(copy.deepcopy(tokenizer), names, range(len(tokenizer), first + num_tokens))
-    tokenizer.add_tokens(names, special_tokens=True)
-
-
-def _check_ids(tokenizer, names: list[str], expected: range) -> None:
-    """Add the names to a copy of the tokenizer, to see what ids it gives them."""
-    tokenizer.add_tokens(names, special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(names)
-    if ids != list(expected):
+    if last >= len(vocabulary):
         raise ValueError(
-            f"the tokenizer gives added tokens the ids {ids[0]}..{ids[-1]}, the model needs "
-            f"{expected[0]}..{expected[-1]}: are there gaps in its vocabulary?"
+            f"the tokenizer has {len(vocabulary)} tokens but ids up to {last}: added tokens would "
+            "fall into the gaps"
         )
+    names = [f"<unused_{i}>" for i in range(last + 1, first)]
+    names += [f"<{modality}_{i}>" for i in range(num_tokens)]
+    if clash := set(names) & set(vocabulary):
+        raise ValueError(f"the tokenizer has tokens of these names already: {sorted(clash)[:5]}")
+    tokenizer.add_tokens(names, special_tokens=True)
 
 
 def _normal_rows(table: Tensor, num_tokens: int, features: Tensor | None) -> Tensor:

@@ -1,0 +1,156 @@
+"""Tiny random Hugging Face models of every family that the model tests run on."""
+
+import torch
+from torch import nn
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+VOCAB = 48
+PAD = 0
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+# name -> (model class, config class, settings of its own)
+FAMILIES: dict[str, tuple[type, type, dict]] = {
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 4, "intermediate_size": 24, "head_dim": 8},
+    ),
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4, "intermediate_size": 24}),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 40,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [],
+        },
+    ),
+    # The second layer is dense, the first has a shared expert; q, k and v have biases.
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "intermediate_size": 40,
+            "mlp_only_layers": [1],
+        },
+    ),
+}
+
+
+def make_model(
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    experts: str = "eager",
+    attention: str = "sdpa",
+    **overrides,
+) -> PreTrainedModel:
+    """A model in eval mode; the same seed gives the same weights.
+
+    Biases and norms are random too, so that a path that forgets one is seen.
+
+    Args:
+        family: a name of ``FAMILIES``.
+        seed: of the weights.
+        dtype: of the weights.
+        experts: transformers' own experts implementation.
+        attention: transformers' attention implementation.
+        **overrides: settings of the model's configuration.
+    """
+    model_class, config_class, own = FAMILIES[family]
+    config = config_class(**{**_COMMON, **own, **overrides})
+    config._attn_implementation = attention
+    torch.manual_seed(seed)
+    model = model_class(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+    model.set_experts_implementation(experts)
+    return model.to(dtype).eval()
+
+
+def randomise(patched, *, scale: float = 0.3, seed: int = 1) -> None:
+    """Fill all adapters and added rows with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in patched.trainable_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * scale)
+
+
+def fill(patched, value: float) -> None:
+    """Set all adapters and added rows to one value."""
+    with torch.no_grad():
+        for parameter in patched.trainable_parameters():
+            parameter.fill_(value)
+
+
+def token_ids(batch: int, length: int, *, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    """(batch, length) random ids, none of them padding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab, (batch, length), generator=generator)
+
+
+def snapshot(model: nn.Module) -> dict:
+    """Everything that patching may touch, to be compared with ``==`` and :func:`same_snapshot`."""
+    return {
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "buffers": sorted(name for name, _ in model.named_buffers()),
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        },
+        "non_persistent": {
+            name: sorted(module._non_persistent_buffers_set)
+            for name, module in model.named_modules()
+        },
+        "config": model.config.to_dict(),
+        "experts_implementation": model.config._experts_implementation,
+        "generation_config": model.generation_config.to_dict(),
+        "vocab_sizes": [m.vocab_size for m in model.modules() if hasattr(m, "vocab_size")],
+        "trained": model.training,
+    }
+
+
+def assert_same_snapshot(actual: dict, expected: dict) -> None:
+    """Fail unless two snapshots are equal, tensors bit for bit."""
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        if key != "state":
+            assert actual[key] == expected[key], key
+    assert list(actual["state"]) == list(expected["state"])
+    for name, tensor in expected["state"].items():
+        assert tensor.dtype == actual["state"][name].dtype, name
+        assert torch.equal(actual["state"][name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name

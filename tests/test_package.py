@@ -1,0 +1,77 @@
+"""The package as a whole: a lean import, public names, the info page, the README's promises."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from model_zoo import FAMILIES
+
+import moe_kernels
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_lean():
+    loaded = python(
+        "import sys, torch; before = set(sys.modules)\n"
+        "import moe_kernels, torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    heavy = {"transformers", "triton", "ot", "matplotlib", "sklearn", "peft", "accelerate"}
+    assert not heavy & set(loaded.split())
+
+
+def test_public_names():
+    for name in moe_kernels.__all__:
+        assert getattr(moe_kernels, name) is not None
+    assert set(moe_kernels.ops.__all__) == {
+        "Dispatch",
+        "LoraWeights",
+        "dispatch",
+        "lora_linear",
+        "moe_mlp",
+    }
+
+
+def test_info_page():
+    page = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "moe_kernels.info", "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    assert set(page["backends"]) == set(moe_kernels.backends.NAMES)
+    reasons = moe_kernels.backends.available()
+    assert page["backends"] == {name: reason or "ok" for name, reason in reasons.items()}
+    assert page["versions"]["moe_kernels"] == moe_kernels.__version__
+
+
+def test_readme_lists_the_families_that_the_suite_runs_on():
+    """Run ``python tests/test_package.py`` to write the list anew."""
+    assert supported_models() in (ROOT / "README.md").read_text()
+
+
+def supported_models() -> str:
+    return "".join(f"- `{classes[0].__name__}`\n" for classes in FAMILIES.values())
+
+
+def write_supported_models() -> None:
+    path = ROOT / "README.md"
+    pattern = r"(<!-- supported-models:.*?-->\n)(.*?)(<!-- /supported-models -->)"
+    text = re.sub(pattern, rf"\1{supported_models()}\3", path.read_text(), flags=re.DOTALL)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    write_supported_models()
