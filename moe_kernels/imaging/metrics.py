@@ -1,0 +1,42 @@
+"""Are generated pictures varied, and are they new?
+
+Compare like with like: pass real pictures through the tokenizer before comparing them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def count_distinct(codes: torch.Tensor) -> int:
+    """codes: (N, tokens) -> how many different pictures there are among them."""
+    return len(torch.unique(codes, dim=0))
+
+
+def mean_pairwise_distance(images: torch.Tensor, groups: torch.Tensor) -> float:
+    """The mean Euclidean distance of two different pictures of one group; 0 where no group has two.
+
+    images: (N, ...) float; groups: (N,), such as the digit that each was asked to show
+    """
+    total, pairs = 0.0, 0
+    for group in groups.unique():
+        members = images[groups == group].flatten(1).double()
+        distances = torch.pdist(members)
+        total, pairs = total + float(distances.sum()), pairs + len(distances)
+    return total / max(pairs, 1)
+
+
+def nearest_distances(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The Euclidean distance of each picture to the nearest reference.
+
+    images: (N, ...), reference: (R, ...) -> (N,) float32
+
+    A copy has distance 0 exactly, as distances are not taken by |a|^2 - 2ab + |b|^2.
+    """
+    chunks = images.flatten(1).float().split(256)
+    reference = reference.flatten(1).float()
+    nearest = [
+        torch.cdist(chunk, reference, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+        for chunk in chunks
+    ]
+    return torch.cat(nearest) if nearest else torch.empty(0)
