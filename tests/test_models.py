@@ -17,6 +17,8 @@ from model_zoo import (
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GptOssConfig,
@@ -231,6 +233,52 @@ def test_a_balance_loss_and_long_vocabulary(family="mixtral"):
     actual = model(ids, labels=ids, output_router_logits=True)
     close(actual.aux_loss, expected.aux_loss, "balance loss")
     close(actual.loss, expected.loss, "loss")
+
+
+OTHERS = {
+    "deepseek_v3": {
+        "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+    "glm4_moe": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 4},
+    "minimax_m2": {"num_local_experts": 4, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_the_experts_of_other_families(model_type, tmp_path):
+    """The layout decides, not the class: a shorter check of models with the same interface."""
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "initializer_range": 0.2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **sizes | OTHERS[model_type])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_experts_implementation("eager")
+    before, ids = snapshot(model), token_ids(2, 10)
+    expected = model(ids).logits
+    patched = patch_model(model, ModalityLoraConfig(target_modules=("experts",)))
+    add_modality_tokens(model, "image", 5)
+    randomise(patched)
+    close(model(ids).logits[..., :VOCAB], expected, "logits")
+    image = model(ids, modality_ids=torch.ones_like(ids)).logits[..., :VOCAB]
+    assert relative_rms(image, expected) > 0.1
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {name for name, _ in patched.named_trainable_parameters()} <= set(saved)
+    patched.unpatch()
+    assert_same_snapshot(snapshot(model), before)
+
+
+def test_attention_of_another_kind():
+    settings = OTHERS["deepseek_v3"] | {"vocab_size": VOCAB, "hidden_size": 32, "pad_token_id": 0}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "moe_intermediate_size": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings))
+    refused(model, ValueError, 'no self_attn.q_proj .leave "attention" out of target_modules.')
 
 
 # --- undo

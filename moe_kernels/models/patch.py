@@ -232,7 +232,9 @@ def _layer_problems(layer: nn.Module, config: ModalityLoraConfig) -> list[str]:
     if "attention" in config.target_modules:
         for name in ATTENTION_PROJECTIONS:
             linear = getattr(layer.self_attn, name, None)
-            if type(linear) is not nn.Linear:
+            if linear is None:
+                reasons.append(f'no self_attn.{name} (leave "attention" out of target_modules)')
+            elif type(linear) is not nn.Linear:
                 reasons.append(f"self_attn.{name} is {type(linear).__name__}, not nn.Linear")
             elif "forward" in linear.__dict__:
                 reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
