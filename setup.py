@@ -114,14 +114,20 @@ def extension(cuda: bool):
     options = {"name": "moe_kernels._C", "extra_link_args": openmp}
     if not cuda:
         return CppExtension(
-            sources=sources, define_macros=macros, extra_compile_args={"cxx": flags + headers}, **options
+            sources=sources,
+            define_macros=macros,
+            extra_compile_args={"cxx": flags + headers},
+            **options,
         )
     arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH_LIST)
     macros += [
         ("MOE_KERNELS_WITH_CUDA", None),
         ("MOE_KERNELS_CUDA_ARCH_LIST", f'"{arch_list}"'),
     ]
-    compile_args = {"cxx": flags + headers, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]}
+    compile_args = {
+        "cxx": flags + headers,
+        "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"],
+    }
     return CUDAExtension(
         sources=sources + cuda_sources(),
         define_macros=macros,

@@ -1,6 +1,6 @@
 // The one place where op schemas are written, and the Python module moe_kernels._C, which carries
 // nothing but facts about this build.
-#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -73,6 +73,9 @@ py::dict build_info() {
   return info;
 }
 
+// An element of memory as the ops get it: NaN where poison is on.
+double fresh_value() { return moe_kernels::cpu::empty({1}, at::kFloat).item<double>(); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -80,4 +83,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_features", &moe_kernels::cpu::cpu_features);
   m.def("set_poison", &moe_kernels::cpu::set_poison, py::arg("on"));
+  m.def("fresh_value", &fresh_value);
 }

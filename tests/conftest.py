@@ -22,3 +22,9 @@ def thread_count():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every run, whatever ran before."""
+    torch.manual_seed(0)

@@ -49,11 +49,15 @@ template <typename acc_t>
 auto write_gradient(acc_t* grad, int64_t height, int64_t width, bool transposed) {
   return [=](const OuterItem& item, const acc_t* values, int64_t ld) {
     acc_t* base = grad + item.group * height * width;
-    for (int64_t i = 0; i < item.num_rows; ++i) {
-      for (int64_t j = 0; j < item.num_columns; ++j) {
-        const int64_t row = item.row + i, column = item.column + j;
-        base[transposed ? column * height + row : row * width + column] = values[i * ld + j];
+    if (!transposed) {
+      for (int64_t i = 0; i < item.num_rows; ++i) {
+        std::copy_n(values + i * ld, item.num_columns, base + (item.row + i) * width + item.column);
       }
+      return;
+    }
+    for (int64_t j = 0; j < item.num_columns; ++j) {
+      acc_t* dst = base + (item.column + j) * height + item.row;
+      for (int64_t i = 0; i < item.num_rows; ++i) dst[i] = values[i * ld + j];
     }
   };
 }

@@ -60,7 +60,9 @@ class Backward {
   }
 
  private:
-  static at::Tensor allocate(at::IntArrayRef sizes) { return empty(sizes, MoeMlp<scalar_t>::kType); }
+  static at::Tensor allocate(at::IntArrayRef sizes) {
+    return empty(sizes, MoeMlp<scalar_t>::kType);
+  }
   static at::Tensor allocate_acc(at::IntArrayRef sizes) {
     return empty(sizes, MoeMlp<scalar_t>::kAccType);
   }

@@ -45,7 +45,9 @@ class Forward {
     });
   }
 
-  static at::Tensor allocate(at::IntArrayRef sizes) { return empty(sizes, MoeMlp<scalar_t>::kType); }
+  static at::Tensor allocate(at::IntArrayRef sizes) {
+    return empty(sizes, MoeMlp<scalar_t>::kType);
+  }
 
   // u = row A^T, rounded and kept in `saved`; returns scale * u, rounded once more, which is what
   // meets B.

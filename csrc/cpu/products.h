@@ -115,7 +115,8 @@ struct Tile {
   int64_t ldc;
 };
 
-// store(p, block, values) gets row(p) (K,) @ stack.at(expert, modality) (K, N) for the blocks' rows.
+// store(p, block, values) gets row(p) (K,) @ stack.at(expert, modality) (K, N), for all rows of
+// the blocks.
 template <typename scalar_t, typename Row, typename Store>
 void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
                   const AdapterStack<scalar_t>& stack, const Store& store) {

@@ -43,8 +43,8 @@ inline void append_blocks(std::vector<RowBlock>& blocks, int64_t expert, int64_t
   }
 }
 
-// Calls fn(begin, end) on every range of rows without an adapter, up to row `total`: text rows, rows
-// of experts from num_adapted on, and what was not dispatched.
+// Calls fn(begin, end) on every range of rows without an adapter, up to row `total`: text rows,
+// rows of experts from num_adapted on, and what was not dispatched.
 template <typename Fn>
 void for_each_unadapted(const Segments& segments, int64_t num_adapted, int64_t total, Fn&& fn) {
   int64_t begin = 0;

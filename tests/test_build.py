@@ -1,0 +1,266 @@
+"""What is built, where, and what the package says when something is missing."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_kernels import _native, env, info
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "build", "dist", "*.so", "*.egg-info", "_build_info.json", "__pycache__", "out"
+)
+REPORT = """
+import json, torch
+from moe_kernels import _native
+used = False
+if _native.is_available():
+    perm, *_ = _native.ops().dispatch(torch.tensor([[1], [0]]), 2, None, 0)
+    used = perm.tolist() == [1, 0]
+print(json.dumps({"file": _native.__file__, "why_not": _native.why_not(), "used": used}))
+"""
+
+
+@pytest.fixture(scope="module")
+def setup_module():
+    spec = importlib.util.spec_from_file_location("moe_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", False), ("0", False), ("false", False), ("1", True), ("TRUE", True)],
+)
+def test_build_flags(setup_module, monkeypatch, value, expected):
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", value)
+    assert setup_module.flag("MOE_KERNELS_SKIP_CPP") is expected
+
+
+def test_an_unclear_build_flag_is_an_error(setup_module, monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", "maybe")
+    with pytest.raises(SystemExit, match="must be 0, 1, true or false"):
+        setup_module.flag("MOE_KERNELS_SKIP_CPP")
+
+
+def test_why_no_cuda(setup_module, monkeypatch, tmp_path):
+    monkeypatch.delenv("MOE_KERNELS_SKIP_CUDA", raising=False)
+    sources = ["csrc/cuda/kernel.cu"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    toolkit = str(tmp_path)
+    assert setup_module.why_no_cuda(toolkit, "13.0", sources) is None
+    assert "no CUDA kernels" in setup_module.why_no_cuda(toolkit, "13.0", [])
+    assert "without CUDA" in setup_module.why_no_cuda(toolkit, None, sources)
+    assert "nvcc was not found" in setup_module.why_no_cuda(None, "13.0", sources)
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CUDA", "1")
+    assert "SKIP_CUDA" in setup_module.why_no_cuda(toolkit, "13.0", sources)
+
+
+def test_compiler_is_found_or_not(setup_module, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert not setup_module.has_compiler()
+    assert "/nonexistent/c++" in setup_module.no_compiler()
+
+
+@pytest.mark.parametrize("command", ["sdist", "egg_info", "dist_info"])
+def test_metadata_needs_no_compiler(setup_module, command):
+    assert not setup_module.needs_extensions([command])
+    assert setup_module.needs_extensions(["bdist_wheel"])
+
+
+@pytest.fixture
+def reloaded():
+    _native._load.cache_clear()
+    yield
+    _native._load.cache_clear()
+
+
+def test_another_torch_is_refused_before_loading(monkeypatch, reloaded):
+    monkeypatch.setattr(_native, "find_spec", lambda name: True)
+    monkeypatch.setattr(_native, "_note", lambda: {"torch_version": "2.5.1"})
+    monkeypatch.setattr(_native, "import_module", None)
+    assert not _native.is_available()
+    assert _native.why_not().startswith(f"built for torch 2.5.1, this is torch {torch.__version__}")
+    with pytest.raises(RuntimeError, match="rebuild with"):
+        _native.ops()
+
+
+def test_an_undefined_symbol_is_a_reason(monkeypatch, reloaded):
+    def fail(name):
+        raise ImportError("undefined symbol: _ZN2at")
+
+    monkeypatch.setattr(_native, "find_spec", lambda name: True)
+    monkeypatch.setattr(_native, "_note", dict)
+    monkeypatch.setattr(_native, "import_module", fail)
+    assert "undefined symbol" in _native.why_not()
+    assert _native.build_info() == {}
+
+
+def test_not_built(monkeypatch, reloaded):
+    monkeypatch.setattr(_native, "find_spec", lambda name: None)
+    assert _native.why_not().startswith("not built: install with a C++ compiler")
+
+
+def test_run_time_flags(monkeypatch):
+    for name, read in {"CHECK": env.check_values, "POISON": env.poison}.items():
+        monkeypatch.delenv(f"MOE_KERNELS_{name}", raising=False)
+        assert read() is False
+        monkeypatch.setenv(f"MOE_KERNELS_{name}", "true")
+        assert read() is True
+        monkeypatch.setenv(f"MOE_KERNELS_{name}", "yes")
+        with pytest.raises(ValueError, match=f"MOE_KERNELS_{name} must be 1, 0, true or false"):
+            read()
+
+
+def test_backend_flag(monkeypatch):
+    monkeypatch.delenv("MOE_KERNELS_BACKEND", raising=False)
+    assert env.backend() is None
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", "reference")
+    assert env.backend() == "reference"
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", "opencl")
+    with pytest.raises(ValueError, match="must be one of reference, cpu, triton, cuda"):
+        env.backend()
+
+
+def test_info(capsys):
+    info.main([])
+    assert "backends:" in capsys.readouterr().out
+    info.main(["--json"])
+    assert json.loads(capsys.readouterr().out)["versions"]["torch"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the source tree without anything built."""
+    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE))
+
+
+@pytest.fixture
+def python(tmp_path):
+    """The interpreter of a fresh environment that sees this one's packages, but not ours."""
+    folder = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (folder / "lib" / version / "site-packages" / "outer.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )
+    return folder / "bin" / "python"
+
+
+def pip_install(python, *arguments, **variables):
+    command = [python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
+    return subprocess.run(
+        [*command, "--ignore-installed", "--disable-pip-version-check", *arguments],
+        env=clean_environment(python) | variables,
+        cwd=python.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def clean_environment(python):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_KERNELS_", "PYTHONPATH"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def report(python):
+    result = subprocess.run(
+        [python, "-c", REPORT],
+        env=clean_environment(python),
+        cwd=python.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.slow
+def test_sdist_installs(source, python):
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        source / "out",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = (source / "out").glob("*.tar.gz")
+    result = pip_install(python, archive)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "csrc/cpu" not in "\n".join(
+        line for line in (result.stdout + result.stderr).splitlines() if "warning:" in line
+    )
+    found = report(python)
+    assert found["why_not"] is None and found["used"]
+    assert "site-packages" in found["file"]
+
+
+@pytest.mark.slow
+def test_editable_install(source, python):
+    result = pip_install(python, "-e", source)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = report(python)
+    assert found["why_not"] is None and found["used"]
+    assert found["file"].startswith(str(source))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["flag", "CXX", "PATH"])
+def test_pure_python(source, python, reason):
+    variables = {
+        "flag": {"MOE_KERNELS_SKIP_CPP": "1"},
+        "CXX": {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"},
+        "PATH": {"PATH": str(python.parent), "CC": "/nonexistent/cc"},
+    }[reason]
+    result = pip_install(python, source, **variables)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert "installing as pure Python" in output
+    assert ("no working C++20 compiler" in output) == (reason != "flag")
+    found = report(python)
+    assert found["why_not"].startswith("not built") and not found["used"]
+
+
+@pytest.mark.slow
+def test_forced_cuda_fails_where_it_cannot_be_built(source, python):
+    result = pip_install(python, source, MOE_KERNELS_FORCE_CUDA="1", PATH=str(python.parent))
+    assert result.returncode != 0
+    assert "MOE_KERNELS_FORCE_CUDA is set, but" in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_a_compile_error_is_loud(source, python):
+    (source / "csrc" / "cpu" / "alloc.cpp").write_text("#error broken on purpose\n")
+    result = pip_install(python, source)
+    assert result.returncode != 0
+    assert "broken on purpose" in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_without_torch(source, tmp_path):
+    folder = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (folder / "torch.py").write_text("raise ImportError('no torch here')\n")
+    variables = {"PYTHONPATH": f"{folder}:{sysconfig.get_path('purelib')}"}
+    result = subprocess.run(
+        [folder / "bin" / "python", "setup.py", "bdist_wheel"],
+        env=os.environ | variables,
+        cwd=source,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "compiled against the installed torch" in result.stderr
