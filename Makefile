@@ -18,26 +18,36 @@ OLDEST_TRANSFORMERS := 5.17.0
 
 PY        := $(VENV)/bin/python
 INSTALLED := $(VENV)/.moe-kernels-installed
+TORCH_WAS := $(VENV)/.torch-requirement
 SOURCES   := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+ifeq ($(strip $(VENV)),)
+$(error VENV is empty: name a folder, such as VENV=.venv, or VENV=$$CONDA_PREFIX)
+endif
 # One thread for each test process: $(PYTEST) runs several.
 RUN_TESTS  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST)
 # Tests of what moe_kernels and transformers promise each other.
 INTEGRATION := tests/test_canary.py tests/test_models.py tests/test_generation.py \
-	tests/test_adapters.py tests/test_tokens.py tests/test_trainer.py
+	tests/test_adapters.py tests/test_tokens.py tests/test_trainer.py tests/test_peft.py \
+	tests/test_ddp.py tests/test_model_bits.py
 
 # $(call install,environment,extra requirements): torch, what the build needs, then the package
 define install
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(if $(strip $(TORCH)),$(1)/bin/python -m pip install -q $(TORCH))
 $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
-$(1)/bin/python -m pip install -q --no-build-isolation -e ".[demo,plots,test]" $(2)
+$(1)/bin/python -m pip install -q --no-build-isolation -e ".[test]" $(2)
 endef
 
-.PHONY: demo test test-all test-oldest lint format install clean
+.PHONY: demo test test-all test-oldest lint format install clean FORCE
 
-$(INSTALLED): $(SOURCES)
+$(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
 	touch $@
+
+# Written anew only when another torch is asked for.
+$(TORCH_WAS): FORCE
+	@mkdir -p $(@D)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
 install: $(INSTALLED)
 

@@ -122,6 +122,27 @@ def test_a_prompt_of_one_token_with_given_modality(model, use_cache):
     assert not torch.equal(actual, generate(model, **inputs))
 
 
+def test_given_modality_ids_with_a_cache_of_ones_own(model):
+    """generate() goes on from a cache that holds the first tokens of the prompt."""
+    inputs = prompt()
+    ids = inputs["ids"]
+    declared = 1 - (ids >= VOCAB).long()
+    with torch.no_grad():
+        cache = model(ids[:, :4], modality_ids=declared[:, :4], use_cache=True).past_key_values
+    actual = generate(model, **inputs, modality_ids=declared, past_key_values=cache)
+    assert torch.equal(actual, by_hand_declared(model, ids))
+
+
+@pytest.mark.parametrize(
+    "option", [{"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_given_modality_ids_in_pieces(model, option):
+    inputs = prompt(1, 12)
+    declared = 1 - (inputs["ids"] >= VOCAB).long()
+    actual = generate(model, **inputs, modality_ids=declared, **option)
+    assert torch.equal(actual, by_hand_declared(model, inputs["ids"]))
+
+
 def test_sampling_is_reproducible(model):
     inputs = prompt(4)
     samples = []

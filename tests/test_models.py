@@ -32,7 +32,7 @@ from transformers import (
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import patch as patch_module
 from moe_kernels.models.experts import find_experts
-from moe_kernels.models.patch import get_patched
+from moe_kernels.models.methods import get_patched
 from moe_kernels.testing import TOLERANCES, assert_close, make_routing, relative_rms
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -662,6 +662,12 @@ def test_a_backend_that_is_not_there():
         ({"rank_pattern": {"q_proj": 0}}, "rank"),
         ({"rank_pattern": {"up_proj": 4}}, "patterns may name"),
         ({"target_modules": ("experts",), "alpha_pattern": {"q_proj": 4}}, "patterns may name"),
+        ({"modalities": ("values",)}, "ParameterDict"),
+        ({"modalities": (1,)}, "distinct identifiers"),
+        ({"lora_alpha": "x"}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ({"alpha_pattern": {"q_proj": "a"}}, "lora_alpha must be a finite number"),
+        ({"r": True}, "a rank must be an integer"),
     ],
 )
 def test_a_configuration_that_cannot_be(settings, match):
@@ -711,3 +717,63 @@ def test_calling_the_inner_model():
 def test_get_patched_of_a_plain_model():
     with pytest.raises(ValueError, match="MixtralForCausalLM is not patched: call patch_model"):
         get_patched(make_model("mixtral"))
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
+def test_adapters_off_hold_for_the_backward_of_their_forward(checkpointing):
+    """The backward comes after the block; a recompute must not find the adapters on again."""
+    model = make_model("olmoe").train()
+    patched = patch_model(model)
+    add_modality_tokens(model, "image", 8)
+    randomise(patched)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    ids = VOCAB + token_ids(2, 9, vocab=8)
+    with patched.adapters_disabled():
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    rows = model.get_input_embeddings().added_rows["image"].grad.norm().item()
+    for name, parameter in patched.named_trainable_parameters():
+        if "modality_lora" in name:
+            assert parameter.grad is None or not parameter.grad.any(), name
+    fill_adapters_with_zeros(patched)
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    expected = model.get_input_embeddings().added_rows["image"].grad.norm().item()
+    assert rows == pytest.approx(expected, rel=1e-5)
+
+
+def fill_adapters_with_zeros(patched):
+    with torch.no_grad():
+        for name, parameter in patched.named_trainable_parameters():
+            if "modality_lora" in name:
+                parameter.zero_()
+
+
+def test_a_patched_table_cannot_be_resized():
+    model = make_model("olmoe")
+    patched = patch_model(model)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="cannot be resized"):
+        model.resize_token_embeddings(VOCAB + 8)
+    assert_same_snapshot(snapshot(model), before)
+    patched.unpatch().resize_token_embeddings(VOCAB + 8)
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB + 8
+
+
+def test_data_parallel_is_refused():
+    model = make_model("olmoe")
+    patch_model(model)
+    with pytest.raises(RuntimeError, match="nn.DataParallel is not supported"):
+        model._replicate_for_data_parallel()
+
+
+def test_positional_arguments_are_bound_as_the_class_binds_them():
+    model = make_model("olmoe")
+    patch_model(model)
+    ids = token_ids(1, 5)
+    assert torch.equal(model(ids, torch.ones_like(ids)).logits, model(input_ids=ids).logits)
+    with pytest.raises(TypeError, match="multiple values"):
+        model(ids, input_ids=ids)
+    with pytest.raises(TypeError, match="too many"):
+        model(ids, *[None] * 20)

@@ -83,7 +83,8 @@ def load(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> No
 def fingerprint(model: nn.Module) -> str:
     """A hash of the base weights: names, shapes and a sample of each, rounded to bfloat16.
 
-    Rounding makes a float32 copy of a bfloat16 model the same model.
+    Rounding makes a float32 copy of a bfloat16 model the same model. A float16 copy may differ, as
+    it was rounded once already.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -129,11 +130,16 @@ def read_config(folder: Path) -> dict:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is missing")
-    with _opened(path) as file:
+    with opened(path) as file:
         text = (file.metadata() or {}).get("adapter_config")
-    saved = {} if text is None else json.loads(text)
-    if "layout" not in saved:
-        raise ValueError(f"{path} was not written by moe_kernels: its header has no adapter_config")
+    try:
+        saved = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its header is not JSON: {error}") from error
+    if missing := {"layout", "lora", "added_tokens", "base_model", "versions"} - set(saved):
+        raise ValueError(
+            f"{path} was not written by moe_kernels: its header lacks {', '.join(sorted(missing))}"
+        )
     if saved["layout"] != LAYOUT:
         raise ValueError(
             f"the adapter has layout {saved['layout']} (moe_kernels "
@@ -145,12 +151,13 @@ def read_config(folder: Path) -> dict:
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The configuration and all tensors, in memory: a damaged file shows before any change."""
     saved = read_config(folder)
-    with _opened(folder / WEIGHTS_NAME) as file:
+    with opened(folder / WEIGHTS_NAME) as file:
         return saved, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; ValueError that names it where it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -174,7 +181,8 @@ def _check_fits(model: PreTrainedModel, config: ModalityLoraConfig, saved: dict)
         )
     if base["fingerprint"] != fingerprint(model):
         raise ValueError(
-            f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'})"
+            f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'}), "
+            "or on a copy of these in another precision than float32 or bfloat16"
         )
 
 

@@ -32,6 +32,6 @@ def _forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
         self.weight,
         self.bias,
         self.__dict__["_modality_lora"].weights(),
-        modality_ids=context.modality_ids if context.adapters_enabled else None,
+        modality_ids=context.modality_ids,
         backend=context.backend,
     )

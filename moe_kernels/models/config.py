@@ -1,12 +1,20 @@
 """What ``patch_model`` is asked to do."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from torch import nn
 
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"experts": EXPERT_PROJECTIONS, "attention": ATTENTION_PROJECTIONS}
+
+
+def _is_free_name(name) -> bool:
+    """Whether a ParameterDict can hold a parameter of this name."""
+    return isinstance(name, str) and name.isidentifier() and not hasattr(nn.ParameterDict(), name)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,11 @@ class ModalityLoraConfig:
                 raise ValueError(f"{name} must be a tuple of names, got the string {value!r}")
             object.__setattr__(self, name, tuple(value))
         names = self.modalities
-        if not names or len(set(names)) < len(names) or not all(n.isidentifier() for n in names):
-            raise ValueError(f"modalities must be distinct identifiers, at least one, got {names}")
+        if not names or len(set(names)) < len(names) or not all(map(_is_free_name, names)):
+            raise ValueError(
+                "modalities must be distinct identifiers, at least one, none of them an attribute "
+                f"of torch's ParameterDict (such as 'values'), got {names}"
+            )
         if not self.target_modules or not set(self.target_modules) <= set(TARGETS):
             raise ValueError(
                 f"target_modules must be of {tuple(TARGETS)}, at least one, "
@@ -60,8 +71,11 @@ class ModalityLoraConfig:
                     f"patterns may name {sorted(known)}, got {sorted(set(pattern) - known)}"
                 )
         for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or r < 1:
+            if type(r) is not int or r < 1:
                 raise ValueError(f"a rank must be an integer of at least 1, got {r!r}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if type(alpha) not in (int, float) or not math.isfinite(alpha):
+                raise ValueError(f"a lora_alpha must be a finite number, got {alpha!r}")
 
     def rank(self, projection: str) -> int:
         """Rank of a projection."""

@@ -5,8 +5,6 @@ pre-hook on each ``self_attn`` takes them: it runs before the MoE block of the s
 when activation checkpointing recomputes the layer, which a global or a hook on the layer would not.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +21,11 @@ class ModalityContext:
 
     Attributes:
         modality_ids: (B, S) int64 of the forward that is running, or None before the first.
-        adapters_enabled: False switches the low-rank updates off.
         backend: passed to the ops.
     """
 
     def __init__(self, backend: str | None):
         self.modality_ids: Tensor | None = None
-        self.adapters_enabled = True
         self.backend = backend
 
 
@@ -58,7 +54,6 @@ def resolve_modality_ids(
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
-    past_key_values: Any,
 ) -> Tensor:
     """The (B, S) modality of each position: given, or looked up by token id; -1 on padding.
 
@@ -70,7 +65,6 @@ def resolve_modality_ids(
         inputs_embeds: (B, S, H) or None.
         attention_mask: (B, at least S) marks padding with 0 in its last S columns; any other mask:
             no padding.
-        past_key_values: the cache, or None.
 
     Raises:
         ValueError: embeddings without modality ids, ids of another shape, or (on the CPU) above M.
@@ -79,9 +73,6 @@ def resolve_modality_ids(
     if input_ids is None and inputs_embeds is None:
         raise ValueError("give input_ids or inputs_embeds")
     shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]
-    decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
-    if decoding and input_ids is not None and getattr(modality_ids, "shape", shape) != shape:
-        modality_ids = None  # the prompt's, which generate() still hands over
     if modality_ids is None:
         if input_ids is None:
             raise ValueError(

@@ -85,7 +85,7 @@ def experts_forward(
             raise RuntimeError(MISSING)
         modality_ids, backend = context.modality_ids.reshape(-1), context.backend
         adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
-        if context.adapters_enabled and adapters:
+        if adapters:
             loras = {
                 "gate_up_lora": adapters["gate_up_proj"].weights(),
                 "down_lora": adapters["down_proj"].weights(),

@@ -2,9 +2,6 @@
 
 import contextlib
 import copy
-import functools
-import inspect
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +11,9 @@ from transformers import PreTrainedModel
 
 from moe_kernels import backends
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import adapters, attention, experts, tokens
+from moe_kernels.models import adapters, attention, experts, methods, tokens
 from moe_kernels.models.config import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, ModalityLoraConfig
-from moe_kernels.models.context import ModalityContext, TakeModalityIds, resolve_modality_ids
-
-_HANDLE = "_modality_patch"
+from moe_kernels.models.context import ModalityContext, TakeModalityIds
 
 
 class PatchedModel:
@@ -27,12 +22,13 @@ class PatchedModel:
     Attributes:
         model: the model that was patched, in place.
         config: what it was patched with.
+        adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
     """
 
     def __init__(self, model: PreTrainedModel, config: ModalityLoraConfig):
         self.model = model
         self.config = config
-        self._contexts: list[ModalityContext] = []
+        self.adapters_enabled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._original_config = model.config
         self._original_generation_config = copy.deepcopy(model.generation_config)
@@ -53,15 +49,12 @@ class PatchedModel:
 
     @contextlib.contextmanager
     def adapters_disabled(self) -> Iterator[None]:
-        """Within it, no low-rank update is added; added token rows stay."""
-        before = [context.adapters_enabled for context in self._contexts]
-        for context in self._contexts:
-            context.adapters_enabled = False
+        """Forwards within it add no low-rank update; added token rows stay."""
+        before, self.adapters_enabled = self.adapters_enabled, False
         try:
             yield
         finally:
-            for context, enabled in zip(self._contexts, before, strict=True):
-                context.adapters_enabled = enabled
+            self.adapters_enabled = before
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.
@@ -93,7 +86,7 @@ class PatchedModel:
         return self.model
 
     def _check_in_place(self) -> None:
-        if self.model.__dict__.get(_HANDLE) is not self:
+        if self.model.__dict__.get(methods.HANDLE) is not self:
             raise ValueError(
                 "this handle was unpatched: use the one that patch_model returned last"
             )
@@ -106,8 +99,7 @@ class PatchedModel:
         tokens.remove(model)
         for layer in _decoder_layers(model):
             _detach_layer(layer)
-        for name in ("forward", "prepare_inputs_for_generation", _HANDLE):
-            model.__dict__.pop(name, None)
+        methods.detach(model)
         if model.__dict__.pop("_original_forward", None) is not None:
             # accelerate's autocast went with our forward: it may wrap the model again.
             model.__dict__.pop("_is_accelerate_prepared", None)
@@ -157,20 +149,6 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
     return patched
 
 
-def get_patched(model: nn.Module) -> PatchedModel:
-    """The handle of a model that :func:`patch_model` has patched, also of a deepcopy of one.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    handle = model.__dict__.get(_HANDLE)
-    if handle is None:
-        raise ValueError(
-            f"this {type(model).__name__} is not patched: call patch_model(model) first"
-        )
-    return handle
-
-
 def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[nn.Module]:
     """The decoder layers, after every check that patching could fail on."""
     name = type(model).__name__
@@ -181,7 +159,7 @@ def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[nn.Module
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch_model needs a transformers model, got {name}")
-    if _HANDLE in model.__dict__:
+    if methods.HANDLE in model.__dict__:
         raise ValueError(f"this {name} is already patched: unpatch() it first")
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
         raise ValueError(f"{name} is quantised: load it in bfloat16, float16 or float32")
@@ -248,7 +226,6 @@ def _attach_layer(layer: nn.Module, patched: PatchedModel) -> None:
     when it saves: it would split and rename them, and resuming would lose them without a word.
     """
     config, context = patched.config, ModalityContext(patched.config.backend)
-    patched._contexts.append(context)
     hook = layer.self_attn.register_forward_pre_hook(TakeModalityIds(context), with_kwargs=True)
     patched._hooks.append(hook)
     loras = layer.modality_lora = nn.ModuleDict()
@@ -273,10 +250,8 @@ def _attach_model(model: PreTrainedModel, patched: PatchedModel) -> None:
     table = model.get_input_embeddings()
     zeros = torch.zeros(table.weight.shape[0], dtype=torch.int64, device=table.weight.device)
     model.register_buffer("token_modality", zeros, persistent=False)
-    patched._hooks.append(table.register_forward_hook(_RequireGrad(model)))
-    model.forward = types.MethodType(_forward_of(type(model)), model)
-    model.prepare_inputs_for_generation = types.MethodType(_prepare_inputs_of(type(model)), model)
-    model.__dict__[_HANDLE] = patched
+    patched._hooks.append(table.register_forward_hook(methods.RequireGrad(model)))
+    methods.attach(model, patched)
 
 
 def _detach_layer(layer: nn.Module) -> None:
@@ -308,83 +283,3 @@ def _set_config(model: nn.Module, old, new) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new
-
-
-class _RequireGrad:
-    """Hook of the embedding: see :func:`_require_grad`."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return _require_grad(self.model, output)
-
-
-def _require_grad(model: PreTrainedModel, embeddings: torch.Tensor) -> torch.Tensor:
-    """Reentrant checkpointing gives no gradients unless an input of the layers requires grad."""
-    if not model.training or embeddings.requires_grad or not torch.is_grad_enabled():
-        return embeddings
-    if not any(getattr(layer, "gradient_checkpointing", False) for layer in _decoder_layers(model)):
-        return embeddings
-    return embeddings.detach().requires_grad_()
-
-
-@functools.cache
-def _forward_of(model_class: type[PreTrainedModel]):
-    """The class's ``forward`` with an explicit ``modality_ids``, for Trainer and generate()."""
-    inner = model_class.forward
-    signature = inspect.signature(inner)
-    names = list(signature.parameters)[1:]
-
-    @functools.wraps(inner)
-    def forward(self, *args, modality_ids=None, **kwargs):
-        kwargs.update(zip(names, args, strict=False))
-        if kwargs.get("inputs_embeds") is not None:
-            kwargs["inputs_embeds"] = _require_grad(self, kwargs["inputs_embeds"])
-        kwargs["modality_ids"] = resolve_modality_ids(
-            self.token_modality,
-            modality_ids,
-            num_modalities=len(get_patched(self).config.modalities),
-            input_ids=kwargs.get("input_ids"),
-            inputs_embeds=kwargs.get("inputs_embeds"),
-            attention_mask=kwargs.get("attention_mask"),
-            past_key_values=kwargs.get("past_key_values"),
-        )
-        return inner(self, **kwargs)
-
-    # accelerate unwraps down to the innermost function when it takes autocast away.
-    del forward.__wrapped__
-    parameters = list(signature.parameters.values())
-    keyword = inspect.Parameter("modality_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-    at = next(
-        (i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD),
-        len(parameters),
-    )
-    forward.__signature__ = signature.replace(
-        parameters=[*parameters[:at], keyword, *parameters[at:]]
-    )
-    return forward
-
-
-@functools.cache
-def _prepare_inputs_of(model_class: type[PreTrainedModel]):
-    """``prepare_inputs_for_generation`` that keeps modality_ids in step with the input ids.
-
-    generate() hands over the prompt's ids at every step; new tokens' modality follows from the id.
-    """
-    inner = model_class.prepare_inputs_for_generation
-
-    @functools.wraps(inner)
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        inputs = inner(self, *args, **kwargs)
-        modality_ids, input_ids = inputs.get("modality_ids"), inputs.get("input_ids")
-        if modality_ids is None or input_ids is None or kwargs.get("is_first_iteration"):
-            return inputs
-        del inputs["modality_ids"]
-        cache = inputs.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
-            new = self.token_modality[input_ids[:, modality_ids.shape[1] :]]
-            inputs["modality_ids"] = torch.cat([modality_ids, new], dim=1)
-        return inputs
-
-    return prepare_inputs_for_generation

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moe_kernels.layers import ModalityLora
@@ -79,7 +78,8 @@ def load_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) 
     if patched.config.shared_A:
         raise ValueError("shared_A: PEFT's experts have one lora_A each")
     _check_config(patched.config, json.loads((Path(folder) / adapters.CONFIG_NAME).read_text()))
-    tensors = load_file(Path(folder) / adapters.WEIGHTS_NAME)
+    with adapters.opened(Path(folder) / adapters.WEIGHTS_NAME) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     pairs = [(slot.lora, *_take(tensors, slot)) for slot in _slots(patched.model)]
     if tensors:
         raise ValueError(f"{len(tensors)} tensors fit no projection, such as {min(tensors)}")

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from moe_kernels.models.methods import get_patched
+
 ROWS = "added_rows"
 
 
@@ -44,8 +46,6 @@ def add_modality_tokens(
         ValueError: not patched, an unknown modality or init, tokens of it there already, or a
             tokenizer whose ids cannot be brought in step. Nothing has changed then.
     """
-    from moe_kernels.models.patch import get_patched
-
     config = get_patched(model).config
     if modality not in config.modalities:
         raise ValueError(f"the model is patched for {config.modalities}, not for {modality!r}")
