@@ -28,3 +28,21 @@ def thread_count():
 def seed():
     """The same random numbers in every run, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def matmul_flops():
+    """A function that calls another and counts the operations of torch's matrix products."""
+
+    def count(function):
+        """What ``function`` returns, and the floating-point operations of its matrix products."""
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True
+        ) as profile:
+            result = function()
+        events = [event for event in profile.events() if "mm" in event.name.split("::")[-1]]
+        assert {event.name for event in events} <= {"aten::mm", "aten::addmm"}
+        assert all(event.flops > 0 for event in events)
+        return result, sum(event.flops for event in events)
+
+    return count

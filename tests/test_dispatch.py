@@ -1,5 +1,7 @@
 """``dispatch``: the order it promises, on every backend."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ from moe_kernels import backends, ops
 from moe_kernels.testing import make_modality_ids, make_routing
 
 WORKING = [name for name, why_not in backends.available().items() if why_not is None]
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
+)
 
 
 @pytest.mark.parametrize("backend", WORKING)
@@ -69,8 +74,38 @@ def test_opcheck(backend):
             torch.zeros(4, 2).long(), {"modality_ids": torch.zeros(3).long()}, ValueError,
             "modality_ids must have shape",
         ),
+        (
+            torch.zeros(4, 2).long(), {"modality_ids": torch.zeros(4)}, TypeError,
+            "modality_ids must be int64",
+        ),
+        (
+            torch.zeros(4, 2).long(), {"modality_ids": torch.zeros(4, device="meta").long()},
+            ValueError, "modality_ids must be on cpu, got meta",
+        ),
+        (
+            torch.zeros(4, 2).long(), {"modality_ids": [0] * 4}, TypeError,
+            "modality_ids must be a tensor, got list",
+        ),
+        ([[0, 1]], {}, TypeError, "topk_ids must be a tensor, got list"),
+        (torch.zeros(4, 2).long(), {"num_experts": 0}, ValueError, "num_experts >= 1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(backend, ids, options, error, message):
     with pytest.raises(error, match=message):
-        ops.dispatch(ids, 4, backend=backend, **options)
+        ops.dispatch(ids, **{"num_experts": 4, "backend": backend, **options})
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("routing", ["balanced", "zipf", "one_expert", "repeated"])
+def test_on_cuda(routing):
+    """The same order as on the CPU; there are no floats and no gradients to compare."""
+    ids, _ = make_routing(300, 3, 6, kind=routing)
+    modality = make_modality_ids(300, 2)
+    expected = ops.dispatch(ids, 6, modality_ids=modality, num_modalities=2, backend="reference")
+    actual = ops.dispatch(
+        ids.cuda(), 6, modality_ids=modality.cuda(), num_modalities=2, backend="reference"
+    )
+    for field in dataclasses.fields(ops.Dispatch):
+        on_cuda = getattr(actual, field.name)
+        assert on_cuda.is_cuda
+        assert torch.equal(on_cuda.cpu(), getattr(expected, field.name)), field.name

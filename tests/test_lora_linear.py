@@ -8,6 +8,9 @@ from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import make_modality_ids
 
 WORKING = [name for name, why_not in backends.available().items() if why_not is None]
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
+)
 
 
 def make(num_tokens=11, inner=7, out=5, rank=3, modality="mixed", num_modalities=2, bias=True):
@@ -73,6 +76,92 @@ def test_opcheck(backend, modality):
     x, weight, bias, lora, modality_ids = make(modality=modality)
     args = (x.requires_grad_(), weight, bias, modality_ids, *lora, True, backend)
     torch.library.opcheck(torch.ops.moe_kernels.lora_linear.default, args)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("modality", ["mixed", "text", None])
+def test_opcheck_of_the_backward(backend, dtype, modality):
+    """It has no autograd formula, so its schema and its fake version are what can be checked."""
+    x, weight, bias, lora, modality_ids = make(modality=modality)
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    lora = LoraWeights(*(t.float() for t in lora))
+    _, *saved = torch.ops.moe_kernels.lora_linear(
+        x, weight, bias, modality_ids, *lora, True, backend
+    )
+    grad_out = torch.randn(x.shape[0], weight.shape[0], dtype=dtype)
+    for needs in ([True] * 3, [True, False, False], [False, True, True], [False, False, True]):
+        torch.library.opcheck(
+            torch.ops.moe_kernels.lora_linear_backward.default,
+            (grad_out, x, weight, *lora, *saved, needs, backend),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("modality", ["mixed", "text", "image", None])
+def test_saved_tensors_are_those_promised(backend, modality):
+    x, weight, bias, lora, modality_ids = make(37, 41, 19, modality=modality)
+    leaves = [t.requires_grad_() for t in (x, *lora[:2])]
+    known = {t.data_ptr() for t in (*leaves, weight)}
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        ops.lora_linear(x, weight, bias, lora, modality_ids=modality_ids, backend=backend)
+    others = [t for t in packed if t.data_ptr() not in known]
+    floats = [tuple(t.shape) for t in others if t.is_floating_point()]
+    assert sorted(floats) == [(2,), (37, 3)]  # the scaling and u
+    ids = [tuple(t.shape) for t in others if not t.is_floating_point()]
+    assert sorted(ids) == [(4,), (37,)]  # segment_offsets and perm
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(packed.append, lambda t: t):
+        packed.clear()
+        ops.lora_linear(x, weight, bias, lora, modality_ids=modality_ids, backend=backend)
+    assert not packed
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("modality", ["text", "padding", None])
+def test_unused_adapters_are_never_read_and_get_exact_zeros(backend, value, modality):
+    x, weight, bias, lora, modality_ids = make(200, 128, 64, modality=modality)
+    lora = LoraWeights(*(torch.full_like(t, value) for t in lora))
+    args, grad_out = (x, weight, bias, lora, modality_ids), torch.ones(200, 64)
+    out, grad_x, *grads = run(args, torch.float32, torch.float32, backend, grad_out)
+    for tensor in (out, grad_x):
+        assert tensor.isfinite().all()
+        assert tensor.any()
+    for grad in grads:
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("trained", ["adapters", "hidden_states"])
+@pytest.mark.parametrize("modality", ["mixed", "image", "text", "padding", None])
+def test_work_follows_the_mask(modality, trained, matmul_flops):
+    """To the last operation: the base GEMM, and low-rank work for the rows of a modality only.
+
+    So the base path has no low-rank work, and no gradient of the frozen weight is computed.
+    """
+    num_tokens, inner, out_features, rank = 50, 24, 16, 5
+    x, weight, bias, lora, modality_ids = make(
+        num_tokens, inner, out_features, rank, modality=modality
+    )
+    for tensor in lora[:2] if trained == "adapters" else (x,):
+        tensor.requires_grad_()
+
+    def forward():
+        return ops.lora_linear(
+            x, weight, bias, lora, modality_ids=modality_ids, backend="reference"
+        )
+
+    base = 2 * num_tokens * inner * out_features
+    adapted = 0 if modality_ids is None else int((modality_ids > 0).sum())
+    out, flops = matmul_flops(forward)
+    assert flops == base + 2 * adapted * rank * (inner + out_features)
+    _, flops = matmul_flops(out.sum().backward)
+    if trained == "adapters":  # u = x A^T is saved: du, dA and dB remain
+        assert flops == 2 * adapted * rank * (inner + 2 * out_features)
+    else:
+        assert flops == base + 2 * adapted * rank * (inner + out_features)
+    assert (adapted > 0) == (modality in ("mixed", "image"))
 
 
 @pytest.mark.parametrize("backend", WORKING)
@@ -145,6 +234,7 @@ def test_leading_dimensions_and_unwritten_memory(backend, filled_memory):
 
 def test_bad_input_is_refused():
     x, weight, bias, lora, modality_ids = make()
+    ids = torch.arange(2)
 
     def call(x=x, weight=weight, bias=bias, lora=lora, modality_ids=modality_ids):
         ops.lora_linear(x, weight, bias, lora, modality_ids=modality_ids)
@@ -160,11 +250,59 @@ def test_bad_input_is_refused():
         ({"lora": lora._replace(lora_A=lora.lora_A[..., 1:])}, ValueError, "lora_A must be"),
         ({"lora": lora._replace(lora_B=lora.lora_B[:, 1:])}, ValueError, "lora_B must have"),
         ({"lora": lora._replace(scaling=lora.scaling[1:])}, ValueError, "scaling must have"),
+        ({"lora": lora._replace(lora_B=lora.lora_B[0])}, ValueError, "lora_B must have 3"),
+        ({"lora": lora._replace(lora_A=lora.lora_A.half())}, TypeError, "lora_A must be float64"),
+        ({"lora": lora._replace(lora_B=lora.lora_B.float())}, TypeError, "lora_B must be float64"),
+        ({"lora": lora._replace(scaling=ids)}, TypeError, "lora.scaling must be float32"),
+        (
+            {"lora": lora._replace(scaling=lora.scaling.clone().requires_grad_())}, ValueError,
+            "lora.scaling requires grad, but scaling is a constant",
+        ),
         ({"modality_ids": modality_ids.float()}, TypeError, "modality_ids must be int64"),
         ({"modality_ids": modality_ids[1:]}, ValueError, "modality_ids must have shape"),
         ({"modality_ids": modality_ids + 3}, ValueError, "modality_ids must be in"),
-        ({"weight": weight.to("meta")}, ValueError, "weight must be on cpu"),
-    ]
+        ({"x": x.tolist()}, TypeError, "hidden_states must be a tensor, got list"),
+        ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
+        ({"bias": 0.0}, TypeError, "bias must be a tensor, got float"),
+        ({"modality_ids": [0]}, TypeError, "modality_ids must be a tensor, got list"),
+        ({"lora": tuple(lora)}, TypeError, "lora must be a LoraWeights, got tuple"),
+        ({"lora": None}, TypeError, "lora must be a LoraWeights, got NoneType"),
+        ({"weight": weight.to("meta")}, ValueError, "^weight must be on cpu"),
+        ({"bias": bias.to("meta")}, ValueError, "^bias must be on cpu"),
+        ({"modality_ids": modality_ids.to("meta")}, ValueError, "^modality_ids must be on cpu"),
+        *(
+            (
+                {"lora": lora._replace(**{field: tensor.to("meta")})}, ValueError,
+                f"^lora.{field} must be on cpu",
+            )
+            for field, tensor in lora._asdict().items()
+        ),
+        *(
+            (
+                {"lora": lora._replace(**{field: None})}, TypeError,
+                f"^lora.{field} must be a tensor, got NoneType",
+            )
+            for field in lora._fields
+        ),
+    ]  # fmt: skip
     for changes, error, message in cases:
         with pytest.raises(error, match=message):
             call(**changes)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("modality", ["mixed", "text", None])
+def test_on_cuda(dtype, modality):
+    x, weight, bias, lora, modality_ids = make(200, 128, 64, modality=modality)
+    x, weight, bias = (to_and_back(t, dtype) for t in (x, weight, bias))
+    lora = LoraWeights(*(to_and_back(t, torch.float32) for t in lora[:2]), lora.scaling)
+    grad_out = torch.randn(200, 64).to(dtype)
+    args = (x, weight, bias, lora, modality_ids)
+    expected = run(args, torch.float64, torch.float64, "reference", grad_out)
+    cuda = (*(t.cuda() for t in args[:3]), LoraWeights(*(t.cuda() for t in lora)))
+    cuda = (*cuda, None if modality_ids is None else modality_ids.cuda())
+    actual = run(cuda, dtype, torch.float32, "reference", grad_out.cuda())
+    for tensor, wanted in zip(actual, expected, strict=True):
+        assert tensor.is_cuda
+        testing.assert_close(tensor.cpu(), wanted, dtype=dtype)

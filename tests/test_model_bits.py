@@ -66,6 +66,22 @@ def test_any_adapters_and_added_rows(backend, dtype, length, seed):
 
 @BACKENDS
 @DTYPES
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_adapters_at_a_number_of_threads(backend, dtype, threads, thread_count):
+    thread_count(threads)
+    model, patched = make_patched(backend, dtype, 0)
+    ids = token_ids(2, 64)
+    expected = text_logits(model, ids)
+    picture = image_ids(2, 64, 0)
+    before = text_logits(model, picture)
+    for scale in (0.1, 1.0):
+        randomise(patched, scale=scale, seed=9)
+        assert torch.equal(text_logits(model, ids), expected)
+        assert not torch.equal(text_logits(model, picture), before)
+
+
+@BACKENDS
+@DTYPES
 def test_adding_tokens(backend, dtype):
     model = make_model("mixtral", dtype=dtype, intermediate_size=256, **SIZES)
     patched = patch_model(model, ModalityLoraConfig(backend=backend, modalities=("image", "sound")))

@@ -5,9 +5,13 @@ import torch
 
 from moe_kernels import backends, ops, testing
 from moe_kernels.ops import LoraWeights
-from moe_kernels.testing import SHAPES, Shape, make_moe_inputs
+from moe_kernels.ops.moe_mlp import reference
+from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_moe_inputs
 
 WORKING = [name for name, why_not in backends.available().items() if why_not is None]
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
+)
 
 # Mixed modalities with padding, an empty expert, the same expert twice, added experts.
 VARIANTS = {
@@ -86,6 +90,28 @@ def test_opcheck(backend, variant):
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     args = (*inputs[:6], inputs.extra_gate_up_proj, inputs.extra_down_proj, *loras)
     torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, True, backend))
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "down_only", "all_padding"])
+def test_opcheck_of_the_backward(backend, dtype, variant):
+    """It has no autograd formula, so its schema and its fake version are what can be checked."""
+    inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant])
+    inputs = inputs.to(dtype, lora_dtype=torch.float32)
+    loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
+    extras = (inputs.extra_gate_up_proj, inputs.extra_down_proj)
+    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:6], *extras, *loras, True, backend)
+    fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, *saved)
+    grad_out = torch.randn(inputs.hidden_states.shape, dtype=dtype)
+    trainable = (*fixed[:2], *extras, *loras[:2], *loras[3:5])
+    everything = [tensor is not None for tensor in trainable]
+    for needs in (everything, [False, False, *everything[2:]], [True] + [False] * 7):
+        torch.library.opcheck(
+            torch.ops.moe_kernels.moe_mlp_backward.default,
+            (grad_out, *fixed, needs, backend),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.parametrize("shape", ["tiny", "odd", "small"])
@@ -178,11 +204,43 @@ def test_padding_is_written_as_zeros_and_never_read(backend):
 
 
 @pytest.mark.parametrize("backend", WORKING)
-def test_unused_adapters_get_exact_zeros(backend):
-    inputs = make_moe_inputs(SHAPES["small"], modality="text").to(torch.float32)
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("modality", ["text", None])
+def test_unused_adapters_are_never_read_and_get_exact_zeros(backend, value, modality):
+    inputs = make_moe_inputs(SHAPES["small"], modality=modality, num_extra=1).to(torch.float32)
+    for tensor in (*inputs.gate_up_lora, *inputs.down_lora):
+        tensor.fill_(value)
     results = run(inputs, backend, torch.ones_like(inputs.hidden_states))
-    for name, grad in results.items():
-        assert ("lora" in name) == (not grad.any()), name
+    for name, tensor in results.items():
+        assert tensor.isfinite().all(), name
+        assert ("lora" in name) == (not tensor.any()), name
+
+
+@pytest.mark.parametrize("trained", ["adapters", "hidden_states"])
+@pytest.mark.parametrize("modality", ["mixed", "image", "text", "padding", None])
+def test_work_follows_the_mask(modality, trained, matmul_flops):
+    """To the last operation: the base GEMMs, and low-rank work for the rows of a modality only.
+
+    So the base path has no low-rank work, and no gradient of a frozen weight is computed: either
+    would add to the count.
+    """
+    shape = Shape(T=50, K=2, E=4, H=24, I=16, r=5)
+    inputs = make_moe_inputs(shape, modality=modality, num_modalities=2).to(torch.float32)
+    trainable = inputs.differentiable()
+    for name, tensor in trainable.items():
+        tensor.requires_grad_(("lora" in name) == (trained == "adapters"))
+    out, forward = matmul_flops(lambda: call(inputs, "reference"))
+    _, backward = matmul_flops(lambda: out.sum().backward())
+
+    ids = torch.zeros(shape.T).long() if modality is None else inputs.modality_ids
+    rows = torch.bincount(inputs.topk_ids[ids >= 0].flatten(), minlength=shape.E)
+    padded = int((-(-rows // reference.BLOCK_M) * reference.BLOCK_M).sum())
+    adapted = int((ids > 0).sum()) * shape.K
+    base = 2 * padded * 3 * shape.H * shape.I
+    pair = 2 * adapted * shape.r * (2 * shape.H + 3 * shape.I)  # A and B of both layers, once
+    assert forward == base + pair
+    assert backward == base + (2 * pair if trained == "adapters" else pair)
+    assert (pair > 0) == (modality in ("mixed", "image"))
 
 
 @pytest.mark.parametrize("backend", WORKING)
@@ -249,6 +307,14 @@ def with_field(field, change):
     return lambda lora: lora._replace(**{field: change(getattr(lora, field))})
 
 
+def not_a_lora(lora):
+    return tuple(lora)
+
+
+def on_meta(tensor):
+    return tensor.to("meta")
+
+
 BAD = {
     "hidden rank": ({"hidden_states": lambda t: t[None]}, ValueError, "hidden_states must have 2"),
     "hidden size": ({"hidden_states": lambda t: t[:, 1:]}, ValueError, "gate_up_proj must be"),
@@ -262,6 +328,9 @@ BAD = {
     "weights shape": ({"topk_weights": lambda t: t[:, :1]}, ValueError, "topk_weights must have"),
     "weights int": ({"topk_weights": lambda t: t.long()}, TypeError, "topk_weights must be"),
     "gate_up rank": ({"gate_up_proj": lambda t: t[0]}, ValueError, "gate_up_proj must have 3"),
+    "gate_up int": (
+        {"gate_up_proj": lambda t: t.long()}, TypeError, "gate_up_proj must be float32",
+    ),
     "gate_up odd": ({"gate_up_proj": lambda t: t[:, 1:]}, ValueError, "gate_up_proj must be"),
     "gate_up grad": (
         {"gate_up_proj": lambda t: t.requires_grad_()}, ValueError, "gate_up_proj requires grad",
@@ -283,11 +352,45 @@ BAD = {
     "A dtype": (
         {"down_lora": with_field("lora_A", lambda t: t.half())}, TypeError, "must be float32",
     ),
+    "A none": (
+        {"down_lora": with_field("lora_A", lambda _: None)}, TypeError,
+        "down_lora.lora_A must be a tensor, got NoneType",
+    ),
+    "B rank": (
+        {"gate_up_lora": with_field("lora_B", lambda t: t[0])}, ValueError, "lora_B must have 4",
+    ),
+    "B dtype": (
+        {"gate_up_lora": with_field("lora_B", lambda t: t.half())}, TypeError,
+        "gate_up_lora.lora_B must be float32",
+    ),
+    "A and B dtypes differ": (
+        {"gate_up_proj": lambda t: t.bfloat16(), "down_proj": lambda t: t.bfloat16(),
+         "gate_up_lora": with_field("lora_B", lambda t: t.bfloat16())},
+        TypeError, "lora_A is torch.float32 but lora_B torch.bfloat16",
+    ),
     "B shape": (
         {"down_lora": with_field("lora_B", lambda t: t[:, 1:])}, ValueError, r"down_lora.lora_B",
     ),
     "scaling shape": (
         {"down_lora": with_field("scaling", lambda t: t[None])}, ValueError, "scaling must have",
+    ),
+    "scaling int": (
+        {"down_lora": with_field("scaling", lambda t: t.long())}, TypeError,
+        "down_lora.scaling must be float32",
+    ),
+    "scaling grad": (
+        {"down_lora": with_field("scaling", lambda t: t.requires_grad_())}, ValueError,
+        "down_lora.scaling requires grad, but scaling is a constant",
+    ),
+    "scaling number": (
+        {"down_lora": with_field("scaling", lambda _: 2.0)}, TypeError,
+        "down_lora.scaling must be a tensor, got float",
+    ),
+    "gate_up_lora tuple": (
+        {"gate_up_lora": not_a_lora}, TypeError, "gate_up_lora must be a LoraWeights, got tuple",
+    ),
+    "down_lora tuple": (
+        {"down_lora": not_a_lora}, TypeError, "down_lora must be a LoraWeights, got tuple",
     ),
     "modalities differ": (
         {"down_lora": lambda _: make_moe_inputs(
@@ -298,11 +401,30 @@ BAD = {
     "extra shape": (
         {"extra_gate_up_proj": lambda t: t[:, 1:]}, ValueError, "extra_gate_up_proj must have",
     ),
-    "extra dtype": ({"extra_down_proj": lambda t: t.half()}, TypeError, "extra_down_proj must be"),
-    "device": ({"topk_weights": lambda t: t.to("meta")}, ValueError, "topk_weights must be on cpu"),
-    "lora device": (
-        {"gate_up_lora": with_field("lora_B", lambda t: t.to("meta"))}, ValueError, "on cpu",
+    "extra gate_up rank": (
+        {"extra_gate_up_proj": lambda t: t[0]}, ValueError, "extra_gate_up_proj must have 3",
     ),
+    "extra down rank": (
+        {"extra_down_proj": lambda t: t[0]}, ValueError, "extra_down_proj must have shape",
+    ),
+    "extra dtype": ({"extra_down_proj": lambda t: t.half()}, TypeError, "extra_down_proj must be"),
+}  # fmt: skip
+
+TENSORS = (*MoeInputs._fields[:6], "extra_gate_up_proj", "extra_down_proj")
+BAD |= {
+    f"{name} list": ({name: lambda t: t.tolist()}, TypeError, f"^{name} must be a tensor, got list")
+    for name in TENSORS
+}
+BAD |= {
+    f"{name} device": ({name: on_meta}, ValueError, f"^{name} must be on cpu, got meta")
+    for name in TENSORS[1:]
+}
+BAD |= {
+    f"{lora}.{field} device": (
+        {lora: with_field(field, on_meta)}, ValueError, f"^{lora}.{field} must be on cpu",
+    )
+    for lora in ("gate_up_lora", "down_lora")
+    for field in LoraWeights._fields
 }  # fmt: skip
 
 
@@ -321,3 +443,20 @@ def test_bad_names_are_refused():
         call(inputs, "triton")
     with pytest.raises(ValueError, match="act must be 'silu'"):
         ops.moe_mlp(*inputs[:5], act="relu")
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["two_modalities", "added_experts", "no_mask"])
+def test_on_cuda(dtype, variant):
+    def move(value):
+        if isinstance(value, LoraWeights):
+            return LoraWeights(*map(move, value))
+        return None if value is None else value.cuda()
+
+    low = make_moe_inputs(SHAPES["small"], **VARIANTS[variant]).to(dtype)
+    grad_out = torch.randn(low.hidden_states.shape).to(dtype)
+    expected = run(low.to(torch.float64), "reference", grad_out)
+    for name, actual in run(MoeInputs(*map(move, low)), "reference", grad_out.cuda()).items():
+        assert actual.is_cuda, name
+        testing.assert_close(actual.cpu(), expected[name], dtype=dtype, name=name)

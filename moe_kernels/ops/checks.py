@@ -8,6 +8,18 @@ from moe_kernels.ops.dtypes import FLOATS
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def tensors(**named: object) -> None:
+    """Raise TypeError unless everything in ``named`` is a tensor."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def optional_tensors(**named: object) -> None:
+    """Raise TypeError unless everything in ``named`` is a tensor or None."""
+    tensors(**{name: value for name, value in named.items() if value is not None})
+
+
 def ndim(name: str, tensor: Tensor, expected: int) -> None:
     """Raise ValueError unless ``tensor`` has ``expected`` dimensions."""
     if tensor.ndim != expected:

@@ -47,6 +47,9 @@ def check_linear_lora(name: str, lora: LoraWeights, weight: Tensor) -> None:
 
 
 def _check_common(name: str, lora: LoraWeights, weight: Tensor, ndim: int) -> None:
+    if not isinstance(lora, LoraWeights):
+        raise TypeError(f"{name} must be a LoraWeights, got {type(lora).__name__}")
+    checks.tensors(**{f"{name}.{field}": value for field, value in lora._asdict().items()})
     for field in ("lora_A", "lora_B"):
         tensor = getattr(lora, field)
         checks.ndim(f"{name}.{field}", tensor, ndim)

@@ -52,9 +52,11 @@ def dispatch(
         backend: see :func:`moe_kernels.backends.select`.
 
     Raises:
-        TypeError: ids of another dtype.
+        TypeError: ids that are no tensor, or of another dtype.
         ValueError: a wrong rank, shape or device, or an id out of range.
     """
+    checks.tensors(topk_ids=topk_ids)
+    checks.optional_tensors(modality_ids=modality_ids)
     checks.ndim("topk_ids", topk_ids, 2)
     checks.dtype("topk_ids", topk_ids, (torch.int64,))
     if num_experts < 1 or topk_ids.shape[1] < 1 or num_modalities < 0:

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.ops import checks
-from moe_kernels.ops.dispatch.api import check_modality_ids
 from moe_kernels.ops.lora_linear import autograd  # noqa: F401  (registers the ops)
 from moe_kernels.ops.lora_weights import LoraWeights, check_linear_lora
 
@@ -38,10 +37,12 @@ def lora_linear(
         (..., out) in the dtype of ``hidden_states``. There is no double backward.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
         RuntimeError: the backend that was named is not available.
     """
+    checks.tensors(hidden_states=hidden_states, weight=weight)
+    checks.optional_tensors(bias=bias, modality_ids=modality_ids)
     checks.floating("hidden_states", hidden_states)
     checks.ndim("weight", weight, 2)
     checks.floating("weight", weight)
@@ -59,13 +60,15 @@ def lora_linear(
     check_linear_lora("lora", lora, weight)
 
     leading = hidden_states.shape[:-1]
-    x = hidden_states.reshape(-1, weight.shape[1]).to(weight.dtype)
     if modality_ids is not None:
         checks.integer("modality_ids", modality_ids)
         checks.shape("modality_ids", modality_ids, tuple(leading))
+        checks.device("modality_ids", modality_ids, hidden_states.device)
+    backend = backends.select(backend, hidden_states.device)
+
+    x = hidden_states.reshape(-1, weight.shape[1]).to(weight.dtype)
+    if modality_ids is not None:
         modality_ids = modality_ids.reshape(-1).long()
-        check_modality_ids(modality_ids, x.shape[0], x.device)
-    backend = backends.select(backend, x.device)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora[:2]))
     out, *_ = torch.ops.moe_kernels.lora_linear(x, weight, bias, modality_ids, *lora, save, backend)
     return out.view(*leading, weight.shape[0]).to(hidden_states.dtype)

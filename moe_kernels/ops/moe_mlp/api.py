@@ -60,10 +60,18 @@ def moe_mlp(
         ``topk_weights``, the low-rank weights and the added experts. There is no double backward.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong type or dtype.
         ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
         RuntimeError: the backend that was named is not available.
     """
+    checks.tensors(
+        hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights,
+        gate_up_proj=gate_up_proj, down_proj=down_proj,
+    )  # fmt: skip
+    checks.optional_tensors(
+        modality_ids=modality_ids, extra_gate_up_proj=extra_gate_up_proj,
+        extra_down_proj=extra_down_proj,
+    )  # fmt: skip
     _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, act)
     _check_extra(extra_gate_up_proj, extra_down_proj, gate_up_proj, down_proj)
     num_modalities = _check_loras(gate_up_lora, down_lora, gate_up_proj, down_proj)
@@ -142,7 +150,8 @@ def _check_extra(
         raise ValueError("extra_gate_up_proj and extra_down_proj must be given together")
     if extra_gate_up_proj is None:
         return
-    num_extra = extra_gate_up_proj.shape[0] if extra_gate_up_proj.ndim else 0
+    checks.ndim("extra_gate_up_proj", extra_gate_up_proj, 3)
+    num_extra = extra_gate_up_proj.shape[0]
     for name, extra, base in (
         ("extra_gate_up_proj", extra_gate_up_proj, gate_up_proj),
         ("extra_down_proj", extra_down_proj, down_proj),
