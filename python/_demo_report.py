@@ -1,0 +1,125 @@
+"""The demo's figures and its table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _runs import console
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from moe_kernels.analysis import RoutingStatistics, plot_expert_load
+from moe_kernels.imaging import SampleRow, plot_samples
+
+RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def plot_training(results: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for panel, (stage, title) in zip(
+        figure.subplots(1, 2),
+        {
+            "pretrain": "text pretraining",
+            "teach": "text to image, adapters and added rows only",
+        }.items(),
+        strict=True,
+    ):
+        history = results[stage]["history"]
+        panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
+        panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
+        panel.set(title=title, xlabel="step", ylabel="nats a token", yscale="log")
+        panel.yaxis.set_major_formatter("{x:.1f}")
+        panel.yaxis.set_minor_formatter("{x:.1f}")
+        panel.legend()
+    save_figure(figure, path)
+
+
+def plot_pictures(
+    report: dict[str, Any], captions: Sequence[str], codes: torch.Tensor, pictures: Any, path: Path
+) -> None:
+    samples, decode = report["samples"], pictures.tokenizer.decode
+    each = len(codes) // len(captions)
+    rows = []
+    for digit, caption in enumerate(captions):
+        mine = slice(digit * each, (digit + 1) * each)
+        misread = torch.tensor(samples["read"][mine]) != digit
+        real = pictures.held_out_codes[torch.from_numpy(pictures.held_out_labels == digit)][:6]
+        rows.append(SampleRow(f'"{caption}"', decode(codes[mine]), decode(real), misread))
+    accuracy = samples["classifier_held_out_accuracy"]["tokenized"]
+    title = (
+        f"{samples['read_as_their_caption']:.1%} of {samples['count']} pictures are read as their "
+        f"caption (the same classifier on real ones: {accuracy:.1%})\n"
+        f"largest change of a text logit by this training: "
+        f"{report['text']['max_abs_logit_difference_by_training']}"
+    )
+    save_figure(plot_samples(rows, title), path)
+
+
+def draw_figures(
+    report: dict[str, Any],
+    results: dict[str, Any],
+    captions: Sequence[str],
+    pictures: Any,
+    out: Path,
+) -> None:
+    """results: what each stage returned"""
+    codes = torch.tensor(results["generate"]["codes"])
+    plot_pictures(report, captions, codes, pictures, out / "samples.png")
+    plot_training(results, out / "training.png")
+    statistics = RoutingStatistics.from_dict(results["measure"]["routing"])
+    save_figure(plot_expert_load(statistics), out / "routing.png")
+
+
+def summarize(report: dict[str, Any], out: Path) -> None:
+    """The table on the terminal."""
+    parameters, text, image = report["parameters"], report["text"], report["image"]
+    samples = report["samples"]
+    accuracy, spread = samples["classifier_held_out_accuracy"], samples["pairwise_distance"]
+    near, count = samples["nearest_training_distance"], samples["count"]
+    table = Table(title="Digits from a text model", show_header=False, show_lines=True)
+    table.add_row("parameters trained", f"{parameters['trained']:,} ({parameters['share']:.1%})")
+    table.add_row(
+        "text, held out: nats a token",
+        f"{text['nll_before_training']:.6f} before, {text['nll_after_training']:.6f} after",
+    )
+    table.add_row(
+        "largest change of a text logit",
+        f"{text['max_abs_logit_difference_by_training']} by training; against the unpatched model "
+        f"{text['max_abs_logit_difference_to_unpatched']:.1e} (rounding)",
+    )
+    table.add_row(
+        "image, held out: nats a token",
+        f"{image['nll_start']:.3f} before, {image['nll_end']:.3f} after, "
+        f"{image['nll_adapters_off']:.3f} with the adapters off",
+    )
+    table.add_row(
+        "pictures read as their caption",
+        f"{samples['read_as_their_caption']:.1%} of {count}; the classifier on held-out digits: "
+        f"{accuracy['tokenized']:.1%} (raw {accuracy['raw']:.1%})",
+    )
+    table.add_row(
+        "diversity",
+        f"{samples['distinct']} of {count} distinct; distance within a caption "
+        f"{spread['generated']:.2f} (real {spread['held_out_real']:.2f})",
+    )
+    table.add_row(
+        "nearest training picture",
+        f"distance {near['generated']:.2f} (held-out real {near['held_out_real']:.2f}), "
+        f"{samples['copies_of_a_training_image']['generated']} copies",
+    )
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items())
+    table.add_row("seconds", seconds)
+    table.add_row(
+        "backend", f"{report['backend']} on {report['device']}, {report['threads']} threads"
+    )
+    console.print(table)
+    console.print("written: " + ", ".join(str(out / name) for name in RESULTS))

@@ -1,0 +1,234 @@
+"""Shared by the programs here: stages kept on disk, and training that can be interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+import moe_kernels
+from moe_kernels.imaging import IGNORE_INDEX
+
+CACHE_VERSION = 1  # raise it when a stage gives another result for the same settings
+console = Console(highlight=False)
+
+
+class Place:
+    """The folder that a stage is built in, and the seconds it has taken over all runs."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._started = folder, time.perf_counter()
+        self._file = folder / "seconds"
+        self._earlier = float(self._file.read_text()) if self._file.exists() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + time.perf_counter() - self._started
+
+    def save_seconds(self) -> None:
+        write_text(self._file, str(self.seconds))
+
+
+class Stages:
+    """One folder for each stage and settings: complete under its own name, or `.partial`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.seconds: dict[str, float] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self, name: str, inputs: dict[str, Any], build: Callable[[Place], dict[str, Any]]
+    ) -> Path:
+        """Builds in the `.partial` folder, which a later run goes on with, then renames it."""
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        versions["moe_kernels"] = moe_kernels.__version__
+        described = json.dumps([name, CACHE_VERSION, inputs, versions], sort_keys=True)
+        folder = self.root / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+        if not (folder / "stage.json").exists():
+            console.print(f"[bold]{name}[/]")
+            partial = folder.with_suffix(".partial")
+            place = Place(partial)
+            try:
+                result = build(place)
+            finally:
+                place.save_seconds()
+            stage = {"inputs": inputs, "seconds": place.seconds, "result": result}
+            write_text(partial / "stage.json", json.dumps(stage, indent=2))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
+        else:
+            console.print(f"[bold]{name}[/]: done before, in {folder}")
+        stage = json.loads((folder / "stage.json").read_text())
+        self.seconds[name], self.results[name] = stage["seconds"], stage["result"]
+        return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# --- training, the same for text and pictures
+
+
+@contextmanager
+def stop_after_step() -> Iterator[threading.Event]:
+    """The first ctrl-C or SIGTERM lets the step end and be saved; a second one ends at once."""
+    stop = threading.Event()
+
+    def request_stop(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.print("stopping after this step; again to stop at once")
+
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, request_stop) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Monitor(TrainerCallback):
+    """The progress bar, the held-out loss, and the time that steps take."""
+
+    def __init__(
+        self,
+        steps: int,
+        held_out: Callable[[PreTrainedModel], float],
+        place: Place,
+        stop: threading.Event,
+    ):
+        self.held_out, self.place, self.stop = held_out, place, stop
+        self.evaluate_every = math.ceil(steps / 6)
+        self.timed_steps, self.timed_seconds = 0, 0.0
+        self.progress = Progress(
+            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self.task = self.progress.add_task("training", total=steps, loss="")
+
+    @property
+    def steps_per_second(self) -> float:
+        """Of the steps that this run took, without evaluation and checkpoints."""
+        return self.timed_steps / max(self.timed_seconds, 1e-9)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.progress.start()
+        self.progress.update(self.task, completed=state.global_step)
+        if state.global_step == 0:
+            self._evaluate(state, model)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.timed_steps += 1
+        self.timed_seconds += time.perf_counter() - self.step_started
+        self.progress.update(self.task, completed=state.global_step)
+        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
+            self._evaluate(state, model)
+        if self.stop.is_set():
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.progress.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.place.save_seconds()
+
+    def _evaluate(self, state, model) -> None:
+        # Kept in the Trainer's own history, which its checkpoints carry.
+        state.log_history.append({"step": state.global_step, "held_out": self.held_out(model)})
+
+
+def train(
+    model: PreTrainedModel,
+    dataset: torch.utils.data.Dataset,
+    held_out: Callable[[PreTrainedModel], float],
+    place: Place,
+    *,
+    collator: Callable | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Through transformers.Trainer, from the last whole checkpoint in the place's folder."""
+    arguments = TrainingArguments(
+        output_dir=str(place.folder / "checkpoints"),
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        adam_beta2=0.95, max_grad_norm=1.0, logging_steps=5, save_steps=50, save_total_limit=2,
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **arguments,
+    )  # fmt: skip
+    with stop_after_step() as stop:
+        monitor = Monitor(arguments.max_steps, held_out, place, stop)
+        trainer = Trainer(
+            model, arguments, train_dataset=dataset, data_collator=collator, callbacks=[monitor]
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(place))
+        finally:
+            monitor.progress.stop()
+    if trainer.state.global_step < arguments.max_steps:
+        raise KeyboardInterrupt
+    history = trainer.state.log_history
+    shutil.rmtree(place.folder / "checkpoints")
+    return {
+        **{
+            kind: [[entry["step"], entry[kind]] for entry in history if kind in entry]
+            for kind in ("loss", "held_out")
+        },
+        "samples_per_second": arguments.per_device_train_batch_size * monitor.steps_per_second,
+    }
+
+
+def last_checkpoint(place: Place) -> str | None:
+    """The newest one that was written to its end: the Trainer's state is its last file."""
+    whole = []
+    for checkpoint in place.folder.glob("checkpoints/checkpoint-*"):
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            whole.append((state["global_step"], checkpoint))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return str(max(whole)[1]) if whole else None
+
+
+@torch.no_grad()
+def mean_nll(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+    """Nats per token that has a label."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        total += float(
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+        )
+        count += int((labels != IGNORE_INDEX).sum())
+    model.train(was_training)
+    return total / count
