@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -72,8 +73,19 @@ def compiles(source: str, flags: list[str]) -> bool:
         return subprocess.run(arguments, capture_output=True).returncode == 0
 
 
-def has_compiler() -> bool:
-    return compiles("#include <vector>\nint probe() { return 0; }\n", ["-std=c++20"])
+def why_no_build() -> str | None:
+    """Say what is missing for any extension; None where nothing is."""
+    if not compiles("#include <vector>\nint probe() { return 0; }\n", ["-std=c++20"]):
+        command = " ".join(compiler_command()) or "CXX is empty"
+        return f"no working C++20 compiler ({command}; apt install g++ on Debian, or set CXX)"
+    paths = sysconfig.get_paths()
+    headers = sorted({paths["include"], paths["platinclude"]})
+    flags = ["-std=c++20", *(f"-I{path}" for path in headers)]
+    if not compiles("#include <Python.h>\nint probe() { return 0; }\n", flags):
+        return (
+            f"Python.h was not found in {', '.join(headers)} (on Debian: apt install python3-dev)"
+        )
+    return None
 
 
 def openmp_flags() -> list[str]:
@@ -173,23 +185,17 @@ def decide() -> dict:
     missing = why_no_cuda(CUDA_HOME, torch.version.cuda, cuda_sources())
     if force_cuda and missing:
         raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {missing}")
-    if not has_compiler():
+    no_build = why_no_build()
+    if no_build:
         if force_cuda:
-            raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {no_compiler()}")
-        say(f"{no_compiler()}: installing as pure Python; the 'cpu' backend will be missing")
+            raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {no_build}")
+        say(f"{no_build}: installing as pure Python; the 'cpu' backend will be missing")
         return {}
     say("building the CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else " and CUDA"))
     return {
         "ext_modules": [extension(cuda=missing is None)],
         "cmdclass": {"build_ext": build_command()},
     }
-
-
-def no_compiler() -> str:
-    return (
-        f"no working C++20 compiler ({' '.join(compiler_command()) or 'CXX is empty'}; on Debian: "
-        "apt install g++; or point CXX at one)"
-    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// The one place where op schemas are written, and the Python module moe_kernels._C, which carries
-// nothing but facts about this build.
+// The one place where op schemas are written, and the Python module moe_kernels._C: facts about this
+// build and this CPU, and the switch that fills new memory with NaN, with the means to test it.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -17,7 +17,7 @@ import torch
 from moe_kernels import env
 
 _NOTE = Path(__file__).with_name("_build_info.json")
-_REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps`"
+_REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
 
 def _series(version: str) -> str:
@@ -44,7 +44,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if find_spec("moe_kernels._C") is None:
         return None, (
             "not built: install with a C++ compiler (on Debian, apt install g++) and without "
-            "MOE_KERNELS_SKIP_CPP: pip install --no-build-isolation"
+            "MOE_KERNELS_SKIP_CPP: `pip install --no-build-isolation .`"
         )
     built_for = _note().get("torch_version")
     reason = _why_not_this_torch(built_for) if built_for else None

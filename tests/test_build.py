@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,84 @@ def test_why_no_cuda(setup_module, monkeypatch, tmp_path):
 
 def test_compiler_is_found_or_not(setup_module, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert not setup_module.has_compiler()
-    assert "/nonexistent/c++" in setup_module.no_compiler()
+    assert "no working C++20 compiler (/nonexistent/c++" in setup_module.why_no_build()
+    monkeypatch.setenv("CXX", "")
+    assert "CXX is empty" in setup_module.why_no_build()
+
+
+@pytest.fixture
+def no_python_headers(setup_module, monkeypatch, tmp_path):
+    """A machine with a compiler, whose Python came without its headers."""
+    if setup_module.why_no_build():
+        pytest.skip(setup_module.why_no_build())
+    for name in ("CPATH", "CPLUS_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    paths = sysconfig.get_paths() | {"include": str(tmp_path), "platinclude": str(tmp_path)}
+    monkeypatch.setattr(setup_module.sysconfig, "get_paths", lambda: paths)
+
+
+def test_python_headers_are_found_or_not(setup_module, no_python_headers, tmp_path):
+    assert f"Python.h was not found in {tmp_path}" in setup_module.why_no_build()
+    assert "python3-dev" in setup_module.why_no_build()
+
+
+@pytest.fixture
+def building(setup_module, monkeypatch):
+    """setup.py, about to build an extension without any variable set."""
+    for name in ("SKIP_CPP", "SKIP_CUDA", "FORCE_CUDA"):
+        monkeypatch.delenv(f"MOE_KERNELS_{name}", raising=False)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    monkeypatch.setattr(setup_module, "why_no_build", lambda: None)
+    monkeypatch.setattr(setup_module, "why_no_cuda", lambda *found: None)
+    monkeypatch.setattr(setup_module, "extension", lambda cuda: cuda)
+    return setup_module
+
+
+def test_what_is_built(building, monkeypatch, capsys):
+    assert building.decide()["ext_modules"] == [True]
+    monkeypatch.setattr(building, "why_no_cuda", lambda *found: "there is no nvcc")
+    assert building.decide()["ext_modules"] == [False]
+    assert "no CUDA kernels: there is no nvcc" in capsys.readouterr().err
+    monkeypatch.setattr(building, "why_no_build", lambda: "there is no Python.h")
+    assert building.decide() == {}
+    assert "there is no Python.h: installing as pure Python" in capsys.readouterr().err
+
+
+def test_skip_cpp_builds_nothing(building, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", "1")
+    assert building.decide() == {}
+    assert "MOE_KERNELS_SKIP_CPP is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["why_no_build", "why_no_cuda"])
+def test_force_cuda_fails_with_the_reason(building, monkeypatch, what):
+    monkeypatch.setenv("MOE_KERNELS_FORCE_CUDA", "1")
+    assert building.decide()["ext_modules"] == [True]
+    monkeypatch.setattr(building, what, lambda *found: "this is missing")
+    with pytest.raises(SystemExit, match="FORCE_CUDA is set, but this is missing"):
+        building.decide()
+
+
+@pytest.mark.parametrize("other", ["SKIP_CPP", "SKIP_CUDA"])
+def test_contradicting_flags_are_an_error(building, monkeypatch, other):
+    monkeypatch.setenv("MOE_KERNELS_FORCE_CUDA", "1")
+    monkeypatch.setenv(f"MOE_KERNELS_{other}", "1")
+    with pytest.raises(SystemExit, match="contradicts"):
+        building.decide()
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_openmp_is_used_where_the_compiler_has_it(setup_module, monkeypatch, capsys, openmp):
+    monkeypatch.setattr(setup_module, "compiles", lambda source, flags: openmp)
+    extension = setup_module.extension(cuda=False)
+    macros = dict(extension.define_macros)
+    for flags in (
+        extension.extra_compile_args["cxx"],
+        extension.extra_link_args,
+        macros["MOE_KERNELS_CXX_FLAGS"],
+    ):
+        assert ("-fopenmp" in flags) is openmp
+    assert ("the compiler has no OpenMP" in capsys.readouterr().err) is not openmp
 
 
 @pytest.mark.parametrize("command", ["sdist", "egg_info", "dist_info"])
@@ -185,6 +262,26 @@ def report(python):
     return json.loads(result.stdout)
 
 
+def test_max_jobs_limits_the_compilations(setup_module, source, tmp_path):
+    """A ninja that only notes how it was called."""
+    if setup_module.why_no_build():
+        pytest.skip(setup_module.why_no_build())
+    folder, note = tmp_path / "bin", tmp_path / "arguments"
+    folder.mkdir()
+    (folder / "ninja").write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || {{ echo "$@" > {note}; exit 1; }}\n'
+    )
+    (folder / "ninja").chmod(0o755)
+    subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        env=os.environ
+        | {"PATH": f"{folder}:{os.environ['PATH']}", "MAX_JOBS": "3", "MOE_KERNELS_SKIP_CPP": "0"},
+        cwd=source,
+        capture_output=True,
+    )
+    assert "-j 3" in note.read_text()
+
+
 @pytest.mark.slow
 def test_sdist_installs(source, python):
     command = [
@@ -198,6 +295,10 @@ def test_sdist_installs(source, python):
     ]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (archive,) = (source / "out").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"CONTRIBUTING.md", "docs/design.md", "python/demo.py", "tests/test_build.py"} <= names
+    assert archive.stat().st_size < 2**21
     result = pip_install(python, archive)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "csrc/cpu" not in "\n".join(
@@ -209,12 +310,13 @@ def test_sdist_installs(source, python):
 
 
 @pytest.mark.slow
-def test_editable_install(source, python):
-    result = pip_install(python, "-e", source)
+@pytest.mark.parametrize("editable", [True, False])
+def test_install_from_the_source_tree(source, python, editable):
+    result = pip_install(python, *["-e"] * editable, source)
     assert result.returncode == 0, result.stdout + result.stderr
     found = report(python)
     assert found["why_not"] is None and found["used"]
-    assert found["file"].startswith(str(source))
+    assert found["file"].startswith(str(source)) is editable
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""The native ops by themselves: bits, unwritten memory and refusals. Values are compared with the
-reference in the tests of the public ops.
+"""The native ops by themselves: bits, long sums, unwritten memory and refusals. Other values are
+compared with the reference in the tests of the public ops.
 """
 
 import importlib
@@ -166,10 +166,43 @@ def test_thread_count_changes_no_bit(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_long_sums_over_k_are_accurate():
+    problem = make_problem(
+        torch.float32, tokens=8, hidden=8192, inter=16, experts=1, top_k=1, rank=4
+    )
+    problem.modality_ids.fill_(1)
+    _, pre_act, u1, _ = problem.forward()
+    x, gate_up = problem.hidden_states.double(), problem.experts[0][0].double()
+    lora_A, lora_B = (weight[0, 0].double() for weight in problem.gate_up_lora[:2])
+    u = x @ lora_A.T
+    assert relative_error(u1, u) < 1e-6
+    assert relative_error(pre_act, x @ gate_up.T + 2.0 * u @ lora_B.T) < 1e-6
+
+
+def test_long_sums_over_rows_are_accurate():
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, rank = 16384, 32, 4
+    x, grad_out = (torch.randn(tokens, width, generator=generator) for _ in range(2))
+    lora_A = torch.randn(1, rank, width, generator=generator) / width**0.5
+    lora_B = torch.randn(1, width, rank, generator=generator)
+    ids = torch.zeros(tokens, 1, dtype=torch.long)
+    perm, _, _, _, segment_offsets = _native.ops().dispatch(ids, 1, torch.ones_like(ids[:, 0]), 1)
+    fixed = (perm, segment_offsets, lora_A, lora_B, torch.ones(1))
+    u = _native.ops().lora_linear_forward(torch.zeros(tokens, width), x, *fixed, True)
+    grad_A, grad_B = _native.ops().lora_linear_backward(grad_out, x, u, *fixed, None, [True, True])
+    du = grad_out.double() @ lora_B[0].double()
+    assert relative_error(grad_A[0], du.T @ x.double()) < 1e-6
+    assert relative_error(grad_B[0], grad_out.double().T @ u.double()) < 1e-6
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_bits_on_a_smaller_instruction_set(capability):
+def test_on_a_smaller_instruction_set(capability):
     """The same checks where the wider kernels are switched off."""
-    selected = "text_rows or a_text_row or thread_count or poison"
+    selected = "text_rows or a_text_row or thread_count or long_sums or poison"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         + ["-k", selected],

@@ -120,26 +120,37 @@ inline void store_scaled(const float* src, float scale, c10::Half* dst, int64_t 
 
 // ---- packing -----------------------------------------------------------------------------------
 
-// Eklundh's transposition of a square of 4-byte or 8-byte elements held in registers.
-template <typename T>
-inline void transpose_square(Vector<T>* rows) {
+// Exchanges the elements of a whose index has bit S with those of b whose index has not.
+#ifdef __clang__
+template <typename T, int S, int... J>
+inline void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, J...>) {
+  constexpr int L = VectorOf<T>::size;
+  const Vector<T> low = __builtin_shufflevector(a, b, ((J & S) ? L + J - S : J)...);
+  b = __builtin_shufflevector(a, b, ((J & S) ? L + J : J + S)...);
+  a = low;
+}
+#else
+// GCC has __builtin_shufflevector from 12 on only.
+template <typename T, int S, int... J>
+inline void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, J...>) {
   constexpr int L = VectorOf<T>::size;
   using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-#pragma GCC unroll 8
-  for (int s = 1; s < L; s *= 2) {
-    Vector<Index> low, high;
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) {
-      low[j] = (j & s) ? L + j - s : j;
-      high[j] = (j & s) ? L + j : j + s;
-    }
+  const Vector<T> low = __builtin_shuffle(a, b, Vector<Index>{((J & S) ? L + J - S : J)...});
+  b = __builtin_shuffle(a, b, Vector<Index>{((J & S) ? L + J : J + S)...});
+  a = low;
+}
+#endif
+
+// Eklundh's transposition of a square of 4-byte or 8-byte elements held in registers.
+template <typename T, int S = 1>
+inline void transpose_square(Vector<T>* rows) {
+  constexpr int L = VectorOf<T>::size;
+  if constexpr (S < L) {
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
-      if (i & s) continue;
-      const Vector<T> a = rows[i], b = rows[i + s];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + s] = __builtin_shuffle(a, b, high);
+      if (!(i & S)) exchange<T, S>(rows[i], rows[i + S], std::make_integer_sequence<int, L>{});
     }
+    transpose_square<T, 2 * S>(rows);
   }
 }
 
@@ -204,6 +215,10 @@ void pack_rows(const scalar_t* const* rows, int64_t column, int64_t n, int64_t K
 
 // ---- products ----------------------------------------------------------------------------------
 
+// Steps of k summed in one chain: long chains lose accuracy with the square root of their length.
+// Even, for the pairs of bf16.
+constexpr int64_t kChain = 256;
+
 // Operand A as the products read it: one pointer per row, or k-major.
 template <typename acc_t>
 struct RowsOperand {
@@ -222,32 +237,40 @@ struct Registers {
   static constexpr int L = VectorOf<acc_t>::size;
   Vector<acc_t> c[MR][NV];
 
-  inline void read(const acc_t* from, int64_t ldc, bool accumulate) {
+  inline void clear() {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) c[i][j] = Vector<acc_t>{};
+    }
+  }
+  // to = or += c
+  inline void write(acc_t* to, int64_t ldc, bool accumulate) const {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
-        c[i][j] = accumulate ? load_vector<acc_t>(from + i * ldc + j * L) : Vector<acc_t>{};
+        acc_t* dst = to + i * ldc + j * L;
+        store_vector<acc_t>(dst, accumulate ? load_vector<acc_t>(dst) + c[i][j] : c[i][j]);
       }
-    }
-  }
-  inline void write(acc_t* to, int64_t ldc) const {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) store_vector<acc_t>(to + i * ldc + j * L, c[i][j]);
     }
   }
 };
 
+// Calls f(begin, end) for each chain of [0, K).
+template <typename F>
+inline void for_each_chain(int64_t K, F f) {
+  for (int64_t begin = 0; begin < K; begin += kChain) {
+    f(begin, K - begin < kChain ? K : begin + kChain);
+  }
+}
+
 template <typename acc_t, int MR, int NV, typename Operand>
-void multiply(Operand operand, int64_t K, const acc_t* panel, acc_t* c, int64_t ldc,
-              bool accumulate) {
+inline void multiply_chain(Operand operand, int64_t begin, int64_t end, const acc_t* panel,
+                           Registers<acc_t, MR, NV>& reg) {
   constexpr int L = VectorOf<acc_t>::size;
-  Registers<acc_t, MR, NV> reg;
-  reg.read(c, ldc, accumulate);
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < K; ++k) {
+  for (int64_t k = begin; k < end; ++k) {
     Vector<acc_t> b[NV];
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) b[j] = load_vector<acc_t>(panel + (k * NV + j) * L);
@@ -258,7 +281,17 @@ void multiply(Operand operand, int64_t K, const acc_t* panel, acc_t* c, int64_t 
       for (int j = 0; j < NV; ++j) reg.c[i][j] = fma(a, b[j], reg.c[i][j]);
     }
   }
-  reg.write(c, ldc);
+}
+
+template <typename acc_t, int MR, int NV, typename Operand>
+void multiply(Operand operand, int64_t K, const acc_t* panel, acc_t* c, int64_t ldc,
+              bool accumulate) {
+  for_each_chain(K, [&](int64_t begin, int64_t end) {
+    Registers<acc_t, MR, NV> reg;
+    reg.clear();
+    multiply_chain<acc_t, MR, NV>(operand, begin, end, panel, reg);
+    reg.write(c, ldc, accumulate || begin > 0);
+  });
 }
 
 // Calls f(std::integral_constant<int, m>) for 1 <= m <= MOE_MAX_ROWS.
@@ -350,10 +383,8 @@ inline void load_pairs(const uint32_t* panel, __m512bh* b) {
 }
 
 template <int MR, int NV>
-void multiply_bf16(const c10::BFloat16* const* rows, int64_t K, const uint32_t* panel, float* c,
-                   int64_t ldc, bool accumulate) {
-  Registers<float, MR, NV> reg;
-  reg.read(c, ldc, accumulate);
+inline void multiply_chain_bf16(const c10::BFloat16* const* rows, int64_t begin, int64_t end,
+                                const uint32_t* panel, Registers<float, MR, NV>& reg) {
   const auto step = [&](int64_t pair, auto load_a) {
     __m512bh b[NV];
     load_pairs<NV>(panel + pair * NV * 16, b);
@@ -367,15 +398,25 @@ void multiply_bf16(const c10::BFloat16* const* rows, int64_t K, const uint32_t* 
     }
   };
 #pragma GCC unroll 4
-  for (int64_t pair = 0; pair < K / 2; ++pair) {
+  for (int64_t pair = begin / 2; pair < end / 2; ++pair) {
     step(pair, [&](int i) {
       int32_t both;
       __builtin_memcpy(&both, rows[i] + 2 * pair, sizeof(both));
       return both;
     });
   }
-  if (K % 2) step(K / 2, [&](int i) { return static_cast<int32_t>(rows[i][K - 1].x); });
-  reg.write(c, ldc);
+  if (end % 2) step(end / 2, [&](int i) { return static_cast<int32_t>(rows[i][end - 1].x); });
+}
+
+template <int MR, int NV>
+void multiply_bf16(const c10::BFloat16* const* rows, int64_t K, const uint32_t* panel, float* c,
+                   int64_t ldc, bool accumulate) {
+  for_each_chain(K, [&](int64_t begin, int64_t end) {
+    Registers<float, MR, NV> reg;
+    reg.clear();
+    multiply_chain_bf16<MR, NV>(rows, begin, end, panel, reg);
+    reg.write(c, ldc, accumulate || begin > 0);
+  });
 }
 
 void tile_bf16(int m, int64_t K, const c10::BFloat16* const* rows, const void* panels,
@@ -403,7 +444,9 @@ void axpy(const acc_t* src, acc_t scale, acc_t* dst, int64_t n) {
 }
 
 // exp(x) to about one unit in the last place, without a branch or a call so that it vectorises.
-// Clamped where float would overflow or go subnormal; NaN stays NaN.
+// Clamped where float would overflow or go subnormal; NaN stays NaN. So sigmoid(x) stays at 6e-39
+// below x = -88, and silu there is x times that (-6e-37 at -100) instead of zero: harmless, because
+// it is summed with activations of ordinary size, which it cannot change.
 inline float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
