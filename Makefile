@@ -23,6 +23,8 @@ SOURCES   := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 ifeq ($(strip $(VENV)),)
 $(error VENV is empty: name a folder, such as VENV=.venv, or VENV=$$CONDA_PREFIX)
 endif
+# Idle OpenMP threads that spin slow down whatever else runs on the machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 # One thread for each test process: $(PYTEST) runs several.
 RUN_TESTS  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST)
 # Tests of what moe_kernels and transformers promise each other.

@@ -94,7 +94,8 @@ def summarize(report: dict[str, Any], out: Path) -> None:
     table.add_row(
         "largest change of a text logit",
         f"{text['max_abs_logit_difference_by_training']} by training; against the unpatched model "
-        f"{text['max_abs_logit_difference_to_unpatched']:.1e} (rounding)",
+        f"(rounding) {text['max_abs_logit_difference_to_unpatched']:.1e}, "
+        f"median {text['median_logit_difference_to_unpatched']:.1e}",
     )
     table.add_row(
         "image, held out: nats a token",
