@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import env
+from moe_kernels.ops import checks
 
 MISSING = (
     "this layer got no modality_ids: call the patched model itself (not its inner model), which "
@@ -86,21 +87,10 @@ def resolve_modality_ids(
         raise ValueError(
             f"modality_ids must be (B, S) = {tuple(shape)}, got {tuple(modality_ids.shape)}"
         )
-    else:
-        _check_values(modality_ids, num_modalities)
+    elif not modality_ids.is_cuda or env.check_values():
+        checks.modality_range(modality_ids, num_modalities)
     modality_ids = modality_ids.to(device=table.device, dtype=torch.int64)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         real = attention_mask[:, -shape[1] :].to(table.device) != 0
         modality_ids = torch.where(real, modality_ids, -1)
     return modality_ids
-
-
-def _check_values(modality_ids: Tensor, num_modalities: int) -> None:
-    if modality_ids.numel() == 0 or (modality_ids.is_cuda and not env.check_values()):
-        return
-    low, high = (int(value) for value in torch.aminmax(modality_ids))
-    if low < -1 or high > num_modalities:
-        raise ValueError(
-            f"modality_ids must be in -1..{num_modalities} (-1 padding, 0 the base modality, then "
-            f"{num_modalities} added), got {low}..{high}"
-        )

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops. They look at shapes, dtypes and devices, never at values."""
+"""Argument checks shared by the ops. Only :func:`modality_range` looks at values."""
 
 import torch
 from torch import Tensor
@@ -61,3 +61,15 @@ def frozen(name: str, tensor: Tensor | None, why: str) -> None:
     """Raise ValueError if a gradient would be expected for a tensor that never gets one."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but {why}: call {name}.requires_grad_(False)")
+
+
+def modality_range(modality_ids: Tensor, num_modalities: int) -> None:
+    """Raise ValueError unless all ids are in -1..num_modalities. Synchronises with a GPU."""
+    if modality_ids.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(modality_ids))
+    if low < -1 or high > num_modalities:
+        raise ValueError(
+            f"modality_ids must be in -1..{num_modalities} (-1 padding, 0 the base modality, then "
+            f"{num_modalities} added), got {low}..{high}"
+        )

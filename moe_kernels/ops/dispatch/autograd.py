@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import env
+from moe_kernels.ops import checks
 from moe_kernels.ops.dispatch import native_impl, reference
 
 _IMPLEMENTATIONS = {"reference": reference.dispatch, "cpu": native_impl.dispatch}
@@ -35,13 +36,8 @@ def _check_values(
         low, high = (int(v) for v in torch.aminmax(topk_ids))
         if low < 0 or high >= num_experts:
             raise ValueError(f"topk_ids must be in 0..{num_experts - 1}, got {low}..{high}")
-    if modality_ids is not None and modality_ids.numel():
-        low, high = (int(v) for v in torch.aminmax(modality_ids))
-        if low < -1 or high > num_modalities:
-            raise ValueError(
-                f"modality_ids must be in -1..{num_modalities} (-1 padding, 0 the base modality, "
-                f"then {num_modalities} added), got {low}..{high}"
-            )
+    if modality_ids is not None:
+        checks.modality_range(modality_ids, num_modalities)
 
 
 @torch.library.custom_op("moe_kernels::dispatch", mutates_args=())

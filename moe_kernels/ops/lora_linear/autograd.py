@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
+from moe_kernels.ops.gradients import place
 from moe_kernels.ops.lora_linear import native_impl, reference
 
 _IMPLEMENTATIONS = {"reference": reference, "cpu": native_impl}
@@ -150,14 +151,10 @@ def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * _NUM_ARGS
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    needed = iter(
-        torch.ops.moe_kernels.lora_linear_backward(grad_out, *ctx.saved_tensors, needs, ctx.backend)
+    needed = torch.ops.moe_kernels.lora_linear_backward(
+        grad_out, *ctx.saved_tensors, needs, ctx.backend
     )
-    grads = [None] * _NUM_ARGS
-    for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
-        if need:
-            grads[position] = next(needed)
-    return tuple(grads)
+    return place(needed, _DIFFERENTIABLE, needs, _NUM_ARGS)
 
 
 lora_linear_op.register_autograd(_backward, setup_context=_setup_context)

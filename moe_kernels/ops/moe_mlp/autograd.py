@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
+from moe_kernels.ops.gradients import place
 from moe_kernels.ops.moe_mlp import native_impl, reference
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 
@@ -206,14 +207,10 @@ def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * _NUM_ARGS
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    needed = iter(
-        torch.ops.moe_kernels.moe_mlp_backward(grad_out, *ctx.saved_tensors, needs, ctx.backend)
+    needed = torch.ops.moe_kernels.moe_mlp_backward(
+        grad_out, *ctx.saved_tensors, needs, ctx.backend
     )
-    grads = [None] * _NUM_ARGS
-    for position, need in zip(_DIFFERENTIABLE, needs, strict=True):
-        if need:
-            grads[position] = next(needed)
-    return tuple(grads)
+    return place(needed, _DIFFERENTIABLE, needs, _NUM_ARGS)
 
 
 moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
