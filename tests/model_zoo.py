@@ -1,5 +1,6 @@
 """Tiny random Hugging Face models of every family that the model tests run on."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -13,6 +14,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from moe_kernels import patch_model
 
 VOCAB = 48
 PAD = 0
@@ -154,3 +157,11 @@ def assert_same_snapshot(actual: dict, expected: dict) -> None:
     for name, tensor in expected["state"].items():
         assert tensor.dtype == actual["state"][name].dtype, name
         assert torch.equal(actual["state"][name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+
+
+def refused(model, error, match, config=None):
+    before = snapshot(model) if hasattr(model, "generation_config") else None
+    with pytest.raises(error, match=match):
+        patch_model(model, config)
+    if before is not None:
+        assert_same_snapshot(snapshot(model), before)
