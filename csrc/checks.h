@@ -30,6 +30,13 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarT
   TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
+// An adapter may be stored in float32 beside operands of lower precision.
+inline void check_adapter(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
+                          std::initializer_list<int64_t> sizes) {
+  const bool wide = tensor.scalar_type() == at::kFloat && dtype != at::kDouble;
+  check_tensor(tensor, name, wide ? at::kFloat : dtype, sizes);
+}
+
 inline void check_together(const std::optional<at::Tensor>& a, const char* a_name,
                            const std::optional<at::Tensor>& b, const char* b_name) {
   TORCH_CHECK(a.has_value() == b.has_value(), a_name, " and ", b_name,
@@ -50,6 +57,17 @@ inline void check_offsets(const at::Tensor& offsets, const char* name, int64_t n
   bool valid = values[0] == 0 && values[count - 1] <= num_rows;
   for (int64_t i = 1; valid && i < count; ++i) valid = values[i] >= values[i - 1];
   TORCH_CHECK(valid, name, " must start at 0, not decrease, and not pass the ", num_rows, " rows");
+}
+
+// Within each segment the rows are in the order of their slots.
+inline void check_ascending(const at::Tensor& perm, const char* name, const at::Tensor& offsets) {
+  const int64_t* values = perm.const_data_ptr<int64_t>();
+  const int64_t* bounds = offsets.const_data_ptr<int64_t>();
+  bool valid = true;
+  for (int64_t s = 0; s + 1 < offsets.numel(); ++s) {
+    for (int64_t p = bounds[s] + 1; p < bounds[s + 1]; ++p) valid &= values[p - 1] < values[p];
+  }
+  TORCH_CHECK(valid, name, " must ascend within each segment");
 }
 
 inline void check_indices(const at::Tensor& indices, const char* name, int64_t bound) {

@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const at::Tensor& hidden_states, const at::Tensor& topk_weights, const at::Tensor& perm,
-    const at::Tensor& inv_perm, const at::Tensor& segment_offsets, const at::Tensor& gate_up_proj,
+    const at::Tensor& segment_offsets, const at::Tensor& gate_up_proj,
     const at::Tensor& down_proj, const std::optional<at::Tensor>& extra_gate_up_proj,
     const std::optional<at::Tensor>& extra_down_proj,
     const std::optional<at::Tensor>& gate_up_lora_A,
@@ -29,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
 // gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order.
 std::vector<at::Tensor> moe_mlp_backward(
     const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& topk_weights,
-    const at::Tensor& perm, const at::Tensor& inv_perm, const at::Tensor& segment_offsets,
+    const at::Tensor& perm, const at::Tensor& segment_offsets,
     const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
     const std::optional<at::Tensor>& extra_gate_up_proj,
     const std::optional<at::Tensor>& extra_down_proj,

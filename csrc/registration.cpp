@@ -25,7 +25,7 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " -> (Tensor perm, Tensor inv_perm, Tensor tokens_per_expert, Tensor expert_offsets,"
       " Tensor segment_offsets)");
   m.def(
-      "moe_mlp_forward(Tensor hidden_states, Tensor topk_weights, Tensor perm, Tensor inv_perm,"
+      "moe_mlp_forward(Tensor hidden_states, Tensor topk_weights, Tensor perm,"
       " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj, Tensor? extra_gate_up_proj,"
       " Tensor? extra_down_proj, Tensor? gate_up_lora_A, Tensor? gate_up_lora_B,"
       " Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B, Tensor? down_scaling,"
@@ -33,7 +33,7 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " -> (Tensor out, Tensor pre_act, Tensor u1, Tensor u2)");
   m.def(
       "moe_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor perm,"
-      " Tensor inv_perm, Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj,"
+      " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj,"
       " Tensor? extra_gate_up_proj, Tensor? extra_down_proj, Tensor? gate_up_lora_A,"
       " Tensor? gate_up_lora_B, Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B,"
       " Tensor? down_scaling, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"

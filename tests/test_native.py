@@ -37,12 +37,11 @@ class Problem:
         return _native.ops().dispatch(self.topk_ids, num_experts, self.modality_ids, 1)
 
     def forward(self, save=True):
-        perm, inv_perm, _, _, segment_offsets = self.dispatch()
+        perm, _, _, _, segment_offsets = self.dispatch()
         return _native.ops().moe_mlp_forward(
             self.hidden_states,
             self.topk_weights,
             perm,
-            inv_perm,
             segment_offsets,
             *self.experts,
             None,
@@ -54,14 +53,13 @@ class Problem:
         )
 
     def backward(self, grad_out, needs=ALL_NEEDS):
-        perm, inv_perm, _, _, segment_offsets = self.dispatch()
+        perm, _, _, _, segment_offsets = self.dispatch()
         _, pre_act, u1, u2 = self.forward()
         return _native.ops().moe_mlp_backward(
             grad_out,
             self.hidden_states,
             self.topk_weights,
             perm,
-            inv_perm,
             segment_offsets,
             *self.experts,
             None,

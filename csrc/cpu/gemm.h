@@ -29,6 +29,10 @@ using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, fl
 // a set.
 inline int64_t scratch_stride(int64_t K) { return (K + 15) / 16 / 2 * 32 + 16; }
 
+// Rows of B (K, n) that are packed for all panels of a work item before the next ones: each row is
+// then read in one stretch. Even, for the pairs of bf16.
+constexpr int64_t kPackRows = 16;
+
 // One instruction set's kernels for operands stored as scalar_t.
 template <typename scalar_t>
 struct Kernels {
@@ -43,29 +47,38 @@ struct Kernels {
   void (*pack_transposed)(const scalar_t* w, int64_t ld, int64_t n, int64_t K, int nv, void* panel);
   // The same from B (K, n) with row stride ld.
   void (*pack)(const scalar_t* b, int64_t ld, int64_t n, int64_t K, int nv, void* panel);
-  // The same from K gathered rows, columns [column, column + n), as acc_t whatever scalar_t is.
-  void (*pack_rows)(const scalar_t* const* rows, int64_t column, int64_t n, int64_t K, int nv,
-                    acc_t* panel);
+  // The same from K gathered rows, columns [column, column + n); `total` rows are there to be read
+  // ahead.
+  void (*pack_rows)(const scalar_t* const* rows, int64_t column, int64_t n, int64_t K,
+                    int64_t total, int nv, void* panel);
+  // Operand A of tile_kmajor from left (K, n), both with ld elements between values of k.
+  void (*pack_left)(const acc_t* left, int64_t ld, int64_t n, int64_t K, void* packed);
 
   // C (m, num_panels * nv * vector) = or += A (m, K) @ panels; m <= max_rows.
   // scratch: max_rows * scratch_stride(K) elements, for rows that are copied or widened first.
   void (*tile)(int m, int64_t K, const scalar_t* const* rows, const void* panels, int num_panels,
                int nv, acc_t* c, int64_t ldc, bool accumulate, acc_t* scratch);
-  // The same with A stored k-major, A(i, k) = a[k * lda + i], and panels of acc_t.
-  void (*tile_kmajor)(int m, int64_t K, const acc_t* a, int64_t lda, const acc_t* panels,
+  // C += A @ panels, A as pack_left left it: from its column a on, lda between values of k.
+  void (*tile_kmajor)(int m, int64_t K, const void* a, int64_t lda, const void* panels,
                       int num_panels, int nv, acc_t* c, int64_t ldc);
+  // C (m, n) = A @ W^T from W (n, K) as it lies, with row stride ld; m <= max_rows. Writes up to
+  // three columns beyond n.
+  void (*tile_direct)(int m, int64_t K, const scalar_t* const* rows, const scalar_t* w, int64_t ld,
+                      int64_t n, acc_t* c, int64_t ldc);
 
   // dst = scalar_t(scale * src) and back.
   void (*store)(const acc_t* src, acc_t scale, scalar_t* dst, int64_t n);
   void (*load)(const scalar_t* src, acc_t scale, acc_t* dst, int64_t n);
-  // dst += scale * src
-  void (*axpy)(const acc_t* src, acc_t scale, acc_t* dst, int64_t n);
+  // dst[i] (n,) += scale[i] * row i of c, for m rows.
+  void (*add_rows)(int m, int64_t n, const acc_t* c, int64_t ldc, const acc_t* scale,
+                   acc_t* const* dst);
   // act = silu(gate) * up from gate and up as rounded to scalar_t; both are written when not null.
   void (*swiglu)(const acc_t* gate, const acc_t* up, scalar_t* gate_out, scalar_t* up_out,
                  scalar_t* act, int64_t n);
-  // Given d(act) / weight, returns <dact, act>; writes d(gate) and d(up) when not null.
+  // Given d(act) / weight, returns <dact, act>; writes d(gate) and d(up), and act, when not null.
   acc_t (*swiglu_backward)(const acc_t* dact, acc_t weight, const scalar_t* gate,
-                           const scalar_t* up, scalar_t* dgate, scalar_t* dup, int64_t n);
+                           const scalar_t* up, scalar_t* dgate, scalar_t* dup, scalar_t* act,
+                           int64_t n);
 
   int64_t panel_bytes(int64_t K, int nv) const {
     const int64_t padded = (K + k_multiple - 1) / k_multiple * k_multiple;

@@ -1,6 +1,8 @@
 #include "gemm_tables.h"
 
 #ifdef MOE_HAS_X86_LEVELS
+// GCC 12 warns of its own header.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #ifdef __clang__

@@ -29,6 +29,12 @@ struct Lora {
   }
 };
 
+// Whether an adapter is stored in the accumulation's type rather than in the operands'.
+template <typename scalar_t>
+bool is_wide(const at::Tensor& adapter) {
+  return adapter.scalar_type() != c10::CppTypeToScalarType<scalar_t>::value;
+}
+
 // The gradients that a parameter needs one sum of: per modality and expert, or per modality with
 // the experts in order (shared).
 // Group g belongs to modality g / (number of groups / number of modalities) + 1.

@@ -28,9 +28,9 @@ struct LoraLinearInputs {
     check_compute_dtype(hidden_states, "hidden_states");
     const at::ScalarType dtype = hidden_states.scalar_type();
     check_tensor(hidden_states, "hidden_states", dtype, {-1, -1});
-    check_tensor(lora_A, "lora_A", dtype, {-1, -1, hidden_states.size(1)});
+    check_adapter(lora_A, "lora_A", dtype, {-1, -1, hidden_states.size(1)});
     TORCH_CHECK(rank() >= 1, "lora_A must have a rank of at least 1");
-    check_tensor(lora_B, "lora_B", dtype, {num_modalities(), -1, rank()});
+    check_adapter(lora_B, "lora_B", dtype, {num_modalities(), -1, rank()});
     check_tensor(scaling, "scaling", at::kFloat, {num_modalities()});
     check_tensor(perm, "perm", at::kLong, {tokens()});
     check_indices(perm, "perm", tokens());
@@ -53,8 +53,10 @@ class LoraLinear {
               in.in(),
               in.out(),
               1,
-              {in.lora_A.const_data_ptr<scalar_t>(), 1, in.rank(), in.in(), false},
-              {in.lora_B.const_data_ptr<scalar_t>(), 1, in.out(), in.rank(), false},
+              {in.lora_A.const_data_ptr(), 1, in.rank(), in.in(), is_wide<scalar_t>(in.lora_A),
+               false},
+              {in.lora_B.const_data_ptr(), 1, in.out(), in.rank(), is_wide<scalar_t>(in.lora_B),
+               false},
               in.scaling.const_data_ptr<float>()},
         blocks_(adapted_blocks(segments_, 1, kRowsPerUpdate)) {}
 
@@ -104,20 +106,22 @@ class LoraLinear {
                     scalar_t* rows) const {
     const auto& kernel = kernels<scalar_t>();
     const int64_t r = lora_.rank, panel_bytes = ItemPanels<scalar_t>::panel_bytes(r);
-    const ColumnPlan plan = column_plan<scalar_t>(width);
-    const int64_t items = plan.num_items(), ldc = kPanels * plan.width;
-    const int64_t bytes =
-        Scratch::bytes<char>(kPanels * panel_bytes) + Tile<scalar_t>::bytes(r, ldc);
+    const ColumnPlan plan = column_plan<scalar_t>(width, r);
+    const int64_t items = plan.num_items(), ldc = plan.item_width();
+    const int64_t bytes = Scratch::bytes<char>(plan.panels * panel_bytes) +
+                          Scratch::bytes<scalar_t>(plan.width * r) +
+                          Tile<scalar_t>::bytes(r, ldc);
     const int64_t total = static_cast<int64_t>(blocks_.size()) * items;
     for_each_item(total, bytes, [&](int64_t index, char* memory) {
       const RowBlock& block = blocks_[index / items];
       const ItemColumns columns = plan.item(index % items);
       Scratch scratch(memory);
-      char* packed = scratch.take<char>(kPanels * panel_bytes);
+      char* packed = scratch.take<char>(plan.panels * panel_bytes);
+      scalar_t* narrowed = scratch.take<scalar_t>(plan.width * r);
       Tile<scalar_t> tile(scratch, r, ldc);
-      const Matrix<scalar_t> matrix = stack.at(0, block.modality);
+      const AdapterMatrix<scalar_t> matrix = stack.at(0, block.modality);
       for (int64_t j = 0; j < columns.num_panels; ++j) {
-        matrix.pack(columns.begin[j], columns.size[j], r, 2, packed + j * panel_bytes);
+        matrix.pack(columns.begin[j], columns.size[j], r, 2, packed + j * panel_bytes, narrowed);
       }
       for_each_tile(block.rows, kernel.max_rows, [&](int64_t p, int m) {
         for_each_piece(tile, p, m, columns, plan.width, [&](int64_t t, int64_t column, int64_t n,

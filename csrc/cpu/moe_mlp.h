@@ -27,7 +27,6 @@ struct MoeMlpInputs {
   const at::Tensor& hidden_states;
   const at::Tensor& topk_weights;
   const at::Tensor& perm;
-  const at::Tensor& inv_perm;
   const at::Tensor& segment_offsets;
   const at::Tensor& gate_up_proj;
   const at::Tensor& down_proj;
@@ -89,7 +88,7 @@ struct MoeMlp {
         segments{in.segment_offsets.const_data_ptr<int64_t>(), size.all_experts(),
                  in.num_modalities},
         perm(in.perm.const_data_ptr<int64_t>()),
-        inv_perm(in.inv_perm.const_data_ptr<int64_t>()),
+        order{perm, size.top_k, size.tokens},
         hidden(in.hidden_states.const_data_ptr<scalar_t>()),
         gate_up_proj{in.gate_up_proj.const_data_ptr<scalar_t>(),
                      data_or_null<scalar_t>(in.extra_gate_up_proj), size.experts, 2 * size.inter,
@@ -102,18 +101,14 @@ struct MoeMlp {
         weights_tensor(in.topk_weights.to(kAccType).contiguous()),
         weights(weights_tensor.const_data_ptr<acc_t>()) {}
 
-  int64_t token(int64_t p) const { return perm[p] / size.top_k; }
+  int64_t token(int64_t p) const { return order.token(p); }
   acc_t weight(int64_t p) const { return weights[perm[p]]; }
   const scalar_t* hidden_row(int64_t p) const { return hidden + token(p) * size.hidden; }
-
-  // out[t] = sum over k, in order, of weights[t, k] (1 when null) * rows[inv_perm[t, k]], in
-  // acc_t; a slot beyond the dispatched rows adds nothing, a token without slots is zero.
-  void combine(const acc_t* rows, const acc_t* slot_weights, scalar_t* out) const;
 
   MoeMlpSizes size;
   Segments segments;
   const int64_t* perm;
-  const int64_t* inv_perm;
+  SlotOrder order;
   const scalar_t* hidden;
   ExpertStack<scalar_t> gate_up_proj;  // (2I, H)
   ExpertStack<scalar_t> down_proj;     // (H, I)
@@ -130,31 +125,10 @@ struct MoeMlp {
             in,
             out,
             size.experts,
-            {lora.A->const_data_ptr<scalar_t>(), lora.A->size(1), r, in, false},
-            {lora.B->const_data_ptr<scalar_t>(), size.experts, out, r, false},
+            {lora.A->const_data_ptr(), lora.A->size(1), r, in, is_wide<scalar_t>(*lora.A), false},
+            {lora.B->const_data_ptr(), size.experts, out, r, is_wide<scalar_t>(*lora.B), false},
             lora.scaling->const_data_ptr<float>()};
   }
 };
-
-template <typename scalar_t>
-void MoeMlp<scalar_t>::combine(const acc_t* rows, const acc_t* slot_weights, scalar_t* out) const {
-  constexpr int64_t kTokensPerItem = 16;
-  const auto& kernel = kernels<scalar_t>();
-  const int64_t num_rows = segments.num_rows(), H = size.hidden;
-  const int64_t items = (size.tokens + kTokensPerItem - 1) / kTokensPerItem;
-  for_each_item(items, Scratch::bytes<acc_t>(H), [&](int64_t item, char* memory) {
-    acc_t* sum = Scratch(memory).take<acc_t>(H);
-    const int64_t end = std::min(size.tokens, (item + 1) * kTokensPerItem);
-    for (int64_t t = item * kTokensPerItem; t < end; ++t) {
-      std::fill(sum, sum + H, acc_t(0));
-      for (int64_t slot = t * size.top_k; slot < (t + 1) * size.top_k; ++slot) {
-        const int64_t p = inv_perm[slot];
-        if (p >= num_rows) continue;
-        kernel.axpy(rows + p * H, slot_weights ? slot_weights[slot] : acc_t(1), sum, H);
-      }
-      kernel.store(sum, acc_t(1), out + t * H, H);
-    }
-  });
-}
 
 }  // namespace moe_kernels::cpu

@@ -37,7 +37,8 @@ class Backward {
         pre_act_(pre_act.const_data_ptr<scalar_t>()),
         u1_(u1.const_data_ptr<scalar_t>()),
         u2_(u2.const_data_ptr<scalar_t>()),
-        adapted_(adapted_blocks(mlp_.segments, size_.experts, kRowsPerProjection)) {
+        adapted_(adapted_blocks(mlp_.segments, size_.experts, kRowsPerProjection)),
+        act_plan_(column_plan<scalar_t>(size_.inter, size_.hidden)) {
     plan_work();
   }
 
@@ -46,7 +47,7 @@ class Backward {
     if (needs_.A2 || (size_.rank2 > 0 && through_down)) project_grad_out();
     act_backward();
     if (needs_.A1 || (size_.rank1 > 0 && needs_.hidden)) project_dpre();
-    keep_act();
+    recompute_act();
     std::vector<at::Tensor> grads;
     if (needs_.hidden) grads.push_back(hidden_gradient());
     if (needs_.weights) grads.push_back(weight_gradient());
@@ -82,21 +83,19 @@ class Backward {
       act_ = act_tensor_.mutable_data_ptr<scalar_t>();
     }
     if (needs_.weights) {
-      const int64_t parts = column_plan<scalar_t>(size_.inter).num_items();
+      const int64_t parts = act_plan_.num_items();
       dots_tensor_ = allocate_acc({parts, size_.slots()});
       dots_ = dots_tensor_.mutable_data_ptr<acc_t>();
     }
     for (int64_t e = 0; e < size_.all_experts(); ++e) {
       const bool extra = e >= size_.experts;
-      const RowRange every = mlp_.segments.expert(e);
+      const RowRange every = mlp_.segments.expert(e), adapted = mlp_.segments.adapted(e);
       if (all || (extra && needs_.extra_gate_up)) {
         append_blocks(act_rows_, e, 0, every, kRowsPerItem);
       } else if (!extra && needs_.gate_up_lora()) {
-        append_blocks(act_rows_, e, 0, mlp_.segments.adapted(e), kRowsPerItem);
-      }
-      if (extra ? needs_.extra_down : needs_.A2) {
-        const RowRange kept = extra ? every : mlp_.segments.adapted(e);
-        append_blocks(kept_act_rows_, e, 0, kept, kRowsPerItem);
+        append_blocks(act_rows_, e, 0, adapted, kRowsPerItem);
+      } else if (extra ? needs_.extra_down : needs_.A2) {
+        append_blocks(act_only_rows_, e, 0, extra ? every : adapted, kRowsPerItem);
       }
     }
   }
@@ -139,43 +138,44 @@ class Backward {
       extension = mlp_.down_lora.extension(scaled_du2_.template const_data_ptr<scalar_t>(),
                                            mlp_.down_lora.A);
     }
-    const ColumnPlan plan = column_plan<scalar_t>(size_.inter);
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, act_plan_, extension};
     expert_products<scalar_t>(
-        act_rows_, mlp_.segments, plan, size_.hidden, [&](int64_t p) { return grad_row(p); },
-        [&](int64_t e) { return mlp_.down_proj.matrix(e, false); }, extension,
-        [&](int64_t p, int m, int64_t, int64_t item, const ItemColumns& columns, acc_t* c,
-            int64_t ldc) {
+        product, act_rows_, [&](int64_t p) { return grad_row(p); },
+        [&](int64_t e) { return mlp_.down_proj.matrix(e, false); },
+        [&](int64_t p, int m, int64_t item, const ItemColumns& columns, acc_t* c, int64_t ldc) {
           for (int i = 0; i < m; ++i) {
-            const acc_t dot = swiglu_row(p + i, columns, c + i * ldc, plan.width);
+            const acc_t dot = swiglu_row(p + i, columns, c + i * ldc);
             if (dots_) dots_[item * size_.slots() + p + i] = dot;
           }
         });
   }
 
-  // Panels of one row of dA' -> dpre; returns their part of <dA', a>.
-  acc_t swiglu_row(int64_t p, const ItemColumns& columns, const acc_t* dact, int64_t width) {
+  // Panels of one row of dA' -> dpre, and a; returns their part of <dA', a>.
+  acc_t swiglu_row(int64_t p, const ItemColumns& columns, const acc_t* dact) {
     const auto& kernel = kernels<scalar_t>();
     const int64_t I = size_.inter;
     acc_t dot = 0;
     for (int64_t panel = 0; panel < columns.num_panels; ++panel) {
-      const scalar_t* gate = pre_act_ + p * 2 * I + columns.begin[panel];
-      scalar_t* dgate = dpre_ ? dpre_ + p * 2 * I + columns.begin[panel] : nullptr;
-      dot += kernel.swiglu_backward(dact + panel * width, mlp_.weight(p), gate, gate + I, dgate,
-                                    dgate ? dgate + I : nullptr, columns.size[panel]);
+      const int64_t column = columns.begin[panel];
+      const scalar_t* gate = pre_act_ + p * 2 * I + column;
+      scalar_t* dgate = dpre_ ? dpre_ + p * 2 * I + column : nullptr;
+      dot += kernel.swiglu_backward(dact + panel * act_plan_.width, mlp_.weight(p), gate, gate + I,
+                                    dgate, dgate ? dgate + I : nullptr,
+                                    act_ ? act_ + p * I + column : nullptr, columns.size[panel]);
     }
     return dot;
   }
 
-  // a, recomputed from the pre-activation for the rows whose parameters need it.
-  void keep_act() {
+  // a, recomputed from the pre-activation, of the rows that need it without d(act).
+  void recompute_act() {
     const auto& kernel = kernels<scalar_t>();
     const int64_t I = size_.inter, bytes = 2 * Scratch::bytes<acc_t>(I);
-    const int64_t items = static_cast<int64_t>(kept_act_rows_.size());
+    const int64_t items = static_cast<int64_t>(act_only_rows_.size());
     for_each_item(items, bytes, [&](int64_t item, char* memory) {
       Scratch scratch(memory);
       acc_t* gate = scratch.take<acc_t>(I);
       acc_t* up = scratch.take<acc_t>(I);
-      const RowRange rows = kept_act_rows_[item].rows;
+      const RowRange rows = act_only_rows_[item].rows;
       for (int64_t p = rows.begin; p < rows.end; ++p) {
         kernel.load(pre_act_ + p * 2 * I, acc_t(1), gate, I);
         kernel.load(pre_act_ + p * 2 * I + I, acc_t(1), up, I);
@@ -188,21 +188,17 @@ class Backward {
   at::Tensor hidden_gradient() {
     const int64_t H = size_.hidden, width = 2 * size_.inter;
     at::Tensor dhidden = allocate({size_.tokens, H});
-    const at::Tensor rows = allocate_acc({size_.slots(), H});
-    acc_t* rows_data = rows.mutable_data_ptr<acc_t>();
     Extension<scalar_t> extension;
     if (du1_.defined()) {
       extension = mlp_.gate_up_lora.extension(scaled_du1_.template const_data_ptr<scalar_t>(),
                                               mlp_.gate_up_lora.A);
     }
-    const ColumnPlan plan = column_plan<scalar_t>(H);
-    expert_products<scalar_t>(
-        act_rows_, mlp_.segments, plan, width, [&](int64_t p) { return dpre_ + p * width; },
-        [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, false); }, extension,
-        [&](int64_t p, int m, int64_t, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
-          copy_tile(c, ldc, m, columns, plan.width, rows_data + p * H, H);
-        });
-    mlp_.combine(rows_data, nullptr, dhidden.mutable_data_ptr<scalar_t>());
+    const ExpertProduct<scalar_t> product{mlp_.segments, width, column_plan<scalar_t>(H, width),
+                                          extension};
+    combined_products<scalar_t>(
+        product, mlp_.order, [&](int64_t p) { return dpre_ + p * width; },
+        [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, false); },
+        [](int64_t) { return acc_t(1); }, dhidden.mutable_data_ptr<scalar_t>());
     return dhidden;
   }
 
@@ -341,7 +337,8 @@ class Backward {
   const scalar_t* u2_;        // (T*K, r2)
   std::vector<RowBlock> adapted_;
   std::vector<RowBlock> act_rows_;
-  std::vector<RowBlock> kept_act_rows_;
+  std::vector<RowBlock> act_only_rows_;
+  ColumnPlan act_plan_;
   at::Tensor du1_, scaled_du1_;  // (T*K, r1), adapted rows
   at::Tensor du2_, scaled_du2_;  // (T*K, r2), adapted rows
   at::Tensor dpre_tensor_, act_tensor_, dots_tensor_;
@@ -375,7 +372,7 @@ void check_saved(const MoeMlpInputs& in, const at::Tensor& grad_out, const at::T
 
 std::vector<at::Tensor> moe_mlp_backward(
     const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& topk_weights,
-    const at::Tensor& perm, const at::Tensor& inv_perm, const at::Tensor& segment_offsets,
+    const at::Tensor& perm, const at::Tensor& segment_offsets,
     const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
     const OptionalTensor& extra_gate_up_proj, const OptionalTensor& extra_down_proj,
     const OptionalTensor& gate_up_lora_A, const OptionalTensor& gate_up_lora_B,
@@ -386,7 +383,6 @@ std::vector<at::Tensor> moe_mlp_backward(
   const MoeMlpInputs inputs{hidden_states,
                             topk_weights,
                             perm,
-                            inv_perm,
                             segment_offsets,
                             gate_up_proj,
                             down_proj,

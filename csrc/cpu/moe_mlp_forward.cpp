@@ -5,6 +5,9 @@
 namespace moe_kernels::cpu {
 namespace {
 
+// Rows of an expert, on average, up to which its weights are not packed.
+constexpr int64_t kDirectRows = 16;
+
 template <typename scalar_t>
 class Forward {
  public:
@@ -28,9 +31,7 @@ class Forward {
 
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run() {
     const at::Tensor act = gate_up();
-    const at::Tensor expert_out = down(act.const_data_ptr<scalar_t>());
-    mlp_.combine(expert_out.const_data_ptr<acc_t>(), mlp_.weights,
-                 out_.mutable_data_ptr<scalar_t>());
+    down(act.const_data_ptr<scalar_t>());
     return {out_, pre_act_, u1_, u2_};
   }
 
@@ -82,24 +83,28 @@ class Forward {
     at::Tensor act = allocate({size_.slots(), I});
     scalar_t* act_data = act.mutable_data_ptr<scalar_t>();
     scalar_t* pre = save_ ? pre_act_.mutable_data_ptr<scalar_t>() : nullptr;
-    const ColumnPlan plan = column_plan<scalar_t>(2 * I, true);
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden,
+                                          column_plan<scalar_t>(2 * I, size_.hidden, true, direct()),
+                                          extension, direct()};
     expert_products<scalar_t>(
-        blocks_, mlp_.segments, plan, size_.hidden, row,
-        [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, true); }, extension,
-        [&](int64_t p, int m, int64_t, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
-          const int64_t column = columns.begin[0];
+        product, blocks_, row, [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, true); },
+        [&](int64_t p, int m, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
+          const int64_t pairs = columns.num_panels / 2, width = product.plan.width;
           for (int i = 0; i < m; ++i) {
-            scalar_t* gate = pre ? pre + (p + i) * 2 * I + column : nullptr;
-            kernel.swiglu(c + i * ldc, c + i * ldc + plan.width, gate, gate ? gate + I : nullptr,
-                          act_data + (p + i) * I + column, columns.size[0]);
+            for (int64_t j = 0; j < pairs; ++j) {
+              const int64_t column = columns.begin[j];
+              const acc_t* gate = c + i * ldc + j * width;
+              scalar_t* gate_out = pre ? pre + (p + i) * 2 * I + column : nullptr;
+              kernel.swiglu(gate, gate + pairs * width, gate_out, gate_out ? gate_out + I : nullptr,
+                            act_data + (p + i) * I + column, columns.size[j]);
+            }
           }
         });
     return act;
   }
 
-  // The experts' outputs (T*K, H), unweighted, in acc_t.
-  at::Tensor down(const scalar_t* act) {
-    const int64_t H = size_.hidden;
+  // The weighted sum of the experts' outputs.
+  void down(const scalar_t* act) {
     const auto row = [&](int64_t p) { return act + p * size_.inter; };
     at::Tensor scaled;
     Extension<scalar_t> extension;
@@ -108,17 +113,16 @@ class Forward {
       extension =
           mlp_.down_lora.extension(scaled.const_data_ptr<scalar_t>(), mlp_.down_lora.B.t());
     }
-    at::Tensor out = empty({size_.slots(), H}, MoeMlp<scalar_t>::kAccType);
-    acc_t* out_data = out.mutable_data_ptr<acc_t>();
-    const ColumnPlan plan = column_plan<scalar_t>(H);
-    expert_products<scalar_t>(
-        blocks_, mlp_.segments, plan, size_.inter, row,
-        [&](int64_t e) { return mlp_.down_proj.matrix(e, true); }, extension,
-        [&](int64_t p, int m, int64_t, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
-          copy_tile(c, ldc, m, columns, plan.width, out_data + p * H, H);
-        });
-    return out;
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.inter,
+                                          column_plan<scalar_t>(size_.hidden, size_.inter, false, direct()),
+                                          extension, direct()};
+    combined_products<scalar_t>(
+        product, mlp_.order, row, [&](int64_t e) { return mlp_.down_proj.matrix(e, true); },
+        [&](int64_t p) { return mlp_.weight(p); }, out_.mutable_data_ptr<scalar_t>());
   }
+
+  // With few rows an expert, reading the weights is what takes the time. Of the shapes alone.
+  bool direct() const { return size_.slots() <= kDirectRows * size_.all_experts(); }
 
   MoeMlp<scalar_t> mlp_;
   const MoeMlpSizes& size_;
@@ -132,7 +136,7 @@ class Forward {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const at::Tensor& hidden_states, const at::Tensor& topk_weights, const at::Tensor& perm,
-    const at::Tensor& inv_perm, const at::Tensor& segment_offsets, const at::Tensor& gate_up_proj,
+    const at::Tensor& segment_offsets, const at::Tensor& gate_up_proj,
     const at::Tensor& down_proj, const OptionalTensor& extra_gate_up_proj,
     const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
     const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
@@ -141,7 +145,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
   const MoeMlpInputs inputs{hidden_states,
                             topk_weights,
                             perm,
-                            inv_perm,
                             segment_offsets,
                             gate_up_proj,
                             down_proj,

@@ -10,12 +10,12 @@ void check_lora(const LoraTensors& lora, at::ScalarType dtype, int64_t num_modal
   check_together(lora.A, a.c_str(), lora.B, b.c_str());
   check_together(lora.A, a.c_str(), lora.scaling, scaling.c_str());
   if (!lora.present()) return;
-  check_tensor(*lora.A, a.c_str(), dtype, {num_modalities, -1, -1, in});
+  check_adapter(*lora.A, a.c_str(), dtype, {num_modalities, -1, -1, in});
   TORCH_CHECK(lora.A->size(1) == 1 || lora.A->size(1) == num_experts, a,
               " must hold one matrix for each of the ", num_experts,
               " experts or one shared by all, holds ", lora.A->size(1));
   TORCH_CHECK(lora.rank() >= 1, a, " must have a rank of at least 1");
-  check_tensor(*lora.B, b.c_str(), dtype, {num_modalities, num_experts, out, lora.rank()});
+  check_adapter(*lora.B, b.c_str(), dtype, {num_modalities, num_experts, out, lora.rank()});
   check_tensor(*lora.scaling, scaling.c_str(), at::kFloat, {num_modalities});
 }
 
@@ -31,9 +31,7 @@ void MoeMlpInputs::check() const {
   const int64_t slots = topk_weights.numel();
   TORCH_CHECK(topk_weights.size(1) >= 1, "topk_weights must have at least one column");
   check_tensor(perm, "perm", at::kLong, {slots});
-  check_tensor(inv_perm, "inv_perm", at::kLong, {slots});
   check_indices(perm, "perm", slots);
-  check_indices(inv_perm, "inv_perm", slots);
 
   check_tensor(gate_up_proj, "gate_up_proj", dtype, {-1, -1, H});
   const int64_t E = gate_up_proj.size(0), I = gate_up_proj.size(1) / 2;
@@ -50,6 +48,7 @@ void MoeMlpInputs::check() const {
   TORCH_CHECK(num_modalities >= 0, "num_modalities must not be negative, is ", num_modalities);
   check_tensor(segment_offsets, "segment_offsets", at::kLong, {(E + X) * (num_modalities + 1) + 1});
   check_offsets(segment_offsets, "segment_offsets", slots);
+  check_ascending(perm, "perm", segment_offsets);
   check_lora(gate_up, dtype, num_modalities, E, H, 2 * I);
   check_lora(down, dtype, num_modalities, E, I, H);
 }

@@ -16,11 +16,13 @@ namespace moe_kernels::cpu {
 constexpr int64_t kRowsPerItem = 768;
 // Rows per item of a skinny product, whose weight is small.
 constexpr int64_t kRowsPerProjection = 192;
-// Rows summed between two visits to an item's accumulator, and its height.
+// Rows summed between two visits to an item's accumulator, its height, and panels beside it.
 constexpr int64_t kRowsPerChunk = 256;
 constexpr int64_t kOuterHeight = 96;
-// Panels side by side in one work item.
-constexpr int64_t kPanels = 2;
+constexpr int64_t kOuterPanels = 8;
+// Panels of a base product side by side in one work item: as many as leave half of a usual
+// second-level cache of 1 MiB to the rest, but always an even number.
+constexpr int64_t kMinPanels = 2, kMaxPanels = 8, kPackedBytes = 512 * 1024;
 
 // Operand B of a product: W itself (K, N), or the transpose of W (N, K).
 template <typename scalar_t>
@@ -28,6 +30,9 @@ struct Matrix {
   const scalar_t* data;
   int64_t ld;
   bool transposed;
+
+  // The matrix without its first k rows.
+  Matrix rows_from(int64_t k) const { return {data + (transposed ? k : k * ld), ld, transposed}; }
 
   void pack(int64_t column, int64_t n, int64_t K, int nv, void* panel) const {
     if (transposed) {
@@ -38,18 +43,46 @@ struct Matrix {
   }
 };
 
+// An adapter's matrix, which may be stored in acc_t: then it is rounded as it is packed.
+template <typename scalar_t>
+struct AdapterMatrix {
+  const void* data;
+  int64_t ld;
+  bool transposed;
+  bool wide;
+
+  // scratch: n * K elements.
+  void pack(int64_t column, int64_t n, int64_t K, int nv, void* panel, scalar_t* scratch) const {
+    using acc_t = acc_type<scalar_t>;
+    if (!wide) {
+      Matrix<scalar_t>{static_cast<const scalar_t*>(data), ld, transposed}.pack(column, n, K, nv,
+                                                                                panel);
+      return;
+    }
+    const int64_t rows = transposed ? n : K, columns = transposed ? K : n;
+    const auto* from = static_cast<const acc_t*>(data) + column * (transposed ? ld : 1);
+    for (int64_t i = 0; i < rows; ++i) {
+      kernels<scalar_t>().store(from + i * ld, acc_t(1), scratch + i * columns, columns);
+    }
+    Matrix<scalar_t>{scratch, columns, transposed}.pack(0, n, K, nv, panel);
+  }
+};
+
 // One (rows, columns) matrix per modality and expert, or per modality alone (shared).
 template <typename scalar_t>
 struct AdapterStack {
-  const scalar_t* data = nullptr;
-  int64_t num_experts = 0;  // 1 when shared by all
+  const void* data = nullptr;  // of scalar_t, or of acc_t when wide
+  int64_t num_experts = 0;     // 1 when shared by all
   int64_t rows = 0;
   int64_t columns = 0;
+  bool wide = false;
   bool transposed = false;
 
-  Matrix<scalar_t> at(int64_t expert, int64_t modality) const {
+  AdapterMatrix<scalar_t> at(int64_t expert, int64_t modality) const {
     const int64_t index = (modality - 1) * num_experts + (num_experts == 1 ? 0 : expert);
-    return {data + index * rows * columns, columns, transposed};
+    const auto bytes = static_cast<int64_t>(wide ? sizeof(acc_type<scalar_t>) : sizeof(scalar_t));
+    return {static_cast<const char*>(data) + index * rows * columns * bytes, columns, transposed,
+            wide};
   }
   AdapterStack t() const {
     AdapterStack other = *this;
@@ -57,6 +90,52 @@ struct AdapterStack {
     return other;
   }
 };
+
+// The columns of one work item: panel i holds columns [begin[i], begin[i] + size[i]) of the product.
+struct ItemColumns {
+  int64_t begin[kMaxPanels];
+  int64_t size[kMaxPanels];
+  int64_t num_panels = 0;
+
+  void append(int64_t from, int64_t count) {
+    begin[num_panels] = from;
+    size[num_panels++] = count;
+  }
+};
+
+// How the columns of a product are cut: adjacent panels, or adjacent panels of the first half
+// followed by the same ones of the second half (gate and up).
+struct ColumnPlan {
+  int64_t num_columns;
+  bool paired_halves;
+  int64_t width;   // of a panel
+  int64_t panels;  // of an item
+
+  int64_t parts() const { return paired_halves ? 2 : 1; }
+  int64_t item_width() const { return panels * width; }
+  int64_t step() const { return item_width() / parts(); }
+  int64_t num_items() const { return (num_columns / parts() + step() - 1) / step(); }
+  ItemColumns item(int64_t j) const {
+    const int64_t limit = num_columns / parts();
+    ItemColumns columns;
+    for (int64_t part = 0; part < parts(); ++part) {
+      for (int64_t i = 0; i < panels / parts(); ++i) {
+        const int64_t begin = j * step() + i * width;
+        if (begin < limit) columns.append(part * limit + begin, std::min(width, limit - begin));
+      }
+    }
+    return columns;
+  }
+};
+
+template <typename scalar_t>
+ColumnPlan column_plan(int64_t num_columns, int64_t K, bool paired_halves = false,
+                       bool direct = false) {
+  const auto& kernel = kernels<scalar_t>();
+  const int64_t fitting = kPackedBytes / kernel.panel_bytes(K, 2) / 2 * 2;
+  return {num_columns, paired_halves, 2 * kernel.vector,
+          direct ? kMinPanels : std::clamp(fitting, kMinPanels, kMaxPanels)};
+}
 
 struct PanelShape {
   int nv;         // vectors per panel
@@ -109,6 +188,17 @@ struct Tile {
                              c + first * ldc, ldc, accumulate, wide);
   }
 
+  // Rows [0, m) = row(0..m) @ W^T, panel by panel, from the weight as it lies.
+  template <typename Row>
+  void multiply_direct(int m, int64_t K, const Row& row, const Matrix<scalar_t>& weight,
+                       const ItemColumns& columns, int64_t width) {
+    for (int i = 0; i < m; ++i) rows[i] = row(i);
+    for (int64_t i = 0; i < columns.num_panels; ++i) {
+      kernels<scalar_t>().tile_direct(m, K, rows, weight.data + columns.begin[i] * weight.ld,
+                                      weight.ld, columns.size[i], c + i * width, ldc);
+    }
+  }
+
   const scalar_t** rows;
   acc_t* wide;
   acc_t* c;
@@ -124,18 +214,20 @@ void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, con
   const PanelShape panels = panel_shape<scalar_t>(N);
   const int64_t panel_bytes = kernel.panel_bytes(K, panels.nv);
   const int64_t ldc = panels.count * panels.width;
-  const int64_t bytes =
-      Scratch::bytes<char>(panels.count * panel_bytes) + Tile<scalar_t>::bytes(K, ldc);
+  const int64_t bytes = Scratch::bytes<char>(panels.count * panel_bytes) +
+                        Scratch::bytes<scalar_t>(panels.width * K) +
+                        Tile<scalar_t>::bytes(K, ldc);
   for_each_item(static_cast<int64_t>(blocks.size()), bytes, [&](int64_t item, char* memory) {
     const RowBlock& block = blocks[item];
     Scratch scratch(memory);
     char* packed = scratch.take<char>(panels.count * panel_bytes);
+    scalar_t* narrowed = scratch.take<scalar_t>(panels.width * K);
     Tile<scalar_t> tile(scratch, K, ldc);
-    const Matrix<scalar_t> matrix = stack.at(block.expert, block.modality);
+    const AdapterMatrix<scalar_t> matrix = stack.at(block.expert, block.modality);
     for (int64_t j = 0; j < panels.count; ++j) {
       const int64_t column = j * panels.width;
       matrix.pack(column, std::min(panels.width, N - column), K, panels.nv,
-                  packed + j * panel_bytes);
+                  packed + j * panel_bytes, narrowed);
     }
     for_each_tile(block.rows, kernel.max_rows, [&](int64_t p, int m) {
       tile.multiply(0, m, K, [&](int i) { return row(p + i); }, packed, panels.count, panels.nv,
@@ -143,47 +235,6 @@ void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, con
       for (int i = 0; i < m; ++i) store(p + i, block, tile.c + i * ldc);
     });
   });
-}
-
-// The columns of one work item, as kPanels panels: panel i holds columns
-// [begin[i], begin[i] + size[i]) of the product.
-struct ItemColumns {
-  int64_t begin[kPanels];
-  int64_t size[kPanels];
-  int64_t num_panels;
-};
-
-// How the columns of a product are cut: adjacent panels, or a panel of the first half beside the
-// same one of the second half (gate beside up).
-struct ColumnPlan {
-  int64_t num_columns;
-  bool paired_halves;
-  int64_t width;
-
-  int64_t columns_per_panel_row() const { return paired_halves ? num_columns / 2 : num_columns; }
-  int64_t num_items() const {
-    const int64_t step = paired_halves ? width : kPanels * width;
-    return (columns_per_panel_row() + step - 1) / step;
-  }
-  ItemColumns item(int64_t j) const {
-    const int64_t limit = columns_per_panel_row();
-    if (paired_halves) {
-      const int64_t begin = j * width, size = std::min(width, limit - begin);
-      return {{begin, limit + begin}, {size, size}, kPanels};
-    }
-    ItemColumns columns{};
-    for (int64_t begin = j * kPanels * width; columns.num_panels < kPanels && begin < limit;
-         begin += width) {
-      columns.begin[columns.num_panels] = begin;
-      columns.size[columns.num_panels++] = std::min(width, limit - begin);
-    }
-    return columns;
-  }
-};
-
-template <typename scalar_t>
-ColumnPlan column_plan(int64_t num_columns, bool paired_halves = false) {
-  return {num_columns, paired_halves, 2 * kernels<scalar_t>().vector};
 }
 
 // Further steps of the same K loop for adapted rows: u (rows, r), already scaled, against the
@@ -196,109 +247,190 @@ struct Extension {
   int64_t num_experts = 0;  // experts beyond these carry no adapter
 };
 
-// The packed operands of one work item.
+// Rows of all experts times their weights: row(p) (K,) @ base(expert) (K, N) + extension.
+template <typename scalar_t>
+struct ExpertProduct {
+  const Segments& segments;
+  int64_t K;
+  ColumnPlan plan;
+  Extension<scalar_t> extension;
+  bool direct = false;  // read the weights as they lie; they must be transposed
+
+  int64_t max_depth() const { return std::max(K, extension.rank); }
+};
+
+// The operands of one work item.
 template <typename scalar_t>
 class ItemPanels {
  public:
-  ItemPanels(Scratch& scratch, int64_t K, const Extension<scalar_t>& extension,
-             int64_t num_modalities)
-      : K_(K),
-        base_(scratch.take<char>(kPanels * panel_bytes(K))),
-        extension_(extension),
-        low_rank_(scratch.take<char>(num_modalities * kPanels * panel_bytes(extension.rank))) {}
+  ItemPanels(Scratch& scratch, const ExpertProduct<scalar_t>& product)
+      : product_(product),
+        panels_(product.plan.panels),
+        base_(scratch.take<char>(product.direct ? 0 : panels_ * panel_bytes(product.K))),
+        low_rank_(scratch.take<char>(product.segments.num_modalities * panels_ *
+                                     panel_bytes(product.extension.rank))),
+        narrowed_(scratch.take<scalar_t>(product.plan.width * product.extension.rank)) {}
 
-  static int64_t bytes(int64_t K, int64_t rank, int64_t num_modalities) {
-    return Scratch::bytes<char>(kPanels * panel_bytes(K)) +
-           Scratch::bytes<char>(num_modalities * kPanels * panel_bytes(rank));
+  static int64_t bytes(const ExpertProduct<scalar_t>& product) {
+    const int64_t panels = product.plan.panels, rank = product.extension.rank;
+    return Scratch::bytes<char>(product.direct ? 0 : panels * panel_bytes(product.K)) +
+           Scratch::bytes<char>(product.segments.num_modalities * panels * panel_bytes(rank)) +
+           Scratch::bytes<scalar_t>(product.plan.width * rank);
   }
   static int64_t panel_bytes(int64_t K) { return kernels<scalar_t>().panel_bytes(K, 2); }
 
-  void pack(const Matrix<scalar_t>& base, const RowBlock& block, const Segments& segments,
+  // For rows of one expert.
+  void pack(const Matrix<scalar_t>& base, int64_t expert, RowRange rows,
             const ItemColumns& columns) {
     columns_ = columns;
-    pack_matrix(base, K_, base_);
-    if (!extended(block.expert)) return;
-    for (int64_t m = 1; m <= segments.num_modalities; ++m) {
-      if (overlap(segments.modality(block.expert, m), block.rows).size() <= 0) continue;
-      pack_matrix(extension_.stack.at(block.expert, m), extension_.rank, low_rank(m));
+    weight_ = base;
+    if (!product_.direct) pack_base(base);
+    if (!extended(expert)) return;
+    const int64_t rank = product_.extension.rank;
+    for (int64_t m = 1; m <= product_.segments.num_modalities; ++m) {
+      if (overlap(product_.segments.modality(expert, m), rows).size() <= 0) continue;
+      const AdapterMatrix<scalar_t> matrix = product_.extension.stack.at(expert, m);
+      for (int64_t i = 0; i < columns.num_panels; ++i) {
+        matrix.pack(columns.begin[i], columns.size[i], rank, 2,
+                    low_rank(m) + i * panel_bytes(rank), narrowed_);
+      }
     }
   }
 
   // Rows [p, p + m): the base product, then the extension on each modality's own rows. Text rows
   // are left out of it, not multiplied by zero: an adapter may hold NaN or Inf.
   template <typename Row>
-  void multiply(Tile<scalar_t>& tile, int64_t p, int m, int64_t expert, const Segments& segments,
-                const Row& row) const {
-    tile.multiply(0, m, K_, [&](int i) { return row(p + i); }, base_, columns_.num_panels, 2,
-                  false);
+  void multiply(Tile<scalar_t>& tile, int64_t p, int m, int64_t expert, const Row& row) const {
+    const auto base_row = [&](int i) { return row(p + i); };
+    if (product_.direct) {
+      tile.multiply_direct(m, product_.K, base_row, weight_, columns_, product_.plan.width);
+    } else {
+      tile.multiply(0, m, product_.K, base_row, base_, columns_.num_panels, 2, false);
+    }
     if (!extended(expert)) return;
-    for (int64_t modality = 1; modality <= segments.num_modalities; ++modality) {
-      const RowRange rows = overlap(segments.modality(expert, modality), {p, p + m});
+    const Extension<scalar_t>& extension = product_.extension;
+    for (int64_t modality = 1; modality <= product_.segments.num_modalities; ++modality) {
+      const RowRange rows = overlap(product_.segments.modality(expert, modality), {p, p + m});
       if (rows.size() <= 0) continue;
-      const auto u_row = [&](int i) { return extension_.u + (rows.begin + i) * extension_.rank; };
-      tile.multiply(rows.begin - p, static_cast<int>(rows.size()), extension_.rank, u_row,
+      const auto u_row = [&](int i) { return extension.u + (rows.begin + i) * extension.rank; };
+      tile.multiply(rows.begin - p, static_cast<int>(rows.size()), extension.rank, u_row,
                     low_rank(modality), columns_.num_panels, 2, true);
     }
   }
 
  private:
+  void pack_base(const Matrix<scalar_t>& base) {
+    const int64_t K = product_.K, step = base.transposed ? K : kPackRows;
+    for (int64_t k = 0; k < K; k += step) {
+      for (int64_t i = 0; i < columns_.num_panels; ++i) {
+        base.rows_from(k).pack(columns_.begin[i], columns_.size[i], std::min(step, K - k), 2,
+                               base_ + i * panel_bytes(K) + panel_bytes(k));
+      }
+    }
+  }
   static RowRange overlap(RowRange a, RowRange b) {
     return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
   }
   bool extended(int64_t expert) const {
-    return extension_.rank > 0 && expert < extension_.num_experts;
+    return product_.extension.rank > 0 && expert < product_.extension.num_experts;
   }
   char* low_rank(int64_t modality) const {
-    return low_rank_ + (modality - 1) * kPanels * panel_bytes(extension_.rank);
-  }
-  void pack_matrix(const Matrix<scalar_t>& matrix, int64_t K, char* packed) const {
-    for (int64_t i = 0; i < columns_.num_panels; ++i) {
-      matrix.pack(columns_.begin[i], columns_.size[i], K, 2, packed + i * panel_bytes(K));
-    }
+    return low_rank_ + (modality - 1) * panels_ * panel_bytes(product_.extension.rank);
   }
 
-  int64_t K_;
+  const ExpertProduct<scalar_t>& product_;
+  int64_t panels_;
   char* base_;
-  const Extension<scalar_t>& extension_;
   char* low_rank_;
-  ItemColumns columns_{};
+  scalar_t* narrowed_;
+  Matrix<scalar_t> weight_{};
+  ItemColumns columns_;
 };
 
-// epilogue(p, m, expert, item, columns, c, ldc) gets rows [p, p + m) of
-// row(p) (K,) @ base(expert) (K, N) + extension, panel i of the columns at c + i * plan.width.
+// epilogue(p, m, item, columns, c, ldc) gets rows [p, p + m) of the product, panel i of the
+// columns at c + i * plan.width.
 template <typename scalar_t, typename Row, typename Base, typename Epilogue>
-void expert_products(const std::vector<RowBlock>& blocks, const Segments& segments,
-                     const ColumnPlan& plan, int64_t K, const Row& row, const Base& base,
-                     const Extension<scalar_t>& extension, const Epilogue& epilogue) {
-  const int64_t ldc = kPanels * plan.width, items = plan.num_items();
-  const int64_t bytes = ItemPanels<scalar_t>::bytes(K, extension.rank, segments.num_modalities) +
-                        Tile<scalar_t>::bytes(std::max(K, extension.rank), ldc);
+void expert_products(const ExpertProduct<scalar_t>& product, const std::vector<RowBlock>& blocks,
+                     const Row& row, const Base& base, const Epilogue& epilogue) {
+  const int64_t ldc = product.plan.item_width(), items = product.plan.num_items();
+  const int64_t bytes =
+      ItemPanels<scalar_t>::bytes(product) + Tile<scalar_t>::bytes(product.max_depth(), ldc);
   const int64_t total = static_cast<int64_t>(blocks.size()) * items;
   for_each_item(total, bytes, [&](int64_t index, char* memory) {
     const RowBlock& block = blocks[index / items];
     const int64_t item = index % items;
     Scratch scratch(memory);
-    ItemPanels<scalar_t> panels(scratch, K, extension, segments.num_modalities);
-    Tile<scalar_t> tile(scratch, std::max(K, extension.rank), ldc);
-    const ItemColumns columns = plan.item(item);
-    panels.pack(base(block.expert), block, segments, columns);
+    ItemPanels<scalar_t> panels(scratch, product);
+    Tile<scalar_t> tile(scratch, product.max_depth(), ldc);
+    const ItemColumns columns = product.plan.item(item);
+    panels.pack(base(block.expert), block.expert, block.rows, columns);
     for_each_tile(block.rows, kernels<scalar_t>().max_rows, [&](int64_t p, int m) {
-      panels.multiply(tile, p, m, block.expert, segments, row);
-      epilogue(p, m, block.expert, item, columns, tile.c, ldc);
+      panels.multiply(tile, p, m, block.expert, row);
+      epilogue(p, m, item, columns, tile.c, ldc);
     });
   });
 }
 
-// Copies a tile to rows of a row-major (rows, ld) matrix.
-template <typename acc_t>
-void copy_tile(const acc_t* c, int64_t ldc, int m, const ItemColumns& columns, int64_t width,
-               acc_t* dst, int64_t ld) {
-  for (int i = 0; i < m; ++i) {
-    for (int64_t panel = 0; panel < columns.num_panels; ++panel) {
-      const acc_t* src = c + i * ldc + panel * width;
-      std::copy(src, src + columns.size[panel], dst + i * ld + columns.begin[panel]);
+// Tokens whose sums one work item holds at once.
+constexpr int64_t kMaxTokensPerItem = 4096, kMinTokensPerItem = 256;
+
+// Cuts T tokens into ranges, few enough to pack each weight seldom, enough to occupy all threads.
+inline int64_t tokens_per_item(int64_t tokens, int64_t column_items) {
+  const int64_t wanted = 4 * at::get_num_threads() / std::max<int64_t>(column_items, 1) + 1;
+  return std::clamp((tokens + wanted - 1) / wanted, kMinTokensPerItem, kMaxTokensPerItem);
+}
+
+// out (T, N)[token] = sum over the token's slots, in the order of their experts, of
+// weight(p) * product[p]; zeros for a token without slots. One thread owns a block of columns and
+// goes through all experts, so nothing of size (T * K, N) exists and no sum has two owners.
+template <typename scalar_t, typename Row, typename Base, typename Weight>
+void combined_products(const ExpertProduct<scalar_t>& product, const SlotOrder& order,
+                       const Row& row, const Base& base, const Weight& weight, scalar_t* out) {
+  using acc_t = acc_type<scalar_t>;
+  const auto& kernel = kernels<scalar_t>();
+  const ColumnPlan& plan = product.plan;
+  const int64_t ldc = plan.item_width(), column_items = plan.num_items();
+  const int64_t range = tokens_per_item(order.tokens, column_items);
+  const int64_t ranges = (order.tokens + range - 1) / range;
+  const int64_t bytes = ItemPanels<scalar_t>::bytes(product) +
+                        Tile<scalar_t>::bytes(product.max_depth(), ldc) +
+                        Scratch::bytes<acc_t>(std::min(range, order.tokens) * ldc) +
+                        Scratch::bytes<acc_t*>(kernel.max_rows) +
+                        Scratch::bytes<acc_t>(kernel.max_rows);
+  for_each_item(ranges * column_items, bytes, [&](int64_t index, char* memory) {
+    const int64_t first = index / column_items * range;
+    const int64_t last = std::min(first + range, order.tokens);
+    Scratch scratch(memory);
+    ItemPanels<scalar_t> panels(scratch, product);
+    Tile<scalar_t> tile(scratch, product.max_depth(), ldc);
+    acc_t* sums = scratch.take<acc_t>((last - first) * ldc);
+    acc_t** targets = scratch.take<acc_t*>(kernel.max_rows);
+    acc_t* weights = scratch.take<acc_t>(kernel.max_rows);
+    std::fill(sums, sums + (last - first) * ldc, acc_t(0));
+    const ItemColumns columns = plan.item(index % column_items);
+    for (int64_t e = 0; e < product.segments.num_experts; ++e) {
+      const RowRange rows = product.segments.expert(e);
+      if (rows.size() == 0) continue;
+      panels.pack(base(e), e, rows, columns);
+      order.for_each_run(product.segments, e, first, last, [&](RowRange run) {
+        for_each_tile(run, kernel.max_rows, [&](int64_t p, int m) {
+          for (int i = 0; i < m; ++i) {
+            targets[i] = sums + (order.token(p + i) - first) * ldc;
+            weights[i] = weight(p + i);
+            for (int64_t j = 0; j < ldc; j += 16) __builtin_prefetch(targets[i] + j, 1);
+          }
+          panels.multiply(tile, p, m, e, row);
+          kernel.add_rows(m, columns.num_panels * plan.width, tile.c, ldc, weights, targets);
+        });
+      });
     }
-  }
+    for (int64_t t = first; t < last; ++t) {
+      for (int64_t i = 0; i < columns.num_panels; ++i) {
+        kernel.store(sums + (t - first) * ldc + i * plan.width, acc_t(1),
+                     out + t * plan.num_columns + columns.begin[i], columns.size[i]);
+      }
+    }
+  });
 }
 
 // A parameter whose gradient sums over these rows, in this order.
@@ -319,18 +451,20 @@ class OuterAccumulator {
   using acc_t = acc_type<scalar_t>;
 
   OuterAccumulator(char* memory, const PanelShape& shape)
-      : shape_(shape), ldc_(kPanels * shape.width) {
+      : shape_(shape), ldc_(kOuterPanels * shape.width) {
     Scratch scratch(memory);
     rows_ = scratch.take<const scalar_t*>(kRowsPerChunk);
     left_ = scratch.take<acc_t>(kRowsPerChunk * kOuterHeight);
-    panels_ = scratch.take<acc_t>(kRowsPerChunk * ldc_);
+    packed_left_ = scratch.take<acc_t>(kRowsPerChunk * kOuterHeight);
+    panels_ = scratch.take<char>(kOuterPanels * panel_bytes(shape, kRowsPerChunk));
     c_ = scratch.take<acc_t>(kOuterHeight * ldc_);
   }
   static int64_t bytes(const PanelShape& shape) {
-    const int64_t ldc = kPanels * shape.width;
+    const int64_t ldc = kOuterPanels * shape.width;
     return Scratch::bytes<const scalar_t*>(kRowsPerChunk) +
-           Scratch::bytes<acc_t>(kRowsPerChunk * kOuterHeight) +
-           Scratch::bytes<acc_t>(kRowsPerChunk * ldc) + Scratch::bytes<acc_t>(kOuterHeight * ldc);
+           2 * Scratch::bytes<acc_t>(kRowsPerChunk * kOuterHeight) +
+           Scratch::bytes<char>(kOuterPanels * panel_bytes(shape, kRowsPerChunk)) +
+           Scratch::bytes<acc_t>(kOuterHeight * ldc);
   }
 
   void clear() { std::fill(c_, c_ + kOuterHeight * ldc_, acc_t(0)); }
@@ -352,23 +486,38 @@ class OuterAccumulator {
       rows_[k] = right(rows.begin + k);
       left(item, rows.begin + k, left_ + k * kOuterHeight);
     }
-    int num_panels = 0;
-    for (int64_t j = 0; j < item.num_columns; j += shape_.width) {
-      const int64_t size = std::min(shape_.width, item.num_columns - j);
-      kernel.pack_rows(rows_, item.column + j, size, rows.size(), shape_.nv,
-                       panels_ + num_panels++ * rows.size() * shape_.width);
-    }
+    kernel.pack_left(left_, kOuterHeight, item.num_rows, rows.size(), packed_left_);
+    const int num_panels = pack_right(item, rows.size());
     for_each_tile({0, item.num_rows}, kernel.max_rows, [&](int64_t i, int m) {
-      kernel.tile_kmajor(m, rows.size(), left_ + i, kOuterHeight, panels_, num_panels, shape_.nv,
-                         c_ + i * ldc_, ldc_);
+      kernel.tile_kmajor(m, rows.size(), packed_left_ + i, kOuterHeight, panels_, num_panels,
+                         shape_.nv, c_ + i * ldc_, ldc_);
     });
+  }
+
+  int pack_right(const OuterItem& item, int64_t count) const {
+    const auto& kernel = kernels<scalar_t>();
+    const auto num_panels =
+        static_cast<int>((item.num_columns + shape_.width - 1) / shape_.width);
+    for (int64_t k = 0; k < count; k += kPackRows) {
+      for (int64_t i = 0; i < num_panels; ++i) {
+        const int64_t j = i * shape_.width;
+        kernel.pack_rows(rows_ + k, item.column + j, std::min(shape_.width, item.num_columns - j),
+                         std::min(kPackRows, count - k), count - k, shape_.nv,
+                         panels_ + i * panel_bytes(shape_, count) + panel_bytes(shape_, k));
+      }
+    }
+    return num_panels;
+  }
+  static int64_t panel_bytes(const PanelShape& shape, int64_t count) {
+    return kernels<scalar_t>().panel_bytes(count, shape.nv);
   }
 
   PanelShape shape_;
   int64_t ldc_;
   const scalar_t** rows_;
   acc_t* left_;
-  acc_t* panels_;
+  acc_t* packed_left_;
+  char* panels_;
   acc_t* c_;
 };
 
@@ -379,7 +528,7 @@ template <typename scalar_t, typename Left, typename Right, typename Write>
 void outer_products(const std::vector<GradientGroup>& groups, int64_t height, int64_t width,
                     const Left& left, const Right& right, const Write& write) {
   const PanelShape shape = panel_shape<scalar_t>(width);
-  const int64_t step = kPanels * shape.width;
+  const int64_t step = kOuterPanels * shape.width;
   std::vector<OuterItem> items;
   for (int64_t g = 0; g < static_cast<int64_t>(groups.size()); ++g) {
     for (int64_t i = 0; i < height; i += kOuterHeight) {

@@ -57,6 +57,32 @@ void for_each_unadapted(const Segments& segments, int64_t num_adapted, int64_t t
   fn(begin, total);
 }
 
+// Which slot, and so which token, each row in sorted order is.
+struct SlotOrder {
+  const int64_t* perm;  // ascending within a segment
+  int64_t top_k;
+  int64_t tokens;
+
+  int64_t token(int64_t p) const { return perm[p] / top_k; }
+
+  // Calls fn(run) for the runs of an expert's rows whose tokens lie in [first, last).
+  template <typename Fn>
+  void for_each_run(const Segments& segments, int64_t expert, int64_t first, int64_t last,
+                    const Fn& fn) const {
+    if (first == 0 && last == tokens) {
+      fn(segments.expert(expert));
+      return;
+    }
+    for (int64_t m = 0; m <= segments.num_modalities; ++m) {
+      const RowRange rows = segments.modality(expert, m);
+      const int64_t* end = perm + rows.end;
+      const int64_t* from = std::lower_bound(perm + rows.begin, end, first * top_k);
+      const int64_t* to = std::lower_bound(from, end, last * top_k);
+      if (from < to) fn(RowRange{from - perm, to - perm});
+    }
+  }
+};
+
 // Blocks of the adapted rows of experts [0, num_experts).
 inline std::vector<RowBlock> adapted_blocks(const Segments& segments, int64_t num_experts,
                                             int64_t block) {

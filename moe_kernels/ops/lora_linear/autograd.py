@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
+from moe_kernels.ops.dtypes import without_autocast
 from moe_kernels.ops.gradients import place
 from moe_kernels.ops.lora_linear import native_impl, reference
 
@@ -34,7 +35,7 @@ def lora_linear_op(
     perm, _, _, _, segment_offsets = dispatch_autograd.run(
         topk_ids, 1, modality_ids, lora_A.shape[0], backend
     )
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()
         out = torch.nn.functional.linear(hidden_states, weight, bias)
         u = _IMPLEMENTATIONS[backend].forward(
@@ -42,7 +43,9 @@ def lora_linear_op(
             hidden_states,
             perm,
             segment_offsets,
-            *_in_compute_dtype(weight.dtype, lora_A, lora_B, scaling),
+            lora_A,
+            lora_B,
+            scaling,
             save_for_backward,
         )
     return out, u, perm, segment_offsets
@@ -84,7 +87,7 @@ def lora_linear_backward_op(
     backend: str,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, of hidden_states, lora_A and lora_B."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with without_autocast(hidden_states.device):
         grad_out = grad_out.contiguous()
         grad_hidden = grad_out @ weight if needs[0] else None
         params = _IMPLEMENTATIONS[backend].backward(
@@ -93,7 +96,9 @@ def lora_linear_backward_op(
             u,
             perm,
             segment_offsets,
-            *_in_compute_dtype(weight.dtype, lora_A, lora_B, scaling),
+            lora_A,
+            lora_B,
+            scaling,
             grad_hidden,
             needs[1:],
         )
@@ -121,16 +126,6 @@ def _(
         for tensor, need in zip(candidates, needs, strict=True)
         if need
     ]
-
-
-def _in_compute_dtype(
-    dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        lora_A.to(dtype).contiguous(),
-        lora_B.to(dtype).contiguous(),
-        scaling.float().contiguous(),
-    )
 
 
 # Positions in lora_linear_op's arguments of what may take a gradient, in the order of ``needs``.

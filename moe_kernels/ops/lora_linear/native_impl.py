@@ -17,7 +17,14 @@ def forward(
 ) -> Tensor:
     """Add s (x A^T) B^T to ``out`` (T, out) in place; returns u = x A^T, (T, r) or (0, r)."""
     return _native.ops().lora_linear_forward(
-        out, hidden_states, perm, segment_offsets, lora_A, lora_B, scaling, save_for_backward
+        out,
+        hidden_states,
+        perm,
+        segment_offsets,
+        lora_A.contiguous(),
+        lora_B.contiguous(),
+        scaling.float().contiguous(),
+        save_for_backward,
     )
 
 
@@ -40,9 +47,9 @@ def backward(
         u,
         perm,
         segment_offsets,
-        lora_A,
-        lora_B,
-        scaling,
+        lora_A.contiguous(),
+        lora_B.contiguous(),
+        scaling.float().contiguous(),
         grad_hidden,
         needs,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
+from moe_kernels.ops.dtypes import without_autocast
 from moe_kernels.ops.gradients import place
 from moe_kernels.ops.moe_mlp import native_impl, reference
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
@@ -45,14 +46,14 @@ def moe_mlp_op(
     perm, inv_perm, _, _, segment_offsets = dispatch_autograd.run(
         topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend
     )
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with without_autocast(hidden_states.device):
         results = _IMPLEMENTATIONS[backend].forward(
             hidden_states.contiguous(),
             topk_weights.contiguous(),
             perm,
             inv_perm,
             segment_offsets,
-            weights.in_compute_dtype(),
+            weights,
             save_for_backward,
         )
     return *results, perm, inv_perm, segment_offsets
@@ -126,7 +127,7 @@ def moe_mlp_backward_op(
         gate_up_proj, down_proj, extra_gate_up_proj, extra_down_proj,
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    with without_autocast(hidden_states.device):
         grads = _IMPLEMENTATIONS[backend].backward(
             grad_out.contiguous(),
             hidden_states.contiguous(),
@@ -134,7 +135,7 @@ def moe_mlp_backward_op(
             perm,
             inv_perm,
             segment_offsets,
-            weights.in_compute_dtype(),
+            weights,
             pre_act,
             u1,
             u2,

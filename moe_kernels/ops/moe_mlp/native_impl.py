@@ -1,4 +1,7 @@
-"""``moe_mlp`` on the native extension: one call forward, one backward."""
+"""``moe_mlp`` on the native extension: one call forward, one backward.
+
+Adapters go in as they are stored: the kernels round them to the compute dtype as they read them.
+"""
 
 from torch import Tensor
 
@@ -20,9 +23,8 @@ def forward(
         hidden_states,
         topk_weights,
         perm,
-        inv_perm,
         segment_offsets,
-        *weights,
+        *weights.in_compute_dtype(adapters=False),
         weights.num_modalities,
         save_for_backward,
     )
@@ -47,9 +49,8 @@ def backward(
         hidden_states,
         topk_weights,
         perm,
-        inv_perm,
         segment_offsets,
-        *weights,
+        *weights.in_compute_dtype(adapters=False),
         pre_act,
         u1,
         u2,

@@ -43,6 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2)."""
     rows, top_k = perm.numel(), topk_weights.shape[1]
+    weights = weights.in_compute_dtype()
     acc = acc_dtype(hidden_states.dtype)
     pre_act = hidden_states.new_empty(rows, weights.gate_up_proj.shape[1])
     pre_act[segment_offsets[-1] :] = 0
@@ -88,6 +89,7 @@ def backward(
         dB1 = sum dpre^T (s1 u1)         dA1 = sum (s1 du1)^T x
     """
     top_k = topk_weights.shape[1]
+    weights = weights.in_compute_dtype()
     acc = acc_dtype(hidden_states.dtype)
     grads = _Gradients.zeros(hidden_states, topk_weights, perm, weights, needs)
     for block in _blocks(segment_offsets, weights):

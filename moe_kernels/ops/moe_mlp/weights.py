@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -52,12 +51,20 @@ class ExpertWeights(NamedTuple):
             self.down_B,
         )
 
-    def in_compute_dtype(self) -> "ExpertWeights":
-        """Contiguous, with the adapters cast to the base's dtype and the scaling to fp32."""
-        dtype = self.gate_up_proj.dtype
-        cast = {}
-        for name, tensor in self._asdict().items():
-            if tensor is not None:
-                to = torch.float32 if name.endswith("scaling") else dtype
-                cast[name] = tensor.to(to).contiguous()
-        return self._replace(**cast)
+    def in_compute_dtype(self, *, adapters: bool = True) -> "ExpertWeights":
+        """Contiguous, with added experts and adapters cast to the base's dtype, scaling to fp32.
+
+        Args:
+            adapters: False leaves ``*_A`` and ``*_B`` in their own dtype.
+        """
+
+        def convert(name: str, tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if name.endswith("scaling"):
+                return tensor.float().contiguous()
+            if name.endswith(("_A", "_B")) and not adapters:
+                return tensor.contiguous()
+            return tensor.to(self.gate_up_proj.dtype).contiguous()
+
+        return ExpertWeights(*map(convert, self._fields, self))
