@@ -2,6 +2,7 @@
 # make test      the test suite (under 10 minutes on 2 cores)
 # make test-all  with the slow tests: builds in empty environments, longer training
 # make test-oldest   the integration tests on the oldest supported transformers
+# make bench     measure every claim about speed and memory, write the README's tables (10 minutes)
 # make lint      ruff: lint and format
 #
 # Each sets up all that it needs in $(VENV). Variables:
@@ -9,6 +10,7 @@
 #   VENV     the environment to use, made if it is not there
 #   PYTHON   the Python that makes it
 #   PYTEST   arguments for pytest
+#   DEMO, BENCH   arguments for the demo and for benchmarks/bars.py
 
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
@@ -41,7 +43,7 @@ $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 $(1)/bin/python -m pip install -q --no-build-isolation -e ".[test]" $(2)
 endef
 
-.PHONY: demo test test-all test-oldest lint format install clean FORCE
+.PHONY: demo test test-all test-oldest bench lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -66,6 +68,11 @@ test-all: $(INSTALLED)
 test-oldest: $(SOURCES)
 	$(call install,$(VENV)-oldest,transformers==$(OLDEST_TRANSFORMERS))
 	$(call RUN_TESTS,$(VENV)-oldest) -m "not slow" $(INTEGRATION)
+
+bench: $(INSTALLED)
+	$(PY) benchmarks/bars.py $(BENCH)
+	$(PY) benchmarks/plot.py
+	$(PY) benchmarks/tables.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

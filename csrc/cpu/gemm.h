@@ -62,9 +62,9 @@ struct Kernels {
   void (*tile_kmajor)(int m, int64_t K, const void* a, int64_t lda, const void* panels,
                       int num_panels, int nv, acc_t* c, int64_t ldc);
   // C (m, n) = A @ W^T from W (n, K) as it lies, with row stride ld; m <= max_rows. Writes up to
-  // three columns beyond n.
+  // three columns beyond n. next: the rows that will be read after these, or null.
   void (*tile_direct)(int m, int64_t K, const scalar_t* const* rows, const scalar_t* w, int64_t ld,
-                      int64_t n, acc_t* c, int64_t ldc);
+                      int64_t n, const scalar_t* next, acc_t* c, int64_t ldc);
 
   // dst = scalar_t(scale * src) and back.
   void (*store)(const acc_t* src, acc_t scale, scalar_t* dst, int64_t n);

@@ -193,8 +193,8 @@ class Backward {
       extension = mlp_.gate_up_lora.extension(scaled_du1_.template const_data_ptr<scalar_t>(),
                                               mlp_.gate_up_lora.A);
     }
-    const ExpertProduct<scalar_t> product{mlp_.segments, width, column_plan<scalar_t>(H, width),
-                                          extension};
+    const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(H, width), 1);
+    const ExpertProduct<scalar_t> product{mlp_.segments, width, plan, extension};
     combined_products<scalar_t>(
         product, mlp_.order, [&](int64_t p) { return dpre_ + p * width; },
         [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, false); },
@@ -338,7 +338,7 @@ class Backward {
   std::vector<RowBlock> adapted_;
   std::vector<RowBlock> act_rows_;
   std::vector<RowBlock> act_only_rows_;
-  ColumnPlan act_plan_;
+  ColumnPlan act_plan_;  // whatever the threads: its items are terms of <dA', a>
   at::Tensor du1_, scaled_du1_;  // (T*K, r1), adapted rows
   at::Tensor du2_, scaled_du2_;  // (T*K, r2), adapted rows
   at::Tensor dpre_tensor_, act_tensor_, dots_tensor_;

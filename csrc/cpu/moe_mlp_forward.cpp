@@ -83,9 +83,9 @@ class Forward {
     at::Tensor act = allocate({size_.slots(), I});
     scalar_t* act_data = act.mutable_data_ptr<scalar_t>();
     scalar_t* pre = save_ ? pre_act_.mutable_data_ptr<scalar_t>() : nullptr;
-    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden,
-                                          column_plan<scalar_t>(2 * I, size_.hidden, true, direct()),
-                                          extension, direct()};
+    const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(2 * I, size_.hidden, true),
+                                              static_cast<int64_t>(blocks_.size()));
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, plan, extension, direct()};
     expert_products<scalar_t>(
         product, blocks_, row, [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, true); },
         [&](int64_t p, int m, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
@@ -113,9 +113,8 @@ class Forward {
       extension =
           mlp_.down_lora.extension(scaled.const_data_ptr<scalar_t>(), mlp_.down_lora.B.t());
     }
-    const ExpertProduct<scalar_t> product{mlp_.segments, size_.inter,
-                                          column_plan<scalar_t>(size_.hidden, size_.inter, false, direct()),
-                                          extension, direct()};
+    const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(size_.hidden, size_.inter), 1);
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.inter, plan, extension, direct()};
     combined_products<scalar_t>(
         product, mlp_.order, row, [&](int64_t e) { return mlp_.down_proj.matrix(e, true); },
         [&](int64_t p) { return mlp_.weight(p); }, out_.mutable_data_ptr<scalar_t>());

@@ -129,12 +129,11 @@ struct ColumnPlan {
 };
 
 template <typename scalar_t>
-ColumnPlan column_plan(int64_t num_columns, int64_t K, bool paired_halves = false,
-                       bool direct = false) {
+ColumnPlan column_plan(int64_t num_columns, int64_t K, bool paired_halves = false) {
   const auto& kernel = kernels<scalar_t>();
   const int64_t fitting = kPackedBytes / kernel.panel_bytes(K, 2) / 2 * 2;
   return {num_columns, paired_halves, 2 * kernel.vector,
-          direct ? kMinPanels : std::clamp(fitting, kMinPanels, kMaxPanels)};
+          std::clamp(fitting, kMinPanels, kMaxPanels)};
 }
 
 struct PanelShape {
@@ -193,9 +192,11 @@ struct Tile {
   void multiply_direct(int m, int64_t K, const Row& row, const Matrix<scalar_t>& weight,
                        const ItemColumns& columns, int64_t width) {
     for (int i = 0; i < m; ++i) rows[i] = row(i);
+    const auto panel = [&](int64_t i) { return weight.data + columns.begin[i] * weight.ld; };
     for (int64_t i = 0; i < columns.num_panels; ++i) {
-      kernels<scalar_t>().tile_direct(m, K, rows, weight.data + columns.begin[i] * weight.ld,
-                                      weight.ld, columns.size[i], c + i * width, ldc);
+      const scalar_t* next = i + 1 < columns.num_panels ? panel(i + 1) : nullptr;
+      kernels<scalar_t>().tile_direct(m, K, rows, panel(i), weight.ld, columns.size[i], next,
+                                      c + i * width, ldc);
     }
   }
 
@@ -235,6 +236,14 @@ void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, con
       for (int i = 0; i < m; ++i) store(p + i, block, tile.c + i * ldc);
     });
   });
+}
+
+// The plan with narrower items where `blocks` of rows times its items would leave threads idle.
+inline ColumnPlan occupying_threads(ColumnPlan plan, int64_t blocks) {
+  while (plan.panels > kMinPanels && blocks * plan.num_items() < 4 * at::get_num_threads()) {
+    plan.panels -= 2;
+  }
+  return plan;
 }
 
 // Further steps of the same K loop for adapted rows: u (rows, r), already scaled, against the

@@ -272,11 +272,11 @@ inline void sum_four(Vector<acc_t>* sums, acc_t* out) {
   }
 }
 
-// C (MR, kDotColumns) from rows and from four rows of W; `ahead` elements further lies what will
-// be read next.
+// C (MR, kDotColumns) from rows and from four rows of W; `ahead` is what will be read later, with
+// row stride ld.
 template <typename scalar_t, int MR>
 inline void dot_block(const scalar_t* const* rows, const scalar_t* const* w, int64_t K,
-                      int64_t ahead, acc_type<scalar_t>* c, int64_t ldc) {
+                      const scalar_t* ahead, int64_t ld, acc_type<scalar_t>* c, int64_t ldc) {
   using acc_t = acc_type<scalar_t>;
   using D = Dot<scalar_t>;
   Vector<acc_t> sums[MR][kDotColumns] = {};
@@ -294,23 +294,28 @@ inline void dot_block(const scalar_t* const* rows, const scalar_t* const* w, int
   int64_t k = 0;
   for (; k + D::step <= K; k += D::step) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotColumns; ++j) __builtin_prefetch(w[j] + k + ahead, 0, 2);
+    for (int j = 0; j < kDotColumns; ++j) __builtin_prefetch(ahead + j * ld + k, 0, 2);
     step(k, D::step);
   }
   if (k < K) step(k, K - k);
   for (int i = 0; i < MR; ++i) sum_four<acc_t>(sums[i], c + i * ldc);
 }
 
-// C (m, n rounded up to kDotColumns) = A (m, K) @ W^T, W (n, K) with row stride ld.
+// C (m, n rounded up to kDotColumns) = A (m, K) @ W^T, W (n, K) with row stride ld. next: the rows
+// that will be read after these, or null.
 template <typename scalar_t>
 void tile_direct(int m, int64_t K, const scalar_t* const* rows, const scalar_t* w, int64_t ld,
-                 int64_t n, acc_type<scalar_t>* c, int64_t ldc) {
+                 int64_t n, const scalar_t* next, acc_type<scalar_t>* c, int64_t ldc) {
   for (int64_t j = 0; j < n; j += kDotColumns) {
     const scalar_t* columns[kDotColumns];
     for (int64_t i = 0; i < kDotColumns; ++i) columns[i] = w + (j + i < n ? j + i : n - 1) * ld;
+    const int64_t later = j + kDotAhead;
+    const scalar_t* ahead = columns[0];  // there already: asks for nothing
+    if (later < n) ahead = w + later * ld;
+    if (later >= n && next) ahead = next + (later - n) * ld;
     for (int i = 0; i < m; i += kDotRows) {
       with_rows<kDotRows>(m - i < kDotRows ? m - i : kDotRows, [&](auto count) {
-        dot_block<scalar_t, count()>(rows + i, columns, K, kDotAhead * ld, c + i * ldc + j, ldc);
+        dot_block<scalar_t, count()>(rows + i, columns, K, ahead, ld, c + i * ldc + j, ldc);
       });
     }
   }
