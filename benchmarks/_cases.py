@@ -1,0 +1,123 @@
+"""A benchmark case and its inputs, made directly in the dtype that is timed."""
+
+import functools
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops import LoraWeights
+from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_routing
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SCALING = 2.0  # lora_alpha / r, as with the usual lora_alpha = 2 r
+
+
+@dataclass(frozen=True)
+class Case:
+    """One MoE layer, its routing, and the share of its rows that are image."""
+
+    name: str  # of the shape, in moe_kernels.testing.SHAPES
+    shape: Shape
+    dtype: str = "bfloat16"
+    routing: str = "balanced"
+    image_share: float = 0.5
+    device: str = "cpu"
+    seed: int = 0
+
+    @classmethod
+    def named(cls, name: str, *, T=None, E=None, r=None, **settings) -> "Case":
+        """A named shape, with other tokens, experts or rank where given."""
+        changes = {key: value for key, value in (("T", T), ("E", E), ("r", r)) if value is not None}
+        return cls(name, replace(SHAPES[name], **changes), **settings)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def num_image(self) -> int:
+        """Image rows, half a row rounded up."""
+        return int(self.shape.T * self.image_share + 0.5)
+
+    @property
+    def rows(self) -> int:
+        """Pairs of a token and one of its experts."""
+        return self.shape.T * self.shape.K
+
+    @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.shape.H * self.shape.I * self.torch_dtype.itemsize
+
+    @property
+    def forward_flops(self) -> int:
+        """Operations of the base's expert GEMMs; a backward to the inputs has as many."""
+        return 6 * self.rows * self.shape.H * self.shape.I
+
+    def describe(self) -> dict:
+        """Plain data."""
+        data = asdict(self)
+        return {"shape": data.pop("name"), **data.pop("shape"), **data}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a case; adapters are float32, of values that the base's dtype holds too."""
+
+    case: Case
+    inputs: MoeInputs
+    grad_out: Tensor  # (T, H)
+
+    @property
+    def hit_experts(self) -> Tensor:
+        """Ids of the experts that are used."""
+        return self.inputs.topk_ids.unique()
+
+
+def make_problem(case: Case, layer: int = 0) -> Problem:
+    """The inputs of ``case``; every ``layer`` has its own weights, routing and hidden states."""
+    shape, generator = case.shape, torch.Generator().manual_seed(case.seed + layer)
+
+    def randn(*size: int, fan_in: int = 1) -> Tensor:
+        tensor = torch.randn(*size, generator=generator) / fan_in**0.5
+        return tensor.to(case.device, case.torch_dtype)
+
+    def lora(out: int, inner: int) -> LoraWeights:
+        a = randn(1, shape.E, shape.r, inner, fan_in=inner).float()
+        b = randn(1, shape.E, out, shape.r, fan_in=shape.r).float()
+        return LoraWeights(a, b, torch.tensor([SCALING], device=case.device))
+
+    ids, weights = make_routing(shape.T, shape.K, shape.E, kind=case.routing, generator=generator)
+    modality_ids = torch.zeros(shape.T, dtype=torch.int64)
+    modality_ids[torch.randperm(shape.T, generator=generator)[: case.num_image]] = 1
+    gate_up_proj, down_proj = _weights(
+        shape.E, shape.H, shape.I, case.torch_dtype, case.device, case.seed
+    )
+    if layer:
+        gate_up_proj, down_proj = (w.roll(layer, dims=0) for w in (gate_up_proj, down_proj))
+    inputs = MoeInputs(
+        hidden_states=randn(shape.T, shape.H),
+        topk_ids=ids.to(case.device),
+        topk_weights=weights.to(case.device, case.torch_dtype),
+        gate_up_proj=gate_up_proj,
+        down_proj=down_proj,
+        modality_ids=modality_ids.to(case.device),
+        gate_up_lora=lora(2 * shape.I, shape.H),
+        down_lora=lora(shape.H, shape.I),
+        extra_gate_up_proj=None,
+        extra_down_proj=None,
+    )
+    return Problem(case, inputs, randn(shape.T, shape.H))
+
+
+@functools.lru_cache(maxsize=1)  # consecutive cases share the largest tensors; two would not fit
+def _weights(
+    E: int, hidden: int, inter: int, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    gate_up_proj = torch.empty(E, 2 * inter, hidden, dtype=dtype, device=device)
+    down_proj = torch.empty(E, hidden, inter, dtype=dtype, device=device)
+    for tensor in (gate_up_proj, down_proj):
+        tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
+    return gate_up_proj, down_proj

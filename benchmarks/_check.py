@@ -1,0 +1,89 @@
+"""Every provider against float64, on the inputs that are timed; a wrong one gets no speed-up."""
+
+import functools
+
+import torch
+from _cases import Problem
+from _providers import Runner
+from torch import Tensor
+
+from moe_kernels.ops import LoraWeights, moe_mlp
+from moe_kernels.testing import TOLERANCES, relative_rms
+
+
+class Oracle:
+    """float64 results for a few random tokens of a problem.
+
+    A token's output and gradients depend on that token alone, and with a gradient of the output
+    that is zero elsewhere so do the gradients of the adapters. That needs float64 copies of no more
+    than the experts which these tokens use.
+    """
+
+    def __init__(self, problem: Problem, *, num_tokens: int = 32):
+        generator = torch.Generator().manual_seed(problem.case.seed)
+        tokens = torch.randperm(problem.case.shape.T, generator=generator)[:num_tokens]
+        self.problem = problem
+        self.tokens = tokens.to(problem.case.device)
+        self.grad_out = torch.zeros_like(problem.grad_out)
+        self.grad_out[self.tokens] = problem.grad_out[self.tokens]
+        self._expected: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        self.experts, self._ids = problem.inputs.topk_ids[self.tokens].unique(return_inverse=True)
+
+    @functools.cached_property
+    def _stacks(self) -> tuple[Tensor, Tensor]:
+        inputs = self.problem.inputs
+        return tuple(w[self.experts].double() for w in (inputs.gate_up_proj, inputs.down_proj))
+
+    def expected(self, adapted: str, backward: bool) -> dict[str, Tensor]:
+        """The output and, with ``backward``, all gradients; of adapters for the experts used."""
+        key = (adapted, backward)
+        if key not in self._expected:
+            self._expected[key] = self._compute(adapted, backward)
+        return self._expected[key]
+
+    def _compute(self, adapted: str, backward: bool) -> dict[str, Tensor]:
+        inputs = self.problem.inputs
+        leaves = {
+            name: getattr(inputs, name)[self.tokens].double().requires_grad_(backward)
+            for name in ("hidden_states", "topk_weights")
+        }
+        keywords = {}
+        if adapted != "none":
+            ids = inputs.modality_ids[self.tokens]
+            keywords["modality_ids"] = torch.ones_like(ids) if adapted == "all" else ids
+            for name in ("gate_up_lora", "down_lora"):
+                keywords[name] = pair = self._pair(getattr(inputs, name), backward)
+                leaves |= {f"{name}.lora_A": pair.lora_A, f"{name}.lora_B": pair.lora_B}
+        out = moe_mlp(
+            leaves["hidden_states"], self._ids, leaves["topk_weights"], *self._stacks,
+            backend="reference", **keywords,
+        )  # fmt: skip
+        if not backward:
+            return {"out": out}
+        out.backward(self.grad_out[self.tokens].double())
+        return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+    def _pair(self, lora: LoraWeights, backward: bool) -> LoraWeights:
+        pair = (t[:, self.experts].double().requires_grad_(backward) for t in lora[:2])
+        return LoraWeights(*pair, lora.scaling.double())
+
+    def error(self, runner: Runner, *, backward: bool = True) -> str | None:
+        """What of a runner's results is wrong, or None; it has run once then."""
+        out = runner.forward()
+        if backward:
+            runner.backward(out, self.grad_out)
+        if out is None:
+            return None
+        limit = runner.rounding * TOLERANCES[self.problem.case.torch_dtype]
+        actual = {"out": out, **(runner.gradients() if backward else {})}
+        for name, expected in self.expected(runner.adapted, backward).items():
+            error = relative_rms(self._part(name, actual.get(name), expected), expected)
+            if not error <= limit:
+                return f"{name}: relative RMS error {error:.1e} is above {limit:.1e}"
+        return None
+
+    def _part(self, name: str, tensor: Tensor | None, like: Tensor) -> Tensor:
+        """What of a result is compared; no gradient means zeros."""
+        if tensor is None:
+            return torch.zeros_like(like)
+        return tensor[:, self.experts] if "lora" in name else tensor[self.tokens]

@@ -1,0 +1,89 @@
+"""Results on disk: where and with what they were measured, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from moe_kernels import info
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+_MEASURED = ("csrc", "moe_kernels", "benchmarks", "setup.py", "pyproject.toml")
+_NOT_MEASURED = ":(exclude)benchmarks/results"
+
+
+def environment(device: str) -> dict:
+    """Versions, build, processor, threads, commit and the hash of the sources."""
+    return {
+        **info.collect(),
+        "device": device,
+        "processor": processor(device),
+        "commit": _git("rev-parse", "HEAD") or None,
+        "dirty": bool(_git("status", "--porcelain", "--", *_MEASURED, _NOT_MEASURED)),
+        "source_hash": source_hash(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def processor(device: str) -> str:
+    """The name of what was measured."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def source_hash() -> str | None:
+    """Of the contents of all files that the numbers depend on; None without git."""
+    listed = _git(
+        "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_MEASURED,
+        _NOT_MEASURED,
+    )  # fmt: skip
+    if not listed:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(set(listed.split("\0")) - {""}):
+        path = ROOT / name
+        if path.is_file():  # not if it is deleted but not committed
+            digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; empty where there is no git or no repository."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return result.stdout.strip()
+
+
+def write(path: Path, data: dict) -> None:
+    """Write JSON; an interruption leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def default_path(name: str, device: str) -> Path:
+    return RESULTS / f"{name}-{device}.json"

@@ -1,0 +1,207 @@
+"""Runs providers on one case: set-up, check, memory, interleaved rounds; returns plain data."""
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import _providers
+import torch
+from _cases import Case, Problem, make_problem
+from _check import Oracle
+from _memory import peak_bytes, saved_bytes, saved_formula
+from _providers import Runner, Unavailable
+from _timing import Statistics, measure, now, ratio, summarize
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is measured, and what.
+
+    Attributes:
+        rounds: no more than these.
+        max_seconds: for a case's rounds after the first 3.
+        thorough: after 3 rounds only these providers go on; None: all.
+        memory: the providers whose memory is measured.
+        backward: False: forward alone.
+        rotated_bytes: of weights that decoding goes through, so that no cache serves it.
+        on_round: called after each round.
+    """
+
+    rounds: int = 10
+    max_seconds: float = 10.0
+    thorough: Collection[str] | None = None
+    memory: Collection[str] = ()
+    backward: bool = True
+    rotated_bytes: int = 600_000_000
+    on_round: Callable[[], None] = lambda: None
+
+    def measure(self, steps: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict:
+        """See :func:`_timing.measure`."""
+        return measure(
+            steps, min_rounds=min(3, self.rounds), max_rounds=self.rounds,
+            max_seconds=self.max_seconds, thorough=self.thorough, on_round=self.on_round,
+        )  # fmt: skip
+
+
+def run_training(case: Case, providers: Sequence[str], options: Options) -> dict:
+    """Forward and backward of one layer.
+
+    Returns the case and, for each of the "providers", why it is "missing", or its "error" (None: it
+    is right) and the "seconds" of every round by mode.
+    """
+    problem = make_problem(case)
+    oracle = Oracle(problem)
+    records, runners = {}, {}
+    for name in providers:
+        records[name], runners[name] = prepare(
+            lambda name=name: [_providers.set_up(name, problem)],
+            lambda runner: oracle.error(runner, backward=options.backward),
+        )
+        if runners[name] and name in options.memory and options.backward:
+            records[name]["memory"] = _memory(name, problem, runners[name][0])
+
+    timed_training(
+        records, {name: own[0] for name, own in runners.items() if own}, problem.grad_out, options
+    )
+    return _record([problem], records)
+
+
+def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
+    """Forward alone under ``no_grad``, through layers whose weights fill ``rotated_bytes``.
+
+    A sample is the mean of one call for each layer. Every layer has its own routing.
+    """
+    stack = case.expert_bytes * case.shape.E
+    layers = [make_problem(case, i) for i in range(max(2, 1 + options.rotated_bytes // stack))]
+    oracle = Oracle(layers[0])
+    records, runners = {}, {}
+    with torch.no_grad():
+        for name in providers:
+            records[name], runners[name] = prepare(
+                lambda name=name: [_providers.set_up(name, layer) for layer in layers],
+                lambda runner: oracle.error(runner, backward=False),
+            )
+        samples = options.measure(
+            {
+                name: functools.partial(_decode, own, case.device)
+                for name, own in runners.items()
+                if own
+            }
+        )
+    add_seconds(records, samples)
+    return _record(layers, records)
+
+
+def prepare(
+    set_up: Callable[[], list[Runner]], error_of: Callable[[Runner], str | None]
+) -> tuple[dict, list[Runner]]:
+    """The beginning of a provider's record, and its warm runners, or none."""
+    try:
+        runners = set_up()
+        error = error_of(runners[0])
+        for runner in runners[1:]:
+            runner.forward()
+    except Unavailable as reason:
+        return {"missing": str(reason)}, []
+    except Exception as failure:  # whatever another's code raises is why there is no number
+        lines = str(failure).splitlines() or [""]
+        return {"missing": f"{type(failure).__name__}: {lines[0][:200]}"}, []
+    for runner in runners:
+        runner.clear()
+    return {"error": error}, runners
+
+
+def _train(runner: Runner, grad_out: torch.Tensor, backward: bool) -> dict[str, float]:
+    device = grad_out.device.type
+    started = now(device)
+    out = runner.forward()
+    middle = now(device)
+    if not backward:
+        return {"forward": middle - started}
+    runner.backward(out, grad_out)
+    ended = now(device)
+    runner.clear()
+    return {"forward": middle - started, "backward": ended - middle, "both": ended - started}
+
+
+def _decode(runners: Sequence[Runner], device: str) -> dict[str, float]:
+    started = now(device)
+    for runner in runners:
+        runner.forward()
+    return {"decode": (now(device) - started) / len(runners)}
+
+
+def _memory(name: str, problem: Problem, runner: Runner) -> dict:
+    """Bytes above the inputs."""
+    tensors = [t for t in problem.inputs if isinstance(t, torch.Tensor)]
+    tensors += [problem.grad_out, *runner.leaves]
+    saved = saved_bytes(runner.forward, tensors)
+    peak = peak_bytes(
+        lambda: runner.backward(runner.forward(), problem.grad_out), problem.case.device
+    )
+    runner.clear()
+    return {"peak": peak, "saved": saved, "saved_formula": saved_formula(name, problem.case)}
+
+
+def timed_training(
+    records: dict[str, dict], runners: dict[str, Runner], grad_out: torch.Tensor, options: Options
+) -> None:
+    """Measure forward and backward of warm runners and put the seconds into their records."""
+    steps = {
+        name: functools.partial(_train, runner, grad_out, options.backward)
+        for name, runner in runners.items()
+    }
+    add_seconds(records, options.measure(steps))
+
+
+def add_seconds(records: dict[str, dict], samples: dict[str, dict]) -> None:
+    """Put what was measured into the providers' records."""
+    for name, modes in samples.items():
+        records[name]["seconds"] = modes
+
+
+def _record(layers: Sequence[Problem], records: dict[str, dict]) -> dict:
+    """With the operations of the base's GEMMs and the weights they read, by mode; of one layer."""
+    case = layers[0].case
+    hit = sum(len(layer.hit_experts) for layer in layers) / len(layers)
+    flops, weights = case.forward_flops, round(hit * case.expert_bytes)
+    passes = {"forward": 1, "backward": 1, "both": 2, "decode": 1}
+    return {
+        "case": case.describe() | {"layers": len(layers)},
+        "flops": {mode: count * flops for mode, count in passes.items()},
+        "bytes": {mode: count * weights for mode, count in passes.items()},
+        "providers": records,
+    }
+
+
+# --- reading records
+
+
+def seconds(record: dict, provider: str, mode: str) -> list[float]:
+    """The rounds of a provider; empty where it is missing or was not measured."""
+    return record["providers"].get(provider, {}).get("seconds", {}).get(mode, [])
+
+
+def time_of(record: dict, provider: str, mode: str) -> Statistics | None:
+    """Statistics of a provider's time, or None."""
+    values = seconds(record, provider, mode)
+    return summarize(values) if values else None
+
+
+def compare(record: dict, numerator: str, denominator: str, mode: str) -> Statistics | None:
+    """Statistics of the ratio of two times; None where one is missing or computes wrongly."""
+    pair = [seconds(record, name, mode) for name in (numerator, denominator)]
+    wrong = [record["providers"].get(n, {}).get("error") for n in (numerator, denominator)]
+    if not all(pair) or any(wrong):
+        return None
+    return ratio(*pair)
+
+
+def fastest(record: dict, providers: Sequence[str], mode: str) -> str | None:
+    """Of those that are there and right, the one with the smallest median."""
+    times = {
+        name: time_of(record, name, mode).median
+        for name in providers
+        if seconds(record, name, mode) and not record["providers"][name]["error"]
+    }
+    return min(times, key=times.get) if times else None

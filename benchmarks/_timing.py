@@ -1,0 +1,96 @@
+"""Interleaved rounds, and the statistics of what they measured."""
+
+import gc
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+Samples = dict[str, list[float]]  # mode -> seconds, one for each round
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Median, 20th and 80th percentile of ``count`` rounds."""
+
+    median: float
+    p20: float
+    p80: float
+    count: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def summarize(values: Sequence[float]) -> Statistics:
+    p20, median, p80 = np.percentile(values, (20, 50, 80)).tolist()
+    return Statistics(median, p20, p80, len(values))
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Statistics:
+    """Of the ratios within each round, in which both ran; a provider that stops early stops last.
+
+    A round's neighbours in time share the machine's state: their ratio is steadier than a ratio of
+    two medians.
+    """
+    common = min(len(numerator), len(denominator))
+    return summarize([numerator[i] / denominator[i] for i in range(common)])
+
+
+def order(names: Sequence[str], round_index: int) -> list[str]:
+    """Every name once, rotated by one more in each round."""
+    start = round_index % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def measure(
+    steps: Mapping[str, Callable[[], Mapping[str, float]]],
+    *,
+    min_rounds: int = 3,
+    max_rounds: int = 10,
+    max_seconds: float = 10.0,
+    thorough: Collection[str] | None = None,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, Samples]:
+    """Run every step once in each round; every step must be warm.
+
+    Args:
+        steps: by name, what runs once and returns seconds by mode.
+        min_rounds: done whatever they cost.
+        max_rounds: no more than these.
+        max_seconds: for the rounds after those; none starts later.
+        thorough: after ``min_rounds`` only these go on; None: all do.
+        on_round: called after each round.
+    """
+    results: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+    gc.collect()
+    gc.freeze()  # a collection between rounds looks at what the rounds left, and is short
+    gc.disable()
+    names = list(steps)
+    started = time.perf_counter()
+    try:
+        for index in range(max_rounds if steps else 0):
+            if index == min_rounds:
+                names = [name for name in steps if thorough is None or name in thorough]
+                started = time.perf_counter()
+            late = index >= min_rounds and time.perf_counter() - started >= max_seconds
+            if late or not names:
+                break
+            for name in order(names, index):
+                for mode, seconds in steps[name]().items():
+                    results[name].setdefault(mode, []).append(seconds)
+            gc.collect()
+            on_round()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return results
+
+
+def now(device: str) -> float:
+    """Seconds, when all that was launched on the device has ended."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

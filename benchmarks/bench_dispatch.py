@@ -1,0 +1,135 @@
+"""Times ``dispatch``, the sort of routed rows by expert and modality.
+
+python benchmarks/bench_dispatch.py --tokens 1 1024 16384 --experts 64 --top-k 8
+"""
+
+import functools
+import itertools
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from _cli import finish, make_parser, options_of, progress
+from _providers import Runner, Unavailable
+from _runs import Options, add_seconds, prepare
+from _timing import now
+from tables import dispatch_table
+from torch import Tensor
+
+from moe_kernels import backends
+from moe_kernels.ops import Dispatch, dispatch
+from moe_kernels.testing import make_modality_ids, make_routing
+
+NAME = "dispatch"
+_CALLS = 20  # in one sample: a call takes microseconds
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int = 2048
+    experts: int = 64
+    top_k: int = 8
+    routing: str = "balanced"
+    device: str = "cpu"
+    seed: int = 0
+
+
+class Problem:
+    """Routing and modalities of a case; half the rows image, some padding."""
+
+    def __init__(self, case: Case):
+        generator = torch.Generator().manual_seed(case.seed)
+        ids, _ = make_routing(
+            case.tokens, case.top_k, case.experts, kind=case.routing, generator=generator
+        )
+        self.case = case
+        self.topk_ids = ids.to(case.device)
+        self.modality_ids = make_modality_ids(case.tokens, generator=generator).to(case.device)
+
+    def dispatch(self, backend: str) -> Dispatch:
+        return dispatch(
+            self.topk_ids, self.case.experts, modality_ids=self.modality_ids, num_modalities=1,
+            backend=backend,
+        )  # fmt: skip
+
+    def error(self, runner: Runner) -> str | None:
+        """What differs from the reference, or None; another's sort is not checked."""
+        out = runner.forward()
+        if not isinstance(out, Dispatch):
+            return None
+        expected = asdict(self.dispatch("reference"))
+        wrong = [key for key, value in asdict(out).items() if not torch.equal(value, expected[key])]
+        return f"{', '.join(wrong)} differ from the reference" if wrong else None
+
+
+def _ours(backend: str) -> Callable[[Problem], Runner]:
+    def set_up(problem: Problem) -> Runner:
+        if reason := backends.available()[backend]:
+            raise Unavailable(reason)
+        return Runner(functools.partial(problem.dispatch, backend))
+
+    return set_up
+
+
+def _transformers(problem: Problem) -> Runner:
+    """What transformers' grouped_mm does for the same end: it sorts by expert alone."""
+    num_experts = problem.case.experts
+
+    def forward() -> tuple[Tensor, ...]:
+        experts, perm = torch.sort(problem.topk_ids.reshape(-1))
+        counts = torch.histc(experts.float(), bins=num_experts, min=0, max=num_experts - 1)
+        offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
+        inverse = torch.empty_like(perm)
+        inverse[perm] = torch.arange(perm.numel(), device=perm.device)
+        return perm, inverse, offsets
+
+    return Runner(forward)
+
+
+PROVIDERS = {
+    "hf:grouped_mm": _transformers,
+    **{f"ours:{name}": _ours(name) for name in backends.NAMES},
+}
+
+
+def _sample(runner: Runner, device: str) -> dict[str, float]:
+    started = now(device)
+    for _ in range(_CALLS):
+        runner.forward()
+    return {"forward": (now(device) - started) / _CALLS}
+
+
+def run(case: Case, options: Options) -> dict:
+    """A record as of :func:`_runs.run_training`, with the mode "forward"."""
+    problem, records, steps = Problem(case), {}, {}
+    for name, set_up in PROVIDERS.items():
+        records[name], own = prepare(lambda set_up=set_up: [set_up(problem)], problem.error)
+        if own:
+            steps[name] = functools.partial(_sample, own[0], case.device)
+    add_seconds(records, options.measure(steps))
+    return {"case": asdict(case), "providers": records}
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__, NAME, dtypes=False)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 16384])
+    parser.add_argument("--experts", nargs="+", type=int, default=[64])
+    parser.add_argument("--top-k", nargs="+", type=int, default=[8])
+    parser.add_argument("--routing", nargs="+", default=["balanced"])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    sweep = (given.tokens, given.experts, given.top_k, given.routing)
+    cases = [Case(*values, given.device, given.seed) for values in itertools.product(*sweep)]
+    with progress(cases) as (bar, on_round):
+        options = options_of(given, on_round=on_round)
+        records = [run(case, options) for case in bar]
+    print(dispatch_table(records))
+    finish(NAME, given, {"dispatch": records})
+
+
+if __name__ == "__main__":
+    main()

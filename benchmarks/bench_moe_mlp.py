@@ -1,0 +1,89 @@
+"""Times one MoE layer: ours, transformers' experts, PEFT, split LoRA, and the bound.
+
+    python benchmarks/bench_moe_mlp.py                                # one shape, both routings
+    python benchmarks/bench_moe_mlp.py --rank 8 16 64 --image-share 0 0.5 1
+    python benchmarks/bench_moe_mlp.py --mode decode --tokens 1 8 64
+
+Every option that takes several values is swept.
+"""
+
+import itertools
+from argparse import Namespace
+from collections.abc import Iterator
+
+import _providers
+from _cases import Case
+from _cli import add_rotation, finish, make_parser, options_of, progress
+from _runs import run_decode, run_training
+from tables import providers_table
+
+from moe_kernels.testing import SHAPES
+
+MODES = ("forward", "backward", "both", "decode")
+NAME = "moe_mlp"
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__, NAME)
+    add_rotation(parser)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["one_layer"])
+    parser.add_argument("--mode", choices=MODES, default="both", help="what the table shows")
+    parser.add_argument("--routing", nargs="+", default=["balanced", "zipf"])
+    parser.add_argument("--image-share", nargs="+", type=float, default=[0.5], metavar="SHARE")
+    parser.add_argument("--rank", nargs="+", type=int, default=[None], metavar="R")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[None], metavar="T")
+    parser.add_argument("--experts", nargs="+", type=int, default=[None], metavar="E")
+    parser.add_argument(
+        "--providers", nargs="+", choices=_providers.names(), metavar="NAME",
+        help=f"of {', '.join(_providers.names())}; default: all but the slowest",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def cases(given: Namespace) -> Iterator[Case]:
+    """Those with the same weights follow each other, as these are made once then."""
+    sweep = (
+        given.dtype, given.shape, given.experts, given.rank, given.tokens, given.routing,
+        given.image_share,
+    )  # fmt: skip
+    for dtype, shape, experts, rank, tokens, routing, share in itertools.product(*sweep):
+        yield Case.named(
+            shape, T=tokens, E=experts, r=rank, dtype=dtype, routing=routing, image_share=share,
+            device=given.device, seed=given.seed,
+        )  # fmt: skip
+
+
+def default_providers(mode: str) -> list[str]:
+    """All but the reference, PEFT on other than grouped_mm and, for decode, training's."""
+    training = ("bound", "peft:grouped_mm", "split")
+    return [
+        name
+        for name in _providers.names()
+        if name.partition(":")[2] != "reference"
+        and (not name.startswith("peft") or name == "peft:grouped_mm")
+        and not name.startswith(training if mode == "decode" else "read")
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    providers = given.providers or default_providers(given.mode)
+    run = run_decode if given.mode == "decode" else run_training
+    records = []
+    with progress(list(cases(given))) as (all_cases, on_round):
+        options = options_of(
+            given,
+            memory=providers,
+            backward=given.mode != "forward",
+            rotated_bytes=given.rotate_mb * 10**6,
+            on_round=on_round,
+        )
+        for case in all_cases:
+            records.append(run(case, providers, options))
+    for record in records:
+        print(providers_table(record, given.mode))
+    finish(NAME, given, {"training" if given.mode != "decode" else "decode": records})
+
+
+if __name__ == "__main__":
+    main()

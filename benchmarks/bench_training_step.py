@@ -1,0 +1,183 @@
+"""Times training steps of whole models: ours against transformers with PEFT.
+
+    python benchmarks/bench_training_step.py --model demo olmoe
+
+A step is forward, backward and AdamW on the same batch. Both models have the same weights, and
+adapters of the same values on the experts and on q, k, v and o. PEFT cannot mask, so it adapts all
+tokens; it runs on transformers' "grouped_mm".
+"""
+
+import copy
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from _cases import DTYPES
+from _cli import finish, make_parser, options_of, progress
+from _runs import Options
+from _timing import now
+from peft import LoraConfig, PeftModel, get_peft_model
+from tables import steps_table
+from torch import Tensor
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
+
+from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
+from moe_kernels.models.peft_format import load_peft_adapter
+from moe_kernels.testing import relative_rms
+
+NAME = "training_step"
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# Of the logits of two models: a router at a tie may choose another expert in bfloat16.
+_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model and its batch; the image follows the text in every sequence."""
+
+    name: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    experts: int
+    experts_per_token: int
+    batch: int
+    length: int
+    image_share: float
+    r: int = 16
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+MODELS = {
+    # The model of python/demo.py and its batches: a caption, then 49 codes and two delimiters.
+    "demo": Settings("demo", "float32", 1090, 128, 64, 4, 4, 16, 4, 16, 56, 51 / 56),
+    # Two of OLMoE's 16 layers, and as small a part of its vocabulary: the head's share is the same.
+    "olmoe": Settings("olmoe", "bfloat16", 50304 // 8, 2048, 1024, 2, 16, 64, 8, 4, 256, 0.5),
+    "tiny": Settings("tiny", "float32", 64, 32, 16, 2, 4, 4, 2, 2, 16, 0.5, 4),  # for tests
+}
+
+
+def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0) -> dict:
+    """A record as of :func:`_runs.run_training`, with the mode "step"."""
+    torch.manual_seed(seed)
+    model = _make_model(settings).to(device)
+    ids = torch.randint(0, settings.vocab_size, (settings.batch, settings.length), device=device)
+    mask = torch.zeros_like(ids)
+    mask[:, settings.length - round(settings.length * settings.image_share) :] = 1
+    theirs = _with_peft(copy.deepcopy(model), settings)
+    ours = _patched(model, theirs, settings)
+    error = _error(ours, theirs, ids, settings)
+    steps = {
+        "ours": _step(
+            model, ours.trainable_parameters(), device, input_ids=ids, labels=ids, modality_ids=mask
+        ),
+        "peft:grouped_mm": _step(
+            theirs, [p for p in theirs.parameters() if p.requires_grad], device,
+            input_ids=ids, labels=ids,
+        ),
+    }  # fmt: skip
+    for step in steps.values():
+        step()  # the optimizer makes its state
+    samples = options.measure(steps)
+    return {
+        "case": asdict(settings) | {"tokens": settings.tokens, "device": device, "seed": seed},
+        "providers": {
+            name: {"error": error if name == "ours" else None, "seconds": samples[name]}
+            for name in steps
+        },
+    }
+
+
+def _make_model(settings: Settings) -> PreTrainedModel:
+    config = OlmoeConfig(
+        vocab_size=settings.vocab_size, hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
+        num_experts=settings.experts, num_experts_per_tok=settings.experts_per_token,
+        norm_topk_prob=True, max_position_embeddings=512, use_cache=False,
+        pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[settings.dtype])
+    try:
+        model = OlmoeForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.set_experts_implementation("grouped_mm")
+    return model.train()
+
+
+def _with_peft(model: PreTrainedModel, settings: Settings) -> PeftModel:
+    """PEFT by its defaults, but with a B that is not zero."""
+    config = LoraConfig(
+        r=settings.r, lora_alpha=2 * settings.r, target_modules=_ATTENTION,
+        target_parameters=_EXPERTS,
+    )  # fmt: skip
+    peft = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return peft
+
+
+def _patched(model: PreTrainedModel, theirs: PeftModel, settings: Settings) -> PatchedModel:
+    """Our model with PEFT's adapters, carried over by PEFT's own file."""
+    patched = patch_model(model, ModalityLoraConfig(r=settings.r, lora_alpha=2 * settings.r))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        load_peft_adapter(patched, "image", folder)
+    return patched
+
+
+@torch.no_grad()
+def _error(ours: PatchedModel, theirs: PeftModel, ids: Tensor, settings: Settings) -> str | None:
+    """With every token in the modality the two models are the same; else what differs."""
+    actual = ours.model(input_ids=ids, modality_ids=torch.ones_like(ids)).logits
+    error, limit = relative_rms(actual, theirs(input_ids=ids).logits), _LIMITS[settings.dtype]
+    return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"
+
+
+def _step(
+    model: torch.nn.Module, parameters: list[Tensor], device: str, **batch: Tensor
+) -> Callable[[], dict[str, float]]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def step() -> dict[str, float]:
+        started = now(device)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"step": now(device) - started}
+
+    return step
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__, NAME, dtypes=False)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["demo", "olmoe"])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    records = []
+    with progress(given.model) as (models, on_round):
+        for name in models:
+            options = options_of(given, on_round=on_round)
+            records.append(run(MODELS[name], options, given.device, given.seed))
+    print(steps_table(records))
+    finish(NAME, given, {"steps": records})
+
+
+if __name__ == "__main__":
+    main()

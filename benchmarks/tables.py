@@ -1,0 +1,272 @@
+"""Tables of results, for the terminal and for the README.
+
+python benchmarks/tables.py    # writes the README's tables anew from benchmarks/results/
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import _record
+from _runs import compare, time_of
+from _timing import Statistics
+
+README = _record.ROOT / "README.md"
+RESULTS = "bars-cpu.json"  # what the README's tables are made from
+_SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An aligned table, which reads well in a terminal too."""
+    rows = [header, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def interval(values: Statistics | None, scale: float = 1.0, digits: int = 2) -> str:
+    """The median, then the 20th and 80th percentile in brackets."""
+    if values is None:
+        return ""
+    median, low, high = (f"{v * scale:.{digits}f}" for v in (values.median, values.p20, values.p80))
+    return f"{median} ({low}-{high})"
+
+
+def case_title(case: Mapping) -> str:
+    return f"{case['shape']} {_SHORT[case['dtype']]} {case['routing']}"
+
+
+def provider_note(entry: Mapping) -> str:
+    """Why a provider has no number, or no speed-up; the file has it in full."""
+    if "missing" in entry:
+        return textwrap.shorten(f"missing: {entry['missing']}", 80, placeholder="...")
+    return f"refused: {entry['error']}" if entry["error"] else ""
+
+
+# --- one record, for the terminal
+
+
+def providers_table(record: Mapping, mode: str) -> str:
+    """Every provider of a layer's record in one mode, relative to its bound."""
+    reference = "read" if mode == "decode" else "bound"
+    rows = [
+        (name, *_provider_cells(record, name, mode, reference), provider_note(entry))
+        for name, entry in record["providers"].items()
+    ]
+    case = record["case"]
+    sizes = ", ".join(f"{key} {case[key]}" for key in ("T", "K", "E", "H", "I", "r"))
+    title = f"\n{case_title(case)}, {mode}: {sizes}, image share {case['image_share']}\n\n"
+    header = ("provider", "ms (20-80 %)", "GFLOP/s", "GB/s", f"x {reference}", "MiB", "note")
+    return title + markdown(header, rows)
+
+
+def _provider_cells(record: Mapping, name: str, mode: str, reference: str) -> tuple[str, ...]:
+    time = time_of(record, name, mode)
+    if time is None:
+        return ("",) * 5
+    gflops = record["flops"][mode] / time.median / 1e9
+    gbytes = record["bytes"][mode] / time.median / 1e9
+    memory = record["providers"][name].get("memory")
+    return (
+        interval(time, 1e3), f"{gflops:.0f}" if name != "read" else "", f"{gbytes:.1f}",
+        interval(compare(record, name, reference, mode)),
+        f"{memory['peak'] / 2**20:.0f}" if memory else "",
+    )  # fmt: skip
+
+
+def _plain_table(
+    records: Sequence[Mapping], keys: Sequence[str], mode: str, reference: str, scale: float
+) -> str:
+    """A row for each case and provider: time, and the ratio to a reference."""
+    rows = [
+        (
+            *(str(record["case"][key]) for key in keys), name,
+            interval(time_of(record, name, mode), scale),
+            interval(compare(record, name, reference, mode)), provider_note(entry),
+        )
+        for record in records
+        for name, entry in record["providers"].items()
+    ]  # fmt: skip
+    unit = {1e3: "ms", 1e6: "us"}[scale]
+    return markdown((*keys, "provider", f"{unit} (20-80 %)", f"x {reference}", "note"), rows)
+
+
+def linear_table(records: Sequence[Mapping]) -> str:
+    keys = ("tokens", "features", "rank", "image_share", "dtype")
+    return _plain_table(records, keys, "both", "base", 1e3)
+
+
+def dispatch_table(records: Sequence[Mapping]) -> str:
+    keys = ("tokens", "experts", "top_k", "routing")
+    return _plain_table(records, keys, "forward", "hf:grouped_mm", 1e6)
+
+
+def steps_table(records: Sequence[Mapping]) -> str:
+    """Tokens a second of whole training steps."""
+    rows = []
+    for record in records:
+        tokens = record["case"]["tokens"]
+        for name, entry in record["providers"].items():
+            time = time_of(record, name, "step")
+            rate = f"{tokens / time.median:.0f}" if time else ""
+            faster = interval(compare(record, "peft:grouped_mm", name, "step"))
+            rows.append((record["case"]["name"], name, rate, faster, provider_note(entry)))
+    header = ("model", "provider", "tokens/s", "times PEFT's (20-80 %)", "note")
+    return markdown(header, rows)
+
+
+# --- bars
+
+
+def bars_table(bars: Sequence[Mapping]) -> str:
+    """Every bar in every case."""
+    rows = [
+        (
+            f"{bar['number']}. {bar['what']}", bar["case"], interval(_statistics(bar), digits=3),
+            _limit(bar), {True: "yes", False: "NO", None: bar["note"]}[bar["met"]],
+        )
+        for bar in bars
+    ]  # fmt: skip
+    return markdown(("bar", "case", "measured (20-80 %)", "wanted", "met?"), rows)
+
+
+def _bars_summary(results: Mapping) -> str:
+    """Each bar once: the case that is furthest from it."""
+    groups: dict[tuple, list[Mapping]] = {}
+    for bar in results["bars"]:
+        groups.setdefault((bar["number"], bar["what"], _limit(bar)), []).append(bar)
+    rows = []
+    for (number, what, limit), members in groups.items():
+        known = [bar for bar in members if bar["measured"]]
+        met = sum(bar["met"] is True for bar in members)
+        worst = max(known, key=_distance) if known else members[0]
+        value = interval(_statistics(worst)) if known else worst["note"]
+        rows.append((f"{number}. {what}", limit, value, worst["case"], f"{met} of {len(members)}"))
+    return markdown(("bar", "wanted", "worst measured (20-80 %)", "where", "met"), rows)
+
+
+def _distance(bar: Mapping) -> float:
+    """How far beyond its limit; larger is worse."""
+    value = bar["measured"]["median"]
+    return -value if bar["at_least"] else value
+
+
+def _limit(bar: Mapping) -> str:
+    if bar["by_p20"]:
+        return f"{bar['limit']:.2f} within the spread"
+    return f"{'at least' if bar['at_least'] else 'at most'} {bar['limit']:.2f}"
+
+
+def _statistics(bar: Mapping) -> Statistics | None:
+    return Statistics(**bar["measured"]) if bar["measured"] else None
+
+
+# --- the README
+
+
+def _grid(
+    records: Sequence[Mapping],
+    column: Callable[[Mapping], str],
+    cell: Callable[[Mapping, str], str],
+) -> str:
+    """A column for each record, a row for each provider with a cell that is not empty."""
+    names = list(dict.fromkeys(name for record in records for name in record["providers"]))
+    rows = [(name, *(cell(record, name) for record in records)) for name in names]
+    header = ("", *(column(record) for record in records))
+    return markdown(header, [row for row in rows if any(row[1:])])
+
+
+def _training(results: Mapping) -> str:
+    """ms of forward and backward, balanced routing."""
+    records = [r for r in results["training"] if r["case"]["routing"] == "balanced"]
+    return _grid(
+        records,
+        lambda record: f"{record['case']['shape']} {_SHORT[record['case']['dtype']]}",
+        lambda record, name: _milliseconds(record, name, "both"),
+    )
+
+
+def _decode(results: Mapping) -> str:
+    """ms of a call, bf16."""
+    records = [r for r in results["decode"] if r["case"]["dtype"] == "bfloat16"]
+    return _grid(
+        records,
+        lambda record: f"{record['case']['shape']} T={record['case']['T']}",
+        lambda record, name: _milliseconds(record, name, "decode"),
+    )
+
+
+def _milliseconds(record: Mapping, name: str, mode: str) -> str:
+    time = time_of(record, name, mode)
+    if time is None:
+        return ""
+    return "refused" if record["providers"][name]["error"] else f"{time.median * 1e3:.3g}"
+
+
+def _overhead(results: Mapping) -> str:
+    """Forward and backward with adapters over ours without, by image share and by rank."""
+    rows = [
+        (
+            f"{record['case']['image_share']:.0%}", str(record["case"]["r"]),
+            *(
+                interval(compare(record, *overhead_pair(record), mode))
+                for mode in ("forward", "backward", "both")
+            ),
+        )
+        for record in results["overhead"]
+    ]  # fmt: skip
+    return markdown(("image rows", "rank", "forward", "backward", "both"), rows)
+
+
+def overhead_pair(record: Mapping) -> tuple[str, str]:
+    """Names of ours with adapters and without in a record."""
+    names = list(record["providers"])
+    return tuple(next(n for n in names if n.startswith(kind)) for kind in ("ours:", "ours_base:"))
+
+
+def _machine(results: Mapping) -> str:
+    place = results["environment"]
+    versions = ", ".join(f"{n} {place['versions'][n]}" for n in ("torch", "transformers", "peft"))
+    commit = (place["commit"] or "unknown")[:7] + (" with changes" if place["dirty"] else "")
+    return (
+        f"{place['processor']}, {place['threads']} threads, {versions}; commit {commit}, "
+        f"sources {(place['source_hash'] or 'unknown')[:12]}, {place['time'][:10]}.\n"
+    )
+
+
+BLOCKS: dict[str, Callable[[Mapping], str]] = {
+    "machine": _machine,
+    "bars": _bars_summary,
+    "training": _training,
+    "decode": _decode,
+    "overhead": _overhead,
+    "steps": lambda results: steps_table(results["steps"]),
+}
+
+
+def render(page: str, results: Mapping) -> str:
+    """The page with every block between ``<!-- bench:NAME -->`` marks made anew.
+
+    Raises:
+        KeyError: a block of an unknown name, or of a part that was not measured.
+    """
+
+    def block(match: re.Match) -> str:
+        return f"{match[1]}\n\n{BLOCKS[match[2]](results)}\n{match[3]}"
+
+    return re.sub(r"(<!-- bench:(\w+) -->).*?(<!-- /bench:\2 -->)", block, page, flags=re.DOTALL)
+
+
+def main(readme: Path = README) -> None:
+    results = _record.read(_record.RESULTS / RESULTS)
+    readme.write_text(render(readme.read_text(), results))
+    print(f"wrote the tables of {readme}")
+
+
+if __name__ == "__main__":
+    main()

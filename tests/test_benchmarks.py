@@ -1,0 +1,230 @@
+"""The benchmarks: statistics, order, memory, checks, files, and the README's tables."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+for _needed in ("peft", "matplotlib"):
+    pytest.importorskip(_needed)
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "benchmarks"
+MODULES = (
+    "_bounds", "_cases", "_check", "_cli", "_memory", "_providers", "_record", "_runs",
+    "_split_lora", "_timing", "bars", "bench_dispatch", "bench_lora_linear", "bench_moe_mlp",
+    "bench_training_step", "plot", "tables",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The programs' modules; their folder is on the path only here, as when they are run."""
+    sys.path.insert(0, str(PROGRAMS))
+    try:
+        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(PROGRAMS))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def case(bench):
+    return bench._cases.Case.named("small", dtype="float32")
+
+
+# --- statistics and order
+
+
+def test_statistics(bench):
+    stats = bench._timing.summarize([4.0, 1.0, 3.0, 2.0, 5.0, 6.0])
+    assert (stats.median, stats.p20, stats.p80, stats.count) == (3.5, 2.0, 5.0, 6)
+
+
+def test_ratios_are_taken_within_each_round(bench):
+    """The machine is 10 times slower in the second round; the ratio of the two stays."""
+    stats = bench._timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
+    assert (stats.median, stats.p20, stats.p80) == (2.0, 2.0, 2.0)
+    assert bench._timing.ratio([2.0, 4.0, 9.0, 9.0], [1.0, 2.0]).count == 2
+
+
+def test_every_round_starts_one_further(bench):
+    ran = []
+
+    def step(name):
+        return lambda: ran.append(name) or {"both": 1.0}
+
+    names = ["a", "b", "c"]
+    samples = bench._timing.measure({n: step(n) for n in names}, max_rounds=4, thorough=("b",))
+    assert ran == ["a", "b", "c", "b", "c", "a", "c", "a", "b", "b"]
+    assert {name: len(samples[name]["both"]) for name in names} == {"a": 3, "b": 4, "c": 3}
+
+
+def test_a_budget_ends_the_rounds_but_not_the_first_three(bench):
+    samples = bench._timing.measure({"a": lambda: {"both": 1.0}}, max_rounds=9, max_seconds=0)
+    assert samples == {"a": {"both": [1.0, 1.0, 1.0]}}
+
+
+# --- memory
+
+
+def test_peak_of_a_made_example(bench):
+    kept = torch.ones(1000)
+
+    def function():
+        first = torch.empty(3 << 20, dtype=torch.uint8)
+        del first
+        second = torch.empty(1 << 20, dtype=torch.uint8)
+        third = torch.empty(1 << 20, dtype=torch.uint8)
+        del second
+        return third, torch.empty(1 << 20, dtype=torch.uint8), kept
+
+    assert bench._memory.peak_bytes(function) == 3 << 20
+    assert bench._memory.peak_bytes(lambda: (function(), function())) == 5 << 20
+    assert bench._memory.peak_bytes(lambda: kept.sum()) < 1000
+
+
+def test_saved_bytes_count_each_storage_once(bench):
+    x = torch.ones(100, 10, requires_grad=True)
+
+    def forward():
+        y = x.exp()  # keeps its result
+        return (y * y).sum()  # keeps y twice
+
+    assert bench._memory.saved_bytes(forward, [x]) == 4000
+
+
+@pytest.mark.parametrize("provider", ["ours:cpu", "split:masked", "split:gathered"])
+def test_memory_formulas_agree_with_what_is_kept(bench, case, provider):
+    record = bench._runs.run_training(
+        case, [provider], bench._runs.Options(rounds=1, memory=[provider])
+    )
+    entry = record["providers"][provider]
+    if "missing" in entry:
+        pytest.skip(entry["missing"])
+    memory = entry["memory"]
+    assert memory["saved"] == pytest.approx(memory["saved_formula"], rel=0.06)
+    assert memory["peak"] > memory["saved"]
+
+
+# --- providers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("routing", ["balanced", "zipf"])
+def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing):
+    case = bench._cases.Case.named("small", dtype=dtype, routing=routing)
+    names = [name for name in bench._providers.names() if name != "split:compiled"]
+    record = bench._runs.run_training(case, names, bench._runs.Options(rounds=1))
+    wrong = {name: e["error"] for name, e in record["providers"].items() if e.get("error")}
+    assert not wrong
+    missing = {name: e["missing"] for name, e in record["providers"].items() if "missing" in e}
+    expected = ("triton", "cuda", "cpu", "deepgemm", "sonicmoe")  # cpu: an install without it
+    assert all(name.partition(":")[2] in expected and why for name, why in missing.items())
+    for name in ("bound", "hf:eager", "hf:grouped_mm", "peft:grouped_mm", "split:masked"):
+        assert bench._runs.compare(record, name, "bound", "both").count == 1
+
+
+def test_decode_goes_through_enough_layers(bench):
+    case = bench._cases.Case.named("tiny", dtype="float32")
+    stack = case.expert_bytes * case.shape.E
+    options = bench._runs.Options(rounds=2, rotated_bytes=3 * stack)
+    record = bench._runs.run_decode(case, ["read", "hf:batched_mm"], options)
+    assert record["case"]["layers"] == 4
+    assert [entry["error"] for entry in record["providers"].values()] == [None, None]
+    assert bench._runs.time_of(record, "hf:batched_mm", "decode").count == 2
+
+
+def test_the_bound_of_decoding_reads_every_weight_of_the_hit_experts(bench, case, thread_count):
+    problem = bench._cases.make_problem(replace(case, shape=replace(case.shape, T=2)))
+    stacks = (problem.inputs.gate_up_proj, problem.inputs.down_proj)
+    expected = sum(int(w[problem.hit_experts].view(torch.int64).sum()) for w in stacks)
+    assert 4 <= len(problem.hit_experts) <= 8
+    for threads in (1, 2, 3):
+        thread_count(threads)
+        assert bench._bounds.weight_reader(problem)() == expected % 2**64
+
+
+def corrupt(bench, monkeypatch, change):
+    """Put a provider "wrong" beside the others: transformers' eager, but changed."""
+
+    def set_up(problem, variant):
+        runner = bench._providers._hf(problem, "eager")
+        return replace(runner, **change(runner))
+
+    kind = bench._providers._Kind(set_up, lambda: [""])
+    monkeypatch.setitem(bench._providers.KINDS, "wrong", kind)
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_a_wrong_provider_gets_no_speed_up(bench, case, monkeypatch, what):
+    changes = {
+        "output": lambda runner: {"forward": lambda: runner.forward() * 1.001},
+        "gradient": lambda runner: {"backward": lambda out, grad: out.backward(grad * 1.001)},
+    }
+    corrupt(bench, monkeypatch, changes[what])
+    record = bench._runs.run_training(
+        case, ["bound", "wrong", "hf:eager"], bench._runs.Options(rounds=2)
+    )
+    assert "relative RMS error" in record["providers"]["wrong"]["error"]
+    assert bench._runs.compare(record, "wrong", "bound", "both") is None
+    assert bench._runs.compare(record, "hf:eager", "wrong", "both") is None
+    assert bench._runs.fastest(record, ["wrong", "hf:eager"], "both") == "hf:eager"
+    assert "refused: " in bench.tables.providers_table(record, "both")
+
+
+def test_the_programs_run(bench, tmp_path):
+    """Each on its smallest case, and what draws and tells of the results."""
+    path = tmp_path / "bars-cpu.json"
+    shared = ["--device", "cpu", "--rounds", "1", "--output", str(path)]
+    bench.bench_dispatch.main(["--tokens", "8", *shared])
+    bench.bench_lora_linear.main(["--tokens", "8", "--features", "16", "--rank", "2", *shared])
+    bench.bench_training_step.main(["--model", "tiny", *shared])
+    bench.bench_moe_mlp.main(["--shape", "tiny", "--providers", "bound", "hf:eager", *shared])
+    bench.bars.main(["--shapes", "small", "--models", "tiny", "--rotate-mb", "1", *shared])
+    results = json.loads(path.read_text())
+    assert {bar["number"] for bar in results["bars"]} == {1, 2, 3, 4, 5, 6, 7}
+    assert results["environment"]["source_hash"] == bench._record.source_hash()
+    assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
+    page = bench.tables.README.read_text()
+    assert bench.tables.render(page, results) != page
+
+
+# --- bars, files and the README
+
+
+def test_a_bar_is_met_or_not_or_unknown(bench):
+    def met(values, **settings):
+        stats = bench._timing.summarize(values) if values else None
+        return bench.bars.Bar(1, "", "", stats, 1.2, **settings).met
+
+    assert met([1.1, 1.2, 1.3]) is True
+    assert met([1.1, 1.3, 1.3]) is False
+    assert met([1.1, 1.3, 1.3], by_p20=True) is True
+    assert met([1.1, 1.3, 1.3], at_least=True) is True
+    assert met([]) is None
+
+
+def test_results_are_written_whole_or_not_at_all(bench, tmp_path):
+    path = tmp_path / "folder" / "a.json"
+    bench._record.write(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+        bench._record.write(path, {"a": float("nan")})
+    with pytest.raises(TypeError):
+        bench._record.write(path, {"a": object()})
+    assert bench._record.read(path) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_readme_tables_are_those_of_the_results(bench):
+    """Run ``python benchmarks/tables.py`` to write them anew."""
+    path = bench._record.RESULTS / bench.tables.RESULTS
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there: `make bench` has not been run")
+    page = bench.tables.README.read_text()
+    assert bench.tables.render(page, bench._record.read(path)) == page
