@@ -1,6 +1,7 @@
 # make demo      teach a small text model to draw digits, and look at out/demo/
 # make test      the test suite (under 10 minutes on 2 cores)
 # make test-all  with the slow tests: builds in empty environments, longer training
+# make test-sanitized  the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   the integration tests on the oldest supported transformers
 # make bench     measure every claim about speed and memory, write the README's tables (10 minutes)
 # make lint      ruff: lint and format
@@ -17,6 +18,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 PYTEST ?= -n 2
 OLDEST_TRANSFORMERS := 5.17.0
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr
 
 PY        := $(VENV)/bin/python
 INSTALLED := $(VENV)/.moe-kernels-installed
@@ -43,7 +45,7 @@ $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 $(1)/bin/python -m pip install -q --no-build-isolation -e ".[test]" $(2)
 endef
 
-.PHONY: demo test test-all test-oldest bench lint format install clean FORCE
+.PHONY: demo test test-all test-sanitized test-oldest bench lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -64,6 +66,15 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(call RUN_TESTS,$(VENV))
+
+# test_build.py compiles and makes environments of its own, which a preloaded sanitizer disturbs.
+test-sanitized: $(INSTALLED)
+	CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" $(PY) setup.py -q build \
+		--build-lib build/sanitized --build-temp build/sanitized-objects
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=build/sanitized OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q $(PYTEST) \
+		-m "not slow" --ignore tests/test_build.py
 
 test-oldest: $(SOURCES)
 	$(call install,$(VENV)-oldest,transformers==$(OLDEST_TRANSFORMERS))

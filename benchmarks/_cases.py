@@ -75,8 +75,11 @@ class Problem:
         return self.inputs.topk_ids.unique()
 
 
-def make_problem(case: Case, layer: int = 0) -> Problem:
-    """The inputs of ``case``; every ``layer`` has its own weights, routing and hidden states."""
+def make_problem(case: Case, layer: int = 0, weights_of: Problem | None = None) -> Problem:
+    """The inputs of ``case``; every ``layer`` has its own routing and hidden states.
+
+    It has its own weights too, unless it takes the ``weights_of`` another one.
+    """
     shape, generator = case.shape, torch.Generator().manual_seed(case.seed + layer)
 
     def randn(*size: int, fan_in: int = 1) -> Tensor:
@@ -91,11 +94,12 @@ def make_problem(case: Case, layer: int = 0) -> Problem:
     ids, weights = make_routing(shape.T, shape.K, shape.E, kind=case.routing, generator=generator)
     modality_ids = torch.zeros(shape.T, dtype=torch.int64)
     modality_ids[torch.randperm(shape.T, generator=generator)[: case.num_image]] = 1
-    gate_up_proj, down_proj = _weights(
-        shape.E, shape.H, shape.I, case.torch_dtype, case.device, case.seed
-    )
-    if layer:
-        gate_up_proj, down_proj = (w.roll(layer, dims=0) for w in (gate_up_proj, down_proj))
+    if weights_of is None:
+        stacks = _weights(shape.E, shape.H, shape.I, case.torch_dtype, case.device, case.seed)
+        gate_up_proj, down_proj = (w.roll(layer, dims=0) if layer else w for w in stacks)
+        loras = lora(2 * shape.I, shape.H), lora(shape.H, shape.I)
+    else:
+        _, _, _, gate_up_proj, down_proj, _, *loras = weights_of.inputs[:8]
     inputs = MoeInputs(
         hidden_states=randn(shape.T, shape.H),
         topk_ids=ids.to(case.device),
@@ -103,8 +107,8 @@ def make_problem(case: Case, layer: int = 0) -> Problem:
         gate_up_proj=gate_up_proj,
         down_proj=down_proj,
         modality_ids=modality_ids.to(case.device),
-        gate_up_lora=lora(2 * shape.I, shape.H),
-        down_lora=lora(shape.H, shape.I),
+        gate_up_lora=loras[0],
+        down_lora=loras[1],
         extra_gate_up_proj=None,
         extra_down_proj=None,
     )

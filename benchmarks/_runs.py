@@ -19,8 +19,9 @@ class Options:
 
     Attributes:
         rounds: no more than these.
-        max_seconds: for a case's rounds after the first 3.
-        thorough: after 3 rounds only these providers go on; None: all.
+        min_rounds: of every provider, whatever they cost.
+        max_seconds: for a case's rounds after those.
+        thorough: after ``min_rounds`` only these providers go on; None: all.
         memory: the providers whose memory is measured.
         backward: False: forward alone.
         rotated_bytes: of weights that decoding goes through, so that no cache serves it.
@@ -28,6 +29,7 @@ class Options:
     """
 
     rounds: int = 10
+    min_rounds: int = 3
     max_seconds: float = 10.0
     thorough: Collection[str] | None = None
     memory: Collection[str] = ()
@@ -38,7 +40,7 @@ class Options:
     def measure(self, steps: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict:
         """See :func:`_timing.measure`."""
         return measure(
-            steps, min_rounds=min(3, self.rounds), max_rounds=self.rounds,
+            steps, min_rounds=min(self.min_rounds, self.rounds), max_rounds=self.rounds,
             max_seconds=self.max_seconds, thorough=self.thorough, on_round=self.on_round,
         )  # fmt: skip
 
@@ -56,6 +58,7 @@ def run_training(case: Case, providers: Sequence[str], options: Options) -> dict
         records[name], runners[name] = prepare(
             lambda name=name: [_providers.set_up(name, problem)],
             lambda runner: oracle.error(runner, backward=options.backward),
+            ours=name.startswith("ours"),
         )
         if runners[name] and name in options.memory and options.backward:
             records[name]["memory"] = _memory(name, problem, runners[name][0])
@@ -69,10 +72,10 @@ def run_training(case: Case, providers: Sequence[str], options: Options) -> dict
 def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
     """Forward alone under ``no_grad``, through layers whose weights fill ``rotated_bytes``.
 
-    A sample is the mean of one call for each layer. Every layer has its own routing.
+    A sample is the mean of one call for each layer. Every layer has its own routing, and there are
+    enough of them that one round reads ``rotated_bytes``. They have two stacks of weights or more.
     """
-    stack = case.expert_bytes * case.shape.E
-    layers = [make_problem(case, i) for i in range(max(2, 1 + options.rotated_bytes // stack))]
+    layers = _layers(case, options.rotated_bytes)
     oracle = Oracle(layers[0])
     records, runners = {}, {}
     with torch.no_grad():
@@ -80,6 +83,7 @@ def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
             records[name], runners[name] = prepare(
                 lambda name=name: [_providers.set_up(name, layer) for layer in layers],
                 lambda runner: oracle.error(runner, backward=False),
+                ours=name.startswith("ours"),
             )
         samples = options.measure(
             {
@@ -92,10 +96,23 @@ def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
     return _record(layers, records)
 
 
+def _layers(case: Case, rotated_bytes: int) -> list[Problem]:
+    stacks = max(2, 1 + rotated_bytes // (case.expert_bytes * case.shape.E))
+    calls = 1 + rotated_bytes // (case.expert_bytes * min(case.rows, case.shape.E))
+    layers = [make_problem(case, i) for i in range(stacks)]
+    return layers + [make_problem(case, i, layers[i % stacks]) for i in range(stacks, calls)]
+
+
 def prepare(
-    set_up: Callable[[], list[Runner]], error_of: Callable[[Runner], str | None]
+    set_up: Callable[[], list[Runner]],
+    error_of: Callable[[Runner], str | None],
+    *,
+    ours: bool = False,
 ) -> tuple[dict, list[Runner]]:
-    """The beginning of a provider's record, and its warm runners, or none."""
+    """The beginning of a provider's record, and its warm runners, or none.
+
+    What fails is "missing", with the reason; if it is ``ours``, it fails here.
+    """
     try:
         runners = set_up()
         error = error_of(runners[0])
@@ -104,6 +121,8 @@ def prepare(
     except Unavailable as reason:
         return {"missing": str(reason)}, []
     except Exception as failure:  # whatever another's code raises is why there is no number
+        if ours:
+            raise
         lines = str(failure).splitlines() or [""]
         return {"missing": f"{type(failure).__name__}: {lines[0][:200]}"}, []
     for runner in runners:

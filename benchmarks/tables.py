@@ -158,7 +158,7 @@ def _distance(bar: Mapping) -> float:
 
 def _limit(bar: Mapping) -> str:
     if bar["by_p20"]:
-        return f"{bar['limit']:.2f} within the spread"
+        return f"{bar['limit']:.2f} within the spread, below {bar['limit'] + 0.03:.2f}"
     return f"{'at least' if bar['at_least'] else 'at most'} {bar['limit']:.2f}"
 
 

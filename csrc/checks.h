@@ -7,6 +7,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 namespace moe_kernels {
 
@@ -70,11 +71,16 @@ inline void check_ascending(const at::Tensor& perm, const char* name, const at::
   TORCH_CHECK(valid, name, " must ascend within each segment");
 }
 
-inline void check_indices(const at::Tensor& indices, const char* name, int64_t bound) {
-  const int64_t* values = indices.const_data_ptr<int64_t>();
+inline void check_permutation(const at::Tensor& perm, const char* name) {
+  const int64_t* values = perm.const_data_ptr<int64_t>();
+  const int64_t count = perm.numel();
+  std::vector<char> seen(count, 0);
   bool valid = true;
-  for (int64_t i = 0; i < indices.numel(); ++i) valid &= values[i] >= 0 && values[i] < bound;
-  TORCH_CHECK(valid, name, " must hold indices below ", bound);
+  for (int64_t p = 0; valid && p < count; ++p) {
+    valid = values[p] >= 0 && values[p] < count && !seen[values[p]];
+    if (valid) seen[values[p]] = 1;
+  }
+  TORCH_CHECK(valid, name, " must be a permutation of 0..", count - 1);
 }
 
 }  // namespace moe_kernels

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_kernels import backends
+
 for _needed in ("peft", "matplotlib"):
     pytest.importorskip(_needed)
 
@@ -124,7 +126,8 @@ def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing
     wrong = {name: e["error"] for name, e in record["providers"].items() if e.get("error")}
     assert not wrong
     missing = {name: e["missing"] for name, e in record["providers"].items() if "missing" in e}
-    expected = ("triton", "cuda", "cpu", "deepgemm", "sonicmoe")  # cpu: an install without it
+    absent = {name for name, why in backends.available().items() if why is not None}
+    expected = absent | {"deepgemm", "sonicmoe"}
     assert all(name.partition(":")[2] in expected and why for name, why in missing.items())
     for name in ("bound", "hf:eager", "hf:grouped_mm", "peft:grouped_mm", "split:masked"):
         assert bench._runs.compare(record, name, "bound", "both").count == 1
@@ -135,7 +138,8 @@ def test_decode_goes_through_enough_layers(bench):
     stack = case.expert_bytes * case.shape.E
     options = bench._runs.Options(rounds=2, rotated_bytes=3 * stack)
     record = bench._runs.run_decode(case, ["read", "hf:batched_mm"], options)
-    assert record["case"]["layers"] == 4
+    hit = case.expert_bytes * min(case.rows, case.shape.E)
+    assert record["case"]["layers"] == max(4, 1 + 3 * stack // hit)
     assert [entry["error"] for entry in record["providers"].values()] == [None, None]
     assert bench._runs.time_of(record, "hf:batched_mm", "decode").count == 2
 
@@ -205,7 +209,8 @@ def test_a_bar_is_met_or_not_or_unknown(bench):
 
     assert met([1.1, 1.2, 1.3]) is True
     assert met([1.1, 1.3, 1.3]) is False
-    assert met([1.1, 1.3, 1.3], by_p20=True) is True
+    assert met([1.1, 1.21, 1.3], by_p20=True) is True
+    assert met([1.1, 1.3, 1.3], by_p20=True) is False
     assert met([1.1, 1.3, 1.3], at_least=True) is True
     assert met([]) is None
 

@@ -127,6 +127,27 @@ def test_backend_matches_the_float64_reference(backend, dtype, variant, shape):
         testing.assert_close(actual, expected[name], dtype=dtype, name=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", WORKING)
+def test_more_tokens_than_one_work_item_sums(backend, dtype, thread_count):
+    """The CPU cuts 1,100 tokens into ranges, and with each of them every modality's segment."""
+    thread_count(2)
+    shape = Shape(T=1100, K=2, E=3, H=40, I=24, r=4)
+    low = make_moe_inputs(shape, num_modalities=2, num_extra=1).to(dtype)
+    grad_out = torch.randn(low.hidden_states.shape).to(dtype).double()
+    expected = run(low.to(torch.float64), "reference", grad_out)
+    for name, actual in run(low, backend, grad_out).items():
+        testing.assert_close(actual, expected[name], dtype=dtype, name=name)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_fp32_adapters_are_rounded_as_a_cast_rounds_them(backend):
+    """Though the kernels read them as they are stored: the forward's bits are the same."""
+    mixed = make_moe_inputs(SHAPES["small"]).to(torch.bfloat16, lora_dtype=torch.float32)
+    cast = mixed.to(torch.bfloat16)
+    assert torch.equal(call(mixed, backend), call(cast, backend))
+
+
 @pytest.mark.parametrize("backend", WORKING)
 def test_fp32_adapters_on_a_bf16_base(backend):
     full = make_moe_inputs(SHAPES["small"], num_extra=1)

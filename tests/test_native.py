@@ -137,7 +137,7 @@ def test_text_rows_do_not_see_adapters(dtype, value, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [64, 200])
+@pytest.mark.parametrize("tokens", [16, 64, 200])  # the first: weights read unpacked
 def test_a_text_row_does_not_see_other_rows(dtype, tokens, threads):
     problem = make_problem(dtype, tokens=tokens)
     out = problem.forward()[0]
@@ -150,12 +150,13 @@ def test_a_text_row_does_not_see_other_rows(dtype, tokens, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_thread_count_changes_no_bit(dtype):
-    problem = make_problem(dtype)
+@pytest.mark.parametrize("tokens", [8, 200, 1100], ids=["unpacked", "packed", "cut into ranges"])
+def test_thread_count_changes_no_bit(dtype, tokens):
+    problem = make_problem(dtype, tokens=tokens)
     grad_out = torch.randn(problem.hidden_states.shape).to(dtype)
     before, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 16):
             torch.set_num_threads(count)
             results.append([problem.forward()[0], *problem.backward(grad_out)])
     finally:
@@ -321,6 +322,53 @@ def test_refuses(case):
     problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
     with pytest.raises(RuntimeError, match=message):
         replace(problem, **changes).forward()
+
+
+def test_refuses_rows_out_of_order():
+    """The order within a segment is what finds a token's rows; without it a sum has no place."""
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    perm, _, _, _, segment_offsets = problem.dispatch()
+    first = int((segment_offsets.diff() > 1).nonzero()[0])
+    start = int(segment_offsets[first])
+    perm[[start, start + 1]] = perm[[start + 1, start]]
+    arguments = (problem.hidden_states, problem.topk_weights, perm, segment_offsets)
+    with pytest.raises(RuntimeError, match="perm must ascend within each segment"):
+        _native.ops().moe_mlp_forward(
+            *arguments, *problem.experts, None, None, *problem.gate_up_lora, *problem.down_lora,
+            1, False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_modalities", [-1, 2**62 - 1, 2**63 - 1])
+def test_refuses_a_number_of_modalities_that_overflows(num_modalities):
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    perm, _, _, _, _ = problem.dispatch()
+    none = [None] * 6
+    with pytest.raises(RuntimeError, match="num_modalities must be between 0"):
+        _native.ops().moe_mlp_forward(
+            problem.hidden_states, problem.topk_weights, perm, torch.zeros(1, dtype=torch.long),
+            *problem.experts, None, None, *none, num_modalities, False,
+        )  # fmt: skip
+
+
+def test_refuses_a_slot_twice():
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    perm, _, _, _, segment_offsets = problem.dispatch()
+    perm[0] = perm[-1]
+    with pytest.raises(RuntimeError, match="perm must be a permutation"):
+        _native.ops().moe_mlp_forward(
+            problem.hidden_states, problem.topk_weights, perm, segment_offsets, *problem.experts,
+            None, None, *problem.gate_up_lora, *problem.down_lora, 1, False,
+        )  # fmt: skip
+
+
+def test_lora_linear_refuses_a_weight_without_columns():
+    perm, offsets = torch.arange(4), torch.tensor([0, 2, 4])
+    with pytest.raises(RuntimeError, match="a width of at least 1"):
+        _native.ops().lora_linear_forward(
+            torch.zeros(4, 8), torch.zeros(4, 0), perm, offsets, torch.zeros(1, 2, 0),
+            torch.zeros(1, 8, 2), torch.ones(1), False,
+        )  # fmt: skip
 
 
 def test_dispatch_refuses_an_unknown_modality():

@@ -15,7 +15,6 @@ std::atomic<bool> poison_on{false};
 }  // namespace
 
 void set_poison(bool on) { poison_on = on; }
-bool poison() { return poison_on; }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   at::Tensor out = at::empty(sizes, at::TensorOptions().dtype(dtype).device(at::kCPU));

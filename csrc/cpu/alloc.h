@@ -8,7 +8,6 @@ namespace moe_kernels::cpu {
 // With poison on, new memory is filled with NaN or, for integers, with -(2^62), so that an element
 // that nobody wrote shows in a test.
 void set_poison(bool on);
-bool poison();
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
 

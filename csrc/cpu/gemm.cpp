@@ -1,5 +1,9 @@
 #include "gemm_tables.h"
 
+#ifdef MOE_HAS_X86_LEVELS
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -12,9 +16,18 @@ struct Level {
 };
 
 #ifdef MOE_HAS_X86_LEVELS
+// For what clang 14's __builtin_cpu_supports has no name.
+bool f16c_by_cpuid() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+bool avx512_bf16_by_cpuid() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c_by_cpuid();
 }
 
 bool has_avx512() {
@@ -22,14 +35,14 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#endif
+bool has_avx512_bf16() { return has_avx512() && avx512_bf16_by_cpuid(); }
 
 // PyTorch's own variable, so that one setting moves both to the same level.
 bool capped_to(const char* capability) {
   const char* value = std::getenv("ATEN_CPU_CAPABILITY");
   return value != nullptr && std::strcmp(value, capability) == 0;
 }
+#endif
 
 Level choose_level() {
 #ifdef MOE_HAS_X86_LEVELS

@@ -1,12 +1,14 @@
 // The GEMM engine of the CPU backend.
 //
-// Every element of C is a sum of chains of fused multiply-adds over k, k = 0, 1, 2, ..., broken at
-// the same fixed steps whatever the number of rows in the call, the row's place among them, or the
-// values of the others. That is what makes a text row's output a function of that row alone:
-// library GEMMs choose their kernel, and so their order of summation, by the number of rows.
+// Every element of C is a sum of chains of fused multiply-adds over k, broken at the same fixed
+// steps whatever the number of rows in the call, the row's place among them, or the values of the
+// others. That is what makes a text row's output a function of that row alone: library GEMMs choose
+// their kernel, and so their order of summation, by the number of rows.
 //
 // A is read through one pointer per row, so gathered rows need no copy. B is packed by panels of
-// one or two vectors of columns into scratch memory that lives as long as the work item.
+// one or two vectors of columns into scratch memory that lives as long as the work item; where few
+// rows meet each weight (tile_direct) it is read as it lies, each lane of a vector being a chain
+// over its own values of k.
 #pragma once
 
 #include <ATen/OpMathType.h>

@@ -1,8 +1,9 @@
 #include "gemm_tables.h"
 
 #ifdef MOE_HAS_X86_LEVELS
-// GCC 12 warns of its own header.
+#ifndef __clang__  // GCC 12 warns of its own header, where it is inlined
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #ifdef __clang__

@@ -2,7 +2,6 @@
 // over a token's experts.
 #pragma once
 
-
 #include <string>
 
 #include "../ops.h"
@@ -20,7 +19,6 @@ struct LoraTensors {
 
   bool present() const { return A.has_value(); }
   int64_t rank() const { return present() ? A->size(2) : 0; }
-  bool shared() const { return present() && A->size(1) == 1; }
 };
 
 struct MoeMlpInputs {

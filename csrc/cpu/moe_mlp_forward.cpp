@@ -83,6 +83,8 @@ class Forward {
     at::Tensor act = allocate({size_.slots(), I});
     scalar_t* act_data = act.mutable_data_ptr<scalar_t>();
     scalar_t* pre = save_ ? pre_act_.mutable_data_ptr<scalar_t>() : nullptr;
+    // How columns are grouped into items follows from counts and threads; how an element is summed
+    // does not.
     const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(2 * I, size_.hidden, true),
                                               static_cast<int64_t>(blocks_.size()));
     const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, plan, extension, direct()};

@@ -31,7 +31,7 @@ void MoeMlpInputs::check() const {
   const int64_t slots = topk_weights.numel();
   TORCH_CHECK(topk_weights.size(1) >= 1, "topk_weights must have at least one column");
   check_tensor(perm, "perm", at::kLong, {slots});
-  check_indices(perm, "perm", slots);
+  check_permutation(perm, "perm");
 
   check_tensor(gate_up_proj, "gate_up_proj", dtype, {-1, -1, H});
   const int64_t E = gate_up_proj.size(0), I = gate_up_proj.size(1) / 2;
@@ -45,7 +45,9 @@ void MoeMlpInputs::check() const {
     check_tensor(*extra_gate_up_proj, "extra_gate_up_proj", dtype, {X, 2 * I, H});
     check_tensor(*extra_down_proj, "extra_down_proj", dtype, {X, H, I});
   }
-  TORCH_CHECK(num_modalities >= 0, "num_modalities must not be negative, is ", num_modalities);
+  // The upper bound keeps the product below from overflowing.
+  TORCH_CHECK(num_modalities >= 0 && num_modalities < std::max<int64_t>(segment_offsets.numel(), 1),
+              "num_modalities must be between 0 and the number of segments, is ", num_modalities);
   check_tensor(segment_offsets, "segment_offsets", at::kLong, {(E + X) * (num_modalities + 1) + 1});
   check_offsets(segment_offsets, "segment_offsets", slots);
   check_ascending(perm, "perm", segment_offsets);

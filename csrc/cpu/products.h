@@ -420,8 +420,10 @@ void combined_products(const ExpertProduct<scalar_t>& product, const SlotOrder& 
     for (int64_t e = 0; e < product.segments.num_experts; ++e) {
       const RowRange rows = product.segments.expert(e);
       if (rows.size() == 0) continue;
-      panels.pack(base(e), e, rows, columns);
+      bool packed = false;  // with the first row of this expert in the range
       order.for_each_run(product.segments, e, first, last, [&](RowRange run) {
+        if (!packed) panels.pack(base(e), e, rows, columns);
+        packed = true;
         for_each_tile(run, kernel.max_rows, [&](int64_t p, int m) {
           for (int i = 0; i < m; ++i) {
             targets[i] = sums + (order.token(p + i) - first) * ldc;

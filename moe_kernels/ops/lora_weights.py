@@ -39,6 +39,8 @@ def check_linear_lora(name: str, lora: LoraWeights, weight: Tensor) -> None:
     out_features, in_features = weight.shape
     _check_common(name, lora, weight, ndim=3)
     num_modalities, rank, lora_in = lora.lora_A.shape
+    if weight.numel() == 0:
+        raise ValueError(f"{name} needs a weight with elements, got {tuple(weight.shape)}")
     if lora_in != in_features:
         raise ValueError(
             f"{name}.lora_A must be (M, r, {in_features}), got {tuple(lora.lora_A.shape)}"

@@ -16,8 +16,8 @@ inline Vector<float> splat(float x) { return x - Vector<float>{}; }
 
 // exp(x) to about one unit in the last place. Clamped where float would overflow or go subnormal;
 // NaN stays NaN. So sigmoid(x) stays at 6e-39 below x = -88, and silu there is x times that
-// (-6e-37 at -100) instead of zero: harmless, because it is summed with activations of ordinary
-// size, which it cannot change.
+// (-6e-37 at -100) instead of zero: harmless for gates above -1e30, whose silu stays below 1e-8, and
+// no activation of a working model is as large as that.
 inline Vector<float> exponential(Vector<float> x) {
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;

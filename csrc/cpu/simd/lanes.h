@@ -20,6 +20,13 @@ inline void store_vector(void* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// Asks the second-level cache for what lies `elements` further, which may be beyond the array.
+template <typename T>
+inline void prefetch(const T* p, int64_t elements) {
+  const auto address = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(elements) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+}
+
 // Explicit, because contraction is off: whether a chain is fused must not depend on how the
 // compiler unrolled it.
 inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {

@@ -151,6 +151,7 @@ struct KMajorPairs {
   const int32_t* a;
   int64_t lda;
   inline int32_t operator()(int i, int64_t pair) const { return a[pair * lda + i]; }
+  // pack_left_bf16 has put a zero beside it.
   inline int32_t last(int i, int64_t pair) const { return a[pair * lda + i]; }
 };
 
@@ -294,7 +295,7 @@ inline void dot_block(const scalar_t* const* rows, const scalar_t* const* w, int
   int64_t k = 0;
   for (; k + D::step <= K; k += D::step) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotColumns; ++j) __builtin_prefetch(ahead + j * ld + k, 0, 2);
+    for (int j = 0; j < kDotColumns; ++j) prefetch(ahead, j * ld + k);
     step(k, D::step);
   }
   if (k < K) step(k, K - k);
@@ -310,7 +311,7 @@ void tile_direct(int m, int64_t K, const scalar_t* const* rows, const scalar_t* 
     const scalar_t* columns[kDotColumns];
     for (int64_t i = 0; i < kDotColumns; ++i) columns[i] = w + (j + i < n ? j + i : n - 1) * ld;
     const int64_t later = j + kDotAhead;
-    const scalar_t* ahead = columns[0];  // there already: asks for nothing
+    const scalar_t* ahead = columns[0];  // nothing follows: these are there already
     if (later < n) ahead = w + later * ld;
     if (later >= n && next) ahead = next + (later - n) * ld;
     for (int i = 0; i < m; i += kDotRows) {

@@ -70,7 +70,7 @@ void pack_transposed(const scalar_t* w, int64_t ld, int64_t n, int64_t K, int nv
   constexpr int L = VectorOf<acc_t>::size;
   const auto load = [&](int64_t row, int64_t k, int64_t size) {
     const scalar_t* src = w + row * ld + k;
-    __builtin_prefetch(src + L * ld, 0, 2);
+    prefetch(src, L * ld);
     return get(src, size);
   };
   transpose_panel<acc_t>(load, n, K, nv, static_cast<acc_t*>(panel));
@@ -87,10 +87,11 @@ inline void pack_one_row(const scalar_t* src, int64_t n, int64_t width, acc_type
 }
 
 
+// n elements, `elements` further.
 template <typename scalar_t>
-inline void prefetch_row(const scalar_t* row, int64_t n) {
+inline void prefetch_row(const scalar_t* row, int64_t elements, int64_t n) {
   constexpr int64_t line = 64 / sizeof(scalar_t);
-  for (int64_t j = 0; j < n; j += line) __builtin_prefetch(row + j, 0, 2);
+  for (int64_t j = 0; j < n; j += line) prefetch(row, elements + j);
 }
 
 template <typename scalar_t>
@@ -100,7 +101,7 @@ void pack(const scalar_t* b, int64_t ld, int64_t n, int64_t K, int nv, void* pan
   auto* out = static_cast<acc_t*>(panel);
   for (int64_t k = 0; k < K; ++k) {
     const scalar_t* row = b + k * ld;
-    prefetch_row(row + kPackRows * ld, n);
+    prefetch_row(row, kPackRows * ld, n);
     pack_one_row(row, n, width, out + k * width);
   }
 }
@@ -112,7 +113,7 @@ void pack_rows(const scalar_t* const* rows, int64_t column, int64_t n, int64_t K
   const int64_t width = nv * VectorOf<acc_t>::size;
   auto* out = static_cast<acc_t*>(panel);
   for (int64_t k = 0; k < K; ++k) {
-    if (k + kPackRows < total) prefetch_row(rows[k + kPackRows] + column, n);
+    if (k + kPackRows < total) prefetch_row(rows[k + kPackRows], column, n);
     pack_one_row(rows[k] + column, n, width, out + k * width);
   }
 }
@@ -130,7 +131,7 @@ void pack_transposed_bf16(const c10::BFloat16* w, int64_t ld, int64_t n, int64_t
   constexpr int L = VectorOf<int32_t>::size;
   const auto load = [&](int64_t row, int64_t pair, int64_t size) {
     const c10::BFloat16* src = w + row * ld + 2 * pair;
-    __builtin_prefetch(src + L * ld, 0, 2);
+    prefetch(src, L * ld);
     if (size == L && 2 * (pair + L) <= K) return load_vector<int32_t>(src);
     uint16_t padded[2 * L] = {};
     const int64_t left = K - 2 * pair;
@@ -159,8 +160,8 @@ void pack_bf16(const c10::BFloat16* b, int64_t ld, int64_t n, int64_t K, int nv,
   auto* out = static_cast<uint32_t*>(panel);
   for (int64_t k = 0; k < K; k += 2, out += width) {
     const c10::BFloat16* even = b + k * ld;
-    prefetch_row(even + kPackRows * ld, n);
-    prefetch_row(even + (kPackRows + 1) * ld, n);
+    prefetch_row(even, kPackRows * ld, n);
+    prefetch_row(even, (kPackRows + 1) * ld, n);
     pack_pair(even, k + 1 < K ? even + ld : nullptr, n, width, out);
   }
 }
@@ -171,7 +172,7 @@ void pack_rows_bf16(const c10::BFloat16* const* rows, int64_t column, int64_t n,
   auto* out = static_cast<uint32_t*>(panel);
   for (int64_t k = 0; k < K; k += 2, out += width) {
     for (int64_t next = k + kPackRows; next < k + kPackRows + 2 && next < total; ++next) {
-      prefetch_row(rows[next] + column, n);
+      prefetch_row(rows[next], column, n);
     }
     pack_pair(rows[k] + column, k + 1 < K ? rows[k + 1] + column : nullptr, n, width, out);
   }
