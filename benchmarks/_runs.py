@@ -12,6 +12,8 @@ from _memory import peak_bytes, saved_bytes, saved_formula
 from _providers import Runner, Unavailable
 from _timing import Statistics, measure, now, ratio, summarize
 
+_MAX_LAYERS = 256  # of a toy shape it would take millions to read 600 MB
+
 
 @dataclass(frozen=True)
 class Options:
@@ -97,8 +99,9 @@ def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
 
 
 def _layers(case: Case, rotated_bytes: int) -> list[Problem]:
-    stacks = max(2, 1 + rotated_bytes // (case.expert_bytes * case.shape.E))
-    calls = 1 + rotated_bytes // (case.expert_bytes * min(case.rows, case.shape.E))
+    stacks = min(max(2, 1 + rotated_bytes // (case.expert_bytes * case.shape.E)), _MAX_LAYERS)
+    hit = case.expert_bytes * min(case.rows, case.shape.E)
+    calls = min(1 + rotated_bytes // hit, _MAX_LAYERS)
     layers = [make_problem(case, i) for i in range(stacks)]
     return layers + [make_problem(case, i, layers[i % stacks]) for i in range(stacks, calls)]
 
