@@ -86,7 +86,6 @@ inline void pack_one_row(const scalar_t* src, int64_t n, int64_t width, acc_type
   }
 }
 
-
 // n elements, `elements` further.
 template <typename scalar_t>
 inline void prefetch_row(const scalar_t* row, int64_t elements, int64_t n) {
