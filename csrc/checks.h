@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <vector>
@@ -58,6 +59,15 @@ inline void check_offsets(const at::Tensor& offsets, const char* name, int64_t n
   bool valid = values[0] == 0 && values[count - 1] <= num_rows;
   for (int64_t i = 1; valid && i < count; ++i) valid = values[i] >= values[i - 1];
   TORCH_CHECK(valid, name, " must start at 0, not decrease, and not pass the ", num_rows, " rows");
+}
+
+inline void check_topk_ids(const at::Tensor& topk_ids, int64_t num_experts) {
+  check_tensor(topk_ids, "topk_ids", at::kLong, {-1, -1});
+  if (topk_ids.numel() == 0) return;
+  const int64_t* values = topk_ids.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(values, values + topk_ids.numel());
+  TORCH_CHECK_VALUE(*low >= 0 && *high < num_experts, "topk_ids must be in 0..", num_experts - 1,
+                    ", got ", *low, "..", *high);
 }
 
 // Within each segment the rows are in the order of their slots.

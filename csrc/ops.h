@@ -25,6 +25,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
     int64_t num_modalities, bool save_for_backward);
 
+// dispatch and moe_mlp_forward in one call, from tensors of any layout, without what a backward
+// needs; ids out of range raise. num_modalities follows from the adapters.
+at::Tensor moe_mlp_inference(
+    const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& modality_ids,
+    const std::optional<at::Tensor>& extra_gate_up_proj,
+    const std::optional<at::Tensor>& extra_down_proj,
+    const std::optional<at::Tensor>& gate_up_lora_A,
+    const std::optional<at::Tensor>& gate_up_lora_B,
+    const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
+    const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling);
+
 // needs: hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_lora_A,
 // gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order.
 std::vector<at::Tensor> moe_mlp_backward(

@@ -32,6 +32,12 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " int num_modalities, bool save_for_backward)"
       " -> (Tensor out, Tensor pre_act, Tensor u1, Tensor u2)");
   m.def(
+      "moe_mlp_inference(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights,"
+      " Tensor gate_up_proj, Tensor down_proj, Tensor? modality_ids, Tensor? extra_gate_up_proj,"
+      " Tensor? extra_down_proj, Tensor? gate_up_lora_A, Tensor? gate_up_lora_B,"
+      " Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B, Tensor? down_scaling)"
+      " -> Tensor out");
+  m.def(
       "moe_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor perm,"
       " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj,"
       " Tensor? extra_gate_up_proj, Tensor? extra_down_proj, Tensor? gate_up_lora_A,"
@@ -51,6 +57,7 @@ TORCH_LIBRARY(moe_kernels_native, m) {
 TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("dispatch", &moe_kernels::cpu::dispatch);
   m.impl("moe_mlp_forward", &moe_kernels::cpu::moe_mlp_forward);
+  m.impl("moe_mlp_inference", &moe_kernels::cpu::moe_mlp_inference);
   m.impl("moe_mlp_backward", &moe_kernels::cpu::moe_mlp_backward);
   m.impl("lora_linear_forward", &moe_kernels::cpu::lora_linear_forward);
   m.impl("lora_linear_backward", &moe_kernels::cpu::lora_linear_backward);

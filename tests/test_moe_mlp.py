@@ -92,6 +92,31 @@ def test_opcheck(backend, variant):
     torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, True, backend))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
+@pytest.mark.parametrize("backend", WORKING)
+def test_where_nothing_trains_the_bits_are_the_same(backend, dtype, variant):
+    """There the native backend is one call, which sorts the rows itself."""
+    inputs = make_moe_inputs(SHAPES["small"], seed=5, **VARIANTS[variant])
+    inputs = inputs.to(dtype, lora_dtype=None if dtype == torch.float64 else torch.float32)
+    with torch.no_grad():
+        alone = call(inputs, backend)
+    assert torch.equal(call(inputs.requires_grad_(), backend), alone)
+
+
+@pytest.mark.skipif("cpu" not in WORKING, reason=f"{backends.available()['cpu']}")
+@pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "no_mask"])
+def test_opcheck_of_the_native_op_where_nothing_trains(variant):
+    inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant]).to(torch.float32)
+    loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
+    with torch.no_grad():
+        call(inputs, "cpu")
+    torch.library.opcheck(
+        torch.ops.moe_kernels_native.moe_mlp_inference.default,
+        (*inputs[:6], inputs.extra_gate_up_proj, inputs.extra_down_proj, *loras),
+    )
+
+
 @pytest.mark.parametrize("backend", WORKING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "down_only", "all_padding"])

@@ -52,6 +52,18 @@ class Problem:
             save,
         )
 
+    def inference(self, extra=(None, None)):
+        return _native.ops().moe_mlp_inference(
+            self.hidden_states,
+            self.topk_ids,
+            self.topk_weights,
+            *self.experts,
+            self.modality_ids,
+            *extra,
+            *self.gate_up_lora,
+            *self.down_lora,
+        )
+
     def backward(self, grad_out, needs=ALL_NEEDS):
         perm, _, _, _, segment_offsets = self.dispatch()
         _, pre_act, u1, u2 = self.forward()
@@ -250,6 +262,7 @@ def test_saved_tensors_have_fixed_shapes():
     ]
     out, *saved = problem.forward(save=False)
     assert torch.equal(out, problem.forward()[0])
+    assert torch.equal(out, problem.inference())
     assert [tensor.shape[0] for tensor in saved] == [0, 0, 0]
 
 
@@ -324,6 +337,23 @@ def test_refuses(case):
         replace(problem, **changes).forward()
 
 
+@pytest.mark.parametrize("ids", [-1, 4])
+def test_inference_refuses_experts_that_are_not_there(ids):
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    problem.topk_ids[3, 1] = ids
+    with pytest.raises(ValueError, match=r"topk_ids must be in 0\.\.3, got"):
+        problem.inference()
+
+
+def test_inference_refuses_weights_of_another_rank():
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    with pytest.raises(RuntimeError, match="gate_up_proj must have shape"):
+        replace(problem, experts=(torch.ones(32), torch.ones(32))).inference()
+    extra = (torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="extra_gate_up_proj must have shape"):
+        problem.inference(extra)
+
+
 def test_refuses_rows_out_of_order():
     """The order within a segment is what finds a token's rows; without it a sum has no place."""
     problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
@@ -372,7 +402,7 @@ def test_lora_linear_refuses_a_weight_without_columns():
 
 
 def test_dispatch_refuses_an_unknown_modality():
-    with pytest.raises(RuntimeError, match="token 1 has 3"):
+    with pytest.raises(ValueError, match=r"modality_ids must be in -1\.\.2 .*, got 0\.\.3"):
         _native.ops().dispatch(torch.zeros(2, 1, dtype=torch.long), 1, torch.tensor([0, 3]), 2)
 
 

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <vector>
 
 #include "../checks.h"
@@ -23,12 +24,13 @@ struct Keys {
   }
 };
 
-void check_modalities(const int64_t* modality_ids, int64_t count, int64_t num_modalities) {
-  for (int64_t t = 0; t < count; ++t) {
-    TORCH_CHECK(modality_ids[t] >= -1 && modality_ids[t] <= num_modalities,
-                "modality_ids must be between -1 and num_modalities = ", num_modalities, "; token ",
-                t, " has ", modality_ids[t]);
-  }
+void check_modality_ids(const at::Tensor& modality_ids, int64_t num_modalities) {
+  if (modality_ids.numel() == 0) return;
+  const int64_t* values = modality_ids.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(values, values + modality_ids.numel());
+  TORCH_CHECK_VALUE(*low >= -1 && *high <= num_modalities, "modality_ids must be in -1..",
+                    num_modalities, " (-1 padding, 0 the base modality, then ", num_modalities,
+                    " added), got ", *low, "..", *high);
 }
 
 // offsets[key] = number of slots with a smaller key.
@@ -65,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
   TORCH_CHECK(top_k >= 1, "topk_ids must name at least one expert per token");
   if (modality_ids) {
     check_tensor(*modality_ids, "modality_ids", at::kLong, {num_tokens});
-    check_modalities(modality_ids->const_data_ptr<int64_t>(), num_tokens, num_modalities);
+    check_modality_ids(*modality_ids, num_modalities);
   }
   const Keys keys{topk_ids.const_data_ptr<int64_t>(),
                   modality_ids ? modality_ids->const_data_ptr<int64_t>() : nullptr, top_k,

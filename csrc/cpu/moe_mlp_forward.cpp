@@ -133,6 +133,18 @@ class Forward {
   at::Tensor out_, pre_act_, u1_, u2_;
 };
 
+OptionalTensor contiguous(const OptionalTensor& tensor,
+                          std::optional<at::ScalarType> dtype = std::nullopt) {
+  if (!tensor) return std::nullopt;
+  return tensor->to(dtype.value_or(tensor->scalar_type())).contiguous();
+}
+
+// An adapter's first size, (M, ...); 0 without one.
+int64_t modalities_of(const OptionalTensor& gate_up_lora_A, const OptionalTensor& down_lora_A) {
+  const OptionalTensor& lora_A = gate_up_lora_A ? gate_up_lora_A : down_lora_A;
+  return lora_A && lora_A->dim() > 0 ? lora_A->size(0) : 0;
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
@@ -158,6 +170,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
   return AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, hidden_states.scalar_type(), "moe_mlp_forward",
       [&] { return Forward<scalar_t>(inputs, save_for_backward).run(); });
+}
+
+at::Tensor moe_mlp_inference(
+    const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const OptionalTensor& modality_ids, const OptionalTensor& extra_gate_up_proj,
+    const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
+    const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
+    const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
+    const OptionalTensor& down_scaling) {
+  check_shape(gate_up_proj, "gate_up_proj", {-1, -1, -1});
+  if (extra_gate_up_proj) check_shape(*extra_gate_up_proj, "extra_gate_up_proj", {-1, -1, -1});
+  const at::ScalarType dtype = gate_up_proj.scalar_type();
+  const int64_t num_modalities = modalities_of(gate_up_lora_A, down_lora_A);
+  const int64_t num_experts =
+      gate_up_proj.size(0) + (extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0);
+  const at::Tensor ids = topk_ids.contiguous();
+  check_topk_ids(ids, num_experts);
+  const auto sorted = dispatch(ids, num_experts, contiguous(modality_ids), num_modalities);
+  return std::get<0>(moe_mlp_forward(
+      hidden_states.to(dtype).contiguous(), topk_weights.contiguous(), std::get<0>(sorted),
+      std::get<4>(sorted), gate_up_proj.contiguous(), down_proj.contiguous(),
+      contiguous(extra_gate_up_proj, dtype), contiguous(extra_down_proj, dtype),
+      contiguous(gate_up_lora_A), contiguous(gate_up_lora_B),
+      contiguous(gate_up_scaling, at::kFloat), contiguous(down_lora_A), contiguous(down_lora_B),
+      contiguous(down_scaling, at::kFloat), num_modalities, /*save_for_backward=*/false));
 }
 
 }  // namespace moe_kernels::cpu
