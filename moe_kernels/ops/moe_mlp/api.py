@@ -7,8 +7,10 @@ from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dispatch.api import check_modality_ids
 from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
-from moe_kernels.ops.moe_mlp import autograd  # noqa: F401  (registers the ops)
-from moe_kernels.ops.moe_mlp import native_impl
+from moe_kernels.ops.moe_mlp import (
+    autograd,  # noqa: F401  (registers the ops)
+    native_impl,
+)
 
 _FROZEN = "the experts of the base are frozen and get no gradient"
 
