@@ -59,12 +59,16 @@ class Forward {
     const at::Tensor scaled = allocate({size_.slots(), r});
     scalar_t* scaled_u = scaled.mutable_data_ptr<scalar_t>();
     scalar_t* u = save_ ? saved.mutable_data_ptr<scalar_t>() : scaled_u;
-    project_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(),
-                           [&](int64_t p, const RowBlock& block, acc_t* values) {
-                             kernel.store(values, acc_t(1), u + p * r, r);
-                             kernel.load(u + p * r, acc_t(1), values, r);
-                             kernel.store(values, lora.scale(block.modality), scaled_u + p * r, r);
-                           });
+    const auto store = [&](int64_t p, const RowBlock& block, acc_t* values) {
+      kernel.store(values, acc_t(1), u + p * r, r);
+      kernel.load(u + p * r, acc_t(1), values, r);
+      kernel.store(values, lora.scale(block.modality), scaled_u + p * r, r);
+    };
+    if (direct()) {
+      project_few_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
+    } else {
+      project_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
+    }
     return scaled;
   }
 

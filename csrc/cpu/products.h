@@ -51,20 +51,21 @@ struct AdapterMatrix {
   bool transposed;
   bool wide;
 
-  // scratch: n * K elements.
-  void pack(int64_t column, int64_t n, int64_t K, int nv, void* panel, scalar_t* scratch) const {
+  // Its columns [column, column + n) of K values in scalar_t; scratch: n * K elements.
+  Matrix<scalar_t> narrow(int64_t column, int64_t n, int64_t K, scalar_t* scratch) const {
     using acc_t = acc_type<scalar_t>;
-    if (!wide) {
-      Matrix<scalar_t>{static_cast<const scalar_t*>(data), ld, transposed}.pack(column, n, K, nv,
-                                                                                panel);
-      return;
-    }
+    const int64_t offset = column * (transposed ? ld : 1);
+    if (!wide) return {static_cast<const scalar_t*>(data) + offset, ld, transposed};
     const int64_t rows = transposed ? n : K, columns = transposed ? K : n;
-    const auto* from = static_cast<const acc_t*>(data) + column * (transposed ? ld : 1);
+    const auto* from = static_cast<const acc_t*>(data) + offset;
     for (int64_t i = 0; i < rows; ++i) {
       kernels<scalar_t>().store(from + i * ld, acc_t(1), scratch + i * columns, columns);
     }
-    Matrix<scalar_t>{scratch, columns, transposed}.pack(0, n, K, nv, panel);
+    return {scratch, columns, transposed};
+  }
+
+  void pack(int64_t column, int64_t n, int64_t K, int nv, void* panel, scalar_t* scratch) const {
+    narrow(column, n, K, scratch).pack(0, n, K, nv, panel);
   }
 };
 
@@ -233,6 +234,29 @@ void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, con
     for_each_tile(block.rows, kernel.max_rows, [&](int64_t p, int m) {
       tile.multiply(0, m, K, [&](int i) { return row(p + i); }, packed, panels.count, panels.nv,
                     false);
+      for (int i = 0; i < m; ++i) store(p + i, block, tile.c + i * ldc);
+    });
+  });
+}
+
+// The same for few rows, where packing would cost more than the products; the stack must be
+// transposed.
+template <typename scalar_t, typename Row, typename Store>
+void project_few_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
+                      const AdapterStack<scalar_t>& stack, const Store& store) {
+  const int64_t ldc = panel_shape<scalar_t>(N).count * panel_shape<scalar_t>(N).width;
+  const int64_t bytes = Scratch::bytes<scalar_t>(N * K) + Tile<scalar_t>::bytes(K, ldc);
+  for_each_item(static_cast<int64_t>(blocks.size()), bytes, [&](int64_t item, char* memory) {
+    const RowBlock& block = blocks[item];
+    Scratch scratch(memory);
+    scalar_t* narrowed = scratch.take<scalar_t>(N * K);
+    Tile<scalar_t> tile(scratch, K, ldc);
+    const Matrix<scalar_t> matrix =
+        stack.at(block.expert, block.modality).narrow(0, N, K, narrowed);
+    ItemColumns columns;
+    columns.append(0, N);
+    for_each_tile(block.rows, kernels<scalar_t>().max_rows, [&](int64_t p, int m) {
+      tile.multiply_direct(m, K, [&](int i) { return row(p + i); }, matrix, columns, ldc);
       for (int i = 0; i < m; ++i) store(p + i, block, tile.c + i * ldc);
     });
   });

@@ -249,6 +249,7 @@ struct Dot<c10::BFloat16> {
 
 constexpr int kDotColumns = 4;
 constexpr int64_t kDotAhead = 16;  // rows of W that are asked for before they are read
+constexpr int64_t kDotStreamedBytes = 16 * 1024;  // half of a usual first-level cache
 constexpr int kDotRows = MOE_LEVEL >= 2 ? 4 : 2;  // as many as leave the sums in registers
 
 // The sums over the lanes of four vectors.
@@ -273,33 +274,55 @@ inline void sum_four(Vector<acc_t>* sums, acc_t* out) {
   }
 }
 
-// C (MR, kDotColumns) from rows and from four rows of W; `ahead` is what will be read later, with
-// row stride ld.
-template <typename scalar_t, int MR>
-inline void dot_block(const scalar_t* const* rows, const scalar_t* const* w, int64_t K,
-                      const scalar_t* ahead, int64_t ld, acc_type<scalar_t>* c, int64_t ldc) {
-  using acc_t = acc_type<scalar_t>;
+// sums[i][j] += the products of rows[i] and w[j], lane by lane, for N rows of W from `first` on;
+// `ahead`, with row stride ld, is what will be read later in their place, or null.
+template <typename scalar_t, int MR, int N>
+inline void dot_columns(const scalar_t* const* rows, const scalar_t* const* w, int first,
+                        int64_t K, const scalar_t* ahead, int64_t ld,
+                        Vector<acc_type<scalar_t>> (*sums)[kDotColumns]) {
   using D = Dot<scalar_t>;
-  Vector<acc_t> sums[MR][kDotColumns] = {};
   const auto step = [&](int64_t k, int64_t left) {
     typename D::Operand a[MR];
 #pragma GCC unroll 4
     for (int i = 0; i < MR; ++i) a[i] = D::load(rows[i] + k, left);
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotColumns; ++j) {
-      const typename D::Operand b = D::load(w[j] + k, left);
+    for (int j = 0; j < N; ++j) {
+      const typename D::Operand b = D::load(w[first + j] + k, left);
 #pragma GCC unroll 4
       for (int i = 0; i < MR; ++i) sums[i][j] = D::add(a[i], b, sums[i][j]);
     }
   };
   int64_t k = 0;
   for (; k + D::step <= K; k += D::step) {
+    if (ahead) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotColumns; ++j) prefetch(ahead, j * ld + k);
+      for (int j = 0; j < N; ++j) prefetch(ahead, (first + j) * ld + k);
+    }
     step(k, D::step);
   }
   if (k < K) step(k, K - k);
-  for (int i = 0; i < MR; ++i) sum_four<acc_t>(sums[i], c + i * ldc);
+}
+
+// C (MR, kDotColumns) from rows and from four rows of W: one after the other, as they lie in
+// memory, or all at once. Each element is summed in the same order.
+template <typename scalar_t, int MR>
+inline void dot_block(const scalar_t* const* rows, const scalar_t* const* w, int64_t K,
+                      const scalar_t* ahead, int64_t ld, bool streamed, acc_type<scalar_t>* c,
+                      int64_t ldc) {
+  Vector<acc_type<scalar_t>> sums[MR][kDotColumns] = {};
+  if (streamed) {
+    for (int j = 0; j < kDotColumns; ++j) {
+      // One row's worth of arithmetic is so short that the hardware's own prefetching does better.
+      const scalar_t* later = MR > 1 ? ahead : nullptr;
+      Vector<acc_type<scalar_t>> column[MR][kDotColumns] = {};
+      dot_columns<scalar_t, MR, 1>(rows, w, j, K, later, ld, column);
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) sums[i][j] = column[i][0];
+    }
+  } else {
+    dot_columns<scalar_t, MR, kDotColumns>(rows, w, 0, K, ahead, ld, sums);
+  }
+  for (int i = 0; i < MR; ++i) sum_four<acc_type<scalar_t>>(sums[i], c + i * ldc);
 }
 
 // C (m, n rounded up to kDotColumns) = A (m, K) @ W^T, W (n, K) with row stride ld. next: the rows
@@ -307,6 +330,8 @@ inline void dot_block(const scalar_t* const* rows, const scalar_t* const* w, int
 template <typename scalar_t>
 void tile_direct(int m, int64_t K, const scalar_t* const* rows, const scalar_t* w, int64_t ld,
                  int64_t n, const scalar_t* next, acc_type<scalar_t>* c, int64_t ldc) {
+  // Reading W in one stream is fastest, as long as it is read once and A stays in the first level.
+  const bool streamed = m <= kDotRows && m * K * int64_t(sizeof(scalar_t)) <= kDotStreamedBytes;
   for (int64_t j = 0; j < n; j += kDotColumns) {
     const scalar_t* columns[kDotColumns];
     for (int64_t i = 0; i < kDotColumns; ++i) columns[i] = w + (j + i < n ? j + i : n - 1) * ld;
@@ -316,7 +341,8 @@ void tile_direct(int m, int64_t K, const scalar_t* const* rows, const scalar_t* 
     if (later >= n && next) ahead = next + (later - n) * ld;
     for (int i = 0; i < m; i += kDotRows) {
       with_rows<kDotRows>(m - i < kDotRows ? m - i : kDotRows, [&](auto count) {
-        dot_block<scalar_t, count()>(rows + i, columns, K, ahead, ld, c + i * ldc + j, ldc);
+        dot_block<scalar_t, count()>(rows + i, columns, K, ahead, ld, streamed,
+                                     c + i * ldc + j, ldc);
       });
     }
   }
