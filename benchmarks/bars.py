@@ -83,10 +83,12 @@ def hf_decode(tokens: int) -> tuple[str, ...]:
     return (*HF_TRAINING, "hf:batched_mm") if tokens == 1 else HF_TRAINING
 
 
-def training_providers(backend: str, shape: str, routing: str) -> list[str]:
-    """What the routing hardly changes, or takes long, runs on balanced routing only."""
+def training_providers(backend: str, shape: str, dtype: str, routing: str) -> list[str]:
+    """What the routing hardly changes runs on balanced routing only; what takes many seconds a
+    step runs once.
+    """
     rivals = [*HF_TRAINING]
-    if routing == "balanced" or shape != "olmoe":
+    if shape != "olmoe" or (routing, dtype) == ("balanced", "bfloat16"):
         rivals.append(PEFT)
     if routing == "balanced":
         rivals.append(SPLIT)
@@ -119,7 +121,7 @@ def measure_training(given: Namespace, options: Options) -> Iterator[Callable[[]
     backend = ours(given.device)
     for shape, dtype, routing in itertools.product(given.shapes, OVER_GEMMS, ("balanced", "zipf")):
         case = Case.named(shape, dtype=dtype, routing=routing, device=given.device, seed=given.seed)
-        providers = training_providers(backend, shape, routing)
+        providers = training_providers(backend, shape, dtype, routing)
         own = replace(options, thorough=_mine(providers), memory=(f"ours:{backend}", SPLIT))
         yield partial(run_training, case, providers, own)
 

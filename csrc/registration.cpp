@@ -89,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of moe_kernels; loading it registers torch.ops.moe_kernels_native.";
   m.def("build_info", &build_info);
   m.def("cpu_features", &moe_kernels::cpu::cpu_features);
+  m.def("prefer_brgemm", &moe_kernels::cpu::prefer_brgemm, py::arg("on"));
   m.def("set_poison", &moe_kernels::cpu::set_poison, py::arg("on"));
   m.def("fresh_value", &fresh_value);
 }

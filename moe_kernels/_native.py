@@ -57,6 +57,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
             None,
             f"built, but does not load into torch {torch.__version__} ({error}): {_REBUILD}",
         )
+    if env.brgemm() is not None:
+        extension.prefer_brgemm(env.brgemm())
     reason = _why_not_this_torch(extension.build_info()["torch_version"])
     return (None, reason) if reason else (extension, None)
 

@@ -6,6 +6,9 @@ Each is read when it is asked for, so that setting one takes effect at once.
     Check values (ids in range) on CUDA too, at the price of a synchronisation.
 ``MOE_KERNELS_POISON=1``
     Fill memory that native ops allocate with NaN, so that an unwritten element shows.
+``MOE_KERNELS_BRGEMM=1``
+    Multiply bf16 through PyTorch's brgemm on a CPU with AVX-512 bf16, whether it has AMX or not; 0:
+    never. Read once, when the native extension is loaded.
 ``MOE_KERNELS_BACKEND=name``
     The backend that ``backend=None`` means.
 
@@ -35,6 +38,11 @@ def check_values() -> bool:
 def poison() -> bool:
     """Whether native ops fill new memory with NaN."""
     return _boolean("MOE_KERNELS_POISON")
+
+
+def brgemm() -> bool | None:
+    """Whether bf16 products go through brgemm, or None: where the CPU has AMX."""
+    return _boolean("MOE_KERNELS_BRGEMM") if os.environ.get("MOE_KERNELS_BRGEMM") else None
 
 
 def backend() -> str | None:

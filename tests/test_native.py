@@ -210,19 +210,41 @@ def test_long_sums_over_rows_are_accurate():
     assert relative_error(grad_B[0], grad_out.double().T @ u.double()) < 1e-6
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_on_a_smaller_instruction_set(capability):
-    """The same checks where the wider kernels are switched off."""
-    selected = "text_rows or a_text_row or thread_count or long_sums or poison"
+def run_pytest(*arguments, **environment):
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        + ["-k", selected],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stdout
     assert "skipped" not in result.stdout
+
+
+SELECTED = "text_rows or a_text_row or thread_count or long_sums or poison"
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_on_a_smaller_instruction_set(capability):
+    """The same checks where the wider kernels are switched off."""
+    run_pytest(__file__, "-k", SELECTED, ATEN_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in _native.build_info().get("cpu_features", ()),
+    reason="needs a CPU with AVX-512 bf16, on which brgemm takes bf16",
+)
+def test_through_brgemm():
+    """What CPUs with AMX run, on any that can."""
+    run_pytest(__file__, "-k", SELECTED, MOE_KERNELS_BRGEMM="1")
+    others = [os.path.join(os.path.dirname(__file__), name) for name in
+              ("test_moe_mlp.py", "test_lora_linear.py")]  # fmt: skip
+    run_pytest(
+        *others,
+        "-k",
+        "(float64_reference or the_definition) and bfloat16 and cpu",
+        MOE_KERNELS_BRGEMM="1",
+    )
 
 
 @pytest.fixture

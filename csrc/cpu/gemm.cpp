@@ -1,11 +1,13 @@
 #include "gemm_tables.h"
 
 #ifdef MOE_HAS_X86_LEVELS
+#include <ATen/cpu/Utils.h>
 #include <cpuid.h>
 #endif
 
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 
 namespace moe_kernels::cpu {
 namespace {
@@ -13,7 +15,13 @@ namespace {
 struct Level {
   const char* name;
   const KernelTables* tables;
+  const Kernels<c10::BFloat16>* bf16;
+
+  Level(const char* name, const KernelTables& tables)
+      : name(name), tables(&tables), bf16(&tables.bf16) {}
 };
+
+std::optional<bool> brgemm_wanted;
 
 #ifdef MOE_HAS_X86_LEVELS
 // For what clang 14's __builtin_cpu_supports has no name.
@@ -37,6 +45,22 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && avx512_bf16_by_cpuid(); }
 
+// The system must also let a process use the tiles; init_amx asks it.
+bool has_amx_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+  return has_avx512_bf16() && there && at::cpu::init_amx();
+}
+
+Level widest_level() {
+  Level level("avx512_bf16", avx512_bf16::tables);
+  if (brgemm_wanted.value_or(has_amx_bf16())) {
+    level.name = has_amx_bf16() ? "amx_bf16" : "avx512_bf16 through brgemm";
+    level.bf16 = &brgemm::table();
+  }
+  return level;
+}
+
 // PyTorch's own variable, so that one setting moves both to the same level.
 bool capped_to(const char* capability) {
   const char* value = std::getenv("ATEN_CPU_CAPABILITY");
@@ -49,13 +73,13 @@ Level choose_level() {
   __builtin_cpu_init();
   if (!capped_to("default")) {
     if (!capped_to("avx2")) {
-      if (has_avx512_bf16()) return {"avx512_bf16", &avx512_bf16::tables};
-      if (has_avx512()) return {"avx512", &avx512::tables};
+      if (has_avx512_bf16()) return widest_level();
+      if (has_avx512()) return {"avx512", avx512::tables};
     }
-    if (has_avx2()) return {"avx2", &avx2::tables};
+    if (has_avx2()) return {"avx2", avx2::tables};
   }
 #endif
-  return {"baseline", &baseline::tables};
+  return {"baseline", baseline::tables};
 }
 
 // Chosen once: a level that changed within a process would change bits.
@@ -76,12 +100,14 @@ const Kernels<double>& kernels<double>() {
 }
 template <>
 const Kernels<c10::BFloat16>& kernels<c10::BFloat16>() {
-  return level().tables->bf16;
+  return *level().bf16;
 }
 template <>
 const Kernels<c10::Half>& kernels<c10::Half>() {
   return level().tables->f16;
 }
+
+void prefer_brgemm(bool on) { brgemm_wanted = on; }
 
 std::string gemm_level() { return level().name; }
 
@@ -92,6 +118,7 @@ std::vector<std::string> cpu_features() {
   if (has_avx2()) features.emplace_back("avx2");
   if (has_avx512()) features.emplace_back("avx512");
   if (has_avx512_bf16()) features.emplace_back("avx512_bf16");
+  if (has_amx_bf16()) features.emplace_back("amx_bf16");
 #endif
   return features;
 }

@@ -92,6 +92,10 @@ struct Kernels {
 template <typename scalar_t>
 const Kernels<scalar_t>& kernels();
 
+// Whether bf16 goes through brgemm on a CPU with bf16 dot products, which is otherwise so where it
+// has AMX. Heeded before the kernels are first asked for.
+void prefer_brgemm(bool on);
+
 // Names for moe_kernels._C.cpu_features(): what the CPU has, and which kernels were chosen.
 std::vector<std::string> cpu_features();
 std::string gemm_level();

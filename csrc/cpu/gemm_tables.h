@@ -27,6 +27,9 @@ extern const KernelTables tables;
 namespace avx512_bf16 {
 extern const KernelTables tables;
 }
+namespace brgemm {
+const Kernels<c10::BFloat16>& table();
+}
 #endif
 
 }  // namespace moe_kernels::cpu

@@ -58,8 +58,13 @@ struct AdapterMatrix {
     if (!wide) return {static_cast<const scalar_t*>(data) + offset, ld, transposed};
     const int64_t rows = transposed ? n : K, columns = transposed ? K : n;
     const auto* from = static_cast<const acc_t*>(data) + offset;
-    for (int64_t i = 0; i < rows; ++i) {
-      kernels<scalar_t>().store(from + i * ld, acc_t(1), scratch + i * columns, columns);
+    const auto& kernel = kernels<scalar_t>();
+    if (columns == ld) {
+      kernel.store(from, acc_t(1), scratch, rows * columns);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) {
+        kernel.store(from + i * ld, acc_t(1), scratch + i * columns, columns);
+      }
     }
     return {scratch, columns, transposed};
   }
@@ -407,9 +412,10 @@ void expert_products(const ExpertProduct<scalar_t>& product, const std::vector<R
 // Tokens whose sums one work item holds at once.
 constexpr int64_t kMaxTokensPerItem = 4096, kMinTokensPerItem = 256;
 
-// Cuts T tokens into ranges, few enough to pack each weight seldom, enough to occupy all threads.
+// Cuts T tokens into ranges: only where the columns alone would leave threads idle, because every
+// range packs all weights again.
 inline int64_t tokens_per_item(int64_t tokens, int64_t column_items) {
-  const int64_t wanted = 4 * at::get_num_threads() / std::max<int64_t>(column_items, 1) + 1;
+  const int64_t wanted = std::max<int64_t>(2 * at::get_num_threads() / column_items, 1);
   return std::clamp((tokens + wanted - 1) / wanted, kMinTokensPerItem, kMaxTokensPerItem);
 }
 
@@ -502,7 +508,7 @@ class OuterAccumulator {
            Scratch::bytes<acc_t>(kOuterHeight * ldc);
   }
 
-  void clear() { std::fill(c_, c_ + kOuterHeight * ldc_, acc_t(0)); }
+  void clear(const OuterItem& item) { std::fill(c_, c_ + item.num_rows * ldc_, acc_t(0)); }
 
   template <typename Left, typename Right>
   void add(const OuterItem& item, RowRange rows, const Left& left, const Right& right) {
@@ -576,7 +582,7 @@ void outer_products(const std::vector<GradientGroup>& groups, int64_t height, in
   for_each_item(static_cast<int64_t>(items.size()), bytes, [&](int64_t index, char* memory) {
     const OuterItem& item = items[index];
     OuterAccumulator<scalar_t> sum(memory, shape);
-    sum.clear();
+    sum.clear(item);
     for (const RowRange rows : groups[item.group].rows) sum.add(item, rows, left, right);
     write(item, sum.values(), sum.ldc());
   });
