@@ -3,7 +3,7 @@
 # make test-all  with the slow tests: builds in empty environments, longer training
 # make test-sanitized  the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   the integration tests on the oldest supported transformers
-# make bench     measure every claim about speed and memory, write the README's tables (12 minutes)
+# make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
 # make lint      ruff: lint and format
 #
 # Each sets up all that it needs in $(VENV). Variables:

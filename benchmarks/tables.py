@@ -1,6 +1,6 @@
-"""Tables of results, for the terminal and for the README.
+"""Tables of results, for the terminal and for the pages that show them.
 
-python benchmarks/tables.py    # writes the README's tables anew from benchmarks/results/
+python benchmarks/tables.py    # writes those pages' tables anew from benchmarks/results/
 """
 
 import re
@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import _record
-from _runs import compare, time_of
+from _runs import compare, fastest, time_of
 from _timing import Statistics
 
-README = _record.ROOT / "README.md"
-RESULTS = "bars-cpu.json"  # what the README's tables are made from
+PAGES = (_record.ROOT / "README.md", _record.ROOT / "docs/results/cpu.md")
+RESULTS = "bars-cpu.json"  # what their tables are made from
+_RIVALS = ("hf:eager", "hf:grouped_mm")
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -166,7 +167,7 @@ def _statistics(bar: Mapping) -> Statistics | None:
     return Statistics(**bar["measured"]) if bar["measured"] else None
 
 
-# --- the README
+# --- the pages
 
 
 def _grid(
@@ -223,10 +224,45 @@ def _overhead(results: Mapping) -> str:
     return markdown(("image rows", "rank", "forward", "backward", "both"), rows)
 
 
+def _floors(results: Mapping) -> str:
+    """What transformers leaves to be won: its best frozen experts over the GEMMs alone."""
+    rows = []
+    for record in results["training"]:
+        rival, base = fastest(record, _RIVALS, "both"), _base(record)
+        rows.append(
+            (
+                case_title(record["case"]), _milliseconds(record, "bound", "both"),
+                interval(compare(record, base, "bound", "both")),
+                interval(rival and compare(record, rival, "bound", "both")), rival or "",
+            )
+        )  # fmt: skip
+    header = ("case", "GEMMs, ms", "ours over them", "transformers over them", "its best")
+    return markdown(header, rows)
+
+
+def _decode_gap(results: Mapping) -> str:
+    """What a call without adapters takes beyond one reading of its weights."""
+    rows = []
+    for record in results["decode"]:
+        times = [time_of(record, name, "decode") for name in ("read", _base(record))]
+        if not all(times):
+            continue
+        read, ours = (time.median * 1e3 for time in times)
+        case = f"{case_title(record['case'])} T={record['case']['T']}"
+        rate = record["bytes"]["decode"] / read / 1e6
+        rows.append((case, f"{read:.3g}", f"{rate:.0f}", f"{ours:.3g}", f"{ours - read:.2f}"))
+    return markdown(("case", "reading, ms", "GB/s", "ours, ms", "beyond it, ms"), rows)
+
+
+def _base(record: Mapping) -> str:
+    """The name of ours without adapters in a record."""
+    return next(name for name in record["providers"] if name.startswith("ours_base:"))
+
+
 def overhead_pair(record: Mapping) -> tuple[str, str]:
     """Names of ours with adapters and without in a record."""
     names = list(record["providers"])
-    return tuple(next(n for n in names if n.startswith(kind)) for kind in ("ours:", "ours_base:"))
+    return next(name for name in names if name.startswith("ours:")), _base(record)
 
 
 def _machine(results: Mapping) -> str:
@@ -245,6 +281,8 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "training": _training,
     "decode": _decode,
     "overhead": _overhead,
+    "floors": _floors,
+    "decode_gap": _decode_gap,
     "steps": lambda results: steps_table(results["steps"]),
 }
 
@@ -262,10 +300,11 @@ def render(page: str, results: Mapping) -> str:
     return re.sub(r"(<!-- bench:(\w+) -->).*?(<!-- /bench:\2 -->)", block, page, flags=re.DOTALL)
 
 
-def main(readme: Path = README) -> None:
+def main(pages: Sequence[Path] = PAGES) -> None:
     results = _record.read(_record.RESULTS / RESULTS)
-    readme.write_text(render(readme.read_text(), results))
-    print(f"wrote the tables of {readme}")
+    for page in pages:
+        page.write_text(render(page.read_text(), results))
+        print(f"wrote the tables of {page}")
 
 
 if __name__ == "__main__":

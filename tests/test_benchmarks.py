@@ -195,8 +195,8 @@ def test_the_programs_run(bench, tmp_path):
     assert {bar["number"] for bar in results["bars"]} == {1, 2, 3, 4, 5, 6, 7}
     assert results["environment"]["source_hash"] == bench._record.source_hash()
     assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
-    page = bench.tables.README.read_text()
-    assert bench.tables.render(page, results) != page
+    for page in map(Path.read_text, bench.tables.PAGES):
+        assert bench.tables.render(page, results) != page
 
 
 # --- bars, files and the README
@@ -226,10 +226,10 @@ def test_results_are_written_whole_or_not_at_all(bench, tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_readme_tables_are_those_of_the_results(bench):
+def test_the_pages_tables_are_those_of_the_results(bench):
     """Run ``python benchmarks/tables.py`` to write them anew."""
     path = bench._record.RESULTS / bench.tables.RESULTS
     if not path.exists():
         pytest.skip(f"{path.name} is not there: `make bench` has not been run")
-    page = bench.tables.README.read_text()
-    assert bench.tables.render(page, bench._record.read(path)) == page
+    for page in map(Path.read_text, bench.tables.PAGES):
+        assert bench.tables.render(page, bench._record.read(path)) == page
