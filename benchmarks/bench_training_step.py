@@ -61,7 +61,7 @@ MODELS = {
     # The model of python/demo.py and its batches: a caption, then 49 codes and two delimiters.
     "demo": Settings("demo", "float32", 1090, 128, 64, 4, 4, 16, 4, 16, 56, 51 / 56),
     # Two of OLMoE's 16 layers, and as small a part of its vocabulary: the head's share is the same.
-    "olmoe": Settings("olmoe", "bfloat16", 50304 // 8, 2048, 1024, 2, 16, 64, 8, 2, 256, 0.5),
+    "olmoe": Settings("olmoe", "bfloat16", 50304 // 8, 2048, 1024, 2, 16, 64, 8, 1, 256, 0.5),
     "tiny": Settings("tiny", "float32", 64, 32, 16, 2, 4, 4, 2, 2, 16, 0.5, 4),  # for tests
 }
 
