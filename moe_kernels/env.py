@@ -1,6 +1,7 @@
 """Every ``MOE_KERNELS_*`` variable that is read at run time, parsed in one place.
 
-Each is read when it is asked for, so that setting one takes effect at once.
+Each is read when it is asked for, so that setting one takes effect at once; what is read only once
+says so.
 
 ``MOE_KERNELS_CHECK=1``
     Check values (ids in range) on CUDA too, at the price of a synchronisation.
@@ -42,7 +43,8 @@ def poison() -> bool:
 
 def brgemm() -> bool | None:
     """Whether bf16 products go through brgemm, or None: where the CPU has AMX."""
-    return _boolean("MOE_KERNELS_BRGEMM") if os.environ.get("MOE_KERNELS_BRGEMM") else None
+    given = os.environ.get("MOE_KERNELS_BRGEMM", "").strip()
+    return _boolean("MOE_KERNELS_BRGEMM") if given else None
 
 
 def backend() -> str | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_kernels import backends, ops, testing
+from moe_kernels import _native, backends, ops, testing
 from moe_kernels.ops import LoraWeights
 from moe_kernels.ops.moe_mlp import reference
 from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_moe_inputs
@@ -92,12 +92,13 @@ def test_opcheck(backend, variant):
     torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, True, backend))
 
 
+@pytest.mark.parametrize("shape", ["tiny", "small"])  # weights read unpacked, and packed
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
 @pytest.mark.parametrize("backend", WORKING)
-def test_where_nothing_trains_the_bits_are_the_same(backend, dtype, variant):
+def test_where_nothing_trains_the_bits_are_the_same(backend, dtype, variant, shape):
     """There the native backend is one call, which sorts the rows itself."""
-    inputs = make_moe_inputs(SHAPES["small"], seed=5, **VARIANTS[variant])
+    inputs = make_moe_inputs(SHAPES[shape], seed=5, **VARIANTS[variant])
     inputs = inputs.to(dtype, lora_dtype=None if dtype == torch.float64 else torch.float32)
     with torch.no_grad():
         alone = call(inputs, backend)
@@ -109,12 +110,13 @@ def test_where_nothing_trains_the_bits_are_the_same(backend, dtype, variant):
 def test_opcheck_of_the_native_op_where_nothing_trains(variant):
     inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant]).to(torch.float32)
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
-    with torch.no_grad():
-        call(inputs, "cpu")
-    torch.library.opcheck(
-        torch.ops.moe_kernels_native.moe_mlp_inference.default,
-        (*inputs[:6], inputs.extra_gate_up_proj, inputs.extra_down_proj, *loras),
-    )
+    half = inputs.hidden_states.half()  # the result has the weights' dtype
+    for hidden_states in (inputs.hidden_states, half):
+        torch.library.opcheck(
+            _native.ops().moe_mlp_inference.default,
+            (hidden_states, *inputs[1:6], inputs.extra_gate_up_proj, inputs.extra_down_proj)
+            + tuple(loras),
+        )
 
 
 @pytest.mark.parametrize("backend", WORKING)

@@ -168,7 +168,7 @@ def test_thread_count_changes_no_bit(dtype, tokens):
     grad_out = torch.randn(problem.hidden_states.shape).to(dtype)
     before, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3, 16):
+        for count in (1, 2, 3, 64):
             torch.set_num_threads(count)
             results.append([problem.forward()[0], *problem.backward(grad_out)])
     finally:
@@ -221,13 +221,27 @@ def run_pytest(*arguments, **environment):
     assert "skipped" not in result.stdout
 
 
-SELECTED = "text_rows or a_text_row or thread_count or long_sums or poison"
+SELECTED = "text_rows or a_text_row or thread_count or long_sums or counts_is_written or level"
+
+
+def test_the_level_is_the_one_asked_for():
+    """By the environment, which the tests below set."""
+    level = _native.build_info()["gemm_level"]
+    capability = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    assert level == {"default": "baseline", "avx2": "avx2"}.get(capability, level)
+    if os.environ.get("MOE_KERNELS_BRGEMM") == "1":
+        assert level in ("amx_bf16", "avx512_bf16 through brgemm")
+    with pytest.raises(RuntimeError, match="chosen already"):
+        extension.prefer_brgemm(True)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_on_a_smaller_instruction_set(capability):
     """The same checks where the wider kernels are switched off."""
     run_pytest(__file__, "-k", SELECTED, ATEN_CPU_CAPABILITY=capability)
+    run_pytest(
+        _beside("test_moe_mlp.py"), "-k", "bits_are_the_same", ATEN_CPU_CAPABILITY=capability
+    )
 
 
 @pytest.mark.skipif(
@@ -237,14 +251,13 @@ def test_on_a_smaller_instruction_set(capability):
 def test_through_brgemm():
     """What CPUs with AMX run, on any that can."""
     run_pytest(__file__, "-k", SELECTED, MOE_KERNELS_BRGEMM="1")
-    others = [os.path.join(os.path.dirname(__file__), name) for name in
-              ("test_moe_mlp.py", "test_lora_linear.py")]  # fmt: skip
-    run_pytest(
-        *others,
-        "-k",
-        "(float64_reference or the_definition) and bfloat16 and cpu",
-        MOE_KERNELS_BRGEMM="1",
-    )
+    others = map(_beside, ("test_moe_mlp.py", "test_lora_linear.py"))
+    chosen = "(float64_reference or the_definition) and bfloat16 and cpu"
+    run_pytest(*others, "-k", chosen, MOE_KERNELS_BRGEMM="1")
+
+
+def _beside(name):
+    return os.path.join(os.path.dirname(__file__), name)
 
 
 @pytest.fixture
@@ -421,6 +434,34 @@ def test_lora_linear_refuses_a_weight_without_columns():
             torch.zeros(4, 8), torch.zeros(4, 0), perm, offsets, torch.zeros(1, 2, 0),
             torch.zeros(1, 8, 2), torch.ones(1), False,
         )  # fmt: skip
+
+
+# Times 3 experts this is 2 beyond 2**64, and so it is with one more.
+OVERFLOWING = 6148914691236517205
+
+
+def test_dispatch_refuses_a_number_of_segments_that_overflows():
+    ids = torch.ones(2, 1, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="num_modalities must be at least 0 and leave no more"):
+        _native.ops().dispatch(ids, 3, None, OVERFLOWING)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(topk_ids=torch.zeros(4, 4, dtype=torch.long)), r"topk_ids must have shape \[8, 2\]"),
+        (dict(hidden_states=torch.ones(8, 32, dtype=torch.long)), "hidden_states must be float32"),
+        (
+            dict(gate_up_lora=(torch.empty(OVERFLOWING, 0, 0, 0), torch.empty(0), torch.ones(1))),
+            "num_modalities must be at least 0 and leave no more",
+        ),
+    ],
+    ids=["ids", "dtype", "modalities"],
+)
+def test_inference_refuses(changes, message):
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    with pytest.raises(RuntimeError, match=message):
+        replace(problem, **changes).inference()
 
 
 def test_dispatch_refuses_an_unknown_modality():

@@ -8,6 +8,8 @@
 namespace moe_kernels::cpu {
 namespace {
 
+constexpr int64_t kMaxSegments = int64_t{1} << 32;
+
 // The place of a row in the sorted order: by expert, then by modality; -1 for the tail.
 struct Keys {
   const int64_t* topk_ids;
@@ -62,7 +64,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
     int64_t num_modalities) {
   check_tensor(topk_ids, "topk_ids", at::kLong, {-1, -1});
   TORCH_CHECK(num_experts >= 1, "num_experts must be positive, is ", num_experts);
-  TORCH_CHECK(num_modalities >= 0, "num_modalities must not be negative, is ", num_modalities);
+  int64_t num_segments = 0;
+  TORCH_CHECK(num_modalities >= 0 && num_modalities < kMaxSegments &&
+                  !__builtin_mul_overflow(num_experts, num_modalities + 1, &num_segments) &&
+                  num_segments <= kMaxSegments,
+              "num_modalities must be at least 0 and leave no more than ", kMaxSegments,
+              " pairs of an expert and a modality, is ", num_modalities);
   const int64_t num_tokens = topk_ids.size(0), top_k = topk_ids.size(1);
   TORCH_CHECK(top_k >= 1, "topk_ids must name at least one expert per token");
   if (modality_ids) {
@@ -72,7 +79,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
   const Keys keys{topk_ids.const_data_ptr<int64_t>(),
                   modality_ids ? modality_ids->const_data_ptr<int64_t>() : nullptr, top_k,
                   num_experts, num_modalities};
-  const int64_t num_slots = num_tokens * top_k, num_segments = num_experts * (num_modalities + 1);
+  const int64_t num_slots = num_tokens * top_k;
 
   at::Tensor perm = empty({num_slots}, at::kLong);
   at::Tensor inv_perm = empty({num_slots}, at::kLong);

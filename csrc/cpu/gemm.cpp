@@ -5,6 +5,8 @@
 #include <cpuid.h>
 #endif
 
+#include <c10/util/Exception.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -22,6 +24,7 @@ struct Level {
 };
 
 std::optional<bool> brgemm_wanted;
+bool level_chosen = false;
 
 #ifdef MOE_HAS_X86_LEVELS
 // For what clang 14's __builtin_cpu_supports has no name.
@@ -47,17 +50,23 @@ bool has_avx512_bf16() { return has_avx512() && avx512_bf16_by_cpuid(); }
 
 // The system must also let a process use the tiles; init_amx asks it.
 bool has_amx_bf16() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
-  return has_avx512_bf16() && there && at::cpu::init_amx();
+  static const bool has = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+    return there && has_avx512_bf16() && at::cpu::init_amx();
+  }();
+  return has;
 }
 
 Level widest_level() {
   Level level("avx512_bf16", avx512_bf16::tables);
-  if (brgemm_wanted.value_or(has_amx_bf16())) {
+#ifdef MOE_HAS_BRGEMM
+  const bool wanted = brgemm_wanted ? *brgemm_wanted : has_amx_bf16();
+  if (wanted && brgemm::works()) {
     level.name = has_amx_bf16() ? "amx_bf16" : "avx512_bf16 through brgemm";
     level.bf16 = &brgemm::table();
   }
+#endif
   return level;
 }
 
@@ -69,6 +78,7 @@ bool capped_to(const char* capability) {
 #endif
 
 Level choose_level() {
+  level_chosen = true;
 #ifdef MOE_HAS_X86_LEVELS
   __builtin_cpu_init();
   if (!capped_to("default")) {
@@ -107,7 +117,10 @@ const Kernels<c10::Half>& kernels<c10::Half>() {
   return level().tables->f16;
 }
 
-void prefer_brgemm(bool on) { brgemm_wanted = on; }
+void prefer_brgemm(bool on) {
+  TORCH_CHECK(!level_chosen, "the kernels of this process are chosen already");
+  brgemm_wanted = on;
+}
 
 std::string gemm_level() { return level().name; }
 

@@ -2,7 +2,7 @@
 //
 // Every element of C is a sum of chains of fused multiply-adds over k, broken at the same fixed
 // steps whatever the number of rows in the call, the row's place among them, or the values of the
-// others. That is what makes a text row's output a function of that row alone: library GEMMs choose
+// others (and where brgemm does it, in the order of one kernel of a fixed number of rows). That is what makes a text row's output a function of that row alone: library GEMMs choose
 // their kernel, and so their order of summation, by the number of rows.
 //
 // A is read through one pointer per row, so gathered rows need no copy. B is packed by panels of
@@ -40,7 +40,7 @@ template <typename scalar_t>
 struct Kernels {
   using acc_t = acc_type<scalar_t>;
 
-  int max_rows;        // rows of C that stay in registers
+  int max_rows;        // of C in one call
   int vector;          // acc_t elements in one vector
   int k_multiple;      // K is padded to this in a panel (2: pairs of bf16)
   int element_bytes;   // of a packed element
@@ -57,6 +57,7 @@ struct Kernels {
   void (*pack_left)(const acc_t* left, int64_t ld, int64_t n, int64_t K, void* packed);
 
   // C (m, num_panels * nv * vector) = or += A (m, K) @ panels; m <= max_rows.
+  // All max_rows rows of C may be written, unless it accumulates.
   // scratch: max_rows * scratch_stride(K) elements, for rows that are copied or widened first.
   void (*tile)(int m, int64_t K, const scalar_t* const* rows, const void* panels, int num_panels,
                int nv, acc_t* c, int64_t ldc, bool accumulate, acc_t* scratch);
@@ -93,7 +94,7 @@ template <typename scalar_t>
 const Kernels<scalar_t>& kernels();
 
 // Whether bf16 goes through brgemm on a CPU with bf16 dot products, which is otherwise so where it
-// has AMX. Heeded before the kernels are first asked for.
+// has AMX. Raises once the kernels have been chosen.
 void prefer_brgemm(bool on);
 
 // Names for moe_kernels._C.cpu_features(): what the CPU has, and which kernels were chosen.

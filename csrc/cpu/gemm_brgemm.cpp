@@ -1,11 +1,12 @@
 // bf16 products by PyTorch's brgemm, for CPUs with AMX: tiles do many times the arithmetic of vector
 // registers. Panels (K / 2, N, 2) are what it takes, so all else stays as it is on AVX-512 with
 // bf16 dot products.
+//
+// A product that text rows go through always has kRows rows, zeros filling it up: brgemm generates a
+// kernel for every number of rows, and a row's bits must not hang on which of them it meets.
 #include "gemm_tables.h"
 
-#ifdef MOE_HAS_X86_LEVELS
-#include <ATen/native/CPUBlas.h>
-
+#ifdef MOE_HAS_BRGEMM
 #include <algorithm>
 
 namespace moe_kernels::cpu::brgemm {
@@ -13,8 +14,7 @@ namespace {
 
 using Bf16 = c10::BFloat16;
 
-// Enough that a call's fixed cost is small beside its product.
-constexpr int kRows = 64;
+constexpr int kRows = 32;  // two tile registers high
 
 // Rows of an operand as one matrix.
 struct Left {
@@ -22,31 +22,38 @@ struct Left {
   int64_t ld;
 };
 
-// Rows that lie evenly are taken as they are, others are copied; an odd K is padded with zeros.
-Left left_operand(int m, int64_t K, const Bf16* const* rows, Bf16* scratch) {
-  const int64_t step = m > 1 ? rows[1] - rows[0] : K;
-  bool even = K % 2 == 0 && step >= K;
-  for (int i = 1; even && i < m; ++i) even = rows[i] == rows[i - 1] + step;
-  if (even) return {rows[0], step};
+// `count` rows, of which m are given and the others zeros. Rows that follow one another need no
+// copy; an odd K is padded.
+Left left_operand(int m, int count, int64_t K, const Bf16* const* rows, Bf16* scratch) {
+  bool adjacent = K % 2 == 0 && m == count;
+  for (int i = 1; adjacent && i < m; ++i) adjacent = rows[i] == rows[i - 1] + K;
+  if (adjacent) return {rows[0], K};
   const int64_t ld = scratch_stride(K);
-  for (int i = 0; i < m; ++i) {
-    std::copy_n(rows[i], K, scratch + i * ld);
-    if (K % 2) scratch[i * ld + K] = Bf16(0.0f);
+  for (int i = 0; i < count; ++i) {
+    const int64_t given = i < m ? K : 0;
+    if (given > 0) std::copy_n(rows[i], K, scratch + i * ld);
+    std::fill(scratch + i * ld + given, scratch + i * ld + K + K % 2, Bf16(0.0f));
   }
   return {scratch, ld};
 }
 
+// The layout of the tile registers is this thread's; what oneDNN runs next must not find it.
+struct ReleaseTiles {
+  ~ReleaseTiles() { at::native::cpublas::brgemm_release(); }
+};
+
 void tile(int m, int64_t K, const Bf16* const* rows, const void* panels, int num_panels, int nv,
           float* c, int64_t ldc, bool accumulate, float* scratch) {
-  const Left left = left_operand(m, K, rows, reinterpret_cast<Bf16*>(scratch));
-  const int64_t width = nv * avx512_bf16::tables.bf16.vector, padded = (K + 1) / 2 * 2;
+  // What is added to is rows with an adapter, and beyond them there may be others.
+  const int count = accumulate ? m : kRows;
+  const Left left = left_operand(m, count, K, rows, reinterpret_cast<Bf16*>(scratch));
+  const int64_t width = nv * avx512_bf16::tables.bf16.vector, padded = K + K % 2;
+  const ReleaseTiles release;
   for (int p = 0; p < num_panels; ++p) {
     const Bf16* panel = static_cast<const Bf16*>(panels) + p * padded * width;
-    at::native::cpublas::brgemm(m, width, padded, left.ld, width, ldc, accumulate, left.data, panel,
-                                c + p * width);
+    at::native::cpublas::brgemm(count, width, padded, left.ld, width, ldc, accumulate, left.data,
+                                panel, c + p * width);
   }
-  // The tile registers' layout is this thread's; whatever oneDNN runs next must not find it.
-  at::native::cpublas::brgemm_release();
 }
 
 void tile_kmajor(int m, int64_t K, const void* a, int64_t lda, const void* panels, int num_panels,
@@ -59,6 +66,18 @@ void tile_kmajor(int m, int64_t K, const void* a, int64_t lda, const void* panel
 }
 
 }  // namespace
+
+bool works() {
+  const Bf16 a[2] = {}, b[32] = {};
+  float c[16];
+  try {
+    const ReleaseTiles release;
+    at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, a, b, c);
+  } catch (const c10::Error&) {  // oneDNN is switched off, or held to a smaller instruction set
+    return false;
+  }
+  return true;
+}
 
 const Kernels<Bf16>& table() {
   static const Kernels<Bf16> kernels = [] {

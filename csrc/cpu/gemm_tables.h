@@ -1,6 +1,8 @@
 // What each gemm_<level>.cpp defines and gemm.cpp chooses from.
 #pragma once
 
+#include <ATen/native/CPUBlas.h>
+
 #include "gemm.h"
 
 namespace moe_kernels::cpu {
@@ -27,9 +29,13 @@ extern const KernelTables tables;
 namespace avx512_bf16 {
 extern const KernelTables tables;
 }
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+#define MOE_HAS_BRGEMM 1
 namespace brgemm {
+bool works();  // here and now
 const Kernels<c10::BFloat16>& table();
 }
+#endif
 #endif
 
 }  // namespace moe_kernels::cpu

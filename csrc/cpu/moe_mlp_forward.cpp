@@ -184,6 +184,12 @@ at::Tensor moe_mlp_inference(
     const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
     const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
     const OptionalTensor& down_scaling) {
+  check_compute_dtype(hidden_states, "hidden_states");
+  check_compute_dtype(gate_up_proj, "gate_up_proj");
+  if (extra_gate_up_proj) check_compute_dtype(*extra_gate_up_proj, "extra_gate_up_proj");
+  if (extra_down_proj) check_compute_dtype(*extra_down_proj, "extra_down_proj");
+  check_shape(topk_weights, "topk_weights", {-1, -1});
+  check_shape(topk_ids, "topk_ids", {topk_weights.size(0), topk_weights.size(1)});
   check_shape(gate_up_proj, "gate_up_proj", {-1, -1, -1});
   if (extra_gate_up_proj) check_shape(*extra_gate_up_proj, "extra_gate_up_proj", {-1, -1, -1});
   const at::ScalarType dtype = gate_up_proj.scalar_type();

@@ -249,7 +249,7 @@ void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, con
 template <typename scalar_t, typename Row, typename Store>
 void project_few_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
                       const AdapterStack<scalar_t>& stack, const Store& store) {
-  const int64_t ldc = panel_shape<scalar_t>(N).count * panel_shape<scalar_t>(N).width;
+  const int64_t ldc = (N + 3) / 4 * 4;  // tile_direct writes whole groups of four columns
   const int64_t bytes = Scratch::bytes<scalar_t>(N * K) + Tile<scalar_t>::bytes(K, ldc);
   for_each_item(static_cast<int64_t>(blocks.size()), bytes, [&](int64_t item, char* memory) {
     const RowBlock& block = blocks[item];

@@ -3,10 +3,6 @@
 Adapters go in as they are stored: the kernels round them to the compute dtype as they read them.
 """
 
-import functools
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from moe_kernels import _native
@@ -20,24 +16,15 @@ def inference(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     modality_ids: Tensor | None,
-    *trainable: Tensor | None,
+    *others: Tensor | None,
 ) -> Tensor:
-    """out (T, H) alone, dispatch included; ``trainable`` are the other fields of ExpertWeights.
+    """out (T, H) alone, dispatch included; ``others`` are the rest of ExpertWeights' fields.
 
     With a token or two, the calls of Python cost as much as reading the weights.
     """
-    return _inference_op(_native.ops())(
-        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *trainable
+    return _native.ops().moe_mlp_inference(
+        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *others
     )
-
-
-@functools.cache
-def _inference_op(ops) -> Callable[..., Tensor]:
-    def fake(hidden_states: Tensor, *_) -> Tensor:
-        return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-
-    torch.library.register_fake("moe_kernels_native::moe_mlp_inference", fake)
-    return ops.moe_mlp_inference.default
 
 
 def forward(
