@@ -20,6 +20,7 @@ from moe_kernels import backends
 from moe_kernels.models import peft_format
 from moe_kernels.ops import LoraWeights, moe_mlp
 
+HF_TRAINING = ("hf:eager", "hf:grouped_mm")  # transformers' own that are in the race in training
 # batched_mm copies the weights of every row's expert.
 _MAX_COPIED_BYTES = 4 << 30
 

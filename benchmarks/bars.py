@@ -17,6 +17,7 @@ import bench_training_step
 import torch
 from _cases import Case
 from _cli import add_rotation, finish, make_parser, options_of, progress
+from _providers import HF_TRAINING
 from _runs import Options, compare, fastest, run_decode, run_training
 from _timing import Statistics
 from tables import bars_table, case_title
@@ -26,7 +27,6 @@ from moe_kernels.testing import SHAPES
 
 NAME = "bars"
 SECTIONS = ("training", "decode", "overhead", "steps")
-HF_TRAINING = ("hf:eager", "hf:grouped_mm")
 PEFT = "peft:grouped_mm"
 SPLIT = "split:masked"  # keeps less than split:gathered: the harder rival on memory
 DECODE_TOKENS = (1, 8, 64)

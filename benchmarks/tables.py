@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import _record
+from _providers import HF_TRAINING
 from _runs import compare, fastest, time_of
 from _timing import Statistics
 
 PAGES = (_record.ROOT / "README.md", _record.ROOT / "docs/results/cpu.md")
 RESULTS = "bars-cpu.json"  # what their tables are made from
-_RIVALS = ("hf:eager", "hf:grouped_mm")
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -228,7 +228,7 @@ def _floors(results: Mapping) -> str:
     """What transformers leaves to be won: its best frozen experts over the GEMMs alone."""
     rows = []
     for record in results["training"]:
-        rival, base = fastest(record, _RIVALS, "both"), _base(record)
+        rival, base = fastest(record, HF_TRAINING, "both"), _base(record)
         rows.append(
             (
                 case_title(record["case"]), _milliseconds(record, "bound", "both"),
