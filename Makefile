@@ -4,6 +4,7 @@
 # make test-sanitized  the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   the integration tests on the oldest supported transformers
 # make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
+# make check-gpu-code   compile the Triton kernels for GPUs that need not be there
 # make lint      ruff: lint and format
 #
 # Each sets up all that it needs in $(VENV). Variables:
@@ -45,7 +46,7 @@ $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 $(1)/bin/python -m pip install -q --no-build-isolation -e ".[test]" $(2)
 endef
 
-.PHONY: demo test test-all test-sanitized test-oldest bench lint format install clean FORCE
+.PHONY: demo test test-all test-sanitized test-oldest bench check-gpu-code lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -84,6 +85,9 @@ bench: $(INSTALLED)
 	$(PY) benchmarks/bars.py $(BENCH)
 	$(PY) benchmarks/plot.py
 	$(PY) benchmarks/tables.py
+
+check-gpu-code: $(INSTALLED)
+	$(PY) benchmarks/check_gpu_code.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -3,14 +3,18 @@
 An explicit choice never falls back: the op runs on that backend or raises with the reason.
 """
 
+import os
+from importlib.util import find_spec
+
 import torch
 
 from moe_kernels import _native, env
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-# What `backend=None` tries, best first, for tensors on a device type.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# What `backend=None` tries, best first, for tensors on a device type. Triton's kernels have not run
+# on a GPU yet: they must be named.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
 _NO_KERNELS = "this version has no {} kernels yet"
 
@@ -20,9 +24,22 @@ def available() -> dict[str, str | None]:
     return {
         "reference": None,
         "cpu": _native.why_not(),
-        "triton": _NO_KERNELS.format("Triton"),
+        "triton": _why_no_triton(),
         "cuda": _NO_KERNELS.format("CUDA"),
     }
+
+
+def _why_no_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if triton_is_interpreted() or torch.cuda.is_available():
+        return None
+    return "no CUDA device (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def select(backend: str | None, device: torch.device) -> str:
@@ -49,4 +66,6 @@ def select(backend: str | None, device: torch.device) -> str:
         raise RuntimeError(f"backend {backend!r} is not available: {reasons[backend]}")
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' needs tensors on the CPU, got {device}")
+    if backend == "triton" and device.type != "cuda" and not triton_is_interpreted():
+        raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got {device}")
     return backend

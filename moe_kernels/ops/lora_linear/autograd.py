@@ -5,6 +5,9 @@ is added in place, on the rows of added modalities only. Saved: hidden_states, u
 and the dispatch.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,12 @@ from moe_kernels.ops.dtypes import without_autocast
 from moe_kernels.ops.gradients import place
 from moe_kernels.ops.lora_linear import native_impl, reference
 
-_IMPLEMENTATIONS = {"reference": reference, "cpu": native_impl}
+
+def _implementation(backend: str) -> ModuleType:
+    """The module with ``forward`` and ``backward``; Triton is imported when first asked for."""
+    if backend == "triton":
+        return import_module("moe_kernels.ops.lora_linear.triton_impl")
+    return {"reference": reference, "cpu": native_impl}[backend]
 
 
 @torch.library.custom_op("moe_kernels::lora_linear", mutates_args=())
@@ -38,7 +46,7 @@ def lora_linear_op(
     with without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()
         out = torch.nn.functional.linear(hidden_states, weight, bias)
-        u = _IMPLEMENTATIONS[backend].forward(
+        u = _implementation(backend).forward(
             out,
             hidden_states,
             perm,
@@ -90,7 +98,7 @@ def lora_linear_backward_op(
     with without_autocast(hidden_states.device):
         grad_out = grad_out.contiguous()
         grad_hidden = grad_out @ weight if needs[0] else None
-        params = _IMPLEMENTATIONS[backend].backward(
+        params = _implementation(backend).backward(
             grad_out,
             hidden_states.contiguous(),
             u,

@@ -4,6 +4,9 @@ Saved for backward are hidden_states, topk_weights, the pre-activation, u1 = x A
 u2 = a A2^T (unscaled) and the dispatch, all of shapes that do not depend on the routing.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,12 @@ from moe_kernels.ops.gradients import place
 from moe_kernels.ops.moe_mlp import native_impl, reference
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 
-_IMPLEMENTATIONS = {"reference": reference, "cpu": native_impl}
+
+def _implementation(backend: str) -> ModuleType:
+    """The module with ``forward`` and ``backward``; Triton is imported when first asked for."""
+    if backend == "triton":
+        return import_module("moe_kernels.ops.moe_mlp.triton_impl")
+    return {"reference": reference, "cpu": native_impl}[backend]
 
 
 @torch.library.custom_op("moe_kernels::moe_mlp", mutates_args=())
@@ -47,7 +55,7 @@ def moe_mlp_op(
         topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend
     )
     with without_autocast(hidden_states.device):
-        results = _IMPLEMENTATIONS[backend].forward(
+        results = _implementation(backend).forward(
             hidden_states.contiguous(),
             topk_weights.contiguous(),
             perm,
@@ -128,7 +136,7 @@ def moe_mlp_backward_op(
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
     with without_autocast(hidden_states.device):
-        grads = _IMPLEMENTATIONS[backend].backward(
+        grads = _implementation(backend).backward(
             grad_out.contiguous(),
             hidden_states.contiguous(),
             topk_weights.contiguous(),

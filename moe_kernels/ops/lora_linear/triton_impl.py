@@ -1,0 +1,92 @@
+"""The low-rank term of ``lora_linear`` in Triton: adapted rows alone, no float atomics."""
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops import triton_kernels as kernels
+from moe_kernels.ops.triton_kernels import next_power_of_2
+
+BLOCK_M, BLOCK_N, BLOCK_K = 32, 128, 64
+
+
+def forward(
+    out: Tensor,
+    hidden_states: Tensor,
+    perm: Tensor,
+    segment_offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    save_for_backward: bool,
+) -> Tensor:
+    """Add s (x A^T) B^T to ``out`` (T, out) in place; returns u = x A^T, (T, r) or (0, r)."""
+    kernels.check_dtype(hidden_states.dtype)
+    tiles = _tiles(perm, segment_offsets)
+    lora_A, lora_B = _in_compute_dtype(hidden_states, lora_A, lora_B)
+    u = hidden_states.new_zeros(perm.numel(), lora_A.shape[1])
+    _project(hidden_states, lora_A, perm, tiles, u, (1, lora_A.shape[2]))
+    _add(u, lora_B, scaling, perm, tiles, out, (1, lora_B.shape[2]))
+    return u if save_for_backward else u.new_empty(0, u.shape[1])
+
+
+def backward(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    u: Tensor,
+    perm: Tensor,
+    segment_offsets: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    grad_hidden: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Add s (dy B) A to ``grad_hidden`` in place; returns those of dA, dB that are needed."""
+    tiles = _tiles(perm, segment_offsets)
+    lora_A, lora_B = _in_compute_dtype(hidden_states, lora_A, lora_B)
+    rank, need_A, need_B = lora_A.shape[1], *needs
+    bounds = torch.stack([segment_offsets[1:-1], segment_offsets[2:]])
+    scaling = scaling.float()
+    grads = []
+    if grad_hidden is not None or need_A:
+        du = torch.zeros(perm.numel(), rank, dtype=torch.float32, device=perm.device)
+        _project(grad_out, lora_B, perm, tiles, du, (rank, 1))
+        if grad_hidden is not None:
+            _add(du, lora_A, scaling, perm, tiles, grad_hidden, (lora_A.shape[2], 1))
+        if need_A:
+            grads.append(_outer(du, hidden_states, perm, bounds, scaling, transposed=False))
+    if need_B:
+        grads.append(_outer(u, grad_out, perm, bounds, scaling, transposed=True))
+    return grads
+
+
+def _tiles(perm: Tensor, segment_offsets: Tensor) -> Tensor:
+    return kernels.tile_map(segment_offsets[1:-1], segment_offsets[2:], perm.numel(), BLOCK_M)
+
+
+def _in_compute_dtype(hidden_states: Tensor, *adapters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(adapter.to(hidden_states.dtype).contiguous() for adapter in adapters)
+
+
+def _project(left: Tensor, matrix: Tensor, perm, tiles, out: Tensor, strides) -> None:
+    kernels.project(
+        left, matrix, perm, tiles, out, strides=strides, top_k=1, by_token=True, num_base=1,
+        experts=1, block_m=BLOCK_M, block_k=BLOCK_K,
+    )  # fmt: skip
+
+
+def _add(u: Tensor, matrix: Tensor, scaling: Tensor, perm, tiles, out: Tensor, strides) -> None:
+    """out += s u matrix on adapted rows; ``strides`` of matrix along r and the columns of out."""
+    rank, width = u.shape[1], out.shape[1]
+    num_tiles = tiles.shape[1]
+    if num_tiles and perm.numel():
+        kernels.add_low_rank_kernel[(num_tiles, -(-width // BLOCK_N))](
+            u, matrix, scaling.float(), perm, tiles, out, num_tiles, width, *strides, RANK=rank,
+            BLOCK_R=max(16, next_power_of_2(rank)), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        )  # fmt: skip
+
+
+def _outer(left: Tensor, right: Tensor, perm, bounds, scaling, *, transposed: bool) -> Tensor:
+    return kernels.outer(
+        left, right, perm, bounds, scaling, transposed=transposed, top_k=1, right_by_token=True
+    )

@@ -1,0 +1,303 @@
+"""``moe_mlp`` in Triton: no host sync, no float atomics, every sum in a fixed order.
+
+Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
+du2, dA' with all that follows from it, du1, the rows of dX and their combine, and one for each
+parameter that trains.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops import triton_kernels as shared
+from moe_kernels.ops.moe_mlp import triton_kernels as kernels
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.triton_kernels import next_power_of_2
+
+
+class _Layer(NamedTuple):
+    """What the launches of one call share."""
+
+    topk_weights: Tensor  # (T, K)
+    perm: Tensor
+    inv_perm: Tensor
+    segments: Tensor
+    weights: ExpertWeights  # in the compute dtype
+    tiles: Tiles
+    expert_tiles: Tensor  # (3, n): experts, then the tail
+    adapted_tiles: Tensor  # (3, n): pairs (modality, expert)
+
+    @property
+    def num_base(self) -> int:
+        return self.weights.gate_up_proj.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_weights.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        return self.perm.numel()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """hidden, inter"""
+        return self.weights.down_proj.shape[1:]
+
+    def stacks(self, name: str) -> tuple[Tensor, Tensor, bool]:
+        """A frozen stack, the added experts' (or a stand-in), and whether there are any."""
+        base, extra = getattr(self.weights, name), getattr(self.weights, f"extra_{name}")
+        there = extra is not None and extra.shape[0] > 0
+        return base, extra if there else base, there
+
+    def lora(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """lora_A, lora_B and scaling of "gate_up" or "down"; None where there is none."""
+        return tuple(getattr(self.weights, f"{name}_{part}") for part in ("A", "B", "scaling"))
+
+
+def forward(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    perm: Tensor,
+    inv_perm: Tensor,
+    segment_offsets: Tensor,
+    weights: ExpertWeights,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2)."""
+    shared.check_dtype(hidden_states.dtype)
+    layer = _layer(topk_weights, perm, inv_perm, segment_offsets, weights)
+    hidden, inter = layer.sizes
+    rows = layer.num_slots
+    u1 = _shrink(layer, hidden_states, "gate_up", by_token=True)
+    act = hidden_states.new_empty(rows, inter)
+    pre_act = hidden_states.new_empty(rows if save_for_backward else 0, 2 * inter)
+    _gate_up(layer, hidden_states, u1, pre_act, act, save_for_backward)
+    u2 = _shrink(layer, act, "down", by_token=False)
+    expert_out = _product(layer, act, "down_proj", "down", u2, transposed=True)
+    out = _combine(layer, expert_out, weighted=True)
+    if not save_for_backward:
+        u1, u2 = (u.new_empty(0, u.shape[1]) for u in (u1, u2))
+    return out, pre_act, u1, u2
+
+
+def backward(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    perm: Tensor,
+    inv_perm: Tensor,
+    segment_offsets: Tensor,
+    weights: ExpertWeights,
+    pre_act: Tensor,
+    u1: Tensor,
+    u2: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in its order; of parameters in float32."""
+    if not any(needs):
+        return []
+    layer = _layer(topk_weights, perm, inv_perm, segment_offsets, weights)
+    need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
+    need_A1, need_B1, need_A2, need_B2 = need_lora
+    du1 = du2 = None
+    if layer.weights.down_A is not None:
+        du2 = _project(layer, grad_out, layer.weights.down_B, by_token=True)
+    d_pre, act, dots = _act_backward(
+        layer, grad_out, pre_act, du2, write_act=need_A2 or need_extra_down
+    )
+    if layer.weights.gate_up_A is not None and (need_hidden or need_A1):
+        du1 = _project(layer, d_pre, layer.weights.gate_up_B, by_token=False)
+    grads = []
+    if need_hidden:
+        rows = _product(layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False)
+        grads.append(_combine(layer, rows, weighted=False))
+    if need_weights:
+        flat = torch.empty_like(dots)
+        flat[perm] = dots
+        grads.append(flat.view(topk_weights.shape))
+    if need_extra_gate_up:
+        grads.append(_extra_gradient(layer, d_pre, hidden_states, weighted=False))
+    if need_extra_down:
+        grads.append(_extra_gradient(layer, grad_out, act, weighted=True))
+    lora = {
+        "gate_up_A": lambda: _lora_gradient(layer, "gate_up", du1, hidden_states, "A"),
+        "gate_up_B": lambda: _lora_gradient(layer, "gate_up", u1, d_pre, "B"),
+        "down_A": lambda: _lora_gradient(layer, "down", du2, act, "A"),
+        "down_B": lambda: _lora_gradient(layer, "down", u2, grad_out, "B"),
+    }
+    grads += [make() for make, need in zip(lora.values(), need_lora, strict=True) if need]
+    return grads
+
+
+def _layer(topk_weights, perm, inv_perm, segment_offsets, weights: ExpertWeights) -> _Layer:
+    weights = weights.in_compute_dtype()
+    groups, num_base = weights.num_modalities + 1, weights.gate_up_proj.shape[0]
+    rows = perm.numel()
+    tiles = choose_tiles(rows, weights)
+    bounds = torch.cat([segment_offsets[::groups], segment_offsets.new_full((1,), rows)])
+    modality = torch.arange(1, groups, device=perm.device)[:, None]
+    segment = torch.arange(num_base, device=perm.device) * groups + modality
+    segment = segment.flatten()  # pairs (modality, expert), experts of the frozen stack only
+    return _Layer(
+        topk_weights, perm, inv_perm, segment_offsets, weights, tiles,
+        shared.tile_map(bounds[:-1], bounds[1:], rows, tiles.m),
+        shared.tile_map(segment_offsets[segment], segment_offsets[segment + 1], rows, tiles.m),
+    )  # fmt: skip
+
+
+def _rank_blocks(lora_A: Tensor | None) -> dict[str, int]:
+    rank = 0 if lora_A is None else lora_A.shape[2]
+    return {"RANK": rank, "BLOCK_R": max(16, next_power_of_2(rank))}
+
+
+def _shrink(layer: _Layer, left: Tensor, name: str, *, by_token: bool) -> Tensor:
+    """u = left A^T (T*K, r), zeros where there is no adapter; (T*K, 0) without adapters."""
+    lora_A, _, _ = layer.lora(name)
+    if lora_A is None:
+        return left.new_zeros(layer.num_slots, 0)
+    out = left.new_zeros(layer.num_slots, lora_A.shape[2])
+    return _launch_project(layer, left, lora_A, out, by_token, (1, lora_A.shape[3]))
+
+
+def _project(layer: _Layer, left: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
+    """du = left B (T*K, r) in float32, zeros where there is no adapter."""
+    rank = lora_B.shape[3]
+    out = torch.zeros(layer.num_slots, rank, dtype=torch.float32, device=left.device)
+    return _launch_project(layer, left, lora_B, out, by_token, (rank, 1))
+
+
+def _launch_project(
+    layer: _Layer, left: Tensor, matrix: Tensor, out: Tensor, by_token: bool, strides
+) -> Tensor:
+    return shared.project(
+        left, matrix, layer.perm, layer.adapted_tiles, out, strides=strides, top_k=layer.top_k,
+        by_token=by_token, num_base=layer.num_base, experts=matrix.shape[1],
+        block_m=layer.tiles.m, block_k=layer.tiles.k,
+    )  # fmt: skip
+
+
+def _grid(layer: _Layer, width: int, block_n: int) -> tuple[int]:
+    return (layer.expert_tiles.shape[1] * -(-width // block_n),)
+
+
+def _blocks(tiles: Tiles, block_n: int) -> dict[str, int]:
+    return {
+        "BLOCK_M": tiles.m, "BLOCK_N": block_n, "BLOCK_K": tiles.k, "GROUP_M": tiles.group,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+
+
+def _gate_up(layer: _Layer, x: Tensor, u1: Tensor, pre_act: Tensor, act: Tensor, save: bool):
+    hidden, inter = layer.sizes
+    lora_A, lora_B, scaling = layer.lora("gate_up")
+    base, extra, has_extra = layer.stacks("gate_up_proj")
+    if layer.num_slots == 0:
+        return
+    kernels.gate_up_kernel[_grid(layer, inter, layer.tiles.n_gated)](
+        x, base, extra, layer.perm, layer.expert_tiles, layer.segments, u1,
+        base if lora_B is None else lora_B, layer.topk_weights if scaling is None else scaling,
+        pre_act, act, layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts,
+        hidden, inter, TOP_K=layer.top_k, NUM_MODALITIES=layer.weights.num_modalities,
+        HAS_EXTRA=has_extra, SAVE=save, **_rank_blocks(lora_A),
+        **_blocks(layer.tiles, layer.tiles.n_gated),
+    )  # fmt: skip
+
+
+def _product(
+    layer: _Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
+) -> Tensor:
+    """(T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A."""
+    lora_A, lora_B, scaling = layer.lora(name)
+    base, extra, has_extra = layer.stacks(stack)
+    size_n, size_k = base.shape[1:] if transposed else base.shape[:0:-1]
+    strides_w = (1, size_k) if transposed else (size_n, 1)
+    matrix = lora_B if transposed else lora_A
+    blocks = _rank_blocks(lora_A if u is not None else None)
+    strides_v = (1, blocks["RANK"]) if transposed else (size_n, 1)
+    out = left.new_empty(layer.num_slots, size_n)
+    if layer.num_slots:
+        kernels.rows_kernel[_grid(layer, size_n, layer.tiles.n)](
+            left, base, extra, layer.expert_tiles, layer.segments, left if u is None else u,
+            base if matrix is None else matrix,
+            layer.topk_weights if scaling is None else scaling, out,
+            layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts, size_k,
+            size_n, *strides_w, 1 if matrix is None else matrix.shape[1], *strides_v,
+            NUM_MODALITIES=layer.weights.num_modalities, HAS_EXTRA=has_extra, **blocks,
+            **_blocks(layer.tiles, layer.tiles.n),
+        )  # fmt: skip
+    return out
+
+
+def _act_backward(
+    layer: _Layer, grad_out: Tensor, pre_act: Tensor, du2: Tensor | None, *, write_act: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_pre (T*K, 2I), act (T*K, I) or nothing, and <dA', a> (T*K,) in float32, 0 at the tail."""
+    hidden, inter = layer.sizes
+    lora_A, _, scaling = layer.lora("down")
+    base, extra, has_extra = layer.stacks("down_proj")
+    rows = layer.num_slots
+    d_pre = torch.empty_like(pre_act)
+    act = pre_act.new_empty(rows if write_act else 0, inter)
+    parts = -(-inter // layer.tiles.n_gated)
+    dots = torch.zeros(parts, rows, dtype=torch.float32, device=pre_act.device)
+    if rows:
+        kernels.act_backward_kernel[_grid(layer, inter, layer.tiles.n_gated)](
+            grad_out, base, extra, layer.perm, layer.expert_tiles, layer.segments,
+            grad_out if du2 is None else du2, base if lora_A is None else lora_A,
+            layer.topk_weights if scaling is None else scaling, layer.topk_weights, pre_act, d_pre,
+            act, dots, layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts, rows,
+            hidden, inter, 1 if lora_A is None else lora_A.shape[1], TOP_K=layer.top_k,
+            NUM_MODALITIES=layer.weights.num_modalities, HAS_EXTRA=has_extra, WRITE_ACT=write_act,
+            **_rank_blocks(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated),
+        )  # fmt: skip
+    return d_pre, act, dots.sum(0)
+
+
+def _combine(layer: _Layer, rows: Tensor, *, weighted: bool) -> Tensor:
+    """(T, N) sums over each token's rows; zeros for a token without rows."""
+    tokens, width = layer.topk_weights.shape[0], rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    block = min(1024, next_power_of_2(width))
+    if tokens:
+        kernels.combine_kernel[(tokens, -(-width // block))](
+            rows, layer.inv_perm, layer.segments[-1:], layer.topk_weights, out, width,
+            TOP_K=layer.top_k, WEIGHTED=weighted, BLOCK_N=block,
+        )  # fmt: skip
+    return out
+
+
+def _lora_gradient(layer: _Layer, name: str, skinny: Tensor, wide: Tensor, part: str) -> Tensor:
+    """sum of (s w skinny)^T wide over each adapter's rows, in the layout of lora_A or lora_B.
+
+    The routing weight w belongs to the down projection's rows alone.
+    """
+    lora_A, lora_B, scaling = layer.lora(name)
+    experts, modalities = layer.num_base, layer.weights.num_modalities
+    groups = layer.weights.num_modalities + 1
+    modality = torch.arange(1, groups, device=skinny.device)[:, None]
+    segment = (torch.arange(experts, device=skinny.device) * groups + modality).flatten()
+    bounds = torch.stack([layer.segments[segment], layer.segments[segment + 1]])
+    by_token = (name, part) in (("gate_up", "A"), ("down", "B"))
+    grad = shared.outer(
+        skinny, wide, layer.perm, bounds, scaling.repeat_interleave(experts),
+        transposed=part == "B", top_k=layer.top_k,
+        weights=layer.topk_weights if name == "down" else None, right_by_token=by_token,
+    )  # fmt: skip
+    like = lora_A if part == "A" else lora_B
+    grad = grad.view(modalities, experts, *like.shape[2:])
+    return grad.sum(1, keepdim=True) if like.shape[1] != experts else grad
+
+
+def _extra_gradient(layer: _Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
+    """sum of (w left)^T right over each added expert's rows."""
+    groups = layer.weights.num_modalities + 1
+    bounds = layer.segments[::groups][layer.num_base :]
+    by_token = {"left_by_token": weighted, "right_by_token": not weighted}
+    return shared.outer(
+        left, right, layer.perm, torch.stack([bounds[:-1], bounds[1:]]),
+        torch.ones(bounds.numel() - 1, device=left.device), transposed=False, top_k=layer.top_k,
+        weights=layer.topk_weights if weighted else None, **by_token,
+    )  # fmt: skip
