@@ -27,7 +27,8 @@ class _Layer(NamedTuple):
     weights: ExpertWeights  # in the compute dtype
     tiles: Tiles
     expert_tiles: Tensor  # (3, n): experts, then the tail
-    adapted_tiles: Tensor  # (3, n): pairs (modality, expert)
+    adapted: Tensor  # (2, n): first row and end of each pair (modality, expert)
+    adapted_tiles: Tensor  # (3, m): those pairs
 
     @property
     def num_base(self) -> int:
@@ -122,13 +123,13 @@ def backward(
         grads.append(_extra_gradient(layer, d_pre, hidden_states, weighted=False))
     if need_extra_down:
         grads.append(_extra_gradient(layer, grad_out, act, weighted=True))
-    lora = {
-        "gate_up_A": lambda: _lora_gradient(layer, "gate_up", du1, hidden_states, "A"),
-        "gate_up_B": lambda: _lora_gradient(layer, "gate_up", u1, d_pre, "B"),
-        "down_A": lambda: _lora_gradient(layer, "down", du2, act, "A"),
-        "down_B": lambda: _lora_gradient(layer, "down", u2, grad_out, "B"),
-    }
-    grads += [make() for make, need in zip(lora.values(), need_lora, strict=True) if need]
+    lora = (
+        lambda: _lora_gradient(layer, "gate_up", du1, hidden_states, "A"),
+        lambda: _lora_gradient(layer, "gate_up", u1, d_pre, "B"),
+        lambda: _lora_gradient(layer, "down", du2, act, "A"),
+        lambda: _lora_gradient(layer, "down", u2, grad_out, "B"),
+    )
+    grads += [make() for make, need in zip(lora, need_lora, strict=True) if need]
     return grads
 
 
@@ -139,12 +140,12 @@ def _layer(topk_weights, perm, inv_perm, segment_offsets, weights: ExpertWeights
     tiles = choose_tiles(rows, weights)
     bounds = torch.cat([segment_offsets[::groups], segment_offsets.new_full((1,), rows)])
     modality = torch.arange(1, groups, device=perm.device)[:, None]
-    segment = torch.arange(num_base, device=perm.device) * groups + modality
-    segment = segment.flatten()  # pairs (modality, expert), experts of the frozen stack only
+    segment = (torch.arange(num_base, device=perm.device) * groups + modality).flatten()
+    adapted = torch.stack([segment_offsets[segment], segment_offsets[segment + 1]])
     return _Layer(
         topk_weights, perm, inv_perm, segment_offsets, weights, tiles,
         shared.tile_map(bounds[:-1], bounds[1:], rows, tiles.m),
-        shared.tile_map(segment_offsets[segment], segment_offsets[segment + 1], rows, tiles.m),
+        adapted, shared.tile_map(*adapted, rows, tiles.m),
     )  # fmt: skip
 
 
@@ -276,13 +277,9 @@ def _lora_gradient(layer: _Layer, name: str, skinny: Tensor, wide: Tensor, part:
     """
     lora_A, lora_B, scaling = layer.lora(name)
     experts, modalities = layer.num_base, layer.weights.num_modalities
-    groups = layer.weights.num_modalities + 1
-    modality = torch.arange(1, groups, device=skinny.device)[:, None]
-    segment = (torch.arange(experts, device=skinny.device) * groups + modality).flatten()
-    bounds = torch.stack([layer.segments[segment], layer.segments[segment + 1]])
     by_token = (name, part) in (("gate_up", "A"), ("down", "B"))
     grad = shared.outer(
-        skinny, wide, layer.perm, bounds, scaling.repeat_interleave(experts),
+        skinny, wide, layer.perm, layer.adapted, scaling.repeat_interleave(experts),
         transposed=part == "B", top_k=layer.top_k,
         weights=layer.topk_weights if name == "down" else None, right_by_token=by_token,
     )  # fmt: skip
