@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By the average number of rows of an expert, from this number on. The wide tiles are the widest
-# that compile without a spill for sm_80, sm_90 and sm_100; few rows want many small programs.
+# By the average number of rows of an expert, from this number on. Chosen by what the compiler made
+# of them (`make check-gpu-code`), not yet by a GPU; few rows want many small programs.
 HALF = ((64, Tiles(128, 128, 64, 64, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4)))
 FLOAT32 = ((64, Tiles(64, 64, 32, 32, 8, 4, 3)), (0, Tiles(16, 64, 32, 32, 8, 4, 3)))
 
