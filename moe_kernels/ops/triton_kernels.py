@@ -5,15 +5,15 @@ of one group, taken from a map (3, num_tiles) of group, first row and end; a til
 returns at once, so the host need not know the counts.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels import backends
+
 # Triton decides when a kernel is decorated, that is when this module is imported.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = backends.triton_is_interpreted()
 ROWS_OF_OUTER = 32  # summed between two visits to the accumulator
 
 
