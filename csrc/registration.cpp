@@ -1,7 +1,6 @@
 // The one place where op schemas are written, and the Python module moe_kernels._C: facts about this
 // build and this CPU, and the switch that fills new memory with NaN, with the means to test it.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -62,25 +61,6 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("moe_mlp_backward", &moe_kernels::cpu::moe_mlp_backward);
   m.impl("lora_linear_forward", &moe_kernels::cpu::lora_linear_forward);
   m.impl("lora_linear_backward", &moe_kernels::cpu::lora_linear_backward);
-}
-
-namespace {
-
-// The output alone matters to who asks for shapes; the remaining arguments are those of the op.
-template <typename... Others>
-at::Tensor moe_mlp_inference_meta(const at::Tensor& hidden_states, const at::Tensor&,
-                                  const at::Tensor&, const at::Tensor& gate_up_proj,
-                                  const at::Tensor&, const Others&...) {
-  return at::empty_symint(hidden_states.sym_sizes(), gate_up_proj.options());
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(moe_kernels_native, Meta, m) {
-  using Optional = std::optional<at::Tensor>;
-  m.impl("moe_mlp_inference",
-         &moe_mlp_inference_meta<Optional, Optional, Optional, Optional, Optional, Optional,
-                                 Optional, Optional, Optional>);
 }
 
 namespace {

@@ -18,19 +18,27 @@ _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
 _NO_KERNELS = "this version has no {} kernels yet"
 
+# Found once: a search of the path at every call would cost more than a small layer.
+_HAS_TRITON = find_spec("triton") is not None
+
 
 def available() -> dict[str, str | None]:
     """Every backend's name -> None where it works on this machine, else the reason why not."""
-    return {
-        "reference": None,
-        "cpu": _native.why_not(),
-        "triton": _why_no_triton(),
-        "cuda": _NO_KERNELS.format("CUDA"),
-    }
+    return {name: _why_not(name) for name in NAMES}
+
+
+def _why_not(name: str) -> str | None:
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return _native.why_not()
+    if name == "triton":
+        return _why_no_triton()
+    return _NO_KERNELS.format("CUDA")
 
 
 def _why_no_triton() -> str | None:
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     if triton_is_interpreted() or torch.cuda.is_available():
         return None
@@ -56,14 +64,13 @@ def select(backend: str | None, device: torch.device) -> str:
             in the message.
     """
     backend = backend or env.backend()
-    reasons = available()
     if backend is None:
         order = _ORDER.get(device.type, ("reference",))
-        return next(name for name in order if reasons[name] is None)
+        return next(name for name in order if _why_not(name) is None)
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(NAMES)}")
-    if reasons[backend] is not None:
-        raise RuntimeError(f"backend {backend!r} is not available: {reasons[backend]}")
+    if reason := _why_not(backend):
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' needs tensors on the CPU, got {device}")
     if backend == "triton" and device.type != "cuda" and not triton_is_interpreted():

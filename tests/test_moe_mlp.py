@@ -116,6 +116,7 @@ def test_opcheck_of_the_native_op_where_nothing_trains(variant):
             _native.ops().moe_mlp_inference.default,
             (hidden_states, *inputs[1:6], inputs.extra_gate_up_proj, inputs.extra_down_proj)
             + tuple(loras),
+            test_utils=("test_schema",),
         )
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.ops import checks
-from moe_kernels.ops.lora_linear import autograd  # noqa: F401  (registers the ops)
+from moe_kernels.ops.lora_linear import autograd
 from moe_kernels.ops.lora_weights import LoraWeights, check_linear_lora
 
 _FROZEN = "the base layer is frozen and gets no gradient"
@@ -70,5 +70,5 @@ def lora_linear(
     if modality_ids is not None:
         modality_ids = modality_ids.reshape(-1).long()
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora[:2]))
-    out, *_ = torch.ops.moe_kernels.lora_linear(x, weight, bias, modality_ids, *lora, save, backend)
+    out = autograd.run(x, weight, bias, modality_ids, *lora, save, backend)
     return out.view(*leading, weight.shape[0]).to(hidden_states.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
 from moe_kernels.ops.dtypes import without_autocast
-from moe_kernels.ops.gradients import place
+from moe_kernels.ops.gradients import is_plain, place, plain_function
 from moe_kernels.ops.lora_linear import native_impl, reference
 
 
@@ -24,8 +24,7 @@ def _implementation(backend: str) -> ModuleType:
     return {"reference": reference, "cpu": native_impl}[backend]
 
 
-@torch.library.custom_op("moe_kernels::lora_linear", mutates_args=())
-def lora_linear_op(
+def _lora_linear(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -59,6 +58,9 @@ def lora_linear_op(
     return out, u, perm, segment_offsets
 
 
+lora_linear_op = torch.library.custom_op("moe_kernels::lora_linear", _lora_linear, mutates_args=())
+
+
 @lora_linear_op.register_fake
 def _(
     hidden_states,
@@ -80,8 +82,7 @@ def _(
     )
 
 
-@torch.library.custom_op("moe_kernels::lora_linear_backward", mutates_args=())
-def lora_linear_backward_op(
+def _lora_linear_backward(
     grad_out: Tensor,
     hidden_states: Tensor,
     weight: Tensor,
@@ -112,6 +113,11 @@ def lora_linear_backward_op(
         )
     grads = [grad.to(lora_A.dtype) for grad in params]
     return [grad_hidden, *grads] if needs[0] else grads
+
+
+lora_linear_backward_op = torch.library.custom_op(
+    "moe_kernels::lora_linear_backward", _lora_linear_backward, mutates_args=()
+)
 
 
 @lora_linear_backward_op.register_fake
@@ -154,10 +160,23 @@ def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * _NUM_ARGS
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    needed = torch.ops.moe_kernels.lora_linear_backward(
-        grad_out, *ctx.saved_tensors, needs, ctx.backend
-    )
+    saved = ctx.saved_tensors
+    # With a graph of the backward pass the op must be seen, to say that it has no derivative.
+    plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
+    compute = _lora_linear_backward if plain else torch.ops.moe_kernels.lora_linear_backward
+    needed = compute(grad_out, *saved, needs, ctx.backend)
     return place(needed, _DIFFERENTIABLE, needs, _NUM_ARGS)
 
 
 lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+_plain = plain_function(_lora_linear, _setup_context, _backward)
+
+
+def run(*arguments) -> Tensor:
+    """The op's first output; by the short way where the tensors are plain."""
+    *tensors, save_for_backward, _ = arguments
+    if not is_plain(*tensors):
+        return torch.ops.moe_kernels.lora_linear(*arguments)[0]
+    if save_for_backward:
+        return _plain.apply(*arguments)[0]
+    return _lora_linear(*arguments)[0]

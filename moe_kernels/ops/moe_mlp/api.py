@@ -7,10 +7,7 @@ from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dispatch.api import check_modality_ids
 from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
-from moe_kernels.ops.moe_mlp import (
-    autograd,  # noqa: F401  (registers the ops)
-    native_impl,
-)
+from moe_kernels.ops.moe_mlp import autograd
 
 _FROZEN = "the experts of the base are frozen and get no gradient"
 
@@ -96,13 +93,10 @@ def moe_mlp(
         *down_lora,
     )
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    arguments = (
+    out = autograd.run(
         inputs[0], topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *inputs[2:],
+        save, backend,
     )  # fmt: skip
-    if backend == "cpu" and not save and not torch.compiler.is_compiling():
-        out = native_impl.inference(*arguments)
-    else:
-        out, *_ = torch.ops.moe_kernels.moe_mlp(*arguments, save, backend)
     return out.to(hidden_states.dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
 from moe_kernels.ops.dtypes import without_autocast
-from moe_kernels.ops.gradients import place
+from moe_kernels.ops.gradients import is_plain, place, plain_function
 from moe_kernels.ops.moe_mlp import native_impl, reference
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 
@@ -24,8 +24,7 @@ def _implementation(backend: str) -> ModuleType:
     return {"reference": reference, "cpu": native_impl}[backend]
 
 
-@torch.library.custom_op("moe_kernels::moe_mlp", mutates_args=())
-def moe_mlp_op(
+def _moe_mlp(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -67,6 +66,9 @@ def moe_mlp_op(
     return *results, perm, inv_perm, segment_offsets
 
 
+moe_mlp_op = torch.library.custom_op("moe_kernels::moe_mlp", _moe_mlp, mutates_args=())
+
+
 @moe_mlp_op.register_fake
 def _(
     hidden_states,
@@ -104,8 +106,7 @@ def _(
     )
 
 
-@torch.library.custom_op("moe_kernels::moe_mlp_backward", mutates_args=())
-def moe_mlp_backward_op(
+def _moe_mlp_backward(
     grad_out: Tensor,
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -155,6 +156,11 @@ def moe_mlp_backward_op(
             grads, _needed(hidden_states, topk_weights, weights, needs), strict=True
         )
     ]
+
+
+moe_mlp_backward_op = torch.library.custom_op(
+    "moe_kernels::moe_mlp_backward", _moe_mlp_backward, mutates_args=()
+)
 
 
 @moe_mlp_backward_op.register_fake
@@ -216,10 +222,25 @@ def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * _NUM_ARGS
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    needed = torch.ops.moe_kernels.moe_mlp_backward(
-        grad_out, *ctx.saved_tensors, needs, ctx.backend
-    )
+    saved = ctx.saved_tensors
+    # With a graph of the backward pass the op must be seen, to say that it has no derivative.
+    plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
+    compute = _moe_mlp_backward if plain else torch.ops.moe_kernels.moe_mlp_backward
+    needed = compute(grad_out, *saved, needs, ctx.backend)
     return place(needed, _DIFFERENTIABLE, needs, _NUM_ARGS)
 
 
 moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+_plain = plain_function(_moe_mlp, _setup_context, _backward)
+
+
+def run(*arguments) -> Tensor:
+    """The op's first output; by the short way where the tensors are plain."""
+    *tensors, save_for_backward, backend = arguments
+    if not is_plain(*tensors):
+        return torch.ops.moe_kernels.moe_mlp(*arguments)[0]
+    if save_for_backward:
+        return _plain.apply(*arguments)[0]
+    if backend == "cpu":
+        return native_impl.inference(*tensors)
+    return _moe_mlp(*arguments)[0]
