@@ -20,7 +20,7 @@ from _cli import add_rotation, finish, make_parser, options_of, progress
 from _providers import HF_TRAINING
 from _runs import Options, compare, fastest, run_decode, run_training
 from _timing import Statistics
-from tables import bars_table, case_title
+from tables import MODES, bars_table, case_title
 
 from moe_kernels import backends
 from moe_kernels.testing import SHAPES
@@ -192,7 +192,7 @@ def _training_bars(record: Mapping, backend: str) -> Iterator[Bar]:
             3, "speed over PEFT on grouped_mm", case, compare(record, PEFT, mine, "both"),
             FASTER_THAN_PEFT, at_least=True,
         )  # fmt: skip
-    for mode in ("forward", "backward", "both"):
+    for mode in MODES:
         yield Bar(
             4, f"adapters at half image over our base, {mode}", case,
             compare(record, mine, base, mode), ADAPTERS,
@@ -255,7 +255,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         "--models", nargs="+", choices=bench_training_step.MODELS, default=["demo", "olmoe"]
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="measure a part only")
-    parser.set_defaults(max_seconds=3.0)
+    parser.set_defaults(max_seconds=2.5)
     given = parser.parse_args(arguments)
     if given.only and not given.output:
         given.output = Path("out/bench") / f"{NAME}-{given.device}.json"

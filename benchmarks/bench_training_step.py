@@ -4,28 +4,31 @@
 
 A step is forward, backward and AdamW on the same batch. Both models have the same weights, and
 adapters of the same values on the experts and on q, k, v and o. PEFT cannot mask, so it adapts all
-tokens; it runs on transformers' "grouped_mm".
+tokens; it runs on transformers' "grouped_mm". Two more steps say what there is to win: "rest", the
+model without experts and adapters, whose embeddings are trained, and "bound", the same with the
+GEMMs of the frozen experts.
 """
 
 import copy
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from _cases import DTYPES
+from _bounds import ExpertGemms
+from _cases import DTYPES, Case, make_problem
 from _cli import finish, make_parser, options_of, progress
 from _runs import Options
 from _timing import now
 from peft import LoraConfig, PeftModel, get_peft_model
 from tables import steps_table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
 from moe_kernels.models.peft_format import load_peft_adapter
-from moe_kernels.testing import relative_rms
+from moe_kernels.testing import Shape, relative_rms
 
 NAME = "training_step"
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -56,6 +59,15 @@ class Settings:
     def tokens(self) -> int:
         return self.batch * self.length
 
+    @property
+    def experts_case(self) -> Case:
+        """One layer's experts."""
+        shape = Shape(
+            self.tokens, self.experts_per_token, self.experts, self.hidden_size,
+            self.intermediate_size, self.r,
+        )  # fmt: skip
+        return Case(self.name, shape, self.dtype)
+
 
 MODELS = {
     # The model of python/demo.py and its batches: a caption, then 49 codes and two delimiters.
@@ -84,6 +96,8 @@ def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0
             theirs, [p for p in theirs.parameters() if p.requires_grad], device,
             input_ids=ids, labels=ids,
         ),
+        "rest": _step_without_experts(settings, None, device, ids),
+        "bound": _step_without_experts(settings, _gemms(settings, device), device, ids),
     }  # fmt: skip
     for step in steps.values():
         step()  # the optimizer makes its state
@@ -147,8 +161,49 @@ def _error(ours: PatchedModel, theirs: PeftModel, ids: Tensor, settings: Setting
     return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"
 
 
+class _BareGemms(torch.autograd.Function):
+    """Returns its input, and its gradient, after the GEMMs of a layer's experts, if any."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, gemms: ExpertGemms | None) -> Tensor:
+        ctx.gemms = gemms
+        if gemms:
+            gemms.forward()
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.gemms:
+            ctx.gemms.backward()
+        return grad, None
+
+
+class _NoExperts(nn.Module):
+    def __init__(self, gemms: ExpertGemms | None):
+        super().__init__()
+        self.gemms = gemms
+
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        return _BareGemms.apply(hidden_states, self.gemms)
+
+
+def _gemms(settings: Settings, device: str) -> ExpertGemms:
+    return ExpertGemms(make_problem(replace(settings.experts_case, device=device)))
+
+
+def _step_without_experts(
+    settings: Settings, gemms: ExpertGemms | None, device: str, ids: Tensor
+) -> Callable[[], dict[str, float]]:
+    """A step of a frozen model, whose experts are ``gemms``, to its embeddings of a batch."""
+    model = _make_model(replace(settings, intermediate_size=1)).to(device).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.experts = _NoExperts(gemms)
+    embedded = model.get_input_embeddings()(ids).requires_grad_()
+    return _step(model, [embedded], device, inputs_embeds=embedded, labels=ids)
+
+
 def _step(
-    model: torch.nn.Module, parameters: list[Tensor], device: str, **batch: Tensor
+    model: nn.Module, parameters: list[Tensor], device: str, **batch: Tensor
 ) -> Callable[[], dict[str, float]]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 

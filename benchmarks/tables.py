@@ -15,6 +15,7 @@ from _timing import Statistics
 
 PAGES = (_record.ROOT / "README.md", _record.ROOT / "docs/results/cpu.md")
 RESULTS = "bars-cpu.json"  # what their tables are made from
+MODES = ("forward", "backward", "both")
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -216,12 +217,24 @@ def _overhead(results: Mapping) -> str:
             f"{record['case']['image_share']:.0%}", str(record["case"]["r"]),
             *(
                 interval(compare(record, *overhead_pair(record), mode))
-                for mode in ("forward", "backward", "both")
+                for mode in MODES
             ),
         )
         for record in results["overhead"]
     ]  # fmt: skip
-    return markdown(("image rows", "rank", "forward", "backward", "both"), rows)
+    return markdown(("image rows", "rank", *MODES), rows)
+
+
+def _adapters(results: Mapping) -> str:
+    """With adapters over ours without, in every training case."""
+    rows = []
+    for record in results["training"]:
+        base, name = _base(record), case_title(record["case"])
+        for kind, rows_of in (("ours:", "half image"), ("ours_text:", "no image")):
+            mine = base.replace("ours_base:", kind)
+            times = (compare(record, mine, base, mode) for mode in MODES)
+            rows.append((name, rows_of, *(interval(time) for time in times)))
+    return markdown(("case", "rows", *MODES), rows)
 
 
 def _floors(results: Mapping) -> str:
@@ -281,6 +294,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "training": _training,
     "decode": _decode,
     "overhead": _overhead,
+    "adapters": _adapters,
     "floors": _floors,
     "decode_gap": _decode_gap,
     "steps": lambda results: steps_table(results["steps"]),
