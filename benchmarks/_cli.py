@@ -24,7 +24,7 @@ def make_parser(description: str, name: str, *, dtypes: bool = True) -> argparse
     parser.add_argument("--rounds", type=int, default=10, help="at most (default %(default)s)")
     parser.add_argument(
         "--max-seconds", type=float, default=10.0, metavar="S",
-        help="for the rounds of a case after the first 3 (default %(default)s)",
+        help="for the rounds of a case after the first few (default %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

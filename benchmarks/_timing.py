@@ -40,9 +40,12 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Statistic
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:
-    """Every name once, rotated by one more in each round."""
+    """Every name once, rotated by one more in each round and every other round backwards, so that
+    no name always follows the same one.
+    """
     start = round_index % len(names)
-    return [*names[start:], *names[:start]]
+    rotated = [*names[start:], *names[:start]]
+    return rotated[::-1] if round_index % 2 else rotated
 
 
 def measure(

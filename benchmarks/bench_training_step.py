@@ -2,11 +2,11 @@
 
     python benchmarks/bench_training_step.py --model demo olmoe
 
-A step is forward, backward and AdamW on the same batch. Both models have the same weights, and
-adapters of the same values on the experts and on q, k, v and o. PEFT cannot mask, so it adapts all
-tokens; it runs on transformers' "grouped_mm". Two more steps say what there is to win: "rest", the
-model without experts and adapters, whose embeddings are trained, and "bound", the same with the
-GEMMs of the frozen experts.
+A step is forward, backward and AdamW on the same batch. Ours and PEFT's models have the same
+weights, and adapters of the same values on the experts and on q, k, v and o. PEFT cannot mask, so
+it adapts all tokens; it runs on transformers' "grouped_mm". Two more steps estimate what there is
+to win: "rest", the model without experts and adapters, and "bound", the same with the GEMMs of the
+frozen experts as torch.mm computes them, on balanced routing.
 """
 
 import copy
@@ -96,7 +96,7 @@ def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0
             theirs, [p for p in theirs.parameters() if p.requires_grad], device,
             input_ids=ids, labels=ids,
         ),
-        "rest": _step_without_experts(settings, None, device, ids),
+        "rest": _step_without_experts(settings, [None] * settings.layers, device, ids),
         "bound": _step_without_experts(settings, _gemms(settings, device), device, ids),
     }  # fmt: skip
     for step in steps.values():
@@ -162,20 +162,25 @@ def _error(ours: PatchedModel, theirs: PeftModel, ids: Tensor, settings: Setting
 
 
 class _BareGemms(torch.autograd.Function):
-    """Returns its input, and its gradient, after the GEMMs of a layer's experts, if any."""
+    """Returns its input, and its gradient, after the GEMMs of a layer's experts, if any.
+
+    The routing weights take a gradient of zeros, so that the router's backward runs.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, gemms: ExpertGemms | None) -> Tensor:
-        ctx.gemms = gemms
+    def forward(
+        ctx, hidden_states: Tensor, routing_weights: Tensor, gemms: ExpertGemms | None
+    ) -> Tensor:
+        ctx.gemms, ctx.shape = gemms, routing_weights.shape
         if gemms:
             gemms.forward()
         return hidden_states.view_as(hidden_states)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         if ctx.gemms:
             ctx.gemms.backward()
-        return grad, None
+        return grad, grad.new_zeros(ctx.shape), None
 
 
 class _NoExperts(nn.Module):
@@ -183,23 +188,28 @@ class _NoExperts(nn.Module):
         super().__init__()
         self.gemms = gemms
 
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-        return _BareGemms.apply(hidden_states, self.gemms)
+    def forward(self, hidden_states: Tensor, routes: Tensor, weights: Tensor) -> Tensor:
+        return _BareGemms.apply(hidden_states, weights, self.gemms)
 
 
-def _gemms(settings: Settings, device: str) -> ExpertGemms:
-    return ExpertGemms(make_problem(replace(settings.experts_case, device=device)))
+def _gemms(settings: Settings, device: str) -> list[ExpertGemms]:
+    """Those of every layer, on weights of its own."""
+    case = replace(settings.experts_case, device=device)
+    return [ExpertGemms(make_problem(case, layer)) for layer in range(settings.layers)]
 
 
 def _step_without_experts(
-    settings: Settings, gemms: ExpertGemms | None, device: str, ids: Tensor
+    settings: Settings, gemms: list[ExpertGemms | None], device: str, ids: Tensor
 ) -> Callable[[], dict[str, float]]:
-    """A step of a frozen model, whose experts are ``gemms``, to its embeddings of a batch."""
+    """A step of a frozen model, whose experts are ``gemms``. Its backward goes as far as that of
+    adapters on attention: the norms of the first layer's q and k train.
+    """
     model = _make_model(replace(settings, intermediate_size=1)).to(device).requires_grad_(False)
-    for layer in model.model.layers:
-        layer.mlp.experts = _NoExperts(gemms)
-    embedded = model.get_input_embeddings()(ids).requires_grad_()
-    return _step(model, [embedded], device, inputs_embeds=embedded, labels=ids)
+    for layer, bare in zip(model.model.layers, gemms, strict=True):
+        layer.mlp.experts = _NoExperts(bare)
+    attention = model.model.layers[0].self_attn
+    norms = [attention.q_norm.weight.requires_grad_(), attention.k_norm.weight.requires_grad_()]
+    return _step(model, norms, device, input_ids=ids, labels=ids)
 
 
 def _step(

@@ -15,6 +15,7 @@ from _timing import Statistics
 
 PAGES = (_record.ROOT / "README.md", _record.ROOT / "docs/results/cpu.md")
 RESULTS = "bars-cpu.json"  # what their tables are made from
+AGAIN = "bars-cpu-again.json"  # a second run of the same sources
 MODES = ("forward", "backward", "both")
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -139,17 +140,42 @@ def bars_table(bars: Sequence[Mapping]) -> str:
 
 def _bars_summary(results: Mapping) -> str:
     """Each bar once: the case that is furthest from it."""
-    groups: dict[tuple, list[Mapping]] = {}
-    for bar in results["bars"]:
-        groups.setdefault((bar["number"], bar["what"], _limit(bar)), []).append(bar)
     rows = []
-    for (number, what, limit), members in groups.items():
-        known = [bar for bar in members if bar["measured"]]
-        met = sum(bar["met"] is True for bar in members)
-        worst = max(known, key=_distance) if known else members[0]
-        value = interval(_statistics(worst)) if known else worst["note"]
-        rows.append((f"{number}. {what}", limit, value, worst["case"], f"{met} of {len(members)}"))
+    for (number, what, limit), members in _grouped(results["bars"]).items():
+        worst, met = _worst(members)
+        value = interval(_statistics(worst)) if worst["measured"] else worst["note"]
+        rows.append((f"{number}. {what}", limit, value, worst["case"], met))
     return markdown(("bar", "wanted", "worst measured (20-80 %)", "where", "met"), rows)
+
+
+def _bars_twice(results: Mapping) -> str:
+    """Each bar in the two runs: the worst case, and how many cases met it."""
+    again = _record.read(_record.RESULTS / AGAIN)
+    if again["environment"]["source_hash"] != results["environment"]["source_hash"]:
+        return f"The runs have different sources: make {AGAIN} again.\n"
+    second = _grouped(again["bars"])
+    rows = []
+    for key, members in _grouped(results["bars"]).items():
+        cells = []
+        for worst, met in (_worst(members), _worst(second[key])):
+            cells += [interval(_statistics(worst)) or worst["note"], met]
+        rows.append((f"{key[0]}. {key[1]}", key[2], *cells))
+    return markdown(("bar", "wanted", "worst, first run", "met", "worst, second run", "met"), rows)
+
+
+def _grouped(bars: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:
+    """The cases of each bar, by its number, name and limit."""
+    groups: dict[tuple, list[Mapping]] = {}
+    for bar in bars:
+        groups.setdefault((bar["number"], bar["what"], _limit(bar)), []).append(bar)
+    return groups
+
+
+def _worst(members: Sequence[Mapping]) -> tuple[Mapping, str]:
+    """The case that is furthest from the bar, and how many met it."""
+    known = [bar for bar in members if bar["measured"]]
+    met = sum(bar["met"] is True for bar in members)
+    return max(known, key=_distance) if known else members[0], f"{met} of {len(members)}"
 
 
 def _distance(bar: Mapping) -> float:
@@ -249,13 +275,16 @@ def _floors(results: Mapping) -> str:
                 interval(rival and compare(record, rival, "bound", "both")), rival or "",
             )
         )  # fmt: skip
-    header = ("case", "GEMMs, ms", "ours over them", "transformers over them", "its best")
+    header = (
+        "case", "GEMMs, ms", "ours without adapters over them", "transformers over them",
+        "its best",
+    )  # fmt: skip
     return markdown(header, rows)
 
 
 def _decode_gap(results: Mapping) -> str:
-    """What a call without adapters takes beyond one reading of its weights, and what its arithmetic
-    takes at the rate of the GEMMs of training.
+    """What a call takes beside one reading of the base's weights, and what its arithmetic takes at
+    the rate of the GEMMs of training.
     """
     rates = {
         (case["shape"], case["dtype"]): record["flops"]["both"] / bound.median
@@ -265,21 +294,29 @@ def _decode_gap(results: Mapping) -> str:
     }
     rows = []
     for record in results["decode"]:
-        times = [time_of(record, name, "decode") for name in ("read", _base(record))]
+        base, case = _base(record), record["case"]
+        kinds = [
+            "read",
+            base,
+            *(base.replace("ours_base:", kind) for kind in ("ours_text:", "ours:")),
+        ]
+        times = [time_of(record, name, "decode") for name in kinds]
         if not all(times):
             continue
-        read, ours = (time.median * 1e3 for time in times)
-        case = record["case"]
+        read = times[0].median
         rate = rates.get((case["shape"], case["dtype"]))
         arithmetic = f"{record['flops']['decode'] / rate * 1e3:.3g}" if rate else ""
         rows.append(
             (
-                f"{case_title(case)} T={case['T']}", f"{read:.3g}",
-                f"{record['bytes']['decode'] / read / 1e6:.0f}", arithmetic, f"{ours:.3g}",
-                f"{ours - read:.2f}",
+                f"{case_title(case)} T={case['T']}", f"{read * 1e3:.3g}",
+                f"{record['bytes']['decode'] / read / 1e9:.0f}", arithmetic,
+                *(f"{time.median * 1e3:.3g}" for time in times[1:]),
             )
         )  # fmt: skip
-    header = ("case", "reading, ms", "GB/s", "arithmetic, ms", "ours, ms", "beyond reading, ms")
+    header = (
+        "case", "reading, ms", "GB/s", "arithmetic, ms", "no adapters, ms", "no image, ms",
+        "half image, ms",
+    )  # fmt: skip
     return markdown(header, rows)
 
 
@@ -307,6 +344,7 @@ def _machine(results: Mapping) -> str:
 BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "machine": _machine,
     "bars": _bars_summary,
+    "bars_twice": _bars_twice,
     "training": _training,
     "decode": _decode,
     "overhead": _overhead,

@@ -28,13 +28,17 @@ def available() -> dict[str, str | None]:
 
 
 def _why_not(name: str) -> str | None:
-    if name == "reference":
-        return None
+    """Of a name in :data:`NAMES`."""
     if name == "cpu":
         return _native.why_not()
     if name == "triton":
         return _why_no_triton()
-    return _NO_KERNELS.format("CUDA")
+    return _NO_KERNELS.format("CUDA") if name == "cuda" else None
+
+
+# A compiled program takes the answer as it was, and could not find it out itself. This is all
+# that torch.compiler.assume_constant_result does, after it has imported the compiler: for seconds.
+_why_not._dynamo_marked_constant = True
 
 
 def _why_no_triton() -> str | None:

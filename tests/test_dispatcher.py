@@ -1,10 +1,11 @@
 """The registered ops are seen by what looks for them; plain tensors go around the dispatcher."""
 
+import threading
 from functools import partial
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -20,78 +21,172 @@ pytestmark = [
 
 
 class Calls(TorchDispatchMode):
-    """Keeps the names of this package's ops that pass the dispatcher."""
+    """Keeps the names of the registered ops that pass the dispatcher."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace.startswith("moe_kernels"):
-            self.names.append(func._schema.name)
+        if func.namespace == "moe_kernels":
+            self.names.append(func._schema.name.removeprefix("moe_kernels::"))
         return func(*args, **(kwargs or {}))
 
 
+class Subclass(torch.Tensor):
+    """Of no use but to be another class."""
+
+
 def make(op, backend):
-    """A function of hidden states (T, H), and these, with adapters that train."""
+    """A function of hidden states (T, H), these, and the adapters that it trains."""
+    generator = torch.Generator().manual_seed(1)
     inputs = make_moe_inputs(SHAPES["tiny"], seed=3).to(torch.float32)
     x = inputs.hidden_states.requires_grad_()
     if op == "moe_mlp":
         rest, keywords = inputs.requires_grad_()[1:5], inputs.keywords()
-        return lambda x: ops.moe_mlp(x, *rest, **keywords, backend=backend), x
+        adapters = [*inputs.gate_up_lora[:2], *inputs.down_lora[:2]]
+        return lambda x: ops.moe_mlp(x, *rest, **keywords, backend=backend), x, adapters
     hidden = x.shape[1]
-    lora = LoraWeights(
-        torch.randn(2, 3, hidden, requires_grad=True),
-        torch.randn(2, hidden, 3, requires_grad=True),
-        torch.ones(2),
+    weight, a, b = (
+        torch.randn(size, generator=generator)
+        for size in ((hidden, hidden), (2, 3, hidden), (2, hidden, 3))
     )
-    return partial(
-        ops.lora_linear, weight=torch.randn(hidden, hidden), bias=None, lora=lora,
-        modality_ids=inputs.modality_ids, backend=backend,
-    ), x  # fmt: skip
+    lora = LoraWeights(a.requires_grad_(), b.requires_grad_(), torch.ones(2))
+    function = partial(
+        ops.lora_linear, weight=weight, bias=None, lora=lora, modality_ids=inputs.modality_ids,
+        backend=backend,
+    )  # fmt: skip
+    return function, x, [a, b]
 
 
-def gradient(function, x):
+def results(function, x, adapters):
+    """The output and every gradient."""
     out = function(x)
-    return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+    return out.detach(), *torch.autograd.grad(out.square().sum(), [x, *adapters])
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_plain_tensors_go_around(op, backend):
+    function, x, _ = make(op, backend)
+    name = {"moe_mlp": "MoeMlpBackward", "lora_linear": "LoraLinearBackward"}[op]
+    node = function(x).grad_fn
+    while name != type(node).__name__:  # a view or a cast may follow the op
+        node = node.next_functions[0][0]
 
 
 def test_a_mode_sees_the_ops_and_the_bits_are_the_same(op, backend):
-    function, x = make(op, backend)
-    plain = gradient(function, x)
+    function, x, adapters = make(op, backend)
+    plain = results(function, x, adapters)
+    with torch.no_grad():
+        assert torch.equal(function(x), plain[0])
     with Calls() as calls:
-        seen = gradient(function, x)
-    assert [name for name in calls.names if name.startswith("moe_kernels::")] == [
-        f"moe_kernels::{op}", f"moe_kernels::{op}_backward",
-    ]  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
+        assert same(results(function, x, adapters), plain)
+    assert calls.names == [op, f"{op}_backward"]
+    with Calls() as calls, torch.no_grad():
+        assert torch.equal(function(x), plain[0])
+    assert calls.names == [op]
+
+
+def test_a_mode_of_another_thread_does_not_matter(op, backend):
+    """One thread's mode ends while another's is on."""
+    function, x, _ = make(op, backend)
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with Calls():
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with Calls() as calls:
+        left.set()
+        thread.join()
+        function(x)
+    assert calls.names == [op]
 
 
 def test_selective_checkpointing_can_keep_the_output(op, backend):
     """The op named in the list is not computed again for the backward pass."""
-    function, x = make(op, backend)
-    expected = gradient(function, x)
+    function, x, adapters = make(op, backend)
+    expected = results(function, x, adapters)
     forward = getattr(torch.ops.moe_kernels, op).default
-    counts = []
-    for kept in ([forward], [torch.ops.aten.sin.default]):
+    for kept, computed_again in ([forward], 0), ([torch.ops.aten.sin.default], 1):
         context = partial(create_selective_checkpoint_contexts, kept)
         out = checkpoint(function, x, use_reentrant=False, context_fn=context)
         with Calls() as calls:
-            actual = torch.autograd.grad(out.square().sum(), x)[0]
-        counts.append(calls.names.count(f"moe_kernels::{op}"))
-        assert torch.equal(actual, expected[1])
-    assert counts == [0, 1]
+            grads = torch.autograd.grad(out.square().sum(), [x, *adapters])
+        assert calls.names.count(op) == computed_again
+        assert same((out, *grads), expected)
 
 
-def test_fake_tensors_have_shapes_and_dtypes(op, backend):
-    function, x = make(op, backend)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        out = function(mode.from_tensor(x))
-    assert (out.shape, out.dtype) == (x.shape, x.dtype) and type(out) is not torch.Tensor
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors_have_shapes_and_dtypes(op, backend, inside):
+    function, x, _ = make(op, backend)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor(x)
+    if inside:
+        with mode:
+            out = function(fake)
+    else:
+        out = function(fake)
+    assert isinstance(out, FakeTensor) and (out.shape, out.dtype) == (x.shape, x.dtype)
+
+
+def test_subclasses_go_through_the_dispatcher(op, backend, monkeypatch):
+    function, x, _ = make(op, backend)
+    module = getattr(ops, op).__globals__["autograd"]
+    expected = function(x)
+    monkeypatch.setattr(module, "_plain", None)
+    assert torch.equal(function(x.detach().as_subclass(Subclass).requires_grad_()), expected)
+
+
+def test_vmap_over_what_does_not_train(op, backend):
+    """The batching rule of a registered op is a loop."""
+    function, x, _ = make(op, backend)
+    batch = torch.stack([x.detach(), 2 * x.detach()])
+    with torch.no_grad():
+        expected = torch.stack([function(part) for part in batch])
+        assert torch.equal(torch.vmap(function)(batch), expected)
+
+
+def test_a_dual_tensor_does_not_get_half_a_tangent(op, backend):
+    """There is no forward-mode derivative: none, then, rather than that of a part."""
+    function, x, adapters = make(op, backend)
+    for tensor in adapters:
+        tensor.requires_grad_(False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        try:
+            out = function(dual)
+        except (RuntimeError, NotImplementedError):
+            return
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is None
 
 
 def test_a_second_derivative_is_refused(op, backend):
-    function, x = make(op, backend)
+    function, x, _ = make(op, backend)
     (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
+
+
+def test_it_compiles_into_one_graph_with_the_op_in_it(op, backend):
+    function, x, adapters = make(op, backend)
+    expected = results(function, x, adapters)
+    targets = []
+
+    def recording(graph_module, example_inputs):
+        targets.extend(str(node.target) for node in graph_module.graph.nodes)
+        return graph_module
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(function, fullgraph=True, backend=recording)(x), expected[0])
+    assert f"moe_kernels.{op}" in targets
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert same(results(compiled, x, adapters), expected)

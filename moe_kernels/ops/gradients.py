@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -12,33 +12,34 @@ _PLAIN = (Tensor, nn.Parameter)
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether an op on these tensors may be computed without the dispatcher.
 
-    False where something has to see the registered op: tracing and compilation, a dispatch mode
-    (selective checkpointing, counters of operations), a tensor's subclass.
-    Else the way through ``torch.library`` has no use, and costs a few tenths of a millisecond a
-    layer, forward and backward: as much as a small layer's GEMM.
+    False where something has to see the registered op: tracing and compilation, a dispatch mode of
+    this thread (selective checkpointing, counters of operations), a functorch transform, forward
+    mode differentiation, a tensor's subclass, a meta tensor. Else the way through ``torch.library``
+    has no use, and costs a few tenths of a millisecond a layer, forward and backward: as much as a
+    small layer's GEMM.
     """
     return (
         not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
     )
 
 
 def plain_function(
-    compute: Callable, setup_context: Callable, backward: Callable
+    name: str, compute: Callable, setup_context: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
-    """The same op for plain tensors, by the formulas that are registered for the op."""
+    """The op ``name`` for plain tensors, by the formulas that are registered for it."""
 
-    class PlainFunction(torch.autograd.Function):
-        # A setup_context of its own would make PyTorch look at the signature at every call.
-        @staticmethod
-        def forward(ctx, *arguments):
-            output = compute(*arguments)
-            setup_context(ctx, arguments, output)
-            return output
+    # A setup_context of its own would make PyTorch look at the signature at every call.
+    def forward(ctx, *arguments):
+        output = compute(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
 
-    PlainFunction.backward = staticmethod(backward)
-    return PlainFunction
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def place(

@@ -169,11 +169,14 @@ def _backward(ctx, grad_out, *_):
 
 
 lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
-_plain = plain_function(_lora_linear, _setup_context, _backward)
+_plain = plain_function("LoraLinear", _lora_linear, _setup_context, _backward)
 
 
-def run(*arguments) -> Tensor:
-    """The op's first output; by the short way where the tensors are plain."""
+def run(*arguments: Tensor | bool | str | None) -> Tensor:
+    """The first output of :func:`_lora_linear`, by the short way where the tensors are plain.
+
+    Then no ``TorchFunctionMode`` sees the op either.
+    """
     *tensors, save_for_backward, _ = arguments
     if not is_plain(*tensors):
         return torch.ops.moe_kernels.lora_linear(*arguments)[0]

@@ -1,4 +1,4 @@
-"""Public function ``moe_mlp``: checks of shape and dtype, then the registered op."""
+"""Public function ``moe_mlp``: checks of shape and dtype, then the op."""
 
 import torch
 from torch import Tensor

@@ -231,11 +231,14 @@ def _backward(ctx, grad_out, *_):
 
 
 moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
-_plain = plain_function(_moe_mlp, _setup_context, _backward)
+_plain = plain_function("MoeMlp", _moe_mlp, _setup_context, _backward)
 
 
-def run(*arguments) -> Tensor:
-    """The op's first output; by the short way where the tensors are plain."""
+def run(*arguments: Tensor | bool | str | None) -> Tensor:
+    """The first output of :func:`_moe_mlp`, by the short way where the tensors are plain.
+
+    Then no ``TorchFunctionMode`` sees the op either.
+    """
     *tensors, save_for_backward, backend = arguments
     if not is_plain(*tensors):
         return torch.ops.moe_kernels.moe_mlp(*arguments)[0]
