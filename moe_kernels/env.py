@@ -12,11 +12,15 @@ says so.
     never. Read once, when the native extension is loaded.
 ``MOE_KERNELS_BACKEND=name``
     The backend that ``backend=None`` means.
+``MOE_KERNELS_TILES=path``
+    The file with the Triton tiles that ``python -m moe_kernels.tune`` chose; default
+    ``~/.cache/moe_kernels/tiles.json``. Read once.
 
 Those read by ``setup.py`` alone are described there.
 """
 
 import os
+from pathlib import Path
 
 _TRUE = ("1", "true")
 _FALSE = ("", "0", "false")
@@ -51,3 +55,9 @@ def backend() -> str | None:
     """The backend that ``backend=None`` means, or None for the built-in order."""
     value = os.environ.get("MOE_KERNELS_BACKEND", "").strip()
     return value or None
+
+
+def tiles_path() -> Path:
+    """The file of tuned Triton tiles, whether it exists or not."""
+    given = os.environ.get("MOE_KERNELS_TILES", "").strip()
+    return Path(given) if given else Path.home() / ".cache/moe_kernels/tiles.json"

@@ -1,5 +1,9 @@
 """Runs ``triton_cases.py`` in processes of their own."""
 
+import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 from test_native import run_pytest
 
+PROGRAM = Path(__file__).parents[1] / "benchmarks" / "run_gpu.py"
 SHARES = (
     "test_matches",
     "test_odd or test_shapes",
@@ -20,4 +25,30 @@ SHARES = (
 @pytest.mark.parametrize("selected", SHARES)
 def test_kernels(selected):
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    run_pytest(str(Path(__file__).with_name("triton_cases.py")), "-k", selected, **environment)
+    cases = Path(__file__).with_name("triton_cases.py")
+    run_pytest(str(cases), "-k", selected, may_skip=True, **environment)  # what is of a GPU or not
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs triton, which the test extra installs on Linux"
+)
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="of the interpreter: run on a machine without a GPU"
+)
+def test_the_gpu_program_runs_on_a_small_case(tmp_path):
+    """All but its tests, which are run above; every bar that has its sections is judged."""
+    for needed in ("peft", "matplotlib"):
+        pytest.importorskip(needed)
+    path = tmp_path / "gpu.json"
+    sections = ["ceilings", "promises", "training", "decode", "kernels", "steps"]
+    command = ["--trial", "--device", "cpu", "--rounds", "1", "--rotate-mb", "0"]
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), *command, "--output", str(path), "--only", *sections],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    results = json.loads(path.read_text())
+    assert results["errors"] == {} and set(results["seconds"]) == set(sections)
+    assert results["promises"]["same_bits_twice"] and results["promises"]["text_bits"]
+    assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 6, 7, 8}
+    assert results["kernels"]["kernels"]

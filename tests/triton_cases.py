@@ -6,9 +6,14 @@ whether kernels are interpreted.
 
 import pytest
 import torch
+from test_dispatcher import make, results, same
 from test_moe_mlp import VARIANTS, call, run
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.ops import LoraWeights, lora_linear
+from moe_kernels import tune
+from moe_kernels.ops import LoraWeights, lora_linear, triton_kernels
+from moe_kernels.ops.moe_mlp import triton_tiles
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
 
 ON_GPU = torch.cuda.is_available()
@@ -54,11 +59,32 @@ def test_odd_sizes(dtype, variant):
         Shape(T=1, K=1, E=2, H=16, I=16, r=4),
         Shape(T=3, K=5, E=6, H=40, I=24, r=70),
         Shape(T=300, K=2, E=2, H=32, I=16, r=4),  # tiles with many rows
+        Shape(T=1800, K=1, E=1, H=16, I=16, r=4),  # sums of several chunks of rows
     ],
-    ids=["one token", "rank above 64", "wide tiles"],
+    ids=["one token", "rank above 64", "wide tiles", "long groups"],
 )
 def test_shapes(shape):
     check(torch.float32, shape, num_modalities=2)
+
+
+@pytest.mark.skipif(
+    ON_GPU and torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90: run on a Hopper"
+)
+def test_the_copy_engine_changes_no_bit(monkeypatch):
+    inputs = make_moe_inputs(Shape(T=300, K=2, E=2, H=64, I=64, r=4)).to(torch.float16)
+    inputs = on_device(inputs)
+    grad_out = torch.randn_like(inputs.hidden_states)
+    used = []
+    from_tensor = TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        TensorDescriptor, "from_tensor", lambda *args: used.append(args) or from_tensor(*args)
+    )
+    with_engine = run(inputs, "triton", grad_out)
+    assert len(used) == 4
+    monkeypatch.setattr(triton_kernels, "has_tma", lambda device: False)
+    without = run(inputs, "triton", grad_out)
+    assert len(used) == 4
+    assert all(torch.equal(with_engine[name], without[name]) for name in without)
 
 
 def test_no_tokens():
@@ -68,9 +94,9 @@ def test_no_tokens():
     assert all((grad == 0).all() for name, grad in results.items() if "lora" in name)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
 def test_text_rows_do_not_see_adapters(value):
-    """Nor do rows of one modality see another's."""
+    """Nor do rows of one modality see another's, while they are finite."""
     inputs = make_moe_inputs(SHAPES["tiny"], num_modalities=2).to(torch.float32)
     inputs = on_device(inputs)
     grad_out = torch.randn_like(inputs.hidden_states)
@@ -86,7 +112,7 @@ def test_text_rows_do_not_see_adapters(value):
             }
         )
         after = run(changed, "triton", grad_out)
-        others = inputs.modality_ids != modality
+        others = inputs.modality_ids != modality if value == 3.0 else inputs.modality_ids < 1
         assert others.any() and not others.all()
         for name in ("out", "hidden_states", "topk_weights"):
             assert torch.equal(after[name][others], before[name][others])
@@ -131,17 +157,17 @@ def test_only_the_gradients_asked_for(trained):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("modalities", [1, 2])
-def test_lora_linear(dtype, modalities):
+@pytest.mark.parametrize(("tokens", "modalities"), [(37, 1), (37, 2), (1300, 1)])
+def test_lora_linear(dtype, tokens, modalities):
     generator = torch.Generator().manual_seed(modalities)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    x, weight, bias, grad_out = normal(37, 50), normal(29, 50), normal(29), normal(37, 29)
+    x, weight, bias, grad_out = normal(tokens, 50), normal(29, 50), normal(29), normal(tokens, 29)
     lora = normal(modalities, 5, 50), normal(modalities, 29, 5)
     scaling = torch.tensor([2.0, 0.5][:modalities])
-    ids = torch.randint(-1, modalities + 1, (37,), generator=generator)
+    ids = torch.randint(-1, modalities + 1, (tokens,), generator=generator)
 
     def results(dtype, backend, device):
         def leaf(tensor):
@@ -158,6 +184,51 @@ def test_lora_linear(dtype, modalities):
     expected = results(torch.float64, "reference", "cpu")
     for actual, wanted in zip(results(dtype, "triton", DEVICE), expected, strict=True):
         assert_close(actual.cpu(), wanted, dtype=dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
+@pytest.mark.parametrize("op", ["moe_mlp", "lora_linear"])
+def test_compiles_into_one_graph(op):
+    function, x, adapters = make(op, "triton")
+    expected = results(function, x, adapters)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert same(results(compiled, x, adapters), expected)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+def test_a_captured_graph_gives_the_same_bits():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
+    with torch.no_grad():
+        expected = call(inputs, "triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call(inputs, "triton")
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS_TILES", str(tmp_path / "new" / "tiles.json"))
+    shape, dtype = SHAPES["tiny"], torch.float32
+    weight = torch.empty(shape.E, 2 * shape.I, shape.H, device=DEVICE)
+    weights = ExpertWeights(weight, *[None] * 9)
+    triton_tiles.forget_stored()
+    before = triton_tiles.choose_tiles(shape.T * shape.K, weights)
+    best, seconds = tune.tune(shape, dtype, DEVICE, trials=1, limit=1)
+    assert best == tune.candidates(shape.T * shape.K // shape.E, dtype)[0] != before
+    assert seconds > 0
+    tune.store(triton_tiles.key_of(weight), [(0, before), (100, best)])
+    assert triton_tiles.choose_tiles(0, weights) == before
+    assert triton_tiles.choose_tiles(100 * shape.E, weights) == best
+    tune.store("another", [(0, best)])
+    assert triton_tiles.choose_tiles(0, weights) == before  # still there
+    (tmp_path / "new" / "tiles.json").write_text("[")
+    triton_tiles.forget_stored()
+    with pytest.raises(ValueError, match="delete it"):
+        triton_tiles.choose_tiles(0, weights)
+    triton_tiles.forget_stored()
 
 
 def test_refuses_what_it_does_not_compute():

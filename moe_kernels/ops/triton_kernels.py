@@ -5,6 +5,8 @@ of one group, taken from a map (3, num_tiles) of group, first row and end; a til
 returns at once, so the host need not know the counts.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,9 +14,27 @@ from torch import Tensor
 
 from moe_kernels import backends
 
+STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 # Triton decides when a kernel is decorated, that is when this module is imported.
 INTERPRETED = backends.triton_is_interpreted()
-ROWS_OF_OUTER = 32  # summed between two visits to the accumulator
+
+
+class RowGroups(NamedTuple):
+    """Groups of sorted rows, and the tiles of at most ``chunk`` rows that are summed in one go.
+
+    Attributes:
+        bounds: (2, groups), first row and end of each group.
+        tiles: (3, n), as of :func:`tile_map`.
+        slots: (groups,), the first partial sum of each group that has several tiles.
+        num_slots: at most as many partial sums there are.
+        chunk: rows.
+    """
+
+    bounds: Tensor
+    tiles: Tensor
+    slots: Tensor
+    num_slots: int
+    chunk: int
 
 
 @triton.jit
@@ -54,19 +74,6 @@ def scaled_rows(u_ptr, scale, rows, mask_m, offs_r, RANK: tl.constexpr, dtype: t
 
 
 @triton.jit
-def add_product(
-    acc, left_ptr, left_rows, left_ld, w, stride_wk, stride_wn, size_k, offs_n, size_n, mask_m,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """acc + left @ W, W (size_k, size_n) with any strides."""
-    for k in range(0, size_k, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        left = load_rows(left_ptr, left_rows, left_ld, mask_m, offs_k, size_k)
-        acc = dot(left, load_operand(w, offs_k, size_k, stride_wk, offs_n, size_n, stride_wn), acc)
-    return acc
-
-
-@triton.jit
 def project_kernel(
     left_ptr,  # (T, size_k) if BY_TOKEN, else (T * TOP_K, size_k)
     m_ptr,  # (NUM_MODALITIES, experts_of_m, ...): (size_k, RANK), strides stride_mk, stride_mr
@@ -95,12 +102,15 @@ def project_kernel(
     left_rows = rows
     if BY_TOKEN:
         left_rows = tl.load(perm_ptr + rows, mask=mask_m, other=0) // TOP_K
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     index = pair // num_base * experts_of_m + tl.minimum(pair % num_base, experts_of_m - 1)
-    acc = add_product(
-        tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), left_ptr, left_rows, size_k,
-        m_ptr + index * size_k * RANK, stride_mk, stride_mr, size_k, offs_r, RANK, mask_m, BLOCK_K,
-    )  # fmt: skip
+    matrix = m_ptr + index * size_k * RANK
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, size_k, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        left = load_rows(left_ptr, left_rows, size_k, mask_m, offs_k, size_k)
+        part = load_operand(matrix, offs_k, size_k, stride_mk, offs_r, RANK, stride_mr)
+        acc = dot(left, part, acc)
     mask = mask_m[:, None] & (offs_r < RANK)[None, :]
     out = out_ptr + rows[:, None] * RANK + offs_r[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -111,11 +121,19 @@ def outer_kernel(
     left_ptr,  # (rows, height)
     right_ptr,  # (rows, width)
     perm_ptr,
-    groups_ptr,  # (2, num_groups): first row and end
+    tiles_ptr,  # (3, num_tiles) of groups
+    bounds_ptr,  # (2, num_groups): first row and end
+    slots_ptr,  # (num_groups,): the first partial sum of a group of several tiles
     factors_ptr,  # (num_groups,) float32
     weights_ptr,  # (T, TOP_K)
+    matrix_ptr,  # (num_groups, width, height), for the projection
     out_ptr,  # (num_groups, height, width) or (num_groups, width, height), float32
+    partial_ptr,  # (slots, ...) of the same, float32
+    projected_ptr,  # (column blocks, num_rows, height), float32
+    num_tiles,
     num_groups,
+    num_rows,
+    chunk,
     height,
     width,
     stride_h,
@@ -124,17 +142,28 @@ def outer_kernel(
     WEIGHTED: tl.constexpr,
     LEFT_BY_TOKEN: tl.constexpr,
     RIGHT_BY_TOKEN: tl.constexpr,
+    PROJECT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """out[g] = sum over the group's rows of (factor * weight * left)^T right, in row order."""
-    group, pid_h, pid_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, end = tl.load(groups_ptr + group), tl.load(groups_ptr + num_groups + group)
+    """out[g] = sum over the group's rows of (factor * weight * left)^T right, in row order.
+
+    The sum over a tile's rows, if the group has several. With PROJECT also right matrix[g], row by
+    row, of this program's columns: one reading of ``right`` serves both.
+    """
+    tile, pid_h, pid_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, first, end = tile_of(tiles_ptr, tile, num_tiles)
+    if first >= end:
+        return
     dtype: tl.constexpr = right_ptr.dtype.element_ty
     factor = tl.load(factors_ptr + group)
     offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    size = height * width
+    if PROJECT:
+        matrix = load_operand(matrix_ptr + group * size, offs_n, width, height, offs_h, height, 1)
+        projected = projected_ptr + (pid_n.to(tl.int64) * num_rows + first) * height
     acc = tl.zeros((BLOCK_H, BLOCK_N), dtype=tl.float32)
     for start in range(first, end, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
@@ -151,9 +180,67 @@ def outer_kernel(
             right_ptr, token if RIGHT_BY_TOKEN else rows, width, mask_p, offs_n, width
         )
         acc = dot(tl.trans(left.to(dtype)), right, acc)
+        if PROJECT:
+            product = dot(right, matrix, tl.zeros((BLOCK_P, BLOCK_H), dtype=tl.float32))
+            here = (rows - first)[:, None] * height + offs_h[None, :]
+            tl.store(projected + here, product, mask=mask_p[:, None] & (offs_h < height)[None, :])
+    low, high = tl.load(bounds_ptr + group), tl.load(bounds_ptr + num_groups + group)
+    out = out_ptr + group * size
+    if high - low > chunk:
+        out = partial_ptr + (tl.load(slots_ptr + group) + (first - low) // chunk) * size
     mask = (offs_h < height)[:, None] & (offs_n < width)[None, :]
-    out = out_ptr + group.to(tl.int64) * height * width
     tl.store(out + offs_h[:, None] * stride_h + offs_n[None, :] * stride_w, acc, mask=mask)
+
+
+@triton.jit
+def finish_outer_kernel(
+    bounds_ptr,  # (2, num_groups)
+    slots_ptr,  # (num_groups,)
+    partial_ptr,  # (slots, size)
+    out_ptr,  # (num_groups, size)
+    num_groups,
+    chunk,
+    size,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums of groups of several tiles, in the order of the tiles; zeros for those of none."""
+    group = tl.program_id(0).to(tl.int64)
+    rows = tl.load(bounds_ptr + num_groups + group) - tl.load(bounds_ptr + group)
+    if (rows > 0) & (rows <= chunk):
+        return
+    offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs < size
+    slot = tl.load(slots_ptr + group)
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for tile in range(tl.cdiv(rows, chunk)):
+        acc += tl.load(partial_ptr + (slot + tile) * size + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + group * size + offs, acc, mask=mask)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_ptr,  # (num_parts, num_rows, RANK)
+    out_ptr,  # (num_rows, RANK)
+    tiles_ptr,
+    num_tiles,
+    num_parts,
+    num_rows,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """out = the sum of the parts, in order, on the rows of the tiles alone."""
+    _, first, end = tile_of(tiles_ptr, tl.program_id(0), num_tiles)
+    if first >= end:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for _ in range(num_parts):
+        acc += load_rows(parts_ptr, rows, RANK, rows < end, offs_r, RANK)
+        parts_ptr += num_rows * RANK  # a part at a time: all of them can pass 2^31
+    mask = (rows < end)[:, None] & (offs_r < RANK)[None, :]
+    tl.store(out_ptr + rows[:, None] * RANK + offs_r[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -181,15 +268,18 @@ def add_low_rank_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     mask_m = rows < end
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = tl.arange(0, BLOCK_R)
     token = tl.load(perm_ptr + rows, mask=mask_m, other=0)
-    u = scaled_rows(u_ptr, tl.load(scaling_ptr + modality), rows, mask_m, offs_r, RANK, dtype)
-    v = load_operand(
-        v_ptr + modality * RANK * width, offs_r, RANK, stride_vr, offs_n, width, stride_vn
-    )
+    scale = tl.load(scaling_ptr + modality)
     mask = mask_m[:, None] & (offs_n < width)[None, :]
     out = out_ptr + token[:, None] * width + offs_n[None, :]
-    acc = dot(u, v, tl.load(out, mask=mask, other=0.0).to(tl.float32))
+    acc = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    for r in tl.range(0, RANK, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        u = scaled_rows(u_ptr, scale, rows, mask_m, offs_r, RANK, dtype)
+        v = load_operand(
+            v_ptr + modality * RANK * width, offs_r, RANK, stride_vr, offs_n, width, stride_vn
+        )
+        acc = dot(u, v, acc)
     tl.store(out, acc.to(dtype), mask=mask)
 
 
@@ -204,9 +294,28 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether the copy engine can load tiles of a tensor; the interpreter plays one."""
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n, and 1."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def rank_block(dtype: torch.dtype) -> int:
+    """Columns of the rank in a program of :func:`project_kernel`; float32 has no matrix
+    instructions, and more spill.
+    """
+    return 16 if dtype == torch.float32 else 64
+
+
+def outer_blocks(height: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows and columns of a tile of a sum, and rows that are summed in one step."""
+    most = (16, 64, 16) if dtype == torch.float32 else (64, 128, 32)
+    block_h, block_n = (max(16, next_power_of_2(size)) for size in (height, width))
+    return min(most[0], block_h), min(most[1], block_n), most[2]
 
 
 def tile_map(first: Tensor, end: Tensor, num_rows: int, block: int) -> Tensor:
@@ -216,12 +325,12 @@ def tile_map(first: Tensor, end: Tensor, num_rows: int, block: int) -> Tensor:
     Those beyond the last have no rows.
     """
     groups = first.numel()
+    if groups == 0:
+        return torch.zeros(3, 0, dtype=torch.int64, device=first.device)
     index = torch.arange(num_rows // block + groups, device=first.device)
     tiles = (end - first + block - 1) // block
     ends = tiles.cumsum(0)
-    group = torch.searchsorted(ends, index, right=True).clamp(max=max(groups - 1, 0))
-    if groups == 0:
-        return torch.zeros(3, 0, dtype=torch.int64, device=first.device)
+    group = torch.searchsorted(ends, index, right=True).clamp(max=groups - 1)
     start = first[group] + (index - (ends - tiles)[group]) * block
     stop = torch.minimum(start + block, end[group])
     return torch.stack([group, start, torch.where(index < ends[-1], stop, start)])
@@ -244,20 +353,41 @@ def project(
 ) -> Tensor:
     """Fills the adapted rows of ``out`` with left @ matrix; ``strides`` along k and r."""
     num_tiles, rank = tiles.shape[1], out.shape[1]
+    block_r = min(rank_block(left.dtype), max(16, next_power_of_2(rank)))
     if num_tiles and out.shape[0]:
-        project_kernel[(num_tiles,)](
+        project_kernel[(num_tiles, -(-rank // block_r))](
             left, matrix, perm, tiles, out, num_tiles, num_base, experts, left.shape[1],
-            *strides, TOP_K=top_k, BY_TOKEN=by_token, RANK=rank,
-            BLOCK_R=max(16, next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_K=block_k,
+            *strides, TOP_K=top_k, BY_TOKEN=by_token, RANK=rank, BLOCK_R=block_r,
+            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps_of(block_m),
         )  # fmt: skip
     return out
+
+
+def warps_of(block_m: int) -> int:
+    """Of a program of :func:`project_kernel`: four of them spill on 16 rows."""
+    return 2 if block_m == 16 else 4
+
+
+def row_groups(bounds: Tensor, num_rows: int, *, split: bool = True) -> RowGroups:
+    """Groups of at most ``num_rows`` rows together, ``bounds`` (2, groups).
+
+    ``split`` cuts them into chunks, so that one long group does not keep everybody waiting, and few
+    groups give many programs: about 32 chunks in all. A wide result has programs enough, and
+    partial sums would be large.
+    """
+    chunk = max(512, next_power_of_2(num_rows // 32)) if split else max(1, num_rows)
+    several = (bounds[1] - bounds[0] + chunk - 1) // chunk
+    several = torch.where(several > 1, several, 0)
+    num_slots = 2 * (num_rows // chunk) if num_rows > chunk else 0
+    tiles = tile_map(*bounds, num_rows, chunk)
+    return RowGroups(bounds, tiles, several.cumsum(0) - several, num_slots, chunk)
 
 
 def outer(
     left: Tensor,
     right: Tensor,
     perm: Tensor,
-    bounds: Tensor,
+    groups: RowGroups,
     factors: Tensor,
     *,
     transposed: bool,
@@ -265,25 +395,57 @@ def outer(
     weights: Tensor | None = None,
     left_by_token: bool = False,
     right_by_token: bool = False,
-) -> Tensor:
+    matrix: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """(groups, height, width) sums of left^T right, or with the last two exchanged, in float32.
 
     Args:
-        bounds: (2, groups), first row and end of each group.
         factors: (groups,), of each sum.
         weights: (T, K), of each row, or None.
+        matrix: (groups, width, height), or None.
+
+    Returns:
+        The sums, and with ``matrix`` right @ matrix, in parts (n, rows, height) to be summed, in
+        float32; rows of no group are not written.
     """
-    groups, height, width = bounds.shape[1], left.shape[1], right.shape[1]
-    shape = (groups, width, height) if transposed else (groups, height, width)
-    out = torch.zeros(shape, dtype=torch.float32, device=left.device)
-    block_h = min(64, max(16, next_power_of_2(height)))
-    block_n = min(128, max(16, next_power_of_2(width)))
-    if groups and perm.numel():
-        outer_kernel[(groups, -(-height // block_h), -(-width // block_n))](
-            left, right, perm, bounds, factors, factors if weights is None else weights, out,
-            groups, height, width, *((1, height) if transposed else (width, 1)), TOP_K=top_k,
-            WEIGHTED=weights is not None, LEFT_BY_TOKEN=left_by_token,
-            RIGHT_BY_TOKEN=right_by_token, BLOCK_H=block_h, BLOCK_N=block_n,
-            BLOCK_P=ROWS_OF_OUTER,
+    num_groups, height, width = groups.bounds.shape[1], left.shape[1], right.shape[1]
+    block_h, block_n, block_p = outer_blocks(height, width, right.dtype)
+    grid = (groups.tiles.shape[1], -(-height // block_h), -(-width // block_n))
+    shape = (width, height) if transposed else (height, width)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=left.device)
+
+    out = empty(num_groups, *shape)
+    partial = empty(groups.num_slots, *shape)
+    parts = None if matrix is None else empty(grid[2], perm.numel(), height)
+    if num_groups == 0:
+        return out, parts
+    if perm.numel():
+        outer_kernel[grid](
+            left, right, perm, groups.tiles, groups.bounds, groups.slots, factors,
+            factors if weights is None else weights, right if matrix is None else matrix, out,
+            partial, out if parts is None else parts, grid[0], num_groups, perm.numel(),
+            groups.chunk, height, width, *((1, height) if transposed else (width, 1)),
+            TOP_K=top_k, WEIGHTED=weights is not None, LEFT_BY_TOKEN=left_by_token,
+            RIGHT_BY_TOKEN=right_by_token, PROJECT=matrix is not None, BLOCK_H=block_h,
+            BLOCK_N=block_n, BLOCK_P=block_p,
+        )  # fmt: skip
+    finish_outer_kernel[(num_groups, -(-height * width // 1024))](
+        groups.bounds, groups.slots, partial, out, num_groups, groups.chunk, height * width,
+        BLOCK_N=1024,
+    )  # fmt: skip
+    return out, parts
+
+
+def sum_parts(parts: Tensor, tiles: Tensor, block_m: int) -> Tensor:
+    """(rows, r) sums of (n, rows, r) on the rows of the tiles; others are not written."""
+    num_parts, rows, rank = parts.shape
+    out = parts.new_empty(rows, rank)
+    block_r = min(64, max(16, next_power_of_2(rank)))
+    if tiles.shape[1] and rows:
+        sum_parts_kernel[(tiles.shape[1], -(-rank // block_r))](
+            parts, out, tiles, tiles.shape[1], num_parts, rows, RANK=rank, BLOCK_R=block_r,
+            BLOCK_M=block_m,
         )  # fmt: skip
     return out

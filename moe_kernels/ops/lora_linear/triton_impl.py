@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops import triton_kernels as kernels
-from moe_kernels.ops.triton_kernels import next_power_of_2
 
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 128, 64
 
@@ -44,19 +43,27 @@ def backward(
     """Add s (dy B) A to ``grad_hidden`` in place; returns those of dA, dB that are needed."""
     tiles = _tiles(perm, segment_offsets)
     lora_A, lora_B = _in_compute_dtype(hidden_states, lora_A, lora_B)
-    rank, need_A, need_B = lora_A.shape[1], *needs
+    need_A, need_B = needs
+    need_du = grad_hidden is not None or need_A
     bounds = torch.stack([segment_offsets[1:-1], segment_offsets[2:]])
+    groups = kernels.row_groups(bounds, perm.numel())
     scaling = scaling.float()
-    grads = []
-    if grad_hidden is not None or need_A:
-        du = torch.zeros(perm.numel(), rank, dtype=torch.float32, device=perm.device)
-        _project(grad_out, lora_B, perm, tiles, du, (rank, 1))
-        if grad_hidden is not None:
-            _add(du, lora_A, scaling, perm, tiles, grad_hidden, (lora_A.shape[2], 1))
-        if need_A:
-            grads.append(_outer(du, hidden_states, perm, bounds, scaling, transposed=False))
+    du = None
     if need_B:
-        grads.append(_outer(u, grad_out, perm, bounds, scaling, transposed=True))
+        matrix = lora_B if need_du else None
+        grad_B, parts = _outer(u, grad_out, perm, groups, scaling, transposed=True, matrix=matrix)
+        if need_du:
+            du = kernels.sum_parts(parts, tiles, BLOCK_M)
+    elif need_du:
+        du = torch.empty(perm.numel(), lora_A.shape[1], dtype=torch.float32, device=perm.device)
+        _project(grad_out, lora_B, perm, tiles, du, (lora_A.shape[1], 1))
+    if grad_hidden is not None:
+        _add(du, lora_A, scaling, perm, tiles, grad_hidden, (lora_A.shape[2], 1))
+    grads = []
+    if need_A:
+        grads += _outer(du, hidden_states, perm, groups, scaling, transposed=False)[:1]
+    if need_B:
+        grads.append(grad_B)
     return grads
 
 
@@ -82,11 +89,11 @@ def _add(u: Tensor, matrix: Tensor, scaling: Tensor, perm, tiles, out: Tensor, s
     if num_tiles and perm.numel():
         kernels.add_low_rank_kernel[(num_tiles, -(-width // BLOCK_N))](
             u, matrix, scaling.float(), perm, tiles, out, num_tiles, width, *strides, RANK=rank,
-            BLOCK_R=max(16, next_power_of_2(rank)), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            BLOCK_R=kernels.STEP_R, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         )  # fmt: skip
 
 
-def _outer(left: Tensor, right: Tensor, perm, bounds, scaling, *, transposed: bool) -> Tensor:
+def _outer(left: Tensor, right: Tensor, perm, groups, scaling, **options):
     return kernels.outer(
-        left, right, perm, bounds, scaling, transposed=transposed, top_k=1, right_by_token=True
+        left, right, perm, groups, scaling, top_k=1, right_by_token=True, **options
     )

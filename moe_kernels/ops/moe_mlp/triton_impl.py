@@ -1,20 +1,21 @@
 """``moe_mlp`` in Triton: no host sync, no float atomics, every sum in a fixed order.
 
 Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
-du2, dA' with all that follows from it, du1, the rows of dX and their combine, and one for each
-parameter that trains.
+du2 with dB2, dA' with all that follows from it, du1 with dB1, the rows of dX and their combine, dA1
+and dA2, and one for each added experts' weight.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.ops import triton_kernels as shared
 from moe_kernels.ops.moe_mlp import triton_kernels as kernels
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
-from moe_kernels.ops.triton_kernels import next_power_of_2
+from moe_kernels.ops.triton_kernels import RowGroups, next_power_of_2
 
 
 class _Layer(NamedTuple):
@@ -103,14 +104,12 @@ def backward(
     layer = _layer(topk_weights, perm, inv_perm, segment_offsets, weights)
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
-    du1 = du2 = None
-    if layer.weights.down_A is not None:
-        du2 = _project(layer, grad_out, layer.weights.down_B, by_token=True)
+    groups = shared.row_groups(layer.adapted, layer.num_slots)
+    du2, grad_B2 = _du_and_dB(layer, groups, "down", u2, grad_out, True, need_B2)
     d_pre, act, dots = _act_backward(
         layer, grad_out, pre_act, du2, write_act=need_A2 or need_extra_down
     )
-    if layer.weights.gate_up_A is not None and (need_hidden or need_A1):
-        du1 = _project(layer, d_pre, layer.weights.gate_up_B, by_token=False)
+    du1, grad_B1 = _du_and_dB(layer, groups, "gate_up", u1, d_pre, need_hidden or need_A1, need_B1)
     grads = []
     if need_hidden:
         rows = _product(layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False)
@@ -123,13 +122,14 @@ def backward(
         grads.append(_extra_gradient(layer, d_pre, hidden_states, weighted=False))
     if need_extra_down:
         grads.append(_extra_gradient(layer, grad_out, act, weighted=True))
-    lora = (
-        lambda: _lora_gradient(layer, "gate_up", du1, hidden_states, "A"),
-        lambda: _lora_gradient(layer, "gate_up", u1, d_pre, "B"),
-        lambda: _lora_gradient(layer, "down", du2, act, "A"),
-        lambda: _lora_gradient(layer, "down", u2, grad_out, "B"),
-    )
-    grads += [make() for make, need in zip(lora, need_lora, strict=True) if need]
+    if need_A1:
+        grads.append(_grad_A(layer, groups, "gate_up", du1, hidden_states))
+    if need_B1:
+        grads.append(grad_B1)
+    if need_A2:
+        grads.append(_grad_A(layer, groups, "down", du2, act))
+    if need_B2:
+        grads.append(grad_B2)
     return grads
 
 
@@ -149,9 +149,8 @@ def _layer(topk_weights, perm, inv_perm, segment_offsets, weights: ExpertWeights
     )  # fmt: skip
 
 
-def _rank_blocks(lora_A: Tensor | None) -> dict[str, int]:
-    rank = 0 if lora_A is None else lora_A.shape[2]
-    return {"RANK": rank, "BLOCK_R": max(16, next_power_of_2(rank))}
+def _rank(lora_A: Tensor | None) -> dict[str, int]:
+    return {"RANK": 0 if lora_A is None else lora_A.shape[2], "BLOCK_R": shared.STEP_R}
 
 
 def _shrink(layer: _Layer, left: Tensor, name: str, *, by_token: bool) -> Tensor:
@@ -180,6 +179,30 @@ def _launch_project(
     )  # fmt: skip
 
 
+def _operand(
+    layer: _Layer, name: str, block_n: int, *, transposed: bool
+) -> tuple[Tensor | TensorDescriptor, Tensor, dict[str, bool]]:
+    """A frozen stack, the added experts' (or a stand-in), and the kernels' flags for them.
+
+    The stack goes in as a descriptor for the copy engine where there is one and it can: there are
+    no added experts, whose stack would be another descriptor; rows are a multiple of 16 bytes; and
+    where k runs over rows, the next expert's rows never fill a block up.
+    """
+    base, extra, has_extra = layer.stacks(name)
+    block = (block_n, layer.tiles.k) if transposed else (layer.tiles.k, block_n)
+    tma = (
+        shared.has_tma(base.device)
+        and base.element_size() == 2  # float32 has no matrix instructions to feed, and spills
+        and not has_extra
+        and base.is_contiguous()
+        and base.data_ptr() % 16 == 0
+        and base.shape[2] * base.element_size() % 16 == 0
+        and (transposed or base.shape[1] % layer.tiles.k == 0)
+    )
+    stack = TensorDescriptor.from_tensor(base.flatten(0, 1), list(block)) if tma else base
+    return stack, extra, {"HAS_EXTRA": has_extra, "TMA": tma}
+
+
 def _grid(layer: _Layer, width: int, block_n: int) -> tuple[int]:
     return (layer.expert_tiles.shape[1] * -(-width // block_n),)
 
@@ -194,15 +217,16 @@ def _blocks(tiles: Tiles, block_n: int) -> dict[str, int]:
 def _gate_up(layer: _Layer, x: Tensor, u1: Tensor, pre_act: Tensor, act: Tensor, save: bool):
     hidden, inter = layer.sizes
     lora_A, lora_B, scaling = layer.lora("gate_up")
-    base, extra, has_extra = layer.stacks("gate_up_proj")
+    base, extra, flags = _operand(layer, "gate_up_proj", layer.tiles.n_gated, transposed=True)
     if layer.num_slots == 0:
         return
     kernels.gate_up_kernel[_grid(layer, inter, layer.tiles.n_gated)](
         x, base, extra, layer.perm, layer.expert_tiles, layer.segments, u1,
-        base if lora_B is None else lora_B, layer.topk_weights if scaling is None else scaling,
+        extra if lora_B is None else lora_B, layer.topk_weights if scaling is None else scaling,
         pre_act, act, layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts,
-        hidden, inter, TOP_K=layer.top_k, NUM_MODALITIES=layer.weights.num_modalities,
-        HAS_EXTRA=has_extra, SAVE=save, **_rank_blocks(lora_A),
+            layer.weights.num_modalities,
+        hidden, inter, TOP_K=layer.top_k, 
+        SAVE=save, **flags, **_rank(lora_A),
         **_blocks(layer.tiles, layer.tiles.n_gated),
     )  # fmt: skip
 
@@ -212,21 +236,21 @@ def _product(
 ) -> Tensor:
     """(T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A."""
     lora_A, lora_B, scaling = layer.lora(name)
-    base, extra, has_extra = layer.stacks(stack)
-    size_n, size_k = base.shape[1:] if transposed else base.shape[:0:-1]
-    strides_w = (1, size_k) if transposed else (size_n, 1)
+    base, extra, flags = _operand(layer, stack, layer.tiles.n, transposed=transposed)
+    size_n, size_k = extra.shape[1:] if transposed else extra.shape[:0:-1]
     matrix = lora_B if transposed else lora_A
-    blocks = _rank_blocks(lora_A if u is not None else None)
+    blocks = _rank(lora_A if u is not None else None)
     strides_v = (1, blocks["RANK"]) if transposed else (size_n, 1)
     out = left.new_empty(layer.num_slots, size_n)
     if layer.num_slots:
         kernels.rows_kernel[_grid(layer, size_n, layer.tiles.n)](
             left, base, extra, layer.expert_tiles, layer.segments, left if u is None else u,
-            base if matrix is None else matrix,
+            extra if matrix is None else matrix,
             layer.topk_weights if scaling is None else scaling, out,
-            layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts, size_k,
-            size_n, *strides_w, 1 if matrix is None else matrix.shape[1], *strides_v,
-            NUM_MODALITIES=layer.weights.num_modalities, HAS_EXTRA=has_extra, **blocks,
+            layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts,
+            layer.weights.num_modalities, size_k,
+            size_n, 1 if matrix is None else matrix.shape[1], *strides_v, TRANSPOSED=transposed,
+            **flags, **blocks,
             **_blocks(layer.tiles, layer.tiles.n),
         )  # fmt: skip
     return out
@@ -238,7 +262,7 @@ def _act_backward(
     """d_pre (T*K, 2I), act (T*K, I) or nothing, and <dA', a> (T*K,) in float32, 0 at the tail."""
     hidden, inter = layer.sizes
     lora_A, _, scaling = layer.lora("down")
-    base, extra, has_extra = layer.stacks("down_proj")
+    base, extra, flags = _operand(layer, "down_proj", layer.tiles.n_gated, transposed=False)
     rows = layer.num_slots
     d_pre = torch.empty_like(pre_act)
     act = pre_act.new_empty(rows if write_act else 0, inter)
@@ -247,12 +271,13 @@ def _act_backward(
     if rows:
         kernels.act_backward_kernel[_grid(layer, inter, layer.tiles.n_gated)](
             grad_out, base, extra, layer.perm, layer.expert_tiles, layer.segments,
-            grad_out if du2 is None else du2, base if lora_A is None else lora_A,
+            grad_out if du2 is None else du2, extra if lora_A is None else lora_A,
             layer.topk_weights if scaling is None else scaling, layer.topk_weights, pre_act, d_pre,
-            act, dots, layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts, rows,
+            act, dots, layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts,
+            layer.weights.num_modalities, rows,
             hidden, inter, 1 if lora_A is None else lora_A.shape[1], TOP_K=layer.top_k,
-            NUM_MODALITIES=layer.weights.num_modalities, HAS_EXTRA=has_extra, WRITE_ACT=write_act,
-            **_rank_blocks(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated),
+            WRITE_ACT=write_act, **flags,
+            **_rank(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated),
         )  # fmt: skip
     return d_pre, act, dots.sum(0)
 
@@ -270,22 +295,46 @@ def _combine(layer: _Layer, rows: Tensor, *, weighted: bool) -> Tensor:
     return out
 
 
-def _lora_gradient(layer: _Layer, name: str, skinny: Tensor, wide: Tensor, part: str) -> Tensor:
-    """sum of (s w skinny)^T wide over each adapter's rows, in the layout of lora_A or lora_B.
+def _du_and_dB(
+    layer: _Layer, groups: RowGroups, name: str, u: Tensor, dy: Tensor, need_du: bool, need_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """du = dy B (T*K, r) in float32, adapted rows alone, and dB; where both, in one pass over dy.
 
-    The routing weight w belongs to the down projection's rows alone.
+    ``dy`` are the rows of d_pre, or grad_out by token for the down projection.
     """
-    lora_A, lora_B, scaling = layer.lora(name)
-    experts, modalities = layer.num_base, layer.weights.num_modalities
-    by_token = (name, part) in (("gate_up", "A"), ("down", "B"))
-    grad = shared.outer(
-        skinny, wide, layer.perm, layer.adapted, scaling.repeat_interleave(experts),
-        transposed=part == "B", top_k=layer.top_k,
-        weights=layer.topk_weights if name == "down" else None, right_by_token=by_token,
+    lora_A, lora_B, _ = layer.lora(name)
+    if lora_A is None:
+        return None, None
+    by_token = name == "down"
+    if not need_B:
+        return _project(layer, dy, lora_B, by_token=by_token) if need_du else None, None
+    grad, parts = _outer(
+        layer, groups, name, u, dy, right_by_token=by_token, transposed=True,
+        matrix=lora_B.flatten(0, 1) if need_du else None,
     )  # fmt: skip
-    like = lora_A if part == "A" else lora_B
-    grad = grad.view(modalities, experts, *like.shape[2:])
-    return grad.sum(1, keepdim=True) if like.shape[1] != experts else grad
+    du = shared.sum_parts(parts, layer.adapted_tiles, layer.tiles.m) if need_du else None
+    return du, grad.view(lora_B.shape)
+
+
+def _grad_A(layer: _Layer, groups: RowGroups, name: str, du: Tensor, left: Tensor) -> Tensor:
+    """dA in float32, from du and hidden_states, or the activation for the down projection."""
+    lora_A, _, _ = layer.lora(name)
+    grad, _ = _outer(
+        layer, groups, name, du, left, right_by_token=name == "gate_up", transposed=False
+    )
+    grad = grad.view(layer.weights.num_modalities, layer.num_base, *lora_A.shape[2:])
+    return grad.sum(1, keepdim=True) if lora_A.shape[1] != layer.num_base else grad
+
+
+def _outer(layer: _Layer, groups: RowGroups, name: str, skinny: Tensor, wide: Tensor, **options):
+    """Sums of (s w skinny)^T wide over each adapter's rows; the routing weight w belongs to the
+    down projection's rows alone.
+    """
+    scaling = layer.lora(name)[2].float().repeat_interleave(layer.num_base)
+    return shared.outer(
+        skinny, wide, layer.perm, groups, scaling, top_k=layer.top_k,
+        weights=layer.topk_weights if name == "down" else None, **options,
+    )  # fmt: skip
 
 
 def _extra_gradient(layer: _Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
@@ -293,8 +342,10 @@ def _extra_gradient(layer: _Layer, left: Tensor, right: Tensor, *, weighted: boo
     groups = layer.weights.num_modalities + 1
     bounds = layer.segments[::groups][layer.num_base :]
     by_token = {"left_by_token": weighted, "right_by_token": not weighted}
-    return shared.outer(
-        left, right, layer.perm, torch.stack([bounds[:-1], bounds[1:]]),
-        torch.ones(bounds.numel() - 1, device=left.device), transposed=False, top_k=layer.top_k,
+    bounds = torch.stack([bounds[:-1], bounds[1:]])
+    grad, _ = shared.outer(
+        left, right, layer.perm, shared.row_groups(bounds, layer.num_slots, split=False),
+        torch.ones(bounds.shape[1], device=left.device), transposed=False, top_k=layer.top_k,
         weights=layer.topk_weights if weighted else None, **by_token,
     )  # fmt: skip
+    return grad

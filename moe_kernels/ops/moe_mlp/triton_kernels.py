@@ -1,8 +1,8 @@
 """Triton kernels of ``moe_mlp``; ``triton_impl`` launches them, ``ops/triton_kernels`` has others.
 
-A row's arithmetic depends neither on its place in a tile nor on the other rows: where a low-rank
-term applies to some rows of a tile only, the others keep their accumulator, since 0 * Inf would
-poison them.
+A row's arithmetic depends neither on its place in a tile nor on the other rows. An expert's rows of
+the base modality come first: those of a tile are stored before the low-rank terms of the others are
+added to the same accumulator, since 0 * Inf would poison them.
 """
 
 # ruff: noqa: SIM102 (Triton's `and` does not look at one side first)
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from moe_kernels.ops.triton_kernels import (
-    add_product,
     dot,
     load_operand,
     load_rows,
@@ -30,13 +29,57 @@ def _tile_ids(num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _expert_matrix(base_ptr, extra_ptr, expert, num_base, size, HAS_EXTRA: tl.constexpr):
-    """Where an expert's matrix begins: in the frozen stack or among the added ones."""
-    ptr = base_ptr + tl.minimum(expert, num_base - 1) * size
-    if HAS_EXTRA:
-        if expert >= num_base:
-            ptr = extra_ptr + (expert - num_base) * size
-    return ptr
+def _expert_matrix(
+    w, extra_ptr, expert, num_base, size, HAS_EXTRA: tl.constexpr, TMA: tl.constexpr
+):
+    """Where an expert's matrix begins: in the frozen stack or among the added ones. With TMA the
+    stack's descriptor itself.
+    """
+    if TMA:
+        return w
+    else:
+        ptr = w + tl.minimum(expert, num_base - 1) * size
+        if HAS_EXTRA:
+            if expert >= num_base:
+                ptr = extra_ptr + (expert - num_base) * size
+        return ptr
+
+
+@triton.jit
+def _load_weights(
+    w, row, k, n, size_k, size_n, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_K, BLOCK_N) at (k, n) of an expert's matrix, stored (size_n, size_k) if TRANSPOSED.
+
+    By the copy engine with TMA, at ``row`` of the stack as one matrix: what it reads beyond the
+    expert's columns n is never stored; beyond k there are zeros, or the blocks fit exactly.
+    """
+    if TMA:
+        if TRANSPOSED:
+            return tl.trans(w.load([row + n, k]))
+        else:
+            return w.load([row + k, n])
+    else:
+        offs_k, offs_n = k + tl.arange(0, BLOCK_K), n + tl.arange(0, BLOCK_N)
+        if TRANSPOSED:
+            return load_operand(w, offs_k, size_k, 1, offs_n, size_n, size_k)
+        else:
+            return load_operand(w, offs_k, size_k, size_n, offs_n, size_n, 1)
+
+
+@triton.jit
+def _product(
+    left_ptr, left_rows, w, row, n, size_k, size_n, mask_m, TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """left W, in float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, size_k, BLOCK_K):
+        left = load_rows(left_ptr, left_rows, size_k, mask_m, k + tl.arange(0, BLOCK_K), size_k)
+        part = _load_weights(w, row, k, n, size_k, size_n, TRANSPOSED, TMA, BLOCK_K, BLOCK_N)
+        acc = dot(left, part, acc)
+    return acc
 
 
 @triton.jit
@@ -45,28 +88,84 @@ def _silu_mul(gate, up):
 
 
 @triton.jit
+def _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK: tl.constexpr):
+    """Where the adapted rows of a tile begin; ``end`` where it has none."""
+    if RANK > 0:
+        if expert < num_base:
+            end = tl.minimum(end, tl.load(segments_ptr + expert * (num_modalities + 1) + 1))
+    return end
+
+
+@triton.jit
+def _extend(
+    acc, u_ptr, v_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
+    experts_of_v, size_v, stride_vr, stride_vn, offs_n, size_n, num_modalities,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """acc + s u V on the rows of each modality, V (RANK, size_n) of (modality, expert).
+
+    Rows of the base modality must have been stored; another modality's get 0 * V, which is nothing
+    while V is finite.
+    """
+    for m in range(1, num_modalities + 1):
+        segment = segments_ptr + expert * (num_modalities + 1) + m
+        low, high = tl.load(segment), tl.load(segment + 1)
+        if (low < end) & (high > first) & (low < high):
+            adapted = mask_m & (rows >= low) & (rows < high)
+            scale = tl.load(scaling_ptr + m - 1)
+            v = v_ptr + ((m - 1) * experts_of_v + tl.minimum(expert, experts_of_v - 1)) * size_v
+            for r in tl.range(0, RANK, BLOCK_R, num_stages=1):
+                offs_r = r + tl.arange(0, BLOCK_R)
+                u = scaled_rows(u_ptr, scale, rows, adapted, offs_r, RANK, dtype)
+                part = load_operand(v, offs_r, RANK, stride_vr, offs_n, size_n, stride_vn)
+                acc = dot(u, part, acc)
+    return acc
+
+
+@triton.jit
+def _store_rows(ptr, tile, local, offs_n, width, value, mask_m, size_n):
+    """A tile's part of a row-major matrix of ``width`` columns; offsets within it take 32 bits."""
+    mask = mask_m[:, None] & (offs_n < size_n)[None, :]
+    to = ptr + tile * width + local[:, None] * width + offs_n[None, :]
+    tl.store(to, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, mask_m, SAVE: tl.constexpr):
+    """act = silu(gate) * up of the rounded pre-activation, and that itself if it is saved."""
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
+    gate, up = gate.to(dtype), up.to(dtype)
+    if SAVE:
+        _store_rows(pre_ptr, first, local, offs_n, 2 * inter, gate, mask_m, inter)
+        _store_rows(pre_ptr + inter, first, local, offs_n, 2 * inter, up, mask_m, inter)
+    act = _silu_mul(gate.to(tl.float32), up.to(tl.float32))
+    _store_rows(act_ptr, first, local, offs_n, inter, act, mask_m, inter)
+
+
+@triton.jit
 def gate_up_kernel(
     x_ptr,  # (T, hidden)
-    w_ptr,  # (E, 2 * inter, hidden)
+    w,  # (E, 2 * inter, hidden), or with TMA a descriptor of (E * 2 * inter, hidden)
     extra_ptr,  # (X, 2 * inter, hidden)
     perm_ptr,  # (T * TOP_K,)
     tiles_ptr,  # (3, num_tiles) of experts, the tail after the last
     segments_ptr,
     u_ptr,  # (T * TOP_K, RANK)
-    b_ptr,  # (NUM_MODALITIES, E, 2 * inter, RANK)
-    scaling_ptr,  # (NUM_MODALITIES,)
+    b_ptr,  # (num_modalities, E, 2 * inter, RANK)
+    scaling_ptr,  # (num_modalities,)
     pre_ptr,  # (T * TOP_K, 2 * inter) or nothing
     act_ptr,  # (T * TOP_K, inter)
     num_tiles,
     num_base,
     num_experts,
+    num_modalities,
     hidden,
     inter,
     TOP_K: tl.constexpr,
-    NUM_MODALITIES: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
+    TMA: tl.constexpr,
     SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,94 +181,67 @@ def gate_up_kernel(
     local = tl.arange(0, BLOCK_M)  # 32 bits: offsets within a tile
     rows = first + local
     mask_m = rows < end
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = pid_n * BLOCK_N
+    offs_n = n + tl.arange(0, BLOCK_N)
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if expert < num_experts:
         token = tl.load(perm_ptr + rows, mask=mask_m, other=0) // TOP_K
-        size = 2 * inter * hidden
-        w = _expert_matrix(w_ptr, extra_ptr, expert, num_base, size, HAS_EXTRA)
+        w = _expert_matrix(w, extra_ptr, expert, num_base, 2 * inter * hidden, HAS_EXTRA, TMA)
+        row = (expert * 2 * inter).to(tl.int32)
+        half = w if TMA else w + inter * hidden
         for k in range(0, hidden, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            x = load_rows(x_ptr, token, hidden, mask_m, offs_k, hidden)
-            wg = load_operand(w, offs_k, hidden, 1, offs_n, inter, hidden)
-            wu = load_operand(w + inter * hidden, offs_k, hidden, 1, offs_n, inter, hidden)
+            x = load_rows(x_ptr, token, hidden, mask_m, k + tl.arange(0, BLOCK_K), hidden)
+            wg = _load_weights(w, row, k, n, hidden, inter, True, TMA, BLOCK_K, BLOCK_N)
+            wu = _load_weights(half, row + inter, k, n, hidden, inter, True, TMA, BLOCK_K, BLOCK_N)
             gate = dot(x, wg, gate)
             up = dot(x, wu, up)
-        if RANK > 0:
-            if expert < num_base:
-                offs_r = tl.arange(0, BLOCK_R)
-                for m in range(1, NUM_MODALITIES + 1):
-                    segment = segments_ptr + expert * (NUM_MODALITIES + 1) + m
-                    low, high = tl.load(segment), tl.load(segment + 1)
-                    if (low < end) & (high > first) & (low < high):
-                        adapted = mask_m & (rows >= low) & (rows < high)
-                        scale = tl.load(scaling_ptr + m - 1)
-                        u = scaled_rows(u_ptr, scale, rows, adapted, offs_r, RANK, dtype)
-                        b = b_ptr + ((m - 1) * num_base + expert) * 2 * inter * RANK
-                        bg = load_operand(b, offs_r, RANK, 1, offs_n, inter, RANK)
-                        bu = load_operand(b + inter * RANK, offs_r, RANK, 1, offs_n, inter, RANK)
-                        gate = tl.where(adapted[:, None], dot(u, bg, gate), gate)
-                        up = tl.where(adapted[:, None], dot(u, bu, up), up)
-    mask = mask_m[:, None] & (offs_n < inter)[None, :]
-    gate_rounded, up_rounded = gate.to(dtype), up.to(dtype)
-    if SAVE:
-        pre = pre_ptr + first * 2 * inter + local[:, None] * 2 * inter + offs_n[None, :]
-        tl.store(pre, gate_rounded, mask=mask)
-        tl.store(pre + inter, up_rounded, mask=mask)
-    act = _silu_mul(gate_rounded.to(tl.float32), up_rounded.to(tl.float32))
-    act_tile = act_ptr + first * inter + local[:, None] * inter + offs_n[None, :]
-    tl.store(act_tile, act.to(dtype), mask=mask)
-
-
-@triton.jit
-def _extend(
-    acc, u_ptr, v_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
-    experts_of_v, stride_vr, stride_vn, offs_n, size_n,
-    NUM_MODALITIES: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """acc + s u V on the rows of each modality, V (RANK, size_n) of (modality, expert)."""
-    offs_r = tl.arange(0, BLOCK_R)
-    for m in range(1, NUM_MODALITIES + 1):
-        segment = segments_ptr + expert * (NUM_MODALITIES + 1) + m
-        low, high = tl.load(segment), tl.load(segment + 1)
-        if (low < end) & (high > first) & (low < high):
-            adapted = mask_m & (rows >= low) & (rows < high)
-            scale = tl.load(scaling_ptr + m - 1)
-            u = scaled_rows(u_ptr, scale, rows, adapted, offs_r, RANK, dtype)
-            index = (m - 1) * experts_of_v + tl.minimum(expert, experts_of_v - 1)
-            v = load_operand(
-                v_ptr + index * RANK * size_n, offs_r, RANK, stride_vr, offs_n, size_n, stride_vn
-            )
-            acc = tl.where(adapted[:, None], dot(u, v, acc), acc)
-    return acc
+    base_end = _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK)
+    if first < base_end:
+        _store_act(
+            pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, rows < base_end, SAVE
+        )  # fmt: skip
+    if RANK > 0:
+        if base_end < end:
+            gate = _extend(
+                gate, u_ptr, b_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
+                num_base, 2 * inter * RANK, 1, RANK, offs_n, inter,
+                num_modalities, RANK, BLOCK_R, dtype,
+            )  # fmt: skip
+            up = _extend(
+                up, u_ptr, b_ptr + inter * RANK, scaling_ptr, segments_ptr, expert, rows, first,
+                end, mask_m, num_base, 2 * inter * RANK, 1, RANK, offs_n, inter,
+                num_modalities, RANK, BLOCK_R, dtype,
+            )  # fmt: skip
+            adapted = mask_m & (rows >= base_end)
+            _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, adapted, SAVE)
 
 
 @triton.jit
 def rows_kernel(
     left_ptr,  # (T * TOP_K, size_k)
-    w_ptr,  # (E, ...): (size_k, size_n) with strides stride_wk, stride_wn
+    w,  # (E, size_n, size_k) if TRANSPOSED, else (E, size_k, size_n); or a descriptor
     extra_ptr,  # (X, ...)
     tiles_ptr,  # (3, num_tiles) of experts
     segments_ptr,
     u_ptr,  # (T * TOP_K, RANK)
-    v_ptr,  # (NUM_MODALITIES, experts_of_v, ...): (RANK, size_n), strides stride_vr, stride_vn
+    v_ptr,  # (num_modalities, experts_of_v, ...): (RANK, size_n), strides stride_vr, stride_vn
     scaling_ptr,
     out_ptr,  # (T * TOP_K, size_n)
     num_tiles,
     num_base,
     num_experts,
+    num_modalities,
     size_k,
     size_n,
-    stride_wk,
-    stride_wn,
     experts_of_v,
     stride_vr,
     stride_vn,
-    NUM_MODALITIES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -184,34 +256,83 @@ def rows_kernel(
     local = tl.arange(0, BLOCK_M)  # 32 bits: offsets within a tile
     rows = first + local
     mask_m = rows < end
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = _expert_matrix(w_ptr, extra_ptr, expert, num_base, size_k * size_n, HAS_EXTRA)
-    acc = add_product(
-        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), left_ptr, rows, size_k, w, stride_wk,
-        stride_wn, size_k, offs_n, size_n, mask_m, BLOCK_K,
+    n = pid_n * BLOCK_N
+    offs_n = n + tl.arange(0, BLOCK_N)
+    w = _expert_matrix(w, extra_ptr, expert, num_base, size_k * size_n, HAS_EXTRA, TMA)
+    row = (expert * (size_n if TRANSPOSED else size_k)).to(tl.int32)
+    acc = _product(
+        left_ptr, rows, w, row, n, size_k, size_n, mask_m, TRANSPOSED, TMA, BLOCK_M, BLOCK_N,
+        BLOCK_K,
     )  # fmt: skip
+    base_end = _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK)
+    if first < base_end:
+        _store_rows(out_ptr, first, local, offs_n, size_n, acc, rows < base_end, size_n)
     if RANK > 0:
-        if expert < num_base:
+        if base_end < end:
             acc = _extend(
                 acc, u_ptr, v_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
-                experts_of_v, stride_vr, stride_vn, offs_n, size_n,
-                NUM_MODALITIES, RANK, BLOCK_R, dtype,
+                experts_of_v, RANK * size_n, stride_vr, stride_vn, offs_n, size_n,
+                num_modalities, RANK, BLOCK_R, dtype,
             )  # fmt: skip
-    mask = mask_m[:, None] & (offs_n < size_n)[None, :]
-    out = out_ptr + first * size_n + local[:, None] * size_n + offs_n[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            adapted = mask_m & (rows >= base_end)
+            _store_rows(out_ptr, first, local, offs_n, size_n, acc, adapted, size_n)
+
+
+@triton.jit
+def _store_act_gradient(
+    pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, acc, weight, mask_m,
+    WRITE_ACT: tl.constexpr,
+):  # fmt: skip
+    """From acc = dA': d(gate) and d(up) of weight * dA', and a if it is asked for; <dA', a>."""
+    dtype: tl.constexpr = dpre_ptr.dtype.element_ty
+    mask = mask_m[:, None] & (offs_n < inter)[None, :]
+    pre = pre_ptr + first * 2 * inter + local[:, None] * 2 * inter + offs_n[None, :]
+    gate = tl.load(pre, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pre + inter, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    act = (silu * up).to(dtype)
+    if WRITE_ACT:
+        _store_rows(act_ptr, first, local, offs_n, inter, act, mask_m, inter)
+    dots = tl.sum(tl.where(mask, acc * act.to(tl.float32), 0.0), axis=1)
+    d_act = acc * weight[:, None]
+    _store_rows(dpre_ptr + inter, first, local, offs_n, 2 * inter, d_act * silu, mask_m, inter)
+    d_gate = d_act * up * sigmoid * (1 + gate * (1 - sigmoid))
+    _store_rows(dpre_ptr, first, local, offs_n, 2 * inter, d_gate, mask_m, inter)
+    return dots
+
+
+@triton.jit
+def _store_act_gradients(
+    pre_ptr, dpre_ptr, act_ptr, dots_ptr, first, rows, local, n, inter, acc, weight, mask_m,
+    WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same for a whole tile, one half of its columns after the other: both at once would not
+    fit into the registers.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    offs_n = n + tl.arange(0, HALF)
+    dots = _store_act_gradient(
+        pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, left, weight, mask_m, WRITE_ACT
+    )  # fmt: skip
+    dots += _store_act_gradient(
+        pre_ptr, dpre_ptr, act_ptr, first, local, offs_n + HALF, inter, right, weight, mask_m,
+        WRITE_ACT,
+    )  # fmt: skip
+    tl.store(dots_ptr + rows, dots, mask=mask_m)
 
 
 @triton.jit
 def act_backward_kernel(
     grad_ptr,  # (T, hidden)
-    w_ptr,  # (E, hidden, inter)
+    w,  # (E, hidden, inter), or a descriptor
     extra_ptr,  # (X, hidden, inter)
     perm_ptr,
     tiles_ptr,
     segments_ptr,
     du_ptr,  # (T * TOP_K, RANK) float32
-    a_ptr,  # (NUM_MODALITIES, experts_of_a, RANK, inter)
+    a_ptr,  # (num_modalities, experts_of_a, RANK, inter)
     scaling_ptr,
     weights_ptr,  # (T, TOP_K)
     pre_ptr,  # (T * TOP_K, 2 * inter)
@@ -221,15 +342,16 @@ def act_backward_kernel(
     num_tiles,
     num_base,
     num_experts,
+    num_modalities,
     num_rows,
     hidden,
     inter,
     experts_of_a,
     TOP_K: tl.constexpr,
-    NUM_MODALITIES: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
+    TMA: tl.constexpr,
     WRITE_ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -245,36 +367,33 @@ def act_backward_kernel(
     local = tl.arange(0, BLOCK_M)  # 32 bits: offsets within a tile
     rows = first + local
     mask_m = rows < end
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = pid_n * BLOCK_N
+    offs_n = n + tl.arange(0, BLOCK_N)
     slot = tl.load(perm_ptr + rows, mask=mask_m, other=0)
-    w = _expert_matrix(w_ptr, extra_ptr, expert, num_base, hidden * inter, HAS_EXTRA)
-    acc = add_product(
-        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), grad_ptr, slot // TOP_K, hidden, w, inter,
-        1, hidden, offs_n, inter, mask_m, BLOCK_K,
+    w = _expert_matrix(w, extra_ptr, expert, num_base, hidden * inter, HAS_EXTRA, TMA)
+    acc = _product(
+        grad_ptr, slot // TOP_K, w, (expert * hidden).to(tl.int32), n, hidden, inter, mask_m,
+        False, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    weight = tl.load(weights_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
+    dots_ptr += pid_n * num_rows
+    base_end = _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK)
+    if first < base_end:
+        _store_act_gradients(
+            pre_ptr, dpre_ptr, act_ptr, dots_ptr, first, rows, local, n, inter, acc, weight,
+            rows < base_end, WRITE_ACT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     if RANK > 0:
-        if expert < num_base:
+        if base_end < end:
             acc = _extend(
                 acc, du_ptr, a_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
-                experts_of_a, inter, 1, offs_n, inter, NUM_MODALITIES, RANK, BLOCK_R, dtype,
+                experts_of_a, RANK * inter, inter, 1, offs_n, inter,
+                num_modalities, RANK, BLOCK_R, dtype,
             )  # fmt: skip
-    mask = mask_m[:, None] & (offs_n < inter)[None, :]
-    offsets = first * 2 * inter + local[:, None] * 2 * inter + offs_n[None, :]
-    pre = pre_ptr + offsets
-    gate = tl.load(pre, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(pre + inter, mask=mask, other=0.0).to(tl.float32)
-    act = _silu_mul(gate, up).to(dtype)
-    if WRITE_ACT:
-        act_tile = act_ptr + first * inter + local[:, None] * inter + offs_n[None, :]
-        tl.store(act_tile, act, mask=mask)
-    dots = tl.sum(tl.where(mask, acc * act.to(tl.float32), 0.0), axis=1)
-    tl.store(dots_ptr + pid_n * num_rows + rows, dots, mask=mask_m)
-    d_act = acc * tl.load(weights_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-    sigmoid = tl.sigmoid(gate)
-    d_gate = d_act * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dpre = dpre_ptr + offsets
-    tl.store(dpre, d_gate.to(dtype), mask=mask)
-    tl.store(dpre + inter, (d_act * gate * sigmoid).to(dtype), mask=mask)
+            _store_act_gradients(
+                pre_ptr, dpre_ptr, act_ptr, dots_ptr, first, rows, local, n, inter, acc, weight,
+                mask_m & (rows >= base_end), WRITE_ACT, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -1,12 +1,18 @@
-"""Which tiles the Triton kernels of ``moe_mlp`` use: a function of shapes and dtype alone.
+"""Which tiles the Triton kernels of ``moe_mlp`` use: a function of shapes, dtype and device alone.
 
-Never of the routing, so that a row's bits do not follow what else is in the batch.
+Never of the routing, so that a row's bits do not follow what else is in the batch. The tables here
+are replaced, for the shapes that ``python -m moe_kernels.tune`` was run on, by what it stored.
 """
 
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
+from moe_kernels import env
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 
 
@@ -32,14 +38,81 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By the average number of rows of an expert, from this number on. Chosen by what the compiler made
-# of them (`make check-gpu-code`), not yet by a GPU; few rows want many small programs.
-HALF = ((64, Tiles(128, 128, 64, 64, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4)))
-FLOAT32 = ((64, Tiles(64, 64, 32, 32, 8, 4, 3)), (0, Tiles(16, 64, 32, 32, 8, 4, 3)))
+Table = Sequence[tuple[int, Tiles]]
+
+# By compute capability, from that one on, then by the average number of rows of an expert, from
+# that number on. Chosen by what the compiler made of them (`make check-gpu-code`: no spill), not
+# yet by a GPU. Few rows want many small programs. On sm_80 a step of 64 takes the last register; on
+# sm_100 128 columns spill a few with ranks above 16.
+_HALF: dict[int, Table] = {
+    80: ((64, Tiles(128, 128, 64, 32, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4))),
+    90: ((64, Tiles(128, 128, 64, 64, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4))),
+    100: ((64, Tiles(128, 64, 64, 64, 8, 8, 3)), (0, Tiles(16, 64, 32, 64, 8, 2, 4))),
+}
+_FLOAT32: Table = ((64, Tiles(64, 32, 32, 16, 8, 4, 3)), (0, Tiles(16, 64, 32, 16, 8, 2, 2)))
+
+
+def built_in(dtype: torch.dtype, capability: int) -> Table:
+    """The table for a dtype and a compute capability (90 for sm_90)."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _HALF[max((least for least in _HALF if least <= capability), default=min(_HALF))]
+
+
+_forced: Tiles | None = None
 
 
 def choose_tiles(rows: int, weights: ExpertWeights) -> Tiles:
     """The tiles for ``rows`` pairs of a token and one of its experts."""
-    table = FLOAT32 if weights.gate_up_proj.dtype == torch.float32 else HALF
+    if _forced is not None:
+        return _forced
+    stack = weights.gate_up_proj
+    table = _stored().get(key_of(stack)) or built_in(stack.dtype, _capability(stack.device))
     average = rows // weights.num_experts
-    return next(tiles for least, tiles in table if average >= least)
+    return next((tiles for least, tiles in table if average >= least), table[-1][1])
+
+
+def _capability(device: torch.device) -> int:
+    """Of the interpreter that of a Hopper."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def key_of(gate_up_proj: torch.Tensor) -> str:
+    """Device, dtype and shape of a frozen stack (E, 2I, H), as the file of tuned tiles has them."""
+    device = gate_up_proj.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    experts, double_inter, hidden = gate_up_proj.shape
+    dtype = str(gate_up_proj.dtype).removeprefix("torch.")
+    return f"{name}, {dtype}, E={experts} H={hidden} I={double_inter // 2}"
+
+
+@functools.cache
+def _stored() -> dict[str, Table]:
+    """The tuned tables, by :func:`key_of`: pairs of a least average number of rows and tiles."""
+    path = env.tiles_path()
+    if not path.is_file():
+        return {}
+    try:
+        tables = json.loads(path.read_text())
+        return {key: [(least, Tiles(**tiles)) for least, tiles in t] for key, t in tables.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of tuned tiles ({error}): delete it") from error
+
+
+def forget_stored() -> None:
+    """Read the file again when tiles are next chosen."""
+    _stored.cache_clear()
+
+
+@contextmanager
+def force(tiles: Tiles) -> Iterator[None]:
+    """These tiles and no others, to time them."""
+    global _forced
+    _forced = tiles
+    try:
+        yield
+    finally:
+        _forced = None

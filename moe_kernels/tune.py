@@ -1,0 +1,159 @@
+"""Times the Triton tiles on this machine's GPU and stores the best ones.
+
+    python -m moe_kernels.tune --experts 64 --hidden 2048 --intermediate 1024 --top-k 8
+
+For each number of tokens every candidate runs forward and backward of ``moe_mlp`` on balanced
+routing with adapters on half the rows. The file (``MOE_KERNELS_TILES``) holds the fastest by the
+average number of rows of an expert, for this device, dtype and shape, and is used from the next
+process on. Other tiles sum in another order: results keep their accuracy, not their last bits.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_kernels import backends, env
+from moe_kernels.ops import moe_mlp
+from moe_kernels.ops.moe_mlp import triton_tiles
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
+from moe_kernels.testing import MoeInputs, Shape, assert_close, make_moe_inputs
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def candidates(rows_per_expert: int, dtype: torch.dtype) -> list[Tiles]:
+    """What is tried: heights near the rows of an expert, and what the compiler is known to take."""
+    heights = [m for m in (16, 32, 64, 128) if m // 4 <= rows_per_expert] or [16]
+    depths = (32,) if dtype == torch.float32 else (32, 64)
+    return [
+        Tiles(m, n, n // 2, k, 8, 8 if m * n >= 128 * 128 else 4, stages)
+        for m, n, k, stages in itertools.product(heights[-3:], (64, 128, 256), depths, (3, 4))
+    ]
+
+
+def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, limit: int = 0):
+    """The fastest tiles for one shape.
+
+    Args:
+        trials: timed runs of each candidate, of which the median counts.
+        limit: try no more than so many candidates; 0: all.
+
+    Returns:
+        (the fastest, its seconds), or None where no candidate ran.
+    """
+    inputs = _on(make_moe_inputs(shape).to(dtype), device).requires_grad_()
+    grad_out = torch.randn_like(inputs.hidden_states)
+    expected = _run(inputs, grad_out)
+    best = None
+    found = candidates(shape.T * shape.K // shape.E, dtype)
+    for tiles in tqdm(found[: limit or None], desc=f"T = {shape.T}", unit="tile"):
+        try:
+            with triton_tiles.force(tiles):
+                assert_close(_run(inputs, grad_out), expected.double(), dtype=dtype)
+                seconds = statistics.median(_timed(inputs, grad_out) for _ in range(trials))
+        except Exception as error:  # more shared memory or registers than there are, mostly
+            tqdm.write(f"{tiles}: {str(error).splitlines()[0][:100]}")
+            continue
+        if best is None or seconds < best[1]:
+            best = tiles, seconds
+    return best
+
+
+def _on(inputs: MoeInputs, device: str) -> MoeInputs:
+    def move(value):
+        if isinstance(value, tuple):
+            return type(value)(*map(move, value))
+        return None if value is None else value.to(device)
+
+    return MoeInputs(*map(move, inputs))
+
+
+def _run(inputs: MoeInputs, grad_out: Tensor) -> Tensor:
+    out = moe_mlp(*inputs[:5], **inputs.keywords(), backend="triton")
+    out.backward(grad_out)
+    for tensor in inputs.differentiable().values():
+        tensor.grad = None
+    return out.detach()
+
+
+def _timed(inputs: MoeInputs, grad_out: Tensor) -> float:
+    _wait(grad_out)
+    started = time.perf_counter()
+    _run(inputs, grad_out)
+    _wait(grad_out)
+    return time.perf_counter() - started
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def store(key: str, table: list[tuple[int, Tiles]]) -> None:
+    """Put a table into the file of tuned tiles, whole or not at all."""
+    path = env.tiles_path()
+    tables = json.loads(path.read_text()) if path.is_file() else {}
+    tables[key] = [(least, tiles._asdict()) for least, tiles in sorted(table, reverse=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(tables, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    triton_tiles.forget_stored()
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_kernels.tune", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--experts", type=int, required=True)
+    parser.add_argument("--hidden", type=int, required=True)
+    parser.add_argument("--intermediate", type=int, required=True)
+    parser.add_argument("--top-k", type=int, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 1024, 8192])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    parser.add_argument("--trials", type=int, default=10, help="timed runs of each candidate")
+    parser.add_argument("--limit", type=int, default=0, help="candidates to try (default: all)")
+    given = parser.parse_args(arguments)
+    if reason := backends.available()["triton"]:
+        parser.error(f"nothing to tune: {reason}")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tune every number of tokens that is asked for, and store the table."""
+    given = parse(arguments)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", _DTYPES[given.dtype]
+    table = []
+    for tokens in sorted(given.tokens):
+        shape = Shape(
+            tokens, given.top_k, given.experts, given.hidden, given.intermediate, given.rank
+        )
+        best = tune(shape, dtype, device, trials=given.trials, limit=given.limit)
+        if best:
+            table.append((tokens * given.top_k // given.experts, best[0]))
+            print(f"T = {tokens}: {best[0]}, {best[1] * 1e3:.3f} ms")
+    if not table:
+        raise SystemExit("no candidate ran")
+    stack = torch.empty(
+        given.experts, 2 * given.intermediate, given.hidden, dtype=dtype, device=device
+    )
+    store(triton_tiles.key_of(stack), table)
+    print(f"wrote {env.tiles_path()}")
+
+
+if __name__ == "__main__":
+    main()
