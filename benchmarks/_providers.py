@@ -147,7 +147,7 @@ def _ours_base(problem: Problem, backend: str) -> Runner:
     return _ours(problem, backend, adapters=False)
 
 
-# --- transformers, and PEFT on it
+# --- transformers, and PEFT on it; Liger
 
 
 def _experts_module(problem: Problem, implementation: str) -> OlmoeExperts:
@@ -211,6 +211,25 @@ def _peft(problem: Problem, implementation: str) -> Runner:
     )  # fmt: skip
 
 
+def _liger(problem: Problem, _: str) -> Runner:
+    """Liger's fused MoE; it computes the weights' gradients whether they are frozen or not."""
+    if problem.case.device != "cuda":
+        raise Unavailable("it runs on CUDA devices only")
+    try:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel is not installed ({error})") from error
+    inputs, leaves = problem.inputs, _Leaves.of(problem)
+    ids = inputs.topk_ids.int()
+
+    def forward() -> Tensor:
+        return LigerFusedMoEFunction.apply(
+            leaves.hidden_states, inputs.gate_up_proj, inputs.down_proj, ids, leaves.topk_weights
+        )
+
+    return leaves.runner(forward, rounding=2)
+
+
 # --- split LoRA, and the bounds
 
 
@@ -268,5 +287,6 @@ KINDS: dict[str, _Kind] = {
     "ours_base": _Kind(_ours_base, lambda: list(backends.NAMES)),
     "hf": _Kind(_hf, _experts_implementations),
     "peft": _Kind(_peft, _experts_implementations),
+    "liger": _Kind(_liger, lambda: [""]),
     "split": _Kind(_split, lambda: ["masked", "gathered", "compiled"]),
 }

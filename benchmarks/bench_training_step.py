@@ -19,6 +19,7 @@ import torch
 from _bounds import ExpertGemms
 from _cases import DTYPES, Case, make_problem
 from _cli import finish, make_parser, options_of, progress
+from _memory import peak_bytes
 from _runs import Options
 from _timing import now
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,6 +55,7 @@ class Settings:
     length: int
     image_share: float
     r: int = 16
+    checkpointing: bool = False
 
     @property
     def tokens(self) -> int:
@@ -74,6 +76,22 @@ MODELS = {
     "demo": Settings("demo", "float32", 1090, 128, 64, 4, 4, 16, 4, 16, 56, 51 / 56),
     # Two of OLMoE's 16 layers, and as small a part of its vocabulary: the head's share is the same.
     "olmoe": Settings("olmoe", "bfloat16", 50304 // 8, 2048, 1024, 2, 16, 64, 8, 1, 256, 0.5),
+    # The whole of it, for a GPU: PEFT's copy has the same 14 GB again.
+    "olmoe-1b-7b": Settings(
+        "olmoe-1b-7b",
+        "bfloat16",
+        50304,
+        2048,
+        1024,
+        16,
+        16,
+        64,
+        8,
+        4,
+        2048,
+        0.5,
+        checkpointing=True,
+    ),
     "tiny": Settings("tiny", "float32", 64, 32, 16, 2, 4, 4, 2, 2, 16, 0.5, 4),  # for tests
 }
 
@@ -81,12 +99,12 @@ MODELS = {
 def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0) -> dict:
     """A record as of :func:`_runs.run_training`, with the mode "step"."""
     torch.manual_seed(seed)
-    model = _make_model(settings).to(device)
+    model = _make_model(settings, device)
     ids = torch.randint(0, settings.vocab_size, (settings.batch, settings.length), device=device)
     mask = torch.zeros_like(ids)
     mask[:, settings.length - round(settings.length * settings.image_share) :] = 1
     theirs = _with_peft(copy.deepcopy(model), settings)
-    ours = _patched(model, theirs, settings)
+    ours = _patched(model, theirs, settings, "triton" if device == "cuda" else None)
     error = _error(ours, theirs, ids, settings)
     steps = {
         "ours": _step(
@@ -101,32 +119,41 @@ def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0
     }  # fmt: skip
     for step in steps.values():
         step()  # the optimizer makes its state
+    # On a CPU the profiler would be asked, and thousands of small allocations take it minutes.
+    peak = {name: peak_bytes(step, device) for name, step in steps.items() if device == "cuda"}
     samples = options.measure(steps)
     return {
         "case": asdict(settings) | {"tokens": settings.tokens, "device": device, "seed": seed},
         "providers": {
-            name: {"error": error if name == "ours" else None, "seconds": samples[name]}
+            name: {
+                "error": error if name == "ours" else None,
+                "seconds": samples[name],
+                "peak": peak.get(name),
+            }
             for name in steps
         },
     }
 
 
-def _make_model(settings: Settings) -> PreTrainedModel:
+def _make_model(settings: Settings, device: str) -> PreTrainedModel:
     config = OlmoeConfig(
         vocab_size=settings.vocab_size, hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
         num_experts=settings.experts, num_experts_per_tok=settings.experts_per_token,
-        norm_topk_prob=True, max_position_embeddings=512, use_cache=False,
+        norm_topk_prob=True, max_position_embeddings=max(512, settings.length), use_cache=False,
         pad_token_id=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[settings.dtype])
     try:
-        model = OlmoeForCausalLM(config)
+        with torch.device(device):
+            model = OlmoeForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
     model.set_experts_implementation("grouped_mm")
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -144,9 +171,12 @@ def _with_peft(model: PreTrainedModel, settings: Settings) -> PeftModel:
     return peft
 
 
-def _patched(model: PreTrainedModel, theirs: PeftModel, settings: Settings) -> PatchedModel:
+def _patched(
+    model: PreTrainedModel, theirs: PeftModel, settings: Settings, backend: str | None
+) -> PatchedModel:
     """Our model with PEFT's adapters, carried over by PEFT's own file."""
-    patched = patch_model(model, ModalityLoraConfig(r=settings.r, lora_alpha=2 * settings.r))
+    config = ModalityLoraConfig(r=settings.r, lora_alpha=2 * settings.r, backend=backend)
+    patched = patch_model(model, config)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         load_peft_adapter(patched, "image", folder)
@@ -204,7 +234,7 @@ def _step_without_experts(
     """A step of a frozen model, whose experts are ``gemms``. Its backward goes as far as that of
     adapters on attention: the norms of the first layer's q and k train.
     """
-    model = _make_model(replace(settings, intermediate_size=1)).to(device).requires_grad_(False)
+    model = _make_model(replace(settings, intermediate_size=1), device).requires_grad_(False)
     for layer, bare in zip(model.model.layers, gemms, strict=True):
         layer.mlp.experts = _NoExperts(bare)
     attention = model.model.layers[0].self_attn

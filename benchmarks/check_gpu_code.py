@@ -15,9 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
 from tables import markdown
 from tqdm import tqdm
@@ -27,18 +30,19 @@ from triton.compiler import ASTSource
 from moe_kernels.ops import triton_kernels as shared
 from moe_kernels.ops.lora_linear import triton_impl as linear
 from moe_kernels.ops.moe_mlp import triton_kernels as moe_mlp
-from moe_kernels.ops.moe_mlp.triton_tiles import FLOAT32, HALF, Tiles
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, built_in
 
 # Shared memory of a program, of a multiprocessor, and registers of it, by compute capability.
 DEVICES = {80: (163, 164, 65536), 90: (227, 228, 65536), 100: (227, 228, 65536)}
-DTYPES = ("bf16", "fp16", "fp32")
-RANKS = (16, 64)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RANKS = (16, 256)  # one step over the rank, and several
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Pointers that are not of the compute dtype; integers that are not known to be multiples of 16.
 _POINTERS = {
     "perm_ptr": "i64", "inv_perm_ptr": "i64", "tiles_ptr": "i64", "segments_ptr": "i64",
-    "groups_ptr": "i64", "num_rows_ptr": "i64", "scaling_ptr": "fp32", "factors_ptr": "fp32",
-    "du_ptr": "fp32", "dots_ptr": "fp32",
+    "bounds_ptr": "i64", "slots_ptr": "i64", "num_rows_ptr": "i64", "scaling_ptr": "fp32",
+    "factors_ptr": "fp32", "du_ptr": "fp32", "dots_ptr": "fp32",
+    "projected_ptr": "fp32", "partial_ptr": "fp32", "parts_ptr": "fp32",
 }  # fmt: skip
 _MULTIPLES = ("hidden", "inter", "size_k", "size_n", "width", "height")
 
@@ -56,13 +60,15 @@ class Kernel:
 
     def source(self, dtype: str) -> ASTSource:
         names = self.function.arg_names
-        pointers = {name: dtype for name in names if name.endswith("_ptr")} | _POINTERS
-        pointers |= self.pointers
+        pointers = {name: dtype for name in names if name.endswith("_ptr") or name == "w"}
+        pointers |= _POINTERS | self.pointers
         signature = {
             name: f"*{pointers[name]}" if name in pointers else "i32"
             for name in names
             if name not in self.constants
         } | dict.fromkeys(self.constants, "constexpr")
+        if self.constants.get("TMA"):
+            signature["w"] = f"tensordesc<{dtype}{self.weights_block}>"
         aligned = [["tt.divisibility", 16]]
         return ASTSource(
             fn=self.function,
@@ -71,33 +77,75 @@ class Kernel:
             attrs={
                 (names.index(name),): aligned
                 for name in names
-                if name not in self.constants and (name.endswith("_ptr") or name in _MULTIPLES)
+                if name in _MULTIPLES or signature[name].startswith("*")
             },
         )
 
+    @property
+    def weights_block(self) -> list[int]:
+        """Of the stack's descriptor: (n, k) where it is stored so, else (k, n)."""
+        block = [self.constants["BLOCK_K"], self.constants["BLOCK_N"]]
+        by_column = self.function is moe_mlp.gate_up_kernel or self.constants.get("TRANSPOSED")
+        return block[::-1] if by_column else block
 
-def kernels(tiles: Tiles, rank: int) -> Iterator[Kernel]:
-    """Everything that is launched for these tiles."""
-    low_rank = {"RANK": rank, "BLOCK_R": max(16, rank)}
-    modal = {"NUM_MODALITIES": 2, "HAS_EXTRA": True, **low_rank}
-    blocks = {"BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "GROUP_M": tiles.group}
-    run = {"warps": tiles.warps, "stages": tiles.stages}
-    plain, gated = ({**modal, **blocks, "BLOCK_N": n} for n in (tiles.n, tiles.n_gated))
-    yield Kernel(moe_mlp.gate_up_kernel, {"TOP_K": 8, "SAVE": True, **gated}, **run)
-    yield Kernel(moe_mlp.rows_kernel, plain, **run)
-    yield Kernel(moe_mlp.act_backward_kernel, {"TOP_K": 8, "WRITE_ACT": True, **gated}, **run)
+
+def kernels(tiles: Tiles, rank: int, dtype: str, arch: int) -> Iterator[Kernel]:
+    """Everything that is launched for these tiles, with the copy engine where it can be used."""
+    torch_dtype = DTYPES[dtype]
+    low_rank = {"RANK": rank, "BLOCK_R": shared.STEP_R}
+    for by_engine in (False, True) if arch >= 90 and dtype != "fp32" else (False,):
+        yield from _expert_kernels(tiles, low_rank | {"HAS_EXTRA": not by_engine, "TMA": by_engine})
     project = {"TOP_K": 8, "BY_TOKEN": True, **low_rank}
+    project["BLOCK_R"] = min(rank, shared.rank_block(torch_dtype))
     for m, k in ((tiles.m, tiles.k), (linear.BLOCK_M, linear.BLOCK_K)):
-        yield Kernel(shared.project_kernel, {**project, "BLOCK_M": m, "BLOCK_K": k})
-    outer = {"TOP_K": 8, "LEFT_BY_TOKEN": True, "RIGHT_BY_TOKEN": True, "WEIGHTED": True}
-    for height in (max(16, rank), 64):
-        block = {"BLOCK_H": height, "BLOCK_N": 128, "BLOCK_P": shared.ROWS_OF_OUTER}
-        fp32 = {"left_ptr": "fp32", "out_ptr": "fp32"}
-        yield Kernel(shared.outer_kernel, {**outer, **block}, pointers=fp32, gemm=False)
+        constants = {**project, "BLOCK_M": m, "BLOCK_K": k}
+        yield Kernel(shared.project_kernel, constants, shared.warps_of(m))
+        parts = {"RANK": rank, "BLOCK_R": min(64, rank), "BLOCK_M": m}
+        yield Kernel(shared.sum_parts_kernel, parts, gemm=False)
     block = {"BLOCK_M": linear.BLOCK_M, "BLOCK_N": linear.BLOCK_N}
     yield Kernel(shared.add_low_rank_kernel, {**low_rank, **block}, gemm=False)
+    yield from _outer_kernels(rank, torch_dtype)
     combine = {"TOP_K": 8, "WEIGHTED": True, "BLOCK_N": 1024}
     yield Kernel(moe_mlp.combine_kernel, combine, gemm=False)
+
+
+def _expert_kernels(tiles: Tiles, constants: dict[str, object]) -> Iterator[Kernel]:
+    """The products with the experts' weights."""
+    run = {"warps": tiles.warps, "stages": tiles.stages}
+    common = {
+        "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "GROUP_M": tiles.group,
+        **constants,
+    }  # fmt: skip
+    gated = common | {"BLOCK_N": tiles.n_gated, "TOP_K": 8}
+    yield Kernel(moe_mlp.gate_up_kernel, gated | {"SAVE": True}, **run)
+    yield Kernel(moe_mlp.act_backward_kernel, gated | {"WRITE_ACT": True}, **run)
+    for transposed in (True, False):
+        rows = common | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
+        yield Kernel(moe_mlp.rows_kernel, rows, **run)
+
+
+def _outer_kernels(rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
+    """Gradients of B (with du), of A, and of the added experts' weights."""
+    common = {"TOP_K": 8, "RIGHT_BY_TOKEN": True, "WEIGHTED": True}
+    for height, left_by_token, project, left in (
+        (rank, False, True, None), (rank, False, False, "fp32"), (2048, True, False, None),
+    ):  # fmt: skip
+        blocks = shared.outer_blocks(height, 2048, dtype)
+        constants = dict(zip(("BLOCK_H", "BLOCK_N", "BLOCK_P"), blocks, strict=True))
+        constants |= {"LEFT_BY_TOKEN": left_by_token, "PROJECT": project}
+        pointers = {"out_ptr": "fp32"} | ({"left_ptr": left} if left else {})
+        yield Kernel(shared.outer_kernel, {**common, **constants}, pointers=pointers, gemm=False)
+    yield Kernel(
+        shared.finish_outer_kernel, {"BLOCK_N": 1024}, pointers={"out_ptr": "fp32"}, gemm=False
+    )
+
+
+def compile_job(
+    arch: int, dtype: str, rank: int, tiles: Tiles, index: int
+) -> tuple[tuple[str, ...], list[str]]:
+    """:func:`compile_one` of a kernel by its place, since kernels cannot go to another process."""
+    kernel = list(kernels(tiles, rank, dtype, arch))[index]
+    return compile_one(kernel, dtype, arch)
 
 
 def compile_one(kernel: Kernel, dtype: str, arch: int) -> tuple[tuple[str, ...], list[str]]:
@@ -129,6 +177,7 @@ def compile_one(kernel: Kernel, dtype: str, arch: int) -> tuple[tuple[str, ...],
         if name in kernel.constants
     )
     name = kernel.function.__name__.removesuffix("_kernel")
+    name += " TMA" if kernel.constants.get("TMA") else ""
     cells = (registers, spills, f"{kib:.0f}", resident, wide, narrow, "; ".join(wrong))
     return (f"sm_{arch}", dtype, name, shape, *map(str, cells)), wrong
 
@@ -157,11 +206,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     jobs = {}
     for arch, dtype, rank in itertools.product(given.arch, given.dtype, given.rank):
-        for _, tiles in FLOAT32 if dtype == "fp32" else HALF:
-            for kernel in kernels(tiles, rank):
+        for _, tiles in built_in(DTYPES[dtype], arch):
+            for index, kernel in enumerate(kernels(tiles, rank, dtype, arch)):
                 key = (arch, dtype, kernel.function.__name__, *sorted(kernel.constants.items()))
-                jobs[key] = (kernel, dtype, arch)
-    results = [compile_one(*job) for job in tqdm(jobs.values(), unit="kernel")]
+                jobs[key] = (arch, dtype, rank, tiles, index)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        running = pool.map(compile_job, *zip(*jobs.values(), strict=True))
+        results = list(tqdm(running, total=len(jobs), unit="kernel"))
     header = ("device", "dtype", "kernel", "tile", "registers", "spills", "shared KiB",
               "programs an SM", "wgmma/tcgen05", "mma", "wrong")  # fmt: skip
     print(markdown(header, [row for row, _ in results]))

@@ -67,6 +67,7 @@ SHAPES = {
     "bits": Shape(T=200, K=2, E=8, H=512, I=256, r=16),
     "one_layer": Shape(T=2048, K=4, E=32, H=1024, I=512),
     "olmoe": Shape(T=1024, K=8, E=64, H=2048, I=1024),
+    "qwen3": Shape(T=1024, K=8, E=128, H=2048, I=768),
     "mixtral": Shape(T=1024, K=2, E=8, H=4096, I=14336),
 }
 

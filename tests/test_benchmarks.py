@@ -19,7 +19,7 @@ PROGRAMS = ROOT / "benchmarks"
 MODULES = (
     "_bounds", "_cases", "_check", "_cli", "_memory", "_providers", "_record", "_runs",
     "_split_lora", "_timing", "bars", "bench_dispatch", "bench_lora_linear", "bench_moe_mlp",
-    "bench_training_step", "plot", "tables",
+    "bench_training_step", "cost_model", "plot", "tables",
 )  # fmt: skip
 
 
@@ -197,6 +197,21 @@ def test_the_programs_run(bench, tmp_path):
     assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
     for page in map(Path.read_text, bench.tables.PAGES):
         assert bench.tables.render(page, results) != page
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_cost_model(bench, share):
+    """Without image it has the operations of the base's GEMMs, and never less than the floor."""
+    model, case = bench.cost_model, bench._cases.Case.named("olmoe", image_share=share)
+    for mode in ("forward", "backward"):
+        costs, floor = [*getattr(model, mode)(case)], model.floor(case, mode)
+        low_rank = sum(cost.flops for cost in costs) / case.forward_flops - 1
+        shape = case.shape
+        expected = share * shape.r * (2 * shape.H + 3 * shape.I) / (3 * shape.H * shape.I)
+        combine = shape.H / (3 * shape.H * shape.I)
+        assert low_rank == pytest.approx((1 + (mode == "backward")) * expected + combine)
+        assert sum(cost.bytes for cost in costs) > floor.bytes > case.expert_bytes * shape.E
+    assert "gate_up" in model.table(case, 3.0, 800.0)
 
 
 # --- bars, files and the README

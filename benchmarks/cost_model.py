@@ -1,0 +1,167 @@
+"""Bytes and operations of every kernel of the Triton backend, by formula, beside the floor.
+
+    python benchmarks/cost_model.py --shape olmoe --tokens 8192
+
+A pass over a tensor that need not be there shows without a GPU. Counted is what a kernel reads and
+writes once: rows that several programs share, and weights that several row tiles share, are in the
+L2 cache. The floor reads and writes only what the op is given and what it returns or saves.
+Milliseconds are those of --bandwidth and --tflops, whichever takes longer: a bound, no measurement.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from _cases import DTYPES, Case
+from tables import markdown
+
+from moe_kernels.testing import SHAPES
+
+
+class Cost(NamedTuple):
+    """What one launch takes."""
+
+    kernel: str
+    flops: float
+    read: float  # bytes
+    written: float
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
+
+class Sizes(NamedTuple):
+    """Bytes of the tensors of a layer; ``a_`` are the adapted rows' part."""
+
+    x: float  # hidden_states, also out and their gradients
+    a_x: float
+    rows: float  # (rows, H)
+    pre: float  # (rows, 2I)
+    a_pre: float
+    act: float  # (rows, I)
+    a_act: float
+    u: float  # (adapted rows, r)
+    gate_up: float
+    down: float
+    lora_gate_up: float
+    lora_down: float
+
+
+def sizes_of(case: Case) -> Sizes:
+    """With every expert hit; adapters are read in the compute dtype."""
+    shape, itemsize = case.shape, case.torch_dtype.itemsize
+    adapted = case.num_image
+    hidden, inter = shape.H * itemsize, shape.I * itemsize
+    return Sizes(
+        x=shape.T * hidden, a_x=adapted * hidden, rows=case.rows * hidden,
+        pre=case.rows * 2 * inter, a_pre=adapted * shape.K * 2 * inter, act=case.rows * inter,
+        a_act=adapted * shape.K * inter, u=adapted * shape.K * shape.r * itemsize,
+        gate_up=shape.E * 2 * shape.I * hidden, down=shape.E * shape.I * hidden,
+        lora_gate_up=shape.E * shape.r * (hidden + 2 * inter) if adapted else 0,
+        lora_down=shape.E * shape.r * (hidden + inter) if adapted else 0,
+    )  # fmt: skip
+
+
+def forward(case: Case) -> Iterator[Cost]:
+    """In the order of the launches; the pre-activation is saved."""
+    shape, s = case.shape, sizes_of(case)
+    wide, skinny = _flops(case)
+    yield Cost("shrink x", skinny * shape.H, s.a_x + s.lora_gate_up, s.u)
+    yield Cost(
+        "gate_up", (wide * shape.H + skinny) * 2 * shape.I,
+        s.x + s.gate_up + s.u + s.lora_gate_up, s.pre + s.act,
+    )  # fmt: skip
+    yield Cost("shrink act", skinny * shape.I, s.a_act + s.lora_down, s.u)
+    yield Cost(
+        "down", (wide * shape.I + skinny) * shape.H, s.act + s.down + s.u + s.lora_down, s.rows
+    )
+    yield Cost("combine", wide * shape.H, s.rows, s.x)
+
+
+def backward(case: Case) -> Iterator[Cost]:
+    """Gradients of hidden_states, topk_weights and the adapters, these in float32."""
+    shape, s = case.shape, sizes_of(case)
+    wide, skinny = _flops(case)
+    to_fp32 = 4 / case.torch_dtype.itemsize
+    grad_A, grad_B = (
+        4 * shape.E * shape.r * width if case.num_image else 0 for width in (shape.H, shape.I)
+    )
+    yield Cost("du2, dB2", 2 * skinny * shape.H, s.a_x + s.lora_down, to_fp32 * s.u + grad_A)
+    yield Cost(
+        "dA' and SwiGLU", (wide * shape.H + skinny) * shape.I,
+        s.x + s.down + s.pre + to_fp32 * s.u, s.pre + s.act,
+    )  # fmt: skip
+    yield Cost(
+        "du1, dB1", 4 * skinny * shape.I, s.a_pre + s.lora_gate_up, to_fp32 * s.u + 2 * grad_B
+    )
+    yield Cost(
+        "dX rows",
+        (2 * wide * shape.I + skinny) * shape.H,
+        s.pre + s.gate_up + to_fp32 * s.u,
+        s.rows,
+    )
+    yield Cost("combine dX", wide * shape.H, s.rows, s.x)
+    yield Cost("dA1", skinny * shape.H, s.a_x + to_fp32 * s.u, grad_A)
+    yield Cost("dA2", skinny * shape.I, s.a_act + to_fp32 * s.u, grad_B)
+
+
+def floor(case: Case, mode: str) -> Cost:
+    """What any implementation that saves the pre-activation has to move."""
+    s = sizes_of(case)
+    flops = sum(cost.flops for cost in {"forward": forward, "backward": backward}[mode](case))
+    weights = s.gate_up + s.down + s.lora_gate_up + s.lora_down
+    grads = 4 / case.torch_dtype.itemsize * (s.lora_gate_up + s.lora_down)
+    if mode == "forward":
+        return Cost("floor", flops, s.x + weights, s.x + s.pre)
+    return Cost("floor", flops, 2 * s.x + weights + s.pre, s.x + grads)
+
+
+def _flops(case: Case) -> tuple[float, float]:
+    """Operations by column of a product's other side: of all rows, and of the adapted at rank r."""
+    return 2 * case.rows, 2 * case.num_image * case.shape.K * case.shape.r
+
+
+def table(case: Case, bandwidth: float, tflops: float) -> str:
+    """Both passes, ``bandwidth`` in TB/s."""
+    rows = []
+    for mode, costs in (("forward", [*forward(case)]), ("backward", [*backward(case)])):
+        total = Cost(f"all of {mode}", *(sum(c[i] for c in costs) for i in (1, 2, 3)))
+        for cost in (*costs, total, floor(case, mode)):
+            memory, compute = cost.bytes / bandwidth / 1e9, cost.flops / tflops / 1e9
+            rows.append(
+                (
+                    cost.kernel, f"{cost.flops / 1e9:.1f}", f"{cost.read / 1e6:.0f}",
+                    f"{cost.written / 1e6:.0f}", f"{max(memory, compute):.3f}",
+                    "memory" if memory > compute else "arithmetic",
+                )
+            )  # fmt: skip
+    return markdown(("kernel", "GFLOP", "MB read", "MB written", "ms", "bound by"), rows)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="olmoe")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--image-share", nargs="+", type=float, default=[0.0, 0.25, 1.0])
+    parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s (default: H100 SXM)")
+    parser.add_argument("--tflops", type=float, default=800.0, help="of large GEMMs")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    for share in given.image_share:
+        case = Case.named(
+            given.shape, T=given.tokens, r=given.rank, dtype=given.dtype, image_share=share
+        )
+        print(f"{given.shape}, T = {given.tokens}, rank {given.rank}, {share:.0%} image rows")
+        print(table(case, given.bandwidth, given.tflops))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Checks the Triton backend on a GPU, then times it against its rivals, in one call.
+
+    python benchmarks/run_gpu.py                               # on a GPU, under 9 minutes
+    TRITON_INTERPRET=1 python benchmarks/run_gpu.py --trial    # tiny shapes, on any machine
+
+A section that fails is recorded with its error, and the others still run; the file is written anew
+after each. Rivals: transformers' experts implementations, PEFT and split LoRA on grouped_mm, and
+Liger's fused MoE where liger-kernel is installed.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import _providers
+import _record
+import bench_training_step
+import torch
+from _cases import Case, make_problem
+from _cli import add_rotation, finish, make_parser, options_of
+from _runs import compare, fastest, run_decode, run_training, time_of
+from _timing import Statistics, now
+from bars import Bar
+from cost_model import table as cost_table
+from tables import bars_table, case_title, markdown, providers_table, steps_table
+from torch.profiler import ProfilerActivity, profile
+
+NAME = "gpu"
+OURS, TEXT, BASE = (f"{kind}:triton" for kind in ("ours", "ours_text", "ours_base"))
+PEFT, SPLIT, GROUPED = "peft:grouped_mm", "split:masked", "hf:grouped_mm"
+SPLITS = (SPLIT, "split:compiled")
+# shape, tokens, share of image rows; the first of a shape has all rivals
+LAYERS = (
+    ("qwen3", 32768, 0.5), ("olmoe", 8192, 0.25), ("olmoe", 8192, 1.0), ("olmoe", 32768, 0.25),
+    ("mixtral", 8192, 0.25),
+)  # fmt: skip
+TRIAL_LAYERS = (("tiny", 24, 0.25), ("tiny", 24, 1.0))
+DECODE_TOKENS = (1, 8, 64)
+
+GEMM_RATE = {"forward": 480.0, "both": 400.0}  # TFLOP/s of the base, qwen3
+OVER_BASE = {0.25: 1.04, 1.0: 1.10}
+FASTER_THAN_PEER = 0.95
+FASTER_THAN_GROUPED = 1.8
+FASTER_THAN_PEFT = 3.0
+FASTER_THAN_SPLIT = 1.5
+MEMORY_OF_SPLIT = 0.5
+OVER_READING = 1.15
+FASTER_STEP = 2.0
+
+
+# --- what is measured
+
+
+def run_tests(given: Namespace) -> dict:
+    """The Triton cases of the test suite, in a process of their own."""
+    cases = _record.ROOT / "tests" / "triton_cases.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(cases.parent)},
+    )  # fmt: skip
+    lines = result.stdout.strip().splitlines() or [result.stderr[-500:]]
+    failed = [line for line in lines if line.startswith("FAILED")]
+    return {"passed": result.returncode == 0, "summary": lines[-1], "failed": failed}
+
+
+def measure_ceilings(given: Namespace) -> dict:
+    """TB/s of a copy, read and written, and TFLOP/s of a square GEMM of random numbers."""
+    megabytes, size = (1, 64) if given.trial else (2048, 8192)
+    source = torch.randn(megabytes * 2**18, device=given.device)
+    target = torch.empty_like(source)
+    left, right = (
+        torch.randn(size, size, device=given.device, dtype=dtype_of(given)) for _ in "ab"
+    )
+    copy = _best(lambda: target.copy_(source), given.device)
+    gemm = _best(lambda: left @ right, given.device)
+    return {
+        "copy_TBps": 2 * source.nbytes / copy / 1e12,
+        "gemm_TFLOPps": 2 * size**3 / gemm / 1e12,
+        "gemm_size": size,
+    }
+
+
+def _best(function: Callable[[], object], device: str, rounds: int = 10) -> float:
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(rounds):
+        started = now(device)
+        function()
+        times.append(now(device) - started)
+    return sorted(times)[rounds // 2]
+
+
+def check_promises(given: Namespace) -> dict:
+    """On a layer that is timed: same bits twice, text's bits with and without other adapters and
+    other rows, and a captured graph that gives the same bits as the launches.
+    """
+    name, tokens, _ = (TRIAL_LAYERS if given.trial else LAYERS[1:])[0]
+    case = Case.named(name, T=tokens, dtype=given.dtype, device=given.device, seed=given.seed)
+    problem = make_problem(case)
+    runner = _providers.set_up(OURS, problem)
+    first, second = (_results(runner, problem.grad_out) for _ in range(2))
+    text = problem.inputs.modality_ids == 0
+    base = _results(_providers.set_up(BASE, problem), problem.grad_out)
+    return {
+        "same_bits_twice": all(torch.equal(first[key], second[key]) for key in first),
+        "text_bits": all(
+            torch.equal(first[key][text], base[key][text])
+            for key in ("out", "hidden_states", "topk_weights")
+        ),
+        "graph_capture": _graph_gives(runner, first["out"]) if given.device == "cuda" else None,
+    }
+
+
+def _results(runner: _providers.Runner, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
+    out = runner.forward()
+    runner.backward(out, grad_out)
+    results = {"out": out.detach()} | {k: v.clone() for k, v in runner.gradients().items()}
+    runner.clear()
+    return results
+
+
+@torch.no_grad()
+def _graph_gives(runner: _providers.Runner, expected: torch.Tensor) -> bool:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = runner.forward()
+    out.zero_()
+    graph.replay()
+    return torch.equal(out, expected)
+
+
+def measure_layers(given: Namespace) -> Iterator[dict]:
+    seen = set()
+    for name, tokens, share in TRIAL_LAYERS if given.trial else LAYERS:
+        case = Case.named(
+            name, T=tokens, dtype=given.dtype, image_share=share, device=given.device,
+            seed=given.seed,
+        )  # fmt: skip
+        rivals = [] if (name, tokens) in seen else [*_hf(), "liger", PEFT, *SPLITS]
+        seen.add((name, tokens))
+        memory = () if given.trial else (OURS, SPLIT)
+        options = options_of(given, thorough={OURS, TEXT, BASE, "bound"}, memory=memory)
+        yield run_training(case, ["bound", OURS, TEXT, BASE, *rivals], options)
+
+
+def _hf() -> list[str]:
+    return [name for name in _providers.names() if name.startswith("hf:")]
+
+
+def measure_decode(given: Namespace) -> Iterator[dict]:
+    for tokens in DECODE_TOKENS:
+        case = Case.named(
+            "tiny" if given.trial else "olmoe", T=tokens, dtype=given.dtype, device=given.device,
+            seed=given.seed,
+        )  # fmt: skip
+        options = replace(options_of(given), rotated_bytes=given.rotate_mb * 10**6)
+        yield run_decode(case, [OURS, TEXT, BASE, *_hf()], options)
+
+
+def measure_kernels(given: Namespace) -> dict:
+    """ms of every kernel of a forward and backward, as the profiler sees them."""
+    name, tokens, share = (TRIAL_LAYERS if given.trial else LAYERS[1:])[0]
+    case = Case.named(
+        name, T=tokens, dtype=given.dtype, image_share=share, device=given.device, seed=given.seed
+    )
+    problem = make_problem(case)
+    runner = _providers.set_up(OURS, problem)
+    runner.backward(runner.forward(), problem.grad_out)
+    on_gpu = given.device == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        runner.backward(runner.forward(), problem.grad_out)
+        now(given.device)
+    time_of_event = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    rows = [
+        (event.key[:70], event.count, getattr(event, time_of_event) / 1e3)
+        for event in profiler.key_averages()
+        if getattr(event, time_of_event)
+    ]
+    rows.sort(key=lambda row: -row[2])
+    print(markdown(("kernel", "launches", "ms"), [(k, str(n), f"{t:.3f}") for k, n, t in rows]))
+    print(cost_table(case, 3.0, 800.0))
+    return {"case": case.describe(), "kernels": [list(row) for row in rows]}
+
+
+def measure_step(given: Namespace) -> dict:
+    name = "tiny" if given.trial else "olmoe-1b-7b"
+    options = replace(options_of(given), rounds=5, min_rounds=2)
+    return bench_training_step.run(
+        bench_training_step.MODELS[name], options, given.device, given.seed
+    )
+
+
+SECTIONS: dict[str, Callable[[Namespace], object]] = {
+    "tests": run_tests,
+    "ceilings": measure_ceilings,
+    "promises": check_promises,
+    "training": measure_layers,
+    "decode": measure_decode,
+    "kernels": measure_kernels,
+    "steps": measure_step,
+}
+
+
+# --- what is judged
+
+
+def judge(results: Mapping) -> list[Bar]:
+    """The bars of the sections that were measured."""
+    bars = [bar for record in results.get("training", ()) for bar in _layer_bars(record)]
+    ceilings = results.get("ceilings") or {}
+    for record in results.get("decode", ()):
+        bars += _decode_bar(record, ceilings.get("copy_TBps"))
+    for record in results.get("steps", ()):
+        ratio = compare(record, PEFT, "ours", "step")
+        case = record["case"]["name"]
+        bars.append(Bar(8, "step, tokens/s over PEFT's", case, ratio, FASTER_STEP, at_least=True))
+    return sorted(bars, key=lambda bar: bar.number)
+
+
+def _layer_bars(record: Mapping) -> Iterator[Bar]:
+    case = f"{case_title(record['case'])} T={record['case']['T']}"
+    share = record["case"]["image_share"]
+    if record["case"]["shape"] == "qwen3":
+        for mode, limit in GEMM_RATE.items():
+            rate = _rate(record, mode)
+            yield Bar(1, f"TFLOP/s of the base, {mode}", case, rate, limit, at_least=True)
+    if peer := fastest(record, [*_hf(), "liger"], "both"):
+        for mode in ("forward", "both"):
+            ratio = compare(record, fastest(record, [*_hf(), "liger"], mode), BASE, mode)
+            what = f"speed of the base over the fastest peer's, {mode}"
+            yield Bar(2, what, case, ratio, FASTER_THAN_PEER, at_least=True)
+    for number, what, rival, mine, limit in (
+        (3, "speed of the base over transformers' grouped_mm", GROUPED, BASE, FASTER_THAN_GROUPED),
+        (5, "speed over PEFT on grouped_mm", PEFT, OURS, FASTER_THAN_PEFT),
+        (6, "speed over split LoRA", fastest(record, SPLITS, "both"), OURS, FASTER_THAN_SPLIT),
+    ):
+        if rival in record["providers"] and peer:
+            ratio = compare(record, rival, mine, "both")
+            yield Bar(number, what, case, ratio, limit, at_least=True)
+    if share in OVER_BASE:
+        what = f"adapters at {share:.0%} image over the base"
+        yield Bar(4, what, case, compare(record, OURS, BASE, "both"), OVER_BASE[share])
+    what = "adapters without image over the base"
+    yield Bar(4, what, case, compare(record, TEXT, BASE, "both"), 1.0, by_p20=True)
+    memory = [record["providers"].get(name, {}).get("memory") for name in (OURS, SPLIT)]
+    if all(memory):
+        part = memory[0]["saved"] / memory[1]["saved"]
+        what = "kept for backward over split LoRA's"
+        yield Bar(6, what, case, Statistics(part, part, part, 1), MEMORY_OF_SPLIT)
+
+
+def _rate(record: Mapping, mode: str) -> Statistics | None:
+    time = time_of(record, BASE, mode)
+    if time is None:
+        return None
+    work = record["flops"][mode] / 1e12
+    return Statistics(work / time.median, work / time.p80, work / time.p20, time.count)
+
+
+def _decode_bar(record: Mapping, copy_rate: float | None) -> Iterator[Bar]:
+    """Over the time to read the weights that are hit, at the rate of a copy."""
+    time = time_of(record, TEXT, "decode")
+    case = f"{case_title(record['case'])} T={record['case']['T']}"
+    ratio = None
+    if time and copy_rate:
+        reading = record["bytes"]["decode"] / copy_rate / 1e12
+        ratio = Statistics(
+            time.median / reading, time.p20 / reading, time.p80 / reading, time.count
+        )
+    yield Bar(7, "decode over reading the weights", case, ratio, OVER_READING)
+
+
+# --- the program
+
+
+def dtype_of(given: Namespace) -> torch.dtype:
+    return getattr(torch, given.dtype)
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    parser = make_parser(__doc__, NAME, dtypes=False)
+    add_rotation(parser)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS])
+    parser.add_argument("--trial", action="store_true", help="tiny shapes, to see that it runs")
+    parser.set_defaults(rounds=20, max_seconds=4.0)
+    given = parser.parse_args(arguments)
+    given.dtype = "float32" if given.trial else "bfloat16"
+    if given.device != "cuda" and not given.trial:
+        parser.error("there is no CUDA device; --trial runs tiny shapes in Triton's interpreter")
+    if given.trial and not given.output:
+        given.output = Path("out/bench/gpu-trial.json")
+    return given
+
+
+def run_section(name: str, given: Namespace, results: dict) -> None:
+    """Put the result of a section, or its error, into ``results``."""
+    started = time.perf_counter()
+    try:
+        found = SECTIONS[name](given)
+        if isinstance(found, Iterator):
+            results[name] = []
+            for record in found:  # those before an error are kept
+                results[name].append(record)
+        else:
+            results[name] = [found] if name == "steps" else found
+    except Exception:
+        results["errors"][name] = traceback.format_exc()
+        print(results["errors"][name], file=sys.stderr)
+    results["seconds"][name] = round(time.perf_counter() - started, 1)
+    results["bars"] = [bar.to_dict() for bar in judge(results)]
+
+
+def show(name: str, results: Mapping) -> None:
+    """What a section found, for the terminal."""
+    found = results.get(name)
+    if name in ("training", "decode"):
+        mode = "both" if name == "training" else "decode"
+        for record in found or ():
+            print(case_title(record["case"]), f"T={record['case']['T']}")
+            print(providers_table(record, mode))
+    elif name == "steps" and found:
+        print(steps_table(found))
+    elif name != "kernels":
+        print(name, found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    results: dict = {"errors": {}, "seconds": {}}
+    for name in given.only:
+        run_section(name, given, results)
+        show(name, results)
+        finish(NAME, given, results)
+    print(bars_table(results["bars"]))
+    print("seconds:", results["seconds"])
+    return 1 if results["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
