@@ -31,7 +31,7 @@ class ExpertGemms:
         hidden, inter = case.shape.H, case.shape.I
 
         def rows(width: int) -> Tensor:
-            return torch.randn(case.rows, width).to(case.device, case.torch_dtype)
+            return torch.randn(case.rows, width, device=case.device).to(case.torch_dtype)
 
         x, pre, act, out = rows(hidden), rows(2 * inter), rows(inter), rows(hidden)
         result = {width: rows(width) for width in (hidden, inter, 2 * inter)}

@@ -114,9 +114,10 @@ def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0
             theirs, [p for p in theirs.parameters() if p.requires_grad], device,
             input_ids=ids, labels=ids,
         ),
-        "rest": _step_without_experts(settings, [None] * settings.layers, device, ids),
-        "bound": _step_without_experts(settings, _gemms(settings, device), device, ids),
     }  # fmt: skip
+    if device == "cpu":  # on a GPU they would not fit beside the other two
+        steps["rest"] = _step_without_experts(settings, [None] * settings.layers, device, ids)
+        steps["bound"] = _step_without_experts(settings, _gemms(settings, device), device, ids)
     for step in steps.values():
         step()  # the optimizer makes its state
     # On a CPU the profiler would be asked, and thousands of small allocations take it minutes.
@@ -185,7 +186,10 @@ def _patched(
 
 @torch.no_grad()
 def _error(ours: PatchedModel, theirs: PeftModel, ids: Tensor, settings: Settings) -> str | None:
-    """With every token in the modality the two models are the same; else what differs."""
+    """With every token in the modality the two models are the same; else what differs. On a part of
+    the batch: the logits are large.
+    """
+    ids = ids[:4, :256]
     actual = ours.model(input_ids=ids, modality_ids=torch.ones_like(ids)).logits
     error, limit = relative_rms(actual, theirs(input_ids=ids).logits), _LIMITS[settings.dtype]
     return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"

@@ -80,21 +80,34 @@ def forward(case: Case) -> Iterator[Cost]:
 
 
 def backward(case: Case) -> Iterator[Cost]:
-    """Gradients of hidden_states, topk_weights and the adapters, these in float32."""
+    """Gradients of hidden_states, topk_weights and the adapters, these in float32.
+
+    du and dB of a rank up to 16 are one pass over dY, which writes du in parts of 128 columns that
+    are read once; of a higher rank they are two.
+    """
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
     to_fp32 = 4 / case.torch_dtype.itemsize
+    together = shape.r <= 16
+
+    def du_and_dB(name: str, flops: float, dy: float, width: int, lora: float, grad: float) -> Cost:
+        parts = to_fp32 * s.u * -(-width // 128) if together else 0
+        read = (dy if together else 2 * dy) + lora + parts
+        return Cost(name, flops, read, parts + to_fp32 * s.u + grad)
+
     grad_A, grad_B = (
         4 * shape.E * shape.r * width if case.num_image else 0 for width in (shape.H, shape.I)
     )
-    yield Cost("du2, dB2", 2 * skinny * shape.H, s.a_x + s.lora_down, to_fp32 * s.u + grad_A)
+    yield du_and_dB(
+        "du2, dB2", 2 * skinny * shape.H, s.a_x, shape.H, s.lora_down, grad_A
+    )  # fmt: skip
     yield Cost(
         "dA' and SwiGLU", (wide * shape.H + skinny) * shape.I,
         s.x + s.down + s.pre + to_fp32 * s.u, s.pre + s.act,
     )  # fmt: skip
-    yield Cost(
-        "du1, dB1", 4 * skinny * shape.I, s.a_pre + s.lora_gate_up, to_fp32 * s.u + 2 * grad_B
-    )
+    yield du_and_dB(
+        "du1, dB1", 4 * skinny * shape.I, s.a_pre, 2 * shape.I, s.lora_gate_up, 2 * grad_B
+    )  # fmt: skip
     yield Cost(
         "dX rows",
         (2 * wide * shape.I + skinny) * shape.H,

@@ -3,11 +3,12 @@
     python benchmarks/run_gpu.py                               # on a GPU, under 9 minutes
     TRITON_INTERPRET=1 python benchmarks/run_gpu.py --trial    # tiny shapes, on any machine
 
-A section that fails is recorded with its error, and the others still run; the file is written anew
-after each. Rivals: transformers' experts implementations, PEFT and split LoRA on grouped_mm, and
-Liger's fused MoE where liger-kernel is installed.
+What fails is recorded with its error, and the rest still runs; the file is written anew after each
+case, and none starts after --deadline. Rivals: transformers' experts implementations, PEFT and
+split LoRA on grouped_mm, and Liger's fused MoE where liger-kernel is installed.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a rival that must be downloaded is missing, at once
 import _providers
 import _record
 import bench_training_step
 import torch
-from _cases import Case, make_problem
+from _cases import Case, _weights, make_problem
 from _cli import add_rotation, finish, make_parser, options_of
 from _runs import compare, fastest, run_decode, run_training, time_of
 from _timing import Statistics, now
@@ -31,16 +34,20 @@ from cost_model import table as cost_table
 from tables import bars_table, case_title, markdown, providers_table, steps_table
 from torch.profiler import ProfilerActivity, profile
 
+from moe_kernels.ops import LoraWeights
+from moe_kernels.testing import MoeInputs
+
 NAME = "gpu"
 OURS, TEXT, BASE = (f"{kind}:triton" for kind in ("ours", "ours_text", "ours_base"))
 PEFT, SPLIT, GROUPED = "peft:grouped_mm", "split:masked", "hf:grouped_mm"
 SPLITS = (SPLIT, "split:compiled")
-# shape, tokens, share of image rows; the first of a shape has all rivals
+# shape, tokens, share of image rows; the first of a shape and number of tokens has all rivals
 LAYERS = (
-    ("qwen3", 32768, 0.5), ("olmoe", 8192, 0.25), ("olmoe", 8192, 1.0), ("olmoe", 32768, 0.25),
-    ("mixtral", 8192, 0.25),
+    ("olmoe", 8192, 0.25), ("olmoe", 8192, 1.0), ("mixtral", 8192, 0.25), ("qwen3", 32768, 0.5),
+    ("olmoe", 32768, 0.25),
 )  # fmt: skip
 TRIAL_LAYERS = (("tiny", 24, 0.25), ("tiny", 24, 1.0))
+TESTS_SECONDS = 150
 DECODE_TOKENS = (1, 8, 64)
 
 GEMM_RATE = {"forward": 480.0, "both": 400.0}  # TFLOP/s of the base, qwen3
@@ -58,12 +65,17 @@ FASTER_STEP = 2.0
 
 
 def run_tests(given: Namespace) -> dict:
-    """The Triton cases of the test suite, in a process of their own."""
+    """The Triton cases of the test suite, in a process of their own: most of it is compiling."""
     cases = _record.ROOT / "tests" / "triton_cases.py"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(cases.parent)},
-    )  # fmt: skip
+    path = os.pathsep.join(filter(None, (str(cases.parent), os.environ.get("PYTHONPATH"))))
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+            capture_output=True, text=True, cwd=_record.ROOT, timeout=TESTS_SECONDS,
+            env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as ended:
+        return {"passed": None, "summary": f"not done after {ended.timeout:.0f} s", "failed": []}
     lines = result.stdout.strip().splitlines() or [result.stderr[-500:]]
     failed = [line for line in lines if line.startswith("FAILED")]
     return {"passed": result.returncode == 0, "summary": lines[-1], "failed": failed}
@@ -98,24 +110,39 @@ def _best(function: Callable[[], object], device: str, rounds: int = 10) -> floa
 
 
 def check_promises(given: Namespace) -> dict:
-    """On a layer that is timed: same bits twice, text's bits with and without other adapters and
-    other rows, and a captured graph that gives the same bits as the launches.
+    """On a layer that is timed: same bits twice; text's bits with NaN in every adapter and with
+    other values and routes of all other rows; a captured graph that gives the bits of the launches.
     """
-    name, tokens, _ = (TRIAL_LAYERS if given.trial else LAYERS[1:])[0]
+    name, tokens, _ = (TRIAL_LAYERS if given.trial else LAYERS)[0]
     case = Case.named(name, T=tokens, dtype=given.dtype, device=given.device, seed=given.seed)
     problem = make_problem(case)
+    text = problem.inputs.modality_ids == 0
     runner = _providers.set_up(OURS, problem)
     first, second = (_results(runner, problem.grad_out) for _ in range(2))
-    text = problem.inputs.modality_ids == 0
-    base = _results(_providers.set_up(BASE, problem), problem.grad_out)
+    others = _providers.set_up(
+        OURS, replace(problem, inputs=_with_other_rows(problem.inputs, text))
+    )
+    changed = _results(others, problem.grad_out)
+    keys = ("out", "hidden_states", "topk_weights")
     return {
         "same_bits_twice": all(torch.equal(first[key], second[key]) for key in first),
-        "text_bits": all(
-            torch.equal(first[key][text], base[key][text])
-            for key in ("out", "hidden_states", "topk_weights")
-        ),
-        "graph_capture": _graph_gives(runner, first["out"]) if given.device == "cuda" else None,
+        "text_bits": all(torch.equal(first[key][text], changed[key][text]) for key in keys),
+        "other_rows_changed": not torch.equal(first["out"], changed["out"]),
+        "graph_capture": _graph_gives(runner) if given.device == "cuda" else None,
     }
+
+
+def _with_other_rows(inputs: MoeInputs, text: torch.Tensor) -> MoeInputs:
+    def nan(lora: LoraWeights) -> LoraWeights:
+        pair = (torch.full_like(tensor, float("nan")) for tensor in lora[:2])
+        return LoraWeights(*pair, lora.scaling)
+
+    here = text[:, None]
+    return inputs._replace(
+        hidden_states=torch.where(here, inputs.hidden_states, -3 * inputs.hidden_states),
+        topk_ids=torch.where(here, inputs.topk_ids, inputs.topk_ids.flip(1).roll(1, 0)),
+        gate_up_lora=nan(inputs.gate_up_lora), down_lora=nan(inputs.down_lora),
+    )  # fmt: skip
 
 
 def _results(runner: _providers.Runner, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -127,7 +154,8 @@ def _results(runner: _providers.Runner, grad_out: torch.Tensor) -> dict[str, tor
 
 
 @torch.no_grad()
-def _graph_gives(runner: _providers.Runner, expected: torch.Tensor) -> bool:
+def _graph_gives(runner: _providers.Runner) -> bool:
+    expected = runner.forward()  # also compiles what the capture needs
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = runner.forward()
@@ -136,7 +164,7 @@ def _graph_gives(runner: _providers.Runner, expected: torch.Tensor) -> bool:
     return torch.equal(out, expected)
 
 
-def measure_layers(given: Namespace) -> Iterator[dict]:
+def measure_layers(given: Namespace) -> Iterator[Callable[[], dict]]:
     seen = set()
     for name, tokens, share in TRIAL_LAYERS if given.trial else LAYERS:
         case = Case.named(
@@ -145,28 +173,27 @@ def measure_layers(given: Namespace) -> Iterator[dict]:
         )  # fmt: skip
         rivals = [] if (name, tokens) in seen else [*_hf(), "liger", PEFT, *SPLITS]
         seen.add((name, tokens))
-        memory = () if given.trial else (OURS, SPLIT)
-        options = options_of(given, thorough={OURS, TEXT, BASE, "bound"}, memory=memory)
-        yield run_training(case, ["bound", OURS, TEXT, BASE, *rivals], options)
+        options = options_of(given, thorough={OURS, TEXT, BASE, "bound"}, memory=(OURS, SPLIT))
+        yield partial(run_training, case, ["bound", OURS, TEXT, BASE, *rivals], options)
 
 
 def _hf() -> list[str]:
     return [name for name in _providers.names() if name.startswith("hf:")]
 
 
-def measure_decode(given: Namespace) -> Iterator[dict]:
+def measure_decode(given: Namespace) -> Iterator[Callable[[], dict]]:
     for tokens in DECODE_TOKENS:
         case = Case.named(
             "tiny" if given.trial else "olmoe", T=tokens, dtype=given.dtype, device=given.device,
             seed=given.seed,
         )  # fmt: skip
         options = replace(options_of(given), rotated_bytes=given.rotate_mb * 10**6)
-        yield run_decode(case, [OURS, TEXT, BASE, *_hf()], options)
+        yield partial(run_decode, case, [OURS, TEXT, BASE, *_hf()], options)
 
 
 def measure_kernels(given: Namespace) -> dict:
     """ms of every kernel of a forward and backward, as the profiler sees them."""
-    name, tokens, share = (TRIAL_LAYERS if given.trial else LAYERS[1:])[0]
+    name, tokens, share = (TRIAL_LAYERS if given.trial else LAYERS)[0]
     case = Case.named(
         name, T=tokens, dtype=given.dtype, image_share=share, device=given.device, seed=given.seed
     )
@@ -190,23 +217,26 @@ def measure_kernels(given: Namespace) -> dict:
     return {"case": case.describe(), "kernels": [list(row) for row in rows]}
 
 
-def measure_step(given: Namespace) -> dict:
+def measure_step(given: Namespace) -> Iterator[Callable[[], dict]]:
     name = "tiny" if given.trial else "olmoe-1b-7b"
     options = replace(options_of(given), rounds=5, min_rounds=2)
-    return bench_training_step.run(
-        bench_training_step.MODELS[name], options, given.device, given.seed
-    )
+    model = bench_training_step.MODELS[name]
+    yield partial(bench_training_step.run, model, options, given.device, given.seed)
 
 
-SECTIONS: dict[str, Callable[[Namespace], object]] = {
-    "tests": run_tests,
+# One result of each of the first, a list of those of the second.
+SINGLE: dict[str, Callable[[Namespace], dict]] = {
     "ceilings": measure_ceilings,
     "promises": check_promises,
+    "kernels": measure_kernels,
+    "tests": run_tests,
+}
+SEVERAL: dict[str, Callable[[Namespace], Iterator[Callable[[], dict]]]] = {
     "training": measure_layers,
     "decode": measure_decode,
-    "kernels": measure_kernels,
     "steps": measure_step,
 }
+SECTIONS = ("ceilings", "promises", "training", "decode", "kernels", "steps", "tests")
 
 
 # --- what is judged
@@ -250,7 +280,8 @@ def _layer_bars(record: Mapping) -> Iterator[Bar]:
         yield Bar(4, what, case, compare(record, OURS, BASE, "both"), OVER_BASE[share])
     what = "adapters without image over the base"
     yield Bar(4, what, case, compare(record, TEXT, BASE, "both"), 1.0, by_p20=True)
-    memory = [record["providers"].get(name, {}).get("memory") for name in (OURS, SPLIT)]
+    entries = [record["providers"].get(name, {}) for name in (OURS, SPLIT)]
+    memory = [None if entry.get("error") else entry.get("memory") for entry in entries]
     if all(memory):
         part = memory[0]["saved"] / memory[1]["saved"]
         what = "kept for backward over split LoRA's"
@@ -259,7 +290,7 @@ def _layer_bars(record: Mapping) -> Iterator[Bar]:
 
 def _rate(record: Mapping, mode: str) -> Statistics | None:
     time = time_of(record, BASE, mode)
-    if time is None:
+    if time is None or record["providers"][BASE]["error"]:
         return None
     work = record["flops"][mode] / 1e12
     return Statistics(work / time.median, work / time.p80, work / time.p20, time.count)
@@ -270,7 +301,7 @@ def _decode_bar(record: Mapping, copy_rate: float | None) -> Iterator[Bar]:
     time = time_of(record, TEXT, "decode")
     case = f"{case_title(record['case'])} T={record['case']['T']}"
     ratio = None
-    if time and copy_rate:
+    if time and copy_rate and not record["providers"][TEXT]["error"]:
         reading = record["bytes"]["decode"] / copy_rate / 1e12
         ratio = Statistics(
             time.median / reading, time.p20 / reading, time.p80 / reading, time.count
@@ -289,6 +320,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser = make_parser(__doc__, NAME, dtypes=False)
     add_rotation(parser)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS])
+    parser.add_argument(
+        "--deadline", type=float, default=540.0, metavar="S", help="no case starts later"
+    )
     parser.add_argument("--trial", action="store_true", help="tiny shapes, to see that it runs")
     parser.set_defaults(rounds=20, max_seconds=4.0)
     given = parser.parse_args(arguments)
@@ -300,22 +334,46 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     return given
 
 
-def run_section(name: str, given: Namespace, results: dict) -> None:
-    """Put the result of a section, or its error, into ``results``."""
-    started = time.perf_counter()
+def jobs_of(name: str, given: Namespace) -> Iterator[Callable[[], dict]]:
+    """What a section runs, one by one."""
+    if name in SINGLE:
+        yield partial(SINGLE[name], given)
+    else:
+        yield from SEVERAL[name](given)
+
+
+def attempt(name: str, job: Callable[[], dict], results: dict) -> None:
+    """Put the result of a job, or its error, into ``results``; leave no memory behind."""
     try:
-        found = SECTIONS[name](given)
-        if isinstance(found, Iterator):
-            results[name] = []
-            for record in found:  # those before an error are kept
-                results[name].append(record)
+        found = job()
+        if name in SINGLE:
+            results[name] = found
         else:
-            results[name] = [found] if name == "steps" else found
+            results.setdefault(name, []).append(found)
     except Exception:
-        results["errors"][name] = traceback.format_exc()
-        print(results["errors"][name], file=sys.stderr)
-    results["seconds"][name] = round(time.perf_counter() - started, 1)
+        results["errors"].setdefault(name, []).append(traceback.format_exc())
+        print(results["errors"][name][-1], file=sys.stderr)
     results["bars"] = [bar.to_dict() for bar in judge(results)]
+    _weights.cache_clear()
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def wrong(results: Mapping) -> list[str]:
+    """What is not as it should be, speed apart."""
+    found = [f"{name}: an error" for name in results["errors"]]
+    promises = results.get("promises", {})
+    found += [f"promises: {key}" for key, kept in promises.items() if kept is False]
+    if results.get("tests", {}).get("passed") is False:
+        found.append("tests: " + results["tests"]["summary"])
+    for name in SEVERAL:
+        for record in results.get(name, ()):
+            for provider, entry in record["providers"].items():
+                if provider.startswith("ours") and entry.get("error"):
+                    found.append(f"{name}: {provider}: {entry['error']}")
+    return found
 
 
 def show(name: str, results: Mapping) -> None:
@@ -334,14 +392,23 @@ def show(name: str, results: Mapping) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    results: dict = {"errors": {}, "seconds": {}}
+    results: dict = {"errors": {}, "seconds": {}, "skipped": []}
+    began = time.perf_counter()
     for name in given.only:
-        run_section(name, given, results)
+        started = time.perf_counter()
+        for number, job in enumerate(jobs_of(name, given)):
+            if time.perf_counter() - began > given.deadline:
+                results["skipped"].append(f"{name} {number}")
+                continue
+            attempt(name, job, results)
+            results["seconds"][name] = round(time.perf_counter() - started, 1)
+            finish(NAME, given, results)
         show(name, results)
-        finish(NAME, given, results)
     print(bars_table(results["bars"]))
-    print("seconds:", results["seconds"])
-    return 1 if results["errors"] else 0
+    print("seconds:", results["seconds"], "skipped:", results["skipped"] or "nothing")
+    mistakes = wrong(results)
+    print("\n".join(mistakes) or "all results are right")
+    return 1 if mistakes else 0
 
 
 if __name__ == "__main__":

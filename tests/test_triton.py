@@ -48,7 +48,13 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     results = json.loads(path.read_text())
-    assert results["errors"] == {} and set(results["seconds"]) == set(sections)
-    assert results["promises"]["same_bits_twice"] and results["promises"]["text_bits"]
-    assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 6, 7, 8}
+    assert (
+        results["errors"] == {}
+        and results["skipped"] == []
+        and set(results["seconds"]) == set(sections)
+    )
+    promises = results["promises"]
+    assert promises.pop("graph_capture") is None and set(promises.values()) == {True}
+    # No bar 1, of another shape, and no bar 6: grouped_mm refuses such short rows.
+    assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 7, 8}
     assert results["kernels"]["kernels"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 
+MAX_PROJECTED = 16  # rank up to which the parts of du cost less than another reading of dy
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 # Triton decides when a kernel is decorated, that is when this module is imported.
 INTERPRETED = backends.triton_is_interpreted()
@@ -204,11 +205,11 @@ def finish_outer_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The sums of groups of several tiles, in the order of the tiles; zeros for those of none."""
-    group = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)
     rows = tl.load(bounds_ptr + num_groups + group) - tl.load(bounds_ptr + group)
     if (rows > 0) & (rows <= chunk):
         return
-    offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < size
     slot = tl.load(slots_ptr + group)
     acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -431,7 +432,8 @@ def outer(
             RIGHT_BY_TOKEN=right_by_token, PROJECT=matrix is not None, BLOCK_H=block_h,
             BLOCK_N=block_n, BLOCK_P=block_p,
         )  # fmt: skip
-    finish_outer_kernel[(num_groups, -(-height * width // 1024))](
+    # The second axis of a grid ends at 65,535.
+    finish_outer_kernel[(-(-height * width // 1024), num_groups)](
         groups.bounds, groups.slots, partial, out, num_groups, groups.chunk, height * width,
         BLOCK_N=1024,
     )  # fmt: skip

@@ -48,12 +48,12 @@ def backward(
     bounds = torch.stack([segment_offsets[1:-1], segment_offsets[2:]])
     groups = kernels.row_groups(bounds, perm.numel())
     scaling = scaling.float()
-    du = None
+    together = need_du and need_B and lora_A.shape[1] <= kernels.MAX_PROJECTED
     if need_B:
-        matrix = lora_B if need_du else None
+        matrix = lora_B if together else None
         grad_B, parts = _outer(u, grad_out, perm, groups, scaling, transposed=True, matrix=matrix)
-        if need_du:
-            du = kernels.sum_parts(parts, tiles, BLOCK_M)
+    if together:
+        du = kernels.sum_parts(parts, tiles, BLOCK_M)
     elif need_du:
         du = torch.empty(perm.numel(), lora_A.shape[1], dtype=torch.float32, device=perm.device)
         _project(grad_out, lora_B, perm, tiles, du, (lora_A.shape[1], 1))

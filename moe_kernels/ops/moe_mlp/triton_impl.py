@@ -298,7 +298,8 @@ def _combine(layer: _Layer, rows: Tensor, *, weighted: bool) -> Tensor:
 def _du_and_dB(
     layer: _Layer, groups: RowGroups, name: str, u: Tensor, dy: Tensor, need_du: bool, need_B: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """du = dy B (T*K, r) in float32, adapted rows alone, and dB; where both, in one pass over dy.
+    """du = dy B (T*K, r) in float32, adapted rows alone, and dB; in one pass over dy where
+    that is cheaper.
 
     ``dy`` are the rows of d_pre, or grad_out by token for the down projection.
     """
@@ -306,14 +307,19 @@ def _du_and_dB(
     if lora_A is None:
         return None, None
     by_token = name == "down"
-    if not need_B:
-        return _project(layer, dy, lora_B, by_token=by_token) if need_du else None, None
-    grad, parts = _outer(
-        layer, groups, name, u, dy, right_by_token=by_token, transposed=True,
-        matrix=lora_B.flatten(0, 1) if need_du else None,
-    )  # fmt: skip
-    du = shared.sum_parts(parts, layer.adapted_tiles, layer.tiles.m) if need_du else None
-    return du, grad.view(lora_B.shape)
+    together = need_du and need_B and lora_A.shape[2] <= shared.MAX_PROJECTED
+    grad, du = None, None
+    if need_B:
+        grad, parts = _outer(
+            layer, groups, name, u, dy, right_by_token=by_token, transposed=True,
+            matrix=lora_B.flatten(0, 1) if together else None,
+        )  # fmt: skip
+        grad = grad.view(lora_B.shape)
+    if together:
+        du = shared.sum_parts(parts, layer.adapted_tiles, layer.tiles.m)
+    elif need_du:
+        du = _project(layer, dy, lora_B, by_token=by_token)
+    return du, grad
 
 
 def _grad_A(layer: _Layer, groups: RowGroups, name: str, du: Tensor, left: Tensor) -> Tensor:
