@@ -3,7 +3,7 @@
 Environment:
     MOE_KERNELS_SKIP_CPP=1    no extension at all: a pure Python package
     MOE_KERNELS_SKIP_CUDA=1   the CPU extension only
-    MOE_KERNELS_FORCE_CUDA=1  fail where the CUDA kernels cannot be built
+    MOE_KERNELS_FORCE_CUDA=1  build the CUDA kernels, or fail
     TORCH_CUDA_ARCH_LIST      architectures for the CUDA kernels
     MAX_JOBS                  parallel compilations
 """
@@ -94,7 +94,9 @@ def openmp_flags() -> list[str]:
 
 
 def cuda_sources() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    folder = ROOT / "csrc" / "cuda"
+    paths = [*folder.glob("*.cu"), *folder.glob("*.cpp")]
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
 def why_no_cuda(cuda_home: str | None, torch_cuda: str | None, sources: list[str]) -> str | None:
@@ -185,6 +187,8 @@ def decide() -> dict:
     missing = why_no_cuda(CUDA_HOME, torch.version.cuda, cuda_sources())
     if force_cuda and missing:
         raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {missing}")
+    if not force_cuda and missing is None:
+        missing = "no backend uses them yet; MOE_KERNELS_FORCE_CUDA=1 builds them"
     no_build = why_no_build()
     if no_build:
         if force_cuda:

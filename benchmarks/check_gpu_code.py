@@ -1,16 +1,17 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and reads what the compiler made.
+"""Compiles every GPU kernel for GPUs that need not be there, and reads what the compilers made.
 
     python benchmarks/check_gpu_code.py            # what `make check-gpu-code` runs
 
 For each kernel, dtype and tile that the package uses, and each architecture: registers, spilled
 stores, shared memory, programs that fit a multiprocessor, and matrix instructions. Fails on a
 spill, on more shared memory than the device has, and on an sm_90 GEMM without warp-group
-instructions.
+instructions. CUDA kernels are compiled where nvcc is found; a warning fails them too.
 """
 
 import argparse
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,8 @@ from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, built_in
 DEVICES = {80: (163, 164, 65536), 90: (227, 228, 65536), 100: (227, 228, 65536)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (16, 256)  # one step over the rank, and several
+CUDA_TARGETS = {80: "80", 90: "90a", 100: "100a"}
+_CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Pointers that are not of the compute dtype; integers that are not known to be multiples of 16.
 _POINTERS = {
@@ -196,6 +199,57 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\bSTL\b", code))
 
 
+def compile_cuda(source: Path, arch: int) -> tuple[list[tuple[str, ...]], str]:
+    """(kernel, registers, spilled bytes, shared bytes) of a file, and what the compiler says."""
+    target = CUDA_TARGETS[arch]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-gencode",
+            f"arch=compute_{target},code=sm_{target}", "-c", str(source), "-o", f"{folder}/out.o",
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        return [], result.stderr.strip()
+    rows = []
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(.*)"
+    )
+    entries = result.stderr.replace("\n", " ").replace("ptxas info    : Comp", "\nComp")
+    for mangled, spilled, registers, rest in re.findall(pattern, entries):
+        shared_bytes = re.search(r"(\d+) bytes smem", rest)
+        rows.append(
+            (_demangled(mangled), registers, spilled, shared_bytes[1] if shared_bytes else "0")
+        )
+    return rows, ""
+
+
+def _demangled(name: str) -> str:
+    """The kernel's own name, with its template arguments."""
+    if shutil.which("c++filt") is None:
+        return name
+    full = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
+    short = re.search(r"(\w+(?:<[^()]*>)?)\(", full.replace("(anonymous namespace)::", ""))
+    return short[1] if short else full
+
+
+def check_cuda(archs: list[int]) -> int:
+    """Prints a row for each CUDA kernel; how many went wrong."""
+    sources = sorted(_CUDA.glob("*.cu"))
+    if shutil.which("nvcc") is None:
+        print("nvcc is not on the path: the CUDA kernels were not checked")
+        return 0
+    rows, wrong = [], 0
+    for arch, source in itertools.product(archs, sources):
+        found, complaint = compile_cuda(source, arch)
+        wrong += bool(complaint) + sum(row[2] != "0" for row in found)
+        rows += [(f"sm_{CUDA_TARGETS[arch]}", source.name, *row) for row in found]
+        if complaint:
+            print(complaint)
+    header = ("device", "file", "kernel", "registers", "spilled bytes", "shared bytes")
+    print(markdown(header, rows))
+    return wrong
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,7 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
               "programs an SM", "wgmma/tcgen05", "mma", "wrong")  # fmt: skip
     print(markdown(header, [row for row, _ in results]))
     failed = sum(bool(wrong) for _, wrong in results)
-    print(f"{len(results)} kernels compiled, {failed} with something wrong")
+    print(f"{len(results)} Triton kernels compiled, {failed} with something wrong")
+    failed += check_cuda(given.arch)
     return 1 if failed else 0
 
 

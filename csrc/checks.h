@@ -23,13 +23,19 @@ inline void check_shape(const at::Tensor& tensor, const char* name,
   TORCH_CHECK(same, name, " must have shape ", expected, " (-1: any), has ", tensor.sizes());
 }
 
-inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
-                         std::initializer_list<int64_t> sizes) {
-  TORCH_CHECK(tensor.defined() && tensor.device().is_cpu(), name, " must be a CPU tensor");
+inline void check_layout(const at::Tensor& tensor, const char* name, at::DeviceType device,
+                         at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  TORCH_CHECK(tensor.defined() && tensor.device().type() == device, name, " must be a ",
+              c10::DeviceTypeName(device), " tensor");
   TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype, ", is ",
               tensor.scalar_type());
   check_shape(tensor, name, sizes);
   TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
+                         std::initializer_list<int64_t> sizes) {
+  check_layout(tensor, name, at::kCPU, dtype, sizes);
 }
 
 // An adapter may be stored in float32 beside operands of lower precision.

@@ -66,3 +66,17 @@ std::vector<at::Tensor> lora_linear_backward(
     const std::optional<at::Tensor>& grad_hidden, const c10::List<bool>& needs);
 
 }  // namespace moe_kernels::cpu
+
+namespace moe_kernels::cuda {
+
+// As cpu::dispatch, but ids out of range go to the tail: the host is not asked to wait for a check.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
+    const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
+    int64_t num_modalities);
+
+// out (T, width): the sum of each token's rows, in the order of its experts, times `weights` (T, K)
+// or 1. Places from num_rows (1) on were not dispatched and count as zeros.
+at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at::Tensor& num_rows,
+                   const std::optional<at::Tensor>& weights, int64_t num_tokens);
+
+}  // namespace moe_kernels::cuda

@@ -45,6 +45,9 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " Tensor? down_scaling, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
       " bool[] needs) -> Tensor[]");
   m.def(
+      "combine(Tensor rows, Tensor inv_perm, Tensor num_rows, Tensor? weights, int num_tokens)"
+      " -> Tensor out");
+  m.def(
       "lora_linear_forward(Tensor(a!) out, Tensor hidden_states, Tensor perm,"
       " Tensor segment_offsets, Tensor lora_A, Tensor lora_B, Tensor scaling,"
       " bool save_for_backward) -> Tensor u");
@@ -62,6 +65,13 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("lora_linear_forward", &moe_kernels::cpu::lora_linear_forward);
   m.impl("lora_linear_backward", &moe_kernels::cpu::lora_linear_backward);
 }
+
+#ifdef MOE_KERNELS_WITH_CUDA
+TORCH_LIBRARY_IMPL(moe_kernels_native, CUDA, m) {
+  m.impl("dispatch", &moe_kernels::cuda::dispatch);
+  m.impl("combine", &moe_kernels::cuda::combine);
+}
+#endif
 
 namespace {
 

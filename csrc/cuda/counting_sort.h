@@ -1,0 +1,191 @@
+// The stable counting sort of dispatch and its tile maps, as functions of a thread's number.
+//
+// Everything that computes an index is here, for the device and for the host: the kernels
+// (dispatch.cu) call each function from all threads of a block, with a barrier in between; a test
+// calls them with one thread. Rows are cut into contiguous parts, one for each warp of each block,
+// so that a row's place follows from the counts of the parts before it, whatever runs first.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MOE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MOE_HOST_DEVICE inline
+#endif
+
+namespace moe_kernels::cuda {
+
+constexpr int kWarpsOfSort = 8;
+constexpr int kMaxBlocksOfSort = 128;
+
+struct Sort {
+  const int64_t* topk_ids;      // (T * K)
+  const int64_t* modality_ids;  // (T), or null
+  int num_rows;                 // T * K
+  int top_k;
+  int num_experts;
+  int num_modalities;
+  int rows_of_warp;
+  int num_blocks;
+
+  MOE_HOST_DEVICE int groups() const { return num_modalities + 1; }
+  MOE_HOST_DEVICE int num_segments() const { return num_experts * groups(); }
+  MOE_HOST_DEVICE int num_keys() const { return num_segments() + 1; }  // the last: not dispatched
+
+  // Segment of a row; rows of padding and of ids out of range go to the tail.
+  MOE_HOST_DEVICE int key(int row) const {
+    const int64_t expert = topk_ids[row];
+    const int64_t modality = modality_ids == nullptr ? 0 : modality_ids[row / top_k];
+    const bool routed =
+        expert >= 0 && expert < num_experts && modality >= 0 && modality <= num_modalities;
+    return routed ? static_cast<int>(expert) * groups() + static_cast<int>(modality)
+                  : num_segments();
+  }
+
+  MOE_HOST_DEVICE int first_row(int block, int warp) const {
+    const int64_t row = (static_cast<int64_t>(block) * kWarpsOfSort + warp) * rows_of_warp;
+    return row < num_rows ? static_cast<int>(row) : num_rows;
+  }
+};
+
+inline Sort make_sort(const int64_t* topk_ids, const int64_t* modality_ids, int num_rows, int top_k,
+                      int num_experts, int num_modalities) {
+  constexpr int kParts = kMaxBlocksOfSort * kWarpsOfSort;
+  const int rows_of_warp = num_rows == 0 ? 32 : ((num_rows + kParts - 1) / kParts + 31) / 32 * 32;
+  const int rows_of_block = rows_of_warp * kWarpsOfSort;
+  const int num_blocks = num_rows == 0 ? 1 : (num_rows + rows_of_block - 1) / rows_of_block;
+  return {topk_ids,    modality_ids,   num_rows,     top_k,
+          num_experts, num_modalities, rows_of_warp, num_blocks};
+}
+
+// Of each of this thread's keys: rows in the blocks before `block`, and rows in all blocks.
+MOE_HOST_DEVICE void sum_blocks(const Sort& sort, const int* counts, int block, int thread,
+                                int num_threads, int* before, int* total) {
+  for (int key = thread; key < sort.num_keys(); key += num_threads) {
+    int sum = 0;
+    for (int b = 0; b < sort.num_blocks; ++b) {
+      if (b == block) before[key] = sum;
+      sum += counts[b * sort.num_keys() + key];
+    }
+    total[key] = sum;
+  }
+}
+
+// The part of `size` items that a thread scans, contiguous.
+MOE_HOST_DEVICE int scan_begin(int size, int thread, int num_threads) {
+  return static_cast<int>(static_cast<int64_t>(size) * thread / num_threads);
+}
+
+MOE_HOST_DEVICE int scan_sum(const int* values, int size, int thread, int num_threads) {
+  int sum = 0;
+  for (int i = scan_begin(size, thread, num_threads);
+       i < scan_begin(size, thread + 1, num_threads); ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+// values[i] becomes the sum of those before it, plus `before` of this thread's part.
+MOE_HOST_DEVICE void scan_part(int* values, int size, int before, int thread, int num_threads) {
+  for (int i = scan_begin(size, thread, num_threads);
+       i < scan_begin(size, thread + 1, num_threads); ++i) {
+    const int value = values[i];
+    values[i] = before;
+    before += value;
+  }
+}
+
+// Rows of a key in each warp become the place of the warp's first row of that key.
+MOE_HOST_DEVICE void place_warps(const Sort& sort, const int* starts, const int* before, int thread,
+                                 int num_threads, int* of_warps) {
+  for (int key = thread; key < sort.num_keys(); key += num_threads) {
+    int place = starts[key] + before[key];
+    for (int warp = 0; warp < kWarpsOfSort; ++warp) {
+      int& entry = of_warps[warp * sort.num_keys() + key];
+      const int rows = entry;
+      entry = place;
+      place += rows;
+    }
+  }
+}
+
+// segment_offsets, expert_offsets and tokens_per_expert from the keys' starts.
+MOE_HOST_DEVICE void write_offsets(const Sort& sort, const int* starts, int thread, int num_threads,
+                                   int64_t* segment_offsets, int64_t* expert_offsets,
+                                   int64_t* tokens_per_expert) {
+  for (int key = thread; key < sort.num_keys(); key += num_threads) {
+    segment_offsets[key] = starts[key];
+  }
+  for (int expert = thread; expert <= sort.num_experts; expert += num_threads) {
+    const int first = starts[expert * sort.groups()];
+    expert_offsets[expert] = first;
+    if (expert < sort.num_experts) {
+      tokens_per_expert[expert] = starts[(expert + 1) * sort.groups()] - first;
+    }
+  }
+}
+
+// Which rows a tile map is over: experts and the tail after the last, or the pairs (modality,
+// expert) of the frozen experts, which have adapters.
+struct TileMap {
+  int block_m;
+  int num_base;  // frozen experts
+  bool adapted;
+
+  MOE_HOST_DEVICE int num_groups(const Sort& sort) const {
+    return adapted ? sort.num_modalities * num_base : sort.num_experts + 1;
+  }
+  MOE_HOST_DEVICE int num_tiles(const Sort& sort) const {
+    return num_groups(sort) == 0 ? 0 : sort.num_rows / block_m + num_groups(sort);
+  }
+  MOE_HOST_DEVICE int first(const Sort& sort, const int* starts, int group) const {
+    if (!adapted) return starts[group * sort.groups()];
+    return starts[group % num_base * sort.groups() + 1 + group / num_base];
+  }
+  MOE_HOST_DEVICE int end(const Sort& sort, const int* starts, int group) const {
+    if (!adapted) {
+      return group == sort.num_experts ? sort.num_rows : starts[(group + 1) * sort.groups()];
+    }
+    return starts[group % num_base * sort.groups() + 2 + group / num_base];
+  }
+  MOE_HOST_DEVICE int tiles_of(const Sort& sort, const int* starts, int group) const {
+    return (end(sort, starts, group) - first(sort, starts, group) + block_m - 1) / block_m;
+  }
+};
+
+// Tiles of each group, to be scanned.
+MOE_HOST_DEVICE void count_tiles(const Sort& sort, const TileMap& map, const int* starts, int thread,
+                                 int num_threads, int* tiles) {
+  for (int group = thread; group < map.num_groups(sort); group += num_threads) {
+    tiles[group] = map.tiles_of(sort, starts, group);
+  }
+}
+
+// The last group whose first tile is not after `tile`: those in between have none.
+MOE_HOST_DEVICE int group_of_tile(const int* first_tiles, int num_groups, int tile) {
+  int low = 0, high = num_groups;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first_tiles[middle] <= tile ? low : high) = middle;
+  }
+  return low;
+}
+
+// out (3, num_tiles): group, first row and end; a tile beyond the last has no rows.
+MOE_HOST_DEVICE void write_tiles(const Sort& sort, const TileMap& map, const int* starts,
+                                 const int* first_tiles, int thread, int num_threads, int64_t* out) {
+  const int num_tiles = map.num_tiles(sort);
+  for (int tile = thread; tile < num_tiles; tile += num_threads) {
+    const int group = group_of_tile(first_tiles, map.num_groups(sort), tile);
+    const int end = map.end(sort, starts, group);
+    int64_t first = map.first(sort, starts, group);
+    first += static_cast<int64_t>(tile - first_tiles[group]) * map.block_m;
+    if (first > end) first = end;
+    out[tile] = group;
+    out[num_tiles + tile] = first;
+    out[2 * num_tiles + tile] = first + map.block_m < end ? first + map.block_m : end;
+  }
+}
+
+}  // namespace moe_kernels::cuda
