@@ -160,7 +160,8 @@ def _bars_twice(results: Mapping) -> str:
         for worst, met in (_worst(members), _worst(second[key])):
             cells += [interval(_statistics(worst)) or worst["note"], met]
         rows.append((f"{key[0]}. {key[1]}", key[2], *cells))
-    return markdown(("bar", "wanted", "worst, first run", "met", "worst, second run", "met"), rows)
+    header = ("bar", "wanted", "worst, README's run", "met", "worst, the other run", "met")
+    return markdown(header, rows)
 
 
 def _grouped(bars: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:
