@@ -3,8 +3,11 @@
 An explicit choice never falls back: the op runs on that backend or raises with the reason.
 """
 
+import functools
 import os
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -15,6 +18,8 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 # What `backend=None` tries, best first, for tensors on a device type. Triton's kernels have not run
 # on a GPU yet: they must be named.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+
+_MODULES = {"reference": "reference", "cpu": "native_impl", "triton": "triton_impl"}
 
 _NO_KERNELS = "this version has no {} kernels yet"
 
@@ -80,3 +85,11 @@ def select(backend: str | None, device: torch.device) -> str:
     if backend == "triton" and device.type != "cuda" and not triton_is_interpreted():
         raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got {device}")
     return backend
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module of an op of ``moe_kernels.ops`` for a backend; imported when first asked for, as
+    Triton takes its time.
+    """
+    return import_module(f"moe_kernels.ops.{op}.{_MODULES[backend]}")

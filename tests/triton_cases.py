@@ -12,9 +12,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels import tune
 from moe_kernels.ops import LoraWeights, lora_linear, triton_kernels
+from moe_kernels.ops import triton_tile_maps as maps
+from moe_kernels.ops.dispatch import reference
+from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
 from moe_kernels.ops.moe_mlp import triton_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
-from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
+from moe_kernels.testing import (
+    SHAPES,
+    Shape,
+    assert_close,
+    make_modality_ids,
+    make_moe_inputs,
+    make_routing,
+)
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -86,6 +96,54 @@ def test_the_copy_engine_changes_no_bit(monkeypatch, hidden, inter, launches):
     without = run(inputs, "triton", grad_out)
     assert len(used) == launches
     assert all(torch.equal(with_engine[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize("routing", ["zipf", "one_expert", "repeated", "half_empty"])
+@pytest.mark.parametrize(("tokens", "top_k", "modalities"), [(1, 8, 0), (50, 3, 1), (171, 3, 4)])
+def test_dispatch(routing, tokens, top_k, modalities):
+    experts = 8
+    ids, _ = make_routing(tokens, top_k, experts, kind=routing)
+    ids.view(-1)[::7] += torch.tensor([100, -100])[torch.arange(ids.view(-1)[::7].numel()) % 2]
+    modality = make_modality_ids(tokens, modalities) if modalities else None
+    expected = reference.dispatch(ids, experts, modality, modalities)
+    arguments = ids.to(DEVICE), experts, None if modality is None else modality.to(DEVICE)
+    actual = triton_dispatch.dispatch(*arguments, modalities)
+    for field, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(field.cpu(), wanted)
+
+
+@pytest.mark.parametrize("block", [1, 16, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_tile_maps(block, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base, extra, modalities, padding = 5, 2, 3, 11
+    counts = torch.randint(0, 40, ((base + extra) * (modalities + 1),), generator=generator)
+    counts *= torch.rand(counts.shape, generator=generator) < 0.7
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    rows = int(offsets[-1]) + padding
+    by_expert = offsets[:: modalities + 1].tolist()
+    pairs = [e * (modalities + 1) + m for m in range(1, modalities + 1) for e in range(base)]
+    experts = list(zip(by_expert, [*by_expert[1:], rows], strict=True))
+    for groups, wanted in (
+        (maps.by_expert(base + extra, modalities), experts),
+        (maps.by_adapter(base, modalities), [offsets[i : i + 2].tolist() for i in pairs]),
+        (maps.by_added_expert(base, extra, modalities), experts[base : base + extra]),
+    ):
+        found = maps.tile_map(offsets.to(DEVICE), groups, rows, block)
+        tiles = [
+            [group, first, min(first + block, end)]
+            for group, (begin, end) in enumerate(wanted)
+            for first in range(begin, end, block)
+        ]
+        assert len(tiles) <= found.num_tiles
+        filled, empty = found.tiles.T.split([len(tiles), found.num_tiles - len(tiles)])
+        assert filled.tolist() == tiles
+        assert (empty[:, 1] >= empty[:, 2]).all()
+        several = [max(0, end - begin - 1) // block for begin, end in wanted]
+        several = [more + 1 if more else 0 for more in several]
+        slots = [sum(several[:group]) for group in range(len(wanted))]
+        assert found.groups.T.tolist() == [[*w, s] for w, s in zip(wanted, slots, strict=True)]
+        assert sum(several) <= found.num_slots
 
 
 def test_no_tokens():

@@ -1,11 +1,9 @@
 """Triton kernels and parts of them that several ops use.
 
-Rows are in sorted order: p is a row's place, ``perm[p] // TOP_K`` its token. A tile is BLOCK_M rows
-of one group, taken from a map (3, num_tiles) of group, first row and end; a tile without rows
-returns at once, so the host need not know the counts.
+Rows are in sorted order: p is a row's place, ``perm[p] // TOP_K`` its token. ``tiles_ptr`` are the
+tiles of a map (``triton_tile_maps``). Adapters come in their own dtype and are rounded to that of
+the rows they meet. Counts are not specialised on: a new number of tokens compiles nothing.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -13,36 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import backends
+from moe_kernels.ops.triton_tile_maps import TileMap, tile_of
 
 MAX_PROJECTED = 16  # rank up to which the parts of du cost less than another reading of dy
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 # Triton decides when a kernel is decorated, that is when this module is imported.
 INTERPRETED = backends.triton_is_interpreted()
-
-
-class RowGroups(NamedTuple):
-    """Groups of sorted rows, and the tiles of at most ``chunk`` rows that are summed in one go.
-
-    Attributes:
-        bounds: (2, groups), first row and end of each group.
-        tiles: (3, n), as of :func:`tile_map`.
-        slots: (groups,), the first partial sum of each group that has several tiles.
-        num_slots: at most as many partial sums there are.
-        chunk: rows.
-    """
-
-    bounds: Tensor
-    tiles: Tensor
-    slots: Tensor
-    num_slots: int
-    chunk: int
-
-
-@triton.jit
-def tile_of(tiles_ptr, tile, num_tiles):
-    """Group, first row and end of a tile."""
-    group = tl.load(tiles_ptr + tile)
-    return group, tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile)
 
 
 @triton.jit
@@ -74,7 +48,7 @@ def scaled_rows(u_ptr, scale, rows, mask_m, offs_r, RANK: tl.constexpr, dtype: t
     return (u.to(tl.float32) * scale).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_base", "experts_of_m"])
 def project_kernel(
     left_ptr,  # (T, size_k) if BY_TOKEN, else (T * TOP_K, size_k)
     m_ptr,  # (NUM_MODALITIES, experts_of_m, ...): (size_k, RANK), strides stride_mk, stride_mr
@@ -111,21 +85,20 @@ def project_kernel(
         offs_k = k + tl.arange(0, BLOCK_K)
         left = load_rows(left_ptr, left_rows, size_k, mask_m, offs_k, size_k)
         part = load_operand(matrix, offs_k, size_k, stride_mk, offs_r, RANK, stride_mr)
-        acc = dot(left, part, acc)
+        acc = dot(left, part.to(left.dtype), acc)
     mask = mask_m[:, None] & (offs_r < RANK)[None, :]
     out = out_ptr + rows[:, None] * RANK + offs_r[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_groups", "groups_of_factor", "num_rows", "chunk"])
 def outer_kernel(
     left_ptr,  # (rows, height)
     right_ptr,  # (rows, width)
     perm_ptr,
-    tiles_ptr,  # (3, num_tiles) of groups
-    bounds_ptr,  # (2, num_groups): first row and end
-    slots_ptr,  # (num_groups,): the first partial sum of a group of several tiles
-    factors_ptr,  # (num_groups,) float32
+    tiles_ptr,  # (3, num_tiles)
+    groups_ptr,  # (3, num_groups): first row, end, first partial sum
+    factors_ptr,  # (num_groups / groups_of_factor,) float32
     weights_ptr,  # (T, TOP_K)
     matrix_ptr,  # (num_groups, width, height), for the projection
     out_ptr,  # (num_groups, height, width) or (num_groups, width, height), float32
@@ -133,6 +106,7 @@ def outer_kernel(
     projected_ptr,  # (column blocks, num_rows, height), float32
     num_tiles,
     num_groups,
+    groups_of_factor,
     num_rows,
     chunk,
     height,
@@ -158,12 +132,13 @@ def outer_kernel(
     if first >= end:
         return
     dtype: tl.constexpr = right_ptr.dtype.element_ty
-    factor = tl.load(factors_ptr + group)
+    factor = tl.load(factors_ptr + group // groups_of_factor)
     offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     size = height * width
     if PROJECT:
         matrix = load_operand(matrix_ptr + group * size, offs_n, width, height, offs_h, height, 1)
+        matrix = matrix.to(dtype)
         projected = projected_ptr + (pid_n.to(tl.int64) * num_rows + first) * height
     acc = tl.zeros((BLOCK_H, BLOCK_N), dtype=tl.float32)
     for start in range(first, end, BLOCK_P):
@@ -185,18 +160,18 @@ def outer_kernel(
             product = dot(right, matrix, tl.zeros((BLOCK_P, BLOCK_H), dtype=tl.float32))
             here = (rows - first)[:, None] * height + offs_h[None, :]
             tl.store(projected + here, product, mask=mask_p[:, None] & (offs_h < height)[None, :])
-    low, high = tl.load(bounds_ptr + group), tl.load(bounds_ptr + num_groups + group)
+    low, high = tl.load(groups_ptr + group), tl.load(groups_ptr + num_groups + group)
     out = out_ptr + group * size
     if high - low > chunk:
-        out = partial_ptr + (tl.load(slots_ptr + group) + (first - low) // chunk) * size
+        slot = tl.load(groups_ptr + 2 * num_groups + group) + (first - low) // chunk
+        out = partial_ptr + slot * size
     mask = (offs_h < height)[:, None] & (offs_n < width)[None, :]
     tl.store(out + offs_h[:, None] * stride_h + offs_n[None, :] * stride_w, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups", "chunk"])
 def finish_outer_kernel(
-    bounds_ptr,  # (2, num_groups)
-    slots_ptr,  # (num_groups,)
+    groups_ptr,  # (3, num_groups): first row, end, first partial sum
     partial_ptr,  # (slots, size)
     out_ptr,  # (num_groups, size)
     num_groups,
@@ -206,19 +181,19 @@ def finish_outer_kernel(
 ):
     """The sums of groups of several tiles, in the order of the tiles; zeros for those of none."""
     group = tl.program_id(1).to(tl.int64)
-    rows = tl.load(bounds_ptr + num_groups + group) - tl.load(bounds_ptr + group)
+    rows = tl.load(groups_ptr + num_groups + group) - tl.load(groups_ptr + group)
     if (rows > 0) & (rows <= chunk):
         return
     offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < size
-    slot = tl.load(slots_ptr + group)
+    slot = tl.load(groups_ptr + 2 * num_groups + group)
     acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for tile in range(tl.cdiv(rows, chunk)):
         acc += tl.load(partial_ptr + (slot + tile) * size + offs, mask=mask, other=0.0)
     tl.store(out_ptr + group * size + offs, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_rows"])
 def sum_parts_kernel(
     parts_ptr,  # (num_parts, num_rows, RANK)
     out_ptr,  # (num_rows, RANK)
@@ -244,7 +219,7 @@ def sum_parts_kernel(
     tl.store(out_ptr + rows[:, None] * RANK + offs_r[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def add_low_rank_kernel(
     u_ptr,  # (T, RANK), sorted rows
     v_ptr,  # (NUM_MODALITIES, ...): (RANK, width), strides stride_vr, stride_vn
@@ -280,7 +255,7 @@ def add_low_rank_kernel(
         v = load_operand(
             v_ptr + modality * RANK * width, offs_r, RANK, stride_vr, offs_n, width, stride_vn
         )
-        acc = dot(u, v, acc)
+        acc = dot(u, v.to(dtype), acc)
     tl.store(out, acc.to(dtype), mask=mask)
 
 
@@ -295,14 +270,17 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
 
 
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for sm_90; the interpreter plays a Hopper."""
+    if INTERPRETED:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def has_tma(device: torch.device) -> bool:
-    """Whether the copy engine can load tiles of a tensor; the interpreter plays one."""
-    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least n, and 1."""
-    return 1 << max(n - 1, 0).bit_length()
+    """Whether the copy engine can load tiles of a tensor."""
+    return capability(device) >= 90
 
 
 def rank_block(dtype: torch.dtype) -> int:
@@ -315,33 +293,15 @@ def rank_block(dtype: torch.dtype) -> int:
 def outer_blocks(height: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Rows and columns of a tile of a sum, and rows that are summed in one step."""
     most = (16, 64, 16) if dtype == torch.float32 else (64, 128, 32)
-    block_h, block_n = (max(16, next_power_of_2(size)) for size in (height, width))
+    block_h, block_n = (max(16, triton.next_power_of_2(size)) for size in (height, width))
     return min(most[0], block_h), min(most[1], block_n), most[2]
-
-
-def tile_map(first: Tensor, end: Tensor, num_rows: int, block: int) -> Tensor:
-    """(3, n) group, first row and end of every tile of ``block`` rows; n depends on shapes alone.
-
-    A group of c rows has ceil(c / block) tiles, so there are at most num_rows / block + groups.
-    Those beyond the last have no rows.
-    """
-    groups = first.numel()
-    if groups == 0:
-        return torch.zeros(3, 0, dtype=torch.int64, device=first.device)
-    index = torch.arange(num_rows // block + groups, device=first.device)
-    tiles = (end - first + block - 1) // block
-    ends = tiles.cumsum(0)
-    group = torch.searchsorted(ends, index, right=True).clamp(max=groups - 1)
-    start = first[group] + (index - (ends - tiles)[group]) * block
-    stop = torch.minimum(start + block, end[group])
-    return torch.stack([group, start, torch.where(index < ends[-1], stop, start)])
 
 
 def project(
     left: Tensor,
     matrix: Tensor,
     perm: Tensor,
-    tiles: Tensor,
+    tiles: TileMap,
     out: Tensor,
     *,
     strides: tuple[int, int],
@@ -349,15 +309,14 @@ def project(
     by_token: bool,
     num_base: int,
     experts: int,
-    block_m: int,
     block_k: int,
 ) -> Tensor:
     """Fills the adapted rows of ``out`` with left @ matrix; ``strides`` along k and r."""
-    num_tiles, rank = tiles.shape[1], out.shape[1]
-    block_r = min(rank_block(left.dtype), max(16, next_power_of_2(rank)))
+    num_tiles, rank, block_m = tiles.num_tiles, out.shape[1], tiles.block
+    block_r = min(rank_block(left.dtype), max(16, triton.next_power_of_2(rank)))
     if num_tiles and out.shape[0]:
         project_kernel[(num_tiles, -(-rank // block_r))](
-            left, matrix, perm, tiles, out, num_tiles, num_base, experts, left.shape[1],
+            left, matrix, perm, tiles.tiles, out, num_tiles, num_base, experts, left.shape[1],
             *strides, TOP_K=top_k, BY_TOKEN=by_token, RANK=rank, BLOCK_R=block_r,
             BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps_of(block_m),
         )  # fmt: skip
@@ -369,26 +328,11 @@ def warps_of(block_m: int) -> int:
     return 2 if block_m == 16 else 4
 
 
-def row_groups(bounds: Tensor, num_rows: int, *, split: bool = True) -> RowGroups:
-    """Groups of at most ``num_rows`` rows together, ``bounds`` (2, groups).
-
-    ``split`` cuts them into chunks, so that one long group does not keep everybody waiting, and few
-    groups give many programs: about 32 chunks in all. A wide result has programs enough, and
-    partial sums would be large.
-    """
-    chunk = max(512, next_power_of_2(num_rows // 32)) if split else max(1, num_rows)
-    several = (bounds[1] - bounds[0] + chunk - 1) // chunk
-    several = torch.where(several > 1, several, 0)
-    num_slots = 2 * (num_rows // chunk) if num_rows > chunk else 0
-    tiles = tile_map(*bounds, num_rows, chunk)
-    return RowGroups(bounds, tiles, several.cumsum(0) - several, num_slots, chunk)
-
-
 def outer(
     left: Tensor,
     right: Tensor,
     perm: Tensor,
-    groups: RowGroups,
+    rows: TileMap,
     factors: Tensor,
     *,
     transposed: bool,
@@ -401,7 +345,7 @@ def outer(
     """(groups, height, width) sums of left^T right, or with the last two exchanged, in float32.
 
     Args:
-        factors: (groups,), of each sum.
+        factors: (n,) float32, each of as many neighbouring groups' sums.
         weights: (T, K), of each row, or None.
         matrix: (groups, width, height), or None.
 
@@ -409,45 +353,46 @@ def outer(
         The sums, and with ``matrix`` right @ matrix, in parts (n, rows, height) to be summed, in
         float32; rows of no group are not written.
     """
-    num_groups, height, width = groups.bounds.shape[1], left.shape[1], right.shape[1]
+    num_groups, height, width = rows.groups.shape[1], left.shape[1], right.shape[1]
     block_h, block_n, block_p = outer_blocks(height, width, right.dtype)
-    grid = (groups.tiles.shape[1], -(-height // block_h), -(-width // block_n))
+    grid = (rows.num_tiles, -(-height // block_h), -(-width // block_n))
     shape = (width, height) if transposed else (height, width)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=left.device)
 
     out = empty(num_groups, *shape)
-    partial = empty(groups.num_slots, *shape)
+    partial = empty(rows.num_slots, *shape)
     parts = None if matrix is None else empty(grid[2], perm.numel(), height)
     if num_groups == 0:
         return out, parts
-    if perm.numel():
+    if rows.num_rows:
         outer_kernel[grid](
-            left, right, perm, groups.tiles, groups.bounds, groups.slots, factors,
+            left, right, perm, rows.tiles, rows.groups, factors,
             factors if weights is None else weights, right if matrix is None else matrix, out,
-            partial, out if parts is None else parts, grid[0], num_groups, perm.numel(),
-            groups.chunk, height, width, *((1, height) if transposed else (width, 1)),
-            TOP_K=top_k, WEIGHTED=weights is not None, LEFT_BY_TOKEN=left_by_token,
+            partial, out if parts is None else parts, grid[0], num_groups,
+            num_groups // factors.numel(), rows.num_rows, rows.block, height, width,
+            *((1, height) if transposed else (width, 1)), TOP_K=top_k,
+            WEIGHTED=weights is not None, LEFT_BY_TOKEN=left_by_token,
             RIGHT_BY_TOKEN=right_by_token, PROJECT=matrix is not None, BLOCK_H=block_h,
             BLOCK_N=block_n, BLOCK_P=block_p,
         )  # fmt: skip
     # The second axis of a grid ends at 65,535.
     finish_outer_kernel[(-(-height * width // 1024), num_groups)](
-        groups.bounds, groups.slots, partial, out, num_groups, groups.chunk, height * width,
+        rows.groups, partial, out, num_groups, rows.block, height * width,
         BLOCK_N=1024,
     )  # fmt: skip
     return out, parts
 
 
-def sum_parts(parts: Tensor, tiles: Tensor, block_m: int) -> Tensor:
+def sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
     """(rows, r) sums of (n, rows, r) on the rows of the tiles; others are not written."""
     num_parts, rows, rank = parts.shape
     out = parts.new_empty(rows, rank)
-    block_r = min(64, max(16, next_power_of_2(rank)))
-    if tiles.shape[1] and rows:
-        sum_parts_kernel[(tiles.shape[1], -(-rank // block_r))](
-            parts, out, tiles, tiles.shape[1], num_parts, rows, RANK=rank, BLOCK_R=block_r,
-            BLOCK_M=block_m,
+    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    if tiles.num_tiles and rows:
+        sum_parts_kernel[(tiles.num_tiles, -(-rank // block_r))](
+            parts, out, tiles.tiles, tiles.num_tiles, num_parts, rows, RANK=rank, BLOCK_R=block_r,
+            BLOCK_M=tiles.block,
         )  # fmt: skip
     return out

@@ -3,15 +3,8 @@
 import torch
 from torch import Tensor
 
-from moe_kernels import env
+from moe_kernels import backends, env
 from moe_kernels.ops import checks
-from moe_kernels.ops.dispatch import native_impl, reference
-
-_IMPLEMENTATIONS = {
-    "reference": reference.dispatch,
-    "cpu": native_impl.dispatch,
-    "triton": reference.dispatch,  # one sort and a few small ops, none of which waits for the host
-}
 
 
 def run(
@@ -24,8 +17,7 @@ def run(
     """The fields of ``Dispatch``, in order, after a check of the values where that is free."""
     if topk_ids.device.type == "cpu" or env.check_values():
         _check_values(topk_ids, num_experts, modality_ids, num_modalities)
-    implementation = _IMPLEMENTATIONS[backend]
-    return implementation(
+    return backends.implementation("dispatch", backend).dispatch(
         topk_ids.contiguous(),
         num_experts,
         None if modality_ids is None else modality_ids.contiguous(),

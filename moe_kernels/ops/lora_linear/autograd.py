@@ -5,23 +5,13 @@ is added in place, on the rows of added modalities only. Saved: hidden_states, u
 and the dispatch.
 """
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from moe_kernels import backends
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
 from moe_kernels.ops.dtypes import without_autocast
 from moe_kernels.ops.gradients import is_plain, place, plain_function
-from moe_kernels.ops.lora_linear import native_impl, reference
-
-
-def _implementation(backend: str) -> ModuleType:
-    """The module with ``forward`` and ``backward``; Triton is imported when first asked for."""
-    if backend == "triton":
-        return import_module("moe_kernels.ops.lora_linear.triton_impl")
-    return {"reference": reference, "cpu": native_impl}[backend]
 
 
 def _lora_linear(
@@ -45,7 +35,7 @@ def _lora_linear(
     with without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()
         out = torch.nn.functional.linear(hidden_states, weight, bias)
-        u = _implementation(backend).forward(
+        u = backends.implementation("lora_linear", backend).forward(
             out,
             hidden_states,
             perm,
@@ -99,7 +89,7 @@ def _lora_linear_backward(
     with without_autocast(hidden_states.device):
         grad_out = grad_out.contiguous()
         grad_hidden = grad_out @ weight if needs[0] else None
-        params = _implementation(backend).backward(
+        params = backends.implementation("lora_linear", backend).backward(
             grad_out,
             hidden_states.contiguous(),
             u,

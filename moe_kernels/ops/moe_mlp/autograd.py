@@ -4,24 +4,15 @@ Saved for backward are hidden_states, topk_weights, the pre-activation, u1 = x A
 u2 = a A2^T (unscaled) and the dispatch, all of shapes that do not depend on the routing.
 """
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from moe_kernels import backends
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
 from moe_kernels.ops.dtypes import without_autocast
 from moe_kernels.ops.gradients import is_plain, place, plain_function
-from moe_kernels.ops.moe_mlp import native_impl, reference
+from moe_kernels.ops.moe_mlp import native_impl
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
-
-
-def _implementation(backend: str) -> ModuleType:
-    """The module with ``forward`` and ``backward``; Triton is imported when first asked for."""
-    if backend == "triton":
-        return import_module("moe_kernels.ops.moe_mlp.triton_impl")
-    return {"reference": reference, "cpu": native_impl}[backend]
 
 
 def _moe_mlp(
@@ -54,7 +45,7 @@ def _moe_mlp(
         topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend
     )
     with without_autocast(hidden_states.device):
-        results = _implementation(backend).forward(
+        results = backends.implementation("moe_mlp", backend).forward(
             hidden_states.contiguous(),
             topk_weights.contiguous(),
             perm,
@@ -137,7 +128,7 @@ def _moe_mlp_backward(
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
     with without_autocast(hidden_states.device):
-        grads = _implementation(backend).backward(
+        grads = backends.implementation("moe_mlp", backend).backward(
             grad_out.contiguous(),
             hidden_states.contiguous(),
             topk_weights.contiguous(),

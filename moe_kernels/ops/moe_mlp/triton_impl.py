@@ -8,14 +8,16 @@ and dA2, and one for each added experts' weight.
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.ops import triton_kernels as shared
+from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.moe_mlp import triton_kernels as kernels
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
-from moe_kernels.ops.triton_kernels import RowGroups, next_power_of_2
+from moe_kernels.ops.triton_tile_maps import TileMap
 
 
 class _Layer(NamedTuple):
@@ -25,11 +27,10 @@ class _Layer(NamedTuple):
     perm: Tensor
     inv_perm: Tensor
     segments: Tensor
-    weights: ExpertWeights  # in the compute dtype
+    weights: ExpertWeights  # added experts in the base's dtype, adapters in their own
     tiles: Tiles
-    expert_tiles: Tensor  # (3, n): experts, then the tail
-    adapted: Tensor  # (2, n): first row and end of each pair (modality, expert)
-    adapted_tiles: Tensor  # (3, m): those pairs
+    expert_tiles: TileMap  # of every expert, and of the rows that were not dispatched
+    adapted_tiles: TileMap  # of every pair (modality, expert)
 
     @property
     def num_base(self) -> int:
@@ -73,11 +74,11 @@ def forward(
     layer = _layer(topk_weights, perm, inv_perm, segment_offsets, weights)
     hidden, inter = layer.sizes
     rows = layer.num_slots
-    u1 = _shrink(layer, hidden_states, "gate_up", by_token=True)
+    u1 = _shrink(layer, hidden_states, "gate_up", save_for_backward)
     act = hidden_states.new_empty(rows, inter)
     pre_act = hidden_states.new_empty(rows if save_for_backward else 0, 2 * inter)
     _gate_up(layer, hidden_states, u1, pre_act, act, save_for_backward)
-    u2 = _shrink(layer, act, "down", by_token=False)
+    u2 = _shrink(layer, act, "down", save_for_backward)
     expert_out = _product(layer, act, "down_proj", "down", u2, transposed=True)
     out = _combine(layer, expert_out, weighted=True)
     if not save_for_backward:
@@ -104,68 +105,72 @@ def backward(
     layer = _layer(topk_weights, perm, inv_perm, segment_offsets, weights)
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
-    groups = shared.row_groups(layer.adapted, layer.num_slots)
-    du2, grad_B2 = _du_and_dB(layer, groups, "down", u2, grad_out, True, need_B2)
+    chunks = _adapted_tiles(
+        layer.segments, layer.weights, rows := layer.num_slots, maps.chunk_rows(rows)
+    )
+    du2, grad_B2 = _du_and_dB(layer, chunks, "down", u2, grad_out, True, need_B2)
     d_pre, act, dots = _act_backward(
         layer, grad_out, pre_act, du2, write_act=need_A2 or need_extra_down
     )
-    du1, grad_B1 = _du_and_dB(layer, groups, "gate_up", u1, d_pre, need_hidden or need_A1, need_B1)
+    du1, grad_B1 = _du_and_dB(layer, chunks, "gate_up", u1, d_pre, need_hidden or need_A1, need_B1)
     grads = []
     if need_hidden:
-        rows = _product(layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False)
-        grads.append(_combine(layer, rows, weighted=False))
+        d_rows = _product(layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False)
+        grads.append(_combine(layer, d_rows, weighted=False))
     if need_weights:
-        flat = torch.empty_like(dots)
-        flat[perm] = dots
-        grads.append(flat.view(topk_weights.shape))
+        grads.append(dots)
     if need_extra_gate_up:
         grads.append(_extra_gradient(layer, d_pre, hidden_states, weighted=False))
     if need_extra_down:
         grads.append(_extra_gradient(layer, grad_out, act, weighted=True))
     if need_A1:
-        grads.append(_grad_A(layer, groups, "gate_up", du1, hidden_states))
+        grads.append(_grad_A(layer, chunks, "gate_up", du1, hidden_states))
     if need_B1:
         grads.append(grad_B1)
     if need_A2:
-        grads.append(_grad_A(layer, groups, "down", du2, act))
+        grads.append(_grad_A(layer, chunks, "down", du2, act))
     if need_B2:
         grads.append(grad_B2)
     return grads
 
 
 def _layer(topk_weights, perm, inv_perm, segment_offsets, weights: ExpertWeights) -> _Layer:
-    weights = weights.in_compute_dtype()
-    groups, num_base = weights.num_modalities + 1, weights.gate_up_proj.shape[0]
+    weights = weights.in_compute_dtype(adapters=False)
     rows = perm.numel()
     tiles = choose_tiles(rows, weights)
-    bounds = torch.cat([segment_offsets[::groups], segment_offsets.new_full((1,), rows)])
-    modality = torch.arange(1, groups, device=perm.device)[:, None]
-    segment = (torch.arange(num_base, device=perm.device) * groups + modality).flatten()
-    adapted = torch.stack([segment_offsets[segment], segment_offsets[segment + 1]])
+    experts = maps.by_expert(weights.num_experts, weights.num_modalities)
     return _Layer(
         topk_weights, perm, inv_perm, segment_offsets, weights, tiles,
-        shared.tile_map(bounds[:-1], bounds[1:], rows, tiles.m),
-        adapted, shared.tile_map(*adapted, rows, tiles.m),
+        maps.tile_map(segment_offsets, experts, rows, tiles.m),
+        _adapted_tiles(segment_offsets, weights, rows, tiles.m),
     )  # fmt: skip
+
+
+def _adapted_tiles(segments: Tensor, weights: ExpertWeights, rows: int, block: int) -> TileMap:
+    pairs = maps.by_adapter(weights.gate_up_proj.shape[0], weights.num_modalities)
+    return maps.tile_map(segments, pairs, rows, block)
 
 
 def _rank(lora_A: Tensor | None) -> dict[str, int]:
     return {"RANK": 0 if lora_A is None else lora_A.shape[2], "BLOCK_R": shared.STEP_R}
 
 
-def _shrink(layer: _Layer, left: Tensor, name: str, *, by_token: bool) -> Tensor:
-    """u = left A^T (T*K, r), zeros where there is no adapter; (T*K, 0) without adapters."""
+def _shrink(layer: _Layer, left: Tensor, name: str, save: bool) -> Tensor:
+    """u = left A^T (T*K, r); (T*K, 0) without adapters. What is saved for backward has zeros where
+    there is no adapter: an op's output is a function of its inputs.
+    """
     lora_A, _, _ = layer.lora(name)
     if lora_A is None:
-        return left.new_zeros(layer.num_slots, 0)
-    out = left.new_zeros(layer.num_slots, lora_A.shape[2])
+        return left.new_empty(layer.num_slots, 0)
+    out = (left.new_zeros if save else left.new_empty)(layer.num_slots, lora_A.shape[2])
+    by_token = name == "gate_up"
     return _launch_project(layer, left, lora_A, out, by_token, (1, lora_A.shape[3]))
 
 
 def _project(layer: _Layer, left: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
-    """du = left B (T*K, r) in float32, zeros where there is no adapter."""
+    """du = left B (T*K, r) in float32, adapted rows alone."""
     rank = lora_B.shape[3]
-    out = torch.zeros(layer.num_slots, rank, dtype=torch.float32, device=left.device)
+    out = torch.empty(layer.num_slots, rank, dtype=torch.float32, device=left.device)
     return _launch_project(layer, left, lora_B, out, by_token, (rank, 1))
 
 
@@ -175,7 +180,7 @@ def _launch_project(
     return shared.project(
         left, matrix, layer.perm, layer.adapted_tiles, out, strides=strides, top_k=layer.top_k,
         by_token=by_token, num_base=layer.num_base, experts=matrix.shape[1],
-        block_m=layer.tiles.m, block_k=layer.tiles.k,
+        block_k=layer.tiles.k,
     )  # fmt: skip
 
 
@@ -204,7 +209,7 @@ def _operand(
 
 
 def _grid(layer: _Layer, width: int, block_n: int) -> tuple[int]:
-    return (layer.expert_tiles.shape[1] * -(-width // block_n),)
+    return (layer.expert_tiles.num_tiles * -(-width // block_n),)
 
 
 def _blocks(tiles: Tiles, block_n: int) -> dict[str, int]:
@@ -221,9 +226,9 @@ def _gate_up(layer: _Layer, x: Tensor, u1: Tensor, pre_act: Tensor, act: Tensor,
     if layer.num_slots == 0:
         return
     kernels.gate_up_kernel[_grid(layer, inter, layer.tiles.n_gated)](
-        x, base, extra, layer.perm, layer.expert_tiles, layer.segments, u1,
+        x, base, extra, layer.perm, layer.expert_tiles.tiles, layer.segments, u1,
         extra if lora_B is None else lora_B, layer.topk_weights if scaling is None else scaling,
-        pre_act, act, layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts,
+        pre_act, act, layer.expert_tiles.num_tiles, layer.num_base, layer.weights.num_experts,
             layer.weights.num_modalities,
         hidden, inter, TOP_K=layer.top_k, 
         SAVE=save, **flags, **_rank(lora_A),
@@ -244,10 +249,10 @@ def _product(
     out = left.new_empty(layer.num_slots, size_n)
     if layer.num_slots:
         kernels.rows_kernel[_grid(layer, size_n, layer.tiles.n)](
-            left, base, extra, layer.expert_tiles, layer.segments, left if u is None else u,
+            left, base, extra, layer.expert_tiles.tiles, layer.segments, left if u is None else u,
             extra if matrix is None else matrix,
             layer.topk_weights if scaling is None else scaling, out,
-            layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts,
+            layer.expert_tiles.num_tiles, layer.num_base, layer.weights.num_experts,
             layer.weights.num_modalities, size_k,
             size_n, 1 if matrix is None else matrix.shape[1], *strides_v, TRANSPOSED=transposed,
             **flags, **blocks,
@@ -259,7 +264,9 @@ def _product(
 def _act_backward(
     layer: _Layer, grad_out: Tensor, pre_act: Tensor, du2: Tensor | None, *, write_act: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_pre (T*K, 2I), act (T*K, I) or nothing, and <dA', a> (T*K,) in float32, 0 at the tail."""
+    """d_pre (T*K, 2I), act (T*K, I) or nothing, and <dA', a> (T, K) in float32, 0 of rows that were
+    not dispatched.
+    """
     hidden, inter = layer.sizes
     lora_A, _, scaling = layer.lora("down")
     base, extra, flags = _operand(layer, "down_proj", layer.tiles.n_gated, transposed=False)
@@ -267,13 +274,14 @@ def _act_backward(
     d_pre = torch.empty_like(pre_act)
     act = pre_act.new_empty(rows if write_act else 0, inter)
     parts = -(-inter // layer.tiles.n_gated)
-    dots = torch.zeros(parts, rows, dtype=torch.float32, device=pre_act.device)
+    shape = (parts, *layer.topk_weights.shape)
+    dots = torch.zeros(shape, dtype=torch.float32, device=pre_act.device)
     if rows:
         kernels.act_backward_kernel[_grid(layer, inter, layer.tiles.n_gated)](
-            grad_out, base, extra, layer.perm, layer.expert_tiles, layer.segments,
+            grad_out, base, extra, layer.perm, layer.expert_tiles.tiles, layer.segments,
             grad_out if du2 is None else du2, extra if lora_A is None else lora_A,
             layer.topk_weights if scaling is None else scaling, layer.topk_weights, pre_act, d_pre,
-            act, dots, layer.expert_tiles.shape[1], layer.num_base, layer.weights.num_experts,
+            act, dots, layer.expert_tiles.num_tiles, layer.num_base, layer.weights.num_experts,
             layer.weights.num_modalities, rows,
             hidden, inter, 1 if lora_A is None else lora_A.shape[1], TOP_K=layer.top_k,
             WRITE_ACT=write_act, **flags,
@@ -286,8 +294,8 @@ def _combine(layer: _Layer, rows: Tensor, *, weighted: bool) -> Tensor:
     """(T, N) sums over each token's rows; zeros for a token without rows."""
     tokens, width = layer.topk_weights.shape[0], rows.shape[1]
     out = rows.new_empty(tokens, width)
-    block = min(1024, next_power_of_2(width))
-    if tokens:
+    block = min(1024, triton.next_power_of_2(width))
+    if tokens and width:
         kernels.combine_kernel[(tokens, -(-width // block))](
             rows, layer.inv_perm, layer.segments[-1:], layer.topk_weights, out, width,
             TOP_K=layer.top_k, WEIGHTED=weighted, BLOCK_N=block,
@@ -296,7 +304,7 @@ def _combine(layer: _Layer, rows: Tensor, *, weighted: bool) -> Tensor:
 
 
 def _du_and_dB(
-    layer: _Layer, groups: RowGroups, name: str, u: Tensor, dy: Tensor, need_du: bool, need_B: bool
+    layer: _Layer, chunks: TileMap, name: str, u: Tensor, dy: Tensor, need_du: bool, need_B: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """du = dy B (T*K, r) in float32, adapted rows alone, and dB; in one pass over dy where
     that is cheaper.
@@ -311,47 +319,49 @@ def _du_and_dB(
     grad, du = None, None
     if need_B:
         grad, parts = _outer(
-            layer, groups, name, u, dy, right_by_token=by_token, transposed=True,
+            layer, chunks, name, u, dy, right_by_token=by_token, transposed=True,
             matrix=lora_B.flatten(0, 1) if together else None,
         )  # fmt: skip
         grad = grad.view(lora_B.shape)
     if together:
-        du = shared.sum_parts(parts, layer.adapted_tiles, layer.tiles.m)
+        du = shared.sum_parts(parts, layer.adapted_tiles)
     elif need_du:
         du = _project(layer, dy, lora_B, by_token=by_token)
     return du, grad
 
 
-def _grad_A(layer: _Layer, groups: RowGroups, name: str, du: Tensor, left: Tensor) -> Tensor:
+def _grad_A(layer: _Layer, chunks: TileMap, name: str, du: Tensor, left: Tensor) -> Tensor:
     """dA in float32, from du and hidden_states, or the activation for the down projection."""
     lora_A, _, _ = layer.lora(name)
     grad, _ = _outer(
-        layer, groups, name, du, left, right_by_token=name == "gate_up", transposed=False
+        layer, chunks, name, du, left, right_by_token=name == "gate_up", transposed=False
     )
     grad = grad.view(layer.weights.num_modalities, layer.num_base, *lora_A.shape[2:])
     return grad.sum(1, keepdim=True) if lora_A.shape[1] != layer.num_base else grad
 
 
-def _outer(layer: _Layer, groups: RowGroups, name: str, skinny: Tensor, wide: Tensor, **options):
+def _outer(layer: _Layer, chunks: TileMap, name: str, skinny: Tensor, wide: Tensor, **options):
     """Sums of (s w skinny)^T wide over each adapter's rows; the routing weight w belongs to the
     down projection's rows alone.
     """
-    scaling = layer.lora(name)[2].float().repeat_interleave(layer.num_base)
     return shared.outer(
-        skinny, wide, layer.perm, groups, scaling, top_k=layer.top_k,
+        skinny, wide, layer.perm, chunks, layer.lora(name)[2], top_k=layer.top_k,
         weights=layer.topk_weights if name == "down" else None, **options,
     )  # fmt: skip
 
 
 def _extra_gradient(layer: _Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
-    """sum of (w left)^T right over each added expert's rows."""
-    groups = layer.weights.num_modalities + 1
-    bounds = layer.segments[::groups][layer.num_base :]
-    by_token = {"left_by_token": weighted, "right_by_token": not weighted}
-    bounds = torch.stack([bounds[:-1], bounds[1:]])
+    """sum of (w left)^T right over each added expert's rows.
+
+    Not in chunks: a wide result has programs enough, and partial sums would be large.
+    """
+    added = maps.by_added_expert(
+        layer.num_base, layer.weights.num_experts - layer.num_base, layer.weights.num_modalities
+    )
+    rows = maps.tile_map(layer.segments, added, layer.num_slots, max(1, layer.num_slots))
     grad, _ = shared.outer(
-        left, right, layer.perm, shared.row_groups(bounds, layer.num_slots, split=False),
-        torch.ones(bounds.shape[1], device=left.device), transposed=False, top_k=layer.top_k,
-        weights=layer.topk_weights if weighted else None, **by_token,
+        left, right, layer.perm, rows, torch.ones(1, device=left.device), transposed=False,
+        top_k=layer.top_k, weights=layer.topk_weights if weighted else None,
+        left_by_token=weighted, right_by_token=not weighted,
     )  # fmt: skip
     return grad

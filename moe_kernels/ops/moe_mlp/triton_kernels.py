@@ -14,8 +14,10 @@ from moe_kernels.ops.triton_kernels import (
     load_operand,
     load_rows,
     scaled_rows,
-    tile_of,
 )
+from moe_kernels.ops.triton_tile_maps import tile_of
+
+_COUNTS = ("num_tiles", "num_base", "num_experts")  # a new one compiles nothing
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def _extend(
                 offs_r = r + tl.arange(0, BLOCK_R)
                 u = scaled_rows(u_ptr, scale, rows, adapted, offs_r, RANK, dtype)
                 part = load_operand(v, offs_r, RANK, stride_vr, offs_n, size_n, stride_vn)
-                acc = dot(u, part, acc)
+                acc = dot(u, part.to(dtype), acc)
     return acc
 
 
@@ -142,7 +144,7 @@ def _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, mask_m, 
     _store_rows(act_ptr, first, local, offs_n, inter, act, mask_m, inter)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def gate_up_kernel(
     x_ptr,  # (T, hidden)
     w,  # (E, 2 * inter, hidden), or with TMA a descriptor of (E * 2 * inter, hidden)
@@ -217,7 +219,7 @@ def gate_up_kernel(
             _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, adapted, SAVE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def rows_kernel(
     left_ptr,  # (T * TOP_K, size_k)
     w,  # (E, size_n, size_k) if TRANSPOSED, else (E, size_k, size_n); or a descriptor
@@ -304,7 +306,7 @@ def _store_act_gradient(
 
 @triton.jit
 def _store_act_gradients(
-    pre_ptr, dpre_ptr, act_ptr, dots_ptr, first, rows, local, n, inter, acc, weight, mask_m,
+    pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight, mask_m,
     WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same for a whole tile, one half of its columns after the other: both at once would not
@@ -320,10 +322,10 @@ def _store_act_gradients(
         pre_ptr, dpre_ptr, act_ptr, first, local, offs_n + HALF, inter, right, weight, mask_m,
         WRITE_ACT,
     )  # fmt: skip
-    tl.store(dots_ptr + rows, dots, mask=mask_m)
+    tl.store(dots_ptr + slot, dots, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "num_rows"])
 def act_backward_kernel(
     grad_ptr,  # (T, hidden)
     w,  # (E, hidden, inter), or a descriptor
@@ -338,7 +340,7 @@ def act_backward_kernel(
     pre_ptr,  # (T * TOP_K, 2 * inter)
     dpre_ptr,  # (T * TOP_K, 2 * inter)
     act_ptr,  # (T * TOP_K, inter) or nothing
-    dots_ptr,  # (column tiles, T * TOP_K) float32
+    dots_ptr,  # (column tiles, T, TOP_K) float32
     num_tiles,
     num_base,
     num_experts,
@@ -380,7 +382,7 @@ def act_backward_kernel(
     base_end = _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK)
     if first < base_end:
         _store_act_gradients(
-            pre_ptr, dpre_ptr, act_ptr, dots_ptr, first, rows, local, n, inter, acc, weight,
+            pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
             rows < base_end, WRITE_ACT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if RANK > 0:
@@ -391,7 +393,7 @@ def act_backward_kernel(
                 num_modalities, RANK, BLOCK_R, dtype,
             )  # fmt: skip
             _store_act_gradients(
-                pre_ptr, dpre_ptr, act_ptr, dots_ptr, first, rows, local, n, inter, acc, weight,
+                pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
                 mask_m & (rows >= base_end), WRITE_ACT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 
 from moe_kernels import env
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.triton_kernels import capability
 
 
 class Tiles(NamedTuple):
@@ -67,17 +68,9 @@ def choose_tiles(rows: int, weights: ExpertWeights) -> Tiles:
     if _forced is not None:
         return _forced
     stack = weights.gate_up_proj
-    table = _stored().get(key_of(stack)) or built_in(stack.dtype, _capability(stack.device))
+    table = _stored().get(key_of(stack)) or built_in(stack.dtype, capability(stack.device))
     average = rows // weights.num_experts
     return next((tiles for least, tiles in table if average >= least), table[-1][1])
-
-
-def _capability(device: torch.device) -> int:
-    """Of the interpreter that of a Hopper."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def key_of(gate_up_proj: torch.Tensor) -> str:

@@ -1,0 +1,104 @@
+"""``dispatch`` in Triton: a short batch by counting in one launch, a long one by torch's sort.
+
+A row's place is the number of rows that come before it. To count them for every row is work that
+grows with the square, but for the batches of decoding it is one small launch instead of the twenty
+of a sort and what follows it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.ops.dispatch import reference
+
+MAX_COUNTED = 4096  # rows: 16 million comparisons
+_BLOCK, _STEP = 32, 128
+
+
+@triton.jit
+def _sort_keys(
+    topk_ids_ptr, modality_ids_ptr, rows, num_rows, num_experts, num_modalities,
+    TOP_K: tl.constexpr, HAS_MODALITIES: tl.constexpr,
+):  # fmt: skip
+    """segment * num_rows + row: a stable order; rows that are not dispatched come last."""
+    mask = rows < num_rows
+    expert = tl.load(topk_ids_ptr + rows, mask=mask, other=-1)
+    modality = tl.zeros_like(expert)
+    if HAS_MODALITIES:
+        modality = tl.load(modality_ids_ptr + rows // TOP_K, mask=mask, other=-1)
+    routed = (expert >= 0) & (expert < num_experts)
+    routed = routed & (modality >= 0) & (modality <= num_modalities)
+    groups = num_modalities + 1
+    segment = tl.where(routed, expert * groups + modality, num_experts * groups)
+    return tl.where(mask, segment * num_rows + rows, (num_experts * groups + 1) * num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_modalities"])
+def dispatch_kernel(
+    topk_ids_ptr,  # (T, TOP_K)
+    modality_ids_ptr,  # (T,)
+    perm_ptr,  # (T * TOP_K,)
+    inv_perm_ptr,  # (T * TOP_K,)
+    tokens_ptr,  # (num_experts,)
+    experts_ptr,  # (num_experts + 1,)
+    segments_ptr,  # (num_experts * (num_modalities + 1) + 1,)
+    num_rows,
+    num_experts,
+    num_modalities,
+    TOP_K: tl.constexpr,
+    HAS_MODALITIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The places of BLOCK rows; or, in the programs after those, the offsets of BLOCK segments."""
+    row_programs = tl.cdiv(num_rows, BLOCK)
+    of_rows = tl.program_id(0) < row_programs
+    item = tl.where(of_rows, tl.program_id(0), tl.program_id(0) - row_programs) * BLOCK
+    item += tl.arange(0, BLOCK)
+    groups = num_modalities + 1
+    own = _sort_keys(
+        topk_ids_ptr, modality_ids_ptr, item, num_rows, num_experts, num_modalities, TOP_K,
+        HAS_MODALITIES,
+    )  # fmt: skip
+    begin = tl.where(of_rows, own, item.to(tl.int64) * num_rows)
+    end = (item + groups).to(tl.int64) * num_rows  # of the expert that begins with this segment
+    before = tl.zeros((BLOCK,), dtype=tl.int64)
+    inside = tl.zeros((BLOCK,), dtype=tl.int64)
+    for start in range(0, num_rows, STEP):
+        rows = start + tl.arange(0, STEP)
+        key = _sort_keys(
+            topk_ids_ptr, modality_ids_ptr, rows, num_rows, num_experts, num_modalities, TOP_K,
+            HAS_MODALITIES,
+        )[None, :]  # fmt: skip
+        below = key < begin[:, None]
+        before += tl.sum(below.to(tl.int32), axis=1)
+        inside += tl.sum(((key < end[:, None]) & (below == 0)).to(tl.int32), axis=1)
+    if of_rows:
+        mask = item < num_rows
+        tl.store(inv_perm_ptr + item, before, mask=mask)
+        tl.store(perm_ptr + before, item, mask=mask)
+    else:
+        tl.store(segments_ptr + item, before, mask=item <= num_experts * groups)
+        expert = item // groups
+        first = item % groups == 0
+        tl.store(experts_ptr + expert, before, mask=first & (expert <= num_experts))
+        tl.store(tokens_ptr + expert, inside, mask=first & (expert < num_experts))
+
+
+def dispatch(
+    topk_ids: Tensor, num_experts: int, modality_ids: Tensor | None, num_modalities: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ``Dispatch``, in order, of ``topk_ids`` (T, K) and ``modality_ids`` (T,)."""
+    rows, num_segments = topk_ids.numel(), num_experts * (num_modalities + 1)
+    if not 0 < rows <= MAX_COUNTED:
+        return reference.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
+    sizes = (rows, rows, num_experts, num_experts + 1, num_segments + 1)
+    fields = tuple(torch.empty(n, dtype=torch.int64, device=topk_ids.device) for n in sizes)
+    grid = triton.cdiv(rows, _BLOCK) + triton.cdiv(num_segments + 1, _BLOCK)
+    dispatch_kernel[(grid,)](
+        topk_ids, topk_ids if modality_ids is None else modality_ids, *fields, rows, num_experts,
+        num_modalities, TOP_K=topk_ids.shape[1], HAS_MODALITIES=modality_ids is not None,
+        BLOCK=_BLOCK, STEP=_STEP,
+    )  # fmt: skip
+    return fields

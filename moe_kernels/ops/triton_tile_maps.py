@@ -1,0 +1,166 @@
+"""Which rows each program of a Triton kernel takes, worked out on the device in one launch.
+
+A tile is at most ``block`` rows of one group of sorted rows. How many tiles there are follows from
+shapes alone, so the host need not know the counts: a group of c rows has ceil(c / block), which are
+at most num_rows // block + groups together. Those beyond the last have no rows, and their programs
+return at once.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """Groups of rows: runs of neighbouring segments of ``segment_offsets``.
+
+    Group g begins with segment g % period * stride + g // period + offset, and has ``width``
+    segments. Behind the last segment lie the rows that were not dispatched.
+    """
+
+    num: int
+    period: int
+    stride: int
+    offset: int
+    width: int
+
+
+def by_expert(num_experts: int, num_modalities: int) -> Groups:
+    """The rows of each expert; last, those that were not dispatched."""
+    segments = num_modalities + 1
+    return Groups(num_experts + 1, num_experts + 1, segments, 0, segments)
+
+
+def by_adapter(num_base: int, num_modalities: int) -> Groups:
+    """The rows of each pair (added modality m, expert), number (m - 1) * num_base + expert."""
+    return Groups(num_base * num_modalities, num_base, num_modalities + 1, 1, 1)
+
+
+def by_added_expert(num_base: int, num_extra: int, num_modalities: int) -> Groups:
+    """The rows of each added expert."""
+    segments = num_modalities + 1
+    return Groups(num_extra, num_extra, segments, num_base * segments, segments)
+
+
+class TileMap(NamedTuple):
+    """Tiles of groups of rows.
+
+    Attributes:
+        tiles: (3, n) int64, group, first row and end of each tile.
+        groups: (3, groups) int64, first row and end of each group, and where the partial sums of
+            its tiles begin, if it has several.
+        num_rows: rows of all groups and others.
+        block: rows of a tile.
+    """
+
+    tiles: Tensor
+    groups: Tensor
+    num_rows: int
+    block: int
+
+    @property
+    def num_tiles(self) -> int:
+        """As many tiles as there can be."""
+        return self.tiles.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """As many partial sums as there can be, of groups of several tiles."""
+        return 2 * (self.num_rows // self.block) if self.num_rows > self.block else 0
+
+
+@triton.jit
+def tile_of(tiles_ptr, tile, num_tiles):
+    """Group, first row and end of a tile."""
+    group = tl.load(tiles_ptr + tile)
+    return group, tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile)
+
+
+@triton.jit
+def _bounds(segments_ptr, group, num_segments, num_rows, period, stride, offset, width):
+    """First row and end of a group, or of several."""
+    segment = group % period * stride + group // period + offset
+    first = tl.load(segments_ptr + segment)
+    behind = segment + width > num_segments
+    end = tl.load(segments_ptr + tl.where(behind, 0, segment + width))
+    return first, tl.where(behind, num_rows, end)
+
+
+# One compilation for all shapes: nothing here gains from knowing its arguments.
+@triton.jit(
+    do_not_specialize=[
+        "num_segments", "num_rows", "num_groups", "num_tiles", "block", "period", "stride",
+        "offset", "width",
+    ]
+)  # fmt: skip
+def tile_map_kernel(
+    segments_ptr,  # (num_segments + 1,)
+    tiles_ptr,  # (3, num_tiles)
+    groups_ptr,  # (3, num_groups)
+    num_segments,
+    num_rows,
+    num_groups,
+    num_tiles,
+    block,
+    period,
+    stride,
+    offset,
+    width,
+    BLOCK_G: tl.constexpr,  # at least num_groups
+    BLOCK_T: tl.constexpr,
+):
+    """A group's tiles, behind those of the groups before it; and a share of the empty ones."""
+    this = tl.program_id(0)
+    block = block.to(tl.int64)  # times a number of tiles
+    groups = tl.arange(0, BLOCK_G)
+    there = groups < num_groups
+    low, high = _bounds(
+        segments_ptr, tl.where(there, groups, 0), num_segments, num_rows, period, stride, offset,
+        width,
+    )  # fmt: skip
+    tiles = tl.where(there, (high - low + block - 1) // block, 0)
+    several = tl.where(tiles > 1, tiles, 0)
+    to = tiles_ptr + tl.sum(tl.where(groups < this, tiles, 0))
+    low, high = _bounds(
+        segments_ptr, this, num_segments, num_rows, period, stride, offset, width
+    )  # fmt: skip
+    tl.store(groups_ptr + this, low)
+    tl.store(groups_ptr + num_groups + this, high)
+    tl.store(groups_ptr + 2 * num_groups + this, tl.sum(tl.where(groups < this, several, 0)))
+    offs = tl.arange(0, BLOCK_T)
+    for start in range(low, high, BLOCK_T * block):
+        first = start + offs * block
+        mask = first < high
+        tl.store(to + offs, this, mask=mask)
+        tl.store(to + num_tiles + offs, first, mask=mask)
+        tl.store(to + 2 * num_tiles + offs, tl.minimum(first + block, high), mask=mask)
+        to += BLOCK_T
+    for tile in range(tl.sum(tiles) + this * BLOCK_T, num_tiles, num_groups * BLOCK_T):
+        for row in range(3):
+            tl.store(tiles_ptr + row * num_tiles + tile + offs, 0, mask=tile + offs < num_tiles)
+
+
+def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int) -> TileMap:
+    """The tiles of ``block`` rows of some of ``num_rows`` sorted rows."""
+    num_tiles = num_rows // block + groups.num if groups.num else 0
+    made = TileMap(
+        segment_offsets.new_empty(3, num_tiles), segment_offsets.new_empty(3, groups.num),
+        num_rows, block,
+    )  # fmt: skip
+    if groups.num:
+        tile_map_kernel[(groups.num,)](
+            segment_offsets, made.tiles, made.groups, segment_offsets.numel() - 1, num_rows,
+            groups.num, num_tiles, block, *groups[1:],
+            BLOCK_G=triton.next_power_of_2(groups.num), BLOCK_T=128,
+        )  # fmt: skip
+    return made
+
+
+def chunk_rows(num_rows: int) -> int:
+    """Rows of a tile for a sum over rows: about 32 tiles in all.
+
+    So one long group does not keep everybody waiting, and few groups give many programs.
+    """
+    return max(512, triton.next_power_of_2(num_rows // 32))
