@@ -1,5 +1,6 @@
 """Triton kernels of ``moe_mlp``; ``triton_impl`` launches them, ``ops/triton_kernels`` has others.
 
+Rows of a tile are counted from its first one, in 32 bits; that one, and offsets in stacks, take 64.
 A row's arithmetic depends neither on its place in a tile nor on the other rows. An expert's rows of
 the base modality come first: those of a tile are stored before the low-rank terms of the others are
 added to the same accumulator, since 0 * Inf would poison them.
@@ -90,38 +91,46 @@ def _silu_mul(gate, up):
 
 
 @triton.jit
-def _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK: tl.constexpr):
-    """Where the adapted rows of a tile begin; ``end`` where it has none."""
+def _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK: tl.constexpr):
+    """How many of a tile's ``count`` rows come before the first adapted one."""
     if RANK > 0:
         if expert < num_base:
-            end = tl.minimum(end, tl.load(segments_ptr + expert * (num_modalities + 1) + 1))
-    return end
+            end = tl.load(segments_ptr + expert * (num_modalities + 1) + 1)
+            count = tl.minimum(tl.maximum(end - first, 0), count).to(tl.int32)
+    return count
 
 
 @triton.jit
 def _extend(
-    acc, u_ptr, v_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
-    experts_of_v, size_v, stride_vr, stride_vn, offs_n, size_n, num_modalities,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr,
+    acc, second, u_ptr, v_ptr, scaling_ptr, segments_ptr, expert, first, local, count,
+    experts_of_v, size_v, stride_vr, stride_vn, offs_n, size_n, num_modalities, to_second,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """acc + s u V on the rows of each modality, V (RANK, size_n) of (modality, expert).
+    """acc + s u V on the rows of each modality, V (RANK, size_n) of (modality, expert); if GATED
+    also ``second`` and the V that lies ``to_second`` elements on.
 
     Rows of the base modality must have been stored; another modality's get 0 * V, which is nothing
     while V is finite.
     """
     for m in range(1, num_modalities + 1):
         segment = segments_ptr + expert * (num_modalities + 1) + m
-        low, high = tl.load(segment), tl.load(segment + 1)
-        if (low < end) & (high > first) & (low < high):
-            adapted = mask_m & (rows >= low) & (rows < high)
+        low = tl.maximum(tl.load(segment) - first, 0)
+        high = tl.minimum(tl.load(segment + 1) - first, count)
+        if low < high:
+            adapted = (local >= low.to(tl.int32)) & (local < high.to(tl.int32))
             scale = tl.load(scaling_ptr + m - 1)
             v = v_ptr + ((m - 1) * experts_of_v + tl.minimum(expert, experts_of_v - 1)) * size_v
             for r in tl.range(0, RANK, BLOCK_R, num_stages=1):
                 offs_r = r + tl.arange(0, BLOCK_R)
-                u = scaled_rows(u_ptr, scale, rows, adapted, offs_r, RANK, dtype)
+                u = scaled_rows(u_ptr + first * RANK, scale, local, adapted, offs_r, RANK, dtype)
                 part = load_operand(v, offs_r, RANK, stride_vr, offs_n, size_n, stride_vn)
                 acc = dot(u, part.to(dtype), acc)
-    return acc
+                if GATED:
+                    part = load_operand(
+                        v + to_second, offs_r, RANK, stride_vr, offs_n, size_n, stride_vn
+                    )
+                    second = dot(u, part.to(dtype), second)
+    return acc, second
 
 
 @triton.jit
@@ -142,6 +151,30 @@ def _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, mask_m, 
         _store_rows(pre_ptr + inter, first, local, offs_n, 2 * inter, up, mask_m, inter)
     act = _silu_mul(gate.to(tl.float32), up.to(tl.float32))
     _store_rows(act_ptr, first, local, offs_n, inter, act, mask_m, inter)
+
+
+@triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
+    """The first and the other columns of a tile of 2 * HALF."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_acts(
+    pre_ptr, act_ptr, first, local, n, inter, gate, up, mask_m, SAVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """:func:`_store_act` of one half of the columns after the other: both do not fit into the
+    registers.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    gate_left, gate_right = _halves(gate, BLOCK_M, HALF)
+    up_left, up_right = _halves(up, BLOCK_M, HALF)
+    offs_n = n + tl.arange(0, HALF)
+    _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate_left, up_left, mask_m, SAVE)
+    _store_act(
+        pre_ptr, act_ptr, first, local, offs_n + HALF, inter, gate_right, up_right, mask_m, SAVE
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -180,15 +213,14 @@ def gate_up_kernel(
     if first >= end:
         return
     dtype: tl.constexpr = act_ptr.dtype.element_ty
-    local = tl.arange(0, BLOCK_M)  # 32 bits: offsets within a tile
-    rows = first + local
-    mask_m = rows < end
+    local, count = tl.arange(0, BLOCK_M), (end - first).to(tl.int32)
+    mask_m = local < count
     n = pid_n * BLOCK_N
     offs_n = n + tl.arange(0, BLOCK_N)
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if expert < num_experts:
-        token = tl.load(perm_ptr + rows, mask=mask_m, other=0) // TOP_K
+        token = tl.load(perm_ptr + first + local, mask=mask_m, other=0) // TOP_K
         w = _expert_matrix(w, extra_ptr, expert, num_base, 2 * inter * hidden, HAS_EXTRA, TMA)
         row = (expert * 2 * inter).to(tl.int32)
         half = w if TMA else w + inter * hidden
@@ -198,25 +230,23 @@ def gate_up_kernel(
             wu = _load_weights(half, row + inter, k, n, hidden, inter, True, TMA, BLOCK_K, BLOCK_N)
             gate = dot(x, wg, gate)
             up = dot(x, wu, up)
-    base_end = _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK)
-    if first < base_end:
-        _store_act(
-            pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, rows < base_end, SAVE
+    base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
+    if base > 0:
+        _store_acts(
+            pre_ptr, act_ptr, first, local, n, inter, gate, up, local < base, SAVE, BLOCK_M,
+            BLOCK_N,
         )  # fmt: skip
     if RANK > 0:
-        if base_end < end:
-            gate = _extend(
-                gate, u_ptr, b_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
-                num_base, 2 * inter * RANK, 1, RANK, offs_n, inter,
-                num_modalities, RANK, BLOCK_R, dtype,
+        if base < count:
+            gate, up = _extend(
+                gate, up, u_ptr, b_ptr, scaling_ptr, segments_ptr, expert, first, local,
+                count, num_base, 2 * inter * RANK, 1, RANK, offs_n, inter, num_modalities,
+                inter * RANK, RANK, BLOCK_R, dtype, True,
             )  # fmt: skip
-            up = _extend(
-                up, u_ptr, b_ptr + inter * RANK, scaling_ptr, segments_ptr, expert, rows, first,
-                end, mask_m, num_base, 2 * inter * RANK, 1, RANK, offs_n, inter,
-                num_modalities, RANK, BLOCK_R, dtype,
+            adapted = mask_m & (local >= base)
+            _store_acts(
+                pre_ptr, act_ptr, first, local, n, inter, gate, up, adapted, SAVE, BLOCK_M, BLOCK_N
             )  # fmt: skip
-            adapted = mask_m & (rows >= base_end)
-            _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, adapted, SAVE)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -255,28 +285,27 @@ def rows_kernel(
     if (first >= end) | (expert >= num_experts):
         return
     dtype: tl.constexpr = left_ptr.dtype.element_ty
-    local = tl.arange(0, BLOCK_M)  # 32 bits: offsets within a tile
-    rows = first + local
-    mask_m = rows < end
+    local, count = tl.arange(0, BLOCK_M), (end - first).to(tl.int32)
+    mask_m = local < count
     n = pid_n * BLOCK_N
     offs_n = n + tl.arange(0, BLOCK_N)
     w = _expert_matrix(w, extra_ptr, expert, num_base, size_k * size_n, HAS_EXTRA, TMA)
     row = (expert * (size_n if TRANSPOSED else size_k)).to(tl.int32)
     acc = _product(
-        left_ptr, rows, w, row, n, size_k, size_n, mask_m, TRANSPOSED, TMA, BLOCK_M, BLOCK_N,
-        BLOCK_K,
+        left_ptr + first * size_k, local, w, row, n, size_k, size_n, mask_m, TRANSPOSED, TMA,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    base_end = _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK)
-    if first < base_end:
-        _store_rows(out_ptr, first, local, offs_n, size_n, acc, rows < base_end, size_n)
+    base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
+    if base > 0:
+        _store_rows(out_ptr, first, local, offs_n, size_n, acc, local < base, size_n)
     if RANK > 0:
-        if base_end < end:
-            acc = _extend(
-                acc, u_ptr, v_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
-                experts_of_v, RANK * size_n, stride_vr, stride_vn, offs_n, size_n,
-                num_modalities, RANK, BLOCK_R, dtype,
+        if base < count:
+            acc, _ = _extend(
+                acc, acc, u_ptr, v_ptr, scaling_ptr, segments_ptr, expert, first, local,
+                count, experts_of_v, RANK * size_n, stride_vr, stride_vn, offs_n, size_n,
+                num_modalities, 0, RANK, BLOCK_R, dtype, False,
             )  # fmt: skip
-            adapted = mask_m & (rows >= base_end)
+            adapted = mask_m & (local >= base)
             _store_rows(out_ptr, first, local, offs_n, size_n, acc, adapted, size_n)
 
 
@@ -313,7 +342,7 @@ def _store_act_gradients(
     fit into the registers.
     """
     HALF: tl.constexpr = BLOCK_N // 2
-    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    left, right = _halves(acc, BLOCK_M, HALF)
     offs_n = n + tl.arange(0, HALF)
     dots = _store_act_gradient(
         pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, left, weight, mask_m, WRITE_ACT
@@ -366,12 +395,11 @@ def act_backward_kernel(
     if (first >= end) | (expert >= num_experts):
         return
     dtype: tl.constexpr = dpre_ptr.dtype.element_ty
-    local = tl.arange(0, BLOCK_M)  # 32 bits: offsets within a tile
-    rows = first + local
-    mask_m = rows < end
+    local, count = tl.arange(0, BLOCK_M), (end - first).to(tl.int32)
+    mask_m = local < count
     n = pid_n * BLOCK_N
     offs_n = n + tl.arange(0, BLOCK_N)
-    slot = tl.load(perm_ptr + rows, mask=mask_m, other=0)
+    slot = tl.load(perm_ptr + first + local, mask=mask_m, other=0)
     w = _expert_matrix(w, extra_ptr, expert, num_base, hidden * inter, HAS_EXTRA, TMA)
     acc = _product(
         grad_ptr, slot // TOP_K, w, (expert * hidden).to(tl.int32), n, hidden, inter, mask_m,
@@ -379,22 +407,22 @@ def act_backward_kernel(
     )  # fmt: skip
     weight = tl.load(weights_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
     dots_ptr += pid_n * num_rows
-    base_end = _end_of_base(segments_ptr, expert, num_base, end, num_modalities, RANK)
-    if first < base_end:
+    base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
+    if base > 0:
         _store_act_gradients(
             pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
-            rows < base_end, WRITE_ACT, BLOCK_M, BLOCK_N,
+            local < base, WRITE_ACT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if RANK > 0:
-        if base_end < end:
-            acc = _extend(
-                acc, du_ptr, a_ptr, scaling_ptr, segments_ptr, expert, rows, first, end, mask_m,
-                experts_of_a, RANK * inter, inter, 1, offs_n, inter,
-                num_modalities, RANK, BLOCK_R, dtype,
+        if base < count:
+            acc, _ = _extend(
+                acc, acc, du_ptr, a_ptr, scaling_ptr, segments_ptr, expert, first, local,
+                count, experts_of_a, RANK * inter, inter, 1, offs_n, inter, num_modalities, 0,
+                RANK, BLOCK_R, dtype, False,
             )  # fmt: skip
             _store_act_gradients(
                 pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
-                mask_m & (rows >= base_end), WRITE_ACT, BLOCK_M, BLOCK_N,
+                mask_m & (local >= base), WRITE_ACT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
