@@ -16,7 +16,7 @@ from model_zoo import (
     snapshot,
     token_ids,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
@@ -322,7 +322,7 @@ def test_a_peft_model_is_refused():
         with pytest.raises(TypeError, match="carries PEFT adapters: merge or unload them first"):
             patch_model(model)
     model = make_model("mixtral")
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
     with pytest.raises(TypeError, match="carries PEFT adapters"):
         patch_model(model)
     plain = peft.unload()

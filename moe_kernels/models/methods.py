@@ -140,7 +140,7 @@ def _prepare_inputs_of(model_class: type[PreTrainedModel]):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = inner(self, *args, **kwargs)
         if inputs.get("modality_ids") is not None and inputs.get("input_ids") is not None:
-            cache = inputs.get("past_key_values")
+            cache = inputs.get("cache", inputs.get("past_key_values"))  # renamed in 5.24
             start = 0 if cache is None else int(cache.get_seq_length())
             inputs["modality_ids"] = _columns_from(
                 start, inputs["modality_ids"], inputs["input_ids"], self.token_modality
