@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_kernels import backends
 from moe_kernels.ops.lora_weights import LoraWeights
 
 # Relative RMS errors that rounding alone can cause, each about 4 times what correct kernels show.
@@ -15,6 +16,18 @@ TOLERANCES = {
     torch.bfloat16: 1.5e-2,
     torch.float16: 2e-3,
 }
+
+
+def backends_on(device: str) -> list[str]:
+    """Names of the backends that take tensors on ``device`` here."""
+
+    def takes(name: str) -> bool:
+        try:
+            return backends.select(name, torch.device(device)) == name
+        except RuntimeError:
+            return False
+
+    return [name for name in backends.NAMES if takes(name)]
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -68,6 +81,7 @@ SHAPES = {
     "one_layer": Shape(T=2048, K=4, E=32, H=1024, I=512),
     "olmoe": Shape(T=1024, K=8, E=64, H=2048, I=1024),
     "qwen3": Shape(T=1024, K=8, E=128, H=2048, I=768),
+    "deepseek": Shape(T=1024, K=6, E=64, H=2048, I=1408),  # V2-Lite
     "mixtral": Shape(T=1024, K=2, E=8, H=4096, I=14336),
 }
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from model_zoo import VOCAB, fill, make_model, randomise, token_ids
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, backends, patch_model
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.testing import backends_on
 
-WORKING = [name for name, why_not in backends.available().items() if why_not is None]
+WORKING = backends_on("cpu")
 NUM_IMAGE_TOKENS = 16
 SIZES = {
     "hidden_size": 512,

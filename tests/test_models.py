@@ -554,3 +554,32 @@ def test_positional_arguments_are_bound_as_the_class_binds_them():
         model(ids, input_ids=ids)
     with pytest.raises(TypeError, match="too many"):
         model(ids, *[None] * 20)
+
+
+def check_compiles(family, backend):
+    """Into one graph. The logits keep their bits; torch derives some gradients in other steps."""
+    model = make_model(family)
+    patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=8, backend=backend))
+    randomise(patched)
+    parameters = list(patched.trainable_parameters())
+    inputs = {"input_ids": token_ids(2, 12), "modality_ids": (token_ids(2, 12, seed=1) % 3) - 1}
+    inputs["modality_ids"].clamp_(0)
+
+    def forward():
+        return model(**inputs, use_cache=False).logits
+
+    def results(forward):
+        logits = forward()
+        return logits, *torch.autograd.grad(logits.square().sum(), parameters)
+
+    expected = results(forward)
+    torch._dynamo.reset()
+    actual = results(torch.compile(forward, fullgraph=True, backend="aot_eager"))
+    assert torch.equal(actual[0], expected[0])
+    for found, wanted in zip(actual, expected, strict=True):
+        assert relative_rms(found, wanted) < 1e-5
+
+
+@FAMILY
+def test_a_patched_model_compiles_into_one_graph(family):
+    check_compiles(family, None)

@@ -12,11 +12,12 @@ import torch
 from test_native import run_pytest
 
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "run_gpu.py"
-SHARES = (
-    "test_matches",
-    "test_odd or test_shapes",
-    "not test_matches and not test_odd and not test_shapes",
+_SHARES = (
+    "test_matches or test_compiles or test_a_patched",
+    "test_odd or test_shapes or test_random",
+    "test_stacks or bits or test_text or test_the_host",
 )
+SHARES = (*_SHARES, f"not ({' or '.join(_SHARES)})")  # about as long as each other
 
 
 @pytest.mark.skipif(

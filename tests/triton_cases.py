@@ -4,18 +4,27 @@
 whether kernels are interpreted.
 """
 
+import random
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from test_dispatcher import make, results, same
+from test_models import check_compiles
 from test_moe_mlp import VARIANTS, call, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels import tune
-from moe_kernels.ops import LoraWeights, lora_linear, triton_kernels
+from moe_kernels.ops import LoraWeights, lora_linear, moe_mlp, triton_kernels
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.dispatch import reference
 from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
+from moe_kernels.ops.moe_mlp import triton_impl as triton_moe_mlp
 from moe_kernels.ops.moe_mlp import triton_tiles
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 from moe_kernels.testing import (
     SHAPES,
@@ -70,11 +79,62 @@ def test_odd_sizes(dtype, variant):
         Shape(T=3, K=5, E=6, H=40, I=24, r=70),
         Shape(T=300, K=2, E=2, H=32, I=16, r=4),  # tiles with many rows
         Shape(T=1800, K=1, E=1, H=16, I=16, r=4),  # sums of several chunks of rows
+        Shape(T=9, K=16, E=130, H=16, I=16, r=4),
     ],
-    ids=["one token", "rank above 64", "wide tiles", "long groups"],
+    ids=["one token", "rank above 64", "wide tiles", "long groups", "many experts"],
 )
 def test_shapes(shape):
     check(torch.float32, shape, num_modalities=2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_shapes(seed):
+    """Sizes, rank, routing, mask and dtype drawn at random."""
+    draw = random.Random(seed)
+    experts = draw.randint(1, 9)
+    shape = Shape(
+        T=draw.randint(1, 60), K=draw.randint(1, experts), E=experts, H=draw.randint(1, 90),
+        I=draw.randint(1, 70), r=draw.randint(1, 40),
+    )  # fmt: skip
+    check(
+        draw.choice(DTYPES), shape, seed=seed, num_modalities=draw.randint(1, 3),
+        routing=draw.choice(["balanced", "zipf", "one_expert", "repeated", "half_empty"]),
+        modality=draw.choice(["mixed", "no_padding", "image"]), num_extra=draw.randint(0, 2),
+        shared_a=draw.random() < 0.5,
+    )  # fmt: skip
+
+
+def test_stacks_of_more_than_2_to_the_31_elements():
+    """Their last expert's rows; of the memory no more is touched than the experts' that are hit."""
+    experts, hidden, inter, top_k = 32, 65_600, 512, 1
+    assert experts * hidden * inter * 2 > 2**31
+    dtype = torch.float16
+    ids = torch.tensor([[experts - 1], [3], [experts - 1]])
+    used = ids.unique()
+    stacks = [
+        torch.empty(experts, *size, dtype=dtype, device=DEVICE)
+        for size in ((2 * inter, hidden), (hidden, inter))
+    ]
+    for stack in stacks:
+        stack[used] = torch.randn_like(stack[used]) / stack.shape[2] ** 0.5
+    x = torch.randn(3, hidden, dtype=dtype, device=DEVICE)
+    weights = torch.rand(3, top_k, device=DEVICE)
+    grad_out = torch.randn_like(x)
+
+    def results(dtype, ids, stacks, backend):
+        leaves = x.to(dtype).requires_grad_(), weights.clone().requires_grad_()
+        stacks = [stack.to(dtype) for stack in stacks]
+        out = moe_mlp(leaves[0], ids, leaves[1], *stacks, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+    local = torch.searchsorted(used, ids)
+    expected = results(torch.float64, local, [stack[used] for stack in stacks], "reference")
+    # The interpreter takes its time for every step, whatever the step's size.
+    large = nullcontext() if ON_GPU else triton_tiles.force(Tiles(16, 2048, 512, 512, 8, 4, 2))
+    with large:
+        actual = results(dtype, ids.to(DEVICE), stacks, "triton")
+    for found, wanted in zip(actual, expected, strict=True):
+        assert_close(found, wanted, dtype=dtype)
 
 
 @pytest.mark.skipif(
@@ -153,6 +213,62 @@ def test_no_tokens():
     assert all((grad == 0).all() for name, grad in results.items() if "lora" in name)
 
 
+def test_padding_is_never_read_and_unwritten_memory_shows(filled_memory):
+    inputs = make_moe_inputs(SHAPES["odd"], num_modalities=2, num_extra=1).to(torch.float32)
+    padding = inputs.modality_ids == -1
+    assert padding.any()
+    inputs.hidden_states[padding] = float("nan")
+    inputs.topk_weights[padding] = float("nan")
+    results = run(on_device(inputs), "triton", torch.ones_like(inputs.hidden_states).to(DEVICE))
+    for name in ("out", "hidden_states", "topk_weights"):
+        assert (results[name].cpu()[padding] == 0).all()
+    assert all(tensor.isfinite().all() for tensor in results.values())
+
+
+def test_inputs_of_any_layout():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32))
+
+    def strided(value):
+        if isinstance(value, LoraWeights):
+            return LoraWeights(*map(strided, value))
+        return None if value is None else value.transpose(0, -1).contiguous().transpose(0, -1)
+
+    odd = type(inputs)(*map(strided, inputs))
+    assert not odd.gate_up_proj.is_contiguous() and not odd.down_lora.lora_A.is_contiguous()
+    assert torch.equal(call(odd, "triton"), call(inputs, "triton"))
+
+
+def test_autocast_changes_nothing():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float16, lora_dtype=torch.float32))
+    grad_out = torch.randn_like(inputs.hidden_states)
+    plain = run(inputs, "triton", grad_out)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = run(inputs, "triton", grad_out)
+    assert all(torch.equal(cast[name], plain[name]) for name in plain)
+
+
+def test_a_graph_is_walked_twice():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32)).requires_grad_()
+    leaves = list(inputs.differentiable().values())
+    loss = call(inputs, "triton").sum()
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert same(first, second)
+
+
+def test_a_route_may_flip_at_recompute():
+    """What is saved for backward has shapes that do not depend on the routing."""
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32)).requires_grad_()
+    routes = [inputs.topk_ids, torch.zeros_like(inputs.topk_ids)]
+    recomputed = routes[1:] * 2
+
+    def layer(x):
+        return call(inputs._replace(hidden_states=x, topk_ids=routes.pop(0)), "triton")
+
+    checkpoint(layer, inputs.hidden_states, use_reentrant=False).sum().backward()
+    assert routes == [] and recomputed
+    assert inputs.hidden_states.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
 def test_text_rows_do_not_see_adapters(value):
     """Nor do rows of one modality see another's, while they are finite."""
@@ -176,6 +292,24 @@ def test_text_rows_do_not_see_adapters(value):
         for name in ("out", "hidden_states", "topk_weights"):
             assert torch.equal(after[name][others], before[name][others])
             assert not torch.equal(after[name], before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[2:]], ids=str)
+@pytest.mark.parametrize("seed", range(3 if ON_GPU else 1))
+def test_text_bits_at_a_size_that_shows(dtype, seed):
+    """Other rows' values, modality and routing change, and with them every count."""
+    inputs = make_moe_inputs(replace(SHAPES["bits"], T=200 if ON_GPU else 64), seed=seed).to(dtype)
+    text = inputs.modality_ids == 0
+    flipped = inputs.topk_ids.flip(1).roll(1, 0)
+    changed = inputs._replace(
+        hidden_states=torch.where(text[:, None], inputs.hidden_states, -3 * inputs.hidden_states),
+        topk_ids=torch.where(text[:, None], inputs.topk_ids, flipped),
+        modality_ids=torch.where(text, 0, 1),
+    )
+    with torch.no_grad():
+        before, after = (call(on_device(i), "triton").cpu() for i in (inputs, changed))
+    assert torch.equal(after[text], before[text])
+    assert not torch.equal(after, before)
 
 
 def _filled(tensor, modality, value):
@@ -255,6 +389,39 @@ def test_compiles_into_one_graph(op):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert same(results(compiled, x, adapters), expected)
+
+
+@pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
+def test_a_patched_model_compiles_into_one_graph():
+    check_compiles("olmoe", "triton")
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where the host would wait for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "bincount")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self.WAITS, name
+        assert name != "index" or all(i is None or i.dtype != torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [13, 700])  # sorted by our own kernel, and by torch
+def test_the_host_never_waits(tokens):
+    shape = replace(SHAPES["tiny"], T=tokens, K=8, E=9)
+    inputs = on_device(make_moe_inputs(shape, num_extra=1, num_modalities=2).to(torch.float32))
+    loras = [*inputs.gate_up_lora, *inputs.down_lora]
+    weights = ExpertWeights(*inputs[3:5], *inputs[8:], *loras)
+    x, ids, topk_weights = inputs[:3]
+    with NoSync():
+        perm, inv_perm, _, _, segments = triton_dispatch.dispatch(
+            ids, weights.num_experts, inputs.modality_ids, weights.num_modalities
+        )
+        routed = topk_weights, perm, inv_perm, segments, weights
+        out, *saved = triton_moe_mlp.forward(x, *routed, True)
+        triton_moe_mlp.backward(torch.ones_like(out), x, *routed, *saved, [True] * 8)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")

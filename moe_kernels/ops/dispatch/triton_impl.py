@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_kernels.ops.dispatch import reference
 
 MAX_COUNTED = 4096  # rows: 16 million comparisons
-_BLOCK, _STEP = 32, 128
+BLOCKS = {"BLOCK": 32, "STEP": 128}  # rows of a program, and rows it looks at in one step
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def dispatch(
         return reference.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
     sizes = (rows, rows, num_experts, num_experts + 1, num_segments + 1)
     fields = tuple(torch.empty(n, dtype=torch.int64, device=topk_ids.device) for n in sizes)
-    grid = triton.cdiv(rows, _BLOCK) + triton.cdiv(num_segments + 1, _BLOCK)
+    grid = sum(triton.cdiv(n, BLOCKS["BLOCK"]) for n in (rows, num_segments + 1))
     dispatch_kernel[(grid,)](
         topk_ids, topk_ids if modality_ids is None else modality_ids, *fields, rows, num_experts,
         num_modalities, TOP_K=topk_ids.shape[1], HAS_MODALITIES=modality_ids is not None,
-        BLOCK=_BLOCK, STEP=_STEP,
+        **BLOCKS,
     )  # fmt: skip
     return fields
