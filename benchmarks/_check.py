@@ -69,18 +69,24 @@ class Oracle:
 
     def error(self, runner: Runner, *, backward: bool = True) -> str | None:
         """What of a runner's results is wrong, or None; it has run once then."""
+        limit = runner.rounding * TOLERANCES[self.problem.case.torch_dtype]
+        for name, error in self.errors(runner, backward=backward).items():
+            if not error <= limit:
+                return f"{name}: relative RMS error {error:.1e} is above {limit:.1e}"
+        return None
+
+    def errors(self, runner: Runner, *, backward: bool = True) -> dict[str, float]:
+        """Relative RMS errors of the output and the gradients; none of a runner without output."""
         out = runner.forward()
         if backward:
             runner.backward(out, self.grad_out)
         if out is None:
-            return None
-        limit = runner.rounding * TOLERANCES[self.problem.case.torch_dtype]
+            return {}
         actual = {"out": out, **(runner.gradients() if backward else {})}
-        for name, expected in self.expected(runner.adapted, backward).items():
-            error = relative_rms(self._part(name, actual.get(name), expected), expected)
-            if not error <= limit:
-                return f"{name}: relative RMS error {error:.1e} is above {limit:.1e}"
-        return None
+        return {
+            name: relative_rms(self._part(name, actual.get(name), expected), expected)
+            for name, expected in self.expected(runner.adapted, backward).items()
+        }
 
     def _part(self, name: str, tensor: Tensor | None, like: Tensor) -> Tensor:
         """What of a result is compared; no gradient means zeros."""

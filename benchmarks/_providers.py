@@ -3,8 +3,13 @@
 To add one, write a function (problem, variant) -> Runner and enter it in ``KINDS``.
 """
 
+import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 
 import _split_lora
 import torch
@@ -12,6 +17,7 @@ from _bounds import ExpertGemms, weight_reader
 from _cases import SCALING, Problem
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import silu
 from transformers import OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -147,7 +153,7 @@ def _ours_base(problem: Problem, backend: str) -> Runner:
     return _ours(problem, backend, adapters=False)
 
 
-# --- transformers, and PEFT on it; Liger
+# --- transformers, and PEFT on it; Liger; ScatterMoE
 
 
 def _experts_module(problem: Problem, implementation: str) -> OlmoeExperts:
@@ -172,14 +178,19 @@ def _experts_module(problem: Problem, implementation: str) -> OlmoeExperts:
     return module
 
 
-def _hf(problem: Problem, implementation: str) -> Runner:
+def _hf(problem: Problem, implementation: str, *, compiled: bool = False) -> Runner:
     module, leaves = _experts_module(problem, implementation), _Leaves.of(problem)
+    function = torch.compile(module) if compiled else module
     ids = problem.inputs.topk_ids
 
     def forward() -> Tensor:
-        return module(leaves.hidden_states, ids, leaves.topk_weights)
+        return function(leaves.hidden_states, ids, leaves.topk_weights)
 
     return leaves.runner(forward, rounding=2)
+
+
+def _hf_compiled(problem: Problem, implementation: str) -> Runner:
+    return _hf(problem, implementation, compiled=True)
 
 
 def _peft(problem: Problem, implementation: str) -> Runner:
@@ -228,6 +239,61 @@ def _liger(problem: Problem, _: str) -> Runner:
         )
 
     return leaves.runner(forward, rounding=2)
+
+
+def _scattermoe(problem: Problem, _: str) -> Runner:
+    """Axolotl's ScatterMoE kernels with LoRA; they cannot mask, so all rows are adapted."""
+    if problem.case.device != "cuda":
+        raise Unavailable("it runs on CUDA devices only")
+    kernels, leaves = _scattermoe_kernels(), _Leaves.of(problem)
+    inputs, experts, rank = problem.inputs, problem.case.shape.E, problem.case.shape.r
+    pairs = {}
+    for name in ("gate_up_lora", "down_lora"):
+        a, b = (tensor[0].to(problem.case.torch_dtype) for tensor in getattr(inputs, name)[:2])
+        # Rows of A and columns of B stand by expert, the rank runs fastest.
+        pair = a.flatten(0, 1), b.transpose(0, 1).flatten(1)
+        pairs[name] = [tensor.clone().requires_grad_() for tensor in pair]
+        leaves.adapters.update(
+            {f"{name}.lora_{x}": t for x, t in zip("AB", pairs[name], strict=True)}
+        )
+
+    def layout(name: str, grad: Tensor) -> Tensor:
+        if name.endswith("A"):
+            return grad.unflatten(0, (experts, rank))[None]
+        return grad.unflatten(1, (experts, rank)).transpose(0, 1)[None]
+
+    gate_up_proj, down_proj = (w.transpose(1, 2) for w in (inputs.gate_up_proj, inputs.down_proj))
+
+    def forward() -> Tensor:
+        routes = kernels.flatten_sort_count(inputs.topk_ids, num_experts=experts)
+        pre_act = kernels.parallel_linear_lora(
+            leaves.hidden_states, gate_up_proj, problem.case.shape.K, *routes,
+            *pairs["gate_up_lora"], SCALING, grouped_out=True,
+        )  # fmt: skip
+        gate, up = pre_act.chunk(2, dim=-1)
+        return kernels.parallel_linear_lora(
+            silu(gate) * up, down_proj, 1, *routes, *pairs["down_lora"], SCALING,
+            gates=leaves.topk_weights, grouped_in=True,
+        )  # fmt: skip
+
+    return leaves.runner(forward, layout, adapted="all", rounding=4)
+
+
+@functools.cache
+def _scattermoe_kernels() -> ModuleType:
+    """The kernels alone: the packages around them need all of axolotl."""
+    found = importlib.util.find_spec("axolotl")
+    if found is None:
+        raise Unavailable("axolotl is not installed (its wheel without its requirements will do)")
+    folder = Path(found.origin).parent / "integrations" / "kernels" / "libs" / "scattermoe_lora"
+    if not folder.is_dir():
+        raise Unavailable("this axolotl has no scattermoe_lora")
+    spec = importlib.util.spec_from_file_location(
+        "scattermoe_lora", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # --- split LoRA, and the bounds
@@ -286,7 +352,9 @@ KINDS: dict[str, _Kind] = {
     "ours_text": _Kind(_ours_text, lambda: list(backends.NAMES)),
     "ours_base": _Kind(_ours_base, lambda: list(backends.NAMES)),
     "hf": _Kind(_hf, _experts_implementations),
+    "hf_compiled": _Kind(_hf_compiled, lambda: ["grouped_mm"]),
     "peft": _Kind(_peft, _experts_implementations),
     "liger": _Kind(_liger, lambda: [""]),
+    "scattermoe": _Kind(_scattermoe, lambda: [""]),
     "split": _Kind(_split, lambda: ["masked", "gathered", "compiled"]),
 }

@@ -1,9 +1,10 @@
 """Compiles every GPU kernel for GPUs that need not be there, and reads what the compilers made.
 
-    python benchmarks/check_gpu_code.py            # what `make check-gpu-code` runs
+    python benchmarks/check_gpu_code.py                 # what `make check-gpu-code` runs
+    python benchmarks/check_gpu_code.py --dtype fp16    # the other half precision
 
-For each kernel, dtype and tile that the package uses, and each architecture: registers, spilled
-stores, shared memory, programs that fit a multiprocessor, and matrix instructions. Fails on a
+For each kernel, dtype, tile and way of use that the package has, and each architecture: registers,
+spilled stores, shared memory, programs that fit a multiprocessor, matrix instructions. Fails on a
 spill, on more shared memory than the device has, and on an sm_90 GEMM without warp-group
 instructions. CUDA kernels are compiled where nvcc is found; a warning fails them too.
 """
@@ -29,25 +30,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_kernels.ops import triton_kernels as shared
+from moe_kernels.ops.dispatch import triton_impl as dispatch
 from moe_kernels.ops.lora_linear import triton_impl as linear
 from moe_kernels.ops.moe_mlp import triton_kernels as moe_mlp
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, built_in
+from moe_kernels.ops.triton_tile_maps import tile_map_kernel
 
 # Shared memory of a program, of a multiprocessor, and registers of it, by compute capability.
 DEVICES = {80: (163, 164, 65536), 90: (227, 228, 65536), 100: (227, 228, 65536)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RANKS = (16, 256)  # one step over the rank, and several
+RANKS = (0, 16, 256)  # no adapters, one step over the rank, and several
+TOP_K = 8
 CUDA_TARGETS = {80: "80", 90: "90a", 100: "100a"}
 _CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# Pointers that are not of the compute dtype; integers that are not known to be multiples of 16.
-_POINTERS = {
-    "perm_ptr": "i64", "inv_perm_ptr": "i64", "tiles_ptr": "i64", "segments_ptr": "i64",
-    "bounds_ptr": "i64", "slots_ptr": "i64", "num_rows_ptr": "i64", "scaling_ptr": "fp32",
-    "factors_ptr": "fp32", "du_ptr": "fp32", "dots_ptr": "fp32",
-    "projected_ptr": "fp32", "partial_ptr": "fp32", "parts_ptr": "fp32",
-}  # fmt: skip
-_MULTIPLES = ("hidden", "inter", "size_k", "size_n", "width", "height")
+# Pointers not of the compute dtype; adapters are in float32, which takes the most registers.
+_POINTERS = dict.fromkeys(
+    ("perm_ptr", "inv_perm_ptr", "tiles_ptr", "segments_ptr", "groups_ptr", "num_rows_ptr",
+     "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr"), "i64",
+) | dict.fromkeys(
+    ("scaling_ptr", "factors_ptr", "du_ptr", "dots_ptr", "projected_ptr", "partial_ptr",
+     "parts_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr", "matrix_ptr"), "fp32",
+)  # fmt: skip
+_MULTIPLES = (
+    "hidden", "inter", "size_k", "size_n", "width", "height", "stride_mk", "stride_mr", "stride_vr",
+    "stride_vn", "stride_h", "stride_w",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,8 @@ class Kernel:
             attrs={
                 (names.index(name),): aligned
                 for name in names
-                if name in _MULTIPLES or signature[name].startswith("*")
+                if name not in self.constants
+                and (name in _MULTIPLES or signature[name].startswith("*"))
             },
         )
 
@@ -93,54 +102,99 @@ class Kernel:
 
 
 def kernels(tiles: Tiles, rank: int, dtype: str, arch: int) -> Iterator[Kernel]:
-    """Everything that is launched for these tiles, with the copy engine where it can be used."""
+    """Everything that is launched for these tiles and this rank; 0: no adapters."""
     torch_dtype = DTYPES[dtype]
-    low_rank = {"RANK": rank, "BLOCK_R": shared.STEP_R}
-    for by_engine in (False, True) if arch >= 90 and dtype != "fp32" else (False,):
-        yield from _expert_kernels(tiles, low_rank | {"HAS_EXTRA": not by_engine, "TMA": by_engine})
-    project = {"TOP_K": 8, "BY_TOKEN": True, **low_rank}
-    project["BLOCK_R"] = min(rank, shared.rank_block(torch_dtype))
-    for m, k in ((tiles.m, tiles.k), (linear.BLOCK_M, linear.BLOCK_K)):
-        constants = {**project, "BLOCK_M": m, "BLOCK_K": k}
-        yield Kernel(shared.project_kernel, constants, shared.warps_of(m))
-        parts = {"RANK": rank, "BLOCK_R": min(64, rank), "BLOCK_M": m}
-        yield Kernel(shared.sum_parts_kernel, parts, gemm=False)
-    block = {"BLOCK_M": linear.BLOCK_M, "BLOCK_N": linear.BLOCK_N}
-    yield Kernel(shared.add_low_rank_kernel, {**low_rank, **block}, gemm=False)
-    yield from _outer_kernels(rank, torch_dtype)
-    combine = {"TOP_K": 8, "WEIGHTED": True, "BLOCK_N": 1024}
-    yield Kernel(moe_mlp.combine_kernel, combine, gemm=False)
+    by_engine = [False, True] if arch >= 90 and dtype != "fp32" else [False]
+    stacks = [{"HAS_EXTRA": True, "TMA": False}] + [
+        {"HAS_EXTRA": False, "TMA": tma} for tma in by_engine
+    ]
+    for stack in stacks:
+        yield from _expert_kernels(tiles, rank, stack)
+    for weighted in (True, False):
+        constants = {"TOP_K": TOP_K, "WEIGHTED": weighted, "BLOCK_N": 1024}
+        yield Kernel(moe_mlp.combine_kernel, constants, gemm=False)
+    if rank:
+        yield from _project_kernels(tiles, rank, torch_dtype)
+        yield from _low_rank_sums(rank, torch_dtype)
+    else:
+        yield from _added_expert_sums(torch_dtype)
+        yield from _dispatch_kernels()
 
 
-def _expert_kernels(tiles: Tiles, constants: dict[str, object]) -> Iterator[Kernel]:
-    """The products with the experts' weights."""
+def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator[Kernel]:
+    """The products with the experts' weights: as an inference and a training step run them with
+    one modality, whose number the compiler then knows, and training with several.
+    """
     run = {"warps": tiles.warps, "stages": tiles.stages}
     common = {
-        "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "GROUP_M": tiles.group,
-        **constants,
+        "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "GROUP_M": tiles.group, "RANK": rank,
+        "BLOCK_R": shared.STEP_R, **stack,
     }  # fmt: skip
-    gated = common | {"BLOCK_N": tiles.n_gated, "TOP_K": 8}
-    yield Kernel(moe_mlp.gate_up_kernel, gated | {"SAVE": True}, **run)
-    yield Kernel(moe_mlp.act_backward_kernel, gated | {"WRITE_ACT": True}, **run)
-    for transposed in (True, False):
-        rows = common | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
-        yield Kernel(moe_mlp.rows_kernel, rows, **run)
+    gated = common | {"BLOCK_N": tiles.n_gated, "TOP_K": TOP_K}
+    for known in ({"num_modalities": 1}, {}) if rank else ({},):
+        for kept in (True, False) if known or not rank else (True,):
+            yield Kernel(moe_mlp.gate_up_kernel, gated | known | {"SAVE": kept}, **run)
+            yield Kernel(moe_mlp.act_backward_kernel, gated | known | {"WRITE_ACT": kept}, **run)
+        for transposed in (True, False):
+            rows = common | known | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
+            unit = {"stride_vr" if transposed else "stride_vn": 1} if rank else {}
+            yield Kernel(moe_mlp.rows_kernel, rows | unit, **run)
 
 
-def _outer_kernels(rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
-    """Gradients of B (with du), of A, and of the added experts' weights."""
-    common = {"TOP_K": 8, "RIGHT_BY_TOKEN": True, "WEIGHTED": True}
-    for height, left_by_token, project, left in (
-        (rank, False, True, None), (rank, False, False, "fp32"), (2048, True, False, None),
-    ):  # fmt: skip
-        blocks = shared.outer_blocks(height, 2048, dtype)
-        constants = dict(zip(("BLOCK_H", "BLOCK_N", "BLOCK_P"), blocks, strict=True))
-        constants |= {"LEFT_BY_TOKEN": left_by_token, "PROJECT": project}
-        pointers = {"out_ptr": "fp32"} | ({"left_ptr": left} if left else {})
-        yield Kernel(shared.outer_kernel, {**common, **constants}, pointers=pointers, gemm=False)
-    yield Kernel(
-        shared.finish_outer_kernel, {"BLOCK_N": 1024}, pointers={"out_ptr": "fp32"}, gemm=False
-    )
+def _project_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
+    """u and du, of the experts and of a projection."""
+    block_r = min(rank, shared.rank_block(dtype))
+    common = {"TOP_K": TOP_K, "RANK": rank, "BLOCK_R": block_r}
+    for m, k in {(tiles.m, tiles.k), (linear.BLOCK_M, linear.BLOCK_K)}:
+        for by_token, backward in itertools.product((True, False), (False, True)):
+            constants = common | {"BY_TOKEN": by_token, "BLOCK_M": m, "BLOCK_K": k}
+            constants |= {"stride_mr" if backward else "stride_mk": 1}
+            pointers = {"out_ptr": "fp32"} if backward else {}
+            yield Kernel(shared.project_kernel, constants, shared.warps_of(m), pointers=pointers)
+        parts = {"RANK": rank, "BLOCK_R": min(64, rank), "BLOCK_M": m}
+        yield Kernel(shared.sum_parts_kernel, parts, pointers={"out_ptr": "fp32"}, gemm=False)
+    block = {"RANK": rank, "BLOCK_R": shared.STEP_R, "BLOCK_M": linear.BLOCK_M}
+    for unit in ("stride_vr", "stride_vn"):
+        constants = block | {"BLOCK_N": linear.BLOCK_N, unit: 1}
+        yield Kernel(shared.add_low_rank_kernel, constants, gemm=False)
+
+
+def _low_rank_sums(rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
+    """Gradients of B, with du where that is one pass, and of A; of both projections."""
+    for of_down in (True, False):
+        with_du = [False, True] if rank <= shared.MAX_PROJECTED else [False]
+        for project in with_du:
+            of_B = {"RIGHT_BY_TOKEN": of_down, "PROJECT": project, "stride_h": 1}
+            yield _sum(rank, dtype, WEIGHTED=of_down, **of_B)
+        of_A = {"RIGHT_BY_TOKEN": not of_down, "PROJECT": False, "stride_w": 1}
+        yield _sum(rank, dtype, left="fp32", WEIGHTED=of_down, **of_A)
+    finish = {"out_ptr": "fp32"}
+    yield Kernel(shared.finish_outer_kernel, {"BLOCK_N": 1024}, pointers=finish, gemm=False)
+
+
+def _added_expert_sums(dtype: torch.dtype) -> Iterator[Kernel]:
+    """Gradients of both weights of the added experts."""
+    for of_down in (True, False):
+        yield _sum(
+            2048, dtype, WEIGHTED=of_down, LEFT_BY_TOKEN=of_down, RIGHT_BY_TOKEN=not of_down,
+            PROJECT=False, stride_w=1,
+        )  # fmt: skip
+
+
+def _sum(height: int, dtype: torch.dtype, left: str | None = None, **constants) -> Kernel:
+    blocks = shared.outer_blocks(height, 2048, dtype)
+    constants = {"TOP_K": TOP_K, "LEFT_BY_TOKEN": False} | constants
+    constants |= dict(zip(("BLOCK_H", "BLOCK_N", "BLOCK_P"), blocks, strict=True))
+    pointers = {"out_ptr": "fp32"} | ({"left_ptr": left} if left else {})
+    return Kernel(shared.outer_kernel, constants, pointers=pointers, gemm=False)
+
+
+def _dispatch_kernels() -> Iterator[Kernel]:
+    for groups in (16, 2048):  # at least as many as there are groups of rows
+        yield Kernel(tile_map_kernel, {"BLOCK_G": groups, "BLOCK_T": 128}, gemm=False)
+    for mask in (True, False):
+        constants = {"TOP_K": TOP_K, "HAS_MODALITIES": mask, **dispatch.BLOCKS}
+        yield Kernel(dispatch.dispatch_kernel, constants, gemm=False)
 
 
 def compile_job(

@@ -4,12 +4,14 @@
     TRITON_INTERPRET=1 python benchmarks/run_gpu.py --trial    # tiny shapes, on any machine
 
 What fails is recorded with its error, and the rest still runs; the file is written anew after each
-case, and none starts after --deadline. Rivals: transformers' experts implementations, PEFT and
-split LoRA on grouped_mm, and Liger's fused MoE where liger-kernel is installed.
+case, and none starts after --deadline. Rivals: transformers' experts implementations, grouped_mm
+also compiled, PEFT and split LoRA on grouped_mm, and where they are installed Liger's fused MoE and
+axolotl's ScatterMoE with LoRA.
 """
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ import _record
 import bench_training_step
 import torch
 from _cases import Case, _weights, make_problem
+from _check import Oracle
 from _cli import add_rotation, finish, make_parser, options_of
 from _runs import compare, fastest, run_decode, run_training, time_of
 from _timing import Statistics, now
@@ -35,19 +38,28 @@ from tables import bars_table, case_title, markdown, providers_table, steps_tabl
 from torch.profiler import ProfilerActivity, profile
 
 from moe_kernels.ops import LoraWeights
-from moe_kernels.testing import MoeInputs
+from moe_kernels.testing import TOLERANCES, MoeInputs
 
 NAME = "gpu"
 OURS, TEXT, BASE = (f"{kind}:triton" for kind in ("ours", "ours_text", "ours_base"))
 PEFT, SPLIT, GROUPED = "peft:grouped_mm", "split:masked", "hf:grouped_mm"
 SPLITS = (SPLIT, "split:compiled")
+HF = [name for name in _providers.names() if name.startswith("hf:")]
+PEERS = [*HF, "hf_compiled:grouped_mm", "liger"]  # of the base, without adapters
 # shape, tokens, share of image rows; the first of a shape and number of tokens has all rivals
 LAYERS = (
     ("olmoe", 8192, 0.25), ("olmoe", 8192, 1.0), ("mixtral", 8192, 0.25), ("qwen3", 32768, 0.5),
     ("olmoe", 32768, 0.25),
 )  # fmt: skip
 TRIAL_LAYERS = (("tiny", 24, 0.25), ("tiny", 24, 1.0))
-TESTS_SECONDS = 150
+TESTS_SECONDS, TOOL_SECONDS = 150, 90
+SANITIZERS = ("memcheck", "racecheck")
+PROFILED = "gate_up_kernel|act_backward_kernel"
+METRICS = (
+    "gpu__time_duration.sum", "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed", "lts__t_sector_hit_rate.pct",
+)  # fmt: skip
 DECODE_TOKENS = (1, 8, 64)
 
 GEMM_RATE = {"forward": 480.0, "both": 400.0}  # TFLOP/s of the base, qwen3
@@ -79,6 +91,62 @@ def run_tests(given: Namespace) -> dict:
     lines = result.stdout.strip().splitlines() or [result.stderr[-500:]]
     failed = [line for line in lines if line.startswith("FAILED")]
     return {"passed": result.returncode == 0, "summary": lines[-1], "failed": failed}
+
+
+def sanitize(given: Namespace) -> dict:
+    """What compute-sanitizer says of a small layer, forward and backward, by tool."""
+    command = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    return {tool: _run_tool([*command, tool, *_one_layer(given, "odd")]) for tool in SANITIZERS}
+
+
+def profile_counters(given: Namespace) -> dict:
+    """ncu's counters of the two large kernels, on the first of the timed layers."""
+    name, tokens, _ = (TRIAL_LAYERS if given.trial else LAYERS)[0]
+    command = [
+        "ncu", "--clock-control", "none", "--csv", "--kernel-name", f"regex:{PROFILED}",
+        "--launch-count", "2", "--metrics", ",".join(METRICS),
+    ]  # fmt: skip
+    return _run_tool([*command, *_one_layer(given, name), "--tokens", str(tokens)])
+
+
+def _one_layer(given: Namespace, shape: str) -> list[str]:
+    program = str(Path(__file__).with_name("one_layer.py"))
+    return [
+        sys.executable, program, "--shape", shape, "--dtype", given.dtype, "--device", given.device,
+    ]  # fmt: skip
+
+
+def _run_tool(command: list[str]) -> dict:
+    """Whether a program ended well, and the end of what it printed; or why it did not run."""
+    if shutil.which(command[0]) is None:
+        return {"passed": None, "output": f"{command[0]} is not on the path"}
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=_record.ROOT, timeout=TOOL_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return {"passed": None, "output": f"not done after {TOOL_SECONDS} s"}
+    output = (result.stdout + result.stderr)[-4000:]
+    return {"passed": result.returncode == 0, "output": output}
+
+
+def measure_accuracy(given: Namespace) -> dict:
+    """Relative RMS errors of all rows of every timed layer against the float64 reference."""
+    errors = {}
+    for name, tokens, share in TRIAL_LAYERS if given.trial else LAYERS:
+        case = Case.named(
+            name, T=tokens, dtype=given.dtype, image_share=share, device=given.device,
+            seed=given.seed,
+        )  # fmt: skip
+        problem = make_problem(case)
+        oracle = Oracle(problem, num_tokens=tokens)
+        label = f"{name} T={tokens} image {share:.0%}"
+        errors[label] = oracle.errors(_providers.set_up(OURS, problem))
+    limit = TOLERANCES[dtype_of(given)]
+    return {
+        "limit": limit, "errors": errors,
+        "passed": all(error <= limit for found in errors.values() for error in found.values()),
+    }  # fmt: skip
 
 
 def measure_ceilings(given: Namespace) -> dict:
@@ -171,14 +239,10 @@ def measure_layers(given: Namespace) -> Iterator[Callable[[], dict]]:
             name, T=tokens, dtype=given.dtype, image_share=share, device=given.device,
             seed=given.seed,
         )  # fmt: skip
-        rivals = [] if (name, tokens) in seen else [*_hf(), "liger", PEFT, *SPLITS]
+        rivals = [] if (name, tokens) in seen else [*PEERS, PEFT, *SPLITS, "scattermoe"]
         seen.add((name, tokens))
         options = options_of(given, thorough={OURS, TEXT, BASE, "bound"}, memory=(OURS, SPLIT))
         yield partial(run_training, case, ["bound", OURS, TEXT, BASE, *rivals], options)
-
-
-def _hf() -> list[str]:
-    return [name for name in _providers.names() if name.startswith("hf:")]
 
 
 def measure_decode(given: Namespace) -> Iterator[Callable[[], dict]]:
@@ -188,7 +252,7 @@ def measure_decode(given: Namespace) -> Iterator[Callable[[], dict]]:
             seed=given.seed,
         )  # fmt: skip
         options = replace(options_of(given), rotated_bytes=given.rotate_mb * 10**6)
-        yield partial(run_decode, case, [OURS, TEXT, BASE, *_hf()], options)
+        yield partial(run_decode, case, [OURS, TEXT, BASE, *HF], options)
 
 
 def measure_kernels(given: Namespace) -> dict:
@@ -228,7 +292,10 @@ def measure_step(given: Namespace) -> Iterator[Callable[[], dict]]:
 SINGLE: dict[str, Callable[[Namespace], dict]] = {
     "ceilings": measure_ceilings,
     "promises": check_promises,
+    "accuracy": measure_accuracy,
     "kernels": measure_kernels,
+    "sanitizer": sanitize,
+    "counters": profile_counters,
     "tests": run_tests,
 }
 SEVERAL: dict[str, Callable[[Namespace], Iterator[Callable[[], dict]]]] = {
@@ -236,7 +303,10 @@ SEVERAL: dict[str, Callable[[Namespace], Iterator[Callable[[], dict]]]] = {
     "decode": measure_decode,
     "steps": measure_step,
 }
-SECTIONS = ("ceilings", "promises", "training", "decode", "kernels", "steps", "tests")
+SECTIONS = (
+    "ceilings", "promises", "accuracy", "training", "decode", "kernels", "steps", "sanitizer",
+    "counters", "tests",
+)  # fmt: skip
 
 
 # --- what is judged
@@ -262,9 +332,9 @@ def _layer_bars(record: Mapping) -> Iterator[Bar]:
         for mode, limit in GEMM_RATE.items():
             rate = _rate(record, mode)
             yield Bar(1, f"TFLOP/s of the base, {mode}", case, rate, limit, at_least=True)
-    if peer := fastest(record, [*_hf(), "liger"], "both"):
+    if peer := fastest(record, PEERS, "both"):
         for mode in ("forward", "both"):
-            ratio = compare(record, fastest(record, [*_hf(), "liger"], mode), BASE, mode)
+            ratio = compare(record, fastest(record, PEERS, mode), BASE, mode)
             what = f"speed of the base over the fastest peer's, {mode}"
             yield Bar(2, what, case, ratio, FASTER_THAN_PEER, at_least=True)
     for number, what, rival, mine, limit in (
@@ -368,6 +438,10 @@ def wrong(results: Mapping) -> list[str]:
     found += [f"promises: {key}" for key, kept in promises.items() if kept is False]
     if results.get("tests", {}).get("passed") is False:
         found.append("tests: " + results["tests"]["summary"])
+    if results.get("accuracy", {}).get("passed") is False:
+        found.append(f"accuracy: above {results['accuracy']['limit']}")
+    sanitizer = results.get("sanitizer", {})
+    found += [f"sanitizer: {tool}" for tool, said in sanitizer.items() if said["passed"] is False]
     for name in SEVERAL:
         for record in results.get(name, ()):
             for provider, entry in record["providers"].items():

@@ -18,7 +18,7 @@ TOLERANCES = {
 }
 
 
-def backends_on(device: str) -> list[str]:
+def working_backends(device: str) -> list[str]:
     """Names of the backends that take tensors on ``device`` here."""
 
     def takes(name: str) -> bool:

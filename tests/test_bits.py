@@ -11,13 +11,13 @@ from moe_kernels import ops
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import (
     Shape,
-    backends_on,
     make_modality_ids,
     make_moe_inputs,
     make_routing,
+    working_backends,
 )
 
-WORKING = backends_on("cpu")
+WORKING = working_backends("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 BACKENDS = pytest.mark.parametrize("backend", WORKING)
 

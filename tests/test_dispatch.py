@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moe_kernels import ops
-from moe_kernels.testing import backends_on, make_modality_ids, make_routing
+from moe_kernels.testing import make_modality_ids, make_routing, working_backends
 
-WORKING = backends_on("cpu")
+WORKING = working_backends("cpu")
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
 )

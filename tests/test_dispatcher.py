@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from moe_kernels import ops
 from moe_kernels.ops import LoraWeights
-from moe_kernels.testing import SHAPES, backends_on, make_moe_inputs
+from moe_kernels.testing import SHAPES, make_moe_inputs, working_backends
 
-WORKING = backends_on("cpu")
+WORKING = working_backends("cpu")
 pytestmark = [
     pytest.mark.parametrize("backend", WORKING),
     pytest.mark.parametrize("op", ["moe_mlp", "lora_linear"]),

@@ -5,9 +5,9 @@ import torch
 
 from moe_kernels import ops, testing
 from moe_kernels.ops import LoraWeights
-from moe_kernels.testing import backends_on, make_modality_ids
+from moe_kernels.testing import make_modality_ids, working_backends
 
-WORKING = backends_on("cpu")
+WORKING = working_backends("cpu")
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
 )

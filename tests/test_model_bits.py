@@ -10,9 +10,9 @@ import torch
 from model_zoo import VOCAB, fill, make_model, randomise, token_ids
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.testing import backends_on
+from moe_kernels.testing import working_backends
 
-WORKING = backends_on("cpu")
+WORKING = working_backends("cpu")
 NUM_IMAGE_TOKENS = 16
 SIZES = {
     "hidden_size": 512,

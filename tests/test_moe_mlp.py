@@ -8,7 +8,7 @@ from moe_kernels.ops import LoraWeights
 from moe_kernels.ops.moe_mlp import reference
 from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_moe_inputs
 
-WORKING = testing.backends_on("cpu")
+WORKING = testing.working_backends("cpu")
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
 )

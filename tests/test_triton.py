@@ -41,7 +41,10 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
     for needed in ("peft", "matplotlib"):
         pytest.importorskip(needed)
     path = tmp_path / "gpu.json"
-    sections = ["ceilings", "promises", "training", "decode", "kernels", "steps"]
+    sections = [
+        "ceilings", "promises", "accuracy", "training", "decode", "kernels", "steps", "sanitizer",
+        "counters",
+    ]  # fmt: skip
     command = ["--trial", "--device", "cpu", "--rounds", "1", "--rotate-mb", "0"]
     result = subprocess.run(
         [sys.executable, str(PROGRAM), *command, "--output", str(path), "--only", *sections],
@@ -56,6 +59,7 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
     )
     promises = results["promises"]
     assert promises.pop("graph_capture") is None and set(promises.values()) == {True}
+    assert results["accuracy"]["passed"]
     # No bar 1, of another shape, and no bar 6: grouped_mm refuses such short rows.
     assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 7, 8}
     assert results["kernels"]["kernels"]
