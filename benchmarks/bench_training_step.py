@@ -96,7 +96,10 @@ MODELS = {
 }
 
 
-def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0) -> dict:
+def run(
+    settings: Settings, options: Options, device: str = "cpu", seed: int = 0,
+    backend: str | None = None,
+) -> dict:  # fmt: skip
     """A record as of :func:`_runs.run_training`, with the mode "step"."""
     torch.manual_seed(seed)
     model = _make_model(settings, device)
@@ -104,7 +107,7 @@ def run(settings: Settings, options: Options, device: str = "cpu", seed: int = 0
     mask = torch.zeros_like(ids)
     mask[:, settings.length - round(settings.length * settings.image_share) :] = 1
     theirs = _with_peft(copy.deepcopy(model), settings)
-    ours = _patched(model, theirs, settings, "triton" if device == "cuda" else None)
+    ours = _patched(model, theirs, settings, backend if device == "cuda" else None)
     error = _error(ours, theirs, ids, settings)
     steps = {
         "ours": _step(

@@ -134,7 +134,8 @@ def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator
     for known in ({"num_modalities": 1}, {}) if rank else ({},):
         for kept in (True, False) if known or not rank else (True,):
             yield Kernel(moe_mlp.gate_up_kernel, gated | known | {"SAVE": kept}, **run)
-            yield Kernel(moe_mlp.act_backward_kernel, gated | known | {"WRITE_ACT": kept}, **run)
+            acts = {"WRITE_ADAPTED": kept and rank > 0, "WRITE_ADDED": kept and stack["HAS_EXTRA"]}
+            yield Kernel(moe_mlp.act_backward_kernel, gated | known | acts, **run)
         for transposed in (True, False):
             rows = common | known | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
             unit = {"stride_vr" if transposed else "stride_vn": 1} if rank else {}

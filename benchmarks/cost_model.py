@@ -95,15 +95,14 @@ def backward(case: Case) -> Iterator[Cost]:
         read = (dy if together else 2 * dy) + lora + parts
         return Cost(name, flops, read, parts + to_fp32 * s.u + grad)
 
-    grad_A, grad_B = (
-        4 * shape.E * shape.r * width if case.num_image else 0 for width in (shape.H, shape.I)
-    )
+    # Of adapters that no row uses there are gradients too: zeros, which are written.
+    grad_A, grad_B = (4 * shape.E * shape.r * width for width in (shape.H, shape.I))
     yield du_and_dB(
         "du2, dB2", 2 * skinny * shape.H, s.a_x, shape.H, s.lora_down, grad_A
     )  # fmt: skip
     yield Cost(
         "dA' and SwiGLU", (wide * shape.H + skinny) * shape.I,
-        s.x + s.down + s.pre + to_fp32 * s.u, s.pre + s.act,
+        s.x + s.down + s.pre + to_fp32 * s.u, s.pre + s.a_act,
     )  # fmt: skip
     yield du_and_dB(
         "du1, dB1", 4 * skinny * shape.I, s.a_pre, 2 * shape.I, s.lora_gate_up, 2 * grad_B

@@ -50,7 +50,8 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
         [sys.executable, str(PROGRAM), *command, "--output", str(path), "--only", *sections],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 2, result.stderr  # left out is what needs a GPU's tools
+    assert "not found out: memcheck odd: compute-sanitizer is not on the path" in result.stdout
     results = json.loads(path.read_text())
     assert (
         results["errors"] == {}
@@ -60,6 +61,5 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
     promises = results["promises"]
     assert promises.pop("graph_capture") is None and set(promises.values()) == {True}
     assert results["accuracy"]["passed"]
-    # No bar 1, of another shape, and no bar 6: grouped_mm refuses such short rows.
-    assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 7, 8}
+    assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 6, 7, 8}  # 1: another shape
     assert results["kernels"]["kernels"]

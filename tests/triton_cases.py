@@ -5,7 +5,7 @@ whether kernels are interpreted.
 """
 
 import random
-from contextlib import nullcontext
+import sys
 from dataclasses import replace
 
 import pytest
@@ -37,15 +37,21 @@ from moe_kernels.testing import (
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter would take hours.
+LONG = [
+    Shape(T=100_000, K=2, E=4, H=64, I=32, r=4),
+    Shape(T=2000, K=16, E=512, H=128, I=64, r=16),
+] * ON_GPU
+BIG_TILES = Tiles(128, 64, 32, 64, 8, 8, 3)
 # The interpreter's products of bfloat16 are wrong.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
 
-def on_device(inputs):
+def on_device(inputs, device=DEVICE):
     def move(value):
         if isinstance(value, LoraWeights):
             return LoraWeights(*map(move, value))
-        return None if value is None else value.to(DEVICE)
+        return None if value is None else value.to(device)
 
     return type(inputs)(*map(move, inputs))
 
@@ -80,8 +86,10 @@ def test_odd_sizes(dtype, variant):
         Shape(T=300, K=2, E=2, H=32, I=16, r=4),  # tiles with many rows
         Shape(T=1800, K=1, E=1, H=16, I=16, r=4),  # sums of several chunks of rows
         Shape(T=9, K=16, E=130, H=16, I=16, r=4),
+        Shape(T=9, K=2, E=2, H=24, I=16, r=256),
+        *LONG,
     ],
-    ids=["one token", "rank above 64", "wide tiles", "long groups", "many experts"],
+    ids=str,
 )
 def test_shapes(shape):
     check(torch.float32, shape, num_modalities=2)
@@ -109,7 +117,7 @@ def test_stacks_of_more_than_2_to_the_31_elements():
     experts, hidden, inter, top_k = 32, 65_600, 512, 1
     assert experts * hidden * inter * 2 > 2**31
     dtype = torch.float16
-    ids = torch.tensor([[experts - 1], [3], [experts - 1]])
+    ids = torch.tensor([[experts - 1], [3], [experts - 1]], device=DEVICE)
     used = ids.unique()
     stacks = [
         torch.empty(experts, *size, dtype=dtype, device=DEVICE)
@@ -130,9 +138,8 @@ def test_stacks_of_more_than_2_to_the_31_elements():
     local = torch.searchsorted(used, ids)
     expected = results(torch.float64, local, [stack[used] for stack in stacks], "reference")
     # The interpreter takes its time for every step, whatever the step's size.
-    large = nullcontext() if ON_GPU else triton_tiles.force(Tiles(16, 2048, 512, 512, 8, 4, 2))
-    with large:
-        actual = results(dtype, ids.to(DEVICE), stacks, "triton")
+    with triton_tiles.force(None if ON_GPU else Tiles(16, 2048, 512, 512, 8, 4, 2)):
+        actual = results(dtype, ids, stacks, "triton")
     for found, wanted in zip(actual, expected, strict=True):
         assert_close(found, wanted, dtype=dtype)
 
@@ -294,9 +301,10 @@ def test_text_rows_do_not_see_adapters(value):
             assert not torch.equal(after[name], before[name])
 
 
+@pytest.mark.parametrize("tiles", [None, BIG_TILES], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[2:]], ids=str)
 @pytest.mark.parametrize("seed", range(3 if ON_GPU else 1))
-def test_text_bits_at_a_size_that_shows(dtype, seed):
+def test_text_bits_at_a_size_that_shows(dtype, seed, tiles):
     """Other rows' values, modality and routing change, and with them every count."""
     inputs = make_moe_inputs(replace(SHAPES["bits"], T=200 if ON_GPU else 64), seed=seed).to(dtype)
     text = inputs.modality_ids == 0
@@ -306,7 +314,7 @@ def test_text_bits_at_a_size_that_shows(dtype, seed):
         topk_ids=torch.where(text[:, None], inputs.topk_ids, flipped),
         modality_ids=torch.where(text, 0, 1),
     )
-    with torch.no_grad():
+    with torch.no_grad(), triton_tiles.force(tiles):
         before, after = (call(on_device(i), "triton").cpu() for i in (inputs, changed))
     assert torch.equal(after[text], before[text])
     assert not torch.equal(after, before)
@@ -408,8 +416,28 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def no_values(monkeypatch):
+    """Our code may not look at a tensor's values; the interpreter may."""
+
+    def refuse(method):
+        def refused(self, *args, **kwargs):
+            assert "moe_kernels" not in sys._getframe(1).f_code.co_filename
+            return method(self, *args, **kwargs)
+
+        return refused
+
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse(getattr(torch.Tensor, name)))
+    if ON_GPU:
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    if ON_GPU:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("tokens", [13, 700])  # sorted by our own kernel, and by torch
-def test_the_host_never_waits(tokens):
+def test_the_host_never_waits(tokens, no_values):
     shape = replace(SHAPES["tiny"], T=tokens, K=8, E=9)
     inputs = on_device(make_moe_inputs(shape, num_extra=1, num_modalities=2).to(torch.float32))
     loras = [*inputs.gate_up_lora, *inputs.down_lora]
@@ -424,17 +452,53 @@ def test_the_host_never_waits(tokens):
         triton_moe_mlp.backward(torch.ones_like(out), x, *routed, *saved, [True] * 8)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+NEEDS_GPU = pytest.mark.skipif(
+    not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU"
+)
+
+
+@NEEDS_GPU
 def test_a_captured_graph_gives_the_same_bits():
+    """Forward and backward."""
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
-    with torch.no_grad():
-        expected = call(inputs, "triton")
+    grad_out = torch.randn_like(inputs.hidden_states)
+    expected = run(inputs, "triton", grad_out)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(inputs, "triton", grad_out)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = call(inputs, "triton")
-    out.fill_(float("nan"))
+        with torch.cuda.graph(graph, stream=stream):
+            found = run(inputs, "triton", grad_out)
+    for tensor in found.values():
+        tensor.detach().fill_(float("nan"))
     graph.replay()
-    assert torch.equal(out, expected)
+    torch.cuda.synchronize()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@NEEDS_GPU
+def test_inductor_takes_the_op():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
+
+    def function(x):
+        return call(inputs._replace(hidden_states=x), "triton") * 2
+
+    x = inputs.hidden_states.requires_grad_()
+    found = torch.compile(function, fullgraph=True)(x)
+    assert torch.equal(found, function(x))
+    (grad,) = torch.autograd.grad(found.float().square().sum(), x)
+    assert grad.isfinite().all() and grad.any()
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA devices: run on a machine with two"
+)
+def test_tensors_may_be_on_another_device_than_the_current():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
+    there = on_device(inputs, "cuda:1")
+    with torch.cuda.device(0):
+        assert torch.equal(call(there, "triton").cpu(), call(inputs, "triton").cpu())
 
 
 def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):

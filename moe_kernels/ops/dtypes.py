@@ -1,4 +1,4 @@
-"""Dtypes that the ops compute in."""
+"""Dtypes that the ops compute in, and what holds while they do."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,3 +17,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Launches go to this device: Triton asks which is the current one, not where tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe_kernels import backends, env
 from moe_kernels.ops import checks
+from moe_kernels.ops.dtypes import on_device
 
 
 def run(
@@ -17,12 +18,13 @@ def run(
     """The fields of ``Dispatch``, in order, after a check of the values where that is free."""
     if topk_ids.device.type == "cpu" or env.check_values():
         _check_values(topk_ids, num_experts, modality_ids, num_modalities)
-    return backends.implementation("dispatch", backend).dispatch(
-        topk_ids.contiguous(),
-        num_experts,
-        None if modality_ids is None else modality_ids.contiguous(),
-        num_modalities,
-    )
+    with on_device(topk_ids.device):
+        return backends.implementation("dispatch", backend).dispatch(
+            topk_ids.contiguous(),
+            num_experts,
+            None if modality_ids is None else modality_ids.contiguous(),
+            num_modalities,
+        )
 
 
 def _check_values(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
-from moe_kernels.ops.dtypes import without_autocast
+from moe_kernels.ops.dtypes import on_device, without_autocast
 from moe_kernels.ops.gradients import is_plain, place, plain_function
 
 
@@ -32,7 +32,7 @@ def _lora_linear(
     perm, _, _, _, segment_offsets = dispatch_autograd.run(
         topk_ids, 1, modality_ids, lora_A.shape[0], backend
     )
-    with without_autocast(hidden_states.device):
+    with on_device(hidden_states.device), without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()
         out = torch.nn.functional.linear(hidden_states, weight, bias)
         u = backends.implementation("lora_linear", backend).forward(
@@ -86,7 +86,7 @@ def _lora_linear_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, of hidden_states, lora_A and lora_B."""
-    with without_autocast(hidden_states.device):
+    with on_device(hidden_states.device), without_autocast(hidden_states.device):
         grad_out = grad_out.contiguous()
         grad_hidden = grad_out @ weight if needs[0] else None
         params = backends.implementation("lora_linear", backend).backward(

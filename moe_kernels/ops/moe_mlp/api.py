@@ -82,6 +82,8 @@ def moe_mlp(
             modality_ids = modality_ids.clamp(max=0)
     backend = backends.select(backend, hidden_states.device)
 
+    if modality_ids is None and not _trains(gate_up_lora, down_lora):
+        gate_up_lora = down_lora = None  # no row has an adapter: the base path and nothing else
     gate_up_lora = gate_up_lora or (None, None, None)
     down_lora = down_lora or (None, None, None)
     inputs = (
@@ -98,6 +100,12 @@ def moe_mlp(
         save, backend,
     )  # fmt: skip
     return out.to(hidden_states.dtype)
+
+
+def _trains(*loras: LoraWeights | None) -> bool:
+    """Whether a gradient is asked of one of them: of an adapter that no row uses it is zeros."""
+    tensors = (tensor for lora in loras if lora is not None for tensor in lora[:2])
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _check_base(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.ops.dispatch import autograd as dispatch_autograd
-from moe_kernels.ops.dtypes import without_autocast
+from moe_kernels.ops.dtypes import on_device, without_autocast
 from moe_kernels.ops.gradients import is_plain, place, plain_function
 from moe_kernels.ops.moe_mlp import native_impl
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
@@ -44,7 +44,7 @@ def _moe_mlp(
     perm, inv_perm, _, _, segment_offsets = dispatch_autograd.run(
         topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend
     )
-    with without_autocast(hidden_states.device):
+    with on_device(hidden_states.device), without_autocast(hidden_states.device):
         results = backends.implementation("moe_mlp", backend).forward(
             hidden_states.contiguous(),
             topk_weights.contiguous(),
@@ -127,7 +127,7 @@ def _moe_mlp_backward(
         gate_up_proj, down_proj, extra_gate_up_proj, extra_down_proj,
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
-    with without_autocast(hidden_states.device):
+    with on_device(hidden_states.device), without_autocast(hidden_states.device):
         grads = backends.implementation("moe_mlp", backend).backward(
             grad_out.contiguous(),
             hidden_states.contiguous(),

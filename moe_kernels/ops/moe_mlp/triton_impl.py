@@ -110,7 +110,7 @@ def backward(
     )
     du2, grad_B2 = _du_and_dB(layer, chunks, "down", u2, grad_out, True, need_B2)
     d_pre, act, dots = _act_backward(
-        layer, grad_out, pre_act, du2, write_act=need_A2 or need_extra_down
+        layer, grad_out, pre_act, du2, act_of_adapted=need_A2, act_of_added=need_extra_down
     )
     du1, grad_B1 = _du_and_dB(layer, chunks, "gate_up", u1, d_pre, need_hidden or need_A1, need_B1)
     grads = []
@@ -262,17 +262,23 @@ def _product(
 
 
 def _act_backward(
-    layer: _Layer, grad_out: Tensor, pre_act: Tensor, du2: Tensor | None, *, write_act: bool
+    layer: _Layer,
+    grad_out: Tensor,
+    pre_act: Tensor,
+    du2: Tensor | None,
+    *,
+    act_of_adapted: bool,
+    act_of_added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_pre (T*K, 2I), act (T*K, I) or nothing, and <dA', a> (T, K) in float32, 0 of rows that were
-    not dispatched.
+    """d_pre (T*K, 2I), act (T*K, I) of the rows that are asked for, and <dA', a> (T, K) in float32,
+    0 of rows that were not dispatched.
     """
     hidden, inter = layer.sizes
     lora_A, _, scaling = layer.lora("down")
     base, extra, flags = _operand(layer, "down_proj", layer.tiles.n_gated, transposed=False)
     rows = layer.num_slots
     d_pre = torch.empty_like(pre_act)
-    act = pre_act.new_empty(rows if write_act else 0, inter)
+    act = pre_act.new_empty(rows if act_of_adapted or act_of_added else 0, inter)
     parts = -(-inter // layer.tiles.n_gated)
     shape = (parts, *layer.topk_weights.shape)
     dots = torch.zeros(shape, dtype=torch.float32, device=pre_act.device)
@@ -284,7 +290,7 @@ def _act_backward(
             act, dots, layer.expert_tiles.num_tiles, layer.num_base, layer.weights.num_experts,
             layer.weights.num_modalities, rows,
             hidden, inter, 1 if lora_A is None else lora_A.shape[1], TOP_K=layer.top_k,
-            WRITE_ACT=write_act, **flags,
+            WRITE_ADAPTED=act_of_adapted, WRITE_ADDED=act_of_added, **flags,
             **_rank(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated),
         )  # fmt: skip
     return d_pre, act, dots.sum(0)

@@ -311,10 +311,10 @@ def rows_kernel(
 
 @triton.jit
 def _store_act_gradient(
-    pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, acc, weight, mask_m,
+    pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, acc, weight, mask_m, mask_act,
     WRITE_ACT: tl.constexpr,
 ):  # fmt: skip
-    """From acc = dA': d(gate) and d(up) of weight * dA', and a if it is asked for; <dA', a>."""
+    """From acc = dA': d(gate) and d(up) of weight * dA', and a of ``mask_act``; <dA', a>."""
     dtype: tl.constexpr = dpre_ptr.dtype.element_ty
     mask = mask_m[:, None] & (offs_n < inter)[None, :]
     pre = pre_ptr + first * 2 * inter + local[:, None] * 2 * inter + offs_n[None, :]
@@ -324,7 +324,7 @@ def _store_act_gradient(
     silu = gate * sigmoid
     act = (silu * up).to(dtype)
     if WRITE_ACT:
-        _store_rows(act_ptr, first, local, offs_n, inter, act, mask_m, inter)
+        _store_rows(act_ptr, first, local, offs_n, inter, act, mask_act, inter)
     dots = tl.sum(tl.where(mask, acc * act.to(tl.float32), 0.0), axis=1)
     d_act = acc * weight[:, None]
     _store_rows(dpre_ptr + inter, first, local, offs_n, 2 * inter, d_act * silu, mask_m, inter)
@@ -336,7 +336,7 @@ def _store_act_gradient(
 @triton.jit
 def _store_act_gradients(
     pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight, mask_m,
-    WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    mask_act, WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same for a whole tile, one half of its columns after the other: both at once would not
     fit into the registers.
@@ -345,11 +345,12 @@ def _store_act_gradients(
     left, right = _halves(acc, BLOCK_M, HALF)
     offs_n = n + tl.arange(0, HALF)
     dots = _store_act_gradient(
-        pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, left, weight, mask_m, WRITE_ACT
+        pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, left, weight, mask_m, mask_act,
+        WRITE_ACT,
     )  # fmt: skip
     dots += _store_act_gradient(
         pre_ptr, dpre_ptr, act_ptr, first, local, offs_n + HALF, inter, right, weight, mask_m,
-        WRITE_ACT,
+        mask_act, WRITE_ACT,
     )  # fmt: skip
     tl.store(dots_ptr + slot, dots, mask=mask_m)
 
@@ -368,7 +369,7 @@ def act_backward_kernel(
     weights_ptr,  # (T, TOP_K)
     pre_ptr,  # (T * TOP_K, 2 * inter)
     dpre_ptr,  # (T * TOP_K, 2 * inter)
-    act_ptr,  # (T * TOP_K, inter) or nothing
+    act_ptr,  # (T * TOP_K, inter) or nothing; only rows that are asked for are written
     dots_ptr,  # (column tiles, T, TOP_K) float32
     num_tiles,
     num_base,
@@ -383,7 +384,8 @@ def act_backward_kernel(
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     TMA: tl.constexpr,
-    WRITE_ACT: tl.constexpr,
+    WRITE_ADAPTED: tl.constexpr,  # a of rows with an adapter
+    WRITE_ADDED: tl.constexpr,  # a of rows of added experts
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -409,9 +411,10 @@ def act_backward_kernel(
     dots_ptr += pid_n * num_rows
     base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
     if base > 0:
+        of_added = local < tl.where(expert < num_base, 0, base)
         _store_act_gradients(
             pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
-            local < base, WRITE_ACT, BLOCK_M, BLOCK_N,
+            local < base, of_added, WRITE_ADDED, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if RANK > 0:
         if base < count:
@@ -420,9 +423,10 @@ def act_backward_kernel(
                 count, experts_of_a, RANK * inter, inter, 1, offs_n, inter, num_modalities, 0,
                 RANK, BLOCK_R, dtype, False,
             )  # fmt: skip
+            adapted = mask_m & (local >= base)
             _store_act_gradients(
                 pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
-                mask_m & (local >= base), WRITE_ACT, BLOCK_M, BLOCK_N,
+                adapted, adapted, WRITE_ADAPTED, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 

@@ -101,8 +101,8 @@ def forget_stored() -> None:
 
 
 @contextmanager
-def force(tiles: Tiles) -> Iterator[None]:
-    """These tiles and no others, to time them."""
+def force(tiles: Tiles | None) -> Iterator[None]:
+    """These tiles and no others, to time or to test them; None: those that would be chosen."""
     global _forced
     _forced = tiles
     try:

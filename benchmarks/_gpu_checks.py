@@ -1,0 +1,214 @@
+"""What ``run_gpu.py`` checks before it times anything: tests, sanitizers, promises, accuracy."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import _providers
+import _record
+import torch
+from _cases import Case, Problem, make_problem
+from _check import Oracle
+from _providers import Runner
+
+from moe_kernels.ops import LoraWeights
+from moe_kernels.testing import TOLERANCES, MoeInputs
+
+TESTS_SECONDS, TOOL_SECONDS = 180, 60  # at most
+SANITIZERS = ("memcheck", "racecheck")
+# Rows of 82 bytes and few of them an expert; whole vectors, and tiles with many rows.
+SANITIZED = (("odd", 37), ("small", 1024))
+PROFILED = "gate_up|act_backward"
+# A row's error may be so many times what all of them may have together.
+ROW_FACTOR = 4
+
+
+def run_tests(given: Namespace) -> dict:
+    """The GPU cases of the test suite, in processes of their own: most of it is compiling."""
+    tests = _record.ROOT / "tests"
+    path = os.pathsep.join(filter(None, (str(tests), os.environ.get("PYTHONPATH"))))
+    several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *several,
+        str(tests / f"{given.backend}_cases.py"),
+    ]  # fmt: skip
+    result = _run(command, given, TESTS_SECONDS, PYTHONPATH=path)
+    lines = result["output"].strip().splitlines() or [""]
+    failed = [line for line in lines if line.startswith("FAILED")]
+    return {"passed": result["passed"], "output": lines[-1], "failed": failed}
+
+
+def sanitize(given: Namespace) -> dict:
+    """What compute-sanitizer says of small layers, forward and backward, by tool and shape."""
+    found = {}
+    for shape, tokens in SANITIZED:
+        program = [*_one_layer(given, shape), "--tokens", str(tokens)]
+        if shutil.which("compute-sanitizer"):
+            _run(program, given, TOOL_SECONDS)  # compiles what is looked at then
+        for tool in SANITIZERS:
+            command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *program]
+            # A caching allocator would lend each tensor a part of a large block.
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            found[f"{tool} {shape}"] = _run(command, given, TOOL_SECONDS, **alone)
+    return found
+
+
+def profile_counters(given: Namespace) -> dict:
+    """What ncu says of the two large kernels, on the first of the timed layers."""
+    name, tokens, _ = given.layers[0]
+    command = [
+        "ncu", "--clock-control", "none", "--kernel-name", f"regex:{PROFILED}", "--launch-count",
+        "2", "--section", "SpeedOfLight", "--section", "ComputeWorkloadAnalysis", "--section",
+        "MemoryWorkloadAnalysis", "--section", "Occupancy",
+    ]  # fmt: skip
+    program = [*_one_layer(given, name), "--tokens", str(tokens)]
+    return _run([*command, *program], given, TOOL_SECONDS)
+
+
+def _one_layer(given: Namespace, shape: str) -> list[str]:
+    program = str(Path(__file__).with_name("one_layer.py"))
+    return [
+        sys.executable, program, "--shape", shape, "--dtype", given.dtype, "--device", given.device,
+        "--backend", given.backend,
+    ]  # fmt: skip
+
+
+def _run(command: list[str], given: Namespace, seconds: float, **environment: str) -> dict:
+    """Whether a program ended well ("passed"), and the end of what it printed.
+
+    None where it did not run to its end, with the reason: it is missing, or the time is over.
+    """
+    if shutil.which(command[0]) is None:
+        return {"passed": None, "output": f"{command[0]} is not on the path"}
+    seconds = min(seconds, given.ends - time.perf_counter())
+    if seconds < 5:
+        return {"passed": None, "output": "no time was left"}
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=_record.ROOT, timeout=seconds,
+            env=os.environ | environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"passed": None, "output": f"not done after {seconds:.0f} s"}
+    return {"passed": result.returncode == 0, "output": (result.stdout + result.stderr)[-6000:]}
+
+
+def layer_case(given: Namespace, name: str, tokens: int, share: float = 0.5) -> Case:
+    """A timed layer."""
+    return Case.named(
+        name, T=tokens, dtype=given.dtype, image_share=share, device=given.device, seed=given.seed
+    )
+
+
+def ours(given: Namespace, kind: str = "ours") -> str:
+    """The name of one of our providers on the backend that is measured."""
+    return f"{kind}:{given.backend}"
+
+
+def measure_accuracy(given: Namespace) -> dict:
+    """Relative RMS errors of every row of every timed layer against the float64 reference, and of
+    the worst row.
+    """
+    limit, errors, worst = TOLERANCES[getattr(torch, given.dtype)], {}, {}
+    for name, tokens, share in given.layers:
+        problem = make_problem(layer_case(given, name, tokens, share))
+        oracle = Oracle(problem, num_tokens=tokens)
+        runner = _providers.set_up(ours(given), problem)
+        label = f"{name} T={tokens} image {share:.0%}"
+        errors[label] = oracle.errors(runner)
+        out = runner.forward()[oracle.tokens]
+        expected = oracle.expected(runner.adapted, True)["out"]
+        worst[label] = ((out - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+    return {
+        "limit": limit, "errors": errors, "worst_row": worst,
+        "passed": all(error <= limit for found in errors.values() for error in found.values())
+        and all(error <= ROW_FACTOR * limit for error in worst.values()),
+    }  # fmt: skip
+
+
+def check_promises(given: Namespace) -> dict:
+    """On a layer that is timed: same bits twice; text's bits with NaN in every adapter and with
+    other values and routes of all other rows; a captured graph that gives the bits of the launches,
+    forward and backward. What raises is its own answer.
+    """
+    name, tokens, _ = given.layers[0]
+    problem = make_problem(layer_case(given, name, tokens))
+    text = problem.inputs.modality_ids == 0
+    runner = _providers.set_up(ours(given), problem)
+    first, second = (_results(runner, problem.grad_out) for _ in range(2))
+    inputs = _with_other_rows(problem.inputs, text)
+    others = _providers.set_up(ours(given), replace(problem, inputs=inputs))
+    changed = _results(others, problem.grad_out)
+    keys = ("out", "hidden_states", "topk_weights")
+    return {
+        "same_bits_twice": all(torch.equal(first[key], second[key]) for key in first),
+        "text_bits": all(torch.equal(first[key][text], changed[key][text]) for key in keys),
+        "other_rows_changed": not torch.equal(first["out"], changed["out"]),
+        "graph_capture": _graph_gives(problem, given) if given.device == "cuda" else None,
+    }
+
+
+def _with_other_rows(inputs: MoeInputs, text: torch.Tensor) -> MoeInputs:
+    def nan(lora: LoraWeights) -> LoraWeights:
+        pair = (torch.full_like(tensor, float("nan")) for tensor in lora[:2])
+        return LoraWeights(*pair, lora.scaling)
+
+    here = text[:, None]
+    return inputs._replace(
+        hidden_states=torch.where(here, inputs.hidden_states, -3 * inputs.hidden_states),
+        topk_ids=torch.where(here, inputs.topk_ids, inputs.topk_ids.flip(1).roll(1, 0)),
+        gate_up_lora=nan(inputs.gate_up_lora), down_lora=nan(inputs.down_lora),
+    )  # fmt: skip
+
+
+def _results(runner: Runner, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
+    out = runner.forward()
+    runner.backward(out, grad_out)
+    results = {"out": out.detach()} | {k: v.clone() for k, v in runner.gradients().items()}
+    runner.clear()
+    return results
+
+
+def _graph_gives(problem: Problem, given: Namespace) -> bool | str:
+    try:
+        runner = _providers.set_up(ours(given), problem)
+        expected = _results(runner, problem.grad_out)
+        graph, found = capture(runner, problem.grad_out)
+        for tensor in found.values():
+            tensor.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        return all(torch.equal(found[name], expected[name]) for name in expected)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def capture(
+    runner: Runner, grad_out: torch.Tensor | None
+) -> tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor]]:
+    """A forward, and a backward where there is ``grad_out``, as a graph; and what it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.set_grad_enabled(grad_out is not None):
+        for _ in range(2):  # what is made at first use, on the stream that is captured
+            _once(runner, grad_out)
+        runner.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = _once(runner, grad_out)
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, found
+
+
+def _once(runner: Runner, grad_out: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    out = runner.forward()
+    if grad_out is None:
+        return {"out": out}
+    runner.backward(out, grad_out)
+    return {"out": out.detach()} | runner.gradients()
