@@ -44,20 +44,23 @@ Table = Sequence[tuple[int, Tiles]]
 # By compute capability, from that one on, then by the average number of rows of an expert, from
 # that number on. Chosen by what the compiler made of them (`make check-gpu-code`: no spill), not
 # yet by a GPU. Few rows want many small programs. On sm_80 a step of 64 takes the last register; on
-# sm_100 128 columns spill a few with ranks above 16.
+# sm_100 wider tiles spill a few. float32 has no matrix instructions: small tiles, small steps.
 _HALF: dict[int, Table] = {
     80: ((64, Tiles(128, 128, 64, 32, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4))),
     90: ((64, Tiles(128, 128, 64, 64, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4))),
-    100: ((64, Tiles(128, 64, 64, 64, 8, 8, 3)), (0, Tiles(16, 64, 32, 64, 8, 2, 4))),
+    100: ((64, Tiles(128, 64, 32, 64, 8, 8, 3)), (0, Tiles(16, 32, 32, 64, 8, 2, 4))),
 }
-_FLOAT32: Table = ((64, Tiles(64, 32, 32, 16, 8, 4, 3)), (0, Tiles(16, 64, 32, 16, 8, 2, 2)))
+_FLOAT32: dict[int, Table] = {
+    80: ((64, Tiles(64, 32, 32, 16, 8, 4, 3)), (0, Tiles(16, 64, 32, 16, 8, 2, 2))),
+    90: ((64, Tiles(64, 32, 32, 16, 8, 4, 3)), (0, Tiles(16, 64, 32, 16, 8, 4, 2))),
+    100: ((64, Tiles(64, 32, 16, 16, 8, 4, 3)), (0, Tiles(16, 32, 32, 16, 8, 2, 2))),
+}
 
 
 def built_in(dtype: torch.dtype, capability: int) -> Table:
     """The table for a dtype and a compute capability (90 for sm_90)."""
-    if dtype == torch.float32:
-        return _FLOAT32
-    return _HALF[max((least for least in _HALF if least <= capability), default=min(_HALF))]
+    tables = _FLOAT32 if dtype == torch.float32 else _HALF
+    return tables[max((least for least in tables if least <= capability), default=min(tables))]
 
 
 _forced: Tiles | None = None
