@@ -152,7 +152,7 @@ def _project_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ke
             constants |= {"stride_mr" if backward else "stride_mk": 1}
             pointers = {"out_ptr": "fp32"} if backward else {}
             yield Kernel(shared.project_kernel, constants, shared.warps_of(m), pointers=pointers)
-        parts = {"RANK": rank, "BLOCK_R": min(64, rank), "BLOCK_M": m}
+        parts = {"RANK": rank, "BLOCK_R": min(shared.MAX_SUMMED, rank), "BLOCK_M": m}
         yield Kernel(shared.sum_parts_kernel, parts, pointers={"out_ptr": "fp32"}, gemm=False)
     block = {"RANK": rank, "BLOCK_R": shared.STEP_R, "BLOCK_M": linear.BLOCK_M}
     for unit in ("stride_vr", "stride_vn"):

@@ -14,6 +14,7 @@ from moe_kernels import backends
 from moe_kernels.ops.triton_tile_maps import TileMap, tile_of
 
 MAX_PROJECTED = 16  # rank up to which the parts of du cost less than another reading of dy
+MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider ones spill
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 # Triton decides when a kernel is decorated, that is when this module is imported.
 INTERPRETED = backends.triton_is_interpreted()
@@ -389,7 +390,7 @@ def sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
     """(rows, r) sums of (n, rows, r) on the rows of the tiles; others are not written."""
     num_parts, rows, rank = parts.shape
     out = parts.new_empty(rows, rank)
-    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    block_r = min(MAX_SUMMED, max(16, triton.next_power_of_2(rank)))
     if tiles.num_tiles and rows:
         sum_parts_kernel[(tiles.num_tiles, -(-rank // block_r))](
             parts, out, tiles.tiles, tiles.num_tiles, num_parts, rows, RANK=rank, BLOCK_R=block_r,
