@@ -4,7 +4,7 @@
 # make test-sanitized  the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   the integration tests on the oldest supported transformers
 # make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
-# make check-gpu-code   compile the Triton kernels for GPUs that need not be there; what they cost
+# make check-gpu-code   compile the GPU kernels for GPUs that need not be there; what they cost
 # make lint      ruff: lint and format
 #
 # Each sets up all that it needs in $(VENV). Variables:

@@ -3,8 +3,9 @@
 Environment:
     MOE_KERNELS_SKIP_CPP=1    no extension at all: a pure Python package
     MOE_KERNELS_SKIP_CUDA=1   the CPU extension only
-    MOE_KERNELS_FORCE_CUDA=1  build the CUDA kernels, or fail
+    MOE_KERNELS_FORCE_CUDA=1  build every CUDA kernel, or fail
     TORCH_CUDA_ARCH_LIST      architectures for the CUDA kernels
+    CUDA_HOME                 the CUDA toolkit; else that of the nvcc on the path
     MAX_JOBS                  parallel compilations
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +25,6 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CUDA_ARCH_LIST = "8.0;9.0a;10.0a+PTX"
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -93,27 +94,74 @@ def openmp_flags() -> list[str]:
     return ["-fopenmp"] if compiles(source, ["-fopenmp"]) else []
 
 
-def cuda_sources() -> list[str]:
-    folder = ROOT / "csrc" / "cuda"
-    paths = [*folder.glob("*.cu"), *folder.glob("*.cpp")]
+def sources_in(folder: str, *patterns: str) -> list[str]:
+    paths = [path for pattern in patterns for path in (ROOT / folder).glob(pattern)]
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
-def why_no_cuda(cuda_home: str | None, torch_cuda: str | None, sources: list[str]) -> str | None:
+def said_by(*command: str | Path) -> str:
+    """What a program prints, or nothing where it cannot be run."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return result.stdout + result.stderr
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit, or None.
+
+    An nvcc on the path may be a link or a script, far from the headers; it says where they are.
+    """
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if given:
+        return Path(given)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        usual = Path("/usr/local/cuda")
+        return usual if usual.is_dir() else None
+    top = re.search(r"^#\$ TOP=(.+)$", said_by(nvcc, "--dryrun", "-c", "none.cu"), re.MULTILINE)
+    return (Path(top[1]) if top else Path(nvcc).parents[1]).resolve()
+
+
+def nvcc_version(home: Path) -> tuple[int, int] | None:
+    """Of the toolkit, such as (13, 0); None where it cannot be told."""
+    found = re.search(r"release (\d+)\.(\d+)", said_by(home / "bin" / "nvcc", "--version"))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def why_no_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
     """Say what is missing for the CUDA kernels; None where nothing is."""
     if flag("MOE_KERNELS_SKIP_CUDA"):
         return "MOE_KERNELS_SKIP_CUDA is set"
-    if not sources:
-        return "this source tree has no CUDA kernels (csrc/cuda/*.cu)"
     if torch_cuda is None:
         return "the installed torch is built without CUDA"
-    if cuda_home is None or not (Path(cuda_home) / "bin" / "nvcc").exists():
+    if home is None or not (home / "bin" / "nvcc").exists():
         return "nvcc was not found: install the CUDA toolkit or set CUDA_HOME"
+    if not (home / "include" / "cuda_runtime.h").exists():
+        return f"{home} has nvcc but no headers: set CUDA_HOME to the CUDA toolkit"
+    version = nvcc_version(home)
+    if version is None:
+        return f"{home}/bin/nvcc does not run, or does not say its version"
+    if str(version[0]) != torch_cuda.split(".")[0]:
+        return (
+            f"the CUDA toolkit at {home} is {version[0]}.{version[1]}, and the installed torch is "
+            f"built for CUDA {torch_cuda}: their major versions must agree (install the other "
+            "toolkit and set CUDA_HOME, or install a torch for this one)"
+        )
     return None
 
 
-def extension(cuda: bool):
-    """Describe moe_kernels._C, with the CUDA kernels or without."""
+def default_arch_list(version: tuple[int, int]) -> str:
+    """Architectures that this nvcc knows: Ampere, Hopper with its own instructions, what follows.
+
+    Code for an architecture with an "a" runs there alone, its PTX too, so PTX is of one without.
+    """
+    return "8.0;9.0a;10.0+PTX" if version >= (12, 8) else "8.0+PTX;9.0a"
+
+
+def extension(cuda: Path | None):
+    """Describe moe_kernels._C, with the CUDA kernels of this toolkit or without any."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     openmp = openmp_flags()
@@ -122,35 +170,34 @@ def extension(cuda: bool):
     # Given as system folders too, torch's headers raise none of our warnings.
     headers = [f"-isystem{path}" for path in include_paths()]
     flags = CXX_FLAGS + openmp
-    sources = ["csrc/registration.cpp"]
-    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    sources = sources_in("csrc", "*.cpp") + sources_in("csrc/cpu", "*.cpp")
     macros = [("MOE_KERNELS_CXX_FLAGS", f'"{" ".join(flags)}"')]
     options = {"name": "moe_kernels._C", "extra_link_args": openmp}
-    if not cuda:
+    if cuda is None:
         return CppExtension(
             sources=sources,
             define_macros=macros,
             extra_compile_args={"cxx": flags + headers},
             **options,
         )
-    arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCH_LIST)
+    arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(nvcc_version(cuda)))
     macros += [
         ("MOE_KERNELS_WITH_CUDA", None),
         ("MOE_KERNELS_CUDA_ARCH_LIST", f'"{arch_list}"'),
     ]
     compile_args = {
         "cxx": flags + headers,
-        "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"],
+        "nvcc": ["-O3", "-std=c++20"],
     }
     return CUDAExtension(
-        sources=sources + cuda_sources(),
+        sources=sources + sources_in("csrc/cuda", "*.cu", "*.cpp"),
         define_macros=macros,
         extra_compile_args=compile_args,
         **options,
     )
 
 
-def build_command():
+def build_command(no_cuda: str | None):
     """Return torch's build_ext, which also leaves a note of what was built beside the module."""
     from torch import __version__ as torch_version
     from torch.utils.cpp_extension import BuildExtension
@@ -160,7 +207,8 @@ def build_command():
             super().run()
             # Read before the module is loaded: loading it into another torch can crash.
             target = Path(self.get_ext_fullpath("moe_kernels._C")).parent / "_build_info.json"
-            target.write_text(json.dumps({"torch_version": torch_version}) + "\n")
+            note = {"torch_version": torch_version, "no_cuda": no_cuda}
+            target.write_text(json.dumps(note) + "\n")
 
     return BuildExtensionAndNote.with_options(use_ninja=shutil.which("ninja") is not None)
 
@@ -175,30 +223,35 @@ def decide() -> dict:
     if flag("MOE_KERNELS_SKIP_CPP"):
         say("MOE_KERNELS_SKIP_CPP is set: installing as pure Python")
         return {}
+    home = cuda_home()
+    if home is not None:
+        os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it when imported
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME
+        import torch.utils.cpp_extension
     except ImportError as error:
         raise SystemExit(
             "modality-moe-kernels is compiled against the installed torch, and there is none here: "
             "run `pip install torch`, then `pip install --no-build-isolation modality-moe-kernels` "
             f"(or set MOE_KERNELS_SKIP_CPP=1 for a pure Python package). The import said: {error}"
         ) from None
-    missing = why_no_cuda(CUDA_HOME, torch.version.cuda, cuda_sources())
+    missing = why_no_cuda(home, torch.version.cuda)
     if force_cuda and missing:
         raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {missing}")
-    if not force_cuda and missing is None:
-        missing = "no backend uses them yet; MOE_KERNELS_FORCE_CUDA=1 builds them"
     no_build = why_no_build()
     if no_build:
         if force_cuda:
             raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {no_build}")
         say(f"{no_build}: installing as pure Python; the 'cpu' backend will be missing")
         return {}
-    say("building the CPU kernels" + (f"; no CUDA kernels: {missing}" if missing else " and CUDA"))
+    say(
+        f"building the CPU kernels; no CUDA kernels: {missing}"
+        if missing
+        else f"building the CPU kernels and the CUDA kernels ({home})"
+    )
     return {
-        "ext_modules": [extension(cuda=missing is None)],
-        "cmdclass": {"build_ext": build_command()},
+        "ext_modules": [extension(cuda=None if missing else home)],
+        "cmdclass": {"build_ext": build_command(missing)},
     }
 
 

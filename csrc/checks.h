@@ -23,19 +23,27 @@ inline void check_shape(const at::Tensor& tensor, const char* name,
   TORCH_CHECK(same, name, " must have shape ", expected, " (-1: any), has ", tensor.sizes());
 }
 
-inline void check_layout(const at::Tensor& tensor, const char* name, at::DeviceType device,
-                         at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  TORCH_CHECK(tensor.defined() && tensor.device().type() == device, name, " must be a ",
-              c10::DeviceTypeName(device), " tensor");
+inline void check_layout(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
+                         std::initializer_list<int64_t> sizes) {
   TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype, ", is ",
               tensor.scalar_type());
   check_shape(tensor, name, sizes);
   TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
+// Of an op on the CPU.
 inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
-  check_layout(tensor, name, at::kCPU, dtype, sizes);
+  TORCH_CHECK(tensor.defined() && tensor.is_cpu(), name, " must be a CPU tensor");
+  check_layout(tensor, name, dtype, sizes);
+}
+
+// Of an op on any device, that of its first tensor.
+inline void check_beside(const at::Tensor& first, const at::Tensor& tensor, const char* name,
+                         at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  TORCH_CHECK(tensor.device() == first.device(), name, " must be on ", first.device(), ", is on ",
+              tensor.device());
+  check_layout(tensor, name, dtype, sizes);
 }
 
 // An adapter may be stored in float32 beside operands of lower precision.

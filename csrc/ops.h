@@ -67,16 +67,89 @@ std::vector<at::Tensor> lora_linear_backward(
 
 }  // namespace moe_kernels::cpu
 
-namespace moe_kernels::cuda {
+// The ops of the backend "cuda", each by its signature.
+namespace moe_kernels {
 
 // As cpu::dispatch, but ids out of range go to the tail: the host is not asked to wait for a check.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
+using DispatchOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities);
 
+// For each map of `blocks` rows a tile: tiles (3, n) and groups (3, g), as csrc/cuda/tiles.h says;
+// of `groups`, five numbers each: num, period, stride, offset and width.
+using TileMapsOp = std::vector<at::Tensor>(const at::Tensor& segment_offsets, int64_t num_rows,
+                                           at::IntArrayRef blocks, at::IntArrayRef groups);
+
 // out (T, width): the sum of each token's rows, in the order of its experts, times `weights` (T, K)
 // or 1. Places from num_rows (1) on were not dispatched and count as zeros.
-at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at::Tensor& num_rows,
-                   const std::optional<at::Tensor>& weights, int64_t num_tokens);
+using CombineOp = at::Tensor(const at::Tensor& rows, const at::Tensor& inv_perm,
+                             const at::Tensor& num_rows, const std::optional<at::Tensor>& weights,
+                             int64_t num_tokens);
 
-}  // namespace moe_kernels::cuda
+// out = left M on the rows of the tiles alone, which are of pairs (modality, expert): see
+// csrc/cuda/project.h. `matrix` (..., rank, size_k) if rank_first, else (..., size_k, rank), has
+// `experts` of these for each modality: num_base, or 1 that all share.
+using ProjectOp = void(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
+                       const at::Tensor& perm, const at::Tensor& tiles, int64_t num_base,
+                       int64_t experts, int64_t top_k, bool by_token, bool rank_first);
+
+// (groups, height, width), or the last two exchanged, float32: sums of (factor * weight * left)^T
+// right over each group's rows: see csrc/cuda/outer.h. `tiles` are of `chunk` rows.
+using OuterOp = at::Tensor(const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
+                           const at::Tensor& tiles, const at::Tensor& groups,
+                           const at::Tensor& factors, const std::optional<at::Tensor>& weights,
+                           int64_t chunk, int64_t top_k, bool transposed, bool left_by_token,
+                           bool right_by_token);
+
+// out[token] += s u V on the rows of the tiles alone, which are of modalities: see
+// csrc/cuda/add_low_rank.h.
+using AddLowRankOp = void(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,
+                          const at::Tensor& scaling, const at::Tensor& perm,
+                          const at::Tensor& tiles, bool rank_last);
+
+// The products of routed rows and their experts' weights: see csrc/cuda/expert_gemm.h. `tiles` are of
+// experts, in `block_m` rows; u, v and scaling are given together or not at all.
+using GateUpOp = std::tuple<at::Tensor, at::Tensor>(  // pre_act (no rows unless `save`), act
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save);
+using ProductOp = at::Tensor(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed);
+using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre, act, dots (n, T, K)
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
+    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added);
+
+// An op's checks and the tensors that it returns, not yet filled, on any device: all that is done
+// with meta tensors, and where the op on CUDA begins.
+namespace outputs {
+DispatchOp dispatch;
+TileMapsOp tile_maps;
+CombineOp combine;
+ProjectOp project;
+OuterOp outer;
+AddLowRankOp add_low_rank;
+GateUpOp gate_up;
+ProductOp product;
+ActBackwardOp act_backward;
+}  // namespace outputs
+
+namespace cuda {
+DispatchOp dispatch;
+TileMapsOp tile_maps;
+CombineOp combine;
+ProjectOp project;
+OuterOp outer;
+AddLowRankOp add_low_rank;
+GateUpOp gate_up;
+ProductOp product;
+ActBackwardOp act_backward;
+}  // namespace cuda
+
+}  // namespace moe_kernels

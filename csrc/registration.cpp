@@ -8,6 +8,8 @@
 
 #include "cpu/alloc.h"
 #include "cpu/gemm.h"
+#include "cuda/expert_gemm_shapes.h"
+#include "cuda/host_device.h"
 #include "ops.h"
 
 #ifndef MOE_KERNELS_CUDA_ARCH_LIST
@@ -45,8 +47,33 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " Tensor? down_scaling, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
       " bool[] needs) -> Tensor[]");
   m.def(
+      "tile_maps(Tensor segment_offsets, int num_rows, int[] blocks, int[] groups) -> Tensor[]");
+  m.def(
       "combine(Tensor rows, Tensor inv_perm, Tensor num_rows, Tensor? weights, int num_tokens)"
       " -> Tensor out");
+  m.def(
+      "project(Tensor(a!) out, Tensor left, Tensor matrix, Tensor perm, Tensor tiles, int num_base,"
+      " int experts, int top_k, bool by_token, bool rank_first) -> ()");
+  m.def(
+      "outer(Tensor left, Tensor right, Tensor perm, Tensor tiles, Tensor groups, Tensor factors,"
+      " Tensor? weights, int chunk, int top_k, bool transposed, bool left_by_token,"
+      " bool right_by_token) -> Tensor out");
+  m.def(
+      "add_low_rank(Tensor(a!) out, Tensor u, Tensor v, Tensor scaling, Tensor perm, Tensor tiles,"
+      " bool rank_last) -> ()");
+  m.def(
+      "gate_up(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
+      " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m, bool save)"
+      " -> (Tensor pre_act, Tensor act)");
+  m.def(
+      "product(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
+      " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m,"
+      " bool transposed) -> Tensor out");
+  m.def(
+      "act_backward(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
+      " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m, Tensor weights,"
+      " Tensor pre_act, bool act_of_adapted, bool act_of_added)"
+      " -> (Tensor d_pre, Tensor act, Tensor dots)");
   m.def(
       "lora_linear_forward(Tensor(a!) out, Tensor hidden_states, Tensor perm,"
       " Tensor segment_offsets, Tensor lora_A, Tensor lora_B, Tensor scaling,"
@@ -66,10 +93,29 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("lora_linear_backward", &moe_kernels::cpu::lora_linear_backward);
 }
 
+TORCH_LIBRARY_IMPL(moe_kernels_native, Meta, m) {
+  m.impl("dispatch", &moe_kernels::outputs::dispatch);
+  m.impl("tile_maps", &moe_kernels::outputs::tile_maps);
+  m.impl("combine", &moe_kernels::outputs::combine);
+  m.impl("project", &moe_kernels::outputs::project);
+  m.impl("outer", &moe_kernels::outputs::outer);
+  m.impl("add_low_rank", &moe_kernels::outputs::add_low_rank);
+  m.impl("gate_up", &moe_kernels::outputs::gate_up);
+  m.impl("product", &moe_kernels::outputs::product);
+  m.impl("act_backward", &moe_kernels::outputs::act_backward);
+}
+
 #ifdef MOE_KERNELS_WITH_CUDA
 TORCH_LIBRARY_IMPL(moe_kernels_native, CUDA, m) {
   m.impl("dispatch", &moe_kernels::cuda::dispatch);
+  m.impl("tile_maps", &moe_kernels::cuda::tile_maps);
   m.impl("combine", &moe_kernels::cuda::combine);
+  m.impl("project", &moe_kernels::cuda::project);
+  m.impl("outer", &moe_kernels::cuda::outer);
+  m.impl("add_low_rank", &moe_kernels::cuda::add_low_rank);
+  m.impl("gate_up", &moe_kernels::cuda::gate_up);
+  m.impl("product", &moe_kernels::cuda::product);
+  m.impl("act_backward", &moe_kernels::cuda::act_backward);
 }
 #endif
 
@@ -96,7 +142,10 @@ double fresh_value() { return moe_kernels::cpu::empty({1}, at::kFloat).item<doub
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("MAX_DISPATCH_KEYS") = moe_kernels::cuda::kMaxKeys;
   m.doc() = "Native ops of moe_kernels; loading it registers torch.ops.moe_kernels_native.";
+  m.def("expert_gemm_block_m", &moe_kernels::cuda::expert_gemm_block_m, py::arg("num_rows"),
+        py::arg("num_experts"));
   m.def("build_info", &build_info);
   m.def("cpu_features", &moe_kernels::cpu::cpu_features);
   m.def("prefer_brgemm", &moe_kernels::cpu::prefer_brgemm, py::arg("on"));

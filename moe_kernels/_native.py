@@ -73,6 +73,33 @@ def why_not() -> str | None:
     return _load()[1]
 
 
+def has_cuda_kernel(op: str) -> bool:
+    """Whether the native op of this name can be called on CUDA tensors."""
+    return is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"moe_kernels_native::{op}", "CUDA"
+    )
+
+
+def why_no_cuda() -> str | None:
+    """None where the extension has CUDA kernels, else the reason."""
+    if reason := why_not():
+        return f"the extension is missing: {reason}"
+    if has_cuda_kernel("dispatch"):
+        return None
+    reason = _note().get("no_cuda") or "the build left no note of why"
+    return f"the extension was built without CUDA kernels ({reason})"
+
+
+def max_dispatch_keys() -> int:
+    """Pairs of an expert and a modality must be fewer than this in the CUDA dispatch."""
+    return _load()[0].MAX_DISPATCH_KEYS
+
+
+def expert_block(num_rows: int, num_experts: int) -> int:
+    """Rows of a tile of the CUDA products of the experts."""
+    return _load()[0].expert_gemm_block_m(num_rows, num_experts)
+
+
 def ops():
     """``torch.ops.moe_kernels_native``; RuntimeError with the reason where it is not there."""
     extension, reason = _load()

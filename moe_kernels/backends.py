@@ -15,13 +15,16 @@ from moe_kernels import _native, env
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-# What `backend=None` tries, best first, for tensors on a device type. Triton's kernels have not run
-# on a GPU yet: they must be named.
+# What `backend=None` tries, best first, for tensors on a device type. Neither Triton's kernels nor
+# those in CUDA have run on a GPU yet: they must be named.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
 
-_MODULES = {"reference": "reference", "cpu": "native_impl", "triton": "triton_impl"}
-
-_NO_KERNELS = "this version has no {} kernels yet"
+_MODULES = {
+    "reference": "reference",
+    "cpu": "native_impl",
+    "triton": "triton_impl",
+    "cuda": "cuda_impl",
+}
 
 # Found once: a search of the path at every call would cost more than a small layer.
 _HAS_TRITON = find_spec("triton") is not None
@@ -38,7 +41,7 @@ def _why_not(name: str) -> str | None:
         return _native.why_not()
     if name == "triton":
         return _why_no_triton()
-    return _NO_KERNELS.format("CUDA") if name == "cuda" else None
+    return _why_no_cuda() if name == "cuda" else None
 
 
 # A compiled program takes the answer as it was, and could not find it out itself. This is all
@@ -52,6 +55,16 @@ def _why_no_triton() -> str | None:
     if triton_is_interpreted() or torch.cuda.is_available():
         return None
     return "no CUDA device (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
+
+
+def _why_no_cuda() -> str | None:
+    if reason := _native.why_no_cuda():
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not _HAS_TRITON:
+        return "triton is not installed, whose kernels do what those of the extension do not"
+    return None
 
 
 def triton_is_interpreted() -> bool:
@@ -82,8 +95,9 @@ def select(backend: str | None, device: torch.device) -> str:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' needs tensors on the CPU, got {device}")
-    if backend == "triton" and device.type != "cuda" and not triton_is_interpreted():
-        raise RuntimeError(f"backend 'triton' needs tensors on a CUDA device, got {device}")
+    anywhere = backend == "triton" and triton_is_interpreted()
+    if backend in ("triton", "cuda") and device.type != "cuda" and not anywhere:
+        raise RuntimeError(f"backend {backend!r} needs tensors on a CUDA device, got {device}")
     return backend
 
 

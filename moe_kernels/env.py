@@ -6,7 +6,7 @@ says so.
 ``MOE_KERNELS_CHECK=1``
     Check values (ids in range) on CUDA too, at the price of a synchronisation.
 ``MOE_KERNELS_POISON=1``
-    Fill memory that native ops allocate with NaN, so that an unwritten element shows.
+    Fill memory that native ops allocate on the CPU with NaN, so that an unwritten element shows.
 ``MOE_KERNELS_BRGEMM=1``
     Multiply bf16 through PyTorch's brgemm on a CPU with AVX-512 bf16, whether it has AMX or not; 0:
     never. Read once, when the native extension is loaded.

@@ -19,6 +19,19 @@ _DISTRIBUTIONS = {
     "POT": "POT",
 }
 
+# What a layer is made of -> the native op that does it under backend "cuda".
+_CUDA_OPS = {
+    "dispatch": "dispatch",
+    "tile maps": "tile_maps",
+    "x A^T and dy B": "project",
+    "dA, dB and added experts' dW": "outer",
+    "gate and up, with SwiGLU": "gate_up",
+    "down, and d(hidden_states)": "product",
+    "d(pre-activation)": "act_backward",
+    "combine": "combine",
+    "lora_linear's u B^T": "add_low_rank",
+}
+
 
 def _version(distribution: str) -> str | None:
     try:
@@ -35,6 +48,15 @@ def _devices() -> list[str]:
     return names
 
 
+def _cuda_ops() -> dict[str, str]:
+    """Whose kernels the backend "cuda" runs; none of them has run on a GPU yet."""
+    return {
+        name: ("CUDA" if _native.has_cuda_kernel(op) else "Triton")
+        + " (experimental: not yet run on a GPU)"
+        for name, op in _CUDA_OPS.items()
+    }
+
+
 def collect() -> dict:
     """All that the command prints, as plain data."""
     versions = {name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()}
@@ -43,6 +65,7 @@ def collect() -> dict:
         | versions,
         "build": _native.build_info() or {"extension": _native.why_not()},
         "backends": {name: reason or "ok" for name, reason in backends.available().items()},
+        "backend cuda": _cuda_ops() if _native.why_no_cuda() is None else {},
         "devices": _devices(),
         "threads": torch.get_num_threads(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
@@ -52,13 +75,13 @@ def collect() -> dict:
 def _lines(data: Mapping) -> list[str]:
     lines = []
     for key, value in data.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             lines.append(f"{key}:")
             lines += [f"  {line}" for line in _lines(value)]
         elif isinstance(value, list):
             lines.append(f"{key}: {', '.join(value) or 'none'}")
         else:
-            lines.append(f"{key}: {'none' if value in (None, '') else value}")
+            lines.append(f"{key}: {'none' if value in (None, '', {}) else value}")
     return lines
 
 

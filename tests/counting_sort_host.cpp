@@ -1,8 +1,10 @@
-// The index arithmetic of the CUDA dispatch on the host: blocks and warps one after the other, each
-// phase by one thread. Only the ranking inside a warp is written anew here, as a loop.
+// The index arithmetic of the CUDA dispatch and tile maps on the host: blocks and warps one after the
+// other, each phase by one thread. Only the ranking inside a warp is written anew here, as a loop.
 #include "../csrc/cuda/counting_sort.h"
 
 #include <vector>
+
+#include "../csrc/cuda/tiles.h"
 
 using namespace moe_kernels::cuda;
 
@@ -16,31 +18,34 @@ void exclusive_scan(std::vector<int>& values, int size, int num_threads) {
   for (int t = 0; t < num_threads; ++t) scan_part(values.data(), size, before[t], t, num_threads);
 }
 
-void make_tiles(const Sort& sort, const TileMap& map, const std::vector<int>& starts,
-                int num_threads, int64_t* out) {
-  std::vector<int> tiles(map.num_groups(sort) + 1);
-  for (int t = 0; t < num_threads; ++t) {
-    count_tiles(sort, map, starts.data(), t, num_threads, tiles.data());
-  }
-  exclusive_scan(tiles, map.num_groups(sort), num_threads);
-  for (int t = 0; t < num_threads; ++t) {
-    write_tiles(sort, map, starts.data(), tiles.data(), t, num_threads, out);
-  }
-}
-
 }  // namespace
 
-extern "C" int num_tiles(int num_rows, int num_experts, int num_modalities, int block_m,
-                         int num_base, int adapted) {
-  const Sort sort = make_sort(nullptr, nullptr, num_rows, 1, num_experts, num_modalities);
-  return TileMap{block_m, num_base, adapted != 0}.num_tiles(sort);
+extern "C" int num_tiles(int num_rows, int num_groups, int block) {
+  return static_cast<int>(most_tiles(num_rows, num_groups, block));
+}
+
+extern "C" void run_tile_map(const int64_t* segment_offsets, int num_segments, int num_rows,
+                             int block, int num, int period, int stride, int offset, int width,
+                             int num_threads, int64_t* tiles, int64_t* rows) {
+  const Groups groups{num, period, stride, offset, width};
+  const TileMap map{groups, block, num_tiles(num_rows, num, block), tiles, rows};
+  const TileMaps given{segment_offsets, num_segments, num_rows, 1, {map}};
+  std::vector<int> first_tiles(num), slots(num);
+  for (int t = 0; t < num_threads; ++t) {
+    count_tiles(given, map, t, num_threads, first_tiles.data(), slots.data());
+  }
+  exclusive_scan(first_tiles, num, num_threads);
+  exclusive_scan(slots, num, num_threads);
+  for (int t = 0; t < num_threads; ++t) {
+    write_tiles(given, map, first_tiles.data(), t, num_threads);
+    write_groups(given, map, slots.data(), t, num_threads);
+  }
 }
 
 extern "C" int run(const int64_t* topk_ids, const int64_t* modality_ids, int num_rows, int top_k,
-                   int num_experts, int num_modalities, int block_m, int num_base, int num_threads,
-                   int64_t* perm, int64_t* inv_perm, int64_t* tokens_per_expert,
-                   int64_t* expert_offsets, int64_t* segment_offsets, int64_t* expert_tiles,
-                   int64_t* adapted_tiles) {
+                   int num_experts, int num_modalities, int num_threads, int64_t* perm,
+                   int64_t* inv_perm, int64_t* tokens_per_expert, int64_t* expert_offsets,
+                   int64_t* segment_offsets) {
   const Sort sort =
       make_sort(topk_ids, modality_ids, num_rows, top_k, num_experts, num_modalities);
   const int num_keys = sort.num_keys();
@@ -75,8 +80,6 @@ extern "C" int run(const int64_t* topk_ids, const int64_t* modality_ids, int num
       write_offsets(sort, starts.data(), t, num_threads, segment_offsets, expert_offsets,
                     tokens_per_expert);
     }
-    make_tiles(sort, {block_m, num_base, false}, starts, num_threads, expert_tiles);
-    make_tiles(sort, {block_m, num_base, true}, starts, num_threads, adapted_tiles);
   }
   return sort.num_blocks;
 }

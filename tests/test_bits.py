@@ -17,7 +17,7 @@ from moe_kernels.testing import (
     working_backends,
 )
 
-WORKING = working_backends("cpu")
+WORKING = working_backends()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 BACKENDS = pytest.mark.parametrize("backend", WORKING)
 

@@ -26,7 +26,8 @@ used = False
 if _native.is_available():
     perm, *_ = _native.ops().dispatch(torch.tensor([[1], [0]]), 2, None, 0)
     used = perm.tolist() == [1, 0]
-print(json.dumps({"file": _native.__file__, "why_not": _native.why_not(), "used": used}))
+reasons = {"why_not": _native.why_not(), "why_no_cuda": _native.why_no_cuda()}
+print(json.dumps({"file": _native.__file__, "used": used, **reasons}))
 """
 
 
@@ -53,18 +54,57 @@ def test_an_unclear_build_flag_is_an_error(setup_module, monkeypatch):
         setup_module.flag("MOE_KERNELS_SKIP_CPP")
 
 
-def test_why_no_cuda(setup_module, monkeypatch, tmp_path):
-    monkeypatch.delenv("MOE_KERNELS_SKIP_CUDA", raising=False)
-    sources = ["csrc/cuda/kernel.cu"]
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-    toolkit = str(tmp_path)
-    assert setup_module.why_no_cuda(toolkit, "13.0", sources) is None
-    assert "no CUDA kernels" in setup_module.why_no_cuda(toolkit, "13.0", [])
-    assert "without CUDA" in setup_module.why_no_cuda(toolkit, None, sources)
-    assert "nvcc was not found" in setup_module.why_no_cuda(None, "13.0", sources)
+@pytest.fixture
+def toolkit(monkeypatch, tmp_path):
+    """A CUDA toolkit whose nvcc says that it is 13.0, and nothing in the environment."""
+    for name in ("MOE_KERNELS_SKIP_CUDA", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "cuda"
+    for folder in ("bin", "include"):
+        (home / folder).mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88"\n'
+        f'[ "$1" = --dryrun ] && echo "#$ TOP={home}/bin/.." >&2\n'
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+def test_why_no_cuda(setup_module, monkeypatch, toolkit):
+    assert setup_module.why_no_cuda(toolkit, "13.0") is None
+    assert setup_module.why_no_cuda(toolkit, "13.2") is None
+    assert "without CUDA" in setup_module.why_no_cuda(toolkit, None)
+    assert "nvcc was not found" in setup_module.why_no_cuda(None, "13.0")
+    assert "nvcc was not found" in setup_module.why_no_cuda(toolkit / "include", "13.0")
+    other = setup_module.why_no_cuda(toolkit, "12.8")
+    assert f"at {toolkit} is 13.0, and the installed torch is built for CUDA 12.8" in other
+    assert "major versions must agree" in other
+    (toolkit / "bin" / "nvcc").write_text("")
+    assert "does not say its version" in setup_module.why_no_cuda(toolkit, "13.0")
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    assert "has nvcc but no headers" in setup_module.why_no_cuda(toolkit, "13.0")
     monkeypatch.setenv("MOE_KERNELS_SKIP_CUDA", "1")
-    assert "SKIP_CUDA" in setup_module.why_no_cuda(toolkit, "13.0", sources)
+    assert "SKIP_CUDA" in setup_module.why_no_cuda(toolkit, "13.0")
+
+
+def test_the_cuda_toolkit_is_found(setup_module, monkeypatch, toolkit, tmp_path):
+    """By a script on the path, or named; a name wins."""
+    script = tmp_path / "path" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:/bin:/usr/bin")
+    assert setup_module.cuda_home() == toolkit
+    monkeypatch.setenv("CUDA_HOME", "/somewhere/else")
+    assert setup_module.cuda_home() == Path("/somewhere/else")
+
+
+def test_architectures_are_those_that_nvcc_knows(setup_module):
+    """The portable PTX is of an architecture without an "a": others it would not run on."""
+    assert setup_module.default_arch_list((13, 0)) == "8.0;9.0a;10.0+PTX"
+    assert setup_module.default_arch_list((12, 6)) == "8.0+PTX;9.0a"
 
 
 def test_compiler_is_found_or_not(setup_module, monkeypatch):
@@ -97,16 +137,17 @@ def building(setup_module, monkeypatch):
         monkeypatch.delenv(f"MOE_KERNELS_{name}", raising=False)
     monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
     monkeypatch.setattr(setup_module, "why_no_build", lambda: None)
+    monkeypatch.setenv("CUDA_HOME", "/a/toolkit")
     monkeypatch.setattr(setup_module, "why_no_cuda", lambda *found: None)
     monkeypatch.setattr(setup_module, "extension", lambda cuda: cuda)
     return setup_module
 
 
 def test_what_is_built(building, monkeypatch, capsys):
-    assert building.decide()["ext_modules"] == [False]
-    assert "no CUDA kernels: no backend uses them yet" in capsys.readouterr().err
+    assert building.decide()["ext_modules"] == [Path("/a/toolkit")]
+    assert "the CUDA kernels (/a/toolkit)" in capsys.readouterr().err
     monkeypatch.setattr(building, "why_no_cuda", lambda *found: "there is no nvcc")
-    assert building.decide()["ext_modules"] == [False]
+    assert building.decide()["ext_modules"] == [None]
     assert "no CUDA kernels: there is no nvcc" in capsys.readouterr().err
     monkeypatch.setattr(building, "why_no_build", lambda: "there is no Python.h")
     assert building.decide() == {}
@@ -122,7 +163,7 @@ def test_skip_cpp_builds_nothing(building, monkeypatch, capsys):
 @pytest.mark.parametrize("what", ["why_no_build", "why_no_cuda"])
 def test_force_cuda_fails_with_the_reason(building, monkeypatch, what):
     monkeypatch.setenv("MOE_KERNELS_FORCE_CUDA", "1")
-    assert building.decide()["ext_modules"] == [True]
+    assert building.decide()["ext_modules"] == [Path("/a/toolkit")]
     monkeypatch.setattr(building, what, lambda *found: "this is missing")
     with pytest.raises(SystemExit, match="FORCE_CUDA is set, but this is missing"):
         building.decide()
@@ -139,7 +180,7 @@ def test_contradicting_flags_are_an_error(building, monkeypatch, other):
 @pytest.mark.parametrize("openmp", [True, False])
 def test_openmp_is_used_where_the_compiler_has_it(setup_module, monkeypatch, capsys, openmp):
     monkeypatch.setattr(setup_module, "compiles", lambda source, flags: openmp)
-    extension = setup_module.extension(cuda=False)
+    extension = setup_module.extension(cuda=None)
     macros = dict(extension.define_macros)
     for flags in (
         extension.extra_compile_args["cxx"],
@@ -318,6 +359,9 @@ def test_install_from_the_source_tree(source, python, editable):
     found = report(python)
     assert found["why_not"] is None and found["used"]
     assert found["file"].startswith(str(source)) is editable
+    if torch.version.cuda is None:
+        reason = "built without CUDA kernels (the installed torch is built without CUDA)"
+        assert reason in found["why_no_cuda"]
 
 
 @pytest.mark.slow

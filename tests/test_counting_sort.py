@@ -1,4 +1,4 @@
-"""The index arithmetic of the CUDA dispatch, run on the host, against the reference."""
+"""The index arithmetic of the CUDA dispatch and tile maps, run on the host."""
 
 import ctypes
 import os
@@ -42,37 +42,12 @@ def ids(num_tokens, top_k, num_experts, num_modalities, *, skew, generator):
     return experts, modalities
 
 
-def run_on_host(library, experts, modalities, num_experts, num_modalities, block_m, threads):
-    """The fields of Dispatch, then both tile maps; NaN-like values where nothing was written."""
-    rows = experts.numel()
-
-    def empty(*size):
-        return torch.full(size, -(2**40))
-
-    counts = [
-        library.num_tiles(rows, num_experts, num_modalities, block_m, num_experts, adapted)
-        for adapted in (0, 1)
-    ]
-    out = [
-        empty(rows), empty(rows), empty(num_experts), empty(num_experts + 1),
-        empty(num_experts * (num_modalities + 1) + 1), *(empty(3, count) for count in counts),
-    ]  # fmt: skip
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in out]
-    blocks = library.run(
-        ctypes.c_void_p(experts.data_ptr()),
-        None if modalities is None else ctypes.c_void_p(modalities.data_ptr()),
-        rows, experts.shape[1], num_experts, num_modalities, block_m, num_experts, threads,
-        *pointers,
-    )  # fmt: skip
-    return out, blocks
+def unwritten(*size):
+    return torch.full(size, -(2**40))
 
 
-def expected_tiles(bounds, block_m):
-    return [
-        (group, start, min(start + block_m, end))
-        for group, (first, end) in enumerate(bounds)
-        for start in range(first, end, block_m)
-    ]
+def pointer(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 CASES = [
@@ -91,25 +66,54 @@ def test_it_sorts_as_the_reference(
     experts, modalities = ids(
         tokens, top_k, num_experts, num_modalities, skew=skew, generator=generator
     )
-    block_m = [16, 64, 128][tokens % 3]
-    (*fields, expert_tiles, adapted_tiles), blocks = run_on_host(
-        library, experts, modalities, num_experts, num_modalities, block_m, threads
-    )
-    assert blocks <= 128 and (tokens * top_k <= 256) == (blocks == 1)
     expected = reference.dispatch(experts, num_experts, modalities, num_modalities)
+    fields = [unwritten(*field.shape) for field in expected]
+    blocks = library.run(
+        pointer(experts), pointer(modalities), experts.numel(), top_k, num_experts, num_modalities,
+        threads, *map(pointer, fields),
+    )  # fmt: skip
+    assert blocks <= 128 and (tokens * top_k <= 256) == (blocks == 1)
     for actual, wanted in zip(fields, expected, strict=True):
         assert torch.equal(actual, wanted)
 
-    segments = expected[-1].tolist()
-    groups = num_modalities + 1
-    offsets = [*segments[::groups], experts.numel()]
-    of_experts = list(zip(offsets, offsets[1:], strict=False))
-    of_pairs = [
-        (segments[expert * groups + m], segments[expert * groups + m + 1])
-        for m in range(1, groups)
-        for expert in range(num_experts)
+
+@pytest.mark.parametrize("threads", [1, 7, 256])
+@pytest.mark.parametrize("block", [1, 16, 300, 2**30])
+@pytest.mark.parametrize("kind", ["experts", "adapters", "added experts"])
+def test_tile_maps(library, kind, block, threads):
+    """In the same order and with the same padding as Triton's: see test_tile_maps there."""
+    generator = torch.Generator().manual_seed(threads)
+    base, extra, modalities, padding = 5, 2, 3, 11
+    segments = modalities + 1
+    counts = torch.randint(0, 40, ((base + extra) * segments,), generator=generator)
+    counts *= torch.rand(counts.shape, generator=generator) < 0.7
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    num_rows = int(offsets[-1]) + padding
+    of_experts = [*offsets[::segments].tolist(), num_rows]
+    of_experts = list(zip(of_experts, of_experts[1:], strict=False))
+    pairs = [e * segments + m for m in range(1, segments) for e in range(base)]
+    bounds, groups = {
+        "experts": (of_experts, (len(of_experts), len(of_experts), segments, 0, segments)),
+        "adapters": (
+            [offsets[i : i + 2].tolist() for i in pairs], (len(pairs), base, segments, 1, 1)
+        ),
+        "added experts": (
+            of_experts[base:-1], (extra, extra, segments, base * segments, segments)
+        ),
+    }[kind]  # fmt: skip
+    tiles = unwritten(3, library.num_tiles(num_rows, len(bounds), block))
+    rows = unwritten(3, len(bounds))
+    library.run_tile_map(
+        pointer(offsets), offsets.numel() - 1, num_rows, block, *groups, threads, pointer(tiles),
+        pointer(rows),
+    )  # fmt: skip
+    there = [
+        [group, first, min(first + block, end)]
+        for group, (begin, end) in enumerate(bounds)
+        for first in range(begin, end, block)
     ]
-    for tiles, bounds in ((expert_tiles, of_experts), (adapted_tiles, of_pairs)):
-        there = [tuple(tile) for tile in tiles.T.tolist() if tile[1] < tile[2]]
-        assert there == expected_tiles(bounds, block_m)
-        assert (tiles[1] >= 0).all() and (tiles[1] <= tiles[2]).all()
+    assert tiles.T.tolist() == there + [[0, 0, 0]] * (tiles.shape[1] - len(there))
+    several = [-(-(end - begin) // block) for begin, end in bounds]
+    several = [count if count > 1 else 0 for count in several]
+    slots = [sum(several[:group]) for group in range(len(bounds))]
+    assert rows.T.tolist() == [[*b, slot] for b, slot in zip(bounds, slots, strict=True)]

@@ -8,7 +8,7 @@ import torch
 from moe_kernels import ops
 from moe_kernels.testing import make_modality_ids, make_routing, working_backends
 
-WORKING = working_backends("cpu")
+WORKING = working_backends()
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
 )
@@ -96,14 +96,15 @@ def test_bad_input_is_refused(backend, ids, options, error, message):
 
 
 @NEEDS_CUDA
+@pytest.mark.parametrize("backend", working_backends("cuda"))
 @pytest.mark.parametrize("routing", ["balanced", "zipf", "one_expert", "repeated"])
-def test_on_cuda(routing):
+def test_on_cuda(backend, routing):
     """The same order as on the CPU; there are no floats and no gradients to compare."""
     ids, _ = make_routing(300, 3, 6, kind=routing)
     modality = make_modality_ids(300, 2)
     expected = ops.dispatch(ids, 6, modality_ids=modality, num_modalities=2, backend="reference")
     actual = ops.dispatch(
-        ids.cuda(), 6, modality_ids=modality.cuda(), num_modalities=2, backend="reference"
+        ids.cuda(), 6, modality_ids=modality.cuda(), num_modalities=2, backend=backend
     )
     for field in dataclasses.fields(ops.Dispatch):
         on_cuda = getattr(actual, field.name)

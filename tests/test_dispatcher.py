@@ -13,7 +13,7 @@ from moe_kernels import ops
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import SHAPES, make_moe_inputs, working_backends
 
-WORKING = working_backends("cpu")
+WORKING = working_backends()
 pytestmark = [
     pytest.mark.parametrize("backend", WORKING),
     pytest.mark.parametrize("op", ["moe_mlp", "lora_linear"]),

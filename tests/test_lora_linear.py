@@ -5,9 +5,9 @@ import torch
 
 from moe_kernels import ops, testing
 from moe_kernels.ops import LoraWeights
-from moe_kernels.testing import make_modality_ids, working_backends
+from moe_kernels.testing import make_modality_ids
 
-WORKING = working_backends("cpu")
+WORKING = testing.working_backends()
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
 )
@@ -291,9 +291,10 @@ def test_bad_input_is_refused():
 
 
 @NEEDS_CUDA
+@pytest.mark.parametrize("backend", testing.working_backends("cuda"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("modality", ["mixed", "text", None])
-def test_on_cuda(dtype, modality):
+def test_on_cuda(backend, dtype, modality):
     x, weight, bias, lora, modality_ids = make(200, 128, 64, modality=modality)
     x, weight, bias = (to_and_back(t, dtype) for t in (x, weight, bias))
     lora = LoraWeights(*(to_and_back(t, torch.float32) for t in lora[:2]), lora.scaling)
@@ -302,7 +303,7 @@ def test_on_cuda(dtype, modality):
     expected = run(args, torch.float64, torch.float64, "reference", grad_out)
     cuda = (*(t.cuda() for t in args[:3]), LoraWeights(*(t.cuda() for t in lora)))
     cuda = (*cuda, None if modality_ids is None else modality_ids.cuda())
-    actual = run(cuda, dtype, torch.float32, "reference", grad_out.cuda())
+    actual = run(cuda, dtype, torch.float32, backend, grad_out.cuda())
     for tensor, wanted in zip(actual, expected, strict=True):
         assert tensor.is_cuda
         testing.assert_close(tensor.cpu(), wanted, dtype=dtype)

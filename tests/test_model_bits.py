@@ -12,7 +12,7 @@ from model_zoo import VOCAB, fill, make_model, randomise, token_ids
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.testing import working_backends
 
-WORKING = working_backends("cpu")
+WORKING = working_backends()
 NUM_IMAGE_TOKENS = 16
 SIZES = {
     "hidden_size": 512,

@@ -525,7 +525,7 @@ def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
 
 def test_refuses_what_it_does_not_compute():
     inputs = on_device(make_moe_inputs(SHAPES["tiny"]).to(torch.float64))
-    with pytest.raises(TypeError, match="'triton' computes in float32, bfloat16 or float16"):
+    with pytest.raises(TypeError, match="compute in float32, bfloat16 or float16, not float64"):
         call(inputs, "triton")
 
 

@@ -1,38 +1,11 @@
 // The weighted sum of each token's rows: reads every row once, 16 bytes a thread and access.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "combine.h"
+#include "device.h"
 
 namespace moe_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ float to_float(float value) { return value; }
-__device__ float to_float(__half value) { return __half2float(value); }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <typename T>
-__device__ T from_float(float value);
-template <>
-__device__ float from_float(float value) {
-  return value;
-}
-template <>
-__device__ __half from_float(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ __nv_bfloat16 from_float(float value) {
-  return __float2bfloat16_rn(value);
-}
-
-template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
 
 // Several tokens a block where rows are short: a thread has one vector of one token.
 template <typename T, typename W>
@@ -64,36 +37,33 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine given) {
 }
 
 template <typename T>
-void launch(const Combine& combine, Scalar weights, cudaStream_t stream) {
+cudaError_t launch_rows(const Combine& combine, Scalar weights, cudaStream_t stream) {
   const int64_t vectors = combine.num_tokens * (combine.width / Vector<T>::kSize);
   const auto blocks = static_cast<unsigned>((vectors + kThreads - 1) / kThreads);
   switch (weights) {
     case Scalar::kFloat:
-      return combine_kernel<T, float><<<blocks, kThreads, 0, stream>>>(combine);
+      return launch(combine_kernel<T, float>, blocks, kThreads, 0, stream, combine);
     case Scalar::kHalf:
-      return combine_kernel<T, __half><<<blocks, kThreads, 0, stream>>>(combine);
+      return launch(combine_kernel<T, __half>, blocks, kThreads, 0, stream, combine);
     case Scalar::kBFloat16:
-      return combine_kernel<T, __nv_bfloat16><<<blocks, kThreads, 0, stream>>>(combine);
+      return launch(combine_kernel<T, __nv_bfloat16>, blocks, kThreads, 0, stream, combine);
   }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 cudaError_t launch_combine(const Combine& combine, Scalar rows, Scalar weights,
                            cudaStream_t stream) {
-  if (combine.num_tokens == 0) return cudaSuccess;
   switch (rows) {
     case Scalar::kFloat:
-      launch<float>(combine, weights, stream);
-      break;
+      return launch_rows<float>(combine, weights, stream);
     case Scalar::kHalf:
-      launch<__half>(combine, weights, stream);
-      break;
+      return launch_rows<__half>(combine, weights, stream);
     case Scalar::kBFloat16:
-      launch<__nv_bfloat16>(combine, weights, stream);
-      break;
+      return launch_rows<__nv_bfloat16>(combine, weights, stream);
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace moe_kernels::cuda

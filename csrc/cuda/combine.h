@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace moe_kernels::cuda {
+#include "scalar.h"
 
-enum class Scalar { kFloat, kHalf, kBFloat16 };
+namespace moe_kernels::cuda {
 
 struct Combine {
   const void* rows;         // (T * K, width), sorted
@@ -20,9 +20,7 @@ struct Combine {
   int top_k;
 };
 
-// Elements of one access of 16 bytes: `width` must be a multiple of it, and rows aligned to it.
-constexpr int combine_vector(Scalar scalar) { return scalar == Scalar::kFloat ? 4 : 8; }
-
+// Rows must begin at, and have a length of, a multiple of 16 bytes. There must be an element.
 // out[t] = sum over k, in order, of weights[t, k] * the row of (t, k), in float32.
 cudaError_t launch_combine(const Combine& combine, Scalar rows, Scalar weights,
                            cudaStream_t stream);

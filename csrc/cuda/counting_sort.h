@@ -1,4 +1,4 @@
-// The stable counting sort of dispatch and its tile maps, as functions of a thread's number.
+// The stable counting sort of dispatch, as functions of a thread's number.
 //
 // Everything that computes an index is here, for the device and for the host: the kernels
 // (dispatch.cu) call each function from all threads of a block, with a barrier in between; a test
@@ -6,13 +6,7 @@
 // so that a row's place follows from the counts of the parts before it, whatever runs first.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define MOE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MOE_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace moe_kernels::cuda {
 
@@ -72,30 +66,6 @@ MOE_HOST_DEVICE void sum_blocks(const Sort& sort, const int* counts, int block, 
   }
 }
 
-// The part of `size` items that a thread scans, contiguous.
-MOE_HOST_DEVICE int scan_begin(int size, int thread, int num_threads) {
-  return static_cast<int>(static_cast<int64_t>(size) * thread / num_threads);
-}
-
-MOE_HOST_DEVICE int scan_sum(const int* values, int size, int thread, int num_threads) {
-  int sum = 0;
-  for (int i = scan_begin(size, thread, num_threads);
-       i < scan_begin(size, thread + 1, num_threads); ++i) {
-    sum += values[i];
-  }
-  return sum;
-}
-
-// values[i] becomes the sum of those before it, plus `before` of this thread's part.
-MOE_HOST_DEVICE void scan_part(int* values, int size, int before, int thread, int num_threads) {
-  for (int i = scan_begin(size, thread, num_threads);
-       i < scan_begin(size, thread + 1, num_threads); ++i) {
-    const int value = values[i];
-    values[i] = before;
-    before += value;
-  }
-}
-
 // Rows of a key in each warp become the place of the warp's first row of that key.
 MOE_HOST_DEVICE void place_warps(const Sort& sort, const int* starts, const int* before, int thread,
                                  int num_threads, int* of_warps) {
@@ -123,68 +93,6 @@ MOE_HOST_DEVICE void write_offsets(const Sort& sort, const int* starts, int thre
     if (expert < sort.num_experts) {
       tokens_per_expert[expert] = starts[(expert + 1) * sort.groups()] - first;
     }
-  }
-}
-
-// Which rows a tile map is over: experts and the tail after the last, or the pairs (modality,
-// expert) of the frozen experts, which have adapters.
-struct TileMap {
-  int block_m;
-  int num_base;  // frozen experts
-  bool adapted;
-
-  MOE_HOST_DEVICE int num_groups(const Sort& sort) const {
-    return adapted ? sort.num_modalities * num_base : sort.num_experts + 1;
-  }
-  MOE_HOST_DEVICE int num_tiles(const Sort& sort) const {
-    return num_groups(sort) == 0 ? 0 : sort.num_rows / block_m + num_groups(sort);
-  }
-  MOE_HOST_DEVICE int first(const Sort& sort, const int* starts, int group) const {
-    if (!adapted) return starts[group * sort.groups()];
-    return starts[group % num_base * sort.groups() + 1 + group / num_base];
-  }
-  MOE_HOST_DEVICE int end(const Sort& sort, const int* starts, int group) const {
-    if (!adapted) {
-      return group == sort.num_experts ? sort.num_rows : starts[(group + 1) * sort.groups()];
-    }
-    return starts[group % num_base * sort.groups() + 2 + group / num_base];
-  }
-  MOE_HOST_DEVICE int tiles_of(const Sort& sort, const int* starts, int group) const {
-    return (end(sort, starts, group) - first(sort, starts, group) + block_m - 1) / block_m;
-  }
-};
-
-// Tiles of each group, to be scanned.
-MOE_HOST_DEVICE void count_tiles(const Sort& sort, const TileMap& map, const int* starts, int thread,
-                                 int num_threads, int* tiles) {
-  for (int group = thread; group < map.num_groups(sort); group += num_threads) {
-    tiles[group] = map.tiles_of(sort, starts, group);
-  }
-}
-
-// The last group whose first tile is not after `tile`: those in between have none.
-MOE_HOST_DEVICE int group_of_tile(const int* first_tiles, int num_groups, int tile) {
-  int low = 0, high = num_groups;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (first_tiles[middle] <= tile ? low : high) = middle;
-  }
-  return low;
-}
-
-// out (3, num_tiles): group, first row and end; a tile beyond the last has no rows.
-MOE_HOST_DEVICE void write_tiles(const Sort& sort, const TileMap& map, const int* starts,
-                                 const int* first_tiles, int thread, int num_threads, int64_t* out) {
-  const int num_tiles = map.num_tiles(sort);
-  for (int tile = thread; tile < num_tiles; tile += num_threads) {
-    const int group = group_of_tile(first_tiles, map.num_groups(sort), tile);
-    const int end = map.end(sort, starts, group);
-    int64_t first = map.first(sort, starts, group);
-    first += static_cast<int64_t>(tile - first_tiles[group]) * map.block_m;
-    if (first > end) first = end;
-    out[tile] = group;
-    out[num_tiles + tile] = first;
-    out[2 * num_tiles + tile] = first + map.block_m < end ? first + map.block_m : end;
   }
 }
 

@@ -1,7 +1,5 @@
 // dispatch on CUDA: two launches, no atomics on global memory, no wait for the host.
-#include <cub/block/block_scan.cuh>
-
-#include "counting_sort.h"
+#include "block_scan.h"
 #include "dispatch.h"
 
 namespace moe_kernels::cuda {
@@ -9,11 +7,9 @@ namespace {
 
 constexpr int kThreads = 32 * kWarpsOfSort;
 
-using BlockScan = cub::BlockScan<int, kThreads>;
-
 // Counts of each key in this block's rows. Additions of integers give the same sum in any order.
 __global__ void __launch_bounds__(kThreads) count_kernel(Sort sort, int* counts) {
-  extern __shared__ int of_key[];
+  auto* of_key = reinterpret_cast<int*>(shared_memory());
   for (int key = threadIdx.x; key < sort.num_keys(); key += kThreads) of_key[key] = 0;
   __syncthreads();
   const int end = sort.first_row(blockIdx.x + 1, 0);
@@ -24,15 +20,6 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Sort sort, int* counts)
   for (int key = threadIdx.x; key < sort.num_keys(); key += kThreads) {
     counts[blockIdx.x * sort.num_keys() + key] = of_key[key];
   }
-}
-
-__device__ void exclusive_scan(int* values, int size, BlockScan::TempStorage& storage) {
-  __syncthreads();
-  int before;
-  BlockScan(storage).ExclusiveSum(scan_sum(values, size, threadIdx.x, kThreads), before);
-  __syncthreads();
-  scan_part(values, size, before, threadIdx.x, kThreads);
-  __syncthreads();
 }
 
 // The places of a warp's rows: those of equal keys in the order of the rows.
@@ -57,27 +44,16 @@ __device__ void place_rows(const Sort& sort, int* place_of_key, int64_t* perm, i
   }
 }
 
-__device__ void make_tiles(const Sort& sort, const TileMap& map, const int* starts, int* scratch,
-                           BlockScan::TempStorage& storage, int64_t* out) {
-  if (out == nullptr) return;
-  count_tiles(sort, map, starts, threadIdx.x, kThreads, scratch);
-  exclusive_scan(scratch, map.num_groups(sort), storage);
-  write_tiles(sort, map, starts, scratch, blockIdx.x * kThreads + threadIdx.x,
-              gridDim.x * kThreads, out);
-  __syncthreads();
-}
-
 __global__ void __launch_bounds__(kThreads)
-    place_kernel(Sort sort, const int* counts, DispatchOut out, TileMap experts, TileMap adapted) {
-  extern __shared__ int shared[];
-  __shared__ BlockScan::TempStorage storage;
+    place_kernel(Sort sort, const int* counts, DispatchOut out) {
   const int num_keys = sort.num_keys();
-  int* starts = shared;                   // of each key
-  int* before = starts + num_keys;        // rows of a key in earlier blocks; then scratch
-  int* of_warps = before + num_keys + 1;  // rows of a key in each warp, then their places
+  auto* starts = reinterpret_cast<int*>(shared_memory());  // of each key
+  int* before = starts + num_keys;                         // rows of a key in earlier blocks
+  int* of_warps = before + num_keys;  // rows of a key in each warp, then their places
+  int* scratch = of_warps + kWarpsOfSort * num_keys;
   for (int i = threadIdx.x; i < kWarpsOfSort * num_keys; i += kThreads) of_warps[i] = 0;
   sum_blocks(sort, counts, blockIdx.x, threadIdx.x, kThreads, before, starts);
-  exclusive_scan(starts, num_keys, storage);
+  exclusive_scan<kThreads>(starts, num_keys, scratch);
 
   const int warp = threadIdx.x / 32, end = sort.first_row(blockIdx.x, warp + 1);
   for (int row = sort.first_row(blockIdx.x, warp) + threadIdx.x % 32; row < end; row += 32) {
@@ -92,27 +68,18 @@ __global__ void __launch_bounds__(kThreads)
     write_offsets(sort, starts, threadIdx.x, kThreads, out.segment_offsets, out.expert_offsets,
                   out.tokens_per_expert);
   }
-  make_tiles(sort, experts, starts, before, storage, out.expert_tiles);
-  make_tiles(sort, adapted, starts, before, storage, out.adapted_tiles);
 }
 
 }  // namespace
 
-size_t dispatch_shared_bytes(const Sort& sort) {
-  return sizeof(int) * ((2 + kWarpsOfSort) * static_cast<size_t>(sort.num_keys()) + 1);
-}
-
 cudaError_t launch_dispatch(const Sort& sort, int* counts, const DispatchOut& out,
-                            const TileMap& experts, const TileMap& adapted, cudaStream_t stream) {
-  const size_t bytes = dispatch_shared_bytes(sort);
-  if (bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        place_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) return error;
-  }
-  count_kernel<<<sort.num_blocks, kThreads, sizeof(int) * sort.num_keys(), stream>>>(sort, counts);
-  place_kernel<<<sort.num_blocks, kThreads, bytes, stream>>>(sort, counts, out, experts, adapted);
-  return cudaGetLastError();
+                            cudaStream_t stream) {
+  const size_t keys = sort.num_keys();
+  const cudaError_t error =
+      launch(count_kernel, sort.num_blocks, kThreads, sizeof(int) * keys, stream, sort, counts);
+  if (error != cudaSuccess) return error;
+  const size_t bytes = sizeof(int) * ((2 + kWarpsOfSort) * keys + kWarpsOfSort);
+  return launch(place_kernel, sort.num_blocks, kThreads, bytes, stream, sort, counts, out);
 }
 
 }  // namespace moe_kernels::cuda

@@ -13,15 +13,10 @@ struct DispatchOut {
   int64_t* tokens_per_expert;  // (E)
   int64_t* expert_offsets;     // (E + 1)
   int64_t* segment_offsets;    // (E * (M + 1) + 1)
-  int64_t* expert_tiles;       // (3, tiles), or null
-  int64_t* adapted_tiles;      // (3, tiles), or null
 };
-
-// Shared memory of the second launch.
-size_t dispatch_shared_bytes(const Sort& sort);
 
 // `counts` is scratch: sort.num_blocks * sort.num_keys() ints.
 cudaError_t launch_dispatch(const Sort& sort, int* counts, const DispatchOut& out,
-                            const TileMap& experts, const TileMap& adapted, cudaStream_t stream);
+                            cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

@@ -1,32 +1,70 @@
-// The CUDA kernels as ops: checks, outputs, streams. Only here do torch and CUDA meet.
+// The CUDA kernels as ops: launches and streams. Only here do torch and CUDA meet. Checks and outputs
+// are csrc/outputs.cpp's: all tensors are contiguous, and on one device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <limits>
-
-#include "../checks.h"
 #include "../ops.h"
+#include "add_low_rank.h"
 #include "combine.h"
 #include "dispatch.h"
+#include "expert_gemm.h"
+#include "outer.h"
+#include "project.h"
+#include "tile_maps.h"
 
 namespace moe_kernels::cuda {
 namespace {
 
-Scalar scalar_of(const at::Tensor& tensor, const char* name) {
+Scalar scalar_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Scalar::kFloat;
     case at::kHalf:
       return Scalar::kHalf;
     case at::kBFloat16:
       return Scalar::kBFloat16;
     default:
-      TORCH_CHECK(false, name, " must be float32, float16 or bfloat16, is ", tensor.scalar_type());
+      return Scalar::kFloat;
   }
+}
+
+const void* pointer_of(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+Scalar scalar_of(const std::optional<at::Tensor>& tensor) {
+  return tensor ? scalar_of(*tensor) : Scalar::kFloat;
+}
+
+// What the products of the experts share; sizes are theirs.
+ExpertGemm expert_gemm(const at::Tensor& left, const at::Tensor& stack,
+                       const std::optional<at::Tensor>& extra, const at::Tensor& perm,
+                       const at::Tensor& tiles, const at::Tensor& segment_offsets,
+                       const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+                       const std::optional<at::Tensor>& scaling, int64_t size_n) {
+  const int64_t num_experts = stack.size(0) + (extra ? extra->size(0) : 0);
+  const int64_t rows = perm.numel(), tokens = left.size(0);
+  return {
+      .left = left.const_data_ptr(),
+      .stack = stack.const_data_ptr(),
+      .extra = pointer_of(extra),
+      .perm = perm.const_data_ptr<int64_t>(),
+      .tiles = tiles.const_data_ptr<int64_t>(),
+      .segments = segment_offsets.const_data_ptr<int64_t>(),
+      .u = pointer_of(u),
+      .v = pointer_of(v),
+      .scaling = scaling ? scaling->const_data_ptr<float>() : nullptr,
+      .num_tiles = static_cast<int>(tiles.size(1)),
+      .num_base = static_cast<int>(stack.size(0)),
+      .num_experts = static_cast<int>(num_experts),
+      .num_modalities = static_cast<int>((segment_offsets.numel() - 1) / num_experts) - 1,
+      .experts_of_v = v ? static_cast<int>(v->size(1)) : 1,
+      .rank = u ? static_cast<int>(u->size(1)) : 0,
+      .size_k = static_cast<int>(left.size(1)),
+      .size_n = static_cast<int>(size_n),
+      .top_k = tokens == 0 ? 1 : static_cast<int>(rows / tokens),
+  };
 }
 
 }  // namespace
@@ -34,72 +72,220 @@ Scalar scalar_of(const at::Tensor& tensor, const char* name) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities) {
-  check_layout(topk_ids, "topk_ids", at::kCUDA, at::kLong, {-1, -1});
-  if (modality_ids) {
-    check_layout(*modality_ids, "modality_ids", at::kCUDA, at::kLong, {topk_ids.size(0)});
-    TORCH_CHECK(modality_ids->device() == topk_ids.device(), "modality_ids must be on ",
-                topk_ids.device(), ", is on ", modality_ids->device());
-  }
-  constexpr int64_t kMost = std::numeric_limits<int>::max();
-  TORCH_CHECK(num_experts >= 1 && num_modalities >= 0 && topk_ids.size(1) >= 1 &&
-                  topk_ids.numel() < kMost && num_experts < 1 << 16 && num_modalities < 1 << 14,
-              "dispatch takes at least one expert of each token, fewer than 2^31 rows, 2^16 experts "
-              "and 2^14 modalities");
   const c10::cuda::CUDAGuard guard(topk_ids.device());
+  const auto made = outputs::dispatch(topk_ids, num_experts, modality_ids, num_modalities);
+  const auto& [perm, inv_perm, tokens, experts, segments] = made;
+  TORCH_CHECK(segments.numel() <= kMaxKeys, "dispatch on CUDA takes fewer than ", kMaxKeys,
+              " pairs of an expert and a modality, there are ", segments.numel() - 1);
   const Sort sort = make_sort(topk_ids.const_data_ptr<int64_t>(),
                               modality_ids ? modality_ids->const_data_ptr<int64_t>() : nullptr,
                               static_cast<int>(topk_ids.numel()),
                               static_cast<int>(topk_ids.size(1)), static_cast<int>(num_experts),
                               static_cast<int>(num_modalities));
-  const auto options = topk_ids.options();
-  const at::Tensor perm = at::empty({topk_ids.numel()}, options), inv_perm = at::empty_like(perm);
-  const at::Tensor tokens = at::empty({num_experts}, options);
-  const at::Tensor experts = at::empty({num_experts + 1}, options);
-  const at::Tensor segments = at::empty({sort.num_segments() + 1}, options);
   const at::Tensor counts = at::empty({static_cast<int64_t>(sort.num_blocks) * sort.num_keys()},
-                                      options.dtype(at::kInt));
-  const DispatchOut out{perm.mutable_data_ptr<int64_t>(),     inv_perm.mutable_data_ptr<int64_t>(),
-                        tokens.mutable_data_ptr<int64_t>(),   experts.mutable_data_ptr<int64_t>(),
-                        segments.mutable_data_ptr<int64_t>(), nullptr,
-                        nullptr};
-  C10_CUDA_CHECK(launch_dispatch(sort, counts.mutable_data_ptr<int>(), out, {}, {},
+                                      topk_ids.options().dtype(at::kInt));
+  const DispatchOut out{
+      .perm = perm.mutable_data_ptr<int64_t>(),
+      .inv_perm = inv_perm.mutable_data_ptr<int64_t>(),
+      .tokens_per_expert = tokens.mutable_data_ptr<int64_t>(),
+      .expert_offsets = experts.mutable_data_ptr<int64_t>(),
+      .segment_offsets = segments.mutable_data_ptr<int64_t>(),
+  };
+  C10_CUDA_CHECK(launch_dispatch(sort, counts.mutable_data_ptr<int>(), out,
                                  c10::cuda::getCurrentCUDAStream()));
-  return {perm, inv_perm, tokens, experts, segments};
+  return made;
+}
+
+std::vector<at::Tensor> tile_maps(const at::Tensor& segment_offsets, int64_t num_rows,
+                                  at::IntArrayRef blocks, at::IntArrayRef groups) {
+  const c10::cuda::CUDAGuard guard(segment_offsets.device());
+  const auto made = outputs::tile_maps(segment_offsets, num_rows, blocks, groups);
+  TileMaps maps{
+      .segment_offsets = segment_offsets.const_data_ptr<int64_t>(),
+      .num_segments = static_cast<int>(segment_offsets.numel()) - 1,
+      .num_rows = static_cast<int>(num_rows),
+      .num_maps = 0,
+      .maps = {},
+  };
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (groups[5 * i] == 0) continue;
+    const auto number = [&](size_t k) { return static_cast<int>(groups[5 * i + k]); };
+    maps.maps[maps.num_maps++] = {
+        .groups = {number(0), number(1), number(2), number(3), number(4)},
+        .block = static_cast<int>(blocks[i]),
+        .num_tiles = static_cast<int>(made[2 * i].size(1)),
+        .tiles = made[2 * i].mutable_data_ptr<int64_t>(),
+        .rows = made[2 * i + 1].mutable_data_ptr<int64_t>(),
+    };
+  }
+  C10_CUDA_CHECK(launch_tile_maps(maps, c10::cuda::getCurrentCUDAStream()));
+  return made;
 }
 
 at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at::Tensor& num_rows,
                    const std::optional<at::Tensor>& weights, int64_t num_tokens) {
-  const Scalar scalar = scalar_of(rows, "rows");
-  check_layout(rows, "rows", at::kCUDA, rows.scalar_type(), {-1, -1});
-  check_layout(inv_perm, "inv_perm", at::kCUDA, at::kLong, {rows.size(0)});
-  check_layout(num_rows, "num_rows", at::kCUDA, at::kLong, {1});
-  TORCH_CHECK(num_tokens >= 0 && (num_tokens == 0 ? rows.size(0) == 0
-                                                  : rows.size(0) % num_tokens == 0),
-              "rows must be as many for each of ", num_tokens, " tokens, there are ", rows.size(0));
-  const int64_t top_k = num_tokens == 0 ? 1 : rows.size(0) / num_tokens;
-  if (weights) {
-    check_layout(*weights, "weights", at::kCUDA, weights->scalar_type(), {num_tokens, -1});
-    TORCH_CHECK(weights->numel() == rows.size(0), "weights must have an entry for each row");
-  }
-  const int64_t width = rows.size(1);
-  TORCH_CHECK(width % combine_vector(scalar) == 0 &&
-                  reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 &&
-                  width < std::numeric_limits<int>::max(),
-              "rows must be aligned to 16 bytes, each of them");
   const c10::cuda::CUDAGuard guard(rows.device());
-  const at::Tensor out = at::empty({num_tokens, width}, rows.options());
-  const Combine given{rows.const_data_ptr(),
-                      inv_perm.const_data_ptr<int64_t>(),
-                      num_rows.const_data_ptr<int64_t>(),
-                      weights ? weights->const_data_ptr() : nullptr,
-                      out.mutable_data_ptr(),
-                      num_tokens,
-                      static_cast<int>(width),
-                      static_cast<int>(top_k)};
-  C10_CUDA_CHECK(launch_combine(given, scalar,
-                                weights ? scalar_of(*weights, "weights") : Scalar::kFloat,
+  const at::Tensor out = outputs::combine(rows, inv_perm, num_rows, weights, num_tokens);
+  if (out.numel() == 0) return out;
+  const Combine given{
+      .rows = rows.const_data_ptr(),
+      .inv_perm = inv_perm.const_data_ptr<int64_t>(),
+      .num_rows = num_rows.const_data_ptr<int64_t>(),
+      .weights = pointer_of(weights),
+      .out = out.mutable_data_ptr(),
+      .num_tokens = num_tokens,
+      .width = static_cast<int>(rows.size(1)),
+      .top_k = static_cast<int>(rows.size(0) / num_tokens),
+  };
+  C10_CUDA_CHECK(launch_combine(given, scalar_of(rows),
+                                scalar_of(weights),
                                 c10::cuda::getCurrentCUDAStream()));
   return out;
+}
+
+void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
+             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_base, int64_t experts,
+             int64_t top_k, bool by_token, bool rank_first) {
+  const c10::cuda::CUDAGuard guard(left.device());
+  outputs::project(out, left, matrix, perm, tiles, num_base, experts, top_k, by_token, rank_first);
+  const Project given{
+      .left = left.const_data_ptr(),
+      .matrix = matrix.const_data_ptr(),
+      .perm = perm.const_data_ptr<int64_t>(),
+      .tiles = tiles.const_data_ptr<int64_t>(),
+      .out = out.mutable_data_ptr(),
+      .num_tiles = static_cast<int>(tiles.size(1)),
+      .num_base = static_cast<int>(num_base),
+      .experts_of_m = static_cast<int>(experts),
+      .size_k = static_cast<int>(left.size(1)),
+      .rank = static_cast<int>(out.size(1)),
+      .top_k = static_cast<int>(top_k),
+      .by_token = by_token,
+      .rank_first = rank_first,
+  };
+  C10_CUDA_CHECK(launch_project(given, scalar_of(left), scalar_of(matrix), scalar_of(out),
+                                c10::cuda::getCurrentCUDAStream()));
+}
+
+at::Tensor outer(const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
+                 const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
+                 const std::optional<at::Tensor>& weights, int64_t chunk, int64_t top_k,
+                 bool transposed, bool left_by_token, bool right_by_token) {
+  const c10::cuda::CUDAGuard guard(right.device());
+  const at::Tensor out = outputs::outer(left, right, perm, tiles, groups, factors, weights, chunk,
+                                        top_k, transposed, left_by_token, right_by_token);
+  if (out.numel() == 0) return out;
+  const int64_t rows = perm.numel(), slots = rows > chunk ? 2 * (rows / chunk) : 0;
+  const at::Tensor partial = at::empty({slots * out.stride(0)}, out.options());
+  const Outer given{
+      .left = left.const_data_ptr(),
+      .right = right.const_data_ptr(),
+      .perm = perm.const_data_ptr<int64_t>(),
+      .tiles = tiles.const_data_ptr<int64_t>(),
+      .groups = groups.const_data_ptr<int64_t>(),
+      .factors = factors.const_data_ptr<float>(),
+      .weights = pointer_of(weights),
+      .out = out.mutable_data_ptr<float>(),
+      .partial = partial.mutable_data_ptr<float>(),
+      .chunk = chunk,
+      .num_tiles = static_cast<int>(tiles.size(1)),
+      .num_groups = static_cast<int>(groups.size(1)),
+      .groups_of_factor = static_cast<int>(groups.size(1) / factors.numel()),
+      .height = static_cast<int>(left.size(1)),
+      .width = static_cast<int>(right.size(1)),
+      .top_k = static_cast<int>(top_k),
+      .transposed = transposed,
+      .left_by_token = left_by_token,
+      .right_by_token = right_by_token,
+  };
+  C10_CUDA_CHECK(launch_outer(given, scalar_of(left), scalar_of(right),
+                              scalar_of(weights),
+                              c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,
+                  const at::Tensor& scaling, const at::Tensor& perm, const at::Tensor& tiles,
+                  bool rank_last) {
+  const c10::cuda::CUDAGuard guard(out.device());
+  outputs::add_low_rank(out, u, v, scaling, perm, tiles, rank_last);
+  const AddLowRank given{
+      .u = u.const_data_ptr(),
+      .v = v.const_data_ptr(),
+      .scaling = scaling.const_data_ptr<float>(),
+      .perm = perm.const_data_ptr<int64_t>(),
+      .tiles = tiles.const_data_ptr<int64_t>(),
+      .out = out.mutable_data_ptr(),
+      .num_tiles = static_cast<int>(tiles.size(1)),
+      .rank = static_cast<int>(u.size(1)),
+      .width = static_cast<int>(out.size(1)),
+      .rank_last = rank_last,
+  };
+  C10_CUDA_CHECK(launch_add_low_rank(given, scalar_of(out), scalar_of(v),
+                                     c10::cuda::getCurrentCUDAStream()));
+}
+
+std::tuple<at::Tensor, at::Tensor> gate_up(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save) {
+  const c10::cuda::CUDAGuard guard(left.device());
+  const auto made = outputs::gate_up(left, stack, extra, perm, tiles, segment_offsets, u, v,
+                                     scaling, block_m, save);
+  const auto& [pre_act, act] = made;
+  const ExpertGemm gemm = expert_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v,
+                                      scaling, act.size(1));
+  C10_CUDA_CHECK(launch_gate_up(gemm, save ? pre_act.mutable_data_ptr() : nullptr,
+                                act.mutable_data_ptr(), scalar_of(left), scalar_of(v),
+                                static_cast<int>(block_m), c10::cuda::getCurrentCUDAStream()));
+  return made;
+}
+
+at::Tensor product(const at::Tensor& left, const at::Tensor& stack,
+                   const std::optional<at::Tensor>& extra, const at::Tensor& perm,
+                   const at::Tensor& tiles, const at::Tensor& segment_offsets,
+                   const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+                   const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed) {
+  const c10::cuda::CUDAGuard guard(left.device());
+  const at::Tensor out = outputs::product(left, stack, extra, perm, tiles, segment_offsets, u, v,
+                                          scaling, block_m, transposed);
+  const ExpertGemm gemm = expert_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v,
+                                      scaling, out.size(1));
+  const auto launch = transposed ? launch_down : launch_d_rows;
+  C10_CUDA_CHECK(launch(gemm, out.mutable_data_ptr(), scalar_of(left), scalar_of(v),
+                        static_cast<int>(block_m), c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
+    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added) {
+  const c10::cuda::CUDAGuard guard(left.device());
+  const auto made = outputs::act_backward(left, stack, extra, perm, tiles, segment_offsets, u, v,
+                                          scaling, block_m, weights, pre_act, act_of_adapted,
+                                          act_of_added);
+  const auto& [d_pre, act, dots] = made;
+  const ExpertGemm gemm = expert_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v,
+                                      scaling, stack.size(2));
+  const ActBackward with{
+      .weights = weights.const_data_ptr(),
+      .pre = pre_act.const_data_ptr(),
+      .d_pre = d_pre.mutable_data_ptr(),
+      .act = act.mutable_data_ptr(),
+      .dots = dots.mutable_data_ptr<float>(),
+      .num_rows = perm.numel(),
+      .weights_are_float = weights.scalar_type() == at::kFloat,
+      .act_of_adapted = act_of_adapted,
+      .act_of_added = act_of_added,
+  };
+  C10_CUDA_CHECK(launch_act_backward(gemm, with, scalar_of(left), scalar_of(v),
+                                     static_cast<int>(block_m),
+                                     c10::cuda::getCurrentCUDAStream()));
+  return made;
 }
 
 }  // namespace moe_kernels::cuda

@@ -5,15 +5,17 @@ tiles of a map (``triton_tile_maps``). Adapters come in their own dtype and are 
 the rows they meet. Counts are not specialised on: a new number of tokens compiles nothing.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import backends
-from moe_kernels.ops.triton_tile_maps import TileMap, tile_of
+from moe_kernels.ops.triton_tile_maps import TileMap, tile_maps, tile_of
 
-MAX_PROJECTED = 16  # rank up to which the parts of du cost less than another reading of dy
 MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider ones spill
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 # Triton decides when a kernel is decorated, that is when this module is imported.
@@ -266,7 +268,9 @@ def add_low_rank_kernel(
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise TypeError for a dtype that these kernels do not compute in."""
     if dtype == torch.float64:
-        raise TypeError("backend 'triton' computes in float32, bfloat16 or float16, not float64")
+        raise TypeError(
+            "backends 'triton' and 'cuda' compute in float32, bfloat16 or float16, not float64"
+        )
     if dtype == torch.bfloat16 and INTERPRETED:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
 
@@ -305,20 +309,23 @@ def project(
     tiles: TileMap,
     out: Tensor,
     *,
-    strides: tuple[int, int],
+    rank_first: bool,
     top_k: int,
     by_token: bool,
     num_base: int,
     experts: int,
     block_k: int,
 ) -> Tensor:
-    """Fills the adapted rows of ``out`` with left @ matrix; ``strides`` along k and r."""
+    """Fills the adapted rows of ``out`` with left @ matrix, (..., k, r), or (..., r, k) if
+    ``rank_first``, of which there are ``experts`` for each modality.
+    """
     num_tiles, rank, block_m = tiles.num_tiles, out.shape[1], tiles.block
     block_r = min(rank_block(left.dtype), max(16, triton.next_power_of_2(rank)))
     if num_tiles and out.shape[0]:
         project_kernel[(num_tiles, -(-rank // block_r))](
             left, matrix, perm, tiles.tiles, out, num_tiles, num_base, experts, left.shape[1],
-            *strides, TOP_K=top_k, BY_TOKEN=by_token, RANK=rank, BLOCK_R=block_r,
+            *((1, left.shape[1]) if rank_first else (rank, 1)), TOP_K=top_k, BY_TOKEN=by_token,
+            RANK=rank, BLOCK_R=block_r,
             BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps_of(block_m),
         )  # fmt: skip
     return out
@@ -397,3 +404,47 @@ def sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
             BLOCK_M=tiles.block,
         )  # fmt: skip
     return out
+
+
+def add_low_rank(
+    u: Tensor,
+    matrix: Tensor,
+    scaling: Tensor,
+    perm: Tensor,
+    tiles: TileMap,
+    out: Tensor,
+    *,
+    rank_last: bool,
+    block_n: int,
+) -> None:
+    """out[token] += s u @ matrix, (modalities, r, n), or (modalities, n, r) if ``rank_last``, in
+    place, on adapted rows alone; ``scaling`` (modalities,) float32.
+    """
+    rank, width = u.shape[1], out.shape[1]
+    if tiles.num_tiles and perm.numel():
+        add_low_rank_kernel[(tiles.num_tiles, -(-width // block_n))](
+            u, matrix, scaling, perm, tiles.tiles, out, tiles.num_tiles, width,
+            *((1, rank) if rank_last else (width, 1)), RANK=rank, BLOCK_R=STEP_R,
+            BLOCK_M=tiles.block, BLOCK_N=block_n,
+        )  # fmt: skip
+
+
+class Launches(NamedTuple):
+    """The launches that the ops share: how a backend makes each.
+
+    Attributes:
+        tile_maps: see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`.
+        project, outer, sum_parts, add_low_rank: see the functions of this module.
+        max_projected: rank up to which ``outer`` is to give the parts of du too.
+    """
+
+    tile_maps: Callable[..., list[TileMap]]
+    project: Callable[..., Tensor]
+    outer: Callable[..., tuple[Tensor, Tensor | None]]
+    sum_parts: Callable[..., Tensor]
+    add_low_rank: Callable[..., None]
+    max_projected: int
+
+
+# Up to this rank the parts of du cost less than another reading of dy.
+TRITON = Launches(tile_maps, project, outer, sum_parts, add_low_rank, max_projected=16)

@@ -6,6 +6,7 @@ at most num_rows // block + groups together. Those beyond the last have no rows,
 return at once.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -158,9 +159,18 @@ def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int)
     return made
 
 
-def chunk_rows(num_rows: int) -> int:
-    """Rows of a tile for a sum over rows: about 32 tiles in all.
+def tile_maps(
+    segment_offsets: Tensor, num_rows: int, wanted: Sequence[tuple[Groups, int]]
+) -> list[TileMap]:
+    """:func:`tile_map` for each pair of groups and rows of a tile."""
+    return [tile_map(segment_offsets, groups, num_rows, block) for groups, block in wanted]
 
-    So one long group does not keep everybody waiting, and few groups give many programs.
+
+def chunk_rows(num_rows: int, size: int) -> int:
+    """Rows of a tile for a sum over rows with ``size`` elements: about 32 tiles in all.
+
+    So one long group does not keep everybody waiting, and few groups give many programs. Fewer
+    where the partial sums, up to two for each tile, would take more than 256 MiB.
     """
-    return max(512, triton.next_power_of_2(num_rows // 32))
+    tiles = min(32, max(1, 2**25 // size))
+    return max(512, triton.next_power_of_2(num_rows // tiles))

@@ -1,10 +1,12 @@
-"""The low-rank term of ``lora_linear`` in Triton: adapted rows alone, no float atomics."""
+"""The low-rank term of ``lora_linear`` on a GPU: adapted rows alone, no float atomics. The kernels
+are Triton's, or those that another backend gives.
+"""
 
 import torch
 from torch import Tensor
 
-from moe_kernels.ops import triton_kernels as kernels
 from moe_kernels.ops import triton_tile_maps as maps
+from moe_kernels.ops.triton_kernels import TRITON, Launches, check_dtype
 from moe_kernels.ops.triton_tile_maps import TileMap
 
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 128, 64
@@ -19,15 +21,18 @@ def forward(
     lora_B: Tensor,
     scaling: Tensor,
     save_for_backward: bool,
+    *,
+    launches: Launches = TRITON,
 ) -> Tensor:
     """Add s (x A^T) B^T to ``out`` (T, out) in place; returns u = x A^T, (T, r) or (0, r)."""
-    kernels.check_dtype(hidden_states.dtype)
-    tiles = _tiles(perm, segment_offsets, BLOCK_M)
+    check_dtype(hidden_states.dtype)
+    (tiles,) = _tile_maps(launches, perm, segment_offsets, BLOCK_M)
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     new = hidden_states.new_zeros if save_for_backward else hidden_states.new_empty
     u = new(perm.numel(), lora_A.shape[1])
-    _project(hidden_states, lora_A, perm, tiles, u, (1, lora_A.shape[2]))
-    _add(u, lora_B, scaling, perm, tiles, out, (1, lora_B.shape[2]))
+    _project(launches, hidden_states, lora_A, perm, tiles, u, rank_first=True)
+    scaling = scaling.float().contiguous()
+    launches.add_low_rank(u, lora_B, scaling, perm, tiles, out, rank_last=True, block_n=BLOCK_N)
     return u if save_for_backward else u.new_empty(0, u.shape[1])
 
 
@@ -42,57 +47,59 @@ def backward(
     scaling: Tensor,
     grad_hidden: Tensor | None,
     needs: list[bool],
+    *,
+    launches: Launches = TRITON,
 ) -> list[Tensor]:
     """Add s (dy B) A to ``grad_hidden`` in place; returns those of dA, dB that are needed."""
-    tiles = _tiles(perm, segment_offsets, BLOCK_M)
+    tiles, chunks = _tile_maps(
+        launches,
+        perm,
+        segment_offsets,
+        BLOCK_M,
+        maps.chunk_rows(perm.numel(), max(lora_A.numel(), lora_B.numel())),
+    )
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     need_A, need_B = needs
     need_du = grad_hidden is not None or need_A
-    chunks = _tiles(perm, segment_offsets, maps.chunk_rows(perm.numel()))
-    scaling = scaling.float()
-    together = need_du and need_B and lora_A.shape[1] <= kernels.MAX_PROJECTED
+    scaling = scaling.float().contiguous()
+    together = need_du and need_B and lora_A.shape[1] <= launches.max_projected
     if need_B:
         matrix = lora_B if together else None
-        grad_B, parts = _outer(u, grad_out, perm, chunks, scaling, transposed=True, matrix=matrix)
+        grad_B, parts = _outer(
+            launches, u, grad_out, perm, chunks, scaling, transposed=True, matrix=matrix
+        )
     if together:
-        du = kernels.sum_parts(parts, tiles)
+        du = launches.sum_parts(parts, tiles)
     elif need_du:
         du = torch.empty(perm.numel(), lora_A.shape[1], dtype=torch.float32, device=perm.device)
-        _project(grad_out, lora_B, perm, tiles, du, (lora_A.shape[1], 1))
+        _project(launches, grad_out, lora_B, perm, tiles, du, rank_first=False)
     if grad_hidden is not None:
-        _add(du, lora_A, scaling, perm, tiles, grad_hidden, (lora_A.shape[2], 1))
+        launches.add_low_rank(
+            du, lora_A, scaling, perm, tiles, grad_hidden, rank_last=False, block_n=BLOCK_N
+        )
     grads = []
     if need_A:
-        grads += _outer(du, hidden_states, perm, chunks, scaling, transposed=False)[:1]
+        grads += _outer(launches, du, hidden_states, perm, chunks, scaling, transposed=False)[:1]
     if need_B:
         grads.append(grad_B)
     return grads
 
 
-def _tiles(perm: Tensor, segment_offsets: Tensor, block: int) -> TileMap:
-    num_modalities = segment_offsets.numel() - 2
-    return maps.tile_map(segment_offsets, maps.by_adapter(1, num_modalities), perm.numel(), block)
+def _tile_maps(
+    launches: Launches, perm: Tensor, segment_offsets: Tensor, *blocks: int
+) -> list[TileMap]:
+    groups = maps.by_adapter(1, segment_offsets.numel() - 2)
+    return launches.tile_maps(segment_offsets, perm.numel(), [(groups, b) for b in blocks])
 
 
-def _project(left: Tensor, matrix: Tensor, perm, tiles, out: Tensor, strides) -> None:
-    kernels.project(
-        left, matrix, perm, tiles, out, strides=strides, top_k=1, by_token=True, num_base=1,
+def _project(launches, left: Tensor, matrix: Tensor, perm, tiles, out: Tensor, *, rank_first):
+    launches.project(
+        left, matrix, perm, tiles, out, rank_first=rank_first, top_k=1, by_token=True, num_base=1,
         experts=1, block_k=BLOCK_K,
     )  # fmt: skip
 
 
-def _add(u: Tensor, matrix: Tensor, scaling: Tensor, perm, tiles, out: Tensor, strides) -> None:
-    """out += s u matrix on adapted rows; ``strides`` of matrix along r and the columns of out."""
-    rank, width = u.shape[1], out.shape[1]
-    num_tiles = tiles.num_tiles
-    if num_tiles and perm.numel():
-        kernels.add_low_rank_kernel[(num_tiles, -(-width // BLOCK_N))](
-            u, matrix, scaling.float(), perm, tiles.tiles, out, num_tiles, width, *strides,
-            RANK=rank, BLOCK_R=kernels.STEP_R, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        )  # fmt: skip
-
-
-def _outer(left: Tensor, right: Tensor, perm, chunks, scaling, **options):
-    return kernels.outer(
+def _outer(launches, left: Tensor, right: Tensor, perm, chunks, scaling, **options):
+    return launches.outer(
         left, right, perm, chunks, scaling, top_k=1, right_by_token=True, **options
     )

@@ -1,0 +1,196 @@
+// What the kernels ask of the hardware, each in one thin function, and how they are launched.
+//
+// Compiled for the host alone, as the tests do, the same functions come from cuda_on_host.h, which
+// plays the device. Hence no CUTLASS: nothing to install for a build, and all code can run there.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "scalar.h"
+
+#ifndef __CUDACC__
+#include "cuda_on_host.h"
+#endif
+
+namespace moe_kernels::cuda {
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+__device__ __forceinline__ float sigmoid(float value) {
+  return __fdividef(1.0f, 1.0f + __expf(-value));
+}
+
+// 16 bytes into shared memory, past the registers and the L1; zeros if they are not `there`, and
+// then the address is not looked at.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+               "l"(global), "r"(there ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most kGroups of this thread's committed groups are under way.
+template <int kGroups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
+}
+
+// Four matrices of 8 x 8 two-byte elements: lane 8 i + j has the address of row j of matrix i.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// acc (16, 8) += a (16, 16) b (16, 8), the fragments of mma.sync.m16n8k16.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&acc)[4], const uint32_t (&a)[4],
+                                                        const uint32_t (&b)[2]) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void multiply<__half>(float (&acc)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The first 48 KiB of shared memory need no asking.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+#endif
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ inline T from_float(float value);
+template <>
+__device__ inline float from_float(float value) {
+  return value;
+}
+template <>
+__device__ inline __half from_float(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// Two neighbours in a fragment's register, the first in the lower half.
+__device__ inline uint32_t packed(float first, float second, __half) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t packed(float first, float second, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <typename T>
+__device__ inline uint32_t pack(float first, float second) {
+  return packed(first, second, T());
+}
+
+__device__ inline float2 unpacked(uint32_t pair, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+__device__ inline float2 unpacked(uint32_t pair, __nv_bfloat16) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+template <typename T>
+__device__ inline float2 unpack(uint32_t pair) {
+  return unpacked(pair, T());
+}
+
+// What one access moves.
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+// Elements k, k + 1, ... of a row of `size`; zeros beyond it. `aligned`: all rows begin at a
+// multiple of 16 bytes and have whole vectors, as `k` does.
+template <typename T>
+__device__ inline Vector<T> load_vector(const T* row, int k, int size, bool aligned) {
+  Vector<T> out = {};
+  if (row == nullptr || k >= size) return out;
+  if (aligned) return *reinterpret_cast<const Vector<T>*>(row + k);
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    if (k + i < size) out.values[i] = row[k + i];
+  }
+  return out;
+}
+
+// Group, first row and end of a tile of a map (3, num_tiles).
+struct Tile {
+  int64_t group;
+  int64_t first;
+  int64_t end;
+};
+
+__device__ inline Tile tile_of(const int64_t* tiles, int tile, int num_tiles) {
+  return {tiles[tile], tiles[num_tiles + tile], tiles[2 * num_tiles + tile]};
+}
+
+// The token of a sorted row. There are fewer than 2^31 rows; a division of 64 bits is slow.
+__device__ inline int token_of(const int64_t* perm, int64_t row, int top_k) {
+  return static_cast<int>(perm[row]) / top_k;
+}
+
+__host__ __device__ inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+constexpr int ceil_div(int64_t size, int block) {
+  return static_cast<int>((size + block - 1) / block);
+}
+
+}  // namespace moe_kernels::cuda

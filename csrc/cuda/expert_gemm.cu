@@ -1,0 +1,319 @@
+// Products of routed rows and their experts' weights. One kernel; what it multiplies and what it
+// makes of the sums is the epilogue's.
+#include "expert_gemm.h"
+
+#include "expert_mainloop.h"
+
+namespace moe_kernels::cuda {
+namespace {
+
+constexpr int kGroupM = 8;  // row tiles that take the same weights one after the other
+
+// act = silu(gate) * up, and the pre-activation if it is saved.
+template <typename T>
+struct GateUp {
+  static constexpr bool kTransposed = true, kGated = true, kByToken = true;
+  static constexpr bool kAllRows = true;  // those not dispatched too: zeros
+  T* pre;  // (T * K, 2 * size_n), or null
+  T* act;  // (T * K, size_n)
+
+  // Of the rows from low to high of a tile.
+  template <typename Loop>
+  __device__ void store(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int low,
+                        int high) const {
+    const int size_n = given.size_n;
+    T* own_act = act + loop.own(tile, size_n);
+    T* own_pre = pre + loop.own(tile, 2 * size_n);
+    const bool has_columns = tile.column + loop.column_of(loop.lane() % 4) < size_n;
+#pragma unroll
+    for (int i = 0; i < Loop::kTilesM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t gate[4], up[4], product[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* of_gate = &loop.acc[i][j][2 * half];
+          const float* of_up = &loop.acc[i][j + 4][2 * half];
+          gate[j] = pack<T>(of_gate[0], of_gate[1]);
+          up[j] = pack<T>(of_up[0], of_up[1]);
+          const float2 g = unpack<T>(gate[j]), u = unpack<T>(up[j]);
+          product[j] = pack<T>(g.x * sigmoid(g.x) * u.x, g.y * sigmoid(g.y) * u.y);
+        }
+        const int row = loop.row_of(i, half), below = loop.below(i, half);
+        const bool there = row >= low && row < high && has_columns;
+        transpose_quad(product);
+        if (there) store_words(own_act + below * size_n, product);
+        if (pre == nullptr) continue;
+        transpose_quad(gate);
+        transpose_quad(up);
+        if (there) store_words(own_pre + below * 2 * size_n, gate);
+        if (there) store_words(own_pre + (below * 2 + 1) * size_n, up);
+      }
+    }
+  }
+};
+
+// The rows themselves.
+template <typename T, bool kTransposed_>
+struct Rows {
+  static constexpr bool kTransposed = kTransposed_, kGated = false, kByToken = false;
+  static constexpr bool kAllRows = false;
+  T* out;  // (T * K, size_n)
+
+  template <typename Loop>
+  __device__ void store(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int low,
+                        int high) const {
+    T* own = out + loop.own(tile, given.size_n);
+    const int n = tile.column + loop.column_of(loop.lane() % 4);
+#pragma unroll
+    for (int i = 0; i < Loop::kTilesM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = loop.row_of(i, half);
+#pragma unroll
+        for (int j = 0; j < kTilesN; j += 4) {
+          uint32_t words[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float* values = &loop.acc[i][j + e][2 * half];
+            words[e] = pack<T>(values[0], values[1]);
+          }
+          transpose_quad(words);
+          if (row >= low && row < high && n + 8 * j < given.size_n) {
+            store_words(own + loop.below(i, half) * given.size_n + 8 * j, words);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Gradients of one column of the pre-activation.
+struct ActGradient {
+  float gate, up, act;
+
+  __device__ ActGradient(float pre_gate, float pre_up, float d_act) {
+    const float sig = sigmoid(pre_gate), silu = pre_gate * sig;
+    act = silu * pre_up;
+    up = d_act * silu;
+    gate = d_act * pre_up * sig * (1.0f + pre_gate * (1.0f - sig));
+  }
+};
+
+// From dA': the gradient of the pre-activation, a, and <dA', a>.
+template <typename T>
+struct ActGradients {
+  static constexpr bool kTransposed = false, kGated = false, kByToken = true;
+  static constexpr bool kAllRows = false;
+  ActBackward with;
+
+  // Of 32 columns of a row from fragment j on; returns the part of <dA', a> that this lane has.
+  template <typename Loop>
+  __device__ float columns(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int i,
+                           int half, int j, bool there, bool keep_act, float weight) const {
+    const int size_n = given.size_n, row = loop.below(i, half);
+    const int64_t own = loop.own(tile, 2 * size_n);
+    const int of_gate = row * 2 * size_n + 8 * j, of_up = of_gate + size_n;
+    const bool stored = there && tile.column + loop.column_of(loop.lane() % 4) + 8 * j < size_n;
+    uint32_t gate[4] = {}, up[4] = {}, act[4];
+    if (stored) {
+      load_words(static_cast<const T*>(with.pre) + own + of_gate, gate);
+      load_words(static_cast<const T*>(with.pre) + own + of_up, up);
+    }
+    transpose_quad(gate);
+    transpose_quad(up);
+    float dot = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float* d_act = &loop.acc[i][j + e][2 * half];
+      const float2 g = unpack<T>(gate[e]), u = unpack<T>(up[e]);
+      const ActGradient first(g.x, u.x, weight * d_act[0]), second(g.y, u.y, weight * d_act[1]);
+      gate[e] = pack<T>(first.gate, second.gate);
+      up[e] = pack<T>(first.up, second.up);
+      act[e] = pack<T>(first.act, second.act);
+      const float2 a = unpack<T>(act[e]);
+      // Beyond the last column a is 0, but not so 0 * Inf.
+      if (tile.column + loop.column_of(j + e) < size_n) {
+        dot += d_act[0] * a.x + d_act[1] * a.y;
+      }
+    }
+    transpose_quad(gate);
+    transpose_quad(up);
+    if (stored) store_words(static_cast<T*>(with.d_pre) + own + of_gate, gate);
+    if (stored) store_words(static_cast<T*>(with.d_pre) + own + of_up, up);
+    if (!keep_act) return dot;
+    transpose_quad(act);
+    T* own_act = static_cast<T*>(with.act) + loop.own(tile, size_n);
+    if (stored) store_words(own_act + row * size_n + 8 * j, act);
+    return dot;
+  }
+
+  __device__ float weight_of(int64_t slot) const {
+    return with.weights_are_float ? static_cast<const float*>(with.weights)[slot]
+                                  : to_float(static_cast<const T*>(with.weights)[slot]);
+  }
+
+  template <typename Loop>
+  __device__ void store(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int low,
+                        int high) const {
+    // (kWarpsN, kBlockM), behind the stages
+    auto* dots = reinterpret_cast<float*>(loop.stages() + Loop::kStages);
+    const bool keep_act = low < tile.base ? with.act_of_added && tile.expert >= given.num_base
+                                          : with.act_of_adapted;
+#pragma unroll
+    for (int i = 0; i < Loop::kTilesM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = loop.row_of(i, half);
+        const bool there = row >= low && row < high;
+        const float weight = there ? weight_of(given.perm[tile.first + row]) : 0.0f;
+        float dot = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kTilesN; j += 4) {
+          dot += columns(loop, given, tile, i, half, j, there, keep_act, weight);
+        }
+        dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+        dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+        if (loop.lane() % 4 == 0) dots[loop.warp_n() * Loop::kBlockM + row] = dot;
+      }
+    }
+    __syncthreads();
+    for (int row = low + threadIdx.x; row < high; row += Loop::kThreads) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < Loop::kWarpsN; ++warp) sum += dots[warp * Loop::kBlockM + row];
+      with.dots[tile.part * with.num_rows + given.perm[tile.first + row]] = sum;
+    }
+    __syncthreads();
+  }
+};
+
+__device__ int base_rows(const ExpertGemm& given, const ExpertTile& tile) {
+  if (given.rank == 0 || tile.expert >= given.num_base) return tile.count;
+  const int64_t end = given.segments[tile.expert * (given.num_modalities + 1) + 1] - tile.first;
+  return static_cast<int>(end < 0 ? 0 : end < tile.count ? end : tile.count);
+}
+
+// kGroupM row tiles share their weights' tiles in the L2.
+__device__ int2 tile_ids(int num_tiles_m, int num_tiles_n) {
+  const int id = blockIdx.x, per_group = kGroupM * num_tiles_n;
+  const int first = id / per_group * kGroupM;
+  const int size = num_tiles_m - first < kGroupM ? num_tiles_m - first : kGroupM;
+  return {first + id % per_group % size, id % per_group / size};
+}
+
+template <typename T>
+__device__ const T* matrix_of(const ExpertGemm& given, int64_t expert, int64_t size) {
+  if (expert < given.num_base) return static_cast<const T*>(given.stack) + expert * size;
+  return static_cast<const T*>(given.extra) + (expert - given.num_base) * size;
+}
+
+template <typename Loop, typename Epilogue>
+__global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
+    expert_gemm_kernel(ExpertGemm given, Epilogue epilogue, bool v_is_float) {
+  const int2 ids =
+      tile_ids(given.num_tiles, (given.size_n + Loop::kColumns - 1) / Loop::kColumns);
+  const Tile of_map = tile_of(given.tiles, ids.x, given.num_tiles);
+  const bool dispatched = of_map.group < given.num_experts;
+  if (of_map.first >= of_map.end || !(dispatched || Epilogue::kAllRows)) return;
+  ExpertTile tile{of_map.group, of_map.first, static_cast<int>(of_map.end - of_map.first), 0,
+                  ids.y * Loop::kColumns, ids.y};
+  tile.base = base_rows(given, tile);
+  Loop loop;
+  if (dispatched) {
+    const int64_t size = static_cast<int64_t>(given.size_k) * given.size_n;
+    loop.run(given, tile,
+             matrix_of<typename Loop::T>(given, tile.expert, Epilogue::kGated ? 2 * size : size),
+             Epilogue::kByToken);
+  }
+  // 0 * Inf would poison the rows of the base modality: they go first. Two calls, not a loop, from
+  // which the compiler would take more addresses than there are registers.
+  if (tile.base > 0) epilogue.store(loop, given, tile, 0, tile.base);
+  if (tile.base == tile.count) return;
+  if (v_is_float) {
+    loop.template extend<float>(given, tile);
+  } else {
+    loop.template extend<typename Loop::T>(given, tile);
+  }
+  epilogue.store(loop, given, tile, tile.base, tile.count);
+}
+
+template <typename T, int kBlockM, typename Epilogue>
+cudaError_t launch_tiles(const ExpertGemm& gemm, const Epilogue& epilogue, bool v_is_float,
+                         cudaStream_t stream) {
+  using Loop = Mainloop<T, kBlockM, Epilogue::kTransposed, Epilogue::kGated>;
+  const int64_t blocks =
+      static_cast<int64_t>(gemm.num_tiles) * ceil_div(gemm.size_n, Loop::kColumns);
+  if (blocks == 0) return cudaSuccess;
+  const size_t bytes = Loop::kStages * sizeof(typename Loop::Stage) +
+                       sizeof(float) * Loop::kWarpsN * kBlockM;
+  return launch(expert_gemm_kernel<Loop, Epilogue>, static_cast<unsigned>(blocks), Loop::kThreads,
+                bytes, stream, gemm, epilogue, v_is_float);
+}
+
+template <typename T, typename Epilogue>
+cudaError_t launch_block(const ExpertGemm& gemm, const Epilogue& epilogue, bool v_is_float,
+                         int block_m, cudaStream_t stream) {
+  switch (block_m) {
+    case 16:
+      return launch_tiles<T, 16>(gemm, epilogue, v_is_float, stream);
+    case 64:
+      return launch_tiles<T, 64>(gemm, epilogue, v_is_float, stream);
+    case 128:
+      return launch_tiles<T, 128>(gemm, epilogue, v_is_float, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// `make` gives the epilogue of a dtype; its argument is a value of that dtype.
+template <typename Make>
+cudaError_t launch_gemm(const ExpertGemm& gemm, Make make, Scalar dtype, Scalar v, int block_m,
+                        cudaStream_t stream) {
+  if (!expert_gemm_supports(dtype, gemm.size_k, gemm.size_n) ||
+      (gemm.rank > 0 && v != Scalar::kFloat && v != dtype)) {
+    return cudaErrorInvalidValue;
+  }
+  const bool v_is_float = v == Scalar::kFloat;
+  return dtype == Scalar::kHalf
+             ? launch_block<__half>(gemm, make(__half()), v_is_float, block_m, stream)
+             : launch_block<__nv_bfloat16>(gemm, make(__nv_bfloat16()), v_is_float, block_m,
+                                           stream);
+}
+
+}  // namespace
+
+cudaError_t launch_gate_up(const ExpertGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
+                           int block_m, cudaStream_t stream) {
+  const auto make = [&](auto value) {
+    using T = decltype(value);
+    return GateUp<T>{static_cast<T*>(pre), static_cast<T*>(act)};
+  };
+  return launch_gemm(gemm, make, dtype, v, block_m, stream);
+}
+
+cudaError_t launch_down(const ExpertGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
+                        cudaStream_t stream) {
+  const auto make = [&](auto value) {
+    using T = decltype(value);
+    return Rows<T, true>{static_cast<T*>(out)};
+  };
+  return launch_gemm(gemm, make, dtype, v, block_m, stream);
+}
+
+cudaError_t launch_d_rows(const ExpertGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
+                          cudaStream_t stream) {
+  const auto make = [&](auto value) {
+    using T = decltype(value);
+    return Rows<T, false>{static_cast<T*>(out)};
+  };
+  return launch_gemm(gemm, make, dtype, v, block_m, stream);
+}
+
+cudaError_t launch_act_backward(const ExpertGemm& gemm, const ActBackward& act, Scalar dtype,
+                                Scalar v, int block_m, cudaStream_t stream) {
+  const auto make = [&](auto value) { return ActGradients<decltype(value)>{act}; };
+  return launch_gemm(gemm, make, dtype, v, block_m, stream);
+}
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,322 @@
+// A tile of left W + s u V on tensor cores: asynchronous copies several steps of k ahead into
+// shared memory, where the 16-byte chunks of a row lie in another order in each of 8 rows, so that
+// eight rows of one chunk come from different banks.
+//
+// A block has kBlockM rows of one expert and 128 columns; a warp 64 of these. Gated, they are 64
+// columns of gate and the same of up, both of a column in the same thread. k runs in the same order
+// whatever is in the tile, and a row's arithmetic does not depend on its place.
+#pragma once
+
+#include <type_traits>
+
+#include "device.h"
+#include "expert_gemm.h"
+
+namespace moe_kernels::cuda {
+
+constexpr int kBlockK = 64;
+constexpr int kTilesN = 8;  // fragments of 8 columns of a warp
+
+// Rows of one expert, and columns of its matrix.
+struct ExpertTile {
+  int64_t expert;
+  int64_t first;  // row
+  int count;      // of rows
+  int base;       // rows before the first adapted one
+  int column;     // of the output
+  int part;       // number of the columns' tile
+};
+
+// Four neighbours of a row of `size` from k on, zeros beyond it. `vectors`: rows have whole ones.
+__device__ inline float4 four(const float* row, int k, int size, bool vectors) {
+  if (vectors && k < size) return *reinterpret_cast<const float4*>(row + k);
+  return {k < size ? row[k] : 0.0f, k + 1 < size ? row[k + 1] : 0.0f,
+          k + 2 < size ? row[k + 2] : 0.0f, k + 3 < size ? row[k + 3] : 0.0f};
+}
+template <typename T>
+__device__ inline float4 four(const T* row, int k, int size, bool vectors) {
+  if (vectors && k < size) {
+    const uint2 words = *reinterpret_cast<const uint2*>(row + k);
+    const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
+    return {low.x, low.y, high.x, high.y};
+  }
+  return {k < size ? to_float(row[k]) : 0.0f, k + 1 < size ? to_float(row[k + 1]) : 0.0f,
+          k + 2 < size ? to_float(row[k + 2]) : 0.0f, k + 3 < size ? to_float(row[k + 3]) : 0.0f};
+}
+
+// kTransposed: matrices are stored (size_n, size_k), V (size_n, rank); else (size_k, size_n), V
+// (rank, size_n). kGated: columns of gate and, size_n further on, of up.
+template <typename T_, int kBlockM_, bool kTransposed, bool kGated>
+struct Mainloop {
+  using T = T_;
+  using U = std::conditional_t<kTransposed, T, float>;
+  static constexpr int kBlockM = kBlockM_;
+  static constexpr int kWarpsM = kBlockM == 16 ? 1 : 2, kWarpsN = 2;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kTilesM = kBlockM / (16 * kWarpsM);
+  static constexpr int kStages = kBlockM == 16 ? 4 : 3;
+  static constexpr int kResident = kBlockM == 128 ? 2 : 3;  // blocks of a multiprocessor
+  static constexpr int kChunks = kBlockK / 8;  // of 16 bytes in a row
+  static constexpr int kRowsAtOnce = kThreads / kChunks;
+  static constexpr int kLeftRows = kBlockM / kRowsAtOnce;  // whose chunk a thread copies
+  static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of the output
+  static constexpr int kWarpColumns = kColumns / kWarpsN;
+
+  struct Stage {
+    T left[kBlockM * kBlockK];
+    T right[kBlockN * kBlockK];
+  };
+
+  float acc[kTilesM][kTilesN][4] = {};
+
+  static __device__ int warp_m() { return threadIdx.x / 32 / kWarpsN; }
+  static __device__ int warp_n() { return threadIdx.x / 32 % kWarpsN; }
+  static __device__ int lane() { return threadIdx.x % 32; }
+  static __device__ Stage* stages() { return reinterpret_cast<Stage*>(shared_memory()); }
+
+  // Row of the tile of acc[i][.][2 * half] and the next.
+  static __device__ int row_of(int i, int half) {
+    return (warp_m() * kTilesM + i) * 16 + half * 8 + lane() / 4;
+  }
+  // How many rows below row_of(0, 0) that is.
+  static __device__ int below(int i, int half) { return 16 * i + 8 * half; }
+  // First column of the output of fragment j.
+  static __device__ int column_of(int j) {
+    return warp_n() * kWarpColumns + j % (kWarpColumns / 8) * 8;
+  }
+  // Where the eight columns begin that this thread stores of row_of(0, 0), see transpose_quad, in a
+  // matrix of rows of `width`. The others are a part further on that all threads share.
+  static __device__ int64_t own(const ExpertTile& tile, int width) {
+    return (tile.first + row_of(0, 0)) * width + tile.column + column_of(lane() % 4);
+  }
+  // Column of the output in a column of the shared tile, and whether it is one of up.
+  static __device__ int stored_column(int at) {
+    return kGated ? at / 64 * 32 + at % 32 : at;
+  }
+  static __device__ bool is_up(int at) { return kGated && at / 32 % 2 == 1; }
+
+  // Rows of left that this thread copies; some row for those beyond the end.
+  static __device__ void find_rows(const ExpertGemm& given, const ExpertTile& tile, bool by_token,
+                                   int (&rows)[kLeftRows]) {
+#pragma unroll
+    for (int i = 0; i < kLeftRows; ++i) {
+      const int local = threadIdx.x / kChunks + i * kRowsAtOnce;
+      const int64_t row = tile.first + (local < tile.count ? local : 0);
+      rows[i] = by_token ? token_of(given.perm, row, given.top_k) : static_cast<int>(row);
+    }
+  }
+
+  static __device__ void load_left(const ExpertGemm& given, const ExpertTile& tile,
+                                   const int (&rows)[kLeftRows], int k, T* to) {
+    const int chunk = threadIdx.x % kChunks, from = k + chunk * 8;
+    const auto* left = static_cast<const T*>(given.left);
+#pragma unroll
+    for (int i = 0; i < kLeftRows; ++i) {
+      const int local = threadIdx.x / kChunks + i * kRowsAtOnce;
+      copy_async(to + local * kBlockK + (chunk ^ (local & 7)) * 8,
+                 left + static_cast<int64_t>(rows[i]) * given.size_k + from,
+                 local < tile.count && from < given.size_k);
+    }
+  }
+
+  // Addresses are a thread's own plus a part that all threads share, which costs no registers.
+  static __device__ void load_right(const ExpertGemm& given, const T* matrix, int column, int k,
+                                    T* to) {
+    if constexpr (kTransposed) {
+      const int chunk = threadIdx.x % kChunks, local = threadIdx.x / kChunks;
+      const int from = k + chunk * 8, n = column + local;
+      const T* own = matrix + static_cast<int64_t>(n) * given.size_k + from;
+#pragma unroll
+      for (int i = 0; i < kBlockN / kRowsAtOnce; ++i) {
+        const int at = i * kRowsAtOnce, on = stored_column(at);
+        const int64_t row = on + (is_up(at) ? given.size_n : 0);
+        copy_async(to + (at + local) * kBlockK + (chunk ^ ((at + local) & 7)) * 8,
+                   own + row * given.size_k, n + on < given.size_n && from < given.size_k);
+      }
+    } else {
+      constexpr int kAcross = kBlockN / 8, kAtOnce = kThreads / kAcross;
+      const int chunk = threadIdx.x % kAcross, local = threadIdx.x / kAcross;
+      const int from = k + local, n = column + chunk * 8;
+      const T* own = matrix + static_cast<int64_t>(from) * given.size_n + n;
+#pragma unroll
+      for (int i = 0; i < kBlockK / kAtOnce; ++i) {
+        const int at = i * kAtOnce;
+        copy_async(to + (at + local) * kBlockN + (chunk ^ ((at + local) & 7)) * 8,
+                   own + static_cast<int64_t>(at) * given.size_n,
+                   n < given.size_n && from + at < given.size_k);
+      }
+    }
+  }
+
+  // 16 steps of k, the `step`-th of a stage.
+  __device__ void multiply_step(const Stage& stage, int step) {
+    uint32_t a[kTilesM][4], b[kTilesN / 2][4];
+    const int in = lane();
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+      const int row = (warp_m() * kTilesM + i) * 16 + in % 16, chunk = step * 2 + in / 16;
+      load_matrices(a[i], stage.left + row * kBlockK + (chunk ^ (row & 7)) * 8);
+    }
+#pragma unroll
+    for (int j = 0; j < kTilesN / 2; ++j) {
+      if constexpr (kTransposed) {
+        const int at = warp_n() * 64 + j * 16 + in / 16 * 8 + in % 8, chunk = step * 2 + in / 8 % 2;
+        load_matrices(b[j], stage.right + at * kBlockK + (chunk ^ (at & 7)) * 8);
+      } else {
+        const int at = step * 16 + in % 16, chunk = warp_n() * 8 + j * 2 + in / 16;
+        load_matrices_transposed(b[j], stage.right + at * kBlockN + (chunk ^ (at & 7)) * 8);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j) {
+        const uint32_t of_tile[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+        multiply<T>(acc[i][j], a[i], of_tile);
+      }
+    }
+  }
+
+  // acc = left W.
+  __device__ void run(const ExpertGemm& given, const ExpertTile& tile, const T* matrix,
+                      bool by_token) {
+    int rows[kLeftRows];
+    find_rows(given, tile, by_token, rows);
+    const int steps = (given.size_k + kBlockK - 1) / kBlockK;
+    const auto load = [&](int step) {
+      if (step < steps) {
+        Stage& stage = stages()[step % kStages];
+        load_left(given, tile, rows, step * kBlockK, stage.left);
+        load_right(given, matrix, tile.column, step * kBlockK, stage.right);
+      }
+      commit_copies();
+    };
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) load(step);
+    for (int step = 0; step < steps; ++step) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+      load(step + kStages - 1);
+#pragma unroll
+      for (int part = 0; part < kBlockK / 16; ++part) {
+        multiply_step(stages()[step % kStages], part);
+      }
+    }
+  }
+
+  // Fragment j of V for 16 steps of the rank from r on. The four lanes of a column hold four
+  // neighbours each, and so do those of a row of u: the order within a sum is free.
+  template <typename V>
+  static __device__ void load_v(const ExpertGemm& given, const V* v, int column, int r, int j,
+                                bool vectors, uint32_t (&b)[2]) {
+    const int from = r + lane() % 4 * 4, n = column + column_of(0) + lane() / 4;
+    // What all threads share costs no registers.
+    const int on = j % (kWarpColumns / 8) * 8;
+    const int row = on + (j * 8 < kWarpColumns ? 0 : given.size_n);
+    const int64_t ld = given.size_n;
+    float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (n + on < given.size_n) {
+      if constexpr (kTransposed) {
+        const V* own = v + static_cast<int64_t>(n) * given.rank;
+        values = four(own + row * given.rank, from, given.rank, vectors);
+      } else {
+        const V* own = v + from * ld + n + on;
+        if (from < given.rank) values.x = to_float(own[0]);
+        if (from + 1 < given.rank) values.y = to_float(own[ld]);
+        if (from + 2 < given.rank) values.z = to_float(own[2 * ld]);
+        if (from + 3 < given.rank) values.w = to_float(own[3 * ld]);
+      }
+    }
+    b[0] = pack<T>(values.x, values.y);
+    b[1] = pack<T>(values.z, values.w);
+  }
+
+  // s u of the rows from low to high of the tile, zeros elsewhere.
+  static __device__ void load_u(const ExpertGemm& given, const U* u, float scale, int i, int r,
+                                int low, int high, bool vectors, uint32_t (&a)[4]) {
+    const int from = r + lane() % 4 * 4;
+    const U* own = u + static_cast<int64_t>(row_of(0, 0)) * given.rank;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(i, half);
+      float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (row >= low && row < high) {
+        values = four(own + below(i, half) * given.rank, from, given.rank, vectors);
+      }
+      a[half] = pack<T>(scale * values.x, scale * values.y);
+      a[2 + half] = pack<T>(scale * values.z, scale * values.w);
+    }
+  }
+
+  // acc += s u V on the rows from low to high, of one modality.
+  template <typename V>
+  __device__ void add_modality(const ExpertGemm& given, const ExpertTile& tile, const U* u,
+                               const V* v, float scale, int low, int high, bool vectors) {
+#pragma unroll 1
+    for (int r = 0; r < given.rank; r += 16) {
+      uint32_t a[kTilesM][4];
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) load_u(given, u, scale, i, r, low, high, vectors, a[i]);
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j) {
+        uint32_t b[2];
+        load_v(given, v, tile.column, r, j, vectors, b);
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) multiply<T>(acc[i][j], a[i], b);
+      }
+    }
+  }
+
+  // acc += s u V, one pass for each modality of the tile. Rows of the base modality must have been
+  // stored; another modality's get 0 * V, which is nothing while V is finite.
+  template <typename V>
+  __device__ void extend(const ExpertGemm& given, const ExpertTile& tile) {
+    const int64_t size = static_cast<int64_t>(given.rank) * given.size_n * (kGated ? 2 : 1);
+    const U* u = static_cast<const U*>(given.u) + tile.first * given.rank;
+    const auto* stack = static_cast<const V*>(given.v);
+    const bool vectors = given.rank % 4 == 0 && is_aligned(given.u) && is_aligned(given.v);
+    for (int m = 0; m < given.num_modalities; ++m) {
+      const int64_t* segment =
+          given.segments + tile.expert * (given.num_modalities + 1) + m + 1;
+      const int64_t low = segment[0] - tile.first, high = segment[1] - tile.first;
+      if (low >= high || low >= tile.count || high <= 0) continue;
+      const int64_t expert = given.experts_of_v == 1 ? 0 : tile.expert;
+      const int64_t index = static_cast<int64_t>(m) * given.experts_of_v + expert;
+      add_modality(given, tile, u, stack + index * size, given.scaling[m],
+                   static_cast<int>(low < 0 ? 0 : low),
+                   static_cast<int>(high < tile.count ? high : tile.count), vectors);
+    }
+  }
+};
+
+// Words of a 4 x 4 matrix of the four lanes that share a fragment's row: word j of lane c goes to
+// word c of lane j. What was two columns of each of four fragments is then eight neighbours.
+__device__ inline void transpose_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool second = (threadIdx.x & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t& low = words[bit == 1 ? 2 * i : i];
+      uint32_t& high = words[bit == 1 ? 2 * i + 1 : i + 2];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, second ? low : high, bit);
+      (second ? low : high) = got;
+    }
+  }
+}
+
+template <typename T>
+__device__ inline void store_words(T* to, const uint32_t (&words)[4]) {
+  *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+}
+
+template <typename T>
+__device__ inline void load_words(const T* from, uint32_t (&words)[4]) {
+  const uint4 given = *reinterpret_cast<const uint4*>(from);
+  words[0] = given.x;
+  words[1] = given.y;
+  words[2] = given.z;
+  words[3] = given.w;
+}
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,43 @@
+// What the index arithmetic of dispatch and of tile maps share, on the device and on the host.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MOE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MOE_HOST_DEVICE inline
+#endif
+
+namespace moe_kernels::cuda {
+
+// Most segments, and one more for the rows that were not dispatched. A block of dispatch counts
+// them for each of its warps in shared memory, of which it can have 99 KiB on every GPU that we
+// compile for. That is 512 experts with three added modalities, or 128 with seventeen.
+constexpr int kMaxKeys = 2400;
+
+// The part of `size` items that a thread scans, contiguous.
+MOE_HOST_DEVICE int scan_begin(int size, int thread, int num_threads) {
+  return static_cast<int>(static_cast<int64_t>(size) * thread / num_threads);
+}
+
+MOE_HOST_DEVICE int scan_sum(const int* values, int size, int thread, int num_threads) {
+  int sum = 0;
+  for (int i = scan_begin(size, thread, num_threads);
+       i < scan_begin(size, thread + 1, num_threads); ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+// values[i] becomes the sum of those before it, plus `before` of this thread's part.
+MOE_HOST_DEVICE void scan_part(int* values, int size, int before, int thread, int num_threads) {
+  for (int i = scan_begin(size, thread, num_threads);
+       i < scan_begin(size, thread + 1, num_threads); ++i) {
+    const int value = values[i];
+    values[i] = before;
+    before += value;
+  }
+}
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,43 @@
+// Launch of the sums of outer products over each group's rows, which are the gradients of low-rank
+// matrices; no torch header, so that nvcc checks it alone.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "scalar.h"
+
+namespace moe_kernels::cuda {
+
+struct Outer {
+  const void* left;      // (T or T * K, height)
+  const void* right;     // (T or T * K, width)
+  const int64_t* perm;   // (T * K)
+  const int64_t* tiles;  // (3, num_tiles), of `chunk` rows at most
+  const int64_t* groups;  // (3, num_groups): first row, end, first partial sum
+  const float* factors;   // (num_groups / groups_of_factor)
+  const void* weights;    // (T, K), or null: all are 1
+  float* out;  // (num_groups, height, width), or (num_groups, width, height) if transposed
+  float* partial;  // (slots, ...) of the same: two for every `chunk` of the T * K rows
+  int64_t chunk;
+  int num_tiles;
+  int num_groups;
+  int groups_of_factor;
+  int height;
+  int width;
+  int top_k;
+  bool transposed;
+  bool left_by_token;
+  bool right_by_token;
+};
+
+// out[g] = sum over the group's rows, in order, of (factor * weight * left)^T right; zeros for a
+// group without rows. A group of several tiles is summed by tiles, and these in order.
+//
+// `left` is float32 or of right's dtype; factor * weight * left is rounded to right's. Any sizes
+// and alignments; 16-byte rows (and pointers) are read 16 bytes at a time.
+cudaError_t launch_outer(const Outer& outer, Scalar left, Scalar right, Scalar weights,
+                         cudaStream_t stream);
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,300 @@
+// Products of adapted rows and a low-rank matrix: every row is read once, into the registers.
+//
+// The four lanes that share a row of a fragment take 16 bytes of it each, so 64 neighbouring ones
+// together. Tensor cores want other columns in these lanes; since a sum over k may number k as it
+// likes, both operands simply take k in the order in which the lanes hold it. No shared memory, no
+// barrier before the end; the warps of a block share rows and split k.
+#include "project.h"
+
+#include <type_traits>
+
+#include "device.h"
+
+namespace moe_kernels::cuda {
+namespace {
+
+constexpr int kRowsOfWarp = 32;
+constexpr int kRowWarps = 2;
+constexpr int kSlices = 4;  // of k
+constexpr int kRows = kRowsOfWarp * kRowWarps;
+constexpr int kThreads = 32 * kRowWarps * kSlices;
+
+// Neighbours in memory, in as few accesses as their alignment allows.
+template <typename M, int kSize>
+struct alignas(kSize * sizeof(M) < 16 ? kSize * sizeof(M) : 16) Run {
+  M values[kSize];
+};
+
+template <typename T, typename M>
+__device__ T rounded(M value) {
+  if constexpr (std::is_same_v<T, M>) {
+    return value;
+  } else {
+    return from_float<T>(to_float(value));
+  }
+}
+
+// What a lane reads of the matrix: kColumns neighbouring columns from `column` on.
+template <typename T, typename M, int kColumns, bool kRankFirst>
+struct Columns {
+  static constexpr int kVector = Vector<T>::kSize;
+  const M* matrix;
+  int column;
+  int size_k;
+  int rank;
+
+  // Elements k, k + 1, ... of each column. kFast: all of them are there, or of columns that nobody
+  // stores, and aligned.
+  template <bool kFast>
+  __device__ void load(int k, Vector<T> (&out)[kColumns]) const {
+    if constexpr (!kFast) {
+      load_any(k, out);
+    } else if constexpr (kRankFirst) {
+      const M* from = matrix + static_cast<int64_t>(column) * size_k + k;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        using Part = Run<M, kVector>;
+        const auto part = *reinterpret_cast<const Part*>(from + static_cast<int64_t>(n) * size_k);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) out[n].values[i] = rounded<T>(part.values[i]);
+      }
+    } else {
+      const M* from = matrix + static_cast<int64_t>(k) * rank + column;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const auto part = *reinterpret_cast<const Run<M, kColumns>*>(from + i * rank);
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) out[n].values[i] = rounded<T>(part.values[n]);
+      }
+    }
+  }
+
+  __device__ void load_any(int k, Vector<T> (&out)[kColumns]) const {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const int64_t at = kRankFirst ? static_cast<int64_t>(column + n) * size_k + k + i
+                                      : static_cast<int64_t>(k + i) * rank + column + n;
+        const bool there = column + n < rank && k + i < size_k;
+        out[n].values[i] = there ? rounded<T>(matrix[at]) : from_float<T>(0.0f);
+      }
+    }
+  }
+};
+
+// Sums of a warp: 32 rows, 8 * kTiles columns. Two-byte elements: fragments of the tensor cores,
+// whose column p of fragment j is column kTiles * p + j: a lane's lie side by side.
+template <typename T, int kTiles>
+struct Sums {
+  static constexpr int kColumns = 8 * kTiles;
+  static constexpr int kOfLane = kTiles;
+  float acc[2][kTiles][4] = {};
+
+  static __device__ int first_column() { return threadIdx.x % 32 / 4 * kTiles; }
+
+  __device__ void add(const Vector<T> (&left)[4], const Vector<T> (&right)[kOfLane]) {
+    const auto* words = reinterpret_cast<const uint32_t(*)[4]>(&left);
+    const auto* columns = reinterpret_cast<const uint32_t(*)[4]>(&right);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t b[2] = {columns[j][2 * step], columns[j][2 * step + 1]};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t a[4] = {words[2 * i][2 * step], words[2 * i + 1][2 * step],
+                                 words[2 * i][2 * step + 1], words[2 * i + 1][2 * step + 1]};
+          multiply<T>(acc[i][j], a, b);
+        }
+      }
+    }
+  }
+
+  // To (32, kColumns).
+  __device__ void store(float* to) const {
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          to[(16 * i + row + part / 2 * 8) * kColumns + (column + part % 2) * kTiles + j] =
+              acc[i][j][part];
+        }
+      }
+    }
+  }
+};
+
+// float32 has no tensor cores: a lane sums its own k of four rows, and of all columns.
+template <int kTiles>
+struct Sums<float, kTiles> {
+  static constexpr int kColumns = 8 * kTiles;
+  static constexpr int kOfLane = kColumns;
+  float acc[4][kColumns] = {};
+
+  static __device__ int first_column() { return 0; }
+
+  __device__ void add(const Vector<float> (&left)[4], const Vector<float> (&right)[kOfLane]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[i][n] += left[i].values[e] * right[n].values[e];
+      }
+    }
+  }
+
+  __device__ void store(float* to) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        float sum = acc[i][n];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (n % 4 == lane % 4) to[(8 * i + lane / 4) * kColumns + n] = sum;
+      }
+    }
+  }
+};
+
+// Rows of a warp: row lane / 4 of each group of 8; those beyond the end, which nobody stores, are
+// the tile's first.
+template <typename T>
+__device__ void find_rows(const Project& given, int64_t first, int64_t end, const T* (&rows)[4]) {
+  const int local = threadIdx.x / 32 % kRowWarps * kRowsOfWarp + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t place = first + local + 8 * i < end ? first + local + 8 * i : first;
+    const int64_t row = given.by_token ? token_of(given.perm, place, given.top_k) : place;
+    rows[i] = static_cast<const T*>(given.left) + row * given.size_k;
+  }
+}
+
+// Sums of the rows from `first`, over this warp's slice of k, to (kRows, columns). Two steps of
+// four vectors at once, where there are registers for it: the loads of their rows go together.
+template <typename T, int kTiles, bool kFast, typename Columns>
+__device__ void sum_slice(const Project& given, const Columns& columns, int64_t first, int64_t end,
+                          float* to) {
+  constexpr int kStep = 4 * Vector<T>::kSize, kSteps = sizeof(T) == 2 ? 2 : 1;
+  const int warp = threadIdx.x / 32;
+  const T* rows[4];
+  find_rows(given, first, end, rows);
+  Sums<T, kTiles> sums;
+  for (int start = warp / kRowWarps * kSteps * kStep; start < given.size_k;
+       start += kSlices * kSteps * kStep) {
+    const int k = start + threadIdx.x % 4 * Vector<T>::kSize;
+    Vector<T> left[kSteps][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (k + step * kStep >= given.size_k) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        left[step][i] = load_vector(rows[i], k + step * kStep, given.size_k, kFast);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      Vector<T> right[sums.kOfLane] = {};
+      if (k + step * kStep < given.size_k) columns.template load<kFast>(k + step * kStep, right);
+      sums.add(left[step], right);
+    }
+  }
+  sums.store(to + (warp / kRowWarps * kRows + warp % kRowWarps * kRowsOfWarp) * sums.kColumns);
+}
+
+template <typename Out>
+__device__ void add_slices(const float* sums, const Project& given, int64_t first, int64_t end,
+                           int column, int columns) {
+  for (int i = threadIdx.x; i < kRows * columns; i += kThreads) {
+    const int64_t row = first + i / columns;
+    const int n = column + i % columns;
+    if (row >= end || n >= given.rank) continue;
+    float sum = 0.0f;
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) sum += sums[slice * kRows * columns + i];
+    static_cast<Out*>(given.out)[row * given.rank + n] = from_float<Out>(sum);
+  }
+}
+
+// Blocks of a multiprocessor, by what their sums take of the registers.
+template <typename T, int kTiles>
+constexpr int kResident = sizeof(T) == 2 && kTiles == 2 ? 2 : 1;
+
+template <typename T, typename M, int kTiles, bool kRankFirst>
+__global__ void __launch_bounds__(kThreads, (kResident<T, kTiles>))
+    project_kernel(Project given, bool fast, bool out_is_float) {
+  const Tile tile = tile_of(given.tiles, blockIdx.x, given.num_tiles);
+  if (tile.first >= tile.end) return;
+  using OfWarp = Sums<T, kTiles>;
+  auto* sums = reinterpret_cast<float*>(shared_memory());  // (kSlices, kRows, kColumns)
+  const int64_t modality = tile.group / given.num_base, expert = tile.group % given.num_base;
+  const int64_t index = modality * given.experts_of_m + (given.experts_of_m == 1 ? 0 : expert);
+  const int column = blockIdx.y * OfWarp::kColumns, of_lane = column + OfWarp::first_column();
+  const Columns<T, M, OfWarp::kOfLane, kRankFirst> columns{
+      static_cast<const M*>(given.matrix) + index * given.size_k * given.rank,
+      fast && of_lane >= given.rank ? 0 : of_lane, given.size_k, given.rank};
+  for (int64_t first = tile.first; first < tile.end; first += kRows) {
+    if (fast) {
+      sum_slice<T, kTiles, true>(given, columns, first, tile.end, sums);
+    } else {
+      sum_slice<T, kTiles, false>(given, columns, first, tile.end, sums);
+    }
+    __syncthreads();
+    if (out_is_float) {
+      add_slices<float>(sums, given, first, tile.end, column, OfWarp::kColumns);
+    } else {
+      add_slices<T>(sums, given, first, tile.end, column, OfWarp::kColumns);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, typename M, int kTiles>
+cudaError_t launch_columns(const Project& given, bool out_is_float, cudaStream_t stream) {
+  // Whole vectors of k, and of a lane's columns.
+  const bool fast = given.size_k % Vector<T>::kSize == 0 && is_aligned(given.left) &&
+                    is_aligned(given.matrix) && given.rank % Sums<T, kTiles>::kOfLane == 0;
+  const auto kernel = given.rank_first ? project_kernel<T, M, kTiles, true>
+                                       : project_kernel<T, M, kTiles, false>;
+  const dim3 grid(given.num_tiles, ceil_div(given.rank, 8 * kTiles));
+  return launch(kernel, grid, kThreads, sizeof(float) * kSlices * kRows * 8 * kTiles, stream, given,
+                fast, out_is_float);
+}
+
+template <typename T, typename M>
+cudaError_t launch_half(const Project& given, bool out_is_float, cudaStream_t stream) {
+  if (given.rank <= 16) return launch_columns<T, M, 2>(given, out_is_float, stream);
+  if (given.rank <= 32) return launch_columns<T, M, 4>(given, out_is_float, stream);
+  return launch_columns<T, M, 8>(given, out_is_float, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_project(const Project& project, Scalar left, Scalar matrix, Scalar out,
+                           cudaStream_t stream) {
+  const bool out_is_float = out == Scalar::kFloat, matrix_is_float = matrix == Scalar::kFloat;
+  if ((!out_is_float && out != left) || (!matrix_is_float && matrix != left)) {
+    return cudaErrorInvalidValue;
+  }
+  if (project.num_tiles == 0 || project.rank == 0) return cudaSuccess;
+  switch (left) {
+    case Scalar::kFloat:  // more sums than these do not fit into the registers
+      return launch_columns<float, float, 2>(project, true, stream);
+    case Scalar::kHalf:
+      return matrix_is_float ? launch_half<__half, float>(project, out_is_float, stream)
+                             : launch_half<__half, __half>(project, out_is_float, stream);
+    case Scalar::kBFloat16:
+      return matrix_is_float
+                 ? launch_half<__nv_bfloat16, float>(project, out_is_float, stream)
+                 : launch_half<__nv_bfloat16, __nv_bfloat16>(project, out_is_float, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,98 @@
+// Tile maps: which rows each tile of a grouped GEMM takes, as functions of a thread's number, for the
+// device and for the host.
+//
+// A tile is at most `block` rows of one group of sorted rows. A group of c rows has ceil(c / block)
+// tiles, at most num_rows / block + groups of them together: so many are written, and those beyond
+// the last have no rows. moe_kernels/ops/triton_tile_maps.py makes the same maps in Triton.
+#pragma once
+
+#include "host_device.h"
+
+namespace moe_kernels::cuda {
+
+constexpr int kMaxMaps = 4;  // of one launch
+
+// Runs of neighbouring segments: group g begins with segment g % period * stride + g / period +
+// offset and has `width` of them. Behind the last segment lie the rows that were not dispatched.
+struct Groups {
+  int num, period, stride, offset, width;
+
+  MOE_HOST_DEVICE int segment(int group) const {
+    return group % period * stride + group / period + offset;
+  }
+};
+
+struct TileMap {
+  Groups groups;
+  int block;
+  int num_tiles;
+  int64_t* tiles;  // (3, num_tiles): group, first row and end
+  int64_t* rows;   // (3, groups.num): first row, end, and where partial sums of its tiles begin
+};
+
+struct TileMaps {
+  const int64_t* segment_offsets;  // (num_segments + 1)
+  int num_segments;
+  int num_rows;
+  int num_maps;
+  TileMap maps[kMaxMaps];
+
+  MOE_HOST_DEVICE int64_t first(const TileMap& map, int group) const {
+    return segment_offsets[map.groups.segment(group)];
+  }
+  MOE_HOST_DEVICE int64_t end(const TileMap& map, int group) const {
+    const int segment = map.groups.segment(group) + map.groups.width;
+    return segment > num_segments ? num_rows : segment_offsets[segment];
+  }
+};
+
+inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t block) {
+  return num_groups == 0 ? 0 : num_rows / block + num_groups;
+}
+
+// Tiles of each group, and those of them that write partial sums; both are then scanned.
+MOE_HOST_DEVICE void count_tiles(const TileMaps& given, const TileMap& map, int thread,
+                                 int num_threads, int* tiles, int* slots) {
+  for (int group = thread; group < map.groups.num; group += num_threads) {
+    const int64_t rows = given.end(map, group) - given.first(map, group);
+    tiles[group] = static_cast<int>((rows + map.block - 1) / map.block);
+    slots[group] = tiles[group] > 1 ? tiles[group] : 0;
+  }
+}
+
+MOE_HOST_DEVICE void write_groups(const TileMaps& given, const TileMap& map, const int* slots,
+                                  int thread, int num_threads) {
+  const int num = map.groups.num;
+  for (int group = thread; group < num; group += num_threads) {
+    map.rows[group] = given.first(map, group);
+    map.rows[num + group] = given.end(map, group);
+    map.rows[2 * num + group] = slots[group];
+  }
+}
+
+// The last group whose first tile is not after `tile`: those in between have none.
+MOE_HOST_DEVICE int group_of_tile(const int* first_tiles, int num_groups, int tile) {
+  int low = 0, high = num_groups;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first_tiles[middle] <= tile ? low : high) = middle;
+  }
+  return low;
+}
+
+MOE_HOST_DEVICE void write_tiles(const TileMaps& given, const TileMap& map, const int* first_tiles,
+                                 int thread, int num_threads) {
+  for (int tile = thread; tile < map.num_tiles; tile += num_threads) {
+    const int group = group_of_tile(first_tiles, map.groups.num, tile);
+    const int64_t end = given.end(map, group);
+    const int64_t first =
+        given.first(map, group) + static_cast<int64_t>(tile - first_tiles[group]) * map.block;
+    const bool there = first < end;
+    const int64_t last = first + map.block < end ? first + map.block : end;
+    map.tiles[tile] = there ? group : 0;
+    map.tiles[map.num_tiles + tile] = there ? first : 0;
+    map.tiles[2 * map.num_tiles + tile] = there ? last : 0;
+  }
+}
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,323 @@
+// Checks and outputs of the ops of the backend "cuda". Nothing here needs CUDA, so that every build
+// has the ops' meta kernels, and tests see the refusals without a GPU.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "checks.h"
+#include "cuda/expert_gemm_shapes.h"
+#include "cuda/tiles.h"
+#include "ops.h"
+
+namespace moe_kernels::outputs {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+cuda::Scalar scalar_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf       ? cuda::Scalar::kHalf
+         : tensor.scalar_type() == at::kBFloat16 ? cuda::Scalar::kBFloat16
+                                                 : cuda::Scalar::kFloat;
+}
+
+void check_half_or_float(const at::Tensor& tensor, const char* name) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
+              " must be float32, bfloat16 or float16, is ", dtype);
+}
+
+// Kernels load 16 bytes at once. Of a tensor without memory only the rows' length can be told.
+void check_vectors(const at::Tensor& tensor, const char* name) {
+  const bool aligned =
+      tensor.is_meta() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  TORCH_CHECK(aligned && tensor.size(-1) * tensor.element_size() % 16 == 0, name,
+              " must begin at, and have rows of, a multiple of 16 bytes");
+}
+
+// Arguments that the products of the experts share.
+struct Experts {
+  const at::Tensor &left, &stack;
+  const std::optional<at::Tensor>& extra;
+  const at::Tensor &perm, &tiles, &segment_offsets;
+  const std::optional<at::Tensor>&u, &v, &scaling;
+  int64_t block_m;
+};
+
+void check_groups(at::IntArrayRef numbers, size_t map, int64_t num_segments) {
+  const at::IntArrayRef groups = numbers.slice(5 * map, 5);
+  const int64_t num = groups[0], period = groups[1], stride = groups[2], offset = groups[3];
+  bool valid = num >= 0 && num <= cuda::kMaxKeys && period >= 1;
+  for (const int64_t number : groups) valid &= number >= 0 && number < kMaxInt;
+  // The farthest in a period, and the farthest period: no group begins behind the last segment.
+  valid = valid && (num == 0 || (std::min(num, period) - 1) * stride + (num - 1) / period + offset <=
+                                    num_segments);
+  TORCH_CHECK(valid, "groups of map ", map, " must be at most ", cuda::kMaxKeys,
+              ", and begin with segments of 0..", num_segments, "; they are ", groups);
+}
+
+// float32, or the dtype of the rows that it meets.
+void check_beside_rows(const at::Tensor& rows, const at::Tensor& tensor, const char* name,
+                       std::initializer_list<int64_t> sizes) {
+  const bool wide = tensor.scalar_type() == at::kFloat;
+  check_beside(rows, tensor, name, wide ? at::kFloat : rows.scalar_type(), sizes);
+}
+
+// The number of sorted rows that `perm` is of, each of a token and one of its top_k experts.
+int64_t check_perm(const at::Tensor& first, const at::Tensor& perm, int64_t top_k) {
+  check_beside(first, perm, "perm", at::kLong, {-1});
+  TORCH_CHECK(top_k >= 1 && perm.numel() % top_k == 0 && perm.numel() < kMaxInt,
+              "perm must have top_k = ", top_k, " entries for each token, and fewer than 2^31");
+  return perm.numel();
+}
+
+// (..., height, width), of which there are `experts` for each modality.
+void check_matrices(const at::Tensor& rows, const at::Tensor& matrix, int64_t height,
+                    int64_t width, int64_t experts) {
+  TORCH_CHECK(matrix.dim() >= 2 && matrix.size(-2) == height && matrix.size(-1) == width,
+              "matrix must end with ", height, " x ", width, ", has ", matrix.sizes());
+  int64_t matrices = 1;
+  for (int64_t i = 0; i < matrix.dim() - 2; ++i) matrices *= matrix.size(i);
+  TORCH_CHECK(matrices % experts == 0, "matrix must have ", experts, " for each modality, has ",
+              matrices, " in all");
+  const bool wide = matrix.scalar_type() == at::kFloat;
+  TORCH_CHECK(matrix.device() == rows.device() && matrix.is_contiguous() &&
+                  (wide || matrix.scalar_type() == rows.scalar_type()),
+              "matrix must be contiguous, on ", rows.device(), " and float32 or ",
+              rows.scalar_type(), ", is ", matrix.toString(), " on ", matrix.device());
+}
+
+int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
+  return tensor ? tensor->size(dim) : 0;
+}
+
+// (experts, height, width), the frozen ones and then the added ones.
+void check_stacks(const Experts& given, int64_t height, int64_t width) {
+  const at::ScalarType dtype = given.left.scalar_type();
+  check_beside(given.left, given.stack, "stack", dtype, {-1, height, width});
+  TORCH_CHECK(given.stack.size(0) >= 1, "stack must have an expert");
+  check_vectors(given.stack, "stack");
+  if (!given.extra) return;
+  check_beside(given.left, *given.extra, "extra", dtype, {-1, height, width});
+  check_vectors(*given.extra, "extra");
+}
+
+// v ends with (height, width), one of which is the rank.
+void check_low_rank(const Experts& given, at::ScalarType u_dtype, int64_t num_modalities,
+                    int64_t height, int64_t width) {
+  TORCH_CHECK(given.u.has_value() == given.v.has_value() &&
+                  given.u.has_value() == given.scaling.has_value(),
+              "u, v and scaling must be given together or not at all");
+  if (!given.u) return;
+  check_beside(given.left, *given.u, "u", u_dtype, {given.perm.size(0), -1});
+  check_beside_rows(given.left, *given.v, "v", {num_modalities, -1, height, width});
+  check_beside(given.left, *given.scaling, "scaling", at::kFloat, {num_modalities});
+  const int64_t experts = given.v->size(1);
+  TORCH_CHECK(experts == given.stack.size(0) || experts == 1, "v must be of ",
+              given.stack.size(0), " experts, or of 1 that all share, is of ", experts);
+}
+
+// Of left W, or left W^T if `transposed`, with size_n columns in the output; `gated`: twice as many
+// in the stack.
+void check_experts(const Experts& given, bool by_token, bool transposed, bool gated,
+                   int64_t size_n) {
+  const int64_t rows = given.perm.numel(), size_k = given.left.size(-1);
+  check_beside(given.left, given.perm, "perm", at::kLong, {-1});
+  check_beside(given.left, given.left, "left", given.left.scalar_type(),
+               {by_token ? -1 : rows, -1});
+  check_vectors(given.left, "left");
+  const int64_t tokens = given.left.size(0);
+  TORCH_CHECK(rows < kMaxInt && (tokens == 0 ? rows == 0 : rows % tokens == 0),
+              "perm must have as many entries for each row of left, and fewer than 2^31");
+  TORCH_CHECK(cuda::expert_gemm_supports(scalar_of(given.left), size_k, size_n),
+              "the products of the experts are of bfloat16 or float16 and of sizes that are "
+              "multiples of 8, with less than 2^30 elements; left is ", given.left.toString(),
+              " of ", given.left.sizes(), ", for ", size_n, " columns");
+  const int64_t of_stack = gated ? 2 * size_n : size_n;
+  check_stacks(given, transposed ? of_stack : size_k, transposed ? size_k : of_stack);
+  check_beside(given.left, given.tiles, "tiles", at::kLong, {3, -1});
+  TORCH_CHECK(given.block_m == 16 || given.block_m == 64 || given.block_m == 128,
+              "block_m must be 16, 64 or 128, is ", given.block_m);
+  const int64_t experts = given.stack.size(0) + size_of(given.extra, 0);
+  check_beside(given.left, given.segment_offsets, "segment_offsets", at::kLong, {-1});
+  const int64_t segments = given.segment_offsets.numel() - 1;
+  TORCH_CHECK(segments >= experts && segments % experts == 0 && segments < kMaxInt,
+              "segment_offsets must have as many segments for each of ", experts,
+              " experts, and one entry more, has ", segments + 1);
+  const int64_t num_modalities = segments / experts - 1, rank = size_of(given.u, 1);
+  check_low_rank(given, transposed ? given.left.scalar_type() : at::kFloat, num_modalities,
+                 transposed ? of_stack : rank, transposed ? rank : of_stack);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
+    const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
+    int64_t num_modalities) {
+  check_beside(topk_ids, topk_ids, "topk_ids", at::kLong, {-1, -1});
+  if (modality_ids) {
+    check_beside(topk_ids, *modality_ids, "modality_ids", at::kLong, {topk_ids.size(0)});
+  }
+  TORCH_CHECK(topk_ids.size(1) >= 1 && topk_ids.numel() < kMaxInt,
+              "topk_ids must have at least one expert of each token, and fewer than 2^31 entries");
+  TORCH_CHECK(num_experts >= 1 && num_modalities >= 0 && num_experts < kMaxInt &&
+                  num_modalities < kMaxInt && num_experts * (num_modalities + 1) < kMaxInt,
+              "num_experts must be at least 1, num_modalities 0, and segments fewer than 2^31");
+  const auto options = topk_ids.options();
+  const at::Tensor perm = at::empty({topk_ids.numel()}, options);
+  return {perm, at::empty_like(perm), at::empty({num_experts}, options),
+          at::empty({num_experts + 1}, options),
+          at::empty({num_experts * (num_modalities + 1) + 1}, options)};
+}
+
+std::vector<at::Tensor> tile_maps(const at::Tensor& segment_offsets, int64_t num_rows,
+                                  at::IntArrayRef blocks, at::IntArrayRef groups) {
+  check_beside(segment_offsets, segment_offsets, "segment_offsets", at::kLong, {-1});
+  const int64_t num_segments = segment_offsets.numel() - 1;
+  TORCH_CHECK(num_segments >= 0 && num_segments < kMaxInt && num_rows >= 0 && num_rows < kMaxInt,
+              "segment_offsets must have an entry, and there must be fewer than 2^31 rows");
+  TORCH_CHECK(blocks.size() <= cuda::kMaxMaps && groups.size() == 5 * blocks.size(),
+              "there must be at most ", cuda::kMaxMaps, " maps, and five numbers in groups for each");
+  std::vector<at::Tensor> made;
+  for (size_t map = 0; map < blocks.size(); ++map) {
+    check_groups(groups, map, num_segments);
+    TORCH_CHECK(blocks[map] >= 1 && blocks[map] < kMaxInt, "blocks must be at least 1");
+    const int64_t num_groups = groups[5 * map];
+    const int64_t num_tiles = cuda::most_tiles(num_rows, num_groups, blocks[map]);
+    TORCH_CHECK(num_tiles < kMaxInt, "there must be fewer than 2^31 tiles");
+    made.push_back(at::empty({3, num_tiles}, segment_offsets.options()));
+    made.push_back(at::empty({3, num_groups}, segment_offsets.options()));
+  }
+  return made;
+}
+
+at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at::Tensor& num_rows,
+                   const std::optional<at::Tensor>& weights, int64_t num_tokens) {
+  check_half_or_float(rows, "rows");
+  check_beside(rows, rows, "rows", rows.scalar_type(), {-1, -1});
+  check_vectors(rows, "rows");
+  check_beside(rows, inv_perm, "inv_perm", at::kLong, {rows.size(0)});
+  check_beside(rows, num_rows, "num_rows", at::kLong, {1});
+  TORCH_CHECK(num_tokens >= 0 && rows.size(1) < kMaxInt &&
+                  (num_tokens == 0 ? rows.size(0) == 0 : rows.size(0) % num_tokens == 0),
+              "rows must be as many for each of ", num_tokens, " tokens, there are ", rows.size(0));
+  if (weights) {
+    check_half_or_float(*weights, "weights");
+    check_beside(rows, *weights, "weights", weights->scalar_type(), {num_tokens, -1});
+    TORCH_CHECK(weights->numel() == rows.size(0), "weights must have an entry for each row");
+  }
+  return at::empty({num_tokens, rows.size(1)}, rows.options());
+}
+
+void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
+             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_base, int64_t experts,
+             int64_t top_k, bool by_token, bool rank_first) {
+  check_half_or_float(left, "left");
+  const int64_t rows = check_perm(left, perm, top_k);
+  check_beside(left, left, "left", left.scalar_type(), {by_token ? rows / top_k : rows, -1});
+  check_beside_rows(left, out, "out", {rows, -1});
+  check_beside(left, tiles, "tiles", at::kLong, {3, -1});
+  const int64_t size_k = left.size(1), rank = out.size(1);
+  TORCH_CHECK(size_k < kMaxInt && rank < kMaxInt && tiles.size(1) < kMaxInt,
+              "left, out and tiles must have fewer than 2^31 columns");
+  TORCH_CHECK(num_base >= 1 && num_base < kMaxInt && (experts == 1 || experts == num_base),
+              "experts must be 1 or num_base = ", num_base, ", is ", experts);
+  check_matrices(left, matrix, rank_first ? rank : size_k, rank_first ? size_k : rank, experts);
+}
+
+at::Tensor outer(const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
+                 const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
+                 const std::optional<at::Tensor>& weights, int64_t chunk, int64_t top_k,
+                 bool transposed, bool left_by_token, bool right_by_token) {
+  check_half_or_float(right, "right");
+  const int64_t rows = check_perm(right, perm, top_k), tokens = rows / top_k;
+  check_beside(right, right, "right", right.scalar_type(), {right_by_token ? tokens : rows, -1});
+  check_beside_rows(right, left, "left", {left_by_token ? tokens : rows, -1});
+  check_beside(right, tiles, "tiles", at::kLong, {3, -1});
+  check_beside(right, groups, "groups", at::kLong, {3, -1});
+  check_beside(right, factors, "factors", at::kFloat, {-1});
+  if (weights) check_beside_rows(right, *weights, "weights", {tokens, top_k});
+  const int64_t num_groups = groups.size(1), height = left.size(1), width = right.size(1);
+  // The second and third axis of a grid end at 65,535.
+  TORCH_CHECK(num_groups < 1 << 16 && height < 1 << 20 && width < 1 << 23 &&
+                  tiles.size(1) < kMaxInt && chunk >= 1,
+              "outer takes fewer than 2^16 groups, 2^20 columns of left and 2^23 of right, and at "
+              "least a row in a chunk");
+  TORCH_CHECK(factors.numel() >= 1 && num_groups % factors.numel() == 0,
+              "factors must be one for each of as many neighbouring groups, there are ",
+              factors.numel(), " for ", num_groups);
+  const auto options = right.options().dtype(at::kFloat);
+  return transposed ? at::empty({num_groups, width, height}, options)
+                    : at::empty({num_groups, height, width}, options);
+}
+
+void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,
+                  const at::Tensor& scaling, const at::Tensor& perm, const at::Tensor& tiles,
+                  bool rank_last) {
+  TORCH_CHECK(out.scalar_type() == at::kHalf || out.scalar_type() == at::kBFloat16,
+              "out must be bfloat16 or float16, is ", out.scalar_type());
+  check_beside(out, out, "out", out.scalar_type(), {-1, -1});
+  check_vectors(out, "out");
+  const int64_t rows = out.size(0), width = out.size(1);
+  check_beside(out, perm, "perm", at::kLong, {rows});
+  check_beside(out, u, "u", rank_last ? out.scalar_type() : at::kFloat, {rows, -1});
+  check_beside(out, scaling, "scaling", at::kFloat, {-1});
+  const int64_t rank = u.size(1), modalities = scaling.size(0);
+  check_beside(out, tiles, "tiles", at::kLong, {3, -1});
+  // The second axis of a grid ends at 65,535.
+  TORCH_CHECK(width < 1 << 23 && rank < kMaxInt && tiles.size(1) < kMaxInt,
+              "out must have fewer than 2^23 columns, u and tiles fewer than 2^31");
+  check_beside_rows(out, v, "v", {modalities, rank_last ? width : rank, rank_last ? rank : width});
+}
+
+std::tuple<at::Tensor, at::Tensor> gate_up(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save) {
+  TORCH_CHECK(stack.dim() == 3 && stack.size(1) % 2 == 0,
+              "stack must be (experts, 2 * inter, hidden), is ", stack.sizes());
+  const int64_t inter = stack.size(1) / 2;
+  check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
+                /*by_token=*/true, /*transposed=*/true, /*gated=*/true, inter);
+  return {at::empty({save ? perm.numel() : 0, 2 * inter}, left.options()),
+          at::empty({perm.numel(), inter}, left.options())};
+}
+
+at::Tensor product(const at::Tensor& left, const at::Tensor& stack,
+                   const std::optional<at::Tensor>& extra, const at::Tensor& perm,
+                   const at::Tensor& tiles, const at::Tensor& segment_offsets,
+                   const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+                   const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed) {
+  TORCH_CHECK(stack.dim() == 3, "stack must have three dimensions, has ", stack.sizes());
+  const int64_t size_n = stack.size(transposed ? 1 : 2);
+  check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
+                /*by_token=*/false, transposed, /*gated=*/false, size_n);
+  return at::empty({perm.numel(), size_n}, left.options());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
+    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added) {
+  TORCH_CHECK(stack.dim() == 3, "stack must have three dimensions, has ", stack.sizes());
+  const int64_t inter = stack.size(2), rows = perm.numel();
+  check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
+                /*by_token=*/true, /*transposed=*/false, /*gated=*/false, inter);
+  check_beside_rows(left, weights, "weights", {left.size(0), -1});
+  TORCH_CHECK(weights.numel() == rows, "weights must have an entry for each of ", rows, " rows");
+  check_beside(left, pre_act, "pre_act", left.scalar_type(), {rows, 2 * inter});
+  check_vectors(pre_act, "pre_act");
+  // Rows that were not dispatched get no dot.
+  const auto dots = at::zeros({cuda::expert_gemm_parts(inter), weights.size(0), weights.size(1)},
+                              left.options().dtype(at::kFloat));
+  const int64_t act_rows = act_of_adapted || act_of_added ? rows : 0;
+  return {at::empty_like(pre_act), at::empty({act_rows, inter}, left.options()), dots};
+}
+
+}  // namespace moe_kernels::outputs

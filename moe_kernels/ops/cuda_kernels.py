@@ -1,0 +1,106 @@
+"""The launches that several ops share, in the backend "cuda": the extension's ops where they take
+what is asked, Triton's kernels for the rest. Which, follows from shapes and dtypes alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_kernels import _native
+from moe_kernels.ops.triton_kernels import TRITON
+from moe_kernels.ops.triton_tile_maps import Groups, TileMap
+
+_MAX_MAPS = 4  # of one launch
+
+
+def tile_maps(
+    segment_offsets: Tensor, num_rows: int, wanted: Sequence[tuple[Groups, int]]
+) -> list[TileMap]:
+    """All maps in one launch; see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`."""
+    most = _native.max_dispatch_keys()
+    if len(wanted) > _MAX_MAPS or any(groups.num > most for groups, _ in wanted):
+        return TRITON.tile_maps(segment_offsets, num_rows, wanted)
+    blocks = [block for _, block in wanted]
+    made = _native.ops().tile_maps(
+        segment_offsets, num_rows, blocks, [number for groups, _ in wanted for number in groups]
+    )
+    pairs = zip(made[::2], made[1::2], blocks, strict=True)
+    return [TileMap(tiles, groups, num_rows, block) for tiles, groups, block in pairs]
+
+
+def project(
+    left: Tensor,
+    matrix: Tensor,
+    perm: Tensor,
+    tiles: TileMap,
+    out: Tensor,
+    *,
+    rank_first: bool,
+    top_k: int,
+    by_token: bool,
+    num_base: int,
+    experts: int,
+    block_k: int,
+) -> Tensor:
+    """See :func:`moe_kernels.ops.triton_kernels.project`; ``block_k`` is Triton's alone."""
+    _native.ops().project(
+        out, left, matrix, perm, tiles.tiles, num_base, experts, top_k, by_token, rank_first
+    )
+    return out
+
+
+def weights_beside(rows: Tensor, weights: Tensor) -> Tensor:
+    """Routing weights as the kernels take them: in float32, or in the dtype of the rows."""
+    return weights if weights.dtype == rows.dtype else weights.float()
+
+
+def outer(
+    left: Tensor,
+    right: Tensor,
+    perm: Tensor,
+    rows: TileMap,
+    factors: Tensor,
+    *,
+    transposed: bool,
+    top_k: int,
+    weights: Tensor | None = None,
+    left_by_token: bool = False,
+    right_by_token: bool = False,
+    matrix: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """See :func:`moe_kernels.ops.triton_kernels.outer`; there is no ``matrix`` here."""
+    assert matrix is None
+    out = _native.ops().outer(
+        left, right, perm, rows.tiles, rows.groups, factors,
+        None if weights is None else weights_beside(right, weights), rows.block, top_k,
+        transposed, left_by_token, right_by_token,
+    )  # fmt: skip
+    return out, None
+
+
+def add_low_rank(
+    u: Tensor,
+    matrix: Tensor,
+    scaling: Tensor,
+    perm: Tensor,
+    tiles: TileMap,
+    out: Tensor,
+    *,
+    rank_last: bool,
+    block_n: int,
+) -> None:
+    """See :func:`moe_kernels.ops.triton_kernels.add_low_rank`, which does float32 and rows that are
+    not a multiple of 16 bytes; ``block_n`` is Triton's alone.
+    """
+    if out.dtype == torch.float32 or out.shape[1] % 8:
+        TRITON.add_low_rank(
+            u, matrix, scaling, perm, tiles, out, rank_last=rank_last, block_n=block_n
+        )
+    else:
+        _native.ops().add_low_rank(out, u, matrix, scaling, perm, tiles.tiles, rank_last)
+
+
+CUDA = TRITON._replace(
+    tile_maps=tile_maps, project=project, outer=outer, add_low_rank=add_low_rank, max_projected=0
+)

@@ -1,0 +1,9 @@
+"""The low-rank term of ``lora_linear`` by CUDA kernels, and Triton's for the rest."""
+
+from functools import partial
+
+from moe_kernels.ops.cuda_kernels import CUDA
+from moe_kernels.ops.lora_linear import triton_impl
+
+forward = partial(triton_impl.forward, launches=CUDA)
+backward = partial(triton_impl.backward, launches=CUDA)

@@ -1,0 +1,115 @@
+"""``moe_mlp`` by the extension's CUDA kernels, and Triton's for what they do not take."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_kernels import _native
+from moe_kernels.ops.cuda_kernels import CUDA as SHARED
+from moe_kernels.ops.cuda_kernels import weights_beside
+from moe_kernels.ops.moe_mlp import gpu
+from moe_kernels.ops.moe_mlp.gpu import Layer
+from moe_kernels.ops.moe_mlp.triton_impl import TRITON
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+
+_ADAPTER_BLOCK = 64  # what a block of `project` takes at once
+
+
+def takes(weights: ExpertWeights) -> bool:
+    """Whether the products are the extension's: of 16-bit weights, in whole vectors of 16 bytes."""
+    hidden, inter = weights.down_proj.shape[1:]
+    stacks = weights.gate_up_proj, weights.down_proj, *weights.trainable()[:2]
+    return (
+        weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
+        and hidden % 8 == inter % 8 == 0
+        and 4 * hidden * inter < 2**31
+        and all(stack is None or _is_aligned(stack) for stack in stacks)
+    )
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
+
+
+def blocks(rows: int, weights: ExpertWeights) -> tuple[int, int]:
+    """Rows of a tile of one expert, for whoever multiplies them, and of one adapter."""
+    if not takes(weights):
+        return TRITON.blocks(rows, weights)[0], _ADAPTER_BLOCK
+    return _native.expert_block(rows, weights.num_experts), _ADAPTER_BLOCK
+
+
+def _shared_arguments(
+    layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, matrix: str
+) -> tuple[Tensor | int | None, ...]:
+    """What the native products begin with; ``matrix`` is "A" or "B", which u meets."""
+    base, extra, has_extra = layer.stacks(stack)
+    low_rank = (None, None, None)
+    if u is not None and u.shape[1]:
+        low_rank = u, getattr(layer.weights, f"{name}_{matrix}"), layer.lora(name)[2]
+    return (
+        left if _is_aligned(left) else left.clone(), base, extra if has_extra else None,
+        layer.perm, layer.expert_tiles.tiles, layer.segments, *low_rank, layer.expert_tiles.block,
+    )  # fmt: skip
+
+
+def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """As Triton's."""
+    if not takes(layer.weights):
+        return TRITON.gate_up(layer, x, u1, save)
+    arguments = _shared_arguments(layer, x, "gate_up_proj", "gate_up", u1, "B")
+    return _native.ops().gate_up(*arguments, save)
+
+
+def product(
+    layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
+) -> Tensor:
+    """As Triton's."""
+    if not takes(layer.weights):
+        return TRITON.product(layer, left, stack, name, u, transposed=transposed)
+    matrix = "B" if transposed else "A"
+    arguments = _shared_arguments(layer, left, stack, name, u, matrix)
+    return _native.ops().product(*arguments, transposed)
+
+
+def act_backward(
+    layer: Layer,
+    grad_out: Tensor,
+    pre_act: Tensor,
+    du2: Tensor | None,
+    *,
+    act_of_adapted: bool,
+    act_of_added: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As Triton's."""
+    if not takes(layer.weights):
+        return TRITON.act_backward(
+            layer, grad_out, pre_act, du2, act_of_adapted=act_of_adapted, act_of_added=act_of_added
+        )
+    arguments = _shared_arguments(layer, grad_out, "down_proj", "down", du2, "A")
+    d_pre, act, dots = _native.ops().act_backward(
+        *arguments,
+        weights_beside(grad_out, layer.topk_weights),
+        pre_act,
+        act_of_adapted,
+        act_of_added,
+    )
+    return d_pre, act, dots.sum(0)
+
+
+def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
+    """As Triton's, which takes rows that are not a multiple of 16 bytes."""
+    if rows.shape[1] * rows.element_size() % 16:
+        return TRITON.combine(layer, rows, weighted=weighted)
+    weights = weights_beside(rows, layer.topk_weights) if weighted else None
+    return _native.ops().combine(
+        rows, layer.inv_perm, layer.segments[-1:], weights, layer.topk_weights.shape[0]
+    )
+
+
+CUDA = TRITON._replace(
+    shared=SHARED, blocks=blocks, gate_up=gate_up, product=product, act_backward=act_backward,
+    combine=combine,
+)  # fmt: skip
+forward = partial(gpu.forward, CUDA)
+backward = partial(gpu.backward, CUDA)

@@ -1,0 +1,267 @@
+"""``moe_mlp`` on a GPU, out of the launches that a backend gives: no host sync, no float atomics,
+every sum in a fixed order.
+
+Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
+du2 with dB2, dA' with all that follows from it, du1 with dB1, the rows of dX and their combine, dA1
+and dA2, and one for each added experts' weight.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops import triton_tile_maps as maps
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.triton_kernels import Launches as SharedLaunches
+from moe_kernels.ops.triton_kernels import check_dtype
+from moe_kernels.ops.triton_tile_maps import TileMap
+
+
+class Launches(NamedTuple):
+    """How a backend makes each launch: functions as those of ``triton_impl``.
+
+    Attributes:
+        shared: those of other ops too.
+        blocks: rows of a tile of one expert, and of one adapter, from the number of rows and the
+            weights: shapes, dtype and device alone.
+        gate_up, product, act_backward, combine: the others.
+    """
+
+    shared: SharedLaunches
+    blocks: Callable[[int, ExpertWeights], tuple[int, int]]
+    gate_up: Callable[..., tuple[Tensor, Tensor]]
+    product: Callable[..., Tensor]
+    act_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    combine: Callable[..., Tensor]
+
+
+class Layer(NamedTuple):
+    """What the launches of one call share."""
+
+    shared: SharedLaunches
+    topk_weights: Tensor  # (T, K)
+    perm: Tensor
+    inv_perm: Tensor
+    segments: Tensor
+    weights: ExpertWeights  # added experts in the base's dtype, adapters in their own
+    tiles: Tiles  # of Triton's kernels
+    expert_tiles: TileMap  # of every expert, and of the rows that were not dispatched
+    adapted_tiles: TileMap  # of every pair (modality, expert)
+    chunks: TileMap | None  # the same in long tiles; backward alone
+    added: TileMap | None  # of every added expert, a tile each; where their gradients are needed
+
+    @property
+    def num_base(self) -> int:
+        return self.weights.gate_up_proj.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_weights.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        return self.perm.numel()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """hidden, inter"""
+        return self.weights.down_proj.shape[1:]
+
+    def stacks(self, name: str) -> tuple[Tensor, Tensor, bool]:
+        """A frozen stack, the added experts' (or a stand-in), and whether there are any."""
+        base, extra = getattr(self.weights, name), getattr(self.weights, f"extra_{name}")
+        there = extra is not None and extra.shape[0] > 0
+        return base, extra if there else base, there
+
+    def lora(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """lora_A, lora_B and scaling of "gate_up" or "down"; None where there is none."""
+        return tuple(getattr(self.weights, f"{name}_{part}") for part in ("A", "B", "scaling"))
+
+
+def forward(
+    launches: Launches,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    perm: Tensor,
+    inv_perm: Tensor,
+    segment_offsets: Tensor,
+    weights: ExpertWeights,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2)."""
+    check_dtype(hidden_states.dtype)
+    layer = _make_layer(launches, topk_weights, perm, inv_perm, segment_offsets, weights)
+    u1 = _shrink(layer, hidden_states, "gate_up", save_for_backward)
+    pre_act, act = launches.gate_up(layer, hidden_states, u1, save_for_backward)
+    u2 = _shrink(layer, act, "down", save_for_backward)
+    expert_out = launches.product(layer, act, "down_proj", "down", u2, transposed=True)
+    out = launches.combine(layer, expert_out, weighted=True)
+    if not save_for_backward:
+        u1, u2 = (u.new_empty(0, u.shape[1]) for u in (u1, u2))
+    return out, pre_act, u1, u2
+
+
+def backward(
+    launches: Launches,
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    perm: Tensor,
+    inv_perm: Tensor,
+    segment_offsets: Tensor,
+    weights: ExpertWeights,
+    pre_act: Tensor,
+    u1: Tensor,
+    u2: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in its order; of parameters in float32."""
+    if not any(needs):
+        return []
+    need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
+    need_A1, need_B1, need_A2, need_B2 = need_lora
+    layer = _make_layer(
+        launches, topk_weights, perm, inv_perm, segment_offsets, weights, backward=True,
+        added=need_extra_gate_up or need_extra_down,
+    )  # fmt: skip
+    du2, grad_B2 = _du_and_dB(layer, "down", u2, grad_out, True, need_B2)
+    d_pre, act, dots = launches.act_backward(
+        layer, grad_out, pre_act, du2, act_of_adapted=need_A2, act_of_added=need_extra_down
+    )
+    du1, grad_B1 = _du_and_dB(layer, "gate_up", u1, d_pre, need_hidden or need_A1, need_B1)
+    grads = []
+    if need_hidden:
+        d_rows = launches.product(layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False)
+        grads.append(launches.combine(layer, d_rows, weighted=False))
+    if need_weights:
+        grads.append(dots)
+    if need_extra_gate_up:
+        grads.append(_extra_gradient(layer, d_pre, hidden_states, weighted=False))
+    if need_extra_down:
+        grads.append(_extra_gradient(layer, grad_out, act, weighted=True))
+    if need_A1:
+        grads.append(_grad_A(layer, "gate_up", du1, hidden_states))
+    if need_B1:
+        grads.append(grad_B1)
+    if need_A2:
+        grads.append(_grad_A(layer, "down", du2, act))
+    if need_B2:
+        grads.append(grad_B2)
+    return grads
+
+
+def _make_layer(
+    launches: Launches, topk_weights: Tensor, perm: Tensor, inv_perm: Tensor,
+    segment_offsets: Tensor, weights: ExpertWeights, *, backward: bool = False,
+    added: bool = False,
+) -> Layer:  # fmt: skip
+    weights = weights.in_compute_dtype(adapters=False)
+    rows, num_base = perm.numel(), weights.gate_up_proj.shape[0]
+    experts, modalities = weights.num_experts, weights.num_modalities
+    of_expert, of_adapter = launches.blocks(rows, weights)
+    pairs = maps.by_adapter(num_base, modalities)
+    wanted = [(maps.by_expert(experts, modalities), of_expert), (pairs, of_adapter)]
+    if backward:
+        wanted.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
+    if added:  # no chunks: a wide result has programs enough, and partial sums would be large
+        groups = maps.by_added_expert(num_base, experts - num_base, modalities)
+        wanted.append((groups, max(1, rows)))
+    made = launches.shared.tile_maps(segment_offsets, rows, wanted)
+    return Layer(
+        launches.shared, topk_weights, perm, inv_perm, segment_offsets, weights,
+        choose_tiles(rows, weights), *made,
+        *[None] * (4 - len(made)),
+    )  # fmt: skip
+
+
+def _largest_sum(weights: ExpertWeights) -> int:
+    """Elements of an expert's largest adapter gradient."""
+    (hidden, inter), (of_gate_up, of_down) = weights.down_proj.shape[1:], weights.ranks
+    return max(1, of_gate_up * max(hidden, 2 * inter), of_down * max(hidden, inter))
+
+
+def _shrink(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
+    """u = left A^T (T*K, r); (T*K, 0) without adapters. What is saved for backward has zeros where
+    there is no adapter: an op's output is a function of its inputs.
+    """
+    lora_A, _, _ = layer.lora(name)
+    if lora_A is None:
+        return left.new_empty(layer.num_slots, 0)
+    out = (left.new_zeros if save else left.new_empty)(layer.num_slots, lora_A.shape[2])
+    return _launch_project(layer, left, lora_A, out, by_token=name == "gate_up", rank_first=True)
+
+
+def _project(layer: Layer, left: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
+    """du = left B (T*K, r) in float32, adapted rows alone."""
+    rank = lora_B.shape[3]
+    out = torch.empty(layer.num_slots, rank, dtype=torch.float32, device=left.device)
+    return _launch_project(layer, left, lora_B, out, by_token=by_token, rank_first=False)
+
+
+def _launch_project(
+    layer: Layer, left: Tensor, matrix: Tensor, out: Tensor, *, by_token: bool, rank_first: bool
+) -> Tensor:
+    return layer.shared.project(
+        left, matrix, layer.perm, layer.adapted_tiles, out, rank_first=rank_first,
+        top_k=layer.top_k, by_token=by_token, num_base=layer.num_base, experts=matrix.shape[1],
+        block_k=layer.tiles.k,
+    )  # fmt: skip
+
+
+def _du_and_dB(
+    layer: Layer, name: str, u: Tensor, dy: Tensor, need_du: bool, need_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """du = dy B (T*K, r) in float32, adapted rows alone, and dB; in one pass over dy where
+    that is cheaper.
+
+    ``dy`` are the rows of d_pre, or grad_out by token for the down projection.
+    """
+    lora_A, lora_B, _ = layer.lora(name)
+    if lora_A is None:
+        return None, None
+    by_token = name == "down"
+    together = need_du and need_B and lora_A.shape[2] <= layer.shared.max_projected
+    grad, du = None, None
+    if need_B:
+        grad, parts = _outer(
+            layer, name, u, dy, right_by_token=by_token, transposed=True,
+            matrix=lora_B.flatten(0, 1) if together else None,
+        )  # fmt: skip
+        grad = grad.view(lora_B.shape)
+    if together:
+        du = layer.shared.sum_parts(parts, layer.adapted_tiles)
+    elif need_du:
+        du = _project(layer, dy, lora_B, by_token=by_token)
+    return du, grad
+
+
+def _grad_A(layer: Layer, name: str, du: Tensor, left: Tensor) -> Tensor:
+    """dA in float32, from du and hidden_states, or the activation for the down projection."""
+    lora_A, _, _ = layer.lora(name)
+    grad, _ = _outer(layer, name, du, left, right_by_token=name == "gate_up", transposed=False)
+    grad = grad.view(layer.weights.num_modalities, layer.num_base, *lora_A.shape[2:])
+    return grad.sum(1, keepdim=True) if lora_A.shape[1] != layer.num_base else grad
+
+
+def _outer(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options):
+    """Sums of (s w skinny)^T wide over each adapter's rows; the routing weight w belongs to the
+    down projection's rows alone.
+    """
+    return layer.shared.outer(
+        skinny, wide, layer.perm, layer.chunks, layer.lora(name)[2], top_k=layer.top_k,
+        weights=layer.topk_weights if name == "down" else None, **options,
+    )  # fmt: skip
+
+
+def _extra_gradient(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
+    """sum of (w left)^T right over each added expert's rows."""
+    factor = torch.ones(1, dtype=torch.float32, device=left.device)
+    grad, _ = layer.shared.outer(
+        left, right, layer.perm, layer.added, factor, transposed=False,
+        top_k=layer.top_k, weights=layer.topk_weights if weighted else None,
+        left_by_token=weighted, right_by_token=not weighted,
+    )  # fmt: skip
+    return grad

@@ -1,0 +1,208 @@
+"""The cases of ``triton_cases.py`` on the backend "cuda"; ``test_cuda.py`` runs them.
+
+Without a GPU, the CUDA ops are done on the CPU by plain torch, and Triton is interpreted: what is
+seen is whether the layers ask the ops for the right things. Or, where CUDA_KERNELS_ON_HOST names a
+library of them, by the kernels themselves.
+"""
+
+import os
+
+import cuda_stand_ins
+import pytest
+import torch
+from test_dispatcher import make, results, same
+from test_moe_mlp import VARIANTS, call
+from triton_cases import (  # noqa: F401  (collected here)
+    DEVICE,
+    ON_GPU,
+    check,
+    on_device,
+    test_a_captured_graph_gives_the_same_bits,
+    test_lora_linear,
+    test_matches_the_reference,
+    test_no_tokens,
+    test_odd_sizes,
+    test_only_the_gradients_asked_for,
+    test_refuses_what_it_does_not_compute,
+    test_shapes,
+    test_text_rows_do_not_see_adapters,
+    test_the_same_bits_twice,
+)
+
+from moe_kernels import _native, backends
+from moe_kernels.ops import LoraWeights, lora_linear
+from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
+from moe_kernels.ops.moe_mlp import gpu
+from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
+
+SHARED = {"dispatch", "tile_maps", "project", "outer", "combine"}
+PRODUCTS = {"gate_up", "product", "act_backward"}
+ALL = SHARED | PRODUCTS
+VECTORS = Shape(T=37, K=3, E=5, H=48, I=24, r=5)  # all rows in whole vectors of 16 bytes
+OPS = _native.ops()
+if "CUDA_KERNELS_ON_HOST" in os.environ:
+    torch.ops.load_library(os.environ["CUDA_KERNELS_ON_HOST"])
+else:
+    LIBRARY = cuda_stand_ins.register()
+
+
+@pytest.fixture(autouse=True)
+def cuda_for_triton(monkeypatch):
+    """The cases name "triton", which can be named without a GPU too."""
+    implementation = backends.implementation
+    monkeypatch.setattr(
+        backends,
+        "implementation",
+        lambda op, name: implementation(op, "cuda" if name == "triton" else name),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(name, arguments) of every call of a native op."""
+    made = []
+
+    class Recorded:
+        def __getattr__(self, name):
+            return lambda *arguments: (
+                made.append((name, arguments)) or getattr(OPS, name)(*arguments)
+            )
+
+    monkeypatch.setattr(_native, "ops", Recorded)
+    return made
+
+
+def layer(shape, dtype=torch.float32, **variant):
+    """The output and the gradients of a layer."""
+    inputs = on_device(make_moe_inputs(shape, **variant).to(dtype)).requires_grad_()
+    out = call(inputs, "triton")
+    return out, *torch.autograd.grad(out.sum(), list(inputs.differentiable().values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_matches_the_reference(monkeypatch, dtype, variant):
+    """No product is left to Triton, whose interpreter is wrong in bfloat16."""
+    monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
+    check(dtype, VECTORS, seed=len(variant), **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "rank"), [(70, 5), (70, 24), (1, 8), (0, 4)])
+def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
+    monkeypatch.setattr(lora_linear_impl, "check_dtype", lambda dtype: None)
+    generator = torch.Generator().manual_seed(tokens)
+    sizes = (tokens, 48), (2, rank, 48), (2, 136, rank), (136, 48), (tokens, 136)
+    tensors = [torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in sizes]
+    ids = torch.randint(-1, 3, (tokens,), generator=generator).to(DEVICE)
+
+    def results(dtype, backend):
+        *leaves, weight, grad_out = (tensor.to(dtype) for tensor in tensors)
+        x, a, b = (leaf.requires_grad_() for leaf in leaves)
+        lora = LoraWeights(a, b, torch.tensor([2.0, 0.5], device=DEVICE))
+        out = lora_linear(x, weight, None, lora, modality_ids=ids, backend=backend)
+        return out, *torch.autograd.grad(out, (x, a, b), grad_out)
+
+    actual = results(dtype, "triton")
+    assert [name for name, _ in calls].count("add_low_rank") == 2
+    for tensor, wanted in zip(actual, results(torch.float64, "reference"), strict=True):
+        assert_close(tensor, wanted, dtype=dtype)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+@pytest.mark.parametrize("tokens", [40, 400, 4000])  # tiles of 16, 64 and 128 rows
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_tile_matches_the_reference(dtype, tokens):
+    check(dtype, Shape(T=tokens, K=2, E=8, H=264, I=136, r=24), num_modalities=2, num_extra=1)
+
+
+@pytest.mark.parametrize(("variant", "outers"), [({}, 4), ({"num_extra": 1}, 6)])
+def test_a_layer_calls_the_native_ops(calls, variant, outers):
+    layer(VECTORS, torch.float16, **variant)
+    names = [name for name, _ in calls]
+    forward = ["dispatch", "tile_maps", "project", "gate_up", "project", "product", "combine"]
+    assert names[:7] == forward
+    backward = ["act_backward", "combine", *["outer"] * outers, "product", "project", "project"]
+    assert sorted(names[7:]) == [*backward, "tile_maps"]
+
+
+@pytest.mark.parametrize(
+    ("odd", "missing"),
+    [
+        ("float32", PRODUCTS), ("rows", PRODUCTS | {"combine"}), ("stack", PRODUCTS),
+        ("segments", {"dispatch", "tile_maps"}), ("nothing", set()),
+    ],
+)  # fmt: skip
+def test_what_an_op_does_not_take_goes_to_triton(calls, monkeypatch, odd, missing):
+    inputs = make_moe_inputs(SHAPES["odd"] if odd == "rows" else VECTORS)
+    inputs = on_device(inputs.to(torch.float32 if odd == "float32" else torch.float16))
+    if odd == "stack":  # does not begin at a multiple of 16 bytes
+        memory = inputs.down_proj.new_zeros(inputs.down_proj.numel() + 1)
+        inputs = inputs._replace(down_proj=memory[1:].view(inputs.down_proj.shape))
+    if odd == "segments":  # more than a block counts
+        monkeypatch.setattr(_native, "max_dispatch_keys", lambda: VECTORS.E)
+    call(inputs, "triton")
+    assert {name for name, _ in calls} == ALL - missing - {"outer", "act_backward"}
+
+
+@pytest.mark.parametrize("odd", ["hidden_states", "topk_weights"])
+def test_inputs_are_made_to_fit(odd):
+    """Tokens that do not begin at a multiple of 16 bytes, weights of another dtype: no new bits."""
+    inputs = make_moe_inputs(VECTORS).to(torch.float16)
+    inputs = inputs._replace(topk_weights=inputs.topk_weights.bfloat16().float())
+    inputs = on_device(inputs)
+    expected = call(inputs, "triton")
+    if odd == "topk_weights":
+        for dtype in (torch.bfloat16, torch.float64):
+            other = inputs._replace(topk_weights=inputs.topk_weights.to(dtype))
+            assert torch.equal(call(other, "triton"), expected)
+        return
+    memory = inputs.hidden_states.new_empty(inputs.hidden_states.numel() + 1)
+    moved = memory[1:].view(inputs.hidden_states.shape).copy_(inputs.hidden_states)
+    assert torch.equal(call(inputs._replace(hidden_states=moved), "triton"), expected)
+
+
+@pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
+def test_it_compiles_into_one_graph_with_the_same_bits():
+    function, x, adapters = make("moe_mlp", "triton")
+    expected = results(function, x, adapters)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert same(results(compiled, x, adapters), expected)
+
+
+def test_opcheck(calls):
+    """Every call of a layer: the schema, and shapes and refusals on fake tensors."""
+    layer(VECTORS, torch.float16, num_extra=1)
+    assert {name for name, _ in calls} == ALL
+    for name, arguments in calls:
+        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(
+            getattr(OPS, name).default, detached, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def outcome(name, arguments):
+    """What an op returns or fills, without rows that it does not write."""
+    if name == "project":
+        arguments[0].zero_()
+    returned = getattr(OPS, name)(*arguments)
+    if name == "project":
+        return [arguments[0]]
+    if isinstance(returned, torch.Tensor):
+        returned = [returned]
+    if name in ("product", "act_backward"):
+        dispatched = int(arguments[5][-1])
+        return [returned[0][:dispatched], *(t[:dispatched] for t in returned[1:2]), *returned[2:]]
+    return returned
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_call_gives_on_the_gpu_what_it_gives_on_the_cpu(calls, dtype):
+    layer(SHAPES["small"], dtype, num_extra=1, num_modalities=2)
+    assert {name for name, _ in calls} == ALL
+    for name, arguments in calls:
+        on_cpu = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+        for a, b in zip(outcome(name, arguments), outcome(name, on_cpu), strict=True):
+            assert_close(a.cpu(), b, dtype=dtype, name=name)
