@@ -21,7 +21,10 @@ from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import TOLERANCES, MoeInputs
 
 TESTS_SECONDS, TOOL_SECONDS = 180, 60  # at most
-SANITIZERS = ("memcheck", "racecheck")
+SANITIZERS = {
+    "triton": ("memcheck", "racecheck"),
+    "cuda": ("memcheck", "racecheck", "initcheck", "synccheck"),
+}
 # Rows of 82 bytes and few of them an expert; whole vectors, and tiles with many rows.
 SANITIZED = (("odd", 37), ("small", 1024))
 PROFILED = "gate_up|act_backward"
@@ -51,7 +54,7 @@ def sanitize(given: Namespace) -> dict:
         program = [*_one_layer(given, shape), "--tokens", str(tokens)]
         if shutil.which("compute-sanitizer"):
             _run(program, given, TOOL_SECONDS)  # compiles what is looked at then
-        for tool in SANITIZERS:
+        for tool in SANITIZERS[given.backend]:
             command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *program]
             # A caching allocator would lend each tensor a part of a large block.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -13,6 +13,7 @@ axolotl's ScatterMoE with LoRA.
 
 import gc
 import os
+import re
 import sys
 import time
 import traceback
@@ -42,9 +43,12 @@ from _record import default_path
 from _runs import compare, fastest, run_decode, run_training, time_of
 from _timing import Statistics, now
 from bars import Bar
+from cost_model import backward, forward
 from cost_model import table as cost_table
 from tables import bars_table, case_title, markdown, providers_table, steps_table
 from torch.profiler import ProfilerActivity, profile
+
+from moe_kernels.ops import dispatch
 
 NAME = "gpu"
 PEFT, SPLIT, GROUPED = "peft:grouped_mm", "split:masked", "hf:grouped_mm"
@@ -67,6 +71,15 @@ FASTER_THAN_PEFT = 3.0
 FASTER_THAN_SPLIT = 1.5
 MEMORY_OF_SPLIT = 0.5
 OVER_READING = 1.15
+DISPATCH_US, DISPATCH_OVER_TORCH = 25.0, 4.0
+# number, what, its kernels, its names in the cost model, wanted
+BY_COPY = (
+    (10, "combine", "combine", ("combine", "combine dX"), 0.85),
+    (
+        11, "low-rank passes", "project|outer",
+        ("shrink x", "shrink act", "du2, dB2", "du1, dB1", "dA1", "dA2"), 0.8,
+    ),
+)  # fmt: skip
 FASTER_STEP = 2.0
 
 
@@ -145,6 +158,31 @@ def measure_kernels(given: Namespace) -> dict:
     return {"case": case.describe(), "kernels": [list(row) for row in rows]}
 
 
+def measure_dispatch(given: Namespace) -> dict:
+    """us of dispatch for the first of the timed layers, by torch and by the backend; on a GPU as
+    CUDA graphs, since launching torch's takes longer than they do.
+    """
+    problem = make_problem(layer_case(given, *given.layers[0]))
+    inputs, found = problem.inputs, {}
+    for backend in ("reference", given.backend):
+
+        def sort(backend: str = backend) -> object:
+            return dispatch(
+                inputs.topk_ids, problem.case.shape.E, modality_ids=inputs.modality_ids,
+                num_modalities=1, backend=backend,
+            )  # fmt: skip
+
+        sort()
+        if given.device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                sort()
+            found[backend] = 1e6 * _median(graph.replay, given.device)
+        else:
+            found[backend] = 1e6 * _median(sort, given.device)
+    return {"rows": inputs.topk_ids.numel(), "us": found}
+
+
 def measure_graphs(given: Namespace) -> dict:
     """ms of the base without gaps between launches: forward, and forward and backward, each as a
     CUDA graph that is replayed.
@@ -178,6 +216,7 @@ SINGLE: dict[str, Callable[[Namespace], dict]] = {
     "tests": run_tests,
     "sanitizer": sanitize,
     "graphs": measure_graphs,
+    "dispatch": measure_dispatch,
     "kernels": measure_kernels,
     "counters": profile_counters,
 }
@@ -188,7 +227,7 @@ SEVERAL: dict[str, Callable[[Namespace], Iterator[Callable[[], dict]]]] = {
 }
 SECTIONS = (
     "ceilings", "promises", "accuracy", "tests", "sanitizer", "training", "graphs", "decode",
-    "kernels", "steps", "counters",
+    "dispatch", "kernels", "steps", "counters",
 )  # fmt: skip
 
 
@@ -206,7 +245,34 @@ def judge(results: Mapping, given: Namespace) -> list[Bar]:
         ratio = compare(record, PEFT, "ours", "step")
         case = record["case"]["name"]
         bars.append(Bar(8, "step, tokens/s over PEFT's", case, ratio, FASTER_STEP, at_least=True))
+    if given.backend == "cuda":
+        bars += _launch_bars(results, given, ceilings.get("copy_TBps"))
     return sorted(bars, key=lambda bar: bar.number)
+
+
+def _launch_bars(results: Mapping, given: Namespace, copy_rate: float | None) -> Iterator[Bar]:
+    """Of the small launches: dispatch by its time, the others by what the cost model has them move
+    in the time that the profiler saw, as a share of the rate of a copy.
+    """
+    case = layer_case(given, *given.layers[0])
+    label = f"{case.name} T={case.shape.T} image {case.image_share:.0%}"
+    if "dispatch" in results:
+        torch_us, own_us = results["dispatch"]["us"].values()
+        yield Bar(9, "dispatch, us", label, _one(own_us), DISPATCH_US)
+        what = "speed of dispatch over torch's"
+        yield Bar(9, what, label, _one(torch_us / own_us), DISPATCH_OVER_TORCH, at_least=True)
+    if "kernels" not in results or not copy_rate:
+        return
+    costs = [*forward(case), *backward(case, one_pass=False)]
+    for number, what, kernels, names, limit in BY_COPY:
+        moved = sum(cost.bytes for cost in costs if cost.kernel in names)
+        ms = sum(ms for name, _, ms in results["kernels"]["kernels"] if re.search(kernels, name))
+        share = _one(moved / (ms * 1e9) / copy_rate) if ms else None
+        yield Bar(number, f"{what}, share of a copy's rate", label, share, limit, at_least=True)
+
+
+def _one(value: float) -> Statistics:
+    return Statistics(value, value, value, 1)
 
 
 def _layer_bars(record: Mapping, adapted: str, text: str, base: str) -> Iterator[Bar]:
@@ -242,7 +308,7 @@ def _rival_bars(record: Mapping, case: str, adapted: str, base: str) -> Iterator
     yield faster(6, "speed over split LoRA", split, adapted, FASTER_THAN_SPLIT)
     entries = [record["providers"].get(name, {}) for name in (adapted, SPLIT)]
     memory = [None if entry.get("error") else entry.get("memory") for entry in entries]
-    part = Statistics(*[memory[0]["saved"] / memory[1]["saved"]] * 3, 1) if all(memory) else None
+    part = _one(memory[0]["saved"] / memory[1]["saved"]) if all(memory) else None
     yield Bar(6, "kept for backward over split LoRA's", case, part, MEMORY_OF_SPLIT)
 
 

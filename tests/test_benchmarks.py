@@ -17,9 +17,9 @@ for _needed in ("peft", "matplotlib"):
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "benchmarks"
 MODULES = (
-    "_bounds", "_cases", "_check", "_cli", "_memory", "_providers", "_record", "_runs",
-    "_split_lora", "_timing", "bars", "bench_dispatch", "bench_lora_linear", "bench_moe_mlp",
-    "bench_training_step", "cost_model", "plot", "tables",
+    "_bounds", "_cases", "_check", "_cli", "_gpu_checks", "_memory", "_providers", "_record",
+    "_runs", "_split_lora", "_timing", "bars", "bench_dispatch", "bench_lora_linear",
+    "bench_moe_mlp", "bench_training_step", "cost_model", "plot", "run_gpu", "tables",
 )  # fmt: skip
 
 
@@ -248,3 +248,28 @@ def test_the_pages_tables_are_those_of_the_results(bench):
         pytest.skip(f"{path.name} is not there: `make bench` has not been run")
     for page in map(Path.read_text, bench.tables.PAGES):
         assert bench.tables.render(page, bench._record.read(path)) == page
+
+
+def test_bars_of_the_cuda_launches(bench):
+    """combine moved 2 of 3 TB/s; a row that no time was seen for has no number."""
+    given = bench.run_gpu.parse(["--trial", "--device", "cpu", "--backend", "cuda"])
+    case = bench._gpu_checks.layer_case(given, *given.layers[0])
+    costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case, one_pass=False)]
+    moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
+    results = {
+        "ceilings": {"copy_TBps": 3.0},
+        "dispatch": {"us": {"reference": 200.0, "cuda": 40.0}},
+        "kernels": {
+            "kernels": [["combine_kernel<bf16>", 2, moved / 2e12 * 1e3], ["gate_up", 1, 1]]
+        },
+    }
+    found = [
+        (b.number, b.measured and b.measured.median, b.met)
+        for b in bench.run_gpu.judge(results, given)
+    ]
+    assert found == [
+        (9, 40.0, False),
+        (9, 5.0, True),
+        (10, pytest.approx(2 / 3), False),
+        (11, None, None),
+    ]

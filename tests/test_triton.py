@@ -42,8 +42,8 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
         pytest.importorskip(needed)
     path = tmp_path / "gpu.json"
     sections = [
-        "ceilings", "promises", "accuracy", "training", "decode", "kernels", "steps", "sanitizer",
-        "counters",
+        "ceilings", "promises", "accuracy", "training", "decode", "dispatch", "kernels", "steps",
+        "sanitizer", "counters",
     ]  # fmt: skip
     command = ["--trial", "--device", "cpu", "--rounds", "1", "--rotate-mb", "0"]
     result = subprocess.run(
