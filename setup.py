@@ -143,6 +143,9 @@ def why_no_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
     version = nvcc_version(home)
     if version is None:
         return f"{home}/bin/nvcc does not run, or does not say its version"
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given and not usable_arch_list(given)[0]:
+        return f"TORCH_CUDA_ARCH_LIST is {given}, and the kernels need 8.0 or later"
     if str(version[0]) != torch_cuda.split(".")[0]:
         return (
             f"the CUDA toolkit at {home} is {version[0]}.{version[1]}, and the installed torch is "
@@ -153,11 +156,20 @@ def why_no_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
 
 
 def default_arch_list(version: tuple[int, int]) -> str:
-    """Architectures that this nvcc knows: Ampere, Hopper with its own instructions, what follows.
+    """Architectures that this nvcc knows: Ampere, Hopper, and what follows.
 
     Code for an architecture with an "a" runs there alone, its PTX too, so PTX is of one without.
     """
     return "8.0;9.0a;10.0+PTX" if version >= (12, 8) else "8.0+PTX;9.0a"
+
+
+def usable_arch_list(given: str) -> tuple[str, list[str]]:
+    """The architectures of a TORCH_CUDA_ARCH_LIST that the kernels can be built for, and the rest:
+    those before 8.0, which containers often name too.
+    """
+    entries = [entry for entry in re.split(r"[;, ]+", given) if entry]
+    old = [entry for entry in entries if re.match(r"\d", entry) and int(entry.split(".")[0]) < 8]
+    return ";".join(entry for entry in entries if entry not in old), old
 
 
 def extension(cuda: Path | None):
@@ -180,7 +192,11 @@ def extension(cuda: Path | None):
             extra_compile_args={"cxx": flags + headers},
             **options,
         )
-    arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(nvcc_version(cuda)))
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(nvcc_version(cuda))
+    arch_list, old = usable_arch_list(given)
+    if old:
+        say(f"TORCH_CUDA_ARCH_LIST: no CUDA kernels for {', '.join(old)}, they need 8.0 or later")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list
     macros += [
         ("MOE_KERNELS_WITH_CUDA", None),
         ("MOE_KERNELS_CUDA_ARCH_LIST", f'"{arch_list}"'),

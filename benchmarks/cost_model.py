@@ -79,16 +79,16 @@ def forward(case: Case) -> Iterator[Cost]:
     yield Cost("combine", wide * shape.H, s.rows, s.x)
 
 
-def backward(case: Case, *, one_pass: bool = True) -> Iterator[Cost]:
+def backward(case: Case) -> Iterator[Cost]:
     """Gradients of hidden_states, topk_weights and the adapters, these in float32.
 
-    With ``one_pass``, as Triton's kernels have it, du and dB of a rank up to 16 are one pass over
-    dY, which writes du in parts of 128 columns that are read once; otherwise they are two.
+    du and dB of a rank up to 16 are one pass over dY, which writes du in parts of 128 columns that
+    are read once; of a higher rank they are two. (The CUDA kernels make two of them at any rank.)
     """
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
     to_fp32 = 4 / case.torch_dtype.itemsize
-    together = one_pass and shape.r <= 16
+    together = shape.r <= 16
 
     def du_and_dB(name: str, flops: float, dy: float, width: int, lora: float, grad: float) -> Cost:
         parts = to_fp32 * s.u * -(-width // 128) if together else 0

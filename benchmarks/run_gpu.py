@@ -21,6 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a rival that must be downloaded is missing, at once
@@ -49,6 +50,7 @@ from tables import bars_table, case_title, markdown, providers_table, steps_tabl
 from torch.profiler import ProfilerActivity, profile
 
 from moe_kernels.ops import dispatch
+from moe_kernels.testing import MoeInputs
 
 NAME = "gpu"
 PEFT, SPLIT, GROUPED = "peft:grouped_mm", "split:masked", "hf:grouped_mm"
@@ -159,18 +161,20 @@ def measure_kernels(given: Namespace) -> dict:
 
 
 def measure_dispatch(given: Namespace) -> dict:
-    """us of dispatch for the first of the timed layers, by torch and by the backend; on a GPU as
-    CUDA graphs, since launching torch's takes longer than they do.
+    """us of dispatch for the first of the timed layers, by torch, and by the backend with the tile
+    maps of a forward pass; on a GPU as CUDA graphs, since launching takes longer than they do.
     """
     problem = make_problem(layer_case(given, *given.layers[0]))
     inputs, found = problem.inputs, {}
     for backend in ("reference", given.backend):
 
-        def sort(backend: str = backend) -> object:
-            return dispatch(
+        def sort(backend: str = backend) -> None:
+            found = dispatch(
                 inputs.topk_ids, problem.case.shape.E, modality_ids=inputs.modality_ids,
                 num_modalities=1, backend=backend,
             )  # fmt: skip
+            if backend == given.backend:
+                _tile_maps(backend, found.segment_offsets, inputs)
 
         sort()
         if given.device == "cuda":
@@ -181,6 +185,14 @@ def measure_dispatch(given: Namespace) -> dict:
         else:
             found[backend] = 1e6 * _median(sort, given.device)
     return {"rows": inputs.topk_ids.numel(), "us": found}
+
+
+def _tile_maps(backend: str, segment_offsets: torch.Tensor, inputs: MoeInputs) -> None:
+    launches = getattr(import_module(f"moe_kernels.ops.{backend}_kernels"), backend.upper())
+    maps = import_module("moe_kernels.ops.triton_tile_maps")
+    experts = inputs.gate_up_proj.shape[0]
+    wanted = [(maps.by_expert(experts, 1), 128), (maps.by_adapter(experts, 1), 64)]
+    launches.tile_maps(segment_offsets, inputs.topk_ids.numel(), wanted)
 
 
 def measure_graphs(given: Namespace) -> dict:
@@ -258,12 +270,12 @@ def _launch_bars(results: Mapping, given: Namespace, copy_rate: float | None) ->
     label = f"{case.name} T={case.shape.T} image {case.image_share:.0%}"
     if "dispatch" in results:
         torch_us, own_us = results["dispatch"]["us"].values()
-        yield Bar(9, "dispatch, us", label, _one(own_us), DISPATCH_US)
-        what = "speed of dispatch over torch's"
+        yield Bar(9, "dispatch and tile maps, us", label, _one(own_us), DISPATCH_US)
+        what = "speed of dispatch and tile maps over torch's dispatch"
         yield Bar(9, what, label, _one(torch_us / own_us), DISPATCH_OVER_TORCH, at_least=True)
     if "kernels" not in results or not copy_rate:
         return
-    costs = [*forward(case), *backward(case, one_pass=False)]
+    costs = [*forward(case), *backward(case)]
     for number, what, kernels, names, limit in BY_COPY:
         moved = sum(cost.bytes for cost in costs if cost.kernel in names)
         ms = sum(ms for name, _, ms in results["kernels"]["kernels"] if re.search(kernels, name))

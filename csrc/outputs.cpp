@@ -17,6 +17,7 @@ namespace moe_kernels::outputs {
 namespace {
 
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+constexpr int64_t kMaxGrid = 65535;  // blocks along the second and third axis
 
 cuda::Scalar scalar_of(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kHalf       ? cuda::Scalar::kHalf
@@ -50,7 +51,7 @@ struct Experts {
 void check_groups(at::IntArrayRef numbers, size_t map, int64_t num_segments) {
   const at::IntArrayRef groups = numbers.slice(5 * map, 5);
   const int64_t num = groups[0], period = groups[1], stride = groups[2], offset = groups[3];
-  bool valid = num >= 0 && num <= cuda::kMaxKeys && period >= 1;
+  bool valid = num >= 0 && num <= cuda::kMaxKeys && (num == 0 || period >= 1);
   for (const int64_t number : groups) valid &= number >= 0 && number < kMaxInt;
   // The farthest in a period, and the farthest period: no group begins behind the last segment.
   valid = valid && (num == 0 || (std::min(num, period) - 1) * stride + (num - 1) / period + offset <=
@@ -161,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
   if (modality_ids) {
     check_beside(topk_ids, *modality_ids, "modality_ids", at::kLong, {topk_ids.size(0)});
   }
-  TORCH_CHECK(topk_ids.size(1) >= 1 && topk_ids.numel() < kMaxInt,
+  TORCH_CHECK(topk_ids.size(1) >= 1 && topk_ids.numel() <= kMaxInt - (1 << 25),
               "topk_ids must have at least one expert of each token, and fewer than 2^31 entries");
   TORCH_CHECK(num_experts >= 1 && num_modalities >= 0 && num_experts < kMaxInt &&
                   num_modalities < kMaxInt && num_experts * (num_modalities + 1) < kMaxInt,
@@ -241,11 +242,10 @@ at::Tensor outer(const at::Tensor& left, const at::Tensor& right, const at::Tens
   check_beside(right, factors, "factors", at::kFloat, {-1});
   if (weights) check_beside_rows(right, *weights, "weights", {tokens, top_k});
   const int64_t num_groups = groups.size(1), height = left.size(1), width = right.size(1);
-  // The second and third axis of a grid end at 65,535.
-  TORCH_CHECK(num_groups < 1 << 16 && height < 1 << 20 && width < 1 << 23 &&
+  TORCH_CHECK(num_groups < 1 << 16 && height <= kMaxGrid * 16 && width <= kMaxGrid * 128 &&
                   tiles.size(1) < kMaxInt && chunk >= 1,
-              "outer takes fewer than 2^16 groups, 2^20 columns of left and 2^23 of right, and at "
-              "least a row in a chunk");
+              "outer takes fewer than 2^16 groups, at most ", kMaxGrid * 16, " columns of left and ",
+              kMaxGrid * 128, " of right, and at least a row in a chunk");
   TORCH_CHECK(factors.numel() >= 1 && num_groups % factors.numel() == 0,
               "factors must be one for each of as many neighbouring groups, there are ",
               factors.numel(), " for ", num_groups);
@@ -267,9 +267,8 @@ void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& 
   check_beside(out, scaling, "scaling", at::kFloat, {-1});
   const int64_t rank = u.size(1), modalities = scaling.size(0);
   check_beside(out, tiles, "tiles", at::kLong, {3, -1});
-  // The second axis of a grid ends at 65,535.
-  TORCH_CHECK(width < 1 << 23 && rank < kMaxInt && tiles.size(1) < kMaxInt,
-              "out must have fewer than 2^23 columns, u and tiles fewer than 2^31");
+  TORCH_CHECK(width <= kMaxGrid * 128 && rank < kMaxInt && tiles.size(1) < kMaxInt,
+              "out must have at most ", kMaxGrid * 128, " columns, u and tiles fewer than 2^31");
   check_beside_rows(out, v, "v", {modalities, rank_last ? width : rank, rank_last ? rank : width});
 }
 

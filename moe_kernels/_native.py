@@ -7,6 +7,7 @@ for another torch can crash the process instead of raising.
 
 import functools
 import json
+import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,6 +89,20 @@ def why_no_cuda() -> str | None:
         return None
     reason = _note().get("no_cuda") or "the build left no note of why"
     return f"the extension was built without CUDA kernels ({reason})"
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the CUDA kernels were built for a device of this compute capability: for itself, for
+    an earlier one of the same major version, or as PTX for an earlier one.
+    """
+    arch_list = build_info().get("cuda_arch_list", "")
+    for major, minor, own, ptx in re.findall(r"(\d+)\.(\d+)(a?)(\+PTX)?", arch_list):
+        built = (int(major), int(minor))
+        if built == capability or (
+            not own and built < capability and (ptx or built[0] == capability[0])
+        ):
+            return True
+    return False
 
 
 def max_dispatch_keys() -> int:

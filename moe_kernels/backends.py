@@ -62,6 +62,12 @@ def _why_no_cuda() -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if not _native.runs_on(capability):
+        return (
+            f"the extension was not built for this device, {capability[0]}.{capability[1]}: build "
+            "it again with TORCH_CUDA_ARCH_LIST naming that (the kernels need 8.0 or later)"
+        )
     if not _HAS_TRITON:
         return "triton is not installed, whose kernels do what those of the extension do not"
     return None

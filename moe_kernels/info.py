@@ -19,17 +19,19 @@ _DISTRIBUTIONS = {
     "POT": "POT",
 }
 
-# What a layer is made of -> the native op that does it under backend "cuda".
+_VECTORS = " for bfloat16 and float16 in sizes that 8 divides, else Triton"
+_PAIRS = " up to 2,399 pairs of an expert and a modality, else Triton"
+# What a layer is made of -> the native op that does it under backend "cuda", and for what.
 _CUDA_OPS = {
-    "dispatch": "dispatch",
-    "tile maps": "tile_maps",
-    "x A^T and dy B": "project",
-    "dA, dB and added experts' dW": "outer",
-    "gate and up, with SwiGLU": "gate_up",
-    "down, and d(hidden_states)": "product",
-    "d(pre-activation)": "act_backward",
-    "combine": "combine",
-    "lora_linear's u B^T": "add_low_rank",
+    "dispatch": ("dispatch", _PAIRS),
+    "tile maps": ("tile_maps", _PAIRS),
+    "x A^T and dy B": ("project", ""),
+    "dA, dB and added experts' dW": ("outer", ""),
+    "gate and up, with SwiGLU": ("gate_up", _VECTORS),
+    "down, and d(hidden_states)": ("product", _VECTORS),
+    "d(pre-activation)": ("act_backward", _VECTORS),
+    "combine": ("combine", " for rows of whole 16 bytes, else Triton"),
+    "lora_linear's u B^T": ("add_low_rank", _VECTORS),
 }
 
 
@@ -51,9 +53,9 @@ def _devices() -> list[str]:
 def _cuda_ops() -> dict[str, str]:
     """Whose kernels the backend "cuda" runs; none of them has run on a GPU yet."""
     return {
-        name: ("CUDA" if _native.has_cuda_kernel(op) else "Triton")
+        name: (f"CUDA{where}" if _native.has_cuda_kernel(op) else "Triton")
         + " (experimental: not yet run on a GPU)"
-        for name, op in _CUDA_OPS.items()
+        for name, (op, where) in _CUDA_OPS.items()
     }
 
 

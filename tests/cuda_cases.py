@@ -29,6 +29,21 @@ from triton_cases import (  # noqa: F401  (collected here)
     test_the_same_bits_twice,
 )
 
+if ON_GPU:  # without one they would say the same again, slowly
+    from triton_cases import (  # noqa: F401
+        test_a_graph_is_walked_twice,
+        test_a_route_may_flip_at_recompute,
+        test_autocast_changes_nothing,
+        test_dispatch,
+        test_inductor_takes_the_op,
+        test_inputs_of_any_layout,
+        test_padding_is_never_read_and_unwritten_memory_shows,
+        test_random_shapes,
+        test_stacks_of_more_than_2_to_the_31_elements,
+        test_tensors_may_be_on_another_device_than_the_current,
+        test_text_bits_at_a_size_that_shows,
+    )
+
 from moe_kernels import _native, backends
 from moe_kernels.ops import LoraWeights, lora_linear
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl

@@ -23,6 +23,8 @@
 #include <memory>
 #include <vector>
 
+#include "../csrc/cuda/host_device.h"
+
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __global__
@@ -402,6 +404,7 @@ void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t, const Arguments&... arguments) {
+  if (shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
   host::body = [&] { kernel(arguments...); };
   return host::run_grid(grid, threads, shared_bytes);
 }

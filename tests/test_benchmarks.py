@@ -254,7 +254,7 @@ def test_bars_of_the_cuda_launches(bench):
     """combine moved 2 of 3 TB/s; a row that no time was seen for has no number."""
     given = bench.run_gpu.parse(["--trial", "--device", "cpu", "--backend", "cuda"])
     case = bench._gpu_checks.layer_case(given, *given.layers[0])
-    costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case, one_pass=False)]
+    costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case)]
     moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
     results = {
         "ceilings": {"copy_TBps": 3.0},

@@ -89,6 +89,14 @@ def test_why_no_cuda(setup_module, monkeypatch, toolkit):
     assert "SKIP_CUDA" in setup_module.why_no_cuda(toolkit, "13.0")
 
 
+def test_architectures_before_ampere_are_left_out(setup_module, monkeypatch, toolkit):
+    usable = setup_module.usable_arch_list
+    assert usable("7.5 8.0;9.0a,10.0+PTX") == ("8.0;9.0a;10.0+PTX", ["7.5"])
+    assert usable("Hopper;6.1") == ("Hopper", ["6.1"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    assert "need 8.0 or later" in setup_module.why_no_cuda(toolkit, "13.0")
+
+
 def test_the_cuda_toolkit_is_found(setup_module, monkeypatch, toolkit, tmp_path):
     """By a script on the path, or named; a name wins."""
     script = tmp_path / "path" / "nvcc"

@@ -47,6 +47,8 @@ def works(monkeypatch):
     monkeypatch.setattr(_native, "why_not", lambda: None)
     monkeypatch.setattr(_native, "has_cuda_kernel", lambda op: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda_arch_list": "8.0;9.0a;10.0+PTX"})
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     return monkeypatch
 
@@ -77,10 +79,30 @@ def test_it_says_what_is_missing(works):
         backends.select("cuda", torch.device("cuda"))
 
 
+@pytest.mark.parametrize(
+    ("arch_list", "runs"),
+    [
+        ("8.0;9.0a;10.0+PTX", {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)}),
+        ("9.0a", {(9, 0)}),
+        ("8.6 9.0", {(8, 6), (8, 9), (9, 0)}),
+        ("8.0+PTX", {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)}),
+    ],
+)
+def test_it_needs_a_build_for_the_device(works, arch_list, runs):
+    devices = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)}
+    works.setattr(_native, "build_info", lambda: {"cuda_arch_list": arch_list})
+    for device in devices:
+        works.setattr(torch.cuda, "get_device_capability", lambda device=device: device)
+        reason = backends.available()["cuda"]
+        assert (reason is None) == (device in runs), device
+        assert reason is None or f"not built for this device, {device[0]}.{device[1]}" in reason
+
+
 def test_the_info_page_says_whose_kernels_run(works, capsys):
     works.setattr(_native, "has_cuda_kernel", lambda op: op in ("dispatch", "combine"))
     found = info.collect()["backend cuda"]
-    assert found["dispatch"] == found["combine"] == "CUDA (experimental: not yet run on a GPU)"
+    assert found["dispatch"].startswith("CUDA up to 2,399 pairs")
+    assert found["combine"].endswith("else Triton (experimental: not yet run on a GPU)")
     assert found["tile maps"] == "Triton (experimental: not yet run on a GPU)"
     info.main([])
     assert "backend cuda:\n  dispatch: CUDA" in capsys.readouterr().out
@@ -92,7 +114,10 @@ def test_the_info_page_says_whose_kernels_run(works, capsys):
 def test_a_build_with_cuda_has_every_op():
     """A build without CUDA has none."""
     expected = bool(_native.build_info().get("cuda_arch_list"))
-    assert {_native.has_cuda_kernel(name) for name in info._CUDA_OPS.values()} == {expected}
+    for name, _ in info._CUDA_OPS.values():
+        assert _native.has_cuda_kernel(name) == expected
+        key = f"moe_kernels_native::{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(key, "Meta")
 
 
 def empty(*size, dtype=torch.float32, device="meta"):

@@ -103,8 +103,13 @@ def check(actual, expected, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 2, 4, 1), (1, 1, 1, 2), (13, 2, 4, 1), (700, 3, 16, 2), (1500, 8, 64, 1)], ids=str
-)
+    "shape",
+    [
+        (0, 2, 4, 1), (1, 1, 1, 2), (13, 2, 4, 1), (700, 3, 16, 2), (1500, 8, 64, 1),
+        (8197, 8, 64, 1), (5001, 8, 512, 3),  # several steps of a warp, and of a scan
+    ],
+    ids=str,
+)  # fmt: skip
 def test_dispatch_sorts_and_cuts_into_tiles(library, shape):
     tokens, top_k, experts, modalities = shape
     routed = Routed(*shape, 6)

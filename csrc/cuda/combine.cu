@@ -6,6 +6,7 @@ namespace moe_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kAhead = 4;  // rows that are on their way at once
 
 // Several tokens a block where rows are short: a thread has one vector of one token.
 template <typename T, typename W>
@@ -20,15 +21,27 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine given) {
   const auto* rows = static_cast<const Vec*>(given.rows);
   const auto* weights = static_cast<const W*>(given.weights);
   float sums[Vec::kSize] = {};
-#pragma unroll 4
-  for (int k = 0; k < given.top_k; ++k) {
-    const int64_t slot = token * given.top_k + k;
-    const int64_t place = given.inv_perm[slot];
-    if (place >= num_rows) continue;
-    const Vec row = rows[place * vectors + column];
-    const float weight = weights == nullptr ? 1.0f : to_float(weights[slot]);
+  for (int k = 0; k < given.top_k; k += kAhead) {
+    const int64_t first = token * given.top_k + k;
+    int64_t places[kAhead];
+    Vec loaded[kAhead];
+    float scales[kAhead];
 #pragma unroll
-    for (int i = 0; i < Vec::kSize; ++i) sums[i] += weight * to_float(row.values[i]);
+    for (int i = 0; i < kAhead; ++i) {
+      places[i] = k + i < given.top_k ? given.inv_perm[first + i] : num_rows;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const bool there = places[i] < num_rows;
+      loaded[i] = there ? rows[places[i] * vectors + column] : Vec{};
+      scales[i] = !there || weights == nullptr ? 1.0f : to_float(weights[first + i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (places[i] >= num_rows) continue;
+#pragma unroll
+      for (int j = 0; j < Vec::kSize; ++j) sums[j] += scales[i] * to_float(loaded[i].values[j]);
+    }
   }
   Vec result;
 #pragma unroll

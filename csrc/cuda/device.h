@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "host_device.h"
 #include "scalar.h"
 
 #ifndef __CUDACC__

@@ -245,8 +245,9 @@ cudaError_t launch_tiles(const ExpertGemm& gemm, const Epilogue& epilogue, bool 
   const int64_t blocks =
       static_cast<int64_t>(gemm.num_tiles) * ceil_div(gemm.size_n, Loop::kColumns);
   if (blocks == 0) return cudaSuccess;
-  const size_t bytes = Loop::kStages * sizeof(typename Loop::Stage) +
-                       sizeof(float) * Loop::kWarpsN * kBlockM;
+  constexpr size_t bytes = Loop::kStages * sizeof(typename Loop::Stage) +
+                           sizeof(float) * Loop::kWarpsN * kBlockM;
+  static_assert(bytes <= kMaxSharedBytes);
   return launch(expert_gemm_kernel<Loop, Epilogue>, static_cast<unsigned>(blocks), Loop::kThreads,
                 bytes, stream, gemm, epilogue, v_is_float);
 }

@@ -1,6 +1,7 @@
-// What the index arithmetic of dispatch and of tile maps share, on the device and on the host.
+// What kernels share with what is compiled for the host: index arithmetic, and limits.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -11,9 +12,11 @@
 
 namespace moe_kernels::cuda {
 
+// What a block can have from sm_80 on: the least of them, sm_86 and sm_89, give 99 KiB.
+constexpr size_t kMaxSharedBytes = 99 * 1024;
+
 // Most segments, and one more for the rows that were not dispatched. A block of dispatch counts
-// them for each of its warps in shared memory, of which it can have 99 KiB on every GPU that we
-// compile for. That is 512 experts with three added modalities, or 128 with seventeen.
+// them for each of its warps in shared memory. That is 512 experts with three added modalities, or 128 with seventeen.
 constexpr int kMaxKeys = 2400;
 
 // The part of `size` items that a thread scans, contiguous.

@@ -19,17 +19,21 @@ _ADAPTER_BLOCK = 64  # what a block of `project` takes at once
 def takes(weights: ExpertWeights) -> bool:
     """Whether the products are the extension's: of 16-bit weights, in whole vectors of 16 bytes."""
     hidden, inter = weights.down_proj.shape[1:]
-    stacks = weights.gate_up_proj, weights.down_proj, *weights.trainable()[:2]
     return (
         weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
         and hidden % 8 == inter % 8 == 0
         and 4 * hidden * inter < 2**31
-        and all(stack is None or _is_aligned(stack) for stack in stacks)
+        and _is_aligned(weights.gate_up_proj)
+        and _is_aligned(weights.down_proj)
     )
 
 
 def _is_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if _is_aligned(tensor) else tensor.clone()
 
 
 def blocks(rows: int, weights: ExpertWeights) -> tuple[int, int]:
@@ -48,8 +52,8 @@ def _shared_arguments(
     if u is not None and u.shape[1]:
         low_rank = u, getattr(layer.weights, f"{name}_{matrix}"), layer.lora(name)[2]
     return (
-        left if _is_aligned(left) else left.clone(), base, extra if has_extra else None,
-        layer.perm, layer.expert_tiles.tiles, layer.segments, *low_rank, layer.expert_tiles.block,
+        _aligned(left), base, _aligned(extra) if has_extra else None, layer.perm,
+        layer.expert_tiles.tiles, layer.segments, *low_rank, layer.expert_tiles.block,
     )  # fmt: skip
 
 

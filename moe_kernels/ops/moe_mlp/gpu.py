@@ -2,8 +2,8 @@
 every sum in a fixed order.
 
 Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
-du2 with dB2, dA' with all that follows from it, du1 with dB1, the rows of dX and their combine, dA1
-and dA2, and one for each added experts' weight.
+du2 with dB2 (two where a backend has no such launch), dA' with all that follows from it, du1 with
+dB1, the rows of dX and their combine, dA1 and dA2, and one for each added experts' weight.
 """
 
 from collections.abc import Callable
