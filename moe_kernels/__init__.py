@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         ModalityLoraConfig,
         PatchedModel,
         add_modality_tokens,
+        initialise_lora,
         patch_model,
     )
 
@@ -24,11 +25,18 @@ __all__ = [
     "PatchedModel",
     "add_modality_tokens",
     "backends",
+    "initialise_lora",
     "ops",
     "patch_model",
 ]
 
-_FROM_MODELS = ("ModalityLoraConfig", "PatchedModel", "add_modality_tokens", "patch_model")
+_FROM_MODELS = (
+    "ModalityLoraConfig",
+    "PatchedModel",
+    "add_modality_tokens",
+    "initialise_lora",
+    "patch_model",
+)
 
 
 def __getattr__(name: str):

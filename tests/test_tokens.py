@@ -246,7 +246,7 @@ def test_a_tokenizer_that_cannot_keep_step(tokenizer, match):
         (("sound", 4), {}, r"patched for \('image',\), not for 'sound'"),
         (("image", 0), {}, "at least 1, got 0"),
         (("image", 4), {"init": "zeros"}, "unknown init 'zeros'; the inits are normal, mean"),
-        (("image", 4), {"init": "gromov_wasserstein"}, "not in this version"),
+        (("image", 4), {"init": "gromov_wasserstein"}, "'gromov_wasserstein' needs features"),
     ],
 )
 def test_bad_arguments(args, kwargs, match):

@@ -1,7 +1,15 @@
 """In-place patching of Hugging Face models."""
 
 from moe_kernels.models.config import ModalityLoraConfig
+from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
 from moe_kernels.models.patch import PatchedModel, patch_model
 from moe_kernels.models.tokens import add_modality_tokens
 
-__all__ = ["ModalityLoraConfig", "PatchedModel", "add_modality_tokens", "patch_model"]
+__all__ = [
+    "LoraInitDiagnostics",
+    "ModalityLoraConfig",
+    "PatchedModel",
+    "add_modality_tokens",
+    "initialise_lora",
+    "patch_model",
+]

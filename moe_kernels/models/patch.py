@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_kernels import backends
+from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.layers import ModalityLora
 from moe_kernels.models import adapters, attention, experts, methods, tokens
 from moe_kernels.models.config import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, ModalityLoraConfig
@@ -23,12 +24,15 @@ class PatchedModel:
         model: the model that was patched, in place.
         config: what it was patched with.
         adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
+        init_diagnostics: what Gromov-Wasserstein inits reported, by modality, then by "embedding"
+            and "head".
     """
 
     def __init__(self, model: PreTrainedModel, config: ModalityLoraConfig):
         self.model = model
         self.config = config
         self.adapters_enabled = True
+        self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._original_config = model.config
         self._original_generation_config = copy.deepcopy(model.generation_config)

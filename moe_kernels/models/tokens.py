@@ -1,13 +1,17 @@
 """Added tokens: rows for a new modality beside the frozen embedding table and head."""
 
 import types
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from moe_kernels.init.rows import (
+    GromovWassersteinDiagnostics,
+    check_row_init,
+    initial_rows,
+)
 from moe_kernels.models.methods import get_patched
 
 ROWS = "added_rows"
@@ -20,6 +24,8 @@ def add_modality_tokens(
     tokenizer=None,
     init: str = "normal",
     features: Tensor | None = None,
+    num_delimiters: int = 0,
+    **init_options,
 ) -> range:
     """Give a patched model ``num_tokens`` tokens of an added modality, with trainable rows.
 
@@ -35,16 +41,28 @@ def add_modality_tokens(
         num_tokens: n, delimiters (begin, end) included. A delimiter before the first token of the
             modality should be one of them, as the mask is that of the input token.
         tokenizer: gets n tokens ``<modality_i>`` under the same ids.
-        init: how rows start: "normal" (mean and standard deviation of the text rows), "mean"
-            (their mean with a little noise), or "gromov_wasserstein".
-        features: (n, d) vectors of the tokens, for inits that use them.
+        init: how rows start, of the embedding from its text rows and of the head, unless tied, from
+            the head's: "normal" (their mean and standard deviation), "gaussian" (their mean and
+            covariance), "mean" (their mean with a little noise), "gromov_wasserstein" (rows whose
+            distances resemble those of the features, :func:`moe_kernels.init.
+            gromov_wasserstein_rows`) or "permuted" (the same in random order, a control).
+        features: (n - num_delimiters, d) vectors of the tokens, such as a codebook, for
+            "gromov_wasserstein" and "permuted".
+        num_delimiters: how many of the n tokens, the first, have no features: 2 for the begin and
+            end of :class:`moe_kernels.imaging.ImageVocabulary`. Beside features they start as by
+            "normal".
+        **init_options: keywords of :func:`moe_kernels.init.gromov_wasserstein_rows`.
 
     Returns:
-        The new ids, ``range(V, V + n)``.
+        The new ids, ``range(V, V + n)``. What a Gromov-Wasserstein init has to say of itself is in
+        ``patched.init_diagnostics[modality]``, by "embedding" and "head".
 
     Raises:
-        ValueError: not patched, an unknown modality or init, tokens of it there already, or a
-            tokenizer whose ids cannot be brought in step. Nothing has changed then.
+        ValueError: not patched, an unknown modality or init, tokens of it there already, features
+            that do not match n, or a tokenizer whose ids cannot be brought in step.
+        TypeError: an option that the init does not have.
+        ImportError: the init needs POT.
+        RuntimeError: POT's coupling cannot be used. Nothing has changed after any of these.
     """
     config = get_patched(model).config
     if modality not in config.modalities:
@@ -53,10 +71,16 @@ def add_modality_tokens(
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     if modality in _rows(model.get_input_embeddings()):
         raise ValueError(f"the model has tokens of modality {modality!r} already")
-    if init not in ROW_INITS:
-        raise ValueError(f"unknown init {init!r}; the inits are {', '.join(ROW_INITS)}")
+    check_row_init(init, num_tokens, num_delimiters, features, init_options)
     first = model.token_modality.numel()
-    new = _initial_rows(model, num_tokens, init, features)
+    new, diagnostics = _initial_rows(
+        model,
+        num_tokens=num_tokens,
+        init=init,
+        num_delimiters=num_delimiters,
+        features=features,
+        **init_options,
+    )
     if tokenizer is not None:
         _extend_tokenizer(tokenizer, modality, first, num_tokens)
     for module, rows in new.items():
@@ -70,6 +94,8 @@ def add_modality_tokens(
     grown = torch.full((num_tokens,), index, device=model.token_modality.device)
     model.token_modality = torch.cat([model.token_modality, grown])
     _set_vocab_size(model, first + num_tokens)
+    if diagnostics:
+        get_patched(model).init_diagnostics[modality] = diagnostics
     suppressed = model.generation_config.suppress_tokens or []
     model.generation_config.suppress_tokens = [*suppressed, *range(first, first + num_tokens)]
     return range(first, first + num_tokens)
@@ -119,19 +145,21 @@ def _set_vocab_size(model: PreTrainedModel, size: int) -> None:
 
 
 def _initial_rows(
-    model: PreTrainedModel, num_tokens: int, init: str, features: Tensor | None
-) -> dict[nn.Module, Tensor]:
-    """New rows of the embedding and, unless tied, of the head."""
-    modules = [model.get_input_embeddings()]
+    model: PreTrainedModel, **options
+) -> tuple[dict[nn.Module, Tensor], dict[str, GromovWassersteinDiagnostics]]:
+    """New rows of the embedding and, unless tied, of the head; and what the init reports."""
+    modules = {"embedding": model.get_input_embeddings()}
     if not _tied(model):
-        modules.append(model.get_output_embeddings())
-    rows = {}
-    for module in modules:
+        modules["head"] = model.get_output_embeddings()
+    rows, diagnostics = {}, {}
+    for name, module in modules.items():
         weight = module.weight.detach()
-        new = ROW_INITS[init](weight.float(), num_tokens, features)
+        new, report = initial_rows(weight.float(), **options)
         half = weight.dtype in (torch.bfloat16, torch.float16)
         rows[module] = new.to(torch.float32 if half else weight.dtype)
-    return rows
+        if report is not None:
+            diagnostics[name] = report
+    return rows, diagnostics
 
 
 def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
@@ -179,25 +207,3 @@ def _extend_tokenizer(tokenizer, modality: str, first: int, num_tokens: int) -> 
     if clash := set(names) & set(vocabulary):
         raise ValueError(f"the tokenizer has tokens of these names already: {sorted(clash)[:5]}")
     tokenizer.add_tokens(names, special_tokens=True)
-
-
-def _normal_rows(table: Tensor, num_tokens: int, features: Tensor | None) -> Tensor:
-    mean, std = table.mean(0), table.std(0, correction=0)
-    return mean + std * torch.randn(num_tokens, table.shape[1], device=table.device)
-
-
-def _mean_rows(table: Tensor, num_tokens: int, features: Tensor | None) -> Tensor:
-    noise = torch.randn(num_tokens, table.shape[1], device=table.device)
-    return table.mean(0) + 0.1 * table.std(0, correction=0) * noise
-
-
-def _gromov_wasserstein_rows(table: Tensor, num_tokens: int, features: Tensor | None) -> Tensor:
-    raise ValueError('init="gromov_wasserstein" is not in this version: use "normal" or "mean"')
-
-
-# name -> function of the table (V, H), n and features (n, d) or None, returning (n, H)
-ROW_INITS: dict[str, Callable[[Tensor, int, Tensor | None], Tensor]] = {
-    "normal": _normal_rows,
-    "mean": _mean_rows,
-    "gromov_wasserstein": _gromov_wasserstein_rows,
-}

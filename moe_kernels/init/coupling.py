@@ -1,0 +1,292 @@
+"""Gromov-Wasserstein couplings between two point clouds, solved by POT (docs/methods.md, A3)."""
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+METRICS = ("euclidean", "cosine")
+SOLVERS = ("semirelaxed", "exact", "entropic")
+
+_GIB = 2**30
+_MARGINAL_TOLERANCE = 1e-3  # of the total mass, 1; Sinkhorn stops at about 1e-9 where it converges
+_CHUNK = 512  # points a block where the distances of all points would be large
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How much of each source point goes to each target point.
+
+    Attributes:
+        plan: (a, b) float64, mass from source ``sources[j]`` to target ``targets[l]``; sums to 1.
+        value: sum over i, j, k, l of (C_X[i,j] - C_Y[k,l])^2 plan[i,k] plan[j,l].
+        sources: (a,) int64, the points of X that were solved for.
+        targets: (b,) int64, the points of Y that were solved for.
+        nearest: (n,) int64, for each point of X the point of Y that takes most of it; for points
+            that were not solved for, the best one given the plan (see :func:`couple`).
+    """
+
+    plan: Tensor
+    value: float
+    sources: Tensor
+    targets: Tensor
+    nearest: Tensor
+
+    def project(self, y: Tensor) -> Tensor:
+        """(V, H) -> (n, H): the mean of Y's points by their share of each point of X.
+
+        The barycentric projection, (1/p_i) sum_k T[i,k] y_k.
+        """
+        rows = y[self.nearest]
+        share = self.plan / self.plan.sum(1, keepdim=True)
+        rows[self.sources] = share.to(y.dtype) @ y[self.targets]
+        return rows
+
+    def entropy(self) -> float:
+        """Mean entropy in nats of where a point goes: 0 one target each, log(b) evenly to all."""
+        share = self.plan / self.plan.sum(1, keepdim=True)
+        return (self.plan.sum(1) @ torch.special.entr(share).sum(1)).item()
+
+
+def couple(
+    x: Tensor,
+    y: Tensor,
+    *,
+    x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
+    x_metric: str = "euclidean",
+    y_metric: str = "cosine",
+    solver: str = "semirelaxed",
+    epsilon: float = 5e-3,
+    max_x: int = 512,
+    max_y: int = 2048,
+    max_memory: float = 8 * _GIB,
+    seed: int = 0,
+    names: tuple[str, str] = ("features", "rows"),
+) -> Coupling:
+    """Match two clouds by their distances within each (docs/methods.md, A3).
+
+    Distances of each cloud are divided by their mean. POT solves for at most ``max_x`` points of X
+    and ``max_y`` of Y: the heaviest where weights are given, else random ones. Another point i of X
+    then takes the one point k of Y (of all with weight) that costs least given the plan T, argmin
+    of sum_jl (C_X[i,j] - C_Y[k,l])^2 T[j,l]: the step that conditional gradient on the semi-relaxed
+    problem would make for a new point.
+
+    Args:
+        x: (n, d) float32, at least two different points.
+        y: (V, H) float32.
+        x_weights: (n,) mass of X's points; a point of mass 0 is placed by the last step alone.
+            Default: equal.
+        y_weights: (V,) mass of Y's points, which "exact" and "entropic" keep; "semirelaxed" only
+            chooses points by it. A point of mass 0 is never used. Default: equal.
+        x_metric: "euclidean", or "cosine" of centred points.
+        y_metric: the same for Y.
+        solver: "semirelaxed", "exact" or "entropic" (proximal point algorithm).
+        epsilon: step of "entropic".
+        max_x: a, the most points of X to solve for.
+        max_y: b, the most points of Y to solve for.
+        max_memory: bytes; a problem that needs more is refused before any is taken.
+        seed: of the choice of points.
+        names: what errors call X and Y.
+
+    Raises:
+        ImportError: POT is not installed.
+        ValueError: unknown names, wrong shapes, values that are not finite, or a problem that does
+            not fit into ``max_memory``.
+        RuntimeError: POT's plan is not finite or has other marginals than asked for.
+    """
+    check_names(solver, x_metric, y_metric)
+    _check_shapes(x, y, max_x, max_y, names)
+    p, q = _mass(x_weights, x, names[0]), _mass(y_weights, y, names[1])
+    a, b = min(max_x, int((p > 0).sum())), min(max_y, int((q > 0).sum()))
+    _check_memory(x.shape, y.shape, a, b, max_memory)
+    _check_finite(x, names[0])
+    _check_finite(y, names[1])
+    ot = import_pot()
+
+    generator = torch.Generator().manual_seed(seed)
+    sources = _choose(p, a, x_weights is not None, generator)
+    targets = _choose(q, b, y_weights is not None, generator)
+    x, y = prepare(x, x_metric), prepare(y, y_metric)
+    c_x = distances(x[sources].double(), x[sources].double(), x_metric)
+    c_y = distances(y[targets].double(), y[targets].double(), y_metric)
+    x_scale, y_scale = _mean_distance(c_x, names[0]), _mean_distance(c_y, names[1])
+    allowed, p, q = q > 0, p[sources] / p[sources].sum(), q[targets] / q[targets].sum()
+    plan, value = _solve(ot, c_x / x_scale, c_y / y_scale, p, q, solver, epsilon)
+    _check_plan(plan, p, None if solver == "semirelaxed" else q, solver)
+
+    nearest = torch.empty(x.shape[0], dtype=torch.int64)
+    nearest[sources] = targets[plan.argmax(1)]
+    rest = torch.ones(x.shape[0], dtype=torch.bool)
+    rest[sources] = False
+    if rest.any():
+        used = plan.sum(0) > 0  # for "semirelaxed" a small part: the others would add zeros
+        c_rest = distances(x[rest], x[sources], x_metric) / x_scale
+        c_all = distances(y, y[targets[used]], y_metric) / y_scale
+        nearest[rest] = _place(c_rest, c_all, plan[:, used].float(), allowed)
+    return Coupling(plan, value, sources, targets, nearest)
+
+
+def _place(c_x: Tensor, c_y: Tensor, plan: Tensor, allowed: Tensor) -> Tensor:
+    """(n', a), (V, b), (a, b), (V,) -> (n',): the cheapest point of Y for each further point of X.
+
+    The term in C_X^2 is the same for all candidates, and left out.
+    """
+    square = (c_y**2 @ plan.sum(0)).masked_fill_(~allowed, math.inf)
+    blocks = (c_x @ plan).split(_CHUNK)
+    return torch.cat([torch.addmm(square, rows, c_y.T, alpha=-2).argmin(1) for rows in blocks])
+
+
+def prepare(points: Tensor, metric: str) -> Tensor:
+    """Points as the metric takes them: centred and of length 1 for "cosine"."""
+    return points if metric == "euclidean" else F.normalize(points - points.mean(0), dim=1)
+
+
+def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """(n, d), (m, d) -> (n, m), of prepared points; exact zeros on the diagonal of (x, x)."""
+    cosine = metric == "cosine"
+    distance = (x @ y.T).neg_().add_(1).clamp_(min=0) if cosine else torch.cdist(x, y)
+    if x.shape == y.shape and torch.equal(x, y):
+        distance = ((distance + distance.T) / 2).fill_diagonal_(0)
+    return distance
+
+
+def _mean_distance(distance: Tensor, name: str) -> Tensor:
+    mean = distance.mean()
+    if not mean > 0:
+        raise ValueError(f"{name} do not differ: they have no distances to match")
+    return mean
+
+
+def _choose(mass: Tensor, count: int, heaviest: bool, generator: torch.Generator) -> Tensor:
+    """``count`` points of positive mass in ascending order: the heaviest, or random ones."""
+    if heaviest:
+        order = mass.argsort(descending=True, stable=True)
+    else:
+        order = torch.randperm(mass.numel(), generator=generator)
+    return order[:count].sort().values
+
+
+def _solve(
+    ot: ModuleType, c_x: Tensor, c_y: Tensor, p: Tensor, q: Tensor, solver: str, epsilon: float
+) -> tuple[Tensor, float]:
+    """The plan (a, b) and its value, by POT in float64."""
+    c_x, c_y, p, q = (tensor.numpy() for tensor in (c_x, c_y, p, q))
+    common = {"loss_fun": "square_loss", "symmetric": True, "log": True}
+    if solver == "semirelaxed":
+        plan, log = ot.gromov.semirelaxed_gromov_wasserstein(c_x, c_y, p, **common)
+        value = log["srgw_dist"]
+    elif solver == "exact":
+        plan, log = ot.gromov.gromov_wasserstein(c_x, c_y, p, q, **common)
+        value = log["gw_dist"]
+    else:
+        plan, log = ot.gromov.entropic_gromov_wasserstein(
+            c_x, c_y, p, q, solver="PPA", epsilon=epsilon, **common
+        )
+        value = log["gw_dist"]
+    return torch.from_numpy(plan), float(value)
+
+
+def _check_plan(plan: Tensor, p: Tensor, q: Tensor | None, solver: str) -> None:
+    """POT returns NaN, or a Sinkhorn plan that has not converged, with a warning at most."""
+    advice = {
+        "entropic": 'raise epsilon, give frequencies that are less uneven, or take "semirelaxed"',
+        "exact": 'give frequencies that are less uneven, or take "semirelaxed"',
+        "semirelaxed": "give frequencies that are less uneven",
+    }[solver]
+    if not plan.isfinite().all():
+        raise RuntimeError(f"POT's {solver!r} solver returned a coupling with NaN or Inf: {advice}")
+    if not (plan.sum(1) > 0).all():
+        raise RuntimeError(
+            f"POT's {solver!r} solver returned a coupling that leaves points without a partner, as "
+            f"tiny frequencies may do: {advice}"
+        )
+    errors = {"the source's": (plan.sum(1) - p).abs().sum().item()}
+    if q is not None:
+        errors["the target's"] = (plan.sum(0) - q).abs().sum().item()
+    for name, error in errors.items():
+        if error > _MARGINAL_TOLERANCE:
+            raise RuntimeError(
+                f"POT's {solver!r} solver returned a coupling that misses {name} marginal by "
+                f"{error:.2g} of the mass: {advice}"
+            )
+
+
+def import_pot() -> ModuleType:
+    """POT, or an ImportError that says what to install."""
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError(
+            "Gromov-Wasserstein initialisation needs POT: pip install 'modality-moe-kernels[ot]'"
+        ) from error
+    return ot
+
+
+def check_names(solver: str, *metrics: str) -> None:
+    """Refuse a solver or metrics that there are not."""
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"unknown metric {metric!r}; the metrics are {', '.join(METRICS)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; the solvers are {', '.join(SOLVERS)}")
+
+
+def _check_shapes(x: Tensor, y: Tensor, max_x: int, max_y: int, names: tuple[str, str]) -> None:
+    for points, most, name in ((x, max_x, names[0]), (y, max_y, names[1])):
+        if points.ndim != 2 or points.shape[0] < 2:
+            raise ValueError(
+                f"{name} must be (points, size), 2 at least, got {tuple(points.shape)}"
+            )
+        if most < 2:
+            raise ValueError(f"at least 2 {name} must be solved for, got a limit of {most}")
+
+
+def _check_finite(points: Tensor, name: str) -> None:
+    if not points.isfinite().all():
+        raise ValueError(f"{name} have values that are not finite")
+
+
+def _mass(weights: Tensor | None, points: Tensor, name: str) -> Tensor:
+    """(n,) float64 that sums to 1."""
+    if weights is None:
+        return torch.full((points.shape[0],), 1 / points.shape[0], dtype=torch.float64)
+    weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    if weights.shape != points.shape[:1]:
+        raise ValueError(
+            f"frequencies of {name} must be ({points.shape[0]},), got {tuple(weights.shape)}"
+        )
+    if not weights.isfinite().all() or (weights < 0).any() or (weights > 0).sum() < 2:
+        raise ValueError(
+            f"frequencies of {name} must be finite and not negative, two of them positive"
+        )
+    return weights / weights.sum()
+
+
+def memory_needed(x_shape: tuple[int, int], y_shape: tuple[int, int], a: int, b: int) -> int:
+    """Bytes that :func:`couple` takes beside its arguments, at most.
+
+    Float64 in POT (each cloud's distances, their transforms and products), float32 outside.
+    """
+    (n, d), (v, h) = x_shape, y_shape
+    solver = 8 * (5 * a * a + 6 * b * b + 12 * a * b)
+    outside = 4 * (2 * n * d + 2 * v * h + n * (a + b) + v * b + _CHUNK * v)
+    return solver + outside
+
+
+def _check_memory(x_shape, y_shape, a: int, b: int, limit: float) -> None:
+    need = memory_needed(x_shape, y_shape, a, b)
+    if need <= limit:
+        return
+    while memory_needed(x_shape, y_shape, a, b) > limit and max(a, b) > 2:
+        a, b = (a, b // 2) if b >= a else (a // 2, b)
+    fits = memory_needed(x_shape, y_shape, a, b) <= limit
+    advice = f"solve for {a} and {b} of them (max_codes={a}, max_rows={b})" if fits else ""
+    raise ValueError(
+        f"matching {x_shape[0]} features with {y_shape[0]} rows of {y_shape[1]} needs "
+        f"{need / _GIB:.2f} GiB, the limit is {limit / _GIB:.2f}: "
+        f"{advice or 'give fewer rows'}, or raise max_memory"
+    )

@@ -1,0 +1,233 @@
+"""Low-rank pairs of a patched model that start from what its layers see of text and of a modality.
+
+docs/methods.md, A3, last part. The mathematics is in ``moe_kernels.init.lora``.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from moe_kernels.init.coupling import check_names, import_pot
+from moe_kernels.init.lora import align, through, truncated_map
+from moe_kernels.layers import ModalityLora
+from moe_kernels.models import experts
+from moe_kernels.models.methods import get_patched
+
+# The projections that read one input; it is taken where it enters the first of them.
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",))
+LORA_INITS = ("gromov_wasserstein", "permuted")
+
+
+@dataclass(frozen=True)
+class LoraInitDiagnostics:
+    """What the start of one projection's pair is worth.
+
+    Attributes:
+        gw_value: the coupling's objective, of distances that have mean 1; 0: isometric.
+        coupling_entropy: mean entropy in nats of the text inputs that an image input goes to.
+        distance_before: ||Z - E|| / ||E||, image inputs from the text aligned to them.
+        distance_after: ||Z (I + B'A')^T - E|| / ||E||.
+    """
+
+    gw_value: float
+    coupling_entropy: float
+    distance_before: float
+    distance_after: float
+
+
+def initialise_lora(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    modality: str = "image",
+    lora_init: str = "gromov_wasserstein",
+    max_tokens: int = 256,
+    ridge: float = 1e-3,
+    seed: int = 0,
+    progress: bool = False,
+    metric: str = "cosine",
+    solver: str = "semirelaxed",
+    epsilon: float = 5e-3,
+    max_memory: float = 8 * 2**30,
+) -> dict[str, LoraInitDiagnostics]:
+    """Start the low-rank pairs of a freshly patched model by Gromov-Wasserstein couplings.
+
+    Forwards the batches, keeps a random sample of each layer's inputs at text and at image tokens,
+    and for every projection starts its pair as
+    :func:`moe_kernels.init.gromov_wasserstein_lora` does. All layers see the inputs of the model
+    without adapters. The experts of a layer share one A, as they share the layer's input;
+    ``down_proj`` keeps LoRA's own start, since each expert has an intermediate space of its own.
+    Outputs of text rows keep their bits; those of the modality change.
+
+    Args:
+        model: patched, with the modality's tokens added and adapters untrained.
+        batches: keyword arguments of the model's forward, text and image tokens in them.
+        modality: whose adapters to start.
+        lora_init: "gromov_wasserstein", or "permuted": the aligned text in random order, a control.
+        max_tokens: how many text and how many image tokens to sample.
+        ridge: see :func:`moe_kernels.init.gromov_wasserstein_lora`.
+        seed: of the sample, the permutation and ranks beyond the map's.
+        progress: show a bar.
+        metric: this and the rest as in :func:`moe_kernels.init.gromov_wasserstein_lora`.
+        solver: see there.
+        epsilon: see there.
+        max_memory: see there.
+
+    Returns:
+        Diagnostics by the projection's name, such as ``"model.layers.0.modality_lora.q_proj"``.
+
+    Raises:
+        ValueError: not patched, an unknown name, adapters that have been trained or have
+            ``lora_alpha`` 0, or batches without two tokens of each kind.
+        ImportError, RuntimeError: as :func:`moe_kernels.init.gromov_wasserstein_lora`. No adapter
+            has changed after any of these.
+    """
+    check_names(solver, metric)
+    index = _check(model, modality, lora_init, max_tokens, ridge)
+    import_pot()  # before the forwards, which take longest
+    options = {"metric": metric, "solver": solver, "epsilon": epsilon, "max_memory": max_memory}
+    readers = _readers(model)
+    for name, lora, _ in itertools.chain(*readers.values()):
+        if lora.lora_B[index].any():
+            raise ValueError(f"adapters of {modality!r} are not at their start: {name} is not zero")
+        if lora.scaling[index] == 0:
+            raise ValueError(f"{name} has lora_alpha 0: no update can be started")
+    samples = _collect(model, batches, list(readers), index + 1, max_tokens, seed)
+
+    shuffle = torch.Generator().manual_seed(seed)
+    pairs, diagnostics = [], {}
+    for module, group in tqdm(readers.items(), desc="couplings", disable=not progress):
+        image, text = samples[module]
+        aligned, coupling = align(image, text, seed=seed, **options)
+        if lora_init == "permuted":
+            aligned = aligned[torch.randperm(aligned.shape[0], generator=shuffle)]
+        for name, lora, weight in group:
+            down, up = truncated_map(image, aligned, lora.r, ridge=ridge, seed=seed)
+            pairs.append((lora, down, through(weight, up) / lora.scaling[index]))
+            diagnostics[name] = LoraInitDiagnostics(
+                gw_value=coupling.value,
+                coupling_entropy=coupling.entropy(),
+                distance_before=_distance(image, aligned),
+                distance_after=_distance(image + image @ down.T @ up.T, aligned),
+            )
+    with torch.no_grad():
+        for lora, lora_a, lora_b in pairs:
+            lora.lora_A[index].copy_(lora_a)  # the same for every expert
+            lora.lora_B[index].copy_(lora_b)
+    return diagnostics
+
+
+def _check(
+    model: PreTrainedModel, modality: str, lora_init: str, max_tokens: int, ridge: float
+) -> int:
+    """The modality's index among the added ones."""
+    names = get_patched(model).config.modalities
+    if modality not in names:
+        raise ValueError(f"the model is patched for {names}, not for {modality!r}")
+    if lora_init not in LORA_INITS:
+        raise ValueError(f"unknown lora_init {lora_init!r}; there are {', '.join(LORA_INITS)}")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, got {ridge}")
+    return names.index(modality)
+
+
+def _distance(inputs: Tensor, aligned: Tensor) -> float:
+    return ((inputs - aligned).norm() / aligned.norm()).item()
+
+
+def _readers(model: PreTrainedModel) -> dict[nn.Module, list[tuple[str, ModalityLora, Tensor]]]:
+    """By the module whose input is read: name, pair and frozen weight of each projection."""
+    readers = {}
+    for prefix, layer in model.named_modules():
+        if not isinstance(loras := getattr(layer, "modality_lora", None), nn.ModuleDict):
+            continue
+        for names in _SHARED_INPUT:
+            group = []
+            for name in filter(loras.__contains__, names):
+                of_experts = name == "gate_up_proj"
+                module = (
+                    experts.find_experts(layer)
+                    if of_experts
+                    else layer.self_attn.get_submodule(name)
+                )
+                weight = module.gate_up_proj if of_experts else module.weight
+                if not group:
+                    readers[module] = group
+                group.append((f"{prefix}.modality_lora.{name}", loras[name], weight))
+    return readers
+
+
+class _Sample:
+    """A uniform sample of the rows that went by, in their order, in memory that does not grow.
+
+    Every row draws a key, and the rows with the smallest ones stay.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.rows: Tensor | None = None
+        self.keys = torch.empty(0)
+
+    def add(self, rows: Tensor, keys: Tensor) -> None:
+        if self.rows is not None:
+            rows, keys = torch.cat([self.rows, rows]), torch.cat([self.keys, keys])
+        kept = keys.argsort()[: self.size].sort().values
+        self.rows, self.keys = rows[kept], keys[kept]
+
+
+class _Record:
+    """Pre-hook that samples a module's input rows, of text and of one modality."""
+
+    def __init__(self, modality_id: int, size: int, seed: int):
+        self.modality_id = modality_id
+        self.image, self.text = _Sample(size), _Sample(size)
+        # Every layer draws the same keys, so all see the same tokens.
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        rows = args[0].detach().flatten(0, -2)
+        modality_ids = module.__dict__["_modality_context"].modality_ids.flatten()
+        keys = torch.rand(rows.shape[0], generator=self.generator)
+        for sample, wanted in ((self.image, self.modality_id), (self.text, 0)):
+            # Only the chosen ones leave the device.
+            at = (modality_ids == wanted).nonzero().flatten().cpu()
+            at = at[keys[at].argsort()[: sample.size].sort().values]
+            sample.add(rows[at.to(rows.device)].cpu().float(), keys[at])
+
+
+def _collect(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    modules: list[nn.Module],
+    modality_id: int,
+    max_tokens: int,
+    seed: int,
+) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """For each module its inputs at image and at text tokens, (up to max_tokens, in) float32."""
+    records = {module: _Record(modality_id, max_tokens, seed) for module in modules}
+    hooks = [module.register_forward_pre_hook(record) for module, record in records.items()]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for record in records.values():
+        for sample, kind in ((record.image, "of the modality"), (record.text, "of text")):
+            if sample.keys.numel() < 2:
+                raise ValueError(
+                    f"the batches have {sample.keys.numel()} tokens {kind}, at least 2 are needed"
+                )
+    return {module: (record.image.rows, record.text.rows) for module, record in records.items()}
