@@ -1,0 +1,18 @@
+"""A dense model's feed-forward layers split into experts, and the result healed.
+
+docs/methods.md A1 has the mathematics, docs/conversion.md what it is like to use.
+"""
+
+from moe_kernels.conversion.convert import dense_to_moe
+from moe_kernels.conversion.healing import HealingReport, heal
+from moe_kernels.conversion.perplexity import perplexity
+from moe_kernels.conversion.split import balanced_kmeans, random_labels
+
+__all__ = [
+    "HealingReport",
+    "balanced_kmeans",
+    "dense_to_moe",
+    "heal",
+    "perplexity",
+    "random_labels",
+]

@@ -1,0 +1,162 @@
+"""Which Mixture-of-Experts class has the attention of which dense class, and its configuration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
+
+from moe_kernels.models.experts import find_experts
+
+# What all of these configurations have, under the same names and with the same meaning.
+_CARRIED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters",
+    "attention_dropout",
+)  # fmt: skip
+SUPPORTED = {
+    LlamaForCausalLM: "Mixtral, with a shared expert Qwen2-MoE",
+    MistralForCausalLM: "Mixtral, with a shared expert Qwen2-MoE",
+    Qwen2ForCausalLM: "Qwen2-MoE",
+    Qwen3ForCausalLM: "Qwen3-MoE, without a shared expert",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``expert``: neurons of each of the E experts; ``shared``: of the shared one, or 0."""
+
+    num_experts: int
+    top_k: int
+    expert: int
+    shared: int
+
+
+def check_source(model: Any) -> None:
+    """Raise unless the model is a dense one of a supported class, whole and unquantised.
+
+    Raises:
+        TypeError: not a plain transformers model.
+        ValueError: already a Mixture of Experts, quantised, or of a class or with biases that no
+            Mixture-of-Experts class has.
+    """
+    name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise TypeError(f"{name} carries PEFT adapters: merge_and_unload() them first")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"dense_to_moe needs a transformers model, got {name}")
+    config = model.config
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+    if find_experts(model) is not None or any(counts):
+        raise ValueError(f"{name} is a Mixture of Experts already")
+    if type(model) not in SUPPORTED:
+        known = "; ".join(f"{cls.__name__} ({target})" for cls, target in SUPPORTED.items())
+        raise ValueError(f"{name} is not supported; supported are {known}")
+    if _has_quantised_weights(model):
+        raise ValueError(f"{name} is quantised: load it in bfloat16, float16 or float32")
+    for bias in ("mlp_bias", "attention_bias"):
+        if getattr(config, bias, False) and type(model) is not Qwen3ForCausalLM:
+            raise ValueError(f"{name} with {bias}=True is not supported: no class here has them")
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if tied != bool(config.tie_word_embeddings):
+        raise ValueError(
+            f"{name}: the head is {'' if tied else 'not '}tied to the embeddings, but "
+            f"config.tie_word_embeddings is {config.tie_word_embeddings}; make them agree"
+        )
+
+
+def _has_quantised_weights(model: PreTrainedModel) -> bool:
+    """Told by the weights: a model from a GGUF file says is_quantized, though it is no more."""
+    projections = [
+        projection
+        for layer in model.model.layers
+        for block in (layer.self_attn, layer.mlp)
+        for name, projection in block.named_children()
+        if name.endswith("_proj")
+    ]
+    return any(
+        type(projection) is not nn.Linear or not projection.weight.is_floating_point()
+        for projection in projections
+    )
+
+
+def target_config(model: PreTrainedModel, sizes: Sizes) -> PreTrainedConfig:
+    """The configuration of the Mixture of Experts that has this model's attention.
+
+    Raises:
+        ValueError: there is none, with the reason.
+    """
+    config = model.config
+    common = {name: getattr(config, name) for name in _CARRIED}
+    common["num_experts_per_tok"] = sizes.top_k
+    if type(model) is Qwen3ForCausalLM:
+        return _qwen3_moe(config, common, sizes)
+    if type(model) is Qwen2ForCausalLM or sizes.shared:
+        return _qwen2_moe(config, common, sizes)
+    return MixtralConfig(
+        **common,
+        num_local_experts=sizes.num_experts,
+        intermediate_size=sizes.expert,
+        head_dim=config.head_dim,
+        sliding_window=getattr(config, "sliding_window", None),
+    )
+
+
+def _qwen2_moe(config: PreTrainedConfig, common: dict[str, Any], sizes: Sizes) -> Qwen2MoeConfig:
+    """Has a shared expert (of no neurons, if none is wanted) behind a sigmoid gate."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+        kinds *= config.num_hidden_layers
+    if getattr(config, "head_dim", None) is not None:
+        common["head_dim"] = config.head_dim
+    return Qwen2MoeConfig(
+        **common,
+        num_experts=sizes.num_experts,
+        intermediate_size=config.intermediate_size,
+        moe_intermediate_size=sizes.expert,
+        shared_expert_intermediate_size=sizes.shared,
+        norm_topk_prob=True,
+        qkv_bias=config.model_type == "qwen2",
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        layer_types=list(kinds),
+    )
+
+
+def _qwen3_moe(config: PreTrainedConfig, common: dict[str, Any], sizes: Sizes) -> Qwen3MoeConfig:
+    if sizes.shared:
+        raise ValueError(
+            "a shared expert is not supported for Qwen3ForCausalLM: no class of transformers has "
+            "one beside attention with per-head norms of q and k; pass shared_expert=0"
+        )
+    kinds = set(config.layer_types)
+    if len(kinds) > 1:
+        raise ValueError(
+            "Qwen3ForCausalLM with both sliding and full attention layers is not supported: "
+            "Qwen3-MoE has one kind of attention for all layers"
+        )
+    sliding = kinds == {"sliding_attention"}
+    return Qwen3MoeConfig(
+        **common,
+        num_experts=sizes.num_experts,
+        intermediate_size=config.intermediate_size,
+        moe_intermediate_size=sizes.expert,
+        head_dim=config.head_dim,
+        norm_topk_prob=True,
+        attention_bias=config.attention_bias,
+        use_sliding_window=sliding,
+        sliding_window=config.sliding_window if sliding else None,
+    )

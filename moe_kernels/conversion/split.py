@@ -1,0 +1,131 @@
+"""Which neuron of a feed-forward layer goes to which expert.
+
+A neuron is a row of gate_proj and up_proj with its column of down_proj; ``a_j(x)`` is its
+activation, and ``|a_j(x)| * ||down_j||`` how much it adds to the layer's output.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_KMEANS_STEPS = 20  # labels have settled by then, or what still moves hardly matters
+
+
+def random_labels(num_neurons: int, num_experts: int, generator: torch.Generator) -> Tensor:
+    """LLaMA-MoE's split: ``[0..E-1]`` repeated, shuffled (docs/methods.md A1).
+
+    Returns:
+        (num_neurons,) int64, each expert ``num_neurons / num_experts`` times.
+    """
+    labels = torch.arange(num_experts).repeat_interleave(num_neurons // num_experts)
+    return labels[torch.randperm(num_neurons, generator=generator)]
+
+
+def balanced_kmeans(features: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """k-means in which all clusters have the same size.
+
+    Args:
+        features: (N, F) float, N a multiple of ``num_clusters``.
+        num_clusters: E.
+        generator: draws the first centres, E different rows.
+
+    Returns:
+        (N,) int64, each cluster N / E times.
+    """
+    first = torch.randperm(len(features), generator=generator)[:num_clusters]
+    centres, labels = features[first], None
+    for _ in range(_KMEANS_STEPS):
+        before, labels = labels, _assign(torch.cdist(features, centres))
+        if before is not None and torch.equal(before, labels):
+            break
+        one_hot = nn.functional.one_hot(labels, num_clusters).to(features.dtype)
+        centres = one_hot.T @ features * (num_clusters / len(features))
+    return labels
+
+
+def _assign(distances: Tensor) -> Tensor:
+    """(N, E) -> (N,): near centres, N / E rows each.
+
+    In rounds: every row that is left asks for the nearest centre with room, and a centre takes the
+    nearest of those that ask. A round places all that is left, or fills a centre: E rounds at most.
+    """
+    rows, clusters = distances.shape
+    room = torch.full((clusters,), rows // clusters)
+    labels = torch.full((rows,), -1)
+    while (left := (labels < 0).nonzero().flatten()).numel():
+        open_distances = distances[left].masked_fill(room == 0, torch.inf)
+        nearest, choice = open_distances.min(1)
+        for cluster in choice.unique().tolist():
+            asking = (choice == cluster).nonzero().flatten()
+            taken = asking[nearest[asking].argsort(stable=True)[: int(room[cluster])]]
+            labels[left[taken]] = cluster
+            room[cluster] -= len(taken)
+    return labels
+
+
+@contextlib.contextmanager
+def _recorded_inputs(mlps: Sequence[nn.Module], limit: int) -> Iterator[list[list[Tensor]]]:
+    kept: list[list[Tensor]] = [[] for _ in mlps]
+
+    def keep(index: int, hidden_states: Tensor) -> None:
+        room = limit - sum(map(len, kept[index]))
+        kept[index].append(hidden_states.detach().flatten(0, -2)[:room].to("cpu", torch.float32))
+
+    hooks = [
+        mlp.register_forward_pre_hook(lambda _, args, index=index: keep(index, args[0]))
+        for index, mlp in enumerate(mlps)
+    ]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def mlp_inputs(
+    model: PreTrainedModel, mlps: Sequence[nn.Module], batches: Sequence[Tensor], limit: int
+) -> list[Tensor]:
+    """What reaches each feed-forward layer on the first ``limit`` tokens of the batches.
+
+    Inputs are kept, not activations, which are several times as wide.
+
+    Returns:
+        For each layer (N, H) float32 on the CPU.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with _recorded_inputs(mlps, limit) as kept:
+            tokens = 0
+            for ids in batches:
+                if tokens >= limit:
+                    break
+                model(input_ids=ids.to(model.device), use_cache=False)
+                tokens += ids.numel()
+    finally:
+        model.train(was_training)
+    return [torch.cat(parts) for parts in kept]
+
+
+def activations(mlp: nn.Module, inputs: Tensor) -> Tensor:
+    """a(x): (N, H) -> (N, d_ff), float32 on the CPU."""
+    gate, up = (p.weight.detach().to("cpu", torch.float32) for p in (mlp.gate_proj, mlp.up_proj))
+    return mlp.act_fn(inputs @ gate.T) * (inputs @ up.T)
+
+
+def contributions(mlp: nn.Module, acts: Tensor) -> Tensor:
+    """How much each neuron adds to the output, |a_j| * ||down_j||: (N, d_ff) -> (N, d_ff)."""
+    return acts.abs() * mlp.down_proj.weight.detach().to("cpu", torch.float32).norm(dim=0)
+
+
+def activation_features(contribution: Tensor) -> Tensor:
+    """(N, d_ff) -> (d_ff, N): rows whose squared distance is 2 - 2 corr over the tokens.
+
+    Neurons that are active on the same tokens are near; a neuron that never is has a zero row.
+    """
+    centred = contribution.T - contribution.T.mean(1, keepdim=True)
+    return nn.functional.normalize(centred, dim=1)
