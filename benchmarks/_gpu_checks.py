@@ -140,7 +140,7 @@ def measure_accuracy(given: Namespace) -> dict:
 def check_promises(given: Namespace) -> dict:
     """On a layer that is timed: same bits twice; text's bits with NaN in every adapter and with
     other values and routes of all other rows; a captured graph that gives the bits of the launches,
-    forward and backward. What raises is its own answer.
+    forward and backward, or why it could not be captured.
     """
     name, tokens, _ = given.layers[0]
     problem = make_problem(layer_case(given, name, tokens))

@@ -91,6 +91,7 @@ def why_no_cuda() -> str | None:
     return f"the extension was built without CUDA kernels ({reason})"
 
 
+@functools.cache  # asked at every call of an op
 def runs_on(capability: tuple[int, int]) -> bool:
     """Whether the CUDA kernels were built for a device of this compute capability: for itself, for
     an earlier one of the same major version, or as PTX for an earlier one.

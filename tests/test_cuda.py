@@ -50,7 +50,9 @@ def works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda_arch_list": "8.0;9.0a;10.0+PTX"})
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
-    return monkeypatch
+    _native.runs_on.cache_clear()
+    yield monkeypatch
+    _native.runs_on.cache_clear()
 
 
 def test_it_works_where_everything_is_there(works):
@@ -91,6 +93,7 @@ def test_it_says_what_is_missing(works):
 def test_it_needs_a_build_for_the_device(works, arch_list, runs):
     devices = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)}
     works.setattr(_native, "build_info", lambda: {"cuda_arch_list": arch_list})
+    _native.runs_on.cache_clear()
     for device in devices:
         works.setattr(torch.cuda, "get_device_capability", lambda device=device: device)
         reason = backends.available()["cuda"]

@@ -266,14 +266,13 @@ def test_a_route_may_flip_at_recompute():
     """What is saved for backward has shapes that do not depend on the routing."""
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32)).requires_grad_()
     routes = [inputs.topk_ids, torch.zeros_like(inputs.topk_ids)]
-    recomputed = routes[1:] * 2
 
     def layer(x):
         return call(inputs._replace(hidden_states=x, topk_ids=routes.pop(0)), "triton")
 
     checkpoint(layer, inputs.hidden_states, use_reentrant=False).sum().backward()
-    assert routes == [] and recomputed
-    assert inputs.hidden_states.grad.isfinite().all()
+    assert routes == []  # both were taken
+    assert inputs.hidden_states.grad.isfinite().all() and inputs.hidden_states.grad.any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
