@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 import moe_kernels
 from moe_kernels.imaging import IGNORE_INDEX
 
-CACHE_VERSION = 1  # raise it when a stage gives another result for the same settings
+CACHE_VERSION = 2  # raise it when a stage gives another result for the same settings
+DTYPES = ("float32", "bfloat16", "float16")
 console = Console(highlight=False)
 
 
@@ -83,6 +84,21 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def model_identity(model: str) -> Any:
+    """A local folder is known by its files, so that another model there makes other stages."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 # --- training, the same for text and pictures

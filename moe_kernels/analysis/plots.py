@@ -1,49 +1,264 @@
-"""Routing as pictures; needs matplotlib."""
+"""Routing and redundancy as pictures; needs matplotlib.
+
+Every function returns its figure, and writes it to ``path`` (png, pdf, svg by its name) if given.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from moe_kernels.analysis.redundancy import ExpertRedundancy
 from moe_kernels.analysis.statistics import RoutingStatistics
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREY = "tab:blue", "tab:orange", "0.6"
+_MOST_TICKS = 16
 
 
 def plot_expert_load(
     statistics: RoutingStatistics,
     path: str | os.PathLike | None = None,
     *,
-    modalities: tuple[str, str] = ("text", "image"),
+    modalities: Sequence[str] | None = None,
     title: str = "Expert load by layer",
 ) -> Figure:
-    """Two heat maps, layer x expert, on one colour scale, and the divergence between them by layer.
+    """A heat map, layer x expert, for each modality, on one colour scale.
 
-    Returns the figure, and writes it to ``path`` if given.
+    Beside them, of two modalities, the divergence between them by layer.
+
+    Args:
+        statistics: what a recorder saw.
+        path: of the file to write.
+        modalities: one or two of them; default: the first two that were seen.
+        title: over everything.
     """
+    modalities = tuple(modalities or statistics.seen()[:2])
+    load = statistics.load() * torch.tensor(statistics.num_experts).view(-1, 1, 1)
+    load = load.masked_fill(~statistics.exists().unsqueeze(1), torch.nan)
+    two = len(modalities) == 2
+    figure, panels = _layer_panels(len(statistics.layers), [3] * len(modalities) + [2] * two)
+    highest = float(load.nan_to_num().max())
+    for panel, name in zip(panels, modalities, strict=False):
+        values = load[:, statistics.modalities.index(name)]
+        image = _heat_map(panel, values, "viridis", highest)
+        panel.set_title(name)
+    figure.colorbar(
+        image, ax=panels[: len(modalities)], label="load / even load", shrink=0.9, pad=0.02
+    )
+    if two:
+        divergence = statistics.divergence(*modalities).tolist()
+        panels[-1].barh(range(len(divergence)), divergence, color=_ORANGE)
+        panels[-1].set(
+            title=" against ".join(modalities), xlim=(0, 1),
+            xlabel="Jensen-Shannon divergence (bits)",
+        )  # fmt: skip
+    _label_layers(panels, statistics.layers)
+    return _finish(figure, title, path)
+
+
+def plot_specialisation(
+    statistics: RoutingStatistics,
+    path: str | os.PathLike | None = None,
+    *,
+    modalities: tuple[str, str] = ("text", "image"),
+    title: str = "Specialisation of the experts",
+) -> Figure:
+    """Layer x expert: 0 serves the first modality only, 1 the second only, 0.5 both alike.
+
+    Unused experts (as :meth:`RoutingStatistics.expert_kinds` counts them) are grey. Beside it, how
+    many experts of each layer are of each kind.
+
+    Args:
+        statistics: what a recorder saw.
+        path: of the file to write.
+        modalities: the first and the second.
+        title: over everything.
+    """
+    first, second = modalities
+    values = statistics.specialisation(first, second)
+    values = values.masked_fill(statistics.unused(first, second), torch.nan)
+    figure, (panel, counts) = _layer_panels(len(statistics.layers), (5, 3))
+    image = _heat_map(panel, values, "RdBu_r", 1.0)  # white in the middle, so grey is free
+    bar = figure.colorbar(image, ax=panel, ticks=[0, 0.5, 1], shrink=0.9, pad=0.02)
+    bar.ax.set_yticklabels([f"{first} only", "both alike", f"{second} only"])
+    kinds = statistics.expert_kinds(first, second)
+    left = torch.zeros(len(statistics.layers), dtype=torch.int64)
+    colormap = image.get_cmap()
+    for number, label, color in (
+        (kinds.only_first, f"{first} only", colormap(0.0)),
+        (kinds.agnostic, "agnostic", colormap(0.5)),
+        (kinds.only_second, f"{second} only", colormap(1.0)),
+        (kinds.unused, "unused", _GREY),
+    ):
+        counts.barh(
+            range(len(left)), number.tolist(), left=left.tolist(), color=color, label=label,
+            edgecolor="0.4", linewidth=0.4,
+        )  # fmt: skip
+        left = left + number
+    counts.set(xlabel="experts", xlim=(0, statistics.counts.shape[-1]))
+    counts.xaxis.get_major_locator().set_params(integer=True)
+    # Under the panel: anywhere inside it, it would cover bars.
+    counts.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False,
+        columnspacing=1.0, handlelength=1.2,
+    )  # fmt: skip
+    _label_layers((panel, counts), statistics.layers)
+    return _finish(figure, title, path)
+
+
+def plot_divergence(
+    statistics: RoutingStatistics | Mapping[str, RoutingStatistics],
+    path: str | os.PathLike | None = None,
+    *,
+    modalities: tuple[str, str] = ("text", "image"),
+    title: str | None = None,
+) -> Figure:
+    """Jensen-Shannon divergence of two modalities' loads, by layer.
+
+    Args:
+        statistics: what a recorder saw; or several such by their label, as {"before": ...,
+            "after": ...}.
+        path: of the file to write.
+        modalities: between which.
+        title: over it; default: which modalities.
+    """
+    several = statistics if isinstance(statistics, Mapping) else {"": statistics}
+    layers = _same_layers(several)
+    figure, panel = _line_panel(len(layers))
+    highest = 0.1
+    for label, one in several.items():
+        divergence = one.divergence(*modalities)
+        highest = max(highest, float(divergence.max()))
+        _line(panel, divergence, label)
+    panel.set(ylim=(0, min(1.02, 1.15 * highest)), ylabel="Jensen-Shannon divergence (bits)")
+    _label_columns(panel, layers, legend=len(several) > 1)
+    return _finish(figure, title or f"Routing of {modalities[0]} against {modalities[1]}", path)
+
+
+def plot_redundancy(
+    before: ExpertRedundancy,
+    after: ExpertRedundancy | None = None,
+    path: str | os.PathLike | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Mean similarity of two different experts by layer, before and after; least to most, shaded.
+
+    Args:
+        before: of a model.
+        after: of the same one later; None: one line.
+        path: of the file to write.
+        title: over it; default: the modality.
+
+    Raises:
+        ValueError: the two are of other layers, modality or metric.
+    """
+    several = {"before": before} | ({} if after is None else {"after": after})
+    layers = _same_layers(several)
+    kinds = {(one.modality, one.metric) for one in several.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"before and after are of different modality or metric: {kinds}")
+    figure, panel = _line_panel(len(layers))
+    for (label, one), color in zip(several.items(), (_BLUE, _ORANGE), strict=False):
+        mean = one.mean()
+        name = "" if after is None else f"{label}, "
+        _line(panel, mean, f"{name}mean {mean.nanmean():.3f}", color=color)
+        low, high = one.extremes()
+        panel.fill_between(range(len(layers)), low.tolist(), high.tolist(), color=color, alpha=0.12)
+    metric = {"cka": "debiased linear CKA", "cosine": "cosine"}[before.metric]
+    panel.set(ylabel=f"{metric} of two experts' outputs")
+    panel.axhline(0, color="0.6", linewidth=0.8)
+    _label_columns(panel, layers, legend=True)
+    return _finish(figure, title or f"Redundancy of experts on {before.modality} rows", path)
+
+
+def _same_layers(several: Mapping[str, RoutingStatistics | ExpertRedundancy]) -> tuple[str, ...]:
+    layers = {one.layers for one in several.values()}
+    if len(layers) != 1:
+        raise ValueError("what is drawn into one plot must be of the same layers")
+    return layers.pop()
+
+
+def _layer_panels(layers: int, widths: Sequence[float]) -> tuple[Figure, Sequence[Axes]]:
+    """Panels side by side, the layers downwards."""
     # Not pyplot: it would choose a display backend and keep the figure alive.
     from matplotlib.figure import Figure
 
-    first, second = modalities
-    load = statistics.load()
-    layers, _, experts = load.shape
-    figure = Figure(figsize=(13, 1.6 + 0.5 * layers + 0.8), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-    highest = float(load.max()) * experts
-    for panel, name in zip(panels, modalities, strict=False):
-        values = (load[:, statistics.modalities.index(name)] * experts).numpy()
-        image = panel.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
-        panel.set(title=name, xlabel="expert", ylabel="layer", yticks=range(layers))
-    figure.colorbar(image, ax=panels[:2], label="load / even load")
-    divergence = statistics.divergence(first, second).numpy()
-    panels[2].barh(range(layers), divergence, color="tab:orange")
-    panels[2].invert_yaxis()
-    panels[2].set(
-        title=f"{first} against {second}", xlabel="Jensen-Shannon divergence (bits)",
-        ylabel="layer", yticks=range(layers), xlim=(0, 1),
-    )  # fmt: skip
+    height = 1.7 + max(1.6, min(0.5, 7 / layers) * layers)
+    figure = Figure(figsize=(0.5 + 1.6 * sum(widths), height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.04)
+    panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    return figure, panels
+
+
+def _line_panel(layers: int) -> tuple[Figure, Axes]:
+    """One panel, the layers from left to right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(5.5, min(0.3 * layers + 2.5, 12)), 3.8), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _heat_map(panel: Axes, values: torch.Tensor, colormap: str, highest: float) -> ScalarMappable:
+    """(L, E), from 0 to highest; NaN is grey."""
+    import matplotlib
+
+    colors = matplotlib.colormaps[colormap].with_extremes(bad=_GREY)
+    image = panel.imshow(
+        values.numpy(), aspect="auto", cmap=colors, vmin=0, vmax=highest, interpolation="nearest"
+    )
+    ticks = _ticks(values.shape[1])
+    panel.set(xlabel="expert", xticks=ticks)
+    return image
+
+
+def _line(panel: Axes, values: torch.Tensor, label: str, **options: str) -> None:
+    panel.plot(range(len(values)), values.tolist(), "o-", markersize=4, label=label, **options)
+
+
+def _label_layers(panels: Sequence[Axes], layers: Sequence[str]) -> None:
+    numbers, ticks = _layer_numbers(layers), _ticks(len(layers))
+    for panel in panels:
+        panel.set(ylim=(len(layers) - 0.5, -0.5), yticks=ticks)
+        panel.set_yticklabels([numbers[tick] for tick in ticks])
+    panels[0].set_ylabel("layer")
+
+
+def _label_columns(panel: Axes, layers: Sequence[str], *, legend: bool) -> None:
+    numbers, ticks = _layer_numbers(layers), _ticks(len(layers))
+    panel.set(xlabel="layer", xlim=(-0.5, len(layers) - 0.5), xticks=ticks)
+    panel.set_xticklabels([numbers[tick] for tick in ticks])
+    panel.grid(axis="y", alpha=0.3)
+    if legend:
+        panel.legend(frameon=False)
+
+
+def _layer_numbers(layers: Sequence[str]) -> list[str]:
+    """As in the modules' names, "model.layers.3.mlp": dense layers between them are left out."""
+    numbers = [re.findall(r"(?<=\.)\d+(?=\.|$)", name) for name in layers]
+    return [found[0] if found else str(place) for place, found in enumerate(numbers)]
+
+
+def _ticks(count: int) -> range:
+    """At most so many that their labels do not touch."""
+    return range(0, count, 1 << ((count - 1) // _MOST_TICKS).bit_length())
+
+
+def _finish(figure: Figure, title: str, path: str | os.PathLike | None) -> Figure:
     figure.suptitle(title)
     if path is not None:
-        figure.savefig(path, dpi=130)
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
+        temporary.replace(path)
     return figure

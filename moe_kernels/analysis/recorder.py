@@ -2,74 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from moe_kernels.analysis.rows import RowModality, find_moe_blocks, watch_routers
 from moe_kernels.analysis.statistics import RoutingStatistics
-
-_PADDING = -1
-
-
-def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from token ids, any shape, to modality ids: m in the m-th range, else 0."""
-
-    def modality_of(input_ids: torch.Tensor) -> torch.Tensor:
-        modality = torch.zeros_like(input_ids)
-        for number, ids in enumerate(token_ids.values(), start=1):
-            modality = modality.masked_fill(
-                (input_ids >= ids.start) & (input_ids < ids.stop), number
-            )
-        return modality
-
-    return modality_of
 
 
 class RoutingRecorder:
     """While open, sums up the choices of every router of ``model``, in constant memory.
 
-        with RoutingRecorder(model, modality_by_token_id({"image": token_ids})) as recorder:
+        with torch.no_grad(), RoutingRecorder(model) as recorder:
             model(input_ids=..., attention_mask=...)
         recorder.statistics().divergence("text", "image")
 
     The modality of each row is, in this order: what ``observe`` was given for this forward; the
-    call's own ``modality_ids``; ``modality_of(input_ids)``. Padding (-1, or 0 in a 2-D
-    ``attention_mask``) is not counted. Routers are the ``gate`` or ``router`` of every module that
-    has ``experts``; their forward returns (logits, scores, indices), one row for each token. Under
-    activation checkpointing a forward runs twice and counts twice: record without gradients.
+    call's own ``modality_ids``; ``modality_of(input_ids)``; that of the token's id in a model that
+    :func:`moe_kernels.patch_model` has patched; in any other model the base modality. Padding (-1,
+    or 0 in a 2-D ``attention_mask``) is not counted. Routers are the ``gate`` or ``router`` of
+    every module that has ``experts``; their forward returns (logits, scores, indices), one row for
+    each token. Under activation checkpointing a forward runs twice and counts twice: record without
+    gradients. Nothing synchronises with a GPU; modality ids are checked on the CPU, and on a GPU
+    with ``MOE_KERNELS_CHECK=1`` (else ids without a name are not counted).
+
+    Args:
+        model: any Mixture of Experts of transformers, patched or not, wrapped (DDP) or not.
+        modality_of: (B, S) token ids -> (B, S) modality ids; see :func:`modality_by_token_id`.
+        modalities: their names, the base modality first. Default: "text", then those that a patched
+            model was patched for, or "image" beside a ``modality_of``.
+
+    Raises:
+        ValueError: the model has no router; in a forward: the modality of its rows is unknown, or
+            of another shape than its tokens, or without a name.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        modality_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        modality_of: Callable[[Tensor], Tensor] | None = None,
         *,
-        modalities: Sequence[str] = ("text", "image"),
+        modalities: Sequence[str] | None = None,
     ):
-        self.model, self.modality_of, self.modalities = model, modality_of, tuple(modalities)
-        self._routers = _find_routers(model)
-        if not self._routers:
-            raise ValueError(
-                f"{type(model).__name__} has no router: "
-                "no module with `experts` beside a `gate` or `router`"
-            )
-        self._counts: dict[str, torch.Tensor] = {}
-        self._rows: dict[str, torch.Tensor] = {}
-        self._entropy_sum: dict[str, torch.Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._observed: torch.Tensor | None = None
-        self._current: torch.Tensor | None = None
+        self.model = model
+        self._rows_of = RowModality(model, modality_of, modalities)
+        self.modalities = self._rows_of.names
+        self._blocks = find_moe_blocks(model)
+        self._counts: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+        self._entropy_sum: dict[str, Tensor] = {}
+        self._hooks: AbstractContextManager | None = None
 
     def __enter__(self) -> RoutingRecorder:
-        if self._handles:
+        if self._hooks is not None:
             raise RuntimeError("this recorder is open already")
-        self._handles.append(
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        )
-        for name, router in self._routers.items():
-            self._handles.append(router.register_forward_hook(_RouterHook(self, name)))
+        self._hooks = watch_routers(self._blocks, self._rows_of, self._add)
         return self
 
     def __exit__(
@@ -78,100 +68,47 @@ class RoutingRecorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._observed = self._current = None
+        hooks, self._hooks = self._hooks, None
+        hooks.__exit__(kind, error, trace)
 
-    def observe(self, modality_ids: torch.Tensor) -> None:
-        """Gives the modality of each row of the next forward, (B, S) or (B * S,); -1 is padding."""
-        self._observed = modality_ids
+    def observe(self, modality_ids: Tensor) -> None:
+        """Gives the modality of the next forward's rows, (B, S) or (B * S,); -1: not counted."""
+        self._rows_of.observed = modality_ids
 
     def statistics(self) -> RoutingStatistics:
         """Of everything seen so far."""
         if not self._counts:
             raise RuntimeError("nothing was recorded: no forward ran while the recorder was open")
-        layers = tuple(name for name in self._routers if name in self._counts)
-        counts, rows, entropy_sum = (
+        layers = tuple(name for name in self._blocks if name in self._counts)
+        widths = tuple(self._counts[name].shape[-1] for name in layers)
+        counts = torch.zeros(len(layers), len(self.modalities), max(widths), dtype=torch.int64)
+        for layer, (name, width) in enumerate(zip(layers, widths, strict=True)):
+            counts[layer, :, :width] = self._counts[name].cpu()
+        rows, entropy_sum = (
             torch.stack([sums[name].cpu() for name in layers])
-            for sums in (self._counts, self._rows, self._entropy_sum)
+            for sums in (self._rows, self._entropy_sum)
         )
-        return RoutingStatistics(self.modalities, layers, counts, rows, entropy_sum)
-
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        modality = self._observed if self._observed is not None else kwargs.get("modality_ids")
-        self._observed = None
-        # At a decode step `generate` passes the one new id beside the prompt's modality ids.
-        if modality is None or (input_ids is not None and modality.numel() != input_ids.numel()):
-            if input_ids is None or self.modality_of is None:
-                raise ValueError(
-                    "the modality of these rows is unknown: give modality_of (with input_ids), "
-                    "modality_ids, or call observe() before the forward"
-                )
-            modality = self.modality_of(input_ids)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and modality.ndim == 2:
-            modality = modality.masked_fill(mask[:, -modality.shape[1] :] == 0, _PADDING)
-        highest = int(modality.max()) if modality.numel() else 0
-        if highest >= len(self.modalities):
-            raise ValueError(f"modality id {highest} has no name; modalities are {self.modalities}")
-        self._current = modality.reshape(-1)
+        return RoutingStatistics(self.modalities, layers, counts, rows, entropy_sum, widths)
 
     @torch.no_grad()
-    def _add(self, layer: str, logits: torch.Tensor, indices: torch.Tensor) -> None:
-        """logits: (T, E); indices: (T, K)"""
-        modality = self._current
-        logits, indices = (
-            logits.reshape(-1, logits.shape[-1]),
-            indices.reshape(-1, indices.shape[-1]),
-        )
-        if modality is None or len(modality) != len(logits):
-            seen = 0 if modality is None else len(modality)
-            raise RuntimeError(
-                f"{layer} routes {len(logits)} rows, but the modality of {seen} rows is known"
-            )
-        kinds, experts = len(self.modalities), logits.shape[-1]
+    def _add(self, layer: str, inputs: Tensor, logits: Tensor, indices: Tensor) -> None:
+        """inputs: (T, H); logits: (T, E); indices: (T, K)"""
+        kinds, experts, device = len(self.modalities), logits.shape[-1], logits.device
         if layer not in self._counts:
-            device = logits.device
             self._counts[layer] = torch.zeros(kinds, experts, dtype=torch.int64, device=device)
             self._rows[layer] = torch.zeros(kinds, dtype=torch.int64, device=device)
             self._entropy_sum[layer] = torch.zeros(kinds, dtype=torch.float64, device=device)
-        # Padding goes to a bin behind the last modality, which is cut off: no boolean indexing.
-        bins = torch.where(modality < 0, kinds, modality).to(logits.device)
+        modality = self._rows_of.current.to(device, non_blocking=True)
+        # Padding goes to a bin behind the last modality, which is cut off. Neither boolean indexing
+        # nor bincount: both wait for the device.
+        bins = torch.where((modality < 0) | (modality >= kinds), kinds, modality)
         cells = (bins.unsqueeze(1) * experts + indices).flatten()
-        self._counts[layer] += torch.bincount(cells, minlength=(kinds + 1) * experts)[
-            : kinds * experts
-        ].view(kinds, -1)
-        self._rows[layer] += torch.bincount(bins, minlength=kinds + 1)[:kinds]
-        log_probabilities = logits.double().log_softmax(-1)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-        sums = torch.zeros(kinds + 1, dtype=torch.float64, device=logits.device).index_add_(
-            0, bins, entropy
-        )
-        self._entropy_sum[layer] += sums[:kinds]
+        sums = torch.zeros((kinds + 1) * experts, dtype=torch.int64, device=device)
+        sums.scatter_add_(0, cells, torch.ones_like(cells))
+        self._counts[layer] += sums[: kinds * experts].view(kinds, experts)
 
-
-class _RouterHook:
-    """A forward hook that knows its layer."""
-
-    def __init__(self, recorder: RoutingRecorder, layer: str):
-        self.recorder, self.layer = recorder, layer
-
-    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> None:
-        if not (
-            isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
-        ):
-            raise TypeError(
-                f"{self.layer} ({type(module).__name__}) does not return (logits, scores, indices)"
-            )
-        self.recorder._add(self.layer, output[0], output[2])
-
-
-def _find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    routers = {}
-    for name, module in model.named_modules():
-        router = getattr(module, "gate", None) or getattr(module, "router", None)
-        if hasattr(module, "experts") and isinstance(router, nn.Module):
-            routers[name] = router
-    return routers
+        members = bins == torch.arange(kinds, device=device).unsqueeze(1)  # (kinds, T)
+        self._rows[layer] += members.sum(1)
+        # entr(0) is 0: a router may shut an expert off with a logit of -inf.
+        entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+        self._entropy_sum[layer] += torch.where(members, entropy, 0.0).sum(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,12 @@ class ExpertKinds:
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Sums over the rows that a recorder saw. L layers, M modalities, E experts.
+    """Sums over the rows that a recorder saw. L layers, M modalities, at most E experts.
 
     counts: (L, M, E) int64, how often a row of the modality chose the expert
     rows: (L, M) int64, how many rows of the modality the router saw
     entropy_sum: (L, M) float64, the sum over rows of the entropy of softmax(router logits), in nats
+    num_experts: how many each layer has; None: E in all. Counts beyond them are zeros.
     """
 
     modalities: tuple[str, ...]
@@ -34,6 +34,7 @@ class RoutingStatistics:
     counts: torch.Tensor
     rows: torch.Tensor
     entropy_sum: torch.Tensor
+    num_experts: tuple[int, ...] | None = None
 
     def __post_init__(self):
         expected = (len(self.layers), len(self.modalities))
@@ -42,6 +43,17 @@ class RoutingStatistics:
                 f"{len(self.layers)} layers and {len(self.modalities)} modalities do not fit "
                 f"counts {tuple(self.counts.shape)} and rows {tuple(self.rows.shape)}"
             )
+        if self.num_experts is None:
+            object.__setattr__(self, "num_experts", (self.counts.shape[-1],) * len(self.layers))
+
+    def seen(self) -> tuple[str, ...]:
+        """The modalities that any row had."""
+        some = self.rows.sum(0) > 0
+        return tuple(name for name, rows in zip(self.modalities, some, strict=True) if rows)
+
+    def exists(self) -> torch.Tensor:
+        """Whether a layer has an expert of this number, (L, E) bool."""
+        return torch.arange(self.counts.shape[-1]) < torch.tensor(self.num_experts).unsqueeze(1)
 
     def load(self) -> torch.Tensor:
         """f(e|m): the share of a modality's choices that fell on an expert, (L, M, E) float64.
@@ -58,7 +70,8 @@ class RoutingStatistics:
     def divergence(self, first: str, second: str) -> torch.Tensor:
         """Jensen-Shannon divergence of two modalities' loads in bits, (L,).
 
-        0: the same experts, 1: disjoint ones.
+        0: the same experts, 1: disjoint ones. This and the following refuse a modality of which no
+        row was seen, with ValueError.
         """
         p, q = self._load_of(first), self._load_of(second)
         middle = (p + q) / 2
@@ -75,6 +88,12 @@ class RoutingStatistics:
         p, q = self._load_of(first), self._load_of(second)
         return q / (p + q)
 
+    def unused(self, first: str, second: str, *, below: float = 0.1) -> torch.Tensor:
+        """Experts to which each modality gives less than this part of 1/E, (L, E) bool."""
+        p, q = self._load_of(first), self._load_of(second)
+        even = 1 / torch.tensor(self.num_experts, dtype=torch.float64).unsqueeze(1)
+        return (torch.maximum(p, q) < below * even) & self.exists()
+
     def expert_kinds(
         self, first: str, second: str, *, exclusive: float = 0.9, unused_below: float = 0.1
     ) -> ExpertKinds:
@@ -84,15 +103,13 @@ class RoutingStatistics:
             first: a modality.
             second: another.
             exclusive: a specialisation of at least this counts as serving one modality only.
-            unused_below: an expert is unused when each modality gives it less than this part of an
-                even load, 1/E.
+            unused_below: see :meth:`unused`.
         """
-        p, q = self._load_of(first), self._load_of(second)
-        unused = torch.maximum(p, q) < unused_below / p.shape[-1]
+        unused = self.unused(first, second, below=unused_below)
         share = self.specialisation(first, second)
         only_first = ~unused & (share <= 1 - exclusive)
         only_second = ~unused & (share >= exclusive)
-        agnostic = ~(unused | only_first | only_second)
+        agnostic = ~(unused | only_first | only_second) & self.exists()
         return ExpertKinds(*(kind.sum(-1) for kind in (only_first, only_second, agnostic, unused)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +120,7 @@ class RoutingStatistics:
             "counts": self.counts.tolist(),
             "rows": self.rows.tolist(),
             "entropy_sum": self.entropy_sum.tolist(),
+            "num_experts": list(self.num_experts),
         }
 
     @classmethod
@@ -113,13 +131,13 @@ class RoutingStatistics:
             torch.tensor(values["counts"], dtype=torch.int64),
             torch.tensor(values["rows"], dtype=torch.int64),
             torch.tensor(values["entropy_sum"], dtype=torch.float64),
+            tuple(values["num_experts"]) if "num_experts" in values else None,
         )
 
     def _load_of(self, modality: str) -> torch.Tensor:
-        return self.load()[:, _index(self.modalities, modality)]
-
-
-def _index(modalities: Sequence[str], name: str) -> int:
-    if name not in modalities:
-        raise ValueError(f"no modality {name!r}; recorded were {', '.join(modalities)}")
-    return modalities.index(name)
+        if modality not in self.seen():
+            raise ValueError(
+                f"no row of modality {modality!r} was recorded; there were "
+                f"{', '.join(self.seen()) or 'none at all'}"
+            )
+        return self.load()[:, self.modalities.index(modality)]

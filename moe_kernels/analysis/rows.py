@@ -1,0 +1,187 @@
+"""What a forward's rows are: their modality, and the routers that they pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.models.context import resolve_modality_ids
+from moe_kernels.models.methods import HANDLE
+
+
+def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[Tensor], Tensor]:
+    """A function from token ids, any shape, to modality ids: m in the m-th range, else 0."""
+
+    def modality_of(input_ids: Tensor) -> Tensor:
+        modality = torch.zeros_like(input_ids)
+        for number, ids in enumerate(token_ids.values(), start=1):
+            modality = modality.masked_fill(
+                (input_ids >= ids.start) & (input_ids < ids.stop), number
+            )
+        return modality
+
+    return modality_of
+
+
+def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that has ``experts`` beside a ``gate`` or ``router``, by its name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    blocks = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "experts") and isinstance(_router_of(module), nn.Module)
+    }
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no router: "
+            "no module with `experts` beside a `gate` or `router`"
+        )
+    return blocks
+
+
+def _router_of(block: nn.Module) -> nn.Module | None:
+    return getattr(block, "gate", None) or getattr(block, "router", None)
+
+
+class RowModality:
+    """The modality of every row of the forward that is running: hooks of a model.
+
+    It is, in this order: what ``observed`` holds, for one forward; the call's own ``modality_ids``;
+    ``modality_of(input_ids)``; a patched model's own table of token ids; and where the model is not
+    patched and there is no ``modality_of``, the base modality. Padding is -1: where it is given so,
+    or 0 in a 2-D ``attention_mask``.
+
+    Attributes:
+        names: of the modalities, the base modality first.
+        current: (B * S,) int64 while a forward runs, else None.
+        observed: (B, S) or (B * S,) int64 for the next forward, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modality_of: Callable[[Tensor], Tensor] | None = None,
+        names: Sequence[str] | None = None,
+    ):
+        # A wrapper (DDP) hands its inputs on to the patched model inside.
+        patched = [module for module in model.modules() if HANDLE in module.__dict__]
+        self.model, self.is_patched = (patched or [model])[0], bool(patched)
+        self.modality_of = modality_of
+        if names is None:
+            added = self.model.__dict__[HANDLE].config.modalities if patched else ()
+            names = ("text", *(added or (() if modality_of is None else ("image",))))
+        self.names = tuple(names)
+        self.current: Tensor | None = None
+        self.observed: Tensor | None = None
+
+    @property
+    def adapters_enabled(self) -> bool:
+        """Whether the model is patched, and its forwards add low-rank updates now."""
+        return self.is_patched and self.model.__dict__[HANDLE].adapters_enabled
+
+    def number(self, name: str) -> int:
+        """The modality id of a name.
+
+        Raises:
+            ValueError: there is no such modality.
+        """
+        if name not in self.names:
+            raise ValueError(f"no modality {name!r}: there are {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def hooks(self) -> AbstractContextManager:
+        """While open, ``current`` follows the model's forwards."""
+        stack = ExitStack()
+        before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        stack.callback(before.remove)
+        after = self.model.register_forward_hook(self._after_forward, always_call=True)
+        stack.callback(after.remove)
+        stack.callback(self._after_forward)
+        return stack
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        input_ids, inputs_embeds = call.get("input_ids"), call.get("inputs_embeds")
+        given = self.observed if self.observed is not None else call.get("modality_ids")
+        self.observed = None
+        if given is None and input_ids is not None:
+            if self.modality_of is not None:
+                given = self.modality_of(input_ids)
+            elif not self.is_patched:
+                given = torch.zeros_like(input_ids)
+        if given is None and not (self.is_patched and input_ids is not None):
+            raise ValueError(
+                "the modality of these rows is unknown: without input_ids, give modality_ids (a "
+                "RoutingRecorder also takes them by observe())"
+            )
+        if given is not None and given.ndim == 1:
+            shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+            if given.numel() == shape.numel():
+                given = given.view(shape)
+        self.current = resolve_modality_ids(
+            module.token_modality if self.is_patched else given,
+            given,
+            num_modalities=len(self.names) - 1,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=call.get("attention_mask"),
+        ).reshape(-1)
+
+    def _after_forward(self, *_) -> None:
+        # A router that is called by itself must not be counted as rows of the last forward.
+        self.current = self.observed = None
+
+
+class RouterHook:
+    """A forward hook of one block's router: ``add(layer, inputs, logits, indices)``, one row each.
+
+    An object, not a closure: a deepcopy of the model gets hooks of its own.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        rows: RowModality,
+        add: Callable[[str, Tensor, Tensor, Tensor], None],
+    ):
+        self.layer, self.rows, self.add = layer, rows, add
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        if not (
+            isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
+        ):
+            raise TypeError(
+                f"{self.layer} ({type(module).__name__}) does not return (logits, scores, indices)"
+            )
+        tensors = (args[0], output[0], output[2])
+        inputs, logits, indices = (t.detach().reshape(-1, t.shape[-1]) for t in tensors)
+        known = 0 if self.rows.current is None else len(self.rows.current)
+        if known != len(logits):
+            raise RuntimeError(
+                f"{self.layer} routes {len(logits)} rows, but the modality of {known} rows is known"
+            )
+        self.add(self.layer, inputs, logits, indices)
+
+
+def watch_routers(
+    blocks: Mapping[str, nn.Module],
+    rows: RowModality,
+    add: Callable[[str, Tensor, Tensor, Tensor], None],
+) -> AbstractContextManager:
+    """While open, ``add(layer, inputs, logits, indices)`` sees what each router does.
+
+    inputs: (T, H); logits: (T, E); indices: (T, K). Rows are those of ``rows.current``.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(rows.hooks())
+        for name, block in blocks.items():
+            handle = _router_of(block).register_forward_hook(RouterHook(name, rows, add))
+            stack.callback(handle.remove)
+        return stack.pop_all()
