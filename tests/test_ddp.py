@@ -16,7 +16,8 @@ IMAGE = 8
 
 def make_patched():
     model = make_model("mixtral").train()
-    patched = patch_model(model, ModalityLoraConfig(r=4))
+    config = ModalityLoraConfig(r=4, target_modules=("experts", "attention", "router"))
+    patched = patch_model(model, config)
     add_modality_tokens(model, "image", IMAGE)
     randomise(patched)
     return patched

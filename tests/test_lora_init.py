@@ -22,20 +22,20 @@ pytest.importorskip("ot", reason="POT is not installed (the extra 'ot')")
 IMAGE = 10
 
 
-def patched_model(family="olmoe", **config):
-    model = make_model(family)
+def patched_model(family="olmoe", model_settings=None, **config):
+    model = make_model(family, **model_settings or {})
     patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=6, **config))
     for modality in patched.config.modalities:
         add_modality_tokens(model, modality, IMAGE)
     return model, patched
 
 
-def batches(count=2):
-    """Text, then image tokens; the first row padded on the left."""
-    made = []
+def batches(count=2, length=16):
+    """Text, then image tokens, half of each; the first row padded on the left."""
+    made, half = [], length // 2
     for seed in range(count):
-        ids = token_ids(3, 16, seed=seed)
-        ids[:, 8:] = token_ids(3, 8, seed=seed + 9, vocab=IMAGE) + VOCAB
+        ids = token_ids(3, length, seed=seed)
+        ids[:, half:] = token_ids(3, half, seed=seed + 9, vocab=IMAGE) + VOCAB
         mask = torch.ones_like(ids)
         ids[0, :3], mask[0, :3] = PAD, 0
         made.append({"input_ids": ids, "attention_mask": mask})
@@ -59,13 +59,15 @@ def inputs_of(model, module, wanted):
 def weight_of(layer, name):
     if name == "gate_up_proj":
         return layer.mlp.experts.gate_up_proj
+    if name == "gate":
+        return layer.mlp.gate.weight
     return layer.self_attn.get_submodule(name).weight
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_pair_is_that_of_its_layer(family):
     """Recomputed from inputs that a hook of the test takes."""
-    model, _ = patched_model(family)
+    model, _ = patched_model(family, target_modules=("experts", "attention", "router"))
     layer = model.model.layers[0]
     readers = {
         "q_proj": layer.self_attn.q_proj,
@@ -73,6 +75,7 @@ def test_every_pair_is_that_of_its_layer(family):
         "v_proj": layer.self_attn.q_proj,
         "o_proj": layer.self_attn.o_proj,
         "gate_up_proj": layer.mlp.experts,
+        "gate": layer.mlp.gate,
     }
     inputs = {name: [inputs_of(model, m, kind) for kind in (1, 0)] for name, m in readers.items()}
     untouched = layer.modality_lora["down_proj"].lora_A.clone()
@@ -102,6 +105,29 @@ def test_text_keeps_its_bits_and_images_change():
     assert torch.equal(after[1][:, :8], before[1][:, :8])
     assert not torch.isclose(after[1][:, 8:], before[1][:, 8:]).all()
     assert all(parameter.isfinite().all() for parameter in patched.trainable_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [64, 200])
+def test_text_keeps_its_bits_in_a_large_model(dtype, length):
+    """At a size that shows a GEMM whose row count is a routed count; text beside pictures too."""
+    settings = {
+        "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "dtype": dtype,
+        "num_hidden_layers": 1, "initializer_range": 0.05, "num_experts": 8,
+    }  # fmt: skip
+    targets = ("experts", "attention", "router")
+    model, patched = patched_model(model_settings=settings, target_modules=targets)
+    text = {"input_ids": token_ids(3, length, seed=7)}
+    (beside,) = batches(1, length)
+    with torch.no_grad():
+        before = [model(**text).logits, model(**beside).logits[1:]]
+        initialise_lora(model, batches(1, 32), max_tokens=24)
+        after = [model(**text).logits, model(**beside).logits[1:]]
+    assert all(p.any() for n, p in patched.named_trainable_parameters() if "q_proj" in n)
+    assert torch.equal(after[0], before[0])
+    half = length // 2
+    assert torch.equal(after[1][:, :half], before[1][:, :half])
+    assert not torch.isclose(after[1][:, half:], before[1][:, half:]).all()
 
 
 def test_options_reach_their_place():

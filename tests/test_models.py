@@ -15,7 +15,6 @@ from model_zoo import (
     token_ids,
 )
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import patch as patch_module
 from moe_kernels.models.experts import find_experts
 from moe_kernels.models.methods import get_patched
+from moe_kernels.models.projections import find_projections
 from moe_kernels.testing import TOLERANCES, assert_close, make_routing, relative_rms
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -159,18 +159,18 @@ def test_adapters_off_are_the_base(family):
 def merge(model, patched):
     """A plain model that has every low-rank update in its weights."""
     merged = copy.deepcopy(model)
-    for layer in get_patched(merged).model.model.layers:
-        for name, lora in layer.modality_lora.items():
-            delta = lora.scaling[0] * (lora.lora_B[0] @ lora.lora_A[0])
-            weight = getattr(layer.self_attn, name, None) or getattr(find_experts(layer), name)
-            weight = weight.weight if isinstance(weight, nn.Linear) else weight
-            weight.data += delta.detach().to(weight.dtype)
+    for projection in find_projections(merged, patched.config):
+        lora = projection.lora
+        delta = lora.scaling[0] * (lora.lora_B[0] @ lora.lora_A[0])
+        projection.weight.data += delta.detach().to(projection.weight.dtype)
     get_patched(merged).unpatch()
     return merged
 
 
 @FAMILY
-@pytest.mark.parametrize("targets", [("experts",), ("attention",), ("experts", "attention")])
+@pytest.mark.parametrize(
+    "targets", [("experts",), ("attention",), ("router",), ("experts", "attention", "router")]
+)
 def test_all_tokens_in_the_modality_are_the_merged_weights(family, targets):
     model = make_model(family)
     patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=6, target_modules=targets))
@@ -559,7 +559,9 @@ def test_positional_arguments_are_bound_as_the_class_binds_them():
 def check_compiles(family, backend):
     """Into one graph. The logits keep their bits; torch derives some gradients in other steps."""
     model = make_model(family)
-    patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=8, backend=backend))
+    targets = ("experts", "attention", "router")
+    config = ModalityLoraConfig(r=4, lora_alpha=8, backend=backend, target_modules=targets)
+    patched = patch_model(model, config)
     randomise(patched)
     parameters = list(patched.trainable_parameters())
     inputs = {"input_ids": token_ids(2, 12), "modality_ids": (token_ids(2, 12, seed=1) % 3) - 1}

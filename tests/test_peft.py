@@ -71,7 +71,7 @@ BOTH = pytest.mark.parametrize(
 def in_peft_layout(patched, tensor_of):
     """name in PEFT's model -> ``tensor_of(parameter)`` of ours, by the file that we write."""
     tensors = {}
-    for slot in peft_format._slots(patched.model):
+    for slot in peft_format._slots(patched):
         for field in ("lora_A", "lora_B"):
             tensor = tensor_of(getattr(slot.lora, field))[0]
             if slot.num_experts is not None:
@@ -253,13 +253,21 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"r": 8}, r"down_proj: the adapter has \(r, lora_alpha\) = \(8, 4.5\)"),
+        ({"r": 8}, r"gate_up_proj: the adapter has \(r, lora_alpha\) = \(8, 4.5\)"),
         ({"lora_alpha": 1}, r"= \(3, 1\), the model \(3, 4.5\)"),
         ({"use_rslora": True}, "use_rslora=True is not supported"),
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"rank_pattern": {"layers.0.q_proj": 9}}, "patterns other than"),
+        (
+            {"rank_pattern": {r"layers\.1\..*q_proj": 9}},
+            r"layers.1.self_attn.q_proj: the adapter has \(r, lora_alpha\) = \(9, 4.5\)",
+        ),
+        (
+            {"alpha_pattern": {"o_proj": 9}},
+            r"layers.0.*o_proj: .* = \(3, 9\), the model \(3, 4.5\)",
+        ),
+        ({"rank_pattern": {"(": 9}}, "rank_pattern: '\\(' is not a regular expression"),
     ],
 )
 def test_options_that_we_do_not_have(changes, match, tmp_path):

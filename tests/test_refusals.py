@@ -1,5 +1,7 @@
 """What patching refuses, and what a patched model refuses: by name, with nothing changed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from model_zoo import (
@@ -20,7 +22,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralModel,
+    Trainer,
+    TrainingArguments,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.models.experts import find_experts
@@ -85,7 +90,56 @@ def test_quantised_weights():
     refused(model, ValueError, r"quantised expert weights \(torch.int8\)")
     model = make_model("mixtral")
     model.is_quantized = True
-    refused(model, ValueError, "is quantised: load it in bfloat16")
+    refused(model, ValueError, r"is quantised \(None\): load it in bfloat16")
+
+
+def flag_as(model, method):
+    """What transformers leaves on a model that its quantiser of this name has loaded."""
+    model.is_quantized = True
+    model.quantization_method = QuantizationMethod(method)
+    model.hf_quantizer = SimpleNamespace(is_serializable=lambda: False)
+    model.config.quantization_config = QuantizationConfigMixin(model.quantization_method)
+    model.config._is_quantized = True
+    return model
+
+
+METHODS = [method.value for method in QuantizationMethod]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "gguf"])
+def test_quantisers_that_keep_packed_weights(method):
+    """Refused by name, even where no weight gives them away."""
+    refused(flag_as(make_model("mixtral"), method), ValueError, rf"is quantised \({method}\)")
+
+
+@pytest.mark.skipif("gguf" not in METHODS, reason="this transformers does not flag GGUF files")
+def test_weights_that_were_unpacked_from_a_gguf_file(tmp_path):
+    """They are floats: the model is patched, and may be cast, saved and trained."""
+    model = flag_as(make_model("mixtral"), "gguf")
+    before, ids = snapshot(model), token_ids(2, 8)
+    patched = patch_model(model)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    Trainer(model=model, args=arguments)
+    model.half().float()
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    model(ids, labels=ids).loss.backward()
+    patched.unpatch()
+    after = snapshot(model)
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        assert name in after["attributes"][""]
+    assert model.config.quantization_config and model.config._is_quantized
+    before.pop("state"), after.pop("state")  # half() rounded it
+    assert after == before
+
+
+@pytest.mark.skipif("gguf" not in METHODS, reason="this transformers does not flag GGUF files")
+def test_weights_that_stay_packed_as_in_a_gguf_file():
+    model = flag_as(make_model("mixtral"), "gguf")
+    weight = torch.zeros(VOCAB, 34, dtype=torch.uint8)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    match = r"is quantised \(gguf\), lm_head.weight is packed: .*dequantize=True"
+    refused(model, ValueError, match)
 
 
 def test_weights_of_a_tensor_subclass():
@@ -106,6 +160,7 @@ def test_an_attention_projection_that_is_not_linear():
     model.model.layers[1].self_attn.k_proj = Linear4bit(32, 16)
     refused(model, ValueError, "layer 1: self_attn.k_proj is Linear4bit, not nn.Linear")
     patch_model(model, ModalityLoraConfig(target_modules=("experts",))).unpatch()
+    patch_model(model, ModalityLoraConfig(layers_to_transform=(0,))).unpatch()
 
 
 def test_forwards_that_somebody_else_replaced():
@@ -158,8 +213,15 @@ def test_a_backend_that_is_not_there():
         ({"r": 0}, "rank"),
         ({"r": 2.5}, "rank"),
         ({"rank_pattern": {"q_proj": 0}}, "rank"),
-        ({"rank_pattern": {"up_proj": 4}}, "patterns may name"),
-        ({"target_modules": ("experts",), "alpha_pattern": {"q_proj": 4}}, "patterns may name"),
+        ({"rank_pattern": {r"layers\.0\..*": 1.0}}, "a rank must be an integer"),
+        ({"rank_pattern": {"q_proj)": 4}}, r"rank_pattern: 'q_proj\)' is not a regular expression"),
+        ({"alpha_pattern": {"*": 4}}, "alpha_pattern: '[*]' is not a regular expression"),
+        ({"alpha_pattern": {1: 4}}, "alpha_pattern: a key must be a string, got 1"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must be a dict"),
+        ({"layers_to_transform": ()}, "layers_to_transform must be a tuple of indices"),
+        ({"layers_to_transform": 1}, "layers_to_transform must be a tuple of indices"),
+        ({"layers_to_transform": (0, -1)}, "layers_to_transform must be a tuple of indices"),
+        ({"layers_to_transform": (True,)}, "layers_to_transform must be a tuple of indices"),
         ({"modalities": ("values",)}, "ParameterDict"),
         ({"modalities": (1,)}, "distinct identifiers"),
         ({"lora_alpha": "x"}, "lora_alpha must be a finite number"),
@@ -171,6 +233,34 @@ def test_a_backend_that_is_not_there():
 def test_a_configuration_that_cannot_be(settings, match):
     with pytest.raises(ValueError, match=match):
         ModalityLoraConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"rank_pattern": {"up_proj": 4}}, "rank_pattern: 'up_proj' names no projection"),
+        (
+            {"target_modules": ("experts",), "alpha_pattern": {"q_proj": 4}},
+            "alpha_pattern: .q_proj. names no .* are model.layers.0.mlp.experts.gate_up_proj, ",
+        ),
+        ({"rank_pattern": {r"layers\.2\..*": 4}}, "names no projection"),
+        ({"rank_pattern": {"proj": 4}}, "names no projection"),
+        (
+            {"rank_pattern": {r"layers\.1\..*": 4}, "layers_to_transform": (0,)},
+            "names no projection",
+        ),
+        ({"rank_pattern": {"gate": 4}}, "rank_pattern: 'gate' names no projection"),
+        ({"layers_to_transform": (0, 2, 5)}, r"has \[2, 5\]: the model has 2 layers"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_model(settings, match):
+    refused(make_model("mixtral"), ValueError, match, ModalityLoraConfig(**settings))
+
+
+def test_layers_without_any_of_the_targets():
+    """The second layer of this model is dense."""
+    config = ModalityLoraConfig(target_modules=("experts", "router"), layers_to_transform=(1,))
+    refused(make_model("qwen2_moe"), ValueError, r"\(1,\) of .* have none of .*experts", config)
 
 
 def bad_calls():

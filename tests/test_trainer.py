@@ -38,7 +38,8 @@ ADDED_LINES = {
 
 def make_patched(family="mixtral", *, seed=0, **kwargs):
     model = make_model(family, seed=seed, **kwargs)
-    patched = patch_model(model, ModalityLoraConfig(r=4))
+    targets = ("experts", "attention", "router")
+    patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=targets))
     add_modality_tokens(model, "image", IMAGE)
     return patched
 

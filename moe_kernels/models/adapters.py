@@ -172,9 +172,9 @@ def _check_fits(model: PreTrainedModel, config: ModalityLoraConfig, saved: dict)
             f"the adapter is for a {base['model_type']!r} model, this is a "
             f"{model.config.model_type!r}"
         )
-    ours = config.to_dict()
-    if differing := {k: (v, ours.get(k)) for k, v in saved["lora"].items() if ours.get(k) != v}:
-        listed = ", ".join(f"{k}: {theirs!r} != {own!r}" for k, (theirs, own) in differing.items())
+    theirs, ours = ModalityLoraConfig.from_dict(saved["lora"]).to_dict(), config.to_dict()
+    if differing := [k for k in theirs if _in_order(theirs[k]) != _in_order(ours[k])]:
+        listed = ", ".join(f"{k}: {theirs[k]!r} != {ours[k]!r}" for k in differing)
         raise ValueError(
             f"the adapter was trained with another configuration (adapter != model): {listed}; "
             "patch with ModalityLoraConfig.from_adapter(folder)"
@@ -184,6 +184,11 @@ def _check_fits(model: PreTrainedModel, config: ModalityLoraConfig, saved: dict)
             f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'}), "
             "or on a copy of these in another precision than float32 or bfloat16"
         )
+
+
+def _in_order(value):
+    """Of a pattern its items, as the first key that fits counts."""
+    return list(value.items()) if isinstance(value, dict) else value
 
 
 def _expected_rows(model: PreTrainedModel, added: dict[str, int]) -> dict[str, tuple[int, ...]]:

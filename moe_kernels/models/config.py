@@ -2,14 +2,52 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TARGETS = {"experts": EXPERT_PROJECTIONS, "attention": ATTENTION_PROJECTIONS}
+ROUTER = "gate"
+TARGETS = {
+    "experts": EXPERT_PROJECTIONS,
+    "attention": ATTENTION_PROJECTIONS,
+    "router": (ROUTER,),
+}
+T = TypeVar("T")
+
+
+def _expression(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def matches(key: str, name: str) -> bool:
+    """Whether a key of a pattern means a module name, by PEFT's rule (``get_pattern_key``).
+
+    The key is a regular expression for the whole name, or for its end from some dot on.
+    """
+    return _expression(key).match(name) is not None
+
+
+def look_up(pattern: dict[str, T], name: str, default: T) -> T:
+    """The value of the first key, in the pattern's order, that means ``name``."""
+    return next((value for key, value in pattern.items() if matches(key, name)), default)
+
+
+def check_pattern(name: str, pattern: dict) -> None:
+    """Raise ValueError unless every key can be looked up."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{name} must be a dict, got {pattern!r}")
+    for key in pattern:
+        if not isinstance(key, str):
+            raise ValueError(f"{name}: a key must be a string, got {key!r}")
+        try:
+            _expression(key)
+        except re.error as error:
+            raise ValueError(f"{name}: {key!r} is not a regular expression: {error}") from error
 
 
 def _is_free_name(name) -> bool:
@@ -25,11 +63,16 @@ class ModalityLoraConfig:
         r: rank.
         lora_alpha: updates are scaled by ``lora_alpha / r``.
         modalities: names of the added modalities; the m-th one has modality id m, from 1 on.
-        target_modules: of "experts" (gate_up_proj, down_proj) and "attention" (q, k, v, o).
-        rank_pattern: another rank by projection, such as ``{"down_proj": 8}``.
-        alpha_pattern: another ``lora_alpha`` by projection.
+        target_modules: of "experts" (gate_up_proj, down_proj), "attention" (q, k, v, o) and
+            "router" (the logits that choose experts; not adapted by default).
+        rank_pattern: another rank by layer and module, as PEFT's: keys are regular expressions for
+            the end of a projection's name in the model, such as ``{"down_proj": 8}`` or
+            ``{"layers.[0-3].self_attn.q_proj": 8}``; the first key that fits counts.
+        alpha_pattern: another ``lora_alpha``, likewise.
         shared_A: one ``lora_A`` for all experts of a layer.
         backend: None: the best for the device; a name: that one or an error.
+        layers_to_transform: indices of the decoder layers that get adapters; None: all. The others
+            are the base model's.
 
     Raises:
         ValueError: a field that cannot be.
@@ -43,6 +86,7 @@ class ModalityLoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     shared_A: bool = False
     backend: str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
 
     def __post_init__(self):
         for name in ("modalities", "target_modules"):
@@ -61,15 +105,27 @@ class ModalityLoraConfig:
                 f"target_modules must be of {tuple(TARGETS)}, at least one, "
                 f"got {self.target_modules}"
             )
+        self._check_layers()
+        check_pattern("rank_pattern", self.rank_pattern)
+        check_pattern("alpha_pattern", self.alpha_pattern)
         self._check_ranks()
 
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            return
+        if (
+            not isinstance(layers, (tuple, list, range))
+            or len(layers) == 0
+            or not all(type(index) is int and index >= 0 for index in layers)
+        ):
+            raise ValueError(
+                "layers_to_transform must be a tuple of indices of at least 0, at least one, or "
+                f"None, got {layers!r}"
+            )
+        object.__setattr__(self, "layers_to_transform", tuple(sorted(set(layers))))
+
     def _check_ranks(self) -> None:
-        known = {projection for target in self.target_modules for projection in TARGETS[target]}
-        for pattern in (self.rank_pattern, self.alpha_pattern):
-            if not set(pattern) <= known:
-                raise ValueError(
-                    f"patterns may name {sorted(known)}, got {sorted(set(pattern) - known)}"
-                )
         for r in (self.r, *self.rank_pattern.values()):
             if type(r) is not int or r < 1:
                 raise ValueError(f"a rank must be an integer of at least 1, got {r!r}")
@@ -77,13 +133,13 @@ class ModalityLoraConfig:
             if type(alpha) not in (int, float) or not math.isfinite(alpha):
                 raise ValueError(f"a lora_alpha must be a finite number, got {alpha!r}")
 
-    def rank(self, projection: str) -> int:
-        """Rank of a projection."""
-        return self.rank_pattern.get(projection, self.r)
+    def rank(self, name: str) -> int:
+        """Rank of the projection of this name in the model."""
+        return look_up(self.rank_pattern, name, self.r)
 
-    def alpha(self, projection: str) -> float:
-        """``lora_alpha`` of a projection."""
-        return self.alpha_pattern.get(projection, self.lora_alpha)
+    def alpha(self, name: str) -> float:
+        """``lora_alpha`` of the projection of this name in the model."""
+        return look_up(self.alpha_pattern, name, self.lora_alpha)
 
     def to_dict(self) -> dict:
         """What an adapter on disk carries: all but the backend."""
@@ -101,4 +157,16 @@ class ModalityLoraConfig:
         """
         from moe_kernels.models import adapters  # it imports this module
 
-        return cls(**adapters.read_config(Path(folder))["lora"], backend=backend)
+        return cls.from_dict(adapters.read_config(Path(folder))["lora"], backend)
+
+    @classmethod
+    def from_dict(cls, values: dict, backend: str | None = None) -> "ModalityLoraConfig":
+        """From what :meth:`to_dict` gave; an older version's lacks settings, which are not used.
+
+        Raises:
+            ValueError: a setting that this version does not know, or a value that cannot be.
+        """
+        known = {field.name for field in fields(cls)} - {"backend"}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"this version does not know the setting {', '.join(unknown)}")
+        return cls(**values, backend=backend)

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from moe_kernels.init.coupling import check_names, import_pot
 from moe_kernels.init.lora import align, through, truncated_map
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import experts
+from moe_kernels.models.config import ROUTER
 from moe_kernels.models.methods import get_patched
+from moe_kernels.models.projections import Projection, find_projections
 
 # The projections that read one input; it is taken where it enters the first of them.
-_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",))
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj", ROUTER))
 LORA_INITS = ("gromov_wasserstein", "permuted")
 
 
@@ -61,8 +62,9 @@ def initialise_lora(
     Forwards the batches, keeps a random sample of each layer's inputs at text and at image tokens,
     and for every projection starts its pair as
     :func:`moe_kernels.init.gromov_wasserstein_lora` does. All layers see the inputs of the model
-    without adapters. The experts of a layer share one A, as they share the layer's input;
-    ``down_proj`` keeps LoRA's own start, since each expert has an intermediate space of its own.
+    without adapters. The experts of a layer share one A, as they share the layer's input, which is
+    the router's too; ``down_proj`` keeps LoRA's own start, since each expert has an intermediate
+    space of its own.
     Outputs of text rows keep their bits; those of the modality change.
 
     Args:
@@ -145,24 +147,18 @@ def _distance(inputs: Tensor, aligned: Tensor) -> float:
 
 def _readers(model: PreTrainedModel) -> dict[nn.Module, list[tuple[str, ModalityLora, Tensor]]]:
     """By the module whose input is read: name, pair and frozen weight of each projection."""
-    readers = {}
-    for prefix, layer in model.named_modules():
-        if not isinstance(loras := getattr(layer, "modality_lora", None), nn.ModuleDict):
-            continue
-        for names in _SHARED_INPUT:
-            group = []
-            for name in filter(loras.__contains__, names):
-                of_experts = name == "gate_up_proj"
-                module = (
-                    experts.find_experts(layer)
-                    if of_experts
-                    else layer.self_attn.get_submodule(name)
-                )
-                weight = module.gate_up_proj if of_experts else module.weight
-                if not group:
-                    readers[module] = group
-                group.append((f"{prefix}.modality_lora.{name}", loras[name], weight))
-    return readers
+    names = {module: name for name, module in model.named_modules()}
+    groups: dict[tuple, list[Projection]] = {}
+    for projection in find_projections(model, get_patched(model).config):
+        for keys in _SHARED_INPUT:
+            if projection.key in keys:
+                groups.setdefault((projection.layer, keys), []).append(projection)
+    return {
+        group[0].module: [
+            (f"{names[p.layer]}.modality_lora.{p.key}", p.lora, p.weight) for p in group
+        ]
+        for group in groups.values()
+    }
 
 
 class _Sample:

@@ -12,9 +12,21 @@ from transformers import PreTrainedModel
 from moe_kernels import backends
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import adapters, attention, experts, methods, tokens
-from moe_kernels.models.config import ATTENTION_PROJECTIONS, EXPERT_PROJECTIONS, ModalityLoraConfig
+from moe_kernels.models import adapters, experts, linear, methods, quantisation, routers, tokens
+from moe_kernels.models.config import (
+    ATTENTION_PROJECTIONS,
+    EXPERT_PROJECTIONS,
+    ROUTER,
+    ModalityLoraConfig,
+)
 from moe_kernels.models.context import ModalityContext, TakeModalityIds
+from moe_kernels.models.projections import (
+    Projection,
+    adapted_layers,
+    check_patterns,
+    decoder_layers,
+    find_projections,
+)
 
 
 class PatchedModel:
@@ -37,6 +49,7 @@ class PatchedModel:
         self._original_config = model.config
         self._original_generation_config = copy.deepcopy(model.generation_config)
         self._original_vocab_sizes = tokens.vocab_sizes(model)
+        self._quantisation: dict = {}
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
@@ -101,7 +114,7 @@ class PatchedModel:
         for hook in self._hooks:
             hook.remove()
         tokens.remove(model)
-        for layer in _decoder_layers(model):
+        for layer in decoder_layers(model):
             _detach_layer(layer)
         methods.detach(model)
         if model.__dict__.pop("_original_forward", None) is not None:
@@ -110,6 +123,7 @@ class PatchedModel:
         if "token_modality" in model._buffers:
             del model.token_modality
         _set_config(model, model.config, self._original_config)
+        quantisation.restore(model, self._quantisation)
         model.generation_config = self._original_generation_config
         for module, size in self._original_vocab_sizes.items():
             module.vocab_size = size
@@ -134,18 +148,20 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
 
     Raises:
         TypeError: not a transformers model, or one that is wrapped by PEFT.
-        ValueError: the model is patched already, quantised, or of a layout that the kernels do not
-            support; the message names what is missing. Nothing is patched then.
+        ValueError: the model is patched already, quantised (its weights packed; a GGUF file that
+            was unpacked is not), or of a layout that the kernels do not support; the message names
+            what is missing. Or a pattern of ``config`` that names nothing, or a layer that the
+            model has not. Nothing is patched then.
     """
     config = config or ModalityLoraConfig()
-    layers = _check_model(model, config)
+    projections = _check_model(model, config)
     if config.backend is not None:
         backends.select(config.backend, next(model.parameters()).device)
     patched = PatchedModel(model, config)
     try:
         model.requires_grad_(False)
-        for layer in layers:
-            _attach_layer(layer, patched)
+        for layer in decoder_layers(model):
+            _attach_layer(layer, [p for p in projections if p.layer is layer], patched)
         _attach_model(model, patched)
     except BaseException:  # out of memory, an interrupt: nothing stays half-patched
         patched._undo()
@@ -153,8 +169,8 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
     return patched
 
 
-def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[nn.Module]:
-    """The decoder layers, after every check that patching could fail on."""
+def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[Projection]:
+    """What will be adapted, after every check that patching could fail on."""
     name = type(model).__name__
     if hasattr(model, "peft_config"):
         raise TypeError(
@@ -165,19 +181,27 @@ def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[nn.Module
         raise TypeError(f"patch_model needs a transformers model, got {name}")
     if methods.HANDLE in model.__dict__:
         raise ValueError(f"this {name} is already patched: unpatch() it first")
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        raise ValueError(f"{name} is quantised: load it in bfloat16, float16 or float32")
+    if reason := quantisation.unsupported(model):
+        raise ValueError(f"{name} {reason}")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not supported: it has no language-model head")
     if reasons := _table_problems(model):
         raise ValueError(f"{name} is not supported: {'; '.join(reasons)}")
-    layers = _decoder_layers(model)
+    layers, adapted = decoder_layers(model), adapted_layers(model, config)
     if not any(experts.find_experts(layer) for layer in layers):
         raise ValueError(f"{name} is not supported: no layer has stacked experts (gate_up_proj)")
     for index, layer in enumerate(layers):
-        if reasons := _layer_problems(layer, config):
+        targets = config.target_modules if layer in adapted else ()
+        if reasons := _layer_problems(layer, targets):
             raise ValueError(f"{name} is not supported: layer {index}: {'; '.join(reasons)}")
-    return layers
+    projections = find_projections(model, config)
+    if not projections:
+        raise ValueError(
+            f"layers_to_transform {config.layers_to_transform} of {name} have none of "
+            f"{config.target_modules}"
+        )
+    check_patterns(config, projections)
+    return projections
 
 
 def _table_problems(model: PreTrainedModel) -> list[str]:
@@ -196,22 +220,16 @@ def _table_problems(model: PreTrainedModel) -> list[str]:
     return reasons
 
 
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    layers = getattr(base, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} is not supported: no list of decoder layers")
-    return list(layers)
-
-
-def _layer_problems(layer: nn.Module, config: ModalityLoraConfig) -> list[str]:
+def _layer_problems(layer: nn.Module, targets: tuple[str, ...]) -> list[str]:
     if not isinstance(getattr(layer, "self_attn", None), nn.Module):
         return ["no self_attn"]
     reasons = []
     experts_module = experts.find_experts(layer)
     if experts_module is not None:
         reasons += experts.unsupported(experts_module)
-    if "attention" in config.target_modules:
+        if "router" in targets:
+            reasons += routers.unsupported(layer)
+    if "attention" in targets:
         for name in ATTENTION_PROJECTIONS:
             linear = getattr(layer.self_attn, name, None)
             if linear is None:
@@ -223,32 +241,33 @@ def _layer_problems(layer: nn.Module, config: ModalityLoraConfig) -> list[str]:
     return reasons
 
 
-def _attach_layer(layer: nn.Module, patched: PatchedModel) -> None:
-    """Adapters live on the decoder layer, without a level named "experts".
+def _attach_layer(layer: nn.Module, projections: list[Projection], patched: PatchedModel) -> None:
+    """Give a layer its hook and the adapters of its projections, which may be none.
 
-    Under ``mlp.experts``, or any ``experts.gate_up_proj``, transformers takes them for base weights
-    when it saves: it would split and rename them, and resuming would lose them without a word.
+    Adapters live on the decoder layer, without a level named "experts". Under ``mlp.experts``, or
+    any ``experts.gate_up_proj``, transformers takes them for base weights when it saves: it would
+    split and rename them, and resuming would lose them without a word.
     """
-    config, context = patched.config, ModalityContext(patched.config.backend)
+    context = ModalityContext(patched.config.backend)
     hook = layer.self_attn.register_forward_pre_hook(TakeModalityIds(context), with_kwargs=True)
     patched._hooks.append(hook)
     loras = layer.modality_lora = nn.ModuleDict()
+    for projection in projections:
+        loras[projection.key] = lora = _make_lora(projection, patched.config)
+        if projection.key == ROUTER:
+            routers.attach(projection.module, context, lora)
+        elif projection.key not in EXPERT_PROJECTIONS:
+            linear.attach(projection.module, context, lora)
     experts_module = experts.find_experts(layer)
     if experts_module is not None:
-        pair = {}
-        if "experts" in config.target_modules:
-            for name in EXPERT_PROJECTIONS:
-                pair[name] = loras[name] = _make_lora(name, getattr(experts_module, name), config)
+        pair = {key: loras[key] for key in EXPERT_PROJECTIONS if key in loras}
         experts.attach(experts_module, context, pair)
-    if "attention" in config.target_modules:
-        for name in ATTENTION_PROJECTIONS:
-            linear = getattr(layer.self_attn, name)
-            loras[name] = _make_lora(name, linear.weight, config)
-            attention.attach(linear, context, loras[name])
 
 
 def _attach_model(model: PreTrainedModel, patched: PatchedModel) -> None:
     _set_config(model, model.config, copy.deepcopy(model.config))
+    quantisation.clear(model.config)
+    patched._quantisation = quantisation.take_flags(model)
     # Not set_experts_implementation: it refuses a subclass that a script defines by itself.
     model.config._experts_implementation = experts.IMPLEMENTATION
     table = model.get_input_embeddings()
@@ -262,20 +281,23 @@ def _detach_layer(layer: nn.Module) -> None:
     experts_module = experts.find_experts(layer)
     if experts_module is not None:
         experts.detach(experts_module)
+        if (router := routers.find_router(layer)) is not None:
+            routers.detach(router)
     layer._modules.pop("modality_lora", None)
     for name in ATTENTION_PROJECTIONS:
-        if isinstance(linear := getattr(layer.self_attn, name, None), nn.Linear):
-            attention.detach(linear)
+        if isinstance(module := getattr(layer.self_attn, name, None), nn.Linear):
+            linear.detach(module)
 
 
-def _make_lora(projection: str, weight: nn.Parameter, config: ModalityLoraConfig) -> ModalityLora:
+def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLora:
+    weight = projection.weight
     half = weight.dtype in (torch.bfloat16, torch.float16)
     return ModalityLora(
         len(config.modalities),
         weight.shape[-1],
         weight.shape[-2],
-        config.rank(projection),
-        config.alpha(projection),
+        config.rank(projection.name),
+        config.alpha(projection.name),
         num_experts=weight.shape[0] if weight.ndim == 3 else None,
         shared_A=config.shared_A,
         device=weight.device,

@@ -3,11 +3,11 @@
 PEFT (``LoraConfig(target_parameters=...)``) keeps the pairs of E stacked experts as the weights of
 two linear layers: A is (E*r, in), expert slowest, while B is (out, r*E), expert *fastest*. With
 both projections adapted, it wraps the experts module twice: the update of ``gate_up_proj`` is at
-``experts.base_layer``, that of ``down_proj`` at ``experts``.
+``experts.base_layer``, that of ``down_proj`` at ``experts``. A router is one more parameter,
+``gate.weight``, and its pair that of a linear layer.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import adapters, experts, tokens
-from moe_kernels.models.config import EXPERT_PROJECTIONS, TARGETS, ModalityLoraConfig
+from moe_kernels.models import adapters, tokens
+from moe_kernels.models.config import (
+    EXPERT_PROJECTIONS,
+    ROUTER,
+    ModalityLoraConfig,
+    check_pattern,
+    look_up,
+)
 from moe_kernels.models.patch import PatchedModel
+from moe_kernels.models.projections import Projection, find_projections
 
 # Options of PEFT that change what a file means -> the one value that is understood.
 _PLAIN = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
@@ -56,7 +63,7 @@ def save_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) 
     if added := tokens.token_counts(patched.model):
         raise ValueError(f"PEFT's files do not hold added tokens, the model has {added}")
     tensors = {}
-    for slot in _slots(patched.model):
+    for slot in _slots(patched):
         lora_A, lora_B = (getattr(slot.lora, name)[index].detach() for name in ("lora_A", "lora_B"))
         if slot.num_experts is not None:
             lora_A = experts_A_to_peft(lora_A.expand(slot.num_experts, -1, -1))
@@ -77,10 +84,12 @@ def load_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) 
     index = _modality_index(patched, modality)
     if patched.config.shared_A:
         raise ValueError("shared_A: PEFT's experts have one lora_A each")
-    _check_config(patched.config, json.loads((Path(folder) / adapters.CONFIG_NAME).read_text()))
+    slots = _slots(patched)
+    saved = json.loads((Path(folder) / adapters.CONFIG_NAME).read_text())
+    _check_config(patched.config, slots, saved)
     with adapters.opened(Path(folder) / adapters.WEIGHTS_NAME) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    pairs = [(slot.lora, *_take(tensors, slot)) for slot in _slots(patched.model)]
+    pairs = [(slot.lora, *_take(tensors, slot)) for slot in slots]
     if tensors:
         raise ValueError(f"{len(tensors)} tensors fit no projection, such as {min(tensors)}")
     with torch.no_grad():
@@ -91,24 +100,38 @@ def load_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) 
 
 @dataclass(frozen=True)
 class _Slot:
-    """One projection: where PEFT keeps its pair, and where we do."""
+    """One projection: where PEFT keeps its pair, and where we do.
+
+    Attributes:
+        name: of the module in PEFT's model that has the pair.
+        matched: the name that PEFT's patterns are matched against.
+        projection: ours.
+        num_experts: E of stacked experts, else None.
+    """
 
     name: str
-    lora: ModalityLora
+    matched: str
+    projection: Projection
     num_experts: int | None
 
+    @property
+    def lora(self) -> ModalityLora:
+        return self.projection.lora
 
-def _slots(model: nn.Module) -> Iterator[_Slot]:
-    names = {module: f"base_model.model.{name}" for name, module in model.named_modules()}
-    layers = (module for module in model.modules() if hasattr(module, "modality_lora"))
-    for layer in layers:
-        module = experts.find_experts(layer)
-        for projection, lora in layer.modality_lora.items():
-            if projection in EXPERT_PROJECTIONS:
-                suffix = ".base_layer" if projection == "gate_up_proj" else ""
-                yield _Slot(names[module] + suffix, lora, getattr(module, projection).shape[0])
-            else:
-                yield _Slot(names[getattr(layer.self_attn, projection)], lora, None)
+
+def _slots(patched: PatchedModel) -> list[_Slot]:
+    return [_slot(p) for p in find_projections(patched.model, patched.config)]
+
+
+def _slot(projection: Projection) -> _Slot:
+    name = f"base_model.model.{projection.name}"
+    if projection.key == ROUTER:
+        return _Slot(name, f"{projection.name}.weight", projection, None)
+    if projection.key not in EXPERT_PROJECTIONS:
+        return _Slot(name, projection.name, projection, None)
+    wrapper = ".base_layer" if projection.key == EXPERT_PROJECTIONS[0] else ""
+    name = name.removesuffix(f".{projection.key}") + wrapper
+    return _Slot(name, projection.name, projection, projection.weight.shape[0])
 
 
 def _take(tensors: dict[str, Tensor], slot: _Slot) -> tuple[Tensor, Tensor]:
@@ -136,32 +159,59 @@ def _modality_index(patched: PatchedModel, modality: str) -> int:
 
 
 def _peft_config(patched: PatchedModel) -> dict:
-    config, model = patched.config, patched.model
-    parameters = set()
-    for layer in model.modules():
-        if "gate_up_proj" in getattr(layer, "modality_lora", ()):
-            module = experts.find_experts(layer)
-            path = next(name for name, child in layer.named_modules() if child is module)
-            parameters |= {f"{path}.{projection}" for projection in EXPERT_PROJECTIONS}
+    config, slots = patched.config, _slots(patched)
+    linears, parameters = _targets(patched.model, config, slots)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.config.name_or_path,
+        "base_model_name_or_path": patched.model.config.name_or_path,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "target_modules": list(TARGETS["attention"])
-        if "attention" in config.target_modules
-        else [],
-        "target_parameters": sorted(parameters) or None,
+        "rank_pattern": _peft_pattern(config.rank_pattern, config.r, slots),
+        "alpha_pattern": _peft_pattern(config.alpha_pattern, config.lora_alpha, slots),
+        "target_modules": linears,
+        "target_parameters": parameters or None,
         "lora_dropout": 0.0,
         "inference_mode": True,
         **_PLAIN,
     }
 
 
-def _check_config(config: ModalityLoraConfig, saved: dict) -> None:
+def _targets(
+    model: nn.Module, config: ModalityLoraConfig, slots: list[_Slot]
+) -> tuple[list[str], list[str]]:
+    """PEFT's names of linear layers and of parameters, sorted.
+
+    Those of single layers are written in full: PEFT's ``layers_to_transform`` knows no parameters.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    linears, parameters = set(), set()
+    for slot in slots:
+        of_linear = slot.num_experts is None and slot.projection.key != ROUTER
+        if config.layers_to_transform is not None:
+            name = slot.matched
+        elif of_linear:
+            name = slot.projection.key
+        else:
+            name = slot.matched.removeprefix(f"{names[slot.projection.layer]}.")
+        (linears if of_linear else parameters).add(name)
+    return sorted(linears), sorted(parameters)
+
+
+def _peft_pattern(pattern: dict, default: float, slots: list[_Slot]) -> dict:
+    """A pattern that means the same to PEFT.
+
+    PEFT sorts the keys of a pattern when it saves, and its name of a router is that of the weight.
+    Where either would change a value, names are written in full instead: then no two keys fit one.
+    """
+    ours = {slot.matched: look_up(pattern, slot.projection.name, default) for slot in slots}
+    for theirs in (pattern, dict(sorted(pattern.items()))):
+        if any(look_up(theirs, name, default) != value for name, value in ours.items()):
+            return {name: value for name, value in ours.items() if value != default}
+    return pattern
+
+
+def _check_config(config: ModalityLoraConfig, slots: list[_Slot], saved: dict) -> None:
     if saved.get("peft_type") != "LORA":
         raise ValueError(f"not a LoRA adapter of PEFT: peft_type is {saved.get('peft_type')!r}")
     for option, wanted in _PLAIN.items():
@@ -172,15 +222,16 @@ def _check_config(config: ModalityLoraConfig, saved: dict) -> None:
             f"an adapter with modules_to_save={saved['modules_to_save']} is not supported"
         )
     ranks, alphas = saved.get("rank_pattern") or {}, saved.get("alpha_pattern") or {}
-    known = {projection for target in config.target_modules for projection in TARGETS[target]}
-    if unknown := (set(ranks) | set(alphas)) - known:
-        raise ValueError(
-            f"patterns other than {sorted(known)} are not supported: {sorted(unknown)}"
+    check_pattern("rank_pattern", ranks)
+    check_pattern("alpha_pattern", alphas)
+    for slot in slots:
+        name = slot.projection.name
+        theirs = (
+            look_up(ranks, slot.matched, saved["r"]),
+            look_up(alphas, slot.matched, saved["lora_alpha"]),
         )
-    for projection in sorted(known):
-        theirs = (ranks.get(projection, saved["r"]), alphas.get(projection, saved["lora_alpha"]))
-        ours = (config.rank(projection), config.alpha(projection))
+        ours = (config.rank(name), config.alpha(name))
         if theirs != ours:
             raise ValueError(
-                f"{projection}: the adapter has (r, lora_alpha) = {theirs}, the model {ours}"
+                f"{name}: the adapter has (r, lora_alpha) = {theirs}, the model {ours}"
             )

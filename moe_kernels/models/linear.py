@@ -1,0 +1,47 @@
+"""Masked low-rank updates on linear layers, of attention and in routers."""
+
+import types
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from moe_kernels import ops
+from moe_kernels.layers import ModalityLora
+from moe_kernels.models.context import MISSING, ModalityContext
+
+
+def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    """``W x + b`` of a module that :func:`attach` was given, and the update on modality rows.
+
+    ``hidden_states`` is (B, S, in) or (B S, in); the result has its leading shape.
+    """
+    context: ModalityContext = module.__dict__["_modality_context"]
+    if context.modality_ids is None:
+        raise RuntimeError(MISSING)
+    return ops.lora_linear(
+        hidden_states,
+        module.weight,
+        getattr(module, "bias", None),
+        module.__dict__["_modality_lora"].weights(),
+        modality_ids=context.modality_ids.reshape(hidden_states.shape[:-1]),
+        backend=context.backend,
+    )
+
+
+def attach(
+    module: nn.Module,
+    context: ModalityContext,
+    lora: ModalityLora,
+    forward: Callable = masked_linear,
+) -> None:
+    """Make this one instance add the low-rank update on the rows of added modalities."""
+    module.__dict__["_modality_context"] = context
+    module.__dict__["_modality_lora"] = lora
+    module.forward = types.MethodType(forward, module)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach`, if it was done."""
+    if "_modality_context" in module.__dict__:
+        for name in ("_modality_context", "_modality_lora", "forward"):
+            del module.__dict__[name]
