@@ -34,7 +34,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 RUN_TESTS  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST)
 # Tests of what moe_kernels and transformers promise each other.
 INTEGRATION := tests/test_canary.py tests/test_models.py tests/test_refusals.py \
-	tests/test_generation.py \
+	tests/test_generation.py tests/test_guidance.py tests/test_imaging_generation.py \
 	tests/test_adapters.py tests/test_tokens.py tests/test_trainer.py tests/test_peft.py \
 	tests/test_ddp.py tests/test_model_bits.py tests/test_routers.py tests/test_patterns.py
 

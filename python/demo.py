@@ -54,8 +54,9 @@ from moe_kernels.imaging import (
     ImageCollator,
     ImageVocabulary,
     PatchTokenizer,
+    caption_ids,
     count_distinct,
-    generate_images,
+    generate_image_codes,
     mean_pairwise_distance,
     nearest_distances,
 )
@@ -309,7 +310,8 @@ class Painter:
         token_ids = add_modality_tokens(model, "image", size, init="normal")
         return cls(
             model, patched, ImageVocabulary.from_token_ids(token_ids),
-            ImageCollator(tokenizer.pad_token_id), [tokenizer(text).input_ids for text in CAPTIONS],
+            ImageCollator(tokenizer.pad_token_id),
+            [caption_ids(tokenizer, text) for text in CAPTIONS],
         )  # fmt: skip
 
     def dataset(self, codes: torch.Tensor, labels: np.ndarray, **options: Any) -> CaptionedImages:
@@ -353,7 +355,7 @@ def generate(
     painter.patched.load_adapter(adapter_folder / "adapter")
     captions = [ids for ids in painter.caption_ids for _ in range(settings.samples_per_caption)]
     started = time.perf_counter()
-    codes = generate_images(
+    codes = generate_image_codes(
         painter.model, captions, painter.vocabulary, pictures.tokenizer.tokens_per_image,
         pad_token_id=painter.collator.pad_token_id, temperature=settings.temperature,
         batch_size=200, seed=settings.seed,

@@ -17,15 +17,17 @@ from moe_kernels.imaging import (
     ImageTokensProcessor,
     ImageVocabulary,
     PatchTokenizer,
+    SampleRow,
     count_distinct,
-    generate_images,
+    generate_image_codes,
     image_prompt,
     image_sequence,
     mean_pairwise_distance,
     nearest_distances,
+    nearest_indices,
     plot_samples,
+    to_pil,
 )
-from moe_kernels.imaging.plots import SampleRow
 
 CODES, TOKENS = 8, 6
 
@@ -263,10 +265,10 @@ def painter():
 def draw(painter, captions, **options):
     model, vocabulary = painter
     options = {"pad_token_id": PAD} | options
-    return generate_images(model, captions, vocabulary, TOKENS, **options)
+    return generate_image_codes(model, captions, vocabulary, TOKENS, **options)
 
 
-def test_generate_images(painter):
+def test_generate_image_codes(painter):
     captions = [[5, 6, 7], [8], [9, 10], [5, 6, 7]] * 5
     codes = draw(painter, captions, seed=0, batch_size=8)
     assert codes.shape == (20, TOKENS) and codes.dtype == torch.int64
@@ -277,7 +279,7 @@ def test_generate_images(painter):
     assert draw(painter, []).shape == (0, TOKENS)
 
 
-def test_generate_images_leaves_the_model_and_the_generator_alone(painter):
+def test_generate_image_codes_leaves_the_model_and_the_generator_alone(painter):
     model, _ = painter
     settings = model.generation_config.to_dict()
     model.train()
@@ -317,7 +319,9 @@ def test_metrics_on_pictures_known_by_hand():
     assert mean_pairwise_distance(images, groups) == pytest.approx((3 + 4 + 1) / 3)
     assert mean_pairwise_distance(images, torch.arange(4)) == 0
     assert nearest_distances(images[1:], images[:1]).tolist() == [3, 4, 2]
-    assert nearest_distances(images[:0], images).shape == (0,)
+    assert nearest_indices(images[1:], images[:3]).tolist() == [1, 2, 0]
+    for nearest in (nearest_distances, nearest_indices):
+        assert nearest(images[:0], images).shape == (0,)
     assert count_distinct(torch.tensor([[1, 2], [1, 2], [2, 1]])) == 2
 
 
@@ -332,6 +336,39 @@ def test_plot_samples():
     figure = plot_samples(rows, "title")
     assert len(figure.axes[0].images) == 2 * (3 + 2)
     assert len(figure.axes[0].patches) == 2
+
+
+def test_plot_samples_in_colour_and_from_pil():
+    pictures = torch.rand(3, 6, 8, 3)
+    rows = [
+        SampleRow("tensors", pictures, pictures[:2], nearest=pictures[:1]),
+        SampleRow("PIL", to_pil(pictures), to_pil(pictures[:2]), nearest=to_pil(pictures[:1])),
+    ]
+    panel = plot_samples(rows, "title").axes[0]
+    shown = torch.stack([torch.as_tensor(image.get_array()) for image in panel.images])
+    assert shown.shape == (2 * (3 + 2 + 1), 6, 8, 3)
+    # Block after block: generated of both rows, then nearest, then real.
+    assert torch.equal(shown[:3], pictures)
+    assert (shown[3:6] - pictures).abs().max() < 1 / 255
+    assert torch.equal(shown[6], pictures[0]) and torch.equal(shown[8:10], pictures[:2])
+    assert not panel.patches
+    with pytest.raises(ValueError, match="no pictures"):
+        plot_samples([], "title")
+    assert {"generated", "nearest of training", "real, held out"} <= {
+        text.get_text() for text in panel.texts
+    }
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_to_pil(channels):
+    images = pictures(3, channels=channels)
+    for given in (images, torch.from_numpy(images) / 255):
+        drawn = to_pil(given)
+        assert [image.mode for image in drawn] == ["RGB" if channels == 3 else "L"] * 3
+        assert drawn[0].size == (12, 8)
+        assert (np.stack(drawn).reshape(images.shape) == images).all()
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        to_pil(pictures(1, channels=4))
 
 
 def test_the_package_imports_without_the_heavy_libraries():

@@ -1,126 +1,217 @@
-"""Sampling pictures from a model: the token constraint, and a helper on ``model.generate``."""
+"""Pictures from captions, through ``model.generate``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from moe_kernels.imaging.sequence import ImageCollator, ImageVocabulary, image_prompt
+from moe_kernels.imaging.pixels import to_pil
+from moe_kernels.imaging.processors import (
+    ImageGuidanceProcessor,
+    ImageTokensProcessor,
+    unwrapped,
+)
+from moe_kernels.imaging.sequence import (
+    ImageCollator,
+    ImageVocabulary,
+    caption_ids,
+    image_prompt,
+    padding_id,
+)
+from moe_kernels.imaging.tokenizer import ImageTokenizer
+from moe_kernels.models.methods import get_patched
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-class ImageTokensProcessor(LogitsProcessor):
-    """After a begin-of-image codes only, for exactly ``tokens_per_image`` positions, then the end.
+def generate_images(
+    model: PreTrainedModel,
+    captions: Sequence[str],
+    *,
+    tokenizer: Any,
+    image_tokenizer: ImageTokenizer,
+    vocabulary: ImageVocabulary | None = None,
+    guidance_scale: float = 1.0,
+    empty_caption: str = "",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 32,
+    seed: int | None = None,
+    progress: bool = False,
+) -> list[Image]:
+    """One picture for each caption.
 
-    Everywhere else no image token. Each sequence of a batch follows its own last begin-of-image.
-    ``generate`` must be called with ``suppress_tokens=[]``: ``add_modality_tokens`` suppresses the
-    added tokens by default, and a score that is -inf already cannot be brought back.
+    Args:
+        model: with the image's tokens added; patched, unless ``vocabulary`` is given.
+        captions: texts. Their token ids are those of :func:`caption_ids`: train with it too.
+        tokenizer: the model's, of transformers.
+        image_tokenizer: whose codes the model learnt.
+        vocabulary: where the image's tokens are; default: the tokens that the patched model has of
+            modality "image".
+        guidance_scale: w of classifier-free guidance; 1 is none and costs nothing, else a step
+            takes two forwards.
+        empty_caption: what guidance compares with, as in training with ``caption_dropout``.
+        temperature, top_k, top_p, batch_size, seed, progress: see :func:`generate_image_codes`.
+
+    Returns:
+        PIL pictures, of mode "L" or "RGB", in the order of the captions.
+
+    Raises:
+        ValueError: no image tokens in the model, another number of codes in the image tokenizer, a
+            caption with image tokens in it, a tokenizer that can pad with nothing, or a setting out
+            of range.
+        TypeError: captions is one string.
     """
-
-    def __init__(self, vocabulary: ImageVocabulary, tokens_per_image: int):
-        if tokens_per_image < 1:
-            raise ValueError(f"tokens_per_image must be at least 1; got {tokens_per_image}")
-        self.vocabulary = vocabulary
-        self.tokens_per_image = tokens_per_image
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids: (B, S); scores: (B, V + added) -> -inf wherever a token may not follow"""
-        vocabulary = self.vocabulary
-        if scores.shape[-1] < vocabulary.token_ids.stop:
-            raise ValueError(
-                f"the model scores {scores.shape[-1]} tokens, "
-                f"the image's ids are {vocabulary.token_ids}"
-            )
-        ids = torch.arange(scores.shape[-1], device=scores.device)
-        is_code = (ids >= vocabulary.code_ids.start) & (ids < vocabulary.code_ids.stop)
-        is_image = (ids >= vocabulary.token_ids.start) & (ids < vocabulary.token_ids.stop)
-        length = input_ids.shape[1]
-        positions = torch.arange(1, length + 1, device=input_ids.device)
-        # begin is 0 where a row has none; "since" then means nothing.
-        begin = (positions * (input_ids == vocabulary.begin_id)).amax(1, keepdim=True)
-        since = length - begin
-        inside = (begin > 0) & (since < self.tokens_per_image)
-        at_end = (begin > 0) & (since == self.tokens_per_image)
-        allowed = torch.where(
-            inside, is_code, torch.where(at_end, ids == vocabulary.end_id, ~is_image)
+    if isinstance(captions, str):
+        raise TypeError("captions must be a list of strings; got one string")
+    vocabulary = vocabulary or _vocabulary_of(model)
+    if vocabulary.num_codes != image_tokenizer.num_codes:
+        raise ValueError(
+            f"the model has tokens for {vocabulary.num_codes} codes, "
+            f"the image tokenizer {image_tokenizer.num_codes} codes"
         )
-        return scores.masked_fill(~allowed, float("-inf"))
+    codes = generate_image_codes(
+        model,
+        [caption_ids(tokenizer, caption) for caption in captions],
+        vocabulary,
+        image_tokenizer.tokens_per_image,
+        pad_token_id=padding_id(tokenizer),
+        guidance_scale=guidance_scale,
+        empty_caption=caption_ids(tokenizer, empty_caption),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    return to_pil(image_tokenizer.decode(codes))
 
 
 @torch.no_grad()
-def generate_images(
+def generate_image_codes(
     model: PreTrainedModel,
-    captions: Sequence[Sequence[int]],
+    caption_ids: Sequence[Sequence[int]],
     vocabulary: ImageVocabulary,
     tokens_per_image: int,
     *,
     pad_token_id: int,
+    guidance_scale: float = 1.0,
+    empty_caption: Sequence[int] = (),
     temperature: float = 1.0,
-    batch_size: int = 128,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 32,
     seed: int | None = None,
+    progress: bool = False,
 ) -> torch.Tensor:
-    """One picture for each caption, sampled from the whole codebook with the key-value cache.
+    """The codes of one picture for each caption, sampled with the key-value cache.
+
+    The model's own ``generation_config`` (a repetition penalty, say) is meant for text and has no
+    say here.
 
     Args:
-        model: patched, with the vocabulary's tokens added.
-        captions: the token ids of each caption.
+        model: with the vocabulary's tokens.
+        caption_ids: the token ids of each caption.
         vocabulary: where the image's tokens are.
         tokens_per_image: how many codes a picture has.
-        pad_token_id: fills up shorter captions on the left.
+        pad_token_id: fills up shorter captions on the left, masked.
+        guidance_scale: w of classifier-free guidance, :class:`ImageGuidanceProcessor`; 1 is none.
+        empty_caption: token ids of guidance's unconditional branch.
         temperature: of the softmax that is sampled from.
+        top_k: sample from so many codes, the likeliest; 0: from all of them; 1: greedy.
+        top_p: sample from the likeliest codes that have this probability together.
         batch_size: pictures drawn at a time.
         seed: leaves the global generators as they were; None draws from them.
+        progress: show a tqdm bar.
 
     Returns:
         Codes, (N, tokens_per_image) int64, on the CPU.
+
+    Raises:
+        ValueError: a caption with image tokens in it, or a setting out of range.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0; got {temperature}")
-    devices = [model.device] if model.device.type != "cpu" else []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(
-            devices, enabled=seed is not None, device_type=model.device.type
-        ):
-            if seed is not None:
-                torch.manual_seed(seed)
-            batches = [
-                _generate_batch(
-                    model,
-                    captions[start : start + batch_size],
-                    vocabulary,
-                    tokens_per_image,
-                    pad_token_id,
-                    temperature,
-                )
-                for start in range(0, len(captions), batch_size)
-            ]
-    finally:
-        model.train(was_training)
+    _check_settings(temperature, top_k, top_p, batch_size)
+    prompts = [image_prompt(caption, vocabulary) for caption in caption_ids]
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    collate = ImageCollator(pad_token_id)
+    guidance = ImageGuidanceProcessor(
+        model, vocabulary, tokens_per_image, guidance_scale, empty_caption=empty_caption
+    )
+    processors = LogitsProcessorList([guidance, ImageTokensProcessor(vocabulary, tokens_per_image)])
+    batches = []
+    bar = tqdm(total=len(prompts), desc="drawing", unit="image", disable=not progress)
+    with _generating(model), _seeded(model.device, seed), bar:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            batch = collate([{"input_ids": torch.tensor(ids)} for ids in part])
+            output = model.generate(
+                **{name: tensor.to(model.device) for name, tensor in batch.items()},
+                **sampling,
+                do_sample=True,
+                max_new_tokens=tokens_per_image,
+                pad_token_id=pad_token_id,
+                logits_processor=processors,
+            )
+            batches.append(vocabulary.codes_of(output[:, -tokens_per_image:].cpu()))
+            bar.update(len(part))
     return torch.cat(batches) if batches else torch.empty(0, tokens_per_image, dtype=torch.long)
 
 
-def _generate_batch(
-    model, captions, vocabulary, tokens_per_image, pad_token_id, temperature
-) -> torch.Tensor:
-    prompts = [
-        {"input_ids": torch.tensor(image_prompt(caption, vocabulary))} for caption in captions
-    ]
-    batch = {
-        name: tensor.to(model.device)
-        for name, tensor in ImageCollator(pad_token_id)(prompts).items()
-    }
-    output = model.generate(
-        **batch,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=tokens_per_image,
-        pad_token_id=pad_token_id,
-        suppress_tokens=[],
-        logits_processor=LogitsProcessorList([ImageTokensProcessor(vocabulary, tokens_per_image)]),
-    )
-    return vocabulary.codes_of(output[:, -tokens_per_image:].cpu())
+def _vocabulary_of(model: PreTrainedModel) -> ImageVocabulary:
+    token_ids = get_patched(model).modality_token_ids("image")
+    if not token_ids:
+        raise ValueError(
+            'the model has no tokens of modality "image": add_modality_tokens, or load_adapter'
+        )
+    return ImageVocabulary.from_token_ids(token_ids)
+
+
+def _check_settings(temperature: float, top_k: int, top_p: float, batch_size: int) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0 (top_k=1 is greedy); got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0, and 0 is all codes; got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+
+
+@contextmanager
+def _generating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and a generation config without the model's settings for text.
+
+    No router logits either, which training with a balance loss asks for: transformers computes that
+    loss at every forward, and fails where the mask is longer than the new tokens.
+    """
+    inner = unwrapped(model)
+    was_training, settings = model.training, inner.generation_config
+    router_logits = getattr(inner.config, "output_router_logits", None)
+    try:
+        model.eval()
+        inner.generation_config = GenerationConfig()
+        if router_logits:
+            inner.config.output_router_logits = False
+        yield
+    finally:
+        if router_logits:
+            inner.config.output_router_logits = router_logits
+        inner.generation_config = settings
+        model.train(was_training)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None, device_type=device.type):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

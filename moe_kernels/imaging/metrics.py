@@ -33,10 +33,21 @@ def nearest_distances(images: torch.Tensor, reference: torch.Tensor) -> torch.Te
 
     A copy has distance 0 exactly, as distances are not taken by |a|^2 - 2ab + |b|^2.
     """
-    chunks = images.flatten(1).float().split(256)
+    return _nearest(images, reference)[0]
+
+
+def nearest_indices(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Which reference that is. images: (N, ...), reference: (R, ...) -> (N,) int64"""
+    return _nearest(images, reference)[1]
+
+
+def _nearest(images: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     reference = reference.flatten(1).float()
-    nearest = [
-        torch.cdist(chunk, reference, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-        for chunk in chunks
+    found = [
+        torch.cdist(chunk, reference, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        for chunk in images.flatten(1).float().split(256)
+        if len(chunk)
     ]
-    return torch.cat(nearest) if nearest else torch.empty(0)
+    if not found:
+        return torch.empty(0), torch.empty(0, dtype=torch.int64)
+    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])

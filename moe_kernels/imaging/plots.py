@@ -4,58 +4,120 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from moe_kernels.imaging.pixels import as_pixels
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    Pictures = torch.Tensor | Sequence[Image]
+
+# In widths of a picture: from one to the next, between blocks, and for the captions.
+_STEP, _GAP, _CAPTION = 1.08, 1.0, 5.4
+_INCHES = 0.45  # a picture's width
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One caption; generated, real: (N, H, W[, C]) in [0, 1]; misread: (N,) bool, framed red."""
+    """One caption and its pictures, each (N, H, W[, C]) in [0, 1] or uint8, or a list of PIL ones.
+
+    Attributes:
+        caption: what was asked for.
+        generated: what came of it.
+        real: real pictures to compare with.
+        misread: (N,) bool, which of the generated ones get a red frame.
+        nearest: the training picture nearest to each generated one, to see copies; see
+            :func:`moe_kernels.imaging.nearest_indices`.
+    """
 
     caption: str
-    generated: torch.Tensor
-    real: torch.Tensor
+    generated: Pictures
+    real: Pictures
     misread: torch.Tensor | None = None
+    nearest: Pictures | None = None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Columns under one heading; lines: for each row its pictures; framed: (N,) bool or None."""
+
+    heading: str
+    lines: list[list[np.ndarray]]
+    framed: list[torch.Tensor | None]
+
+    @property
+    def width(self) -> float:
+        return max(len(line) for line in self.lines) * _STEP
 
 
 def plot_samples(rows: Sequence[SampleRow], title: str) -> Figure:
     """A line for each caption: its text, the generated pictures, and real ones to compare."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
-    columns = max(len(row.generated) for row in rows)
-    real_columns = max(len(row.real) for row in rows)
-    height, width = rows[0].generated.shape[1:3]
-    step_x, step_y, left = 1.08 * width, 1.08 * height, 5.4 * width
-    right, bottom, top = left + (columns + 1 + real_columns) * step_x, len(rows) * step_y, -height
-    inch = 0.45 / width
-    figure = Figure(figsize=((right + width) * inch, (bottom - top) * inch + 0.75))
+    blocks = _blocks(rows)
+    if not blocks:
+        raise ValueError("there are no pictures to plot")
+    shape = next(line[0].shape for line in blocks[0].lines if line)
+    aspect = shape[0] / shape[1]
+    right = _CAPTION + sum(block.width + _GAP for block in blocks)
+    bottom, top = len(rows) * _STEP * aspect, -aspect
+    figure = Figure(figsize=(right * _INCHES, (bottom - top) * _INCHES + 0.75))
     panel = figure.add_axes((0, 0.01, 1, 1 - 0.75 / figure.get_figheight()))
     for number, row in enumerate(rows):
-        y = number * step_y
-        panel.text(left - 0.4 * width, y + height / 2, row.caption, ha="right", va="center")
-        for column, picture in enumerate([*row.generated, *row.real]):
-            is_real = column >= len(row.generated)
-            place = columns + 1 + column - len(row.generated) if is_real else column
-            x = left + place * step_x
-            extent = (x, x + width, y + height, y)
-            panel.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1, extent=extent)
-            if not is_real and row.misread is not None and bool(row.misread[column]):
-                frame = Rectangle((x, y), width, height, fill=False, edgecolor="red", linewidth=1)
-                panel.add_patch(frame)
-    panel.text(
-        left + columns * step_x / 2,
-        -0.2 * height,
-        "generated (red frame: misread)",
-        ha="center",
-    )
-    x = left + (columns + 1 + real_columns / 2) * step_x
-    panel.text(x, -0.2 * height, "real, held out", ha="center")
-    panel.set(xlim=(0, right + width), ylim=(bottom, top), aspect="equal")
+        y = (number * _STEP + 0.5) * aspect
+        panel.text(_CAPTION - 0.4, y, row.caption, ha="right", va="center")
+    x = _CAPTION
+    for block in blocks:
+        panel.text(x + block.width / 2, -0.2 * aspect, block.heading, ha="center")
+        _draw_block(panel, block, x, aspect)
+        x += block.width + _GAP
+    panel.set(xlim=(0, right), ylim=(bottom, top), aspect="equal")
     panel.axis("off")
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _blocks(rows: Sequence[SampleRow]) -> list[_Block]:
+    """Those that have pictures."""
+    framed = [row.misread for row in rows]
+    marked = any(misread is not None for misread in framed)
+    blocks = [
+        _Block(
+            "generated (red frame: misread)" if marked else "generated",
+            [_pictures(row.generated) for row in rows],
+            framed,
+        ),
+        _Block("nearest of training", [_pictures(row.nearest) for row in rows], [None] * len(rows)),
+        _Block("real, held out", [_pictures(row.real) for row in rows], [None] * len(rows)),
+    ]
+    return [block for block in blocks if any(block.lines)]
+
+
+def _draw_block(panel: Axes, block: _Block, left: float, aspect: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    for number, (line, misread) in enumerate(zip(block.lines, block.framed, strict=True)):
+        y = number * _STEP * aspect
+        for column, picture in enumerate(line):
+            x = left + column * _STEP
+            # One channel is ink on paper: 1 is black. Colours are what they are.
+            panel.imshow(picture, cmap="gray_r", vmin=0, vmax=1, extent=(x, x + 1, y + aspect, y))
+            if misread is not None and bool(misread[column]):
+                frame = Rectangle((x, y), 1, aspect, fill=False, edgecolor="red", linewidth=1)
+                panel.add_patch(frame)
+
+
+def _pictures(images: Any) -> list[np.ndarray]:
+    """Each (H, W) or (H, W, 3), in [0, 1]."""
+    if images is None or not len(images):
+        return []
+    if not isinstance(images, torch.Tensor | np.ndarray):
+        images = np.stack([np.asarray(image) for image in images])
+    pixels = as_pixels(images).numpy()
+    return list(pixels[..., 0] if pixels.ndim == 4 and pixels.shape[3] == 1 else pixels)

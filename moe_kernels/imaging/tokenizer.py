@@ -1,25 +1,38 @@
-"""Pictures to discrete codes and back, by a k-means codebook over square patches."""
+"""What an image tokenizer is, and what those of this package share: checks, measures, files."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 
-_CODEBOOK_FILE = "codebook.safetensors"
+from moe_kernels.imaging.pixels import as_pixels
+
+_WEIGHTS_FILE = "codebook.safetensors"
 _CONFIG_FILE = "tokenizer_config.json"
 _FORMAT_VERSION = 1
-# Distances are taken for this many patches at a time: 16,384 x 256 floats are 16 MiB.
-_PATCHES_PER_CHUNK = 16_384
+_COLLAPSED_BELOW = 0.1  # of the codes in use
+# Pictures of so many vectors go through an encoder or decoder at a time.
+_VECTORS_PER_CHUNK = 16_384
+_DISTANCES_PER_CHUNK = 1 << 22  # 16 MiB
 
 
 class ImageTokenizer(Protocol):
-    """What the rest of the package needs of an image tokenizer, however it was learnt."""
+    """What the rest of the package needs of an image tokenizer, however it was learnt.
+
+    Generation needs the first four. ``codebook``, (num_codes, d) float32, serves as features for
+    Gromov-Wasserstein rows; the classes of this package have more, see :class:`CodebookTokenizer`.
+    """
 
     @property
     def num_codes(self) -> int: ...
@@ -33,98 +46,103 @@ class ImageTokenizer(Protocol):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """codes: (N, tokens_per_image) -> images (N, H, W[, C]) float32 in [0, 1]."""
 
+    @property
+    def codebook(self) -> torch.Tensor: ...
 
-class PatchTokenizer:
-    """A codebook whose entries are patches; a code is the nearest entry (Euclidean).
 
-    codebook: (num_codes, patch_size * patch_size * channels) float32, pixels in [0, 1]
-    image_shape: (H, W) or (H, W, C); H and W are multiples of ``patch_size``
+@dataclass(frozen=True)
+class TokenizerReport:
+    """How well a tokenizer does on some pictures.
+
+    Attributes:
+        mean_squared_error: of a pixel in [0, 1], after encode and decode.
+        codes_used: how many codes occur.
+        num_codes: of how many.
+        perplexity: exp of the entropy of the codes: so many codes, evenly used, would be as varied.
     """
 
-    def __init__(self, codebook: torch.Tensor, patch_size: int, image_shape: tuple[int, ...]):
-        _check_geometry(patch_size, image_shape)
-        self.patch_size = patch_size
+    mean_squared_error: float
+    codes_used: int
+    num_codes: int
+    perplexity: float
+
+
+class CodebookTokenizer(ABC):
+    """Vectors on a grid, each replaced by the nearest entry (Euclidean) of a codebook.
+
+    Subclasses say how pictures become vectors, (N * tokens_per_image, d), and the entries pictures;
+    ``type_name`` is how :func:`load_image_tokenizer` knows their files.
+
+    codebook: (num_codes, d) float32
+    image_shape: (H, W) or (H, W, C)
+    grid: rows and columns of codes
+    """
+
+    type_name: ClassVar[str]
+    _types: ClassVar[dict[str, type[CodebookTokenizer]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        CodebookTokenizer._types[cls.type_name] = cls
+
+    def __init__(self, codebook: torch.Tensor, image_shape: tuple[int, ...], cell: int):
+        """cell: side of the square of pixels that one code stands for"""
+        check_geometry(cell, image_shape)
         self.image_shape = tuple(image_shape)
+        self.grid = (image_shape[0] // cell, image_shape[1] // cell)
         self.codebook = codebook.detach().to("cpu", torch.float32).contiguous()
-        if (
-            self.codebook.ndim != 2
-            or self.codebook.shape[1] != self._patch_length
-            or not len(self.codebook)
-        ):
+        if self.codebook.ndim != 2 or not len(self.codebook):
             raise ValueError(
-                f"codebook must have shape (num_codes, {self._patch_length}) for patches of "
-                f"{patch_size} in images of shape {self.image_shape}; "
-                f"got {tuple(self.codebook.shape)}"
+                f"codebook must have shape (num_codes, d); got {tuple(self.codebook.shape)}"
             )
         if not torch.isfinite(self.codebook).all():
             raise ValueError("codebook holds values that are not finite")
 
+    @abstractmethod
+    def _vectors(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(N, H, W[, C]) float32 -> (N * tokens_per_image, d), in raster order."""
+
+    @abstractmethod
+    def _pictures(self, entries: torch.Tensor) -> torch.Tensor:
+        """(N, rows, columns, d) -> (N, H, W[, C]) float32."""
+
+    @abstractmethod
+    def _config(self) -> dict[str, Any]:
+        """What ``_restore`` needs beside the tensors."""
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"codebook": self.codebook}
+
     @classmethod
-    def fit(
-        cls,
-        images: Any,
-        *,
-        num_codes: int = 256,
-        patch_size: int = 4,
-        seed: int = 0,
-        max_patches: int = 60_000,
-    ) -> PatchTokenizer:
-        """Learns a codebook. images: (N, H, W[, C]), uint8, or float in [0, 1].
-
-        K-means over the distinct patches, each weighted by how often it occurs; where there are
-        more than ``max_patches`` distinct ones, a sample of them and the commonest.
-        """
-        from sklearn.cluster import KMeans
-
-        pixels = _as_pixels(images)
-        _check_geometry(patch_size, tuple(pixels.shape[1:]))
-        patches, counts = torch.unique(_patches(pixels, patch_size), dim=0, return_counts=True)
-        if len(patches) < num_codes:
-            raise ValueError(
-                f"{num_codes} codes need as many distinct patches; these images have {len(patches)}"
-            )
-        if len(patches) > max_patches:
-            chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[
-                :max_patches
-            ]
-            # The commonest patches always take part, so the background keeps an entry of its own.
-            chosen = torch.cat([counts.topk(num_codes).indices, chosen]).unique()
-            patches, counts = patches[chosen], counts[chosen]
-        means = KMeans(num_codes, n_init=1, max_iter=25, tol=1e-3, random_state=seed)
-        means.fit(patches.numpy(), sample_weight=counts.double().numpy())
-        return cls(torch.from_numpy(means.cluster_centers_), patch_size, tuple(pixels.shape[1:]))
+    @abstractmethod
+    def _restore(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
+        """The inverse of ``_config`` and ``_tensors``."""
 
     @property
     def num_codes(self) -> int:
         return len(self.codebook)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_shape[0] // self.patch_size, self.image_shape[1] // self.patch_size
-
-    @property
     def tokens_per_image(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
     @property
-    def _patch_length(self) -> int:
-        channels = self.image_shape[2] if len(self.image_shape) == 3 else 1
-        return self.patch_size * self.patch_size * channels
+    def channels(self) -> int:
+        return channels_of(self.image_shape)
 
+    @torch.no_grad()
     def encode(self, images: Any) -> torch.Tensor:
         """(N, H, W[, C]), uint8 or float in [0, 1] -> (N, tokens_per_image) int64, raster order."""
-        pixels = _as_pixels(images)
+        pixels = as_pixels(images)
         if tuple(pixels.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"this tokenizer takes images of {self.image_shape}; got {tuple(pixels.shape[1:])}"
             )
-        chunks = _patches(pixels, self.patch_size).split(_PATCHES_PER_CHUNK)
-        half_norm = self.codebook.square().sum(1) / 2
-        # The nearest entry: |p - c|^2 less the term that all entries share.
-        codes = [(half_norm - chunk @ self.codebook.T).argmin(1) for chunk in chunks]
+        chunks = pixels.split(max(1, _VECTORS_PER_CHUNK // self.tokens_per_image))
+        codes = [nearest_entries(self._vectors(chunk), self.codebook) for chunk in chunks]
         return torch.cat(codes).reshape(len(pixels), self.tokens_per_image)
 
+    @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """codes: (N, tokens_per_image) integers -> (N, H, W[, C]) float32 in [0, 1]."""
         codes = torch.as_tensor(codes)
@@ -138,22 +156,30 @@ class PatchTokenizer:
                 f"codes must lie in 0..{self.num_codes - 1}; "
                 f"got {int(codes.min())}..{int(codes.max())}"
             )
-        rows, columns = self.grid
-        side = self.patch_size
-        patches = self.codebook[codes.cpu().long()].reshape(
-            len(codes), rows, columns, side, side, -1
-        )
-        images = patches.permute(0, 1, 3, 2, 4, 5).reshape(len(codes), *self.image_shape)
-        return images.clamp(0, 1)
+        grids = codes.cpu().long().reshape(len(codes), *self.grid)
+        chunks = grids.split(max(1, _VECTORS_PER_CHUNK // self.tokens_per_image))
+        images = [self._pictures(self.codebook[chunk]).clamp(0, 1) for chunk in chunks]
+        return torch.cat(images).reshape(len(codes), *self.image_shape)
 
     def reconstruction_error(self, images: Any) -> float:
         """The mean squared error of a pixel, in [0, 1], after encode and decode."""
-        pixels = _as_pixels(images)
-        return float((self.decode(self.encode(pixels)) - pixels).square().mean())
+        return self.measure(images).mean_squared_error
 
     def codebook_usage(self, codes: torch.Tensor) -> torch.Tensor:
         """codes: any shape -> how often each code occurs, (num_codes,) int64."""
         return torch.bincount(torch.as_tensor(codes).flatten().cpu(), minlength=self.num_codes)
+
+    def measure(self, images: Any) -> TokenizerReport:
+        """Reconstruction error and codebook use on some pictures, better not those it learnt."""
+        pixels = as_pixels(images)
+        codes = self.encode(pixels)
+        usage = self.codebook_usage(codes)
+        return TokenizerReport(
+            mean_squared_error=float((self.decode(codes) - pixels).square().mean()),
+            codes_used=int((usage > 0).sum()),
+            num_codes=self.num_codes,
+            perplexity=float(torch.special.entr(usage.double() / usage.sum()).sum().exp()),
+        )
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes codebook.safetensors and tokenizer_config.json, each whole or not at all."""
@@ -161,39 +187,93 @@ class PatchTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "format_version": _FORMAT_VERSION,
-            "type": "patch",
-            "patch_size": self.patch_size,
+            "type": self.type_name,
             "image_shape": list(self.image_shape),
             "num_codes": self.num_codes,
+            **self._config(),
         }
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         _write_then_rename(
-            folder / _CODEBOOK_FILE,
-            lambda path: save_file({"codebook": self.codebook}, path, {"format": "pt"}),
+            folder / _WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"})
         )
         _write_then_rename(
             folder / _CONFIG_FILE, lambda path: Path(path).write_text(json.dumps(config, indent=2))
         )
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> PatchTokenizer:
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Raises ValueError for a tokenizer of another type or format, or files that disagree."""
         folder = Path(folder)
-        config = json.loads((folder / _CONFIG_FILE).read_text())
-        if config.get("type") != "patch" or config.get("format_version") != _FORMAT_VERSION:
+        config = _read_config(folder)
+        if config.get("type") != cls.type_name or config.get("format_version") != _FORMAT_VERSION:
             raise ValueError(
                 f"{folder} holds a tokenizer of type {config.get('type')!r}, "
                 f"format {config.get('format_version')!r}; "
-                f"expected 'patch', format {_FORMAT_VERSION}"
+                f"expected {cls.type_name!r}, format {_FORMAT_VERSION}"
             )
-        codebook = load_file(folder / _CODEBOOK_FILE)["codebook"]
-        if len(codebook) != config["num_codes"]:
+        tensors = load_file(folder / _WEIGHTS_FILE)
+        if len(tensors["codebook"]) != config["num_codes"]:
             raise ValueError(
-                f"{folder}: the codebook has {len(codebook)} codes, "
+                f"{folder}: the codebook has {len(tensors['codebook'])} codes, "
                 f"its config says {config['num_codes']}"
             )
-        return cls(codebook, config["patch_size"], tuple(config["image_shape"]))
+        return cls._restore(config, tensors)
 
 
-def _write_then_rename(path: Path, write) -> None:
+def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
+    """A tokenizer that was saved, of whichever class.
+
+    Raises:
+        FileNotFoundError: there is none in the folder.
+        ValueError: its type is unknown, or see :meth:`CodebookTokenizer.load`.
+    """
+    name, types = _read_config(folder).get("type"), CodebookTokenizer._types
+    if name not in types:
+        raise ValueError(f"{folder} holds a tokenizer of type {name!r}; known: {sorted(types)}")
+    return types[name].load(folder)
+
+
+def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    return json.loads((Path(folder) / _CONFIG_FILE).read_text())
+
+
+def nearest_entries(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """(n, d), (num_codes, d) -> (n,) int64: |v - c|^2 less the term that all entries share."""
+    half_norms = codebook.square().sum(1) / 2
+    chunks = vectors.split(max(1, _DISTANCES_PER_CHUNK // len(codebook)))
+    return torch.cat([(half_norms - chunk @ codebook.T).argmin(1) for chunk in chunks])
+
+
+def warn_if_collapsed(usage: torch.Tensor) -> None:
+    """Warns if fewer than a tenth of the codes are in use. usage: (num_codes,) counts."""
+    used = int((usage > 0).sum())
+    if used < _COLLAPSED_BELOW * len(usage):
+        warnings.warn(
+            f"the tokenizer has collapsed: {used} of {len(usage)} codes are in use "
+            f"({used / len(usage):.1%}) on the images that it learnt from",
+            stacklevel=3,
+        )
+
+
+def channels_of(image_shape: tuple[int, ...]) -> int:
+    """C of (H, W, C), 1 of (H, W)."""
+    return image_shape[2] if len(image_shape) == 3 else 1
+
+
+def check_geometry(cell: int, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless squares of this side tile an image of (H, W[, C])."""
+    if cell < 1:
+        raise ValueError(f"patches must be at least 1 pixel wide; got {cell}")
+    if len(image_shape) not in (2, 3):
+        raise ValueError(
+            "images must have shape (N, H, W) or (N, H, W, C); "
+            f"one image here has {tuple(image_shape)}"
+        )
+    if image_shape[0] % cell or image_shape[1] % cell:
+        raise ValueError(f"patches of {cell} do not divide an image of {tuple(image_shape[:2])}")
+
+
+def _write_then_rename(path: Path, write: Callable[[str], Any]) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(descriptor)
     try:
@@ -202,44 +282,3 @@ def _write_then_rename(path: Path, write) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _check_geometry(patch_size: int, image_shape: tuple[int, ...]) -> None:
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1; got {patch_size}")
-    if len(image_shape) not in (2, 3):
-        raise ValueError(
-            "images must have shape (N, H, W) or (N, H, W, C); "
-            f"one image here has {tuple(image_shape)}"
-        )
-    if image_shape[0] % patch_size or image_shape[1] % patch_size:
-        raise ValueError(
-            f"patches of {patch_size} do not divide an image of {tuple(image_shape[:2])}"
-        )
-
-
-def _as_pixels(images: Any) -> torch.Tensor:
-    """uint8, or float in [0, 1] -> float32 in [0, 1] on the CPU."""
-    images = torch.as_tensor(images).detach().cpu()
-    if images.ndim not in (3, 4):
-        raise ValueError(
-            f"images must have shape (N, H, W) or (N, H, W, C); got {tuple(images.shape)}"
-        )
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    if not images.is_floating_point():
-        raise TypeError(f"images must be uint8, or float in [0, 1]; got {images.dtype}")
-    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(
-            f"float images must lie in [0, 1]; got {float(images.min())}..{float(images.max())}"
-        )
-    return images.float()
-
-
-def _patches(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    """(N, H, W[, C]) -> (N * rows * columns, side * side * C), patches in raster order."""
-    images, height, width = pixels.shape[:3]
-    channels = pixels.shape[3] if pixels.ndim == 4 else 1
-    rows, columns = height // side, width // side
-    grid = pixels.reshape(images, rows, side, columns, side, channels)
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(images * rows * columns, side * side * channels)
