@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import console
+from _runs import console, save_figure
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -15,12 +14,6 @@ from moe_kernels.analysis import RoutingStatistics, plot_expert_load
 from moe_kernels.imaging import SampleRow, plot_samples
 
 RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
 
 
 def plot_training(results: dict[str, Any], path: Path) -> None:
@@ -43,16 +36,15 @@ def plot_training(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_pictures(
-    report: dict[str, Any], captions: Sequence[str], codes: torch.Tensor, pictures: Any, path: Path
-) -> None:
+def plot_pictures(report: dict[str, Any], codes: torch.Tensor, pictures: Any, path: Path) -> None:
     samples, decode = report["samples"], pictures.tokenizer.decode
+    captions = pictures.captions
     each = len(codes) // len(captions)
     rows = []
     for digit, caption in enumerate(captions):
         mine = slice(digit * each, (digit + 1) * each)
         misread = torch.tensor(samples["read"][mine]) != digit
-        real = pictures.held_out_codes[torch.from_numpy(pictures.held_out_labels == digit)][:6]
+        real = pictures.held_out.codes[torch.from_numpy(pictures.held_out.labels == digit)][:6]
         rows.append(SampleRow(f'"{caption}"', decode(codes[mine]), decode(real), misread))
     accuracy = samples["classifier_held_out_accuracy"]["tokenized"]
     title = (
@@ -67,13 +59,12 @@ def plot_pictures(
 def draw_figures(
     report: dict[str, Any],
     results: dict[str, Any],
-    captions: Sequence[str],
     pictures: Any,
     out: Path,
 ) -> None:
     """results: what each stage returned"""
     codes = torch.tensor(results["generate"]["codes"])
-    plot_pictures(report, captions, codes, pictures, out / "samples.png")
+    plot_pictures(report, codes, pictures, out / "samples.png")
     plot_training(results, out / "training.png")
     statistics = RoutingStatistics.from_dict(results["measure"]["routing"])
     save_figure(plot_expert_load(statistics), out / "routing.png")

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import moe_kernels
+from moe_kernels import PatchedModel
 from moe_kernels.imaging import IGNORE_INDEX
 
 CACHE_VERSION = 2  # raise it when a stage gives another result for the same settings
@@ -155,6 +156,10 @@ class Monitor(TrainerCallback):
         if state.global_step == 0:
             self._evaluate(state, model)
 
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if hasattr(dataset := train_dataloader.dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_started = time.perf_counter()
 
@@ -179,8 +184,44 @@ class Monitor(TrainerCallback):
         state.log_history.append({"step": state.global_step, "held_out": self.held_out(model)})
 
 
+class CheckedTrainer(Trainer):
+    """Stops where the loss is not a number any more, and lets no checkpoint hold such weights."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self._stop(f"the loss is {float(loss)}")
+        return loss
+
+    def _save_checkpoint(self, *args, **kwargs):
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
+            self._stop("weights are not finite after it")
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _stop(self, reason: str):
+        raise FloatingPointError(
+            f"training stopped at step {self.state.global_step + 1}: {reason}; the checkpoints in "
+            f"{self.args.output_dir} are good: lower the learning rate"
+        )
+
+
+class AdapterTrainer(CheckedTrainer):
+    """For a patched model: checkpoints hold the adapter, not the frozen base."""
+
+    def __init__(self, patched: PatchedModel, *args, **kwargs):
+        super().__init__(patched.model, *args, **kwargs)
+        self.patched = patched
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.patched.save_adapter(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.patched.load_adapter(resume_from_checkpoint)
+
+
 def train(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PatchedModel,
     dataset: torch.utils.data.Dataset,
     held_out: Callable[[PreTrainedModel], float],
     place: Place,
@@ -189,15 +230,17 @@ def train(
     **arguments: Any,
 ) -> dict[str, Any]:
     """Through transformers.Trainer, from the last whole checkpoint in the place's folder."""
-    arguments = TrainingArguments(
-        output_dir=str(place.folder / "checkpoints"),
+    defaults = dict(
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
         adam_beta2=0.95, max_grad_norm=1.0, logging_steps=5, save_steps=50, save_total_limit=2,
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **arguments,
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=str(place.folder / "checkpoints"), **defaults | arguments
+    )
     with stop_after_step() as stop:
         monitor = Monitor(arguments.max_steps, held_out, place, stop)
-        trainer = Trainer(
+        trainer = (AdapterTrainer if isinstance(model, PatchedModel) else CheckedTrainer)(
             model, arguments, train_dataset=dataset, data_collator=collator, callbacks=[monitor]
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -208,11 +251,11 @@ def train(
     if trainer.state.global_step < arguments.max_steps:
         raise KeyboardInterrupt
     history = trainer.state.log_history
-    shutil.rmtree(place.folder / "checkpoints")
+    shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
     return {
         **{
             kind: [[entry["step"], entry[kind]] for entry in history if kind in entry]
-            for kind in ("loss", "held_out")
+            for kind in ("loss", "held_out", "grad_norm")
         },
         "samples_per_second": arguments.per_device_train_batch_size * monitor.steps_per_second,
     }

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 import transformers
-from _runs import Place, Stages, console, stop_after_step, write_text
+from _runs import Place, Stages, console, model_identity, stop_after_step, write_text
+from _texts import documentation, text_blocks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe_kernels
@@ -70,37 +71,14 @@ class Conversion:
 # --- the texts
 
 
-def documentation() -> dict[str, str]:
-    """Python's own documentation by part: two of ten topics are for choice and test."""
-    from pydoc_data.topics import topics
-
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for index, name in enumerate(sorted(topics)):
-        part = {0: "test", 5: "choice"}.get(index % 10, "heal")
-        parts[part] += topics[name].split("\n\n")
-    # Topics quote each other: what the test has, no other part may have.
-    seen: set[str] = set()
-    for part in reversed(PARTS):
-        keys = [" ".join(paragraph.split()) for paragraph in parts[part]]
-        pairs = zip(keys, parts[part], strict=True)
-        parts[part] = [paragraph for key, paragraph in pairs if key not in seen]
-        seen.update(keys)
-    return {part: "\n\n".join(paragraphs) for part, paragraphs in parts.items()}
-
-
 def token_blocks(settings: Settings) -> dict[str, torch.Tensor]:
     """For each part (blocks, block) token ids, healing's in random order."""
     tokenizer = load_tokenizer(settings)
-    texts = documentation() if not settings.texts else {
-        part: Path(file).read_text() for part, file in settings.texts.items()
-    }  # fmt: skip
-    blocks = {}
-    for part, text in texts.items():
-        ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)
-        ids = ids.input_ids[0]
-        if len(ids) < settings.block:
-            raise ValueError(f"the {part} text has {len(ids)} tokens, less than one --block")
-        blocks[part] = ids.unfold(0, settings.block, settings.block)
+    documented = documentation()
+    defaults = {"heal": documented["train"]} | {part: documented[part] for part in PARTS[1:]}
+    texts = {part: Path(file).read_text() for part, file in settings.texts.items()} or defaults
+    block = settings.block
+    blocks = {part: text_blocks(tokenizer, text, block, block) for part, text in texts.items()}
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(blocks["heal"]), generator=generator)
     blocks["heal"] = blocks["heal"][order]
@@ -241,15 +219,6 @@ def check_sizes(settings: Settings, conversions: list[Conversion]) -> None:
             raise ValueError(
                 f"{conversion.num_experts} experts do not divide the {routed} neurons of a layer"
             )
-
-
-def model_identity(model: str) -> Any:
-    """A local folder is known by its files, so that another model there makes other stages."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 # --- the report

@@ -1,108 +1,35 @@
 """Dense models as Mixtures of Experts: exact where they must be, healed, resumed, refused."""
 
 import copy
-import json
-import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from dense_zoo import (
+    CALIBRATION,
+    D_FF,
+    DENSE,
+    EVERY,
+    EVERY_CASE,
+    logits,
+    make_dense,
+    same_state,
+    token_ids,
+)
 from model_zoo import make_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from moe_kernels import patch_model
-from moe_kernels.conversion import balanced_kmeans, dense_to_moe, heal, perplexity, random_labels
+from moe_kernels.conversion import balanced_kmeans, dense_to_moe, random_labels
 from moe_kernels.conversion import healing as healing_module
 from moe_kernels.testing import relative_rms
 
 # Eight experts of D_FF: too narrow for grouped_mm, which one test is about.
 pytestmark = pytest.mark.filterwarnings("ignore:experts of 6 neurons")
-VOCAB, D_FF = 48, 48
-PROGRAMS = Path(__file__).parents[1] / "python"
-_COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": D_FF,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-}  # fmt: skip
-# name -> (class, configuration, settings of its own, class without and with a shared expert)
-DENSE = {
-    "llama": (
-        LlamaForCausalLM, LlamaConfig,
-        {"head_dim": 12, "tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE},
-        "MixtralForCausalLM", "Qwen2MoeForCausalLM",
-    ),
-    "mistral": (
-        MistralForCausalLM, MistralConfig, {"head_dim": 12, "sliding_window": 4},
-        "MixtralForCausalLM", "Qwen2MoeForCausalLM",
-    ),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}, "Qwen2MoeForCausalLM", "Qwen2MoeForCausalLM"),
-    "qwen2 sliding": (
-        Qwen2ForCausalLM, Qwen2Config,
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-        "Qwen2MoeForCausalLM", "Qwen2MoeForCausalLM",
-    ),
-    "qwen3": (
-        Qwen3ForCausalLM, Qwen3Config, {"head_dim": 12, "attention_bias": True},
-        "Qwen3MoeForCausalLM", None,
-    ),
-}  # fmt: skip
-EVERY = pytest.mark.parametrize("family", DENSE)
-CASES = [(family, shared) for family in DENSE for shared in (0, 16) if (family, shared) != ("qwen3", 16)]  # noqa: E501  # fmt: skip
-EVERY_CASE = pytest.mark.parametrize(("family", "shared"), CASES)
-
-
-def make_dense(family="llama", *, dtype=torch.float64, seed=0, **overrides):
-    model_class, config_class, own, *_ = DENSE[family]
-    torch.manual_seed(seed)
-    model = model_class(config_class(**{**_COMMON, **own, **overrides}))
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # biases and norms that are not the identity
-            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
-    return model.to(dtype).eval()
-
-
-def token_ids(batch=3, length=20, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, VOCAB, (batch, length), generator=generator)
-
-
-CALIBRATION = [token_ids(4, 32, seed=1), token_ids(4, 32, seed=2)]
-
-
-@torch.no_grad()
-def logits(model, ids=None):
-    return model(input_ids=token_ids() if ids is None else ids).logits
-
-
-def same_state(one, other):
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def neurons_of(moe, layer):
@@ -306,197 +233,12 @@ def test_experts_that_grouped_mm_cannot_take_run_anyway():
     assert relative_rms(logits(moe), logits(dense)) < 2e-6
 
 
-# --- healing
-
-
-def batches(count=6):
-    return [token_ids(4, 16, seed=100 + index) for index in range(count)]
-
-
-def quick(moe, dense, **settings):
-    settings = {"steps": 12, "train": "router+experts", "lr": 1e-3, "progress": False} | settings
-    return heal(moe, dense, batches(), **settings)
+# --- refusals
 
 
 @pytest.fixture(scope="module")
 def source():
     return make_dense("llama", dtype=torch.float32)
-
-
-def convert(source, **settings):
-    return dense_to_moe(source, 4, 2, calibration=CALIBRATION, **settings)
-
-
-@pytest.mark.parametrize(("train", "lr"), [("router", 2e-4), ("router+experts", 1e-3)])
-def test_healing_lowers_the_divergence_and_trains_nothing_else(source, train, lr):
-    moe, dense = convert(source).train(), copy.deepcopy(source)
-    before = copy.deepcopy(moe)
-    report = quick(moe, dense, steps=60, train=train, lr=lr)
-    assert len(report.losses) == 60 and report.tokens == 60 * 64 and report.seconds > 0
-    assert sum(report.losses[-6:]) < sum(report.losses[:6]) * (0.999 if train == "router" else 0.9)
-    assert moe.training and same_state(dense, source)
-    for name, parameter in moe.named_parameters():
-        trained = ".gate." in name or (train == "router+experts" and ".experts." in name)
-        assert torch.equal(parameter, before.get_parameter(name)) != trained, name
-        assert parameter.requires_grad and parameter.grad is None
-
-
-def test_healing_trains_a_shared_expert_and_its_gate(source):
-    moe = convert(source, shared_expert=16)
-    before = copy.deepcopy(moe)
-    quick(moe, source, steps=3)
-    changed = {n for n, p in moe.named_parameters() if not torch.equal(p, before.get_parameter(n))}
-    assert changed == {n for n, _ in moe.named_parameters() if ".mlp." in n}
-
-
-@pytest.mark.parametrize("when", [4, 5])
-def test_a_stopped_healing_ends_with_the_same_bits(source, tmp_path, when):
-    whole = convert(source)
-    expected = quick(whole, source)
-    asked = []
-
-    def stop():
-        asked.append(None)
-        return len(asked) == when
-
-    moe = convert(source)
-    with pytest.raises(KeyboardInterrupt):
-        quick(moe, source, checkpoint=tmp_path, save_every=3, stop=stop)
-    again = convert(source)  # as a new process would
-    report = quick(again, source, checkpoint=tmp_path, save_every=3)
-    assert same_state(again, whole)
-    assert report.losses == expected.losses and report.tokens == expected.tokens
-    assert [file.name for file in tmp_path.iterdir()] == [healing_module.CHECKPOINT]
-    # All steps are done: a third run only loads.
-    finished = convert(source)
-    assert quick(finished, source, checkpoint=tmp_path).losses == expected.losses
-    assert same_state(finished, whole)
-
-
-def test_killed_while_saving_the_last_checkpoint_stays_whole(source, tmp_path, monkeypatch):
-    original, calls = torch.save, []
-
-    def save(state, file):
-        calls.append(None)
-        if len(calls) == 2:
-            Path(file).write_bytes(b"half")
-            raise OSError("disk full")
-        original(state, file)
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="disk full"):
-        quick(convert(source), source, checkpoint=tmp_path, save_every=3)
-    monkeypatch.undo()
-    assert [file.name for file in tmp_path.iterdir()] == [healing_module.CHECKPOINT]
-    whole, resumed = convert(source), convert(source)
-    quick(whole, source)
-    quick(resumed, source, checkpoint=tmp_path)
-    assert same_state(resumed, whole)
-
-
-@pytest.mark.parametrize("cause", ["loss", "gradient"])
-def test_stops_where_the_loss_is_not_finite(source, tmp_path, monkeypatch, cause):
-    original, calls = healing_module.kl_divergence, []
-
-    class _BadGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * math.nan
-
-    def diverging(*args):
-        calls.append(None)
-        loss = original(*args)
-        if len(calls) == 8:  # step 7
-            return loss * math.nan if cause == "loss" else _BadGradient.apply(loss)
-        return loss
-
-    monkeypatch.setattr(healing_module, "kl_divergence", diverging)
-    moe = convert(source)
-    with pytest.raises(FloatingPointError, match=f"the {cause} .* step 7 of 12; .* step 6"):
-        quick(moe, source, checkpoint=tmp_path, save_every=3)
-    monkeypatch.undo()
-    saved = torch.load(tmp_path / healing_module.CHECKPOINT, weights_only=True)
-    assert saved["step"] == 6
-    for name, tensor in saved["parameters"].items():
-        assert torch.isfinite(tensor).all() and torch.equal(moe.get_parameter(name), tensor)
-    calls.clear()
-    monkeypatch.setattr(healing_module, "kl_divergence", diverging)
-    with pytest.raises(FloatingPointError, match="no checkpoint was kept"):
-        quick(convert(source), source)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [({"steps": 20}, "steps was 12"), ({"lr": 1e-2}, "lr was"), ({"seed": 5}, "seed was 0")],
-)
-def test_refuses_the_checkpoint_of_another_run(source, tmp_path, change, match):
-    quick(convert(source), source, checkpoint=tmp_path)
-    moe = convert(source)
-    before = copy.deepcopy(moe)
-    with pytest.raises(ValueError, match=match):
-        quick(moe, source, checkpoint=tmp_path, **change)
-    assert same_state(moe, before)
-
-
-def test_refuses_a_checkpoint_of_other_weights_or_text(source, tmp_path):
-    quick(convert(source), source, checkpoint=tmp_path, train="router")
-    with pytest.raises(ValueError, match="frozen weights was"):
-        quick(convert(source, seed=1), source, checkpoint=tmp_path, train="router")
-    with pytest.raises(ValueError, match="batches was"):
-        heal(convert(source), source, batches(5), steps=12, train="router", lr=1e-3,
-             checkpoint=tmp_path, progress=False)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"train": "everything"}, "train must be one of"),
-        ({"steps": 0}, "at least 1"),
-        ({"save_every": 0}, "at least 1"),
-        ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": math.nan}, "lr must be positive"),
-    ],
-)
-def test_healing_refuses(source, settings, match):
-    with pytest.raises(ValueError, match=match):
-        quick(convert(source), source, **settings)
-
-
-def test_healing_refuses_models_that_do_not_fit(source):
-    with pytest.raises(ValueError, match="too coarse"):
-        quick(convert(source).bfloat16(), source)
-    with pytest.raises(ValueError, match="no routers"):
-        quick(copy.deepcopy(source), source)
-    with pytest.raises(ValueError, match="other vocabularies"):
-        quick(convert(source), make_dense(vocab_size=50, dtype=torch.float32))
-    with pytest.raises(ValueError, match="no batches"):
-        heal(convert(source), source, [], steps=1, progress=False)
-
-
-# --- perplexity
-
-
-def test_perplexity_is_of_all_predicted_tokens(source):
-    ids = token_ids(3, 20)
-    logs = logits(source, ids)[:, :-1].log_softmax(-1)
-    wanted = math.exp(-logs.gather(-1, ids[:, 1:, None]).double().mean())
-    assert perplexity(source.train(), [ids[:2], ids[2:]]) == pytest.approx(wanted, rel=1e-5)
-    assert source.training
-    source.eval()
-    with torch.no_grad():
-        uniform = copy.deepcopy(source)
-        uniform.get_output_embeddings().weight.zero_()
-    assert perplexity(uniform, [ids]) == pytest.approx(VOCAB, rel=1e-5)
-    for nothing in ([], [ids[:, :1]]):
-        with pytest.raises(ValueError, match="no token to predict"):
-            perplexity(source, nothing)
-
-
-# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -561,168 +303,3 @@ def test_refuses_weights_that_are_not_as_the_config_says():
     carrying.peft_config = {}
     with pytest.raises(TypeError, match="PEFT"):
         dense_to_moe(carrying, 4, 2)
-
-
-# --- the program
-
-
-@pytest.fixture(scope="module")
-def program():
-    """The program as a module; its folder is on the path only here, as when it is run."""
-    for needed in ("rich", "accelerate", "tokenizers"):
-        pytest.importorskip(needed)
-    sys.path.insert(0, str(PROGRAMS))
-    try:
-        import convert_dense_to_moe
-
-        yield convert_dense_to_moe
-    finally:
-        sys.path.remove(str(PROGRAMS))
-        for name in ("convert_dense_to_moe", "_runs"):
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny model with a tokenizer of bytes, as it would lie on disk."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_ = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    folder = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(tokenizer_object=bytes_).save_pretrained(folder)
-    overrides = {"vocab_size": 256, "initializer_range": 0.05}
-    make_dense("mistral", dtype=torch.float32, **overrides).save_pretrained(folder)
-    return folder
-
-
-OPTIONS = [
-    "--sizes", "4x2", "8x8", "--split", "random", "clustered", "--heal-steps", "4", "--batch", "2",
-    "--block", "32", "--test-tokens", "128", "--calibration-tokens", "256", "--lr", "1e-4", "1e-3",
-    "--device", "cpu",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(program, folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    assert program.main([str(folder), *OPTIONS, "--out", str(out)]) == 0
-    return out
-
-
-def test_the_program_reports_every_conversion(program, finished):
-    report = json.loads((finished / "report.json").read_text())
-    rows = report["conversions"]
-    assert [(row["num_experts"], row["top_k"], row["split"]) for row in rows] == [
-        (4, 2, "random"), (4, 2, "clustered"), (8, 8, "random"), (8, 8, "clustered"),
-    ]  # fmt: skip
-    for row in rows:
-        assert row["class"] == "MixtralForCausalLM"
-        assert len(row["healing"]["losses"]) == 4
-        assert row["after"]["choice"] == min(row["choice_by_lr"].values())
-        assert len(row["choice_by_lr"]) == 2
-    for row in rows[2:]:  # all experts: the dense model
-        for part in ("choice", "test"):
-            wanted = report["dense"]["perplexity"][part]
-            assert row["before"][part] == pytest.approx(wanted, rel=1e-5)
-            assert row["healing"]["losses"][0] < 1e-6
-    best = min(rows, key=lambda row: row["after"]["choice"])
-    assert report["best_by_choice_text"] == best["model"]
-    model = AutoModelForCausalLM.from_pretrained(best["model"])
-    model.set_experts_implementation("eager")
-    blocks = program.token_blocks(program.parse([str(report["settings"]["model"]), *OPTIONS])[0])
-    assert perplexity(model, blocks["test"].split(2)) == pytest.approx(best["after"]["test"])
-    table = (finished / "table.md").read_text()
-    assert table.count("\n") == 2 + 1 + 4
-    assert f"| 4 | 2 | random | 50 % | {rows[0]['before']['test']:.2f} |" in table
-
-
-def test_the_texts_share_no_paragraph(program):
-    parts = {
-        part: {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
-        for part, text in program.documentation().items()
-    }
-    assert parts.keys() == {"heal", "choice", "test"}
-    assert not parts["heal"] & parts["test"] and not parts["heal"] & parts["choice"]
-    assert not parts["choice"] & parts["test"]
-    assert min(map(len, parts.values())) > 100
-
-
-def test_a_second_run_of_the_program_computes_nothing(program, folder, finished, monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("a finished stage was built again")
-
-    before = (finished / "report.json").read_text()
-    for name in ("load_dense", "load_moe", "measure"):
-        monkeypatch.setattr(program, name, fail)
-    assert program.main([str(folder), *OPTIONS, "--out", str(finished)]) == 0
-    assert (finished / "report.json").read_text() == before
-
-
-def test_the_program_stopped_while_healing_goes_on(
-    program, folder, finished, tmp_path, monkeypatch
-):
-    """Ctrl-C in the third step of the first healing."""
-    import contextlib
-    import threading
-
-    original, steps = healing_module.kl_divergence, []
-    event = threading.Event()
-
-    def counted(*args):
-        steps.append(None)
-        if len(steps) == 3:
-            event.set()
-        return original(*args)
-
-    command = [str(folder), *OPTIONS, "--out", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        patch.setattr(program, "stop_after_step", lambda: contextlib.nullcontext(event))
-        patch.setattr(healing_module, "kl_divergence", counted)
-        assert program.main(command) == 130
-    assert list(tmp_path.glob("stages/heal-*.partial/checkpoint/healing.pt"))
-    assert not (tmp_path / "report.json").exists()
-    assert program.main(command) == 0
-    results = [json.loads((out / "report.json").read_text()) for out in (tmp_path, finished)]
-    for one, other in zip(*(result["conversions"] for result in results), strict=True):
-        for row in (one, other):
-            row.pop("model")
-            row["healing"].pop("seconds")
-        assert one == other
-    assert not list(tmp_path.glob("stages/*.partial"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--sizes", "8"], "'8' is not ExK"),
-        (["--heal-text", "a.txt"], "give all of"),
-        (["--block", "1"], "--block must be at least 2"),
-        (["--sizes", "4x5"], "K in 1..E"),
-        (["--lr", "0"], "--lr above 0"),
-        (["--batch", "0"], "--batch must be at least 1"),
-    ],
-)
-def test_the_program_refuses_before_any_work(program, folder, options, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        program.main([str(folder), *options, "--out", str(tmp_path / "out")])
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_program_says_what_is_wrong_with_the_model(program, folder, tmp_path, capsys):
-    command = [str(folder), *OPTIONS, "--sizes", "4x2", "5x2", "--out", str(tmp_path / "out")]
-    assert program.main(command) == 1
-    assert "5 experts do not divide the 48 neurons" in capsys.readouterr().out
-    sparse = dense_to_moe(AutoModelForCausalLM.from_pretrained(folder), 4, 2)
-    for file in folder.glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    sparse.save_pretrained(tmp_path)
-    command = [str(tmp_path), *OPTIONS, "--sizes", "4x2", "--out", str(tmp_path / "out")]
-    assert program.main(command) == 1
-    assert "MixtralForCausalLM is a Mixture of Experts already" in capsys.readouterr().out
-    assert not list(tmp_path.glob("out/stages/dense*"))

@@ -2,32 +2,19 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from programs import imported
 from safetensors.torch import load_file
 
-for _needed in ("mlxtend", "sklearn", "matplotlib", "rich", "accelerate"):
-    pytest.importorskip(_needed)
-
-PROGRAMS = Path(__file__).parents[1] / "python"
 OPTIONS = ["--quick", "--steps", "6"]
 
 
 @pytest.fixture(scope="module")
 def demo():
-    """The program as a module; its folder is on the path only here, as when it is run."""
-    sys.path.insert(0, str(PROGRAMS))
-    try:
-        import demo
-
-        yield demo
-    finally:
-        sys.path.remove(str(PROGRAMS))
-        for name in ("demo", "_demo_report", "_runs"):
-            sys.modules.pop(name, None)
+    with imported("demo") as module:
+        yield module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +100,7 @@ def test_a_second_run_computes_nothing_again(demo, finished, monkeypatch):
     def fail(*_):
         raise AssertionError("a finished stage was built again")
 
-    for name in ("pretrain", "tokenize_pictures", "teach", "generate", "measure_model"):
+    for name in ("pretrain", "tokenize_pictures", "teach", "generate", "measure"):
         monkeypatch.setattr(demo, name, fail)
     assert demo.main([*OPTIONS, "--out", str(finished)]) == 0
     assert (finished / "report.json").read_text() == before

@@ -9,6 +9,8 @@ it. A text may hold several pictures; each has its begin and its end.
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -239,9 +241,13 @@ class CaptionedImages(Dataset):
         codes: (N, tokens) int64.
         vocabulary: where the image's tokens are.
         caption_dropout: the share of draws that get ``empty_caption`` instead, which teaches the
-            model pictures without a caption, as classifier-free guidance needs. Drawn from torch's
-            global generator, whose state a Trainer keeps in its checkpoints.
+            model pictures without a caption, as classifier-free guidance needs. It follows from
+            ``seed``, the epoch, the index and how often that was drawn in the epoch, and not from a
+            global generator: data loaders read ahead, so that a checkpoint would hold the state of
+            a later batch, and a resumed run drop other captions. To resume exactly, call
+            :meth:`set_epoch` at the beginning of each epoch.
         empty_caption: token ids; ``caption_ids(tokenizer, "")`` is what ``generate_images`` uses.
+        seed: of the dropout.
 
     Raises:
         ValueError: captions and pictures differ in number, a caption has image tokens in it, or a
@@ -256,6 +262,7 @@ class CaptionedImages(Dataset):
         *,
         caption_dropout: float = 0.0,
         empty_caption: Sequence[int] = (),
+        seed: int = 0,
     ):
         if len(caption_ids) != len(codes):
             raise ValueError(f"{len(caption_ids)} captions for {len(codes)} pictures")
@@ -266,14 +273,25 @@ class CaptionedImages(Dataset):
         text_ids(empty_caption, vocabulary, "empty_caption")
         self.caption_ids, self.codes, self.vocabulary = caption_ids, codes, vocabulary
         self.caption_dropout, self.empty_caption = caption_dropout, empty_caption
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch: its dropout is another one."""
+        self._epoch, self._draws = epoch, Counter()
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        dropped = self.caption_dropout > 0 and float(torch.rand(())) < self.caption_dropout
-        caption = self.empty_caption if dropped else self.caption_ids[index]
+        caption = self.empty_caption if self._is_dropped(index) else self.caption_ids[index]
         return image_sequence(caption, self.codes[index], self.vocabulary)
+
+    def _is_dropped(self, index: int) -> bool:
+        draw = self._draws[index]
+        self._draws[index] += 1
+        generator = random.Random(f"{self.seed}/{self._epoch}/{index}/{draw}")
+        return generator.random() < self.caption_dropout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""A small language model that learns Python's own documentation: where the programs here start from
+when no pretrained model is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from _runs import Place, last_checkpoint, mean_nll, train
+from _texts import documentation, text_blocks
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+
+@dataclass(frozen=True)
+class TextModelSettings:
+    """Of an OLMoE, or with ``experts`` 0 of a dense Llama."""
+
+    seed: int = 0
+    device: str = "cpu"
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    experts: int = 16
+    experts_per_token: int = 4
+    intermediate_size: int = 64
+    text_steps: int = 600
+    text_batch: int = 8
+    text_block: int = 128
+    text_learning_rate: float = 2e-3
+
+
+def train_text_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(
+        [text],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<pad>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>")
+
+
+def text_batches(blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids, "labels": ids} for ids in blocks.split(32)]
+
+
+def start_text_model(
+    settings: TextModelSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: str | None
+) -> PreTrainedModel:
+    if checkpoint is not None:
+        # The Trainer's resume loads no experts: they are saved under other names than they have
+        # in the model, which only from_pretrained knows.
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    else:
+        torch.manual_seed(settings.seed)
+        common = dict(
+            vocab_size=len(tokenizer), hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
+            max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        if settings.experts:
+            config = OlmoeConfig(
+                num_experts=settings.experts, num_experts_per_tok=settings.experts_per_token,
+                norm_topk_prob=True, **common,
+            )  # fmt: skip
+            model = OlmoeForCausalLM(config)
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**common))
+    if settings.experts:
+        model.set_experts_implementation("grouped_mm")
+        # Adds the balance loss, so that no expert stays idle.
+        model.config.output_router_logits = True
+    return model
+
+
+def pretrain(settings: TextModelSettings, place: Place) -> dict[str, Any]:
+    """Leaves the model and its tokenizer in ``model``."""
+    texts = documentation()
+    tokenizer = train_text_tokenizer(texts["train"], settings.vocab_size)
+    block = settings.text_block
+    blocks = text_blocks(tokenizer, texts["train"], block, block // 4)
+    held_out = text_batches(text_blocks(tokenizer, texts["test"], block, block))
+    model = start_text_model(settings, tokenizer, last_checkpoint(place))
+    history = train(
+        model, [{"input_ids": ids, "labels": ids} for ids in blocks],
+        lambda model: mean_nll(model, held_out), place,
+        max_steps=settings.text_steps, per_device_train_batch_size=settings.text_batch,
+        learning_rate=settings.text_learning_rate, weight_decay=0.1,
+        warmup_steps=settings.text_steps // 10, seed=settings.seed,
+        use_cpu=settings.device == "cpu",
+    )  # fmt: skip
+    if settings.experts:
+        model.config.output_router_logits = False
+    model.save_pretrained(place.folder / "model")
+    tokenizer.save_pretrained(place.folder / "model")
+    return {"history": history, "tokens_per_second": history["samples_per_second"] * block}
+
+
+def load_text_model(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device).eval()
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("grouped_mm")
+    return model, PreTrainedTokenizerFast.from_pretrained(folder / "model")

@@ -1,0 +1,297 @@
+"""A text model that learns pictures: what the programs here share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _pictures import CaptionedPictures
+from _runs import mean_nll
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_kernels import (
+    ModalityLoraConfig,
+    PatchedModel,
+    add_modality_tokens,
+    patch_model,
+)
+from moe_kernels.analysis import RoutingRecorder, RoutingStatistics, modality_by_token_id
+from moe_kernels.imaging import (
+    CaptionedImages,
+    ImageCollator,
+    ImageTokenizer,
+    ImageVocabulary,
+    caption_ids,
+    count_distinct,
+    mean_pairwise_distance,
+    nearest_distances,
+    padding_id,
+)
+
+# So many real pictures of every caption are needed before a classifier is trained to read them.
+_PICTURES_TO_READ = 10
+
+
+@dataclass(frozen=True)
+class TokenizedPictures:
+    """Pictures and their codes, (N, tokens) int64."""
+
+    pictures: CaptionedPictures
+    codes: torch.Tensor
+
+    @classmethod
+    def encode(cls, tokenizer: ImageTokenizer, pictures: CaptionedPictures) -> TokenizedPictures:
+        return cls(pictures, tokenizer.encode(pictures.images))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.pictures.labels
+
+    def head(self, count: int) -> TokenizedPictures:
+        return TokenizedPictures(
+            self.pictures.take(np.arange(len(self))[:count]), self.codes[:count]
+        )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+@dataclass
+class Painter:
+    """A text model with image tokens, and what is needed to talk to it; patched or not."""
+
+    model: PreTrainedModel
+    vocabulary: ImageVocabulary
+    collator: ImageCollator
+    caption_ids: list[list[int]]
+    empty_caption: list[int]
+    patched: PatchedModel | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        token_ids: range,
+        captions: Sequence[str],
+        patched: PatchedModel | None = None,
+    ) -> Painter:
+        """token_ids: of the model's image tokens"""
+        return cls(
+            model,
+            ImageVocabulary.from_token_ids(token_ids),
+            ImageCollator(padding_id(tokenizer)),
+            [caption_ids(tokenizer, text) for text in captions],
+            caption_ids(tokenizer, ""),
+            patched,
+        )
+
+    @classmethod
+    def create(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ModalityLoraConfig,
+        num_codes: int,
+        captions: Sequence[str],
+        *,
+        seed: int,
+        **init: Any,
+    ) -> Painter:
+        """Patches the model. init: keywords of ``add_modality_tokens``"""
+        torch.manual_seed(seed)
+        patched = patch_model(model, config)
+        token_ids = add_modality_tokens(model, "image", ImageVocabulary.size(num_codes), **init)
+        return cls.of(model, tokenizer, token_ids, captions, patched)
+
+    def dataset(self, pictures: TokenizedPictures, caption_dropout: float = 0.0) -> CaptionedImages:
+        captions = [self.caption_ids[label] for label in pictures.labels]
+        return CaptionedImages(
+            captions, pictures.codes, self.vocabulary, caption_dropout=caption_dropout,
+            empty_caption=self.empty_caption,
+        )  # fmt: skip
+
+    def batches(self, pictures: TokenizedPictures, size: int) -> list[dict[str, torch.Tensor]]:
+        samples = list(self.dataset(pictures))
+        return [
+            self.collator(samples[start : start + size]) for start in range(0, len(samples), size)
+        ]
+
+
+@torch.no_grad()
+def text_logits(
+    model: PreTrainedModel, blocks: torch.Tensor, vocab_size: int, batch: int = 32
+) -> torch.Tensor:
+    """(blocks, block, V): the scores of text tokens, always at the same batch shape."""
+    batches = blocks.to(model.device).split(batch)
+    return torch.cat([model(input_ids=ids).logits[..., :vocab_size].cpu() for ids in batches])
+
+
+def text_nll(logits: torch.Tensor, blocks: torch.Tensor) -> float:
+    return float(
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), blocks[:, 1:].flatten()
+        )
+    )
+
+
+def compare_text(
+    unpatched: torch.Tensor, before: torch.Tensor, after: torch.Tensor, blocks: torch.Tensor
+) -> dict[str, Any]:
+    """What training did to text, from (blocks, block, V) logits in three states of the model."""
+    rounding = (after - unpatched).float().abs().amax(-1)
+    return {
+        "held_out_tokens": blocks.numel(),
+        "nll_unpatched": text_nll(unpatched, blocks),
+        "nll_before_training": text_nll(before, blocks),
+        "nll_after_training": text_nll(after, blocks),
+        "max_abs_logit_difference_by_training": float((after - before).float().abs().max()),
+        "logits_changed_by_training": int((after != before).sum()),
+        "same_bits_before_and_after_training": torch.equal(before, after),
+        # Rounding; where a router is at a tie it may even choose another expert.
+        "max_abs_logit_difference_to_unpatched": float(rounding.max()),
+        "median_logit_difference_to_unpatched": float(rounding.median()),
+    }
+
+
+def measure_model(
+    model: PreTrainedModel,
+    patch: Callable[[PreTrainedModel], Painter],
+    adapter: Path,
+    blocks: torch.Tensor,
+    held_out: TokenizedPictures,
+    *,
+    text_batch: int,
+    image_batch: int,
+) -> tuple[Painter, dict[str, Any]]:
+    """One model in three states: as it was, patched but untrained, and with the trained adapter.
+
+    blocks: (blocks, block) token ids of held-out text; returns the model in its last state, too
+    """
+    vocab_size = model.config.vocab_size
+    unpatched = text_logits(model, blocks, vocab_size, text_batch)
+    painter = patch(model)
+    images = painter.batches(held_out, image_batch)
+    before = text_logits(model, blocks, vocab_size, text_batch)
+    nll_start = mean_nll(model, images)
+    painter.patched.load_adapter(adapter)
+    after = text_logits(model, blocks, vocab_size, text_batch)
+    nll_end = mean_nll(model, images)
+    with painter.patched.adapters_disabled():
+        nll_off = mean_nll(model, images)
+    trained = sum(parameter.numel() for parameter in painter.patched.trainable_parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return painter, {
+        "parameters": {"trained": trained, "total": total, "share": trained / total},
+        "text": compare_text(unpatched, before, after, blocks),
+        "image": {
+            "held_out_images": len(held_out),
+            "nll_start": nll_start,
+            "nll_end": nll_end,
+            "nll_adapters_off": nll_off,
+        },
+    }
+
+
+def record_routing(
+    painter: Painter, blocks: torch.Tensor, held_out: TokenizedPictures, text_batch: int,
+    image_batch: int,
+) -> RoutingStatistics:  # fmt: skip
+    """Which experts text and pictures go to, with the adapters on."""
+    model = painter.model
+    modality_of = modality_by_token_id({"image": painter.vocabulary.token_ids})
+    with torch.no_grad(), RoutingRecorder(model, modality_of) as recorder:
+        for ids in blocks.to(model.device).split(text_batch):
+            model(input_ids=ids)
+        mean_nll(model, painter.batches(held_out, image_batch))
+    return recorder.statistics()
+
+
+def flat(images: Any) -> np.ndarray:
+    return np.asarray(images, dtype=np.float32).reshape(len(images), -1)
+
+
+@dataclass(frozen=True)
+class CaptionReader:
+    """A classifier that says which caption a picture has."""
+
+    classifier: Any
+    decode: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def fit(
+        cls, train: TokenizedPictures, decode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> CaptionReader | None:
+        """Learns from real pictures, raw and as the tokenizer gives them back.
+
+        None where captions have too few pictures to learn from.
+        """
+        from sklearn.svm import SVC
+
+        if np.bincount(train.labels, minlength=len(train.pictures.names)).min() < _PICTURES_TO_READ:
+            return None
+        both = [flat(train.pictures.images) / 255, flat(decode(train.codes))]
+        return cls(SVC(C=5.0).fit(np.concatenate(both), np.tile(train.labels, 2)), decode)
+
+    def read(self, codes: torch.Tensor) -> torch.Tensor:
+        """(N, tokens) -> (N,) captions' numbers"""
+        return torch.from_numpy(self.classifier.predict(flat(self.decode(codes)))).long()
+
+    def accuracy(self, held_out: TokenizedPictures) -> dict[str, float]:
+        """On real pictures, raw and tokenized."""
+        raw = flat(held_out.pictures.images) / 255
+        return {
+            "raw": self.classifier.score(raw, held_out.labels),
+            "tokenized": float((self.read(held_out.codes).numpy() == held_out.labels).mean()),
+        }
+
+
+def measure_samples(
+    codes: torch.Tensor,
+    asked: torch.Tensor,
+    train: TokenizedPictures,
+    held_out: TokenizedPictures,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    reader: CaptionReader | None,
+) -> dict[str, Any]:
+    """Are generated pictures what was asked for, varied, and new?
+
+    codes: (N, tokens); asked: (N,), the captions' numbers. Real pictures are compared as the
+    tokenizer gives them back, so that like meets like.
+    """
+    generated, real, real_held_out = map(decode, (codes, train.codes, held_out.codes))
+    near, near_real = nearest_distances(generated, real), nearest_distances(real_held_out, real)
+    truth = torch.from_numpy(held_out.labels)
+    measured = {
+        "count": len(codes),
+        "distinct": count_distinct(codes),
+        "pairwise_distance": {
+            "generated": mean_pairwise_distance(generated, asked),
+            "held_out_real": mean_pairwise_distance(real_held_out, truth),
+        },
+        "nearest_training_distance": {
+            "generated": float(near.mean()),
+            "held_out_real": float(near_real.mean()),
+        },
+        "copies_of_a_training_image": {
+            "generated": int((near == 0).sum()),
+            "held_out_real": int((near_real == 0).sum()),
+        },
+    }
+    if reader is not None:
+        read = reader.read(codes)
+        right = (read == asked).double()
+        names = train.pictures.names
+        measured |= {
+            "read_as_their_caption": float(right.mean()),
+            "read_by_caption": {
+                names[label]: float(right[asked == label].mean()) for label in asked.unique()
+            },
+            "read": read.tolist(),
+            "classifier_held_out_accuracy": reader.accuracy(held_out),
+        }
+    return measured
