@@ -73,6 +73,7 @@ from moe_kernels.imaging import (
 from moe_kernels.models import initialise_lora
 
 ROW_INITS = ("normal", "gaussian", "mean", "gromov_wasserstein", "permuted")
+TARGET_MODULES = ("experts", "attention", "router")
 LORA_INITS = ("zero", "gromov_wasserstein", "permuted")
 # Text and pictures that a Gromov-Wasserstein start of the adapters looks at.
 _INIT_ROWS = 16
@@ -496,7 +497,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--r", type=int, default=16, help="rank; default: %(default)s")
     group("--lora-alpha", type=float, help="default: twice the rank")
     group(
-        "--target-modules", nargs="+", default=["experts", "attention"],
+        "--target-modules", nargs="+", default=["experts", "attention"], choices=TARGET_MODULES,
         help="default: experts attention",
     )  # fmt: skip
     group("--shared-A", action="store_true", help="one A for all experts of a layer")
