@@ -68,6 +68,7 @@ from moe_kernels.imaging import (
     VQTokenizer,
     generate_image_codes,
     load_image_tokenizer,
+    nearest_indices,
     plot_samples,
 )
 from moe_kernels.models import initialise_lora
@@ -122,10 +123,11 @@ class Settings:
 
     @property
     def for_tokenizer(self) -> dict[str, Any]:
-        return self.pick(
-            "seed", "data", "emoji_folder", "emoji_categories", "image_size", "held_out",
-            "tokenizer", "num_codes", "patch_size", "vq_steps",
-        )  # fmt: skip
+        names = ["seed", "data", "held_out", "tokenizer", "num_codes", "patch_size"]
+        names += ["image_size"] if self.data != "digits" else []
+        names += ["emoji_folder", "emoji_categories"] if self.data == "emoji" else []
+        names += ["vq_steps"] if self.tokenizer == "vq" else []
+        return self.pick(*names)
 
     @property
     def for_text(self) -> dict[str, Any]:
@@ -382,24 +384,30 @@ class Program:
 
     def plot_samples(self, guidance: str, codes: torch.Tensor, measured: dict[str, Any]) -> None:
         decode, each = self.image_tokenizer.decode, self.settings.samples_per_caption
-        rows = []
+        trained = decode(self.train_codes.codes)
+        nearest = trained[nearest_indices(decode(codes), trained)]
+        rows, held_out = [], []
         for number, label in enumerate(self.asked):
             mine = slice(number * each, (number + 1) * each)
-            real = self.real_pictures(label)
+            real, is_held_out = self.real_pictures(label)
+            held_out.append(is_held_out)
             misread = torch.tensor(measured["read"][mine]) != label if "read" in measured else None
             name = self.train_pictures.names[label]
-            rows.append(SampleRow(f'"{name}"', decode(codes[mine]), decode(real), misread))
+            rows.append(
+                SampleRow(f'"{name}"', decode(codes[mine]), decode(real), misread, nearest[mine])
+            )
         title = f"guidance {guidance}"
         if "read" in measured:
             title += f": {measured['read_as_their_caption']:.1%} read as their caption"
         path = self.out / f"samples-guidance-{guidance}.png"
-        save_figure(plot_samples(rows, title), path)
+        heading = "real, held out" if all(held_out) else "real"
+        save_figure(plot_samples(rows, title, real_heading=heading), path)
 
-    def real_pictures(self, label: int, count: int = 4) -> torch.Tensor:
-        """Codes of real pictures of a caption; held-out ones where there are any."""
+    def real_pictures(self, label: int, count: int = 3) -> tuple[torch.Tensor, bool]:
+        """Codes of real pictures of a caption, held-out ones where there are any; whether so."""
         for part in (self.held_out_codes, self.train_codes):
             if (mine := np.flatnonzero(part.labels == label)).size:
-                return part.codes[torch.from_numpy(mine[:count])]
+                return part.codes[torch.from_numpy(mine[:count])], part is self.held_out_codes
         raise AssertionError("every asked caption has a training picture")
 
     def run(self) -> dict[str, Any]:

@@ -56,19 +56,22 @@ class _Block:
         return max(len(line) for line in self.lines) * _STEP
 
 
-def plot_samples(rows: Sequence[SampleRow], title: str) -> Figure:
+def plot_samples(
+    rows: Sequence[SampleRow], title: str, *, real_heading: str = "real, held out"
+) -> Figure:
     """A line for each caption: its text, the generated pictures, and real ones to compare."""
     from matplotlib.figure import Figure
 
-    blocks = _blocks(rows)
+    blocks = _blocks(rows, real_heading)
     if not blocks:
         raise ValueError("there are no pictures to plot")
     shape = next(line[0].shape for line in blocks[0].lines if line)
     aspect = shape[0] / shape[1]
     right = _CAPTION + sum(block.width + _GAP for block in blocks)
     bottom, top = len(rows) * _STEP * aspect, -aspect
-    figure = Figure(figsize=(right * _INCHES, (bottom - top) * _INCHES + 0.75))
-    panel = figure.add_axes((0, 0.01, 1, 1 - 0.75 / figure.get_figheight()))
+    title_inches = 0.35 + 0.2 * len(title.splitlines())
+    figure = Figure(figsize=(right * _INCHES, (bottom - top) * _INCHES + title_inches))
+    panel = figure.add_axes((0, 0.01, 1, 1 - title_inches / figure.get_figheight()))
     for number, row in enumerate(rows):
         y = (number * _STEP + 0.5) * aspect
         panel.text(_CAPTION - 0.4, y, row.caption, ha="right", va="center")
@@ -83,7 +86,7 @@ def plot_samples(rows: Sequence[SampleRow], title: str) -> Figure:
     return figure
 
 
-def _blocks(rows: Sequence[SampleRow]) -> list[_Block]:
+def _blocks(rows: Sequence[SampleRow], real_heading: str) -> list[_Block]:
     """Those that have pictures."""
     framed = [row.misread for row in rows]
     marked = any(misread is not None for misread in framed)
@@ -94,7 +97,7 @@ def _blocks(rows: Sequence[SampleRow]) -> list[_Block]:
             framed,
         ),
         _Block("nearest of training", [_pictures(row.nearest) for row in rows], [None] * len(rows)),
-        _Block("real, held out", [_pictures(row.real) for row in rows], [None] * len(rows)),
+        _Block(real_heading, [_pictures(row.real) for row in rows], [None] * len(rows)),
     ]
     return [block for block in blocks if any(block.lines)]
 
