@@ -130,6 +130,28 @@ def nvcc_version(home: Path) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def why_nvcc_refuses(home: Path) -> str | None:
+    """Say what nvcc has against the C++ compiler here, as the build will call both; None where it
+    compiles a file with it.
+    """
+    ccbin = os.environ.get("CC")  # torch.utils.cpp_extension hands it on
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probe.cu"
+        path.write_text("#include <vector>\n__global__ void probe() {}\n")
+        command = [home / "bin" / "nvcc", "-std=c++20", *(["-ccbin", ccbin] if ccbin else [])]
+        result = subprocess.run(
+            [*command, "-c", path, "-o", f"{folder}/probe.o"], capture_output=True, text=True
+        )
+    if result.returncode == 0:
+        return None
+    lines = (result.stderr + result.stdout).splitlines()
+    errors = [line for line in lines if re.search("error|fatal", line)] or lines or ["nothing"]
+    return (
+        f"nvcc of {home} does not compile with {ccbin or 'the C++ compiler that it finds'} (set CC "
+        f"to one that it takes): {errors[0].strip()}"
+    )
+
+
 def why_no_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
     """Say what is missing for the CUDA kernels; None where nothing is."""
     if flag("MOE_KERNELS_SKIP_CUDA"):
@@ -152,7 +174,7 @@ def why_no_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
             f"built for CUDA {torch_cuda}: their major versions must agree (install the other "
             "toolkit and set CUDA_HOME, or install a torch for this one)"
         )
-    return None
+    return why_nvcc_refuses(home)
 
 
 def default_arch_list(version: tuple[int, int]) -> str:

@@ -163,7 +163,7 @@ def _project_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ke
 def _low_rank_sums(rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
     """Gradients of B, with du where that is one pass, and of A; of both projections."""
     for of_down in (True, False):
-        with_du = [False, True] if rank <= shared.TRITON.max_projected else [False]
+        with_du = [False, True] if shared.projects(rank, dtype) else [False]
         for project in with_du:
             of_B = {"RIGHT_BY_TOKEN": of_down, "PROJECT": project, "stride_h": 1}
             yield _sum(rank, dtype, WEIGHTED=of_down, **of_B)

@@ -1,6 +1,6 @@
-"""Bytes and operations of every kernel of the Triton backend, by formula, beside the floor.
+"""Bytes and operations of every kernel of a GPU backend, by formula, beside the floor.
 
-    python benchmarks/cost_model.py --shape olmoe --tokens 8192
+    python benchmarks/cost_model.py --shape olmoe --tokens 8192 --backend cuda
 
 A pass over a tensor that need not be there shows without a GPU. Counted is what a kernel reads and
 writes once: rows that several programs share, and weights that several row tiles share, are in the
@@ -16,6 +16,10 @@ from _cases import DTYPES, Case
 from tables import markdown
 
 from moe_kernels.testing import SHAPES
+
+# By backend: the highest rank of which du and dB are one pass over dY, and the columns of dY of a
+# part of du. (float32 is two passes under "cuda".)
+PARTS_OF_DU = {"triton": (16, 128), "cuda": (32, 256)}
 
 
 class Cost(NamedTuple):
@@ -79,19 +83,20 @@ def forward(case: Case) -> Iterator[Cost]:
     yield Cost("combine", wide * shape.H, s.rows, s.x)
 
 
-def backward(case: Case) -> Iterator[Cost]:
+def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
     """Gradients of hidden_states, topk_weights and the adapters, these in float32.
 
-    du and dB of a rank up to 16 are one pass over dY, which writes du in parts of 128 columns that
-    are read once; of a higher rank they are two. (The CUDA kernels make two of them at any rank.)
+    du and dB of a low rank are one pass over dY, which writes du in parts by its columns that are
+    read once; of a higher rank they are two: see :data:`PARTS_OF_DU`.
     """
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
     to_fp32 = 4 / case.torch_dtype.itemsize
-    together = shape.r <= 16
+    highest, columns = PARTS_OF_DU[backend]
+    together = shape.r <= highest and (backend != "cuda" or case.torch_dtype.itemsize == 2)
 
     def du_and_dB(name: str, flops: float, dy: float, width: int, lora: float, grad: float) -> Cost:
-        parts = to_fp32 * s.u * -(-width // 128) if together else 0
+        parts = to_fp32 * s.u * -(-width // columns) if together else 0
         read = (dy if together else 2 * dy) + lora + parts
         return Cost(name, flops, read, parts + to_fp32 * s.u + grad)
 
@@ -134,10 +139,10 @@ def _flops(case: Case) -> tuple[float, float]:
     return 2 * case.rows, 2 * case.num_image * case.shape.K * case.shape.r
 
 
-def table(case: Case, bandwidth: float, tflops: float) -> str:
+def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") -> str:
     """Both passes, ``bandwidth`` in TB/s."""
     rows = []
-    for mode, costs in (("forward", [*forward(case)]), ("backward", [*backward(case)])):
+    for mode, costs in (("forward", [*forward(case)]), ("backward", [*backward(case, backend)])):
         total = Cost(f"all of {mode}", *(sum(c[i] for c in costs) for i in (1, 2, 3)))
         for cost in (*costs, total, floor(case, mode)):
             memory, compute = cost.bytes / bandwidth / 1e9, cost.flops / tflops / 1e9
@@ -158,6 +163,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="olmoe")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--backend", choices=PARTS_OF_DU, default="triton")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--image-share", nargs="+", type=float, default=[0.0, 0.25, 1.0])
     parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s (default: H100 SXM)")
@@ -172,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
             given.shape, T=given.tokens, r=given.rank, dtype=given.dtype, image_share=share
         )
         print(f"{given.shape}, T = {given.tokens}, rank {given.rank}, {share:.0%} image rows")
-        print(table(case, given.bandwidth, given.tflops))
+        print(table(case, given.bandwidth, given.tflops, given.backend))
 
 
 if __name__ == "__main__":

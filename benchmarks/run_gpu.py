@@ -156,7 +156,7 @@ def measure_kernels(given: Namespace) -> dict:
     ]
     rows.sort(key=lambda row: -row[2])
     print(markdown(("kernel", "launches", "ms"), [(k, str(n), f"{t:.3f}") for k, n, t in rows]))
-    print(cost_table(case, 3.0, 800.0))
+    print(cost_table(case, 3.0, 800.0, given.backend))
     return {"case": case.describe(), "kernels": [list(row) for row in rows]}
 
 
@@ -169,12 +169,13 @@ def measure_dispatch(given: Namespace) -> dict:
     for backend in ("reference", given.backend):
 
         def sort(backend: str = backend) -> None:
-            found = dispatch(
-                inputs.topk_ids, problem.case.shape.E, modality_ids=inputs.modality_ids,
-                num_modalities=1, backend=backend,
-            )  # fmt: skip
             if backend == given.backend:
-                _tile_maps(backend, found.segment_offsets, inputs)
+                _dispatch_with_maps(backend, inputs)
+            else:
+                dispatch(
+                    inputs.topk_ids, problem.case.shape.E, modality_ids=inputs.modality_ids,
+                    num_modalities=1, backend=backend,
+                )  # fmt: skip
 
         sort()
         if given.device == "cuda":
@@ -187,12 +188,12 @@ def measure_dispatch(given: Namespace) -> dict:
     return {"rows": inputs.topk_ids.numel(), "us": found}
 
 
-def _tile_maps(backend: str, segment_offsets: torch.Tensor, inputs: MoeInputs) -> None:
-    launches = getattr(import_module(f"moe_kernels.ops.{backend}_kernels"), backend.upper())
+def _dispatch_with_maps(backend: str, inputs: MoeInputs) -> None:
+    implementation = import_module(f"moe_kernels.ops.dispatch.{backend}_impl")
     maps = import_module("moe_kernels.ops.triton_tile_maps")
     experts = inputs.gate_up_proj.shape[0]
     wanted = [(maps.by_expert(experts, 1), 128), (maps.by_adapter(experts, 1), 64)]
-    launches.tile_maps(segment_offsets, inputs.topk_ids.numel(), wanted)
+    implementation.dispatch_with_maps(inputs.topk_ids, experts, inputs.modality_ids, 1, wanted)
 
 
 def measure_graphs(given: Namespace) -> dict:
@@ -275,7 +276,7 @@ def _launch_bars(results: Mapping, given: Namespace, copy_rate: float | None) ->
         yield Bar(9, what, label, _one(torch_us / own_us), DISPATCH_OVER_TORCH, at_least=True)
     if "kernels" not in results or not copy_rate:
         return
-    costs = [*forward(case), *backward(case)]
+    costs = [*forward(case), *backward(case, given.backend)]
     for number, what, kernels, names, limit in BY_COPY:
         moved = sum(cost.bytes for cost in costs if cost.kernel in names)
         ms = sum(ms for name, _, ms in results["kernels"]["kernels"] if re.search(kernels, name))

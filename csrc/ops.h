@@ -75,6 +75,12 @@ using DispatchOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities);
 
+// `dispatch`, and the maps of its segments (see below) in the same launches.
+using DispatchWithMapsOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                      std::vector<at::Tensor>>(
+    const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
+    int64_t num_modalities, at::IntArrayRef blocks, at::IntArrayRef groups);
+
 // For each map of `blocks` rows a tile: tiles (3, n) and groups (3, g), as csrc/cuda/tiles.h says;
 // of `groups`, five numbers each: num, period, stride, offset and width.
 using TileMapsOp = std::vector<at::Tensor>(const at::Tensor& segment_offsets, int64_t num_rows,
@@ -86,20 +92,22 @@ using CombineOp = at::Tensor(const at::Tensor& rows, const at::Tensor& inv_perm,
                              const at::Tensor& num_rows, const std::optional<at::Tensor>& weights,
                              int64_t num_tokens);
 
-// out = left M on the rows of the tiles alone, which are of pairs (modality, expert): see
+// out = left M on the rows of the tiles alone, which are of num_pairs pairs (modality, expert): see
 // csrc/cuda/project.h. `matrix` (..., rank, size_k) if rank_first, else (..., size_k, rank), has
 // `experts` of these for each modality: num_base, or 1 that all share.
 using ProjectOp = void(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-                       const at::Tensor& perm, const at::Tensor& tiles, int64_t num_base,
-                       int64_t experts, int64_t top_k, bool by_token, bool rank_first);
+                       const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs,
+                       int64_t num_base, int64_t experts, int64_t top_k, bool by_token,
+                       bool rank_first);
 
 // (groups, height, width), or the last two exchanged, float32: sums of (factor * weight * left)^T
-// right over each group's rows: see csrc/cuda/outer.h. `tiles` are of `chunk` rows.
-using OuterOp = at::Tensor(const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
-                           const at::Tensor& tiles, const at::Tensor& groups,
-                           const at::Tensor& factors, const std::optional<at::Tensor>& weights,
-                           int64_t chunk, int64_t top_k, bool transposed, bool left_by_token,
-                           bool right_by_token);
+// right over each group's rows; and right matrix (T * K, height) in float32 on these rows alone, or
+// no rows without a matrix: see csrc/cuda/outer.h. `tiles` are of `chunk` rows.
+using OuterOp = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
+    const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
+    const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& matrix,
+    int64_t chunk, int64_t top_k, bool transposed, bool left_by_token, bool right_by_token);
 
 // out[token] += s u V on the rows of the tiles alone, which are of modalities: see
 // csrc/cuda/add_low_rank.h.
@@ -130,6 +138,7 @@ using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre,
 // with meta tensors, and where the op on CUDA begins.
 namespace outputs {
 DispatchOp dispatch;
+DispatchWithMapsOp dispatch_with_maps;
 TileMapsOp tile_maps;
 CombineOp combine;
 ProjectOp project;
@@ -142,6 +151,7 @@ ActBackwardOp act_backward;
 
 namespace cuda {
 DispatchOp dispatch;
+DispatchWithMapsOp dispatch_with_maps;
 TileMapsOp tile_maps;
 CombineOp combine;
 ProjectOp project;

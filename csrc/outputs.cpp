@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cuda/expert_gemm_shapes.h"
+#include "cuda/host_device.h"
 #include "cuda/tiles.h"
 #include "ops.h"
 
@@ -75,9 +76,9 @@ int64_t check_perm(const at::Tensor& first, const at::Tensor& perm, int64_t top_
   return perm.numel();
 }
 
-// (..., height, width), of which there are `experts` for each modality.
-void check_matrices(const at::Tensor& rows, const at::Tensor& matrix, int64_t height,
-                    int64_t width, int64_t experts) {
+// The number of modalities of (..., height, width), of which there are `experts` for each.
+int64_t check_matrices(const at::Tensor& rows, const at::Tensor& matrix, int64_t height,
+                       int64_t width, int64_t experts) {
   TORCH_CHECK(matrix.dim() >= 2 && matrix.size(-2) == height && matrix.size(-1) == width,
               "matrix must end with ", height, " x ", width, ", has ", matrix.sizes());
   int64_t matrices = 1;
@@ -89,6 +90,18 @@ void check_matrices(const at::Tensor& rows, const at::Tensor& matrix, int64_t he
                   (wide || matrix.scalar_type() == rows.scalar_type()),
               "matrix must be contiguous, on ", rows.device(), " and float32 or ",
               rows.scalar_type(), ", is ", matrix.toString(), " on ", matrix.device());
+  return matrices / experts;
+}
+
+// What one pass gives both the sums and right times the matrix of.
+void check_projected(const at::Tensor& left, const at::Tensor& right, const at::Tensor& matrix,
+                     int64_t num_groups) {
+  TORCH_CHECK(right.scalar_type() != at::kFloat && left.scalar_type() == right.scalar_type() &&
+                  left.size(1) <= cuda::kMaxProjected,
+              "with a matrix outer takes left and right of bfloat16 or float16, the same, and at "
+              "most ", cuda::kMaxProjected, " columns of left; they are ", left.toString(), " of ",
+              left.sizes(), " and ", right.toString());
+  check_beside_rows(right, matrix, "matrix", {num_groups, right.size(1), left.size(1)});
 }
 
 int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
@@ -195,6 +208,16 @@ std::vector<at::Tensor> tile_maps(const at::Tensor& segment_offsets, int64_t num
   return made;
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>
+dispatch_with_maps(const at::Tensor& topk_ids, int64_t num_experts,
+                   const std::optional<at::Tensor>& modality_ids, int64_t num_modalities,
+                   at::IntArrayRef blocks, at::IntArrayRef groups) {
+  const auto fields = dispatch(topk_ids, num_experts, modality_ids, num_modalities);
+  const at::Tensor& segment_offsets = std::get<4>(fields);
+  return std::tuple_cat(
+      fields, std::make_tuple(tile_maps(segment_offsets, topk_ids.numel(), blocks, groups)));
+}
+
 at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at::Tensor& num_rows,
                    const std::optional<at::Tensor>& weights, int64_t num_tokens) {
   check_half_or_float(rows, "rows");
@@ -214,8 +237,8 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at:
 }
 
 void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_base, int64_t experts,
-             int64_t top_k, bool by_token, bool rank_first) {
+             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
+             int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
   check_half_or_float(left, "left");
   const int64_t rows = check_perm(left, perm, top_k);
   check_beside(left, left, "left", left.scalar_type(), {by_token ? rows / top_k : rows, -1});
@@ -226,13 +249,17 @@ void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& ma
               "left, out and tiles must have fewer than 2^31 columns");
   TORCH_CHECK(num_base >= 1 && num_base < kMaxInt && (experts == 1 || experts == num_base),
               "experts must be 1 or num_base = ", num_base, ", is ", experts);
-  check_matrices(left, matrix, rank_first ? rank : size_k, rank_first ? size_k : rank, experts);
+  const int64_t modalities = check_matrices(left, matrix, rank_first ? rank : size_k,
+                                            rank_first ? size_k : rank, experts);
+  TORCH_CHECK(num_pairs == modalities * num_base, "tiles must be of the pairs of ", modalities,
+              " modalities and ", num_base, " experts, are of ", num_pairs);
 }
 
-at::Tensor outer(const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
-                 const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
-                 const std::optional<at::Tensor>& weights, int64_t chunk, int64_t top_k,
-                 bool transposed, bool left_by_token, bool right_by_token) {
+std::tuple<at::Tensor, at::Tensor> outer(
+    const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
+    const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
+    const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& matrix,
+    int64_t chunk, int64_t top_k, bool transposed, bool left_by_token, bool right_by_token) {
   check_half_or_float(right, "right");
   const int64_t rows = check_perm(right, perm, top_k), tokens = rows / top_k;
   check_beside(right, right, "right", right.scalar_type(), {right_by_token ? tokens : rows, -1});
@@ -249,9 +276,17 @@ at::Tensor outer(const at::Tensor& left, const at::Tensor& right, const at::Tens
   TORCH_CHECK(factors.numel() >= 1 && num_groups % factors.numel() == 0,
               "factors must be one for each of as many neighbouring groups, there are ",
               factors.numel(), " for ", num_groups);
+  if (matrix) check_projected(left, right, *matrix, num_groups);
+  // Blocks of the second pass: for 1,024 elements of a sum, and of a tile of what is projected.
+  TORCH_CHECK(num_groups * (height * width / 1024 + 1) +
+                      (matrix ? tiles.size(1) * (std::min(chunk, rows) * height / 1024 + 1) : 0) <
+                  kMaxInt,
+              "outer takes sums of fewer elements, there are ", num_groups, " of ", height, " x ",
+              width);
   const auto options = right.options().dtype(at::kFloat);
-  return transposed ? at::empty({num_groups, width, height}, options)
-                    : at::empty({num_groups, height, width}, options);
+  const at::Tensor out = transposed ? at::empty({num_groups, width, height}, options)
+                                    : at::empty({num_groups, height, width}, options);
+  return {out, at::empty({matrix ? rows : 0, height}, options)};
 }
 
 void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,

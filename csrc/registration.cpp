@@ -47,17 +47,22 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " Tensor? down_scaling, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
       " bool[] needs) -> Tensor[]");
   m.def(
+      "dispatch_with_maps(Tensor topk_ids, int num_experts, Tensor? modality_ids,"
+      " int num_modalities, int[] blocks, int[] groups)"
+      " -> (Tensor perm, Tensor inv_perm, Tensor tokens_per_expert, Tensor expert_offsets,"
+      " Tensor segment_offsets, Tensor[] maps)");
+  m.def(
       "tile_maps(Tensor segment_offsets, int num_rows, int[] blocks, int[] groups) -> Tensor[]");
   m.def(
       "combine(Tensor rows, Tensor inv_perm, Tensor num_rows, Tensor? weights, int num_tokens)"
       " -> Tensor out");
   m.def(
-      "project(Tensor(a!) out, Tensor left, Tensor matrix, Tensor perm, Tensor tiles, int num_base,"
-      " int experts, int top_k, bool by_token, bool rank_first) -> ()");
+      "project(Tensor(a!) out, Tensor left, Tensor matrix, Tensor perm, Tensor tiles,"
+      " int num_pairs, int num_base, int experts, int top_k, bool by_token, bool rank_first) -> ()");
   m.def(
       "outer(Tensor left, Tensor right, Tensor perm, Tensor tiles, Tensor groups, Tensor factors,"
-      " Tensor? weights, int chunk, int top_k, bool transposed, bool left_by_token,"
-      " bool right_by_token) -> Tensor out");
+      " Tensor? weights, Tensor? matrix, int chunk, int top_k, bool transposed, bool left_by_token,"
+      " bool right_by_token) -> (Tensor out, Tensor projected)");
   m.def(
       "add_low_rank(Tensor(a!) out, Tensor u, Tensor v, Tensor scaling, Tensor perm, Tensor tiles,"
       " bool rank_last) -> ()");
@@ -95,6 +100,7 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
 
 TORCH_LIBRARY_IMPL(moe_kernels_native, Meta, m) {
   m.impl("dispatch", &moe_kernels::outputs::dispatch);
+  m.impl("dispatch_with_maps", &moe_kernels::outputs::dispatch_with_maps);
   m.impl("tile_maps", &moe_kernels::outputs::tile_maps);
   m.impl("combine", &moe_kernels::outputs::combine);
   m.impl("project", &moe_kernels::outputs::project);
@@ -108,6 +114,7 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, Meta, m) {
 #ifdef MOE_KERNELS_WITH_CUDA
 TORCH_LIBRARY_IMPL(moe_kernels_native, CUDA, m) {
   m.impl("dispatch", &moe_kernels::cuda::dispatch);
+  m.impl("dispatch_with_maps", &moe_kernels::cuda::dispatch_with_maps);
   m.impl("tile_maps", &moe_kernels::cuda::tile_maps);
   m.impl("combine", &moe_kernels::cuda::combine);
   m.impl("project", &moe_kernels::cuda::project);

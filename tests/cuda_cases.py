@@ -6,6 +6,7 @@ library of them, by the kernels themselves.
 """
 
 import os
+from dataclasses import replace
 
 import cuda_stand_ins
 import pytest
@@ -50,7 +51,7 @@ from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
 
-SHARED = {"dispatch", "tile_maps", "project", "outer", "combine"}
+SHARED = {"dispatch_with_maps", "tile_maps", "project", "outer", "combine"}
 PRODUCTS = {"gate_up", "product", "act_backward"}
 ALL = SHARED | PRODUCTS
 VECTORS = Shape(T=37, K=3, E=5, H=48, I=24, r=5)  # all rows in whole vectors of 16 bytes
@@ -94,6 +95,26 @@ def layer(shape, dtype=torch.float32, **variant):
     return out, *torch.autograd.grad(out.sum(), list(inputs.differentiable().values()))
 
 
+OTHERS = [
+    (Shape(T=60, K=2, E=4, H=136, I=72, r=16), {}),
+    (Shape(T=50, K=3, E=3, H=72, I=40, r=40), {"num_modalities": 2, "shared_a": True}),
+    (Shape(T=300, K=1, E=1, H=40, I=24, r=3), {"modality": "image"}),
+    (Shape(T=600, K=1, E=2, H=24, I=16, r=8), {"modality": "image", "routing": "one_expert"}),
+    (Shape(T=30, K=2, E=4, H=64, I=48, r=8), {"routing": "repeated", "ranks": (0, 20)}),
+    (Shape(T=40, K=2, E=4, H=64, I=48, r=8), {"num_extra": 2, "ranks": (4, 0)}),
+    (Shape(T=1, K=2, E=4, H=64, I=48, r=8), {"modality": "no_padding"}),
+    (Shape(T=0, K=2, E=4, H=64, I=48, r=8), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "options"), OTHERS, ids=str)
+def test_half_precision_of_other_shapes(monkeypatch, dtype, shape, options):
+    """Blocks of every size, and a group of several partial sums."""
+    monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
+    check(dtype, shape, seed=7, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_matches_the_reference(monkeypatch, dtype, variant):
@@ -102,25 +123,33 @@ def test_half_precision_matches_the_reference(monkeypatch, dtype, variant):
     check(dtype, VECTORS, seed=len(variant), **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("tokens", "rank"), [(70, 5), (70, 24), (1, 8), (0, 4)])
-def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
-    monkeypatch.setattr(lora_linear_impl, "check_dtype", lambda dtype: None)
+def lora_linear_inputs(tokens, rank, dtype):
+    """Rows, A, B, W and a gradient; modality ids."""
     generator = torch.Generator().manual_seed(tokens)
     sizes = (tokens, 48), (2, rank, 48), (2, 136, rank), (136, 48), (tokens, 136)
     tensors = [torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in sizes]
-    ids = torch.randint(-1, 3, (tokens,), generator=generator).to(DEVICE)
+    return tensors, torch.randint(-1, 3, (tokens,), generator=generator).to(DEVICE)
 
-    def results(dtype, backend):
-        *leaves, weight, grad_out = (tensor.to(dtype) for tensor in tensors)
-        x, a, b = (leaf.requires_grad_() for leaf in leaves)
-        lora = LoraWeights(a, b, torch.tensor([2.0, 0.5], device=DEVICE))
-        out = lora_linear(x, weight, None, lora, modality_ids=ids, backend=backend)
-        return out, *torch.autograd.grad(out, (x, a, b), grad_out)
 
-    actual = results(dtype, "triton")
-    assert [name for name, _ in calls].count("add_low_rank") == 2
-    for tensor, wanted in zip(actual, results(torch.float64, "reference"), strict=True):
+def lora_linear_results(dtype, backend, tensors, ids):
+    """The output and the gradients."""
+    *leaves, weight, grad_out = (tensor.to(dtype) for tensor in tensors)
+    x, a, b = (leaf.detach().requires_grad_() for leaf in leaves)
+    lora = LoraWeights(a, b, torch.tensor([2.0, 0.5], device=DEVICE))
+    out = lora_linear(x, weight, None, lora, modality_ids=ids, backend=backend)
+    return out, *torch.autograd.grad(out, (x, a, b), grad_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "rank"), [(70, 5), (70, 24), (70, 40), (1, 8), (0, 4)])
+def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
+    monkeypatch.setattr(lora_linear_impl, "check_dtype", lambda dtype: None)
+    inputs = lora_linear_inputs(tokens, rank, dtype)
+    actual = lora_linear_results(dtype, "triton", *inputs)
+    names = [name for name, _ in calls]
+    assert names.count("add_low_rank") == 2 and names.count("project") == (2 if rank > 32 else 1)
+    expected = lora_linear_results(torch.float64, "reference", *inputs)
+    for tensor, wanted in zip(actual, expected, strict=True):
         assert_close(tensor, wanted, dtype=dtype)
 
 
@@ -135,17 +164,17 @@ def test_every_tile_matches_the_reference(dtype, tokens):
 def test_a_layer_calls_the_native_ops(calls, variant, outers):
     layer(VECTORS, torch.float16, **variant)
     names = [name for name, _ in calls]
-    forward = ["dispatch", "tile_maps", "project", "gate_up", "project", "product", "combine"]
-    assert names[:7] == forward
-    backward = ["act_backward", "combine", *["outer"] * outers, "product", "project", "project"]
-    assert sorted(names[7:]) == [*backward, "tile_maps"]
+    forward = ["dispatch_with_maps", "project", "gate_up", "project", "product", "combine"]
+    assert names[:6] == forward
+    backward = ["act_backward", "combine", *["outer"] * outers, "product"]  # du with dB
+    assert sorted(names[6:]) == [*backward, "tile_maps"]
 
 
 @pytest.mark.parametrize(
     ("odd", "missing"),
     [
         ("float32", PRODUCTS), ("rows", PRODUCTS | {"combine"}), ("stack", PRODUCTS),
-        ("segments", {"dispatch", "tile_maps"}), ("nothing", set()),
+        ("segments", {"dispatch_with_maps"}), ("nothing", set()),
     ],
 )  # fmt: skip
 def test_what_an_op_does_not_take_goes_to_triton(calls, monkeypatch, odd, missing):
@@ -157,7 +186,8 @@ def test_what_an_op_does_not_take_goes_to_triton(calls, monkeypatch, odd, missin
     if odd == "segments":  # more than a block counts
         monkeypatch.setattr(_native, "max_dispatch_keys", lambda: VECTORS.E)
     call(inputs, "triton")
-    assert {name for name, _ in calls} == ALL - missing - {"outer", "act_backward"}
+    backward = {"tile_maps", "outer", "act_backward"}
+    assert {name for name, _ in calls} == ALL - missing - backward
 
 
 @pytest.mark.parametrize("odd", ["hidden_states", "topk_weights"])
@@ -187,9 +217,11 @@ def test_it_compiles_into_one_graph_with_the_same_bits():
 
 
 def test_opcheck(calls):
-    """Every call of a layer: the schema, and shapes and refusals on fake tensors."""
+    """Every call of both layers: the schema, and shapes and refusals on fake tensors."""
     layer(VECTORS, torch.float16, num_extra=1)
-    assert {name for name, _ in calls} == ALL
+    layer(replace(VECTORS, r=40), torch.float16)  # du in a pass of its own
+    lora_linear_results(torch.float16, "triton", *lora_linear_inputs(70, 5, torch.float16))
+    assert {name for name, _ in calls} == ALL | {"add_low_rank"}
     for name, arguments in calls:
         detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
         torch.library.opcheck(
@@ -206,6 +238,12 @@ def outcome(name, arguments):
         return [arguments[0]]
     if isinstance(returned, torch.Tensor):
         returned = [returned]
+    if name == "outer":
+        sums, projected = returned
+        written = torch.zeros(len(projected), dtype=torch.bool, device=sums.device)
+        for first, end in arguments[4][:2].T.tolist():
+            written[first:end] = True
+        return [sums, projected[written]]
     if name in ("product", "act_backward"):
         dispatched = int(arguments[5][-1])
         return [returned[0][:dispatched], *(t[:dispatched] for t in returned[1:2]), *returned[2:]]

@@ -31,6 +31,10 @@ class DispatchOut(ctypes.Structure):
     _fields_ = fields(pointer="perm inv_perm tokens_per_expert expert_offsets segment_offsets")
 
 
+class Maps(ctypes.Structure):
+    _fields_ = fields(pointer="tiles groups pair_tiles pair_groups")
+
+
 class Combine(ctypes.Structure):
     _fields_ = fields(
         pointer="rows inv_perm num_rows weights out", long="num_tokens", int="width top_k"
@@ -53,8 +57,8 @@ class AddLowRank(ctypes.Structure):
 
 class Outer(ctypes.Structure):
     _fields_ = fields(
-        pointer="left right perm tiles groups factors weights out partial",
-        long="chunk",
+        pointer="left right perm tiles groups factors weights matrix out partial projected parts",
+        long="chunk num_rows",
         int="num_tiles num_groups groups_of_factor height width top_k",
         bool="transposed left_by_token right_by_token",
     )
@@ -122,7 +126,9 @@ def build(folder: Path) -> ctypes.CDLL:
         folder / "kernels.so", compiled(folder, TESTS / "cuda_kernels_host.cpp", *kernels)
     )
     library = ctypes.CDLL(str(path))
-    for structure in (DispatchOut, Combine, Project, Outer, ExpertGemm, ActBackward, AddLowRank):
+    for structure in (
+        DispatchOut, Maps, Combine, Project, Outer, ExpertGemm, ActBackward, AddLowRank
+    ):  # fmt: skip
         size = getattr(library, f"size_of_{structure.__name__.lower()}")
         size.restype = ctypes.c_size_t
         assert size() == ctypes.sizeof(structure), structure

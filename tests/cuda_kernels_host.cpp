@@ -16,27 +16,40 @@ extern "C" void set_order(bool descending, bool early_copies) {
   host::order = {descending, early_copies};
 }
 
-extern "C" size_t size_of_dispatchout() { return sizeof(DispatchOut); }
-extern "C" int dispatch(const DispatchOut* out, const int64_t* topk_ids,
-                        const int64_t* modality_ids, int rows, int top_k, int experts,
-                        int modalities) {
-  const Sort sort = make_sort(topk_ids, modality_ids, rows, top_k, experts, modalities);
-  std::vector<int> counts(static_cast<size_t>(sort.num_blocks) * sort.num_keys(), -1);
-  return launch_dispatch(sort, counts.data(), *out, nullptr);
-}
+extern "C" int launches() { return host::launches; }
 
 // Of the experts and of the pairs (modality, expert).
-extern "C" int tile_maps(const int64_t* segments, int rows, int experts, int modalities, int block,
-                         int64_t* tiles, int64_t* groups, int64_t* pair_tiles,
-                         int64_t* pair_groups) {
-  const int in_expert = modalities + 1, pairs = experts * modalities;
-  const auto map = [&](const Groups& of, int64_t* to, int64_t* bounds) {
-    return TileMap{of, block, static_cast<int>(most_tiles(rows, of.num, block)), to, bounds};
-  };
-  TileMaps maps{segments, experts * in_expert, rows, 2, {}};
-  maps.maps[0] = map({experts + 1, experts + 1, in_expert, 0, in_expert}, tiles, groups);
-  maps.maps[1] = map({pairs, experts, in_expert, 1, 1}, pair_tiles, pair_groups);
-  return launch_tile_maps(maps, nullptr);
+struct Maps {
+  int64_t *tiles, *groups, *pair_tiles, *pair_groups;
+
+  TileMaps of(int rows, int experts, int modalities, int block) const {
+    const int in_expert = modalities + 1, pairs = experts * modalities;
+    const auto map = [&](const Groups& of, int64_t* to, int64_t* bounds) {
+      return TileMap{of, block, static_cast<int>(most_tiles(rows, of.num, block)), to, bounds};
+    };
+    return {2,
+            {map({experts + 1, experts + 1, in_expert, 0, in_expert}, tiles, groups),
+             map({pairs, experts, in_expert, 1, 1}, pair_tiles, pair_groups)}};
+  }
+};
+
+extern "C" size_t size_of_maps() { return sizeof(Maps); }
+extern "C" size_t size_of_dispatchout() { return sizeof(DispatchOut); }
+// With `maps` or, if it is null, without any.
+extern "C" int dispatch(const DispatchOut* out, const Maps* maps, const int64_t* topk_ids,
+                        const int64_t* modality_ids, int rows, int top_k, int experts,
+                        int modalities, int block) {
+  const Sort sort = make_sort(topk_ids, modality_ids, rows, top_k, experts, modalities);
+  std::vector<int> counts(static_cast<size_t>(sort.num_blocks) * sort.num_keys(), -1);
+  const TileMaps wanted = maps == nullptr ? TileMaps{0, {}}
+                                          : maps->of(rows, experts, modalities, block);
+  return launch_dispatch(sort, counts.data(), *out, wanted, nullptr);
+}
+
+extern "C" int tile_maps(const Maps* maps, const int64_t* segments, int rows, int experts,
+                         int modalities, int block) {
+  const Segments<int64_t> given{segments, experts * (modalities + 1), rows};
+  return launch_tile_maps(given, maps->of(rows, experts, modalities, block), nullptr);
 }
 
 extern "C" size_t size_of_combine() { return sizeof(Combine); }
@@ -50,8 +63,10 @@ extern "C" int project(const Project* given, int left, int matrix, int out) {
 }
 
 extern "C" size_t size_of_outer() { return sizeof(Outer); }
-extern "C" int outer(const Outer* given, int left, int right, int weights) {
-  return launch_outer(*given, Scalar(left), Scalar(right), Scalar(weights), nullptr);
+extern "C" int parts_of_outer(int width) { return outer_parts(width); }
+extern "C" int outer(const Outer* given, int left, int right, int weights, int matrix) {
+  return launch_outer(*given, Scalar(left), Scalar(right), Scalar(weights), Scalar(matrix),
+                      nullptr);
 }
 
 extern "C" size_t size_of_expertgemm() { return sizeof(ExpertGemm); }

@@ -6,6 +6,7 @@
 
 TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("dispatch", &moe_kernels::cuda::dispatch);
+  m.impl("dispatch_with_maps", &moe_kernels::cuda::dispatch_with_maps);
   m.impl("tile_maps", &moe_kernels::cuda::tile_maps);
   m.impl("combine", &moe_kernels::cuda::combine);
   m.impl("project", &moe_kernels::cuda::project);

@@ -40,6 +40,7 @@ struct Order {
   bool early_copies;  // asynchronous ones: at once
 };
 inline Order order;
+inline int launches;  // so far
 
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStack = 64 * 1024;
@@ -405,6 +406,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t, const Arguments&... arguments) {
   if (shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  ++host::launches;
   host::body = [&] { kernel(arguments...); };
   return host::run_grid(grid, threads, shared_bytes);
 }

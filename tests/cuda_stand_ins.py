@@ -4,6 +4,8 @@ import torch
 from cuda_kernels import tile_map
 from torch import Tensor
 
+from moe_kernels.ops.dispatch import reference
+
 
 def tile_maps(
     segment_offsets: Tensor, num_rows: int, blocks: list[int], groups: list[int]
@@ -22,6 +24,14 @@ def tile_maps(
     return made
 
 
+def dispatch_with_maps(
+    topk_ids: Tensor, num_experts: int, modality_ids: Tensor | None, num_modalities: int,
+    blocks: list[int], groups: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    fields = reference.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
+    return *fields, tile_maps(fields[-1], topk_ids.numel(), blocks, groups)
+
+
 def combine(
     rows: Tensor, inv_perm: Tensor, num_rows: Tensor, weights: Tensor | None, num_tokens: int
 ) -> Tensor:
@@ -34,8 +44,8 @@ def combine(
 
 
 def project(
-    out: Tensor, left: Tensor, matrix: Tensor, perm: Tensor, tiles: Tensor, num_base: int,
-    experts: int, top_k: int, by_token: bool, rank_first: bool,
+    out: Tensor, left: Tensor, matrix: Tensor, perm: Tensor, tiles: Tensor, num_pairs: int,
+    num_base: int, experts: int, top_k: int, by_token: bool, rank_first: bool,
 ) -> None:  # fmt: skip
     matrices = matrix.reshape(-1, experts, *matrix.shape[-2:]).to(left.dtype).float()
     for pair, first, end in tiles.T.tolist():
@@ -47,15 +57,16 @@ def project(
 
 def outer(
     left: Tensor, right: Tensor, perm: Tensor, tiles: Tensor, groups: Tensor, factors: Tensor,
-    weights: Tensor | None, chunk: int, top_k: int, transposed: bool, left_by_token: bool,
-    right_by_token: bool,
-) -> Tensor:  # fmt: skip
+    weights: Tensor | None, matrix: Tensor | None, chunk: int, top_k: int, transposed: bool,
+    left_by_token: bool, right_by_token: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     bounds = groups[:2].T.tolist()
     expected_tiles, expected_groups = tile_map(bounds, perm.numel(), chunk)
     assert torch.equal(tiles, expected_tiles) and torch.equal(groups, expected_groups)
     factors = factors.repeat_interleave(len(bounds) // factors.numel())
-    sums = []
-    for (first, end), factor in zip(bounds, factors, strict=True):
+    sums, height = [], left.shape[1]
+    projected = torch.full((0 if matrix is None else perm.numel(), height), float("nan"))
+    for group, ((first, end), factor) in enumerate(zip(bounds, factors, strict=True)):
         slots, rows = perm[first:end], slice(first, end)
         scaled = factor * left[slots // top_k if left_by_token else rows].float()
         if weights is not None:
@@ -63,8 +74,10 @@ def outer(
         of_right = right[slots // top_k if right_by_token else rows].float()
         product = scaled.to(right.dtype).float().T @ of_right
         sums.append(product.T if transposed else product)
-    shape = (right.shape[1], left.shape[1])
-    return torch.stack(sums) if sums else right.new_empty(0, *shape[:: 1 if transposed else -1])
+        if matrix is not None:
+            projected[first:end] = of_right @ matrix[group].to(right.dtype).float()
+    shape = (right.shape[1], height)[:: 1 if transposed else -1]
+    return torch.stack(sums) if sums else torch.empty(0, *shape), projected
 
 
 def experts(
@@ -127,7 +140,7 @@ def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor
         dots = (d_act[:, columns] * act[:, columns].float()).sum(1)
         parts[part, perm[:rows]] = dots[:rows]
     act = act if of_adapted or of_added else act[:0].clone()
-    return d_pre, act, parts.view(-1, *weights.shape)
+    return d_pre, act, parts.view(len(parts), *weights.shape)
 
 
 def add_low_rank(
@@ -145,7 +158,8 @@ def register() -> torch.library.Library:
     """Give the ops these kernels on the CPU, for as long as what is returned is kept."""
     library = torch.library.Library("moe_kernels_native", "IMPL")
     for function in (
-        tile_maps, combine, project, outer, gate_up, product, act_backward, add_low_rank
+        dispatch_with_maps, tile_maps, combine, project, outer, gate_up, product, act_backward,
+        add_low_rank,
     ):  # fmt: skip
         library.impl(function.__name__, function, "CPU")
     return library

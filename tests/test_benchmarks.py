@@ -214,6 +214,17 @@ def test_the_cost_model(bench, share):
     assert "gate_up" in model.table(case, 3.0, 800.0)
 
 
+@pytest.mark.parametrize(("rank", "fewer"), [(16, 0.625), (32, 0.75), (64, 1.0)])
+def test_one_pass_over_dY_moves_less(bench, rank, fewer):
+    """Of dY and du alone, at the widths of a layer: 2 + r / 32 bytes an element, not 4."""
+    case = bench._cases.Case.named("olmoe", r=rank, image_share=1.0)
+    dY = case.rows * 2 * case.shape.I
+    (cost,) = [c for c in bench.cost_model.backward(case, "cuda") if c.kernel == "du1, dB1"]
+    given = bench.cost_model.sizes_of(case)
+    moved = cost.bytes - given.lora_gate_up - 2 * 4 * case.shape.E * rank * case.shape.I
+    assert moved - 2 * given.u == pytest.approx(4 * fewer * dY)
+
+
 # --- bars, files and the README
 
 
@@ -254,7 +265,7 @@ def test_bars_of_the_cuda_launches(bench):
     """combine moved 2 of 3 TB/s; a row that no time was seen for has no number."""
     given = bench.run_gpu.parse(["--trial", "--device", "cpu", "--backend", "cuda"])
     case = bench._gpu_checks.layer_case(given, *given.layers[0])
-    costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case)]
+    costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case, "cuda")]
     moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
     results = {
         "ceilings": {"copy_TBps": 3.0},

@@ -65,8 +65,8 @@ def toolkit(monkeypatch, tmp_path):
     (home / "include" / "cuda_runtime.h").touch()
     nvcc = home / "bin" / "nvcc"
     nvcc.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 13.0, V13.0.88"\n'
-        f'[ "$1" = --dryrun ] && echo "#$ TOP={home}/bin/.." >&2\n'
+        '#!/bin/sh\ncase "$1" in\n--version) echo "Cuda compilation tools, release 13.0, V13.0";;\n'
+        f'--dryrun) echo "#$ TOP={home}/bin/.." >&2;;\nesac\n'
     )
     nvcc.chmod(0o755)
     return home
@@ -87,6 +87,25 @@ def test_why_no_cuda(setup_module, monkeypatch, toolkit):
     assert "has nvcc but no headers" in setup_module.why_no_cuda(toolkit, "13.0")
     monkeypatch.setenv("MOE_KERNELS_SKIP_CUDA", "1")
     assert "SKIP_CUDA" in setup_module.why_no_cuda(toolkit, "13.0")
+
+
+def test_an_nvcc_that_refuses_the_compiler(setup_module, monkeypatch, toolkit):
+    """In one line, whatever else it says."""
+    nvcc = toolkit / "bin" / "nvcc"
+    refusal = "/usr/include/crt/host_config.h:168:2: error: #error -- unsupported GNU version!"
+    monkeypatch.setenv("CC", "gcc-99")
+    nvcc.write_text(
+        nvcc.read_text().replace(
+            "esac",
+            '*) [ "$2 $3" = "-ccbin gcc-99" ] || exit 0; '
+            f'printf "In file included from\\n{refusal}\\n" >&2; exit 1;;\nesac',
+        )
+    )
+    reason = setup_module.why_no_cuda(toolkit, "13.0")
+    assert reason.endswith(refusal) and "does not compile with gcc-99 (set CC" in reason
+    assert "\n" not in reason
+    monkeypatch.delenv("CC")
+    assert setup_module.why_no_cuda(toolkit, "13.0") is None
 
 
 def test_architectures_before_ampere_are_left_out(setup_module, monkeypatch, toolkit):

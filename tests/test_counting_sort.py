@@ -1,6 +1,7 @@
 """The index arithmetic of the CUDA dispatch and tile maps, run on the host."""
 
 import ctypes
+import itertools
 import os
 import shlex
 import shutil
@@ -55,13 +56,12 @@ CASES = [
     (300, 4, 16, 2, True), (1000, 3, 5, 0, True), (5000, 8, 64, 1, False), (700, 1, 512, 3, True),
     (40000, 8, 64, 1, True),
 ]  # fmt: skip
+MANY = (131_000, 8, 512, 3, True)  # a million rows: every block, several steps of a warp
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "num_experts", "num_modalities", "skew"), CASES)
-@pytest.mark.parametrize("threads", [1, 7, 256])
-def test_it_sorts_as_the_reference(
-    library, tokens, top_k, num_experts, num_modalities, skew, threads
-):
+@pytest.mark.parametrize(("case", "threads"), [*itertools.product(CASES, [1, 7, 256]), (MANY, 256)])
+def test_it_sorts_as_the_reference(library, case, threads):
+    tokens, top_k, num_experts, num_modalities, skew = case
     generator = torch.Generator().manual_seed(tokens + threads)
     experts, modalities = ids(
         tokens, top_k, num_experts, num_modalities, skew=skew, generator=generator

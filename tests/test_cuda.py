@@ -157,6 +157,10 @@ CALLS = {
          empty(10, 2), halves(20, 272), False, False), [(20, 272), (0, 136), (2, 10, 2)]
     ),
     "dispatch": ((integers(10, 2), 4, None, 1), [(20,), (20,), (4,), (5,), (9,)]),
+    "dispatch_with_maps": (
+        (integers(10, 2), 4, None, 1, [16, 8], [5, 5, 2, 0, 2, 4, 4, 2, 1, 1]),
+        [(20,), (20,), (4,), (5,), (9,), (3, 6), (3, 5), (3, 6), (3, 4)],
+    ),
     "tile_maps": (
         (integers(9), 20, [16, 8], [5, 5, 2, 0, 2, 4, 4, 2, 1, 1]), [(3, 6), (3, 5), (3, 6), (3, 4)]
     ),
@@ -168,11 +172,11 @@ CALLS = {
          False), []
     ),
     "outer": (
-        (empty(20, 3), empty(10, 6), integers(20), integers(3, 6), integers(3, 4), empty(1),
-         empty(10, 2), 16, 2, False, False, True), [(4, 3, 6)]
+        (halves(20, 3), halves(10, 6), integers(20), integers(3, 6), integers(3, 4), empty(1),
+         empty(10, 2), empty(4, 6, 3), 16, 2, False, False, True), [(4, 3, 6), (20, 3)]
     ),
     "project": (
-        (empty(20, 3), empty(10, 8), empty(1, 4, 3, 8), integers(20), integers(3, 6), 4, 4, 2,
+        (empty(20, 3), empty(10, 8), empty(1, 4, 3, 8), integers(20), integers(3, 6), 4, 4, 4, 2,
          True, True), []
     ),
 }  # fmt: skip
@@ -192,6 +196,7 @@ def test_shapes_without_memory(op, fake):
             ]
     found = getattr(_native.ops(), op)(*arguments)
     found = [found] if isinstance(found, torch.Tensor) else found or []
+    found = [t for part in found for t in (part if isinstance(part, list) else [part])]
     assert [tuple(tensor.shape) for tensor in found] == shapes
     assert {tensor.device.type for tensor in found} <= {"cuda" if fake else "meta"}
 
@@ -202,6 +207,8 @@ REFUSALS = [
     ("dispatch", 1, 0, "num_experts must be at least 1"),
     ("dispatch", 2, integers(3), "modality_ids must have shape"),
     ("dispatch", 2, torch.zeros(10, dtype=torch.int64), "modality_ids must be on meta, is on cpu"),
+    ("dispatch_with_maps", 2, integers(3), "modality_ids must have shape"),
+    ("dispatch_with_maps", 4, [16], "five numbers in groups for each"),
     ("tile_maps", 1, 2**31, "fewer than 2.31 rows"),
     ("tile_maps", 2, [16], "five numbers in groups for each"),
     ("tile_maps", 2, [16, 0], "blocks must be at least 1"),
@@ -212,12 +219,15 @@ REFUSALS = [
     ("combine", 0, empty(8, 20).T, "rows must be contiguous"),
     ("combine", 1, empty(20), "inv_perm must be Long"),
     ("combine", 4, 9, "as many for each of 9 tokens"),
-    ("outer", 0, empty(20, 3, dtype=torch.float16), "left must be Float"),
-    ("outer", 1, empty(20, 6), "right must have shape"),
+    ("outer", 0, empty(20, 3, dtype=torch.bfloat16), "left must be Half"),
+    ("outer", 0, empty(20, 3), "with a matrix outer takes left and right of bfloat16 or float16"),
+    ("outer", 0, halves(20, 33), "at most 32 columns of left"),
+    ("outer", 1, halves(20, 6), "right must have shape"),
     ("outer", 5, empty(3), "factors must be one for each of as many neighbouring groups"),
     ("outer", 6, empty(10, 3), "weights must have shape"),
-    ("outer", 7, 0, "at least a row in a chunk"),
-    ("outer", 8, 3, "perm must have top_k = 3 entries for each token"),
+    ("outer", 7, empty(4, 3, 6), "matrix must have shape"),
+    ("outer", 8, 0, "at least a row in a chunk"),
+    ("outer", 9, 3, "perm must have top_k = 3 entries for each token"),
     ("add_low_rank", 0, empty(10, 16), "out must be bfloat16 or float16"),
     ("add_low_rank", 0, halves(10, 12), "a multiple of 16 bytes"),
     ("add_low_rank", 1, halves(10, 3), "u must be Float"),
@@ -246,7 +256,8 @@ REFUSALS = [
     ("project", 2, empty(1, 4, 8, 3), "matrix must end with 3 x 8"),
     ("project", 2, empty(1, 3, 3, 8), "matrix must have 4 for each modality, has 3"),
     ("project", 2, empty(1, 4, 3, 8, dtype=torch.float16), "float32 or Float, is"),
-    ("project", 6, 2, "experts must be 1 or num_base = 4"),
+    ("project", 5, 8, "pairs of 1 modalities and 4 experts, are of 8"),
+    ("project", 7, 2, "experts must be 1 or num_base = 4"),
 ]
 
 

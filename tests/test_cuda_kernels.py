@@ -5,15 +5,11 @@ import ctypes
 import cuda_kernels as cuda
 import pytest
 import torch
-from cuda_moe_mlp import MoeMlp
 
-from moe_kernels import ops
 from moe_kernels.ops.dispatch import reference
 from moe_kernels.testing import (
-    Shape,
     assert_close,
     make_modality_ids,
-    make_moe_inputs,
     make_routing,
 )
 
@@ -85,7 +81,7 @@ class Routed:
 
 ROUTINGS = [
     ("balanced", "mixed"), ("half_empty", "mixed"), ("one_expert", "image"),
-    ("repeated", "no_padding"), ("balanced", "text"), ("balanced", "padding"),
+    ("repeated", "no_padding"), ("balanced", "text"), ("balanced", "padding"), ("zipf", "mixed"),
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -111,34 +107,34 @@ def check(actual, expected, dtype):
     ids=str,
 )  # fmt: skip
 def test_dispatch_sorts_and_cuts_into_tiles(library, shape):
+    """Maps of dispatch's own launch, and of one of theirs."""
     tokens, top_k, experts, modalities = shape
     routed = Routed(*shape, 6)
     routed.ids[torch.rand(routed.ids.shape, generator=routed.generator) < 0.02] = experts
     routed.set_modalities(routed.modality_ids)
 
-    def empty(*size):
-        return torch.full(size, -(2**40))
+    def unwritten(kind, expected):
+        out = [torch.full(part.shape, -(2**40)) for part in expected]
+        names = [name for name, _ in kind._fields_]
+        return out, cuda.structure(kind, **dict(zip(names, out, strict=True)))
 
-    expected = reference.dispatch(routed.ids, experts, routed.modality_ids, modalities)
-    out = [empty(*field.shape) for field in expected]
-    names = [name for name, _ in cuda.DispatchOut._fields_]
-    given = cuda.structure(cuda.DispatchOut, **dict(zip(names, out, strict=True)))
-    cuda.call(
-        library.dispatch, given, routed.ids, routed.modality_ids, routed.rows, top_k, experts,
-        modalities,
-    )  # fmt: skip
-    for actual, wanted in zip(out, expected, strict=True):
-        assert torch.equal(actual, wanted)
-    expected = [
+    fields = reference.dispatch(routed.ids, experts, routed.modality_ids, modalities)
+    maps = [
         part
         for bounds in (routed.experts(), routed.pairs())
         for part in cuda.tile_map(bounds, routed.rows, 64)
     ]
-    maps = [empty(*part.shape) for part in expected]
-    sizes = routed.rows, experts, modalities, 64
-    cuda.call(library.tile_maps, out[-1], *sizes, *maps)
-    for actual, wanted in zip(maps, expected, strict=True):
-        assert torch.equal(actual, wanted)
+    sizes = routed.rows, top_k, experts, modalities, 64
+    for with_maps in (True, False):
+        out, given = unwritten(cuda.DispatchOut, fields)
+        made, wanted = unwritten(cuda.Maps, maps)
+        asked, launches = wanted if with_maps else None, library.launches()
+        cuda.call(library.dispatch, given, asked, routed.ids, routed.modality_ids, *sizes)
+        assert library.launches() == launches + 2
+        if not with_maps:
+            cuda.call(library.tile_maps, wanted, out[-1], routed.rows, experts, modalities, 64)
+        for actual, expected in zip((*out, *made), (*fields, *maps), strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,24 +224,32 @@ def test_project_on_any_routing(library, kind, tokens):
 
 
 def outer(library, routed, left, right, factors, weights, out, *, chunk, transposed, left_by_token,
-          right_by_token):  # fmt: skip
+          right_by_token, matrix=None):  # fmt: skip
+    """Fills ``out``; with a matrix returns right matrix, NaN elsewhere."""
     tiles, groups = cuda.tile_map(routed.pairs(), routed.rows, chunk)
     slots = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
+    height, width = left.shape[1], right.shape[1]
+    rows = 0 if matrix is None else routed.rows
+    projected = torch.full((rows, height), NAN)
     given = cuda.structure(
         cuda.Outer, left=left, right=right, perm=routed.perm, tiles=tiles, groups=groups,
-        factors=factors, weights=weights, out=out,
-        partial=torch.full((slots, *out.shape[1:]), NAN), chunk=chunk, num_tiles=tiles.shape[1],
+        factors=factors, weights=weights, matrix=matrix, out=out,
+        partial=torch.full((slots, *out.shape[1:]), NAN), projected=projected,
+        parts=torch.full((library.parts_of_outer(width), rows, height), NAN), chunk=chunk,
+        num_rows=routed.rows, num_tiles=tiles.shape[1],
         num_groups=out.shape[0], groups_of_factor=out.shape[0] // factors.numel(),
-        height=left.shape[1], width=right.shape[1], top_k=routed.top_k, transposed=transposed,
+        height=height, width=width, top_k=routed.top_k, transposed=transposed,
         left_by_token=left_by_token, right_by_token=right_by_token,
     )  # fmt: skip
-    weights_dtype = torch.float32 if weights is None else weights.dtype
-    cuda.call(library.outer, given, left.dtype, right.dtype, weights_dtype)
-    return out
+    dtypes = [torch.float32 if t is None else t.dtype for t in (left, right, weights, matrix)]
+    launches = library.launches()
+    cuda.call(library.outer, given, *dtypes)
+    assert library.launches() <= launches + 2
+    return projected
 
 
 def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dtype, transposed,
-                left_by_token, right_by_token, kind, chunk):  # fmt: skip
+                left_by_token, right_by_token, kind, chunk, matrix_dtype=None):  # fmt: skip
     routed = Routed(*shape, height + width, kind)
     counts = {True: routed.tokens, False: routed.rows}
     left = routed.randn(counts[left_by_token], height, dtype=left_dtype)
@@ -259,11 +263,14 @@ def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dty
     pairs = routed.pairs()
     size = (width, height) if transposed else (height, width)
     out = torch.full((len(pairs), *size), NAN)
+    matrix = None
+    if matrix_dtype is not None:
+        matrix = routed.randn(len(pairs), width, height, dtype=matrix_dtype, fan_in=width)
     options = {
         "chunk": chunk, "transposed": transposed, "left_by_token": left_by_token,
-        "right_by_token": right_by_token,
+        "right_by_token": right_by_token, "matrix": matrix,
     }  # fmt: skip
-    outer(library, routed, left, right, factors, weights, out, **options)
+    projected = outer(library, routed, left, right, factors, weights, out, **options)
 
     slots = routed.perm
     scaled = (left[slots // routed.top_k] if left_by_token else left).float()
@@ -275,11 +282,17 @@ def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dty
         factor = factors[pair // routed.num_experts]
         expected[pair] = (factor * scaled[first:end]).to(dtype).double().T @ rows[first:end]
         assert first < end or not out[pair].any()
+        if matrix is not None:
+            product = rows[first:end] @ matrix[pair].to(dtype).double()
+            check(projected[first:end], product, torch.float32)
+    if matrix is not None:
+        assert torch.equal(projected.isnan().any(1), ~adapted)
+        assert torch.equal(projected.isnan().all(1), ~adapted)
     # float16 and bfloat16: factor * weight * left may be rounded to a neighbour.
     check(out, expected.mT if transposed else expected, dtype)
-    again = outer(library, routed, left, right, factors, weights, torch.full_like(out, NAN),
-                  **options)  # fmt: skip
-    assert torch.equal(out, again)
+    again = torch.full_like(out, NAN)
+    same = outer(library, routed, left, right, factors, weights, again, **options)
+    assert torch.equal(out, again) and torch.equal(projected.nan_to_num(), same.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -303,6 +316,30 @@ def test_outer_on_any_routing(library, kind, tokens, chunk):
         library, (tokens, 2, 4, 1), 16, 40, torch.bfloat16, left_dtype=torch.bfloat16,
         weights_dtype=torch.float32, transposed=True, left_by_token=tokens == 1,
         right_by_token=False, kind=kind, chunk=chunk,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("rank", "width", "chunk"),
+    [(16, 256, 48), (3, 264, 96), (5, 41, 1000), (20, 520, 96), (32, 72, 40), (1, 1, 16)],
+)
+def test_outer_gives_du_with_dB(library, dtype, rank, width, chunk):
+    by_token = rank % 2 == 0
+    check_outer(
+        library, (61, 3, 3, 2), rank, width, dtype, transposed=True, kind=0, chunk=chunk,
+        left_dtype=dtype, weights_dtype=torch.float32 if by_token else None, left_by_token=False,
+        right_by_token=by_token, matrix_dtype=torch.float32 if rank % 3 else dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(len(ROUTINGS)))
+@pytest.mark.parametrize(("tokens", "chunk"), [(0, 96), (1, 96), (150, 96)])
+def test_du_with_dB_on_any_routing(library, kind, tokens, chunk):
+    check_outer(
+        library, (tokens, 2, 4, 1), 16, 40, torch.bfloat16, left_dtype=torch.bfloat16,
+        weights_dtype=torch.bfloat16, transposed=True, left_by_token=False,
+        right_by_token=tokens == 1, kind=kind, chunk=chunk, matrix_dtype=torch.float32,
     )  # fmt: skip
 
 
@@ -572,38 +609,6 @@ def test_text_rows_keep_their_bits_beside_other_rows(library, block):
         by_slot.append(found[routed.modality_ids.repeat_interleave(2) == 0])
     assert by_slot[0].isfinite().all() and by_slot[0].numel()
     assert torch.equal(by_slot[0], by_slot[1]) and torch.equal(by_slot[0], by_slot[2])
-
-
-# --- all together
-
-MOE_CASES = [
-    (Shape(T=60, K=2, E=4, H=136, I=72, r=16), {}),
-    (Shape(T=50, K=3, E=3, H=72, I=40, r=5), {"num_modalities": 2, "shared_a": True}),
-    (Shape(T=40, K=2, E=4, H=64, I=48, r=8), {"num_extra": 2, "ranks": (4, 0)}),
-    (Shape(T=300, K=1, E=1, H=40, I=24, r=3), {"modality": "image"}),
-    (Shape(T=30, K=2, E=4, H=64, I=48, r=8), {"routing": "repeated", "ranks": (0, 20)}),
-    (Shape(T=1, K=2, E=4, H=64, I=48, r=8), {"modality": "no_padding"}),
-    (Shape(T=0, K=2, E=4, H=64, I=48, r=8), {}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize(("shape", "options"), MOE_CASES, ids=str)
-def test_they_make_moe_mlp_and_its_gradients(library, dtype, shape, options):
-    inputs = make_moe_inputs(shape, seed=7, **options).to(dtype, lora_dtype=torch.float32)
-    inputs = inputs._replace(topk_weights=inputs.topk_weights.float())
-    layer = MoeMlp(library, inputs)
-    exact = inputs.to(torch.float64).requires_grad_()
-    expected = ops.moe_mlp(*exact[:5], **exact.keywords(), backend="reference")
-    assert_close(layer.forward(), expected, dtype=dtype)
-
-    grad_out = torch.randn(shape.T, shape.H, generator=torch.Generator().manual_seed(8)).to(dtype)
-    expected.backward(grad_out.double())
-    grads = layer.backward(grad_out)
-    differentiable = exact.differentiable()
-    assert sorted(grads) == sorted(differentiable)
-    for name, tensor in differentiable.items():
-        assert_close(grads[name], tensor.grad, dtype=dtype, name=name)
 
 
 def test_expert_gemm_says_what_it_takes(compiled):

@@ -53,14 +53,25 @@ inline Sort make_sort(const int64_t* topk_ids, const int64_t* modality_ids, int 
           num_experts, num_modalities, rows_of_warp, num_blocks};
 }
 
-// Of each of this thread's keys: rows in the blocks before `block`, and rows in all blocks.
+// Of each of this thread's keys: rows in the blocks before `block`, and rows in all blocks. A sum
+// waits for no load but those that are asked for together.
 MOE_HOST_DEVICE void sum_blocks(const Sort& sort, const int* counts, int block, int thread,
                                 int num_threads, int* before, int* total) {
+  constexpr int kAtOnce = 16;
   for (int key = thread; key < sort.num_keys(); key += num_threads) {
     int sum = 0;
-    for (int b = 0; b < sort.num_blocks; ++b) {
-      if (b == block) before[key] = sum;
-      sum += counts[b * sort.num_keys() + key];
+    for (int first = 0; first < sort.num_blocks; first += kAtOnce) {
+      int rows[kAtOnce];
+      MOE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int b = first + i;
+        rows[i] = b < sort.num_blocks ? counts[b * sort.num_keys() + key] : 0;
+      }
+      MOE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i == block) before[key] = sum;
+        sum += rows[i];
+      }
     }
     total[key] = sum;
   }

@@ -1,11 +1,16 @@
-// dispatch on CUDA: two launches, no atomics on global memory, no wait for the host.
-#include "block_scan.h"
+// dispatch on CUDA: two launches, no atomics on global memory, no wait for the host. The second has
+// blocks of its own for the tile maps, which find the segments as those of the sort do.
 #include "dispatch.h"
+
+#include <algorithm>
+
+#include "write_maps.h"
 
 namespace moe_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 32 * kWarpsOfSort;
+static_assert(kThreads == kThreadsOfMaps);
 
 // Counts of each key in this block's rows. Additions of integers give the same sum in any order.
 __global__ void __launch_bounds__(kThreads) count_kernel(Sort sort, int* counts) {
@@ -44,17 +49,16 @@ __device__ void place_rows(const Sort& sort, int* place_of_key, int64_t* perm, i
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    place_kernel(Sort sort, const int* counts, DispatchOut out) {
-  const int num_keys = sort.num_keys();
-  auto* starts = reinterpret_cast<int*>(shared_memory());  // of each key
-  int* before = starts + num_keys;                         // rows of a key in earlier blocks
-  int* of_warps = before + num_keys;  // rows of a key in each warp, then their places
-  int* scratch = of_warps + kWarpsOfSort * num_keys;
-  for (int i = threadIdx.x; i < kWarpsOfSort * num_keys; i += kThreads) of_warps[i] = 0;
+// Where each key's rows begin, and how many of them are in blocks before this one.
+__device__ void find_starts(const Sort& sort, const int* counts, int* starts, int* before,
+                            int* scratch) {
   sum_blocks(sort, counts, blockIdx.x, threadIdx.x, kThreads, before, starts);
-  exclusive_scan<kThreads>(starts, num_keys, scratch);
+  exclusive_scan<kThreads>(starts, sort.num_keys(), scratch);
+}
 
+__device__ void place_block(const Sort& sort, const int* starts, const int* before, int* of_warps,
+                            const DispatchOut& out) {
+  const int num_keys = sort.num_keys();
   const int warp = threadIdx.x / 32, end = sort.first_row(blockIdx.x, warp + 1);
   for (int row = sort.first_row(blockIdx.x, warp) + threadIdx.x % 32; row < end; row += 32) {
     atomicAdd(&of_warps[warp * num_keys + sort.key(row)], 1);
@@ -63,23 +67,47 @@ __global__ void __launch_bounds__(kThreads)
   place_warps(sort, starts, before, threadIdx.x, kThreads, of_warps);
   __syncthreads();
   place_rows(sort, of_warps + warp * num_keys, out.perm, out.inv_perm);
-
   if (blockIdx.x == 0) {
     write_offsets(sort, starts, threadIdx.x, kThreads, out.segment_offsets, out.expert_offsets,
                   out.tokens_per_expert);
   }
 }
 
+// Blocks of the sort, and then blocks_of_map of each map.
+__global__ void __launch_bounds__(kThreads)
+    place_kernel(Sort sort, const int* counts, DispatchOut out, TileMaps maps, int blocks_of_map) {
+  const int num_keys = sort.num_keys(), block = static_cast<int>(blockIdx.x) - sort.num_blocks;
+  auto* starts = reinterpret_cast<int*>(shared_memory());  // of each key
+  int* scratch = starts + num_keys;
+  int* before = scratch + kWarpsOfSort;  // rows of a key in earlier blocks
+  int* of_warps = before + num_keys;     // rows of a key in each warp, then their places
+  if (block < 0) {
+    for (int i = threadIdx.x; i < kWarpsOfSort * num_keys; i += kThreads) of_warps[i] = 0;
+  }
+  find_starts(sort, counts, starts, before, scratch);
+  if (block < 0) {
+    place_block(sort, starts, before, of_warps, out);
+  } else {
+    const Segments<int> segments{starts, sort.num_segments(), sort.num_rows};
+    write_map(segments, maps.maps[block / blocks_of_map], block % blocks_of_map, blocks_of_map,
+              scratch);
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_dispatch(const Sort& sort, int* counts, const DispatchOut& out,
-                            cudaStream_t stream) {
-  const size_t keys = sort.num_keys();
+                            const TileMaps& maps, cudaStream_t stream) {
+  const int keys = sort.num_keys();
   const cudaError_t error =
       launch(count_kernel, sort.num_blocks, kThreads, sizeof(int) * keys, stream, sort, counts);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(int) * ((2 + kWarpsOfSort) * keys + kWarpsOfSort);
-  return launch(place_kernel, sort.num_blocks, kThreads, bytes, stream, sort, counts, out);
+  const int of_sort = kWarpsOfSort + (1 + kWarpsOfSort) * keys;
+  const int of_maps = maps.num_maps == 0 ? 0 : ints_of_maps(maps);
+  const size_t bytes = sizeof(int) * (keys + std::max(of_sort, of_maps));
+  const int blocks = blocks_of_map(maps);
+  return launch(place_kernel, sort.num_blocks + maps.num_maps * blocks, kThreads, bytes, stream,
+                sort, counts, out, maps, blocks);
 }
 
 }  // namespace moe_kernels::cuda

@@ -1,9 +1,10 @@
-// Launch of the dispatch kernels; no torch header, so that nvcc checks them alone.
+// Launches of dispatch; no torch header, so that nvcc checks them alone.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "counting_sort.h"
+#include "tiles.h"
 
 namespace moe_kernels::cuda {
 
@@ -15,8 +16,9 @@ struct DispatchOut {
   int64_t* segment_offsets;    // (E * (M + 1) + 1)
 };
 
-// `counts` is scratch: sort.num_blocks * sort.num_keys() ints.
+// The sort, and every map of its segments, in two launches. `counts` is scratch: sort.num_blocks *
+// sort.num_keys() ints.
 cudaError_t launch_dispatch(const Sort& sort, int* counts, const DispatchOut& out,
-                            cudaStream_t stream);
+                            const TileMaps& maps, cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

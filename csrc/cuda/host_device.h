@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define MOE_HOST_DEVICE __host__ __device__ __forceinline__
+#define MOE_UNROLL _Pragma("unroll")
 #else
 #define MOE_HOST_DEVICE inline
+#define MOE_UNROLL
 #endif
 
 namespace moe_kernels::cuda {
@@ -18,6 +20,10 @@ constexpr size_t kMaxSharedBytes = 99 * 1024;
 // Most segments, and one more for the rows that were not dispatched. A block of dispatch counts
 // them for each of its warps in shared memory. That is 512 experts with three added modalities, or 128 with seventeen.
 constexpr int kMaxKeys = 2400;
+
+// Highest rank of which one pass over dY gives both dU and dB: more does not pay, and would not fit
+// into the registers.
+constexpr int kMaxProjected = 32;
 
 // The part of `size` items that a thread scans, contiguous.
 MOE_HOST_DEVICE int scan_begin(int size, int thread, int num_threads) {

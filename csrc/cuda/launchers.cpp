@@ -67,14 +67,42 @@ ExpertGemm expert_gemm(const at::Tensor& left, const at::Tensor& stack,
   };
 }
 
+// Those that have groups; `made` has the tiles and the groups of each in turn.
+TileMaps maps_of(const std::vector<at::Tensor>& made, at::IntArrayRef blocks,
+                 at::IntArrayRef groups) {
+  TileMaps maps{.num_maps = 0, .maps = {}};
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (groups[5 * i] == 0) continue;
+    const auto number = [&](size_t k) { return static_cast<int>(groups[5 * i + k]); };
+    maps.maps[maps.num_maps++] = {
+        .groups = {number(0), number(1), number(2), number(3), number(4)},
+        .block = static_cast<int>(blocks[i]),
+        .num_tiles = static_cast<int>(made[2 * i].size(1)),
+        .tiles = made[2 * i].mutable_data_ptr<int64_t>(),
+        .rows = made[2 * i + 1].mutable_data_ptr<int64_t>(),
+    };
+  }
+  return maps;
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities) {
+  const auto [perm, inv_perm, tokens, experts, segments, maps] =
+      dispatch_with_maps(topk_ids, num_experts, modality_ids, num_modalities, {}, {});
+  return {perm, inv_perm, tokens, experts, segments};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>
+dispatch_with_maps(const at::Tensor& topk_ids, int64_t num_experts,
+                   const std::optional<at::Tensor>& modality_ids, int64_t num_modalities,
+                   at::IntArrayRef blocks, at::IntArrayRef groups) {
   const c10::cuda::CUDAGuard guard(topk_ids.device());
-  const auto made = outputs::dispatch(topk_ids, num_experts, modality_ids, num_modalities);
-  const auto& [perm, inv_perm, tokens, experts, segments] = made;
+  const auto made = outputs::dispatch_with_maps(topk_ids, num_experts, modality_ids,
+                                                num_modalities, blocks, groups);
+  const auto& [perm, inv_perm, tokens, experts, segments, maps] = made;
   TORCH_CHECK(segments.numel() <= kMaxKeys, "dispatch on CUDA takes fewer than ", kMaxKeys,
               " pairs of an expert and a modality, there are ", segments.numel() - 1);
   const Sort sort = make_sort(topk_ids.const_data_ptr<int64_t>(),
@@ -92,6 +120,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
       .segment_offsets = segments.mutable_data_ptr<int64_t>(),
   };
   C10_CUDA_CHECK(launch_dispatch(sort, counts.mutable_data_ptr<int>(), out,
+                                 maps_of(maps, blocks, groups),
                                  c10::cuda::getCurrentCUDAStream()));
   return made;
 }
@@ -100,25 +129,13 @@ std::vector<at::Tensor> tile_maps(const at::Tensor& segment_offsets, int64_t num
                                   at::IntArrayRef blocks, at::IntArrayRef groups) {
   const c10::cuda::CUDAGuard guard(segment_offsets.device());
   const auto made = outputs::tile_maps(segment_offsets, num_rows, blocks, groups);
-  TileMaps maps{
-      .segment_offsets = segment_offsets.const_data_ptr<int64_t>(),
-      .num_segments = static_cast<int>(segment_offsets.numel()) - 1,
+  const Segments<int64_t> segments{
+      .offsets = segment_offsets.const_data_ptr<int64_t>(),
+      .num = static_cast<int>(segment_offsets.numel()) - 1,
       .num_rows = static_cast<int>(num_rows),
-      .num_maps = 0,
-      .maps = {},
   };
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    if (groups[5 * i] == 0) continue;
-    const auto number = [&](size_t k) { return static_cast<int>(groups[5 * i + k]); };
-    maps.maps[maps.num_maps++] = {
-        .groups = {number(0), number(1), number(2), number(3), number(4)},
-        .block = static_cast<int>(blocks[i]),
-        .num_tiles = static_cast<int>(made[2 * i].size(1)),
-        .tiles = made[2 * i].mutable_data_ptr<int64_t>(),
-        .rows = made[2 * i + 1].mutable_data_ptr<int64_t>(),
-    };
-  }
-  C10_CUDA_CHECK(launch_tile_maps(maps, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_tile_maps(segments, maps_of(made, blocks, groups),
+                                  c10::cuda::getCurrentCUDAStream()));
   return made;
 }
 
@@ -144,10 +161,11 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at:
 }
 
 void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_base, int64_t experts,
-             int64_t top_k, bool by_token, bool rank_first) {
+             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
+             int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
   const c10::cuda::CUDAGuard guard(left.device());
-  outputs::project(out, left, matrix, perm, tiles, num_base, experts, top_k, by_token, rank_first);
+  outputs::project(out, left, matrix, perm, tiles, num_pairs, num_base, experts, top_k, by_token,
+                   rank_first);
   const Project given{
       .left = left.const_data_ptr(),
       .matrix = matrix.const_data_ptr(),
@@ -167,16 +185,20 @@ void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& ma
                                 c10::cuda::getCurrentCUDAStream()));
 }
 
-at::Tensor outer(const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
-                 const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
-                 const std::optional<at::Tensor>& weights, int64_t chunk, int64_t top_k,
-                 bool transposed, bool left_by_token, bool right_by_token) {
+std::tuple<at::Tensor, at::Tensor> outer(
+    const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
+    const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
+    const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& matrix,
+    int64_t chunk, int64_t top_k, bool transposed, bool left_by_token, bool right_by_token) {
   const c10::cuda::CUDAGuard guard(right.device());
-  const at::Tensor out = outputs::outer(left, right, perm, tiles, groups, factors, weights, chunk,
-                                        top_k, transposed, left_by_token, right_by_token);
-  if (out.numel() == 0) return out;
+  const auto made = outputs::outer(left, right, perm, tiles, groups, factors, weights, matrix,
+                                   chunk, top_k, transposed, left_by_token, right_by_token);
+  const auto& [out, projected] = made;
+  if (out.numel() == 0) return made;
   const int64_t rows = perm.numel(), slots = rows > chunk ? 2 * (rows / chunk) : 0;
+  const int width = static_cast<int>(right.size(1));
   const at::Tensor partial = at::empty({slots * out.stride(0)}, out.options());
+  const at::Tensor parts = at::empty({outer_parts(width) * projected.numel()}, out.options());
   const Outer given{
       .left = left.const_data_ptr(),
       .right = right.const_data_ptr(),
@@ -185,23 +207,26 @@ at::Tensor outer(const at::Tensor& left, const at::Tensor& right, const at::Tens
       .groups = groups.const_data_ptr<int64_t>(),
       .factors = factors.const_data_ptr<float>(),
       .weights = pointer_of(weights),
+      .matrix = pointer_of(matrix),
       .out = out.mutable_data_ptr<float>(),
       .partial = partial.mutable_data_ptr<float>(),
+      .projected = projected.mutable_data_ptr<float>(),
+      .parts = parts.mutable_data_ptr<float>(),
       .chunk = chunk,
+      .num_rows = rows,
       .num_tiles = static_cast<int>(tiles.size(1)),
       .num_groups = static_cast<int>(groups.size(1)),
       .groups_of_factor = static_cast<int>(groups.size(1) / factors.numel()),
       .height = static_cast<int>(left.size(1)),
-      .width = static_cast<int>(right.size(1)),
+      .width = width,
       .top_k = static_cast<int>(top_k),
       .transposed = transposed,
       .left_by_token = left_by_token,
       .right_by_token = right_by_token,
   };
-  C10_CUDA_CHECK(launch_outer(given, scalar_of(left), scalar_of(right),
-                              scalar_of(weights),
-                              c10::cuda::getCurrentCUDAStream()));
-  return out;
+  C10_CUDA_CHECK(launch_outer(given, scalar_of(left), scalar_of(right), scalar_of(weights),
+                              scalar_of(matrix), c10::cuda::getCurrentCUDAStream()));
+  return made;
 }
 
 void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,

@@ -1,28 +1,45 @@
-// Sums of outer products over rows: reads the wide operand once, by asynchronous copies, several
-// steps of rows ahead.
+// Sums of outer products over rows, and the rows times a matrix: reads the wide operand once, by
+// asynchronous copies, several steps of rows ahead.
 //
-// A block takes 128 columns of `right` and up to 64 of `left` through one tile of rows. Which rows
-// a step has is looked up one step before its copies start.
-#include "device.h"
+// A block takes 128 columns of `right` and up to 64 of `left` through one tile of rows; 256 and up
+// to 32 where it also multiplies `right` by its columns of `matrix`. Which rows a step has is looked
+// up one step before its copies start.
 #include "outer.h"
+
+#include <type_traits>
+
+#include "device.h"
 
 namespace moe_kernels::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWidth = 128;  // of a block's columns of right
-constexpr int kStages = 3;   // steps of rows under way or in use
+constexpr int kStages = 3;          // steps of rows under way or in use
 constexpr int kMaxFinished = 1024;  // elements of a block of the second pass
+constexpr int kFinishThreads = 128;
 
-// One step's rows in shared memory.
-template <typename L, typename R, int kHeight>
-struct alignas(16) Stage {
+// What a block takes at once, of which dtypes. A warp has 32 columns of right.
+template <typename L, typename R, typename W, int kHeight_, int kWidth_>
+struct Shape {
+  using Left = L;
+  using Right = R;
+  using Weight = W;
+  static constexpr int kHeight = kHeight_;
+  static constexpr int kWidth = kWidth_;
+  static constexpr int kThreads = kWidth;
   static constexpr int kRows = sizeof(R) == 2 ? 32 : 16;
   // The four lanes of a fragment read rows 2 apart: these then lie in different banks.
   static constexpr int kStride = kHeight + 16 / sizeof(L);
-  R right[kRows * kWidth];  // chunks of 16 bytes in another order in each row
-  L left[kRows * kStride];
 };
+
+// One step's rows in shared memory.
+template <typename S>
+struct alignas(16) Stage {
+  typename S::Right right[S::kRows * S::kWidth];  // chunks of 16 bytes in another order in each row
+  typename S::Left left[S::kRows * S::kStride];
+};
+
+// Eight rows of one chunk then lie in different banks.
+__device__ inline int swizzled(int row, int chunk) { return chunk ^ (row & 7); }
 
 // Where a row of a step is read, and its factor; -1: beyond the end.
 struct Row {
@@ -37,12 +54,11 @@ struct Vectors {
   bool right;
 };
 
-template <typename L, typename R, typename W, int kHeight>
+template <typename S>
 struct Block {
-  using Step = Stage<L, R, kHeight>;
-  static constexpr int kRows = Step::kRows;
+  static constexpr int kRows = S::kRows;
 
-  Step stages[kStages];
+  Stage<S> stages[kStages];
   Row rows[kStages + 1][kRows];
 
   __device__ void look_up(const Outer& given, int step, int64_t first, int64_t end, float factor) {
@@ -51,7 +67,7 @@ struct Block {
     const int64_t place = first + static_cast<int64_t>(step) * kRows + threadIdx.x;
     if (place < end) {
       const int slot = static_cast<int>(given.perm[place]), token = slot / given.top_k;
-      const auto* weights = static_cast<const W*>(given.weights);
+      const auto* weights = static_cast<const typename S::Weight*>(given.weights);
       row.left = given.left_by_token ? token : static_cast<int>(place);
       row.right = given.right_by_token ? token : static_cast<int>(place);
       row.factor = weights == nullptr ? factor : factor * to_float(weights[slot]);
@@ -63,7 +79,7 @@ struct Block {
   template <typename V, int kColumns, bool kIsRight>
   __device__ void copy(V* to, const Row* of, const void* from, int column, int size, bool vectors) {
     constexpr int kVector = Vector<V>::kSize, kChunks = kColumns / kVector;
-    constexpr int kAtOnce = kThreads / kChunks;
+    constexpr int kAtOnce = S::kThreads / kChunks;
     const int chunk = threadIdx.x % kChunks, first = column + chunk * kVector;
     const auto* own = static_cast<const V*>(from) + first;
 #pragma unroll
@@ -72,7 +88,7 @@ struct Block {
       if (kAtOnce > kRows && row >= kRows) continue;
       const int at = kIsRight ? of[row].right : of[row].left;
       V* place = kIsRight ? to + row * kColumns + swizzled(row, chunk) * kVector
-                          : to + row * Step::kStride + chunk * kVector;
+                          : to + row * S::kStride + chunk * kVector;
       if (vectors) {
         copy_async(place, own + static_cast<int64_t>(at) * size, at >= 0 && first < size);
       } else {
@@ -83,14 +99,13 @@ struct Block {
     }
   }
 
-  // Eight rows of one chunk then lie in different banks.
-  static __device__ int swizzled(int row, int chunk) { return chunk ^ (row & 7); }
-
   __device__ void load(const Outer& given, Vectors vectors, int step, int column, int height) {
-    Step& stage = stages[step % kStages];
+    Stage<S>& stage = stages[step % kStages];
     const Row* of = rows[step % (kStages + 1)];
-    copy<R, kWidth, true>(stage.right, of, given.right, column, given.width, vectors.right);
-    copy<L, kHeight, false>(stage.left, of, given.left, height, given.height, vectors.left);
+    copy<typename S::Right, S::kWidth, true>(stage.right, of, given.right, column, given.width,
+                                             vectors.right);
+    copy<typename S::Left, S::kHeight, false>(stage.left, of, given.left, height, given.height,
+                                              vectors.left);
   }
 };
 
@@ -101,29 +116,26 @@ __device__ float* place_of(float* out, const T& given, int h, int w) {
 }
 
 // Sums of a warp: 32 columns of right by kHeight of left, as fragments of the tensor cores.
-template <typename L, typename R, int kHeight>
+template <typename S, typename R = typename S::Right>
 struct Sums {
-  static constexpr int kTiles = kHeight / 8;
+  static constexpr int kTiles = S::kHeight / 8;
   float acc[2][kTiles][4] = {};
 
-  template <typename Block>
-  __device__ void add(const Block& block, int step) {
-    const auto& stage = block.stages[step % kStages];
+  __device__ void add(const Block<S>& block, int step) {
+    const Stage<S>& stage = block.stages[step % kStages];
     const Row* rows = block.rows[step % (kStages + 1)];
 #pragma unroll
-    for (int k = 0; k < Block::kRows; k += 16) add_rows<Block>(stage, rows, k);
+    for (int k = 0; k < S::kRows; k += 16) add_rows(stage, rows, k);
   }
 
-  template <typename Block, typename Step>
-  __device__ void add_rows(const Step& stage, const Row* rows, int k) {
+  __device__ void add_rows(const Stage<S>& stage, const Row* rows, int k) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint32_t a[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = k + lane % 8 + lane / 16 * 8;
       const int chunk = warp * 4 + i * 2 + lane / 8 % 2;
-      load_matrices_transposed(
-          a[i], stage.right + row * kWidth + Block::swizzled(row, chunk) * 8);
+      load_matrices_transposed(a[i], stage.right + row * S::kWidth + swizzled(row, chunk) * 8);
     }
     const int pair = k + lane % 4 * 2;
     const float factors[4] = {rows[pair].factor, rows[pair + 1].factor, rows[pair + 8].factor,
@@ -134,7 +146,7 @@ struct Sums {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = pair + e / 2 * 8 + e % 2;
-        left[e] = factors[e] * to_float(stage.left[row * Step::kStride + 8 * j + lane / 4]);
+        left[e] = factors[e] * to_float(stage.left[row * S::kStride + 8 * j + lane / 4]);
       }
       const uint32_t b[2] = {pack<R>(left[0], left[1]), pack<R>(left[2], left[3])};
 #pragma unroll
@@ -160,34 +172,114 @@ struct Sums {
 };
 
 // float32 has no tensor cores: a thread has one column of right.
-template <int kHeight>
-struct Sums<float, float, kHeight> {
-  float acc[kHeight] = {};
+template <typename S>
+struct Sums<S, float> {
+  float acc[S::kHeight] = {};
 
-  template <typename Block>
-  __device__ void add(const Block& block, int step) {
-    using Step = typename Block::Step;
-    const auto& stage = block.stages[step % kStages];
+  __device__ void add(const Block<S>& block, int step) {
+    const Stage<S>& stage = block.stages[step % kStages];
     const Row* rows = block.rows[step % (kStages + 1)];
 #pragma unroll 4
-    for (int row = 0; row < Block::kRows; ++row) {
-      const int chunk = Block::swizzled(row, threadIdx.x / 4);
-      const float right = stage.right[row * kWidth + chunk * 4 + threadIdx.x % 4];
-      const float* left = stage.left + row * Step::kStride;
+    for (int row = 0; row < S::kRows; ++row) {
+      const int chunk = swizzled(row, threadIdx.x / 4);
+      const float right = stage.right[row * S::kWidth + chunk * 4 + threadIdx.x % 4];
+      const float* left = stage.left + row * S::kStride;
 #pragma unroll
-      for (int h = 0; h < kHeight; ++h) acc[h] += rows[row].factor * left[h] * right;
+      for (int h = 0; h < S::kHeight; ++h) acc[h] += rows[row].factor * left[h] * right;
     }
   }
 
   __device__ void store(const Outer& given, float* out, int height, int width) {
     const int w = width + threadIdx.x;
 #pragma unroll
-    for (int h = 0; h < kHeight; ++h) {
+    for (int h = 0; h < S::kHeight; ++h) {
       if (w < given.width && height + h < given.height) {
         *place_of(out, given, height + h, w) = acc[h];
       }
     }
   }
+};
+
+// The rows of a step times the group's matrix. A warp has a fragment (16, 8) of the product, over a
+// slice of the block's columns; the slices are added a step later, when all of them are there.
+template <typename S>
+struct Products {
+  using R = typename S::Right;
+  static constexpr int kRowTiles = S::kRows / 16;
+  static constexpr int kFragments = kRowTiles * (S::kHeight / 8);
+  static constexpr int kSlices = S::kThreads / 32 / kFragments;
+  static constexpr int kColumns = S::kWidth / kSlices;  // of a slice
+  static_assert(kSlices * kFragments * 32 == S::kThreads);
+  struct Shared {
+    float slices[2][kSlices][S::kRows][S::kHeight];
+  };
+  uint32_t matrix[kColumns / 16][2];
+
+  static __device__ int slice() { return threadIdx.x / 32 / kFragments; }
+  static __device__ int row_tile() { return threadIdx.x / 32 % kRowTiles * 16; }
+  static __device__ int rank_tile() { return threadIdx.x / 32 % kFragments / kRowTiles * 8; }
+
+  // Of the (width, height) of the group, the block's columns from `width` on; M: its dtype.
+  template <typename M>
+  __device__ void load(const Outer& given, int64_t group, int width) {
+    const auto* of_group =
+        static_cast<const M*>(given.matrix) + group * given.width * static_cast<int64_t>(given.height);
+    const int n = rank_tile() + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int w = width + slice() * kColumns + 16 * k + 8 * part + threadIdx.x % 4 * 2;
+        float pair[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t at = static_cast<int64_t>(w + e) * given.height + n;
+          pair[e] = w + e < given.width && n < given.height ? to_float(of_group[at]) : 0.0f;
+        }
+        matrix[k][part] = pack<R>(pair[0], pair[1]);
+      }
+    }
+  }
+
+  __device__ void multiply_step(const R* right, int step, Shared& shared) {
+    const int lane = threadIdx.x % 32, row = row_tile() + lane % 16;
+    float acc[4] = {};
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k) {
+      const int chunk = slice() * (kColumns / 8) + 2 * k + lane / 16;
+      uint32_t a[4];
+      load_matrices(a, right + row * S::kWidth + swizzled(row, chunk) * 8);
+      multiply<R>(acc, a, matrix[k]);
+    }
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      shared.slices[step % 2][slice()][row_tile() + lane / 4 + part / 2 * 8]
+                   [rank_tile() + lane % 4 * 2 + part % 2] = acc[part];
+    }
+  }
+
+  // Of a step's rows, of which the tile has those from `first` to `end`; behind a barrier.
+  static __device__ void store(const Outer& given, const Shared& shared, int step, int64_t first,
+                               int64_t end) {
+    for (int i = threadIdx.x; i < S::kRows * S::kHeight; i += S::kThreads) {
+      const int row = i / S::kHeight, n = i % S::kHeight;
+      const int64_t place = first + static_cast<int64_t>(step) * S::kRows + row;
+      if (place >= end || n >= given.height) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int slice = 0; slice < kSlices; ++slice) sum += shared.slices[step % 2][slice][row][n];
+      given.parts[(blockIdx.z * given.num_rows + place) * given.height + n] = sum;
+    }
+  }
+};
+
+// Without a matrix: nothing.
+template <typename S>
+struct NoProducts {
+  struct Shared {};
+
+  __device__ void multiply_step(const typename S::Right*, int, Shared&) {}
+  static __device__ void store(const Outer&, const Shared&, int, int64_t, int64_t) {}
 };
 
 // Where a tile's sums go: a group of several tiles has a partial sum for each.
@@ -200,15 +292,20 @@ __device__ float* sums_of(const Outer& given, const Tile& tile) {
   return given.partial + slot * size;
 }
 
-template <typename L, typename R, typename W, int kHeight>
-__global__ void __launch_bounds__(kThreads) outer_kernel(Outer given, Vectors vectors) {
+template <typename S, typename OfStep>
+struct Shared {
+  Block<S> block;
+  typename OfStep::Shared products;
+};
+
+template <typename S, typename M, typename OfStep>
+__global__ void __launch_bounds__(S::kThreads) outer_kernel(Outer given, Vectors vectors) {
   const Tile tile = tile_of(given.tiles, blockIdx.x, given.num_tiles);
   if (tile.first >= tile.end) return;
-  using Shared = Block<L, R, W, kHeight>;
-  auto& block = *reinterpret_cast<Shared*>(shared_memory());
-  const int height = blockIdx.y * kHeight, width = blockIdx.z * kWidth;
+  auto& [block, products] = *reinterpret_cast<Shared<S, OfStep>*>(shared_memory());
+  const int height = blockIdx.y * S::kHeight, width = blockIdx.z * S::kWidth;
   const float factor = given.factors[tile.group / given.groups_of_factor];
-  const int steps = static_cast<int>((tile.end - tile.first + Shared::kRows - 1) / Shared::kRows);
+  const int steps = static_cast<int>((tile.end - tile.first + S::kRows - 1) / S::kRows);
 #pragma unroll
   for (int step = 0; step < kStages; ++step) {
     block.look_up(given, step, tile.first, tile.end, factor);
@@ -219,7 +316,9 @@ __global__ void __launch_bounds__(kThreads) outer_kernel(Outer given, Vectors ve
     if (step < steps) block.load(given, vectors, step, width, height);
     commit_copies();
   }
-  Sums<L, R, kHeight> sums;
+  Sums<S> sums;
+  OfStep of_step;
+  if constexpr (!std::is_void_v<M>) of_step.template load<M>(given, tile.group, width);
   for (int step = 0; step < steps; ++step) {
     wait_copies<kStages - 2>();
     __syncthreads();
@@ -228,20 +327,25 @@ __global__ void __launch_bounds__(kThreads) outer_kernel(Outer given, Vectors ve
     }
     commit_copies();
     block.look_up(given, step + kStages, tile.first, tile.end, factor);
+    if (step > 0) OfStep::store(given, products, step - 1, tile.first, tile.end);
+    of_step.multiply_step(block.stages[step % kStages].right, step, products);
     sums.add(block, step);
   }
   sums.store(given, sums_of(given, tile), height, width);
+  if constexpr (!std::is_void_v<M>) {
+    __syncthreads();
+    OfStep::store(given, products, steps - 1, tile.first, tile.end);
+  }
 }
 
-// The sums of groups of several tiles, in the order of the tiles; zeros for those of none.
-__global__ void __launch_bounds__(kThreads) finish_outer_kernel(Outer given) {
-  const int64_t group = blockIdx.y;
+// A share of the sums of a group of several tiles, in the order of the tiles; zeros for one of none.
+__device__ void finish_sums(const Outer& given, int64_t group, int64_t share) {
   const int64_t rows = given.groups[given.num_groups + group] - given.groups[group];
   if (rows > 0 && rows <= given.chunk) return;
   const int64_t size = static_cast<int64_t>(given.height) * given.width;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kMaxFinished;
+  const int64_t first = share * kMaxFinished;
   const int64_t slot = given.groups[2 * given.num_groups + group];
-  for (int64_t i = first + threadIdx.x; i < first + kMaxFinished && i < size; i += kThreads) {
+  for (int64_t i = first + threadIdx.x; i < first + kMaxFinished && i < size; i += kFinishThreads) {
     float sum = 0.0f;
     for (int64_t tile = 0; tile * given.chunk < rows; ++tile) {
       sum += given.partial[(slot + tile) * size + i];
@@ -250,51 +354,108 @@ __global__ void __launch_bounds__(kThreads) finish_outer_kernel(Outer given) {
   }
 }
 
-template <typename L, typename R, typename W, int kHeight>
+// A share of the products of a tile's rows: the parts, in order.
+__device__ void finish_products(const Outer& given, const Tile& tile, int64_t share) {
+  const int64_t first = tile.first * given.height + share * kMaxFinished;
+  const int64_t rest = tile.end * given.height, all = given.num_rows * given.height;
+  const int64_t end = first + kMaxFinished < rest ? first + kMaxFinished : rest;
+  const int parts = outer_parts(given.width);
+  for (int64_t i = first + threadIdx.x; i < end; i += kFinishThreads) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int part = 0; part < parts; ++part) sum += given.parts[part * all + i];
+    given.projected[i] = sum;
+  }
+}
+
+// Blocks of each group's sums, and then of each tile's products.
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_outer_kernel(Outer given, int of_group, int of_tile) {
+  const int of_sums = given.num_groups * of_group, block = blockIdx.x;
+  if (block < of_sums) {
+    finish_sums(given, block / of_group, block % of_group);
+  } else {
+    const Tile tile = tile_of(given.tiles, (block - of_sums) / of_tile, given.num_tiles);
+    finish_products(given, tile, (block - of_sums) % of_tile);
+  }
+}
+
+cudaError_t launch_finish(const Outer& given, cudaStream_t stream) {
+  const int of_group = ceil_div(static_cast<int64_t>(given.height) * given.width, kMaxFinished);
+  const int64_t rows = given.chunk < given.num_rows ? given.chunk : given.num_rows;
+  const int of_tile = given.matrix == nullptr ? 0 : ceil_div(rows * given.height, kMaxFinished);
+  const unsigned blocks = given.num_groups * of_group + given.num_tiles * of_tile;
+  return launch(finish_outer_kernel, blocks, kFinishThreads, 0, stream, given, of_group, of_tile);
+}
+
+// M: the dtype of the matrix, or void.
+template <typename S, typename M = void>
 cudaError_t launch_tiles(const Outer& given, cudaStream_t stream) {
-  if (given.num_tiles > 0) {
-    const dim3 grid(given.num_tiles, ceil_div(given.height, kHeight),
-                    ceil_div(given.width, kWidth));
-    const Vectors vectors{given.height % Vector<L>::kSize == 0 && is_aligned(given.left),
-                          given.width % Vector<R>::kSize == 0 && is_aligned(given.right)};
-    const cudaError_t error =
-        launch(outer_kernel<L, R, W, kHeight>, grid, kThreads, sizeof(Block<L, R, W, kHeight>),
-               stream, given, vectors);
+  using OfStep = std::conditional_t<std::is_void_v<M>, NoProducts<S>, Products<S>>;
+  using Left = Vector<typename S::Left>;
+  using Right = Vector<typename S::Right>;
+  static_assert(sizeof(Shared<S, OfStep>) <= kMaxSharedBytes);
+  if (given.num_tiles > 0 && given.num_rows > 0) {
+    const dim3 grid(given.num_tiles, ceil_div(given.height, S::kHeight),
+                    ceil_div(given.width, S::kWidth));
+    const Vectors vectors{given.height % Left::kSize == 0 && is_aligned(given.left),
+                          given.width % Right::kSize == 0 && is_aligned(given.right)};
+    const cudaError_t error = launch(outer_kernel<S, M, OfStep>, grid, S::kThreads,
+                                     sizeof(Shared<S, OfStep>), stream, given, vectors);
     if (error != cudaSuccess) return error;
   }
-  const int64_t size = static_cast<int64_t>(given.height) * given.width;
-  const dim3 grid(ceil_div(size, kMaxFinished), given.num_groups);
-  return launch(finish_outer_kernel, grid, kThreads, 0, stream, given);
+  return launch_finish(given, stream);
 }
 
 template <typename L, typename R, typename W>
 cudaError_t launch_heights(const Outer& given, cudaStream_t stream) {
   if constexpr (sizeof(R) == 2) {
-    if (given.height > 16) return launch_tiles<L, R, W, 64>(given, stream);
+    if (given.height > 16) return launch_tiles<Shape<L, R, W, 64, 128>>(given, stream);
   }
-  return launch_tiles<L, R, W, 16>(given, stream);
+  return launch_tiles<Shape<L, R, W, 16, 128>>(given, stream);
 }
+
+template <typename R, typename W, typename M>
+cudaError_t launch_with_matrix(const Outer& given, cudaStream_t stream) {
+  return given.height > 16
+             ? launch_tiles<Shape<R, R, W, 32, kColumnsOfPart>, M>(given, stream)
+             : launch_tiles<Shape<R, R, W, 16, kColumnsOfPart>, M>(given, stream);
+}
+
+// What is float32, or else of right's dtype.
+struct Floats {
+  bool left;
+  bool matrix;
+};
 
 template <typename R, typename W>
-cudaError_t launch_left(const Outer& given, bool left_is_float, cudaStream_t stream) {
-  return left_is_float ? launch_heights<float, R, W>(given, stream)
-                       : launch_heights<R, R, W>(given, stream);
+cudaError_t launch_weights(const Outer& given, Floats floats, cudaStream_t stream) {
+  if (given.matrix != nullptr) {
+    if (floats.left) return cudaErrorInvalidValue;
+    return floats.matrix ? launch_with_matrix<R, W, float>(given, stream)
+                         : launch_with_matrix<R, W, R>(given, stream);
+  }
+  return floats.left ? launch_heights<float, R, W>(given, stream)
+                     : launch_heights<R, R, W>(given, stream);
 }
 
-// Weights are float32 or of right's dtype.
 template <typename R>
-cudaError_t launch_right(const Outer& given, bool left_is_float, bool weights_are_float,
+cudaError_t launch_right(const Outer& given, Floats floats, bool weights_are_float,
                          cudaStream_t stream) {
-  return weights_are_float ? launch_left<R, float>(given, left_is_float, stream)
-                           : launch_left<R, R>(given, left_is_float, stream);
+  return weights_are_float ? launch_weights<R, float>(given, floats, stream)
+                           : launch_weights<R, R>(given, floats, stream);
 }
+
+bool fits(Scalar scalar, Scalar right) { return scalar == Scalar::kFloat || scalar == right; }
 
 }  // namespace
 
 cudaError_t launch_outer(const Outer& outer, Scalar left, Scalar right, Scalar weights,
-                         cudaStream_t stream) {
-  const bool left_is_float = left == Scalar::kFloat, weights_are_float = weights == Scalar::kFloat;
-  if ((!left_is_float && left != right) || (!weights_are_float && weights != right)) {
+                         Scalar matrix, cudaStream_t stream) {
+  const Floats floats{left == Scalar::kFloat, matrix == Scalar::kFloat};
+  const bool weights_are_float = weights == Scalar::kFloat;
+  if (!fits(left, right) || !fits(weights, right) || !fits(matrix, right) ||
+      (outer.matrix != nullptr && (right == Scalar::kFloat || outer.height > kMaxProjected))) {
     return cudaErrorInvalidValue;
   }
   if (outer.num_groups == 0 || outer.height == 0 || outer.width == 0) return cudaSuccess;
@@ -302,9 +463,9 @@ cudaError_t launch_outer(const Outer& outer, Scalar left, Scalar right, Scalar w
     case Scalar::kFloat:
       return launch_heights<float, float, float>(outer, stream);
     case Scalar::kHalf:
-      return launch_right<__half>(outer, left_is_float, weights_are_float, stream);
+      return launch_right<__half>(outer, floats, weights_are_float, stream);
     case Scalar::kBFloat16:
-      return launch_right<__nv_bfloat16>(outer, left_is_float, weights_are_float, stream);
+      return launch_right<__nv_bfloat16>(outer, floats, weights_are_float, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,14 +1,20 @@
-// Launch of the sums of outer products over each group's rows, which are the gradients of low-rank
-// matrices; no torch header, so that nvcc checks it alone.
+// Launches of the sums of outer products over each group's rows, which are the gradients of low-rank
+// matrices, with du beside dB; no torch header, so that nvcc checks it alone.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "host_device.h"
 #include "scalar.h"
 
 namespace moe_kernels::cuda {
+
+constexpr int kColumnsOfPart = 256;  // of right
+
+// Parts of `projected` of which each is the sum over its own columns of right.
+MOE_HOST_DEVICE int outer_parts(int width) { return (width + kColumnsOfPart - 1) / kColumnsOfPart; }
 
 struct Outer {
   const void* left;      // (T or T * K, height)
@@ -18,9 +24,13 @@ struct Outer {
   const int64_t* groups;  // (3, num_groups): first row, end, first partial sum
   const float* factors;   // (num_groups / groups_of_factor)
   const void* weights;    // (T, K), or null: all are 1
+  const void* matrix;     // (num_groups, width, height), or null
   float* out;  // (num_groups, height, width), or (num_groups, width, height) if transposed
   float* partial;  // (slots, ...) of the same: two for every `chunk` of the T * K rows
+  float* projected;  // (T * K, height), with a matrix
+  float* parts;      // (outer_parts(width), T * K, height)
   int64_t chunk;
+  int64_t num_rows;  // T * K
   int num_tiles;
   int num_groups;
   int groups_of_factor;
@@ -35,9 +45,13 @@ struct Outer {
 // out[g] = sum over the group's rows, in order, of (factor * weight * left)^T right; zeros for a
 // group without rows. A group of several tiles is summed by tiles, and these in order.
 //
-// `left` is float32 or of right's dtype; factor * weight * left is rounded to right's. Any sizes
-// and alignments; 16-byte rows (and pointers) are read 16 bytes at a time.
+// With a matrix also projected = right matrix[g] on the rows of the groups alone, with the same
+// reading of `right`; height is at most kMaxProjected then, and right of two bytes.
+//
+// `left` (without a matrix), `weights` and `matrix` are float32 or of right's dtype; factor * weight *
+// left and the matrix are rounded to that. Any sizes and alignments; 16-byte rows (and pointers) are
+// read 16 bytes at a time.
 cudaError_t launch_outer(const Outer& outer, Scalar left, Scalar right, Scalar weights,
-                         cudaStream_t stream);
+                         Scalar matrix, cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

@@ -8,6 +8,7 @@
 namespace moe_kernels::cuda {
 
 // Writes every map in one launch.
-cudaError_t launch_tile_maps(const TileMaps& maps, cudaStream_t stream);
+cudaError_t launch_tile_maps(const Segments<int64_t>& segments, const TileMaps& maps,
+                             cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

@@ -31,18 +31,23 @@ struct TileMap {
 };
 
 struct TileMaps {
-  const int64_t* segment_offsets;  // (num_segments + 1)
-  int num_segments;
-  int num_rows;
   int num_maps;
   TileMap maps[kMaxMaps];
+};
 
-  MOE_HOST_DEVICE int64_t first(const TileMap& map, int group) const {
-    return segment_offsets[map.groups.segment(group)];
+// Where the segments begin: in global memory as 64 bits, in a block of dispatch as 32.
+template <typename Offset>
+struct Segments {
+  const Offset* offsets;  // (num + 1)
+  int num;
+  int num_rows;
+
+  MOE_HOST_DEVICE int64_t first(const Groups& groups, int group) const {
+    return offsets[groups.segment(group)];
   }
-  MOE_HOST_DEVICE int64_t end(const TileMap& map, int group) const {
-    const int segment = map.groups.segment(group) + map.groups.width;
-    return segment > num_segments ? num_rows : segment_offsets[segment];
+  MOE_HOST_DEVICE int64_t end(const Groups& groups, int group) const {
+    const int segment = groups.segment(group) + groups.width;
+    return segment > num ? num_rows : offsets[segment];
   }
 };
 
@@ -51,21 +56,23 @@ inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t block) {
 }
 
 // Tiles of each group, and those of them that write partial sums; both are then scanned.
-MOE_HOST_DEVICE void count_tiles(const TileMaps& given, const TileMap& map, int thread,
+template <typename Offset>
+MOE_HOST_DEVICE void count_tiles(const Segments<Offset>& segments, const TileMap& map, int thread,
                                  int num_threads, int* tiles, int* slots) {
   for (int group = thread; group < map.groups.num; group += num_threads) {
-    const int64_t rows = given.end(map, group) - given.first(map, group);
+    const int64_t rows = segments.end(map.groups, group) - segments.first(map.groups, group);
     tiles[group] = static_cast<int>((rows + map.block - 1) / map.block);
     slots[group] = tiles[group] > 1 ? tiles[group] : 0;
   }
 }
 
-MOE_HOST_DEVICE void write_groups(const TileMaps& given, const TileMap& map, const int* slots,
-                                  int thread, int num_threads) {
+template <typename Offset>
+MOE_HOST_DEVICE void write_groups(const Segments<Offset>& segments, const TileMap& map,
+                                  const int* slots, int thread, int num_threads) {
   const int num = map.groups.num;
   for (int group = thread; group < num; group += num_threads) {
-    map.rows[group] = given.first(map, group);
-    map.rows[num + group] = given.end(map, group);
+    map.rows[group] = segments.first(map.groups, group);
+    map.rows[num + group] = segments.end(map.groups, group);
     map.rows[2 * num + group] = slots[group];
   }
 }
@@ -80,13 +87,14 @@ MOE_HOST_DEVICE int group_of_tile(const int* first_tiles, int num_groups, int ti
   return low;
 }
 
-MOE_HOST_DEVICE void write_tiles(const TileMaps& given, const TileMap& map, const int* first_tiles,
-                                 int thread, int num_threads) {
+template <typename Offset>
+MOE_HOST_DEVICE void write_tiles(const Segments<Offset>& segments, const TileMap& map,
+                                 const int* first_tiles, int thread, int num_threads) {
   for (int tile = thread; tile < map.num_tiles; tile += num_threads) {
     const int group = group_of_tile(first_tiles, map.groups.num, tile);
-    const int64_t end = given.end(map, group);
-    const int64_t first =
-        given.first(map, group) + static_cast<int64_t>(tile - first_tiles[group]) * map.block;
+    const int64_t end = segments.end(map.groups, group);
+    const int64_t first = segments.first(map.groups, group) +
+                          static_cast<int64_t>(tile - first_tiles[group]) * map.block;
     const bool there = first < end;
     const int64_t last = first + map.block < end ? first + map.block : end;
     map.tiles[tile] = there ? group : 0;

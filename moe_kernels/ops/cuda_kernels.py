@@ -12,21 +12,33 @@ from moe_kernels.ops.triton_kernels import TRITON
 from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
 _MAX_MAPS = 4  # of one launch
+MAX_PROJECTED = 32  # highest rank of which du comes with dB, in parts of 256 columns of dy
+Wanted = Sequence[tuple[Groups, int]]  # maps: groups of rows, and rows of a tile
 
 
-def tile_maps(
-    segment_offsets: Tensor, num_rows: int, wanted: Sequence[tuple[Groups, int]]
-) -> list[TileMap]:
-    """All maps in one launch; see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`."""
+def takes_maps(wanted: Wanted) -> bool:
+    """Whether one launch makes all these maps."""
     most = _native.max_dispatch_keys()
-    if len(wanted) > _MAX_MAPS or any(groups.num > most for groups, _ in wanted):
+    return len(wanted) <= _MAX_MAPS and all(groups.num <= most for groups, _ in wanted)
+
+
+def numbers_of(wanted: Wanted) -> tuple[list[int], list[int]]:
+    """What the native ops take: the maps' blocks, and five numbers of the groups of each."""
+    return [block for _, block in wanted], [number for groups, _ in wanted for number in groups]
+
+
+def maps_of(made: Sequence[Tensor], num_rows: int, wanted: Wanted) -> list[TileMap]:
+    """Of what the native ops return: tiles and groups of each map."""
+    pairs = zip(made[::2], made[1::2], wanted, strict=True)
+    return [TileMap(tiles, groups, num_rows, block) for tiles, groups, (_, block) in pairs]
+
+
+def tile_maps(segment_offsets: Tensor, num_rows: int, wanted: Wanted) -> list[TileMap]:
+    """All maps in one launch; see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`."""
+    if not takes_maps(wanted):
         return TRITON.tile_maps(segment_offsets, num_rows, wanted)
-    blocks = [block for _, block in wanted]
-    made = _native.ops().tile_maps(
-        segment_offsets, num_rows, blocks, [number for groups, _ in wanted for number in groups]
-    )
-    pairs = zip(made[::2], made[1::2], blocks, strict=True)
-    return [TileMap(tiles, groups, num_rows, block) for tiles, groups, block in pairs]
+    made = _native.ops().tile_maps(segment_offsets, num_rows, *numbers_of(wanted))
+    return maps_of(made, num_rows, wanted)
 
 
 def project(
@@ -45,8 +57,9 @@ def project(
 ) -> Tensor:
     """See :func:`moe_kernels.ops.triton_kernels.project`; ``block_k`` is Triton's alone."""
     _native.ops().project(
-        out, left, matrix, perm, tiles.tiles, num_base, experts, top_k, by_token, rank_first
-    )
+        out, left, matrix, perm, tiles.tiles, tiles.groups.shape[1], num_base, experts, top_k,
+        by_token, rank_first,
+    )  # fmt: skip
     return out
 
 
@@ -68,15 +81,20 @@ def outer(
     left_by_token: bool = False,
     right_by_token: bool = False,
     matrix: Tensor | None = None,
-) -> tuple[Tensor, None]:
-    """See :func:`moe_kernels.ops.triton_kernels.outer`; there is no ``matrix`` here."""
-    assert matrix is None
-    out = _native.ops().outer(
+    tiles: TileMap | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`moe_kernels.ops.triton_kernels.outer`; ``tiles`` are Triton's alone."""
+    out, projected = _native.ops().outer(
         left, right, perm, rows.tiles, rows.groups, factors,
-        None if weights is None else weights_beside(right, weights), rows.block, top_k,
+        None if weights is None else weights_beside(right, weights), matrix, rows.block, top_k,
         transposed, left_by_token, right_by_token,
     )  # fmt: skip
-    return out, None
+    return out, None if matrix is None else projected
+
+
+def projects(rank: int, dtype: torch.dtype) -> bool:
+    """Whether du comes with dB; float32 has no matrix instructions to multiply by the way with."""
+    return rank <= MAX_PROJECTED and dtype != torch.float32
 
 
 def add_low_rank(
@@ -102,5 +120,9 @@ def add_low_rank(
 
 
 CUDA = TRITON._replace(
-    tile_maps=tile_maps, project=project, outer=outer, add_low_rank=add_low_rank, max_projected=0
+    tile_maps=tile_maps,
+    project=project,
+    outer=outer,
+    add_low_rank=add_low_rank,
+    projects=projects,
 )

@@ -18,6 +18,7 @@ from moe_kernels.ops.triton_tile_maps import TileMap, tile_maps, tile_of
 
 MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider ones spill
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
+MAX_PROJECTED = 16  # highest rank of which du comes with dB, in parts of 128 columns of dy
 # Triton decides when a kernel is decorated, that is when this module is imported.
 INTERPRETED = backends.triton_is_interpreted()
 
@@ -349,6 +350,7 @@ def outer(
     left_by_token: bool = False,
     right_by_token: bool = False,
     matrix: Tensor | None = None,
+    tiles: TileMap | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(groups, height, width) sums of left^T right, or with the last two exchanged, in float32.
 
@@ -356,10 +358,11 @@ def outer(
         factors: (n,) float32, each of as many neighbouring groups' sums.
         weights: (T, K), of each row, or None.
         matrix: (groups, width, height), or None.
+        tiles: of the same groups, short ones; with ``matrix``.
 
     Returns:
-        The sums, and with ``matrix`` right @ matrix, in parts (n, rows, height) to be summed, in
-        float32; rows of no group are not written.
+        The sums, and with ``matrix`` right @ matrix (rows, height) in float32, of which rows of no
+        group are not written.
     """
     num_groups, height, width = rows.groups.shape[1], left.shape[1], right.shape[1]
     block_h, block_n, block_p = outer_blocks(height, width, right.dtype)
@@ -373,7 +376,7 @@ def outer(
     partial = empty(rows.num_slots, *shape)
     parts = None if matrix is None else empty(grid[2], perm.numel(), height)
     if num_groups == 0:
-        return out, parts
+        return out, None if parts is None else _sum_parts(parts, tiles)
     if rows.num_rows:
         outer_kernel[grid](
             left, right, perm, rows.tiles, rows.groups, factors,
@@ -390,10 +393,10 @@ def outer(
         rows.groups, partial, out, num_groups, rows.block, height * width,
         BLOCK_N=1024,
     )  # fmt: skip
-    return out, parts
+    return out, None if parts is None else _sum_parts(parts, tiles)
 
 
-def sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
+def _sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
     """(rows, r) sums of (n, rows, r) on the rows of the tiles; others are not written."""
     num_parts, rows, rank = parts.shape
     out = parts.new_empty(rows, rank)
@@ -434,17 +437,20 @@ class Launches(NamedTuple):
 
     Attributes:
         tile_maps: see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`.
-        project, outer, sum_parts, add_low_rank: see the functions of this module.
-        max_projected: rank up to which ``outer`` is to give the parts of du too.
+        project, outer, add_low_rank: see the functions of this module.
+        projects: whether ``outer`` is to give du too, for a rank and the dtype of dy.
     """
 
     tile_maps: Callable[..., list[TileMap]]
     project: Callable[..., Tensor]
     outer: Callable[..., tuple[Tensor, Tensor | None]]
-    sum_parts: Callable[..., Tensor]
     add_low_rank: Callable[..., None]
-    max_projected: int
+    projects: Callable[[int, torch.dtype], bool]
 
 
-# Up to this rank the parts of du cost less than another reading of dy.
-TRITON = Launches(tile_maps, project, outer, sum_parts, add_low_rank, max_projected=16)
+def projects(rank: int, dtype: torch.dtype) -> bool:
+    """Whether the parts of du cost less than another reading of dy."""
+    return rank <= MAX_PROJECTED
+
+
+TRITON = Launches(tile_maps, project, outer, add_low_rank, projects)

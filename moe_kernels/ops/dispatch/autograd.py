@@ -1,11 +1,15 @@
 """The registered op ``moe_kernels::dispatch``. Ids carry no gradient, so it has no formula."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from moe_kernels import backends, env
 from moe_kernels.ops import checks
 from moe_kernels.ops.dtypes import on_device
+
+WITH_MAPS = ("triton", "cuda")  # backends whose kernels take rows in tiles of a map
 
 
 def run(
@@ -14,17 +18,26 @@ def run(
     modality_ids: Tensor | None,
     num_modalities: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Dispatch``, in order, after a check of the values where that is free."""
+    wanted: Sequence = (),
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list]:
+    """The fields of ``Dispatch``, in order, after a check of the values where that is free.
+
+    And the tile maps that are ``wanted``, of a backend in :data:`WITH_MAPS`: see
+    :func:`moe_kernels.ops.dispatch.triton_impl.dispatch_with_maps`.
+    """
     if topk_ids.device.type == "cpu" or env.check_values():
         _check_values(topk_ids, num_experts, modality_ids, num_modalities)
+    arguments = (
+        topk_ids.contiguous(),
+        num_experts,
+        None if modality_ids is None else modality_ids.contiguous(),
+        num_modalities,
+    )
+    implementation = backends.implementation("dispatch", backend)
     with on_device(topk_ids.device):
-        return backends.implementation("dispatch", backend).dispatch(
-            topk_ids.contiguous(),
-            num_experts,
-            None if modality_ids is None else modality_ids.contiguous(),
-            num_modalities,
-        )
+        if wanted:
+            return implementation.dispatch_with_maps(*arguments, wanted)
+        return implementation.dispatch(*arguments), []
 
 
 def _check_values(
@@ -47,7 +60,7 @@ def dispatch_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moe_kernels.ops.dispatch`."""
-    return run(topk_ids, num_experts, modality_ids, num_modalities, backend)
+    return run(topk_ids, num_experts, modality_ids, num_modalities, backend)[0]
 
 
 @dispatch_op.register_fake

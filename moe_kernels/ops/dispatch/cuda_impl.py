@@ -1,9 +1,16 @@
-"""``dispatch`` on CUDA: a stable counting sort in two launches."""
+"""``dispatch`` on CUDA: a stable counting sort in two launches, which write tile maps too."""
 
 from torch import Tensor
 
 from moe_kernels import _native
+from moe_kernels.ops.cuda_kernels import CUDA, Wanted, maps_of, numbers_of, takes_maps
 from moe_kernels.ops.dispatch import triton_impl
+from moe_kernels.ops.triton_tile_maps import TileMap
+
+
+def _takes(num_experts: int, num_modalities: int) -> bool:
+    """Whether a block can count the segments."""
+    return num_experts * (num_modalities + 1) < _native.max_dispatch_keys()
 
 
 def dispatch(
@@ -13,6 +20,22 @@ def dispatch(
 
     More segments than a block can count go to Triton's.
     """
-    if num_experts * (num_modalities + 1) >= _native.max_dispatch_keys():
+    if not _takes(num_experts, num_modalities):
         return triton_impl.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
     return _native.ops().dispatch(topk_ids, num_experts, modality_ids, num_modalities)
+
+
+def dispatch_with_maps(
+    topk_ids: Tensor,
+    num_experts: int,
+    modality_ids: Tensor | None,
+    num_modalities: int,
+    wanted: Wanted,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[TileMap]]:
+    """As Triton's, in the two launches of dispatch."""
+    rows, sizes = topk_ids.numel(), (num_experts, modality_ids, num_modalities)
+    if not _takes(num_experts, num_modalities) or not takes_maps(wanted):
+        fields = dispatch(topk_ids, *sizes)
+        return fields, CUDA.tile_maps(fields[-1], rows, wanted)
+    *fields, made = _native.ops().dispatch_with_maps(topk_ids, *sizes, *numbers_of(wanted))
+    return tuple(fields), maps_of(made, rows, wanted)

@@ -5,12 +5,15 @@ grows with the square, but for the batches of decoding it is one small launch in
 of a sort and what follows it.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.ops.dispatch import reference
+from moe_kernels.ops.triton_tile_maps import Groups, TileMap, tile_maps
 
 MAX_COUNTED = 4096  # rows: 16 million comparisons
 BLOCKS = {"BLOCK": 32, "STEP": 128}  # rows of a program, and rows it looks at in one step
@@ -102,3 +105,15 @@ def dispatch(
         **BLOCKS,
     )  # fmt: skip
     return fields
+
+
+def dispatch_with_maps(
+    topk_ids: Tensor,
+    num_experts: int,
+    modality_ids: Tensor | None,
+    num_modalities: int,
+    wanted: Sequence[tuple[Groups, int]],
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[TileMap]]:
+    """:func:`dispatch`, and the tile maps of these groups and rows of a tile."""
+    fields = dispatch(topk_ids, num_experts, modality_ids, num_modalities)
+    return fields, tile_maps(fields[-1], topk_ids.numel(), wanted)

@@ -29,13 +29,16 @@ def _lora_linear(
     topk_ids = torch.zeros(
         hidden_states.shape[0], 1, dtype=torch.int64, device=hidden_states.device
     )
-    perm, _, _, _, segment_offsets = dispatch_autograd.run(
-        topk_ids, 1, modality_ids, lora_A.shape[0], backend
+    implementation, wanted = backends.implementation("lora_linear", backend), ()
+    if backend in dispatch_autograd.WITH_MAPS:
+        wanted = implementation.forward_maps(lora_A.shape[0])
+    (perm, _, _, _, segment_offsets), maps = dispatch_autograd.run(
+        topk_ids, 1, modality_ids, lora_A.shape[0], backend, wanted
     )
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()
         out = torch.nn.functional.linear(hidden_states, weight, bias)
-        u = backends.implementation("lora_linear", backend).forward(
+        u = implementation.forward(
             out,
             hidden_states,
             perm,
@@ -44,6 +47,7 @@ def _lora_linear(
             lora_B,
             scaling,
             save_for_backward,
+            *maps,
         )
     return out, u, perm, segment_offsets
 

@@ -7,9 +7,14 @@ from torch import Tensor
 
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.triton_kernels import TRITON, Launches, check_dtype
-from moe_kernels.ops.triton_tile_maps import TileMap
+from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 128, 64
+
+
+def forward_maps(num_modalities: int) -> list[tuple[Groups, int]]:
+    """The tile map that ``forward`` takes: of adapted rows."""
+    return _of_adapters(num_modalities, BLOCK_M)
 
 
 def forward(
@@ -21,12 +26,12 @@ def forward(
     lora_B: Tensor,
     scaling: Tensor,
     save_for_backward: bool,
+    tiles: TileMap,
     *,
     launches: Launches = TRITON,
 ) -> Tensor:
     """Add s (x A^T) B^T to ``out`` (T, out) in place; returns u = x A^T, (T, r) or (0, r)."""
     check_dtype(hidden_states.dtype)
-    (tiles,) = _tile_maps(launches, perm, segment_offsets, BLOCK_M)
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     new = hidden_states.new_zeros if save_for_backward else hidden_states.new_empty
     u = new(perm.numel(), lora_A.shape[1])
@@ -51,26 +56,22 @@ def backward(
     launches: Launches = TRITON,
 ) -> list[Tensor]:
     """Add s (dy B) A to ``grad_hidden`` in place; returns those of dA, dB that are needed."""
-    tiles, chunks = _tile_maps(
-        launches,
-        perm,
-        segment_offsets,
-        BLOCK_M,
-        maps.chunk_rows(perm.numel(), max(lora_A.numel(), lora_B.numel())),
+    chunk = maps.chunk_rows(perm.numel(), max(lora_A.numel(), lora_B.numel()))
+    tiles, chunks = launches.tile_maps(
+        segment_offsets, perm.numel(), _of_adapters(segment_offsets.numel() - 2, BLOCK_M, chunk)
     )
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     need_A, need_B = needs
     need_du = grad_hidden is not None or need_A
     scaling = scaling.float().contiguous()
-    together = need_du and need_B and lora_A.shape[1] <= launches.max_projected
+    together = need_du and need_B and launches.projects(lora_A.shape[1], grad_out.dtype)
     if need_B:
         matrix = lora_B if together else None
-        grad_B, parts = _outer(
-            launches, u, grad_out, perm, chunks, scaling, transposed=True, matrix=matrix
-        )
-    if together:
-        du = launches.sum_parts(parts, tiles)
-    elif need_du:
+        grad_B, du = _outer(
+            launches, u, grad_out, perm, chunks, scaling, transposed=True, matrix=matrix,
+            tiles=tiles,
+        )  # fmt: skip
+    if need_du and not together:
         du = torch.empty(perm.numel(), lora_A.shape[1], dtype=torch.float32, device=perm.device)
         _project(launches, grad_out, lora_B, perm, tiles, du, rank_first=False)
     if grad_hidden is not None:
@@ -85,11 +86,8 @@ def backward(
     return grads
 
 
-def _tile_maps(
-    launches: Launches, perm: Tensor, segment_offsets: Tensor, *blocks: int
-) -> list[TileMap]:
-    groups = maps.by_adapter(1, segment_offsets.numel() - 2)
-    return launches.tile_maps(segment_offsets, perm.numel(), [(groups, b) for b in blocks])
+def _of_adapters(num_modalities: int, *blocks: int) -> list[tuple[Groups, int]]:
+    return [(maps.by_adapter(1, num_modalities), block) for block in blocks]
 
 
 def _project(launches, left: Tensor, matrix: Tensor, perm, tiles, out: Tensor, *, rank_first):

@@ -41,11 +41,15 @@ def _moe_mlp(
         gate_up_proj, down_proj, extra_gate_up_proj, extra_down_proj,
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
-    perm, inv_perm, _, _, segment_offsets = dispatch_autograd.run(
-        topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend
+    implementation, wanted = backends.implementation("moe_mlp", backend), ()
+    if backend in dispatch_autograd.WITH_MAPS:
+        weights = weights.in_compute_dtype(adapters=False)
+        wanted = implementation.forward_maps(topk_ids.numel(), weights)
+    (perm, inv_perm, _, _, segment_offsets), maps = dispatch_autograd.run(
+        topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend, wanted
     )
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
-        results = backends.implementation("moe_mlp", backend).forward(
+        results = implementation.forward(
             hidden_states.contiguous(),
             topk_weights.contiguous(),
             perm,
@@ -53,6 +57,7 @@ def _moe_mlp(
             segment_offsets,
             weights,
             save_for_backward,
+            *maps,
         )
     return *results, perm, inv_perm, segment_offsets
 

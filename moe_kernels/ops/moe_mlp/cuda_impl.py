@@ -115,5 +115,6 @@ CUDA = TRITON._replace(
     shared=SHARED, blocks=blocks, gate_up=gate_up, product=product, act_backward=act_backward,
     combine=combine,
 )  # fmt: skip
+forward_maps = partial(gpu.forward_maps, CUDA)
 forward = partial(gpu.forward, CUDA)
 backward = partial(gpu.backward, CUDA)

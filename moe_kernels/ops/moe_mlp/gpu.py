@@ -2,11 +2,11 @@
 every sum in a fixed order.
 
 Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
-du2 with dB2 (two where a backend has no such launch), dA' with all that follows from it, du1 with
+du2 with dB2 (two where that moves less), dA' with all that follows from it, du1 with
 dB1, the rows of dX and their combine, dA1 and dA2, and one for each added experts' weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,21 @@ class Layer(NamedTuple):
         return tuple(getattr(self.weights, f"{name}_{part}") for part in ("A", "B", "scaling"))
 
 
+def forward_maps(
+    launches: Launches, rows: int, weights: ExpertWeights
+) -> list[tuple[maps.Groups, int]]:
+    """The tile maps that :func:`forward` takes: of every expert, and of every pair with an adapter.
+
+    They come with dispatch, since a backend may write them in the launches that sort.
+    """
+    of_expert, of_adapter = launches.blocks(rows, weights)
+    num_base, modalities = weights.gate_up_proj.shape[0], weights.num_modalities
+    return [
+        (maps.by_expert(weights.num_experts, modalities), of_expert),
+        (maps.by_adapter(num_base, modalities), of_adapter),
+    ]
+
+
 def forward(
     launches: Launches,
     hidden_states: Tensor,
@@ -90,10 +105,14 @@ def forward(
     segment_offsets: Tensor,
     weights: ExpertWeights,
     save_for_backward: bool,
+    *tile_maps: TileMap,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2)."""
+    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2).
+
+    ``weights`` are in the compute dtype, ``tile_maps`` those of :func:`forward_maps`.
+    """
     check_dtype(hidden_states.dtype)
-    layer = _make_layer(launches, topk_weights, perm, inv_perm, segment_offsets, weights)
+    layer = _make_layer(launches, topk_weights, perm, inv_perm, segment_offsets, weights, tile_maps)
     u1 = _shrink(layer, hidden_states, "gate_up", save_for_backward)
     pre_act, act = launches.gate_up(layer, hidden_states, u1, save_for_backward)
     u2 = _shrink(layer, act, "down", save_for_backward)
@@ -123,9 +142,11 @@ def backward(
         return []
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
+    rows, weights = perm.numel(), weights.in_compute_dtype(adapters=False)
+    wanted = _backward_maps(launches, rows, weights, need_extra_gate_up or need_extra_down)
     layer = _make_layer(
-        launches, topk_weights, perm, inv_perm, segment_offsets, weights, backward=True,
-        added=need_extra_gate_up or need_extra_down,
+        launches, topk_weights, perm, inv_perm, segment_offsets, weights,
+        launches.shared.tile_maps(segment_offsets, rows, wanted),
     )  # fmt: skip
     du2, grad_B2 = _du_and_dB(layer, "down", u2, grad_out, True, need_B2)
     d_pre, act, dots = launches.act_backward(
@@ -153,27 +174,27 @@ def backward(
     return grads
 
 
+def _backward_maps(
+    launches: Launches, rows: int, weights: ExpertWeights, added: bool
+) -> list[tuple[maps.Groups, int]]:
+    """Those of the forward pass, and the long tiles of sums over rows."""
+    num_base, modalities = weights.gate_up_proj.shape[0], weights.num_modalities
+    wanted = forward_maps(launches, rows, weights)
+    pairs, _ = wanted[1]
+    wanted.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
+    if added:  # no chunks: a wide result has programs enough, and partial sums would be large
+        groups = maps.by_added_expert(num_base, weights.num_experts - num_base, modalities)
+        wanted.append((groups, max(1, rows)))
+    return wanted
+
+
 def _make_layer(
     launches: Launches, topk_weights: Tensor, perm: Tensor, inv_perm: Tensor,
-    segment_offsets: Tensor, weights: ExpertWeights, *, backward: bool = False,
-    added: bool = False,
+    segment_offsets: Tensor, weights: ExpertWeights, tile_maps: Sequence[TileMap],
 ) -> Layer:  # fmt: skip
-    weights = weights.in_compute_dtype(adapters=False)
-    rows, num_base = perm.numel(), weights.gate_up_proj.shape[0]
-    experts, modalities = weights.num_experts, weights.num_modalities
-    of_expert, of_adapter = launches.blocks(rows, weights)
-    pairs = maps.by_adapter(num_base, modalities)
-    wanted = [(maps.by_expert(experts, modalities), of_expert), (pairs, of_adapter)]
-    if backward:
-        wanted.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
-    if added:  # no chunks: a wide result has programs enough, and partial sums would be large
-        groups = maps.by_added_expert(num_base, experts - num_base, modalities)
-        wanted.append((groups, max(1, rows)))
-    made = launches.shared.tile_maps(segment_offsets, rows, wanted)
     return Layer(
         launches.shared, topk_weights, perm, inv_perm, segment_offsets, weights,
-        choose_tiles(rows, weights), *made,
-        *[None] * (4 - len(made)),
+        choose_tiles(perm.numel(), weights), *tile_maps, *[None] * (4 - len(tile_maps)),
     )  # fmt: skip
 
 
@@ -223,17 +244,15 @@ def _du_and_dB(
     if lora_A is None:
         return None, None
     by_token = name == "down"
-    together = need_du and need_B and lora_A.shape[2] <= layer.shared.max_projected
+    together = need_du and need_B and layer.shared.projects(lora_A.shape[2], dy.dtype)
     grad, du = None, None
     if need_B:
-        grad, parts = _outer(
+        grad, du = _outer(
             layer, name, u, dy, right_by_token=by_token, transposed=True,
-            matrix=lora_B.flatten(0, 1) if together else None,
+            matrix=lora_B.flatten(0, 1) if together else None, tiles=layer.adapted_tiles,
         )  # fmt: skip
         grad = grad.view(lora_B.shape)
-    if together:
-        du = layer.shared.sum_parts(parts, layer.adapted_tiles)
-    elif need_du:
+    if need_du and not together:
         du = _project(layer, dy, lora_B, by_token=by_token)
     return du, grad
 

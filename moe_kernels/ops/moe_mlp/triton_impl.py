@@ -153,5 +153,6 @@ def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
 
 
 TRITON = Launches(shared.TRITON, blocks, gate_up, product, act_backward, combine)
+forward_maps = partial(gpu.forward_maps, TRITON)
 forward = partial(gpu.forward, TRITON)
 backward = partial(gpu.backward, TRITON)
