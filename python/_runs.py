@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -18,13 +19,21 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import moe_kernels
 from moe_kernels import PatchedModel
 from moe_kernels.imaging import IGNORE_INDEX
 
 CACHE_VERSION = 2  # raise it when a stage gives another result for the same settings
+# Names that configurations have for the number of experts of a layer.
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 DTYPES = ("float32", "bfloat16", "float16")
 console = Console(highlight=False)
 
@@ -81,16 +90,68 @@ class Stages:
         return folder
 
 
-def write_text(path: Path, text: str) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, which takes its place when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+# --- what every program does at its beginning and end
+
+
+def settle_device(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """Fills in --device, and --backend where there is one; an error if either is not there."""
+    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=given.device).device
+        if hasattr(given, "backend"):
+            given.backend = moe_kernels.backends.select(given.backend, device)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        parser.error(f"--device {given.device}: {error}")
+
+
+def exit_code(work: Callable[[], Any]) -> int:
+    """Runs a program's work; what its user can mend ends with one line instead of a traceback."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        work()
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        return 130
+    except (ValueError, OSError, ImportError, ArithmeticError, torch.OutOfMemoryError) as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def load_causal_lm(model: str | Path, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
+    """A model in eval mode; one with experts that grouped_mm cannot take gets "eager" ones."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    for module in loaded.modules():
+        weight = getattr(module, "down_proj", None)
+        if isinstance(weight, torch.Tensor) and weight.ndim == 3:
+            if weight.shape[-1] * weight.element_size() % 16:
+                loaded.set_experts_implementation("eager")
+            break
+    return loaded.to(device).eval()
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def model_identity(model: str) -> Any:
@@ -201,13 +262,23 @@ class CheckedTrainer(Trainer):
 
     def _stop(self, reason: str):
         raise FloatingPointError(
-            f"training stopped at step {self.state.global_step + 1}: {reason}; the checkpoints in "
-            f"{self.args.output_dir} are good: lower the learning rate"
+            f"training stopped at step {self.state.global_step + 1}: {reason}; "
+            f"{self._last_good()}; lower the learning rate (which makes a run of its own)"
         )
+
+    def _last_good(self) -> str:
+        checkpoints = Path(self.args.output_dir).glob("checkpoint-*")
+        steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in checkpoints)
+        if not steps:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.args.output_dir}/checkpoint-{steps[-1]}"
 
 
 class AdapterTrainer(CheckedTrainer):
-    """For a patched model: checkpoints hold the adapter, not the frozen base."""
+    """For a patched model: checkpoints hold the adapter, not the frozen base.
+
+    ``patched.load_adapter`` reads such a checkpoint too.
+    """
 
     def __init__(self, patched: PatchedModel, *args, **kwargs):
         super().__init__(patched.model, *args, **kwargs)

@@ -108,11 +108,13 @@ class Painter:
         token_ids = add_modality_tokens(model, "image", ImageVocabulary.size(num_codes), **init)
         return cls.of(model, tokenizer, token_ids, captions, patched)
 
-    def dataset(self, pictures: TokenizedPictures, caption_dropout: float = 0.0) -> CaptionedImages:
+    def dataset(
+        self, pictures: TokenizedPictures, caption_dropout: float = 0.0, seed: int = 0
+    ) -> CaptionedImages:
         captions = [self.caption_ids[label] for label in pictures.labels]
         return CaptionedImages(
             captions, pictures.codes, self.vocabulary, caption_dropout=caption_dropout,
-            empty_caption=self.empty_caption,
+            empty_caption=self.empty_caption, seed=seed,
         )  # fmt: skip
 
     def batches(self, pictures: TokenizedPictures, size: int) -> list[dict[str, torch.Tensor]]:

@@ -16,14 +16,22 @@ def documentation() -> dict[str, str]:
     for index, name in enumerate(sorted(topics)):
         part = {0: "test", 5: "choice"}.get(index % 10, "train")
         parts[part] += topics[name].split("\n\n")
-    # Topics quote each other: what the test has, no other part may have.
-    seen: set[str] = set()
-    for part in reversed(PARTS):
-        keys = [" ".join(paragraph.split()) for paragraph in parts[part]]
-        pairs = zip(keys, parts[part], strict=True)
-        parts[part] = [paragraph for key, paragraph in pairs if key not in seen]
+    # Topics quote each other.
+    return without_shared_paragraphs(
+        {part: "\n\n".join(paragraphs) for part, paragraphs in parts.items()}
+    )
+
+
+def without_shared_paragraphs(texts: dict[str, str]) -> dict[str, str]:
+    """Texts by part: what a later one has is taken out of the earlier ones."""
+    kept, seen = {}, set()
+    for part, text in reversed(texts.items()):
+        paragraphs = text.split("\n\n")
+        keys = [" ".join(paragraph.split()) for paragraph in paragraphs]
+        pairs = zip(keys, paragraphs, strict=True)
+        kept[part] = "\n\n".join(paragraph for key, paragraph in pairs if key not in seen)
         seen.update(keys)
-    return {part: "\n\n".join(paragraphs) for part, paragraphs in parts.items()}
+    return {part: kept[part] for part in texts}
 
 
 def text_blocks(

@@ -30,14 +30,24 @@ from typing import Any
 
 import torch
 import transformers
-from _runs import DTYPES, Place, Stages, console, model_identity, write_text
+from _runs import (
+    DTYPES,
+    Place,
+    Stages,
+    console,
+    exit_code,
+    load_causal_lm,
+    model_identity,
+    settle_device,
+    write_text,
+)
 from _texts import documentation, text_blocks
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 import moe_kernels
 from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
@@ -133,7 +143,7 @@ class Subject:
 
     def __init__(self, settings: Settings, text: Tensor, sequences: dict[str, Tensor]):
         self.settings = settings
-        self.model = load_model(settings)
+        self.model = load_causal_lm(settings.model, settings.dtype, settings.device)
         self.patched = self._patch() if settings.adapter else None
         RoutingRecorder(self.model)  # says so if there is no router
         self._check_ids(text, sequences)
@@ -204,18 +214,6 @@ class Subject:
                 metric=self.settings.metric, max_tokens=self.settings.max_tokens,
                 seed=self.settings.seed, progress=True,
             )  # fmt: skip
-
-
-def load_model(settings: Settings) -> PreTrainedModel:
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
-    for module in model.modules():
-        weight = getattr(module, "down_proj", None)
-        ragged = isinstance(weight, Tensor) and weight.shape[-1] * weight.element_size() % 16
-        if ragged and weight.ndim == 3:
-            model.set_experts_implementation("eager")  # grouped_mm cannot
-            break
-    return model.to(settings.device).eval()
 
 
 # --- stages
@@ -437,11 +435,12 @@ def parse(arguments: list[str] | None) -> tuple[Settings, Path]:
         if getattr(given, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     given.tokenizer = given.tokenizer or given.model
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = given.backend
+    settle_device(parser, given)
+    given.backend = wanted  # None stays None: a model that is not patched has none
     try:
-        moe_kernels.backends.select(given.backend, torch.empty(0, device=given.device).device)
         check_adapter(given)
-    except (RuntimeError, ValueError, OSError, AssertionError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for name in ("sequences", "text"):
         if getattr(given, name) and not Path(getattr(given, name)).is_file():
@@ -472,17 +471,7 @@ def check_adapter(given: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     settings, out = parse(arguments)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        Program(settings, out).run()
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except (ValueError, OSError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 1
-    return 0
+    return exit_code(lambda: Program(settings, out).run())
 
 
 if __name__ == "__main__":

@@ -29,8 +29,20 @@ from typing import Any
 
 import torch
 import transformers
-from _runs import Place, Stages, console, model_identity, stop_after_step, write_text
-from _texts import documentation, text_blocks
+from _runs import (
+    NUM_EXPERTS,
+    Place,
+    Stages,
+    console,
+    exit_code,
+    load_causal_lm,
+    model_identity,
+    replacing,
+    settle_device,
+    stop_after_step,
+    write_text,
+)
+from _texts import documentation, text_blocks, without_shared_paragraphs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe_kernels
@@ -76,9 +88,14 @@ def token_blocks(settings: Settings) -> dict[str, torch.Tensor]:
     tokenizer = load_tokenizer(settings)
     documented = documentation()
     defaults = {"heal": documented["train"]} | {part: documented[part] for part in PARTS[1:]}
-    texts = {part: Path(file).read_text() for part, file in settings.texts.items()} or defaults
-    block = settings.block
-    blocks = {part: text_blocks(tokenizer, text, block, block) for part, text in texts.items()}
+    given = {part: Path(file).read_text() for part, file in settings.texts.items()}
+    texts = without_shared_paragraphs(given) or defaults
+    blocks = {}
+    for part, text in texts.items():
+        try:
+            blocks[part] = text_blocks(tokenizer, text, settings.block, settings.block)
+        except ValueError as error:
+            raise ValueError(f"{part} text, without what later ones have: {error}") from error
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(blocks["heal"]), generator=generator)
     blocks["heal"] = blocks["heal"][order]
@@ -104,10 +121,7 @@ def load_dense(settings: Settings) -> PreTrainedModel:
 
 
 def load_moe(folder: Path, settings: Settings) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    if model.model.layers[0].mlp.experts.down_proj.shape[-1] % 4:
-        model.set_experts_implementation("eager")  # as dense_to_moe did: grouped_mm cannot
-    return model.to(settings.device).eval()
+    return load_causal_lm(folder / "model", torch.float32, settings.device)
 
 
 def measure(model: PreTrainedModel, blocks: dict[str, torch.Tensor], batch: int) -> dict[str, Any]:
@@ -213,6 +227,8 @@ class Program:
 def check_sizes(settings: Settings, conversions: list[Conversion]) -> None:
     """Before the first conversion, whether the last one can work."""
     config = AutoConfig.from_pretrained(settings.model, gguf_file=settings.gguf_file)
+    if any(getattr(config, name, None) for name in NUM_EXPERTS):
+        raise ValueError(f"{settings.model} is a Mixture of Experts already")
     routed = config.intermediate_size - settings.shared_expert
     for conversion in conversions:
         if routed % conversion.num_experts:
@@ -261,6 +277,8 @@ def run(
     last = "after" if settings.heal_steps else "before"
     best = min(report["conversions"], key=lambda row: row[last]["choice"])
     report["best_by_choice_text"] = best["model"]
+    with replacing(out / "model") as link:
+        link.symlink_to(Path(best["model"]).resolve().relative_to(out.resolve()))
     write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     write_text(out / "table.md", table(report))
     console.print(table(report), markup=False)
@@ -309,7 +327,7 @@ def parse(arguments: list[str] | None) -> tuple[Settings, list[Conversion], list
     for part, file in texts.items():
         if file and not Path(file).is_file():
             parser.error(f"--{part}-text: {file} is not a file")
-    if len(set(filter(None, texts.values()))) not in (0, len(PARTS)):
+    if len({Path(file).resolve() for file in texts.values() if file}) not in (0, len(PARTS)):
         parser.error("--heal-text, --choice-text and --test-text must be different files")
     for name in ("batch", "calibration_tokens", "test_tokens"):
         if getattr(given, name) < 1:
@@ -319,8 +337,9 @@ def parse(arguments: list[str] | None) -> tuple[Settings, list[Conversion], list
     for num_experts, top_k in given.sizes:
         if not 1 <= top_k <= num_experts or num_experts < 2:
             parser.error(f"--sizes {num_experts}x{top_k}: E must be at least 2, K in 1..E")
+    settle_device(parser, given)
     settings = Settings(
-        device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=given.device,
         texts={part: str(Path(file).resolve()) for part, file in texts.items() if file},
         **{
             field.name: getattr(given, field.name)
@@ -335,17 +354,7 @@ def parse(arguments: list[str] | None) -> tuple[Settings, list[Conversion], list
 
 def main(arguments: list[str] | None = None) -> int:
     settings, conversions, learning_rates, out = parse(arguments)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(settings, conversions, learning_rates, out)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 1
-    return 0
+    return exit_code(lambda: run(settings, conversions, learning_rates, out))
 
 
 if __name__ == "__main__":

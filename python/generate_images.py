@@ -12,26 +12,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from _runs import DTYPES, console, model_identity, save_figure, write_text
+from _runs import (
+    DTYPES,
+    console,
+    exit_code,
+    load_causal_lm,
+    model_identity,
+    replacing,
+    save_figure,
+    settle_device,
+    write_text,
+)
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import moe_kernels
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import generate_images, load_image_tokenizer
 
-# The options that a picture depends on, beside the caption and its number.
-_DECISIVE = ("dtype", "guidance", "temperature", "top_k", "top_p", "seed", "count")
+# The options that a picture depends on, beside the captions and its place among them.
+_DECISIVE = (
+    "dtype", "device", "backend", "guidance", "temperature", "top_k", "top_p", "seed", "count",
+    "batch",
+)  # fmt: skip
 
 
 def load(given: argparse.Namespace):
@@ -39,8 +51,7 @@ def load(given: argparse.Namespace):
     adapter = given.run / "adapter"
     config = ModalityLoraConfig.from_adapter(adapter, backend=given.backend)
     image_tokenizer = load_image_tokenizer(given.run / "image_tokenizer")
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype)
-    model = model.to(given.device).eval()
+    model = load_causal_lm(given.model, given.dtype, given.device)
     patch_model(model, config).load_adapter(adapter)
     return model, AutoTokenizer.from_pretrained(given.model), image_tokenizer
 
@@ -50,19 +61,16 @@ def picture_paths(out: Path, number: int, caption: str, count: int) -> list[Path
     return [out / f"{number:04d}-{slug}-{index}.png" for index in range(count)]
 
 
-def settle_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Refuses a folder with pictures of other settings; else writes the settings there."""
+def check_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Refuses a folder with pictures of other settings."""
     listing = out / "pictures.json"
     if listing.is_file() and json.loads(listing.read_text()) != settings:
         raise ValueError(f"{out} holds pictures of other settings: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(listing, json.dumps(settings, indent=2) + "\n")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="png")
 
 
 def overview(captions: list[str], paths: list[list[Path]]) -> Figure:
@@ -78,31 +86,40 @@ def overview(captions: list[str], paths: list[list[Path]]) -> Figure:
     return figure
 
 
-def run(given: argparse.Namespace, captions: list[str]) -> None:
+def describe(given: argparse.Namespace, captions: list[str]) -> dict[str, Any]:
+    """All that pictures depend on, as JSON gives it back."""
     settings = {
         "model": model_identity(given.model),
-        "adapter": model_identity(str(given.run / "adapter")),
+        **{part: model_identity(str(given.run / part)) for part in ("adapter", "image_tokenizer")},
         "captions": captions,
         **{name: getattr(given, name) for name in _DECISIVE},
     }
-    settings = json.loads(json.dumps(settings))
-    settle_folder(given.out, settings)
+    return json.loads(json.dumps(settings))
+
+
+def run(given: argparse.Namespace, captions: list[str]) -> None:
+    settings = describe(given, captions)
+    check_folder(given.out, settings)
     paths = [picture_paths(given.out, i, text, given.count) for i, text in enumerate(captions)]
-    missing = [i for i, files in enumerate(paths) if not all(file.is_file() for file in files)]
+    places = [(i, path) for i, files in enumerate(paths) for path in files]
+    # Chunks are the same in every run, each with a seed of its own: what is drawn does not depend
+    # on what was there already.
+    chunks = [places[start : start + given.batch] for start in range(0, len(places), given.batch)]
+    missing = [i for i, c in enumerate(chunks) if not all(path.is_file() for _, path in c)]
     if missing:
         model, tokenizer, image_tokenizer = load(given)
+        write_text(given.out / "pictures.json", json.dumps(settings, indent=2) + "\n")
         for index in track(missing, description="drawing", console=console):
-            # A seed for each caption: what was drawn does not depend on what was there already.
             pictures = generate_images(
-                model, [captions[index]] * given.count, tokenizer=tokenizer,
+                model, [captions[i] for i, _ in chunks[index]], tokenizer=tokenizer,
                 image_tokenizer=image_tokenizer, guidance_scale=given.guidance,
                 temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
                 batch_size=given.batch, seed=given.seed + index,
             )  # fmt: skip
-            for picture, path in zip(pictures, paths[index], strict=True):
+            for picture, (_, path) in zip(pictures, chunks[index], strict=True):
                 save_picture(picture, path)
     save_figure(overview(captions, paths), given.out / "pictures.png")
-    console.print(f"{sum(map(len, paths))} pictures in {given.out}", markup=False)
+    console.print(f"{len(places)} pictures in {given.out}", markup=False)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -143,25 +160,19 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         captions += [line for line in given.captions_file.read_text().splitlines() if line.strip()]
     if not captions:
         parser.error("give --captions, or --captions-file")
-    if given.count < 1 or given.batch < 1 or given.temperature <= 0:
-        parser.error("--count and --batch must be at least 1, --temperature above 0")
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if given.count < 1 or given.batch < 1 or given.top_k < 0:
+        parser.error("--count and --batch must be at least 1, --top-k at least 0")
+    if not (0 < given.temperature < math.inf and 0 <= given.guidance < math.inf):
+        parser.error("--temperature must be above 0, --guidance at least 0")
+    if not 0 < given.top_p <= 1:
+        parser.error("--top-p must lie above 0 and at most at 1")
+    settle_device(parser, given)
     return given, captions
 
 
 def main(arguments: list[str] | None = None) -> int:
     given, captions = parse(arguments)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        run(given, captions)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 1
-    return 0
+    return exit_code(lambda: run(given, captions))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import math
 import shutil
 import sys
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +40,17 @@ import transformers
 from _pictures import CaptionedPictures, digits, emoji, folder
 from _runs import (
     DTYPES,
+    NUM_EXPERTS,
     Place,
     Stages,
     console,
+    exit_code,
+    load_causal_lm,
     mean_nll,
     model_identity,
+    replacing,
     save_figure,
+    settle_device,
     train,
     write_text,
 )
@@ -57,11 +65,12 @@ from _texts import documentation, text_blocks
 from matplotlib.figure import Figure
 from rich.table import Table
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import moe_kernels
 from moe_kernels import ModalityLoraConfig
 from moe_kernels.imaging import (
+    FittingError,
     ImageTokenizer,
     PatchTokenizer,
     SampleRow,
@@ -78,6 +87,8 @@ TARGET_MODULES = ("experts", "attention", "router")
 LORA_INITS = ("zero", "gromov_wasserstein", "permuted")
 # Text and pictures that a Gromov-Wasserstein start of the adapters looks at.
 _INIT_ROWS = 16
+# Below this share of codes in use a codebook counts as collapsed.
+_COLLAPSED_BELOW = 0.1
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ class Settings:
     num_codes: int
     patch_size: int
     vq_steps: int
+    vq_lr: float
     r: int
     lora_alpha: float
     target_modules: tuple[str, ...]
@@ -121,41 +133,6 @@ class Settings:
     def pick(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 
-    @property
-    def for_tokenizer(self) -> dict[str, Any]:
-        names = ["seed", "data", "held_out", "tokenizer", "num_codes", "patch_size"]
-        names += ["image_size"] if self.data != "digits" else []
-        names += ["emoji_folder", "emoji_categories"] if self.data == "emoji" else []
-        names += ["vq_steps"] if self.tokenizer == "vq" else []
-        return self.pick(*names)
-
-    @property
-    def for_text(self) -> dict[str, Any]:
-        return self.pick("text", "text_tokens", "text_block")
-
-    @property
-    def for_adapter(self) -> dict[str, Any]:
-        return {
-            **self.for_tokenizer,
-            **(self.for_text if self.lora_init != "zero" else {}),
-            "base": model_identity(self.model),
-            **self.pick(
-                "dtype", "device", "backend", "r", "lora_alpha", "target_modules", "shared_A",
-                "init", "lora_init", "steps", "batch", "gradient_accumulation",
-                "gradient_checkpointing", "lr", "caption_dropout",
-            ),
-        }  # fmt: skip
-
-    @property
-    def for_measure(self) -> dict[str, Any]:
-        return self.for_adapter | self.for_text
-
-    @property
-    def for_samples(self) -> dict[str, Any]:
-        return self.for_adapter | self.pick(
-            "captions", "samples_per_caption", "guidance", "temperature"
-        )
-
 
 def load_pictures(settings: Settings) -> CaptionedPictures:
     if settings.data == "digits":
@@ -177,6 +154,34 @@ class Program:
             settings.held_out, settings.seed
         )
         self.image_tokenizer: ImageTokenizer | None = None
+
+    # --- what the stages depend on
+
+    @cached_property
+    def tokenizer_inputs(self) -> dict[str, Any]:
+        settings, train, held_out = self.settings, self.train_pictures, self.held_out_pictures
+        names = ["seed", "tokenizer", "num_codes", "patch_size"]
+        names += ["vq_steps", "vq_lr"] if settings.tokenizer == "vq" else []
+        inputs = settings.pick(*names) | {"captions": train.names}
+        for part in (train, held_out):
+            inputs[f"pictures {len(inputs)}"] = digest(part.images, part.labels)
+        if settings.tokenizer not in ("patch", "vq"):
+            inputs["tokenizer"] = model_identity(settings.tokenizer)
+        return inputs
+
+    @cached_property
+    def adapter_inputs(self) -> dict[str, Any]:
+        settings = self.settings
+        names = (
+            "dtype", "device", "backend", "r", "lora_alpha", "target_modules", "shared_A", "init",
+            "lora_init", "steps", "batch", "gradient_accumulation", "gradient_checkpointing", "lr",
+            "caption_dropout",
+        )  # fmt: skip
+        inputs = self.tokenizer_inputs | settings.pick(*names)
+        inputs["base"] = model_identity(settings.model)
+        if settings.lora_init != "zero":
+            inputs["text"] = digest(self.blocks)
+        return inputs
 
     # --- what stages share
 
@@ -201,11 +206,7 @@ class Program:
         return blocks[: max(1, settings.text_tokens // settings.text_block)]
 
     def load_base(self) -> PreTrainedModel:
-        settings = self.settings
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
-        if not hasattr(model.model, "layers"):
-            raise ValueError(f"{settings.model} is not a decoder with layers")
-        return model.to(settings.device).eval()
+        return load_causal_lm(self.settings.model, self.settings.dtype, self.settings.device)
 
     def patch(self, model: PreTrainedModel) -> Painter:
         settings, init = self.settings, {"init": self.settings.init}
@@ -236,22 +237,32 @@ class Program:
     # --- stages
 
     def tokenize(self) -> None:
-        settings = self.settings
-
         def build(place: Place) -> dict[str, Any]:
-            tokenizer = self.fit_tokenizer()
+            try:
+                tokenizer = self.fit_tokenizer()
+            except FittingError as error:
+                kept = self.out / "image_tokenizer-last-good"
+                error.last_good.save(kept)
+                message = f"{error}; the last good one is in {kept} (--tokenizer); or lower --vq-lr"
+                raise FloatingPointError(message) from error
             tokenizer.save(place.folder / "image_tokenizer")
             usage = tokenizer.codebook_usage(tokenizer.encode(self.train_pictures.images))
+            used = int((usage > 0).sum())
+            if used < _COLLAPSED_BELOW * tokenizer.num_codes:
+                console.print(
+                    f"[yellow]the tokenizer has collapsed: {used} of {tokenizer.num_codes} codes "
+                    "are in use on the training pictures[/]"
+                )
             return {
                 "codes": tokenizer.num_codes,
-                "codes_used": int((usage > 0).sum()),
+                "codes_used": used,
                 "tokens_per_image": tokenizer.tokens_per_image,
                 "held_out_mean_squared_error": tokenizer.reconstruction_error(
                     self.held_out_pictures.images
                 ),
             }
 
-        place = self.stages.run("tokenize", settings.for_tokenizer, build)
+        place = self.stages.run("tokenize", self.tokenizer_inputs, build)
         self.image_tokenizer = load_image_tokenizer(place / "image_tokenizer")
 
     def fit_tokenizer(self) -> ImageTokenizer:
@@ -264,7 +275,8 @@ class Program:
         if settings.tokenizer == "vq":
             return VQTokenizer.fit(
                 images, num_codes=settings.num_codes, downsample=settings.patch_size,
-                steps=settings.vq_steps, seed=settings.seed, device=settings.device, progress=True,
+                steps=settings.vq_steps, lr=settings.vq_lr, seed=settings.seed,
+                device=settings.device, progress=True,
             )  # fmt: skip
         return load_image_tokenizer(settings.tokenizer)
 
@@ -278,7 +290,8 @@ class Program:
             if settings.gradient_checkpointing:
                 painter.model.gradient_checkpointing_enable()
             history = train(
-                painter.patched, painter.dataset(self.train_codes, settings.caption_dropout),
+                painter.patched,
+                painter.dataset(self.train_codes, settings.caption_dropout, settings.seed),
                 lambda model: mean_nll(model, held_out), place, collator=painter.collator,
                 max_steps=settings.steps, per_device_train_batch_size=settings.batch,
                 gradient_accumulation_steps=settings.gradient_accumulation,
@@ -288,7 +301,7 @@ class Program:
             painter.patched.save_adapter(place.folder / "adapter")
             return {"history": history}
 
-        return self.stages.run("teach", settings.for_adapter, build)
+        return self.stages.run("teach", self.adapter_inputs, build)
 
     def measure(self, taught: Path) -> None:
         def build(place: Place) -> dict[str, Any]:
@@ -298,7 +311,7 @@ class Program:
             )  # fmt: skip
             return measured
 
-        self.stages.run("measure", self.settings.for_measure, build)
+        self.stages.run("measure", self.adapter_inputs | {"text": digest(self.blocks)}, build)
 
     @cached_property
     def painter(self) -> Painter:
@@ -344,7 +357,8 @@ class Program:
                 ) | {"codes": codes.tolist()}  # fmt: skip
             return result
 
-        self.stages.run("draw", settings.for_samples, build)
+        names = ("captions", "samples_per_caption", "guidance", "temperature")
+        self.stages.run("draw", self.adapter_inputs | settings.pick(*names), build)
 
     # --- what is left under --out
 
@@ -378,9 +392,8 @@ class Program:
         """The held-out pictures as sequences: input_ids and attention_mask, (N, S) int64."""
         (batch,) = self.painter.batches(self.held_out_codes, len(self.held_out_codes))
         del batch["labels"]
-        temporary = self.out / ".held_out.tmp"
-        save_file(batch, temporary)
-        temporary.replace(self.out / "held_out.safetensors")
+        with replacing(self.out / "held_out.safetensors") as temporary:
+            save_file(batch, temporary)
 
     def plot_samples(self, guidance: str, codes: torch.Tensor, measured: dict[str, Any]) -> None:
         decode, each = self.image_tokenizer.decode, self.settings.samples_per_caption
@@ -411,14 +424,21 @@ class Program:
         raise AssertionError("every asked caption has a training picture")
 
     def run(self) -> dict[str, Any]:
+        _ = self.asked, self.blocks  # refuses what cannot work before anything long
         self.tokenize()
-        _ = self.asked, self.blocks  # refuses what cannot work before the long part
         self.taught = self.teach()
         self.measure(self.taught)
         self.draw()
         report = self.write_results()
         summarize(report, self.out)
         return report
+
+
+def digest(*arrays: Any) -> str:
+    content = hashlib.sha256()
+    for array in arrays:
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()[:16]
 
 
 def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
@@ -474,9 +494,11 @@ def summarize(report: dict[str, Any], out: Path) -> None:
 
 def check_model(settings: Settings) -> None:
     """Before the pictures are tokenized, whether the model can be taught."""
+    coupled = {"gromov_wasserstein", "permuted"} & {settings.init, settings.lora_init}
+    if coupled and find_spec("ot") is None:
+        raise ValueError("this --init needs POT: pip install 'modality-moe-kernels[ot]'")
     config = AutoConfig.from_pretrained(settings.model)
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    if not any(getattr(config, name, None) for name in names):
+    if not any(getattr(config, name, None) for name in NUM_EXPERTS):
         raise ValueError(
             f"{settings.model} is a dense {config.model_type!r} model: "
             "convert_dense_to_moe.py makes a Mixture of Experts of it"
@@ -501,6 +523,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--num-codes", type=int, default=256, help="default: %(default)s")
     group("--patch-size", type=int, default=4, help="pixels a token; default: %(default)s")
     group("--vq-steps", type=int, default=5000, help="default: %(default)s")
+    group("--vq-lr", type=float, default=4e-3, help="default: %(default)s")
     group = parser.add_argument_group("adapters").add_argument
     group("--r", type=int, default=16, help="rank; default: %(default)s")
     group("--lora-alpha", type=float, help="default: twice the rank")
@@ -548,8 +571,13 @@ def check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     for name in counts:
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if given.lr <= 0 or given.temperature <= 0 or given.text_block < 2:
-        parser.error("--lr and --temperature must be above 0, --text-block at least 2")
+    for name in ("lr", "vq_lr", "temperature"):
+        if not 0 < getattr(given, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if given.text_block < 2:
+        parser.error("--text-block must be at least 2")
+    if not all(0 <= scale < math.inf for scale in given.guidance):
+        parser.error("--guidance must be at least 0; 1 is none")
     if not 0 <= given.caption_dropout <= 1:
         parser.error("--caption-dropout must lie in 0..1")
     if any(scale != 1 for scale in given.guidance) and given.caption_dropout == 0:
@@ -567,12 +595,9 @@ def parse(arguments: list[str] | None) -> tuple[Settings, Path]:
     parser = make_parser()
     given = parser.parse_args(arguments)
     check(parser, given)
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    given.lora_alpha = given.lora_alpha or 2 * given.r
-    try:
-        given.backend = moe_kernels.backends.select(given.backend, torch.device(given.device))
-    except (RuntimeError, ValueError) as error:
-        parser.error(str(error))
+    settle_device(parser, given)
+    if given.lora_alpha is None:
+        given.lora_alpha = 2 * given.r
     values = {field.name: getattr(given, field.name) for field in dataclasses.fields(Settings)}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return Settings(**values | lists), given.out
@@ -580,18 +605,12 @@ def parse(arguments: list[str] | None) -> tuple[Settings, Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     settings, out = parse(arguments)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+
+    def work() -> None:
         check_model(settings)
         Program(settings, out).run()
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 1
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_a_second_run_loads_no_model(program, saved, finished, monkeypatch):
         raise AssertionError("the model was loaded again")
 
     before = (finished / "report.json").read_text()
-    monkeypatch.setattr(program, "load_model", fail)
+    monkeypatch.setattr(program, "load_causal_lm", fail)
     assert program.main(command(saved, "--out", str(finished))) == 0
     assert (finished / "report.json").read_text() == before
 

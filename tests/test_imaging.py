@@ -272,6 +272,17 @@ def test_processor_follows_each_row_of_a_batch(vocabulary):
         ImageTokensProcessor(vocabulary, 0)
 
 
+def test_suppressed_image_tokens_are_an_error_and_no_text(vocabulary):
+    """As generate() hands scores over that still have its suppress_tokens."""
+    processor = ImageTokensProcessor(vocabulary, tokens_per_image=2)
+    scores = torch.randn(2, vocabulary.token_ids.stop)
+    scores[:, vocabulary.token_ids.start :] = float("-inf")
+    outside, inside = torch.tensor([[1, 2]]), torch.tensor([[1, vocabulary.begin_id]])
+    assert processor(outside, scores[:1]).isfinite().any()
+    with pytest.raises(ValueError, match=r"suppress_tokens=\[\]"):
+        processor(torch.cat([outside, inside]), scores)
+
+
 @pytest.fixture(scope="module")
 def painter():
     model = make_model("olmoe")

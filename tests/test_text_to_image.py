@@ -1,6 +1,7 @@
 """The programs that teach a model pictures and draw with it, on a tiny model and tiny pictures."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -178,6 +179,10 @@ def test_other_starts_and_targets(program, command, tmp_path, init):
         (["--patch-size", "3"], "does not divide"),
         (["--data", "emoji"], "needs --emoji-folder"),
         (["--caption-dropout", "0"], "trained with --caption-dropout"),
+        (["--guidance", "1", "-1"], "--guidance must be at least 0"),
+        (["--guidance", "nan"], "--guidance must be at least 0"),
+        (["--lr", "nan"], "--lr must be above 0"),
+        (["--device", "nonsense"], "--device nonsense"),
         (["--text", "nowhere.txt"], "is not a file"),
         (["--backend", "triton"], "triton"),
     ],
@@ -201,7 +206,86 @@ def test_refuses_options_before_any_work(program, command, options, message, tmp
 def test_says_what_is_wrong_with_the_data(program, command, options, message, tmp_path, capsys):
     assert program.main([*command, *options, "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().out
-    assert not list(tmp_path.glob("out/stages/teach*"))
+    assert not list(tmp_path.glob("out/stages/*"))
+
+
+def test_other_captions_are_another_run(program, command, pictures, tmp_path):
+    """Stages follow what is in the files, not their names."""
+    changed = tmp_path / "pictures"
+    shutil.copytree(pictures, changed)
+    listing = changed / "metadata.jsonl"
+    listing.write_text(listing.read_text().replace("red", "crimson"))
+
+    def program_of(folder):
+        settings, _ = program.parse([*command, "--data", str(folder)])
+        return program.Program(settings, tmp_path / "out")
+
+    assert program_of(pictures).adapter_inputs == program_of(pictures).adapter_inputs
+    assert program_of(pictures).tokenizer_inputs != program_of(changed).tokenizer_inputs
+
+
+def test_what_a_run_may_be_made_of(program, command, tmp_path):
+    """A VQ-VAE, routers, checkpointing, the default dtype; pictures listed in a CSV file."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    rows = ["file_name,text"]
+    for index in range(12):
+        pixels = random.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append(f'{index}.png,"noise, {index % 2}"')
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    data = ["--data", str(folder), "--held-out", "4"]
+    extra = [
+        *data, "--tokenizer", "vq", "--vq-steps", "2", "--target-modules", "experts", "router",
+        "--gradient-checkpointing", "--dtype", "bfloat16", "--steps", "1", "--guidance", "1",
+    ]  # fmt: skip
+    assert program.main([*command, *extra, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["captions"] == ["noise, 0", "noise, 1"]
+    assert report["text"]["logits_changed_by_training"] == 0
+    assert "read" not in report["samples"]["1"], "a classifier that learnt from four pictures"
+    again = [*command, *data, "--tokenizer", str(tmp_path / "out" / "image_tokenizer")]
+    fitted = program.Program(program.parse(again)[0], tmp_path / "other")
+    fitted.tokenize()
+    assert fitted.image_tokenizer.num_codes == report["image_tokenizer"]["codes"]
+
+
+def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(
+    program, command, tmp_path, capsys
+):
+    extra = ["--tokenizer", "vq", "--vq-steps", "40", "--vq-lr", "1e30", "--out", str(tmp_path)]
+    assert program.main([*command, *extra]) == 1
+    assert "--vq-lr" in capsys.readouterr().out
+    assert program.load_image_tokenizer(tmp_path / "image_tokenizer-last-good").num_codes == 16
+
+
+def test_experts_that_grouped_mm_cannot_take(program, command, tmp_path):
+    save_byte_tokenizer(tmp_path / "model")
+    make_model("mixtral", vocab_size=256, intermediate_size=6).save_pretrained(tmp_path / "model")
+    options = ["--steps", "1", "--guidance", "1", "--out", str(tmp_path / "out")]
+    assert program.main([str(tmp_path / "model"), *command[1:], *options]) == 0
+
+
+def test_emoji_are_read_by_category(program, tmp_path):
+    import _pictures
+
+    (tmp_path / "img" / "twitter" / "64").mkdir(parents=True)
+    entries = []
+    for index, category in enumerate(["Food & Drink", "Flags", "Food & Drink"]):
+        picture = Image.new("RGBA", (64, 64), (200, 0, 0, 0 if index else 255))
+        picture.save(tmp_path / "img" / "twitter" / "64" / f"{index}.png")
+        entry = {"name": f"NAME {index}", "category": category, "image": f"{index}.png"}
+        entries.append(entry | {"has_img_twitter": True})
+    (tmp_path / "emoji.json").write_text(json.dumps(entries))
+    found = _pictures.emoji(tmp_path, 16, ["Food & Drink"])
+    assert found.names == ("name 0", "name 2") and found.images.shape == (2, 16, 16, 3)
+    assert found.images[0, 8, 8].tolist() == [200, 0, 0]
+    assert found.images[1].min() == 255, "what is transparent lies on white"
+    with pytest.raises(ValueError, match="no emoji category"):
+        _pictures.emoji(tmp_path, 16, ["Nothing"])
+    with pytest.raises(ValueError, match="npm pack"):
+        _pictures.emoji(tmp_path / "img", 16)
 
 
 def test_a_dense_model_is_refused_before_any_work(program, command, tmp_path, capsys):
@@ -227,7 +311,8 @@ def drawing():
 def draw_command(model_folder, finished):
     return [
         str(model_folder), "--run", str(finished), "--captions", "a red square",
-        "a square / of: none", "--count", "2", "--dtype", "float32", "--device", "cpu",
+        "a square / of: none", "--count", "2", "--batch", "3", "--dtype", "float32",
+        "--device", "cpu",
     ]  # fmt: skip
 
 
@@ -246,7 +331,7 @@ def test_goes_on_with_the_same_pictures(drawing, draw_command, tmp_path, monkeyp
     command = [*draw_command, "--out", str(tmp_path)]
     assert drawing.main(command) == 0
     file = tmp_path / "0001-a-square-of-none-1.png"
-    before = file.read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.glob("0*.png")}
     file.unlink()
     calls = []
     original = drawing.generate_images
@@ -256,8 +341,8 @@ def test_goes_on_with_the_same_pictures(drawing, draw_command, tmp_path, monkeyp
         or original(model, captions, **options),
     )  # fmt: skip
     assert drawing.main(command) == 0
-    assert calls == [["a square / of: none"] * 2]
-    assert file.read_bytes() == before
+    assert calls == [["a square / of: none"]], "only the second chunk of three is not whole"
+    assert {path: path.read_bytes() for path in tmp_path.glob("0*.png")} == before
 
 
 def test_does_not_mix_settings_in_one_folder(drawing, draw_command, tmp_path, capsys):
@@ -267,9 +352,10 @@ def test_does_not_mix_settings_in_one_folder(drawing, draw_command, tmp_path, ca
 
 
 def test_needs_a_taught_model(drawing, draw_command, tmp_path, capsys):
-    command = [*draw_command, "--run", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert drawing.main(command) == 1
+    out = ["--out", str(tmp_path / "out")]
+    assert drawing.main([*draw_command, "--run", str(tmp_path), *out]) == 1
     assert "no adapter in" in capsys.readouterr().out
+    assert drawing.main([*draw_command, *out]) == 0, "a failed run locked the folder"
     with pytest.raises(SystemExit):
         drawing.main([draw_command[0], "--run", str(tmp_path)])
     assert "give --captions" in capsys.readouterr().err

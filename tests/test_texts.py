@@ -21,6 +21,13 @@ def test_parts_share_no_paragraph(texts):
     assert min(map(len, parts.values())) > 100
 
 
+def test_a_later_text_keeps_what_an_earlier_one_shares(texts):
+    parts = {"a": "one\n\ntwo\n\nthree", "b": "two  \n\nfour", "c": "three\n\nfour"}
+    kept = texts.without_shared_paragraphs(parts)
+    assert kept == {"a": "one", "b": "two  ", "c": "three\n\nfour"}
+    assert list(kept) == ["a", "b", "c"] and texts.without_shared_paragraphs({}) == {}
+
+
 def test_a_text_shorter_than_a_block_is_refused(texts):
     with pytest.raises(ValueError, match="less than one block of 8"):
         texts.text_blocks(tokenizer, "abc", 8, 8)

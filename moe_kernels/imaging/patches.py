@@ -53,6 +53,8 @@ class PatchTokenizer(CodebookTokenizer):
         """
         from sklearn.cluster import KMeans
 
+        if num_codes < 1:
+            raise ValueError(f"num_codes must be at least 1; got {num_codes}")
         pixels = as_pixels(images)
         check_geometry(patch_size, tuple(pixels.shape[1:]))
         patches, counts = torch.unique(_patches(pixels, patch_size), dim=0, return_counts=True)

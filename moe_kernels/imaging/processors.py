@@ -17,7 +17,8 @@ class ImageTokensProcessor(LogitsProcessor):
 
     Each sequence of a batch follows its own last begin-of-image. ``generate`` must be called with
     ``suppress_tokens=[]``: ``add_modality_tokens`` suppresses the added tokens by default, and a
-    score that is -inf already cannot be brought back.
+    score that is -inf already cannot be brought back (ValueError on the CPU; on a GPU asking would
+    make it wait at every token).
 
     Args:
         vocabulary: where the image's tokens are.
@@ -50,6 +51,12 @@ class ImageTokensProcessor(LogitsProcessor):
         count = codes_so_far(input_ids, vocabulary)[:, None]
         allowed = torch.where(count < 0, ~is_image | may_begin, is_code)
         allowed = torch.where(count >= self.tokens_per_image, ids == vocabulary.end_id, allowed)
+        impossible = (scores.isneginf() | ~allowed).all(-1)
+        if scores.device.type == "cpu" and bool(impossible.any()):
+            raise ValueError(
+                "no token that may follow has a score: call generate(..., suppress_tokens=[]), "
+                "since added tokens are suppressed by default"
+            )
         return scores.masked_fill(~allowed, float("-inf"))
 
 

@@ -245,7 +245,8 @@ class CaptionedImages(Dataset):
             ``seed``, the epoch, the index and how often that was drawn in the epoch, and not from a
             global generator: data loaders read ahead, so that a checkpoint would hold the state of
             a later batch, and a resumed run drop other captions. To resume exactly, call
-            :meth:`set_epoch` at the beginning of each epoch.
+            :meth:`set_epoch` at the beginning of each epoch; so must a DataLoader with workers that
+            are started anew each epoch, since their counts begin anew too.
         empty_caption: token ids; ``caption_ids(tokenizer, "")`` is what ``generate_images`` uses.
         seed: of the dropout.
 
