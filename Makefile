@@ -4,6 +4,8 @@
 # make test-sanitized  the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   the integration tests on the oldest supported transformers
 # make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
+# make results   measure the claims about expert redundancy, write docs/results/redundancy.md (hours)
+# make results-quick   a small part of it into out/redundancy-quick (under 10 minutes)
 # make check-gpu-code   compile the GPU kernels for GPUs that need not be there; what they cost
 # make lint      ruff: lint and format
 #
@@ -46,7 +48,7 @@ $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 $(1)/bin/python -m pip install -q --no-build-isolation -e ".[test]" $(2)
 endef
 
-.PHONY: demo test test-all test-sanitized test-oldest bench check-gpu-code lint format install clean FORCE
+.PHONY: demo test test-all test-sanitized test-oldest bench results results-quick check-gpu-code lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -85,6 +87,12 @@ bench: $(INSTALLED)
 	$(PY) benchmarks/bars.py $(BENCH)
 	$(PY) benchmarks/plot.py
 	$(PY) benchmarks/tables.py
+
+results: $(INSTALLED)
+	$(PY) python/redundancy.py
+
+results-quick: $(INSTALLED)
+	$(PY) python/redundancy.py --quick
 
 check-gpu-code: $(INSTALLED)
 	$(PY) benchmarks/cost_model.py

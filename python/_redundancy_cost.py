@@ -1,0 +1,99 @@
+"""What a training step costs: one method in a process of its own, so that its peak memory is its.
+
+    python python/_redundancy_cost.py plora MODEL_FOLDER    # prints one line of JSON
+
+redundancy.py runs it for each method in turn, several times.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _text_model import load_text_model
+from transformers import PreTrainedModel
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+
+METHODS = ("plora", "peft", "full")
+ROUNDS, WARM_UP, STEPS = 3, 3, 15
+BATCH, CAPTION, CODES = 16, 8, 49
+_ADDED = 66
+
+
+def measure_cost(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """For each method what :func:`cost_of` says in every round; rounds interleave the methods."""
+    results: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    for _ in range(ROUNDS):
+        for method in METHODS:
+            command = [sys.executable, __file__, method, str(folder)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[method].append(json.loads(output.splitlines()[-1]))
+    return results
+
+
+def cost_of(method: str, folder: Path) -> dict[str, Any]:
+    """Tokens a second, peak memory above that of the loaded model, parameters that train."""
+    model, _ = load_text_model(folder, "cpu")
+    loaded = peak_bytes()
+    model, first_id = _PREPARE[method](model)
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    ids = torch.randint(1, first_id, (BATCH, CAPTION + CODES))
+    ids[:, CAPTION:] = torch.randint(first_id, first_id + _ADDED, (BATCH, CODES))
+    for step in range(WARM_UP + STEPS):
+        if step == WARM_UP:
+            started = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        "tokens_per_second": ids.numel() * STEPS / (time.perf_counter() - started),
+        "peak_bytes": peak_bytes() - loaded,
+        "trained_parameters": sum(parameter.numel() for parameter in parameters),
+    }
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def prepare_plora(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+    patch_model(model, ModalityLoraConfig(r=16, lora_alpha=32))
+    return model, add_modality_tokens(model, "image", _ADDED).start
+
+
+def prepare_peft(model: PreTrainedModel) -> tuple[torch.nn.Module, int]:
+    from peft import LoraConfig, get_peft_model
+
+    first = model.config.vocab_size
+    model.resize_token_embeddings(first + _ADDED)
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    return get_peft_model(model, config), first
+
+
+def prepare_full(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+    first = model.config.vocab_size
+    model.resize_token_embeddings(first + _ADDED)
+    return model.requires_grad_(True), first
+
+
+_PREPARE: dict[str, Callable[[PreTrainedModel], tuple[torch.nn.Module, int]]] = {
+    "plora": prepare_plora,
+    "peft": prepare_peft,
+    "full": prepare_full,
+}
+
+if __name__ == "__main__":
+    print(json.dumps(cost_of(sys.argv[1], Path(sys.argv[2]))))
