@@ -443,11 +443,13 @@ def test_the_host_never_waits(tokens, no_values):
     weights = ExpertWeights(*inputs[3:5], *inputs[8:], *loras)
     x, ids, topk_weights = inputs[:3]
     with NoSync():
-        perm, inv_perm, _, _, segments = triton_dispatch.dispatch(
-            ids, weights.num_experts, inputs.modality_ids, weights.num_modalities
+        wanted = triton_moe_mlp.forward_maps(ids.numel(), weights)
+        fields, tile_maps = triton_dispatch.dispatch_with_maps(
+            ids, weights.num_experts, inputs.modality_ids, weights.num_modalities, wanted
         )
+        perm, inv_perm, _, _, segments = fields
         routed = topk_weights, perm, inv_perm, segments, weights
-        out, *saved = triton_moe_mlp.forward(x, *routed, True)
+        out, *saved = triton_moe_mlp.forward(x, *routed, True, *tile_maps)
         triton_moe_mlp.backward(torch.ones_like(out), x, *routed, *saved, [True] * 8)
 
 
