@@ -79,6 +79,7 @@ from moe_kernels.imaging import (
     load_image_tokenizer,
     nearest_indices,
     plot_samples,
+    warn_if_collapsed,
 )
 from moe_kernels.models import initialise_lora
 
@@ -87,8 +88,6 @@ TARGET_MODULES = ("experts", "attention", "router")
 LORA_INITS = ("zero", "gromov_wasserstein", "permuted")
 # Text and pictures that a Gromov-Wasserstein start of the adapters looks at.
 _INIT_ROWS = 16
-# Below this share of codes in use a codebook counts as collapsed.
-_COLLAPSED_BELOW = 0.1
 
 
 @dataclass(frozen=True)
@@ -247,15 +246,10 @@ class Program:
                 raise FloatingPointError(message) from error
             tokenizer.save(place.folder / "image_tokenizer")
             usage = tokenizer.codebook_usage(tokenizer.encode(self.train_pictures.images))
-            used = int((usage > 0).sum())
-            if used < _COLLAPSED_BELOW * tokenizer.num_codes:
-                console.print(
-                    f"[yellow]the tokenizer has collapsed: {used} of {tokenizer.num_codes} codes "
-                    "are in use on the training pictures[/]"
-                )
+            warn_if_collapsed(usage)  # one that was fitted elsewhere was not asked on these
             return {
                 "codes": tokenizer.num_codes,
-                "codes_used": used,
+                "codes_used": int((usage > 0).sum()),
                 "tokens_per_image": tokenizer.tokens_per_image,
                 "held_out_mean_squared_error": tokenizer.reconstruction_error(
                     self.held_out_pictures.images

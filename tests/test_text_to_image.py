@@ -251,6 +251,16 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
     assert fitted.image_tokenizer.num_codes == report["image_tokenizer"]["codes"]
 
 
+def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, command, tmp_path):
+    """Fitted on noise, given squares of one colour: a few codes are left."""
+    noise = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)
+    program.PatchTokenizer.fit(noise, num_codes=128).save(tmp_path / "fitted")
+    extra = ["--tokenizer", str(tmp_path / "fitted")]
+    run = program.Program(program.parse([*command, *extra])[0], tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"of 128 codes are in use"):
+        run.tokenize()
+
+
 def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(
     program, command, tmp_path, capsys
 ):

@@ -32,6 +32,7 @@ from moe_kernels.imaging.tokenizer import (
     ImageTokenizer,
     TokenizerReport,
     load_image_tokenizer,
+    warn_if_collapsed,
 )
 from moe_kernels.imaging.vq import FittingError, VQTokenizer
 
@@ -64,4 +65,5 @@ __all__ = [
     "plot_samples",
     "split_images",
     "to_pil",
+    "warn_if_collapsed",
 ]
