@@ -88,6 +88,25 @@ def test_the_other_rows_values_may_be_nan(backend, dtype):
     assert torch.equal(call(inputs, backend)[text], expected)
 
 
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("num_tokens", [1, 62, 66, 72, 76, 200])
+def test_added_experts_that_no_row_chooses(backend, dtype, num_tokens):
+    """Whatever they are, and whether they are there; also where E and E+X are on two sides of a
+    choice between kernels.
+    """
+    shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256)
+    without = make_moe_inputs(shape).to(dtype)
+    expected = call(without, backend)
+    for number, value in ((1, 1.0), (3, float("nan"))):
+        added = [
+            torch.randn(number, *stack.shape[1:]) * value
+            for stack in (without.gate_up_proj, without.down_proj)
+        ]
+        inputs = without._replace(extra_gate_up_proj=added[0], extra_down_proj=added[1])
+        assert torch.equal(call(inputs, backend), expected)
+
+
 @pytest.mark.parametrize("backend", [name for name in WORKING if name != "reference"])
 @DTYPES
 def test_thread_count(backend, dtype, thread_count):

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.extension import ExpertExtender
 from moe_kernels.models import patch as patch_module
 from moe_kernels.models.experts import find_experts
 from moe_kernels.models.methods import get_patched
@@ -556,12 +557,16 @@ def test_positional_arguments_are_bound_as_the_class_binds_them():
         model(ids, *[None] * 20)
 
 
-def check_compiles(family, backend):
+def check_compiles(family, backend, *, extended=False):
     """Into one graph. The logits keep their bits; torch derives some gradients in other steps."""
     model = make_model(family)
     targets = ("experts", "attention", "router")
     config = ModalityLoraConfig(r=4, lora_alpha=8, backend=backend, target_modules=targets)
     patched = patch_model(model, config)
+    if extended:
+        for calibration in ("additive", "multiplicative"):
+            extender = ExpertExtender(model)
+            extender.extend([0], 2, init=0, calibration=calibration, freeze_earlier=False)
     randomise(patched)
     parameters = list(patched.trainable_parameters())
     inputs = {"input_ids": token_ids(2, 12), "modality_ids": (token_ids(2, 12, seed=1) % 3) - 1}
@@ -585,3 +590,7 @@ def check_compiles(family, backend):
 @FAMILY
 def test_a_patched_model_compiles_into_one_graph(family):
     check_compiles(family, None)
+
+
+def test_a_model_with_added_experts_compiles_into_one_graph():
+    check_compiles("mixtral", None, extended=True)

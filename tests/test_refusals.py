@@ -204,7 +204,8 @@ def test_a_backend_that_is_not_there():
     ("settings", "match"),
     [
         ({"target_modules": ("mlp",)}, "target_modules must be of"),
-        ({"target_modules": ()}, "at least one"),
+        ({"target_modules": (), "rank_pattern": {"q_proj": 8}}, "nothing is adapted"),
+        ({"sequence_modalities": ("task",)}, "not of modalities"),
         ({"target_modules": "experts"}, "tuple of names"),
         ({"modalities": "image"}, "tuple of names"),
         ({"modalities": ()}, "at least one"),

@@ -126,8 +126,9 @@ class Forward {
         [&](int64_t p) { return mlp_.weight(p); }, out_.mutable_data_ptr<scalar_t>());
   }
 
-  // With few rows an expert, reading the weights is what takes the time. Of the shapes alone.
-  bool direct() const { return size_.slots() <= kDirectRows * size_.all_experts(); }
+  // With few rows an expert, reading the weights is what takes the time. Of the shapes alone, added
+  // experts left out: adding some changes no bit of the rows that do not choose them.
+  bool direct() const { return size_.slots() <= kDirectRows * size_.experts; }
 
   MoeMlp<scalar_t> mlp_;
   const MoeMlpSizes& size_;

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,19 +18,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_kernels.models import tokens
+from moe_kernels.layers import AddedExperts, ModalityProjector
+from moe_kernels.models import extensions, projectors, tokens
 from moe_kernels.models.config import ModalityLoraConfig
+from moe_kernels.models.extensions import ExtensionConfig
+from moe_kernels.models.methods import get_patched
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 LAYOUT = 1  # raised when names or shapes of the saved tensors change
 
-_OURS = ("modality_lora", tokens.ROWS)
+_OURS = ("modality_lora", tokens.ROWS, extensions.EXTENSIONS, projectors.PROJECTORS)
 _FINGERPRINT_SAMPLES = 64
 
 
 def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Low-rank pairs and added rows with their names in the model."""
+    """Low-rank pairs, added rows, added experts and projectors with their names in the model."""
     for name, parameter in model.named_parameters():
         if _is_ours(name):
             yield name, parameter
@@ -71,13 +75,67 @@ def load(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> No
     expected = {name: tuple(p.shape) for name, p in named_adapter_parameters(model)}
     if not own:
         expected |= _expected_rows(model, added)
+    new = _make_missing(model, saved)
+    expected |= {name: tuple(p.shape) for name, p in new.named_parameters(model)}
     _check_tensors(tensors, expected)
 
     for modality, count in added.items() if not own else ():
         tokens.add_modality_tokens(model, modality, count, init="mean")
+    for name, parameter in new.named_parameters(model):
+        parameter.requires_grad_(name not in saved.get("frozen", ()))
+    new.attach(model)
     with torch.no_grad():
         for name, parameter in named_adapter_parameters(model):
             parameter.copy_(tensors[name])
+
+
+@dataclass
+class _Missing:
+    """What an adapter has and a model lacks, beside tokens: made, but not attached yet."""
+
+    extensions: list[tuple[ExtensionConfig, dict[int, AddedExperts]]]
+    projectors: dict[str, ModalityProjector]
+
+    def named_parameters(self, model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+        for number, (_, modules) in enumerate(self.extensions):
+            yield from extensions.named_parameters(model, number, modules)
+        for modality, projector in self.projectors.items():
+            for name, parameter in projector.named_parameters():
+                yield f"{projectors.PROJECTORS}.{modality}.{name}", parameter
+
+    def attach(self, model: PreTrainedModel) -> None:
+        patched = get_patched(model)
+        for config, modules in self.extensions:
+            extensions.attach(patched, config, modules)
+        for modality, projector in self.projectors.items():
+            projectors.attach(patched, modality, projector)
+
+
+def _make_missing(model: PreTrainedModel, saved: dict) -> _Missing:
+    """Raises ValueError where the model has another extension or projector than the adapter."""
+    patched = get_patched(model)
+    theirs = [ExtensionConfig.from_dict(values) for values in saved.get("extensions", ())]
+    if patched.extensions:
+        ours = [config.structure() for config in patched.extensions]
+        if ours != [config.structure() for config in theirs]:
+            raise ValueError(
+                "the adapter has other added experts than the model (adapter != model): "
+                f"{[config.structure() for config in theirs] or 'none'} != {ours}"
+            )
+        theirs = []
+    there = {name: each.settings() for name, each in projectors.projectors(model).items()}
+    wanted = saved.get("projectors", {})
+    if there and there != wanted:
+        raise ValueError(
+            f"the adapter has other projectors than the model: {wanted or 'none'} != {there}"
+        )
+    missing = {} if there else wanted
+    for modality in missing:
+        projectors.check(patched, modality)
+    return _Missing(
+        [(c, extensions.build(patched, c, theirs[:i])) for i, c in enumerate(theirs)],
+        {modality: projectors.build(patched, each) for modality, each in missing.items()},
+    )
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -103,10 +161,14 @@ def _is_ours(name: str) -> bool:
 def _describe(model: PreTrainedModel, config: ModalityLoraConfig) -> dict:
     import moe_kernels
 
+    frozen = [name for name, p in named_adapter_parameters(model) if not p.requires_grad]
     return {
         "layout": LAYOUT,
         "lora": config.to_dict(),
         "added_tokens": tokens.token_counts(model),
+        "extensions": [each.to_dict() for each in get_patched(model).extensions],
+        "projectors": {k: p.settings() for k, p in projectors.projectors(model).items()},
+        "frozen": frozen,
         "base_model": {
             "model_type": model.config.model_type,
             "name_or_path": model.config.name_or_path,

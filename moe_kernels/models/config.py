@@ -57,14 +57,15 @@ def _is_free_name(name) -> bool:
 
 @dataclass(frozen=True)
 class ModalityLoraConfig:
-    """Low-rank updates for added modalities.
+    r"""Low-rank updates for added modalities.
 
     Attributes:
         r: rank.
         lora_alpha: updates are scaled by ``lora_alpha / r``.
         modalities: names of the added modalities; the m-th one has modality id m, from 1 on.
         target_modules: of "experts" (gate_up_proj, down_proj), "attention" (q, k, v, o) and
-            "router" (the logits that choose experts; not adapted by default).
+            "router" (the logits that choose experts; not adapted by default). None of them: no
+            low-rank updates, for added tokens or experts alone.
         rank_pattern: another rank by layer and module, as PEFT's: keys are regular expressions for
             the end of a projection's name in the model, such as ``{"down_proj": 8}`` or
             ``{"layers.[0-3].self_attn.q_proj": 8}``; the first key that fits counts.
@@ -73,6 +74,9 @@ class ModalityLoraConfig:
         backend: None: the best for the device; a name: that one or an error.
         layers_to_transform: indices of the decoder layers that get adapters; None: all. The others
             are the base model's.
+        sequence_modalities: those of ``modalities`` that a whole sequence has, such as a task: a
+            token of the base modality that ``generate`` appends takes such an id from the last
+            column that was given.
 
     Raises:
         ValueError: a field that cannot be.
@@ -87,9 +91,10 @@ class ModalityLoraConfig:
     shared_A: bool = False
     backend: str | None = None
     layers_to_transform: tuple[int, ...] | None = None
+    sequence_modalities: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("modalities", "target_modules"):
+        for name in ("modalities", "target_modules", "sequence_modalities"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name} must be a tuple of names, got the string {value!r}")
@@ -100,15 +105,20 @@ class ModalityLoraConfig:
                 "modalities must be distinct identifiers, at least one, none of them an attribute "
                 f"of torch's ParameterDict (such as 'values'), got {names}"
             )
-        if not self.target_modules or not set(self.target_modules) <= set(TARGETS):
+        if not set(self.target_modules) <= set(TARGETS):
             raise ValueError(
-                f"target_modules must be of {tuple(TARGETS)}, at least one, "
-                f"got {self.target_modules}"
+                f"target_modules must be of {tuple(TARGETS)}, got {self.target_modules}"
+            )
+        if unknown := set(self.sequence_modalities) - set(names):
+            raise ValueError(
+                f"sequence_modalities has {sorted(unknown)}, not of modalities {names}"
             )
         self._check_layers()
         check_pattern("rank_pattern", self.rank_pattern)
         check_pattern("alpha_pattern", self.alpha_pattern)
         self._check_ranks()
+        if not self.target_modules and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError("a pattern of ranks or alphas, but nothing is adapted")
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform

@@ -4,12 +4,14 @@ No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transf
 :func:`experts_forward` with the experts module. Layouts are told by that module's attributes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from moe_kernels import ops
-from moe_kernels.layers import ModalityLora
+from moe_kernels.layers import AddedExperts, ModalityLora
 from moe_kernels.models.context import MISSING, ModalityContext
 
 IMPLEMENTATION = "moe_kernels"
@@ -69,6 +71,31 @@ def detach(experts: nn.Module) -> None:
     """Undo :func:`attach`."""
     experts.__dict__.pop("_modality_context", None)
     experts.__dict__.pop("_modality_lora", None)
+    experts.__dict__.pop("_added_experts", None)
+
+
+def context_of(experts: nn.Module) -> ModalityContext:
+    """What :func:`attach` gave to an experts module."""
+    return experts.__dict__["_modality_context"]
+
+
+def add_experts(experts: nn.Module, added: list[AddedExperts]) -> None:
+    """Let an attached experts module have these too, with ids from E on."""
+    experts.__dict__["_added_experts"] = added
+
+
+def _stacked(added: Sequence[AddedExperts]) -> dict[str, Tensor]:
+    """The weights of all added experts of a layer as ``moe_mlp`` takes them.
+
+    One extension's parameters go in as they are; those of several are copied to one tensor.
+    """
+    if not added:
+        return {}
+    stacks = {}
+    for name in ("gate_up_proj", "down_proj"):
+        weights = [getattr(experts, name) for experts in added]
+        stacks[f"extra_{name}"] = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return stacks
 
 
 def experts_forward(
@@ -79,17 +106,18 @@ def experts_forward(
     An experts module without a context (the model is not patched) takes the base path.
     """
     context: ModalityContext | None = self.__dict__.get("_modality_context")
-    modality_ids, loras, backend = None, {}, None
+    modality_ids, weights, backend = None, {}, None
     if context is not None:
         if context.modality_ids is None:
             raise RuntimeError(MISSING)
         modality_ids, backend = context.modality_ids.reshape(-1), context.backend
         adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
         if adapters:
-            loras = {
+            weights = {
                 "gate_up_lora": adapters["gate_up_proj"].weights(),
                 "down_lora": adapters["down_proj"].weights(),
             }
+        weights |= _stacked(self.__dict__.get("_added_experts", ()))
     return ops.moe_mlp(
         hidden_states,
         top_k_index.to(torch.int64),
@@ -98,7 +126,7 @@ def experts_forward(
         self.down_proj,
         modality_ids=modality_ids,
         backend=backend,
-        **loras,
+        **weights,
     )
 
 

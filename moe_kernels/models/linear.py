@@ -31,7 +31,7 @@ def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
 def attach(
     module: nn.Module,
     context: ModalityContext,
-    lora: ModalityLora,
+    lora: ModalityLora | None,
     forward: Callable = masked_linear,
 ) -> None:
     """Make this one instance add the low-rank update on the rows of added modalities."""

@@ -142,20 +142,27 @@ def _prepare_inputs_of(model_class: type[PreTrainedModel]):
         if inputs.get("modality_ids") is not None and inputs.get("input_ids") is not None:
             cache = inputs.get("cache", inputs.get("past_key_values"))  # renamed in 5.24
             start = 0 if cache is None else int(cache.get_seq_length())
+            config = get_patched(self).config
+            whole = [config.modalities.index(name) + 1 for name in config.sequence_modalities]
             inputs["modality_ids"] = _columns_from(
-                start, inputs["modality_ids"], inputs["input_ids"], self.token_modality
+                start, inputs["modality_ids"], inputs["input_ids"], self.token_modality, whole
             )
         return inputs
 
     return prepare_inputs_for_generation
 
 
-def _columns_from(start: int, modality_ids: Tensor, input_ids: Tensor, table: Tensor) -> Tensor:
+def _columns_from(
+    start: int, modality_ids: Tensor, input_ids: Tensor, table: Tensor, whole: list[int]
+) -> Tensor:
     """(B, S) modality of ``input_ids`` (B, S), which stand at the columns from ``start`` on.
 
     generate() hands over the prompt's (B, P) ids at every step; the modality of tokens beyond them
-    follows from the id.
+    follows from the id, or for text from the prompt's last column, where that is one of ``whole``.
     """
     given = modality_ids[:, start : start + input_ids.shape[1]]
     rest = table[input_ids[:, given.shape[1] :]]
+    last = modality_ids[:, -1:].to(rest)
+    for modality_id in whole:
+        rest = torch.where((rest == 0) & (last == modality_id), last, rest)
     return torch.cat([given.to(rest), rest], dim=1)

@@ -12,7 +12,17 @@ from transformers import PreTrainedModel
 from moe_kernels import backends
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import adapters, experts, linear, methods, quantisation, routers, tokens
+from moe_kernels.models import (
+    adapters,
+    experts,
+    extensions,
+    linear,
+    methods,
+    projectors,
+    quantisation,
+    routers,
+    tokens,
+)
 from moe_kernels.models.config import (
     ATTENTION_PROJECTIONS,
     EXPERT_PROJECTIONS,
@@ -38,6 +48,7 @@ class PatchedModel:
         adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
         init_diagnostics: what Gromov-Wasserstein inits reported, by modality, then by "embedding"
             and "head".
+        extensions: the experts that were added, in order; see :mod:`moe_kernels.extension`.
     """
 
     def __init__(self, model: PreTrainedModel, config: ModalityLoraConfig):
@@ -45,6 +56,7 @@ class PatchedModel:
         self.config = config
         self.adapters_enabled = True
         self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
+        self.extensions: list[extensions.ExtensionConfig] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._original_config = model.config
         self._original_generation_config = copy.deepcopy(model.generation_config)
@@ -53,12 +65,14 @@ class PatchedModel:
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Adapters and added token rows: all that may train."""
+        """Of adapters, added token rows, added experts and projectors, all that may train."""
         return (parameter for _, parameter in self.named_trainable_parameters())
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The same with their names in the model."""
-        return adapters.named_adapter_parameters(self.model)
+        for name, parameter in adapters.named_adapter_parameters(self.model):
+            if parameter.requires_grad:
+                yield name, parameter
 
     def modality_token_ids(self, modality: str) -> range:
         """The ids of the tokens added for a modality; empty if there are none."""
@@ -66,7 +80,10 @@ class PatchedModel:
 
     @contextlib.contextmanager
     def adapters_disabled(self) -> Iterator[None]:
-        """Forwards within it add no low-rank update; added token rows stay."""
+        """Forwards within it add no low-rank update, and modality gates are shut.
+
+        Added token rows stay, and so do experts that were added without a gate.
+        """
         before, self.adapters_enabled = self.adapters_enabled, False
         try:
             yield
@@ -82,7 +99,9 @@ class PatchedModel:
         adapters.save(self.model, self.config, Path(folder))
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Load what :meth:`save_adapter` wrote, adding the tokens that it has and the model lacks.
+        """Load what :meth:`save_adapter` wrote.
+
+        Tokens, experts and projectors that it has and the model lacks are added.
 
         Raises:
             FileNotFoundError: the folder has no adapter.
@@ -114,6 +133,7 @@ class PatchedModel:
         for hook in self._hooks:
             hook.remove()
         tokens.remove(model)
+        projectors.detach(model)
         for layer in decoder_layers(model):
             _detach_layer(layer)
         methods.detach(model)
@@ -195,7 +215,7 @@ def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[Projectio
         if reasons := _layer_problems(layer, targets):
             raise ValueError(f"{name} is not supported: layer {index}: {'; '.join(reasons)}")
     projections = find_projections(model, config)
-    if not projections:
+    if config.target_modules and not projections:
         raise ValueError(
             f"layers_to_transform {config.layers_to_transform} of {name} have none of "
             f"{config.target_modules}"
@@ -283,6 +303,7 @@ def _detach_layer(layer: nn.Module) -> None:
         experts.detach(experts_module)
         if (router := routers.find_router(layer)) is not None:
             routers.detach(router)
+    extensions.detach(layer)
     layer._modules.pop("modality_lora", None)
     for name in ATTENTION_PROJECTIONS:
         if isinstance(module := getattr(layer.self_attn, name, None), nn.Linear):

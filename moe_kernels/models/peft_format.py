@@ -56,12 +56,14 @@ def save_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) 
     PEFT knows no mask: its model is ours with every token in the modality.
 
     Raises:
-        ValueError: an unknown modality, or a model with added tokens, whose rows PEFT's files do
-            not hold.
+        ValueError: an unknown modality, or a model with added tokens or experts, which PEFT's
+            files do not hold.
     """
     index = _modality_index(patched, modality)
     if added := tokens.token_counts(patched.model):
         raise ValueError(f"PEFT's files do not hold added tokens, the model has {added}")
+    if patched.extensions:
+        raise ValueError("PEFT's files do not hold added experts, the model has some")
     tensors = {}
     for slot in _slots(patched):
         lora_A, lora_B = (getattr(slot.lora, name)[index].detach() for name in ("lora_A", "lora_B"))

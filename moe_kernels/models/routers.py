@@ -3,19 +3,21 @@
 A router is a module with one weight (E, H) whose forward takes (T, H) rows to logits, scores and
 indices. Families differ in what they do between logits and scores. No class name decides: patching
 compares :func:`route` with the class's own forward, and refuses a router that does something else.
+A layer with added experts has their columns beside the router's weight, see :func:`route_beside`.
 """
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_kernels.layers import ModalityLora
+from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
 from moe_kernels.models import linear
-from moe_kernels.models.context import ModalityContext
+from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.experts import find_experts
 
 _NAMES = ("gate", "router")
@@ -37,13 +39,81 @@ class Routing:
     float32_scores: bool
 
 
-def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """(T, E) logits -> scores (T, K), their softmax in float32, and indices (T, K) int64."""
+def route(
+    logits: Tensor, routing: Routing, calibrations: Sequence[Calibration] = ()
+) -> tuple[Tensor, Tensor]:
+    """(T, E) logits -> scores (T, K), their softmax in float32, and indices (T, K) int64.
+
+    Calibrations change the scores, never the choice. Several of one form add up.
+    """
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     scores, indices = torch.topk(probabilities, routing.top_k, dim=-1)
+    if additive := [c for c in calibrations if c.form == "additive"]:
+        scores = scores + _calibrate(additive, probabilities, indices)
     if routing.normalise:
         scores = scores / scores.sum(dim=-1, keepdim=True)
+    if multiplicative := [c for c in calibrations if c.form == "multiplicative"]:
+        weights = torch.zeros_like(probabilities).scatter(-1, indices, scores)
+        scores = scores * (1 + _calibrate(multiplicative, weights, indices))
     return scores if routing.float32_scores else scores.to(logits.dtype), indices
+
+
+def _calibrate(calibrations: Sequence[Calibration], values: Tensor, indices: Tensor) -> Tensor:
+    """The sum of what each gives for (T, N) values, at the chosen experts: (T, K).
+
+    One that came before the last experts knows nothing of them, and gives them zero.
+    """
+    changes = [calibration(values) for calibration in calibrations]
+    width = values.shape[-1]
+    return sum(F.pad(c, (0, width - c.shape[-1])).gather(-1, indices) for c in changes)
+
+
+def route_beside(
+    logits: Tensor,
+    hidden_states: Tensor,
+    added: Sequence[AddedExperts],
+    modality_ids: Tensor,
+    routing: Routing,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A router's output where experts were added beside its own.
+
+    The scores and indices of a row that may choose no added expert are those of its E logits
+    alone, taken row by row: no value of an added parameter reaches them. The others compete for
+    the same K places with the added experts that they may choose.
+
+    Args:
+        logits: (T, E), the router's own.
+        hidden_states: (T, H).
+        added: in the order of their ids, from E on.
+        modality_ids: (T,).
+        routing: what comes after the logits.
+
+    Returns:
+        Logits (T, E+X), -inf where a row may not choose the expert; scores (T, K); indices (T, K).
+    """
+    scores, indices = route(logits, routing)
+    sizes = [logits.shape[1], *(experts.num_added for experts in added)]
+    ids = torch.arange(sum(sizes), device=logits.device).split(sizes)
+    own = [experts.logits(hidden_states).to(logits.dtype) for experts in added]
+    rows = [experts.open_to(modality_ids) for experts in added]
+    # A row that is not served gets zeros there, so that a gradient of zero is not made NaN by them.
+    seen = [_where(at, values, 0.0) for at, values in zip(rows, own, strict=True)]
+    for modality_id in dict.fromkeys(experts.modality_id for experts in added):
+        members = [i for i, experts in enumerate(added) if experts.modality_id == modality_id]
+        new_scores, chosen = route(
+            torch.cat([logits, *(seen[i] for i in members)], dim=1),
+            routing,
+            [added[i].calibration for i in members if added[i].calibration is not None],
+        )
+        new_indices = torch.cat([ids[0], *(ids[i + 1] for i in members)])[chosen]
+        scores = _where(rows[members[0]], new_scores, scores)
+        indices = _where(rows[members[0]], new_indices, indices)
+    closed = [_where(at, values, -torch.inf) for at, values in zip(rows, own, strict=True)]
+    return torch.cat([logits, *closed], dim=1), scores, indices
+
+
+def _where(rows: Tensor | None, values: Tensor, others: Tensor | float) -> Tensor:
+    return values if rows is None else torch.where(rows, values, others)
 
 
 def find_router(layer: nn.Module) -> nn.Module | None:
@@ -90,6 +160,9 @@ def find_routing(router: nn.Module) -> Routing:
     name = type(router).__name__
     if "forward" in router.__dict__:
         raise ValueError(f"{name} has a forward of its own (a device map?)")
+    top_k, num_experts = getattr(router, "top_k", 0), router.weight.shape[0]
+    if isinstance(top_k, int) and top_k > num_experts:
+        raise ValueError(f"{name} chooses {top_k} experts of {num_experts}")
     candidates = None
     for dtype, training in itertools.product((router.weight.dtype, torch.bfloat16), (False, True)):
         trial, rows = _trial(router, dtype, training)
@@ -105,8 +178,10 @@ def find_routing(router: nn.Module) -> Routing:
     return candidates[0]
 
 
-def attach(router: nn.Module, context: ModalityContext, lora: ModalityLora) -> None:
+def attach(router: nn.Module, context: ModalityContext, lora: ModalityLora | None) -> None:
     """Make this one instance add the low-rank update to its logits, on rows of added modalities.
+
+    Without an update it computes what its class does, until there are added experts.
 
     Raises:
         ValueError: as :func:`find_routing`.
@@ -115,17 +190,53 @@ def attach(router: nn.Module, context: ModalityContext, lora: ModalityLora) -> N
     linear.attach(router, context, lora, _forward)
 
 
+def is_attached(router: nn.Module) -> bool:
+    """Whether :func:`attach` was done."""
+    return "_routing" in router.__dict__
+
+
+def routing_of(router: nn.Module) -> Routing:
+    """What :func:`attach` found."""
+    return router.__dict__["_routing"]
+
+
 def detach(router: nn.Module) -> None:
     """Undo :func:`attach`, if it was done."""
-    router.__dict__.pop("_routing", None)
+    for name in ("_routing", "_added_experts", "_tuned"):
+        router.__dict__.pop(name, None)
     linear.detach(router)
 
 
+def add_experts(router: nn.Module, added: list[AddedExperts]) -> None:
+    """Let an attached router choose among these too; an empty list: among its own."""
+    router.__dict__["_added_experts"] = added
+
+
+def tune(router: nn.Module, change: Tensor | None) -> None:
+    """Make an attached router work with ``weight + change`` (E, H), whose bits stay; None: not."""
+    if change is None:
+        router.__dict__.pop("_tuned", None)
+    else:
+        router.__dict__["_tuned"] = change
+
+
 def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., H) -> logits (T, E) with the update in them, scores (T, K), indices (T, K)."""
+    """(..., H) -> logits (T, E+X) with the update in them, scores (T, K), indices (T, K)."""
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-    logits = linear.masked_linear(self, hidden_states)
-    return logits, *route(logits, self.__dict__["_routing"])
+    own, routing = self.__dict__, self.__dict__["_routing"]
+    if own["_modality_lora"] is None:
+        logits = F.linear(hidden_states, self.weight)
+    else:
+        logits = linear.masked_linear(self, hidden_states)
+    if (change := own.get("_tuned")) is not None:
+        logits = logits + F.linear(hidden_states, change.to(hidden_states.dtype))
+    if not (added := own.get("_added_experts")):
+        return logits, *route(logits, routing)
+    context: ModalityContext = own["_modality_context"]
+    if context.modality_ids is None:
+        raise RuntimeError(MISSING)
+    modality_ids = context.modality_ids.reshape(-1)
+    return route_beside(logits, hidden_states, added, modality_ids, routing)
 
 
 def _trial(router: nn.Module, dtype: torch.dtype, training: bool) -> tuple[nn.Module, Tensor]:

@@ -40,7 +40,8 @@ def blocks(rows: int, weights: ExpertWeights) -> tuple[int, int]:
     """Rows of a tile of one expert, for whoever multiplies them, and of one adapter."""
     if not takes(weights):
         return TRITON.blocks(rows, weights)[0], _ADAPTER_BLOCK
-    return _native.expert_block(rows, weights.num_experts), _ADAPTER_BLOCK
+    # Added experts are left out, as in Triton's choice of tiles.
+    return _native.expert_block(rows, weights.gate_up_proj.shape[0]), _ADAPTER_BLOCK
 
 
 def _shared_arguments(

@@ -72,7 +72,8 @@ def choose_tiles(rows: int, weights: ExpertWeights) -> Tiles:
         return _forced
     stack = weights.gate_up_proj
     table = _stored().get(key_of(stack)) or built_in(stack.dtype, capability(stack.device))
-    average = rows // weights.num_experts
+    # Added experts are left out: adding some changes no bit of the rows that do not choose them.
+    average = rows // stack.shape[0]
     return next((tiles for least, tiles in table if average >= least), table[-1][1])
 
 

@@ -1,0 +1,88 @@
+"""Where to add experts: how far a short tuning of the routers shifts their choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """How often the routers selected each expert, before and after they were tuned.
+
+    L layers with experts, at most E experts.
+
+    Attributes:
+        layers: indices of the decoder layers, ascending.
+        before: (L, E) int64, selections by the routers as they are (kappa).
+        after: (L, E) int64, by the tuned ones (kappa'), of the same tokens.
+        num_experts: how many each layer has; counts beyond are zeros.
+    """
+
+    layers: tuple[int, ...]
+    before: Tensor
+    after: Tensor
+    num_experts: tuple[int, ...]
+
+    def __post_init__(self):
+        shape = (len(self.layers), max(self.num_experts, default=0))
+        if not (tuple(self.before.shape) == tuple(self.after.shape) == shape) or len(
+            self.num_experts
+        ) != len(self.layers):
+            raise ValueError(
+                f"counts must be {shape} for layers {self.layers} with {self.num_experts} experts, "
+                f"got {tuple(self.before.shape)} and {tuple(self.after.shape)}"
+            )
+
+    @property
+    def shift(self) -> Tensor:
+        """r_before - r_after (L, E) float64, r the share of a layer's selections; sums to 0."""
+        before, after = (
+            counts.double() / counts.sum(1, keepdim=True) for counts in (self.before, self.after)
+        )
+        return before - after
+
+    @property
+    def d(self) -> Tensor:
+        """(L,) float64, the shift's standard deviation over a layer's experts (that of a sample).
+
+        The score of MoExtend: large where tuning for the modality changes the choices.
+        """
+        pairs = zip(self.shift, self.num_experts, strict=True)
+        return torch.stack([row[:number].std() for row, number in pairs])
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Layers by d, the largest first."""
+        ranks = self.d.argsort(descending=True, stable=True)
+        return tuple(self.layers[rank] for rank in ranks.tolist())
+
+    def most_selected(self, layer: int, *, tuned: bool = False) -> list[int]:
+        """A layer's experts by how often they were selected, before or after; the most first."""
+        row = self.layers.index(layer)
+        counts = (self.after if tuned else self.before)[row, : self.num_experts[row]]
+        return counts.argsort(descending=True, stable=True).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, for JSON; d and order are there to be read."""
+        return {
+            "layers": list(self.layers),
+            "before": self.before.tolist(),
+            "after": self.after.tolist(),
+            "num_experts": list(self.num_experts),
+            "d": self.d.tolist(),
+            "order": list(self.order),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerScores:
+        """From what :meth:`to_dict` gave."""
+        return cls(
+            tuple(values["layers"]),
+            torch.tensor(values["before"], dtype=torch.int64),
+            torch.tensor(values["after"], dtype=torch.int64),
+            tuple(values["num_experts"]),
+        )

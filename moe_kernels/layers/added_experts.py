@@ -1,0 +1,120 @@
+"""New experts of one Mixture-of-Experts layer, with their router columns (MoExtend, 2408.03511)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels.ops.dtypes import without_autocast
+
+CALIBRATIONS = ("additive", "multiplicative")
+_STD = 0.02
+
+
+class Calibration(nn.Module):
+    """``B GELU(A v)``, what MoExtend adds to the routing of a layer with N experts.
+
+    A (hidden, N) is small and normal, B (N, hidden) is zero, so that training starts at the router
+    as it was. "additive" (the published code): v are the softmax probabilities, to which it is
+    added after the choice. "multiplicative" (the paper): v are the weights of the chosen experts,
+    zero for the others, and each weight is multiplied by one plus it.
+
+    Args:
+        form: "additive" or "multiplicative".
+        num_experts: N, added ones included.
+        hidden_features: between A and B.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        num_experts: int,
+        hidden_features: int = 16,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        self.form = form
+        self.calibration_A = nn.Parameter(torch.empty(hidden_features, num_experts, **options))
+        self.calibration_B = nn.Parameter(torch.empty(num_experts, hidden_features, **options))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A normal with standard deviation 0.02, B zero; ``generator`` is one of the CPU."""
+        A = self.calibration_A
+        A.copy_(torch.randn(A.shape, generator=generator, device="cpu") * _STD)
+        nn.init.zeros_(self.calibration_B)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(T, at least N) -> (T, N), of the first N columns and in the dtype of ``values``."""
+        with without_autocast(values.device):
+            seen = values[:, : self.calibration_A.shape[1]].to(self.calibration_A.dtype)
+            hidden = F.gelu(F.linear(seen, self.calibration_A))
+            return F.linear(hidden, self.calibration_B).to(values.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.form}, {tuple(self.calibration_A.shape)}"
+
+
+class AddedExperts(nn.Module):
+    """X experts that one extension added to a layer; not initialised, except the calibration.
+
+    Parameters: ``gate_up_proj`` (X, 2I, H) and ``down_proj`` (X, H, I) as
+    :func:`moe_kernels.ops.moe_mlp` takes them, ``router_columns`` (X, H), the rows that the router
+    lacks, and those of ``calibration``.
+
+    Args:
+        num_added: X.
+        hidden_features: H.
+        intermediate_features: I.
+        modality_id: of the rows that may choose them; None: all rows.
+        calibration: None, or what recalibrates the routing of these rows.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_added: int,
+        hidden_features: int,
+        intermediate_features: int,
+        *,
+        modality_id: int | None = None,
+        calibration: Calibration | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        hidden, inter, options = (
+            hidden_features,
+            intermediate_features,
+            {
+                "device": device,
+                "dtype": dtype,
+            },
+        )
+        self.gate_up_proj = nn.Parameter(torch.empty(num_added, 2 * inter, hidden, **options))
+        self.down_proj = nn.Parameter(torch.empty(num_added, hidden, inter, **options))
+        self.router_columns = nn.Parameter(torch.empty(num_added, hidden, **options))
+        self.modality_id = modality_id
+        self.calibration = calibration
+
+    @property
+    def num_added(self) -> int:
+        """X."""
+        return self.router_columns.shape[0]
+
+    def open_to(self, modality_ids: Tensor) -> Tensor | None:
+        """(T,) -> (T, 1) bool, which rows may choose these experts; None: all of them."""
+        return None if self.modality_id is None else (modality_ids == self.modality_id)[:, None]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """(T, H) -> (T, X), by a product of their own: the base's logits keep their bits."""
+        return F.linear(hidden_states, self.router_columns.to(hidden_states.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_added}, modality_id={self.modality_id}"
