@@ -6,6 +6,8 @@ Environment:
     MOE_KERNELS_FORCE_CUDA=1  build every CUDA kernel, or fail
     TORCH_CUDA_ARCH_LIST      architectures for the CUDA kernels
     CUDA_HOME                 the CUDA toolkit; else that of the nvcc on the path
+    PYTORCH_NVCC              where ninja builds: how nvcc is called, such as "ccache nvcc"
+    CC                        the C++ compiler of nvcc; else the one that it finds
     MAX_JOBS                  parallel compilations
 """
 
@@ -130,25 +132,38 @@ def nvcc_version(home: Path) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def uses_ninja() -> bool:
+    return shutil.which("ninja") is not None
+
+
+def nvcc_command(home: Path) -> list[str]:
+    """How torch.utils.cpp_extension calls nvcc; CC is handed on where it is set, also empty."""
+    given = os.environ.get("PYTORCH_NVCC") if uses_ninja() else None
+    ccbin = os.environ.get("CC")
+    command = [str(home / "bin" / "nvcc")] if given is None else shlex.split(given)
+    return command + ([] if ccbin is None else ["-ccbin", ccbin])
+
+
 def why_nvcc_refuses(home: Path) -> str | None:
     """Say what nvcc has against the C++ compiler here, as the build will call both; None where it
     compiles a file with it.
     """
-    ccbin = os.environ.get("CC")  # torch.utils.cpp_extension hands it on
+    command, ccbin = nvcc_command(home), os.environ.get("CC")
+    if not command or shutil.which(command[0]) is None:
+        return f"PYTORCH_NVCC is {' '.join(command)!r}, which cannot be run"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.cu"
         path.write_text("#include <vector>\n__global__ void probe() {}\n")
-        command = [home / "bin" / "nvcc", "-std=c++20", *(["-ccbin", ccbin] if ccbin else [])]
-        result = subprocess.run(
-            [*command, "-c", path, "-o", f"{folder}/probe.o"], capture_output=True, text=True
-        )
+        command += ["-std=c++20", "-c", str(path), "-o", f"{folder}/probe.o"]
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode == 0:
         return None
     lines = (result.stderr + result.stdout).splitlines()
     errors = [line for line in lines if re.search("error|fatal", line)] or lines or ["nothing"]
     return (
-        f"nvcc of {home} does not compile with {ccbin or 'the C++ compiler that it finds'} (set CC "
-        f"to one that it takes): {errors[0].strip()}"
+        f"nvcc of {home} does not compile with "
+        f"{'the C++ compiler that it finds' if ccbin is None else ccbin or 'CC, which is empty'} "
+        f"(set CC to one that it takes): {errors[0].strip()}"
     )
 
 
@@ -248,7 +263,7 @@ def build_command(no_cuda: str | None):
             note = {"torch_version": torch_version, "no_cuda": no_cuda}
             target.write_text(json.dumps(note) + "\n")
 
-    return BuildExtensionAndNote.with_options(use_ninja=shutil.which("ninja") is not None)
+    return BuildExtensionAndNote.with_options(use_ninja=uses_ninja())
 
 
 def decide() -> dict:

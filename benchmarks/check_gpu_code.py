@@ -6,10 +6,12 @@
 For each kernel, dtype, tile and way of use that the package has, and each architecture: registers,
 spilled stores, shared memory, programs that fit a multiprocessor, matrix instructions. Fails on a
 spill, on more shared memory than the device has, and on an sm_90 GEMM without warp-group
-instructions. CUDA kernels are compiled where nvcc is found; a warning fails them too.
+instructions. CUDA kernels are compiled where nvcc is found, as setup.py finds it; a warning fails
+them too, and a product of half precision without matrix instructions.
 """
 
 import argparse
+import importlib.util
 import itertools
 import re
 import shutil
@@ -42,7 +44,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (0, 16, 256)  # no adapters, one step over the rank, and several
 TOP_K = 8
 CUDA_TARGETS = {80: "80", 90: "90a", 100: "100a"}
-_CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+_ROOT = Path(__file__).resolve().parents[1]
+_CUDA = _ROOT / "csrc" / "cuda"
+# HMMA and HGMMA; HFMA2.MMA, with which sm_90 moves constants, is none.
+_MATRIX = re.compile(r"(?<![.\w])HG?MMA\b")
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Pointers not of the compute dtype; adapters are in float32, which takes the most registers.
 _POINTERS = dict.fromkeys(
@@ -254,7 +259,23 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\bSTL\b", code))
 
 
-def compile_cuda(source: Path, arch: int) -> tuple[list[tuple[str, ...]], str]:
+def nvcc_command() -> list[str] | None:
+    """How a build here would call nvcc; None where there is none."""
+    spec = importlib.util.spec_from_file_location("moe_kernels_setup", _ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    home = setup.cuda_home()
+    command = None if home is None else setup.nvcc_command(home)
+    return command if command and shutil.which(command[0]) else None
+
+
+def needs_matrix_instructions(kernel: str) -> bool:
+    """Whether it multiplies in half precision; by its name, also a mangled one."""
+    multiplies = r"(?<![a-z_])(expert_gemm|outer|project|add_low_rank)_kernel"
+    return bool(re.search(multiplies, kernel) and re.search("__half|__nv_bfloat16", kernel))
+
+
+def compile_cuda(nvcc: list[str], source: Path, arch: int) -> tuple[list[tuple[str, ...]], str]:
     """(kernel, registers, spilled bytes, matrix instructions) of a file; what the compiler says.
 
     Shared memory is asked for at launch; the sources bound it by a static_assert.
@@ -262,7 +283,7 @@ def compile_cuda(source: Path, arch: int) -> tuple[list[tuple[str, ...]], str]:
     target = CUDA_TARGETS[arch]
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            "nvcc", "-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-gencode",
+            *nvcc, "-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-gencode",
             f"arch=compute_{target},code=sm_{target}", "-c", str(source), "-o", f"{folder}/out.o",
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
@@ -284,7 +305,7 @@ def _matrix_instructions(path: str) -> dict[str, int]:
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     _, *functions = re.split(r"Function : (\w+)", code)
     parts = zip(functions[::2], functions[1::2], strict=True)
-    return {name: len(re.findall(r"\bH?G?MMA\b", body)) for name, body in parts}
+    return {name: len(_MATRIX.findall(body)) for name, body in parts}
 
 
 def _demangled(name: str) -> str:
@@ -299,14 +320,15 @@ def _demangled(name: str) -> str:
 def check_cuda(archs: list[int]) -> int:
     """Prints a row for each CUDA kernel; how many went wrong."""
     sources = sorted(_CUDA.glob("*.cu"))
-    if shutil.which("nvcc") is None:
-        print("nvcc is not on the path: the CUDA kernels were not checked")
+    nvcc = nvcc_command()
+    if nvcc is None:
+        print("nvcc was not found: the CUDA kernels were not checked")
         return 0
     rows, wrong = [], 0
     for arch, source in itertools.product(archs, sources):
-        found, complaint = compile_cuda(source, arch)
+        found, complaint = compile_cuda(nvcc, source, arch)
         wrong += bool(complaint) + sum(row[2] != "0" for row in found)
-        without = [row[0] for row in found if row[0].startswith("expert_gemm") and row[3] == "0"]
+        without = [row[0] for row in found if row[3] == "0" and needs_matrix_instructions(row[0])]
         if without:
             complaint = f"without matrix instructions: {', '.join(without)}"
             wrong += len(without)

@@ -29,10 +29,16 @@ class Cost(NamedTuple):
     flops: float
     read: float  # bytes
     written: float
+    avoidable: float = 0.0  # of these: what is read again, and parts that are written and read
 
     @property
     def bytes(self) -> float:
         return self.read + self.written
+
+    @property
+    def useful_bytes(self) -> float:
+        """What a kernel's speed is judged by: operands and results once, however it works."""
+        return self.bytes - self.avoidable
 
 
 class Sizes(NamedTuple):
@@ -98,7 +104,8 @@ def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
     def du_and_dB(name: str, flops: float, dy: float, width: int, lora: float, grad: float) -> Cost:
         parts = to_fp32 * s.u * -(-width // columns) if together else 0
         read = (dy if together else 2 * dy) + lora + parts
-        return Cost(name, flops, read, parts + to_fp32 * s.u + grad)
+        written = parts + to_fp32 * s.u + grad
+        return Cost(name, flops, read, written, 2 * parts if together else dy)
 
     # Of adapters that no row uses there are gradients too: zeros, which are written.
     grad_A, grad_B = (4 * shape.E * shape.r * width for width in (shape.H, shape.I))

@@ -214,6 +214,10 @@ dispatch_with_maps(const at::Tensor& topk_ids, int64_t num_experts,
                    at::IntArrayRef blocks, at::IntArrayRef groups) {
   const auto fields = dispatch(topk_ids, num_experts, modality_ids, num_modalities);
   const at::Tensor& segment_offsets = std::get<4>(fields);
+  // Of CUDA alone, whose `dispatch` is this one without maps; the CPU's takes more.
+  TORCH_CHECK(segment_offsets.numel() <= cuda::kMaxKeys, "dispatch on CUDA takes fewer than ",
+              cuda::kMaxKeys, " pairs of an expert and a modality, there are ",
+              segment_offsets.numel() - 1);
   return std::tuple_cat(
       fields, std::make_tuple(tile_maps(segment_offsets, topk_ids.numel(), blocks, groups)));
 }

@@ -10,6 +10,7 @@
 #include "cpu/gemm.h"
 #include "cuda/expert_gemm_shapes.h"
 #include "cuda/host_device.h"
+#include "cuda/tiles.h"
 #include "ops.h"
 
 #ifndef MOE_KERNELS_CUDA_ARCH_LIST
@@ -150,6 +151,9 @@ double fresh_value() { return moe_kernels::cpu::empty({1}, at::kFloat).item<doub
 
 PYBIND11_MODULE(_C, m) {
   m.attr("MAX_DISPATCH_KEYS") = moe_kernels::cuda::kMaxKeys;
+  m.attr("MAX_MAPS") = moe_kernels::cuda::kMaxMaps;
+  m.attr("MAX_PROJECTED") = moe_kernels::cuda::kMaxProjected;
+  m.attr("COLUMNS_OF_PART") = moe_kernels::cuda::kColumnsOfPart;
   m.doc() = "Native ops of moe_kernels; loading it registers torch.ops.moe_kernels_native.";
   m.def("expert_gemm_block_m", &moe_kernels::cuda::expert_gemm_block_m, py::arg("num_rows"),
         py::arg("num_experts"));

@@ -111,6 +111,11 @@ def max_dispatch_keys() -> int:
     return _load()[0].MAX_DISPATCH_KEYS
 
 
+def cuda_limit(name: str) -> int:
+    """MAX_MAPS, MAX_PROJECTED or COLUMNS_OF_PART, as the CUDA kernels were compiled with it."""
+    return getattr(_load()[0], name)
+
+
 def expert_block(num_rows: int, num_experts: int) -> int:
     """Rows of a tile of the CUDA products of the experts."""
     return _load()[0].expert_gemm_block_m(num_rows, num_experts)

@@ -46,7 +46,7 @@ if ON_GPU:  # without one they would say the same again, slowly
     )
 
 from moe_kernels import _native, backends
-from moe_kernels.ops import LoraWeights, lora_linear
+from moe_kernels.ops import LoraWeights, cuda_kernels, lora_linear
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
@@ -151,6 +151,17 @@ def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
     expected = lora_linear_results(torch.float64, "reference", *inputs)
     for tensor, wanted in zip(actual, expected, strict=True):
         assert_close(tensor, wanted, dtype=dtype)
+
+
+@pytest.mark.parametrize("most", [2**28, 0])
+def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most):
+    """du is then a pass of its own, twice in a layer."""
+    monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
+    monkeypatch.setattr(cuda_kernels, "MAX_BYTES_OF_PARTS", most)
+    shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
+    check(torch.bfloat16, shape, seed=3, num_modalities=2)
+    names = [name for name, _ in calls]
+    assert (names.count("project"), names.count("outer")) == (2 if most else 4, 4)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")

@@ -199,12 +199,17 @@ def call(function, *arguments) -> None:
 
 
 def tile_map(bounds: list[tuple[int, int]], num_rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """(3, tiles) and (3, groups) of groups (first row, end), as ``triton_tile_maps`` has them."""
+    """(3, tiles) and (3, groups) of groups (first row, end), as ``triton_tile_maps`` has them; no
+    tiles without groups.
+    """
     tiles, groups, partial = [], [], 0
     for group, (low, high) in enumerate(bounds):
         mine = [(group, at, min(at + block, high)) for at in range(low, high, block)]
         groups.append((low, high, partial))
         partial += len(mine) if len(mine) > 1 else 0
         tiles += mine
-    tiles += [(0, 0, 0)] * (num_rows // block + len(bounds) - len(tiles))
-    return tuple(torch.tensor(rows).view(-1, 3).T.contiguous() for rows in (tiles, groups))
+    most = num_rows // block + len(bounds) if bounds else 0
+    tiles += [(0, 0, 0)] * (most - len(tiles))
+    return tuple(
+        torch.tensor(rows, dtype=torch.int64).view(-1, 3).T.contiguous() for rows in (tiles, groups)
+    )

@@ -18,7 +18,7 @@ extern "C" void set_order(bool descending, bool early_copies) {
 
 extern "C" int launches() { return host::launches; }
 
-// Of the experts and of the pairs (modality, expert).
+// Of the experts and of the pairs (modality, expert); without modalities of the experts alone.
 struct Maps {
   int64_t *tiles, *groups, *pair_tiles, *pair_groups;
 
@@ -27,7 +27,7 @@ struct Maps {
     const auto map = [&](const Groups& of, int64_t* to, int64_t* bounds) {
       return TileMap{of, block, static_cast<int>(most_tiles(rows, of.num, block)), to, bounds};
     };
-    return {2,
+    return {modalities == 0 ? 1 : 2,
             {map({experts + 1, experts + 1, in_expert, 0, in_expert}, tiles, groups),
              map({pairs, experts, in_expert, 1, 1}, pair_tiles, pair_groups)}};
   }

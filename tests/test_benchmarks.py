@@ -1,7 +1,9 @@
 """The benchmarks: statistics, order, memory, checks, files, and the README's tables."""
 
 import json
+import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_kernels import backends
+from moe_kernels import _native, backends
 
 for _needed in ("peft", "matplotlib"):
     pytest.importorskip(_needed)
@@ -223,6 +225,31 @@ def test_one_pass_over_dY_moves_less(bench, rank, fewer):
     given = bench.cost_model.sizes_of(case)
     moved = cost.bytes - given.lora_gate_up - 2 * 4 * case.shape.E * rank * case.shape.I
     assert moved - 2 * given.u == pytest.approx(4 * fewer * dY)
+    assert moved - cost.avoidable == pytest.approx(2 * dY + 2 * given.u)  # dY once, and du
+
+
+def test_the_cost_model_has_the_parts_of_the_kernels(bench):
+    triton, cuda = bench.cost_model.PARTS_OF_DU["triton"], bench.cost_model.PARTS_OF_DU["cuda"]
+    kernels = pytest.importorskip("moe_kernels.ops.triton_kernels")
+    columns = kernels.outer_blocks(16, 4096, torch.bfloat16)[1]
+    assert triton == (kernels.MAX_PROJECTED, columns)
+    if _native.is_available():
+        names = "MAX_PROJECTED", "COLUMNS_OF_PART"
+        assert cuda == tuple(map(_native.cuda_limit, names))
+
+
+def test_which_cuda_kernels_must_have_matrix_instructions(bench):
+    pytest.importorskip("triton")
+    from check_gpu_code import _MATRIX
+    from check_gpu_code import needs_matrix_instructions as needs
+
+    code = "HMMA.16816.F32 R4, R8 ; HFMA2.MMA R6, -RZ, RZ, 0, 0 ; HGMMA.64x8x16.F32 R24 ;"
+    assert len(_MATRIX.findall(code)) == 2
+    half, mangled = "_kernel<__half, float, 2, true>", "_kernelINS1_5ShapeI13__nv_bfloat16fEE"
+    for name in ("expert_gemm", "outer", "project", "add_low_rank"):
+        assert needs(name + half) and needs(f"_ZN12moe_kernels12{name}{mangled}")
+        assert not needs(f"{name}_kernel<float, float, 2, true>")
+    assert not needs(f"combine{half}") and not needs(f"_ZN19finish_outer{mangled}")
 
 
 # --- bars, files and the README
@@ -261,19 +288,36 @@ def test_the_pages_tables_are_those_of_the_results(bench):
         assert bench.tables.render(page, bench._record.read(path)) == page
 
 
+def test_a_call_in_a_graph(bench, monkeypatch):
+    """The time of a replay, by the calls that were captured after one that was not."""
+    run_gpu, calls = bench.run_gpu, []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(calls.append("graph")))
+    monkeypatch.setattr(run_gpu, "_median", lambda function, device: 3e-4)
+    assert run_gpu._seconds_in_a_graph(lambda: calls.append(1), "cuda") == pytest.approx(1.5e-5)
+    assert calls == [1, "graph", *[1] * 20]
+    assert run_gpu._seconds_in_a_graph(lambda: calls.append(1), "cpu") == 3e-4
+
+
 def test_bars_of_the_cuda_launches(bench):
-    """combine moved 2 of 3 TB/s; a row that no time was seen for has no number."""
+    """combine moved 2 of 3 TB/s; parts of du are no work that was asked for."""
     given = bench.run_gpu.parse(["--trial", "--device", "cpu", "--backend", "cuda"])
     case = bench._gpu_checks.layer_case(given, *given.layers[0])
     costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case, "cuda")]
     moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
+    low_rank = [c for c in costs if re.match("shrink|du|dA[12]", c.kernel)]
+    assert sum(cost.bytes for cost in low_rank) > sum(cost.useful_bytes for cost in low_rank)
+    outer_ms = sum(cost.useful_bytes for cost in low_rank) / 2.7e12 * 1e3
     results = {
         "ceilings": {"copy_TBps": 3.0},
         "dispatch": {"us": {"reference": 200.0, "cuda": 40.0}},
         "kernels": {
-            "kernels": [["combine_kernel<bf16>", 2, moved / 2e12 * 1e3], ["gate_up", 1, 1]]
+            "kernels": [
+                ["combine_kernel<bf16>", 2, moved / 2e12 * 1e3], ["outer_kernel", 4, outer_ms],
+                ["gate_up", 1, 1],
+            ]
         },
-    }
+    }  # fmt: skip
     found = [
         (b.number, b.measured and b.measured.median, b.met)
         for b in bench.run_gpu.judge(results, given)
@@ -282,5 +326,8 @@ def test_bars_of_the_cuda_launches(bench):
         (9, 40.0, False),
         (9, 5.0, True),
         (10, pytest.approx(2 / 3), False),
-        (11, None, None),
+        (11, pytest.approx(0.9), True),
     ]
+    results["kernels"]["kernels"] = [["gate_up", 1, 1]]
+    *_, last = bench.run_gpu.judge(results, given)
+    assert last.number == 11 and last.measured is None  # no time was seen

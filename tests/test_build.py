@@ -57,7 +57,7 @@ def test_an_unclear_build_flag_is_an_error(setup_module, monkeypatch):
 @pytest.fixture
 def toolkit(monkeypatch, tmp_path):
     """A CUDA toolkit whose nvcc says that it is 13.0, and nothing in the environment."""
-    for name in ("MOE_KERNELS_SKIP_CUDA", "CUDA_HOME", "CUDA_PATH"):
+    for name in ("MOE_KERNELS_SKIP_CUDA", "CUDA_HOME", "CUDA_PATH", "CC", "PYTORCH_NVCC"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "cuda"
     for folder in ("bin", "include"):
@@ -97,7 +97,7 @@ def test_an_nvcc_that_refuses_the_compiler(setup_module, monkeypatch, toolkit):
     nvcc.write_text(
         nvcc.read_text().replace(
             "esac",
-            '*) [ "$2 $3" = "-ccbin gcc-99" ] || exit 0; '
+            '*) [ "$1 $2" = "-ccbin gcc-99" ] || exit 0; '
             f'printf "In file included from\\n{refusal}\\n" >&2; exit 1;;\nesac',
         )
     )
@@ -106,6 +106,23 @@ def test_an_nvcc_that_refuses_the_compiler(setup_module, monkeypatch, toolkit):
     assert "\n" not in reason
     monkeypatch.delenv("CC")
     assert setup_module.why_no_cuda(toolkit, "13.0") is None
+
+
+def test_nvcc_is_tried_as_torch_calls_it(setup_module, monkeypatch, toolkit):
+    """With CC where it is set, also empty, and under ninja by what PYTORCH_NVCC says."""
+    own = str(toolkit / "bin" / "nvcc")
+    assert setup_module.nvcc_command(toolkit) == [own]
+    monkeypatch.setenv("CC", "")
+    assert setup_module.nvcc_command(toolkit) == [own, "-ccbin", ""]
+    monkeypatch.setenv("PYTORCH_NVCC", f"/nowhere/ccache {own}")
+    monkeypatch.setattr(setup_module, "uses_ninja", lambda: False)
+    assert setup_module.nvcc_command(toolkit) == [own, "-ccbin", ""]
+    monkeypatch.setattr(setup_module, "uses_ninja", lambda: True)
+    assert setup_module.nvcc_command(toolkit) == ["/nowhere/ccache", own, "-ccbin", ""]
+    assert "which cannot be run" in setup_module.why_no_cuda(toolkit, "13.0")
+    monkeypatch.setenv("PYTORCH_NVCC", "")
+    monkeypatch.delenv("CC")
+    assert "PYTORCH_NVCC is ''" in setup_module.why_no_cuda(toolkit, "13.0")
 
 
 def test_architectures_before_ampere_are_left_out(setup_module, monkeypatch, toolkit):

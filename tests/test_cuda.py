@@ -117,7 +117,9 @@ def test_the_info_page_says_whose_kernels_run(works, capsys):
 def test_a_build_with_cuda_has_every_op():
     """A build without CUDA has none."""
     expected = bool(_native.build_info().get("cuda_arch_list"))
-    for name, _ in info._CUDA_OPS.values():
+    names = {name for name, _ in info._CUDA_OPS.values()} | {"dispatch_with_maps"}
+    assert names == {*CALLS}
+    for name in names:
         assert _native.has_cuda_kernel(name) == expected
         key = f"moe_kernels_native::{name}"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(key, "Meta")
@@ -208,6 +210,7 @@ REFUSALS = [
     ("dispatch", 2, integers(3), "modality_ids must have shape"),
     ("dispatch", 2, torch.zeros(10, dtype=torch.int64), "modality_ids must be on meta, is on cpu"),
     ("dispatch_with_maps", 2, integers(3), "modality_ids must have shape"),
+    ("dispatch_with_maps", 3, 599, "fewer than 2400 pairs .*, there are 2400"),
     ("dispatch_with_maps", 4, [16], "five numbers in groups for each"),
     ("tile_maps", 1, 2**31, "fewer than 2.31 rows"),
     ("tile_maps", 2, [16], "five numbers in groups for each"),
@@ -259,6 +262,14 @@ REFUSALS = [
     ("project", 5, 8, "pairs of 1 modalities and 4 experts, are of 8"),
     ("project", 7, 2, "experts must be 1 or num_base = 4"),
 ]
+
+
+@NEEDS_EXTENSION
+def test_dispatch_takes_as_many_pairs_as_a_block_counts():
+    """On CUDA; the CPU's, which has the same op, takes more."""
+    ops, ids = _native.ops(), integers(10, 2)
+    assert ops.dispatch_with_maps(ids, 1, None, 2398, [], [])[4].numel() == 2400
+    assert ops.dispatch(ids, 4, None, 599)[4].numel() == 2401
 
 
 @NEEDS_EXTENSION

@@ -107,24 +107,45 @@ def check(actual, expected, dtype):
     ids=str,
 )  # fmt: skip
 def test_dispatch_sorts_and_cuts_into_tiles(library, shape):
-    """Maps of dispatch's own launch, and of one of theirs."""
-    tokens, top_k, experts, modalities = shape
     routed = Routed(*shape, 6)
-    routed.ids[torch.rand(routed.ids.shape, generator=routed.generator) < 0.02] = experts
+    routed.ids[torch.rand(routed.ids.shape, generator=routed.generator) < 0.02] = shape[2]
     routed.set_modalities(routed.modality_ids)
+    check_dispatch(library, routed, 64)
 
-    def unwritten(kind, expected):
-        out = [torch.full(part.shape, -(2**40)) for part in expected]
-        names = [name for name, _ in kind._fields_]
-        return out, cuda.structure(kind, **dict(zip(names, out, strict=True)))
 
+@pytest.mark.parametrize("kind", range(len(ROUTINGS)))
+@pytest.mark.parametrize("tokens", [0, 1, 150])
+@pytest.mark.parametrize("modalities", [1, 3])
+def test_dispatch_on_any_routing(library, kind, tokens, modalities):
+    check_dispatch(library, Routed(tokens, 2, 5, modalities, tokens, kind), 16)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 150])
+@pytest.mark.parametrize("modalities", [0, 2])
+def test_dispatch_without_modality_ids(library, tokens, modalities):
+    """All tokens are text."""
+    routed = Routed(tokens, 3, 4, modalities, tokens, 6)
+    routed.set_modalities(None)
+    check_dispatch(library, routed, 16)
+
+
+def unwritten(kind, expected):
+    """Tensors of the expected shapes, and a structure of them."""
+    out = [torch.full(part.shape, -(2**40)) for part in expected]
+    names = [name for name, _ in kind._fields_]
+    return out, cuda.structure(kind, **dict(zip(names, out, strict=True)))
+
+
+def check_dispatch(library, routed, block):
+    """With the maps of dispatch's own launch, and of one of theirs."""
+    experts, modalities = routed.num_experts, routed.num_modalities
     fields = reference.dispatch(routed.ids, experts, routed.modality_ids, modalities)
     maps = [
         part
         for bounds in (routed.experts(), routed.pairs())
-        for part in cuda.tile_map(bounds, routed.rows, 64)
+        for part in cuda.tile_map(bounds, routed.rows, block)
     ]
-    sizes = routed.rows, top_k, experts, modalities, 64
+    sizes = routed.rows, routed.top_k, experts, modalities, block
     for with_maps in (True, False):
         out, given = unwritten(cuda.DispatchOut, fields)
         made, wanted = unwritten(cuda.Maps, maps)
@@ -132,7 +153,7 @@ def test_dispatch_sorts_and_cuts_into_tiles(library, shape):
         cuda.call(library.dispatch, given, asked, routed.ids, routed.modality_ids, *sizes)
         assert library.launches() == launches + 2
         if not with_maps:
-            cuda.call(library.tile_maps, wanted, out[-1], routed.rows, experts, modalities, 64)
+            cuda.call(library.tile_maps, wanted, out[-1], *sizes[:1], *sizes[2:])
         for actual, expected in zip((*out, *made), (*fields, *maps), strict=True):
             assert torch.equal(actual, expected)
 
@@ -330,6 +351,22 @@ def test_outer_gives_du_with_dB(library, dtype, rank, width, chunk):
         library, (61, 3, 3, 2), rank, width, dtype, transposed=True, kind=0, chunk=chunk,
         left_dtype=dtype, weights_dtype=torch.float32 if by_token else None, left_by_token=False,
         right_by_token=by_token, matrix_dtype=torch.float32 if rank % 3 else dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rank", "width", "chunk", "with_du"),
+    [
+        (32, 300, 1000, True), (16, 520, 150, True), (21, 264, 150, True),
+        (72, 300, 150, False), (16, 300, 1000, False),
+    ],
+)  # fmt: skip
+def test_outer_in_many_steps_and_several_blocks_of_columns(library, rank, width, chunk, with_du):
+    """A tile's steps go around the stages, and du's slices around their two halves."""
+    check_outer(
+        library, (400, 1, 1, 1), rank, width, torch.bfloat16, left_dtype=torch.bfloat16,
+        weights_dtype=torch.float32, transposed=True, left_by_token=False, right_by_token=False,
+        kind=2, chunk=chunk, matrix_dtype=torch.float32 if with_du else None,
     )  # fmt: skip
 
 

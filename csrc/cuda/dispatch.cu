@@ -12,6 +12,14 @@ namespace {
 constexpr int kThreads = 32 * kWarpsOfSort;
 static_assert(kThreads == kThreadsOfMaps);
 
+// Shared memory of a block of the second launch: the keys' starts, and what it sorts or writes maps
+// with.
+constexpr size_t bytes_of_place(int keys, int ints_of_maps) {
+  const int ints_of_sort = kWarpsOfSort + (1 + kWarpsOfSort) * keys;
+  return sizeof(int) * (keys + std::max(ints_of_sort, ints_of_maps));
+}
+static_assert(bytes_of_place(kMaxKeys, ints_of_map(kMaxKeys)) <= kMaxSharedBytes);
+
 // Counts of each key in this block's rows. Additions of integers give the same sum in any order.
 __global__ void __launch_bounds__(kThreads) count_kernel(Sort sort, int* counts) {
   auto* of_key = reinterpret_cast<int*>(shared_memory());
@@ -102,12 +110,9 @@ cudaError_t launch_dispatch(const Sort& sort, int* counts, const DispatchOut& ou
   const cudaError_t error =
       launch(count_kernel, sort.num_blocks, kThreads, sizeof(int) * keys, stream, sort, counts);
   if (error != cudaSuccess) return error;
-  const int of_sort = kWarpsOfSort + (1 + kWarpsOfSort) * keys;
-  const int of_maps = maps.num_maps == 0 ? 0 : ints_of_maps(maps);
-  const size_t bytes = sizeof(int) * (keys + std::max(of_sort, of_maps));
-  const int blocks = blocks_of_map(maps);
-  return launch(place_kernel, sort.num_blocks + maps.num_maps * blocks, kThreads, bytes, stream,
-                sort, counts, out, maps, blocks);
+  const int of_maps = maps.num_maps == 0 ? 0 : ints_of_maps(maps), blocks = blocks_of_map(maps);
+  return launch(place_kernel, sort.num_blocks + maps.num_maps * blocks, kThreads,
+                bytes_of_place(keys, of_maps), stream, sort, counts, out, maps, blocks);
 }
 
 }  // namespace moe_kernels::cuda

@@ -25,6 +25,9 @@ constexpr int kMaxKeys = 2400;
 // into the registers.
 constexpr int kMaxProjected = 32;
 
+// Columns of dY of which a part of dU is the sum.
+constexpr int kColumnsOfPart = 256;
+
 // The part of `size` items that a thread scans, contiguous.
 MOE_HOST_DEVICE int scan_begin(int size, int thread, int num_threads) {
   return static_cast<int>(static_cast<int64_t>(size) * thread / num_threads);

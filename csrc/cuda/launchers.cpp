@@ -103,8 +103,6 @@ dispatch_with_maps(const at::Tensor& topk_ids, int64_t num_experts,
   const auto made = outputs::dispatch_with_maps(topk_ids, num_experts, modality_ids,
                                                 num_modalities, blocks, groups);
   const auto& [perm, inv_perm, tokens, experts, segments, maps] = made;
-  TORCH_CHECK(segments.numel() <= kMaxKeys, "dispatch on CUDA takes fewer than ", kMaxKeys,
-              " pairs of an expert and a modality, there are ", segments.numel() - 1);
   const Sort sort = make_sort(topk_ids.const_data_ptr<int64_t>(),
                               modality_ids ? modality_ids->const_data_ptr<int64_t>() : nullptr,
                               static_cast<int>(topk_ids.numel()),

@@ -2,8 +2,9 @@
 // asynchronous copies, several steps of rows ahead.
 //
 // A block takes 128 columns of `right` and up to 64 of `left` through one tile of rows; 256 and up
-// to 32 where it also multiplies `right` by its columns of `matrix`. Which rows a step has is looked
-// up one step before its copies start.
+// to 32 where it also multiplies `right` by its columns of `matrix`. Which rows a step has is written
+// down one step before its copies start; their entries of `perm` and `weights`, which are found by
+// these, are loaded two steps and one step before that, so that nobody waits for either.
 #include "outer.h"
 
 #include <type_traits>
@@ -56,21 +57,34 @@ struct Vectors {
 
 template <typename S>
 struct Block {
+  using Weight = typename S::Weight;
   static constexpr int kRows = S::kRows;
 
   Stage<S> stages[kStages];
   Row rows[kStages + 1][kRows];
 
-  __device__ void look_up(const Outer& given, int step, int64_t first, int64_t end, float factor) {
+  // Of this thread's row of a step: its entry of perm, -1 beyond the end.
+  static __device__ int slot_of(const Outer& given, int step, int64_t first, int64_t end) {
+    const int64_t place = first + static_cast<int64_t>(step) * kRows + threadIdx.x;
+    return threadIdx.x < kRows && place < end ? static_cast<int>(given.perm[place]) : -1;
+  }
+
+  // As it is in memory: to convert it would be to wait for it.
+  static __device__ Weight weight_of(const Outer& given, int slot) {
+    const auto* weights = static_cast<const Weight*>(given.weights);
+    return slot < 0 || weights == nullptr ? from_float<Weight>(1.0f) : weights[slot];
+  }
+
+  __device__ void write_row(const Outer& given, int step, int64_t first, int slot, Weight weight,
+                            float factor) {
     if (threadIdx.x >= kRows) return;
     Row row = {-1, -1, 0.0f};
-    const int64_t place = first + static_cast<int64_t>(step) * kRows + threadIdx.x;
-    if (place < end) {
-      const int slot = static_cast<int>(given.perm[place]), token = slot / given.top_k;
-      const auto* weights = static_cast<const typename S::Weight*>(given.weights);
-      row.left = given.left_by_token ? token : static_cast<int>(place);
-      row.right = given.right_by_token ? token : static_cast<int>(place);
-      row.factor = weights == nullptr ? factor : factor * to_float(weights[slot]);
+    if (slot >= 0) {
+      const int token = slot / given.top_k;
+      const int place = static_cast<int>(first) + step * kRows + static_cast<int>(threadIdx.x);
+      row.left = given.left_by_token ? token : place;
+      row.right = given.right_by_token ? token : place;
+      row.factor = factor * to_float(weight);
     }
     rows[step % (kStages + 1)][threadIdx.x] = row;
   }
@@ -243,18 +257,18 @@ struct Products {
 
   __device__ void multiply_step(const R* right, int step, Shared& shared) {
     const int lane = threadIdx.x % 32, row = row_tile() + lane % 16;
-    float acc[4] = {};
+    float acc[2][4] = {};  // of every other k: half as long a chain of sums that wait for each other
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       const int chunk = slice() * (kColumns / 8) + 2 * k + lane / 16;
       uint32_t a[4];
       load_matrices(a, right + row * S::kWidth + swizzled(row, chunk) * 8);
-      multiply<R>(acc, a, matrix[k]);
+      multiply<R>(acc[k % 2], a, matrix[k]);
     }
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       shared.slices[step % 2][slice()][row_tile() + lane / 4 + part / 2 * 8]
-                   [rank_tile() + lane % 4 * 2 + part % 2] = acc[part];
+                   [rank_tile() + lane % 4 * 2 + part % 2] = acc[0][part] + acc[1][part];
     }
   }
 
@@ -308,8 +322,10 @@ __global__ void __launch_bounds__(S::kThreads) outer_kernel(Outer given, Vectors
   const int steps = static_cast<int>((tile.end - tile.first + S::kRows - 1) / S::kRows);
 #pragma unroll
   for (int step = 0; step < kStages; ++step) {
-    block.look_up(given, step, tile.first, tile.end, factor);
+    const int its = Block<S>::slot_of(given, step, tile.first, tile.end);
+    block.write_row(given, step, tile.first, its, Block<S>::weight_of(given, its), factor);
   }
+  int slot = Block<S>::slot_of(given, kStages, tile.first, tile.end);
   __syncthreads();
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
@@ -320,16 +336,19 @@ __global__ void __launch_bounds__(S::kThreads) outer_kernel(Outer given, Vectors
   OfStep of_step;
   if constexpr (!std::is_void_v<M>) of_step.template load<M>(given, tile.group, width);
   for (int step = 0; step < steps; ++step) {
+    const auto weight = Block<S>::weight_of(given, slot);
+    const int next = Block<S>::slot_of(given, step + kStages + 1, tile.first, tile.end);
     wait_copies<kStages - 2>();
     __syncthreads();
     if (step + kStages - 1 < steps) {
       block.load(given, vectors, step + kStages - 1, width, height);
     }
     commit_copies();
-    block.look_up(given, step + kStages, tile.first, tile.end, factor);
     if (step > 0) OfStep::store(given, products, step - 1, tile.first, tile.end);
     of_step.multiply_step(block.stages[step % kStages].right, step, products);
     sums.add(block, step);
+    block.write_row(given, step + kStages, tile.first, slot, weight, factor);
+    slot = next;
   }
   sums.store(given, sums_of(given, tile), height, width);
   if constexpr (!std::is_void_v<M>) {

@@ -11,8 +11,6 @@
 
 namespace moe_kernels::cuda {
 
-constexpr int kColumnsOfPart = 256;  // of right
-
 // Parts of `projected` of which each is the sum over its own columns of right.
 MOE_HOST_DEVICE int outer_parts(int width) { return (width + kColumnsOfPart - 1) / kColumnsOfPart; }
 

@@ -263,8 +263,9 @@ cudaError_t launch_columns(const Project& given, bool out_is_float, cudaStream_t
   const auto kernel = given.rank_first ? project_kernel<T, M, kTiles, true>
                                        : project_kernel<T, M, kTiles, false>;
   const dim3 grid(given.num_tiles, ceil_div(given.rank, 8 * kTiles));
-  return launch(kernel, grid, kThreads, sizeof(float) * kSlices * kRows * 8 * kTiles, stream, given,
-                fast, out_is_float);
+  constexpr size_t bytes = sizeof(float) * kSlices * kRows * 8 * kTiles;
+  static_assert(bytes <= kMaxSharedBytes);
+  return launch(kernel, grid, kThreads, bytes, stream, given, fast, out_is_float);
 }
 
 template <typename T, typename M>

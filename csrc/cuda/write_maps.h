@@ -19,11 +19,13 @@ inline int blocks_of_map(const TileMaps& given) {
   return std::min(kMaxBlocks, ceil_div(tiles, kTilesOfBlock));
 }
 
-// Shared memory that a block scans in.
+// Shared memory that a block scans in, for a map of so many groups.
+constexpr int ints_of_map(int groups) { return 2 * groups + kThreadsOfMaps / 32; }
+
 inline int ints_of_maps(const TileMaps& given) {
   int groups = 0;
   for (int i = 0; i < given.num_maps; ++i) groups = std::max(groups, given.maps[i].groups.num);
-  return 2 * groups + kThreadsOfMaps / 32;
+  return ints_of_map(groups);
 }
 
 // All threads of the block call it, which is number `block` of `num_blocks` for this map. It begins

@@ -11,15 +11,16 @@ from moe_kernels import _native
 from moe_kernels.ops.triton_kernels import TRITON
 from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
-_MAX_MAPS = 4  # of one launch
-MAX_PROJECTED = 32  # highest rank of which du comes with dB, in parts of 256 columns of dy
+MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
 Wanted = Sequence[tuple[Groups, int]]  # maps: groups of rows, and rows of a tile
 
 
 def takes_maps(wanted: Wanted) -> bool:
     """Whether one launch makes all these maps."""
+    if len(wanted) > _native.cuda_limit("MAX_MAPS"):
+        return False
     most = _native.max_dispatch_keys()
-    return len(wanted) <= _MAX_MAPS and all(groups.num <= most for groups, _ in wanted)
+    return all(groups.num <= most for groups, _ in wanted)
 
 
 def numbers_of(wanted: Wanted) -> tuple[list[int], list[int]]:
@@ -83,18 +84,40 @@ def outer(
     matrix: Tensor | None = None,
     tiles: TileMap | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`moe_kernels.ops.triton_kernels.outer`; ``tiles`` are Triton's alone."""
+    """See :func:`moe_kernels.ops.triton_kernels.outer`; ``tiles`` are for du in a pass of its own,
+    which it is where the parts of one pass would be too large.
+    """
+    du = None
+    if matrix is not None and bytes_of_parts(perm.numel(), *matrix.shape[1:]) > MAX_BYTES_OF_PARTS:
+        du = _pass_for_du(right, matrix, perm, tiles, top_k=top_k, by_token=right_by_token)
+        matrix = None
     out, projected = _native.ops().outer(
         left, right, perm, rows.tiles, rows.groups, factors,
         None if weights is None else weights_beside(right, weights), matrix, rows.block, top_k,
         transposed, left_by_token, right_by_token,
     )  # fmt: skip
-    return out, None if matrix is None else projected
+    return out, du if matrix is None else projected
+
+
+def _pass_for_du(dy: Tensor, matrix: Tensor, perm: Tensor, tiles: TileMap, **options) -> Tensor:
+    """dy @ matrix (rows, r) in float32, of (groups, width, r)."""
+    du = torch.empty(perm.numel(), matrix.shape[2], dtype=torch.float32, device=dy.device)
+    groups = max(1, matrix.shape[0])
+    return project(
+        dy, matrix, perm, tiles, du, rank_first=False, num_base=groups, experts=groups, block_k=0,
+        **options,
+    )  # fmt: skip
+
+
+def bytes_of_parts(rows: int, width: int, rank: int) -> int:
+    """Of du beside dB: float32, for all rows, one part for every so many columns of dy."""
+    parts = -(-width // _native.cuda_limit("COLUMNS_OF_PART"))
+    return 4 * parts * rows * rank
 
 
 def projects(rank: int, dtype: torch.dtype) -> bool:
     """Whether du comes with dB; float32 has no matrix instructions to multiply by the way with."""
-    return rank <= MAX_PROJECTED and dtype != torch.float32
+    return dtype != torch.float32 and rank <= _native.cuda_limit("MAX_PROJECTED")
 
 
 def add_low_rank(
