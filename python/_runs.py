@@ -111,6 +111,16 @@ def write_text(path: Path, text: str) -> None:
 # --- what every program does at its beginning and end
 
 
+def add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """--seed, --dtype, --device, --backend and --out."""
+    add = parser.add_argument
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base; default: %(default)s")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--backend", choices=moe_kernels.backends.NAMES, help="default: the best one here")
+    add("--out", type=Path, default=out, help="default: %(default)s")
+
+
 def settle_device(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """Fills in --device, and --backend where there is one; an error if either is not there."""
     given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from _runs import (
-    DTYPES,
+    add_run_options,
     console,
     exit_code,
     load_causal_lm,
@@ -35,7 +35,6 @@ from PIL import Image
 from rich.progress import track
 from transformers import AutoTokenizer
 
-import moe_kernels
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import generate_images, load_image_tokenizer
 
@@ -137,16 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="of the codes; 0: all (default)")
     add("--top-p", type=float, default=1.0, help="default: %(default)s")
     add("--batch", type=int, default=32, help="pictures at a time; default: %(default)s")
-    add("--seed", type=int, default=0)
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="bfloat16",
-        help="of the base",
-    )
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--backend", choices=moe_kernels.backends.NAMES, help="default: the best one here")
-    add("--out", type=Path, default=Path("out/pictures"), help="default: %(default)s")
+    add_run_options(parser, out=Path("out/pictures"))
     return parser
 
 

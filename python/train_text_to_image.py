@@ -39,11 +39,10 @@ import torch
 import transformers
 from _pictures import CaptionedPictures, digits, emoji, folder
 from _runs import (
-    DTYPES,
     NUM_EXPERTS,
     Place,
     Stages,
-    console,
+    add_run_options,
     exit_code,
     load_causal_lm,
     mean_nll,
@@ -61,9 +60,8 @@ from _text_to_image import (
     measure_model,
     measure_samples,
 )
+from _text_to_image_report import plot_training, summarize
 from _texts import documentation, text_blocks
-from matplotlib.figure import Figure
-from rich.table import Table
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -447,45 +445,6 @@ def copy_whole(source: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-def plot_training(history: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    panel = figure.subplots()
-    panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
-    panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
-    panel.set(xlabel="step", ylabel="nats an image token", title="text to image")
-    panel.legend()
-    return figure
-
-
-def summarize(report: dict[str, Any], out: Path) -> None:
-    """The table on the terminal."""
-    parameters, text, image = report["parameters"], report["text"], report["image"]
-    table = Table(show_header=False, show_lines=True)
-    table.add_row("parameters trained", f"{parameters['trained']:,} ({parameters['share']:.2%})")
-    table.add_row(
-        "text, held out: nats a token",
-        f"{text['nll_before_training']:.6f} before, {text['nll_after_training']:.6f} after",
-    )
-    table.add_row("text logits changed by training", f"{text['logits_changed_by_training']:,}")
-    table.add_row(
-        "image, held out: nats a token",
-        f"{image['nll_start']:.3f} before, {image['nll_end']:.3f} after, "
-        f"{image['nll_adapters_off']:.3f} with the adapters off",
-    )
-    for guidance, samples in report["samples"].items():
-        near = samples["nearest_training_distance"]
-        read = samples.get("read_as_their_caption")
-        reads = f"{read:.1%} read as their caption, " if read is not None else ""
-        table.add_row(
-            f"pictures, guidance {guidance}",
-            f"{reads}{samples['distinct']} of {samples['count']} distinct, "
-            f"nearest training picture at {near['generated']:.2f} "
-            f"(held-out real {near['held_out_real']:.2f})",
-        )
-    console.print(table)
-    console.print(f"written to {out}", markup=False, soft_wrap=True)
-
-
 def check_model(settings: Settings) -> None:
     """Before the pictures are tokenized, whether the model can be taught."""
     coupled = {"gromov_wasserstein", "permuted"} & {settings.init, settings.lora_init}
@@ -543,17 +502,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--samples-per-caption", type=int, default=6, metavar="N")
     group("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="default: 1 3")
     group("--temperature", type=float, default=1.0, help="default: %(default)s")
-    add = parser.add_argument
-    add("--seed", type=int, default=0)
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="bfloat16",
-        help="of the base",
-    )
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--backend", choices=moe_kernels.backends.NAMES, help="default: the best one here")
-    add("--out", type=Path, default=Path("out/text_to_image"), help="default: %(default)s")
+    add_run_options(parser, out=Path("out/text_to_image"))
     return parser
 
 
