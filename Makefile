@@ -19,7 +19,7 @@
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 PYTHON ?= python3
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist worksteal
 OLDEST_TRANSFORMERS := 5.17.0
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr
 
