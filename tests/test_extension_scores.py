@@ -212,7 +212,10 @@ def test_refusals(data, options, error, match):
         extender.score_layers(data, **{"steps": 1, "progress": False} | options)
 
 
-def test_a_router_that_no_loss_reaches():
-    model = make_model("mixtral", num_experts_per_tok=1)
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_a_router_that_no_loss_reaches(family):
+    """Whatever dtype its scores have."""
+    normalised = {} if family == "mixtral" else {"norm_topk_prob": True}
+    model = make_model(family, num_experts_per_tok=1, **normalised)
     with pytest.raises(ValueError, match="top-1 and normalised"):
         ExpertExtender(model).score_layers([mixed()], 1, progress=False)

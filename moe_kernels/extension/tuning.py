@@ -104,7 +104,8 @@ def _tunable_routers(patched: PatchedModel) -> Iterator[list[nn.Parameter]]:
                 attached.append(router)
                 context = experts.context_of(experts.find_experts(layer))
                 routers.attach(router, context, None)
-            if routers.routing_of(router) == routers.Routing(1, True, True):
+            routing = routers.routing_of(router)
+            if routing.top_k == 1 and routing.normalise:
                 raise ValueError("with top-1 and normalised scores no loss reaches the routers")
             weight = router.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -30,7 +30,7 @@ class ModalityProjector(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        hidden_features = hidden_features or out_features
+        hidden_features = out_features if hidden_features is None else hidden_features
         sizes = [in_features, *[hidden_features] * (num_layers - 1), out_features]
         if num_layers < 1 or min(sizes) < 1:
             raise ValueError(
