@@ -205,7 +205,6 @@ def test_the_same_bits_back(family, tmp_path):
     patched.save_adapter(tmp_path)
     fresh = patch_model(make_model(family), ModalityLoraConfig.from_adapter(tmp_path))
     fresh.load_adapter(tmp_path)
-    assert [logits(fresh.model, i).equal(e) for i, e in zip(inputs, expected, strict=True)]
     assert all(
         torch.equal(logits(fresh.model, i), e) for i, e in zip(inputs, expected, strict=True)
     )
