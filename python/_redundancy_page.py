@@ -25,15 +25,35 @@ from moe_kernels.imaging import PatchTokenizer
 
 NAME = "redundancy"
 # Nats a token of the running mean of the training loss; "steps to a fixed loss" is to this one.
-FIXED_LOSS, WINDOW = 1.3, 20
-C1 = ("plora", "plora-attention", "plora-experts", "copy", "rows", "all-tokens", "full")
-SOURCE = ("source-dense", "source-8x6", "source-16x4", "source-copy")
-ROW_INITS = (
-    "plora", "init-gaussian", "init-mean", "init-permuted", "init-gromov_wasserstein",
-    "init-gromov_wasserstein-exact",
+FIXED_LOSS, WINDOW = {"digits": 1.3, "emoji": 4.0}, 20
+C1 = (
+    "plora", "plora-attention", "plora-experts", "copy", "added-experts", "rows", "all-tokens",
+    "full",
 )  # fmt: skip
-LORA_INITS = ("plora", "lora-permuted", "lora-gromov_wasserstein")
-FEW = ("few-normal", "few-gaussian", "few-permuted", "few-gromov_wasserstein")
+EMOJI = ("emoji-plora", "emoji-rows", "emoji-all-tokens", "emoji-full")
+REAL = ("real-plora", "real-rows", "real-all-tokens", "real-full")
+BASES = {
+    "The small OLMoE, digits": C1,
+    "The small OLMoE, emoji": EMOJI,
+    "The pretrained model, digits": REAL,
+}
+CHANGES_TEXT = ("all_tokens", "full")
+SOURCE = ("source-dense", "source-8x6", "source-16x4", "source-copy")
+ADDED = ("plora-experts", "copy", "added-experts")
+# Titles, runs, and whether each Gromov-Wasserstein start is held against every control.
+STARTS = (
+    ("Added rows", (
+        "plora", "init-gaussian", "init-mean", "init-permuted", "init-gromov_wasserstein",
+    )),
+    ("Added rows, other metrics, another solver, the embedding or the head alone", (
+        "plora", *(f"init-gromov_wasserstein-{name}"
+                   for name in ("cosine", "euclidean", "exact", "embedding", "head")),
+    )),
+    ("Added rows, 500 pictures to learn from",
+     ("few-normal", "few-gaussian", "few-permuted", "few-gromov_wasserstein")),
+    ("Added rows, emoji", ("emoji-plora", "emoji-permuted", "emoji-gromov_wasserstein")),
+    ("Adapters", ("plora", "lora-permuted", "lora-gromov_wasserstein")),
+)  # fmt: skip
 METHODS = {
     "plora": "masked LoRA, experts and attention, r 16",
     "peft": "PEFT's LoRA on the same weights, on all tokens",
@@ -44,6 +64,7 @@ DESCRIBED = {
     "plora-attention": "masked LoRA, attention alone",
     "plora-experts": "masked LoRA, experts alone",
     "copy": "a feed-forward copy for image tokens",
+    "added-experts": "experts added for image tokens (MoExtend)",
     "rows": "added rows alone",
     "all-tokens": "the same LoRA on all tokens",
     "full": "full fine-tuning",
@@ -52,6 +73,7 @@ DESCRIBED = {
     "source-16x4": "16 experts, 4 chosen, r 8",
     "source-copy": "the dense parent with a feed-forward copy",
 }
+OUTCOMES = ("**Holds here:**", "**Does not hold here:**", "**Undecided:**")
 Results = dict[str, Any]
 
 
@@ -72,9 +94,9 @@ def running_mean(loss: Sequence[float]) -> np.ndarray:
     return np.convolve(loss, np.ones(WINDOW) / WINDOW, mode="valid")
 
 
-def steps_to_fixed_loss(result: Results) -> float:
+def steps_to_fixed_loss(result: Results, fixed: float = FIXED_LOSS["digits"]) -> float:
     """NaN where it was not reached."""
-    reached = np.flatnonzero(running_mean(result["loss"]) <= FIXED_LOSS)
+    reached = np.flatnonzero(running_mean(result["loss"]) <= fixed)
     return float(reached[0] + WINDOW) if len(reached) else math.nan
 
 
@@ -109,16 +131,17 @@ def verdict(data: Results, name: str, baseline: str, claim: str) -> str:
     found = (
         f"difference in test loss {mean:+.3f} nats a token, 95 % interval {low:+.3f} to {high:+.3f}"
     )
-    if high < 0:
-        return f"**Holds here:** {claim} ({found})."
-    if low > 0:
-        return f'**Does not hold here:** the reverse of "{claim}" was measured ({found}).'
-    return f"**Undecided:** {claim}; {found}."
+    outcome = OUTCOMES[0] if high < 0 else OUTCOMES[1] if low > 0 else OUTCOMES[2]
+    return f"{outcome} {claim} ({found})."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def described(name: str) -> str:
+    return DESCRIBED[name.removeprefix("emoji-").removeprefix("real-")]
 
 
 def present(data: Results, names: Sequence[str]) -> list[str]:
@@ -131,64 +154,104 @@ def present(data: Results, names: Sequence[str]) -> list[str]:
 def heading(data: Results) -> str:
     budget, seeds = data["budget"], len(next(iter(data["runs"].values()))["seeds"])
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    tuned = table(
-        ["what trains", *(f"lr {lr}" for lr in next(iter(data["tuning"]["choice_nll"].values())))],
-        [
-            [method, *(f"**{loss:.3f}**" if loss == min(losses.values()) else f"{loss:.3f}"
-                       for loss in losses.values())]
-            for method, losses in data["tuning"]["choice_nll"].items()
-        ],
-    )  # fmt: skip
     return f"""# Do the claims hold? The evidence for expert redundancy
 
 Written by `make results` from `redundancy.json`; nothing here is typed by hand, verdicts included:
 a claim holds, or does not, where the 95 % interval of the paired difference over seeds (Student's
-t) leaves out zero. The claims are those of arXiv 2503.22517 ([methods.md](../methods.md), A).
+t) leaves out zero: it, or its reverse. The claims are those of arXiv 2503.22517
+([methods.md](../methods.md), A).
 
 Base: an OLMoE of {budget["text"]["layers"]} layers, H {budget["text"]["hidden_size"]},
 {budget["text"]["experts"]} experts of {budget["text"]["intermediate_size"]},
 {budget["text"]["experts_per_token"]} chosen, that has learnt Python's own documentation for
 {budget["text"]["text_steps"]} steps; or a dense Llama of the same size that was split and healed
 for {budget["heal_steps"]} steps. It learns {budget["images"]:,} MNIST digits at most, as
-7x7 codes of {budget["num_codes"]}, for {budget["steps"]} steps of {budget["batch"]}. {seeds} seeds
-of everything: base, pictures held out, adapters, order. A toy: what holds here need not hold for
-seven billion parameters, and the reverse.
+7x7 codes of {budget["digit_codes"]}, for {budget["steps"]} steps of {budget["batch"]}.
+{seeds} seeds of everything: base, pictures held out, adapters, order. A toy: what holds here need
+not hold for seven billion parameters, and the reverse.{_others(data)}
 
 Loss is in nats an image token on {budget["held_out"] // 2} held-out pictures; ± is the standard
 deviation over seeds. Learning rates were chosen on seed {data["tuning"]["seed"]}, which is not
 among those reported, by the loss on {budget["held_out"] // 2} other held-out pictures:
 
-{tuned}
+{tuning_table(data)}
 
-{data["seconds"] / 3600:.1f} hours of one process with {data["threads"]} thread(s); {versions}."""
+Set aside before the runs were made: {budget["core_hours"]} hours of a core. Taken:
+{data["seconds"] / 3600:.1f} hours of processes with one thread, beside other work; {versions}."""
+
+
+def tuning_table(data: Results) -> str:
+    tuned = data["tuning"]["choice_nll"]
+    rates = list(dict.fromkeys(rate for losses in tuned.values() for rate in losses))
+    rows = [
+        [trains, *(f"**{loss:.3f}**" if loss == min(losses.values()) else f"{loss:.3f}"
+                   for loss in losses.values())]
+        for trains, losses in tuned.items()
+    ]  # fmt: skip
+    return table(["what trains", *(f"lr {rate}" for rate in rates)], rows)
+
+
+def _others(data: Results) -> str:
+    """What the heading says of emoji and of a pretrained base, where there are such runs."""
+    budget, said = data["budget"], ""
+    if present(data, EMOJI):
+        size = budget["emoji_size"]
+        said += (
+            f"\n\nAlso Twitter's emoji with their names as captions, {size}x{size} in colour, as "
+            f"{(size // 4) ** 2} codes of {budget['emoji_codes']}; learning rates are those of "
+            "digits."
+        )
+    if names := present(data, REAL):
+        runs = [data["runs"][name] for name in names]
+        rates = ", ".join(
+            f"{described(name)} {run['settings']['lr']:g}"
+            for name, run in zip(names, runs, strict=True)
+        )
+        settings, real = runs[0]["settings"], data["real"]
+        said += (
+            f"\n\nAlso a pretrained base, {real['name']} ({real['layers']} layers, H "
+            f"{real['hidden_size']}, {real['experts']} experts, {real['top_k']} chosen), "
+            f"{len(runs[0]['seeds'])} seeds of pictures, adapters and order, on the one base; "
+            f"{settings['steps']} steps of {budget['real_batch']}, {budget['real_pictures']} "
+            "pictures reported: too little to learn to draw, enough to see what text costs. "
+            f"Learning rates not tuned: {rates}. In bfloat16, full fine-tuning in float32."
+        )
+    return said
 
 
 def text_section(data: Results) -> str:
-    rows = []
-    for name in present(data, C1):
-        text = [result["text"] for result in data["runs"][name]["seeds"].values()]
-        before, after = (
-            np.array([t[key] for t in text])
-            for key in ("nll_before_training", "nll_after_training")
+    parts = ["## 1. Is text kept?"]
+    for title, names in BASES.items():
+        if rows := [text_row(data, name) for name in present(data, names)]:
+            head = ["what trains", "text loss before", "after", "change", "text logits changed"]
+            parts += [f"**{title}**", table(head, rows)]
+    return "\n\n".join([*parts, text_verdict(data)])
+
+
+def text_row(data: Results, name: str) -> list[str]:
+    before, after, changed = (
+        values(data, name, lambda result: result["text"][key])  # noqa: B023
+        for key in (
+            "nll_before_training", "nll_after_training", "logits_changed_by_training",
         )
-        changed = np.array([t["logits_changed_by_training"] for t in text])
-        rows.append([
-            DESCRIBED[name], mean_and_spread(before), mean_and_spread(after),
-            mean_and_spread(after - before), "0" if not changed.any() else f"{changed.mean():,.0f}",
-        ])  # fmt: skip
-    masked = [name for name in present(data, C1) if name not in ("all-tokens", "full")]
-    kept = all(
-        result["text"]["logits_changed_by_training"] == 0
-        for name in masked
-        for result in data["runs"][name]["seeds"].values()
-    )
-    return "\n\n".join([
-        "## 1. Is text kept?",
-        table(["what trains", "text loss before", "after", "change", "text logits changed"], rows),
-        "Every method that acts on image tokens alone left every text logit its bits."
-        if kept
-        else "**A masked method changed text: a bug.**",
-    ])  # fmt: skip
+    )  # fmt: skip
+    return [
+        described(name), mean_and_spread(before), mean_and_spread(after),
+        mean_and_spread(after - before), f"{changed.mean():,.0f}" if changed.any() else "0",
+    ]  # fmt: skip
+
+
+def text_verdict(data: Results) -> str:
+    masked = [
+        result["text"]
+        for name, run in data["runs"].items() if run["settings"]["method"] not in CHANGES_TEXT
+        for result in run["seeds"].values()
+    ]  # fmt: skip
+    tokens = sum(text["held_out_tokens"] for text in masked)
+    changed = sum(text["logits_changed_by_training"] for text in masked)
+    claim = "training on image tokens alone leaves every text logit its bits"
+    found = f"{len(masked)} runs, {tokens:,} text tokens, {changed:,} logits changed"
+    return f"{OUTCOMES[1] if changed else OUTCOMES[0]} {claim} ({found})."
 
 
 def budget_section(data: Results) -> str:
@@ -196,13 +259,12 @@ def budget_section(data: Results) -> str:
     for name in present(data, C1):
         samples = lambda key: values(data, name, lambda r: key(r["samples"]))  # noqa: B023, E731
         rows.append([
-            DESCRIBED[name], f"{values(data, name, lambda r: r['trained_parameters'])[0]:,.0f}",
+            described(name), parameters(data, name),
             mean_and_spread(values(data, name, test_nll)),
             mean_and_spread(100 * samples(lambda s: s["read_as_their_caption"]), 1),
             mean_and_spread(samples(lambda s: s["distinct"] / s["count"]), 2),
             mean_and_spread(samples(lambda s: s["nearest_training_distance"]["generated"]), 2),
         ])  # fmt: skip
-    ranks = [name for name in data["runs"] if name.startswith("rank-")]
     parts = [
         "## 2. Is the budget small?",
         table(
@@ -211,11 +273,23 @@ def budget_section(data: Results) -> str:
             rows,
         ),
     ]  # fmt: skip
-    if ranks:
+    if any(name.startswith("rank-") for name in data["runs"]):
         parts.append("![loss against parameters](redundancy-parameters.png)")
-    if "plora" in data["runs"] and "rows" in data["runs"]:
-        parts.append(verdict(data, "plora", "rows", "adapters add to what added rows alone learn"))
+    parts.append(verdict(data, "plora", "rows", "adapters add to what added rows alone learn"))
+    for title, names in list(BASES.items())[1:]:
+        if names := present(data, names):
+            rows = [
+                [described(name), parameters(data, name),
+                 mean_and_spread(values(data, name, test_nll)), difference(data, name, names[0])]
+                for name in names
+            ]  # fmt: skip
+            head = ["what trains", "parameters", "image loss", "less the first row's (95 %)"]
+            parts += [f"**{title}**", table(head, rows)]
     return "\n\n".join(parts)
+
+
+def parameters(data: Results, name: str) -> str:
+    return f"{values(data, name, lambda result: result['trained_parameters'])[0]:,.0f}"
 
 
 def source_section(data: Results) -> str:
@@ -249,6 +323,22 @@ def source_section(data: Results) -> str:
             data, "source-dense", "source-copy",
             "low-rank updates do better than a feed-forward copy for the modality",
         ))  # fmt: skip
+    if len(names := present(data, ADDED)) > 1:
+        rows = [
+            [described(name), parameters(data, name),
+             mean_and_spread(values(data, name, test_nll)), difference(data, name, names[0])]
+            for name in names
+        ]  # fmt: skip
+        head = ["what trains", "parameters", "image loss", "less the first row's (95 %)"]
+        parts += [
+            "On the OLMoE, what the authors argue against at as many trained parameters:",
+            table(head, rows),
+        ]
+        parts += [
+            verdict(data, names[0], name,
+                    f"masked LoRA on the experts does better than {described(name)}")
+            for name in names[1:]
+        ]  # fmt: skip
     if correlation := layer_correlation(data):
         parts.append(correlation)
     return "\n\n".join(parts)
@@ -276,52 +366,65 @@ def layer_correlation(data: Results) -> str:
          mean_and_spread(values(data, name, test_nll))]
         for i, name in enumerate(layers)
     ]  # fmt: skip
+    claim = "adapting a layer gains more where its experts are more alike"
+    outcome = OUTCOMES[0] if low > 0 else OUTCOMES[1] if high < 0 else OUTCOMES[2]
     return "\n\n".join([
         "One layer's experts adapted at a time, beside how alike they were before (CKA on text):",
         table(["layer", "similarity of its experts", "image loss, this layer adapted"], rows),
-        f"Rank correlation of similarity with gain, over the layers of a seed: {mean:+.2f}, 95 % "
-        f"interval {low:+.2f} to {high:+.2f}.",
+        f"{outcome} {claim} (rank correlation over the {len(layers)} layers of a seed {mean:+.2f}, "
+        f"95 % interval {low:+.2f} to {high:+.2f}).",
     ])  # fmt: skip
 
 
 def start_section(data: Results) -> str:
     parts = [
         "## 4. Does a Gromov-Wasserstein start help?",
-        f"Steps until the mean of the last {WINDOW} training losses is at most {FIXED_LOSS}; "
-        "failures are runs that never are.",
+        f"Steps until the mean of the last {WINDOW} training losses is at most "
+        f"{FIXED_LOSS['digits']} (emoji: {FIXED_LOSS['emoji']}); failures are runs that never are. "
+        f'"normal" and "zero" are the package\'s defaults.',
     ]
-    for title, names, baseline in (
-        ("Added rows", ROW_INITS, "plora"),
-        ("Added rows, 500 pictures to learn from", FEW, "few-normal"),
-        ("Adapters", LORA_INITS, "plora"),
-    ):
-        if len(names := present(data, names)) < 2:
-            continue
-        rows = []
-        for name in names:
-            settings = data["runs"][name]["settings"]
-            label = settings["lora_init"] if title == "Adapters" else settings["init"]
-            if settings["solver"] != "semirelaxed":
-                label += f", {settings['solver']}"
-            steps = values(data, name, steps_to_fixed_loss)
-            rows.append([
-                label.replace("_", "-"), mean_and_spread(steps, 0),
-                str(int(np.isnan(steps).sum())), mean_and_spread(values(data, name, test_nll)),
-                "" if name == baseline else difference(data, name, baseline),
-                mean_and_spread(values(data, name, lambda r: r["largest_gradient_norm"]), 2),
-            ])  # fmt: skip
-        parts.append(f"**{title}**")
-        parts.append(table(
-            ["start", "steps", "failures", "image loss", "less the first row's (95 %)",
-             "largest gradient norm"],
-            rows,
-        ))  # fmt: skip
-        parts += [
-            verdict(data, name, control, f"{name.replace('_', '-')} beats {control}")
-            for name in names if name.endswith("gromov_wasserstein")
-            for control in names if control != name and "exact" not in control
-        ]  # fmt: skip
+    for title, names in STARTS:
+        if len(names := present(data, names)) > 1:
+            rows = [start_row(data, name, names[0]) for name in names]
+            parts += [f"**{title}**", table(
+                ["start", "steps", "failures", "image loss", "less the first row's (95 %)",
+                 "largest gradient norm"],
+                rows,
+            )]  # fmt: skip
+            parts += [
+                verdict(data, name, control, f"the start {start_label(data, name)} beats "
+                                             f"{start_label(data, control)} ({title.lower()})")
+                for name in names if "gromov_wasserstein" in name
+                for control in names if "gromov_wasserstein" not in control
+            ]  # fmt: skip
     return "\n\n".join(parts)
+
+
+def start_row(data: Results, name: str, baseline: str) -> list[str]:
+    fixed = FIXED_LOSS[data["runs"][name]["settings"]["data"]]
+    steps = values(data, name, lambda result: steps_to_fixed_loss(result, fixed))
+    return [
+        start_label(data, name), mean_and_spread(steps, 0), str(int(np.isnan(steps).sum())),
+        mean_and_spread(values(data, name, test_nll)),
+        "" if name == baseline else difference(data, name, baseline),
+        mean_and_spread(values(data, name, lambda r: r["largest_gradient_norm"]), 2),
+    ]  # fmt: skip
+
+
+def start_label(data: Results, name: str) -> str:
+    settings = data["runs"][name]["settings"]
+    if name == "plora":
+        return "normal rows, zero adapters"
+    label = settings["lora_init"] if settings["lora_init"] != "zero" else settings["init"]
+    if settings["solver"] != "semirelaxed":
+        label += f", {settings['solver']}"
+    if settings["feature_metric"] != "euclidean":
+        label += f", {settings['feature_metric']} for patches"
+    if settings["row_metric"] != "cosine":
+        label += f", {settings['row_metric']} for rows"
+    if settings["init_where"] != "both":
+        label += f", {settings['init_where']} alone"
+    return label.replace("_", "-")
 
 
 def routing_section(data: Results) -> str:
@@ -340,14 +443,6 @@ def routing_section(data: Results) -> str:
               for kind in ("only_first", "only_second", "agnostic", "unused")),
             *(mean_and_spread(redundancy(looks, modality)) for modality in ("text", "image")),
         ])  # fmt: skip
-    looks = {
-        when: [result[when] for result in data["runs"]["plora"]["seeds"].values()]
-        for when in ("look_before", "look_after")
-    }
-    change = redundancy(looks["look_after"], "image") - redundancy(looks["look_before"], "image")
-    mean, low, high = interval(change)
-    found = f"{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-    says = "falls" if high < 0 else "rises" if low > 0 else "changes in neither direction for sure"
     return "\n\n".join([
         "## 5. Routing and redundancy before and after",
         table(
@@ -355,12 +450,23 @@ def routing_section(data: Results) -> str:
              "similarity on text", "on pictures"],
             rows,
         ),
-        f"Similarity of experts on image rows {says} with training ({found}); the claim is that it "
-        "falls.",
+        redundancy_verdict(data),
         "![routing after training](redundancy-routing.png)",
         "![divergence by layer](redundancy-divergence.png)",
         "![similarity of experts on image rows](redundancy-similarity.png)",
     ])  # fmt: skip
+
+
+def redundancy_verdict(data: Results) -> str:
+    before, after = (
+        redundancy([result[when] for result in data["runs"]["plora"]["seeds"].values()], "image")
+        for when in ("look_before", "look_after")
+    )
+    mean, low, high = interval(after - before)
+    found = f"{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    claim = "experts become less alike on image rows with training"
+    outcome = OUTCOMES[0] if high < 0 else OUTCOMES[1] if low > 0 else OUTCOMES[2]
+    return f"{outcome} {claim} (CKA {found})."
 
 
 def redundancy(looks: Sequence[Results], modality: str) -> np.ndarray:
@@ -496,12 +602,27 @@ def draw_pictures(data: Results, folder: Path) -> None:
     save_figure(plot_gallery(result["gallery"]), folder / "redundancy-samples.png")
 
 
+def in_short(sections: Sequence[str]) -> str:
+    """All verdicts, in the order of the sections, by their outcome."""
+    lines = [line for section in sections for line in section.split("\n")]
+    parts = ["## In short"]
+    for outcome in OUTCOMES:
+        found = [line.removeprefix(f"{outcome} ") for line in lines if line.startswith(outcome)]
+        if found:
+            parts.append(f"{outcome}\n" + "".join(f"\n- {line}" for line in found))
+    return "\n\n".join(parts)
+
+
 def page(data: Results) -> str:
-    sections = (
-        heading, text_section, budget_section, source_section, start_section, routing_section,
-        samples_section, cost_section, runs_section,
-    )  # fmt: skip
-    return "\n\n".join(filter(None, (section(data) for section in sections))) + "\n"
+    sections = [
+        section(data)
+        for section in (
+            text_section, budget_section, source_section, start_section, routing_section,
+            samples_section, cost_section, runs_section,
+        )
+    ]  # fmt: skip
+    parts = (heading(data), in_short(sections), *sections)
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write_page(file: Path, folder: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _pictures import digits
-from _runs import Place, Stages, mean_nll, train
+from _pictures import CaptionedPictures, digits, emoji
+from _runs import Place, Stages, load_causal_lm, mean_nll, model_identity, train
 from _text_model import TextModelSettings, load_text_model, pretrain
 from _text_to_image import (
     CaptionReader,
@@ -24,20 +24,24 @@ from _text_to_image import (
 from _texts import documentation, text_blocks
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig
 from moe_kernels.analysis import expert_redundancy
 from moe_kernels.conversion import dense_to_moe, heal
+from moe_kernels.extension import ExpertExtender
 from moe_kernels.imaging import (
     ImageVocabulary,
     PatchTokenizer,
     generate_image_codes,
     nearest_indices,
 )
+from moe_kernels.init.rows import initial_rows
 from moe_kernels.models import initialise_lora
+from moe_kernels.models.tokens import ROWS
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100
+SCORING_STEPS = 8
 GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -45,24 +49,40 @@ GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 class Run:
     """What is trained. Equal runs of different groups are one run.
 
-    base: "olmoe"; or "ExK", the dense parent as E experts of which K serve a token, healed
+    base: "olmoe"; "ExK", the dense parent as E experts of which K serve a token, healed; or "real",
+        a pretrained Mixture of Experts
+    data: "digits" or "emoji"
     method: "plora" (low-rank updates on image tokens), "all_tokens" (the same on every token),
         "full" (everything trains), "rows" (added rows alone), "copy" (a feed-forward network for
-        image tokens beside each layer's experts, started from their first neurons)
+        image tokens beside each layer's experts, started from their first neurons),
+        "added_experts" (MoExtend's: whole experts that image tokens alone may choose)
+    init_where: whose added rows start by ``init``, "both", "embedding" or "head"; the others start
+        as "normal"
     copy_neurons: width of the copy
+    added_experts: how many each layer gets
     pictures: how many to learn from; None: all
+    steps, lr: None: the sweep's, and the one that was tuned
+    dtype: of a real base
     """
 
     base: str = "olmoe"
+    data: str = "digits"
     method: str = "plora"
     targets: tuple[str, ...] = ("experts", "attention")
     r: int = 16
     layers: tuple[int, ...] | None = None
     init: str = "normal"
+    init_where: str = "both"
     solver: str = "semirelaxed"
+    feature_metric: str = "euclidean"
+    row_metric: str = "cosine"
     lora_init: str = "zero"
     copy_neurons: int = 0
+    added_experts: tuple[int, ...] = ()
     pictures: int | None = None
+    steps: int | None = None
+    lr: float | None = None
+    dtype: str = "bfloat16"
     samples: bool = False
     look: bool = False
 
@@ -82,34 +102,37 @@ class Budget:
     heal_steps: int = 150
     images: int = 5000
     held_out: int = 600
-    num_codes: int = 64
-    steps: int = 300
+    digit_codes: int = 64
+    emoji_codes: int = 256
+    emoji_size: int = 32
+    steps: int = 200
     batch: int = 16
+    text_blocks: int = 64
+    real_batch: int = 8
+    real_pictures: int = 96
+    real_text_blocks: int = 8
     samples_per_caption: int = 10
 
 
-class Ground:
-    """What all runs of a seed stand on: text models, pictures, and a classifier that reads them."""
+class Data:
+    """Pictures to learn from, to choose learning rates by, and to report; as codes."""
 
-    def __init__(self, budget: Budget, seed: int, stages: Stages):
-        self.budget, self.seed, self.stages = budget, seed, stages
-        self.text_settings = dataclasses.replace(budget.text, seed=seed)
-
-    # --- pictures
+    def __init__(self, pictures: CaptionedPictures, budget: Budget, num_codes: int, seed: int):
+        self.pictures, self.budget = pictures, budget
+        self.num_codes, self.seed = num_codes, seed
 
     @cached_property
-    def _split(self):
-        """Held-out pictures decide the learning rate (choice) or are reported (test)."""
-        pictures, rest = digits().split(self.budget.held_out, self.seed)
+    def _split(self) -> tuple[CaptionedPictures, CaptionedPictures, CaptionedPictures]:
+        learnt, rest = self.pictures.split(self.budget.held_out, self.seed)
         choice, test = rest.split(self.budget.held_out // 2, self.seed)
-        if self.budget.images < len(pictures):
-            _, pictures = pictures.split(self.budget.images, self.seed)
-        return pictures, choice, test
+        if self.budget.images < len(learnt):
+            _, learnt = learnt.split(self.budget.images, self.seed)
+        return learnt, choice, test
 
     @cached_property
     def tokenizer(self) -> PatchTokenizer:
         return PatchTokenizer.fit(
-            self._split[0].images, num_codes=self.budget.num_codes, patch_size=4, seed=self.seed
+            self._split[0].images, num_codes=self.num_codes, patch_size=4, seed=self.seed
         )
 
     @cached_property
@@ -127,6 +150,32 @@ class Ground:
     @cached_property
     def reader(self) -> CaptionReader:
         return CaptionReader.fit(self.train, self.tokenizer.decode)
+
+
+class Ground:
+    """What all runs of a seed stand on: text models and pictures.
+
+    real, emoji: folders of a pretrained Mixture of Experts and of emoji, where there are any
+    """
+
+    def __init__(
+        self, budget: Budget, seed: int, stages: Stages, real: Path | None, emoji: Path | None
+    ):
+        self.budget, self.seed, self.stages = budget, seed, stages
+        self.real, self.emoji = real, emoji
+        self.text_settings = dataclasses.replace(budget.text, seed=seed)
+
+    def data(self, name: str) -> Data:
+        return self._digits if name == "digits" else self._emoji
+
+    @cached_property
+    def _digits(self) -> Data:
+        return Data(digits(), self.budget, self.budget.digit_codes, self.seed)
+
+    @cached_property
+    def _emoji(self) -> Data:
+        pictures = emoji(self.emoji, self.budget.emoji_size)
+        return Data(pictures, self.budget, self.budget.emoji_codes, self.seed)
 
     # --- text
 
@@ -168,11 +217,24 @@ class Ground:
         is_olmoe = base == "olmoe"
         return self._pretrained(self.text_settings, base) if is_olmoe else self._converted(base)
 
-    def load(self, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_text_model(self.folder(base), "cpu")
+    def load(self, run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if run.base == "real":
+            tokenizer = AutoTokenizer.from_pretrained(self.real)
+            return load_causal_lm(self.real, run.dtype, "cpu"), tokenizer
+        return load_text_model(self.folder(run.base), "cpu")
 
-    def blocks(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-        return text_blocks(tokenizer, documentation()["test"], 128, 128)[:64]
+    def identity(self, run: Run) -> dict[str, Any]:
+        """Of what does not come with Python: files of a model or of pictures."""
+        inputs = {
+            "real": self.real if run.base == "real" else None,
+            "emoji": self.emoji if run.data == "emoji" else None,
+        }
+        return {name: model_identity(str(folder)) for name, folder in inputs.items() if folder}
+
+    def blocks(self, tokenizer: PreTrainedTokenizerBase, base: str) -> torch.Tensor:
+        """Of a real base fewer, as its logits are forty times as many."""
+        count = self.budget.real_text_blocks if base == "real" else self.budget.text_blocks
+        return text_blocks(tokenizer, documentation()["test"], 128, 128)[:count]
 
 
 # --- one run
@@ -219,37 +281,75 @@ def attach_copies(model: PreTrainedModel, neurons: int, first_image_id: int) -> 
 
 def prepare(ground: Ground, run: Run, model: PreTrainedModel, tokenizer) -> Painter:
     """The model with image tokens, and what the method trains set to train."""
-    budget, captions = ground.budget, ground.train.pictures.names
+    data = ground.data(run.data)
+    captions, num_codes = data.train.pictures.names, data.num_codes
     if run.method == "full":
         torch.manual_seed(ground.seed)
         first = model.config.vocab_size
-        size = ImageVocabulary.size(budget.num_codes)
-        model.resize_token_embeddings(first + size)
+        size = ImageVocabulary.size(num_codes)
+        model.requires_grad_(True).resize_token_embeddings(first + size)
         return Painter.of(model, tokenizer, range(first, first + size), captions)
     config = ModalityLoraConfig(
         r=run.r, lora_alpha=2 * run.r, target_modules=run.targets, layers_to_transform=run.layers
     )
-    init = {"init": run.init}
-    if run.init in ("gromov_wasserstein", "permuted"):
-        usage = ground.tokenizer.codebook_usage(ground.train.codes)
-        init |= {"features": ground.tokenizer.codebook, "num_delimiters": 2}
-        init |= {"frequencies": usage, "solver": run.solver}
     painter = Painter.create(
-        model, tokenizer, config, budget.num_codes, captions, seed=ground.seed, **init
+        model, tokenizer, config, num_codes, captions, seed=ground.seed, **row_start(data, run)
     )
+    if run.init_where != "both":
+        other = "head" if run.init_where == "embedding" else "embedding"
+        restart_rows(model, other, ground.seed)
     if run.method == "all_tokens":
         model.token_modality.fill_(1)
-    if run.method in ("rows", "copy"):
+    if run.method in ("rows", "copy", "added_experts"):
         for name, parameter in painter.patched.named_trainable_parameters():
             parameter.requires_grad_("modality_lora" not in name)
     if run.method == "copy":
         attach_copies(model, run.copy_neurons, painter.vocabulary.first_id)
+    if run.method == "added_experts":
+        add_experts(model, run.added_experts, painter.batches(data.train.head(64), 16), ground.seed)
     if run.lora_init != "zero":
-        text = [{"input_ids": ids} for ids in ground.blocks(tokenizer)[:8].split(4)]
-        pictures = painter.batches(ground.train.head(16), 4)
+        text = [{"input_ids": ids} for ids in ground.blocks(tokenizer, run.base)[:8].split(4)]
+        pictures = painter.batches(data.train.head(16), 4)
         rows = [{k: v for k, v in batch.items() if k != "labels"} for batch in pictures]
         initialise_lora(model, text + rows, lora_init=run.lora_init, seed=ground.seed)
     return painter
+
+
+def row_start(data: Data, run: Run) -> dict[str, Any]:
+    """Keywords of ``add_modality_tokens``."""
+    if run.init not in ("gromov_wasserstein", "permuted"):
+        return {"init": run.init}
+    return {
+        "init": run.init, "features": data.tokenizer.codebook, "num_delimiters": 2,
+        "frequencies": data.tokenizer.codebook_usage(data.train.codes), "solver": run.solver,
+        "feature_metric": run.feature_metric, "row_metric": run.row_metric,
+    }  # fmt: skip
+
+
+def restart_rows(model: PreTrainedModel, where: str, seed: int) -> None:
+    """Added rows of "embedding" or "head" as they start by "normal"."""
+    is_head = where == "head"
+    module = model.get_output_embeddings() if is_head else model.get_input_embeddings()
+    rows = getattr(module, ROWS)["image"]
+    torch.manual_seed(seed)
+    start, _ = initial_rows(module.weight.detach(), num_tokens=len(rows), init="normal")
+    rows.data.copy_(start)
+
+
+def add_experts(
+    model: PreTrainedModel, numbers: tuple[int, ...], batches: list[dict[str, torch.Tensor]],
+    seed: int,
+) -> None:  # fmt: skip
+    extender = ExpertExtender(model)
+    extender.score_layers(batches, SCORING_STEPS, progress=False)
+    extender.extend(experts_per_layer=dict(enumerate(numbers)), seed=seed)
+
+
+def held_out(data: Data, run: Run) -> tuple[TokenizedPictures, TokenizedPictures]:
+    """Pictures to choose by, and to report; of a real base fewer, as it takes minutes for all."""
+    if run.base != "real":
+        return data.choice, data.test
+    return data.choice.head(data.budget.batch), data.test.head(data.budget.real_pictures)
 
 
 def trained_parameters(model: PreTrainedModel) -> int:
@@ -257,21 +357,23 @@ def trained_parameters(model: PreTrainedModel) -> int:
 
 
 def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, Any]:
-    budget, seed = ground.budget, ground.seed
-    model, tokenizer = ground.load(run.base)
-    vocab_size, blocks = model.config.vocab_size, ground.blocks(tokenizer)
+    budget, data, seed = ground.budget, ground.data(run.data), ground.seed
+    model, tokenizer = ground.load(run)
+    vocab_size, blocks = model.config.vocab_size, ground.blocks(tokenizer, run.base)
+    steps = run.steps or budget.steps
     unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
     painter = prepare(ground, run, model, tokenizer)
     before = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    result = {"look_before": look(ground, painter, blocks)} if run.look else {}
-    learnt = ground.train if run.pictures is None else ground.train.head(run.pictures)
-    choice, test = (painter.batches(part, IMAGE_BATCH) for part in (ground.choice, ground.test))
+    result = {"look_before": look(data, painter, blocks)} if run.look else {}
+    learnt = data.train if run.pictures is None else data.train.head(run.pictures)
+    choice, test = (painter.batches(part, IMAGE_BATCH) for part in held_out(data, run))
     history = train(
         painter.patched or model, painter.dataset(learnt, caption_dropout=0.1),
         lambda model: mean_nll(model, choice[:1]), place,
-        collator=painter.collator, max_steps=budget.steps, logging_steps=1,
-        per_device_train_batch_size=budget.batch, learning_rate=lr, weight_decay=0.01,
-        warmup_steps=budget.steps // 20, seed=seed, use_cpu=True, save_steps=10**9,
+        collator=painter.collator, max_steps=steps, logging_steps=1,
+        per_device_train_batch_size=budget.real_batch if run.base == "real" else budget.batch,
+        learning_rate=lr, weight_decay=0.01,
+        warmup_steps=steps // 20, seed=seed, use_cpu=True, save_steps=10**9,
     )  # fmt: skip
     model.eval()
     after = text_logits(model, blocks, vocab_size, TEXT_BATCH)
@@ -285,62 +387,62 @@ def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, 
         "samples_per_second": history["samples_per_second"],
     }
     if run.samples:
-        result["samples"] = draw(ground, painter)
+        result["samples"] = draw(data, painter)
     if run.look:
-        result["look_after"] = look(ground, painter, blocks)
-        result["gallery"] = gallery(ground, painter)
+        result["look_after"] = look(data, painter, blocks)
+        result["gallery"] = gallery(data, painter)
     return result
 
 
-def draw_codes(ground: Ground, painter: Painter, each: int, guidance: float) -> torch.Tensor:
+def draw_codes(data: Data, painter: Painter, each: int, guidance: float) -> torch.Tensor:
     """``each`` pictures of every caption, as codes."""
     return generate_image_codes(
         painter.model, [ids for ids in painter.caption_ids for _ in range(each)],
-        painter.vocabulary, ground.tokenizer.tokens_per_image, guidance_scale=guidance,
+        painter.vocabulary, data.tokenizer.tokens_per_image, guidance_scale=guidance,
         pad_token_id=painter.collator.pad_token_id, empty_caption=painter.empty_caption,
-        batch_size=IMAGE_BATCH, seed=ground.seed,
+        batch_size=IMAGE_BATCH, seed=data.seed,
     )  # fmt: skip
 
 
-def gallery(ground: Ground, painter: Painter) -> dict[str, Any]:
+def gallery(data: Data, painter: Painter) -> dict[str, Any]:
     """Two pictures a caption at each guidance, as codes beside those of the nearest real one."""
-    decode, real = ground.tokenizer.decode, ground.train.codes
+    decode, real = data.tokenizer.decode, data.train.codes
     drawn = {}
     for guidance in GUIDANCE:
-        codes = draw_codes(ground, painter, 2, guidance)
+        codes = draw_codes(data, painter, 2, guidance)
         nearest = real[nearest_indices(decode(codes), decode(real))]
-        read = ground.reader.read(codes).tolist()
+        read = data.reader.read(codes).tolist()
         drawn[f"{guidance:g}"] = {
             "codes": codes.tolist(),
             "nearest": nearest.tolist(),
             "read": read,
         }
     held_out = [
-        ground.test.codes[torch.from_numpy(ground.test.labels == label)][:2]
+        data.test.codes[torch.from_numpy(data.test.labels == label)][:2]
         for label in range(len(painter.caption_ids))
     ]
     return {
         "guidance": drawn,
         "real": torch.cat(held_out).tolist(),
-        "codebook": [[round(x, 3) for x in row] for row in ground.tokenizer.codebook.tolist()],
-        "captions": list(ground.train.pictures.names),
+        "codebook": [[round(x, 3) for x in row] for row in data.tokenizer.codebook.tolist()],
+        "captions": list(data.train.pictures.names),
     }
 
 
-def draw(ground: Ground, painter: Painter) -> dict[str, Any]:
-    each = ground.budget.samples_per_caption
-    codes = draw_codes(ground, painter, each, guidance=1.0)
+def draw(data: Data, painter: Painter) -> dict[str, Any]:
+    each = data.budget.samples_per_caption
+    codes = draw_codes(data, painter, each, guidance=1.0)
     asked = torch.arange(len(painter.caption_ids)).repeat_interleave(each)
     measured = measure_samples(
-        codes, asked, ground.train, ground.test, ground.tokenizer.decode, ground.reader
+        codes, asked, data.train, data.test, data.tokenizer.decode, data.reader
     )
     del measured["read"]
     return measured
 
 
-def look(ground: Ground, painter: Painter, blocks: torch.Tensor) -> dict[str, Any]:
+def look(data: Data, painter: Painter, blocks: torch.Tensor) -> dict[str, Any]:
     """Routing, and how alike experts are on text and on pictures."""
-    few = ground.test.head(100)
+    few = data.test.head(100)
     pictures = [
         {name: tensor for name, tensor in batch.items() if name != "labels"}
         for batch in painter.batches(few, 50)
@@ -351,7 +453,7 @@ def look(ground: Ground, painter: Painter, blocks: torch.Tensor) -> dict[str, An
         "routing": record_routing(painter, blocks, few, TEXT_BATCH, IMAGE_BATCH).to_dict(),
         "redundancy": {
             modality: expert_redundancy(
-                painter.model, batches, modality=modality, seed=ground.seed
+                painter.model, batches, modality=modality, seed=data.seed
             ).to_dict()
             for modality, batches in rows.items()
         },

@@ -1,9 +1,13 @@
 """Do the claims about expert redundancy hold? Trains, measures, and writes the page.
 
-    python python/redundancy.py                    # everything: hours on two cores
+    python python/redundancy.py                    # digits: two hours of one core
+    python python/redundancy.py --emoji FOLDER --real MODEL      # the whole page
     python python/redundancy.py --seeds 0 1 --results out/part   # some seeds, beside others
     python python/redundancy.py --quick            # one seed, short: shows that it runs
     python python/redundancy.py --page             # the page alone, from the JSON
+
+FOLDER is the unpacked npm package emoji-datasource-twitter; MODEL a pretrained Mixture of Experts,
+such as convert_dense_to_moe.py leaves.
 
 Every run is a small text model that learns to draw digits; _redundancy_runs.py says what each
 measures. Runs are kept under --out, keyed by their settings: an interrupted sweep goes on where it
@@ -28,18 +32,22 @@ import transformers
 from _redundancy_cost import measure_cost
 from _redundancy_page import write_page
 from _redundancy_runs import Budget, Ground, Run, measure_run
-from _runs import Stages, console, write_text
+from _runs import NUM_EXPERTS, Stages, console, exit_code, write_text
 from _text_model import TextModelSettings
+from transformers import AutoConfig
 
 import moe_kernels
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SEEDS = (0, 1, 2, 3, 4)
+REAL_SEEDS, REAL_STEPS = (0, 1), 80
+# What the runs may take, set before they were made.
+CORE_HOURS = 3.5
 TUNING_SEED = 1000
 LEARNING_RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 # At equal trained parameters: 16 experts at rank 8, 8 at rank 11 and the whole at rank 16 train
 # 57,344, 56,320 and 57,344 numbers a layer, a copy of 149 neurons 57,216. On the OLMoE, rank 16
-# trains 114,688, a copy of 298 neurons 114,432.
+# trains 114,688, a copy of 298 neurons 114,432, and 19 experts in four layers 117,344 in the mean.
 RUNS = {
     "plora": Run(samples=True, look=True),
     "plora-attention": Run(targets=("attention",), samples=True),
@@ -48,6 +56,7 @@ RUNS = {
     "full": Run(method="full", samples=True),
     "rows": Run(method="rows", samples=True),
     "copy": Run(method="copy", copy_neurons=298, samples=True),
+    "added-experts": Run(method="added_experts", added_experts=(5, 5, 5, 4), samples=True),
     **{f"rank-{r}": Run(r=r) for r in (4, 32, 128)},
     "source-dense": Run(base="2x2", targets=("experts",), r=16),
     "source-8x6": Run(base="8x6", targets=("experts",), r=11),
@@ -61,7 +70,27 @@ RUNS = {
     "few-normal": Run(pictures=500),
     **{f"few-{init}": Run(init=init, pictures=500) for init in ("gaussian", "permuted")},
     "few-gromov_wasserstein": Run(init="gromov_wasserstein", pictures=500),
-    "init-gromov_wasserstein-exact": Run(init="gromov_wasserstein", solver="exact"),
+    **{
+        f"init-gromov_wasserstein-{name}": Run(init="gromov_wasserstein", **options)
+        for name, options in {
+            "exact": {"solver": "exact"},
+            "cosine": {"feature_metric": "cosine"},
+            "euclidean": {"row_metric": "euclidean"},
+            "embedding": {"init_where": "embedding"},
+            "head": {"init_where": "head"},
+        }.items()
+    },
+    "emoji-plora": Run(data="emoji"),
+    "emoji-rows": Run(data="emoji", method="rows"),
+    "emoji-all-tokens": Run(data="emoji", method="all_tokens"),
+    "emoji-full": Run(data="emoji", method="full"),
+    "emoji-gromov_wasserstein": Run(data="emoji", init="gromov_wasserstein"),
+    "emoji-permuted": Run(data="emoji", init="permuted"),
+    # Learning rates not tuned: that would take longer than the runs. In float32 what trains whole.
+    "real-plora": Run(base="real", steps=REAL_STEPS, lr=1e-3),
+    "real-rows": Run(base="real", method="rows", steps=REAL_STEPS, lr=1e-2),
+    "real-all-tokens": Run(base="real", method="all_tokens", steps=REAL_STEPS, lr=1e-3),
+    "real-full": Run(base="real", method="full", steps=REAL_STEPS, lr=2e-4, dtype="float32"),
 }
 QUICK_RUNS = ("plora", "all-tokens", "rows", "init-gromov_wasserstein")
 QUICK = Budget(
@@ -69,23 +98,27 @@ QUICK = Budget(
         vocab_size=320, hidden_size=64, experts=8, experts_per_token=2, intermediate_size=32,
         text_steps=60,
     ),
-    dense_neurons=256, heal_steps=10, images=1000, held_out=200, num_codes=32, steps=60,
+    dense_neurons=256, heal_steps=10, images=1000, held_out=200, digit_codes=32, steps=60,
     samples_per_caption=2,
 )  # fmt: skip
 
 
 class Sweep:
-    def __init__(self, budget: Budget, out: Path):
+    """real, emoji: as in :class:`Ground`"""
+
+    def __init__(self, budget: Budget, out: Path, real: Path | None, emoji: Path | None):
         self.budget, self.stages = budget, Stages(out / "stages")
+        self.real, self.emoji = real, emoji
         self.grounds: dict[int, Ground] = {}
 
     def ground(self, seed: int) -> Ground:
         if seed not in self.grounds:
-            self.grounds = {seed: Ground(self.budget, seed, self.stages)}
+            self.grounds = {seed: Ground(self.budget, seed, self.stages, self.real, self.emoji)}
         return self.grounds[seed]
 
     def result(self, name: str, run: Run, seed: int, lr: float) -> dict[str, Any]:
         inputs = dataclasses.asdict(run) | {"seed": seed, "lr": lr}
+        inputs |= self.ground(seed).identity(run)
         inputs["budget"] = dataclasses.asdict(self.budget)
         stage = f"run-{seed}-{name}"
         self.stages.run(stage, inputs, lambda place: measure_run(self.ground(seed), run, lr, place))
@@ -114,16 +147,15 @@ def chosen(tuned: dict[str, dict[str, float]]) -> dict[str, float]:
     return {trains: float(min(losses, key=losses.get)) for trains, losses in tuned.items()}
 
 
-def sweep(seeds: list[int], names: list[str], budget: Budget, out: Path) -> dict[str, Any]:
+def sweep(seeds: list[int], names: list[str], runner: Sweep) -> dict[str, Any]:
     """Runs what is missing; returns everything as the JSON holds it."""
-    runner = Sweep(budget, out)
     # Adapters of attention want another rate than those of experts, or than rows alone.
     families = {
         RUNS[name].trains: Run(
             method=RUNS[name].method, targets=RUNS[name].targets,
-            copy_neurons=RUNS[name].copy_neurons,
+            copy_neurons=RUNS[name].copy_neurons, added_experts=RUNS[name].added_experts,
         )
-        for name in reversed(names)
+        for name in reversed(names) if RUNS[name].lr is None
     }  # fmt: skip
     tuned = runner.tune(families)
     rates = chosen(tuned)
@@ -133,18 +165,38 @@ def sweep(seeds: list[int], names: list[str], budget: Budget, out: Path) -> dict
     for seed in seeds:
         for name in names:
             run = RUNS[name]
-            runs[name]["seeds"][str(seed)] = runner.result(name, run, seed, rates[run.trains])
+            if run.base != "real" or seed in REAL_SEEDS:
+                lr = run.lr or rates[run.trains]
+                runs[name]["seeds"][str(seed)] = runner.result(name, run, seed, lr)
     return {
         "cost": runner.cost(),
-        "budget": dataclasses.asdict(budget),
+        "budget": dataclasses.asdict(runner.budget) | {"core_hours": CORE_HOURS},
         "tuning": {"seed": TUNING_SEED, "choice_nll": tuned, "learning_rate": rates},
-        "runs": runs,
-        # Of runs, tuning too; what a run had to make first is part of it.
-        "seconds": sum(s for name, s in runner.stages.seconds.items() if name.startswith("run-")),
+        "runs": {name: run for name, run in runs.items() if run["seeds"]},
+        "real": describe(runner.real) if runner.real else None,
+        "seconds": sum(runner.stages.seconds.values()),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "threads": torch.get_num_threads(),
         "versions": {m.__name__: m.__version__ for m in (moe_kernels, torch, transformers)},
     }
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(folder)
+    experts = next(getattr(config, name) for name in NUM_EXPERTS if hasattr(config, name))
+    return {
+        "name": folder.parent.name if folder.name == "model" else folder.name,
+        "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+        "experts": experts, "top_k": config.num_experts_per_tok,
+    }  # fmt: skip
+
+
+def available(real: Path | None, emoji: Path | None) -> list[str]:
+    """Names of the runs whose model and pictures were given."""
+    return [
+        name for name, run in RUNS.items()
+        if (real or run.base != "real") and (emoji or run.data != "emoji")
+    ]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -152,6 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--emoji", type=Path, metavar="FOLDER", help="also learn these pictures")
+    add("--real", type=Path, metavar="MODEL", help="also teach this model (seeds 0 and 1)")
     add("--seeds", type=int, nargs="+", help=f"default: {' '.join(map(str, SEEDS))}")
     add("--runs", nargs="+", choices=RUNS, metavar="NAME", help="default: all")
     add("--quick", action="store_true", help="one seed, short, and few runs")
@@ -161,20 +215,24 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     out = given.out or Path("out/redundancy-quick" if given.quick else "out/redundancy")
     results = given.results or (out if given.quick else RESULTS)
-    if not given.page:
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        seeds = given.seeds or ([SEEDS[0]] if given.quick else list(SEEDS))
-        names = given.runs or (list(QUICK_RUNS) if given.quick else list(RUNS))
-        try:
-            measured = sweep(seeds, names, QUICK if given.quick else Budget(), out)
-        except KeyboardInterrupt:
-            console.print("stopped; the same command goes on from here")
-            return 130
-        write_text(results / "redundancy.json", json.dumps(measured) + "\n")
-    write_page(results / "redundancy.json", results)
-    console.print(f"written to {results}", markup=False)
-    return 0
+    can = available(given.real, given.emoji)
+    names = given.runs or (list(QUICK_RUNS) if given.quick else can)
+    if cannot := [name for name in names if name not in can]:
+        parser.error(f"runs {cannot} need --real or --emoji")
+    for folder in filter(None, (given.real, given.emoji)):
+        if not folder.is_dir():
+            parser.error(f"there is no folder {folder}")
+
+    def work() -> None:
+        if not given.page:
+            seeds = given.seeds or ([SEEDS[0]] if given.quick else list(SEEDS))
+            runner = Sweep(QUICK if given.quick else Budget(), out, given.real, given.emoji)
+            measured = sweep(seeds, names, runner)
+            write_text(results / "redundancy.json", json.dumps(measured) + "\n")
+        write_page(results / "redundancy.json", results)
+        console.print(f"written to {results}", markup=False)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

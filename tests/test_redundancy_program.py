@@ -28,7 +28,7 @@ def tiny(program):
     """A sweep of seconds."""
     text = dataclasses.replace(program.QUICK.text, hidden_size=32, text_steps=3)
     budget = dataclasses.replace(
-        program.QUICK, text=text, images=120, held_out=40, num_codes=16, steps=4, batch=4,
+        program.QUICK, text=text, images=120, held_out=40, digit_codes=16, steps=4, batch=4,
         heal_steps=2, dense_neurons=64, samples_per_caption=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +40,17 @@ def tiny(program):
         yield
 
 
-NAMES = ["plora", "copy", "full", "source-dense", "source-8x6", "layer-0", "layer-1", "rank-4"]
+NAMES = [
+    "plora",
+    "copy",
+    "full",
+    "added-experts",
+    "source-dense",
+    "source-8x6",
+    "layer-0",
+    "layer-1",
+    "rank-4",
+]
 
 
 @pytest.mark.slow
@@ -60,7 +70,7 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
     for method, rounds in data["cost"].items():
         assert len(rounds) == 1 and rounds[0]["tokens_per_second"] > 0, method
     text = (tmp_path / "redundancy.md").read_text()
-    assert "| plora | 0 |" in text and "left every text logit its bits" in text
+    assert "| plora | 0 |" in text and "leaves every text logit its bits" in text
     for name in ("parameters", "routing", "divergence", "similarity", "samples"):
         assert (tmp_path / f"redundancy-{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
@@ -100,7 +110,7 @@ def test_one_seed_decides_nothing(page):
 
 
 def test_steps_to_a_fixed_loss_are_of_the_running_mean(page):
-    window, loss = page.WINDOW, page.FIXED_LOSS
+    window, loss = page.WINDOW, page.FIXED_LOSS["digits"]
     high, low = loss + 1, loss - 1
     # The mean is at the loss once half of the window is low.
     result = {"loss": [high] * 100 + [low] * 100}
