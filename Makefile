@@ -5,7 +5,7 @@
 # make test-oldest   the integration tests on the oldest supported transformers
 # make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
 # make results   measure the claims about expert redundancy, write docs/results/redundancy.md (hours)
-# make results-quick   a small part of it into out/redundancy-quick (under 10 minutes)
+# make results-quick   a few of its runs again, beside what the page says (under 10 minutes)
 # make check-gpu-code   compile the GPU kernels for GPUs that need not be there; what they cost
 # make lint      ruff: lint and format
 #
@@ -14,7 +14,7 @@
 #   VENV     the environment to use, made if it is not there
 #   PYTHON   the Python that makes it
 #   PYTEST   arguments for pytest
-#   DEMO, BENCH   arguments for the demo and for benchmarks/bars.py
+#   DEMO, BENCH, RESULTS   arguments for the demo, benchmarks/bars.py and python/redundancy.py
 
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
@@ -89,10 +89,10 @@ bench: $(INSTALLED)
 	$(PY) benchmarks/tables.py
 
 results: $(INSTALLED)
-	$(PY) python/redundancy.py
+	$(PY) python/redundancy.py $(RESULTS)
 
 results-quick: $(INSTALLED)
-	$(PY) python/redundancy.py --quick
+	$(PY) python/redundancy.py --remake
 
 check-gpu-code: $(INSTALLED)
 	$(PY) benchmarks/cost_model.py

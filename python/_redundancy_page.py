@@ -171,6 +171,9 @@ for {budget["heal_steps"]} steps. It learns {budget["images"]:,} MNIST digits at
 {seeds} seeds of everything: base, pictures held out, adapters, order. A toy: what holds here need
 not hold for seven billion parameters, and the reverse.{_others(data)}
 
+All that trains in a run shares one learning rate. Added rows alone want a larger one than adapters
+do, so some of what separates methods is what their rate makes of the rows.
+
 Loss is in nats an image token on {budget["held_out"] // 2} held-out pictures; ± is the standard
 deviation over seeds. Learning rates were chosen on seed {data["tuning"]["seed"]}, which is not
 among those reported, by the loss on {budget["held_out"] // 2} other held-out pictures:

@@ -3,6 +3,7 @@
     python python/redundancy.py                    # digits: two hours of one core
     python python/redundancy.py --emoji FOLDER --real MODEL      # the whole page
     python python/redundancy.py --seeds 0 1 --results out/part   # some seeds, beside others
+    python python/redundancy.py --remake           # a few runs of the page: do they come out again?
     python python/redundancy.py --quick            # one seed, short: shows that it runs
     python python/redundancy.py --page             # the page alone, from the JSON
 
@@ -34,6 +35,7 @@ from _redundancy_page import write_page
 from _redundancy_runs import Budget, Ground, Run, measure_run
 from _runs import NUM_EXPERTS, Stages, console, exit_code, write_text
 from _text_model import TextModelSettings
+from rich.table import Table
 from transformers import AutoConfig
 
 import moe_kernels
@@ -93,6 +95,7 @@ RUNS = {
     "real-full": Run(base="real", method="full", steps=REAL_STEPS, lr=2e-4, dtype="float32"),
 }
 QUICK_RUNS = ("plora", "all-tokens", "rows", "init-gromov_wasserstein")
+REMADE_SEED = 0
 QUICK = Budget(
     text=TextModelSettings(
         vocab_size=320, hidden_size=64, experts=8, experts_per_token=2, intermediate_size=32,
@@ -181,6 +184,21 @@ def sweep(seeds: list[int], names: list[str], runner: Sweep) -> dict[str, Any]:
     }
 
 
+def remake(published: Path, out: Path) -> None:
+    """Makes some runs of the page again, by its learning rates, and prints both losses."""
+    data = json.loads(published.read_text())
+    runner = Sweep(Budget(), out, None, None)
+    head = ("run", "image loss on the page", "made again", "text logits changed")
+    listing = Table(*head, title=f"seed {REMADE_SEED}")
+    for name in QUICK_RUNS:
+        there = data["runs"][name]["seeds"][str(REMADE_SEED)]["test_nll"]
+        lr = data["tuning"]["learning_rate"][RUNS[name].trains]
+        again = runner.result(name, RUNS[name], REMADE_SEED, lr)
+        changed = again["text"]["logits_changed_by_training"]
+        listing.add_row(name, f"{there:.4f}", f"{again['test_nll']:.4f}", f"{changed:,}")
+    console.print(listing)
+
+
 def describe(folder: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder)
     experts = next(getattr(config, name) for name in NUM_EXPERTS if hasattr(config, name))
@@ -209,11 +227,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seeds", type=int, nargs="+", help=f"default: {' '.join(map(str, SEEDS))}")
     add("--runs", nargs="+", choices=RUNS, metavar="NAME", help="default: all")
     add("--quick", action="store_true", help="one seed, short, and few runs")
+    add("--remake", action="store_true", help="a few runs of the page again, in ten minutes")
     add("--page", action="store_true", help="write the page from the JSON, run nothing")
     add("--results", type=Path, help="folder of JSON and page; default: docs/results")
     add("--out", type=Path, help="folder of the runs; default: out/redundancy")
     given = parser.parse_args(arguments)
-    out = given.out or Path("out/redundancy-quick" if given.quick else "out/redundancy")
+    kind = "-quick" if given.quick else "-remade" if given.remake else ""
+    out = given.out or Path(f"out/redundancy{kind}")
     results = given.results or (out if given.quick else RESULTS)
     can = available(given.real, given.emoji)
     names = given.runs or (list(QUICK_RUNS) if given.quick else can)
@@ -224,6 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"there is no folder {folder}")
 
     def work() -> None:
+        if given.remake:
+            return remake(results / "redundancy.json", out)
         if not given.page:
             seeds = given.seeds or ([SEEDS[0]] if given.quick else list(SEEDS))
             runner = Sweep(QUICK if given.quick else Budget(), out, given.real, given.emoji)
