@@ -31,7 +31,7 @@ C1 = (
     "full",
 )  # fmt: skip
 EMOJI = ("emoji-plora", "emoji-rows", "emoji-all-tokens", "emoji-full")
-REAL = ("real-plora", "real-rows", "real-all-tokens", "real-full")
+REAL = ("real-plora", "real-rows", "real-all-tokens", "real-full", "real-full-slow")
 BASES = {
     "The small OLMoE, digits": C1,
     "The small OLMoE, emoji": EMOJI,
@@ -68,6 +68,7 @@ DESCRIBED = {
     "rows": "added rows alone",
     "all-tokens": "the same LoRA on all tokens",
     "full": "full fine-tuning",
+    "full-slow": "full fine-tuning at a fifth of that rate",
     "source-dense": "the dense parent (2 experts, both chosen), r 16",
     "source-8x6": "8 experts, 6 chosen, r 11",
     "source-16x4": "16 experts, 4 chosen, r 8",

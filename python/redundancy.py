@@ -92,7 +92,8 @@ RUNS = {
     "real-plora": Run(base="real", steps=REAL_STEPS, lr=1e-3),
     "real-rows": Run(base="real", method="rows", steps=REAL_STEPS, lr=1e-2),
     "real-all-tokens": Run(base="real", method="all_tokens", steps=REAL_STEPS, lr=1e-3),
-    "real-full": Run(base="real", method="full", steps=REAL_STEPS, lr=2e-4, dtype="float32"),
+    "real-full": Run(base="real", method="full", steps=REAL_STEPS, lr=1e-3, dtype="float32"),
+    "real-full-slow": Run(base="real", method="full", steps=REAL_STEPS, lr=2e-4, dtype="float32"),
 }
 QUICK_RUNS = ("plora", "all-tokens", "rows", "init-gromov_wasserstein")
 REMADE_SEED = 0
