@@ -120,15 +120,22 @@ def interval(numbers: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def paired(data: Results, name: str, baseline: str) -> np.ndarray:
+    """Test loss less the baseline's, on the seeds that both have."""
+    first, second = (data["runs"][n]["seeds"] for n in (name, baseline))
+    seeds = sorted(first.keys() & second.keys(), key=int)
+    return np.array([test_nll(first[seed]) - test_nll(second[seed]) for seed in seeds])
+
+
 def difference(data: Results, name: str, baseline: str) -> str:
     """How far test loss is from the baseline's, seed by seed."""
-    mean, low, high = interval(values(data, name, test_nll) - values(data, baseline, test_nll))
+    mean, low, high = interval(paired(data, name, baseline))
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def verdict(data: Results, name: str, baseline: str, claim: str) -> str:
     """claim: what holds if ``name`` has the lower loss"""
-    mean, low, high = interval(values(data, name, test_nll) - values(data, baseline, test_nll))
+    mean, low, high = interval(paired(data, name, baseline))
     found = (
         f"difference in test loss {mean:+.3f} nats a token, 95 % interval {low:+.3f} to {high:+.3f}"
     )
