@@ -60,10 +60,13 @@ def digits() -> CaptionedPictures:
     return CaptionedPictures(pixels.reshape(-1, 28, 28).astype(np.uint8), names, labels)
 
 
-def emoji(folder: Path, size: int, categories: list[str] | None = None) -> CaptionedPictures:
-    """Twitter's emoji with their names as captions.
+def emoji(
+    folder: Path, size: int, categories: list[str] | None = None, caption: str = "name"
+) -> CaptionedPictures:
+    """Twitter's emoji with their names, or their categories, as captions.
 
-    folder: the unpacked npm package ``emoji-datasource-twitter``; categories: None: all
+    folder: the unpacked npm package ``emoji-datasource-twitter``; categories: None: all; caption:
+    "name" or "category"
     """
     listing = folder / "emoji.json"
     if not listing.is_file():
@@ -82,7 +85,7 @@ def emoji(folder: Path, size: int, categories: list[str] | None = None) -> Capti
     ]
     images = [_read(folder / "img" / "twitter" / "64" / entry["image"], size) for entry in chosen]
     return CaptionedPictures.from_captions(
-        np.stack(images), [entry["name"].lower() for entry in chosen]
+        np.stack(images), [entry[caption].lower() for entry in chosen]
     )
 
 

@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ BATCH, CAPTION, CODES = 16, 8, 49
 _ADDED = 66
 
 
-def measure_cost(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """For each method what :func:`cost_of` says in every round; rounds interleave the methods."""
-    results: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+def measure_cost(
+    folder: Path, program: str = __file__, methods: Sequence[str] = METHODS
+) -> dict[str, list[dict[str, float]]]:
+    """For each method what the program prints in every round; rounds interleave the methods."""
+    results: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for _ in range(ROUNDS):
-        for method in METHODS:
-            command = [sys.executable, __file__, method, str(folder)]
+        for method in methods:
+            command = [sys.executable, program, method, str(folder)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[method].append(json.loads(output.splitlines()[-1]))
     return results
@@ -44,18 +46,25 @@ def cost_of(method: str, folder: Path) -> dict[str, Any]:
     model, _ = load_text_model(folder, "cpu")
     loaded = peak_bytes()
     model, first_id = _PREPARE[method](model)
-    parameters = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     ids = torch.randint(1, first_id, (BATCH, CAPTION + CODES))
     ids[:, CAPTION:] = torch.randint(first_id, first_id + _ADDED, (BATCH, CODES))
+    return cost_of_steps(model, {"input_ids": ids, "labels": ids}, loaded)
+
+
+def cost_of_steps(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], loaded: int
+) -> dict[str, Any]:
+    """loaded: bytes that the process had when the model was there and nothing else"""
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     for step in range(WARM_UP + STEPS):
         if step == WARM_UP:
             started = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return {
-        "tokens_per_second": ids.numel() * STEPS / (time.perf_counter() - started),
+        "tokens_per_second": batch["labels"].numel() * STEPS / (time.perf_counter() - started),
         "peak_bytes": peak_bytes() - loaded,
         "trained_parameters": sum(parameter.numel() for parameter in parameters),
     }

@@ -25,7 +25,7 @@ from moe_kernels.imaging import PatchTokenizer
 
 NAME = "redundancy"
 # Nats a token of the running mean of the training loss; "steps to a fixed loss" is to this one.
-FIXED_LOSS, WINDOW = {"digits": 1.3, "emoji": 4.0}, 20
+FIXED_LOSS, WINDOW = {"digits": 1.3, "emoji": 2.5}, 20
 C1 = (
     "plora", "plora-attention", "plora-experts", "copy", "added-experts", "rows", "all-tokens",
     "full",
@@ -45,7 +45,7 @@ STARTS = (
     ("Added rows", (
         "plora", "init-gaussian", "init-mean", "init-permuted", "init-gromov_wasserstein",
     )),
-    ("Added rows, other metrics, another solver, the embedding or the head alone", (
+    ("Added rows, variants of Gromov-Wasserstein", (
         "plora", *(f"init-gromov_wasserstein-{name}"
                    for name in ("cosine", "euclidean", "exact", "embedding", "head")),
     )),
@@ -120,11 +120,13 @@ def interval(numbers: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def paired(data: Results, name: str, baseline: str) -> np.ndarray:
-    """Test loss less the baseline's, on the seeds that both have."""
+def paired(
+    data: Results, name: str, baseline: str, get: Callable[[Results], float] = test_nll
+) -> np.ndarray:
+    """A figure less the baseline's, on the seeds that both have."""
     first, second = (data["runs"][n]["seeds"] for n in (name, baseline))
     seeds = sorted(first.keys() & second.keys(), key=int)
-    return np.array([test_nll(first[seed]) - test_nll(second[seed]) for seed in seeds])
+    return np.array([get(first[seed]) - get(second[seed]) for seed in seeds])
 
 
 def difference(data: Results, name: str, baseline: str) -> str:
@@ -133,12 +135,13 @@ def difference(data: Results, name: str, baseline: str) -> str:
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def verdict(data: Results, name: str, baseline: str, claim: str) -> str:
+def verdict(
+    data: Results, name: str, baseline: str, claim: str,
+    get: Callable[[Results], float] = test_nll, of: str = "test loss",
+) -> str:  # fmt: skip
     """claim: what holds if ``name`` has the lower loss"""
-    mean, low, high = interval(paired(data, name, baseline))
-    found = (
-        f"difference in test loss {mean:+.3f} nats a token, 95 % interval {low:+.3f} to {high:+.3f}"
-    )
+    mean, low, high = interval(paired(data, name, baseline, get))
+    found = f"difference in {of} {mean:+.3f} nats a token, 95 % interval {low:+.3f} to {high:+.3f}"
     outcome = OUTCOMES[0] if high < 0 else OUTCOMES[1] if low > 0 else OUTCOMES[2]
     return f"{outcome} {claim} ({found})."
 
@@ -206,12 +209,13 @@ def tuning_table(data: Results) -> str:
 def _others(data: Results) -> str:
     """What the heading says of emoji and of a pretrained base, where there are such runs."""
     budget, said = data["budget"], ""
-    if present(data, EMOJI):
+    if EMOJI[0] in data["runs"]:
         size = budget["emoji_size"]
         said += (
             f"\n\nAlso Twitter's emoji with their names as captions, {size}x{size} in colour, as "
-            f"{(size // 4) ** 2} codes of {budget['emoji_codes']}; learning rates are those of "
-            "digits."
+            f"{(size // 4) ** 2} codes of {budget['emoji_codes']}, on "
+            f"{len(data['runs'][EMOJI[0]]['seeds'])} of the seeds; learning rates are "
+            "those of digits."
         )
     if names := present(data, REAL):
         runs = [data["runs"][name] for name in names]
@@ -221,8 +225,9 @@ def _others(data: Results) -> str:
         )
         settings, real = runs[0]["settings"], data["real"]
         said += (
-            f"\n\nAlso a pretrained base, {real['name']} ({real['layers']} layers, H "
-            f"{real['hidden_size']}, {real['experts']} experts, {real['top_k']} chosen), "
+            "\n\nAlso a pretrained base ([how it was made](../../python/README.md)), "
+            f"{real['name']} ({real['layers']} layers, H {real['hidden_size']}, {real['experts']} "
+            f"experts, {real['top_k']} chosen), "
             f"{len(runs[0]['seeds'])} seeds of pictures, adapters and order, on the one base; "
             f"{settings['steps']} steps of {budget['real_batch']}, {budget['real_pictures']} "
             "pictures reported: too little to learn to draw, enough to see what text costs. "
@@ -511,6 +516,8 @@ def samples_section(data: Results) -> str:
 
 
 def cost_section(data: Results) -> str:
+    if not data["cost"]:
+        return ""
     rows = []
     first = None
     for method, rounds in data["cost"].items():

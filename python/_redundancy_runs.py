@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from _pictures import CaptionedPictures, digits, emoji
-from _runs import Place, Stages, load_causal_lm, mean_nll, model_identity, train
+from _runs import Place, Stages, load_causal_lm, mean_nll, train
 from _text_model import TextModelSettings, load_text_model, pretrain
 from _text_to_image import (
     CaptionReader,
@@ -222,14 +222,6 @@ class Ground:
             tokenizer = AutoTokenizer.from_pretrained(self.real)
             return load_causal_lm(self.real, run.dtype, "cpu"), tokenizer
         return load_text_model(self.folder(run.base), "cpu")
-
-    def identity(self, run: Run) -> dict[str, Any]:
-        """Of what does not come with Python: files of a model or of pictures."""
-        inputs = {
-            "real": self.real if run.base == "real" else None,
-            "emoji": self.emoji if run.data == "emoji" else None,
-        }
-        return {name: model_identity(str(folder)) for name, folder in inputs.items() if folder}
 
     def blocks(self, tokenizer: PreTrainedTokenizerBase, base: str) -> torch.Tensor:
         """Of a real base fewer, as its logits are forty times as many."""

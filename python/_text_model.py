@@ -92,12 +92,14 @@ def start_text_model(
     return model
 
 
-def pretrain(settings: TextModelSettings, place: Place) -> dict[str, Any]:
-    """Leaves the model and its tokenizer in ``model``."""
+def pretrain(settings: TextModelSettings, place: Place, more: str = "") -> dict[str, Any]:
+    """Leaves the model and its tokenizer in ``model``. more: another text to learn"""
     texts = documentation()
-    tokenizer = train_text_tokenizer(texts["train"], settings.vocab_size)
+    tokenizer = train_text_tokenizer(texts["train"] + more, settings.vocab_size)
     block = settings.text_block
     blocks = text_blocks(tokenizer, texts["train"], block, block // 4)
+    if more:
+        blocks = torch.cat([blocks, text_blocks(tokenizer, more, block, block)])
     held_out = text_batches(text_blocks(tokenizer, texts["test"], block, block))
     model = start_text_model(settings, tokenizer, last_checkpoint(place))
     history = train(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +23,15 @@ def documentation() -> dict[str, str]:
     return without_shared_paragraphs(
         {part: "\n\n".join(paragraphs) for part, paragraphs in parts.items()}
     )
+
+
+def source_code() -> dict[str, str]:
+    """The standard library's top-level modules by part, whole modules each."""
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    for index, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
+        part = {0: "test", 5: "choice"}.get(index % 10, "train")
+        parts[part].append(path.read_text(encoding="utf-8", errors="replace"))
+    return without_shared_paragraphs({part: "\n\n".join(texts) for part, texts in parts.items()})
 
 
 def without_shared_paragraphs(texts: dict[str, str]) -> dict[str, str]:

@@ -19,34 +19,21 @@ reported.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from _redundancy_cost import measure_cost
-from _redundancy_page import write_page
+from _redundancy_page import NAME, write_page
 from _redundancy_runs import Budget, Ground, Run, measure_run
-from _runs import NUM_EXPERTS, Stages, console, exit_code, write_text
+from _runs import NUM_EXPERTS, model_identity
+from _sweep import Program, run_program, sweep_parser
 from _text_model import TextModelSettings
-from rich.table import Table
 from transformers import AutoConfig
 
-import moe_kernels
-
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
-SEEDS = (0, 1, 2, 3, 4)
-REAL_SEEDS, REAL_STEPS = (0, 1), 80
-FEWER_SEEDS = {"real-full-slow": (0,)}
+EMOJI_SEEDS, REAL_SEEDS, REAL_STEPS = (0, 1, 2), (0, 1), 80
 # What the runs may take, set before they were made.
 CORE_HOURS = 3.5
-TUNING_SEED = 1000
 LEARNING_RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 # At equal trained parameters: 16 experts at rank 8, 8 at rank 11 and the whole at rank 16 train
 # 57,344, 56,320 and 57,344 numbers a layer, a copy of 149 neurons 57,216. On the OLMoE, rank 16
@@ -97,7 +84,6 @@ RUNS = {
     "real-full-slow": Run(base="real", method="full", steps=REAL_STEPS, lr=2e-4, dtype="float32"),
 }
 QUICK_RUNS = ("plora", "all-tokens", "rows", "init-gromov_wasserstein")
-REMADE_SEED = 0
 QUICK = Budget(
     text=TextModelSettings(
         vocab_size=320, hidden_size=64, experts=8, experts_per_token=2, intermediate_size=32,
@@ -108,97 +94,11 @@ QUICK = Budget(
 )  # fmt: skip
 
 
-class Sweep:
-    """real, emoji: as in :class:`Ground`"""
-
-    def __init__(self, budget: Budget, out: Path, real: Path | None, emoji: Path | None):
-        self.budget, self.stages = budget, Stages(out / "stages")
-        self.real, self.emoji = real, emoji
-        self.grounds: dict[int, Ground] = {}
-
-    def ground(self, seed: int) -> Ground:
-        if seed not in self.grounds:
-            self.grounds = {seed: Ground(self.budget, seed, self.stages, self.real, self.emoji)}
-        return self.grounds[seed]
-
-    def result(self, name: str, run: Run, seed: int, lr: float) -> dict[str, Any]:
-        inputs = dataclasses.asdict(run) | {"seed": seed, "lr": lr}
-        inputs |= self.ground(seed).identity(run)
-        inputs["budget"] = dataclasses.asdict(self.budget)
-        stage = f"run-{seed}-{name}"
-        self.stages.run(stage, inputs, lambda place: measure_run(self.ground(seed), run, lr, place))
-        return self.stages.results[stage] | {"seconds": self.stages.seconds[stage]}
-
-    def tune(self, families: dict[str, Run]) -> dict[str, dict[str, float]]:
-        """Held-out loss on the choice pictures, by what trains and learning rate."""
-        tuned = {}
-        for trains, run in families.items():
-            name = "tune-" + trains.replace(",", "").replace(" ", "-")
-            losses = [self.result(f"{name}-{lr:g}", run, TUNING_SEED, lr) for lr in LEARNING_RATES]
-            tuned[trains] = {
-                f"{lr:g}": result["choice_nll"]
-                for lr, result in zip(LEARNING_RATES, losses, strict=True)
-            }
-        return tuned
-
-    def cost(self) -> dict[str, Any]:
-        """On the tuning seed's base, alone on the machine if the figures are to mean anything."""
-        base = self.ground(TUNING_SEED).folder("olmoe")
-        self.stages.run("cost", {"base": base.name}, lambda place: measure_cost(base))
-        return self.stages.results["cost"]
-
-
-def chosen(tuned: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {trains: float(min(losses, key=losses.get)) for trains, losses in tuned.items()}
-
-
-def sweep(seeds: list[int], names: list[str], runner: Sweep) -> dict[str, Any]:
-    """Runs what is missing; returns everything as the JSON holds it."""
-    # Adapters of attention want another rate than those of experts, or than rows alone.
-    families = {
-        RUNS[name].trains: Run(
-            method=RUNS[name].method, targets=RUNS[name].targets,
-            copy_neurons=RUNS[name].copy_neurons, added_experts=RUNS[name].added_experts,
-        )
-        for name in reversed(names) if RUNS[name].lr is None
-    }  # fmt: skip
-    tuned = runner.tune(families)
-    rates = chosen(tuned)
-    runs: dict[str, Any] = {
-        name: {"settings": dataclasses.asdict(RUNS[name]), "seeds": {}} for name in names
-    }
-    for seed in seeds:
-        for name in names:
-            run = RUNS[name]
-            if seed in FEWER_SEEDS.get(name, REAL_SEEDS if run.base == "real" else seeds):
-                lr = run.lr or rates[run.trains]
-                runs[name]["seeds"][str(seed)] = runner.result(name, run, seed, lr)
-    return {
-        "cost": runner.cost(),
-        "budget": dataclasses.asdict(runner.budget) | {"core_hours": CORE_HOURS},
-        "tuning": {"seed": TUNING_SEED, "choice_nll": tuned, "learning_rate": rates},
-        "runs": {name: run for name, run in runs.items() if run["seeds"]},
-        "real": describe(runner.real) if runner.real else None,
-        "seconds": sum(runner.stages.seconds.values()),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "threads": torch.get_num_threads(),
-        "versions": {m.__name__: m.__version__ for m in (moe_kernels, torch, transformers)},
-    }
-
-
-def remake(published: Path, out: Path) -> None:
-    """Makes some runs of the page again, by its learning rates, and prints both losses."""
-    data = json.loads(published.read_text())
-    runner = Sweep(Budget(), out, None, None)
-    head = ("run", "image loss on the page", "made again", "text logits changed")
-    listing = Table(*head, title=f"seed {REMADE_SEED}")
-    for name in QUICK_RUNS:
-        there = data["runs"][name]["seeds"][str(REMADE_SEED)]["test_nll"]
-        lr = data["tuning"]["learning_rate"][RUNS[name].trains]
-        again = runner.result(name, RUNS[name], REMADE_SEED, lr)
-        changed = again["text"]["logits_changed_by_training"]
-        listing.add_row(name, f"{there:.4f}", f"{again['test_nll']:.4f}", f"{changed:,}")
-    console.print(listing)
+def tuned(run: Run) -> Run:
+    return Run(
+        method=run.method, targets=run.targets, copy_neurons=run.copy_neurons,
+        added_experts=run.added_experts,
+    )  # fmt: skip
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -211,52 +111,47 @@ def describe(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def available(real: Path | None, emoji: Path | None) -> list[str]:
-    """Names of the runs whose model and pictures were given."""
-    return [
-        name for name, run in RUNS.items()
+def program_for(real: Path | None, emoji: Path | None) -> Program:
+    """real, emoji: as in :class:`Ground`; runs that need what is not there are left out"""
+    runs = {
+        name: run for name, run in RUNS.items()
         if (real or run.base != "real") and (emoji or run.data != "emoji")
-    ]  # fmt: skip
+    }  # fmt: skip
+
+    def identity(run: Run) -> dict[str, Any]:
+        inputs = {
+            "real": real if run.base == "real" else None,
+            "emoji": emoji if run.data == "emoji" else None,
+        }
+        return {name: model_identity(str(folder)) for name, folder in inputs.items() if folder}
+
+    return Program(
+        name=NAME, runs=runs, quick_runs=QUICK_RUNS, budget=Budget(), quick_budget=QUICK,
+        learning_rates=LEARNING_RATES, tuned=tuned, measure=measure_run, write_page=write_page,
+        ground=lambda budget, seed, stages: Ground(budget, seed, stages, real, emoji),
+        cost=lambda ground: measure_cost(ground.folder("olmoe")), core_hours=CORE_HOURS,
+        identity=identity, seeds_of={
+            **{name: EMOJI_SEEDS for name, run in RUNS.items() if run.data == "emoji"},
+            **{name: REAL_SEEDS for name, run in RUNS.items() if run.base == "real"},
+            "real-full-slow": REAL_SEEDS[:1],
+        },
+        facts={"real": describe(real)} if real else {},
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = sweep_parser(NAME, __doc__, RUNS)
     add = parser.add_argument
     add("--emoji", type=Path, metavar="FOLDER", help="also learn these pictures")
-    add("--real", type=Path, metavar="MODEL", help="also teach this model (seeds 0 and 1)")
-    add("--seeds", type=int, nargs="+", help=f"default: {' '.join(map(str, SEEDS))}")
-    add("--runs", nargs="+", choices=RUNS, metavar="NAME", help="default: all")
-    add("--quick", action="store_true", help="one seed, short, and few runs")
-    add("--remake", action="store_true", help="a few runs of the page again, in ten minutes")
-    add("--page", action="store_true", help="write the page from the JSON, run nothing")
-    add("--results", type=Path, help="folder of JSON and page; default: docs/results")
-    add("--out", type=Path, help="folder of the runs; default: out/redundancy")
+    add("--real", type=Path, metavar="MODEL", help="also teach this model")
     given = parser.parse_args(arguments)
-    kind = "-quick" if given.quick else "-remade" if given.remake else ""
-    out = given.out or Path(f"out/redundancy{kind}")
-    results = given.results or (out if given.quick else RESULTS)
-    can = available(given.real, given.emoji)
-    names = given.runs or (list(QUICK_RUNS) if given.quick else can)
-    if cannot := [name for name in names if name not in can]:
-        parser.error(f"runs {cannot} need --real or --emoji")
     for folder in filter(None, (given.real, given.emoji)):
         if not folder.is_dir():
             parser.error(f"there is no folder {folder}")
-
-    def work() -> None:
-        if given.remake:
-            return remake(results / "redundancy.json", out)
-        if not given.page:
-            seeds = given.seeds or ([SEEDS[0]] if given.quick else list(SEEDS))
-            runner = Sweep(QUICK if given.quick else Budget(), out, given.real, given.emoji)
-            measured = sweep(seeds, names, runner)
-            write_text(results / "redundancy.json", json.dumps(measured) + "\n")
-        write_page(results / "redundancy.json", results)
-        console.print(f"written to {results}", markup=False)
-
-    return exit_code(work)
+    program = program_for(given.real, given.emoji)
+    if cannot := [name for name in given.runs or () if name not in program.runs]:
+        parser.error(f"runs {cannot} need --real or --emoji")
+    return run_program(program, given)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""What a training step costs with added experts: one method in a process of its own.
+
+    python python/_moextend_cost.py gated MODEL_FOLDER    # prints one line of JSON
+
+moextend.py runs it for each method in turn, several times.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from _moextend_runs import train_base_experts
+from _redundancy_cost import BATCH, cost_of_steps, peak_bytes
+from _text_model import load_text_model
+
+from moe_kernels.extension import ExpertExtender, join_features_and_text
+
+# The first one is what the others are compared with.
+METHODS = ("gated", "published", "experts", "full")
+FEATURES, TEXT = 32, 16
+
+
+def cost_of(method: str, folder: Path) -> dict[str, Any]:
+    """Tokens a second, peak memory above that of the loaded model, parameters that train."""
+    model, _ = load_text_model(folder, "cpu")
+    loaded = peak_bytes()
+    extender = ExpertExtender(model)
+    if method in ("gated", "published"):
+        extender.extend("interval", init=0, modality_gate=method == "gated")
+    else:
+        train_base_experts(model)
+    if method == "experts":
+        # All experts, and the routers, of the layers that would get new ones.
+        for layer in model.model.layers[::2]:
+            layer.mlp.requires_grad_(True)
+    elif method == "full":
+        model.requires_grad_(True)
+    hidden, vocab = model.config.hidden_size, model.config.vocab_size
+    with torch.no_grad():
+        # Projected already: the projector is frozen by then.
+        batch = join_features_and_text(
+            model, torch.randn(BATCH, FEATURES, hidden), torch.randint(1, vocab, (BATCH, TEXT))
+        )
+    return cost_of_steps(model, batch, loaded)
+
+
+if __name__ == "__main__":
+    print(json.dumps(cost_of(sys.argv[1], Path(sys.argv[2]))))

@@ -1,0 +1,387 @@
+"""One training of one small model with added experts, and what moextend.py wants to know of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _pictures import DIGITS
+from _questions import (
+    EncodedPictures,
+    EncoderSettings,
+    QuestionSet,
+    Viewer,
+    WordQuestion,
+    align,
+    as_text,
+    ask,
+    ask_words,
+    grade_words,
+    joined_batches,
+    load_encoded,
+    score,
+    train_encoder,
+)
+from _redundancy_runs import trained_parameters
+from _runs import Place, Stages, mean_nll, train
+from _text_model import TextModelSettings, load_text_model, pretrain
+from _text_to_image import compare_text, text_logits, text_nll
+from _texts import documentation, source_code, text_blocks
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels.extension import ExpertExtender, LayerScores
+
+KINDS = ("digit", "sum")
+TEXT_BATCH = 32
+# Ranks whose updates have about as many parameters as an expert in every second layer.
+LORA_RANKS = {"experts": 1, "attention": 5}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, from an aligned model.
+
+    task: "pictures" (questions about digits) or "code" (source code as a task of text)
+    method: "extension" (added experts, their router columns, calibration), "projector" (it goes on
+        alone), "full" (the whole language model), "lora" (low-rank updates on the task's tokens),
+        "all_tokens" (the same on every token)
+    gate: who may choose added experts: "modality" (tokens of pictures), "sequence" (all tokens of a
+        sequence of the task), "none" (every token, as published)
+    layers: of ``ExpertExtender.extend``, or "random"
+    lr: None: the one that was tuned
+    """
+
+    task: str = "pictures"
+    method: str = "extension"
+    gate: str = "modality"
+    layers: str = "top-half"
+    experts: int = 1
+    init: str = "most_selected"
+    calibration: str | None = "additive"
+    lr: float | None = None
+
+    @property
+    def trains(self) -> str:
+        """Runs that share a learning rate."""
+        gates = {"modality": "gated", "sequence": "gated by sequence", "none": "as published"}
+        method = self.method.replace("_", " ")
+        what = f"added experts, {gates[self.gate]}" if method == "extension" else method
+        return f"{self.task}: {what}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long everything trains; the same for all runs of a sweep."""
+
+    text: TextModelSettings = TextModelSettings(layers=6, text_steps=800)
+    word_questions: int = 30_000
+    encoder: EncoderSettings = EncoderSettings()
+    align_steps: int = 150
+    align_learning_rate: float = 3e-3
+    score_steps: int = 40
+    steps: int = 150
+    batch: int = 16
+    code_block: int = 64
+    code_batch: int = 12
+    held_out_questions: int = 500
+    held_out_blocks: int = 128
+
+
+class Ground:
+    """What all runs of a seed stand on: text model, encoder, aligned projector, layer scores."""
+
+    def __init__(self, budget: Budget, seed: int, stages: Stages):
+        self.budget, self.seed, self.stages = budget, seed, stages
+        self.text_settings = dataclasses.replace(budget.text, seed=seed)
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.budget) | {"seed": self.seed}
+
+    # --- text
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the base, which knows documentation and questions in words."""
+        settings, count = self.text_settings, self.budget.word_questions
+        # Sums are the harder ones.
+        words = as_text(ask_words(DIGITS, (*KINDS, "sum"), count, self.seed))
+        return self.stages.run(
+            f"base-{self.seed}", dataclasses.asdict(settings) | {"word_questions": count},
+            lambda place: pretrain(settings, place, words),
+        )  # fmt: skip
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_text_model(self.folder, "cpu")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.load()[1]
+
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        return text_blocks(self.tokenizer, documentation()["test"], 128, 128)[:64]
+
+    @cached_property
+    def words(self) -> list[WordQuestion]:
+        return ask_words(DIGITS, KINDS, 400, self.seed + 1)
+
+    @cached_property
+    def code(self) -> dict[str, list[dict[str, torch.Tensor]]]:
+        """Items by part: blocks of source code, with the task's id at every token."""
+        block, count = self.budget.code_block, self.budget.held_out_blocks
+        items = {}
+        for part, text in source_code().items():
+            blocks = text_blocks(self.tokenizer, text, block, block)
+            generator = torch.Generator().manual_seed(self.seed)
+            blocks = blocks[torch.randperm(len(blocks), generator=generator)]
+            blocks = blocks if part == "train" else blocks[:count]
+            items[part] = [
+                {"input_ids": ids, "labels": ids, "modality_ids": torch.ones_like(ids)}
+                for ids in blocks
+            ]
+        return items
+
+    def code_batches(self, part: str) -> list[dict[str, torch.Tensor]]:
+        items = self.code[part]
+        stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        split = {name: tensor.split(TEXT_BATCH) for name, tensor in stacked.items()}
+        return [dict(zip(split, each, strict=True)) for each in zip(*split.values(), strict=True)]
+
+    # --- pictures
+
+    @cached_property
+    def pictures(self) -> dict[str, EncodedPictures]:
+        settings = dataclasses.replace(self.budget.encoder, seed=self.seed)
+        return load_encoded(self.stages.run(
+            f"encoder-{self.seed}", dataclasses.asdict(settings),
+            lambda place: train_encoder(settings, place),
+        ))  # fmt: skip
+
+    def questions(self, part: str, count: int | None, seed: int = 0) -> QuestionSet:
+        """``count`` of each kind about the pictures of a part, in turn; None: as many as those."""
+        pictures = self.pictures[part]
+        asked = [ask(pictures, kind, count, self.seed + seed + i) for i, kind in enumerate(KINDS)]
+        mixed = [question for group in zip(*asked, strict=True) for question in group]
+        return QuestionSet(pictures, mixed, self.tokenizer)
+
+    @cached_property
+    def held_out(self) -> dict[str, QuestionSet]:
+        count = self.budget.held_out_questions
+        return {part: self.questions(part, count) for part in ("choice", "test")}
+
+    @property
+    def progress_batches(self) -> list[dict[str, torch.Tensor]]:
+        """Few of both kinds, for the curve of the held-out loss."""
+        return self.questions("choice", min(50, self.budget.held_out_questions), 20).batches(100)
+
+    @cached_property
+    def projector(self) -> dict[str, torch.Tensor]:
+        """The aligned one's weights."""
+
+        def build(place: Place) -> dict[str, Any]:
+            model, tokenizer = self.load()
+            viewer = Viewer(ExpertExtender(model, ("image",)))
+            history = align(
+                viewer, self.questions("train", None), self.progress_batches, place,
+                learning_rate=self.budget.align_learning_rate, max_steps=self.budget.align_steps,
+                **arguments(self.budget, self.budget.batch, self.seed),
+            )  # fmt: skip
+            return {
+                "history": history,
+                "words": grade_words(model, tokenizer, self.words),
+                "test": viewer.grade(self.held_out["test"]),
+                "most_common_answer": self.held_out["test"].most_common_answer(),
+            }
+
+        folder = self.stages.run(f"align-{self.seed}", self._inputs, build)
+        model, _ = self.load()
+        extender = ExpertExtender(model, ("image",))
+        extender.patched.load_adapter(folder / "adapter")
+        return extender.projector().state_dict()
+
+    def scores(self, task: str) -> LayerScores:
+        """Of the layers for a task, by what is held out to choose."""
+
+        def build(place: Place) -> dict[str, Any]:
+            extender, viewer = start(self, Run(task=task), self.load()[0])
+            steps, batch = self.budget.score_steps, self.budget.batch
+            if task == "pictures":
+                return score(viewer, self.held_out["choice"], steps=steps, batch=batch).to_dict()
+            return extender.score_layers(
+                self.code_batches("choice"), steps, progress=False
+            ).to_dict()
+
+        name = f"scores-{task}-{self.seed}"
+        self.stages.run(name, self._inputs | {"task": task}, build)
+        return LayerScores.from_dict(self.stages.results[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was found before any run."""
+        found = {f"scores_{task}": self.scores(task).to_dict() for task in ("pictures", "code")}
+        _ = self.pictures, self.projector  # their stages
+        encoder = self.stages.results[f"encoder-{self.seed}"]
+        aligned = self.stages.results[f"align-{self.seed}"]
+        model, tokenizer = self.load()
+        return found | {
+            "encoder_accuracy": encoder["accuracy"],
+            "words": grade_words(model, tokenizer, self.words),
+            "code_nll": mean_nll(model, [without_ids(b) for b in self.code_batches("test")]),
+            **{name: aligned[name] for name in ("test", "most_common_answer")},
+        }
+
+
+def without_ids(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For a model that was not patched."""
+    return {name: tensor for name, tensor in batch.items() if name != "modality_ids"}
+
+
+def arguments(budget: Budget, batch: int, seed: int) -> dict[str, Any]:
+    """Of the Trainer, the same for all that train here."""
+    return dict(
+        per_device_train_batch_size=batch, weight_decay=0.01, warmup_steps=budget.steps // 15,
+        seed=seed, use_cpu=True, logging_steps=1, save_steps=10**9,
+    )  # fmt: skip
+
+
+# --- one run
+
+
+def start(ground: Ground, run: Run, model: PreTrainedModel) -> tuple[ExpertExtender, Viewer | None]:
+    """The model, patched, with the aligned projector and nothing added yet."""
+    name = "image" if run.task == "pictures" else "task"
+    if run.method in ("lora", "all_tokens"):
+        attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), LORA_RANKS["attention"])
+        config = ModalityLoraConfig(
+            r=LORA_RANKS["experts"], lora_alpha=2 * LORA_RANKS["experts"], modalities=(name,),
+            rank_pattern=attention, alpha_pattern={key: 2 * r for key, r in attention.items()},
+        )  # fmt: skip
+        torch.manual_seed(ground.seed)
+        patch_model(model, config)
+        extender = ExpertExtender(model)
+    else:
+        whole = (name,) if run.task == "code" or run.gate == "sequence" else ()
+        extender = ExpertExtender(model, (name,), sequence_modalities=whole)
+    if run.method == "full":
+        train_base_experts(model)
+    if run.task == "code":
+        return extender, None
+    weights = ground.projector
+    projector = extender.add_projector(ground.pictures["train"].features.shape[-1])
+    projector.load_state_dict(weights)
+    projector.requires_grad_(run.method == "projector")
+    return extender, Viewer(extender, whole_sequences=run.gate == "sequence")
+
+
+def train_base_experts(model: PreTrainedModel) -> None:
+    """Gives a patched model transformers' own experts, since ours give the base's no gradient."""
+    model.set_experts_implementation("grouped_mm")
+
+
+def add(ground: Ground, run: Run, extender: ExpertExtender) -> tuple[int, ...]:
+    """What trains; the layers that got experts."""
+    if run.method == "all_tokens":
+        extender.model.token_modality.fill_(1)
+    if run.method == "full":
+        extender.model.requires_grad_(True)
+        if run.task == "pictures":
+            extender.projector().requires_grad_(False)
+    if run.method != "extension":
+        return ()
+    config = extender.extend(
+        chosen_layers(run.layers, extender.layers, ground.seed), run.experts, init=run.init,
+        modality_gate=run.gate != "none", calibration=run.calibration,
+        scores=ground.scores(run.task), seed=ground.seed,
+    )  # fmt: skip
+    return tuple(config.experts)
+
+
+def chosen_layers(layers: str, there: tuple[int, ...], seed: int) -> str | list[int]:
+    """As ``extend`` takes them; a random half is another one for each seed."""
+    if layers != "random":
+        return layers
+    rng = np.random.default_rng(seed)
+    return sorted(rng.choice(there, size=len(there) // 2, replace=False).tolist())
+
+
+def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, Any]:
+    model, tokenizer = ground.load()
+    vocab_size, blocks = model.config.vocab_size, ground.blocks
+    unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
+    extender, viewer = start(ground, run, model)
+    before = text_logits(model, blocks, vocab_size, TEXT_BATCH)
+    result: dict[str, Any] = {"layers": add(ground, run, extender)}
+    result["text_nll_at_step_0"] = text_nll(
+        text_logits(model, blocks, vocab_size, TEXT_BATCH), blocks
+    )
+    if run.method == "extension":
+        result["disturbance"] = disturbance(ground, extender, viewer)
+    history = learn(ground, run, extender, viewer, lr, place)
+    model.eval()
+    after = text_logits(model, blocks, vocab_size, TEXT_BATCH)
+    grades = {part: grade(ground, extender, viewer, part) for part in ("choice", "test")}
+    return result | {
+        "trained_parameters": trained_parameters(model),
+        "loss": [round(loss, 4) for _, loss in history["loss"]],
+        "held_out": history["held_out"],
+        "choice": grades["choice"],
+        "test": grades["test"],
+        "choice_nll": grades["choice"]["nll"],
+        "test_nll": grades["test"]["nll"],
+        "text": compare_text(unpatched, before, after, blocks),
+        "words": grade_words(model, tokenizer, ground.words),
+        "samples_per_second": history["samples_per_second"],
+    }
+
+
+def learn(
+    ground: Ground, run: Run, extender: ExpertExtender, viewer: Viewer | None, lr: float,
+    place: Place,
+) -> dict[str, Any]:  # fmt: skip
+    budget = ground.budget
+    batch = budget.batch if run.task == "pictures" else budget.code_batch
+    options = arguments(budget, batch, ground.seed)
+    options |= {"max_steps": budget.steps, "learning_rate": lr}
+    is_full = run.method == "full"
+    if viewer is not None:
+        # Other questions about the same pictures than those that the projector was aligned by.
+        questions = ground.questions("train", None, seed=10)
+        checkpoints = "model" if is_full else "adapter"
+        return viewer.learn(
+            questions, ground.progress_batches, place, checkpoints=checkpoints, **options
+        )
+    held_out = ground.code_batches("choice")[:1]
+    return train(
+        extender.model if is_full else extender.patched, ground.code["train"],
+        lambda model: mean_nll(model, held_out), place, **options,
+    )  # fmt: skip
+
+
+def grade(
+    ground: Ground, extender: ExpertExtender, viewer: Viewer | None, part: str
+) -> dict[str, Any]:
+    if viewer is not None:
+        return viewer.grade(ground.held_out[part])
+    return {"nll": mean_nll(extender.model, ground.code_batches(part))}
+
+
+def disturbance(
+    ground: Ground, extender: ExpertExtender, viewer: Viewer | None
+) -> dict[str, dict[str, Any]]:
+    """What copies change before they learn: on text alone, and on tokens of the task."""
+    text = [{"input_ids": ids} for ids in ground.blocks.split(TEXT_BATCH)]
+    if viewer is None:
+        task = ground.code_batches("choice")
+    else:
+        task = joined_batches(viewer, ground.questions("choice", 50), 100)
+    name = extender.patched.config.modalities[0]
+    return {
+        "text": extender.disturbance(text)["text"].to_dict(),
+        "task": extender.disturbance(task)[name].to_dict(),
+    }

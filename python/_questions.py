@@ -1,0 +1,470 @@
+"""Questions about real pictures, which a text model answers by what a frozen encoder sees of them:
+what the programs of moe_kernels.extension share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _pictures import DIGITS, CaptionedPictures, digits, emoji
+from _runs import Place, mean_nll, train, write_text
+from _texts import PARTS
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_kernels.extension import ExpertExtender, LayerScores, join_features_and_text
+from moe_kernels.imaging import IGNORE_INDEX, caption_ids, padding_id
+
+NUMBERS = (
+    *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
+    "eighteen",
+)  # fmt: skip
+# What is asked, of how many pictures. The answer is a word or two and the end of the line.
+QUESTIONS = {
+    "digit": ("\nWhich digit is this?", 1),
+    "sum": ("\nWhat is their sum?", 2),
+    "category": ("\nWhat kind of picture is this?", 1),
+}
+END = "\n"
+Batch = dict[str, Tensor]
+
+
+# --- the encoder, which was trained before and stays as it is
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """emoji: folder of their npm package; None: handwritten digits, of their own size.
+
+    held_out: pictures that neither the encoder nor a question to learn from sees; one half decides
+    (choice), the other is reported (test).
+    """
+
+    emoji: str | None = None
+    size: int = 32
+    held_out: int = 1000
+    features: int = 64
+    steps: int = 400
+    batch: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+    device: str = "cpu"
+
+
+class Encoder(nn.Module):
+    """(B, C, H, W) float32 -> (B, 16, d): three convolutions, then 4x4 places in raster order."""
+
+    def __init__(self, channels: int, features: int, classes: int):
+        super().__init__()
+        widths = (channels, features // 4, features // 2, features)
+        layers: list[nn.Module] = []
+        for width, following in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(width, following, 3, 2, 1), nn.BatchNorm2d(following), nn.GELU()]
+        # Features of unit variance, so that projectors need no care.
+        last = nn.BatchNorm2d(features, affine=False)
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), last)
+        self.classes = nn.Linear(features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).flatten(2).transpose(1, 2)
+
+    def classify(self, images: Tensor) -> Tensor:
+        return self.classes(self(images).mean(1))
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """features: (N, 16, d) float32; labels: (N,) int64, into names"""
+
+    features: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read_pictures(settings: EncoderSettings) -> CaptionedPictures:
+    """Named as they are answered: "seven", or "food & drink"."""
+    if settings.emoji is not None:
+        return emoji(Path(settings.emoji), settings.size, caption="category")
+    pictures = digits()
+    return CaptionedPictures(pictures.images, DIGITS, pictures.labels)
+
+
+def split_pictures(
+    pictures: CaptionedPictures, held_out: int, seed: int
+) -> dict[str, CaptionedPictures]:
+    """By part; no picture is in two."""
+    learnt, rest = pictures.split(held_out, seed)
+    choice, test = rest.split(held_out // 2, seed)
+    return dict(zip(PARTS, (learnt, choice, test), strict=True))
+
+
+def as_input(images: np.ndarray) -> Tensor:
+    """(N, H, W[, 3]) uint8 -> (N, C, H, W) float32 in -1..1"""
+    tensor = torch.from_numpy(images).float() / 127.5 - 1
+    return tensor[:, None] if tensor.ndim == 3 else tensor.movedim(-1, 1)
+
+
+def train_encoder(settings: EncoderSettings, place: Place) -> dict[str, Any]:
+    """A stage: learns the pictures' names; leaves the encoder, and what it sees of all pictures."""
+    parts = split_pictures(read_pictures(settings), settings.held_out, settings.seed)
+    images = {part: as_input(pictures.images) for part, pictures in parts.items()}
+    labels = {part: torch.from_numpy(pictures.labels).long() for part, pictures in parts.items()}
+    torch.manual_seed(settings.seed)
+    names, device = parts["train"].names, settings.device
+    encoder = Encoder(images["train"].shape[1], settings.features, len(names)).to(device)
+    optimiser = torch.optim.AdamW(encoder.parameters(), lr=settings.learning_rate)
+    for _ in range(settings.steps):
+        at = torch.randint(len(labels["train"]), (settings.batch,))
+        logits = encoder.classify(images["train"][at].to(device))
+        F.cross_entropy(logits, labels["train"][at].to(device)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    encoder.eval()
+    seen, accuracy = {}, {}
+    with torch.no_grad():
+        for part in PARTS:
+            batches = [batch.to(device) for batch in images[part].split(500)]
+            seen[part] = torch.cat([encoder(batch).cpu() for batch in batches])
+            found = torch.cat([encoder.classify(batch).argmax(1).cpu() for batch in batches])
+            accuracy[part] = float((found == labels[part]).double().mean())
+    described = {"names": names, "settings": asdict(settings), "channels": images["train"].shape[1]}
+    write_text(place.folder / "encoder.json", json.dumps(described))
+    save_file(encoder.state_dict(), place.folder / "encoder.safetensors")
+    tensors = {f"features-{part}": seen[part].contiguous() for part in PARTS}
+    tensors |= {f"labels-{part}": labels[part] for part in PARTS}
+    save_file(tensors, place.folder / "features.safetensors")
+    return {"names": names, "accuracy": accuracy, "pictures": {p: len(labels[p]) for p in PARTS}}
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """What :func:`train_encoder` left, frozen and in eval mode."""
+    described = json.loads((folder / "encoder.json").read_text())
+    features = described["settings"]["features"]
+    encoder = Encoder(described["channels"], features, len(described["names"]))
+    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+    return encoder.eval().requires_grad_(False)
+
+
+def load_encoded(folder: Path) -> dict[str, EncodedPictures]:
+    """By part, what the encoder of :func:`train_encoder` saw."""
+    names = tuple(json.loads((folder / "encoder.json").read_text())["names"])
+    tensors = load_file(folder / "features.safetensors")
+    return {
+        part: EncodedPictures(tensors[f"features-{part}"], tensors[f"labels-{part}"], names)
+        for part in PARTS
+    }
+
+
+# --- questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """kind: of QUESTIONS; pictures: which ones it is about"""
+
+    kind: str
+    pictures: tuple[int, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class WordQuestion:
+    """A question about words in place of pictures: a small text model learns such ones before."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def ask_words(
+    names: Sequence[str], kinds: Sequence[str], count: int, seed: int
+) -> list[WordQuestion]:
+    """A word stands there once to four times, as a picture is several tokens."""
+    rng = np.random.default_rng(seed)
+    questions = []
+    for _ in range(count):
+        kind = kinds[rng.integers(len(kinds))]
+        prompt, needed = QUESTIONS[kind]
+        group = rng.integers(len(names), size=needed).tolist()
+        words = "".join(f" {names[label]}" * rng.integers(1, 5) for label in group)
+        questions.append(WordQuestion(kind, words + prompt, answer_of(names, kind, group)))
+    return questions
+
+
+def as_text(questions: Iterable[WordQuestion]) -> str:
+    return "".join(f"{each.prompt} {each.answer}{END}" for each in questions)
+
+
+def answer_of(names: Sequence[str], kind: str, labels: Sequence[int]) -> str:
+    return NUMBERS[sum(labels)] if kind == "sum" else names[labels[0]]
+
+
+def ask(pictures: EncodedPictures, kind: str, count: int | None, seed: int) -> list[Question]:
+    """``count`` questions of one kind in an order of the seed; None: as many as pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = QUESTIONS[kind][1]
+    count = len(pictures) if count is None else count
+    # Every picture once, then every picture again.
+    rounds = -(-count * needed // len(pictures))
+    order = torch.cat([torch.randperm(len(pictures), generator=generator) for _ in range(rounds)])
+    chosen = order[: count * needed].reshape(count, needed).tolist()
+    labels = pictures.labels.tolist()
+    return [
+        Question(kind, tuple(group), answer_of(pictures.names, kind, [labels[i] for i in group]))
+        for group in chosen
+    ]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dict[str, list[int]]:
+    """input_ids and labels, which are of the answer alone."""
+    ids = caption_ids(tokenizer, prompt)
+    answer_ids = tokenizer(f" {answer}{END}", add_special_tokens=False).input_ids
+    labels = [IGNORE_INDEX] * len(ids) + answer_ids
+    return {"input_ids": ids + answer_ids, "labels": labels}
+
+
+def pad(rows: Iterable[Any], value: float) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), True, value)
+
+
+def collate_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, Any]]) -> Batch:
+    """input_ids, attention_mask and labels (B, S), padded on the right."""
+    return {
+        "input_ids": pad([item["input_ids"] for item in items], padding_id(tokenizer)),
+        "attention_mask": pad([[1] * len(item["input_ids"]) for item in items], 0),
+        "labels": pad([item["labels"] for item in items], IGNORE_INDEX),
+    }
+
+
+class Grades:
+    """Nats a token of answers, and by kind of question the share answered right.
+
+    An answer is right where each of its tokens, the end of the line too, is the likeliest one after
+    those before it: exactly where greedy generation writes it.
+    """
+
+    def __init__(self):
+        self.nll, self.tokens, self.right = 0.0, 0, []
+
+    def add(self, model: PreTrainedModel, batch: Batch) -> None:
+        """batch: of the model's arguments, with labels"""
+        batch = dict(batch)
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
+        self.nll += float(
+            F.cross_entropy(logits.mT, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        )
+        self.tokens += int((labels != IGNORE_INDEX).sum())
+        self.right += ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
+
+    def result(self, kinds: Iterable[str]) -> dict[str, Any]:
+        """kinds: of the questions, in their order"""
+        by_kind: dict[str, list[bool]] = {}
+        for kind, is_right in zip(kinds, self.right, strict=True):
+            by_kind.setdefault(kind, []).append(is_right)
+        accuracy = {kind: float(np.mean(each)) for kind, each in by_kind.items()}
+        return {"nll": self.nll / self.tokens, "accuracy": accuracy}
+
+
+@torch.no_grad()
+def grade_words(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[WordQuestion],
+    size: int = 100,
+) -> dict[str, Any]:  # fmt: skip
+    """What a model, patched or not, knows without pictures; see :class:`Grades`."""
+    model.eval()
+    grades = Grades()
+    for start in range(0, len(questions), size):
+        some = questions[start : start + size]
+        items = [encode(tokenizer, each.prompt, each.answer) for each in some]
+        batch = collate_text(tokenizer, items)
+        grades.add(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    return grades.result(each.kind for each in questions)
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A data set: an item is the features (N, d), the question's and answer's ids, and labels."""
+
+    pictures: EncodedPictures
+    questions: list[Question]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        question = self.questions[index]
+        features = self.pictures.features[list(question.pictures)].flatten(0, 1)
+        prompt = QUESTIONS[question.kind][0]
+        return {"features": features} | encode(self.tokenizer, prompt, question.answer)
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> Batch:
+        """features (B, N, d) and feature_mask; input_ids, attention_mask, labels (B, S)."""
+
+        features = [item["features"] for item in items]
+        return collate_text(self.tokenizer, items) | {
+            "features": pad(features, 0.0),
+            "feature_mask": pad([torch.ones(len(each)) for each in features], 0),
+        }
+
+    def batches(self, size: int) -> list[Batch]:
+        items = [self[index] for index in range(len(self))]
+        return [self.collate(items[start : start + size]) for start in range(0, len(self), size)]
+
+    def most_common_answer(self) -> dict[str, float]:
+        """By kind, the share right of whoever always gives the commonest answer."""
+        answers: dict[str, list[str]] = {}
+        for question in self.questions:
+            answers.setdefault(question.kind, []).append(question.answer)
+        return {k: max(map(each.count, set(each))) / len(each) for k, each in answers.items()}
+
+
+# --- a text model that is shown pictures
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """A model with a projector, and how batches of questions become its arguments.
+
+    whole_sequences: the question and the answer have the pictures' modality too, so that experts
+        behind its gate serve them; the model should be patched with it in ``sequence_modalities``
+    begin: how many tokens stand before the features; 1 where text begins with a special token
+    """
+
+    extender: ExpertExtender
+    modality: str = "image"
+    whole_sequences: bool = False
+    begin: int = 0
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.extender.model
+
+    def join(self, batch: Batch, padding_side: str = "right") -> Batch:
+        """Arguments of the model's forward, labels too, from those of :class:`QuestionSet`."""
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        features = self.extender.projector(self.modality)(batch.pop("features"))
+        joined = join_features_and_text(
+            self.model, features, batch.pop("input_ids"), modality=self.modality, at=self.begin,
+            padding_side=padding_side, **batch,
+        )  # fmt: skip
+        if self.whole_sequences:
+            number = self.extender.patched.config.modalities.index(self.modality) + 1
+            joined["modality_ids"] = torch.where(joined["attention_mask"] == 1, number, -1)
+        return joined
+
+    def _take_questions(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        """A pre-hook of the model, for batches that are not joined: gradients reach projectors."""
+        if "features" not in kwargs:
+            return None
+        names = ("features", "feature_mask", "input_ids", "attention_mask", "labels")
+        batch = {name: kwargs.pop(name) for name in names}
+        return args, kwargs | self.join(batch)
+
+    def learn(
+        self,
+        questions: QuestionSet,
+        held_out: list[Batch],
+        place: Place,
+        *,
+        checkpoints: str = "adapter",
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        """Trains what is set to train; the history. Goes on from a checkpoint in ``place``.
+
+        checkpoints: "adapter", which hold what was added; or "model", for one of which all trains
+        """
+        model = self.extender.patched if checkpoints == "adapter" else self.model
+        hook = self.model.register_forward_pre_hook(
+            self._take_questions, with_kwargs=True, prepend=True
+        )
+        try:
+            return train(
+                model, questions, lambda model: mean_nll(model, map(self.join, held_out)), place,
+                collator=questions.collate, remove_unused_columns=False, **arguments,
+            )  # fmt: skip
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def grade(self, questions: QuestionSet, size: int = 100) -> dict[str, Any]:
+        """See :class:`Grades`."""
+        self.model.eval()
+        grades = Grades()
+        for batch in questions.batches(size):
+            grades.add(self.model, self.join(batch))
+        return grades.result(each.kind for each in questions.questions)
+
+    @torch.no_grad()
+    def answer(self, questions: QuestionSet, size: int = 100, max_new_tokens: int = 8) -> list[str]:
+        """What the model writes, greedily, to the end of the line."""
+        self.model.eval()
+        tokenizer = questions.tokenizer
+        end = tokenizer(END, add_special_tokens=False).input_ids[-1]
+        written: list[str] = []
+        for start in range(0, len(questions), size):
+            items = [questions[i] for i in range(start, min(start + size, len(questions)))]
+            for item in items:
+                prompt = item["labels"].count(IGNORE_INDEX)
+                item.update({name: item[name][:prompt] for name in ("input_ids", "labels")})
+            joined = self.join(questions.collate(items), padding_side="left")
+            del joined["labels"]
+            ids = self.model.generate(
+                **joined, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end,
+                pad_token_id=padding_id(tokenizer),
+            )  # fmt: skip
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            written += [text.split(END)[0].strip() for text in texts]
+        return written
+
+
+# --- the three stages
+
+
+def align(
+    viewer: Viewer, questions: QuestionSet, held_out: list[Batch], place: Place, **arguments: Any
+) -> dict[str, Any]:
+    """The projector, made here unless it is there, learns alone; left in ``place``/adapter."""
+    extender = viewer.extender
+    in_features = questions.pictures.features.shape[-1]
+    torch.manual_seed(arguments["seed"])
+    extender.add_projector(in_features, modality=viewer.modality)
+    history = viewer.learn(questions, held_out, place, **arguments)
+    extender.patched.save_adapter(place.folder / "adapter")
+    return history
+
+
+@torch.no_grad()
+def joined_batches(viewer: Viewer, questions: QuestionSet, size: int) -> list[Batch]:
+    """As ``score_layers`` and ``disturbance`` take them."""
+    return [viewer.join(batch) for batch in questions.batches(size)]
+
+
+def score(
+    viewer: Viewer, questions: QuestionSet, *, steps: int, batch: int, lr: float = 1e-3
+) -> LayerScores:
+    """Of the layers, by questions that the projector did not learn from."""
+    batches = joined_batches(viewer, questions, batch)
+    return viewer.extender.score_layers(
+        batches, steps, modality=viewer.modality, lr=lr, progress=False
+    )
+
+
+def fine_tune(
+    viewer: Viewer, questions: QuestionSet, held_out: list[Batch], place: Place, **arguments: Any
+) -> dict[str, Any]:
+    """What ``extend`` added learns; left in ``place``/adapter."""
+    history = viewer.learn(questions, held_out, place, **arguments)
+    viewer.extender.patched.save_adapter(place.folder / "adapter")
+    return history
