@@ -42,6 +42,7 @@ from moe_kernels.models.tokens import ROWS
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100
 SCORING_STEPS = 8
+WEIGHT_DECAY = 0.01
 GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -91,6 +92,17 @@ class Run:
         """Runs that share a learning rate."""
         method = self.method.replace("_", " ")
         return f"{method}, {' and '.join(self.targets)}" if method == "plora" else method
+
+
+@dataclass(frozen=True)
+class OwnRateRun(Run):
+    """Added rows learn at a rate of their own, the best of those that were tried for rows alone."""
+
+    row_lr: float = 2e-2
+
+    @property
+    def trains(self) -> str:
+        return f"{super().trains}; rows at {self.row_lr:g}"
 
 
 @dataclass(frozen=True)
@@ -344,6 +356,17 @@ def held_out(data: Data, run: Run) -> tuple[TokenizedPictures, TokenizedPictures
     return data.choice.head(data.budget.batch), data.test.head(data.budget.real_pictures)
 
 
+def optimizer_of(model: PreTrainedModel, run: Run, lr: float) -> torch.optim.Optimizer | None:
+    """With two learning rates where a run has them; None: the Trainer's."""
+    if not isinstance(run, OwnRateRun):
+        return None
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rows = [parameter for name, parameter in trained if ROWS in name]
+    others = [parameter for name, parameter in trained if ROWS not in name]
+    groups = [{"params": rows, "lr": run.row_lr}, {"params": others, "lr": lr}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+
+
 def trained_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -362,9 +385,10 @@ def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, 
     history = train(
         painter.patched or model, painter.dataset(learnt, caption_dropout=0.1),
         lambda model: mean_nll(model, choice[:1]), place,
-        collator=painter.collator, max_steps=steps, logging_steps=1,
+        collator=painter.collator, optimizer=optimizer_of(model, run, lr), max_steps=steps,
+        logging_steps=1,
         per_device_train_batch_size=budget.real_batch if run.base == "real" else budget.batch,
-        learning_rate=lr, weight_decay=0.01,
+        learning_rate=lr, weight_decay=WEIGHT_DECAY,
         warmup_steps=steps // 20, seed=seed, use_cpu=True, save_steps=10**9,
     )  # fmt: skip
     model.eval()

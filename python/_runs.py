@@ -308,9 +308,13 @@ def train(
     place: Place,
     *,
     collator: Callable | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Through transformers.Trainer, from the last whole checkpoint in the place's folder."""
+    """Through transformers.Trainer, from the last whole checkpoint in the place's folder.
+
+    optimizer: instead of the Trainer's, such as one with several learning rates
+    """
     defaults = dict(
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
         adam_beta2=0.95, max_grad_norm=1.0, logging_steps=5, save_steps=50, save_total_limit=2,
@@ -322,8 +326,9 @@ def train(
     with stop_after_step() as stop:
         monitor = Monitor(arguments.max_steps, held_out, place, stop)
         trainer = (AdapterTrainer if isinstance(model, PatchedModel) else CheckedTrainer)(
-            model, arguments, train_dataset=dataset, data_collator=collator, callbacks=[monitor]
-        )
+            model, arguments, train_dataset=dataset, data_collator=collator, callbacks=[monitor],
+            optimizers=(optimizer, None),
+        )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=last_checkpoint(place))

@@ -25,7 +25,7 @@ from typing import Any
 
 from _redundancy_cost import measure_cost
 from _redundancy_page import NAME, write_page
-from _redundancy_runs import Budget, Ground, Run, measure_run
+from _redundancy_runs import Budget, Ground, OwnRateRun, Run, measure_run
 from _runs import NUM_EXPERTS, model_identity
 from _sweep import Program, run_program, sweep_parser
 from _text_model import TextModelSettings
@@ -48,10 +48,14 @@ RUNS = {
     "copy": Run(method="copy", copy_neurons=298, samples=True),
     "added-experts": Run(method="added_experts", added_experts=(5, 5, 5, 4), samples=True),
     **{f"rank-{r}": Run(r=r) for r in (4, 32, 128)},
-    "source-dense": Run(base="2x2", targets=("experts",), r=16),
-    "source-8x6": Run(base="8x6", targets=("experts",), r=11),
-    "source-16x4": Run(base="16x4", targets=("experts",), r=8),
-    "source-copy": Run(base="2x2", method="copy", copy_neurons=149),
+    "own-rate-plora": OwnRateRun(),
+    "own-rate-experts": OwnRateRun(targets=("experts",)),
+    "own-rate-copy": OwnRateRun(method="copy", copy_neurons=298),
+    "own-rate-added-experts": OwnRateRun(method="added_experts", added_experts=(5, 5, 5, 4)),
+    "source-dense": OwnRateRun(base="2x2", targets=("experts",), r=16),
+    "source-8x6": OwnRateRun(base="8x6", targets=("experts",), r=11),
+    "source-16x4": OwnRateRun(base="16x4", targets=("experts",), r=8),
+    "source-copy": OwnRateRun(base="2x2", method="copy", copy_neurons=149),
     **{f"layer-{i}": Run(targets=("experts",), layers=(i,)) for i in range(4)},
     **{f"init-{init}": Run(init=init) for init in ("gaussian", "mean", "permuted")},
     "init-gromov_wasserstein": Run(init="gromov_wasserstein"),
@@ -95,7 +99,7 @@ QUICK = Budget(
 
 
 def tuned(run: Run) -> Run:
-    return Run(
+    return type(run)(
         method=run.method, targets=run.targets, copy_neurons=run.copy_neurons,
         added_experts=run.added_experts,
     )  # fmt: skip

@@ -42,6 +42,7 @@ def tiny(program):
 
 NAMES = [
     "plora",
+    "own-rate-plora",
     "copy",
     "full",
     "added-experts",
