@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from _redundancy_page import (
-    OUTCOMES,
+from _results_page import (
+    FAILS,
+    HOLDS,
     Results,
     difference,
     in_short,
@@ -17,7 +18,7 @@ from _redundancy_page import (
     present,
     table,
     test_nll,
-    tuning_table,
+    tuning_section,
     values,
     verdict,
 )
@@ -140,7 +141,7 @@ deviation over seeds. Learning rates were chosen on seed {data["tuning"]["seed"]
 among those reported, by the loss on questions about other held-out pictures (of code, on other
 modules); variants of a method take its rate:
 
-{tuning_table(data)}
+{tuning_section(data)}
 
 Set aside before the runs were made: {budget["core_hours"]} hours of a core. Taken:
 {data["seconds"] / 3600:.1f} hours of processes with {data["threads"]} thread(s), beside other work;
@@ -178,14 +179,14 @@ def text_section(data: Results) -> str:
     if "published" in names:
         parts += [
             verdict(data, "published", other, f"MoExtend as published forgets less text than "
-                    f"{METHODS[other]}", forgotten, "change of text loss")
+                    f"{METHODS[other]}", forgotten, "change of text loss, nats a token")
             for other in present(data, ["full", "lora-all-tokens"])
         ]  # fmt: skip
     if {"code-published", "code-full"} <= set(names):
         parts.append(verdict(
             data, "code-published", "code-full",
             "on code, experts without a gate forget less text than full fine-tuning",
-            forgotten, "change of text loss",
+            forgotten, "change of text loss, nats a token",
         ))  # fmt: skip
     return "\n\n".join(filter(None, parts))
 
@@ -204,7 +205,7 @@ def text_verdict(data: Results) -> str:
     changed = sum(text["logits_changed_by_training"] for text in masked)
     claim = "experts behind a gate, masked LoRA and the projector leave every text logit its bits"
     found = f"{len(masked)} runs, {tokens:,} text tokens, {changed:,} logits changed"
-    return f"{OUTCOMES[1] if changed else OUTCOMES[0]} {claim} ({found})."
+    return f"{FAILS if changed else HOLDS} {claim} ({found})."
 
 
 def question_row(data: Results, name: str, label: str, baseline: str) -> list[str]:

@@ -23,6 +23,8 @@ import moe_kernels
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 1000
+# Other processors and numbers of threads round in another order, which training makes larger.
+REMADE = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Program:
     measure: (ground, run, learning rate, place) -> a result, for JSON, with ``choice_nll``,
         ``test_nll`` and ``text``
     cost: (ground) -> what a training step costs, for JSON
-    core_hours: what the runs may take, set before they were made
+    core_hours, core_hours_later: what the runs may take, set before they were made, and what was
+        added when some of them were seen
     write_page: (JSON file, folder)
     found_before: (ground) -> what there is to tell of a seed before its runs
     identity: (run) -> what a result depends on beside settings, such as files
@@ -62,6 +65,7 @@ class Program:
     identity: Callable[[Any], dict[str, Any]] = lambda run: {}
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    core_hours_later: float = 0.0
 
 
 class Sweep:
@@ -125,11 +129,16 @@ class Sweep:
             for name in names:
                 run = program.runs[name]
                 if seed in program.seeds_of.get(name, seeds):
-                    result = self.result(name, run, seed, run.lr or rates[run.trains])
-                    runs[name]["seeds"][str(seed)] = result
+                    lr = run.lr or rates[run.trains]
+                    result = self.result(name, run, seed, lr)
+                    runs[name]["seeds"][str(seed)] = result | {"lr": lr}
         return {
             "cost": self.cost() if cost else {},
-            "budget": dataclasses.asdict(self.budget) | {"core_hours": program.core_hours},
+            "budget": dataclasses.asdict(self.budget)
+            | {
+                "core_hours": program.core_hours,
+                "core_hours_later": program.core_hours_later,
+            },
             "tuning": {"seed": TUNING_SEED, "choice_nll": tuned, "learning_rate": rates},
             "grounds": grounds,
             "runs": {name: run for name, run in runs.items() if run["seeds"]},
@@ -146,19 +155,29 @@ class Sweep:
         return sum(s for name, s in self.stages.seconds.items() if name.startswith(kept))
 
     def remake(self, published: dict[str, Any]) -> None:
-        """Makes some runs of a page again, by its learning rates, and prints both losses."""
-        seed = SEEDS[0]
+        """Makes some runs of a page again, by its learning rates, and prints both losses.
+
+        Raises:
+            ValueError: a loss is off by more than REMADE, or text changed where it had not.
+        """
+        seed, off = SEEDS[0], []
         listing = Table(
             "run", "loss on the page", "made again", "text logits changed", title=f"seed {seed}"
         )
         for name in self.program.quick_runs:
             run = self.program.runs[name]
-            there = published["runs"][name]["seeds"][str(seed)]["test_nll"]
-            lr = published["tuning"]["learning_rate"][run.trains]
-            again = self.result(name, run, seed, lr)
-            changed = again["text"]["logits_changed_by_training"]
-            listing.add_row(name, f"{there:.4f}", f"{again['test_nll']:.4f}", f"{changed:,}")
+            there = published["runs"][name]["seeds"][str(seed)]
+            again = self.result(name, run, seed, there["lr"])
+            losses = there["test_nll"], again["test_nll"]
+            changed, before = (
+                result["text"]["logits_changed_by_training"] for result in (again, there)
+            )
+            listing.add_row(name, f"{losses[0]:.4f}", f"{losses[1]:.4f}", f"{changed:,}")
+            if abs(losses[0] - losses[1]) > REMADE or (changed > 0) != (before > 0):
+                off.append(name)
         console.print(listing)
+        if off:
+            raise ValueError(f"{', '.join(off)}: not what the page says, to {REMADE} nats a token")
 
 
 def sweep_parser(name: str, description: str, runs: Sequence[str]) -> argparse.ArgumentParser:
@@ -177,20 +196,41 @@ def sweep_parser(name: str, description: str, runs: Sequence[str]) -> argparse.A
     return parser
 
 
+def keep_published(
+    program: Program, file: Path, names: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Raises ValueError where fewer runs would take the place of a file with more."""
+    if not file.exists():
+        return
+    there = json.loads(file.read_text())["runs"]
+    lost = [
+        f"{name} of seed {seed}"
+        for name, run in there.items()
+        for seed in run["seeds"]
+        if name not in names or int(seed) not in seeds
+    ]
+    if lost:
+        raise ValueError(
+            f"{file} has {len(lost)} runs that this command would leave out, such as {lost[0]}: "
+            "give --results another folder, or move the file"
+        )
+
+
 def run_program(program: Program, given: argparse.Namespace) -> int:
     """given: of :func:`sweep_parser`; the exit code"""
     kind = "-quick" if given.quick else "-remade" if given.remake else ""
     out = given.out or Path("out") / (program.name + kind)
     results = given.results or (out if given.quick else RESULTS)
     file = results / f"{program.name}.json"
+    seeds = given.seeds or SEEDS[: 1 if given.quick else None]
+    names = given.runs or list(program.quick_runs if given.quick else program.runs)
 
     def work() -> None:
         if given.remake:
             published = json.loads(file.read_text())
             return Sweep(program, program.budget, out).remake(published)
         if not given.page:
-            seeds = given.seeds or SEEDS[: 1 if given.quick else None]
-            names = given.runs or list(program.quick_runs if given.quick else program.runs)
+            keep_published(program, file, names, seeds)
             budget = program.quick_budget if given.quick else program.budget
             measured = Sweep(program, budget, out).everything(seeds, names, not given.no_cost)
             write_text(file, json.dumps(measured) + "\n")

@@ -27,13 +27,13 @@ from _redundancy_cost import measure_cost
 from _redundancy_page import NAME, write_page
 from _redundancy_runs import Budget, Ground, OwnRateRun, Run, measure_run
 from _runs import NUM_EXPERTS, model_identity
-from _sweep import Program, run_program, sweep_parser
+from _sweep import SEEDS, Program, run_program, sweep_parser
 from _text_model import TextModelSettings
 from transformers import AutoConfig
 
 EMOJI_SEEDS, REAL_SEEDS, REAL_STEPS = (0, 1, 2), (0, 1), 80
 # What the runs may take, set before they were made.
-CORE_HOURS = 3.5
+CORE_HOURS, CORE_HOURS_LATER = 3.5, 0.5
 LEARNING_RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 # At equal trained parameters: 16 experts at rank 8, 8 at rank 11 and the whole at rank 16 train
 # 57,344, 56,320 and 57,344 numbers a layer, a copy of 149 neurons 57,216. On the OLMoE, rank 16
@@ -56,6 +56,11 @@ RUNS = {
     "source-8x6": OwnRateRun(base="8x6", targets=("experts",), r=11),
     "source-16x4": OwnRateRun(base="16x4", targets=("experts",), r=8),
     "source-copy": OwnRateRun(base="2x2", method="copy", copy_neurons=149),
+    # At one rate, on one seed: they showed that rows need their own.
+    "shared-rate-dense": Run(base="2x2", targets=("experts",), r=16),
+    "shared-rate-8x6": Run(base="8x6", targets=("experts",), r=11),
+    "shared-rate-16x4": Run(base="16x4", targets=("experts",), r=8),
+    "shared-rate-copy": Run(base="2x2", method="copy", copy_neurons=149),
     **{f"layer-{i}": Run(targets=("experts",), layers=(i,)) for i in range(4)},
     **{f"init-{init}": Run(init=init) for init in ("gaussian", "mean", "permuted")},
     "init-gromov_wasserstein": Run(init="gromov_wasserstein"),
@@ -105,17 +110,16 @@ def tuned(run: Run) -> Run:
     )  # fmt: skip
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, name: str) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder)
     experts = next(getattr(config, name) for name in NUM_EXPERTS if hasattr(config, name))
     return {
-        "name": folder.parent.name if folder.name == "model" else folder.name,
-        "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+        "name": name, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
         "experts": experts, "top_k": config.num_experts_per_tok,
     }  # fmt: skip
 
 
-def program_for(real: Path | None, emoji: Path | None) -> Program:
+def program_for(real: Path | None, real_name: str, emoji: Path | None) -> Program:
     """real, emoji: as in :class:`Ground`; runs that need what is not there are left out"""
     runs = {
         name: run for name, run in RUNS.items()
@@ -134,12 +138,14 @@ def program_for(real: Path | None, emoji: Path | None) -> Program:
         learning_rates=LEARNING_RATES, tuned=tuned, measure=measure_run, write_page=write_page,
         ground=lambda budget, seed, stages: Ground(budget, seed, stages, real, emoji),
         cost=lambda ground: measure_cost(ground.folder("olmoe")), core_hours=CORE_HOURS,
+        core_hours_later=CORE_HOURS_LATER,
         identity=identity, seeds_of={
             **{name: EMOJI_SEEDS for name, run in RUNS.items() if run.data == "emoji"},
             **{name: REAL_SEEDS for name, run in RUNS.items() if run.base == "real"},
+            **{name: SEEDS[:1] for name in RUNS if name.startswith("shared-rate-")},
             "real-full-slow": REAL_SEEDS[:1],
         },
-        facts={"real": describe(real)} if real else {},
+        facts={"real": describe(real, real_name)} if real else {},
     )  # fmt: skip
 
 
@@ -148,11 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--emoji", type=Path, metavar="FOLDER", help="also learn these pictures")
     add("--real", type=Path, metavar="MODEL", help="also teach this model")
+    add("--real-name", metavar="NAME", help="what the page calls it; default: its folder")
     given = parser.parse_args(arguments)
     for folder in filter(None, (given.real, given.emoji)):
         if not folder.is_dir():
             parser.error(f"there is no folder {folder}")
-    program = program_for(given.real, given.emoji)
+    program = program_for(given.real, given.real_name or str(given.real), given.emoji)
     if cannot := [name for name in given.runs or () if name not in program.runs]:
         parser.error(f"runs {cannot} need --real or --emoji")
     return run_program(program, given)

@@ -1,0 +1,96 @@
+"""The pictures of redundancy.py's page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from _results_page import Results, present, test_nll, values
+from _runs import save_figure
+from matplotlib.figure import Figure
+
+from moe_kernels.analysis import (
+    ExpertRedundancy,
+    RoutingStatistics,
+    plot_divergence,
+    plot_expert_load,
+    plot_redundancy,
+    plot_specialisation,
+)
+from moe_kernels.imaging import PatchTokenizer
+
+RANKS = ("rank-4", "plora", "rank-32", "rank-128")
+_SINGLE = {
+    "rows": "added rows alone", "plora-attention": "attention's adapters alone",
+    "plora-experts": "experts' adapters alone", "copy": "a feed-forward network for pictures",
+    "added-experts": "added experts", "all-tokens": "LoRA on all tokens, r 16",
+    "full": "everything",
+}  # fmt: skip
+
+
+def draw_pictures(data: Results, folder: Path) -> None:
+    if present(data, RANKS):
+        save_figure(plot_parameters(data), folder / "redundancy-parameters.png")
+    if "plora" not in data["runs"]:
+        return
+    first = min(data["runs"]["plora"]["seeds"], key=int)
+    result, when = data["runs"]["plora"]["seeds"][first], ("before", "after")
+    looks = [result[f"look_{name}"] for name in when]
+    routing = [RoutingStatistics.from_dict(look["routing"]) for look in looks]
+    for name, statistics in zip(when, routing, strict=True):
+        title = f"Expert load by layer, {name} training, seed {first}"
+        save_figure(
+            plot_expert_load(statistics, title=title), folder / f"redundancy-routing-{name}.png"
+        )
+        title = f"Specialisation of the experts, {name} training, seed {first}"
+        save_figure(
+            plot_specialisation(statistics, title=title),
+            folder / f"redundancy-specialisation-{name}.png",
+        )
+    save_figure(
+        plot_divergence(dict(zip(when, routing, strict=True))),
+        folder / "redundancy-divergence.png",
+    )
+    similar = [ExpertRedundancy.from_dict(look["redundancy"]["image"]) for look in looks]
+    save_figure(plot_redundancy(*similar), folder / "redundancy-similarity.png")
+    save_figure(plot_gallery(result["gallery"]), folder / "redundancy-samples.png")
+
+
+def plot_parameters(data: Results) -> Figure:
+    """Image loss against parameters; bars are standard deviations over seeds."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    panel = figure.subplots()
+    groups = [(present(data, RANKS), "masked LoRA, r 4, 16, 32, 128", "o-")]
+    groups += [([name], label, "s") for name, label in _SINGLE.items() if name in data["runs"]]
+    for names, label, style in groups:
+        x = [values(data, name, lambda r: r["trained_parameters"])[0] for name in names]
+        y = [values(data, name, test_nll) for name in names]
+        spread = [numbers.std(ddof=1) if len(numbers) > 1 else 0 for numbers in y]
+        means = [numbers.mean() for numbers in y]
+        panel.errorbar(x, means, spread, fmt=style, label=label, capsize=3)
+    panel.set(xscale="log", xlabel="trained parameters", ylabel="image loss, nats a token")
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def plot_gallery(gallery: Results) -> Figure:
+    """Captions downwards; real pictures, then at each guidance two drawn and the nearest real."""
+    tokenizer = PatchTokenizer(torch.tensor(gallery["codebook"]), 4, (28, 28))
+    captions, blocks = gallery["captions"], [("real, held out", gallery["real"])]
+    for guidance, drawn in gallery["guidance"].items():
+        blocks.append((f"guidance {guidance}", drawn["codes"]))
+        blocks.append(("nearest of training", drawn["nearest"]))
+    each = len(gallery["real"]) // len(captions)
+    size = (2.4 + 1.15 * len(blocks), 0.62 * len(captions) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(captions), len(blocks), squeeze=False)
+    for column, (heading, codes) in enumerate(blocks):
+        pictures = tokenizer.decode(torch.tensor(codes))
+        panels[0, column].set_title(heading, fontsize=8)
+        for row in range(len(captions)):
+            side_by_side = torch.cat(list(pictures[each * row : each * (row + 1)]), dim=1)
+            panels[row, column].imshow(side_by_side.numpy(), cmap="gray_r", vmin=0, vmax=1)
+            panels[row, column].set(xticks=[], yticks=[])
+    for row, caption in enumerate(captions):
+        panels[row, 0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=8)
+    return figure
