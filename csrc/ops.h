@@ -40,6 +40,7 @@ at::Tensor moe_mlp_inference(
 
 // needs: hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_lora_A,
 // gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order.
+// Those of the first frozen_extra added experts are not computed: zeros.
 std::vector<at::Tensor> moe_mlp_backward(
     const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& topk_weights,
     const at::Tensor& perm, const at::Tensor& segment_offsets,
@@ -51,7 +52,7 @@ std::vector<at::Tensor> moe_mlp_backward(
     const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
     const at::Tensor& pre_act, const at::Tensor& u1, const at::Tensor& u2, int64_t num_modalities,
-    const c10::List<bool>& needs);
+    const c10::List<bool>& needs, int64_t frozen_extra);
 
 at::Tensor lora_linear_forward(at::Tensor& out, const at::Tensor& hidden_states,
                                const at::Tensor& perm, const at::Tensor& segment_offsets,

@@ -46,7 +46,7 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " Tensor? extra_gate_up_proj, Tensor? extra_down_proj, Tensor? gate_up_lora_A,"
       " Tensor? gate_up_lora_B, Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B,"
       " Tensor? down_scaling, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
-      " bool[] needs) -> Tensor[]");
+      " bool[] needs, int frozen_extra=0) -> Tensor[]");
   m.def(
       "dispatch_with_maps(Tensor topk_ids, int num_experts, Tensor? modality_ids,"
       " int num_modalities, int[] blocks, int[] groups)"

@@ -27,6 +27,7 @@ from triton_cases import (  # noqa: F401  (collected here)
     test_refuses_what_it_does_not_compute,
     test_shapes,
     test_text_rows_do_not_see_adapters,
+    test_the_first_added_experts_may_be_frozen,
     test_the_same_bits_twice,
 )
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, ops, patch_model
 from moe_kernels.extension import ExpertExtender
 from moe_kernels.models.extensions import added_experts
 from moe_kernels.models.methods import get_patched
@@ -313,6 +313,38 @@ def test_a_second_extension_leaves_the_first_as_it_is(family):
     assert (routed(model, inputs)[2] == 6).any()
     extender.extend([0], init=0, freeze_earlier=False)
     assert set(trainable) < set(dict(extender.patched.named_trainable_parameters()))
+
+
+def joined_gradients(monkeypatch):
+    """Those of the added experts' weights as the op gives them, of all extensions of a layer."""
+    found, moe_mlp = [], ops.moe_mlp
+
+    def spy(*args, **kwargs):
+        for name in kwargs.keys() & {"extra_gate_up_proj", "extra_down_proj"}:
+            kwargs[name].register_hook(lambda grad: found.append(grad.clone()))
+        return moe_mlp(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "moe_mlp", spy)
+    return found
+
+
+@BACKENDS
+@pytest.mark.parametrize("freeze", [True, False])
+def test_no_gradient_of_a_frozen_extension_is_computed(backend, freeze, monkeypatch):
+    """Though the experts of both are one tensor to the op."""
+    extender = ExpertExtender(make_model("mixtral"), backend=backend)
+    extender.extend([0], 2, init=0)
+    extender.extend([0], 1, init=1, freeze_earlier=freeze)
+    for each in added_experts(extender.model.model.layers[0]):
+        nn.init.normal_(each.router_columns)
+    inputs = mixed(4, 32)
+    assert torch.isin(torch.arange(4, 7), routed(extender.model, inputs)[2]).all()
+    found = joined_gradients(monkeypatch)
+    extender.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert len(found) == 2
+    for grad in found:
+        assert grad.shape[0] == 3 and grad[2].any()
+        assert all(grad[i].any() != freeze for i in range(2))
 
 
 def test_each_modality_has_its_own_experts():

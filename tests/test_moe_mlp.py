@@ -34,14 +34,14 @@ VARIANTS = {
 }
 
 
-def call(inputs, backend):
-    return ops.moe_mlp(*inputs[:5], **inputs.keywords(), backend=backend)
+def call(inputs, backend, **options):
+    return ops.moe_mlp(*inputs[:5], **inputs.keywords(), **options, backend=backend)
 
 
-def run(inputs, backend, grad_out):
+def run(inputs, backend, grad_out, **options):
     """Output and gradients by name."""
     inputs.requires_grad_()
-    out = call(inputs, backend)
+    out = call(inputs, backend, **options)
     tensors = inputs.differentiable()
     grads = torch.autograd.grad(out, list(tensors.values()), grad_out.to(out.dtype))
     return {"out": out, **dict(zip(tensors, grads, strict=True))}
@@ -89,7 +89,8 @@ def test_opcheck(backend, variant):
     inputs.requires_grad_()
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     args = (*inputs[:6], inputs.extra_gate_up_proj, inputs.extra_down_proj, *loras)
-    torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, True, backend))
+    frozen = int(variant == "added_experts")
+    torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, frozen, True, backend))
 
 
 @pytest.mark.parametrize("shape", ["tiny", "small"])  # weights read unpacked, and packed
@@ -126,7 +127,7 @@ def test_opcheck_of_the_backward(backend, dtype, variant):
     inputs = inputs.to(dtype, lora_dtype=torch.float32)
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     extras = (inputs.extra_gate_up_proj, inputs.extra_down_proj)
-    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:6], *extras, *loras, True, backend)
+    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:6], *extras, *loras, 0, True, backend)
     fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, *saved)
     grad_out = torch.randn(inputs.hidden_states.shape, dtype=dtype)
     trainable = (*fixed[:2], *extras, *loras[:2], *loras[3:5])
@@ -134,7 +135,7 @@ def test_opcheck_of_the_backward(backend, dtype, variant):
     for needs in (everything, [False, False, *everything[2:]], [True] + [False] * 7):
         torch.library.opcheck(
             torch.ops.moe_kernels.moe_mlp_backward.default,
-            (grad_out, *fixed, needs, backend),
+            (grad_out, *fixed, needs, int(variant == "added_experts"), backend),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -303,6 +304,71 @@ def test_only_asked_gradients_exist(backend):
                 testing.assert_close(tensor.grad, expected[name], name=name)
             else:
                 assert tensor.grad is None
+
+
+def check_frozen_extra(inputs, backend):
+    """The first added experts get zeros, whatever the others; all else keeps its bits."""
+    num_extra = inputs.extra_down_proj.shape[0]
+    grad_out = torch.randn_like(inputs.hidden_states)
+    full = run(inputs, backend, grad_out)
+    names = ("extra_gate_up_proj", "extra_down_proj")
+    assert all(full[name].flatten(1).any(1).all() for name in names)
+    for frozen in range(1, num_extra):
+        found = run(inputs, backend, grad_out, frozen_extra=frozen)
+        for name, expected in full.items():
+            if name in names:
+                assert not found[name][:frozen].any(), name
+                assert torch.equal(found[name][frozen:], expected[frozen:]), name
+            else:
+                assert torch.equal(found[name], expected), name
+    out = call(inputs, backend, frozen_extra=num_extra)
+    asked = [inputs.hidden_states, inputs.extra_gate_up_proj, inputs.extra_down_proj]
+    hidden, *nothing = torch.autograd.grad(out, asked, grad_out, allow_unused=True)
+    assert torch.equal(hidden, full["hidden_states"]) and nothing == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", WORKING)
+def test_the_first_added_experts_may_be_frozen(backend, dtype, filled_memory):
+    inputs = make_moe_inputs(SHAPES["odd"], num_modalities=2, num_extra=3)
+    check_frozen_extra(inputs.to(dtype, lora_dtype=torch.float32), backend)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_frozen_added_experts_where_nothing_else_trains(backend, filled_memory):
+    full = make_moe_inputs(SHAPES["odd"], num_extra=2).to(torch.float32)
+    full = run(full, backend, torch.ones_like(full.hidden_states))
+    for name in ("extra_gate_up_proj", "extra_down_proj"):
+        inputs = make_moe_inputs(SHAPES["odd"], num_extra=2).to(torch.float32)
+        weight = inputs.differentiable()[name].requires_grad_()
+        call(inputs, backend, frozen_extra=1).sum().backward()
+        assert not weight.grad[0].any()
+        testing.assert_close(weight.grad[1], full[name][1], name=name)
+
+
+def test_no_work_for_frozen_added_experts(matmul_flops):
+    shape = Shape(T=50, K=2, E=4, H=24, I=16, r=5)
+
+    inputs = make_moe_inputs(shape, num_extra=3).to(torch.float32).requires_grad_()
+
+    def backward(frozen):
+        loss = call(inputs, "reference", frozen_extra=frozen).sum()
+        return matmul_flops(loss.backward)[1]
+
+    rows = inputs.topk_ids[inputs.modality_ids >= 0].flatten()
+    for frozen in (1, 2):
+        spared = int(((rows >= shape.E) & (rows < shape.E + frozen)).sum())
+        assert spared > 0
+        assert backward(0) - backward(frozen) == 2 * spared * 3 * shape.H * shape.I
+
+
+@pytest.mark.parametrize("frozen", [-1, 3, 1.0, True])
+def test_frozen_extra_out_of_range(frozen):
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2).to(torch.float32)
+    with pytest.raises(ValueError, match=r"frozen_extra must be an integer in 0\.\.2"):
+        call(inputs, None, frozen_extra=frozen)
+    with pytest.raises(ValueError, match=r"frozen_extra must be an integer in 0\.\.0, got 1"):
+        call(make_moe_inputs(SHAPES["tiny"]).to(torch.float32), None, frozen_extra=1)
 
 
 @pytest.mark.parametrize("backend", WORKING)

@@ -64,7 +64,7 @@ class Problem:
             *self.down_lora,
         )
 
-    def backward(self, grad_out, needs=ALL_NEEDS):
+    def backward(self, grad_out, needs=ALL_NEEDS, frozen_extra=0):
         perm, _, _, _, segment_offsets = self.dispatch()
         _, pre_act, u1, u2 = self.forward()
         return _native.ops().moe_mlp_backward(
@@ -83,6 +83,7 @@ class Problem:
             u2,
             1,
             needs,
+            frozen_extra,
         )
 
     def with_adapters(self, value):
@@ -474,6 +475,8 @@ def test_refuses_gradients_of_what_is_not_there():
     problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
     with pytest.raises(RuntimeError, match="extra experts, but there are none"):
         problem.backward(torch.ones(8, 32), [i == 2 for i in range(8)])
+    with pytest.raises(RuntimeError, match=r"frozen_extra must be in 0\.\.0, is 1"):
+        problem.backward(torch.ones(8, 32), frozen_extra=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_dispatcher import make, results, same
 from test_models import check_compiles
-from test_moe_mlp import VARIANTS, call, run
+from test_moe_mlp import VARIANTS, call, check_frozen_extra, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -211,6 +211,11 @@ def test_tile_maps(block, seed):
         slots = [sum(several[:group]) for group in range(len(wanted))]
         assert found.groups.T.tolist() == [[*w, s] for w, s in zip(wanted, slots, strict=True)]
         assert sum(several) <= found.num_slots
+
+
+def test_the_first_added_experts_may_be_frozen(filled_memory):
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2, ranks=(0, 0))
+    check_frozen_extra(on_device(inputs.to(torch.float32)), "triton")
 
 
 def test_no_tokens():

@@ -28,11 +28,12 @@ class Backward {
   using acc_t = acc_type<scalar_t>;
 
   Backward(const MoeMlpInputs& in, const at::Tensor& grad_out, const at::Tensor& pre_act,
-           const at::Tensor& u1, const at::Tensor& u2, const Needs& needs)
+           const at::Tensor& u1, const at::Tensor& u2, const Needs& needs, int64_t frozen_extra)
       : in_(in),
         mlp_(in),
         size_(mlp_.size),
         needs_(needs),
+        frozen_extra_(frozen_extra),
         grad_out_(grad_out.const_data_ptr<scalar_t>()),
         pre_act_(pre_act.const_data_ptr<scalar_t>()),
         u1_(u1.const_data_ptr<scalar_t>()),
@@ -88,14 +89,14 @@ class Backward {
       dots_ = dots_tensor_.mutable_data_ptr<acc_t>();
     }
     for (int64_t e = 0; e < size_.all_experts(); ++e) {
-      const bool extra = e >= size_.experts;
+      const bool base = e < size_.experts, trained = e >= size_.experts + frozen_extra_;
       const RowRange every = mlp_.segments.expert(e), adapted = mlp_.segments.adapted(e);
-      if (all || (extra && needs_.extra_gate_up)) {
+      if (all || (trained && needs_.extra_gate_up)) {
         append_blocks(act_rows_, e, 0, every, kRowsPerItem);
-      } else if (!extra && needs_.gate_up_lora()) {
+      } else if (base && needs_.gate_up_lora()) {
         append_blocks(act_rows_, e, 0, adapted, kRowsPerItem);
-      } else if (extra ? needs_.extra_down : needs_.A2) {
-        append_blocks(act_only_rows_, e, 0, extra ? every : adapted, kRowsPerItem);
+      } else if ((base && needs_.A2) || (trained && needs_.extra_down)) {
+        append_blocks(act_only_rows_, e, 0, base ? adapted : every, kRowsPerItem);
       }
     }
   }
@@ -306,13 +307,14 @@ class Backward {
         [&](int64_t p) { return act_ + p * size_.inter; });
   }
 
+  // Zeros for the frozen ones, as for an expert without rows.
   template <typename Left, typename Right>
   at::Tensor extra_gradient(const at::Tensor& parameter, const Left& left, const Right& right) {
     at::Tensor grad = allocate(parameter.sizes());
     scalar_t* data = grad.mutable_data_ptr<scalar_t>();
     const int64_t height = parameter.size(1), width = parameter.size(2);
     std::vector<GradientGroup> groups(size_.extra);
-    for (int64_t x = 0; x < size_.extra; ++x) {
+    for (int64_t x = frozen_extra_; x < size_.extra; ++x) {
       groups[x].rows.push_back(mlp_.segments.expert(size_.experts + x));
     }
     outer_products<scalar_t>(groups, height, width, left, right,
@@ -331,6 +333,7 @@ class Backward {
   MoeMlp<scalar_t> mlp_;
   const MoeMlpSizes& size_;
   Needs needs_;
+  int64_t frozen_extra_;      // of the first added experts
   const scalar_t* grad_out_;  // (T, H)
   const scalar_t* pre_act_;   // (T*K, 2I)
   const scalar_t* u1_;        // (T*K, r1)
@@ -347,11 +350,14 @@ class Backward {
   acc_t* dots_ = nullptr;     // (column items, T*K)
 };
 
-void check_needs(const c10::List<bool>& flags, const MoeMlpInputs& in) {
+void check_needs(const c10::List<bool>& flags, int64_t frozen_extra, const MoeMlpInputs& in) {
   TORCH_CHECK(flags.size() == 8, "needs must have 8 entries, has ", flags.size());
   const Needs needs(flags);
   TORCH_CHECK(in.extra_gate_up_proj || !(needs.extra_gate_up || needs.extra_down),
               "needs asks for gradients of extra experts, but there are none");
+  const int64_t extra = in.extra_gate_up_proj ? in.extra_gate_up_proj->size(0) : 0;
+  TORCH_CHECK(frozen_extra >= 0 && frozen_extra <= extra, "frozen_extra must be in 0..", extra,
+              ", is ", frozen_extra);
   TORCH_CHECK(in.gate_up.present() || !(needs.A1 || needs.B1),
               "needs asks for gradients of the gate_up adapters, but there are none");
   TORCH_CHECK(in.down.present() || !(needs.A2 || needs.B2),
@@ -379,7 +385,7 @@ std::vector<at::Tensor> moe_mlp_backward(
     const OptionalTensor& gate_up_scaling, const OptionalTensor& down_lora_A,
     const OptionalTensor& down_lora_B, const OptionalTensor& down_scaling,
     const at::Tensor& pre_act, const at::Tensor& u1, const at::Tensor& u2, int64_t num_modalities,
-    const c10::List<bool>& needs) {
+    const c10::List<bool>& needs, int64_t frozen_extra) {
   const MoeMlpInputs inputs{hidden_states,
                             topk_weights,
                             perm,
@@ -392,11 +398,12 @@ std::vector<at::Tensor> moe_mlp_backward(
                             {down_lora_A, down_lora_B, down_scaling, "down"},
                             num_modalities};
   inputs.check();
-  check_needs(needs, inputs);
+  check_needs(needs, frozen_extra, inputs);
   check_saved(inputs, grad_out, pre_act, u1, u2);
   return AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, hidden_states.scalar_type(), "moe_mlp_backward", [&] {
-        return Backward<scalar_t>(inputs, grad_out, pre_act, u1, u2, Needs(needs)).run();
+        return Backward<scalar_t>(inputs, grad_out, pre_act, u1, u2, Needs(needs), frozen_extra)
+            .run();
       });
 }
 

@@ -108,6 +108,11 @@ class AddedExperts(nn.Module):
         """X."""
         return self.router_columns.shape[0]
 
+    @property
+    def ffn_trains(self) -> bool:
+        """Whether a gradient is asked of ``gate_up_proj`` or ``down_proj``."""
+        return self.gate_up_proj.requires_grad or self.down_proj.requires_grad
+
     def open_to(self, modality_ids: Tensor) -> Tensor | None:
         """(T,) -> (T, 1) bool, which rows may choose these experts; None: all of them."""
         return None if self.modality_id is None else (modality_ids == self.modality_id)[:, None]

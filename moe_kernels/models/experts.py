@@ -4,6 +4,7 @@ No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transf
 :func:`experts_forward` with the experts module. Layouts are told by that module's attributes.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -84,14 +85,16 @@ def add_experts(experts: nn.Module, added: list[AddedExperts]) -> None:
     experts.__dict__["_added_experts"] = added
 
 
-def _stacked(added: Sequence[AddedExperts]) -> dict[str, Tensor]:
+def _stacked(added: Sequence[AddedExperts]) -> dict[str, Tensor | int]:
     """The weights of all added experts of a layer as ``moe_mlp`` takes them.
 
-    One extension's parameters go in as they are; those of several are copied to one tensor.
+    One extension's parameters go in as they are; those of several are copied to one tensor, which
+    requires grad as a whole: the op is told which of it are frozen.
     """
     if not added:
         return {}
-    stacks = {}
+    frozen = itertools.takewhile(lambda experts: not experts.ffn_trains, added)
+    stacks = {"frozen_extra": sum(experts.num_added for experts in frozen)}
     for name in ("gate_up_proj", "down_proj"):
         weights = [getattr(experts, name) for experts in added]
         stacks[f"extra_{name}"] = weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -39,10 +39,10 @@ def by_adapter(num_base: int, num_modalities: int) -> Groups:
     return Groups(num_base * num_modalities, num_base, num_modalities + 1, 1, 1)
 
 
-def by_added_expert(num_base: int, num_extra: int, num_modalities: int) -> Groups:
-    """The rows of each added expert."""
+def by_added_expert(first: int, num_added: int, num_modalities: int) -> Groups:
+    """The rows of each added expert, from the id ``first`` on."""
     segments = num_modalities + 1
-    return Groups(num_extra, num_extra, segments, num_base * segments, segments)
+    return Groups(num_added, num_added, segments, first * segments, segments)
 
 
 class TileMap(NamedTuple):

@@ -24,6 +24,7 @@ def moe_mlp(
     down_lora: LoraWeights | None = None,
     extra_gate_up_proj: Tensor | None = None,
     extra_down_proj: Tensor | None = None,
+    frozen_extra: int = 0,
     act: str = "silu",
     backend: str | None = None,
 ) -> Tensor:
@@ -52,6 +53,8 @@ def moe_mlp(
         extra_gate_up_proj: (X, 2I, H), added trainable experts with ids E..E+X-1. No low-rank
             update applies to them.
         extra_down_proj: (X, H, I), given together with the former.
+        frozen_extra: how many of the added experts, the first ones, are frozen: the gradient of
+            their weights is not computed, and is zeros where the others' exists.
         act: activation of the gate; only "silu" now.
         backend: see :func:`moe_kernels.backends.select`.
 
@@ -74,6 +77,11 @@ def moe_mlp(
     )  # fmt: skip
     _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, act)
     _check_extra(extra_gate_up_proj, extra_down_proj, gate_up_proj, down_proj)
+    num_extra = 0 if extra_gate_up_proj is None else extra_gate_up_proj.shape[0]
+    if type(frozen_extra) is not int or not 0 <= frozen_extra <= num_extra:
+        raise ValueError(f"frozen_extra must be an integer in 0..{num_extra}, got {frozen_extra!r}")
+    if num_extra and frozen_extra == num_extra:
+        extra_gate_up_proj, extra_down_proj = extra_gate_up_proj.detach(), extra_down_proj.detach()
     num_modalities = _check_loras(gate_up_lora, down_lora, gate_up_proj, down_proj)
     if modality_ids is not None:
         check_modality_ids(modality_ids, hidden_states.shape[0], hidden_states.device)
@@ -97,7 +105,7 @@ def moe_mlp(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out = autograd.run(
         inputs[0], topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *inputs[2:],
-        save, backend,
+        frozen_extra, save, backend,
     )  # fmt: skip
     return out.to(hidden_states.dtype)
 

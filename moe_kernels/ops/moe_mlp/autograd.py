@@ -30,12 +30,14 @@ def _moe_mlp(
     down_A: Tensor | None,
     down_B: Tensor | None,
     down_scaling: Tensor | None,
+    frozen_extra: int,
     save_for_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2), perm, inv_perm (T*K,) and
     segment_offsets; pre_act, u1 and u2 have no rows unless ``save_for_backward``. Their rows that
     nothing is computed for are zeros, so that every output is a function of the inputs.
+    ``frozen_extra`` is the backward's.
     """
     weights = ExpertWeights(
         gate_up_proj, down_proj, extra_gate_up_proj, extra_down_proj,
@@ -81,6 +83,7 @@ def _(
     down_A,
     down_B,
     down_scaling,
+    frozen_extra,
     save_for_backward,
     backend,
 ):
@@ -123,10 +126,12 @@ def _moe_mlp_backward(
     inv_perm: Tensor,
     segment_offsets: Tensor,
     needs: list[bool],
+    frozen_extra: int,
     backend: str,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, of hidden_states, topk_weights, extra_gate_up_proj,
-    extra_down_proj, gate_up_A, gate_up_B, down_A and down_B, each in its tensor's dtype.
+    extra_down_proj, gate_up_A, gate_up_B, down_A and down_B, each in its tensor's dtype. Those of
+    the first ``frozen_extra`` added experts are not computed: zeros.
     """
     weights = ExpertWeights(
         gate_up_proj, down_proj, extra_gate_up_proj, extra_down_proj,
@@ -145,6 +150,7 @@ def _moe_mlp_backward(
             u1,
             u2,
             needs,
+            frozen_extra,
         )
     return [
         grad.to(tensor.dtype)
@@ -181,6 +187,7 @@ def _(
     inv_perm,
     segment_offsets,
     needs,
+    frozen_extra,
     backend,
 ):
     weights = ExpertWeights(
@@ -202,16 +209,17 @@ def _needed(
 
 # Positions in moe_mlp_op's arguments of what may take a gradient, in the order of ``needs``.
 _DIFFERENTIABLE = (0, 2, 6, 7, 8, 9, 11, 12)
-_NUM_ARGS = 16
+_NUM_ARGS = 17
 
 
 def _setup_context(ctx, inputs, output):
-    hidden_states, _, topk_weights, gate_up_proj, down_proj, _, *trainable, save, backend = inputs
+    hidden_states, _, topk_weights, gate_up_proj, down_proj, _, *rest = inputs
+    *trainable, frozen_extra, _, backend = rest
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_states, topk_weights, gate_up_proj, down_proj, *trainable, *saved)
-    ctx.backend = backend
+    ctx.frozen_extra, ctx.backend = frozen_extra, backend
 
 
 def _backward(ctx, grad_out, *_):
@@ -222,7 +230,7 @@ def _backward(ctx, grad_out, *_):
     # With a graph of the backward pass the op must be seen, to say that it has no derivative.
     plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
     compute = _moe_mlp_backward if plain else torch.ops.moe_kernels.moe_mlp_backward
-    needed = compute(grad_out, *saved, needs, ctx.backend)
+    needed = compute(grad_out, *saved, needs, ctx.frozen_extra, ctx.backend)
     return place(needed, _DIFFERENTIABLE, needs, _NUM_ARGS)
 
 
@@ -230,12 +238,12 @@ moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
 _plain = plain_function("MoeMlp", _moe_mlp, _setup_context, _backward)
 
 
-def run(*arguments: Tensor | bool | str | None) -> Tensor:
+def run(*arguments: Tensor | int | str | None) -> Tensor:
     """The first output of :func:`_moe_mlp`, by the short way where the tensors are plain.
 
     Then no ``TorchFunctionMode`` sees the op either.
     """
-    *tensors, save_for_backward, backend = arguments
+    *tensors, _, save_for_backward, backend = arguments
     if not is_plain(*tensors):
         return torch.ops.moe_kernels.moe_mlp(*arguments)[0]
     if save_for_backward:

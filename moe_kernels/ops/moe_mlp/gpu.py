@@ -3,14 +3,15 @@ every sum in a fixed order.
 
 Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
 du2 with dB2 (two where that moves less), dA' with all that follows from it, du1 with
-dB1, the rows of dX and their combine, dA1 and dA2, and one for each added experts' weight.
+dB1, the rows of dX and their combine, dA1 and dA2, and one for each weight of the added experts
+that train.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
@@ -51,7 +52,7 @@ class Layer(NamedTuple):
     expert_tiles: TileMap  # of every expert, and of the rows that were not dispatched
     adapted_tiles: TileMap  # of every pair (modality, expert)
     chunks: TileMap | None  # the same in long tiles; backward alone
-    added: TileMap | None  # of every added expert, a tile each; where their gradients are needed
+    added: TileMap | None  # of every added expert whose gradient is needed, a tile each
 
     @property
     def num_base(self) -> int:
@@ -136,6 +137,7 @@ def backward(
     u1: Tensor,
     u2: Tensor,
     needs: list[bool],
+    frozen_extra: int = 0,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in its order; of parameters in float32."""
     if not any(needs):
@@ -143,7 +145,11 @@ def backward(
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
     rows, weights = perm.numel(), weights.in_compute_dtype(adapters=False)
-    wanted = _backward_maps(launches, rows, weights, need_extra_gate_up or need_extra_down)
+    first_trained = weights.gate_up_proj.shape[0] + frozen_extra
+    trained = range(first_trained, weights.num_experts)
+    wanted = _backward_maps(
+        launches, rows, weights, trained if need_extra_gate_up or need_extra_down else None
+    )
     layer = _make_layer(
         launches, topk_weights, perm, inv_perm, segment_offsets, weights,
         launches.shared.tile_maps(segment_offsets, rows, wanted),
@@ -175,15 +181,18 @@ def backward(
 
 
 def _backward_maps(
-    launches: Launches, rows: int, weights: ExpertWeights, added: bool
+    launches: Launches, rows: int, weights: ExpertWeights, trained: range | None
 ) -> list[tuple[maps.Groups, int]]:
-    """Those of the forward pass, and the long tiles of sums over rows."""
-    num_base, modalities = weights.gate_up_proj.shape[0], weights.num_modalities
+    """Those of the forward pass, and the long tiles of sums over rows.
+
+    ``trained``: the added experts whose gradient is needed.
+    """
     wanted = forward_maps(launches, rows, weights)
     pairs, _ = wanted[1]
     wanted.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
-    if added:  # no chunks: a wide result has programs enough, and partial sums would be large
-        groups = maps.by_added_expert(num_base, weights.num_experts - num_base, modalities)
+    if trained is not None:
+        # No chunks: a wide result has programs enough, and partial sums would be large.
+        groups = maps.by_added_expert(trained.start, len(trained), weights.num_modalities)
         wanted.append((groups, max(1, rows)))
     return wanted
 
@@ -276,11 +285,12 @@ def _outer(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options):
 
 
 def _extra_gradient(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
-    """sum of (w left)^T right over each added expert's rows."""
+    """sum of (w left)^T right over each added expert's rows; zeros for the frozen ones."""
     factor = torch.ones(1, dtype=torch.float32, device=left.device)
     grad, _ = layer.shared.outer(
         left, right, layer.perm, layer.added, factor, transposed=False,
         top_k=layer.top_k, weights=layer.topk_weights if weighted else None,
         left_by_token=weighted, right_by_token=not weighted,
     )  # fmt: skip
-    return grad
+    frozen = layer.weights.num_experts - layer.num_base - grad.shape[0]
+    return nn.functional.pad(grad, (0, 0, 0, 0, frozen, 0)) if frozen else grad

@@ -60,6 +60,7 @@ def backward(
     u1: Tensor,
     u2: Tensor,
     needs: list[bool],
+    frozen_extra: int = 0,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in its order."""
     return _native.ops().moe_mlp_backward(
@@ -74,4 +75,5 @@ def backward(
         u2,
         weights.num_modalities,
         needs,
+        frozen_extra,
     )

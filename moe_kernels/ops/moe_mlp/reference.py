@@ -77,6 +77,7 @@ def backward(
     u1: Tensor,
     u2: Tensor,
     needs: list[bool],
+    frozen_extra: int = 0,
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for, in its order; of low-rank weights in float32.
 
@@ -112,7 +113,8 @@ def backward(
             weights.gate_up_scaling, grads.gate_up_A, grads.gate_up_B,
         )  # fmt: skip
         grads.rows[block.rows] = d_x
-        grads.add_extra(block, weights, x, d_out, d_pre, w * a.to(acc))
+        if block.expert >= weights.gate_up_proj.shape[0] + frozen_extra:
+            grads.add_extra(block, weights, x, d_out, d_pre, w * a.to(acc))
     return grads.needed(inv_perm, segment_offsets, hidden_states, topk_weights, needs)
 
 
@@ -142,8 +144,6 @@ class _Gradients:
     def add_extra(self, block, weights, x, d_out, d_pre, weighted_a) -> None:
         """Add a block's share to the gradients of an added expert."""
         index = block.expert - weights.gate_up_proj.shape[0]
-        if index < 0:
-            return
         acc = self.rows.dtype
         if self.extra_gate_up is not None:
             self.extra_gate_up[index] += d_pre.to(acc).T @ x.to(acc)
