@@ -134,8 +134,11 @@ def test_scores_by_hand():
     again = LayerScores.from_dict(json.loads(json.dumps(scores.to_dict())))
     assert again.layers == scores.layers and again.num_experts == scores.num_experts
     assert torch.equal(again.before, before) and torch.equal(again.after, after)
+    assert again.modality is None and again.count is None
     with pytest.raises(ValueError, match="counts must be"):
         LayerScores((0, 1), before, after, (3, 3))
+    with pytest.raises(ValueError, match='count must be "modality" or "all", got \'rows\''):
+        LayerScores((0, 2, 5), before, after, (3, 2, 3), count="rows")
 
 
 def test_extending_by_scores():
@@ -159,6 +162,43 @@ def test_extending_by_scores():
         [1], init="most_selected_tuned", scores=other.score_layers(batches(), 3, progress=False)
     )
     assert tuned.sources[1] == (other.scores.most_selected(1, tuned=True)[0],)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_scores_know_what_they_are_of(saved):
+    """So no other modality is extended by them; where they are not used they do not matter."""
+    extender = ExpertExtender(make_model("olmoe"), ("image", "task"))
+    data = [mixed(2, 16), mixed(2, 16, modality=2)]
+    scores = extender.score_layers(data, 2, modality="image", count="all", progress=False)
+    assert scores.modality == "image" and scores.count == "all"
+    assert extender.score_layers(data, 1, modality="image", progress=False).count == "modality"
+    given = {}
+    if saved:
+        values = json.loads(json.dumps(scores.to_dict()))
+        scores = given["scores"] = LayerScores.from_dict(values)
+        assert (scores.modality, scores.count) == ("image", "all")
+        extender.scores = None
+    before = snapshot(extender.model)
+    for options in (
+        {}, {"layers": "top-half", "init": 0}, {"layers": [0]}, {"modality_gate": False},
+        {"layers": [0], "init": "most_selected_tuned"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="the scores are of modality 'image'.* for 'task'"):
+            extender.extend(modality="task", **options, **given)
+    assert_same_snapshot(snapshot(extender.model), before)
+    assert extender.extend([0], init=1, modality="task", **given).modality == "task"
+    assert extender.extend(modality="image", **given).modality == "image"
+    if saved:
+        del values["modality"], values["count"]
+        extender.extend(modality="task", scores=LayerScores.from_dict(values))
+
+
+def test_scores_for_experts_that_all_rows_may_choose():
+    extender = ExpertExtender(make_model("olmoe"), ("image", "task"))
+    extender.score_layers([mixed()], 1, modality="image", progress=False)
+    with pytest.raises(ValueError, match="not for 'sound'"):
+        extender.extend(modality="sound", modality_gate=False)
+    assert extender.extend(modality_gate=False).modality is None
 
 
 def test_a_plot(tmp_path):

@@ -158,24 +158,28 @@ class ExpertExtender:
             calibration: "additive" (the published code), "multiplicative" (the paper) or None.
             calibration_hidden: its hidden size.
             freeze_earlier: experts and projectors that were added before train no more.
-            scores: instead of those of :meth:`score_layers`.
+            scores: instead of those of :meth:`score_layers`. They are of the same modality.
             seed: of the initial values.
 
         Returns:
             What was done; ``patched.extensions`` has it too.
 
         Raises:
-            ValueError: layers or experts that are not there, scores that are missing, a router that
-                is not supported, a calibration or init that is unknown, or a gate beside an
-                extension without one. Nothing has changed then.
+            ValueError: layers or experts that are not there, scores that are missing or of another
+                modality, a router that is not supported, a calibration or init that is unknown, or
+                a gate beside an extension without one. Nothing has changed then.
         """
         self.patched._check_in_place()
         scores = scores or self.scores
+        if modality_gate or modality is not None:
+            modality = self._modality(modality)
         numbers = self._numbers(layers, experts_per_layer, scores)
         starts.check_init(init, scores)
+        if _uses_scores(layers, experts_per_layer, init):
+            _check_modality(scores, modality)
         config = ExtensionConfig(
             numbers,
-            modality=self._modality(modality) if modality_gate else None,
+            modality=modality if modality_gate else None,
             calibration=calibration,
             calibration_hidden=calibration_hidden,
             init=str(init),
@@ -322,6 +326,22 @@ class ExpertExtender:
             earlier += added_experts(layer)
         for module in earlier:
             module.requires_grad_(False)
+
+
+def _uses_scores(
+    layers: str | Iterable[int] | None, experts_per_layer: int | Mapping[int, int], init: str | int
+) -> bool:
+    by_score = layers is None and not isinstance(experts_per_layer, Mapping)
+    return by_score or layers == "top-half" or starts.copies_most_selected(init)
+
+
+def _check_modality(scores: LayerScores, modality: str | None) -> None:
+    """Raise ValueError where the scores are known to be of another modality; None: of all rows."""
+    if None not in (modality, scores.modality) and modality != scores.modality:
+        raise ValueError(
+            f"the scores are of modality {scores.modality!r}, the new experts are for "
+            f"{modality!r}: call score_layers(..., modality={modality!r}), or give scores="
+        )
 
 
 def _check_same(config: ModalityLoraConfig, asked: Mapping[str, Any]) -> None:

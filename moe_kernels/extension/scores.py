@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+COUNTS = ("modality", "all")
+
+
+def check_count(count: str) -> None:
+    """Raise ValueError for an unknown way to count."""
+    if count not in COUNTS:
+        raise ValueError(f'count must be "modality" or "all", got {count!r}')
+
 
 @dataclass(frozen=True)
 class LayerScores:
@@ -20,12 +28,19 @@ class LayerScores:
         before: (L, E) int64, selections by the routers as they are (kappa).
         after: (L, E) int64, by the tuned ones (kappa'), of the same tokens.
         num_experts: how many each layer has; counts beyond are zeros.
+        modality: whose data the routers were tuned on; None: not known.
+        count: "modality": its tokens were counted; "all": every real one; None: not known.
+
+    Raises:
+        ValueError: counts of other shapes, or an unknown ``count``.
     """
 
     layers: tuple[int, ...]
     before: Tensor
     after: Tensor
     num_experts: tuple[int, ...]
+    modality: str | None = None
+    count: str | None = None
 
     def __post_init__(self):
         shape = (len(self.layers), max(self.num_experts, default=0))
@@ -36,6 +51,8 @@ class LayerScores:
                 f"counts must be {shape} for layers {self.layers} with {self.num_experts} experts, "
                 f"got {tuple(self.before.shape)} and {tuple(self.after.shape)}"
             )
+        if self.count is not None:
+            check_count(self.count)
 
     @property
     def shift(self) -> Tensor:
@@ -73,16 +90,20 @@ class LayerScores:
             "before": self.before.tolist(),
             "after": self.after.tolist(),
             "num_experts": list(self.num_experts),
+            "modality": self.modality,
+            "count": self.count,
             "d": self.d.tolist(),
             "order": list(self.order),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerScores:
-        """From what :meth:`to_dict` gave."""
+        """From what :meth:`to_dict` gave; an older version's lacks modality and count."""
         return cls(
             tuple(values["layers"]),
             torch.tensor(values["before"], dtype=torch.int64),
             torch.tensor(values["after"], dtype=torch.int64),
             tuple(values["num_experts"]),
+            values.get("modality"),
+            values.get("count"),
         )

@@ -14,11 +14,16 @@ INITS = ("most_selected", "most_selected_tuned", "random", "mean")
 _TWIN_NOISE = 0.01
 
 
+def copies_most_selected(init: str | int) -> bool:
+    """Whether an init goes by layer scores."""
+    return str(init).startswith("most_selected")
+
+
 def check_init(init: str | int, scores: LayerScores | None) -> None:
     """Raises ValueError for an init that is unknown or lacks what it needs."""
     if isinstance(init, bool) or not (init in INITS or isinstance(init, int)):
         raise ValueError(f"unknown init {init!r}; there are {', '.join(INITS)} and an expert's id")
-    if str(init).startswith("most_selected") and scores is None:
+    if copies_most_selected(init) and scores is None:
         raise ValueError(
             f"init={init!r} copies the experts that the routers select most: call score_layers "
             "first, or give scores="

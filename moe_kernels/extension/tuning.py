@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
-from moe_kernels.extension.scores import LayerScores
+from moe_kernels.extension.scores import LayerScores, check_count
 from moe_kernels.models import experts, routers
 from moe_kernels.models.extensions import moe_layers, router_problem
 from moe_kernels.models.patch import PatchedModel
 
 Batch = Mapping[str, Any]
-ALL = "all"
 
 
 def score_layers(
@@ -34,8 +33,7 @@ def score_layers(
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}")
-    if count not in ("modality", ALL):
-        raise ValueError(f'count must be "modality" or "all", got {count!r}')
+    check_count(count)
     batches = [_with_labels(batch) for batch in itertools.islice(dataloader, steps)]
     if not batches:
         raise ValueError("the dataloader gave no batch")
@@ -48,7 +46,7 @@ def score_layers(
         before, layers, widths = _count(patched, batches, rows_of, bar)
         _tune(patched, batches, steps, lr, changes, bar)
         after, _, _ = _count(patched, batches, rows_of, bar)
-    return LayerScores(layers, before, after, widths)
+    return LayerScores(layers, before, after, widths, modality, count)
 
 
 def _with_labels(batch: Batch) -> dict[str, Any]:
