@@ -270,17 +270,26 @@ def test_what_the_files_say(tmp_path):
     assert f"{prefix}.1.down_proj" not in header["frozen"]
 
 
+def rewrite_header(folder, change, tensors=None):
+    """Change what an adapter says of itself, and its tensors if there are others."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        header = json.loads(file.metadata()["adapter_config"])
+    change(header)
+    tensors = load_file(folder / WEIGHTS) if tensors is None else tensors
+    save_file(tensors, folder / WEIGHTS, {"adapter_config": json.dumps(header)})
+
+
 def test_an_old_adapter_loads_as_before(tmp_path):
     patched = patch_model(make_model("mixtral"), ModalityLoraConfig(r=2))
     randomise(patched)
     patched.save_adapter(tmp_path)
-    with safe_open(tmp_path / WEIGHTS, "pt") as file:
-        header = json.loads(file.metadata()["adapter_config"])
-    for key in ("extensions", "projectors", "frozen"):
-        assert not header.pop(key)
-    del header["lora"]["sequence_modalities"]
-    text = json.dumps(header)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"adapter_config": text})
+
+    def as_before(header):
+        for key in ("extensions", "projectors", "routing", "frozen"):
+            assert not header.pop(key)
+        del header["lora"]["sequence_modalities"]
+
+    rewrite_header(tmp_path, as_before)
     fresh = patch_model(make_model("mixtral"), ModalityLoraConfig.from_adapter(tmp_path))
     fresh.load_adapter(tmp_path)
     assert torch.equal(logits(fresh.model, mixed()), logits(patched.model, mixed()))
@@ -318,20 +327,50 @@ def test_an_adapter_that_does_not_fit(change, match, tmp_path):
     assert_same_snapshot(snapshot(extender.model), before)
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_experts_per_tok": 3}, "layer 0: top_k 2 != 3, layer 1: top_k 2 != 3$"),
+        ({"norm_topk_prob": True}, "layer 0: normalise False != True, layer 1:"),
+        ({}, None),
+    ],
+)
+def test_a_base_that_routes_otherwise(change, match, there, tmp_path):
+    """Its weights are the same ones."""
+    extended("olmoe").patched.save_adapter(tmp_path)
+    extender = ExpertExtender(make_model("olmoe", **change))
+    if there:
+        extender.extend("all", init=0)
+    before = snapshot(extender.model)
+    if match is None:
+        extender.patched.load_adapter(tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"routes otherwise.*{match}"):
+        extender.patched.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(extender.model), before)
+    assert len(extender.patched.extensions) == there
+    # One of an earlier version does not say.
+    rewrite_header(tmp_path, lambda header: header.pop("routing"))
+    extender.patched.load_adapter(tmp_path)
+    assert len(extender.patched.extensions) == 1
+
+
 @pytest.mark.parametrize("what", ["lost", "shape", "layer"])
 def test_a_file_that_is_not_whole(what, tmp_path):
     """Nothing is added to the model before all of the file has been checked."""
     extended("olmoe").patched.save_adapter(tmp_path)
-    with safe_open(tmp_path / WEIGHTS, "pt") as file:
-        header = json.loads(file.metadata()["adapter_config"])
     tensors, name = load_file(tmp_path / WEIGHTS), "model.layers.1.modality_extension.0.down_proj"
     if what == "lost":
         del tensors[name]
     elif what == "shape":
         tensors[name] = tensors[name][..., :-1].clone()
-    else:
-        header["extensions"][0]["experts"] = {"0": 1, "7": 1}
-    save_file(tensors, tmp_path / WEIGHTS, {"adapter_config": json.dumps(header)})
+
+    def change(header):
+        if what == "layer":
+            header["extensions"][0]["experts"] = {"0": 1, "7": 1}
+
+    rewrite_header(tmp_path, change, tensors)
     patched = patch_model(make_model("olmoe"), ModalityLoraConfig.from_adapter(tmp_path))
     before = snapshot(patched.model)
     match = {"lost": "lacks 1 tensors", "shape": "has shape", "layer": r"layers \[7\]"}[what]

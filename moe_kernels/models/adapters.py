@@ -78,6 +78,7 @@ def load(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> No
     new = _make_missing(model, saved)
     expected |= {name: tuple(p.shape) for name, p in new.named_parameters(model)}
     _check_tensors(tensors, expected)
+    _check_routing(model, saved.get("routing", {}))  # an older version's does not say
 
     for modality, count in added.items() if not own else ():
         tokens.add_modality_tokens(model, modality, count, init="mean")
@@ -167,6 +168,7 @@ def _describe(model: PreTrainedModel, config: ModalityLoraConfig) -> dict:
         "lora": config.to_dict(),
         "added_tokens": tokens.token_counts(model),
         "extensions": [each.to_dict() for each in get_patched(model).extensions],
+        "routing": extensions.routing(model),
         "projectors": {k: p.settings() for k, p in projectors.projectors(model).items()},
         "frozen": frozen,
         "base_model": {
@@ -245,6 +247,22 @@ def _check_fits(model: PreTrainedModel, config: ModalityLoraConfig, saved: dict)
         raise ValueError(
             f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'}), "
             "or on a copy of these in another precision than float32 or bfloat16"
+        )
+
+
+def _check_routing(model: PreTrainedModel, theirs: dict[str, dict]) -> None:
+    """Of the layers with added experts, which were trained for as many experts and such weights."""
+    ours = extensions.routing(model, theirs)
+    differing = [
+        f"layer {layer}: {name} {value!r} != {ours[layer].get(name)!r}"
+        for layer, facts in theirs.items()
+        for name, value in facts.items()
+        if ours[layer].get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            "the adapter's experts were trained in a model that routes otherwise "
+            f"(adapter != model): {', '.join(differing)}"
         )
 
 

@@ -6,7 +6,7 @@ They live on the decoder layer, as adapters do and for the same reason (see ``pa
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,25 @@ def moe_layers(model: nn.Module) -> dict[int, nn.Module]:
 def added_experts(layer: nn.Module) -> list[AddedExperts]:
     """A layer's, in the order of their ids."""
     return list(getattr(layer, EXTENSIONS, {}).values())
+
+
+def routing(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, dict]:
+    """What the routers of some layers do, for JSON: by index ``top_k`` and ``normalise``.
+
+    Args:
+        model: patched.
+        layers: indices, as JSON has them; None: of the layers with added experts.
+    """
+    there = {str(index): layer for index, layer in moe_layers(model).items()}
+    if layers is None:
+        layers = [index for index, layer in there.items() if added_experts(layer)]
+    found = {}
+    for index in layers:
+        router = routers.find_router(there[index])
+        attached = routers.is_attached(router)
+        facts = routers.routing_of(router) if attached else routers.find_routing(router)
+        found[index] = {"top_k": facts.top_k, "normalise": facts.normalise}
+    return found
 
 
 def check(
