@@ -219,16 +219,36 @@ def test_text_alone_gives_no_gradient_but_a_loss_that_has_one():
         assert parameter.grad is None or not parameter.grad.any()
 
 
-def test_text_alone_gives_finite_gradients_beside_a_column_that_overflows():
-    """0 * Inf would be NaN."""
-    extender = extended("mixtral", calibration="multiplicative")
-    (added,) = added_experts(extender.model.model.layers[0])
-    nn.init.constant_(added.router_columns, 1e38)
+@FAMILY
+@CALIBRATIONS
+def test_the_gradient_of_text_keeps_its_bits(family, calibration):
+    """Whatever was added; 0 * NaN would be NaN, in a sequence of its own as in a whole batch."""
+    model = make_model(family, hidden_size=128)
+    extender = ExpertExtender(model, ("image", "task"))
     ids = token_ids(2, 12)
-    embeddings = extender.model.get_input_embeddings()(ids).detach().requires_grad_()
-    model = extender.model
-    model(inputs_embeds=embeddings, modality_ids=ids * 0, labels=ids).loss.backward()
-    assert embeddings.grad.isfinite().all() and embeddings.grad.any()
+    embeddings = model.get_input_embeddings()(ids).detach()
+
+    def gradient(modality_ids):
+        leaf = embeddings.clone().requires_grad_()
+        labels = ids.masked_fill(modality_ids != 0, -100)
+        model(inputs_embeds=leaf, modality_ids=modality_ids, labels=labels).loss.backward()
+        return leaf.grad
+
+    text = torch.zeros_like(ids)
+    mixed_ids = torch.stack([text[0], text[0] + 1])
+    expected = gradient(text), gradient(mixed_ids)[0]
+    assert all(grad.any() for grad in expected)
+    extender.extend([0], 2, init=0, modality="image", calibration=calibration)
+    extender.extend([0], 1, init=1, modality="task", freeze_earlier=False, calibration=calibration)
+    for change in (
+        lambda: randomise(extender.patched, scale=100.0),
+        lambda: fill(extender.patched, 1e38),
+        lambda: fill(extender.patched, float("inf")),
+        lambda: fill(extender.patched, float("nan")),
+    ):
+        change()
+        assert torch.equal(gradient(text), expected[0])
+        assert torch.equal(gradient(mixed_ids)[0], expected[1])
 
 
 @FAMILY

@@ -40,32 +40,40 @@ class Routing:
 
 
 def route(
-    logits: Tensor, routing: Routing, calibrations: Sequence[Calibration] = ()
+    logits: Tensor,
+    routing: Routing,
+    calibrations: Sequence[Calibration] = (),
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(T, E) logits -> scores (T, K), their softmax in float32, and indices (T, K) int64.
 
-    Calibrations change the scores, never the choice. Several of one form add up.
+    Calibrations change the scores, never the choice, of the ``rows`` (T, 1) bool, None: of all.
+    Several of one form add up.
     """
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     scores, indices = torch.topk(probabilities, routing.top_k, dim=-1)
     if additive := [c for c in calibrations if c.form == "additive"]:
-        scores = scores + _calibrate(additive, probabilities, indices)
+        scores = scores + _calibrate(additive, probabilities, indices, rows)
     if routing.normalise:
         scores = scores / scores.sum(dim=-1, keepdim=True)
     if multiplicative := [c for c in calibrations if c.form == "multiplicative"]:
         weights = torch.zeros_like(probabilities).scatter(-1, indices, scores)
-        scores = scores * (1 + _calibrate(multiplicative, weights, indices))
+        scores = scores * (1 + _calibrate(multiplicative, weights, indices, rows))
     return scores if routing.float32_scores else scores.to(logits.dtype), indices
 
 
-def _calibrate(calibrations: Sequence[Calibration], values: Tensor, indices: Tensor) -> Tensor:
+def _calibrate(
+    calibrations: Sequence[Calibration], values: Tensor, indices: Tensor, rows: Tensor | None
+) -> Tensor:
     """The sum of what each gives for (T, N) values, at the chosen experts: (T, K).
 
-    One that came before the last experts knows nothing of them, and gives them zero.
+    One that came before the last experts knows nothing of them, and gives them zero. So do other
+    rows than ``rows`` get, and theirs do not go in: a gradient of zero stays one.
     """
-    changes = [calibration(values) for calibration in calibrations]
-    width = values.shape[-1]
-    return sum(F.pad(c, (0, width - c.shape[-1])).gather(-1, indices) for c in changes)
+    seen, width = _where(rows, values, 0.0), values.shape[-1]
+    changes = [calibration(seen) for calibration in calibrations]
+    total = sum(F.pad(c, (0, width - c.shape[-1])).gather(-1, indices) for c in changes)
+    return _where(rows, total, 0.0)
 
 
 def route_beside(
@@ -78,8 +86,8 @@ def route_beside(
     """A router's output where experts were added beside its own.
 
     The scores and indices of a row that may choose no added expert are those of its E logits
-    alone, taken row by row: no value of an added parameter reaches them. The others compete for
-    the same K places with the added experts that they may choose.
+    alone, taken row by row: no value of an added parameter reaches them, nor their gradient. The
+    others compete for the same K places with the added experts that they may choose.
 
     Args:
         logits: (T, E), the router's own.
@@ -94,9 +102,11 @@ def route_beside(
     scores, indices = route(logits, routing)
     sizes = [logits.shape[1], *(experts.num_added for experts in added)]
     ids = torch.arange(sum(sizes), device=logits.device).split(sizes)
-    own = [experts.logits(hidden_states).to(logits.dtype) for experts in added]
     rows = [experts.open_to(modality_ids) for experts in added]
-    # A row that is not served gets zeros there, so that a gradient of zero is not made NaN by them.
+    # A row that is not served goes in as zeros, and gets zeros: what is NaN or infinite there would
+    # make NaN of a gradient of zero.
+    inputs = [_where(at, hidden_states, 0.0) for at in rows]
+    own = [e.logits(x).to(logits.dtype) for e, x in zip(added, inputs, strict=True)]
     seen = [_where(at, values, 0.0) for at, values in zip(rows, own, strict=True)]
     for modality_id in dict.fromkeys(experts.modality_id for experts in added):
         members = [i for i, experts in enumerate(added) if experts.modality_id == modality_id]
@@ -104,6 +114,7 @@ def route_beside(
             torch.cat([logits, *(seen[i] for i in members)], dim=1),
             routing,
             [added[i].calibration for i in members if added[i].calibration is not None],
+            rows[members[0]],
         )
         new_indices = torch.cat([ids[0], *(ids[i + 1] for i in members)])[chosen]
         scores = _where(rows[members[0]], new_scores, scores)
