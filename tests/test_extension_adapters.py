@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.extension import ExpertExtender, ModalityProjector, join_features_and_text
+from moe_kernels.models.adapters import named_adapter_parameters
 from moe_kernels.models.peft_format import save_peft_adapter
 from moe_kernels.testing import relative_rms
 
@@ -224,6 +225,32 @@ def test_the_same_bits_back(family, tmp_path):
     last = patch_model(make_model(family), ModalityLoraConfig.from_adapter(tmp_path / "more"))
     last.load_adapter(tmp_path / "more")
     assert torch.equal(logits(last.model, inputs[0]), logits(fresh.model, inputs[0]))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_was_frozen_is_frozen_again(there, tmp_path):
+    """Whether the load makes the parameters or finds them."""
+    patched = everything()
+    for name, parameter in named_adapter_parameters(patched.model):
+        if "modality_lora.q_proj" in name or "added_rows" in name:
+            parameter.requires_grad_(False)
+    state = snapshot(patched.model)
+    patched.save_adapter(tmp_path)
+    if there:
+        other = everything()
+        for name, parameter in named_adapter_parameters(other.model):
+            parameter.requires_grad_(not state["requires_grad"][name])
+    else:
+        other = patch_model(make_model("mixtral"), ModalityLoraConfig.from_adapter(tmp_path))
+    other.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(other.model), state)
+    # One of an earlier version does not say.
+    rewrite_header(tmp_path, lambda header: header.pop("frozen"))
+    for parameter in list(other.trainable_parameters())[::2]:
+        parameter.requires_grad_(False)
+    state = snapshot(other.model)
+    other.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(other.model), state)
 
 
 def test_a_trainer_resumes(tmp_path):

@@ -82,12 +82,13 @@ def load(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> No
 
     for modality, count in added.items() if not own else ():
         tokens.add_modality_tokens(model, modality, count, init="mean")
-    for name, parameter in new.named_parameters(model):
-        parameter.requires_grad_(name not in saved.get("frozen", ()))
     new.attach(model)
+    frozen = saved.get("frozen")
     with torch.no_grad():
         for name, parameter in named_adapter_parameters(model):
             parameter.copy_(tensors[name])
+            if frozen is not None:  # an older version's does not say
+                parameter.requires_grad_(name not in frozen)
 
 
 @dataclass

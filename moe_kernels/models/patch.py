@@ -101,7 +101,8 @@ class PatchedModel:
     def load_adapter(self, folder: str | Path) -> None:
         """Load what :meth:`save_adapter` wrote.
 
-        Tokens, experts and projectors that it has and the model lacks are added.
+        Tokens, experts and projectors that it has and the model lacks are added. What was frozen
+        when it was saved is frozen then, and all else of it trains.
 
         Raises:
             FileNotFoundError: the folder has no adapter.
