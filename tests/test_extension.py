@@ -683,3 +683,55 @@ def test_disturbance_at_step_0():
     assert one.output_change == pytest.approx(relative_rms(actual, expected), rel=1e-5)
     changed = [set(a) != set(b) for a, b in zip(after[2].tolist(), before[2].tolist(), strict=True)]
     assert one.rerouted_by_layer[0] == pytest.approx(sum(changed) / len(changed))
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_disturbance_where_nothing_added_can_be_chosen(gate):
+    """Both sides would be the same, and all figures zeros; without a gate experts stay on."""
+    extender = extended("mixtral", modality_gate=gate)
+    image = {"input_ids": token_ids(2, 16), "modality_ids": torch.ones(2, 16, dtype=torch.long)}
+    with extender.disabled(), pytest.raises(ValueError, match="no row can choose"):
+        extender.disturbance([image])
+    with extender.patched.adapters_disabled():
+        if gate:
+            with pytest.raises(ValueError, match="no row can choose"):
+                extender.disturbance([image])
+        else:
+            assert extender.disturbance([image])["image"].output_change > 0.01
+    assert extender.disturbance([image])["image"].output_change > 0.01
+
+
+# --- switched off
+
+
+def test_disabled_within_itself():
+    extender = extended("mixtral", layers=[0])
+    model, inputs = extender.model, mixed()
+    with extender.disabled():
+        base = logits(model, inputs)
+    on = logits(model, inputs)
+    assert not torch.equal(on, base)
+    with extender.disabled():
+        with extender.disabled():
+            assert torch.equal(logits(model, inputs), base)
+        assert torch.equal(logits(model, inputs), base)
+        with pytest.raises(KeyError), ExpertExtender(model).disabled():
+            raise KeyError
+        assert torch.equal(logits(model, inputs), base)
+    assert torch.equal(logits(model, inputs), on)
+
+
+def test_what_changes_while_all_is_disabled():
+    """Experts that are added there are off till its end; after unpatch() nothing is left."""
+    model = make_model("mixtral")
+    before, inputs = snapshot(model), mixed()
+    extender = ExpertExtender(model)
+    expected = logits(model, inputs)
+    with extender.disabled():
+        extender.extend("all", init=0)
+        randomise(extender.patched)
+        assert torch.equal(logits(model, inputs), expected)
+    assert not torch.equal(logits(model, inputs), expected)
+    with extender.disabled():
+        extender.patched.unpatch()
+    assert_same_snapshot(snapshot(model), before)

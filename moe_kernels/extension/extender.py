@@ -249,16 +249,25 @@ class ExpertExtender:
             "text" and each added modality -> :class:`Disturbance`.
 
         Raises:
-            ValueError: nothing was added, or no batches.
+            ValueError: nothing was added, or no batches; or within :meth:`disabled`, or
+                ``adapters_disabled`` where there is a gate, which leave nothing to compare.
         """
         self.patched._check_in_place()
         if not self.patched.extensions:
             raise ValueError("no experts were added: call extend first")
+        if not extensions.can_be_chosen(self.patched):
+            raise ValueError(
+                "no row can choose an added expert within disabled() or adapters_disabled(): "
+                "measure the disturbance outside of it"
+            )
         return disturbance.measure(self.patched, batches)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it no added expert is chosen, gate or not; for forwards without gradients."""
+        """Within it no added expert is chosen, gate or not; for forwards without gradients.
+
+        It may stand within itself.
+        """
         with extensions.disabled(self.patched):
             yield
 

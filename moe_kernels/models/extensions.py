@@ -231,9 +231,8 @@ def attach(
         if not hasattr(layer, EXTENSIONS):
             setattr(layer, EXTENSIONS, nn.ModuleDict())
         getattr(layer, EXTENSIONS)[key] = module
-        added = added_experts(layer)
-        experts.add_experts(experts.find_experts(layer), added)
-        routers.add_experts(routers.find_router(layer), added)
+        experts.add_experts(experts.find_experts(layer), added_experts(layer))
+    _tell_routers(patched)
     if not patched.extensions:
         first = experts.find_experts(next(iter(moe_layers(model).values())))
         cut = _CutRouterLogits(first.gate_up_proj.shape[0])
@@ -247,16 +246,32 @@ def disabled(patched: "PatchedModel") -> Iterator[None]:
     """Within it no router chooses an added expert, with or without a gate.
 
     For forwards without gradients: activation checkpointing would recompute them otherwise later.
-    The experts' op keeps its shape, and so the bits of every row that chose none of them.
+    The experts' op keeps its shape, and so the bits of every row that chose none of them. One
+    within another changes nothing.
     """
-    layers = [layer for layer in decoder_layers(patched.model) if added_experts(layer)]
+    patched._extensions_disabled += 1
     try:
-        for layer in layers:
-            routers.add_experts(routers.find_router(layer), [])
+        _tell_routers(patched)
         yield
     finally:
-        for layer in layers:
-            routers.add_experts(routers.find_router(layer), added_experts(layer))
+        patched._extensions_disabled -= 1
+        _tell_routers(patched)
+
+
+def _tell_routers(patched: "PatchedModel") -> None:
+    """Which added experts they may choose now, of those that their layers have now."""
+    for layer in decoder_layers(patched.model):
+        if added := added_experts(layer):
+            available = [] if patched._extensions_disabled else added
+            routers.add_experts(routers.find_router(layer), available)
+
+
+def can_be_chosen(patched: "PatchedModel") -> bool:
+    """Whether any row may choose added experts now; see :func:`disabled`, and for those with a
+    gate :meth:`PatchedModel.adapters_disabled`.
+    """
+    gates = any(config.modality is not None for config in patched.extensions)
+    return not patched._extensions_disabled and (patched.adapters_enabled or not gates)
 
 
 def detach(layer: nn.Module) -> None:

@@ -57,6 +57,7 @@ class PatchedModel:
         self.adapters_enabled = True
         self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
         self.extensions: list[extensions.ExtensionConfig] = []
+        self._extensions_disabled = 0  # how many times over; see extensions.disabled
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._original_config = model.config
         self._original_generation_config = copy.deepcopy(model.generation_config)
