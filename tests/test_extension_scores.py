@@ -120,6 +120,30 @@ def test_a_stop_half_way_leaves_the_model_as_it_was():
     assert extender.scores is None
 
 
+@FAMILY
+def test_within_autocast_the_routers_learn_too(family):
+    """Which keeps a copy in 16 bits of what trains, till its end."""
+    extender = ExpertExtender(make_model(family))
+    expected = extender.score_layers(batches(), 5, lr=0.05, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = extender.score_layers(batches(), 5, lr=0.05, progress=False)
+    assert (actual.d > 0).all()
+    # Some choices are close, and the logits are rounded to 16 bits.
+    total = expected.after.sum()
+    assert (actual.after - expected.after).abs().sum() < 0.1 * total
+    assert (expected.before - expected.after).abs().sum() > 0.1 * total
+
+
+def test_within_no_grad_and_inference_mode():
+    extender = ExpertExtender(make_model("mixtral"))
+    before = snapshot(extender.model)
+    with torch.no_grad():
+        assert (extender.score_layers(batches(), 3, lr=0.05, progress=False).d > 0).all()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of torch.inference"):
+        extender.score_layers(batches(), 3, progress=False)
+    assert_same_snapshot(snapshot(extender.model), before)
+
+
 def test_scores_by_hand():
     before = torch.tensor([[6, 2, 2], [5, 5, 0], [1, 1, 8]])
     after = torch.tensor([[2, 2, 6], [4, 6, 0], [2, 2, 16]])

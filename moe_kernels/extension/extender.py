@@ -113,7 +113,7 @@ class ExpertExtender:
             TypeError: a batch that is not a mapping.
             ValueError: no steps, no batch, a batch without ids, no token of the modality, or
                 routers that are not supported.
-            RuntimeError: the loss is not finite any more.
+            RuntimeError: the loss is not finite any more, or within ``torch.inference_mode``.
         """
         self.patched._check_in_place()
         self.scores = tuning.score_layers(

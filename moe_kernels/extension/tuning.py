@@ -34,6 +34,10 @@ def score_layers(
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}")
     check_count(count)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "score_layers tunes the routers by gradients: call it outside of torch.inference_mode()"
+        )
     batches = [_with_labels(batch) for batch in itertools.islice(dataloader, steps)]
     if not batches:
         raise ValueError("the dataloader gave no batch")

@@ -19,6 +19,7 @@ from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
 from moe_kernels.models import linear
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.experts import find_experts
+from moe_kernels.ops.dtypes import without_autocast
 
 _NAMES = ("gate", "router")
 _PROBED_ROWS = 32
@@ -240,7 +241,10 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
     else:
         logits = linear.masked_linear(self, hidden_states)
     if (change := own.get("_tuned")) is not None:
-        logits = logits + F.linear(hidden_states, change.to(hidden_states.dtype))
+        # Autocast would go on with its first copy of the change, whatever the optimiser made of it.
+        with without_autocast(hidden_states.device):
+            shift = F.linear(hidden_states, change.to(hidden_states.dtype))
+        logits = logits + shift.to(logits.dtype)
     if not (added := own.get("_added_experts")):
         return logits, *route(logits, routing)
     context: ModalityContext = own["_modality_context"]
