@@ -251,6 +251,37 @@ def test_batches_of_embeddings_and_of_added_tokens():
     assert found.before.sum() == 2 * 16 * 2
 
 
+def seen_labels(extender, batch):
+    found = []
+    hook = extender.model.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(kwargs.get("labels")), with_kwargs=True
+    )
+    scores = extender.score_layers([batch], 1, progress=False)
+    hook.remove()
+    assert found[0] is None and found[2] is None  # while it counts
+    return found[1], scores
+
+
+def test_labels_where_there_are_none():
+    """The ids, but for padding: as a mask of two dimensions says it, or the modality ids."""
+    extender, inputs = ExpertExtender(make_model("mixtral")), mixed()
+    ids, padding = inputs["input_ids"], inputs["attention_mask"] == 0
+    wanted = ids.masked_fill(padding, -100)
+    labels, expected = seen_labels(extender, inputs)
+    assert torch.equal(labels, wanted)
+    inputs["modality_ids"] = inputs["modality_ids"].masked_fill(padding, -1)
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    # A row of padding sees itself, or its softmax would be NaN.
+    four = causal & (~padding[:, None, :] | torch.eye(12, dtype=torch.bool))
+    labels, scores = seen_labels(extender, inputs | {"attention_mask": four[:, None]})
+    assert torch.equal(labels, wanted)
+    assert (scores.before - expected.before).abs().sum() <= 2  # another kernel of attention
+    del inputs["attention_mask"]
+    assert torch.equal(seen_labels(extender, inputs)[0], wanted)
+    given = torch.full_like(ids, 3)
+    assert torch.equal(seen_labels(extender, inputs | {"labels": given})[0], given)
+
+
 @pytest.mark.parametrize(
     ("data", "options", "error", "match"),
     [

@@ -98,8 +98,9 @@ class ExpertExtender:
 
         Args:
             dataloader: keyword arguments of the model's forward, of held-out data of the modality;
-                at most ``steps`` batches are taken, and used again if there are fewer. ``labels``
-                are the ``input_ids`` where there are none.
+                at most ``steps`` batches are taken, and used again if there are fewer. Without
+                ``labels`` they are the ``input_ids``, but for padding: 0 in a 2-D
+                ``attention_mask``, or -1 in ``modality_ids``.
             steps: of the tuning.
             modality: whose tokens are counted; needed where the model has several.
             lr: learning rate.

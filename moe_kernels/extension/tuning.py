@@ -68,11 +68,21 @@ def _with_labels(batch: Batch) -> dict[str, Any]:
     if batch.get("labels") is None:
         if batch.get("input_ids") is None:
             raise ValueError("a batch of inputs_embeds needs labels")
-        labels = batch["input_ids"]
-        if (mask := batch.get("attention_mask")) is not None:
-            labels = labels.masked_fill(mask == 0, -100)
-        batch["labels"] = labels
+        batch["labels"] = _next_tokens(**batch)
     return batch
+
+
+def _next_tokens(
+    input_ids: Tensor, attention_mask: Any = None, modality_ids: Tensor | None = None, **_: Any
+) -> Tensor:
+    """The ids as labels, -100 on padding: by a 2-D mask, as any other says nothing of it, or -1."""
+    labels = input_ids
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        real = attention_mask[:, -labels.shape[1] :].to(labels.device)
+        labels = labels.masked_fill(real == 0, -100)
+    if modality_ids is not None:
+        labels = labels.masked_fill(modality_ids.to(labels.device) < 0, -100)
+    return labels
 
 
 @contextlib.contextmanager
