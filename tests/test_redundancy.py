@@ -16,6 +16,8 @@ from moe_kernels.analysis import (
     plot_redundancy,
 )
 from moe_kernels.analysis import redundancy as module
+from moe_kernels.extension import ExpertExtender
+from moe_kernels.models.extensions import added_experts
 from moe_kernels.testing import assert_close
 
 IMAGE = range(VOCAB, VOCAB + 10)
@@ -172,11 +174,11 @@ def inputs_of(model, batches, wanted):
 
 def expert_by_hand(layer, expert, x, modality=None):
     """E_e(x) with merged weights, in float64."""
-    experts = layer.mlp.experts
+    stacks = (layer.mlp.experts, *added_experts(layer))
     weights = []
     for name in ("gate_up_proj", "down_proj"):
-        weight = getattr(experts, name)[expert].double()
-        if modality is not None:
+        weight = torch.cat([getattr(stack, name) for stack in stacks])[expert].double()
+        if modality is not None and expert < 4:
             lora = layer.modality_lora[name]
             update = lora.lora_B[modality - 1, expert] @ lora.lora_A[modality - 1, expert]
             weight = weight + lora.scaling[modality - 1] * update.double()
@@ -189,7 +191,8 @@ def similarity_by_hand(model, inputs, metric, modality=None):
     matrices = []
     for name, x in inputs.items():
         layer = model.model.layers[int(name.split(".")[2])]
-        outputs = [expert_by_hand(layer, e, x, modality).detach() for e in range(4)]
+        experts = range(4 + sum(added.num_added for added in added_experts(layer)))
+        outputs = [expert_by_hand(layer, e, x, modality).detach() for e in experts]
         compare = {
             "cka": lambda a, b: linear_cka(a, b, debiased=True),
             "cosine": lambda a, b: float(F.cosine_similarity(a, b).mean()),
@@ -251,6 +254,28 @@ def test_rows_of_a_modality_see_the_adapted_experts(metric):
         off = inputs_of(model, batches, is_image)
         assert (off["model.layers.1.mlp"] - inputs["model.layers.1.mlp"]).abs().max() > 0.01
         assert_similar(measure("image"), similarity_by_hand(model, off, metric))
+
+
+@pytest.mark.parametrize("metric", module.METRICS)
+@pytest.mark.parametrize("gate", [True, False])
+def test_added_experts_are_compared_too(metric, gate):
+    """Other numbers of them in every layer, of several extensions; those of the base by wish."""
+    model, patched = patched_model()
+    extender = ExpertExtender(model)
+    extender.extend(None, {0: 2}, init="random", modality_gate=gate)
+    extender.extend(None, {0: 1, 1: 1}, init=0, modality_gate=gate, freeze_earlier=False)
+    randomise(patched)
+    batches = mixed_batches()
+    for modality, wanted, number in (("text", is_text, None), ("image", is_image, 1)):
+        found = expert_redundancy(model, batches, modality=modality, metric=metric).similarity
+        assert [len(matrix) for matrix in found] == [7, 5]
+        inputs = inputs_of(model, batches, wanted)
+        assert_similar(found, similarity_by_hand(model, inputs, metric, number))
+    with extender.disabled():
+        off = expert_redundancy(model, batches, metric=metric).similarity
+        inputs = inputs_of(model, batches, is_text)
+    expected = similarity_by_hand(model, inputs, metric)
+    assert_similar(off, [matrix[:4, :4] for matrix in expected])
 
 
 def test_an_unpatched_and_a_patched_model_agree_on_text():
