@@ -191,6 +191,58 @@ def test_text_keeps_its_bits(backend, dtype, length, family, own):
         assert model(ids, modality_ids=modality_ids).logits[1].isnan().any()
 
 
+def of_three_kinds(model):
+    """Logits of a sequence of text, one of images and one of a task: padded on either side, and as
+    they go on with a cache.
+    """
+    ids, padding = token_ids(3, 24), 5
+    modality_ids = torch.arange(3)[:, None].expand_as(ids)
+    found = []
+    for real in (slice(padding, None), slice(None, -padding)):
+        mask = torch.zeros_like(ids)
+        mask[:, real] = 1
+        inputs = {"input_ids": ids, "modality_ids": modality_ids, "attention_mask": mask}
+        found.append(logits(model, inputs)[:, real])
+        if real.start:
+            settings = {"max_new_tokens": 3, "do_sample": False}
+            out = model.generate(
+                **inputs, **settings, output_logits=True, return_dict_in_generate=True
+            )
+            found.append(torch.stack(out.logits, dim=1))
+    return found
+
+
+@FAMILY
+@CALIBRATIONS
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_each_kind_keeps_its_bits_beside_the_others(family, calibration, low_rank):
+    """Two extensions of different modalities, of the same layers and of others."""
+    model = make_model(family, hidden_size=128, num_hidden_layers=3)
+    targets = ("experts", "attention", "router") if low_rank else ()
+    modalities = {"modalities": ("image", "task"), "sequence_modalities": ("task",)}
+    patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=targets, **modalities))
+    randomise(patched)
+    steps = [of_three_kinds(model)]
+    extender = ExpertExtender(model)
+    options = {"calibration": calibration, "freeze_earlier": False}
+    extender.extend("all", 2, init=0, modality="image", **options)
+    extender.extend([0], 1, init="mean", modality="task", **options)
+
+    def spoil_the_task():
+        for parameter in added_experts(model.model.layers[0])[1].parameters():
+            nn.init.constant_(parameter, float("nan"))
+
+    for change, kept in (
+        (lambda: randomise(patched, seed=3), [True, False, False]),
+        (spoil_the_task, [True, True, False]),
+        (lambda: fill(patched, float("nan")), [True, False, False]),
+    ):
+        change()
+        steps.append(of_three_kinds(model))
+        for each in zip(*steps[-2:], strict=True):
+            assert [torch.equal(*rows) for rows in zip(*each, strict=True)] == kept
+
+
 # --- training
 
 
