@@ -649,6 +649,9 @@ def test_choosing_layers(layers, expected):
         ({"layers": [0, 2]}, r"layers \[2\] cannot be extended: the model has experts in layers"),
         ({"layers": [-1]}, "at least 0"),
         ({"layers": [0, 0]}, "twice"),
+        ({"layers": [0, "1"]}, "a layer must be an index of at least 0, got '1'"),
+        ({"layers": [1.0]}, "a layer must be an index of at least 0, got 1.0"),
+        ({"layers": 1}, "layers must be a name or indices, got 1"),
         ({"layers": []}, "at least one layer"),
         ({"layers": "upper"}, "unknown layers 'upper'"),
         ({"layers": "top-half"}, "call score_layers first"),
@@ -691,10 +694,33 @@ def test_models_that_do_not_fit():
         ExpertExtender(model, ("image",))
     with pytest.raises(ValueError, match="backend=None, not 'reference'"):
         ExpertExtender(model, backend="reference")
+    with pytest.raises(ValueError, match=r"sequence_modalities=\(\), not \('sound',\)"):
+        ExpertExtender(model, sequence_modalities=("sound",))
     with pytest.raises(ValueError, match="say which"):
         ExpertExtender(model).extend("all", init=0)
     with pytest.raises(ValueError, match="call extend first"):
         ExpertExtender(model).disturbance([mixed()])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_that_is_not_patched_any_more(again):
+    """Or was patched again, by another handle."""
+    model = make_model("mixtral")
+    extender = ExpertExtender(model)
+    extender.patched.unpatch()
+    if again:
+        ExpertExtender(model, ("task",))
+    before = snapshot(model)
+    for call in (
+        lambda: extender.extend("all", init=0),
+        lambda: extender.score_layers([mixed()], 1, progress=False),
+        lambda: extender.add_projector(4),
+        lambda: extender.disturbance([mixed()]),
+        lambda: extender.disabled().__enter__(),
+    ):
+        with pytest.raises(ValueError, match="this handle was unpatched"):
+            call()
+    assert_same_snapshot(snapshot(model), before)
 
 
 def test_a_router_that_is_not_supported():
@@ -705,6 +731,8 @@ def test_a_router_that_is_not_supported():
     with pytest.raises(ValueError, match="layer 1 cannot be extended: .*chooses 9 experts of 4"):
         extender.extend("all", init=0)
     assert "forward" not in find_router(model.model.layers[0]).__dict__
+    with pytest.raises(ValueError, match="layer 1 cannot be scored: .*chooses 9 experts of 4"):
+        extender.score_layers([mixed()], 1, progress=False)
     with pytest.raises(ValueError, match="chooses 9 experts of 4"):
         find_routing(router)
 

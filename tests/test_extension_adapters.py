@@ -383,6 +383,15 @@ def test_a_base_that_routes_otherwise(change, match, there, tmp_path):
     assert len(extender.patched.extensions) == 1
 
 
+def test_a_base_that_chooses_more_experts_than_it_has(tmp_path):
+    extended("olmoe").patched.save_adapter(tmp_path)
+    extender = ExpertExtender(make_model("olmoe", num_experts_per_tok=9))
+    before = snapshot(extender.model)
+    with pytest.raises(ValueError, match="layer 0 cannot be extended: .*chooses 9 experts of 4"):
+        extender.patched.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(extender.model), before)
+
+
 @pytest.mark.parametrize("what", ["lost", "shape", "layer"])
 def test_a_file_that_is_not_whole(what, tmp_path):
     """Nothing is added to the model before all of the file has been checked."""

@@ -269,6 +269,7 @@ class ExpertExtender:
 
         It may stand within itself.
         """
+        self.patched._check_in_place()
         with extensions.disabled(self.patched):
             yield
 
@@ -300,10 +301,7 @@ class ExpertExtender:
         there = list(self.layers)
         half = max(1, len(there) // 2)
         if not isinstance(layers, str):
-            chosen = list(layers)
-            if len(set(chosen)) < len(chosen):
-                raise ValueError(f"a layer stands twice in {chosen}")
-            return sorted(chosen)
+            return _indices(layers)
         if layers == "top-half":
             if scores is None:
                 raise ValueError('layers="top-half" needs scores: call score_layers first')
@@ -336,6 +334,18 @@ class ExpertExtender:
             earlier += added_experts(layer)
         for module in earlier:
             module.requires_grad_(False)
+
+
+def _indices(layers: Iterable[int]) -> list[int]:
+    """In ascending order."""
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"layers must be a name or indices, got {layers!r}")
+    chosen = list(layers)
+    for layer in chosen:
+        extensions.check_layer(layer)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"a layer stands twice in {chosen}")
+    return sorted(chosen)
 
 
 def _uses_scores(

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 EXTENSIONS = "modality_extension"
 
 
+def check_layer(index: int) -> None:
+    """Raise ValueError for what is no index of a layer."""
+    if type(index) is not int or index < 0:
+        raise ValueError(f"a layer must be an index of at least 0, got {index!r}")
+
+
 @dataclass(frozen=True)
 class ExtensionConfig:
     """One extension of a model by new experts.
@@ -51,8 +57,7 @@ class ExtensionConfig:
         if not self.experts:
             raise ValueError("an extension needs at least one layer")
         for layer, number in self.experts.items():
-            if type(layer) is not int or layer < 0:
-                raise ValueError(f"a layer must be an index of at least 0, got {layer!r}")
+            check_layer(layer)
             if type(number) is not int or number < 1:
                 raise ValueError(
                     f"a layer must get at least one expert, an integer; layer {layer}: {number!r}"
