@@ -271,13 +271,23 @@ def test_text_alone_gives_no_gradient_but_a_loss_that_has_one():
         assert parameter.grad is None or not parameter.grad.any()
 
 
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_text_keeps_its_bits(backend, dtype):
+    model = make_model("mixtral", dtype=dtype, **LARGE, intermediate_size=64, num_local_experts=8)
+    check_the_gradient_of_text(model, 64, backend, "additive")
+
+
 @FAMILY
 @CALIBRATIONS
-def test_the_gradient_of_text_keeps_its_bits(family, calibration):
+def test_the_gradient_of_text_in_every_family(family, calibration):
+    check_the_gradient_of_text(make_model(family), 12, None, calibration)
+
+
+def check_the_gradient_of_text(model, length, backend, calibration):
     """Whatever was added; 0 * NaN would be NaN, in a sequence of its own as in a whole batch."""
-    model = make_model(family, hidden_size=128)
-    extender = ExpertExtender(model, ("image", "task"))
-    ids = token_ids(2, 12)
+    extender = ExpertExtender(model, ("image", "task"), backend=backend)
+    ids = token_ids(2, length)
     embeddings = model.get_input_embeddings()(ids).detach()
 
     def gradient(modality_ids):
