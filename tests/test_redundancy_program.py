@@ -1,10 +1,13 @@
 """The program that measures the claims, on tiny budgets; its verdicts; the page from the JSON."""
 
 import dataclasses
+import itertools
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from programs import PROGRAMS, imported
 
 RESULTS = PROGRAMS.parent / "docs" / "results"
@@ -21,6 +24,13 @@ def page(program):
     import _redundancy_page
 
     return _redundancy_page
+
+
+@pytest.fixture(scope="module")
+def shared(program):
+    import _results_page
+
+    return _results_page
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,7 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
         assert len(rounds) == 1 and rounds[0]["tokens_per_second"] > 0, method
     text = (tmp_path / "redundancy.md").read_text()
     assert "| plora | 0 |" in text and "leaves every text logit its bits" in text
-    for name in ("parameters", "routing", "divergence", "similarity", "samples"):
+    for name in ("parameters", "routing-before", "routing-after", "similarity", "samples"):
         assert (tmp_path / f"redundancy-{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
     def fail(*_):
@@ -100,28 +110,154 @@ def data_of(**losses):
         ([1.3, 1.1, 1.5, 1.2, 1.7], "**Undecided:**"),
     ],
 )
-def test_verdicts_follow_paired_differences(page, ours, says):
+def test_verdicts_follow_paired_differences(shared, ours, says):
     # Paired: seeds differ by more than the methods do.
     theirs = [1.2, 1.3, 1.4, 1.55, 1.6]
-    assert page.verdict(data_of(a=ours, b=theirs), "a", "b", "a beats b").startswith(says)
+    assert shared.verdict(data_of(a=ours, b=theirs), "a", "b", "a beats b").startswith(says)
 
 
-def test_one_seed_decides_nothing(page):
-    assert page.verdict(data_of(a=[1.0], b=[9.0]), "a", "b", "a").startswith("**Undecided:**")
+def test_one_seed_decides_nothing(shared):
+    assert shared.verdict(data_of(a=[1.0], b=[9.0]), "a", "b", "a").startswith("**Undecided:**")
 
 
 def test_steps_to_a_fixed_loss_are_of_the_running_mean(page):
     window, loss = page.WINDOW, page.FIXED_LOSS["digits"]
     high, low = loss + 1, loss - 1
     # The mean is at the loss once half of the window is low.
-    result = {"loss": [high] * 100 + [low] * 100}
+    result = {"loss": [high] * 100 + [low] * 100, "test_nll": low}
     assert page.steps_to_fixed_loss(result) == 100 + window / 2
-    assert math.isnan(page.steps_to_fixed_loss({"loss": [high] * 100}))
+    assert math.isnan(page.steps_to_fixed_loss({"loss": [high] * 100, "test_nll": high}))
+    # One that diverged has failed, wherever it was before.
+    assert math.isnan(page.steps_to_fixed_loss(result | {"test_nll": math.nan}))
+
+
+def test_differences_are_over_the_seeds_that_both_runs_have(shared):
+    data = data_of(a=[1.0, 2.0, 3.0], b=[0.5, 1.0])
+    assert shared.paired(data, "a", "b").tolist() == [0.5, 1.0]
+    assert shared.difference(data, "a", "a") == "" and shared.difference(data, "a", "b") != ""
+
+
+def test_all_verdicts_are_listed_once_and_counted(shared):
+    sections = [
+        f"text\n\n{shared.HOLDS} one (p 0.01).\n\n{shared.FAILS} two.",
+        f"{shared.HOLDS} three.",
+    ]
+    said = shared.in_short(sections)
+    assert "3 verdicts" in said and f"{0.05 / 3:.4f}" in said
+    holds, fails = said.split(shared.HOLDS)[1].split(shared.FAILS)
+    assert "- one (p 0.01)." in holds and "- three." in holds and "- two." in fails
+    assert shared.in_short(["nothing"]) == ""
+
+
+def test_similarity_of_layers_is_told_from_depth(page):
+    rng = np.random.default_rng(0)
+    depth, own = np.arange(4.0), rng.normal(size=(5, 4))
+    # Both follow depth, and nothing else: orders of layers that seeds share say so little.
+    between, p = page.joint_rank_correlation(depth + 0.01 * own, depth + 0.01 * own[::-1])
+    assert between == 1 and p == 1 / 24
+    within, p_within = page.residual_correlation(depth + own, depth + rng.normal(size=(5, 4)), 999)
+    assert abs(within) < 0.5 and p_within > 0.05
+    within, p_within = page.residual_correlation(depth + own, 2 * own - depth, 999)
+    assert within > 0.999 and p_within < 0.01
+    within, p_within = page.residual_correlation(depth + own, -own, 999)
+    assert within < -0.999 and p_within < 0.01
+    assert page.residual_correlation(np.ones((5, 4)), own, 99) == (0.0, 1.0)
+
+
+def test_every_run_of_a_table_is_one_that_is_made_and_described(program, page):
+    tables = [*page.BASES.values(), page.SOURCE, page.OWN_RATE, page.RANKS]
+    for name in itertools.chain(*tables):
+        assert name in program.RUNS and page.described(name), name
+    assert set(itertools.chain(*page.STARTS.values())) <= program.RUNS.keys()
+    assert set(program.QUICK_RUNS) <= program.RUNS.keys()
+
+
+def test_added_rows_learn_at_the_rate_that_the_run_says(program):
+    import _redundancy_runs as runs
+    from model_zoo import make_model
+
+    from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+
+    model = make_model("olmoe")
+    patched = patch_model(model, ModalityLoraConfig(r=4))
+    add_modality_tokens(model, "image", 8)
+    assert runs.optimizer_of(model, runs.Run(), 1e-3) is None
+    rows, others = runs.optimizer_of(model, runs.OwnRateRun(row_lr=0.5), 1e-3).param_groups
+    assert (rows["lr"], others["lr"]) == (0.5, 1e-3)
+    assert {tuple(p.shape) for p in rows["params"]} == {(8, model.config.hidden_size)}
+    assert len(rows["params"]) == 2
+    trained = {id(parameter) for parameter in patched.trainable_parameters()}
+    assert {id(p) for group in (rows, others) for p in group["params"]} == trained
+
+    table, head = (
+        getattr(module, runs.ROWS)["image"]
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    before = table.detach().clone(), head.detach().clone()
+    runs.restart_rows(model, "head", seed=1)
+    assert torch.equal(table, before[0]) and not torch.equal(head, before[1])
+
+
+def test_a_page_does_not_lose_runs_to_a_smaller_sweep(program, tmp_path, capsys):
+    runs = {"plora": {"seeds": {"0": {}, "7": {}}}}
+    (tmp_path / "redundancy.json").write_text(json.dumps({"runs": runs}))
+    command = ["--seeds", "0", "--runs", "plora", "--results", str(tmp_path)]
+    assert program.main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "plora of seed 7" in capsys.readouterr().out
+    assert json.loads((tmp_path / "redundancy.json").read_text()) == {"runs": runs}
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out" / "stages").iterdir())
+
+
+@pytest.mark.parametrize(("loss", "changed", "code"), [(1.01, 0, 0), (1.5, 0, 1), (1.0, 3, 1)])
+def test_remade_runs_must_come_out_as_published(
+    program, tmp_path, monkeypatch, loss, changed, code
+):
+    def result(loss, changed):
+        return {"test_nll": loss, "text": {"logits_changed_by_training": changed}}
+
+    there = {"seeds": {"0": result(1.0, 0) | {"lr": 0.5}}}
+    published = {"runs": dict.fromkeys(program.QUICK_RUNS, there)}
+    (tmp_path / "redundancy.json").write_text(json.dumps(published))
+
+    def measured(ground, run, lr, place):
+        assert lr == 0.5
+        return result(loss, changed)
+
+    monkeypatch.setattr(program, "measure_run", measured)
+    command = ["--remake", "--results", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert program.main(command) == code
+
+
+def published():
+    return json.loads((RESULTS / "redundancy.json").read_text())
 
 
 @pytest.mark.skipif(
     not (RESULTS / "redundancy.json").exists(), reason="runs once `make results` has written it"
 )
 def test_the_page_is_the_one_that_the_json_gives(page):
-    data = json.loads((RESULTS / "redundancy.json").read_text())
-    assert page.page(data) == (RESULTS / "redundancy.md").read_text()
+    assert page.page(published()) == (RESULTS / "redundancy.md").read_text()
+
+
+@pytest.mark.skipif(
+    not (RESULTS / "redundancy.json").exists(), reason="runs once `make results` has written it"
+)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("source-dense", "source-8x6", "source-16x4", "source-copy"),
+        ("own-rate-experts", "own-rate-copy", "own-rate-added-experts"),
+    ],
+)
+def test_what_is_compared_as_equal_trains_as_many_parameters(shared, names):
+    counts = [float(shared.parameters(published(), name).replace(",", "")) for name in names]
+    assert max(counts) < 1.03 * min(counts)
+
+
+@pytest.mark.skipif(
+    not (RESULTS / "redundancy.json").exists(), reason="runs once `make results` has written it"
+)
+def test_rows_of_their_own_rate_have_the_one_that_was_tuned(program):
+    data = published()
+    row_lr = data["runs"]["own-rate-plora"]["settings"]["row_lr"]
+    assert row_lr == data["tuning"]["learning_rate"]["rows"]
