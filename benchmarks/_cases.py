@@ -74,6 +74,21 @@ class Problem:
         """Ids of the experts that are used."""
         return self.inputs.topk_ids.unique()
 
+    @functools.cached_property
+    def added_expert(self) -> tuple[Tensor, Tensor]:
+        """gate_up_proj (1, 2I, H) and down_proj (1, H, I) of one more expert, as adapters are."""
+        generator = torch.Generator().manual_seed(self.case.seed)
+        stacks = self.inputs.gate_up_proj, self.inputs.down_proj
+        values = (torch.randn(w.shape[1:], generator=generator) / w.shape[2] ** 0.5 for w in stacks)
+        return tuple(value.to(w).float()[None] for value, w in zip(values, stacks, strict=True))
+
+    @property
+    def ids_with_added(self) -> Tensor:
+        """(T, K): ``topk_ids``, but image rows have the added expert, E, in place of their last."""
+        ids = self.inputs.topk_ids.clone()
+        ids[self.inputs.modality_ids == 1, -1] = self.case.shape.E
+        return ids
+
 
 def make_problem(case: Case, layer: int = 0, weights_of: Problem | None = None) -> Problem:
     """The inputs of ``case``; every ``layer`` has its own routing and hidden states.

@@ -10,6 +10,8 @@ from torch import Tensor
 from moe_kernels.ops import LoraWeights, moe_mlp
 from moe_kernels.testing import TOLERANCES, relative_rms
 
+_ADDED = ("extra_gate_up_proj", "extra_down_proj")
+
 
 class Oracle:
     """float64 results for a few random tokens of a problem.
@@ -47,15 +49,21 @@ class Oracle:
             name: getattr(inputs, name)[self.tokens].double().requires_grad_(backward)
             for name in ("hidden_states", "topk_weights")
         }
-        keywords = {}
-        if adapted != "none":
-            ids = inputs.modality_ids[self.tokens]
-            keywords["modality_ids"] = torch.ones_like(ids) if adapted == "all" else ids
+        ids, keywords = self._ids, {}
+        if adapted == "added":
+            is_added = self.problem.ids_with_added[self.tokens] == self.problem.case.shape.E
+            ids = ids.masked_fill(is_added, len(self.experts))
+            for name, weight in zip(_ADDED, self.problem.added_expert, strict=True):
+                keywords[name] = leaves[name] = weight.double().requires_grad_(backward)
+        elif adapted != "none":
+            modality_ids = inputs.modality_ids[self.tokens]
+            everywhere = torch.ones_like(modality_ids)
+            keywords["modality_ids"] = everywhere if adapted == "all" else modality_ids
             for name in ("gate_up_lora", "down_lora"):
                 keywords[name] = pair = self._pair(getattr(inputs, name), backward)
                 leaves |= {f"{name}.lora_A": pair.lora_A, f"{name}.lora_B": pair.lora_B}
         out = moe_mlp(
-            leaves["hidden_states"], self._ids, leaves["topk_weights"], *self._stacks,
+            leaves["hidden_states"], ids, leaves["topk_weights"], *self._stacks,
             backend="reference", **keywords,
         )  # fmt: skip
         if not backward:
@@ -92,4 +100,6 @@ class Oracle:
         """What of a result is compared; no gradient means zeros."""
         if tensor is None:
             return torch.zeros_like(like)
+        if name in _ADDED:
+            return tensor
         return tensor[:, self.experts] if "lora" in name else tensor[self.tokens]

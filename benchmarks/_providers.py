@@ -48,7 +48,8 @@ class Runner:
         backward: of that result and the gradient of it.
         leaves: all that takes a gradient.
         gradients: them, under the names and in the layout of ``MoeInputs.differentiable``.
-        adapted: the rows with an adapter: "image", "all" or "none".
+        adapted: the rows with an adapter: "image", "all" or "none"; "added": none, but the layer
+            has the problem's added expert.
         rounding: multiple of ``testing.TOLERANCES`` that its own roundings between ops cost.
     """
 
@@ -151,6 +152,30 @@ def _ours_text(problem: Problem, backend: str) -> Runner:
 
 def _ours_base(problem: Problem, backend: str) -> Runner:
     return _ours(problem, backend, adapters=False)
+
+
+def _ours_added(problem: Problem, backend: str, *, image: bool = True) -> Runner:
+    """One more expert, which trains; with ``image`` the image rows, else none, are sent to it."""
+    reason = backends.available()[backend]
+    if reason is not None:
+        raise Unavailable(reason)
+    inputs, leaves = problem.inputs, _Leaves.of(problem)
+    gate_up, down = (weight.detach().requires_grad_() for weight in problem.added_expert)
+    leaves.adapters.update(extra_gate_up_proj=gate_up, extra_down_proj=down)
+    ids = problem.ids_with_added if image else inputs.topk_ids
+
+    def forward() -> Tensor:
+        return moe_mlp(
+            leaves.hidden_states, ids, leaves.topk_weights, inputs.gate_up_proj, inputs.down_proj,
+            modality_ids=inputs.modality_ids, extra_gate_up_proj=gate_up, extra_down_proj=down,
+            backend=backend,
+        )  # fmt: skip
+
+    return leaves.runner(forward, adapted="added" if image else "none")
+
+
+def _ours_added_text(problem: Problem, backend: str) -> Runner:
+    return _ours_added(problem, backend, image=False)
 
 
 # --- transformers, and PEFT on it; Liger; ScatterMoE
@@ -351,6 +376,8 @@ KINDS: dict[str, _Kind] = {
     "ours": _Kind(_ours, lambda: list(backends.NAMES)),
     "ours_text": _Kind(_ours_text, lambda: list(backends.NAMES)),
     "ours_base": _Kind(_ours_base, lambda: list(backends.NAMES)),
+    "ours_added": _Kind(_ours_added, lambda: list(backends.NAMES)),
+    "ours_added_text": _Kind(_ours_added_text, lambda: list(backends.NAMES)),
     "hf": _Kind(_hf, _experts_implementations),
     "hf_compiled": _Kind(_hf_compiled, lambda: ["grouped_mm"]),
     "peft": _Kind(_peft, _experts_implementations),

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import _providers
+import bench_added_experts
 import bench_training_step
 import torch
 from _cases import Case
@@ -26,7 +27,7 @@ from moe_kernels import backends
 from moe_kernels.testing import SHAPES
 
 NAME = "bars"
-SECTIONS = ("training", "decode", "overhead", "steps")
+SECTIONS = ("training", "decode", "overhead", "steps", "added", "added_steps")
 PEFT = "peft:grouped_mm"
 SPLIT = "split:masked"  # keeps less than split:gathered: the harder rival on memory
 DECODE_TOKENS = (1, 8, 64)
@@ -41,6 +42,9 @@ ADAPTERS = 1.06
 OVER_READING = {(1, None): 1.05, (8, None): 1.15, (64, "bfloat16"): 1.3}
 MEMORY = 0.6
 FASTER_STEP = 2.0
+ADDED_SHARE = 0.1  # of all rows, those of the added expert; see _added_bars
+ADDED = {"forward": 1.05, "both": 1 + ADDED_SHARE}
+FASTER_THAN_FULL = 2.0
 
 
 @dataclass(frozen=True)
@@ -154,11 +158,31 @@ def measure_steps(given: Namespace, options: Options) -> Iterator[Callable[[], d
         yield partial(bench_training_step.run, model, own, given.device, given.seed)
 
 
+def measure_added(given: Namespace, options: Options) -> Iterator[Callable[[], dict]]:
+    backend = ours(given.device)
+    providers = [f"{kind}:{backend}" for kind in ("ours_base", "ours_added", "ours_added_text")]
+    for shape, dtype in itertools.product(given.shapes, OVER_GEMMS):
+        case = Case.named(
+            shape, dtype=dtype, image_share=ADDED_SHARE * SHAPES[shape].K, device=given.device,
+            seed=given.seed,
+        )  # fmt: skip
+        yield partial(run_training, case, providers, options)
+
+
+def measure_added_steps(given: Namespace, options: Options) -> Iterator[Callable[[], dict]]:
+    for name in given.models:
+        model = bench_training_step.MODELS[name]
+        own = replace(options, min_rounds=2) if name == "olmoe" else options  # seconds a step
+        yield partial(bench_added_experts.run, model, own, given.device, given.seed)
+
+
 MEASURE = {
     "training": measure_training,
     "decode": measure_decode,
     "overhead": measure_overhead,
     "steps": measure_steps,
+    "added": measure_added,
+    "added_steps": measure_added_steps,
 }
 
 
@@ -172,6 +196,8 @@ def judge(results: Mapping, backend: str) -> list[Bar]:
     ]
     bars += [bar for record in results.get("decode", ()) for bar in _decode_bars(record, backend)]
     bars += [_step_bar(record) for record in results.get("steps", ())]
+    bars += [bar for record in results.get("added", ()) for bar in _added_bars(record, backend)]
+    bars += [_added_step_bar(record) for record in results.get("added_steps", ())]
     return sorted(bars, key=lambda bar: bar.number)
 
 
@@ -242,6 +268,43 @@ def _step_bar(record: Mapping) -> Bar:
     return Bar(
         7, "training tokens/s over transformers with PEFT", record["case"]["name"],
         compare(record, PEFT, "ours", "step"), FASTER_STEP, at_least=True,
+    )  # fmt: skip
+
+
+def _added_bars(record: Mapping, backend: str) -> Iterator[Bar]:
+    """A layer with one added expert costs no more over the same layer without it, at the same T, H,
+    I, E and K, than that expert's share s of the T K rows.
+
+    K stays, so a forward has the operations of the base's, and the added rows' gradients of the
+    inputs are in the place of others; the gradients of the added expert's weights are as many
+    operations again as those of its rows' inputs: with the base's forward and backward of the same
+    size, 1 + s / 2 of the base's. The limits are 1.05 forward, for reading and rounding an expert
+    in float32, and 1 + s for forward and backward: what lies above 1 + s / 2 is for that, and for
+    writing its gradients in float32. A row that has not its modality is not sent to it; where no
+    row has, the layer costs what it cost before.
+    """
+    case = case_title(record["case"])
+    base, added, text = (
+        f"{kind}:{backend}" for kind in ("ours_base", "ours_added", "ours_added_text")
+    )
+    rows = f"{ADDED_SHARE:.0%} of the rows"
+    for mode, limit in ADDED.items():
+        yield Bar(
+            12, f"added expert with {rows} over our base, {mode}", case,
+            compare(record, added, base, mode), limit,
+        )  # fmt: skip
+        yield Bar(
+            12, f"added expert without a row over our base, {mode}", case,
+            compare(record, text, base, mode), 1.0, by_p20=True,
+        )  # fmt: skip
+
+
+def _added_step_bar(record: Mapping) -> Bar:
+    """Against the faster of transformers' implementations."""
+    rival = fastest(record, bench_added_experts.FULL, "step")
+    return Bar(
+        13, "training tokens/s with added experts over all experts", record["case"]["name"],
+        rival and compare(record, rival, "ours", "step"), FASTER_THAN_FULL, at_least=True,
     )  # fmt: skip
 
 

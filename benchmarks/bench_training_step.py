@@ -35,7 +35,7 @@ NAME = "training_step"
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Of the logits of two models: a router at a tie may choose another expert in bfloat16.
-_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
+LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,16 @@ def run(
 ) -> dict:  # fmt: skip
     """A record as of :func:`_runs.run_training`, with the mode "step"."""
     torch.manual_seed(seed)
-    model = _make_model(settings, device)
-    ids = torch.randint(0, settings.vocab_size, (settings.batch, settings.length), device=device)
-    mask = torch.zeros_like(ids)
-    mask[:, settings.length - round(settings.length * settings.image_share) :] = 1
+    model = make_model(settings, device)
+    ids, mask = make_batch(settings, device)
     theirs = _with_peft(copy.deepcopy(model), settings)
     ours = _patched(model, theirs, settings, backend if device == "cuda" else None)
     error = _error(ours, theirs, ids, settings)
     steps = {
-        "ours": _step(
+        "ours": time_step(
             model, ours.trainable_parameters(), device, input_ids=ids, labels=ids, modality_ids=mask
         ),
-        "peft:grouped_mm": _step(
+        "peft:grouped_mm": time_step(
             theirs, [p for p in theirs.parameters() if p.requires_grad], device,
             input_ids=ids, labels=ids,
         ),
@@ -139,7 +137,16 @@ def run(
     }
 
 
-def _make_model(settings: Settings, device: str) -> PreTrainedModel:
+def make_batch(settings: Settings, device: str) -> tuple[Tensor, Tensor]:
+    """Token ids and modality ids, each (batch, length)."""
+    ids = torch.randint(0, settings.vocab_size, (settings.batch, settings.length), device=device)
+    mask = torch.zeros_like(ids)
+    mask[:, settings.length - round(settings.length * settings.image_share) :] = 1
+    return ids, mask
+
+
+def make_model(settings: Settings, device: str) -> PreTrainedModel:
+    """With random weights, on transformers' grouped_mm, in training mode."""
     config = OlmoeConfig(
         vocab_size=settings.vocab_size, hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
@@ -194,7 +201,7 @@ def _error(ours: PatchedModel, theirs: PeftModel, ids: Tensor, settings: Setting
     """
     ids = ids[:4, :256]
     actual = ours.model(input_ids=ids, modality_ids=torch.ones_like(ids)).logits
-    error, limit = relative_rms(actual, theirs(input_ids=ids).logits), _LIMITS[settings.dtype]
+    error, limit = relative_rms(actual, theirs(input_ids=ids).logits), LIMITS[settings.dtype]
     return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"
 
 
@@ -241,18 +248,19 @@ def _step_without_experts(
     """A step of a frozen model, whose experts are ``gemms``. Its backward goes as far as that of
     adapters on attention: the norms of the first layer's q and k train.
     """
-    model = _make_model(replace(settings, intermediate_size=1), device).requires_grad_(False)
+    model = make_model(replace(settings, intermediate_size=1), device).requires_grad_(False)
     for layer, bare in zip(model.model.layers, gemms, strict=True):
         layer.mlp.experts = _NoExperts(bare)
     attention = model.model.layers[0].self_attn
     norms = [attention.q_norm.weight.requires_grad_(), attention.k_norm.weight.requires_grad_()]
-    return _step(model, norms, device, input_ids=ids, labels=ids)
+    return time_step(model, norms, device, input_ids=ids, labels=ids)
 
 
-def _step(
-    model: nn.Module, parameters: list[Tensor], device: str, **batch: Tensor
+def time_step(
+    model: nn.Module, parameters: list[Tensor], device: str, *, fused: bool = False, **batch: Tensor
 ) -> Callable[[], dict[str, float]]:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    """A function that does forward, backward and AdamW, and returns the seconds of a "step"."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=fused)
 
     def step() -> dict[str, float]:
         started = now(device)

@@ -16,7 +16,9 @@ from _timing import Statistics
 PAGES = (_record.ROOT / "README.md", _record.ROOT / "docs/results/cpu.md")
 RESULTS = "bars-cpu.json"  # what their tables are made from
 AGAIN = "bars-cpu-again.json"  # a second run of the same sources
+ADDED_ALONE = "bars-cpu-added.json"  # of bars.py --only added added_steps, where RESULTS is older
 MODES = ("forward", "backward", "both")
+_OF_ADDED = (12, 13)  # numbers of the bars
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -120,6 +122,29 @@ def steps_table(records: Sequence[Mapping]) -> str:
             faster = interval(compare(record, "peft:grouped_mm", name, "step"))
             rows.append((record["case"]["name"], name, rate, faster, provider_note(entry)))
     header = ("model", "provider", "tokens/s", "times PEFT's (20-80 %)", "note")
+    return markdown(header, rows)
+
+
+def added_steps_table(records: Sequence[Mapping]) -> str:
+    """Tokens a second, parameters and memory of steps that train added experts, or all."""
+    rows = []
+    for record in records:
+        entries, tokens = record["providers"], record["case"]["tokens"]
+        rival = fastest(record, [name for name in entries if name != "ours"], "step")
+        for name, entry in entries.items():
+            time = time_of(record, name, "step")
+            rows.append(
+                (
+                    record["case"]["name"], name, f"{tokens / time.median:.0f}" if time else "",
+                    interval(rival and compare(record, rival, name, "step")),
+                    f"{entry['trained'] / 1e6:.3g}" if time else "",
+                    f"{entry['peak'] / 2**20:.0f}" if time else "", provider_note(entry),
+                )
+            )  # fmt: skip
+    header = (
+        "model", "provider", "tokens/s", "times the faster full's (20-80 %)",
+        "trained, millions", "peak, MiB", "note",
+    )  # fmt: skip
     return markdown(header, rows)
 
 
@@ -321,6 +346,35 @@ def _decode_gap(results: Mapping) -> str:
     return markdown(header, rows)
 
 
+def _added(results: Mapping) -> str:
+    """Bars, layers and steps of added experts, of this run or of one of that part alone."""
+    results, machine = _with_added(results)
+    if not results:
+        return "Not measured yet.\n"
+    rows = []
+    for record in results["added"]:
+        base = _base(record)
+        for kind, where in (("ours_added", "added expert"), ("ours_added_text", "other experts")):
+            mine = base.replace("ours_base", kind)
+            times = (interval(compare(record, mine, base, mode)) for mode in MODES)
+            rows.append((case_title(record["case"]), where, *times))
+    layers = markdown(("case", "image rows go to", *MODES), rows)
+    bars = {"bars": [bar for bar in results["bars"] if bar["number"] in _OF_ADDED]}
+    steps = added_steps_table(results["added_steps"])
+    return machine + "\n".join([_bars_summary(bars), layers, steps])
+
+
+def _with_added(results: Mapping) -> tuple[Mapping | None, str]:
+    """The run that has added experts, and what it ran on where that is not said elsewhere."""
+    if "added" in results:
+        return results, ""
+    path = _record.RESULTS / ADDED_ALONE
+    if not path.exists():
+        return None, ""
+    alone = _record.read(path)
+    return alone, f"{_machine(alone)}\n"
+
+
 def _base(record: Mapping) -> str:
     """The name of ours without adapters in a record."""
     return next(name for name in record["providers"] if name.startswith("ours_base:"))
@@ -353,6 +407,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "floors": _floors,
     "decode_gap": _decode_gap,
     "steps": lambda results: steps_table(results["steps"]),
+    "added": _added,
 }
 
 

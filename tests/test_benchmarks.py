@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "benchmarks"
 MODULES = (
     "_bounds", "_cases", "_check", "_cli", "_gpu_checks", "_memory", "_providers", "_record",
-    "_runs", "_split_lora", "_timing", "bars", "bench_dispatch", "bench_lora_linear",
-    "bench_moe_mlp", "bench_training_step", "cost_model", "plot", "run_gpu", "tables",
+    "_runs", "_split_lora", "_timing", "bars", "bench_added_experts", "bench_dispatch",
+    "bench_lora_linear", "bench_moe_mlp", "bench_training_step", "cost_model", "plot", "run_gpu",
+    "tables",
 )  # fmt: skip
 
 
@@ -191,14 +192,78 @@ def test_the_programs_run(bench, tmp_path):
     bench.bench_dispatch.main(["--tokens", "8", *shared])
     bench.bench_lora_linear.main(["--tokens", "8", "--features", "16", "--rank", "2", *shared])
     bench.bench_training_step.main(["--model", "tiny", *shared])
+    bench.bench_added_experts.main(["--model", "tiny", *shared])
     bench.bench_moe_mlp.main(["--shape", "tiny", "--providers", "bound", "hf:eager", *shared])
     bench.bars.main(["--shapes", "small", "--models", "tiny", "--rotate-mb", "1", *shared])
     results = json.loads(path.read_text())
-    assert {bar["number"] for bar in results["bars"]} == {1, 2, 3, 4, 5, 6, 7}
+    assert {bar["number"] for bar in results["bars"]} == {1, 2, 3, 4, 5, 6, 7, 12, 13}
     assert results["environment"]["source_hash"] == bench._record.source_hash()
     assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
     for page in map(Path.read_text, bench.tables.PAGES):
         assert bench.tables.render(page, results) != page
+
+
+def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
+    """Its bar asks for 1 + s of the base's time, s its share of the rows."""
+    bars, options = bench.bars, bench._runs.Options(rounds=1)
+    given = bars.parse(["--shapes", "small", "--device", "cpu", "--only", "added"])
+    measure = next(bars.measure_added(given, options))
+    case = measure.args[0]
+    assert case.num_image == pytest.approx(bars.ADDED_SHARE * case.rows, abs=1)
+    forward, idle_forward, both, idle = bars._added_bars(measure(), "cpu")
+    assert [forward.limit, both.limit] == [1.05, 1 + bars.ADDED_SHARE]
+    assert idle_forward.by_p20 and idle.by_p20 and both.measured.count == 1
+
+    moe_mlp = bench._providers.moe_mlp
+
+    def with_a_wrong_expert(*args, extra_down_proj=None, **keywords):
+        if extra_down_proj is not None:
+            extra_down_proj = extra_down_proj * 1.1
+        return moe_mlp(*args, extra_down_proj=extra_down_proj, **keywords)
+
+    monkeypatch.setattr(bench._providers, "moe_mlp", with_a_wrong_expert)
+    record = measure()
+    assert "relative RMS error" in record["providers"]["ours_added:cpu"]["error"]
+    assert record["providers"]["ours_added_text:cpu"]["error"] is None
+    assert next(iter(bars._added_bars(record, "cpu"))).met is None
+
+
+def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
+    program, options = bench.bench_added_experts, bench._runs.Options(rounds=1)
+    tiny = bench.bench_training_step.MODELS["tiny"]
+    record = program.run(tiny, options)
+    assert record["providers"]["ours"]["error"] is None and len(record["extended"]) == 1
+    trained = {name: entry["trained"] for name, entry in record["providers"].items()}
+    experts = 3 * tiny.hidden_size * tiny.intermediate_size
+    assert trained["full:eager"] == tiny.layers * tiny.experts * (experts + tiny.hidden_size)
+    calibration = 2 * 16 * (tiny.experts + 1)
+    assert trained["ours"] == experts + tiny.hidden_size + calibration
+    assert "full:eager" in program._too_slow(bench.bench_training_step.MODELS["olmoe"])
+
+    extended = program._extended
+
+    def disturbed(*args):
+        extender = extended(*args)
+        with torch.no_grad():
+            extender.model.lm_head.weight.mul_(1.01)
+        return extender
+
+    monkeypatch.setattr(program, "_extended", disturbed)
+    record = program.run(tiny, options)
+    assert "relative RMS" in record["providers"]["ours"]["error"]
+    assert bench.bars._added_step_bar(record).met is None
+
+
+def test_pages_of_results_older_than_added_experts(bench, monkeypatch, tmp_path):
+    """Say so, or show a run of that part alone."""
+    monkeypatch.setattr(bench._record, "RESULTS", tmp_path)
+    assert bench.tables.BLOCKS["added"]({}) == "Not measured yet.\n"
+    arguments = ["--only", "added", "added_steps", "--shapes", "small", "--models", "tiny"]
+    path = tmp_path / bench.tables.ADDED_ALONE
+    bench.bars.main([*arguments, "--device", "cpu", "--rounds", "1", "--output", str(path)])
+    shown = bench.tables.BLOCKS["added"]({})
+    assert "13. training tokens/s" in shown and "small fp32 balanced" in shown
+    assert bench._record.read(path)["environment"]["processor"] in shown
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
