@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +41,8 @@ from _runs import (
     Place,
     Stages,
     add_run_options,
+    copy_whole,
+    digest,
     exit_code,
     load_causal_lm,
     mean_nll,
@@ -426,23 +426,8 @@ class Program:
         return report
 
 
-def digest(*arrays: Any) -> str:
-    content = hashlib.sha256()
-    for array in arrays:
-        content.update(np.ascontiguousarray(array).tobytes())
-    return content.hexdigest()[:16]
-
-
 def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
 
 
 def check_model(settings: Settings) -> None:

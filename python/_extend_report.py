@@ -1,0 +1,215 @@
+"""What extend_experts.py shows: pages of figures, and its table on the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _runs import console, save_figure, write_text
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from moe_kernels.extension import LayerScores, plot_layer_scores
+
+_COLUMNS = 4
+_RIGHT, _WRONG = "tab:green", "tab:red"
+
+_PAGE = """# Added experts: {title}
+
+| | |
+|---|---|
+{rows}
+
+## Answers to questions about held-out pictures
+
+{count} questions of each task. An answer is right where greedy generation writes it whole.
+
+{answers}
+
+![Questions about held-out pictures, and the answers](answers.png)
+
+## Where the experts are
+
+![Scores of the layers](scores.png)
+
+{experts}
+
+## Training
+
+![Losses](training.png)
+
+## Loading
+
+The base is `{base}`. In a program of its own:
+
+```python
+from transformers import AutoModelForCausalLM
+from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels.extension import ExpertExtender
+
+model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})
+patched = patch_model(model, ModalityLoraConfig.from_adapter({adapter!r}))
+patched.load_adapter({adapter!r})
+projector = ExpertExtender(model).projector()    # it came with the adapter
+```
+
+The figures of "experts tuned" are of a model that was loaded so. `load_encoder({encoder!r})` of
+`python/_questions.py` gives the frozen encoder.
+"""
+
+
+def write_pages(
+    report: dict[str, Any], scores: LayerScores, pictures: np.ndarray, out: Path
+) -> None:
+    """answers.png, scores.png, training.png and report.md, and the table on the terminal.
+
+    pictures: (N, H, W[, 3]) uint8, those that the report's "shown" number
+    """
+    save_figure(plot_answers(report["shown"], pictures), out / "answers.png")
+    chosen = [int(layer) for layer in report["extension"]["experts"]]
+    plot_layer_scores(scores, out / "scores.png", chosen=chosen)
+    save_figure(plot_training(report["training"]), out / "training.png")
+    write_text(out / "report.md", page(report, out))
+    table = Table(show_header=False, show_lines=True)
+    for row in (*rows_of(report), ("answers right", _states(report))):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"written to {out}: report.md has all of it", markup=False, soft_wrap=True)
+
+
+# --- figures
+
+
+def plot_answers(shown: list[dict[str, Any]], pictures: np.ndarray) -> Figure:
+    """Each question with its pictures, and what was answered before and after fine-tuning."""
+    rows = -(-len(shown) // _COLUMNS)
+    figure = Figure(figsize=(3.2 * _COLUMNS, 3.1 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+    for panel in panels:
+        panel.axis("off")
+    for panel, each in zip(panels, shown, strict=False):
+        _draw_question(panel, each, pictures)
+    figure.suptitle("Held-out pictures: what the model writes (green: right)")
+    return figure
+
+
+def _draw_question(panel: Axes, each: dict[str, Any], pictures: np.ndarray) -> None:
+    panel.imshow(np.concatenate(list(pictures[each["pictures"]]), axis=1), cmap="gray_r")
+    panel.set_title(each["question"], fontsize=10)
+    lines = (("projector alone", "aligned"), ("with experts", "tuned"))
+    for number, (label, state) in enumerate(lines):
+        written = textwrap.shorten(each[state] or "(nothing)", 28, placeholder="...")
+        colour = _RIGHT if each[state] == each["answer"] else _WRONG
+        panel.text(
+            0.5, -0.04 - 0.11 * number, f"{label}: {written}", color=colour, fontsize=10,
+            transform=panel.transAxes, ha="center", va="top",
+        )  # fmt: skip
+    panel.text(
+        0.5, -0.26, f"right: {each['answer']}", fontsize=8, color="0.4",
+        transform=panel.transAxes, ha="center", va="top",
+    )  # fmt: skip
+
+
+def plot_training(training: dict[str, Any]) -> Figure:
+    titles = {"align": "alignment: the projector", "tune": "fine-tuning: the added experts"}
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, (stage, title) in zip(panels, titles.items(), strict=True):
+        history = training[stage]
+        panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
+        panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
+        panel.set(title=title, xlabel="step", ylabel="nats a token of the answers")
+        panel.legend()
+    return figure
+
+
+# --- text
+
+
+def rows_of(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is known, and its figures."""
+    parameters, text = report["parameters"], report["text"]
+    encoder, disturbance = report["encoder"], report["disturbance"]
+    step_0, tuned = disturbance["step_0"], disturbance["tuned"]
+    changed = text["logits_changed_by_training"]
+    return [
+        (
+            "parameters that fine-tuning trained",
+            f"{parameters['added']:,}: {parameters['share']:.2%} of the base's "
+            f"{parameters['base']:,}; the projector has {parameters['projector']:,}",
+        ),
+        (
+            "held-out text, nats a token",
+            f"{text['nll_before_training']:.6f} before, {text['nll_after_training']:.6f} after",
+        ),
+        ("text logits that changed", f"{changed:,}"),
+        *(
+            (
+                f"step 0: {rows}",
+                f"{each['output_change']:.2%} change of the logits, {each['changed_rows']:.1%} of "
+                f"rows changed, {each['rerouted_rows']:.1%} sent to other experts",
+            )
+            for rows, each in step_0.items()
+        ),
+        (
+            "tuned: text",
+            f"{tuned['text']['output_change']:.2%} change of the logits, "
+            f"{tuned['text']['changed_rows']:.1%} of rows changed",
+        ),
+        (
+            "the encoder alone, on held-out pictures",
+            f"{encoder['accuracy']['test']:.1%} named right",
+        ),
+    ]
+
+
+def _states(report: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{state}: " + ", ".join(f"{task} {share:.1%}" for task, share in each["accuracy"].items())
+        for state, each in report["answers"]["states"].items()
+    )
+
+
+def page(report: dict[str, Any], out: Path) -> str:
+    """report.md"""
+    settings = report["settings"]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in rows_of(report))
+    return _PAGE.format(
+        title=f"{settings['data']}, {', '.join(settings['tasks'])}",
+        rows=rows,
+        count=report["answers"]["count"],
+        answers=answers_table(report["answers"]),
+        experts=experts_table(report),
+        base=report["base"],
+        dtype=settings["dtype"],
+        adapter=str(out / "adapter"),
+        encoder=str(out / "encoder"),
+    )
+
+
+def answers_table(answers: dict[str, Any]) -> str:
+    tasks = list(answers["commonest_answer"])
+    lines = [f"| | {' | '.join(tasks)} | nats a token |", "|---" * (len(tasks) + 2) + "|"]
+    for state, each in answers["states"].items():
+        shares = " | ".join(f"{each['accuracy'][task]:.1%}" for task in tasks)
+        lines.append(f"| {state} | {shares} | {each['nll']:.3f} |")
+    shares = " | ".join(f"{answers['commonest_answer'][task]:.1%}" for task in tasks)
+    lines.append(f"| always the commonest answer | {shares} | |")
+    return "\n".join(lines)
+
+
+def experts_table(report: dict[str, Any]) -> str:
+    """Of the layers that were extended."""
+    extension, scores = report["extension"], report["scores"]
+    sources = extension["sources"] or {}
+    lines = ["| layer | score d | added experts | copies of |", "|---|---|---|---|"]
+    for layer, number in extension["experts"].items():
+        copied = ", ".join(map(str, sources.get(layer, ()))) or extension["init"]
+        lines.append(f"| {layer} | {scores[int(layer)]:.4f} | {number} | {copied} |")
+    gate = extension["modality"]
+    rows = f"rows of the modality {gate!r}" if gate else "all rows (no gate)"
+    calibration = extension["calibration"] or "none"
+    return "\n".join([*lines, "", f"Open to {rows}; calibration: {calibration}."])
