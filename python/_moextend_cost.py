@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from _moextend_runs import train_base_experts
-from _redundancy_cost import BATCH, cost_of_steps, peak_bytes
+from _redundancy_cost import BATCH, cost_of_steps, reset_peak
 from _text_model import load_text_model
 
 from moe_kernels.extension import ExpertExtender, join_features_and_text
@@ -27,7 +27,7 @@ FEATURES, TEXT = 32, 16
 def cost_of(method: str, folder: Path) -> dict[str, Any]:
     """Tokens a second, peak memory above that of the loaded model, parameters that train."""
     model, _ = load_text_model(folder, "cpu")
-    loaded = peak_bytes()
+    loaded = reset_peak()
     extender = ExpertExtender(model)
     if method in ("gated", "published"):
         extender.extend("interval", init=0, modality_gate=method == "gated")

@@ -151,14 +151,14 @@ def in_short(sections: Sequence[str]) -> str:
     """All verdicts, in the order of the sections, by their outcome."""
     lines = [line for section in sections for line in section.split("\n")]
     found = {each: [line for line in lines if line.startswith(each)] for each in OUTCOMES}
-    count = sum(map(len, found.values()))
-    if not count:
+    if not any(found.values()):
         return ""
+    count = sum(" p " in line for lines in found.values() for line in lines)
     parts = [
         "## In short",
-        f"{count} verdicts, each by its own 95 % interval: if nothing were true, "
+        f"{count} of these verdicts have a p, each by its own 95 % interval: if nothing were true, "
         f"{0.05 * count:.1f} of them would be decided by chance. Those with p below "
-        f"{0.05 / count:.4f} hold for all of them together (Bonferroni).",
+        f"{0.05 / max(count, 1):.4f} hold for all of them together (Bonferroni).",
     ]
     for each, lines in found.items():
         if lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import re
@@ -102,10 +103,18 @@ class Sweep:
         for trains, run in families.items():
             name = "tune-" + re.sub("[^a-z0-9]+", "-", trains)
             tuned[trains] = {
-                f"{lr:g}": self.result(f"{name}-{lr:g}", run, TUNING_SEED, lr)["choice_nll"]
+                f"{lr:g}": self.choice_loss(f"{name}-{lr:g}", run, lr)
                 for lr in self.program.learning_rates
             }
         return tuned
+
+    def choice_loss(self, name: str, run: Any, lr: float) -> float:
+        """Infinite where a learning rate is too high to train at all."""
+        try:
+            loss = self.result(name, run, TUNING_SEED, lr)["choice_nll"]
+        except FloatingPointError:
+            return math.inf
+        return loss if math.isfinite(loss) else math.inf
 
     def cost(self) -> dict[str, Any]:
         """On the tuning seed's base, alone on the machine if the figures are to mean anything."""

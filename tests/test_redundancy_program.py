@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -139,13 +141,14 @@ def test_differences_are_over_the_seeds_that_both_runs_have(shared):
 
 def test_all_verdicts_are_listed_once_and_counted(shared):
     sections = [
-        f"text\n\n{shared.HOLDS} one (p 0.01).\n\n{shared.FAILS} two.",
+        f"text\n\n{shared.HOLDS} one (x, p 0.01).\n\n{shared.FAILS} two (x, p 0.02).",
         f"{shared.HOLDS} three.",
     ]
     said = shared.in_short(sections)
-    assert "3 verdicts" in said and f"{0.05 / 3:.4f}" in said
+    # The third one has no p.
+    assert "2 of these verdicts" in said and f"{0.05 / 2:.4f}" in said
     holds, fails = said.split(shared.HOLDS)[1].split(shared.FAILS)
-    assert "- one (p 0.01)." in holds and "- three." in holds and "- two." in fails
+    assert "- one (x, p 0.01)." in holds and "- three." in holds and "- two (x, p 0.02)." in fails
     assert shared.in_short(["nothing"]) == ""
 
 
@@ -170,6 +173,38 @@ def test_every_run_of_a_table_is_one_that_is_made_and_described(program, page):
         assert name in program.RUNS and page.described(name), name
     assert set(itertools.chain(*page.STARTS.values())) <= program.RUNS.keys()
     assert set(program.QUICK_RUNS) <= program.RUNS.keys()
+
+
+def test_a_rate_that_diverges_is_not_chosen(program, tmp_path, monkeypatch):
+    import _sweep
+
+    def measured(ground, run, lr, place):
+        if lr == 1.0:
+            raise FloatingPointError("training stopped")
+        return {"choice_nll": math.nan if lr == 2.0 else lr}
+
+    monkeypatch.setattr(program, "measure_run", measured)
+    monkeypatch.setattr(program, "LEARNING_RATES", (1.0, 2.0, 5.0, 4.0))
+    made = program.program_for(None, "", None)
+    tuned = _sweep.Sweep(made, program.QUICK, tmp_path).tune(["plora", "rows"])
+    for losses in tuned.values():
+        assert losses == {"1": math.inf, "2": math.inf, "5": 5.0, "4": 4.0}
+        assert min(losses, key=losses.get) == "4"
+
+
+def test_memory_is_that_of_the_process_and_not_of_its_parent(program):
+    """The peak of a large parent, which getrusage hands on, is not counted."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from _redundancy_cost import peak_bytes, reset_peak\n"
+        "before = reset_peak(); taken = bytearray(64 << 20)\n"
+        "del taken; print(peak_bytes() - before)"
+    )
+    large = b"x" * (600 << 20)
+    command = [sys.executable, "-c", code, str(PROGRAMS)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert 60 << 20 < int(output) < 96 << 20
+    del large
 
 
 def test_added_rows_learn_at_the_rate_that_the_run_says(program):
