@@ -25,6 +25,8 @@ _SINGLE = {
     "plora-experts": "experts' adapters alone", "copy": "a feed-forward network for pictures",
     "added-experts": "added experts", "all-tokens": "LoRA on all tokens, r 16",
     "full": "everything",
+    "own-rate-plora": "masked LoRA, r 16, rows at their own rate",
+    "own-rate-experts": "experts' adapters, rows at their own rate",
 }  # fmt: skip
 
 
@@ -61,7 +63,10 @@ def plot_parameters(data: Results) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     panel = figure.subplots()
     groups = [(present(data, RANKS), "masked LoRA, r 4, 16, 32, 128", "o-")]
-    groups += [([name], label, "s") for name, label in _SINGLE.items() if name in data["runs"]]
+    groups += [
+        ([name], label, "^" if name.startswith("own-rate") else "s")
+        for name, label in _SINGLE.items() if name in data["runs"]
+    ]  # fmt: skip
     for names, label, style in groups:
         x = [values(data, name, lambda r: r["trained_parameters"])[0] for name in names]
         y = [values(data, name, test_nll) for name in names]
