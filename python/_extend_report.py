@@ -212,4 +212,5 @@ def experts_table(report: dict[str, Any]) -> str:
     gate = extension["modality"]
     rows = f"rows of the modality {gate!r}" if gate else "all rows (no gate)"
     calibration = extension["calibration"] or "none"
-    return "\n".join([*lines, "", f"Open to {rows}; calibration: {calibration}."])
+    last = f"Open to {rows}, which the scores count; calibration: {calibration}."
+    return "\n".join([*lines, "", last])

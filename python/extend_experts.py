@@ -138,6 +138,11 @@ class Settings:
         return self.pick(*names) | {"modality_gate": self.gate != "none"}
 
     @property
+    def counting(self) -> str:
+        """Whose selections ``score_layers`` counts: the rows' that may choose added experts."""
+        return "all" if self.gate == "none" else "modality"
+
+    @property
     def patching(self) -> dict[str, Any]:
         """Arguments of ``ExpertExtender``."""
         whole = (MODALITY,) if self.gate == "questions" else ()
@@ -247,7 +252,8 @@ class Program:
 
     @cached_property
     def score_inputs(self) -> dict[str, Any]:
-        return self.aligned_inputs | self.settings.pick("score_steps", "score_lr")
+        inputs = self.aligned_inputs | self.settings.pick("score_steps", "score_lr")
+        return inputs | {"count": self.settings.counting}
 
     @cached_property
     def test_inputs(self) -> dict[str, Any]:
@@ -333,8 +339,9 @@ class Program:
                 viewer, dataclasses.replace(questions, questions=mixed), settings.batch
             )
             return viewer.extender.score_layers(
-                batches, settings.score_steps, modality=MODALITY, lr=settings.score_lr
-            ).to_dict()
+                batches, settings.score_steps, modality=MODALITY, lr=settings.score_lr,
+                count=settings.counting,
+            ).to_dict()  # fmt: skip
 
         self.stages.run("score", self.score_inputs, build)
         self.scores = LayerScores.from_dict(self.stages.results["score"])

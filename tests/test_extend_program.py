@@ -51,6 +51,11 @@ def report(finished):
     return json.loads((finished / "report.json").read_text())
 
 
+def scores_of(out):
+    (stage,) = out.glob("stages/score-*/stage.json")
+    return json.loads(stage.read_text())["result"]
+
+
 def test_text_keeps_its_bits_and_pictures_do_not(report):
     text, disturbance = report["text"], report["disturbance"]
     assert text["logits_changed_by_training"] == 0
@@ -167,6 +172,11 @@ def test_stopped_twice_it_goes_on_to_the_same_bits(
         assert torch.equal(actual[name], tensor), name
 
 
+def test_the_scores_count_the_rows_that_may_choose(finished):
+    scores = scores_of(finished)
+    assert (scores["modality"], scores["count"]) == ("image", "modality")
+
+
 @pytest.mark.slow  # a run of its own
 def test_without_a_gate_text_changes(program, command, tmp_path):
     extra = [
@@ -178,6 +188,7 @@ def test_without_a_gate_text_changes(program, command, tmp_path):
     assert report["text"]["logits_changed_by_training"] > 0
     assert report["disturbance"]["step_0"]["text"]["changed_rows"] > 0
     assert report["extension"]["sources"] == {"0": [1], "1": [1]}
+    assert scores_of(tmp_path)["count"] == "all"
     assert "no gate" in (tmp_path / "report.md").read_text()
 
 
