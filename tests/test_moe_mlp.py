@@ -371,6 +371,22 @@ def test_frozen_extra_out_of_range(frozen):
         call(make_moe_inputs(SHAPES["tiny"]).to(torch.float32), None, frozen_extra=1)
 
 
+@pytest.mark.parametrize("frozen", [-1, 3])
+def test_the_ops_refuse_frozen_extra_out_of_range(frozen):
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2, ranks=(0, 0)).to(torch.float32)
+    extra = (None, inputs.extra_gate_up_proj, inputs.extra_down_proj, *[None] * 6)
+    match = r"frozen_extra must be an integer in 0\.\.2, got"
+    with pytest.raises(ValueError, match=match):
+        torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, frozen, True, "reference")
+    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, 0, True, "reference")
+    hidden_states, _, topk_weights, *stacks = inputs[:5]
+    with pytest.raises(ValueError, match=match):
+        torch.ops.moe_kernels.moe_mlp_backward(
+            torch.ones_like(hidden_states), hidden_states, topk_weights, *stacks, *extra[1:],
+            *saved, [True] * 4 + [False] * 4, frozen, "reference",
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", WORKING)
 def test_retain_graph_and_repeated_runs_give_the_same_bits(backend):
     inputs = make_moe_inputs(SHAPES["small"], num_extra=1).to(torch.float32).requires_grad_()

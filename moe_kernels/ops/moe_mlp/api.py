@@ -8,6 +8,7 @@ from moe_kernels.ops import checks
 from moe_kernels.ops.dispatch.api import check_modality_ids
 from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
 from moe_kernels.ops.moe_mlp import autograd
+from moe_kernels.ops.moe_mlp.weights import check_frozen_extra
 
 _FROZEN = "the experts of the base are frozen and get no gradient"
 
@@ -78,8 +79,7 @@ def moe_mlp(
     _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, act)
     _check_extra(extra_gate_up_proj, extra_down_proj, gate_up_proj, down_proj)
     num_extra = 0 if extra_gate_up_proj is None else extra_gate_up_proj.shape[0]
-    if type(frozen_extra) is not int or not 0 <= frozen_extra <= num_extra:
-        raise ValueError(f"frozen_extra must be an integer in 0..{num_extra}, got {frozen_extra!r}")
+    check_frozen_extra(frozen_extra, num_extra)
     if num_extra and frozen_extra == num_extra:
         extra_gate_up_proj, extra_down_proj = extra_gate_up_proj.detach(), extra_down_proj.detach()
     num_modalities = _check_loras(gate_up_lora, down_lora, gate_up_proj, down_proj)

@@ -12,7 +12,7 @@ from moe_kernels.ops.dispatch import autograd as dispatch_autograd
 from moe_kernels.ops.dtypes import on_device, without_autocast
 from moe_kernels.ops.gradients import is_plain, place, plain_function
 from moe_kernels.ops.moe_mlp import native_impl
-from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights, check_frozen_extra
 
 
 def _moe_mlp(
@@ -43,6 +43,7 @@ def _moe_mlp(
         gate_up_proj, down_proj, extra_gate_up_proj, extra_down_proj,
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
+    check_frozen_extra(frozen_extra, weights.num_extra)
     implementation, wanted = backends.implementation("moe_mlp", backend), ()
     if backend in dispatch_autograd.WITH_MAPS:
         weights = weights.in_compute_dtype(adapters=False)
@@ -137,6 +138,7 @@ def _moe_mlp_backward(
         gate_up_proj, down_proj, extra_gate_up_proj, extra_down_proj,
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
+    check_frozen_extra(frozen_extra, weights.num_extra)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         grads = backends.implementation("moe_mlp", backend).backward(
             grad_out.contiguous(),

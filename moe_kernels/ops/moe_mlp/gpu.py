@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
@@ -52,7 +52,7 @@ class Layer(NamedTuple):
     expert_tiles: TileMap  # of every expert, and of the rows that were not dispatched
     adapted_tiles: TileMap  # of every pair (modality, expert)
     chunks: TileMap | None  # the same in long tiles; backward alone
-    added: TileMap | None  # of every added expert whose gradient is needed, a tile each
+    added: TileMap | None  # of every added expert, a tile each; none of those that are frozen
 
     @property
     def num_base(self) -> int:
@@ -145,15 +145,11 @@ def backward(
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
     rows, weights = perm.numel(), weights.in_compute_dtype(adapters=False)
-    first_trained = weights.gate_up_proj.shape[0] + frozen_extra
-    trained = range(first_trained, weights.num_experts)
-    wanted = _backward_maps(
-        launches, rows, weights, trained if need_extra_gate_up or need_extra_down else None
-    )
-    layer = _make_layer(
-        launches, topk_weights, perm, inv_perm, segment_offsets, weights,
-        launches.shared.tile_maps(segment_offsets, rows, wanted),
+    tile_maps = _backward_maps(
+        launches, rows, segment_offsets, weights,
+        frozen_extra if need_extra_gate_up or need_extra_down else None,
     )  # fmt: skip
+    layer = _make_layer(launches, topk_weights, perm, inv_perm, segment_offsets, weights, tile_maps)
     du2, grad_B2 = _du_and_dB(layer, "down", u2, grad_out, True, need_B2)
     d_pre, act, dots = launches.act_backward(
         layer, grad_out, pre_act, du2, act_of_adapted=need_A2, act_of_added=need_extra_down
@@ -181,20 +177,31 @@ def backward(
 
 
 def _backward_maps(
-    launches: Launches, rows: int, weights: ExpertWeights, trained: range | None
-) -> list[tuple[maps.Groups, int]]:
+    launches: Launches,
+    rows: int,
+    segment_offsets: Tensor,
+    weights: ExpertWeights,
+    frozen_extra: int | None,
+) -> list[TileMap]:
     """Those of the forward pass, and the long tiles of sums over rows.
 
-    ``trained``: the added experts whose gradient is needed.
+    ``frozen_extra``: None where no gradient of added experts is needed.
     """
     wanted = forward_maps(launches, rows, weights)
     pairs, _ = wanted[1]
     wanted.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
-    if trained is not None:
-        # No chunks: a wide result has programs enough, and partial sums would be large.
-        groups = maps.by_added_expert(trained.start, len(trained), weights.num_modalities)
-        wanted.append((groups, max(1, rows)))
-    return wanted
+    num_base, segments = weights.gate_up_proj.shape[0], weights.num_modalities + 1
+    groups = maps.by_added_expert(num_base, weights.num_extra, weights.num_modalities)
+    added = (groups, max(1, rows))  # no chunks: programs enough, and partial sums would be large
+    if frozen_extra == 0:
+        wanted.append(added)
+    found = launches.shared.tile_maps(segment_offsets, rows, wanted)
+    if frozen_extra:
+        # Groups without rows: no work, and zeros in the tensor of all added experts.
+        first_trained = segment_offsets[(num_base + frozen_extra) * segments]
+        without = torch.maximum(segment_offsets, first_trained)
+        found += launches.shared.tile_maps(without, rows, [added])
+    return found
 
 
 def _make_layer(
@@ -285,12 +292,11 @@ def _outer(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options):
 
 
 def _extra_gradient(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
-    """sum of (w left)^T right over each added expert's rows; zeros for the frozen ones."""
+    """sum of (w left)^T right over each added expert's rows; zeros where it has none."""
     factor = torch.ones(1, dtype=torch.float32, device=left.device)
     grad, _ = layer.shared.outer(
         left, right, layer.perm, layer.added, factor, transposed=False,
         top_k=layer.top_k, weights=layer.topk_weights if weighted else None,
         left_by_token=weighted, right_by_token=not weighted,
     )  # fmt: skip
-    frozen = layer.weights.num_experts - layer.num_base - grad.shape[0]
-    return nn.functional.pad(grad, (0, 0, 0, 0, frozen, 0)) if frozen else grad
+    return grad

@@ -5,6 +5,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def check_frozen_extra(frozen_extra: int, num_extra: int) -> None:
+    """Raise ValueError for what is no number of frozen experts among the added ones."""
+    if type(frozen_extra) is not int or not 0 <= frozen_extra <= num_extra:
+        raise ValueError(f"frozen_extra must be an integer in 0..{num_extra}, got {frozen_extra!r}")
+
+
 class ExpertWeights(NamedTuple):
     """Weights of ``moe_mlp``: the frozen stack, added experts, and low-rank pairs, or None.
 
@@ -24,10 +30,14 @@ class ExpertWeights(NamedTuple):
     down_scaling: Tensor | None
 
     @property
+    def num_extra(self) -> int:
+        """Number of added experts."""
+        return 0 if self.extra_gate_up_proj is None else self.extra_gate_up_proj.shape[0]
+
+    @property
     def num_experts(self) -> int:
         """Number of experts, added ones included."""
-        extra = 0 if self.extra_gate_up_proj is None else self.extra_gate_up_proj.shape[0]
-        return self.gate_up_proj.shape[0] + extra
+        return self.gate_up_proj.shape[0] + self.num_extra
 
     @property
     def num_modalities(self) -> int:
