@@ -165,6 +165,25 @@ def test_scores_by_hand():
         LayerScores((0, 2, 5), before, after, (3, 2, 3), count="rows")
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_scores_that_are_not_numbers(number):
+    """A standard deviation of one expert, and shares of nothing."""
+    before = torch.tensor([[5, 1], [3, 0]])
+    with pytest.raises(ValueError, match=f"layer 2 has no score: num_experts is {number}"):
+        LayerScores((0, 2), before, before, (2, number))
+    for place in (0, 1):
+        counts = [before.clone(), before.clone()]
+        counts[place][1] = 0
+        with pytest.raises(ValueError, match="layer 2 has no score: no selection"):
+            LayerScores((0, 2), *counts, (2, 2))
+
+
+def test_a_layer_of_one_expert_is_not_scored():
+    extender = ExpertExtender(make_model("qwen2_moe", num_experts=1, num_experts_per_tok=1))
+    with pytest.raises(ValueError, match="layer 0 has no score: num_experts is 1"):
+        extender.score_layers([mixed()], 1, progress=False)
+
+
 def test_extending_by_scores():
     """The upper half, each new expert from another of the most selected."""
     extender = ExpertExtender(make_model("olmoe", num_hidden_layers=5))

@@ -17,6 +17,12 @@ def check_count(count: str) -> None:
         raise ValueError(f'count must be "modality" or "all", got {count!r}')
 
 
+def check_num_experts(layer: int, number: int) -> None:
+    """Raise ValueError for a layer whose choices cannot move."""
+    if number < 2:
+        raise ValueError(f"layer {layer} has no score: num_experts is {number}, must be at least 2")
+
+
 @dataclass(frozen=True)
 class LayerScores:
     """How often the routers selected each expert, before and after they were tuned.
@@ -32,7 +38,8 @@ class LayerScores:
         count: "modality": its tokens were counted; "all": every real one; None: not known.
 
     Raises:
-        ValueError: counts of other shapes, or an unknown ``count``.
+        ValueError: counts of other shapes, an unknown ``count``, a layer with fewer than two
+            experts, or one without selections: they have no score.
     """
 
     layers: tuple[int, ...]
@@ -53,6 +60,13 @@ class LayerScores:
             )
         if self.count is not None:
             check_count(self.count)
+        selected = (self.before.sum(1) > 0) & (self.after.sum(1) > 0)
+        for layer, number, there in zip(
+            self.layers, self.num_experts, selected.tolist(), strict=True
+        ):
+            check_num_experts(layer, number)
+            if not there:
+                raise ValueError(f"layer {layer} has no score: no selection was counted")
 
     @property
     def shift(self) -> Tensor:

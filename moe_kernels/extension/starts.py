@@ -42,7 +42,7 @@ def sources(
         return None
     if isinstance(init, int):
         for index in numbers:
-            available = _count(layers[index])
+            available = count_experts(layers[index])
             if not 0 <= init < available:
                 raise ValueError(f"layer {index} has experts 0..{available - 1}, not {init}")
         return {index: (init,) * number for index, number in numbers.items()}
@@ -51,10 +51,10 @@ def sources(
         if index not in scores.layers:
             raise ValueError(f"the scores are of layers {scores.layers}, not of layer {index}")
         ranked = scores.most_selected(index, tuned=init == "most_selected_tuned")
-        if len(ranked) > _count(layers[index]):
+        if len(ranked) > count_experts(layers[index]):
             raise ValueError(
                 f"the scores are of {len(ranked)} experts in layer {index}, it has "
-                f"{_count(layers[index])}"
+                f"{count_experts(layers[index])}"
             )
         found[index] = tuple(ranked[i % len(ranked)] for i in range(number))
     return found
@@ -122,6 +122,7 @@ def _pick(stacks: list[Tensor], expert: int) -> Tensor:
     raise IndexError(expert)
 
 
-def _count(layer: nn.Module) -> int:
+def count_experts(layer: nn.Module) -> int:
+    """A layer's own and those that were added."""
     own = experts.find_experts(layer).gate_up_proj.shape[0]
     return own + sum(each.num_added for each in added_experts(layer))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
-from moe_kernels.extension.scores import LayerScores, check_count
+from moe_kernels.extension.scores import LayerScores, check_count, check_num_experts
+from moe_kernels.extension.starts import count_experts
 from moe_kernels.models import experts, routers
 from moe_kernels.models.extensions import moe_layers, router_problem
 from moe_kernels.models.patch import PatchedModel
@@ -108,6 +109,7 @@ def _tunable_routers(patched: PatchedModel) -> Iterator[list[nn.Parameter]]:
     for index, layer in moe_layers(patched.model).items():
         if problem := router_problem(layer):
             raise ValueError(f"layer {index} cannot be scored: {problem}")
+        check_num_experts(index, count_experts(layer))
         found[routers.find_router(layer)] = layer
     attached = []
     try:
