@@ -1,7 +1,9 @@
 """Added experts: who may choose them, what they compute, and that text keeps its bits."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from extension_cases import extended, kinds, mixed, routed
@@ -20,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, ops, patch_model
-from moe_kernels.extension import ExpertExtender
+from moe_kernels.extension import ExpertExtender, ExtensionConfig
 from moe_kernels.models.extensions import added_experts
 from moe_kernels.models.methods import get_patched
 from moe_kernels.models.routers import find_router, find_routing, route
@@ -658,6 +660,20 @@ def test_choosing_layers(layers, expected):
         assert sum(e.num_added for e in added_experts(layer)) == wanted.get(index, 0)
 
 
+def test_integers_of_numpy():
+    """Are what Python's are, also in the file."""
+    extender = ExpertExtender(make_model("olmoe"))
+    config = extender.extend(
+        np.arange(2), np.int64(2), init=np.int32(3), calibration_hidden=np.int64(4)
+    )
+    sources = {0: (3, 3), 1: (3, 3)}
+    expected = ExtensionConfig({0: 2, 1: 2}, "image", "additive", 4, "3", sources)
+    assert json.loads(json.dumps(config.to_dict())) == expected.to_dict()
+    again = extender.extend(None, {np.int64(1): np.int64(1)}, init=0)
+    assert again.experts == {1: 1} and json.dumps(again.to_dict())
+    assert extender.score_layers([mixed()], np.int64(1), progress=False).layers == (0, 1)
+
+
 # --- refusals
 
 
@@ -676,6 +692,11 @@ def test_choosing_layers(layers, expected):
         ({"init": "most_selected"}, "call score_layers first"),
         ({"init": "copy"}, "unknown init 'copy'"),
         ({"init": True}, "unknown init"),
+        ({"init": 1.0}, "unknown init 1.0"),
+        ({"layers": [True]}, "a layer must be an index of at least 0, got True"),
+        ({"layers": [np.float64(1)]}, "a layer must be an index of at least 0"),
+        ({"experts_per_layer": True}, "at least one expert, an integer; layer 0: True"),
+        ({"calibration_hidden": True}, "calibration_hidden must be at least 1, got True"),
         ({"init": 4}, r"layer 0 has experts 0\.\.3, not 4"),
         ({"experts_per_layer": 0}, "at least one expert"),
         ({"experts_per_layer": 1.5}, "at least one expert"),

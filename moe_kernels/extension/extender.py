@@ -175,7 +175,7 @@ class ExpertExtender:
         if modality_gate or modality is not None:
             modality = self._modality(modality)
         numbers = self._numbers(layers, experts_per_layer, scores)
-        starts.check_init(init, scores)
+        init = starts.settle_init(init, scores)
         if _uses_scores(layers, experts_per_layer, init):
             _check_modality(scores, modality)
         config = ExtensionConfig(
@@ -187,7 +187,7 @@ class ExpertExtender:
         )
         extensions.check(self.patched, config, self.patched.extensions)
         there = moe_layers(self.model)
-        copied = starts.sources(init, there, numbers, scores)
+        copied = starts.sources(init, there, config.experts, scores)
         config = dataclasses.replace(config, sources=copied)
         new = self._start(config, init, seed)
         if freeze_earlier:
@@ -292,7 +292,8 @@ class ExpertExtender:
         if not isinstance(experts_per_layer, Mapping):
             chosen = self._choose("top-half" if layers is None else layers, scores)
             return dict.fromkeys(chosen, experts_per_layer)
-        numbers = dict(sorted(experts_per_layer.items()))
+        given = {extensions.layer_index(layer): n for layer, n in experts_per_layer.items()}
+        numbers = dict(sorted(given.items()))
         if layers is not None and (chosen := self._choose(layers, scores)) != list(numbers):
             raise ValueError(f"experts_per_layer has layers {list(numbers)}, layers are {chosen}")
         return numbers
@@ -340,9 +341,7 @@ def _indices(layers: Iterable[int]) -> list[int]:
     """In ascending order."""
     if not isinstance(layers, Iterable):
         raise ValueError(f"layers must be a name or indices, got {layers!r}")
-    chosen = list(layers)
-    for layer in chosen:
-        extensions.check_layer(layer)
+    chosen = [extensions.layer_index(layer) for layer in layers]
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"a layer stands twice in {chosen}")
     return sorted(chosen)
@@ -352,7 +351,8 @@ def _uses_scores(
     layers: str | Iterable[int] | None, experts_per_layer: int | Mapping[int, int], init: str | int
 ) -> bool:
     by_score = layers is None and not isinstance(experts_per_layer, Mapping)
-    return by_score or layers == "top-half" or starts.copies_most_selected(init)
+    by_score |= isinstance(layers, str) and layers == "top-half"
+    return by_score or starts.copies_most_selected(init)
 
 
 def _check_modality(scores: LayerScores, modality: str | None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moe_kernels.extension.scores import LayerScores
 from moe_kernels.layers import AddedExperts
 from moe_kernels.models import experts, routers
-from moe_kernels.models.extensions import added_experts
+from moe_kernels.models.extensions import added_experts, whole
 
 INITS = ("most_selected", "most_selected_tuned", "random", "mean")
 _TWIN_NOISE = 0.01
@@ -19,15 +19,21 @@ def copies_most_selected(init: str | int) -> bool:
     return str(init).startswith("most_selected")
 
 
-def check_init(init: str | int, scores: LayerScores | None) -> None:
-    """Raises ValueError for an init that is unknown or lacks what it needs."""
-    if isinstance(init, bool) or not (init in INITS or isinstance(init, int)):
+def settle_init(init: str | int, scores: LayerScores | None) -> str | int:
+    """The init, an expert's id as Python's integer.
+
+    Raises:
+        ValueError: it is unknown or lacks what it needs.
+    """
+    settled = init if isinstance(init, str) else whole(init)
+    if settled is None or (isinstance(settled, str) and settled not in INITS):
         raise ValueError(f"unknown init {init!r}; there are {', '.join(INITS)} and an expert's id")
-    if copies_most_selected(init) and scores is None:
+    if copies_most_selected(settled) and scores is None:
         raise ValueError(
             f"init={init!r} copies the experts that the routers select most: call score_layers "
             "first, or give scores="
         )
+    return settled
 
 
 def sources(

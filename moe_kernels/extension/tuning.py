@@ -13,7 +13,7 @@ from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.extension.scores import LayerScores, check_count, check_num_experts
 from moe_kernels.extension.starts import count_experts
 from moe_kernels.models import experts, routers
-from moe_kernels.models.extensions import moe_layers, router_problem
+from moe_kernels.models.extensions import moe_layers, router_problem, whole
 from moe_kernels.models.patch import PatchedModel
 
 Batch = Mapping[str, Any]
@@ -30,8 +30,9 @@ def score_layers(
     progress: bool,
 ) -> LayerScores:
     """See :meth:`moe_kernels.extension.ExpertExtender.score_layers`."""
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+    given, steps = steps, whole(steps)
+    if steps is None or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {given!r}")
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}")
     check_count(count)

@@ -6,9 +6,10 @@ They live on the decoder layer, as adapters do and for the same reason (see ``pa
 
 import contextlib
 import json
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,31 @@ if TYPE_CHECKING:
 EXTENSIONS = "modality_extension"
 
 
-def check_layer(index: int) -> None:
-    """Raise ValueError for what is no index of a layer."""
-    if type(index) is not int or index < 0:
-        raise ValueError(f"a layer must be an index of at least 0, got {index!r}")
+def whole(value: Any) -> int | None:
+    """An integer of any library as Python's; None for what is none, and for a bool."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def layer_index(value: Any) -> int:
+    """An index of a layer as Python's integer.
+
+    Raises:
+        ValueError: it is none.
+    """
+    index = whole(value)
+    if index is None or index < 0:
+        raise ValueError(f"a layer must be an index of at least 0, got {value!r}")
+    return index
+
+
+def _count(value: Any, complaint: str) -> int:
+    number = whole(value)
+    if number is None or number < 1:
+        raise ValueError(f"{complaint} {value!r}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -56,21 +78,20 @@ class ExtensionConfig:
     def __post_init__(self):
         if not self.experts:
             raise ValueError("an extension needs at least one layer")
-        for layer, number in self.experts.items():
-            check_layer(layer)
-            if type(number) is not int or number < 1:
-                raise ValueError(
-                    f"a layer must get at least one expert, an integer; layer {layer}: {number!r}"
-                )
+        numbers = {
+            layer_index(layer): _count(
+                number, f"a layer must get at least one expert, an integer; layer {layer}:"
+            )
+            for layer, number in self.experts.items()
+        }
         if self.calibration is not None and self.calibration not in CALIBRATIONS:
             raise ValueError(
                 f"unknown calibration {self.calibration!r}; there are {', '.join(CALIBRATIONS)}, "
                 "or None"
             )
-        if type(self.calibration_hidden) is not int or self.calibration_hidden < 1:
-            raise ValueError(
-                f"calibration_hidden must be at least 1, got {self.calibration_hidden!r}"
-            )
+        hidden = _count(self.calibration_hidden, "calibration_hidden must be at least 1, got")
+        object.__setattr__(self, "experts", numbers)  # it is frozen
+        object.__setattr__(self, "calibration_hidden", hidden)
 
     def structure(self) -> dict:
         """What decides names, shapes and meaning of the parameters."""
