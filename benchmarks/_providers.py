@@ -13,6 +13,7 @@ from types import ModuleType
 
 import _split_lora
 import torch
+from _blocks import Block
 from _bounds import ExpertGemms, weight_reader
 from _cases import SCALING, Problem
 from peft import LoraConfig, get_peft_model
@@ -27,6 +28,11 @@ from moe_kernels.models import peft_format
 from moe_kernels.ops import LoraWeights, moe_mlp
 
 HF_TRAINING = ("hf:eager", "hf:grouped_mm")  # transformers' own that are in the race in training
+# What an added expert is timed in, and there: without it, with its rows, without a row of it.
+ADDED_KINDS = {
+    "op": ("ours_base", "ours_added", "ours_added_text"),
+    "MoE block": ("block", "block_added", "block_added_text"),
+}
 # batched_mm copies the weights of every row's expert.
 _MAX_COPIED_BYTES = 4 << 30
 
@@ -51,6 +57,7 @@ class Runner:
         adapted: the rows with an adapter: "image", "all" or "none"; "added": none, but the layer
             has the problem's added expert.
         rounding: multiple of ``testing.TOLERANCES`` that its own roundings between ops cost.
+        check: what is wrong, where its inputs are not the problem's; it has run once then.
     """
 
     forward: Callable[[], Tensor | None]
@@ -59,6 +66,7 @@ class Runner:
     gradients: Callable[[], dict[str, Tensor | None]] = dict
     adapted: str = "none"
     rounding: float = 1.0
+    check: Callable[[], str | None] | None = None
 
     def clear(self) -> None:
         """Drop all gradients."""
@@ -176,6 +184,34 @@ def _ours_added(problem: Problem, backend: str, *, image: bool = True) -> Runner
 
 def _ours_added_text(problem: Problem, backend: str) -> Runner:
     return _ours_added(problem, backend, image=False)
+
+
+def _block(problem: Problem, backend: str, *, added: bool = False, image: bool = True) -> Runner:
+    """The whole MoE block, whose router decides: image rows choose the added expert, if any."""
+    reason = backends.available()[backend]
+    if reason is not None:
+        raise Unavailable(reason)
+    if problem.case.routing != "balanced":
+        raise Unavailable("its router chooses by itself, about balanced")
+    block = Block(problem, backend, added=added)
+    ids = problem.inputs.modality_ids
+    ids = ids if image else torch.zeros_like(ids)
+
+    def check() -> str | None:
+        if torch.is_grad_enabled():
+            block.forward(ids).backward(problem.grad_out)
+        return block.error(ids)
+
+    leaves = (block.hidden_states, *block.parameters)
+    return Runner(lambda: block.forward(ids), leaves=leaves, check=check)
+
+
+def _block_added(problem: Problem, backend: str) -> Runner:
+    return _block(problem, backend, added=True)
+
+
+def _block_added_text(problem: Problem, backend: str) -> Runner:
+    return _block(problem, backend, added=True, image=False)
 
 
 # --- transformers, and PEFT on it; Liger; ScatterMoE
@@ -378,6 +414,9 @@ KINDS: dict[str, _Kind] = {
     "ours_base": _Kind(_ours_base, lambda: list(backends.NAMES)),
     "ours_added": _Kind(_ours_added, lambda: list(backends.NAMES)),
     "ours_added_text": _Kind(_ours_added_text, lambda: list(backends.NAMES)),
+    "block": _Kind(_block, lambda: list(backends.NAMES)),
+    "block_added": _Kind(_block_added, lambda: list(backends.NAMES)),
+    "block_added_text": _Kind(_block_added_text, lambda: list(backends.NAMES)),
     "hf": _Kind(_hf, _experts_implementations),
     "hf_compiled": _Kind(_hf_compiled, lambda: ["grouped_mm"]),
     "peft": _Kind(_peft, _experts_implementations),

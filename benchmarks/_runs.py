@@ -12,6 +12,7 @@ from _memory import peak_bytes, saved_bytes, saved_formula
 from _providers import Runner, Unavailable
 from _timing import Statistics, measure, now, ratio, summarize
 
+_OURS = ("ours", "block")
 _MAX_LAYERS = 256  # of a toy shape it would take millions to read 600 MB
 
 
@@ -60,7 +61,7 @@ def run_training(case: Case, providers: Sequence[str], options: Options) -> dict
         records[name], runners[name] = prepare(
             lambda name=name: [_providers.set_up(name, problem)],
             lambda runner: oracle.error(runner, backward=options.backward),
-            ours=name.startswith("ours"),
+            ours=name.startswith(_OURS),
         )
         if runners[name] and name in options.memory and options.backward:
             records[name]["memory"] = _memory(name, problem, runners[name][0])
@@ -87,7 +88,7 @@ def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
             records[name], runners[name] = prepare(
                 lambda name=name: [_providers.set_up(name, layer) for layer in layers],
                 lambda runner: oracle.error(runner, backward=False),
-                ours=name.startswith("ours"),
+                ours=name.startswith(_OURS),
             )
         steps = {}
         for name, own in runners.items():

@@ -18,7 +18,7 @@ import bench_training_step
 import torch
 from _cases import Case
 from _cli import add_rotation, finish, make_parser, options_of, progress
-from _providers import HF_TRAINING
+from _providers import ADDED_KINDS, HF_TRAINING
 from _runs import Options, compare, fastest, run_decode, run_training
 from _timing import Statistics
 from tables import MODES, bars_table, case_title
@@ -160,7 +160,7 @@ def measure_steps(given: Namespace, options: Options) -> Iterator[Callable[[], d
 
 def measure_added(given: Namespace, options: Options) -> Iterator[Callable[[], dict]]:
     backend = ours(given.device)
-    providers = [f"{kind}:{backend}" for kind in ("ours_base", "ours_added", "ours_added_text")]
+    providers = [f"{kind}:{backend}" for kinds in ADDED_KINDS.values() for kind in kinds]
     for shape, dtype in itertools.product(given.shapes, OVER_GEMMS):
         case = Case.named(
             shape, dtype=dtype, image_share=ADDED_SHARE * SHAPES[shape].K, device=given.device,
@@ -272,31 +272,31 @@ def _step_bar(record: Mapping) -> Bar:
 
 
 def _added_bars(record: Mapping, backend: str) -> Iterator[Bar]:
-    """A layer with one added expert costs no more over the same layer without it, at the same T, H,
-    I, E and K, than that expert's share s of the T K rows.
+    """The op ``moe_mlp`` with one added expert costs no more over the same without it, at the same
+    T, H, I, E and K, than that expert's share s of the T K rows; nor does a patched model's MoE
+    block, whose router is in it.
 
     K stays, so a forward has the operations of the base's, and the added rows' gradients of the
     inputs are in the place of others; the gradients of the added expert's weights are as many
     operations again as those of its rows' inputs: with the base's forward and backward of the same
     size, 1 + s / 2 of the base's. The limits are 1.05 forward, for reading and rounding an expert
     in float32, and 1 + s for forward and backward: what lies above 1 + s / 2 is for that, and for
-    writing its gradients in float32. A row that has not its modality is not sent to it; where no
-    row has, the layer costs what it cost before.
+    writing its gradients in float32; in the block for routing a second time too. A row that has not
+    its modality is not sent to it; where no row has, the op costs what it cost before, and so it is
+    asked of the block, which routes all rows twice even then.
     """
-    case = case_title(record["case"])
-    base, added, text = (
-        f"{kind}:{backend}" for kind in ("ours_base", "ours_added", "ours_added_text")
-    )
-    rows = f"{ADDED_SHARE:.0%} of the rows"
-    for mode, limit in ADDED.items():
-        yield Bar(
-            12, f"added expert with {rows} over our base, {mode}", case,
-            compare(record, added, base, mode), limit,
-        )  # fmt: skip
-        yield Bar(
-            12, f"added expert without a row over our base, {mode}", case,
-            compare(record, text, base, mode), 1.0, by_p20=True,
-        )  # fmt: skip
+    case, rows = case_title(record["case"]), f"{ADDED_SHARE:.0%} of the rows"
+    for what, kinds in ADDED_KINDS.items():
+        base, added, text = (f"{kind}:{backend}" for kind in kinds)
+        for mode, limit in ADDED.items():
+            yield Bar(
+                12, f"{what}, added expert with {rows} over our base, {mode}", case,
+                compare(record, added, base, mode), limit,
+            )  # fmt: skip
+            yield Bar(
+                12, f"{what}, added expert without a row over our base, {mode}", case,
+                compare(record, text, base, mode), 1.0, by_p20=True,
+            )  # fmt: skip
 
 
 def _added_step_bar(record: Mapping) -> Bar:

@@ -54,12 +54,15 @@ def cases(given: Namespace) -> Iterator[Case]:
 
 
 def default_providers(mode: str) -> list[str]:
-    """All but the reference, PEFT on other than grouped_mm and, for decode, training's."""
+    """All but the reference, PEFT on other than grouped_mm, whole blocks and, for decode,
+    training's.
+    """
     training = ("bound", "peft:grouped_mm", "split")
     return [
         name
         for name in _providers.names()
         if name.partition(":")[2] != "reference"
+        and not name.startswith("block")
         and (not name.startswith("peft") or name == "peft:grouped_mm")
         and not name.startswith(training if mode == "decode" else "read")
     ]

@@ -19,6 +19,7 @@ from tables import case_title, overhead_pair
 _COLOURS = {
     "bound": "0.6", "read": "0.6", "ours": "tab:blue", "ours_text": "tab:cyan",
     "ours_base": "tab:purple", "ours_added": "tab:olive", "ours_added_text": "tab:brown",
+    "block": "tab:purple", "block_added": "tab:olive", "block_added_text": "tab:brown",
     "hf": "tab:orange", "peft": "tab:red", "split": "tab:green",
 }  # fmt: skip
 

@@ -3,13 +3,14 @@
 python benchmarks/tables.py    # writes those pages' tables anew from benchmarks/results/
 """
 
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import _record
-from _providers import HF_TRAINING
+from _providers import ADDED_KINDS, HF_TRAINING
 from _runs import compare, fastest, time_of
 from _timing import Statistics
 
@@ -347,18 +348,18 @@ def _decode_gap(results: Mapping) -> str:
 
 
 def _added(results: Mapping) -> str:
-    """Bars, layers and steps of added experts, of this run or of one of that part alone."""
+    """Bars, ops, blocks and steps of added experts, of this run or of one of that part alone."""
     results, machine = _with_added(results)
     if not results:
         return "Not measured yet.\n"
     rows = []
-    for record in results["added"]:
-        base = _base(record)
-        for kind, where in (("ours_added", "added expert"), ("ours_added_text", "other experts")):
-            mine = base.replace("ours_base", kind)
+    for record, (what, kinds) in itertools.product(results["added"], ADDED_KINDS.items()):
+        names = {name.partition(":")[0]: name for name in record["providers"]}
+        base, *extended = (names[kind] for kind in kinds)
+        for mine, where in zip(extended, ("added expert", "other experts"), strict=True):
             times = (interval(compare(record, mine, base, mode)) for mode in MODES)
-            rows.append((case_title(record["case"]), where, *times))
-    layers = markdown(("case", "image rows go to", *MODES), rows)
+            rows.append((case_title(record["case"]), what, where, *times))
+    layers = markdown(("case", "in", "image rows go to", *MODES), rows)
     bars = {"bars": [bar for bar in results["bars"] if bar["number"] in _OF_ADDED]}
     steps = added_steps_table(results["added_steps"])
     return machine + "\n".join([_bars_summary(bars), layers, steps])

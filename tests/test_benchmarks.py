@@ -19,8 +19,8 @@ for _needed in ("peft", "matplotlib"):
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "benchmarks"
 MODULES = (
-    "_bounds", "_cases", "_check", "_cli", "_gpu_checks", "_memory", "_providers", "_record",
-    "_runs", "_split_lora", "_timing", "bars", "bench_added_experts", "bench_dispatch",
+    "_blocks", "_bounds", "_cases", "_check", "_cli", "_gpu_checks", "_memory", "_providers",
+    "_record", "_runs", "_split_lora", "_timing", "bars", "bench_added_experts", "bench_dispatch",
     "bench_lora_linear", "bench_moe_mlp", "bench_training_step", "cost_model", "plot", "run_gpu",
     "tables",
 )  # fmt: skip
@@ -131,6 +131,10 @@ def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing
     missing = {name: e["missing"] for name, e in record["providers"].items() if "missing" in e}
     absent = {name for name, why in backends.available().items() if why is not None}
     expected = absent | {"deepgemm", "sonicmoe", "liger", "scattermoe"}
+    if routing != "balanced":
+        blocks = {name for name in missing if name.startswith("block")}
+        assert len(blocks) == 3 * len(backends.NAMES)
+        missing = {name: why for name, why in missing.items() if name not in blocks}
     assert all(name.split(":")[-1] in expected and why for name, why in missing.items())
     for name in ("bound", "hf:eager", "hf:grouped_mm", "peft:grouped_mm", "split:masked"):
         assert bench._runs.compare(record, name, "bound", "both").count == 1
@@ -210,9 +214,13 @@ def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
     measure = next(bars.measure_added(given, options))
     case = measure.args[0]
     assert case.num_image == pytest.approx(bars.ADDED_SHARE * case.rows, abs=1)
-    forward, idle_forward, both, idle = bars._added_bars(measure(), "cpu")
+    forward, idle_forward, both, idle, *of_block = bars._added_bars(measure(), "cpu")
     assert [forward.limit, both.limit] == [1.05, 1 + bars.ADDED_SHARE]
     assert idle_forward.by_p20 and idle.by_p20 and both.measured.count == 1
+    assert [(bar.limit, bar.by_p20) for bar in of_block] == [
+        (bar.limit, bar.by_p20) for bar in (forward, idle_forward, both, idle)
+    ]
+    assert all(bar.measured.count == 1 for bar in of_block)
 
     moe_mlp = bench._providers.moe_mlp
 
@@ -226,6 +234,30 @@ def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
     assert "relative RMS error" in record["providers"]["ours_added:cpu"]["error"]
     assert record["providers"]["ours_added_text:cpu"]["error"] is None
     assert next(iter(bars._added_bars(record, "cpu"))).met is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, dtype):
+    problem = bench._cases.make_problem(replace(case, dtype=dtype))
+    set_up, ids = bench._providers.set_up, problem.inputs.modality_ids
+    block = bench._blocks.Block(problem, "reference", added=True)
+    assert block.error(ids) is None and block.error(torch.zeros_like(ids)) is None
+    _, _, chosen = block.layer.mlp.gate(block.hidden_states)  # after a call on text alone
+    assert (chosen < case.shape.E).all() and 0 < ids.sum() < len(ids)
+    block.forward(ids)
+    _, _, chosen = block.layer.mlp.gate(block.hidden_states)
+    assert torch.equal((chosen == case.shape.E).any(1), ids == 1)
+    for name, trained in (("block", 0), ("block_added", 5)):
+        runner = set_up(f"{name}:reference", problem)
+        assert runner.check() is None and len(runner.leaves) == 1 + trained
+        assert all(leaf.grad is not None for leaf in runner.leaves)
+
+    monkeypatch.setattr(bench._blocks, "_ADDED_LOGIT", -9.0)
+    unused = set_up("block_added:reference", problem)
+    assert "sent to the added expert" in unused.check()
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda ids: forward(ids) * 1.1)
+    assert "relative RMS" in block.error(ids)
 
 
 def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):

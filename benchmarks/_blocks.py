@@ -1,0 +1,105 @@
+"""The MoE block of a patched OLMoE, its router included: as it is, or with one added expert."""
+
+import torch
+from _cases import Problem
+from torch import Tensor
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from moe_kernels.extension import ExpertExtender
+from moe_kernels.models.experts import context_of
+from moe_kernels.models.extensions import added_experts
+from moe_kernels.ops import moe_mlp
+from moe_kernels.testing import TOLERANCES, relative_rms
+
+_ADDED_LOGIT = 3.0  # above the K-th of E normal logits
+_CHECKED = 32
+
+
+class Block:
+    """A block on a problem's weights, whose random router chooses by itself.
+
+    The first column of its ``hidden_states`` is ones, which the router of the base does not see:
+    there the added expert's row of the router has the one weight, and so every row of the modality
+    chooses that expert.
+
+    Args:
+        problem: for the weights, the hidden states and the modality ids.
+        backend: of the op.
+        added: whether there is an added expert.
+    """
+
+    def __init__(self, problem: Problem, backend: str, *, added: bool):
+        self.problem = problem
+        extender = ExpertExtender(_model(problem), ("image",), backend=backend)
+        self.layer = extender.model.model.layers[0]
+        if added:
+            extender.extend([0], init=0)
+            columns = added_experts(self.layer)[0].router_columns
+            with torch.no_grad():
+                columns.zero_()[:, 0] = _ADDED_LOGIT
+        self.parameters = list(extender.patched.trainable_parameters())
+        self.hidden_states = problem.inputs.hidden_states.detach().clone()
+        self.hidden_states[:, 0] = 1.0
+        self.hidden_states.requires_grad_()
+
+    def forward(self, modality_ids: Tensor) -> Tensor:
+        """(T,) -> (T, H)"""
+        context_of(self.layer.mlp.experts).modality_ids = modality_ids
+        return self.layer.mlp(self.hidden_states[None])[0]
+
+    @torch.no_grad()
+    def error(self, modality_ids: Tensor) -> str | None:
+        """What is wrong: who is sent to the added expert, or the output of a few random tokens."""
+        out = self.forward(modality_ids)
+        _, weights, ids = self.layer.mlp.gate(self.hidden_states)
+        num_base, added = self.problem.case.shape.E, added_experts(self.layer)
+        open_to = added[0].open_to(modality_ids)[:, 0] if added else modality_ids.new_zeros(())
+        if not torch.equal((ids >= num_base).any(1), open_to.expand(len(ids)).bool()):
+            return "other rows than those of the modality are sent to the added expert"
+        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:_CHECKED]
+        some = some.to(ids.device)
+        used, ids = ids[some].unique(return_inverse=True)
+        expected = moe_mlp(
+            self.hidden_states[some].double(), ids, weights[some].double(),
+            *(self._weights(name, used) for name in ("gate_up_proj", "down_proj")),
+            backend="reference",
+        )  # fmt: skip
+        found = relative_rms(out[some], expected)
+        limit = 2 * TOLERANCES[self.problem.case.torch_dtype]
+        return None if found <= limit else f"relative RMS error {found:.1e} is above {limit:.1e}"
+
+    def _weights(self, name: str, ids: Tensor) -> Tensor:
+        """Those of a few experts in float64, added ones as the op casts them."""
+        stack = getattr(self.layer.mlp.experts, name)
+        extra = [getattr(each, name).to(stack.dtype) for each in added_experts(self.layer)]
+        return torch.stack([_pick(stack, extra, expert) for expert in ids.tolist()]).double()
+
+
+def _pick(stack: Tensor, extra: list[Tensor], expert: int) -> Tensor:
+    return stack[expert] if expert < len(stack) else extra[0][expert - len(stack)]
+
+
+def _model(problem: Problem) -> OlmoeForCausalLM:
+    """Of one layer, whose block alone has values, beside the embeddings, which say the device."""
+    case, shape = problem.case, problem.case.shape
+    config = OlmoeConfig(
+        vocab_size=8, hidden_size=shape.H, intermediate_size=shape.I, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, num_experts=shape.E,
+        num_experts_per_tok=shape.K, norm_topk_prob=True, pad_token_id=None, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config).to(case.torch_dtype)
+    block = model.model.layers[0].mlp
+    generator = torch.Generator().manual_seed(case.seed)
+    router = torch.randn(shape.E, shape.H, generator=generator) / shape.H**0.5
+    router[:, 0] = 0.0
+    values = {
+        model.model.embed_tokens: {"weight": problem.inputs.hidden_states.new_zeros(8, shape.H)},
+        block.gate: {"weight": router.to(problem.inputs.gate_up_proj)},
+        block.experts: {n: getattr(problem.inputs, n) for n in ("gate_up_proj", "down_proj")},
+    }
+    for module, tensors in values.items():
+        for name, tensor in tensors.items():
+            setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+    return model
