@@ -27,6 +27,7 @@ from tables import added_steps_table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.extension import ExpertExtender
 from moe_kernels.testing import relative_rms
 
@@ -48,8 +49,9 @@ def run(
     torch.manual_seed(seed)
     theirs = make_model(settings, device)
     ids, mask = make_batch(settings, device)
-    extender = _extended(copy.deepcopy(theirs), ids, mask, backend if device == "cuda" else None)
-    error = _error(extender.model, theirs, ids, settings)
+    backend = backend if device == "cuda" else None
+    extender = ExpertExtender(copy.deepcopy(theirs), ("image",), backend=backend)
+    error = _extend_checked(extender, theirs, ids, mask, LIMITS[settings.dtype])
     missing = _too_slow(settings)
     trained = {"ours": list(extender.patched.trainable_parameters())}
     trained |= dict.fromkeys((n for n in FULL if n not in missing), _train_all_experts(theirs))
@@ -80,25 +82,49 @@ def run(
     }
 
 
-def _extended(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, backend: str | None
-) -> ExpertExtender:
-    extender = ExpertExtender(model, ("image",), backend=backend)
+def _extend_checked(
+    extender: ExpertExtender, theirs: PreTrainedModel, ids: Tensor, mask: Tensor, limit: float
+) -> str | None:
+    """Extends the model; what is wrong with it, before or after, on a part of the batch: the logits
+    are large.
+    """
+    some, of_some = ids[:4, :256], mask[:4, :256]
+    before = _text_logits(extender.model, some)
+    error = _error_before(before, theirs, some, limit)
+    _extend(extender, ids, mask)
+    return error or _error_after(extender, before, some, of_some)
+
+
+def _extend(extender: ExpertExtender, ids: Tensor, mask: Tensor) -> None:
     batch = {"input_ids": ids, "modality_ids": mask}
     extender.score_layers([batch], steps=1, progress=False)
     extender.extend("top-half")
-    return extender
 
 
 @torch.no_grad()
-def _error(
-    ours: PreTrainedModel, theirs: PreTrainedModel, ids: Tensor, settings: Settings
-) -> str | None:
-    """Text is what it was before experts were added; else what differs. On a part of the batch."""
-    ids = ids[:4, :256]
-    actual = ours(input_ids=ids, modality_ids=torch.zeros_like(ids)).logits
-    error, limit = relative_rms(actual, theirs(input_ids=ids).logits), LIMITS[settings.dtype]
+def _text_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, modality_ids=torch.zeros_like(ids)).logits
+
+
+@torch.no_grad()
+def _error_before(text: Tensor, theirs: PreTrainedModel, ids: Tensor, limit: float) -> str | None:
+    """The patched model is transformers'; else what differs."""
+    error = relative_rms(text, theirs(input_ids=ids).logits)
     return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"
+
+
+@torch.no_grad()
+def _error_after(extender: ExpertExtender, before: Tensor, ids: Tensor, mask: Tensor) -> str | None:
+    """Text keeps its bits, and image rows choose added experts in every extended layer; or not."""
+    if not torch.equal(_text_logits(extender.model, ids), before):
+        return "text logits changed as experts were added"
+    with RoutingRecorder(extender.model) as recorder:
+        extender.model(input_ids=ids, modality_ids=mask)
+    seen = recorder.statistics()
+    num_base = extender.model.config.num_experts
+    chosen = seen.counts[:, seen.modalities.index("image"), num_base:].sum(1)
+    unused = [layer for layer in extender.patched.extensions[0].experts if not chosen[layer]]
+    return f"no image row chooses an added expert in layers {unused}" if unused else None
 
 
 def _train_all_experts(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,17 +272,27 @@ def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
     assert trained["ours"] == experts + tiny.hidden_size + calibration
     assert "full:eager" in program._too_slow(bench.bench_training_step.MODELS["olmoe"])
 
-    extended = program._extended
 
-    def disturbed(*args):
-        extender = extended(*args)
-        with torch.no_grad():
-            extender.model.lm_head.weight.mul_(1.01)
-        return extender
+@pytest.mark.parametrize("what", ["another model", "text", "unused"])
+def test_steps_with_added_experts_that_are_wrong_get_no_bar(bench, monkeypatch, what):
+    program, options = bench.bench_added_experts, bench._runs.Options(rounds=1)
+    extend, text_logits, shut = program._extend, program._text_logits, ExitStack()
 
-    monkeypatch.setattr(program, "_extended", disturbed)
-    record = program.run(tiny, options)
-    assert "relative RMS" in record["providers"]["ours"]["error"]
+    def disturbed(extender, *batch):
+        extend(extender, *batch)
+        if what == "unused":
+            shut.enter_context(extender.disabled())
+        else:
+            with torch.no_grad():
+                extender.model.lm_head.weight[0, 0].mul_(1.01)
+
+    monkeypatch.setattr(program, "_extend", disturbed)
+    if what == "another model":
+        monkeypatch.setattr(program, "_text_logits", lambda *args: text_logits(*args) * 1.01)
+    with shut:
+        record = program.run(bench.bench_training_step.MODELS["tiny"], options)
+    wrong = {"another model": "relative RMS", "text": "text logits", "unused": "no image row"}
+    assert wrong[what] in record["providers"]["ours"]["error"]
     assert bench.bars._added_step_bar(record).met is None
 
 
