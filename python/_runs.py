@@ -74,7 +74,7 @@ class Stages:
         folder = self.root / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
         if not (folder / "stage.json").exists():
             console.print(f"[bold]{name}[/]")
-            partial = folder.with_suffix(".partial")
+            partial = folder.with_name(f"{folder.name}.partial")
             place = Place(partial)
             try:
                 result = build(place)

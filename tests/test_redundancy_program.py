@@ -192,6 +192,20 @@ def test_a_rate_that_diverges_is_not_chosen(program, tmp_path, monkeypatch):
         assert min(losses, key=losses.get) == "4"
 
 
+def test_an_interrupted_stage_is_not_taken_for_another_rate(program, tmp_path):
+    import _runs
+
+    def build(place):
+        (place.folder / "begun").touch()
+        raise KeyboardInterrupt
+
+    stages = _runs.Stages(tmp_path)
+    for rate in (0.001, 0.003):
+        with pytest.raises(KeyboardInterrupt):
+            stages.run(f"tune-{rate:g}", {"lr": rate}, build)
+    assert len(list(tmp_path.glob("*.partial/begun"))) == 2
+
+
 def test_memory_is_that_of_the_process_and_not_of_its_parent(program):
     """The peak of a large parent, which getrusage hands on, is not counted."""
     code = (
