@@ -37,7 +37,8 @@ CORE_HOURS, CORE_HOURS_LATER = 3.5, 0.5
 LEARNING_RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 # At equal trained parameters: 16 experts at rank 8, 8 at rank 11 and the whole at rank 16 train
 # 57,344, 56,320 and 57,344 numbers a layer, a copy of 149 neurons 57,216. On the OLMoE, rank 16
-# trains 114,688, a copy of 298 neurons 114,432, and 19 experts in four layers 117,344 in the mean.
+# trains 114,688, a copy of 298 neurons 114,432, and 19 experts in four layers with their
+# calibrations 118,008 in the mean.
 RUNS = {
     "plora": Run(samples=True, look=True),
     "plora-attention": Run(targets=("attention",), samples=True),

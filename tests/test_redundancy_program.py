@@ -300,7 +300,8 @@ def test_the_page_is_the_one_that_the_json_gives(page):
 )
 def test_what_is_compared_as_equal_trains_as_many_parameters(shared, names):
     counts = [float(shared.parameters(published(), name).replace(",", "")) for name in names]
-    assert max(counts) < 1.03 * min(counts)
+    # Added experts come whole, with their calibration.
+    assert max(counts) < 1.04 * min(counts)
 
 
 @pytest.mark.skipif(
