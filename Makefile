@@ -4,9 +4,9 @@
 # make test-sanitized  the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   the integration tests on the oldest supported transformers
 # make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
-# make results   measure the claims about expert redundancy and about added experts, write
-#                docs/results/redundancy.md and moextend.md (hours)
-# make results-quick   a few of their runs again, beside what the pages say (about 10 minutes)
+# make results   measure the claims about expert redundancy and about added experts (hours); the
+#                whole of docs/results/redundancy.md: RESULTS="--emoji FOLDER --real MODEL"
+# make results-quick   a few of its runs again, beside what the page says (5 minutes)
 # make check-gpu-code   compile the GPU kernels for GPUs that need not be there; what they cost
 # make lint      ruff: lint and format
 #
@@ -95,7 +95,6 @@ results: $(INSTALLED)
 
 results-quick: $(INSTALLED)
 	$(PY) python/redundancy.py --remake
-	$(PY) python/moextend.py --remake
 
 check-gpu-code: $(INSTALLED)
 	$(PY) benchmarks/cost_model.py

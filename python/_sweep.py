@@ -205,24 +205,15 @@ def sweep_parser(name: str, description: str, runs: Sequence[str]) -> argparse.A
     return parser
 
 
-def keep_published(
-    program: Program, file: Path, names: Sequence[str], seeds: Sequence[int]
-) -> None:
-    """Raises ValueError where fewer runs would take the place of a file with more."""
-    if not file.exists():
-        return
-    there = json.loads(file.read_text())["runs"]
-    lost = [
+def would_lose(file: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Runs of a file that these runs and seeds are without."""
+    there = json.loads(file.read_text())["runs"] if file.exists() else {}
+    return [
         f"{name} of seed {seed}"
         for name, run in there.items()
         for seed in run["seeds"]
         if name not in names or int(seed) not in seeds
     ]
-    if lost:
-        raise ValueError(
-            f"{file} has {len(lost)} runs that this command would leave out, such as {lost[0]}: "
-            "give --results another folder, or move the file"
-        )
 
 
 def run_program(program: Program, given: argparse.Namespace) -> int:
@@ -230,16 +221,29 @@ def run_program(program: Program, given: argparse.Namespace) -> int:
     kind = "-quick" if given.quick else "-remade" if given.remake else ""
     out = given.out or Path("out") / (program.name + kind)
     results = given.results or (out if given.quick else RESULTS)
-    file = results / f"{program.name}.json"
     seeds = given.seeds or SEEDS[: 1 if given.quick else None]
     names = given.runs or list(program.quick_runs if given.quick else program.runs)
+    published = results / f"{program.name}.json"
+    if not (given.page or given.remake) and (lost := would_lose(published, names, seeds)):
+        if given.results:
+            console.print(
+                f"error: {published} has {lost[0]}, which this command leaves out; give --results "
+                "another folder",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
+            return 1
+        results = out
+        console.print(
+            f"{published} has {lost[0]}, which this command leaves out: the page goes to {out}",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    file = results / f"{program.name}.json"
 
     def work() -> None:
         if given.remake:
             published = json.loads(file.read_text())
             return Sweep(program, program.budget, out).remake(published)
         if not given.page:
-            keep_published(program, file, names, seeds)
             budget = program.quick_budget if given.quick else program.budget
             measured = Sweep(program, budget, out).everything(seeds, names, not given.no_cost)
             write_text(file, json.dumps(measured) + "\n")

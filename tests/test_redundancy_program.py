@@ -247,14 +247,22 @@ def test_added_rows_learn_at_the_rate_that_the_run_says(program):
     assert torch.equal(table, before[0]) and not torch.equal(head, before[1])
 
 
-def test_a_page_does_not_lose_runs_to_a_smaller_sweep(program, tmp_path, capsys):
+def test_a_page_does_not_lose_runs_to_a_smaller_sweep(program, tmp_path, capsys, monkeypatch):
     runs = {"plora": {"seeds": {"0": {}, "7": {}}}}
     (tmp_path / "redundancy.json").write_text(json.dumps({"runs": runs}))
-    command = ["--seeds", "0", "--runs", "plora", "--results", str(tmp_path)]
-    assert program.main([*command, "--out", str(tmp_path / "out")]) == 1
-    assert "plora of seed 7" in capsys.readouterr().out
+    command = ["--seeds", "0", "--runs", "plora", "--out", str(tmp_path / "out")]
+    assert program.main([*command, "--results", str(tmp_path)]) == 1
+    assert "plora of seed 7" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+    # Without --results it goes where the runs are.
+    import _sweep
+
+    monkeypatch.setattr(_sweep, "RESULTS", tmp_path)
+    monkeypatch.setattr(_sweep.Sweep, "everything", lambda *_: {"runs": {}})
+    monkeypatch.setattr(program, "write_page", lambda file, folder: None)
+    assert program.main(command) == 0
+    assert json.loads((tmp_path / "out" / "redundancy.json").read_text()) == {"runs": {}}
     assert json.loads((tmp_path / "redundancy.json").read_text()) == {"runs": runs}
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out" / "stages").iterdir())
 
 
 @pytest.mark.parametrize(("loss", "changed", "code"), [(1.01, 0, 0), (1.5, 0, 1), (1.0, 3, 1)])
