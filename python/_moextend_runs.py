@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,11 @@ from _questions import (
     as_text,
     ask,
     ask_words,
+    collate_text,
+    encode,
     grade_words,
     joined_batches,
     load_encoded,
-    score,
     train_encoder,
 )
 from _redundancy_runs import trained_parameters
@@ -32,13 +34,20 @@ from _runs import Place, Stages, mean_nll, train
 from _text_model import TextModelSettings, load_text_model, pretrain
 from _text_to_image import compare_text, text_logits, text_nll
 from _texts import documentation, source_code, text_blocks
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.extension import ExpertExtender, LayerScores
+from moe_kernels.imaging import IGNORE_INDEX
 
 KINDS = ("digit", "sum")
+# Who may choose added experts: tokens of pictures, all tokens of a sequence, or every token. Source
+# code has the task's id at every token, so that the first two are one.
+GATES = {"pictures": ("modality", "sequence", "none"), "code": ("modality", "none")}
 TEXT_BATCH = 32
+# The order in which random halves of the layers are handed out, the same for all runs.
+HALVES_SEED, DRAWS = 2408, ("random-a", "random-b", "random-c")
 # Ranks whose updates have about as many parameters as an expert in every second layer.
 LORA_RANKS = {"experts": 1, "attention": 5}
 
@@ -51,9 +60,9 @@ class Run:
     method: "extension" (added experts, their router columns, calibration), "projector" (it goes on
         alone), "full" (the whole language model), "lora" (low-rank updates on the task's tokens),
         "all_tokens" (the same on every token)
-    gate: who may choose added experts: "modality" (tokens of pictures), "sequence" (all tokens of a
-        sequence of the task), "none" (every token, as published)
-    layers: of ``ExpertExtender.extend``, or "random"
+    gate: who may choose added experts, or gets low-rank updates: "modality" (tokens of pictures),
+        "sequence" (all tokens of a sequence of the task), "none" (every token, as published)
+    layers: of ``ExpertExtender.extend``, or one of DRAWS
     lr: None: the one that was tuned
     """
 
@@ -67,12 +76,52 @@ class Run:
     lr: float | None = None
 
     @property
+    def whole_sequences(self) -> bool:
+        """Whether a sequence's tokens all have the modality; without a gate it is only a name."""
+        return self.task == "code" or self.gate != "modality"
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether what trains works on text without ids, too."""
+        if self.method == "extension":
+            return self.gate == "none"
+        return self.method in ("full", "all_tokens")
+
+    @property
+    def decides(self) -> Run:
+        """The run on which the learning rate is tuned.
+
+        One that computes the same on the task, where there is one: all tokens of a sequence have
+        the task's modality, or there is no gate. Else itself, on layers that no score chose, so
+        that no choice of layers has a rate of its own.
+        """
+        run = dataclasses.replace(self, lr=None)
+        if run.method == "lora" and run.whole_sequences:
+            return Run(run.task, "all_tokens")
+        if run.method != "extension":
+            return run
+        if run.gate == "none" and run.init == "most_selected_tuned":
+            return run
+        if run.gate == "none":
+            run = dataclasses.replace(run, gate=GATES[run.task][-2])
+        layers = "all" if run.layers == "all" else "interval"
+        return dataclasses.replace(run, layers=layers)
+
+    @property
     def trains(self) -> str:
         """Runs that share a learning rate."""
+        run = self.decides
         gates = {"modality": "gated", "sequence": "gated by sequence", "none": "as published"}
-        method = self.method.replace("_", " ")
-        what = f"added experts, {gates[self.gate]}" if method == "extension" else method
-        return f"{self.task}: {what}"
+        what = run.method.replace("_", " ")
+        if run.method == "extension":
+            default = Run()
+            variant = [
+                f"{name} {getattr(run, name)}".lower()
+                for name in ("experts", "init", "calibration")
+                if getattr(run, name) != getattr(default, name) and run.gate != "none"
+            ] + ["all layers"] * (run.layers == "all")
+            what = ", ".join(["added experts", gates[run.gate], *variant])
+        return f"{run.task}: {what}"
 
 
 @dataclass(frozen=True)
@@ -110,8 +159,7 @@ class Ground:
     def folder(self) -> Path:
         """Of the base, which knows documentation and questions in words."""
         settings, count = self.text_settings, self.budget.word_questions
-        # Sums are the harder ones.
-        words = as_text(ask_words(DIGITS, (*KINDS, "sum"), count, self.seed))
+        words = as_text(self.learnt_words)
         return self.stages.run(
             f"base-{self.seed}", dataclasses.asdict(settings) | {"word_questions": count},
             lambda place: pretrain(settings, place, words),
@@ -127,6 +175,11 @@ class Ground:
     @cached_property
     def blocks(self) -> torch.Tensor:
         return text_blocks(self.tokenizer, documentation()["test"], 128, 128)[:64]
+
+    @cached_property
+    def learnt_words(self) -> list[WordQuestion]:
+        """What the base learnt; sums are the harder ones."""
+        return ask_words(DIGITS, (*KINDS, "sum"), self.budget.word_questions, self.seed)
 
     @cached_property
     def words(self) -> list[WordQuestion]:
@@ -153,6 +206,18 @@ class Ground:
         stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         split = {name: tensor.split(TEXT_BATCH) for name, tensor in stacked.items()}
         return [dict(zip(split, each, strict=True)) for each in zip(*split.values(), strict=True)]
+
+    @property
+    def plain(self) -> dict[str, list[dict[str, torch.Tensor]]]:
+        """Batches of text without ids, by what it is: all that a gate should leave as it was."""
+        words = [encode(self.tokenizer, each.prompt, each.answer) for each in self.words]
+        return {
+            "code": [without_ids(batch) for batch in self.code_batches("test")],
+            "words": [
+                collate_text(self.tokenizer, words[start : start + 100])
+                for start in range(0, len(words), 100)
+            ],
+        }
 
     # --- pictures
 
@@ -206,32 +271,60 @@ class Ground:
         extender.patched.load_adapter(folder / "adapter")
         return extender.projector().state_dict()
 
-    def scores(self, task: str) -> LayerScores:
-        """Of the layers for a task, by what is held out to choose."""
+    def score_batches(self, viewer: Viewer | None, half: int) -> list[dict[str, torch.Tensor]]:
+        """What layers are scored by: one half (0 or 1) of what is held out to choose."""
+        size = self.budget.batch
+        if viewer is None:
+            names, items = ("input_ids", "labels", "modality_ids"), self.code["choice"]
+            each = len(items) // 2
+            items = items[half * each : (half + 1) * each]
+            return [
+                {name: torch.stack([item[name] for item in items[i : i + size]]) for name in names}
+                for i in range(0, each, size)
+            ]
+        held_out = self.held_out["choice"]
+        each = len(held_out) // 2
+        asked = held_out.questions[half * each : (half + 1) * each]
+        return joined_batches(viewer, dataclasses.replace(held_out, questions=asked), size)
+
+    def scores(self, task: str, gate: str, half: int = 0) -> LayerScores:
+        """Of the layers, by the tokens that may choose added experts behind this gate."""
 
         def build(place: Place) -> dict[str, Any]:
-            extender, viewer = start(self, Run(task=task), self.load()[0])
-            steps, batch = self.budget.score_steps, self.budget.batch
-            if task == "pictures":
-                return score(viewer, self.held_out["choice"], steps=steps, batch=batch).to_dict()
+            extender, viewer = start(self, Run(task, gate=gate), self.load()[0])
             return extender.score_layers(
-                self.code_batches("choice"), steps, progress=False
-            ).to_dict()
+                self.score_batches(viewer, half), self.budget.score_steps,
+                count="all" if gate == "none" else "modality", progress=False,
+            ).to_dict()  # fmt: skip
 
-        name = f"scores-{task}-{self.seed}"
-        self.stages.run(name, self._inputs | {"task": task}, build)
+        name = f"scores-{task}-{gate}-{half}-{self.seed}"
+        self.stages.run(name, self._inputs | {"task": task, "gate": gate, "half": half}, build)
         return LayerScores.from_dict(self.stages.results[name])
 
     def to_dict(self) -> dict[str, Any]:
         """What was found before any run."""
-        found = {f"scores_{task}": self.scores(task).to_dict() for task in ("pictures", "code")}
+        gates = [(task, gate) for task, each in GATES.items() for gate in each]
+        found = {
+            name: {
+                f"{task}-{gate}": self.scores(task, gate, half).to_dict()
+                for task, gate in gates
+                if half == 0 or gate != "none"
+            }
+            for half, name in enumerate(("scores", "scores_again"))
+        }
         _ = self.pictures, self.projector  # their stages
         encoder = self.stages.results[f"encoder-{self.seed}"]
         aligned = self.stages.results[f"align-{self.seed}"]
         model, tokenizer = self.load()
+        learnt = {each.prompt for each in self.learnt_words}
         return found | {
             "encoder_accuracy": encoder["accuracy"],
             "words": grade_words(model, tokenizer, self.words),
+            "words_learnt": sum(each.prompt in learnt for each in self.words) / len(self.words),
+            "prompts_learnt": {
+                kind: len({each.prompt for each in self.learnt_words if each.kind == kind})
+                for kind in KINDS
+            },
             "code_nll": mean_nll(model, [without_ids(b) for b in self.code_batches("test")]),
             **{name: aligned[name] for name in ("test", "most_common_answer")},
         }
@@ -256,17 +349,18 @@ def arguments(budget: Budget, batch: int, seed: int) -> dict[str, Any]:
 def start(ground: Ground, run: Run, model: PreTrainedModel) -> tuple[ExpertExtender, Viewer | None]:
     """The model, patched, with the aligned projector and nothing added yet."""
     name = "image" if run.task == "pictures" else "task"
+    whole = (name,) if run.whole_sequences else ()
     if run.method in ("lora", "all_tokens"):
         attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), LORA_RANKS["attention"])
         config = ModalityLoraConfig(
             r=LORA_RANKS["experts"], lora_alpha=2 * LORA_RANKS["experts"], modalities=(name,),
             rank_pattern=attention, alpha_pattern={key: 2 * r for key, r in attention.items()},
+            sequence_modalities=whole,
         )  # fmt: skip
         torch.manual_seed(ground.seed)
         patch_model(model, config)
         extender = ExpertExtender(model)
     else:
-        whole = (name,) if run.task == "code" or run.gate == "sequence" else ()
         extender = ExpertExtender(model, (name,), sequence_modalities=whole)
     if run.method == "full":
         train_base_experts(model)
@@ -276,7 +370,7 @@ def start(ground: Ground, run: Run, model: PreTrainedModel) -> tuple[ExpertExten
     projector = extender.add_projector(ground.pictures["train"].features.shape[-1])
     projector.load_state_dict(weights)
     projector.requires_grad_(run.method == "projector")
-    return extender, Viewer(extender, whole_sequences=run.gate == "sequence")
+    return extender, Viewer(extender, whole_sequences=run.whole_sequences)
 
 
 def train_base_experts(model: PreTrainedModel) -> None:
@@ -284,8 +378,8 @@ def train_base_experts(model: PreTrainedModel) -> None:
     model.set_experts_implementation("grouped_mm")
 
 
-def add(ground: Ground, run: Run, extender: ExpertExtender) -> tuple[int, ...]:
-    """What trains; the layers that got experts."""
+def add(ground: Ground, run: Run, extender: ExpertExtender) -> dict[str, tuple[int, ...]]:
+    """What trains; for JSON, the layers that got experts, and the experts that were copied."""
     if run.method == "all_tokens":
         extender.model.token_modality.fill_(1)
     if run.method == "full":
@@ -293,30 +387,70 @@ def add(ground: Ground, run: Run, extender: ExpertExtender) -> tuple[int, ...]:
         if run.task == "pictures":
             extender.projector().requires_grad_(False)
     if run.method != "extension":
-        return ()
+        return {"layers": (), "sources": ()}
     config = extender.extend(
         chosen_layers(run.layers, extender.layers, ground.seed), run.experts, init=run.init,
         modality_gate=run.gate != "none", calibration=run.calibration,
-        scores=ground.scores(run.task), seed=ground.seed,
+        scores=ground.scores(run.task, run.gate), seed=ground.seed,
     )  # fmt: skip
-    return tuple(config.experts)
+    return {
+        "layers": tuple(config.experts),
+        "sources": tuple((config.sources or {}).values()),
+    }
 
 
 def chosen_layers(layers: str, there: tuple[int, ...], seed: int) -> str | list[int]:
-    """As ``extend`` takes them; a random half is another one for each seed."""
-    if layers != "random":
+    """As ``extend`` takes them; no random half comes twice before all have come."""
+    if layers not in DRAWS:
         return layers
-    rng = np.random.default_rng(seed)
-    return sorted(rng.choice(there, size=len(there) // 2, replace=False).tolist())
+    halves = list(itertools.combinations(there, len(there) // 2))
+    order = np.random.default_rng(HALVES_SEED).permutation(len(halves))
+    place = len(DRAWS) * seed + DRAWS.index(layers)
+    return list(halves[order[place % len(halves)]])
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, texts: dict[str, list[dict[str, torch.Tensor]]]) -> dict[str, Any]:
+    """By text, the logits (tokens, V) of its real tokens, and the nats a token with a label."""
+    found = {}
+    for name, batches in texts.items():
+        logits, nll, count = [], 0.0, 0
+        for batch in batches:
+            scores = model(**{key: batch[key] for key in batch if key != "labels"}).logits
+            labels = batch["labels"][:, 1:]
+            nll += float(
+                F.cross_entropy(
+                    scores[:, :-1].mT, labels, ignore_index=IGNORE_INDEX, reduction="sum"
+                )
+            )
+            count += int((labels != IGNORE_INDEX).sum())
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            logits.append(scores[real == 1])
+        found[name] = (torch.cat(logits), nll / count)
+    return found
+
+
+def compare_plain(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of two results of :func:`read`."""
+    return {
+        name: {
+            "tokens": len(logits),
+            "logits_changed": int((after[name][0] != logits).sum()),
+            "nll_before": nll,
+            "nll_after": after[name][1],
+        }
+        for name, (logits, nll) in before.items()
+    }
 
 
 def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, Any]:
     model, tokenizer = ground.load()
-    vocab_size, blocks = model.config.vocab_size, ground.blocks
+    vocab_size, blocks, plain = model.config.vocab_size, ground.blocks, ground.plain
     unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
     extender, viewer = start(ground, run, model)
     before = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    result: dict[str, Any] = {"layers": add(ground, run, extender)}
+    plain_before = read(model, plain)
+    result: dict[str, Any] = add(ground, run, extender)
     result["text_nll_at_step_0"] = text_nll(
         text_logits(model, blocks, vocab_size, TEXT_BATCH), blocks
     )
@@ -335,6 +469,8 @@ def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, 
         "choice_nll": grades["choice"]["nll"],
         "test_nll": grades["test"]["nll"],
         "text": compare_text(unpatched, before, after, blocks),
+        "max_abs_logit_difference_by_patching": float((before - unpatched).abs().max()),
+        "plain": compare_plain(plain_before, read(model, plain)),
         "words": grade_words(model, tokenizer, ground.words),
         "samples_per_second": history["samples_per_second"],
     }

@@ -36,10 +36,12 @@ class Program:
     runs: by name, dataclasses with ``trains``, what runs that share a learning rate have in common,
         and ``lr``, None where that rate is tuned
     quick_runs: those of --quick and --remake
+    learning_rates: to choose from, or (run) -> those for what trains as it does
     tuned: the run whose learning rate those like it take
     ground: (budget, seed, stages) -> what all runs of a seed stand on
     measure: (ground, run, learning rate, place) -> a result, for JSON, with ``choice_nll``,
         ``test_nll`` and ``text``
+    tuning_figures: those of a result that are told of each run that chose a learning rate
     cost: (ground) -> what a training step costs, for JSON
     core_hours, core_hours_later: what the runs may take, set before they were made, and what was
         added when some of them were seen
@@ -55,7 +57,7 @@ class Program:
     quick_runs: Sequence[str]
     budget: Any
     quick_budget: Any
-    learning_rates: Sequence[float]
+    learning_rates: Sequence[float] | Callable[[Any], Sequence[float]]
     tuned: Callable[[Any], Any]
     ground: Callable[[Any, int, Stages], Any]
     measure: Callable[[Any, Any, float, Place], dict[str, Any]]
@@ -67,6 +69,11 @@ class Program:
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     core_hours_later: float = 0.0
+    tuning_figures: Sequence[str] = ()
+
+    def rates_of(self, run: Any) -> Sequence[float]:
+        rates = self.learning_rates
+        return rates(run) if callable(rates) else rates
 
 
 class Sweep:
@@ -101,10 +108,10 @@ class Sweep:
         families = {run.trains: self.program.tuned(run) for run in reversed(runs) if run.lr is None}
         tuned = {}
         for trains, run in families.items():
-            name = "tune-" + re.sub("[^a-z0-9]+", "-", trains)
+            name = tuning_name(trains)
             tuned[trains] = {
                 f"{lr:g}": self.choice_loss(f"{name}-{lr:g}", run, lr)
-                for lr in self.program.learning_rates
+                for lr in self.program.rates_of(run)
             }
         return tuned
 
@@ -115,6 +122,15 @@ class Sweep:
         except FloatingPointError:
             return math.inf
         return loss if math.isfinite(loss) else math.inf
+
+    def tuning_figures(self, tuned: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """More of the runs that chose, by what trains and learning rate."""
+
+        def told(trains: str, lr: str) -> dict[str, Any]:
+            result = self.stages.results.get(f"run-{TUNING_SEED}-{tuning_name(trains)}-{lr}", {})
+            return {name: result[name] for name in self.program.tuning_figures if name in result}
+
+        return {trains: {lr: told(trains, lr) for lr in rates} for trains, rates in tuned.items()}
 
     def cost(self) -> dict[str, Any]:
         """On the tuning seed's base, alone on the machine if the figures are to mean anything."""
@@ -148,7 +164,12 @@ class Sweep:
                 "core_hours": program.core_hours,
                 "core_hours_later": program.core_hours_later,
             },
-            "tuning": {"seed": TUNING_SEED, "choice_nll": tuned, "learning_rate": rates},
+            "tuning": {
+                "seed": TUNING_SEED,
+                "choice_nll": tuned,
+                "learning_rate": rates,
+                **({"figures": self.tuning_figures(tuned)} if program.tuning_figures else {}),
+            },
             "grounds": grounds,
             "runs": {name: run for name, run in runs.items() if run["seeds"]},
             "seconds": self.seconds(),
@@ -187,6 +208,10 @@ class Sweep:
         console.print(listing)
         if off:
             raise ValueError(f"{', '.join(off)}: not what the page says, to {REMADE} nats a token")
+
+
+def tuning_name(trains: str) -> str:
+    return "tune-" + re.sub("[^a-z0-9]+", "-", trains)
 
 
 def sweep_parser(name: str, description: str, runs: Sequence[str]) -> argparse.ArgumentParser:
