@@ -697,7 +697,12 @@ def tried_rates(data: Results) -> dict[str, dict[str, tuple[float, float]]]:
     """What trains and changes text -> learning rate -> change of text loss, loss on the task."""
     found = {}
     for trains, rates in data["tuning"]["figures"].items():
-        told = {lr: figures for lr, figures in rates.items() if "text" in figures}
+        # A rate that is too high to train at all leaves none, or no numbers.
+        told = {
+            lr: figures
+            for lr, figures in rates.items()
+            if "text" in figures and np.isfinite([forgotten(figures), figures["test_nll"]]).all()
+        }
         points = {lr: (forgotten(each), each["test_nll"]) for lr, each in told.items()}
         if any(each["text"]["logits_changed_by_training"] for each in told.values()):
             found[trains] = points

@@ -536,6 +536,9 @@ def test_every_run_and_comparison_is_on_the_page(program, page, tmp_path):
     ):
         assert f" {claim}" in text, claim
     assert "| pictures: full | 0.0001 |" in text and "| pictures: lora | 0.001 |" not in text
+    rates = data["tuning"]["figures"]["pictures: full"]
+    rates["0.01"], rates["0.003"]["test_nll"] = {}, float("nan")
+    assert list(page.tried_rates(data)["pictures: full"]) == ["0.0001", "0.0003", "0.001"]
     page.draw_pictures(data, tmp_path)
     assert len(list(tmp_path.glob("moextend-*.png"))) == 4
 
