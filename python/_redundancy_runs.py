@@ -48,7 +48,7 @@ GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained. Equal runs of different groups are one run.
+    """What is trained, and how.
 
     base: "olmoe"; "ExK", the dense parent as E experts of which K serve a token, healed; or "real",
         a pretrained Mixture of Experts
