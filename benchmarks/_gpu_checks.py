@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import _providers
@@ -27,7 +29,7 @@ SANITIZERS = {
 }
 # Rows of 82 bytes and few of them an expert; whole vectors, and tiles with many rows.
 SANITIZED = (("odd", 37), ("small", 1024))
-PROFILED = {"triton": "gate_up|act_backward", "cuda": "expert_gemm"}
+PROFILED = "gate_up|act_backward|expert_gemm"
 # A row's error may be so many times what all of them may have together.
 ROW_FACTOR = 4
 
@@ -48,25 +50,29 @@ def run_tests(given: Namespace) -> dict:
 
 
 def sanitize(given: Namespace) -> dict:
-    """What compute-sanitizer says of small layers, forward and backward, by tool and shape."""
-    found = {}
-    for shape, tokens in SANITIZED:
-        program = [*_one_layer(given, shape), "--tokens", str(tokens)]
-        if shutil.which("compute-sanitizer"):
-            _run(program, given, TOOL_SECONDS)  # compiles what is looked at then
-        for tool in SANITIZERS[given.backend]:
-            command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *program]
-            # A caching allocator would lend each tensor a part of a large block.
-            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            found[f"{tool} {shape}"] = _run(command, given, TOOL_SECONDS, **alone)
-    return found
+    """What compute-sanitizer says of small layers, forward and backward, by tool and shape; all at
+    once, since a tool keeps a core busy and the GPU idle.
+    """
+    # A caching allocator would lend each tensor a part of a large block.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with ThreadPoolExecutor() as pool:
+        running = {}
+        for shape, tokens in SANITIZED:
+            program = [*_one_layer(given, shape), "--tokens", str(tokens)]
+            if shutil.which("compute-sanitizer"):
+                _run(program, given, TOOL_SECONDS)  # compiles what is looked at then
+            for tool in SANITIZERS[given.backend]:
+                command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *program]
+                job = partial(_run, command, given, TOOL_SECONDS, **alone)
+                running[f"{tool} {shape}"] = pool.submit(job)
+        return {name: job.result() for name, job in running.items()}
 
 
 def profile_counters(given: Namespace) -> dict:
     """What ncu says of the two large kernels, on the first of the timed layers."""
     name, tokens, _ = given.layers[0]
     command = [
-        "ncu", "--clock-control", "none", "--kernel-name", f"regex:{PROFILED[given.backend]}",
+        "ncu", "--clock-control", "none", "--kernel-name", f"regex:{PROFILED}",
         "--launch-count", "2", "--section", "SpeedOfLight", "--section", "ComputeWorkloadAnalysis",
         "--section", "MemoryWorkloadAnalysis", "--section", "Occupancy",
     ]  # fmt: skip

@@ -144,6 +144,7 @@ def measure_kernels(given: Namespace) -> dict:
     problem = make_problem(case)
     runner = _providers.set_up(ours(given), problem)
     runner.backward(runner.forward(), problem.grad_out)
+    runner.clear()  # or the gradients would be added to these
     on_gpu = given.device == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:

@@ -15,9 +15,11 @@ from moe_kernels import _native, env
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-# What `backend=None` tries, best first, for tensors on a device type. Neither Triton's kernels nor
-# those in CUDA have run on a GPU yet: they must be named.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+# What `backend=None` tries, best first, for tensors on a device type.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# What the backends of GPUs compute in; for others `backend=None` is the reference there.
+_ON_GPUS = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
 
 _MODULES = {
     "reference": "reference",
@@ -52,9 +54,14 @@ _why_not._dynamo_marked_constant = True
 def _why_no_triton() -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
-    if triton_is_interpreted() or torch.cuda.is_available():
+    if triton_is_interpreted():
         return None
-    return "no CUDA device (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
+    if not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"the kernels need compute capability 8.0 or later, this device has {major}.{minor}"
+    return None
 
 
 def _why_no_cuda() -> str | None:
@@ -78,13 +85,14 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def select(backend: str | None, device: torch.device) -> str:
-    """The backend to run on for tensors on ``device``.
+def select(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend to run on for tensors of ``dtype`` on ``device``.
 
     Args:
         backend: a name of :data:`NAMES`: that one or an error. None: the best that works, in an
             order that the environment variable ``MOE_KERNELS_BACKEND`` can override.
         device: where the op's tensors are.
+        dtype: what is computed in; None's choice follows it, a name that is given does not.
 
     Raises:
         ValueError: the name is unknown.
@@ -93,7 +101,8 @@ def select(backend: str | None, device: torch.device) -> str:
     """
     backend = backend or env.backend()
     if backend is None:
-        order = _ORDER.get(device.type, ("reference",))
+        known = device.type == "cpu" or dtype in _ON_GPUS
+        order = _ORDER.get(device.type, ("reference",)) if known else ("reference",)
         return next(name for name in order if _why_not(name) is None)
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(NAMES)}")

@@ -19,19 +19,23 @@ _DISTRIBUTIONS = {
     "POT": "POT",
 }
 
-_VECTORS = " for bfloat16 and float16 in sizes that 8 divides, else Triton"
+_SMALL = " before sm_90, from there on Triton"
+_PRODUCTS = " before sm_90 for bfloat16 and float16 in sizes that 8 divides, else Triton"
 _PAIRS = " up to 2,399 pairs of an expert and a modality, else Triton"
 # What a layer is made of -> the native op that does it under backend "cuda", and for what.
 _CUDA_OPS = {
     "dispatch": ("dispatch", _PAIRS),
     "tile maps": ("tile_maps", _PAIRS),
-    "x A^T and dy B": ("project", ""),
-    "dA, dB and added experts' dW": ("outer", ""),
-    "gate and up, with SwiGLU": ("gate_up", _VECTORS),
-    "down, and d(hidden_states)": ("product", _VECTORS),
-    "d(pre-activation)": ("act_backward", _VECTORS),
+    "x A^T and dy B": ("project", _SMALL),
+    "dA, dB and added experts' dW": ("outer", _SMALL),
+    "gate and up, with SwiGLU": ("gate_up", _PRODUCTS),
+    "down, and d(hidden_states)": ("product", _PRODUCTS),
+    "d(pre-activation)": ("act_backward", _PRODUCTS),
     "combine": ("combine", " for rows of whole 16 bytes, else Triton"),
-    "lora_linear's u B^T": ("add_low_rank", _VECTORS),
+    "lora_linear's u B^T": (
+        "add_low_rank",
+        " for bfloat16 and float16 in sizes that 8 divides, else Triton",
+    ),
 }
 
 
@@ -51,10 +55,9 @@ def _devices() -> list[str]:
 
 
 def _cuda_ops() -> dict[str, str]:
-    """Whose kernels the backend "cuda" runs; none of them has run on a GPU yet."""
+    """Whose kernels the backend "cuda" runs."""
     return {
-        name: (f"CUDA{where}" if _native.has_cuda_kernel(op) else "Triton")
-        + " (experimental: not yet run on a GPU)"
+        name: f"CUDA{where}" if _native.has_cuda_kernel(op) else "Triton"
         for name, (op, where) in _CUDA_OPS.items()
     }
 

@@ -65,7 +65,10 @@ else:
 
 @pytest.fixture(autouse=True)
 def cuda_for_triton(monkeypatch):
-    """The cases name "triton", which can be named without a GPU too."""
+    """The cases name "triton", which can be named without a GPU too. The extension's products are
+    looked at on every device.
+    """
+    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 1000)
     implementation = backends.implementation
     monkeypatch.setattr(
         backends,
@@ -182,6 +185,13 @@ def test_a_layer_calls_the_native_ops(calls, variant, outers):
     assert sorted(names[6:]) == [*backward, "tile_maps"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_hopper_has_its_products_from_triton(calls, monkeypatch, dtype):
+    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 90)
+    check(dtype, replace(VECTORS, r=24), num_modalities=2, num_extra=1)
+    assert {name for name, _ in calls} == {"dispatch_with_maps", "tile_maps", "combine"}
+
+
 @pytest.mark.parametrize(
     ("odd", "missing"),
     [
@@ -250,6 +260,8 @@ def outcome(name, arguments):
         return [arguments[0]]
     if isinstance(returned, torch.Tensor):
         returned = [returned]
+    if name == "dispatch_with_maps":
+        return [*returned[:-1], *returned[-1]]
     if name == "outer":
         sums, projected = returned
         written = torch.zeros(len(projected), dtype=torch.bool, device=sums.device)

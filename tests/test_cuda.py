@@ -58,7 +58,8 @@ def works(monkeypatch):
 def test_it_works_where_everything_is_there(works):
     assert backends.available()["cuda"] is None
     assert backends.select("cuda", torch.device("cuda")) == "cuda"
-    assert backends.select(None, torch.device("cuda")) == "reference"
+    assert backends.select(None, torch.device("cuda")) == "cuda"
+    assert backends.select(None, torch.device("cuda"), torch.float64) == "reference"
     works.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="'cuda' needs tensors on a CUDA device, got cpu"):
         backends.select("cuda", torch.device("cpu"))
@@ -105,8 +106,8 @@ def test_the_info_page_says_whose_kernels_run(works, capsys):
     works.setattr(_native, "has_cuda_kernel", lambda op: op in ("dispatch", "combine"))
     found = info.collect()["backend cuda"]
     assert found["dispatch"].startswith("CUDA up to 2,399 pairs")
-    assert found["combine"].endswith("else Triton (experimental: not yet run on a GPU)")
-    assert found["tile maps"] == "Triton (experimental: not yet run on a GPU)"
+    assert found["combine"] == "CUDA for rows of whole 16 bytes, else Triton"
+    assert found["tile maps"] == "Triton"
     info.main([])
     assert "backend cuda:\n  dispatch: CUDA" in capsys.readouterr().out
     works.setattr(_native, "has_cuda_kernel", lambda op: False)

@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.triton_kernels import TRITON
+from moe_kernels.ops.triton_kernels import TRITON, capability
 from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
 MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
+# From this compute capability on Triton's products are used: they have its warp-group
+# instructions, the extension's do not, and are the faster ones (benchmarks/notes.md 5).
+TRITON_FROM = 90
 Wanted = Sequence[tuple[Groups, int]]  # maps: groups of rows, and rows of a tile
+
+
+def triton_multiplies(device: torch.device) -> bool:
+    """Whether all products on this device are Triton's."""
+    return capability(device) >= TRITON_FROM
 
 
 def takes_maps(wanted: Wanted) -> bool:
@@ -57,6 +65,11 @@ def project(
     block_k: int,
 ) -> Tensor:
     """See :func:`moe_kernels.ops.triton_kernels.project`; ``block_k`` is Triton's alone."""
+    if triton_multiplies(left.device):
+        return TRITON.project(
+            left, matrix, perm, tiles, out, rank_first=rank_first, top_k=top_k, by_token=by_token,
+            num_base=num_base, experts=experts, block_k=block_k,
+        )  # fmt: skip
     _native.ops().project(
         out, left, matrix, perm, tiles.tiles, tiles.groups.shape[1], num_base, experts, top_k,
         by_token, rank_first,
@@ -87,6 +100,11 @@ def outer(
     """See :func:`moe_kernels.ops.triton_kernels.outer`; ``tiles`` are for du in a pass of its own,
     which it is where the parts of one pass would be too large.
     """
+    if triton_multiplies(right.device):
+        return TRITON.outer(
+            left, right, perm, rows, factors, transposed=transposed, top_k=top_k, weights=weights,
+            left_by_token=left_by_token, right_by_token=right_by_token, matrix=matrix, tiles=tiles,
+        )  # fmt: skip
     du = None
     if matrix is not None and bytes_of_parts(perm.numel(), *matrix.shape[1:]) > MAX_BYTES_OF_PARTS:
         du = _pass_for_du(right, matrix, perm, tiles, top_k=top_k, by_token=right_by_token)
@@ -115,9 +133,11 @@ def bytes_of_parts(rows: int, width: int, rank: int) -> int:
     return 4 * parts * rows * rank
 
 
-def projects(rank: int, dtype: torch.dtype) -> bool:
+def projects(rank: int, dy: Tensor) -> bool:
     """Whether du comes with dB; float32 has no matrix instructions to multiply by the way with."""
-    return dtype != torch.float32 and rank <= _native.cuda_limit("MAX_PROJECTED")
+    if triton_multiplies(dy.device):
+        return TRITON.projects(rank, dy)
+    return dy.dtype != torch.float32 and rank <= _native.cuda_limit("MAX_PROJECTED")
 
 
 def add_low_rank(

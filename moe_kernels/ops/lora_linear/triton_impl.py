@@ -64,7 +64,7 @@ def backward(
     need_A, need_B = needs
     need_du = grad_hidden is not None or need_A
     scaling = scaling.float().contiguous()
-    together = need_du and need_B and launches.projects(lora_A.shape[1], grad_out.dtype)
+    together = need_du and need_B and launches.projects(lora_A.shape[1], grad_out)
     if need_B:
         matrix = lora_B if together else None
         grad_B, du = _outer(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_kernels import _native
 from moe_kernels.ops.cuda_kernels import CUDA as SHARED
-from moe_kernels.ops.cuda_kernels import weights_beside
+from moe_kernels.ops.cuda_kernels import triton_multiplies, weights_beside
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.ops.moe_mlp.gpu import Layer
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON
@@ -17,10 +17,13 @@ _ADAPTER_BLOCK = 64  # what a block of `project` takes at once
 
 
 def takes(weights: ExpertWeights) -> bool:
-    """Whether the products are the extension's: of 16-bit weights, in whole vectors of 16 bytes."""
+    """Whether the products are the extension's: of 16-bit weights, in whole vectors of 16 bytes,
+    on a device where they are the faster ones.
+    """
     hidden, inter = weights.down_proj.shape[1:]
     return (
-        weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
+        not triton_multiplies(weights.gate_up_proj.device)
+        and weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
         and hidden % 8 == inter % 8 == 0
         and 4 * hidden * inter < 2**31
         and _is_aligned(weights.gate_up_proj)
@@ -38,6 +41,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def blocks(rows: int, weights: ExpertWeights) -> tuple[int, int]:
     """Rows of a tile of one expert, for whoever multiplies them, and of one adapter."""
+    if triton_multiplies(weights.gate_up_proj.device):
+        return TRITON.blocks(rows, weights)
     if not takes(weights):
         return TRITON.blocks(rows, weights)[0], _ADAPTER_BLOCK
     # Added experts are left out, as in Triton's choice of tiles.

@@ -260,7 +260,7 @@ def _du_and_dB(
     if lora_A is None:
         return None, None
     by_token = name == "down"
-    together = need_du and need_B and layer.shared.projects(lora_A.shape[2], dy.dtype)
+    together = need_du and need_B and layer.shared.projects(lora_A.shape[2], dy)
     grad, du = None, None
     if need_B:
         grad, du = _outer(

@@ -125,6 +125,7 @@ def act_backward(
     parts = -(-inter // layer.tiles.n_gated)
     shape = (parts, *layer.topk_weights.shape)
     dots = torch.zeros(shape, dtype=torch.float32, device=pre_act.device)
+    cap = {"maxnreg": layer.tiles.act_registers} if layer.tiles.act_registers else {}
     if rows:
         kernels.act_backward_kernel[_grid(layer, inter, layer.tiles.n_gated)](
             grad_out, base, extra, layer.perm, layer.expert_tiles.tiles, layer.segments,
@@ -134,7 +135,7 @@ def act_backward(
             layer.weights.num_modalities, rows,
             hidden, inter, 1 if lora_A is None else lora_A.shape[1], TOP_K=layer.top_k,
             WRITE_ADAPTED=act_of_adapted, WRITE_ADDED=act_of_added, **flags,
-            **_rank(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated),
+            **_rank(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated), **cap,
         )  # fmt: skip
     return d_pre, act, dots.sum(0)
 

@@ -19,6 +19,8 @@ from moe_kernels.ops.triton_kernels import (
 from moe_kernels.ops.triton_tile_maps import tile_of
 
 _COUNTS = ("num_tiles", "num_base", "num_experts")  # a new one compiles nothing
+# Columns of dA' that its epilogue takes at once: whole sectors of 32 bytes, and few registers.
+_PIECE = tl.constexpr(16)
 
 
 @triton.jit
@@ -335,24 +337,28 @@ def _store_act_gradient(
 
 @triton.jit
 def _store_act_gradients(
-    pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight, mask_m,
-    mask_act, WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, mask_m, mask_act,
+    WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The same for a whole tile, one half of its columns after the other: both at once would not
+    """The same for a whole tile, one piece of its columns after the other: all at once would not
     fit into the registers.
     """
-    HALF: tl.constexpr = BLOCK_N // 2
-    left, right = _halves(acc, BLOCK_M, HALF)
-    offs_n = n + tl.arange(0, HALF)
-    dots = _store_act_gradient(
-        pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, left, weight, mask_m, mask_act,
-        WRITE_ACT,
-    )  # fmt: skip
-    dots += _store_act_gradient(
-        pre_ptr, dpre_ptr, act_ptr, first, local, offs_n + HALF, inter, right, weight, mask_m,
-        mask_act, WRITE_ACT,
-    )  # fmt: skip
-    tl.store(dots_ptr + slot, dots, mask=mask_m)
+    if BLOCK_N <= _PIECE:
+        return _store_act_gradient(
+            pre_ptr, dpre_ptr, act_ptr, first, local, n + tl.arange(0, BLOCK_N), inter, acc, weight,
+            mask_m, mask_act, WRITE_ACT,
+        )  # fmt: skip
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = _halves(acc, BLOCK_M, HALF)
+        dots = _store_act_gradients(
+            pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, left, weight, mask_m, mask_act,
+            WRITE_ACT, BLOCK_M, HALF,
+        )  # fmt: skip
+        return dots + _store_act_gradients(
+            pre_ptr, dpre_ptr, act_ptr, first, local, n + HALF, inter, right, weight, mask_m,
+            mask_act, WRITE_ACT, BLOCK_M, HALF,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, "num_rows"])
@@ -412,10 +418,11 @@ def act_backward_kernel(
     base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
     if base > 0:
         of_added = local < tl.where(expert < num_base, 0, base)
-        _store_act_gradients(
-            pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
-            local < base, of_added, WRITE_ADDED, BLOCK_M, BLOCK_N,
+        dots = _store_act_gradients(
+            pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, local < base, of_added,
+            WRITE_ADDED, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        tl.store(dots_ptr + slot, dots, mask=local < base)
     if RANK > 0:
         if base < count:
             acc, _ = _extend(
@@ -424,10 +431,11 @@ def act_backward_kernel(
                 RANK, BLOCK_R, dtype, False,
             )  # fmt: skip
             adapted = mask_m & (local >= base)
-            _store_act_gradients(
-                pre_ptr, dpre_ptr, act_ptr, dots_ptr, slot, first, local, n, inter, acc, weight,
-                adapted, adapted, WRITE_ADAPTED, BLOCK_M, BLOCK_N,
+            dots = _store_act_gradients(
+                pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, adapted, adapted,
+                WRITE_ADAPTED, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+            tl.store(dots_ptr + slot, dots, mask=adapted)
 
 
 @triton.jit

@@ -28,6 +28,8 @@ class Tiles(NamedTuple):
         group: row tiles that take the same weights one after the other.
         warps: of a program.
         stages: of the pipeline of loads.
+        act_registers: of a thread in dA', at most, so that two of its programs share a
+            multiprocessor: one stores while the other multiplies. 0: as many as it takes.
     """
 
     m: int
@@ -37,17 +39,19 @@ class Tiles(NamedTuple):
     group: int
     warps: int
     stages: int
+    act_registers: int = 0
 
 
 Table = Sequence[tuple[int, Tiles]]
 
 # By compute capability, from that one on, then by the average number of rows of an expert, from
-# that number on. Chosen by what the compiler made of them (`make check-gpu-code`: no spill), not
-# yet by a GPU. Few rows want many small programs. On sm_80 a step of 64 takes the last register; on
+# that number on. Few rows want many small programs. Half precision on sm_90: measured on an H100
+# (benchmarks/notes.md 5). The others: chosen by what the compiler made of them (`make
+# check-gpu-code`: no spill), not yet by a GPU. On sm_80 a step of 64 takes the last register; on
 # sm_100 wider tiles spill a few. float32 has no matrix instructions: small tiles, small steps.
 _HALF: dict[int, Table] = {
     80: ((64, Tiles(128, 128, 64, 32, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4))),
-    90: ((64, Tiles(128, 128, 64, 64, 8, 8, 3)), (0, Tiles(16, 64, 64, 64, 8, 4, 4))),
+    90: ((64, Tiles(128, 256, 128, 64, 8, 8, 3, 128)), (0, Tiles(16, 64, 32, 128, 8, 4, 4))),
     100: ((64, Tiles(128, 64, 32, 64, 8, 8, 3)), (0, Tiles(16, 32, 32, 64, 8, 2, 4))),
 }
 _FLOAT32: dict[int, Table] = {
