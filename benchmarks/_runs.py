@@ -10,7 +10,7 @@ from _cases import Case, Problem, make_problem
 from _check import Oracle
 from _memory import peak_bytes, saved_bytes, saved_formula
 from _providers import Runner, Unavailable
-from _timing import Statistics, measure, now, ratio, summarize
+from _timing import Clock, GpuClock, Statistics, measure, now, ratio, summarize
 
 _OURS = ("ours", "block")
 _MAX_LAYERS = 256  # of a toy shape it would take millions to read 600 MB
@@ -137,16 +137,18 @@ def prepare(
 
 
 def _train(runner: Runner, grad_out: torch.Tensor, backward: bool) -> dict[str, float]:
-    device = grad_out.device.type
-    started = now(device)
+    clock = (GpuClock if grad_out.is_cuda else Clock)()
+    clock.mark()
     out = runner.forward()
-    middle = now(device)
-    if not backward:
-        return {"forward": middle - started}
-    runner.backward(out, grad_out)
-    ended = now(device)
+    clock.mark()
+    if backward:
+        runner.backward(out, grad_out)
+        clock.mark()
+    forward, *rest = clock.seconds()
     runner.clear()
-    return {"forward": middle - started, "backward": ended - middle, "both": ended - started}
+    if not backward:
+        return {"forward": forward}
+    return {"forward": forward, "backward": rest[0], "both": forward + rest[0]}
 
 
 def _decode(

@@ -1,6 +1,8 @@
 """Interleaved rounds, and the statistics of what they measured."""
 
+import functools
 import gc
+import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -90,6 +92,45 @@ def measure(
         gc.enable()
         gc.unfreeze()
     return results
+
+
+class Clock:
+    """Seconds between marks, on the host."""
+
+    def __init__(self):
+        self._marks: list[float] = []
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [end - start for start, end in itertools.pairwise(self._marks)]
+
+
+class GpuClock:
+    """The same on the GPU, which the host need not wait for: as in training, it launches ahead.
+
+    Before the first mark the GPU clears a buffer larger than its L2, as ``triton.testing.do_bench``
+    has it, so that nobody finds the inputs there.
+    """
+
+    def __init__(self):
+        self._marks: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        if not self._marks:
+            _larger_than_l2().zero_()
+        self._marks.append(torch.cuda.Event(enable_timing=True))
+        self._marks[-1].record()
+
+    def seconds(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [1e-3 * start.elapsed_time(end) for start, end in itertools.pairwise(self._marks)]
+
+
+@functools.cache
+def _larger_than_l2() -> torch.Tensor:
+    return torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
 
 def now(device: str) -> float:

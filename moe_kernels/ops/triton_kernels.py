@@ -5,6 +5,7 @@ tiles of a map (``triton_tile_maps``). Adapters come in their own dtype and are 
 the rows they meet. Counts are not specialised on: a new number of tokens compiles nothing.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -276,6 +277,7 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
 
 
+@functools.cache  # asked several times at every call of an op
 def capability(device: torch.device) -> int:
     """Compute capability, 90 for sm_90; the interpreter plays a Hopper."""
     if INTERPRETED:

@@ -75,19 +75,28 @@ def choose_tiles(rows: int, weights: ExpertWeights) -> Tiles:
     if _forced is not None:
         return _forced
     stack = weights.gate_up_proj
-    table = _stored().get(key_of(stack)) or built_in(stack.dtype, capability(stack.device))
+    table = _table(stack.device, stack.dtype, stack.shape)
     # Added experts are left out: adding some changes no bit of the rows that do not choose them.
     average = rows // stack.shape[0]
     return next((tiles for least, tiles in table if average >= least), table[-1][1])
 
 
+@functools.cache  # asked several times at every call of an op
+def _table(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> Table:
+    """The tuned table for a frozen stack, or the built-in one."""
+    return _stored().get(_key(device, dtype, shape)) or built_in(dtype, capability(device))
+
+
 def key_of(gate_up_proj: torch.Tensor) -> str:
     """Device, dtype and shape of a frozen stack (E, 2I, H), as the file of tuned tiles has them."""
-    device = gate_up_proj.device
+    return _key(gate_up_proj.device, gate_up_proj.dtype, gate_up_proj.shape)
+
+
+def _key(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    experts, double_inter, hidden = gate_up_proj.shape
-    dtype = str(gate_up_proj.dtype).removeprefix("torch.")
-    return f"{name}, {dtype}, E={experts} H={hidden} I={double_inter // 2}"
+    experts, double_inter, hidden = shape
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"{name}, {dtype_name}, E={experts} H={hidden} I={double_inter // 2}"
 
 
 @functools.cache
@@ -106,6 +115,7 @@ def _stored() -> dict[str, Table]:
 def forget_stored() -> None:
     """Read the file again when tiles are next chosen."""
     _stored.cache_clear()
+    _table.cache_clear()
 
 
 @contextmanager
