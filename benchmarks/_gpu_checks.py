@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def run_tests(given: Namespace) -> dict:
     result = _run(command, given, TESTS_SECONDS, PYTHONPATH=path)
     lines = result["output"].strip().splitlines() or [""]
     failed = [line for line in lines if line.startswith("FAILED")]
-    return {"passed": result["passed"], "output": lines[-1], "failed": failed}
+    counts = [line for line in lines if re.search(r"\d (passed|failed|errors?)\b.* in \d", line)]
+    return {"passed": result["passed"], "output": (counts or lines)[-1], "failed": failed}
 
 
 def sanitize(given: Namespace) -> dict:

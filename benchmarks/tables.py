@@ -15,7 +15,9 @@ from _runs import compare, fastest, time_of
 from _timing import Statistics
 
 PAGES = (_record.ROOT / "README.md", _record.ROOT / "docs/results/cpu.md")
+GPU_PAGE = _record.ROOT / "docs/results/gpu.md"
 RESULTS = "bars-cpu.json"  # what their tables are made from
+GPU_RESULTS = "gpu-h100.json"  # of run_gpu.py, for GPU_PAGE and the README
 AGAIN = "bars-cpu-again.json"  # a second run of the same sources
 ADDED_ALONE = "bars-cpu-added.json"  # of bars.py --only added added_steps, where RESULTS is older
 MODES = ("forward", "backward", "both")
@@ -397,7 +399,63 @@ def _machine(results: Mapping) -> str:
     )
 
 
+# --- the page of the GPU
+
+
+def _gpu_layers(results: Mapping) -> str:
+    """ms of forward and backward of every layer and provider."""
+    return _grid(
+        results["training"],
+        lambda record: f"{_gpu_title(record)}, {record['case']['image_share']:.0%} image",
+        lambda record, name: _milliseconds(record, name, "both"),
+    )
+
+
+def _gpu_title(record: Mapping) -> str:
+    return f"{record['case']['shape']} T={record['case']['T']}"
+
+
+def _gpu_rates(results: Mapping) -> str:
+    """TFLOP/s of the GEMMs of the base, with all that a layer does besides in their time."""
+    rows = []
+    for record in results["training"]:
+        title = _gpu_title(record)
+        graph = results["graphs"][title]
+        work = {mode: record["flops"][mode] / 1e12 for mode in ("forward", "both")}
+        row = (
+            title, *(f"{work[m] / time_of(record, _base(record), m).median:.0f}" for m in work),
+            *(f"{work[m] / (graph[m] / 1e3):.0f}" for m in work),
+        )  # fmt: skip
+        if title not in {known for known, *_ in rows}:  # by other shares of image it is the same
+            rows.append(row)
+    header = ("layer", "forward, kept for backward", "and backward", "forward alone, in a graph",
+              "and backward, in a graph")  # fmt: skip
+    return markdown(header, rows)
+
+
+def _gpu_kernels(results: Mapping) -> str:
+    """ms of each kernel of one forward and backward, as the profiler saw them."""
+    return markdown(
+        ("kernel", "launches", "ms"),
+        [
+            (re.sub(r".*::(\w+_kernel).*", r"\1", name), str(count), f"{ms:.3f}")
+            for name, count, ms in results["kernels"]["kernels"]
+            if ms >= 0.002
+        ],
+    )
+
+
+def _gpu_summary(_: Mapping) -> str:
+    """Each bar of the GPU once, for a page of other results."""
+    return _bars_summary(_record.read(_record.RESULTS / GPU_RESULTS))
+
+
 BLOCKS: dict[str, Callable[[Mapping], str]] = {
+    "gpu_summary": _gpu_summary,
+    "gpu_layers": _gpu_layers,
+    "gpu_rates": _gpu_rates,
+    "gpu_kernels": _gpu_kernels,
+    "gpu_bars": lambda results: bars_table(results["bars"]),
     "machine": _machine,
     "bars": _bars_summary,
     "bars_twice": _bars_twice,
@@ -426,10 +484,11 @@ def render(page: str, results: Mapping) -> str:
 
 
 def main(pages: Sequence[Path] = PAGES) -> None:
-    results = _record.read(_record.RESULTS / RESULTS)
-    for page in pages:
-        page.write_text(render(page.read_text(), results))
-        print(f"wrote the tables of {page}")
+    for name, of_it in ((RESULTS, pages), (GPU_RESULTS, (GPU_PAGE,))):
+        results = _record.read(_record.RESULTS / name)
+        for page in of_it:
+            page.write_text(render(page.read_text(), results))
+            print(f"wrote the tables of {page}")
 
 
 if __name__ == "__main__":

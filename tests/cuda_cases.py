@@ -270,8 +270,19 @@ def outcome(name, arguments):
         return [sums, projected[written]]
     if name in ("product", "act_backward"):
         dispatched = int(arguments[5][-1])
-        return [returned[0][:dispatched], *(t[:dispatched] for t in returned[1:2]), *returned[2:]]
+        returned = [returned[0][:dispatched], *returned[1:]]
+    if name == "act_backward":
+        returned[1] = returned[1][rows_with_act(arguments)]
     return returned
+
+
+def rows_with_act(arguments):
+    """Of which act_backward writes the activation: with an adapter, or of an added expert."""
+    stack, segments, scaling = arguments[1], arguments[5].tolist(), arguments[8]
+    period = 1 + len(scaling)
+    of_base = range(0, len(stack) * period, period)
+    without = {row for s in of_base for row in range(segments[s], segments[s + 1])}
+    return [row for row in range(segments[-1]) if row not in without]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")

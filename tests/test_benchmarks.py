@@ -393,6 +393,9 @@ def test_the_pages_tables_are_those_of_the_results(bench):
         pytest.skip(f"{path.name} is not there: `make bench` has not been run")
     for page in map(Path.read_text, bench.tables.PAGES):
         assert bench.tables.render(page, bench._record.read(path)) == page
+    page = bench.tables.GPU_PAGE.read_text()
+    gpu = bench._record.read(bench._record.RESULTS / bench.tables.GPU_RESULTS)
+    assert bench.tables.render(page, gpu) == page
 
 
 def test_a_call_in_a_graph(bench, monkeypatch):
