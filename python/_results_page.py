@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,13 +102,14 @@ def verdict(
     return verdict_on(paired(data, name, baseline, get), claim, of)
 
 
-def verdict_on(differences: np.ndarray, claim: str, of: str) -> str:
-    """claim: what holds if the mean of the differences, one a seed, is below zero"""
+def verdict_on(differences: np.ndarray, claim: str, of: str, *, above: bool = False) -> str:
+    """claim: what holds if the mean of the differences, one a seed, is below zero, or above it"""
     mean, low, high = interval(differences)
     if len(differences) < 2:
         return f"{UNDECIDED} {claim} ({of}: {mean:+.3f}, one seed)."
     found = f"{of}: {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-    return f"{outcome(low, high)} {claim} ({found}, p {p_value(differences):.2g})."
+    said = outcome(-high, -low) if above else outcome(low, high)
+    return f"{said} {claim} ({found}, p {p_value(differences):.2g})."
 
 
 def verdicts(data: Results, claims: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -147,9 +149,29 @@ def tuning_section(data: Results) -> str:
     return table(["what trains", *(f"lr {rate}" for rate in rates)], rows) + said
 
 
+def all_verdicts(sections: Sequence[str]) -> list[str]:
+    lines = [line for section in sections for line in section.split("\n")]
+    return [line for line in lines if line.startswith(OUTCOMES)]
+
+
+def hold_together(said: Sequence[str], level: float = 0.05) -> list[str]:
+    """Of verdicts with a p, those that are decided with a joint error of at most ``level``: Holm's
+    step-down procedure.
+    """
+    tested = [
+        (float(found[1]), line) for line in said if (found := re.search(r", p (\S+)\)", line))
+    ]
+    ranked, kept = sorted(tested), []
+    for rank, (p, line) in enumerate(ranked):
+        if p > level / (len(ranked) - rank):
+            break
+        kept.append(line)
+    return kept
+
+
 def in_short(sections: Sequence[str]) -> str:
     """All verdicts, in the order of the sections, by their outcome."""
-    lines = [line for section in sections for line in section.split("\n")]
+    lines = all_verdicts(sections)
     found = {each: [line for line in lines if line.startswith(each)] for each in OUTCOMES}
     if not any(found.values()):
         return ""
