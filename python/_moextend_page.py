@@ -156,8 +156,8 @@ def comparisons_of_forgetting(data: Results) -> list[str]:
     return [
         verdict(
             data, name, other,
-            f"{described[name]}: forgets less text than: {described[other]}, each at the rate at "
-            "which it learns most",
+            f"{described[name]}: forgets less text than: {described[other]}"
+            + (", each at the rate at which it learns most" if other != "full-slow" else ""),
             forgotten, "difference of the changes of text loss, nats a token",
         )
         for name, other in claims
