@@ -5,9 +5,10 @@
 
 For each kernel, dtype, tile and way of use that the package has, and each architecture: registers,
 spilled stores, shared memory, programs that fit a multiprocessor, matrix instructions. Fails on a
-spill, on more shared memory than the device has, and on an sm_90 GEMM without warp-group
-instructions. CUDA kernels are compiled where nvcc is found, as setup.py finds it; a warning fails
-them too, and a product of half precision without matrix instructions.
+spill (of a kernel whose registers are capped: on more than a few), on more shared memory than the
+device has, and on an sm_90 GEMM without warp-group instructions. CUDA kernels are compiled where
+nvcc is found, as setup.py finds it; a warning fails them too, and a product of half precision
+without matrix instructions.
 """
 
 import argparse

@@ -7,7 +7,6 @@ import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import _record
 from _providers import ADDED_KINDS, HF_TRAINING
@@ -403,11 +402,32 @@ def _machine(results: Mapping) -> str:
 
 
 def _gpu_layers(results: Mapping) -> str:
-    """ms of forward and backward of every layer and provider."""
+    """ms of forward and backward of every layer and provider, over the rounds that all ran in: a
+    card that gets warm is slower.
+    """
     return _grid(
-        results["training"],
+        [_common_rounds(record) for record in results["training"]],
         lambda record: f"{_gpu_title(record)}, {record['case']['image_share']:.0%} image",
         lambda record, name: _milliseconds(record, name, "both"),
+    )
+
+
+def _common_rounds(record: Mapping) -> Mapping:
+    """Without the rounds that some providers were not in any more."""
+    timed = {n: e for n, e in record["providers"].items() if e.get("seconds")}
+    rounds = min(len(values) for e in timed.values() for values in e["seconds"].values())
+    cut = {
+        name: entry | {"seconds": {m: v[:rounds] for m, v in entry["seconds"].items()}}
+        for name, entry in timed.items()
+    }
+    return {**record, "providers": cut}
+
+
+def _gpu_ceilings(results: Mapping) -> str:
+    found = results["ceilings"]
+    return (
+        f"A copy moves {found['copy_TBps']:.2f} TB/s, read and written; a product of "
+        f"{found['gemm_size']:,} runs at {found['gemm_TFLOPps']:.0f} TFLOP/s.\n"
     )
 
 
@@ -453,6 +473,7 @@ def _gpu_summary(_: Mapping) -> str:
 BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "gpu_summary": _gpu_summary,
     "gpu_layers": _gpu_layers,
+    "gpu_ceilings": _gpu_ceilings,
     "gpu_rates": _gpu_rates,
     "gpu_kernels": _gpu_kernels,
     "gpu_bars": lambda results: bars_table(results["bars"]),
@@ -483,10 +504,10 @@ def render(page: str, results: Mapping) -> str:
     return re.sub(r"(<!-- bench:(\w+) -->).*?(<!-- /bench:\2 -->)", block, page, flags=re.DOTALL)
 
 
-def main(pages: Sequence[Path] = PAGES) -> None:
-    for name, of_it in ((RESULTS, pages), (GPU_RESULTS, (GPU_PAGE,))):
+def main() -> None:
+    for name, pages in ((RESULTS, PAGES), (GPU_RESULTS, (GPU_PAGE,))):
         results = _record.read(_record.RESULTS / name)
-        for page in of_it:
+        for page in pages:
             page.write_text(render(page.read_text(), results))
             print(f"wrote the tables of {page}")
 

@@ -37,13 +37,13 @@ def available() -> dict[str, str | None]:
     return {name: _why_not(name) for name in NAMES}
 
 
-def _why_not(name: str) -> str | None:
-    """Of a name in :data:`NAMES`."""
+def _why_not(name: str, index: int | None = None) -> str | None:
+    """Of a name in :data:`NAMES`, on the CUDA device of this index; None: the current one."""
     if name == "cpu":
         return _native.why_not()
     if name == "triton":
-        return _why_no_triton()
-    return _why_no_cuda() if name == "cuda" else None
+        return _why_no_triton(index)
+    return _why_no_cuda(index) if name == "cuda" else None
 
 
 # A compiled program takes the answer as it was, and could not find it out itself. This is all
@@ -51,25 +51,27 @@ def _why_not(name: str) -> str | None:
 _why_not._dynamo_marked_constant = True
 
 
-def _why_no_triton() -> str | None:
+def _why_no_triton(index: int | None) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
     if triton_is_interpreted():
         return None
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
-    major, minor = torch.cuda.get_device_capability()
+    if torch.version.hip:
+        return "the kernels have not been tried on ROCm"
+    major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < _LEAST_CAPABILITY:
         return f"the kernels need compute capability 8.0 or later, this device has {major}.{minor}"
     return None
 
 
-def _why_no_cuda() -> str | None:
+def _why_no_cuda(index: int | None) -> str | None:
     if reason := _native.why_no_cuda():
         return reason
     if not torch.cuda.is_available():
         return "no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     if not _native.runs_on(capability):
         return (
             f"the extension was not built for this device, {capability[0]}.{capability[1]}: build "
@@ -103,10 +105,10 @@ def select(backend: str | None, device: torch.device, dtype: torch.dtype = torch
     if backend is None:
         known = device.type == "cpu" or dtype in _ON_GPUS
         order = _ORDER.get(device.type, ("reference",)) if known else ("reference",)
-        return next(name for name in order if _why_not(name) is None)
+        return next(name for name in order if _why_not(name, device.index) is None)
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(NAMES)}")
-    if reason := _why_not(backend):
+    if reason := _why_not(backend, device.index):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if backend == "cpu" and device.type != "cpu":
         raise RuntimeError(f"backend 'cpu' needs tensors on the CPU, got {device}")

@@ -19,23 +19,21 @@ _DISTRIBUTIONS = {
     "POT": "POT",
 }
 
-_SMALL = " before sm_90, from there on Triton"
-_PRODUCTS = " before sm_90 for bfloat16 and float16 in sizes that 8 divides, else Triton"
+_VECTORS = "bfloat16 and float16 in sizes that 8 divides, else Triton"
+_LOW_RANK = ", but Triton on sm_90 and sm_10x"
+_PRODUCTS = f" for {_VECTORS}; Triton on sm_90 and sm_10x"
 _PAIRS = " up to 2,399 pairs of an expert and a modality, else Triton"
 # What a layer is made of -> the native op that does it under backend "cuda", and for what.
 _CUDA_OPS = {
     "dispatch": ("dispatch", _PAIRS),
     "tile maps": ("tile_maps", _PAIRS),
-    "x A^T and dy B": ("project", _SMALL),
-    "dA, dB and added experts' dW": ("outer", _SMALL),
+    "x A^T and dy B": ("project", _LOW_RANK),
+    "dA, dB and added experts' dW": ("outer", _LOW_RANK),
     "gate and up, with SwiGLU": ("gate_up", _PRODUCTS),
     "down, and d(hidden_states)": ("product", _PRODUCTS),
     "d(pre-activation)": ("act_backward", _PRODUCTS),
     "combine": ("combine", " for rows of whole 16 bytes, else Triton"),
-    "lora_linear's u B^T": (
-        "add_low_rank",
-        " for bfloat16 and float16 in sizes that 8 divides, else Triton",
-    ),
+    "lora_linear's u B^T": ("add_low_rank", f" for {_VECTORS}"),
 }
 
 

@@ -34,11 +34,14 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 def candidates(rows_per_expert: int, dtype: torch.dtype) -> list[Tiles]:
     """What is tried: heights near the rows of an expert, and what the compiler is known to take."""
     heights = [m for m in (16, 32, 64, 128) if m // 4 <= rows_per_expert] or [16]
-    depths = (32,) if dtype == torch.float32 else (32, 64)
-    return [
+    depths = (32,) if dtype == torch.float32 else (32, 64, 128)
+    found = [
         Tiles(m, n, n // 2, k, 8, 8 if m * n >= 128 * 128 else 4, stages)
         for m, n, k, stages in itertools.product(heights[-3:], (64, 128, 256), depths, (3, 4))
+        if k < 128 or m == 16
     ]
+    # Large tiles of dA' also with registers for two programs.
+    return found + [t._replace(act_registers=128) for t in found if t.warps == 8 and t.n == 256]
 
 
 def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, limit: int = 0):
@@ -55,7 +58,10 @@ def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, lim
     grad_out = torch.randn_like(inputs.hidden_states)
     expected = _run(inputs, grad_out)
     best = None
-    found = candidates(shape.T * shape.K // shape.E, dtype)
+    average = shape.T * shape.K // shape.E
+    chosen = triton_tiles.built_in(dtype, triton_tiles.capability(inputs.hidden_states.device))
+    found = candidates(average, dtype)
+    found += [tiles for least, tiles in chosen if average >= least and tiles not in found][:1]
     for tiles in tqdm(found[: limit or None], desc=f"T = {shape.T}", unit="tile"):
         try:
             with triton_tiles.force(tiles):

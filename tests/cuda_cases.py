@@ -186,8 +186,8 @@ def test_a_layer_calls_the_native_ops(calls, variant, outers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_hopper_has_its_products_from_triton(calls, monkeypatch, dtype):
-    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 90)
+def test_where_triton_multiplies(calls, monkeypatch, dtype):
+    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 0)
     check(dtype, replace(VECTORS, r=24), num_modalities=2, num_extra=1)
     assert {name for name, _ in calls} == {"dispatch_with_maps", "tile_maps", "combine"}
 
@@ -293,4 +293,7 @@ def test_every_call_gives_on_the_gpu_what_it_gives_on_the_cpu(calls, dtype):
     for name, arguments in calls:
         on_cpu = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
         for a, b in zip(outcome(name, arguments), outcome(name, on_cpu), strict=True):
-            assert_close(a.cpu(), b, dtype=dtype, name=name)
+            if a.is_floating_point():
+                assert_close(a.cpu(), b, dtype=dtype, name=name)
+            else:
+                assert torch.equal(a.cpu(), b), name

@@ -96,7 +96,7 @@ def test_it_needs_a_build_for_the_device(works, arch_list, runs):
     works.setattr(_native, "build_info", lambda: {"cuda_arch_list": arch_list})
     _native.runs_on.cache_clear()
     for device in devices:
-        works.setattr(torch.cuda, "get_device_capability", lambda device=device: device)
+        works.setattr(torch.cuda, "get_device_capability", lambda _, device=device: device)
         reason = backends.available()["cuda"]
         assert (reason is None) == (device in runs), device
         assert reason is None or f"not built for this device, {device[0]}.{device[1]}" in reason

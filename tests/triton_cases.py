@@ -42,7 +42,7 @@ LONG = [
     Shape(T=100_000, K=2, E=4, H=64, I=32, r=4),
     Shape(T=2000, K=16, E=512, H=128, I=64, r=16),
 ] * ON_GPU
-BIG_TILES = Tiles(128, 64, 32, 64, 8, 8, 3)
+BIG_TILES = Tiles(128, 64, 64, 64, 8, 8, 3, 128)  # dA' in four pieces, its registers capped
 # The interpreter's products of bfloat16 are wrong.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
@@ -93,6 +93,20 @@ def test_odd_sizes(dtype, variant):
 )
 def test_shapes(shape):
     check(torch.float32, shape, num_modalities=2)
+
+
+def test_where_the_parts_of_du_are_large(monkeypatch):
+    """du is then a pass of its own, twice in a layer."""
+    launched, project = [], triton_kernels.project
+    monkeypatch.setattr(
+        triton_kernels,
+        "project",
+        lambda *a, **options: launched.append(options["rank_first"]) or project(*a, **options),
+    )
+    shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
+    monkeypatch.setattr(triton_kernels, "MAX_BYTES_OF_PARTS", 0)
+    check(torch.float32, shape, seed=3, num_modalities=2)
+    assert launched.count(False) == 2
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,5 +1,5 @@
 """The launches that several ops share, in the backend "cuda": the extension's ops where they take
-what is asked, Triton's kernels for the rest. Which, follows from shapes and dtypes alone.
+what is asked, Triton's kernels for the rest. Which, follows from shapes, dtypes and the device.
 """
 
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.triton_kernels import TRITON, capability
+from moe_kernels.ops.triton_kernels import MAX_BYTES_OF_PARTS, TRITON, capability
 from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
-MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
-# From this compute capability on Triton's products are used: they have its warp-group
-# instructions, the extension's do not, and are the faster ones (benchmarks/notes.md 5).
-TRITON_FROM = 90
+# Compute capabilities whose matrix instructions (wgmma, tcgen05) the extension's products do not
+# use, and Triton's do: those are taken there. On an H100 they are the faster ones, by half
+# (benchmarks/notes.md 5); 10.x has not been measured.
+TRITON_FROM, TRITON_BELOW = 90, 120
 Wanted = Sequence[tuple[Groups, int]]  # maps: groups of rows, and rows of a tile
 
 
 def triton_multiplies(device: torch.device) -> bool:
-    """Whether all products on this device are Triton's."""
-    return capability(device) >= TRITON_FROM
+    """Whether the products of the experts and the low-rank passes are Triton's on this device."""
+    return TRITON_FROM <= capability(device) < TRITON_BELOW
 
 
 def takes_maps(wanted: Wanted) -> bool:

@@ -18,6 +18,7 @@ from moe_kernels import backends
 from moe_kernels.ops.triton_tile_maps import TileMap, tile_maps, tile_of
 
 MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider ones spill
+MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 MAX_PROJECTED = 16  # highest rank of which du comes with dB, in parts of 256 columns of dy
 # Triton decides when a kernel is decorated, that is when this module is imported.
@@ -368,13 +369,20 @@ def outer(
         factors: (n,) float32, each of as many neighbouring groups' sums.
         weights: (T, K), of each row, or None.
         matrix: (groups, width, height), or None.
-        tiles: of the same groups, short ones; with ``matrix``.
+        tiles: of the same groups, short ones; with ``matrix``. Where its parts by columns would be
+            too large, the product with it is a pass of its own.
 
     Returns:
         The sums, and with ``matrix`` right @ matrix (rows, height) in float32, of which rows of no
         group are not written.
     """
     num_groups, height, width = rows.groups.shape[1], left.shape[1], right.shape[1]
+    du = None
+    if matrix is not None and _bytes_of_parts(perm.numel(), width, height, right.dtype) > (
+        MAX_BYTES_OF_PARTS
+    ):
+        du = _pass_for_du(right, matrix, perm, tiles, top_k=top_k, by_token=right_by_token)
+        matrix = None
     block_h, block_n, block_p, warps = outer_blocks(
         height, width, right.dtype, project=matrix is not None
     )
@@ -388,7 +396,7 @@ def outer(
     partial = empty(rows.num_slots, *shape)
     parts = None if matrix is None else empty(grid[2], perm.numel(), height)
     if num_groups == 0:
-        return out, None if parts is None else _sum_parts(parts, tiles)
+        return out, du if parts is None else _sum_parts(parts, tiles)
     if rows.num_rows:
         outer_kernel[grid](
             left, right, perm, rows.tiles, rows.groups, factors,
@@ -405,7 +413,23 @@ def outer(
         rows.groups, partial, out, num_groups, rows.block, height * width,
         BLOCK_N=1024,
     )  # fmt: skip
-    return out, None if parts is None else _sum_parts(parts, tiles)
+    return out, du if parts is None else _sum_parts(parts, tiles)
+
+
+def _bytes_of_parts(rows: int, width: int, rank: int, dtype: torch.dtype) -> int:
+    """Of du beside dB: float32, for all rows, one part for every block of columns of dy."""
+    columns = outer_blocks(rank, width, dtype, project=True)[1]
+    return 4 * -(-width // columns) * rows * rank
+
+
+def _pass_for_du(dy: Tensor, matrix: Tensor, perm: Tensor, tiles: TileMap, **options) -> Tensor:
+    """dy @ matrix (rows, r) in float32, of (groups, width, r)."""
+    du = torch.empty(perm.numel(), matrix.shape[2], dtype=torch.float32, device=dy.device)
+    groups = max(1, matrix.shape[0])
+    return project(
+        dy, matrix, perm, tiles, du, rank_first=False, num_base=groups, experts=groups,
+        block_k=16 if dy.dtype == torch.float32 else 64, **options,
+    )  # fmt: skip
 
 
 def _sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:

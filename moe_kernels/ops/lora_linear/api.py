@@ -64,7 +64,7 @@ def lora_linear(
         checks.integer("modality_ids", modality_ids)
         checks.shape("modality_ids", modality_ids, tuple(leading))
         checks.device("modality_ids", modality_ids, hidden_states.device)
-    backend = backends.select(backend, hidden_states.device, hidden_states.dtype)
+    backend = backends.select(backend, hidden_states.device, weight.dtype)
 
     x = hidden_states.reshape(-1, weight.shape[1]).to(weight.dtype)
     if modality_ids is not None:

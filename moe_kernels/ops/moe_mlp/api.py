@@ -88,7 +88,7 @@ def moe_mlp(
         modality_ids = modality_ids.long()
         if num_modalities == 0:  # only padding matters
             modality_ids = modality_ids.clamp(max=0)
-    backend = backends.select(backend, hidden_states.device, hidden_states.dtype)
+    backend = backends.select(backend, hidden_states.device, gate_up_proj.dtype)
 
     if modality_ids is None and not _trains(gate_up_lora, down_lora):
         gate_up_lora = down_lora = None  # no row has an adapter: the base path and nothing else
