@@ -47,7 +47,7 @@ def works(monkeypatch):
     monkeypatch.setattr(_native, "why_not", lambda: None)
     monkeypatch.setattr(_native, "has_cuda_kernel", lambda op: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda_arch_list": "8.0;9.0a;10.0+PTX"})
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     _native.runs_on.cache_clear()
