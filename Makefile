@@ -6,7 +6,7 @@
 # make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
 # make results   measure the claims about expert redundancy and about added experts (hours); the
 #                whole of docs/results/redundancy.md: RESULTS="--emoji FOLDER --real MODEL"
-# make results-quick   a few of their runs again, beside what the pages say (10 minutes)
+# make results-quick   a few of their runs again, beside what the pages say (15 minutes)
 # make check-gpu-code   compile the GPU kernels for GPUs that need not be there; what they cost
 # make lint      ruff: lint and format
 #

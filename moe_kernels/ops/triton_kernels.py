@@ -20,7 +20,7 @@ from moe_kernels.ops.triton_tile_maps import TileMap, tile_maps, tile_of
 MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider ones spill
 MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
-MAX_PROJECTED = 16  # highest rank of which du comes with dB, in parts of 256 columns of dy
+MAX_PROJECTED = 16  # highest rank of which du comes with dB, in parts by columns of dy
 # Triton decides when a kernel is decorated, that is when this module is imported.
 INTERPRETED = backends.triton_is_interpreted()
 
@@ -300,16 +300,18 @@ def rank_block(dtype: torch.dtype) -> int:
 
 
 def outer_blocks(
-    height: int, width: int, dtype: torch.dtype, *, project: bool
+    height: int, width: int, dtype: torch.dtype, *, project: bool, capability: int
 ) -> tuple[int, int, int, int]:
     """Rows and columns of a tile of a sum, rows that are summed in one step, and warps.
 
-    With a projection the columns are wide: it is written in parts of so many. Measured on an H100.
+    With a projection the columns are wide: it is written in parts of so many. Measured on an H100;
+    on sm_80 wide ones spill.
     """
     if dtype == torch.float32:
         *most, step, warps = 16, 64, 16, 4
     else:
-        *most, step, warps = (64, 256, 64, 8) if project else (64, 128, 32, 4)
+        wide = project and capability >= 90
+        *most, step, warps = (64, 256, 64, 8) if wide else (64, 128, 32, 4)
     blocks = (max(16, triton.next_power_of_2(size)) for size in (height, width))
     return *map(min, most, blocks), step, warps
 
@@ -378,14 +380,13 @@ def outer(
     """
     num_groups, height, width = rows.groups.shape[1], left.shape[1], right.shape[1]
     du = None
-    if matrix is not None and _bytes_of_parts(perm.numel(), width, height, right.dtype) > (
-        MAX_BYTES_OF_PARTS
-    ):
+    if matrix is not None and _bytes_of_parts(perm.numel(), height, right) > MAX_BYTES_OF_PARTS:
         du = _pass_for_du(right, matrix, perm, tiles, top_k=top_k, by_token=right_by_token)
         matrix = None
     block_h, block_n, block_p, warps = outer_blocks(
-        height, width, right.dtype, project=matrix is not None
-    )
+        height, width, right.dtype, project=matrix is not None,
+        capability=capability(right.device),
+    )  # fmt: skip
     grid = (rows.num_tiles, -(-height // block_h), -(-width // block_n))
     shape = (width, height) if transposed else (height, width)
 
@@ -416,9 +417,10 @@ def outer(
     return out, du if parts is None else _sum_parts(parts, tiles)
 
 
-def _bytes_of_parts(rows: int, width: int, rank: int, dtype: torch.dtype) -> int:
+def _bytes_of_parts(rows: int, rank: int, dy: Tensor) -> int:
     """Of du beside dB: float32, for all rows, one part for every block of columns of dy."""
-    columns = outer_blocks(rank, width, dtype, project=True)[1]
+    width, of_device = dy.shape[1], capability(dy.device)
+    columns = outer_blocks(rank, width, dy.dtype, project=True, capability=of_device)[1]
     return 4 * -(-width // columns) * rows * rank
 
 
