@@ -89,6 +89,9 @@ What is compared:
 - Full fine-tuning trains forty times as many. "At a low rate" has a rate that was set, not tuned.
 - The tuning seed is one, and intervals do not hold its noise. Seeds have bases, encoders and splits
   of their own; they share MNIST and the held-out documentation.
+- With another number of threads sums round differently, from the base on: a run that is made again
+  then differs by as much as seeds do (`python moextend.py --remake` shows it). Methods are to be
+  compared within one sweep, where they share a base.
 
 {tuning_tables(data)}
 
