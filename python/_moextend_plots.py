@@ -22,12 +22,8 @@ def plot_layers(data: Results) -> Figure:
         d = np.array([scores.d.tolist() for scores in layer_scores(data, name)])
         panel.plot(d.T, "o-", color="0.7", markersize=4, linewidth=0.8)
         panel.plot(d.mean(0), "_", color="tab:orange", markersize=20, markeredgewidth=2)
-        panel.set(
-            title=f"{SCORED[name]}: each seed, and the mean",
-            xlabel="layer",
-            ylabel="score d",
-            ylim=0,
-        )
+        panel.set(title=f"{SCORED[name]}: each seed, and the mean", xlabel="layer")
+    figure.axes[0].set(ylabel="score d", ylim=(0, None))  # shared, when both are drawn
     return figure
 
 
