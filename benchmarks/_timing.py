@@ -108,10 +108,11 @@ class Clock:
 
 
 class GpuClock:
-    """The same on the GPU, which the host need not wait for: as in training, it launches ahead.
+    """The same on the GPU, for which the host need not wait in between.
 
     Before the first mark the GPU clears a buffer larger than its L2, as ``triton.testing.do_bench``
-    has it, so that nobody finds the inputs there.
+    has it, so that nobody finds the inputs there. It takes 0.1 ms on an H100: so far the host is
+    ahead at the first mark.
     """
 
     def __init__(self):

@@ -44,6 +44,7 @@ from _results_page import (
     OUTCOMES,
     Results,
     all_verdicts,
+    cost_rows,
     difference,
     hold_together,
     interval,
@@ -487,24 +488,15 @@ def disturbance_section(data: Results) -> str:
 def cost_section(data: Results) -> str:
     if not data["cost"]:
         return "## 7. What a training step costs\n\nNot measured."
-    rows, first = [], None
-    for method, rounds in data["cost"].items():
-        speed, memory = (
-            np.array([r[key] for r in rounds]) for key in ("tokens_per_second", "peak_bytes")
-        )
-        first = speed if first is None else first
-        rows.append([
-            COST[method], f"{rounds[0]['trained_parameters']:,}", mean_and_spread(speed, 0),
-            mean_and_spread(first / speed, 2), mean_and_spread(memory / 2**20, 0),
-        ])  # fmt: skip
+    first = next(iter(data["cost"]))
     return "\n\n".join([
         "## 7. What a training step costs",
-        f"Forward, backward and AdamW on a CPU, of the same model and made-up features, without a "
-        f"projector: each in a process of its own, in turn, {len(first)} rounds; peak memory above "
-        "the loaded model's.",
+        "Forward, backward and AdamW on a CPU, of the same model and made-up features, without a "
+        "projector: each in a process of its own, in turn, "
+        f"{len(data['cost'][first])} rounds; peak memory above the loaded model's.",
         table(
             ["what trains", "parameters", "tokens/s", "time over that of gated experts", "MiB"],
-            rows,
+            cost_rows(data, COST, first),
         ),
     ])  # fmt: skip
 

@@ -18,6 +18,7 @@ from _results_page import (
     UNDECIDED,
     Get,
     Results,
+    cost_rows,
     difference,
     in_short,
     interval,
@@ -689,23 +690,16 @@ def samples_section(data: Results) -> str:
 def cost_section(data: Results) -> str:
     if not data["cost"]:
         return ""
-    speeds = {
-        method: np.array([r["tokens_per_second"] for r in rounds])
-        for method, rounds in data["cost"].items()
-    }
-    rows = [
-        [METHODS[method], f"{rounds[0]['trained_parameters']:,}",
-         mean_and_spread(speeds[method], 0), mean_and_spread(speeds["plora"] / speeds[method], 2),
-         mean_and_spread(np.array([r["peak_bytes"] for r in rounds]) / 2**20, 0)]
-        for method, rounds in data["cost"].items()
-    ]  # fmt: skip
     return "\n\n".join([
         "## 7. What a training step costs",
         f"On the small OLMoE, with AdamW, each method in a process of its own, in turn, "
-        f"{len(speeds['plora'])} rounds, "
+        f"{len(data['cost']['plora'])} rounds, "
         f"{data['threads']} thread(s) of {data['machine']['processor']}; ratios round by round; "
         "peak memory above the loaded model's. Larger models and kernels: [cpu.md](cpu.md).",
-        table(["method", "parameters", "tokens/s", "masked LoRA is faster, x", "peak MiB"], rows),
+        table(
+            ["method", "parameters", "tokens/s", "masked LoRA is faster, x", "peak MiB"],
+            cost_rows(data, METHODS, "plora"),
+        ),
     ])  # fmt: skip
 
 

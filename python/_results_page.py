@@ -126,6 +126,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def cost_rows(data: Results, names: dict[str, str], first: str) -> list[list[str]]:
+    """Of a training step by method: parameters, tokens a second, its time over that of the method
+    ``first``, and peak MiB.
+    """
+    speeds = {
+        method: np.array([each["tokens_per_second"] for each in rounds])
+        for method, rounds in data["cost"].items()
+    }
+    return [
+        [names[method], f"{rounds[0]['trained_parameters']:,}", mean_and_spread(speeds[method], 0),
+         mean_and_spread(speeds[first] / speeds[method], 2),
+         mean_and_spread(np.array([each["peak_bytes"] for each in rounds]) / 2**20, 0)]
+        for method, rounds in data["cost"].items()
+    ]  # fmt: skip
+
+
 def tuning_section(data: Results) -> str:
     """The rates that were tried, and whether one at the end of the grid was the best."""
     tuned = data["tuning"]["choice_nll"]

@@ -47,7 +47,7 @@ if ON_GPU:  # without one they would say the same again, slowly
     )
 
 from moe_kernels import _native, backends
-from moe_kernels.ops import LoraWeights, cuda_kernels, lora_linear
+from moe_kernels.ops import LoraWeights, cuda_kernels, lora_linear, triton_kernels
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
@@ -161,7 +161,7 @@ def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
 def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most):
     """du is then a pass of its own, twice in a layer."""
     monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
-    monkeypatch.setattr(cuda_kernels, "MAX_BYTES_OF_PARTS", most)
+    monkeypatch.setattr(triton_kernels, "MAX_BYTES_OF_PARTS", most)
     shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
     check(torch.bfloat16, shape, seed=3, num_modalities=2)
     names = [name for name, _ in calls]

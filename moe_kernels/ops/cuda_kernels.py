@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.triton_kernels import MAX_BYTES_OF_PARTS, TRITON, capability
+from moe_kernels.ops.triton_kernels import TRITON, capability, parts_fit, pass_for_du
 from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
 # Compute capabilities whose matrix instructions (wgmma, tcgen05) the extension's products do not
@@ -106,8 +106,10 @@ def outer(
             left_by_token=left_by_token, right_by_token=right_by_token, matrix=matrix, tiles=tiles,
         )  # fmt: skip
     du = None
-    if matrix is not None and bytes_of_parts(perm.numel(), *matrix.shape[1:]) > MAX_BYTES_OF_PARTS:
-        du = _pass_for_du(right, matrix, perm, tiles, top_k=top_k, by_token=right_by_token)
+    if matrix is not None and not parts_fit(
+        perm.numel(), *matrix.shape[1:], _native.cuda_limit("COLUMNS_OF_PART")
+    ):
+        du = pass_for_du(project, right, matrix, perm, tiles, top_k, right_by_token)
         matrix = None
     out, projected = _native.ops().outer(
         left, right, perm, rows.tiles, rows.groups, factors,
@@ -115,22 +117,6 @@ def outer(
         transposed, left_by_token, right_by_token,
     )  # fmt: skip
     return out, du if matrix is None else projected
-
-
-def _pass_for_du(dy: Tensor, matrix: Tensor, perm: Tensor, tiles: TileMap, **options) -> Tensor:
-    """dy @ matrix (rows, r) in float32, of (groups, width, r)."""
-    du = torch.empty(perm.numel(), matrix.shape[2], dtype=torch.float32, device=dy.device)
-    groups = max(1, matrix.shape[0])
-    return project(
-        dy, matrix, perm, tiles, du, rank_first=False, num_base=groups, experts=groups, block_k=0,
-        **options,
-    )  # fmt: skip
-
-
-def bytes_of_parts(rows: int, width: int, rank: int) -> int:
-    """Of du beside dB: float32, for all rows, one part for every so many columns of dy."""
-    parts = -(-width // _native.cuda_limit("COLUMNS_OF_PART"))
-    return 4 * parts * rows * rank
 
 
 def projects(rank: int, dy: Tensor) -> bool:

@@ -379,14 +379,14 @@ def outer(
         group are not written.
     """
     num_groups, height, width = rows.groups.shape[1], left.shape[1], right.shape[1]
+    blocks = functools.partial(
+        outer_blocks, height, width, right.dtype, capability=capability(right.device)
+    )
     du = None
-    if matrix is not None and _bytes_of_parts(perm.numel(), height, right) > MAX_BYTES_OF_PARTS:
-        du = _pass_for_du(right, matrix, perm, tiles, top_k=top_k, by_token=right_by_token)
+    if matrix is not None and not parts_fit(perm.numel(), width, height, blocks(project=True)[1]):
+        du = pass_for_du(project, right, matrix, perm, tiles, top_k, right_by_token)
         matrix = None
-    block_h, block_n, block_p, warps = outer_blocks(
-        height, width, right.dtype, project=matrix is not None,
-        capability=capability(right.device),
-    )  # fmt: skip
+    block_h, block_n, block_p, warps = blocks(project=matrix is not None)
     grid = (rows.num_tiles, -(-height // block_h), -(-width // block_n))
     shape = (width, height) if transposed else (height, width)
 
@@ -417,20 +417,23 @@ def outer(
     return out, du if parts is None else _sum_parts(parts, tiles)
 
 
-def _bytes_of_parts(rows: int, rank: int, dy: Tensor) -> int:
-    """Of du beside dB: float32, for all rows, one part for every block of columns of dy."""
-    width, of_device = dy.shape[1], capability(dy.device)
-    columns = outer_blocks(rank, width, dy.dtype, project=True, capability=of_device)[1]
-    return 4 * -(-width // columns) * rows * rank
+def parts_fit(rows: int, width: int, rank: int, columns: int) -> bool:
+    """Whether du may come with dB: float32, for all rows, one part for every so many columns of dy
+    (rows, width).
+    """
+    return 4 * -(-width // columns) * rows * rank <= MAX_BYTES_OF_PARTS
 
 
-def _pass_for_du(dy: Tensor, matrix: Tensor, perm: Tensor, tiles: TileMap, **options) -> Tensor:
-    """dy @ matrix (rows, r) in float32, of (groups, width, r)."""
+def pass_for_du(
+    project: Callable[..., Tensor], dy: Tensor, matrix: Tensor, perm: Tensor, tiles: TileMap,
+    top_k: int, by_token: bool,
+) -> Tensor:  # fmt: skip
+    """dy @ matrix (rows, r) in float32, of (groups, width, r), by a backend's ``project``."""
     du = torch.empty(perm.numel(), matrix.shape[2], dtype=torch.float32, device=dy.device)
     groups = max(1, matrix.shape[0])
     return project(
-        dy, matrix, perm, tiles, du, rank_first=False, num_base=groups, experts=groups,
-        block_k=16 if dy.dtype == torch.float32 else 64, **options,
+        dy, matrix, perm, tiles, du, rank_first=False, top_k=top_k, by_token=by_token,
+        num_base=groups, experts=groups, block_k=16 if dy.dtype == torch.float32 else 64,
     )  # fmt: skip
 
 
