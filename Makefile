@@ -36,10 +36,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # One thread for each test process: $(PYTEST) runs several.
 RUN_TESTS  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST)
 # Tests of what moe_kernels and transformers promise each other.
-INTEGRATION := tests/test_canary.py tests/test_models.py tests/test_refusals.py \
-	tests/test_generation.py tests/test_guidance.py tests/test_imaging_generation.py \
-	tests/test_adapters.py tests/test_tokens.py tests/test_trainer.py tests/test_peft.py \
-	tests/test_ddp.py tests/test_model_bits.py tests/test_routers.py tests/test_patterns.py
+INTEGRATION := tests/models tests/imaging/test_guidance.py tests/imaging/test_generation.py
 
 # $(call install,environment,extra requirements): torch, what the build needs, then the package
 define install
@@ -78,7 +75,7 @@ test-sanitized: $(INSTALLED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=build/sanitized OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q $(PYTEST) \
-		-m "not slow" --ignore tests/test_build.py
+		-m "not slow" --ignore tests/native/test_build.py
 
 test-oldest: $(SOURCES)
 	$(call install,$(VENV)-oldest,transformers==$(OLDEST_TRANSFORMERS))

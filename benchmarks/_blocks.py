@@ -5,9 +5,9 @@ from _cases import Problem
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from moe_kernels.extension import ExpertExtender
 from moe_kernels.models.experts import context_of
 from moe_kernels.models.extensions import added_experts
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.ops import moe_mlp
 from moe_kernels.testing import TOLERANCES, relative_rms
 

@@ -43,7 +43,7 @@ def run_tests(given: Namespace) -> dict:
     cases = {"triton", given.backend}  # whose kernels are a part of every backend's
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *several,
-        *(str(tests / f"{name}_cases.py") for name in sorted(cases)),
+        *(str(tests / "gpu" / f"{name}_suite.py") for name in sorted(cases)),
     ]  # fmt: skip
     result = _run(command, given, TESTS_SECONDS, PYTHONPATH=path)
     lines = result["output"].strip().splitlines() or [""]

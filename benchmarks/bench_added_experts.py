@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels.analysis import RoutingRecorder
-from moe_kernels.extension import ExpertExtender
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms
 
 NAME = "added_experts"

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from moe_kernels.extension import LayerScores, plot_layer_scores
+from moe_kernels.moextend import LayerScores, plot_layer_scores
 
 _COLUMNS = 4
 _RIGHT, _WRONG = "tab:green", "tab:red"
@@ -48,7 +48,7 @@ The base is `{base}`. In a program of its own:
 ```python
 from transformers import AutoModelForCausalLM
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.extension import ExpertExtender
+from moe_kernels.moextend import ExpertExtender
 
 model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})
 patched = patch_model(model, ModalityLoraConfig.from_adapter({adapter!r}))

@@ -17,7 +17,7 @@ from _moextend_runs import train_base_experts
 from _redundancy_cost import BATCH, cost_of_steps, reset_peak
 from _text_model import load_text_model
 
-from moe_kernels.extension import ExpertExtender, join_features_and_text
+from moe_kernels.moextend import ExpertExtender, join_features_and_text
 
 # The first one is what the others are compared with.
 METHODS = ("gated", "published", "experts", "full")

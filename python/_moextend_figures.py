@@ -8,7 +8,7 @@ import numpy as np
 from _moextend_runs import DRAWS
 from _results_page import Results, present, test_nll
 
-from moe_kernels.extension import LayerScores
+from moe_kernels.moextend import LayerScores
 
 NAME = "moextend"
 METHODS = {

@@ -62,7 +62,7 @@ from _results_page import (
 from _runs import write_text
 from scipy import stats
 
-from moe_kernels.extension import LayerScores
+from moe_kernels.moextend import LayerScores
 
 
 def patching(result: Results) -> float:

@@ -11,7 +11,7 @@ from _runs import save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_kernels.extension import plot_layer_scores
+from moe_kernels.moextend import plot_layer_scores
 
 
 def plot_layers(data: Results) -> Figure:

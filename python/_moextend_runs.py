@@ -38,8 +38,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.extension import ExpertExtender, LayerScores
 from moe_kernels.imaging import IGNORE_INDEX
+from moe_kernels.moextend import ExpertExtender, LayerScores
 
 KINDS = ("digit", "sum")
 # Who may choose added experts: tokens of pictures, all tokens of a sequence, or every token. Source

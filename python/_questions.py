@@ -1,5 +1,5 @@
 """Questions about real pictures, which a text model answers by what a frozen encoder sees of them:
-what the programs of moe_kernels.extension share."""
+what the programs of moe_kernels.moextend share."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_kernels.extension import ExpertExtender, LayerScores, join_features_and_text
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids, padding_id
+from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
 
 NUMBERS = (
     *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",

@@ -29,7 +29,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from moe_kernels import ModalityLoraConfig
 from moe_kernels.analysis import expert_redundancy
 from moe_kernels.conversion import dense_to_moe, heal
-from moe_kernels.extension import ExpertExtender
 from moe_kernels.imaging import (
     ImageVocabulary,
     PatchTokenizer,
@@ -39,6 +38,7 @@ from moe_kernels.imaging import (
 from moe_kernels.init.rows import initial_rows
 from moe_kernels.models import initialise_lora
 from moe_kernels.models.tokens import ROWS
+from moe_kernels.moextend import ExpertExtender
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100
 SCORING_STEPS = 8

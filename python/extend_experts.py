@@ -75,8 +75,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import moe_kernels
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.extension import ExpertExtender, LayerScores
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids
+from moe_kernels.moextend import ExpertExtender, LayerScores
 
 MODALITY = "image"
 TASKS = {"digits": ("digit", "sum"), "emoji": ("category",)}

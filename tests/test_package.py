@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from model_zoo import FAMILIES
+from support.model_zoo import FAMILIES
 
 import moe_kernels
 
@@ -40,6 +40,19 @@ def test_public_names():
         "lora_linear",
         "moe_mlp",
     }
+
+
+def test_the_old_name_of_moextend_warns_and_is_the_same():
+    python(
+        "import warnings; warnings.simplefilter('error', DeprecationWarning)\n"
+        "try: import moe_kernels.extension\n"
+        "except DeprecationWarning as warning: assert 'moe_kernels.moextend' in str(warning)\n"
+        "else: raise AssertionError('no warning')\n"
+        "warnings.simplefilter('ignore')\n"
+        "from moe_kernels import extension, moextend\n"
+        "assert extension.ExpertExtender is moextend.ExpertExtender\n"
+        "assert extension.__all__ == moextend.__all__"
+    )
 
 
 def test_info_page():

@@ -164,7 +164,7 @@ def expert_redundancy(
     them: within ``patched.adapters_disabled()`` neither has. Same batches and seed, same tokens; so
     the two can be compared, with adapters that change both a layer's inputs and its experts.
 
-    Experts that were added by :mod:`moe_kernels.extension` come last, with any gate: they are
+    Experts that were added by :mod:`moe_kernels.moextend` come last, with any gate: they are
     compared on rows that may not choose them too. Within ``ExpertExtender.disabled()`` the base's
     are compared alone.
 

@@ -48,7 +48,7 @@ class PatchedModel:
         adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
         init_diagnostics: what Gromov-Wasserstein inits reported, by modality, then by "embedding"
             and "head".
-        extensions: the experts that were added, in order; see :mod:`moe_kernels.extension`.
+        extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
     """
 
     def __init__(self, model: PreTrainedModel, config: ModalityLoraConfig):

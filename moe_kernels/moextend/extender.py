@@ -1,0 +1,376 @@
+"""``ExpertExtender``: new experts in a pretrained Mixture of Experts, in place (MoExtend)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_kernels.layers import ModalityProjector
+from moe_kernels.models import ModalityLoraConfig, extensions, patch_model, projectors
+from moe_kernels.models.extensions import ExtensionConfig, added_experts, moe_layers
+from moe_kernels.models.methods import HANDLE, get_patched
+from moe_kernels.moextend import disturbance, starts, tuning
+from moe_kernels.moextend.disturbance import Disturbance
+from moe_kernels.moextend.scores import LayerScores
+
+LAYERS = ("top-half", "all", "interval", "first-half", "second-half")
+
+
+class ExpertExtender:
+    """Adds experts, their router columns and a calibration to a model; all else stays frozen.
+
+        extender = ExpertExtender(model, modalities=("image",))
+        scores = extender.score_layers(held_out, steps=100)
+        extender.extend()
+        optimiser = AdamW(extender.patched.trainable_parameters())
+
+    Args:
+        model: a Mixture of Experts that :func:`moe_kernels.patch_model` can patch. A plain one is
+            patched here, without low-rank updates.
+        modalities: names of the added modalities, the m-th with modality id m; a task is one too.
+            Default: those that the model was patched for, or ("image",).
+        sequence_modalities: those that a whole sequence has, such as a task; see
+            :class:`moe_kernels.ModalityLoraConfig`.
+        backend: for a plain model, see :class:`moe_kernels.ModalityLoraConfig`.
+
+    Attributes:
+        patched: the model's handle, with ``trainable_parameters``, ``save_adapter`` and so on.
+        scores: what ``score_layers`` returned last, or None.
+
+    Raises:
+        TypeError, ValueError: as ``patch_model``; or the model was patched for other modalities,
+            with other ``sequence_modalities`` or another backend.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modalities: Sequence[str] | None = None,
+        *,
+        sequence_modalities: Sequence[str] | None = None,
+        backend: str | None = None,
+    ):
+        asked = {
+            "modalities": modalities,
+            "sequence_modalities": sequence_modalities,
+            "backend": backend,
+        }
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if HANDLE in getattr(model, "__dict__", {}):
+            self.patched = get_patched(model)
+            _check_same(self.patched.config, asked)
+        else:
+            self.patched = patch_model(model, ModalityLoraConfig(target_modules=(), **asked))
+        self.scores: LayerScores | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, patched in place."""
+        return self.patched.model
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the decoder layers with experts."""
+        return tuple(moe_layers(self.model))
+
+    def score_layers(
+        self,
+        dataloader: Iterable[Mapping[str, Any]],
+        steps: int,
+        *,
+        modality: str | None = None,
+        lr: float = 1e-3,
+        count: str = "modality",
+        progress: bool = True,
+    ) -> LayerScores:
+        """How far the choices of each layer's router move when the routers alone learn.
+
+        A change to each router's weight is tuned with AdamW on the model's loss, ``steps`` times
+        one batch, and thrown away. The experts that the routers select are counted before and
+        after, on the same batches, without gradients. No bit of the model changes, nor does a
+        ``grad``. The routers' own weights are tuned, not low-rank updates or added columns.
+
+        Args:
+            dataloader: keyword arguments of the model's forward, of held-out data of the modality;
+                at most ``steps`` batches are taken, and used again if there are fewer. Without
+                ``labels`` they are the ``input_ids``, but for padding: 0 in a 2-D
+                ``attention_mask``, or -1 in ``modality_ids``.
+            steps: of the tuning.
+            modality: whose tokens are counted; needed where the model has several.
+            lr: learning rate.
+            count: "modality": its tokens; "all": every real token, as is published.
+            progress: show a bar.
+
+        Returns:
+            The scores, which :meth:`extend` uses from now on.
+
+        Raises:
+            TypeError: a batch that is not a mapping.
+            ValueError: no steps, no batch, a batch without ids, no token of the modality, or
+                routers that are not supported.
+            RuntimeError: the loss is not finite any more, or within ``torch.inference_mode``.
+        """
+        self.patched._check_in_place()
+        self.scores = tuning.score_layers(
+            self.patched,
+            dataloader,
+            steps,
+            modality=self._modality(modality),
+            lr=lr,
+            count=count,
+            progress=progress,
+        )
+        return self.scores
+
+    def extend(
+        self,
+        layers: str | Iterable[int] | None = None,
+        experts_per_layer: int | Mapping[int, int] = 1,
+        *,
+        init: str | int = "most_selected",
+        modality: str | None = None,
+        modality_gate: bool = True,
+        calibration: str | None = "additive",
+        calibration_hidden: int = 16,
+        freeze_earlier: bool = True,
+        scores: LayerScores | None = None,
+        seed: int = 0,
+    ) -> ExtensionConfig:
+        """Add trainable experts to some layers; how many experts a token is sent to stays K.
+
+        Args:
+            layers: "top-half" (by the scores, the default), "all", "interval" (every second one),
+                "first-half", "second-half", or indices of decoder layers. None beside a mapping:
+                its layers.
+            experts_per_layer: n, or layer -> n.
+            init: "most_selected": the i-th new expert of a layer copies the FFN and router column
+                of the expert that is selected i-th most; "most_selected_tuned": by the counts after
+                tuning, as is published; "mean" of the base's; "random": normal, with the
+                ``initializer_range`` of the model; or the id of an expert.
+            modality: whose tokens may choose the new experts; needed where the model has several.
+            modality_gate: True: no other token can choose them, nor is calibrated, and text keeps
+                its bits. False: all tokens compete for them, as is published.
+            calibration: "additive" (the published code), "multiplicative" (the paper) or None.
+            calibration_hidden: its hidden size.
+            freeze_earlier: experts and projectors that were added before train no more.
+            scores: instead of those of :meth:`score_layers`. They are of the same modality.
+            seed: of the initial values.
+
+        Returns:
+            What was done; ``patched.extensions`` has it too.
+
+        Raises:
+            ValueError: layers or experts that are not there, scores that are missing or of another
+                modality, a router that is not supported, a calibration or init that is unknown, or
+                a gate beside an extension without one. Nothing has changed then.
+        """
+        self.patched._check_in_place()
+        scores = scores or self.scores
+        if modality_gate or modality is not None:
+            modality = self._modality(modality)
+        numbers = self._numbers(layers, experts_per_layer, scores)
+        init = starts.settle_init(init, scores)
+        if _uses_scores(layers, experts_per_layer, init):
+            _check_modality(scores, modality)
+        config = ExtensionConfig(
+            numbers,
+            modality=modality if modality_gate else None,
+            calibration=calibration,
+            calibration_hidden=calibration_hidden,
+            init=str(init),
+        )
+        extensions.check(self.patched, config, self.patched.extensions)
+        there = moe_layers(self.model)
+        copied = starts.sources(init, there, config.experts, scores)
+        config = dataclasses.replace(config, sources=copied)
+        new = self._start(config, init, seed)
+        if freeze_earlier:
+            self._freeze_earlier()
+        extensions.attach(self.patched, config, new)
+        return config
+
+    def add_projector(
+        self,
+        in_features: int,
+        *,
+        modality: str | None = None,
+        hidden_features: int | None = None,
+        num_layers: int = 2,
+    ) -> ModalityProjector:
+        """Give the model a trainable projector, which is saved with the adapter.
+
+        Args:
+            in_features: d, of the encoder's features.
+            modality: of the encoder; needed where the model has several.
+            hidden_features: see :class:`ModalityProjector`.
+            num_layers: see there.
+
+        Raises:
+            ValueError: an unknown modality, one that has a projector, or a size below 1.
+        """
+        self.patched._check_in_place()
+        modality = self._modality(modality)
+        projectors.check(self.patched, modality)
+        settings = {"in_features": in_features, "num_layers": num_layers}
+        settings["hidden_features"] = hidden_features
+        projector = projectors.build(self.patched, settings)
+        projectors.attach(self.patched, modality, projector)
+        return projector
+
+    def projector(self, modality: str | None = None) -> ModalityProjector:
+        """The projector of a modality, made here or loaded with an adapter.
+
+        Raises:
+            ValueError: there is none.
+        """
+        modality = self._modality(modality)
+        found = projectors.projectors(self.model).get(modality)
+        if found is None:
+            raise ValueError(
+                f"the model has no projector for {modality!r}: add_projector makes one"
+            )
+        return found
+
+    def disturbance(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, Disturbance]:
+        """What the added experts change against the same model without them, by modality.
+
+        Right after :meth:`extend` it is the disturbance at step 0. With a gate, that of text is 0
+        in every figure, if no other modality comes before it in its sequence.
+
+        Args:
+            batches: keyword arguments of the model's forward.
+
+        Returns:
+            "text" and each added modality -> :class:`Disturbance`.
+
+        Raises:
+            ValueError: nothing was added, or no batches; or within :meth:`disabled`, or
+                ``adapters_disabled`` where there is a gate, which leave nothing to compare.
+        """
+        self.patched._check_in_place()
+        if not self.patched.extensions:
+            raise ValueError("no experts were added: call extend first")
+        if not extensions.can_be_chosen(self.patched):
+            raise ValueError(
+                "no row can choose an added expert within disabled() or adapters_disabled(): "
+                "measure the disturbance outside of it"
+            )
+        return disturbance.measure(self.patched, batches)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it no added expert is chosen, gate or not; for forwards without gradients.
+
+        It may stand within itself.
+        """
+        self.patched._check_in_place()
+        with extensions.disabled(self.patched):
+            yield
+
+    def _modality(self, name: str | None) -> str:
+        names = self.patched.config.modalities
+        if name is None and len(names) > 1:
+            raise ValueError(f"the model has modalities {names}: say which, modality=...")
+        name = names[0] if name is None else name
+        if name not in names:
+            raise ValueError(f"the model is patched for {names}, not for {name!r}")
+        return name
+
+    def _numbers(
+        self,
+        layers: str | Iterable[int] | None,
+        experts_per_layer: int | Mapping[int, int],
+        scores: LayerScores | None,
+    ) -> dict[int, int]:
+        """Layer -> how many experts it gets, in the layers' order."""
+        if not isinstance(experts_per_layer, Mapping):
+            chosen = self._choose("top-half" if layers is None else layers, scores)
+            return dict.fromkeys(chosen, experts_per_layer)
+        given = {extensions.layer_index(layer): n for layer, n in experts_per_layer.items()}
+        numbers = dict(sorted(given.items()))
+        if layers is not None and (chosen := self._choose(layers, scores)) != list(numbers):
+            raise ValueError(f"experts_per_layer has layers {list(numbers)}, layers are {chosen}")
+        return numbers
+
+    def _choose(self, layers: str | Iterable[int], scores: LayerScores | None) -> list[int]:
+        there = list(self.layers)
+        half = max(1, len(there) // 2)
+        if not isinstance(layers, str):
+            return _indices(layers)
+        if layers == "top-half":
+            if scores is None:
+                raise ValueError('layers="top-half" needs scores: call score_layers first')
+            if set(scores.layers) != set(there):
+                raise ValueError(f"the scores are of layers {scores.layers}, not of {there}")
+            return sorted(scores.order[:half])
+        if layers not in LAYERS:
+            raise ValueError(
+                f"unknown layers {layers!r}; there are {', '.join(LAYERS)} and indices"
+            )
+        slices = {
+            "all": there, "interval": there[::2], "first-half": there[:half],
+            "second-half": there[-half:],
+        }  # fmt: skip
+        return slices[layers]
+
+    def _start(self, config: ExtensionConfig, init: str | int, seed: int) -> dict[int, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        std = getattr(self.model.config, "initializer_range", 0.02)
+        there = moe_layers(self.model)
+        new = extensions.build(self.patched, config, self.patched.extensions)
+        for index, module in new.items():
+            copied = config.sources[index] if config.sources else None
+            starts.fill(module, there[index], init, copied, std, generator)
+        return new
+
+    def _freeze_earlier(self) -> None:
+        earlier: list[nn.Module] = list(projectors.projectors(self.model).values())
+        for layer in moe_layers(self.model).values():
+            earlier += added_experts(layer)
+        for module in earlier:
+            module.requires_grad_(False)
+
+
+def _indices(layers: Iterable[int]) -> list[int]:
+    """In ascending order."""
+    if not isinstance(layers, Iterable):
+        raise ValueError(f"layers must be a name or indices, got {layers!r}")
+    chosen = [extensions.layer_index(layer) for layer in layers]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"a layer stands twice in {chosen}")
+    return sorted(chosen)
+
+
+def _uses_scores(
+    layers: str | Iterable[int] | None, experts_per_layer: int | Mapping[int, int], init: str | int
+) -> bool:
+    by_score = layers is None and not isinstance(experts_per_layer, Mapping)
+    by_score |= isinstance(layers, str) and layers == "top-half"
+    return by_score or starts.copies_most_selected(init)
+
+
+def _check_modality(scores: LayerScores, modality: str | None) -> None:
+    """Raise ValueError where the scores are known to be of another modality; None: of all rows."""
+    if None not in (modality, scores.modality) and modality != scores.modality:
+        raise ValueError(
+            f"the scores are of modality {scores.modality!r}, the new experts are for "
+            f"{modality!r}: call score_layers(..., modality={modality!r}), or give scores="
+        )
+
+
+def _check_same(config: ModalityLoraConfig, asked: Mapping[str, Any]) -> None:
+    """Raise ValueError where a patched model has another setting than was asked for."""
+    for name, value in asked.items():
+        there = getattr(config, name)
+        value = value if isinstance(value, str) else tuple(value)
+        if there != value:
+            raise ValueError(
+                f"the model was patched with another configuration: {name}={there!r}, not "
+                f"{value!r}; unpatch() it first, or leave {name} out"
+            )

@@ -1,0 +1,64 @@
+"""Layer scores as a picture; needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_kernels.moextend.scores import LayerScores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_layer_scores(
+    scores: LayerScores,
+    path: str | os.PathLike | None = None,
+    *,
+    chosen: Sequence[int] | None = None,
+    title: str = "Shift of the experts' selection by tuning the routers",
+) -> Figure:
+    """The change of each expert's share, layer x expert, and the layers' scores beside it.
+
+    Args:
+        scores: what ``score_layers`` returned.
+        path: of the file to write (png, pdf, svg by its name).
+        chosen: layers to be marked; default: the upper half by score.
+        title: over everything.
+
+    Returns:
+        The figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    layers, rows = [str(layer) for layer in scores.layers], range(len(scores.layers))
+    if chosen is None:
+        chosen = scores.order[: max(1, len(layers) // 2)]
+    figure = Figure(figsize=(10, 1.5 + 0.3 * max(6, len(layers))), layout="constrained")
+    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    there = torch.arange(scores.before.shape[1]) < torch.tensor(scores.num_experts).unsqueeze(1)
+    change = (-scores.shift).masked_fill(~there, torch.nan)
+    limit = float(change.nan_to_num().abs().max()) or 1.0
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.6")
+    image = heat.imshow(
+        change.numpy(), aspect="auto", cmap=colours, vmin=-limit, vmax=limit, interpolation="none"
+    )
+    figure.colorbar(image, ax=heat, label="share after - share before", pad=0.02)
+    heat.set(xlabel="expert", ylabel="layer", title="share of selections")
+    heat.set_yticks(rows, layers)
+    heat.xaxis.get_major_locator().set_params(integer=True)
+    marks = ["tab:orange" if layer in chosen else "0.6" for layer in scores.layers]
+    bars.barh(rows, scores.d.tolist(), color=marks)
+    bars.set(xlabel="d, standard deviation over experts", title="score (orange: chosen)")
+    figure.suptitle(title)
+    if path is not None:
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
+        temporary.replace(path)
+    return figure

@@ -1,0 +1,134 @@
+"""How added experts start: copies of experts that are there, their mean, or at random."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.layers import AddedExperts
+from moe_kernels.models import experts, routers
+from moe_kernels.models.extensions import added_experts, whole
+from moe_kernels.moextend.scores import LayerScores
+
+INITS = ("most_selected", "most_selected_tuned", "random", "mean")
+_TWIN_NOISE = 0.01
+
+
+def copies_most_selected(init: str | int) -> bool:
+    """Whether an init goes by layer scores."""
+    return str(init).startswith("most_selected")
+
+
+def settle_init(init: str | int, scores: LayerScores | None) -> str | int:
+    """The init, an expert's id as Python's integer.
+
+    Raises:
+        ValueError: it is unknown or lacks what it needs.
+    """
+    settled = init if isinstance(init, str) else whole(init)
+    if settled is None or (isinstance(settled, str) and settled not in INITS):
+        raise ValueError(f"unknown init {init!r}; there are {', '.join(INITS)} and an expert's id")
+    if copies_most_selected(settled) and scores is None:
+        raise ValueError(
+            f"init={init!r} copies the experts that the routers select most: call score_layers "
+            "first, or give scores="
+        )
+    return settled
+
+
+def sources(
+    init: str | int, layers: dict[int, nn.Module], numbers: dict[int, int], scores: LayerScores
+) -> dict[int, tuple[int, ...]] | None:
+    """Which experts are copied, by layer: n different ones of the most selected; None: no copies.
+
+    Raises:
+        ValueError: an expert that a layer has not, or scores of another model.
+    """
+    if init in ("random", "mean"):
+        return None
+    if isinstance(init, int):
+        for index in numbers:
+            available = count_experts(layers[index])
+            if not 0 <= init < available:
+                raise ValueError(f"layer {index} has experts 0..{available - 1}, not {init}")
+        return {index: (init,) * number for index, number in numbers.items()}
+    found = {}
+    for index, number in numbers.items():
+        if index not in scores.layers:
+            raise ValueError(f"the scores are of layers {scores.layers}, not of layer {index}")
+        ranked = scores.most_selected(index, tuned=init == "most_selected_tuned")
+        if len(ranked) > count_experts(layers[index]):
+            raise ValueError(
+                f"the scores are of {len(ranked)} experts in layer {index}, it has "
+                f"{count_experts(layers[index])}"
+            )
+        found[index] = tuple(ranked[i % len(ranked)] for i in range(number))
+    return found
+
+
+@torch.no_grad()
+def fill(
+    added: AddedExperts,
+    layer: nn.Module,
+    init: str | int,
+    copied: Sequence[int] | None,
+    std: float,
+    generator: torch.Generator,
+) -> None:
+    """Give new experts of a layer their values.
+
+    Twins, which would get the same gradients for ever, are told apart by a little noise on all
+    columns but the first.
+    """
+    for name, stacks in _stacks(layer).items():
+        parameter = getattr(added, name)
+        if init == "random":
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * std)
+        elif copied is None:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.copy_(stacks[0].mean(0, dtype=dtype).expand_as(parameter))
+        else:
+            for value, expert in zip(parameter, copied, strict=True):
+                value.copy_(_pick(stacks, expert))
+    if init != "random":
+        _tell_twins_apart(added.router_columns, copied, generator)
+    if added.calibration is not None:
+        added.calibration.reset_parameters(generator)
+
+
+def _tell_twins_apart(
+    columns: Tensor, copied: Sequence[int] | None, generator: torch.Generator
+) -> None:
+    """(X, H)"""
+    seen = set()
+    for place, column in enumerate(columns):
+        source = None if copied is None else copied[place]
+        if source in seen:
+            noise = torch.randn(column.shape, generator=generator, device="cpu").to(column)
+            column.add_(noise, alpha=_TWIN_NOISE * column.float().std().item())
+        seen.add(source)
+
+
+def _stacks(layer: nn.Module) -> dict[str, list[Tensor]]:
+    """By the name of an added parameter: the base's, then each earlier extension's."""
+    module, router = experts.find_experts(layer), routers.find_router(layer)
+    base = {name: getattr(module, name) for name in ("gate_up_proj", "down_proj")}
+    base["router_columns"] = router.weight
+    earlier = added_experts(layer)
+    return {
+        name: [weight, *(getattr(each, name) for each in earlier)] for name, weight in base.items()
+    }
+
+
+def _pick(stacks: list[Tensor], expert: int) -> Tensor:
+    for stack in stacks:
+        if expert < stack.shape[0]:
+            return stack[expert]
+        expert -= stack.shape[0]
+    raise IndexError(expert)
+
+
+def count_experts(layer: nn.Module) -> int:
+    """A layer's own and those that were added."""
+    own = experts.find_experts(layer).gate_up_proj.shape[0]
+    return own + sum(each.num_added for each in added_experts(layer))

@@ -1,0 +1,177 @@
+"""Counting what the routers select, before and after a copy of them alone is tuned."""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moe_kernels.analysis import RoutingRecorder
+from moe_kernels.models import experts, routers
+from moe_kernels.models.extensions import moe_layers, router_problem, whole
+from moe_kernels.models.patch import PatchedModel
+from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
+from moe_kernels.moextend.starts import count_experts
+
+Batch = Mapping[str, Any]
+
+
+def score_layers(
+    patched: PatchedModel,
+    dataloader: Iterable[Batch],
+    steps: int,
+    *,
+    modality: str,
+    lr: float,
+    count: str,
+    progress: bool,
+) -> LayerScores:
+    """See :meth:`moe_kernels.moextend.ExpertExtender.score_layers`."""
+    given, steps = steps, whole(steps)
+    if steps is None or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {given!r}")
+    if not lr > 0:
+        raise ValueError(f"lr must be above 0, got {lr}")
+    check_count(count)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "score_layers tunes the routers by gradients: call it outside of torch.inference_mode()"
+        )
+    batches = [_with_labels(batch) for batch in itertools.islice(dataloader, steps)]
+    if not batches:
+        raise ValueError("the dataloader gave no batch")
+    rows_of = modality if count == "modality" else None
+    with (
+        tqdm(total=steps + 2 * len(batches), desc="scoring layers", disable=not progress) as bar,
+        _as_it_was(patched.model),
+        _tunable_routers(patched) as changes,
+    ):
+        before, layers, widths = _count(patched, batches, rows_of, bar)
+        _tune(patched, batches, steps, lr, changes, bar)
+        after, _, _ = _count(patched, batches, rows_of, bar)
+    return LayerScores(layers, before, after, widths, modality, count)
+
+
+def _with_labels(batch: Batch) -> dict[str, Any]:
+    """Keyword arguments of a forward with a loss."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a mapping to the model's arguments, got {type(batch)}")
+    batch = dict(batch)
+    if batch.get("input_ids") is None and (
+        batch.get("inputs_embeds") is None or batch.get("modality_ids") is None
+    ):
+        raise ValueError(
+            "a batch has no ids: it needs input_ids, or inputs_embeds with modality_ids, "
+            f"got {sorted(batch)}"
+        )
+    if batch.get("labels") is None:
+        if batch.get("input_ids") is None:
+            raise ValueError("a batch of inputs_embeds needs labels")
+        batch["labels"] = _next_tokens(**batch)
+    return batch
+
+
+def _next_tokens(
+    input_ids: Tensor, attention_mask: Any = None, modality_ids: Tensor | None = None, **_: Any
+) -> Tensor:
+    """The ids as labels, -100 on padding: by a 2-D mask, as any other says nothing of it, or -1."""
+    labels = input_ids
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        real = attention_mask[:, -labels.shape[1] :].to(labels.device)
+        labels = labels.masked_fill(real == 0, -100)
+    if modality_ids is not None:
+        labels = labels.masked_fill(modality_ids.to(labels.device) < 0, -100)
+    return labels
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """In eval mode, with every parameter frozen; afterwards as before."""
+    training = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, value in training.items():
+            module.training = value
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _tunable_routers(patched: PatchedModel) -> Iterator[list[nn.Parameter]]:
+    """A change (E, H) for each router, zero at first, which it adds to its weight meanwhile."""
+    found = {}
+    for index, layer in moe_layers(patched.model).items():
+        if problem := router_problem(layer):
+            raise ValueError(f"layer {index} cannot be scored: {problem}")
+        check_num_experts(index, count_experts(layer))
+        found[routers.find_router(layer)] = layer
+    attached = []
+    try:
+        for router, layer in found.items():
+            if not routers.is_attached(router):
+                attached.append(router)
+                context = experts.context_of(experts.find_experts(layer))
+                routers.attach(router, context, None)
+            routing = routers.routing_of(router)
+            if routing.top_k == 1 and routing.normalise:
+                raise ValueError("with top-1 and normalised scores no loss reaches the routers")
+            weight = router.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            routers.tune(router, nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
+        yield [router.__dict__["_tuned"] for router in found]
+    finally:
+        for router in found:
+            routers.tune(router, None)
+        for router in attached:
+            routers.detach(router)
+
+
+def _tune(
+    patched: PatchedModel,
+    batches: list[dict[str, Any]],
+    steps: int,
+    lr: float,
+    changes: list[nn.Parameter],
+    bar: tqdm,
+) -> None:
+    optimiser = torch.optim.AdamW(changes, lr=lr, weight_decay=0.0)
+    for batch in itertools.islice(itertools.cycle(batches), steps):
+        with torch.enable_grad():
+            loss = patched.model(**batch).loss
+            # Not backward(), which would leave gradients on what else is there.
+            grads = torch.autograd.grad(loss, changes, allow_unused=True)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the loss became {loss.item()} while the routers were tuned")
+        for change, grad in zip(changes, grads, strict=True):
+            change.grad = grad
+        optimiser.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.update()
+
+
+@torch.no_grad()
+def _count(
+    patched: PatchedModel, batches: list[dict[str, Any]], modality: str | None, bar: tqdm
+) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Selections (L, E), the layers, and how many experts each has."""
+    with RoutingRecorder(patched.model) as recorder:
+        for batch in batches:
+            patched.model(**{name: value for name, value in batch.items() if name != "labels"})
+            bar.update()
+    seen = recorder.statistics()
+    counts = seen.counts.sum(1)
+    if modality is not None:
+        counts = seen.counts[:, seen.modalities.index(modality)]
+    if not counts.sum(1).all():
+        raise ValueError(
+            f"the batches have no token of {'any' if modality is None else repr(modality)} "
+            "modality: give modality_ids, or tokens that add_modality_tokens made"
+        )
+    return counts, tuple(moe_layers(patched.model)), seen.num_experts

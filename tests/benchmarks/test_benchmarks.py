@@ -1,0 +1,443 @@
+"""The benchmarks: statistics, order, memory, checks, files, and the README's tables."""
+
+import json
+import re
+import sys
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_kernels import _native, backends
+
+for _needed in ("peft", "matplotlib"):
+    pytest.importorskip(_needed)
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ROOT / "benchmarks"
+MODULES = (
+    "_blocks", "_bounds", "_cases", "_check", "_cli", "_gpu_checks", "_memory", "_providers",
+    "_record", "_runs", "_split_lora", "_timing", "bars", "bench_added_experts", "bench_dispatch",
+    "bench_lora_linear", "bench_moe_mlp", "bench_training_step", "cost_model", "plot", "run_gpu",
+    "tables",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The programs' modules; their folder is on the path only here, as when they are run."""
+    sys.path.insert(0, str(PROGRAMS))
+    try:
+        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(PROGRAMS))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def case(bench):
+    return bench._cases.Case.named("small", dtype="float32")
+
+
+# --- statistics and order
+
+
+def test_statistics(bench):
+    stats = bench._timing.summarize([4.0, 1.0, 3.0, 2.0, 5.0, 6.0])
+    assert (stats.median, stats.p20, stats.p80, stats.count) == (3.5, 2.0, 5.0, 6)
+
+
+def test_ratios_are_taken_within_each_round(bench):
+    """The machine is 10 times slower in the second round; the ratio of the two stays."""
+    stats = bench._timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
+    assert (stats.median, stats.p20, stats.p80) == (2.0, 2.0, 2.0)
+    assert bench._timing.ratio([2.0, 4.0, 9.0, 9.0], [1.0, 2.0]).count == 2
+
+
+def test_no_round_has_the_order_of_the_one_before(bench):
+    ran = []
+
+    def step(name):
+        return lambda: ran.append(name) or {"both": 1.0}
+
+    names = ["a", "b", "c"]
+    samples = bench._timing.measure({n: step(n) for n in names}, max_rounds=4, thorough=("b",))
+    assert ran == ["a", "b", "c", "a", "c", "b", "c", "a", "b", "b"]
+    assert {name: len(samples[name]["both"]) for name in names} == {"a": 3, "b": 4, "c": 3}
+
+
+def test_a_budget_ends_the_rounds_but_not_the_first_three(bench):
+    samples = bench._timing.measure({"a": lambda: {"both": 1.0}}, max_rounds=9, max_seconds=0)
+    assert samples == {"a": {"both": [1.0, 1.0, 1.0]}}
+
+
+# --- memory
+
+
+def test_peak_of_a_made_example(bench):
+    kept = torch.ones(1000)
+
+    def function():
+        first = torch.empty(3 << 20, dtype=torch.uint8)
+        del first
+        second = torch.empty(1 << 20, dtype=torch.uint8)
+        third = torch.empty(1 << 20, dtype=torch.uint8)
+        del second
+        return third, torch.empty(1 << 20, dtype=torch.uint8), kept
+
+    assert bench._memory.peak_bytes(function) == 3 << 20
+    assert bench._memory.peak_bytes(lambda: (function(), function())) == 5 << 20
+    assert bench._memory.peak_bytes(lambda: kept.sum()) < 1000
+
+
+def test_saved_bytes_count_each_storage_once(bench):
+    x = torch.ones(100, 10, requires_grad=True)
+
+    def forward():
+        y = x.exp()  # keeps its result
+        return (y * y).sum()  # keeps y twice
+
+    assert bench._memory.saved_bytes(forward, [x]) == 4000
+
+
+@pytest.mark.parametrize("provider", ["ours:cpu", "split:masked", "split:gathered"])
+def test_memory_formulas_agree_with_what_is_kept(bench, case, provider):
+    record = bench._runs.run_training(
+        case, [provider], bench._runs.Options(rounds=1, memory=[provider])
+    )
+    entry = record["providers"][provider]
+    if "missing" in entry:
+        pytest.skip(entry["missing"])
+    memory = entry["memory"]
+    assert memory["saved"] == pytest.approx(memory["saved_formula"], rel=0.06)
+    assert memory["peak"] > memory["saved"]
+
+
+# --- providers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("routing", ["balanced", "zipf"])
+def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing):
+    case = bench._cases.Case.named("small", dtype=dtype, routing=routing)
+    names = [name for name in bench._providers.names() if "compiled" not in name]  # slow
+    record = bench._runs.run_training(case, names, bench._runs.Options(rounds=1))
+    wrong = {name: e["error"] for name, e in record["providers"].items() if e.get("error")}
+    assert not wrong
+    missing = {name: e["missing"] for name, e in record["providers"].items() if "missing" in e}
+    absent = {name for name, why in backends.available().items() if why is not None}
+    expected = absent | {"deepgemm", "sonicmoe", "liger", "scattermoe"}
+    if routing != "balanced":
+        blocks = {name for name in missing if name.startswith("block")}
+        assert len(blocks) == 3 * len(backends.NAMES)
+        missing = {name: why for name, why in missing.items() if name not in blocks}
+    assert all(name.split(":")[-1] in expected and why for name, why in missing.items())
+    for name in ("bound", "hf:eager", "hf:grouped_mm", "peft:grouped_mm", "split:masked"):
+        assert bench._runs.compare(record, name, "bound", "both").count == 1
+
+
+def test_decode_goes_through_enough_layers(bench):
+    case = bench._cases.Case.named("tiny", dtype="float32")
+    stack = case.expert_bytes * case.shape.E
+    options = bench._runs.Options(rounds=2, rotated_bytes=3 * stack)
+    record = bench._runs.run_decode(case, ["read", "hf:batched_mm"], options)
+    hit = case.expert_bytes * min(case.rows, case.shape.E)
+    assert record["case"]["layers"] == max(4, 1 + 3 * stack // hit)
+    assert [entry["error"] for entry in record["providers"].values()] == [None, None]
+    assert bench._runs.time_of(record, "hf:batched_mm", "decode").count == 2
+
+
+def test_the_bound_of_decoding_reads_every_weight_of_the_hit_experts(bench, case, thread_count):
+    problem = bench._cases.make_problem(replace(case, shape=replace(case.shape, T=2)))
+    stacks = (problem.inputs.gate_up_proj, problem.inputs.down_proj)
+    expected = sum(int(w[problem.hit_experts].view(torch.int64).sum()) for w in stacks)
+    assert 4 <= len(problem.hit_experts) <= 8
+    for threads in (1, 2, 3):
+        thread_count(threads)
+        assert bench._bounds.weight_reader(problem)() == expected % 2**64
+
+
+def corrupt(bench, monkeypatch, change):
+    """Put a provider "wrong" beside the others: transformers' eager, but changed."""
+
+    def set_up(problem, variant):
+        runner = bench._providers._hf(problem, "eager")
+        return replace(runner, **change(runner))
+
+    kind = bench._providers._Kind(set_up, lambda: [""])
+    monkeypatch.setitem(bench._providers.KINDS, "wrong", kind)
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_a_wrong_provider_gets_no_speed_up(bench, case, monkeypatch, what):
+    changes = {
+        "output": lambda runner: {"forward": lambda: runner.forward() * 1.001},
+        "gradient": lambda runner: {"backward": lambda out, grad: out.backward(grad * 1.001)},
+    }
+    corrupt(bench, monkeypatch, changes[what])
+    record = bench._runs.run_training(
+        case, ["bound", "wrong", "hf:eager"], bench._runs.Options(rounds=2)
+    )
+    assert "relative RMS error" in record["providers"]["wrong"]["error"]
+    assert bench._runs.compare(record, "wrong", "bound", "both") is None
+    assert bench._runs.compare(record, "hf:eager", "wrong", "both") is None
+    assert bench._runs.fastest(record, ["wrong", "hf:eager"], "both") == "hf:eager"
+    assert "refused: " in bench.tables.providers_table(record, "both")
+
+
+def test_the_programs_run(bench, tmp_path):
+    """Each on its smallest case, and what draws and tells of the results."""
+    path = tmp_path / "bars-cpu.json"
+    shared = ["--device", "cpu", "--rounds", "1", "--output", str(path)]
+    bench.bench_dispatch.main(["--tokens", "8", *shared])
+    bench.bench_lora_linear.main(["--tokens", "8", "--features", "16", "--rank", "2", *shared])
+    bench.bench_training_step.main(["--model", "tiny", *shared])
+    bench.bench_added_experts.main(["--model", "tiny", *shared])
+    bench.bench_moe_mlp.main(["--shape", "tiny", "--providers", "bound", "hf:eager", *shared])
+    bench.bars.main(["--shapes", "small", "--models", "tiny", "--rotate-mb", "1", *shared])
+    results = json.loads(path.read_text())
+    assert {bar["number"] for bar in results["bars"]} == {1, 2, 3, 4, 5, 6, 7, 12, 13}
+    assert results["environment"]["source_hash"] == bench._record.source_hash()
+    assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
+    for page in map(Path.read_text, bench.tables.PAGES):
+        assert bench.tables.render(page, results) != page
+
+
+def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
+    """Its bar asks for 1 + s of the base's time, s its share of the rows."""
+    bars, options = bench.bars, bench._runs.Options(rounds=1)
+    given = bars.parse(["--shapes", "small", "--device", "cpu", "--only", "added"])
+    measure = next(bars.measure_added(given, options))
+    case = measure.args[0]
+    assert case.num_image == pytest.approx(bars.ADDED_SHARE * case.rows, abs=1)
+    forward, idle_forward, both, idle, *of_block = bars._added_bars(measure(), "cpu")
+    assert [forward.limit, both.limit] == [1.05, 1 + bars.ADDED_SHARE]
+    assert idle_forward.by_p20 and idle.by_p20 and both.measured.count == 1
+    assert [(bar.limit, bar.by_p20) for bar in of_block] == [
+        (bar.limit, bar.by_p20) for bar in (forward, idle_forward, both, idle)
+    ]
+    assert all(bar.measured.count == 1 for bar in of_block)
+
+    moe_mlp = bench._providers.moe_mlp
+
+    def with_a_wrong_expert(*args, extra_down_proj=None, **keywords):
+        if extra_down_proj is not None:
+            extra_down_proj = extra_down_proj * 1.1
+        return moe_mlp(*args, extra_down_proj=extra_down_proj, **keywords)
+
+    monkeypatch.setattr(bench._providers, "moe_mlp", with_a_wrong_expert)
+    record = measure()
+    assert "relative RMS error" in record["providers"]["ours_added:cpu"]["error"]
+    assert record["providers"]["ours_added_text:cpu"]["error"] is None
+    assert next(iter(bars._added_bars(record, "cpu"))).met is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, dtype):
+    problem = bench._cases.make_problem(replace(case, dtype=dtype))
+    set_up, ids = bench._providers.set_up, problem.inputs.modality_ids
+    block = bench._blocks.Block(problem, "reference", added=True)
+    assert block.error(ids) is None and block.error(torch.zeros_like(ids)) is None
+    _, _, chosen = block.layer.mlp.gate(block.hidden_states)  # after a call on text alone
+    assert (chosen < case.shape.E).all() and 0 < ids.sum() < len(ids)
+    block.forward(ids)
+    _, _, chosen = block.layer.mlp.gate(block.hidden_states)
+    assert torch.equal((chosen == case.shape.E).any(1), ids == 1)
+    for name, trained in (("block", 0), ("block_added", 5)):
+        runner = set_up(f"{name}:reference", problem)
+        assert runner.check() is None and len(runner.leaves) == 1 + trained
+        assert all(leaf.grad is not None for leaf in runner.leaves)
+
+    monkeypatch.setattr(bench._blocks, "_ADDED_LOGIT", -9.0)
+    unused = set_up("block_added:reference", problem)
+    assert "sent to the added expert" in unused.check()
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda ids: forward(ids) * 1.1)
+    assert "relative RMS" in block.error(ids)
+
+
+def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
+    program, options = bench.bench_added_experts, bench._runs.Options(rounds=1)
+    tiny = bench.bench_training_step.MODELS["tiny"]
+    record = program.run(tiny, options)
+    assert record["providers"]["ours"]["error"] is None and len(record["extended"]) == 1
+    trained = {name: entry["trained"] for name, entry in record["providers"].items()}
+    experts = 3 * tiny.hidden_size * tiny.intermediate_size
+    assert trained["full:eager"] == tiny.layers * tiny.experts * (experts + tiny.hidden_size)
+    calibration = 2 * 16 * (tiny.experts + 1)
+    assert trained["ours"] == experts + tiny.hidden_size + calibration
+    assert "full:eager" in program._too_slow(bench.bench_training_step.MODELS["olmoe"])
+
+
+@pytest.mark.parametrize("what", ["another model", "text", "unused"])
+def test_steps_with_added_experts_that_are_wrong_get_no_bar(bench, monkeypatch, what):
+    program, options = bench.bench_added_experts, bench._runs.Options(rounds=1)
+    extend, text_logits, shut = program._extend, program._text_logits, ExitStack()
+
+    def disturbed(extender, *batch):
+        extend(extender, *batch)
+        if what == "unused":
+            shut.enter_context(extender.disabled())
+        else:
+            with torch.no_grad():
+                extender.model.lm_head.weight[0, 0].mul_(1.01)
+
+    monkeypatch.setattr(program, "_extend", disturbed)
+    if what == "another model":
+        monkeypatch.setattr(program, "_text_logits", lambda *args: text_logits(*args) * 1.01)
+    with shut:
+        record = program.run(bench.bench_training_step.MODELS["tiny"], options)
+    wrong = {"another model": "relative RMS", "text": "text logits", "unused": "no image row"}
+    assert wrong[what] in record["providers"]["ours"]["error"]
+    assert bench.bars._added_step_bar(record).met is None
+
+
+def test_pages_of_results_older_than_added_experts(bench, monkeypatch, tmp_path):
+    """Say so, or show a run of that part alone."""
+    monkeypatch.setattr(bench._record, "RESULTS", tmp_path)
+    assert bench.tables.BLOCKS["added"]({}) == "Not measured yet.\n"
+    arguments = ["--only", "added", "added_steps", "--shapes", "small", "--models", "tiny"]
+    path = tmp_path / bench.tables.ADDED_ALONE
+    bench.bars.main([*arguments, "--device", "cpu", "--rounds", "1", "--output", str(path)])
+    shown = bench.tables.BLOCKS["added"]({})
+    assert "13. training tokens/s" in shown and "small fp32 balanced" in shown
+    assert bench._record.read(path)["environment"]["processor"] in shown
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_cost_model(bench, share):
+    """Without image it has the operations of the base's GEMMs, and never less than the floor."""
+    model, case = bench.cost_model, bench._cases.Case.named("olmoe", image_share=share)
+    for mode in ("forward", "backward"):
+        costs, floor = [*getattr(model, mode)(case)], model.floor(case, mode)
+        low_rank = sum(cost.flops for cost in costs) / case.forward_flops - 1
+        shape = case.shape
+        expected = share * shape.r * (2 * shape.H + 3 * shape.I) / (3 * shape.H * shape.I)
+        combine = shape.H / (3 * shape.H * shape.I)
+        assert low_rank == pytest.approx((1 + (mode == "backward")) * expected + combine)
+        assert sum(cost.bytes for cost in costs) > floor.bytes > case.expert_bytes * shape.E
+    assert "gate_up" in model.table(case, 3.0, 800.0)
+
+
+@pytest.mark.parametrize(("rank", "fewer"), [(16, 0.625), (32, 0.75), (64, 1.0)])
+def test_one_pass_over_dY_moves_less(bench, rank, fewer):
+    """Of dY and du alone, at the widths of a layer: 2 + r / 32 bytes an element, not 4."""
+    case = bench._cases.Case.named("olmoe", r=rank, image_share=1.0)
+    dY = case.rows * 2 * case.shape.I
+    (cost,) = [c for c in bench.cost_model.backward(case, "cuda") if c.kernel == "du1, dB1"]
+    given = bench.cost_model.sizes_of(case)
+    moved = cost.bytes - given.lora_gate_up - 2 * 4 * case.shape.E * rank * case.shape.I
+    assert moved - 2 * given.u == pytest.approx(4 * fewer * dY)
+    assert moved - cost.avoidable == pytest.approx(2 * dY + 2 * given.u)  # dY once, and du
+
+
+def test_the_cost_model_has_the_parts_of_the_kernels(bench):
+    triton, cuda = bench.cost_model.PARTS_OF_DU["triton"], bench.cost_model.PARTS_OF_DU["cuda"]
+    kernels = pytest.importorskip("moe_kernels.ops.triton_kernels")
+    columns = kernels.outer_blocks(16, 4096, torch.bfloat16, project=True, capability=90)[1]
+    assert triton == (kernels.MAX_PROJECTED, columns)
+    if _native.is_available():
+        names = "MAX_PROJECTED", "COLUMNS_OF_PART"
+        assert cuda == tuple(map(_native.cuda_limit, names))
+
+
+def test_which_cuda_kernels_must_have_matrix_instructions(bench):
+    pytest.importorskip("triton")
+    from check_gpu_code import _MATRIX
+    from check_gpu_code import needs_matrix_instructions as needs
+
+    code = "HMMA.16816.F32 R4, R8 ; HFMA2.MMA R6, -RZ, RZ, 0, 0 ; HGMMA.64x8x16.F32 R24 ;"
+    assert len(_MATRIX.findall(code)) == 2
+    half, mangled = "_kernel<__half, float, 2, true>", "_kernelINS1_5ShapeI13__nv_bfloat16fEE"
+    for name in ("expert_gemm", "outer", "project", "add_low_rank"):
+        assert needs(name + half) and needs(f"_ZN12moe_kernels12{name}{mangled}")
+        assert not needs(f"{name}_kernel<float, float, 2, true>")
+    assert not needs(f"combine{half}") and not needs(f"_ZN19finish_outer{mangled}")
+
+
+# --- bars, files and the README
+
+
+def test_a_bar_is_met_or_not_or_unknown(bench):
+    def met(values, **settings):
+        stats = bench._timing.summarize(values) if values else None
+        return bench.bars.Bar(1, "", "", stats, 1.2, **settings).met
+
+    assert met([1.1, 1.2, 1.3]) is True
+    assert met([1.1, 1.3, 1.3]) is False
+    assert met([1.1, 1.21, 1.3], by_p20=True) is True
+    assert met([1.1, 1.3, 1.3], by_p20=True) is False
+    assert met([1.1, 1.3, 1.3], at_least=True) is True
+    assert met([]) is None
+
+
+def test_results_are_written_whole_or_not_at_all(bench, tmp_path):
+    path = tmp_path / "folder" / "a.json"
+    bench._record.write(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+        bench._record.write(path, {"a": float("nan")})
+    with pytest.raises(TypeError):
+        bench._record.write(path, {"a": object()})
+    assert bench._record.read(path) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_pages_tables_are_those_of_the_results(bench):
+    """Run ``python benchmarks/tables.py`` to write them anew."""
+    path = bench._record.RESULTS / bench.tables.RESULTS
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there: `make bench` has not been run")
+    for page in map(Path.read_text, bench.tables.PAGES):
+        assert bench.tables.render(page, bench._record.read(path)) == page
+    page = bench.tables.GPU_PAGE.read_text()
+    gpu = bench._record.read(bench._record.RESULTS / bench.tables.GPU_RESULTS)
+    assert bench.tables.render(page, gpu) == page
+
+
+def test_a_call_in_a_graph(bench, monkeypatch):
+    """The time of a replay, by the calls that were captured after one that was not."""
+    run_gpu, calls = bench.run_gpu, []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(calls.append("graph")))
+    monkeypatch.setattr(run_gpu, "_median", lambda function, device: 3e-4)
+    assert run_gpu._seconds_in_a_graph(lambda: calls.append(1), "cuda") == pytest.approx(1.5e-5)
+    assert calls == [1, "graph", *[1] * 20]
+    assert run_gpu._seconds_in_a_graph(lambda: calls.append(1), "cpu") == 3e-4
+
+
+def test_bars_of_the_cuda_launches(bench):
+    """combine moved 2 of 3 TB/s; parts of du are no work that was asked for."""
+    given = bench.run_gpu.parse(["--trial", "--device", "cpu", "--backend", "cuda"])
+    case = bench._gpu_checks.layer_case(given, *given.layers[0])
+    costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case, "cuda")]
+    moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
+    low_rank = [c for c in costs if re.match("shrink|du|dA[12]", c.kernel)]
+    assert sum(cost.bytes for cost in low_rank) > sum(cost.useful_bytes for cost in low_rank)
+    outer_ms = sum(cost.useful_bytes for cost in low_rank) / 2.7e12 * 1e3
+    results = {
+        "ceilings": {"copy_TBps": 3.0},
+        "dispatch": {"us": {"reference": 200.0, "cuda": 40.0}},
+        "kernels": {
+            "kernels": [
+                ["combine_kernel<bf16>", 2, moved / 2e12 * 1e3], ["outer_kernel", 4, outer_ms],
+                ["gate_up", 1, 1],
+            ]
+        },
+    }  # fmt: skip
+    found = [
+        (b.number, b.measured and b.measured.median, b.met)
+        for b in bench.run_gpu.judge(results, given)
+    ]
+    assert found == [
+        (9, 40.0, False),
+        (9, 5.0, True),
+        (10, pytest.approx(2 / 3), False),
+        (11, pytest.approx(0.9), True),
+    ]
+    results["kernels"]["kernels"] = [["gate_up", 1, 1]]
+    *_, last = bench.run_gpu.judge(results, given)
+    assert last.number == 11 and last.measured is None  # no time was seen

@@ -1,0 +1,201 @@
+"""Healing by distillation: what trains, resuming with the same bits, refusals; perplexity."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from support.dense_zoo import CALIBRATION, VOCAB, logits, make_dense, same_state, token_ids
+
+from moe_kernels.conversion import dense_to_moe, heal, perplexity
+from moe_kernels.conversion import healing as healing_module
+
+pytestmark = pytest.mark.filterwarnings("ignore:experts of 6 neurons")
+
+
+def batches(count=6):
+    return [token_ids(4, 16, seed=100 + index) for index in range(count)]
+
+
+def quick(moe, dense, **settings):
+    settings = {"steps": 12, "train": "router+experts", "lr": 1e-3, "progress": False} | settings
+    return heal(moe, dense, batches(), **settings)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return make_dense("llama", dtype=torch.float32)
+
+
+def convert(source, **settings):
+    return dense_to_moe(source, 4, 2, calibration=CALIBRATION, **settings)
+
+
+@pytest.mark.parametrize(("train", "lr"), [("router", 2e-4), ("router+experts", 1e-3)])
+def test_healing_lowers_the_divergence_and_trains_nothing_else(source, train, lr):
+    moe, dense = convert(source).train(), copy.deepcopy(source)
+    before = copy.deepcopy(moe)
+    report = quick(moe, dense, steps=60, train=train, lr=lr)
+    assert len(report.losses) == 60 and report.tokens == 60 * 64 and report.seconds > 0
+    assert sum(report.losses[-6:]) < sum(report.losses[:6]) * (0.999 if train == "router" else 0.9)
+    assert moe.training and same_state(dense, source)
+    for name, parameter in moe.named_parameters():
+        trained = ".gate." in name or (train == "router+experts" and ".experts." in name)
+        assert torch.equal(parameter, before.get_parameter(name)) != trained, name
+        assert parameter.requires_grad and parameter.grad is None
+
+
+def test_healing_trains_a_shared_expert_and_its_gate(source):
+    moe = convert(source, shared_expert=16)
+    before = copy.deepcopy(moe)
+    quick(moe, source, steps=3)
+    changed = {n for n, p in moe.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert changed == {n for n, _ in moe.named_parameters() if ".mlp." in n}
+
+
+@pytest.mark.parametrize("when", [4, 5])
+def test_a_stopped_healing_ends_with_the_same_bits(source, tmp_path, when):
+    whole = convert(source)
+    expected = quick(whole, source)
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) == when
+
+    moe = convert(source)
+    with pytest.raises(KeyboardInterrupt):
+        quick(moe, source, checkpoint=tmp_path, save_every=3, stop=stop)
+    again = convert(source)  # as a new process would
+    report = quick(again, source, checkpoint=tmp_path, save_every=3)
+    assert same_state(again, whole)
+    assert report.losses == expected.losses and report.tokens == expected.tokens
+    assert [file.name for file in tmp_path.iterdir()] == [healing_module.CHECKPOINT]
+    # All steps are done: a third run only loads.
+    finished = convert(source)
+    assert quick(finished, source, checkpoint=tmp_path).losses == expected.losses
+    assert same_state(finished, whole)
+
+
+def test_killed_while_saving_the_last_checkpoint_stays_whole(source, tmp_path, monkeypatch):
+    original, calls = torch.save, []
+
+    def save(state, file):
+        calls.append(None)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError("disk full")
+        original(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="disk full"):
+        quick(convert(source), source, checkpoint=tmp_path, save_every=3)
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == [healing_module.CHECKPOINT]
+    whole, resumed = convert(source), convert(source)
+    quick(whole, source)
+    quick(resumed, source, checkpoint=tmp_path)
+    assert same_state(resumed, whole)
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient"])
+def test_stops_where_the_loss_is_not_finite(source, tmp_path, monkeypatch, cause):
+    original, calls = healing_module.kl_divergence, []
+
+    class _BadGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * math.nan
+
+    def diverging(*args):
+        calls.append(None)
+        loss = original(*args)
+        if len(calls) == 8:  # step 7
+            return loss * math.nan if cause == "loss" else _BadGradient.apply(loss)
+        return loss
+
+    monkeypatch.setattr(healing_module, "kl_divergence", diverging)
+    moe = convert(source)
+    with pytest.raises(FloatingPointError, match=f"the {cause} .* step 7 of 12; .* step 6"):
+        quick(moe, source, checkpoint=tmp_path, save_every=3)
+    monkeypatch.undo()
+    saved = torch.load(tmp_path / healing_module.CHECKPOINT, weights_only=True)
+    assert saved["step"] == 6
+    for name, tensor in saved["parameters"].items():
+        assert torch.isfinite(tensor).all() and torch.equal(moe.get_parameter(name), tensor)
+    calls.clear()
+    monkeypatch.setattr(healing_module, "kl_divergence", diverging)
+    with pytest.raises(FloatingPointError, match="no checkpoint was kept"):
+        quick(convert(source), source)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"steps": 20}, "steps was 12"), ({"lr": 1e-2}, "lr was"), ({"seed": 5}, "seed was 0")],
+)
+def test_refuses_the_checkpoint_of_another_run(source, tmp_path, change, match):
+    quick(convert(source), source, checkpoint=tmp_path)
+    moe = convert(source)
+    before = copy.deepcopy(moe)
+    with pytest.raises(ValueError, match=match):
+        quick(moe, source, checkpoint=tmp_path, **change)
+    assert same_state(moe, before)
+
+
+def test_refuses_a_checkpoint_of_other_weights_or_text(source, tmp_path):
+    quick(convert(source), source, checkpoint=tmp_path, train="router")
+    with pytest.raises(ValueError, match="frozen weights was"):
+        quick(convert(source, seed=1), source, checkpoint=tmp_path, train="router")
+    with pytest.raises(ValueError, match="batches was"):
+        heal(convert(source), source, batches(5), steps=12, train="router", lr=1e-3,
+             checkpoint=tmp_path, progress=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"train": "everything"}, "train must be one of"),
+        ({"steps": 0}, "at least 1"),
+        ({"save_every": 0}, "at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": math.nan}, "lr must be positive"),
+    ],
+)
+def test_healing_refuses(source, settings, match):
+    with pytest.raises(ValueError, match=match):
+        quick(convert(source), source, **settings)
+
+
+def test_healing_refuses_models_that_do_not_fit(source):
+    with pytest.raises(ValueError, match="too coarse"):
+        quick(convert(source).bfloat16(), source)
+    with pytest.raises(ValueError, match="no routers"):
+        quick(copy.deepcopy(source), source)
+    with pytest.raises(ValueError, match="other vocabularies"):
+        quick(convert(source), make_dense(vocab_size=50, dtype=torch.float32))
+    with pytest.raises(ValueError, match="no batches"):
+        heal(convert(source), source, [], steps=1, progress=False)
+
+
+# --- perplexity
+
+
+def test_perplexity_is_of_all_predicted_tokens(source):
+    ids = token_ids(3, 20)
+    logs = logits(source, ids)[:, :-1].log_softmax(-1)
+    wanted = math.exp(-logs.gather(-1, ids[:, 1:, None]).double().mean())
+    assert perplexity(source.train(), [ids[:2], ids[2:]]) == pytest.approx(wanted, rel=1e-5)
+    assert source.training
+    source.eval()
+    with torch.no_grad():
+        uniform = copy.deepcopy(source)
+        uniform.get_output_embeddings().weight.zero_()
+    assert perplexity(uniform, [ids]) == pytest.approx(VOCAB, rel=1e-5)
+    for nothing in ([], [ids[:, :1]]):
+        with pytest.raises(ValueError, match="no token to predict"):
+            perplexity(source, nothing)

@@ -1,0 +1,299 @@
+"""The cases of ``triton_suite.py`` on the backend "cuda"; ``test_cuda.py`` runs them.
+
+Without a GPU, the CUDA ops are done on the CPU by plain torch, and Triton is interpreted: what is
+seen is whether the layers ask the ops for the right things. Or, where CUDA_KERNELS_ON_HOST names a
+library of them, by the kernels themselves.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu.triton_suite import (  # noqa: F401  (collected here)
+    DEVICE,
+    ON_GPU,
+    check,
+    on_device,
+    test_a_captured_graph_gives_the_same_bits,
+    test_lora_linear,
+    test_matches_the_reference,
+    test_no_tokens,
+    test_odd_sizes,
+    test_only_the_gradients_asked_for,
+    test_refuses_what_it_does_not_compute,
+    test_shapes,
+    test_text_rows_do_not_see_adapters,
+    test_the_first_added_experts_may_be_frozen,
+    test_the_same_bits_twice,
+)
+from support import cuda_stand_ins
+from support.moe_mlp import VARIANTS, call
+from support.registered_ops import make, results, same
+
+if ON_GPU:  # without one they would say the same again, slowly
+    from gpu.triton_suite import (  # noqa: F401
+        test_a_graph_is_walked_twice,
+        test_a_route_may_flip_at_recompute,
+        test_autocast_changes_nothing,
+        test_dispatch,
+        test_inductor_takes_the_op,
+        test_inputs_of_any_layout,
+        test_padding_is_never_read_and_unwritten_memory_shows,
+        test_random_shapes,
+        test_stacks_of_more_than_2_to_the_31_elements,
+        test_tensors_may_be_on_another_device_than_the_current,
+        test_text_bits_at_a_size_that_shows,
+    )
+
+from moe_kernels import _native, backends
+from moe_kernels.ops import LoraWeights, cuda_kernels, lora_linear, triton_kernels
+from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
+from moe_kernels.ops.moe_mlp import gpu
+from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
+
+SHARED = {"dispatch_with_maps", "tile_maps", "project", "outer", "combine"}
+PRODUCTS = {"gate_up", "product", "act_backward"}
+ALL = SHARED | PRODUCTS
+VECTORS = Shape(T=37, K=3, E=5, H=48, I=24, r=5)  # all rows in whole vectors of 16 bytes
+OPS = _native.ops()
+if "CUDA_KERNELS_ON_HOST" in os.environ:
+    torch.ops.load_library(os.environ["CUDA_KERNELS_ON_HOST"])
+else:
+    LIBRARY = cuda_stand_ins.register()
+
+
+@pytest.fixture(autouse=True)
+def cuda_for_triton(monkeypatch):
+    """The cases name "triton", which can be named without a GPU too. The extension's products are
+    looked at on every device.
+    """
+    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 1000)
+    implementation = backends.implementation
+    monkeypatch.setattr(
+        backends,
+        "implementation",
+        lambda op, name: implementation(op, "cuda" if name == "triton" else name),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(name, arguments) of every call of a native op."""
+    made = []
+
+    class Recorded:
+        def __getattr__(self, name):
+            return lambda *arguments: (
+                made.append((name, arguments)) or getattr(OPS, name)(*arguments)
+            )
+
+    monkeypatch.setattr(_native, "ops", Recorded)
+    return made
+
+
+def layer(shape, dtype=torch.float32, **variant):
+    """The output and the gradients of a layer."""
+    inputs = on_device(make_moe_inputs(shape, **variant).to(dtype)).requires_grad_()
+    out = call(inputs, "triton")
+    return out, *torch.autograd.grad(out.sum(), list(inputs.differentiable().values()))
+
+
+OTHERS = [
+    (Shape(T=60, K=2, E=4, H=136, I=72, r=16), {}),
+    (Shape(T=50, K=3, E=3, H=72, I=40, r=40), {"num_modalities": 2, "shared_a": True}),
+    (Shape(T=300, K=1, E=1, H=40, I=24, r=3), {"modality": "image"}),
+    (Shape(T=600, K=1, E=2, H=24, I=16, r=8), {"modality": "image", "routing": "one_expert"}),
+    (Shape(T=30, K=2, E=4, H=64, I=48, r=8), {"routing": "repeated", "ranks": (0, 20)}),
+    (Shape(T=40, K=2, E=4, H=64, I=48, r=8), {"num_extra": 2, "ranks": (4, 0)}),
+    (Shape(T=1, K=2, E=4, H=64, I=48, r=8), {"modality": "no_padding"}),
+    (Shape(T=0, K=2, E=4, H=64, I=48, r=8), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "options"), OTHERS, ids=str)
+def test_half_precision_of_other_shapes(monkeypatch, dtype, shape, options):
+    """Blocks of every size, and a group of several partial sums."""
+    monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
+    check(dtype, shape, seed=7, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_matches_the_reference(monkeypatch, dtype, variant):
+    """No product is left to Triton, whose interpreter is wrong in bfloat16."""
+    monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
+    check(dtype, VECTORS, seed=len(variant), **VARIANTS[variant])
+
+
+def lora_linear_inputs(tokens, rank, dtype):
+    """Rows, A, B, W and a gradient; modality ids."""
+    generator = torch.Generator().manual_seed(tokens)
+    sizes = (tokens, 48), (2, rank, 48), (2, 136, rank), (136, 48), (tokens, 136)
+    tensors = [torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in sizes]
+    return tensors, torch.randint(-1, 3, (tokens,), generator=generator).to(DEVICE)
+
+
+def lora_linear_results(dtype, backend, tensors, ids):
+    """The output and the gradients."""
+    *leaves, weight, grad_out = (tensor.to(dtype) for tensor in tensors)
+    x, a, b = (leaf.detach().requires_grad_() for leaf in leaves)
+    lora = LoraWeights(a, b, torch.tensor([2.0, 0.5], device=DEVICE))
+    out = lora_linear(x, weight, None, lora, modality_ids=ids, backend=backend)
+    return out, *torch.autograd.grad(out, (x, a, b), grad_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "rank"), [(70, 5), (70, 24), (70, 40), (1, 8), (0, 4)])
+def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
+    monkeypatch.setattr(lora_linear_impl, "check_dtype", lambda dtype: None)
+    inputs = lora_linear_inputs(tokens, rank, dtype)
+    actual = lora_linear_results(dtype, "triton", *inputs)
+    names = [name for name, _ in calls]
+    assert names.count("add_low_rank") == 2 and names.count("project") == (2 if rank > 32 else 1)
+    expected = lora_linear_results(torch.float64, "reference", *inputs)
+    for tensor, wanted in zip(actual, expected, strict=True):
+        assert_close(tensor, wanted, dtype=dtype)
+
+
+@pytest.mark.parametrize("most", [2**28, 0])
+def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most):
+    """du is then a pass of its own, twice in a layer."""
+    monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
+    monkeypatch.setattr(triton_kernels, "MAX_BYTES_OF_PARTS", most)
+    shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
+    check(torch.bfloat16, shape, seed=3, num_modalities=2)
+    names = [name for name, _ in calls]
+    assert (names.count("project"), names.count("outer")) == (2 if most else 4, 4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+@pytest.mark.parametrize("tokens", [40, 400, 4000])  # tiles of 16, 64 and 128 rows
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_tile_matches_the_reference(dtype, tokens):
+    check(dtype, Shape(T=tokens, K=2, E=8, H=264, I=136, r=24), num_modalities=2, num_extra=1)
+
+
+@pytest.mark.parametrize(("variant", "outers"), [({}, 4), ({"num_extra": 1}, 6)])
+def test_a_layer_calls_the_native_ops(calls, variant, outers):
+    layer(VECTORS, torch.float16, **variant)
+    names = [name for name, _ in calls]
+    forward = ["dispatch_with_maps", "project", "gate_up", "project", "product", "combine"]
+    assert names[:6] == forward
+    backward = ["act_backward", "combine", *["outer"] * outers, "product"]  # du with dB
+    assert sorted(names[6:]) == [*backward, "tile_maps"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_where_triton_multiplies(calls, monkeypatch, dtype):
+    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 0)
+    check(dtype, replace(VECTORS, r=24), num_modalities=2, num_extra=1)
+    assert {name for name, _ in calls} == {"dispatch_with_maps", "tile_maps", "combine"}
+
+
+@pytest.mark.parametrize(
+    ("odd", "missing"),
+    [
+        ("float32", PRODUCTS), ("rows", PRODUCTS | {"combine"}), ("stack", PRODUCTS),
+        ("segments", {"dispatch_with_maps"}), ("nothing", set()),
+    ],
+)  # fmt: skip
+def test_what_an_op_does_not_take_goes_to_triton(calls, monkeypatch, odd, missing):
+    inputs = make_moe_inputs(SHAPES["odd"] if odd == "rows" else VECTORS)
+    inputs = on_device(inputs.to(torch.float32 if odd == "float32" else torch.float16))
+    if odd == "stack":  # does not begin at a multiple of 16 bytes
+        memory = inputs.down_proj.new_zeros(inputs.down_proj.numel() + 1)
+        inputs = inputs._replace(down_proj=memory[1:].view(inputs.down_proj.shape))
+    if odd == "segments":  # more than a block counts
+        monkeypatch.setattr(_native, "max_dispatch_keys", lambda: VECTORS.E)
+    call(inputs, "triton")
+    backward = {"tile_maps", "outer", "act_backward"}
+    assert {name for name, _ in calls} == ALL - missing - backward
+
+
+@pytest.mark.parametrize("odd", ["hidden_states", "topk_weights"])
+def test_inputs_are_made_to_fit(odd):
+    """Tokens that do not begin at a multiple of 16 bytes, weights of another dtype: no new bits."""
+    inputs = make_moe_inputs(VECTORS).to(torch.float16)
+    inputs = inputs._replace(topk_weights=inputs.topk_weights.bfloat16().float())
+    inputs = on_device(inputs)
+    expected = call(inputs, "triton")
+    if odd == "topk_weights":
+        for dtype in (torch.bfloat16, torch.float64):
+            other = inputs._replace(topk_weights=inputs.topk_weights.to(dtype))
+            assert torch.equal(call(other, "triton"), expected)
+        return
+    memory = inputs.hidden_states.new_empty(inputs.hidden_states.numel() + 1)
+    moved = memory[1:].view(inputs.hidden_states.shape).copy_(inputs.hidden_states)
+    assert torch.equal(call(inputs._replace(hidden_states=moved), "triton"), expected)
+
+
+@pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
+def test_it_compiles_into_one_graph_with_the_same_bits():
+    function, x, adapters = make("moe_mlp", "triton")
+    expected = results(function, x, adapters)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert same(results(compiled, x, adapters), expected)
+
+
+def test_opcheck(calls):
+    """Every call of both layers: the schema, and shapes and refusals on fake tensors."""
+    layer(VECTORS, torch.float16, num_extra=1)
+    layer(replace(VECTORS, r=40), torch.float16)  # du in a pass of its own
+    lora_linear_results(torch.float16, "triton", *lora_linear_inputs(70, 5, torch.float16))
+    assert {name for name, _ in calls} == ALL | {"add_low_rank"}
+    for name, arguments in calls:
+        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(
+            getattr(OPS, name).default, detached, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def outcome(name, arguments):
+    """What an op returns or fills, without rows that it does not write."""
+    if name == "project":
+        arguments[0].zero_()
+    returned = getattr(OPS, name)(*arguments)
+    if name == "project":
+        return [arguments[0]]
+    if isinstance(returned, torch.Tensor):
+        returned = [returned]
+    if name == "dispatch_with_maps":
+        return [*returned[:-1], *returned[-1]]
+    if name == "outer":
+        sums, projected = returned
+        written = torch.zeros(len(projected), dtype=torch.bool, device=sums.device)
+        for first, end in arguments[4][:2].T.tolist():
+            written[first:end] = True
+        return [sums, projected[written]]
+    if name in ("product", "act_backward"):
+        dispatched = int(arguments[5][-1])
+        returned = [returned[0][:dispatched], *returned[1:]]
+    if name == "act_backward":
+        returned[1] = returned[1][rows_with_act(arguments)]
+    return returned
+
+
+def rows_with_act(arguments):
+    """Of which act_backward writes the activation: with an adapter, or of an added expert."""
+    stack, segments, scaling = arguments[1], arguments[5].tolist(), arguments[8]
+    period = 1 + len(scaling)
+    of_base = range(0, len(stack) * period, period)
+    without = {row for s in of_base for row in range(segments[s], segments[s + 1])}
+    return [row for row in range(segments[-1]) if row not in without]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_call_gives_on_the_gpu_what_it_gives_on_the_cpu(calls, dtype):
+    layer(SHAPES["small"], dtype, num_extra=1, num_modalities=2)
+    assert {name for name, _ in calls} == ALL
+    for name, arguments in calls:
+        on_cpu = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+        for a, b in zip(outcome(name, arguments), outcome(name, on_cpu), strict=True):
+            if a.is_floating_point():
+                assert_close(a.cpu(), b, dtype=dtype, name=name)
+            else:
+                assert torch.equal(a.cpu(), b), name

@@ -1,0 +1,282 @@
+"""Backend "cuda": what it needs, its ops on tensors without memory, and ``cuda_suite.py``."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from support import host_kernels
+from support.processes import run_pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_kernels import _native, backends, info
+
+NEEDS_EXTENSION = pytest.mark.skipif(not _native.is_available(), reason=f"{_native.why_not()}")
+
+
+NEEDS_TRITON = pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs triton, which the test extra installs on Linux"
+)
+CASES = str(Path(__file__).with_name("cuda_suite.py"))
+
+
+@NEEDS_EXTENSION
+@NEEDS_TRITON
+@pytest.mark.parametrize(
+    "selected", ["test_matches or odd or shapes", "not test_matches and not odd and not shapes"]
+)
+def test_layers(selected):
+    environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    run_pytest(CASES, "-k", selected, may_skip=True, **environment)  # what is of a GPU or not
+
+
+@NEEDS_EXTENSION
+@NEEDS_TRITON
+@pytest.mark.skipif(host_kernels.missing() is not None, reason=str(host_kernels.missing()))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU: run on a machine without one")
+def test_layers_by_the_kernels_on_the_host(tmp_path):
+    """Layers, launchers and kernels as they are; only the device is played."""
+    library = str(host_kernels.build_ops(tmp_path))
+    selected = "half_precision or lora_linear or native_ops or opcheck or made_to_fit"
+    run_pytest(CASES, "-k", selected, TRITON_INTERPRET="1", CUDA_KERNELS_ON_HOST=library)
+
+
+@pytest.fixture
+def works(monkeypatch):
+    """A machine that has everything."""
+    monkeypatch.setattr(_native, "why_not", lambda: None)
+    monkeypatch.setattr(_native, "has_cuda_kernel", lambda op: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda_arch_list": "8.0;9.0a;10.0+PTX"})
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    _native.runs_on.cache_clear()
+    yield monkeypatch
+    _native.runs_on.cache_clear()
+
+
+def test_it_works_where_everything_is_there(works):
+    assert backends.available()["cuda"] is None
+    assert backends.select("cuda", torch.device("cuda")) == "cuda"
+    assert backends.select(None, torch.device("cuda")) == "cuda"
+    assert backends.select(None, torch.device("cuda"), torch.float64) == "reference"
+    works.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="'cuda' needs tensors on a CUDA device, got cpu"):
+        backends.select("cuda", torch.device("cpu"))
+
+
+def test_it_says_what_is_missing(works):
+    works.setattr(backends, "_HAS_TRITON", False)
+    assert backends.available()["cuda"].startswith("triton is not installed")
+    works.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends.available()["cuda"] == "no CUDA device"
+    works.setattr(_native, "has_cuda_kernel", lambda op: False)
+    works.setattr(_native, "_note", lambda: {"no_cuda": "nvcc was not found"})
+    reason = "the extension was built without CUDA kernels (nvcc was not found)"
+    assert backends.available()["cuda"] == reason
+    works.setattr(_native, "_note", dict)
+    assert "the build left no note of why" in backends.available()["cuda"]
+    works.setattr(_native, "why_not", lambda: "not built: ...")
+    assert backends.available()["cuda"] == "the extension is missing: not built: ..."
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: the extension is"):
+        backends.select("cuda", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "runs"),
+    [
+        ("8.0;9.0a;10.0+PTX", {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)}),
+        ("9.0a", {(9, 0)}),
+        ("8.6 9.0", {(8, 6), (8, 9), (9, 0)}),
+        ("8.0+PTX", {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)}),
+    ],
+)
+def test_it_needs_a_build_for_the_device(works, arch_list, runs):
+    devices = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)}
+    works.setattr(_native, "build_info", lambda: {"cuda_arch_list": arch_list})
+    _native.runs_on.cache_clear()
+    for device in devices:
+        works.setattr(torch.cuda, "get_device_capability", lambda _, device=device: device)
+        reason = backends.available()["cuda"]
+        assert (reason is None) == (device in runs), device
+        assert reason is None or f"not built for this device, {device[0]}.{device[1]}" in reason
+
+
+def test_the_info_page_says_whose_kernels_run(works, capsys):
+    works.setattr(_native, "has_cuda_kernel", lambda op: op in ("dispatch", "combine"))
+    found = info.collect()["backend cuda"]
+    assert found["dispatch"].startswith("CUDA up to 2,399 pairs")
+    assert found["combine"] == "CUDA for rows of whole 16 bytes, else Triton"
+    assert found["tile maps"] == "Triton"
+    info.main([])
+    assert "backend cuda:\n  dispatch: CUDA" in capsys.readouterr().out
+    works.setattr(_native, "has_cuda_kernel", lambda op: False)
+    info.main([])
+    assert "backend cuda: none" in capsys.readouterr().out
+
+
+def test_a_build_with_cuda_has_every_op():
+    """A build without CUDA has none."""
+    expected = bool(_native.build_info().get("cuda_arch_list"))
+    names = {name for name, _ in info._CUDA_OPS.values()} | {"dispatch_with_maps"}
+    assert names == {*CALLS}
+    for name in names:
+        assert _native.has_cuda_kernel(name) == expected
+        key = f"moe_kernels_native::{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(key, "Meta")
+
+
+def empty(*size, dtype=torch.float32, device="meta"):
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+def integers(*size):
+    return empty(*size, dtype=torch.int64)
+
+
+def halves(*size):
+    return empty(*size, dtype=torch.float16)
+
+
+def products(left, stack, extra, u, v):
+    """What the products of the experts begin with."""
+    return (
+        left, stack, extra, integers(20), integers(3, 6), integers(9), u, v, empty(1), 16
+    )  # fmt: skip
+
+
+# Ten tokens, two experts each of four, one of which is added; one added modality.
+CALLS = {
+    "gate_up": (
+        (*products(halves(10, 16), halves(3, 48, 16), halves(1, 48, 16), halves(20, 5),
+                   empty(1, 3, 48, 5)), True), [(20, 48), (20, 24)]
+    ),
+    "product": (
+        (*products(halves(20, 48), halves(3, 48, 16), halves(1, 48, 16), empty(20, 5),
+                   halves(1, 1, 5, 16)), False), [(20, 16)]
+    ),
+    "act_backward": (
+        (*products(halves(10, 16), halves(4, 16, 136), None, empty(20, 5), empty(1, 4, 5, 136)),
+         empty(10, 2), halves(20, 272), False, False), [(20, 272), (0, 136), (2, 10, 2)]
+    ),
+    "dispatch": ((integers(10, 2), 4, None, 1), [(20,), (20,), (4,), (5,), (9,)]),
+    "dispatch_with_maps": (
+        (integers(10, 2), 4, None, 1, [16, 8], [5, 5, 2, 0, 2, 4, 4, 2, 1, 1]),
+        [(20,), (20,), (4,), (5,), (9,), (3, 6), (3, 5), (3, 6), (3, 4)],
+    ),
+    "tile_maps": (
+        (integers(9), 20, [16, 8], [5, 5, 2, 0, 2, 4, 4, 2, 1, 1]), [(3, 6), (3, 5), (3, 6), (3, 4)]
+    ),
+    "combine": (
+        (empty(20, 8), integers(20), integers(1), empty(10, 2, dtype=torch.bfloat16), 10), [(10, 8)]
+    ),
+    "add_low_rank": (
+        (halves(10, 16), empty(10, 3), halves(2, 3, 16), empty(2), integers(10), integers(3, 6),
+         False), []
+    ),
+    "outer": (
+        (halves(20, 3), halves(10, 6), integers(20), integers(3, 6), integers(3, 4), empty(1),
+         empty(10, 2), empty(4, 6, 3), 16, 2, False, False, True), [(4, 3, 6), (20, 3)]
+    ),
+    "project": (
+        (empty(20, 3), empty(10, 8), empty(1, 4, 3, 8), integers(20), integers(3, 6), 4, 4, 4, 2,
+         True, True), []
+    ),
+}  # fmt: skip
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_shapes_without_memory(op, fake):
+    arguments, shapes = CALLS[op]
+    mode = FakeTensorMode()
+    if fake:
+        with mode:
+            arguments = [
+                empty(*a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a
+                for a in arguments
+            ]
+    found = getattr(_native.ops(), op)(*arguments)
+    found = [found] if isinstance(found, torch.Tensor) else found or []
+    found = [t for part in found for t in (part if isinstance(part, list) else [part])]
+    assert [tuple(tensor.shape) for tensor in found] == shapes
+    assert {tensor.device.type for tensor in found} <= {"cuda" if fake else "meta"}
+
+
+REFUSALS = [
+    ("dispatch", 0, integers(10), "topk_ids must have shape"),
+    ("dispatch", 0, integers(10, 0), "at least one expert of each token"),
+    ("dispatch", 1, 0, "num_experts must be at least 1"),
+    ("dispatch", 2, integers(3), "modality_ids must have shape"),
+    ("dispatch", 2, torch.zeros(10, dtype=torch.int64), "modality_ids must be on meta, is on cpu"),
+    ("dispatch_with_maps", 2, integers(3), "modality_ids must have shape"),
+    ("dispatch_with_maps", 3, 599, "fewer than 2400 pairs .*, there are 2400"),
+    ("dispatch_with_maps", 4, [16], "five numbers in groups for each"),
+    ("tile_maps", 1, 2**31, "fewer than 2.31 rows"),
+    ("tile_maps", 2, [16], "five numbers in groups for each"),
+    ("tile_maps", 2, [16, 0], "blocks must be at least 1"),
+    ("tile_maps", 3, [5, 5, 2, 0, 2, 4, 4, 2, 9, 1], "groups of map 1 .* segments of 0..8"),
+    ("tile_maps", 3, [5, 0, 2, 0, 2, 4, 4, 2, 1, 1], "groups of map 0"),
+    ("combine", 0, empty(20, 8, dtype=torch.float64), "rows must be float32, bfloat16 or float16"),
+    ("combine", 0, empty(20, 6), "a multiple of 16 bytes"),
+    ("combine", 0, empty(8, 20).T, "rows must be contiguous"),
+    ("combine", 1, empty(20), "inv_perm must be Long"),
+    ("combine", 4, 9, "as many for each of 9 tokens"),
+    ("outer", 0, empty(20, 3, dtype=torch.bfloat16), "left must be Half"),
+    ("outer", 0, empty(20, 3), "with a matrix outer takes left and right of bfloat16 or float16"),
+    ("outer", 0, halves(20, 33), "at most 32 columns of left"),
+    ("outer", 1, halves(20, 6), "right must have shape"),
+    ("outer", 5, empty(3), "factors must be one for each of as many neighbouring groups"),
+    ("outer", 6, empty(10, 3), "weights must have shape"),
+    ("outer", 7, empty(4, 3, 6), "matrix must have shape"),
+    ("outer", 8, 0, "at least a row in a chunk"),
+    ("outer", 9, 3, "perm must have top_k = 3 entries for each token"),
+    ("add_low_rank", 0, empty(10, 16), "out must be bfloat16 or float16"),
+    ("add_low_rank", 0, halves(10, 12), "a multiple of 16 bytes"),
+    ("add_low_rank", 1, halves(10, 3), "u must be Float"),
+    ("add_low_rank", 2, halves(2, 16, 3), "v must have shape"),
+    ("add_low_rank", 3, empty(1), "v must have shape"),
+    ("add_low_rank", 4, integers(9), "perm must have shape"),
+    ("gate_up", 0, empty(10, 16), "bfloat16 or float16"),
+    ("gate_up", 0, halves(10, 12), "a multiple of 16 bytes"),
+    ("gate_up", 0, halves(3, 16), "perm must have as many entries for each row of left"),
+    ("gate_up", 1, halves(3, 47, 16), "stack must be .experts, 2 . inter, hidden."),
+    ("gate_up", 1, halves(3, 48, 24), "stack must have shape"),
+    ("gate_up", 2, halves(1, 40, 16), "extra must have shape"),
+    ("gate_up", 5, integers(8), "as many segments for each of 4 experts"),
+    ("gate_up", 6, None, "given together or not at all"),
+    ("gate_up", 6, empty(20, 5), "u must be Half"),
+    ("gate_up", 7, empty(2, 3, 48, 5), "v must have shape"),
+    ("gate_up", 7, empty(1, 2, 48, 5), "v must be of 3 experts, or of 1 that all share, is of 2"),
+    ("gate_up", 9, 32, "block_m must be 16, 64 or 128, is 32"),
+    ("product", 6, halves(20, 5), "u must be Float"),
+    ("product", 0, halves(10, 48), "left must have shape"),
+    ("product", 10, True, "stack must have shape"),
+    ("act_backward", 10, empty(10, 3), "weights must have an entry for each of 20 rows"),
+    ("act_backward", 11, halves(20, 136), "pre_act must have shape"),
+    ("project", 0, empty(20, 3, dtype=torch.float16), "out must be Float"),
+    ("project", 1, empty(20, 8), "left must have shape"),
+    ("project", 2, empty(1, 4, 8, 3), "matrix must end with 3 x 8"),
+    ("project", 2, empty(1, 3, 3, 8), "matrix must have 4 for each modality, has 3"),
+    ("project", 2, empty(1, 4, 3, 8, dtype=torch.float16), "float32 or Float, is"),
+    ("project", 5, 8, "pairs of 1 modalities and 4 experts, are of 8"),
+    ("project", 7, 2, "experts must be 1 or num_base = 4"),
+]
+
+
+@NEEDS_EXTENSION
+def test_dispatch_takes_as_many_pairs_as_a_block_counts():
+    """On CUDA; the CPU's, which has the same op, takes more."""
+    ops, ids = _native.ops(), integers(10, 2)
+    assert ops.dispatch_with_maps(ids, 1, None, 2398, [], [])[4].numel() == 2400
+    assert ops.dispatch(ids, 4, None, 599)[4].numel() == 2401
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize(("op", "position", "value", "message"), REFUSALS)
+def test_refusals(op, position, value, message):
+    arguments = list(CALLS[op][0])
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        getattr(_native.ops(), op)(*arguments)

@@ -1,0 +1,663 @@
+"""The CUDA kernels, run on the host, against float64."""
+
+import ctypes
+
+import pytest
+import torch
+from support import host_kernels as cuda
+
+from moe_kernels.ops.dispatch import reference
+from moe_kernels.testing import (
+    assert_close,
+    make_modality_ids,
+    make_routing,
+)
+
+pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return cuda.build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(params=["ascending", "descending"])
+def library(compiled, request):
+    """Threads and blocks in one order, copies late, or in the other, copies early: a missing
+    barrier shows in one of them.
+    """
+    descending = request.param == "descending"
+    compiled.set_order(descending, descending)
+    return compiled
+
+
+class Routed:
+    """Rows sorted by expert and modality; the last ``num_extra`` experts are added ones."""
+
+    def __init__(self, tokens, top_k, num_experts, num_modalities, seed, kind=0, num_extra=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        routing, modality = ROUTINGS[kind]
+        self.ids, self.weights = make_routing(
+            tokens, top_k, num_experts, kind=routing, generator=self.generator
+        )
+        self.top_k, self.num_experts, self.num_modalities = top_k, num_experts, num_modalities
+        self.num_base = num_experts - num_extra
+        self.tokens, self.rows = tokens, tokens * top_k
+        self.set_modalities(
+            make_modality_ids(tokens, num_modalities, kind=modality, generator=self.generator)
+        )
+
+    def set_modalities(self, modality_ids):
+        self.modality_ids = modality_ids
+        self.perm, self.inv_perm, _, self.offsets, self.segments = reference.dispatch(
+            self.ids, self.num_experts, modality_ids, self.num_modalities
+        )
+
+    def experts(self):
+        """(first row, end) of each expert, and of the rows not dispatched."""
+        offsets = [*self.offsets.tolist(), self.rows]
+        return list(zip(offsets, offsets[1:], strict=False))
+
+    def pairs(self):
+        """(first row, end) of each pair (modality, expert) with an adapter."""
+        segments, groups = self.segments.tolist(), self.num_modalities + 1
+        return [
+            (segments[e * groups + m], segments[e * groups + m + 1])
+            for m in range(1, groups)
+            for e in range(self.num_base)
+        ]
+
+    def randn(self, *size, dtype=torch.float32, fan_in=1):
+        return (torch.randn(*size, generator=self.generator) / fan_in**0.5).to(dtype)
+
+    def adapted(self):
+        """(rows,) whether a row has an adapter."""
+        mask = torch.zeros(self.rows, dtype=torch.bool)
+        for first, end in self.pairs():
+            mask[first:end] = True
+        return mask
+
+
+ROUTINGS = [
+    ("balanced", "mixed"), ("half_empty", "mixed"), ("one_expert", "image"),
+    ("repeated", "no_padding"), ("balanced", "text"), ("balanced", "padding"), ("zipf", "mixed"),
+]  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def check(actual, expected, dtype):
+    """Relative RMS, and no single element far off."""
+    assert_close(actual, expected, dtype=dtype)
+    if expected.numel():
+        limit = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}[dtype]
+        size = expected.square().mean().sqrt()
+        assert (actual.double() - expected).abs().max() <= limit * size
+
+
+# --- dispatch and combine
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 2, 4, 1), (1, 1, 1, 2), (13, 2, 4, 1), (700, 3, 16, 2), (1500, 8, 64, 1),
+        (8197, 8, 64, 1), (5001, 8, 512, 3),  # several steps of a warp, and of a scan
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dispatch_sorts_and_cuts_into_tiles(library, shape):
+    routed = Routed(*shape, 6)
+    routed.ids[torch.rand(routed.ids.shape, generator=routed.generator) < 0.02] = shape[2]
+    routed.set_modalities(routed.modality_ids)
+    check_dispatch(library, routed, 64)
+
+
+@pytest.mark.parametrize("kind", range(len(ROUTINGS)))
+@pytest.mark.parametrize("tokens", [0, 1, 150])
+@pytest.mark.parametrize("modalities", [1, 3])
+def test_dispatch_on_any_routing(library, kind, tokens, modalities):
+    check_dispatch(library, Routed(tokens, 2, 5, modalities, tokens, kind), 16)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 150])
+@pytest.mark.parametrize("modalities", [0, 2])
+def test_dispatch_without_modality_ids(library, tokens, modalities):
+    """All tokens are text."""
+    routed = Routed(tokens, 3, 4, modalities, tokens, 6)
+    routed.set_modalities(None)
+    check_dispatch(library, routed, 16)
+
+
+def unwritten(kind, expected):
+    """Tensors of the expected shapes, and a structure of them."""
+    out = [torch.full(part.shape, -(2**40)) for part in expected]
+    names = [name for name, _ in kind._fields_]
+    return out, cuda.structure(kind, **dict(zip(names, out, strict=True)))
+
+
+def check_dispatch(library, routed, block):
+    """With the maps of dispatch's own launch, and of one of theirs."""
+    experts, modalities = routed.num_experts, routed.num_modalities
+    fields = reference.dispatch(routed.ids, experts, routed.modality_ids, modalities)
+    maps = [
+        part
+        for bounds in (routed.experts(), routed.pairs())
+        for part in cuda.tile_map(bounds, routed.rows, block)
+    ]
+    sizes = routed.rows, routed.top_k, experts, modalities, block
+    for with_maps in (True, False):
+        out, given = unwritten(cuda.DispatchOut, fields)
+        made, wanted = unwritten(cuda.Maps, maps)
+        asked, launches = wanted if with_maps else None, library.launches()
+        cuda.call(library.dispatch, given, asked, routed.ids, routed.modality_ids, *sizes)
+        assert library.launches() == launches + 2
+        if not with_maps:
+            cuda.call(library.tile_maps, wanted, out[-1], *sizes[:1], *sizes[2:])
+        for actual, expected in zip((*out, *made), (*fields, *maps), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_combine_adds_the_rows_of_each_token(library, dtype, weighted):
+    routed = Routed(37, 3, 5, 1, 0)
+    rows = routed.randn(routed.rows, 24, dtype=dtype)
+    rows[routed.segments[-1] :] = NAN
+    out = torch.full((routed.tokens, 24), NAN, dtype=dtype)
+    given = cuda.structure(
+        cuda.Combine, rows=rows, inv_perm=routed.inv_perm, num_rows=routed.segments[-1:],
+        weights=routed.weights if weighted else None, out=out, num_tokens=routed.tokens, width=24,
+        top_k=routed.top_k,
+    )  # fmt: skip
+    cuda.call(library.combine, given, dtype, torch.float32)
+    weights = routed.weights if weighted else torch.ones_like(routed.weights)
+    terms = rows.double().nan_to_num()[routed.inv_perm].view(routed.tokens, routed.top_k, 24)
+    assert_close(out, (terms * weights.double()[..., None]).sum(1))
+
+
+# --- project
+
+
+def project(library, routed, left, matrix, out, rank_first, by_token, block):
+    tiles, _ = cuda.tile_map(routed.pairs(), routed.rows, block)
+    rank = out.shape[1]
+    given = cuda.structure(
+        cuda.Project, left=left, matrix=matrix, perm=routed.perm, tiles=tiles, out=out,
+        num_tiles=tiles.shape[1], num_base=routed.num_base, experts_of_m=matrix.shape[1],
+        size_k=left.shape[1], rank=rank, top_k=routed.top_k, by_token=by_token,
+        rank_first=rank_first,
+    )  # fmt: skip
+    cuda.call(library.project, given, left.dtype, matrix.dtype, out.dtype)
+    return out
+
+
+def check_project(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_first, by_token,
+                  shared, kind, block):  # fmt: skip
+    routed = Routed(*shape, size_k + rank, kind)
+    experts = 1 if shared else routed.num_experts
+    size = (rank, size_k) if rank_first else (size_k, rank)
+    matrix = routed.randn(routed.num_modalities, experts, *size, dtype=matrix_dtype)
+    left = routed.randn(routed.tokens if by_token else routed.rows, size_k, dtype=dtype)
+    adapted = routed.adapted()
+    if not by_token:
+        left[~adapted] = NAN
+    out_dtype = dtype if rank_first else torch.float32
+    out = torch.full((routed.rows, rank), NAN, dtype=out_dtype)
+    project(library, routed, left, matrix, out, rank_first, by_token, block)
+    expected = torch.full((routed.rows, rank), NAN, dtype=torch.float64)
+    rows = left[routed.perm // routed.top_k] if by_token else left
+    for pair, (first, end) in enumerate(routed.pairs()):
+        expert = 0 if shared else pair % routed.num_experts
+        m = matrix[pair // routed.num_experts, expert].to(dtype).double()
+        expected[first:end] = rows[first:end].double() @ (m.T if rank_first else m)
+    assert torch.equal(out.isnan().any(1), ~adapted) and torch.equal(out.isnan().all(1), ~adapted)
+    check(out[adapted], expected[adapted], out.dtype)
+    again = torch.full_like(out, NAN)
+    project(library, routed, left, matrix, again, rank_first, by_token, block)
+    assert torch.equal(out[adapted], again[adapted])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank_first", [True, False])
+@pytest.mark.parametrize(
+    ("size_k", "rank"),
+    [(64, 16), (200, 3), (41, 5), (520, 8), (136, 20), (72, 72), (19, 70), (1, 1)],
+)
+def test_project_is_the_product_of_adapted_rows(library, dtype, rank_first, size_k, rank):
+    check_project(
+        library, (37, 3, 5, 2), size_k, rank, dtype, by_token=rank % 2 == 0, kind=0,
+        matrix_dtype=torch.float32 if size_k % 3 else dtype, rank_first=rank_first,
+        shared=rank == 8, block=[16, 128][rank % 2],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(len(ROUTINGS)))
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_project_on_any_routing(library, kind, tokens):
+    check_project(
+        library, (tokens, 2, 4, 1), 48, 16, torch.bfloat16, by_token=False, kind=kind,
+        matrix_dtype=torch.float32, rank_first=True, shared=False, block=64,
+    )  # fmt: skip
+
+
+# --- outer
+
+
+def outer(library, routed, left, right, factors, weights, out, *, chunk, transposed, left_by_token,
+          right_by_token, matrix=None):  # fmt: skip
+    """Fills ``out``; with a matrix returns right matrix, NaN elsewhere."""
+    tiles, groups = cuda.tile_map(routed.pairs(), routed.rows, chunk)
+    slots = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
+    height, width = left.shape[1], right.shape[1]
+    rows = 0 if matrix is None else routed.rows
+    projected = torch.full((rows, height), NAN)
+    given = cuda.structure(
+        cuda.Outer, left=left, right=right, perm=routed.perm, tiles=tiles, groups=groups,
+        factors=factors, weights=weights, matrix=matrix, out=out,
+        partial=torch.full((slots, *out.shape[1:]), NAN), projected=projected,
+        parts=torch.full((library.parts_of_outer(width), rows, height), NAN), chunk=chunk,
+        num_rows=routed.rows, num_tiles=tiles.shape[1],
+        num_groups=out.shape[0], groups_of_factor=out.shape[0] // factors.numel(),
+        height=height, width=width, top_k=routed.top_k, transposed=transposed,
+        left_by_token=left_by_token, right_by_token=right_by_token,
+    )  # fmt: skip
+    dtypes = [torch.float32 if t is None else t.dtype for t in (left, right, weights, matrix)]
+    launches = library.launches()
+    cuda.call(library.outer, given, *dtypes)
+    assert library.launches() <= launches + 2
+    return projected
+
+
+def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dtype, transposed,
+                left_by_token, right_by_token, kind, chunk, matrix_dtype=None):  # fmt: skip
+    routed = Routed(*shape, height + width, kind)
+    counts = {True: routed.tokens, False: routed.rows}
+    left = routed.randn(counts[left_by_token], height, dtype=left_dtype)
+    right = routed.randn(counts[right_by_token], width, dtype=dtype)
+    adapted = routed.adapted()
+    for tensor, by_token in ((left, left_by_token), (right, right_by_token)):
+        if not by_token:
+            tensor[~adapted] = NAN
+    factors = torch.rand(routed.num_modalities, generator=routed.generator) + 0.5
+    weights = None if weights_dtype is None else routed.weights.to(weights_dtype)
+    pairs = routed.pairs()
+    size = (width, height) if transposed else (height, width)
+    out = torch.full((len(pairs), *size), NAN)
+    matrix = None
+    if matrix_dtype is not None:
+        matrix = routed.randn(len(pairs), width, height, dtype=matrix_dtype, fan_in=width)
+    options = {
+        "chunk": chunk, "transposed": transposed, "left_by_token": left_by_token,
+        "right_by_token": right_by_token, "matrix": matrix,
+    }  # fmt: skip
+    projected = outer(library, routed, left, right, factors, weights, out, **options)
+
+    slots = routed.perm
+    scaled = (left[slots // routed.top_k] if left_by_token else left).float()
+    if weights is not None:
+        scaled = scaled * weights.flatten()[slots].float()[:, None]
+    rows = (right[slots // routed.top_k] if right_by_token else right).double()
+    expected = torch.zeros(len(pairs), height, width, dtype=torch.float64)
+    for pair, (first, end) in enumerate(pairs):
+        factor = factors[pair // routed.num_experts]
+        expected[pair] = (factor * scaled[first:end]).to(dtype).double().T @ rows[first:end]
+        assert first < end or not out[pair].any()
+        if matrix is not None:
+            product = rows[first:end] @ matrix[pair].to(dtype).double()
+            check(projected[first:end], product, torch.float32)
+    if matrix is not None:
+        assert torch.equal(projected.isnan().any(1), ~adapted)
+        assert torch.equal(projected.isnan().all(1), ~adapted)
+    # float16 and bfloat16: factor * weight * left may be rounded to a neighbour.
+    check(out, expected.mT if transposed else expected, dtype)
+    again = torch.full_like(out, NAN)
+    same = outer(library, routed, left, right, factors, weights, again, **options)
+    assert torch.equal(out, again) and torch.equal(projected.nan_to_num(), same.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    ("height", "width"), [(16, 128), (3, 200), (5, 41), (8, 136), (72, 64), (130, 19), (1, 1)]
+)
+def test_outer_sums_over_the_rows_of_each_group(library, dtype, transposed, height, width):
+    check_outer(
+        library, (61, 3, 3, 2), height, width, dtype, transposed=transposed, kind=0, chunk=48,
+        left_dtype=dtype if transposed else torch.float32,
+        weights_dtype=[None, torch.float32, dtype][height % 3], left_by_token=False,
+        right_by_token=height % 2 == 0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(len(ROUTINGS)))
+@pytest.mark.parametrize(("tokens", "chunk"), [(0, 96), (1, 96), (150, 96), (150, 1000)])
+def test_outer_on_any_routing(library, kind, tokens, chunk):
+    check_outer(
+        library, (tokens, 2, 4, 1), 16, 40, torch.bfloat16, left_dtype=torch.bfloat16,
+        weights_dtype=torch.float32, transposed=True, left_by_token=tokens == 1,
+        right_by_token=False, kind=kind, chunk=chunk,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("rank", "width", "chunk"),
+    [(16, 256, 48), (3, 264, 96), (5, 41, 1000), (20, 520, 96), (32, 72, 40), (1, 1, 16)],
+)
+def test_outer_gives_du_with_dB(library, dtype, rank, width, chunk):
+    by_token = rank % 2 == 0
+    check_outer(
+        library, (61, 3, 3, 2), rank, width, dtype, transposed=True, kind=0, chunk=chunk,
+        left_dtype=dtype, weights_dtype=torch.float32 if by_token else None, left_by_token=False,
+        right_by_token=by_token, matrix_dtype=torch.float32 if rank % 3 else dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rank", "width", "chunk", "with_du"),
+    [
+        (32, 300, 1000, True), (16, 520, 150, True), (21, 264, 150, True),
+        (72, 300, 150, False), (16, 300, 1000, False),
+    ],
+)  # fmt: skip
+def test_outer_in_many_steps_and_several_blocks_of_columns(library, rank, width, chunk, with_du):
+    """A tile's steps go around the stages, and du's slices around their two halves."""
+    check_outer(
+        library, (400, 1, 1, 1), rank, width, torch.bfloat16, left_dtype=torch.bfloat16,
+        weights_dtype=torch.float32, transposed=True, left_by_token=False, right_by_token=False,
+        kind=2, chunk=chunk, matrix_dtype=torch.float32 if with_du else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(len(ROUTINGS)))
+@pytest.mark.parametrize(("tokens", "chunk"), [(0, 96), (1, 96), (150, 96)])
+def test_du_with_dB_on_any_routing(library, kind, tokens, chunk):
+    check_outer(
+        library, (tokens, 2, 4, 1), 16, 40, torch.bfloat16, left_dtype=torch.bfloat16,
+        weights_dtype=torch.bfloat16, transposed=True, left_by_token=False,
+        right_by_token=tokens == 1, kind=kind, chunk=chunk, matrix_dtype=torch.float32,
+    )  # fmt: skip
+
+
+# --- low-rank terms of a linear layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("rank_last", [True, False])
+@pytest.mark.parametrize(
+    "case", [(70, 136, 16, 32), (200, 40, 5, 64), (9, 8, 72, 16), (0, 8, 4, 16)]
+)
+def test_add_low_rank_touches_adapted_rows_alone(library, dtype, rank_last, case):
+    tokens, width, rank, block = case
+    routed = Routed(tokens, 1, 1, 2, rank)
+    u = routed.randn(tokens, rank, dtype=dtype if rank_last else torch.float32)
+    u[~routed.adapted()] = NAN
+    size = (width, rank) if rank_last else (rank, width)
+    v = routed.randn(2, *size, dtype=torch.float32 if rank == 5 else dtype, fan_in=rank)
+    scaling, out = torch.tensor([0.5, 2.0]), routed.randn(tokens, width, dtype=dtype)
+    expected, text = out.double(), out.clone()
+    tiles, _ = cuda.tile_map(routed.pairs(), tokens, block)
+    given = cuda.structure(
+        cuda.AddLowRank, u=u, v=v, scaling=scaling, perm=routed.perm, tiles=tiles, out=out,
+        num_tiles=tiles.shape[1], rank=rank, width=width, rank_last=rank_last,
+    )  # fmt: skip
+    cuda.call(library.add_low_rank, given, dtype, v.dtype)
+    for modality, (first, end) in enumerate(routed.pairs()):
+        rows = (scaling[modality] * u[first:end].float()).to(dtype).double()
+        matrix = v[modality].to(dtype).double()
+        expected[routed.perm[first:end]] += rows @ (matrix.mT if rank_last else matrix)
+    check(out, expected, dtype)
+    others = routed.modality_ids <= 0
+    assert torch.equal(out[others], text[others])
+
+
+# --- products of the experts
+
+
+class Product:
+    """left W + s u V of one kernel, with random operands; ``transposed``: of the forward pass."""
+
+    def __init__(self, routed, size_k, size_n, rank, dtype, v_dtype, *, transposed, gated=False,
+                 by_token=False, shared=False):  # fmt: skip
+        width = 2 * size_n if gated else size_n
+        self.routed, self.dtype, self.transposed, self.by_token = (
+            routed, dtype, transposed, by_token
+        )  # fmt: skip
+        self.size_k, self.size_n, self.rank = size_k, size_n, rank
+        size = (width, size_k) if transposed else (size_k, width)
+        num_extra = routed.num_experts - routed.num_base
+        self.left = routed.randn(routed.tokens if by_token else routed.rows, size_k, dtype=dtype)
+        self.stack = routed.randn(routed.num_base, *size, dtype=dtype, fan_in=size_k)
+        self.extra = routed.randn(num_extra, *size, dtype=dtype, fan_in=size_k)
+        experts = 1 if shared else routed.num_base
+        size = (width, rank) if transposed else (rank, width)
+        self.u = routed.randn(routed.rows, rank, dtype=dtype if transposed else torch.float32)
+        self.v = routed.randn(
+            routed.num_modalities, experts, *size, dtype=v_dtype, fan_in=max(rank, 1)
+        )
+        self.scaling = torch.rand(routed.num_modalities, generator=routed.generator) + 0.5
+        self.u[~routed.adapted()] = NAN
+
+    def run(self, function, block_m, *outputs):
+        tiles, _ = cuda.tile_map(self.routed.experts(), self.routed.rows, block_m)
+        given = cuda.structure(
+            cuda.ExpertGemm, left=self.left, stack=self.stack, extra=self.extra,
+            perm=self.routed.perm, tiles=tiles, segments=self.routed.segments, u=self.u, v=self.v,
+            scaling=self.scaling, num_tiles=tiles.shape[1], num_base=self.routed.num_base,
+            num_experts=self.routed.num_experts, num_modalities=self.routed.num_modalities,
+            experts_of_v=self.v.shape[1], rank=self.rank, size_k=self.size_k, size_n=self.size_n,
+            top_k=self.routed.top_k,
+        )  # fmt: skip
+        cuda.call(function, given, *outputs, self.dtype, self.v.dtype, block_m)
+
+    def rows_with_low_rank(self):
+        """(rows,) by place."""
+        return self.routed.adapted() & (self.rank > 0)
+
+    def rows_of_added_experts(self):
+        """(rows,) by place."""
+        rows = torch.zeros(self.routed.rows, dtype=torch.bool)
+        for first, end in self.routed.experts()[self.routed.num_base : -1]:
+            rows[first:end] = True
+        return rows
+
+    def expected(self):
+        """(rows, width) in float64; NaN for rows that were not dispatched."""
+        routed, transposed = self.routed, self.transposed
+        rows = self.left[routed.perm // routed.top_k] if self.by_token else self.left
+        stack = torch.cat([self.stack, self.extra]).double()
+        stack = stack.mT if transposed else stack
+        out = torch.full((routed.rows, stack.shape[2]), NAN, dtype=torch.float64)
+        for expert, (first, end) in enumerate(routed.experts()[:-1]):
+            out[first:end] = rows[first:end].double() @ stack[expert]
+        for pair, (first, end) in enumerate(routed.pairs() if self.rank else []):
+            modality, expert = divmod(pair, routed.num_base)
+            v = self.v[modality, min(expert, self.v.shape[1] - 1)].to(self.dtype).double()
+            u = (self.u[first:end].float() * self.scaling[modality]).to(self.dtype).double()
+            out[first:end] += u @ (v.mT if transposed else v)
+        return out
+
+
+def swiglu(pre):
+    gate, up = pre.double().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def run_gate_up(library, product, block_m, save=True):
+    routed, inter = product.routed, product.size_n
+    act = torch.full((routed.rows, inter), NAN, dtype=product.dtype)
+    pre = torch.full((routed.rows, 2 * inter), NAN, dtype=product.dtype)
+    product.run(library.gate_up, block_m, pre if save else None, act)
+    return pre, act
+
+
+def run_rows(library, product, block_m):
+    out = torch.full((product.routed.rows, product.size_n), NAN, dtype=product.dtype)
+    product.run(library.down if product.transposed else library.d_rows, block_m, out)
+    return out
+
+
+def run_act_backward(library, product, block_m, pre, weights, adapted=True, added=True):
+    routed, inter = product.routed, product.size_n
+    d_pre = torch.full((routed.rows, 2 * inter), NAN, dtype=product.dtype)
+    act = torch.full((routed.rows, inter), NAN, dtype=product.dtype)
+    dots = torch.zeros(library.parts(inter), routed.rows)
+    given = cuda.structure(
+        cuda.ActBackward, weights=weights, pre=pre, d_pre=d_pre, act=act, dots=dots,
+        num_rows=routed.rows, weights_are_float=weights.dtype == torch.float32,
+        act_of_adapted=adapted, act_of_added=added,
+    )  # fmt: skip
+    product.run(library.act_backward, block_m, given)
+    return d_pre, act, dots
+
+
+# tokens, top-k, experts, modalities; hidden, inter, rank; kind of routing; block; added experts
+GEMM_CASES = [
+    (60, 2, 4, 2, 136, 72, 16, 0, 16, 0), (60, 2, 4, 2, 136, 72, 5, 0, 64, 1),
+    (90, 2, 3, 1, 64, 64, 72, 0, 128, 0), (170, 1, 4, 1, 200, 8, 3, 2, 128, 2),
+    (50, 3, 5, 3, 8, 200, 8, 3, 64, 0), (9, 2, 8, 1, 72, 40, 16, 1, 16, 3),
+    (40, 2, 4, 1, 72, 136, 16, 4, 64, 0), (20, 2, 4, 1, 72, 40, 4, 5, 16, 0),
+    (1, 2, 4, 1, 72, 40, 16, 2, 16, 0), (0, 2, 4, 1, 72, 40, 16, 0, 64, 0),
+    (60, 2, 4, 2, 136, 72, 0, 0, 64, 1), (20, 2, 2, 1, 472, 40, 8, 0, 64, 0),
+    (20, 2, 2, 1, 472, 40, 8, 0, 16, 0),
+]  # fmt: skip
+
+
+def case_of(case, dtype, seed):
+    tokens, top_k, experts, modalities, hidden, inter, rank, kind, block, num_extra = case
+    routed = Routed(tokens, top_k, experts + num_extra, modalities, seed, kind, num_extra)
+    v_dtype = torch.float32 if rank % 3 == 1 else dtype
+    return routed, hidden, inter, rank, dtype, v_dtype, block
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("case", GEMM_CASES, ids=str)
+def test_gate_up_and_its_activation(library, dtype, case):
+    *operands, block = case_of(case, dtype, 1)
+    product = Product(*operands, transposed=True, gated=True, by_token=True)
+    pre, act = run_gate_up(library, product, block)
+    there = slice(0, product.routed.offsets[-1])
+    check(pre[there], product.expected()[there], dtype)
+    check(act[there], swiglu(pre[there]), dtype)
+    assert not pre[there.stop :].any() and not act[there.stop :].any()
+    unsaved, again = run_gate_up(library, product, block, save=False)
+    assert unsaved.isnan().all() and torch.equal(act, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("case", GEMM_CASES, ids=str)
+def test_rows_times_their_experts_weights(library, dtype, transposed, case):
+    *operands, block = case_of(case, dtype, 2)
+    shared = not transposed and case[1] == 3
+    product = Product(*operands, transposed=transposed, shared=shared)
+    out, last = run_rows(library, product, block), product.routed.offsets[-1]
+    check(out[:last], product.expected()[:last], dtype)
+    assert out[last:].isnan().all()
+    again = run_rows(library, product, block)
+    assert torch.equal(out[:last], again[:last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("case", GEMM_CASES, ids=str)
+def test_gradient_of_the_activation(library, dtype, case):
+    *operands, block = case_of(case, dtype, 3)
+    product = Product(*operands, transposed=False, by_token=True, shared=case[1] == 3)
+    routed, inter = product.routed, product.size_n
+    weights = routed.weights.to(dtype if case[6] % 2 else torch.float32)
+    pre = routed.randn(routed.rows, 2 * inter, dtype=dtype)
+    last = routed.offsets[-1]
+    pre[last:] = NAN
+    d_pre, act, dots = run_act_backward(library, product, block, pre, weights)
+
+    d_act = product.expected()[:last]
+    of_pre = pre[:last].double().requires_grad_()
+    expected = swiglu(of_pre)
+    slots = routed.perm[:last]
+    weighted = d_act * weights.flatten()[slots].double()[:, None]
+    (gradient,) = torch.autograd.grad(expected, of_pre, weighted)
+    adapted, added = product.rows_with_low_rank(), product.rows_of_added_experts()
+    wanted = adapted | added
+    check(act[wanted], expected.detach()[wanted[:last]], dtype)
+    check(d_pre[:last], gradient, dtype)
+    assert act[~wanted].isnan().all() and d_pre[last:].isnan().all()
+    of_slots = torch.zeros(routed.rows, dtype=torch.float64)
+    of_slots[slots] = (d_act * expected.detach().to(dtype).double()).sum(1)
+    assert_close(dots.sum(0), of_slots, dtype=dtype)
+    for kept, rows in (({"adapted": False}, added), ({"added": False}, adapted)):
+        again, part, _ = run_act_backward(library, product, block, pre, weights, **kept)
+        assert torch.equal(part[rows], act[rows]) and part[~rows].isnan().all()
+        assert torch.equal(d_pre[:last], again[:last])
+
+
+def text_rows(routed):
+    """Rows of the base modality, by place; and the slots in them."""
+    places = torch.arange(routed.rows)[: routed.offsets[-1]]
+    places = places[routed.modality_ids[routed.perm[places] // routed.top_k] == 0]
+    return places, routed.perm[places]
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_text_rows_keep_their_bits_whatever_the_adapters_hold(library, block, bad):
+    routed = Routed(80, 2, 3, 2, 4)
+    text, _ = text_rows(routed)
+    gate_up = Product(routed, 136, 72, 16, torch.bfloat16, torch.float32, transposed=True,
+                      gated=True, by_token=True)  # fmt: skip
+    down = Product(routed, 72, 136, 8, torch.bfloat16, torch.float32, transposed=True)
+    d_rows = Product(routed, 72, 136, 8, torch.bfloat16, torch.float32, transposed=False)
+    d_act = Product(routed, 72, 136, 8, torch.bfloat16, torch.float32, transposed=False,
+                    by_token=True)  # fmt: skip
+    pre = routed.randn(routed.rows, 2 * 136, dtype=torch.bfloat16)
+
+    def outputs():
+        return (
+            *run_gate_up(library, gate_up, block), run_rows(library, down, block),
+            run_rows(library, d_rows, block),
+            run_act_backward(library, d_act, block, pre, routed.weights)[0],
+        )  # fmt: skip
+
+    before = outputs()
+    for product in (gate_up, down, d_rows, d_act):
+        product.v.fill_(bad)
+        product.u.fill_(bad)
+        product.scaling.fill_(bad)
+    for first, second in zip(before, outputs(), strict=True):
+        assert torch.equal(first[text], second[text])
+    assert not torch.equal(before[0], outputs()[0])
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_text_rows_keep_their_bits_beside_other_rows(library, block):
+    routed = Routed(80, 2, 3, 2, 5)
+    product = Product(routed, 136, 72, 16, torch.float16, torch.float32, transposed=True,
+                      gated=True, by_token=True)  # fmt: skip
+    ids = routed.modality_ids
+    by_slot = []
+    for others in (ids, torch.where(ids == 0, 0, 1), torch.where(ids == 0, 0, -1)):
+        routed.set_modalities(others)
+        product.u = routed.randn(routed.rows, 16, dtype=torch.float16)
+        product.left[others != 0] = routed.randn(1, 136, dtype=torch.float16)
+        _, act = run_gate_up(library, product, block)
+        places, slots = text_rows(routed)
+        found = torch.full((routed.rows, 72), NAN, dtype=torch.float16)
+        found[slots] = act[places]
+        by_slot.append(found[routed.modality_ids.repeat_interleave(2) == 0])
+    assert by_slot[0].isfinite().all() and by_slot[0].numel()
+    assert torch.equal(by_slot[0], by_slot[1]) and torch.equal(by_slot[0], by_slot[2])
+
+
+def test_expert_gemm_says_what_it_takes(compiled):
+    compiled.supports.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    compiled.supports.restype = ctypes.c_bool
+    half, single = cuda.SCALARS[torch.float16], cuda.SCALARS[torch.float32]
+    assert compiled.supports(half, 2048, 1408)
+    assert not compiled.supports(single, 2048, 1408)
+    assert not compiled.supports(half, 2047, 1408) and not compiled.supports(half, 2048, 1404)
+
+
+def test_tiles_follow_shapes(compiled):
+    assert [compiled.block_m(rows, 8) for rows in (0, 255, 256, 2047, 2048)] == [
+        16, 16, 64, 64, 128,
+    ]  # fmt: skip

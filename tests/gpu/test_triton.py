@@ -1,0 +1,65 @@
+"""Runs ``triton_suite.py`` in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import run_pytest
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "run_gpu.py"
+_SHARES = (
+    "test_matches or test_compiles or test_a_patched",
+    "test_odd or test_shapes or test_random",
+    "test_stacks or bits or test_text or test_the_host",
+)
+SHARES = (*_SHARES, f"not ({' or '.join(_SHARES)})")  # about as long as each other
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs triton, which the test extra installs on Linux"
+)
+@pytest.mark.parametrize("selected", SHARES)
+def test_kernels(selected):
+    environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    cases = Path(__file__).with_name("triton_suite.py")
+    run_pytest(str(cases), "-k", selected, may_skip=True, **environment)  # what is of a GPU or not
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="needs triton, which the test extra installs on Linux"
+)
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="of the interpreter: run on a machine without a GPU"
+)
+def test_the_gpu_program_runs_on_a_small_case(tmp_path):
+    """All but its tests, which are run above; every bar that has its sections is judged."""
+    for needed in ("peft", "matplotlib"):
+        pytest.importorskip(needed)
+    path = tmp_path / "gpu.json"
+    sections = [
+        "ceilings", "promises", "accuracy", "training", "decode", "dispatch", "kernels", "steps",
+        "sanitizer", "counters",
+    ]  # fmt: skip
+    command = ["--trial", "--device", "cpu", "--rounds", "1", "--rotate-mb", "0"]
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), *command, "--output", str(path), "--only", *sections],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr  # left out is what needs a GPU's tools
+    assert "not found out: memcheck odd: compute-sanitizer is not on the path" in result.stdout
+    results = json.loads(path.read_text())
+    assert (
+        results["errors"] == {}
+        and results["skipped"] == []
+        and set(results["seconds"]) == set(sections)
+    )
+    promises = results["promises"]
+    assert promises.pop("graph_capture") is None and set(promises.values()) == {True}
+    assert results["accuracy"]["passed"]
+    assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 6, 7, 8}  # 1: another shape
+    assert results["kernels"]["kernels"]

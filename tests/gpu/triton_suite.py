@@ -1,0 +1,562 @@
+"""The Triton kernels against the float64 reference; where there is no GPU, in the interpreter.
+
+``test_triton.py`` runs these in processes of their own: Triton decides when it is first imported
+whether kernels are interpreted.
+"""
+
+import random
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from support.moe_mlp import VARIANTS, call, check_frozen_extra, run
+from support.patched_models import check_compiles
+from support.registered_ops import make, results, same
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_kernels import tune
+from moe_kernels.ops import LoraWeights, lora_linear, moe_mlp, triton_kernels
+from moe_kernels.ops import triton_tile_maps as maps
+from moe_kernels.ops.dispatch import reference
+from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
+from moe_kernels.ops.moe_mlp import triton_impl as triton_moe_mlp
+from moe_kernels.ops.moe_mlp import triton_tiles
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.testing import (
+    SHAPES,
+    Shape,
+    assert_close,
+    make_modality_ids,
+    make_moe_inputs,
+    make_routing,
+)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# The interpreter would take hours.
+LONG = [
+    Shape(T=100_000, K=2, E=4, H=64, I=32, r=4),
+    Shape(T=2000, K=16, E=512, H=128, I=64, r=16),
+] * ON_GPU
+BIG_TILES = Tiles(128, 64, 64, 64, 8, 8, 3, 128)  # dA' in four pieces, its registers capped
+# The interpreter's products of bfloat16 are wrong.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+
+
+def on_device(inputs, device=DEVICE):
+    def move(value):
+        if isinstance(value, LoraWeights):
+            return LoraWeights(*map(move, value))
+        return None if value is None else value.to(device)
+
+    return type(inputs)(*map(move, inputs))
+
+
+def check(dtype, shape, seed=0, **variant):
+    low = make_moe_inputs(shape, seed=seed, **variant)
+    low = low.to(dtype, lora_dtype=torch.float32)
+    grad_out = torch.randn(low.hidden_states.shape, dtype=torch.float64).to(dtype).double()
+    expected = run(low.to(torch.float64), "reference", grad_out)
+    actual = run(on_device(low), "triton", grad_out.to(DEVICE))
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert_close(value.cpu(), expected[name], dtype=dtype, name=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_the_reference(variant):
+    check(torch.float32, SHAPES["tiny"], seed=len(variant), **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["two_modalities", "added_experts", "shared_a", "own_ranks"])
+def test_odd_sizes(dtype, variant):
+    check(dtype, SHAPES["odd"], **VARIANTS[variant])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(T=1, K=1, E=2, H=16, I=16, r=4),
+        Shape(T=3, K=5, E=6, H=40, I=24, r=70),
+        Shape(T=300, K=2, E=2, H=32, I=16, r=4),  # tiles with many rows
+        Shape(T=1800, K=1, E=1, H=16, I=16, r=4),  # sums of several chunks of rows
+        Shape(T=9, K=16, E=130, H=16, I=16, r=4),
+        Shape(T=9, K=2, E=2, H=24, I=16, r=256),
+        *LONG,
+    ],
+    ids=str,
+)
+def test_shapes(shape):
+    check(torch.float32, shape, num_modalities=2)
+
+
+def test_where_the_parts_of_du_are_large(monkeypatch):
+    """du is then a pass of its own, twice in a layer."""
+    launched, project = [], triton_kernels.project
+    monkeypatch.setattr(
+        triton_kernels,
+        "project",
+        lambda *a, **options: launched.append(options["rank_first"]) or project(*a, **options),
+    )
+    shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
+    monkeypatch.setattr(triton_kernels, "MAX_BYTES_OF_PARTS", 0)
+    check(torch.float32, shape, seed=3, num_modalities=2)
+    assert launched.count(False) == 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_shapes(seed):
+    """Sizes, rank, routing, mask and dtype drawn at random."""
+    draw = random.Random(seed)
+    experts = draw.randint(1, 9)
+    shape = Shape(
+        T=draw.randint(1, 60), K=draw.randint(1, experts), E=experts, H=draw.randint(1, 90),
+        I=draw.randint(1, 70), r=draw.randint(1, 40),
+    )  # fmt: skip
+    check(
+        draw.choice(DTYPES), shape, seed=seed, num_modalities=draw.randint(1, 3),
+        routing=draw.choice(["balanced", "zipf", "one_expert", "repeated", "half_empty"]),
+        modality=draw.choice(["mixed", "no_padding", "image"]), num_extra=draw.randint(0, 2),
+        shared_a=draw.random() < 0.5,
+    )  # fmt: skip
+
+
+def test_stacks_of_more_than_2_to_the_31_elements():
+    """Their last expert's rows; of the memory no more is touched than the experts' that are hit."""
+    experts, hidden, inter, top_k = 32, 65_600, 512, 1
+    assert experts * hidden * inter * 2 > 2**31
+    dtype = torch.float16
+    ids = torch.tensor([[experts - 1], [3], [experts - 1]], device=DEVICE)
+    used = ids.unique()
+    stacks = [
+        torch.empty(experts, *size, dtype=dtype, device=DEVICE)
+        for size in ((2 * inter, hidden), (hidden, inter))
+    ]
+    for stack in stacks:
+        stack[used] = torch.randn_like(stack[used]) / stack.shape[2] ** 0.5
+    x = torch.randn(3, hidden, dtype=dtype, device=DEVICE)
+    weights = torch.rand(3, top_k, device=DEVICE)
+    grad_out = torch.randn_like(x)
+
+    def results(dtype, ids, stacks, backend):
+        leaves = x.to(dtype).requires_grad_(), weights.clone().requires_grad_()
+        stacks = [stack.to(dtype) for stack in stacks]
+        out = moe_mlp(leaves[0], ids, leaves[1], *stacks, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+    local = torch.searchsorted(used, ids)
+    expected = results(torch.float64, local, [stack[used] for stack in stacks], "reference")
+    # The interpreter takes its time for every step, whatever the step's size.
+    with triton_tiles.force(None if ON_GPU else Tiles(16, 2048, 512, 512, 8, 4, 2)):
+        actual = results(dtype, ids, stacks, "triton")
+    for found, wanted in zip(actual, expected, strict=True):
+        assert_close(found, wanted, dtype=dtype)
+
+
+@pytest.mark.skipif(
+    ON_GPU and torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90: run on a Hopper"
+)
+@pytest.mark.parametrize(("hidden", "inter", "launches"), [(64, 64, 4), (72, 40, 2)])
+def test_the_copy_engine_changes_no_bit(monkeypatch, hidden, inter, launches):
+    inputs = make_moe_inputs(Shape(T=300, K=2, E=2, H=hidden, I=inter, r=4)).to(torch.float16)
+    inputs = on_device(inputs)
+    grad_out = torch.randn_like(inputs.hidden_states)
+    used = []
+    from_tensor = TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        TensorDescriptor, "from_tensor", lambda *args: used.append(args) or from_tensor(*args)
+    )
+    with_engine = run(inputs, "triton", grad_out)
+    assert len(used) == launches
+    monkeypatch.setattr(triton_kernels, "has_tma", lambda device: False)
+    without = run(inputs, "triton", grad_out)
+    assert len(used) == launches
+    assert all(torch.equal(with_engine[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize("routing", ["zipf", "one_expert", "repeated", "half_empty"])
+@pytest.mark.parametrize(("tokens", "top_k", "modalities"), [(1, 8, 0), (50, 3, 1), (171, 3, 4)])
+def test_dispatch(routing, tokens, top_k, modalities):
+    experts = 8
+    ids, _ = make_routing(tokens, top_k, experts, kind=routing)
+    ids.view(-1)[::7] += torch.tensor([100, -100])[torch.arange(ids.view(-1)[::7].numel()) % 2]
+    modality = make_modality_ids(tokens, modalities) if modalities else None
+    expected = reference.dispatch(ids, experts, modality, modalities)
+    arguments = ids.to(DEVICE), experts, None if modality is None else modality.to(DEVICE)
+    actual = triton_dispatch.dispatch(*arguments, modalities)
+    for field, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(field.cpu(), wanted)
+
+
+@pytest.mark.parametrize("block", [1, 16, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_tile_maps(block, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base, extra, modalities, padding = 5, 2, 3, 11
+    counts = torch.randint(0, 40, ((base + extra) * (modalities + 1),), generator=generator)
+    counts *= torch.rand(counts.shape, generator=generator) < 0.7
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    rows = int(offsets[-1]) + padding
+    by_expert = offsets[:: modalities + 1].tolist()
+    pairs = [e * (modalities + 1) + m for m in range(1, modalities + 1) for e in range(base)]
+    experts = list(zip(by_expert, [*by_expert[1:], rows], strict=True))
+    for groups, wanted in (
+        (maps.by_expert(base + extra, modalities), experts),
+        (maps.by_adapter(base, modalities), [offsets[i : i + 2].tolist() for i in pairs]),
+        (maps.by_added_expert(base, extra, modalities), experts[base : base + extra]),
+    ):
+        found = maps.tile_map(offsets.to(DEVICE), groups, rows, block)
+        tiles = [
+            [group, first, min(first + block, end)]
+            for group, (begin, end) in enumerate(wanted)
+            for first in range(begin, end, block)
+        ]
+        assert len(tiles) <= found.num_tiles
+        filled, empty = found.tiles.T.split([len(tiles), found.num_tiles - len(tiles)])
+        assert filled.tolist() == tiles
+        assert (empty[:, 1] >= empty[:, 2]).all()
+        several = [max(0, end - begin - 1) // block for begin, end in wanted]
+        several = [more + 1 if more else 0 for more in several]
+        slots = [sum(several[:group]) for group in range(len(wanted))]
+        assert found.groups.T.tolist() == [[*w, s] for w, s in zip(wanted, slots, strict=True)]
+        assert sum(several) <= found.num_slots
+
+
+def test_the_first_added_experts_may_be_frozen(filled_memory):
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2, ranks=(0, 0))
+    check_frozen_extra(on_device(inputs.to(torch.float32)), "triton")
+
+
+def test_no_tokens():
+    inputs = on_device(make_moe_inputs(Shape(T=0, K=2, E=3, H=16, I=8, r=2)).to(torch.float32))
+    results = run(inputs, "triton", torch.zeros(0, 16, device=DEVICE))
+    assert results["out"].shape == (0, 16)
+    assert all((grad == 0).all() for name, grad in results.items() if "lora" in name)
+
+
+def test_padding_is_never_read_and_unwritten_memory_shows(filled_memory):
+    inputs = make_moe_inputs(SHAPES["odd"], num_modalities=2, num_extra=1).to(torch.float32)
+    padding = inputs.modality_ids == -1
+    assert padding.any()
+    inputs.hidden_states[padding] = float("nan")
+    inputs.topk_weights[padding] = float("nan")
+    results = run(on_device(inputs), "triton", torch.ones_like(inputs.hidden_states).to(DEVICE))
+    for name in ("out", "hidden_states", "topk_weights"):
+        assert (results[name].cpu()[padding] == 0).all()
+    assert all(tensor.isfinite().all() for tensor in results.values())
+
+
+def test_inputs_of_any_layout():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32))
+
+    def strided(value):
+        if isinstance(value, LoraWeights):
+            return LoraWeights(*map(strided, value))
+        return None if value is None else value.transpose(0, -1).contiguous().transpose(0, -1)
+
+    odd = type(inputs)(*map(strided, inputs))
+    assert not odd.gate_up_proj.is_contiguous() and not odd.down_lora.lora_A.is_contiguous()
+    assert torch.equal(call(odd, "triton"), call(inputs, "triton"))
+
+
+def test_autocast_changes_nothing():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float16, lora_dtype=torch.float32))
+    grad_out = torch.randn_like(inputs.hidden_states)
+    plain = run(inputs, "triton", grad_out)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = run(inputs, "triton", grad_out)
+    assert all(torch.equal(cast[name], plain[name]) for name in plain)
+
+
+def test_a_graph_is_walked_twice():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32)).requires_grad_()
+    leaves = list(inputs.differentiable().values())
+    loss = call(inputs, "triton").sum()
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert same(first, second)
+
+
+def test_a_route_may_flip_at_recompute():
+    """What is saved for backward has shapes that do not depend on the routing."""
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32)).requires_grad_()
+    routes = [inputs.topk_ids, torch.zeros_like(inputs.topk_ids)]
+
+    def layer(x):
+        return call(inputs._replace(hidden_states=x, topk_ids=routes.pop(0)), "triton")
+
+    checkpoint(layer, inputs.hidden_states, use_reentrant=False).sum().backward()
+    assert routes == []  # both were taken
+    assert inputs.hidden_states.grad.isfinite().all() and inputs.hidden_states.grad.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
+def test_text_rows_do_not_see_adapters(value):
+    """Nor do rows of one modality see another's, while they are finite."""
+    inputs = make_moe_inputs(SHAPES["tiny"], num_modalities=2).to(torch.float32)
+    inputs = on_device(inputs)
+    grad_out = torch.randn_like(inputs.hidden_states)
+    before = run(inputs, "triton", grad_out)
+    for modality in (1, 2):
+        changed = inputs._replace(
+            **{
+                name: getattr(inputs, name)._replace(
+                    lora_A=_filled(getattr(inputs, name).lora_A, modality, value),
+                    lora_B=_filled(getattr(inputs, name).lora_B, modality, value),
+                )
+                for name in ("gate_up_lora", "down_lora")
+            }
+        )
+        after = run(changed, "triton", grad_out)
+        others = inputs.modality_ids != modality if value == 3.0 else inputs.modality_ids < 1
+        assert others.any() and not others.all()
+        for name in ("out", "hidden_states", "topk_weights"):
+            assert torch.equal(after[name][others], before[name][others])
+            assert not torch.equal(after[name], before[name])
+
+
+@pytest.mark.parametrize("tiles", [None, BIG_TILES], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[2:]], ids=str)
+@pytest.mark.parametrize("seed", range(3 if ON_GPU else 1))
+def test_text_bits_at_a_size_that_shows(dtype, seed, tiles):
+    """Other rows' values, modality and routing change, and with them every count."""
+    inputs = make_moe_inputs(replace(SHAPES["bits"], T=200 if ON_GPU else 64), seed=seed).to(dtype)
+    text = inputs.modality_ids == 0
+    flipped = inputs.topk_ids.flip(1).roll(1, 0)
+    changed = inputs._replace(
+        hidden_states=torch.where(text[:, None], inputs.hidden_states, -3 * inputs.hidden_states),
+        topk_ids=torch.where(text[:, None], inputs.topk_ids, flipped),
+        modality_ids=torch.where(text, 0, 1),
+    )
+    with torch.no_grad(), triton_tiles.force(tiles):
+        before, after = (call(on_device(i), "triton").cpu() for i in (inputs, changed))
+    assert torch.equal(after[text], before[text])
+    assert not torch.equal(after, before)
+
+
+def _filled(tensor, modality, value):
+    tensor = tensor.detach().clone()
+    tensor[modality - 1] = value
+    return tensor
+
+
+def test_the_same_bits_twice():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32))
+    grad_out = torch.randn_like(inputs.hidden_states)
+    first, second = (run(inputs, "triton", grad_out) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("trained", ["hidden_states", "topk_weights", "down_lora", "gate_up_lora"])
+def test_only_the_gradients_asked_for(trained):
+    inputs = on_device(make_moe_inputs(SHAPES["tiny"]).to(torch.float32))
+    grad_out = torch.randn_like(inputs.hidden_states)
+    everything = run(inputs, "triton", grad_out)
+    tensors = {
+        name: tensor.detach().requires_grad_(name.startswith(trained))
+        for name, tensor in inputs.differentiable().items()
+    }
+    loras = {
+        name: LoraWeights(
+            tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], getattr(inputs, name).scaling
+        )
+        for name in ("gate_up_lora", "down_lora")
+    }
+    alone = inputs._replace(
+        hidden_states=tensors["hidden_states"], topk_weights=tensors["topk_weights"], **loras
+    )
+    call(alone, "triton").backward(grad_out)
+    for name, tensor in tensors.items():
+        assert (tensor.grad is not None) == name.startswith(trained)
+        assert tensor.grad is None or torch.equal(tensor.grad, everything[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "modalities", "rank"), [(37, 1, 5), (37, 2, 5), (37, 1, 20), (1300, 1, 5)]
+)
+def test_lora_linear(dtype, tokens, modalities, rank):
+    generator = torch.Generator().manual_seed(modalities)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, weight, bias, grad_out = normal(tokens, 50), normal(29, 50), normal(29), normal(tokens, 29)
+    lora = normal(modalities, rank, 50), normal(modalities, 29, rank)
+    scaling = torch.tensor([2.0, 0.5][:modalities])
+    ids = torch.randint(-1, modalities + 1, (tokens,), generator=generator)
+
+    def results(dtype, backend, device):
+        def leaf(tensor):
+            return tensor.to(device, dtype).requires_grad_()
+
+        leaves = leaf(x), *map(leaf, lora)
+        out = lora_linear(
+            leaves[0], weight.to(device, dtype), bias.to(device, dtype),
+            LoraWeights(*leaves[1:], scaling.to(device)), modality_ids=ids.to(device),
+            backend=backend,
+        )  # fmt: skip
+        return out, *torch.autograd.grad(out, leaves, grad_out.to(device, dtype))
+
+    expected = results(torch.float64, "reference", "cpu")
+    for actual, wanted in zip(results(dtype, "triton", DEVICE), expected, strict=True):
+        assert_close(actual.cpu(), wanted, dtype=dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
+@pytest.mark.parametrize("op", ["moe_mlp", "lora_linear"])
+def test_compiles_into_one_graph(op):
+    function, x, adapters = make(op, "triton")
+    expected = results(function, x, adapters)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert same(results(compiled, x, adapters), expected)
+
+
+@pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
+def test_a_patched_model_compiles_into_one_graph():
+    check_compiles("olmoe", "triton")
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where the host would wait for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "bincount")
+
+    def __enter__(self):
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("error")
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self.WAITS, name
+        assert name != "index" or all(i is None or i.dtype != torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_values(monkeypatch):
+    """Our code may not look at a tensor's values; the interpreter may."""
+
+    def refuse(method):
+        def refused(self, *args, **kwargs):
+            assert "moe_kernels" not in sys._getframe(1).f_code.co_filename
+            return method(self, *args, **kwargs)
+
+        return refused
+
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse(getattr(torch.Tensor, name)))
+
+
+@pytest.mark.parametrize("tokens", [13, 700])  # sorted by our own kernel, and by torch
+def test_the_host_never_waits(tokens, no_values):
+    shape = replace(SHAPES["tiny"], T=tokens, K=8, E=9)
+    inputs = on_device(make_moe_inputs(shape, num_extra=1, num_modalities=2).to(torch.float32))
+    loras = [*inputs.gate_up_lora, *inputs.down_lora]
+    weights = ExpertWeights(*inputs[3:5], *inputs[8:], *loras)
+    x, ids, topk_weights = inputs[:3]
+    with NoSync():
+        wanted = triton_moe_mlp.forward_maps(ids.numel(), weights)
+        fields, tile_maps = triton_dispatch.dispatch_with_maps(
+            ids, weights.num_experts, inputs.modality_ids, weights.num_modalities, wanted
+        )
+        perm, inv_perm, _, _, segments = fields
+        routed = topk_weights, perm, inv_perm, segments, weights
+        out, *saved = triton_moe_mlp.forward(x, *routed, True, *tile_maps)
+        triton_moe_mlp.backward(torch.ones_like(out), x, *routed, *saved, [True] * 8)
+
+
+NEEDS_GPU = pytest.mark.skipif(
+    not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU"
+)
+
+
+@NEEDS_GPU
+def test_a_captured_graph_gives_the_same_bits():
+    """Forward and backward."""
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
+    grad_out = torch.randn_like(inputs.hidden_states)
+    # A graph that is kept would keep the leaves' part in backward on this stream.
+    expected = {name: value.detach() for name, value in run(inputs, "triton", grad_out).items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(inputs, "triton", grad_out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = run(inputs, "triton", grad_out)
+    for tensor in found.values():
+        tensor.detach().fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@NEEDS_GPU
+def test_inductor_takes_the_op():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
+
+    def function(x):
+        return call(inputs._replace(hidden_states=x), "triton") * 2
+
+    x = inputs.hidden_states.requires_grad_()
+    found = torch.compile(function, fullgraph=True)(x)
+    assert torch.equal(found, function(x))
+    (grad,) = torch.autograd.grad(found.float().square().sum(), x)
+    assert grad.isfinite().all() and grad.any()
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA devices: run on a machine with two"
+)
+def test_tensors_may_be_on_another_device_than_the_current():
+    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
+    there = on_device(inputs, "cuda:1")
+    with torch.cuda.device(0):
+        assert torch.equal(call(there, "triton").cpu(), call(inputs, "triton").cpu())
+
+
+def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS_TILES", str(tmp_path / "new" / "tiles.json"))
+    shape, dtype = SHAPES["tiny"], torch.float32
+    weight = torch.empty(shape.E, 2 * shape.I, shape.H, device=DEVICE)
+    weights = ExpertWeights(weight, *[None] * 9)
+    triton_tiles.forget_stored()
+    before = triton_tiles.choose_tiles(shape.T * shape.K, weights)
+    best, seconds = tune.tune(shape, dtype, DEVICE, trials=1, limit=1)
+    assert best == tune.candidates(shape.T * shape.K // shape.E, dtype)[0] != before
+    assert seconds > 0
+    tune.store(triton_tiles.key_of(weight), [(0, before), (100, best)])
+    assert triton_tiles.choose_tiles(0, weights) == before
+    assert triton_tiles.choose_tiles(100 * shape.E, weights) == best
+    tune.store("another", [(0, best)])
+    assert triton_tiles.choose_tiles(0, weights) == before  # still there
+    (tmp_path / "new" / "tiles.json").write_text("[")
+    triton_tiles.forget_stored()
+    with pytest.raises(ValueError, match="delete it"):
+        triton_tiles.choose_tiles(0, weights)
+    triton_tiles.forget_stored()
+
+
+def test_refuses_what_it_does_not_compute():
+    inputs = on_device(make_moe_inputs(SHAPES["tiny"]).to(torch.float64))
+    with pytest.raises(TypeError, match="compute in float32, bfloat16 or float16, not float64"):
+        call(inputs, "triton")
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the interpreter: run on a machine without a GPU")
+def test_the_interpreter_refuses_bfloat16():
+    inputs = make_moe_inputs(SHAPES["tiny"]).to(torch.bfloat16)
+    with pytest.raises(TypeError, match="interpreter multiplies bfloat16 wrongly"):
+        call(inputs, "triton")

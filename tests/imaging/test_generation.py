@@ -1,0 +1,197 @@
+"""Pictures from caption strings: the prompt is that of training, and what is refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from support.model_zoo import VOCAB, make_model, randomise
+from support.text_tokenizer import WORDS, make_tokenizer
+
+from moe_kernels import add_modality_tokens, patch_model
+from moe_kernels.imaging import (
+    CaptionedImages,
+    ImageVocabulary,
+    PatchTokenizer,
+    caption_ids,
+    generate_image_codes,
+    generate_images,
+    to_pil,
+)
+
+CODES, TOKENS = 8, 6
+CAPTIONS = ["red cat", "dog", "a red dog", "red cat"]
+MARKED = {"template": "<s> $A", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.fixture(scope="module")
+def painter():
+    """The model, its tokenizer, extended by the image's tokens, and an image tokenizer."""
+    model = make_model("olmoe")
+    patched = patch_model(model)
+    tokenizer = make_tokenizer(pad_token="<pad>", **MARKED)
+    add_modality_tokens(model, "image", ImageVocabulary.size(CODES), tokenizer=tokenizer)
+    randomise(patched, scale=0.5)
+    torch.manual_seed(0)
+    return model, tokenizer, PatchTokenizer(torch.rand(CODES, 12), 2, (4, 6, 3))
+
+
+def draw(painter, captions=CAPTIONS, **options):
+    model, tokenizer, image_tokenizer = painter
+    defaults = {"tokenizer": tokenizer, "image_tokenizer": image_tokenizer, "seed": 0}
+    return generate_images(model, captions, **defaults | options)
+
+
+def same_pictures(first, second):
+    return (np.stack(first) == np.stack(second)).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_one_picture_a_caption(painter, scale):
+    model, tokenizer, image_tokenizer = painter
+    pictures = draw(painter, guidance_scale=scale, batch_size=3, temperature=0.7)
+    assert [(picture.mode, picture.size) for picture in pictures] == [("RGB", (6, 4))] * 4
+    codes = generate_image_codes(
+        model, [caption_ids(tokenizer, caption) for caption in CAPTIONS],
+        ImageVocabulary(VOCAB, CODES), TOKENS, pad_token_id=0, guidance_scale=scale,
+        empty_caption=caption_ids(tokenizer, ""), batch_size=3, temperature=0.7, seed=0,
+    )  # fmt: skip
+    assert same_pictures(pictures, to_pil(image_tokenizer.decode(codes)))
+    assert not same_pictures(pictures, draw(painter, guidance_scale=scale, seed=1))
+    assert draw(painter, []) == []
+
+
+def test_the_prompt_is_that_of_training(painter, monkeypatch):
+    model, tokenizer, image_tokenizer = painter
+    ids = [caption_ids(tokenizer, caption) for caption in CAPTIONS]
+    codes = torch.zeros(4, TOKENS, dtype=torch.int64)
+    trained = CaptionedImages(ids, codes, ImageVocabulary(VOCAB, CODES))
+    prompts, original = [], type(model).generate
+
+    def generate(*args, input_ids, attention_mask, **kwargs):
+        prompts.extend(
+            row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)
+        )
+        return original(model, *args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    draw(painter)
+    for prompt, sample in zip(prompts, trained, strict=True):
+        assert prompt == sample["input_ids"][: len(prompt)].tolist()
+        assert prompt[0] == WORDS.index("<s>") and prompt[-1] == VOCAB
+
+
+def test_without_a_pad_token_the_end_of_text_fills_up(painter):
+    assert same_pictures(draw(painter), draw(painter, tokenizer=make_tokenizer(**MARKED)))
+
+
+def test_settings_for_text_have_no_say(painter):
+    model = copy.deepcopy(painter[0])
+    model.generation_config.update(
+        repetition_penalty=5.0, top_k=1, min_p=0.9, num_beams=3, eos_token_id=VOCAB + 2,
+        num_return_sequences=2,
+    )  # fmt: skip
+    settings = model.generation_config.to_dict()
+    assert same_pictures(draw(painter), draw((model, *painter[1:])))
+    assert model.generation_config.to_dict() == settings
+
+
+def test_a_model_in_training_with_a_balance_loss_draws(painter):
+    model = copy.deepcopy(painter[0])
+    model.config.output_router_logits = True
+    drawn = draw((model, *painter[1:]), guidance_scale=2.0)
+    assert same_pictures(drawn, draw(painter, guidance_scale=2.0))
+    assert model.config.output_router_logits is True
+
+
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str)
+def test_sampling_options_that_leave_the_likeliest(painter, option):
+    assert same_pictures(draw(painter, **option, seed=1), draw(painter, **option, seed=2))
+    assert not same_pictures(draw(painter, seed=1), draw(painter, seed=2))
+
+
+def test_a_model_that_is_not_patched_needs_the_vocabulary(painter):
+    model = make_model("olmoe", vocab_size=VOCAB + ImageVocabulary.size(CODES))
+    plain = (model, make_tokenizer(pad_token="<pad>"), painter[2])
+    pictures = draw(plain, vocabulary=ImageVocabulary(VOCAB, CODES))
+    assert len(pictures) == 4
+    with pytest.raises(ValueError, match="not patched"):
+        draw(plain)
+    patch_model(model)
+    with pytest.raises(ValueError, match='no tokens of modality "image"'):
+        draw(plain)
+
+
+def test_a_model_of_peft_draws_too(painter, recwarn):
+    """Ordinary LoRA, to compare with."""
+    peft = pytest.importorskip("peft")
+    model = make_model("olmoe", vocab_size=VOCAB + ImageVocabulary.size(CODES))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    settings, expected = model.generation_config, []
+    for wrap in (lambda: model, lambda: peft.get_peft_model(model, config)):
+        drawn = draw(
+            (wrap(), *painter[1:]), vocabulary=ImageVocabulary(VOCAB, CODES), guidance_scale=2.0
+        )
+        expected.append(drawn)
+    assert same_pictures(*expected)  # its B starts at zero
+    assert model.generation_config is settings
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
+
+
+def test_any_object_with_the_four_members_serves(painter):
+    class Grey:
+        num_codes, tokens_per_image = CODES, 3
+
+        def decode(self, codes):
+            return (codes.float() / CODES)[:, None, :]
+
+    pictures = draw(painter, image_tokenizer=Grey())
+    assert [(picture.mode, picture.size) for picture in pictures] == [("L", (3, 1))] * 4
+
+
+def test_progress(painter, capsys):
+    draw(painter, progress=True)
+    assert "drawing: 100%" in capsys.readouterr().err
+    draw(painter)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captions": ["dog", "a <image_3>"]}, "image tokens in it"),
+        ({"empty_caption": "<image_0>"}, "image tokens in it"),
+        ({"vocabulary": ImageVocabulary(VOCAB, 4)}, "4 codes, the image tokenizer 8"),
+        ({"tokenizer": make_tokenizer()}, "neither a pad token"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_refuses(painter, change, message):
+    with pytest.raises(ValueError, match=message):
+        draw(painter, **{"guidance_scale": 2.0} | change)
+
+
+def test_refuses_one_string(painter):
+    with pytest.raises(TypeError, match="list of strings"):
+        draw(painter, "red cat")
+
+
+def test_a_failure_leaves_the_model_as_it_was(painter, monkeypatch):
+    model = painter[0]
+    settings = model.generation_config
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    model.train()
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            draw(painter)
+        assert model.training and model.generation_config is settings
+    finally:
+        model.eval()

@@ -1,0 +1,118 @@
+"""Two processes through accelerate, one of them with text only, without find_unused_parameters."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from support.model_zoo import VOCAB, make_model, randomise, token_ids
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+
+IMAGE = 8
+
+
+def make_patched():
+    model = make_model("mixtral").train()
+    config = ModalityLoraConfig(r=4, target_modules=("experts", "attention", "router"))
+    patched = patch_model(model, config)
+    add_modality_tokens(model, "image", IMAGE)
+    randomise(patched)
+    return patched
+
+
+def batch(rank, step):
+    """Rank 0 has pictures, rank 1 has text only."""
+    ids = token_ids(2, 12, seed=10 * step + rank)
+    if rank == 0:
+        ids[:, 6:] = VOCAB + ids[:, 6:] % IMAGE
+    return ids
+
+
+def losses(model, rank):
+    """Three steps; in the last one two forwards come before the backward."""
+    yield model(batch(rank, 0), labels=batch(rank, 0)).loss
+    yield model(batch(rank, 1), labels=batch(rank, 1)).loss
+    first, second = batch(rank, 2), batch(rank, 3)
+    yield model(first, labels=first).loss + model(second, labels=second).loss
+
+
+def work(folder):
+    """What one process does; it writes the gradients of every step and the parameters."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    patched = make_patched()
+    model, optimiser = accelerator.prepare(
+        patched.model, torch.optim.SGD(list(patched.trainable_parameters()), lr=0.1)
+    )
+    assert type(model).__name__ == "DistributedDataParallel" and not model.find_unused_parameters
+    grads = []
+    for loss in losses(model, accelerator.process_index):
+        assert loss.requires_grad
+        accelerator.backward(loss)
+        grads.append({n: p.grad.clone() for n, p in patched.named_trainable_parameters()})
+        optimiser.step()
+        optimiser.zero_grad()
+    result = {"grads": grads, "end": dict(patched.named_trainable_parameters())}
+    torch.save(result, Path(folder) / f"{accelerator.process_index}.pt")
+    accelerator.end_training()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_two_processes(folder):
+    tests = str(Path(__file__).parents[1])
+    common = {
+        "PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_gradients_are_the_mean_of_the_two(tmp_path):
+    results = run_two_processes(tmp_path)
+    patched = make_patched()
+    parameters = dict(patched.named_trainable_parameters())
+    optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
+    steps = zip(*(losses(patched.model, rank) for rank in range(2)), strict=True)
+    for step, both in enumerate(steps):
+        (sum(both) / 2).backward()
+        for name, parameter in parameters.items():
+            for result in results:
+                error = (result["grads"][step][name] - parameter.grad).norm()
+                assert error / parameter.grad.norm() < 1e-4, (step, name)
+        optimiser.step()
+        optimiser.zero_grad()
+    for name, end in results[0]["end"].items():
+        assert torch.equal(end, results[1]["end"][name]), name
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])

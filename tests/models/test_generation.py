@@ -1,0 +1,228 @@
+"""generate() on patched models: cache, batches, padding, sampling, beams and embeddings.
+
+In float64, so that no near-tie flips a token between two call shapes.
+"""
+
+import copy
+
+import pytest
+import torch
+from support.model_zoo import FAMILIES, VOCAB, make_model, randomise, token_ids
+from transformers import GenerationConfig
+
+from moe_kernels import add_modality_tokens, patch_model
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+NUM_IMAGE_TOKENS = 40
+NEW = 8
+
+
+@pytest.fixture
+def model():
+    return make_patched("mixtral")
+
+
+def make_patched(family):
+    """With adapters that matter, and so many image tokens that some are generated."""
+    model = make_model(family, dtype=torch.float64)
+    patched = patch_model(model)
+    add_modality_tokens(model, "image", NUM_IMAGE_TOKENS)
+    randomise(patched, scale=0.5)
+    return model
+
+
+def generate(model, ids=None, **kwargs):
+    """The new tokens, image tokens allowed, greedy unless told."""
+    settings = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": []} | kwargs
+    prompt = 0 if ids is None else ids.shape[1]
+    return model.generate(ids, **settings)[:, prompt:]
+
+
+def prompt(batch=2, length=6, **kwargs):
+    ids = token_ids(batch, length, vocab=VOCAB + NUM_IMAGE_TOKENS, **kwargs)
+    return {"ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def by_hand(model, ids, **kwargs):
+    """Greedy decoding with one full forward for each token."""
+    for _ in range(NEW):
+        with torch.no_grad():
+            logits = model(ids, **kwargs).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids[:, -NEW:]
+
+
+@FAMILY
+def test_cache(family):
+    model = make_patched(family)
+    inputs = prompt()
+    expected = by_hand(model, inputs["ids"])
+    assert (expected >= VOCAB).any()
+    assert torch.equal(generate(model, **inputs), expected)
+    assert torch.equal(generate(model, **inputs, use_cache=False), expected)
+    assert torch.equal(generate(model, **inputs, cache_implementation="static"), expected)
+
+
+@FAMILY
+def test_left_padding(family):
+    """A batch of prompts of three lengths is each of them alone."""
+    model = make_patched(family)
+    lengths = (3, 7, 10)
+    inputs = prompt(3, 10)
+    mask = (torch.arange(10) >= 10 - torch.tensor(lengths)[:, None]).long()
+    ids = inputs["ids"].masked_fill(mask == 0, 0)
+    together = generate(model, ids, attention_mask=mask)
+    for row, length in enumerate(lengths):
+        alone = ids[row : row + 1, -length:]
+        expected = generate(model, alone, attention_mask=torch.ones_like(alone))
+        assert torch.equal(together[row : row + 1], expected)
+
+
+@FAMILY
+def test_from_embeddings(family):
+    model = make_patched(family)
+    inputs = prompt()
+    ids, mask = inputs["ids"], inputs["attention_mask"]
+    embeds = model.get_input_embeddings()(ids)
+    modality_ids = (ids >= VOCAB).long()
+    kwargs = {"inputs_embeds": embeds, "attention_mask": mask, "modality_ids": modality_ids}
+    assert torch.equal(generate(model, **kwargs), generate(model, **inputs))
+    with pytest.raises(ValueError, match="give modality_ids"):
+        generate(model, inputs_embeds=embeds, attention_mask=mask)
+
+
+def test_given_modality_ids_hold_for_the_prompt_only(model):
+    """Tokens that look like text may be declared an image; what is generated is told by its id."""
+    inputs = prompt()
+    ids = inputs["ids"]
+    declared = 1 - (ids >= VOCAB).long()
+    assert not torch.equal(generate(model, **inputs), by_hand_declared(model, ids))
+    for use_cache in (True, False):
+        actual = generate(model, **inputs, modality_ids=declared, use_cache=use_cache)
+        assert torch.equal(actual, by_hand_declared(model, ids))
+
+
+def by_hand_declared(model, ids):
+    modality_ids = 1 - (ids >= VOCAB).long()
+    for _ in range(NEW):
+        with torch.no_grad():
+            new = model(ids, modality_ids=modality_ids).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, new], dim=1)
+        modality_ids = torch.cat([modality_ids, (new >= VOCAB).long()], dim=1)
+    return ids[:, -NEW:]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_prompt_of_one_token_with_given_modality(model, use_cache):
+    """At every decode step the prompt's ids have the shape of the new token: not its modality."""
+    inputs = prompt(3, 1)
+    modality_ids = 1 - (inputs["ids"] >= VOCAB).long()
+    actual = generate(model, **inputs, modality_ids=modality_ids, use_cache=use_cache)
+    assert torch.equal(actual, by_hand_declared(model, inputs["ids"]))
+    assert not torch.equal(actual, generate(model, **inputs))
+
+
+def test_given_modality_ids_with_a_cache_of_ones_own(model):
+    """generate() goes on from a cache that holds the first tokens of the prompt."""
+    inputs = prompt()
+    ids = inputs["ids"]
+    declared = 1 - (ids >= VOCAB).long()
+    with torch.no_grad():
+        cache = model(ids[:, :4], modality_ids=declared[:, :4], use_cache=True).past_key_values
+    actual = generate(model, **inputs, modality_ids=declared, past_key_values=cache)
+    assert torch.equal(actual, by_hand_declared(model, ids))
+
+
+@pytest.mark.parametrize(
+    "option", [{"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_given_modality_ids_in_pieces(model, option):
+    inputs = prompt(1, 12)
+    declared = 1 - (inputs["ids"] >= VOCAB).long()
+    actual = generate(model, **inputs, modality_ids=declared, **option)
+    assert torch.equal(actual, by_hand_declared(model, inputs["ids"]))
+
+
+def test_sampling_is_reproducible(model):
+    inputs = prompt(4)
+    samples = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        samples.append(generate(model, **inputs, do_sample=True, temperature=1.0, top_k=0))
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+
+
+def test_beams(model):
+    """A beam is its own continuation: scoring it with one forward gives the score it won with."""
+    inputs = prompt()
+    out = model.generate(
+        inputs["ids"], attention_mask=inputs["attention_mask"], max_new_tokens=NEW, num_beams=3,
+        do_sample=False, suppress_tokens=[], return_dict_in_generate=True, output_scores=True,
+        length_penalty=0.0,
+    )  # fmt: skip
+    with torch.no_grad():
+        log_probs = model(out.sequences).logits.float().log_softmax(-1)
+    chosen = log_probs[:, 5:-1].gather(-1, out.sequences[:, 6:, None]).sum((1, 2))
+    assert torch.allclose(chosen, out.sequences_scores.float(), rtol=1e-4)
+    greedy = torch.cat([inputs["ids"], generate(model, **inputs)], dim=1)
+    with torch.no_grad():
+        log_probs = model(greedy).logits.float().log_softmax(-1)
+    assert (chosen >= log_probs[:, 5:-1].gather(-1, greedy[:, 6:, None]).sum((1, 2)) - 1e-4).all()
+
+
+def test_guidance_through_the_unconditional_branch(model):
+    """transformers' own guidance runs a second prompt: its modality must be its own."""
+    inputs = prompt()
+    negative = prompt(seed=7)
+    kwargs = {"guidance_scale": 1.5, "negative_prompt_ids": negative["ids"]}
+    kwargs["negative_prompt_attention_mask"] = negative["attention_mask"]
+    actual = generate(model, **inputs, **kwargs)
+    ids, other = inputs["ids"], negative["ids"]
+    for _ in range(NEW):
+        with torch.no_grad():
+            scores, base = (model(x).logits[:, -1].log_softmax(-1) for x in (ids, other))
+        new = (1.5 * (scores - base) + base).argmax(-1, keepdim=True)
+        ids, other = torch.cat([ids, new], 1), torch.cat([other, new], 1)
+    assert torch.equal(actual, ids[:, -NEW:])
+
+
+@FAMILY
+def test_text_generation_makes_no_image_tokens(family):
+    model = make_patched(family)
+    inputs = prompt()
+    ids, mask = inputs["ids"], inputs["attention_mask"]
+    assert (generate(model, **inputs) >= VOCAB).any()
+    text = {"attention_mask": mask, "max_new_tokens": 16}
+    torch.manual_seed(0)
+    for kwargs in (
+        {"do_sample": False},
+        {"do_sample": True},
+        {"do_sample": False, "num_beams": 2},
+    ):
+        assert (model.generate(ids, **text, **kwargs)[:, 6:] < VOCAB).all()
+    own = GenerationConfig(max_new_tokens=16, do_sample=False, pad_token_id=0)
+    assert (model.generate(ids, attention_mask=mask, generation_config=own)[:, 6:] < VOCAB).all()
+
+
+def test_image_tokens_allowed_in_a_configuration_of_ones_own(model):
+    inputs = prompt()
+    own = copy.deepcopy(model.generation_config)
+    own.update(max_new_tokens=NEW, do_sample=False, suppress_tokens=[])
+    out = model.generate(
+        inputs["ids"], attention_mask=inputs["attention_mask"], generation_config=own
+    )
+    assert torch.equal(out[:, 6:], generate(model, **inputs))
+
+
+def test_text_generation_is_the_base(family="olmoe"):
+    model = make_model(family, dtype=torch.float64)
+    ids = token_ids(2, 6)
+    text = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "do_sample": False}
+    expected = model.generate(ids, **text)
+    patched = patch_model(model)
+    add_modality_tokens(model, "image", NUM_IMAGE_TOKENS)
+    randomise(patched)
+    assert torch.equal(model.generate(ids, **text), expected)
+    patched.unpatch()
+    assert torch.equal(model.generate(ids, **text), expected)

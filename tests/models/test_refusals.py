@@ -1,0 +1,326 @@
+"""What patching refuses, and what a patched model refuses: by name, with nothing changed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.model_zoo import (
+    VOCAB,
+    assert_same_snapshot,
+    fill,
+    make_model,
+    refused,
+    snapshot,
+    token_ids,
+)
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels.models.experts import find_experts
+from moe_kernels.models.methods import get_patched
+
+
+def test_not_a_transformers_model():
+    refused(nn.Linear(2, 2), TypeError, "transformers model, got Linear")
+
+
+def test_a_dense_model():
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    refused(LlamaForCausalLM(config), ValueError, "LlamaForCausalLM.*no layer has stacked experts")
+
+
+def test_a_model_without_a_head():
+    config = BertConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="BertModel.*no language-model head"):
+        patch_model(BertModel(config))
+    with pytest.raises(ValueError, match="MixtralModel.*no language-model head"):
+        patch_model(MixtralModel(make_model("mixtral").config))
+
+
+def test_every_reason_of_an_unsupported_layout():
+    config = GptOssConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+        layer_types=["full_attention"], pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config)
+    refused(model, ValueError, "GptOssForCausalLM is not supported: layer 0")
+    for reason in ("biases", "transposed", "interleaved", "gating function"):
+        refused(model, ValueError, reason)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "match"),
+    [
+        (lambda experts: setattr(experts, "act_fn", nn.GELU()), "activation GELU"),
+        (lambda experts: setattr(experts, "_is_expert_parallel", True), "expert parallelism"),
+        (lambda experts: setattr(experts, "has_post_expert_norm", True), "norm after each expert"),
+        (lambda experts: delattr(experts, "has_gate"), "no attribute 'has_gate'"),
+        (lambda experts: delattr(experts, "down_proj"), "no stacked down_proj"),
+    ],
+)
+def test_an_experts_layout_that_does_not_fit(break_it, match):
+    model = make_model("mixtral")
+    break_it(find_experts(model.model.layers[1]))
+    refused(model, ValueError, f"layer 1: .*{match}")
+
+
+def test_quantised_weights():
+    model = make_model("mixtral")
+    experts = find_experts(model.model.layers[0])
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.to(torch.int8), requires_grad=False)
+    refused(model, ValueError, r"quantised expert weights \(torch.int8\)")
+    model = make_model("mixtral")
+    model.is_quantized = True
+    refused(model, ValueError, r"is quantised \(None\): load it in bfloat16")
+
+
+def flag_as(model, method):
+    """What transformers leaves on a model that its quantiser of this name has loaded."""
+    model.is_quantized = True
+    model.quantization_method = QuantizationMethod(method)
+    model.hf_quantizer = SimpleNamespace(is_serializable=lambda: False)
+    model.config.quantization_config = QuantizationConfigMixin(model.quantization_method)
+    model.config._is_quantized = True
+    return model
+
+
+METHODS = [method.value for method in QuantizationMethod]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "gguf"])
+def test_quantisers_that_keep_packed_weights(method):
+    """Refused by name, even where no weight gives them away."""
+    refused(flag_as(make_model("mixtral"), method), ValueError, rf"is quantised \({method}\)")
+
+
+@pytest.mark.skipif("gguf" not in METHODS, reason="this transformers does not flag GGUF files")
+def test_weights_that_were_unpacked_from_a_gguf_file(tmp_path):
+    """They are floats: the model is patched, and may be cast, saved and trained."""
+    model = flag_as(make_model("mixtral"), "gguf")
+    before, ids = snapshot(model), token_ids(2, 8)
+    patched = patch_model(model)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    Trainer(model=model, args=arguments)
+    model.half().float()
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    model(ids, labels=ids).loss.backward()
+    patched.unpatch()
+    after = snapshot(model)
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        assert name in after["attributes"][""]
+    assert model.config.quantization_config and model.config._is_quantized
+    before.pop("state"), after.pop("state")  # half() rounded it
+    assert after == before
+
+
+@pytest.mark.skipif("gguf" not in METHODS, reason="this transformers does not flag GGUF files")
+def test_weights_that_stay_packed_as_in_a_gguf_file():
+    model = flag_as(make_model("mixtral"), "gguf")
+    weight = torch.zeros(VOCAB, 34, dtype=torch.uint8)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    match = r"is quantised \(gguf\), lm_head.weight is packed: .*dequantize=True"
+    refused(model, ValueError, match)
+
+
+def test_weights_of_a_tensor_subclass():
+    class Packed(torch.Tensor):
+        pass
+
+    model = make_model("mixtral")
+    experts = find_experts(model.model.layers[0])
+    experts.down_proj = nn.Parameter(experts.down_proj.data.as_subclass(Packed))
+    refused(model, ValueError, "expert weights of class Packed")
+
+
+def test_an_attention_projection_that_is_not_linear():
+    class Linear4bit(nn.Linear):
+        pass
+
+    model = make_model("mixtral")
+    model.model.layers[1].self_attn.k_proj = Linear4bit(32, 16)
+    refused(model, ValueError, "layer 1: self_attn.k_proj is Linear4bit, not nn.Linear")
+    patch_model(model, ModalityLoraConfig(target_modules=("experts",))).unpatch()
+    patch_model(model, ModalityLoraConfig(layers_to_transform=(0,))).unpatch()
+
+
+def test_forwards_that_somebody_else_replaced():
+    """As accelerate does for device maps and mixed precision: ours would bypass theirs."""
+    model = make_model("mixtral")
+    for module, match in (
+        (model, "its forward was replaced"),
+        (model.lm_head, "Linear has a forward of its own"),
+        (model.model.layers[0].self_attn.q_proj, "q_proj has a forward of its own"),
+    ):
+        module.forward = module.forward
+        refused(model, ValueError, match)
+        if "q_proj" in match:  # not ours to touch, then
+            patch_model(model, ModalityLoraConfig(target_modules=("experts",))).unpatch()
+        del module.forward
+
+
+def test_a_token_table_of_another_class():
+    class Scaled(nn.Embedding):
+        pass
+
+    model = make_model("mixtral")
+    model.set_input_embeddings(Scaled(VOCAB, 32))
+    refused(model, ValueError, "a Scaled where nn.Embedding is needed")
+
+
+def test_patching_twice():
+    model = make_model("mixtral")
+    patch_model(model)
+    refused(model, ValueError, "MixtralForCausalLM is already patched: unpatch")
+
+
+def test_a_backend_that_is_not_there():
+    model = make_model("mixtral")
+    config = ModalityLoraConfig(backend="triton")
+    refused(model, RuntimeError, "backend 'triton' is not available: .*riton", config)
+    refused(model, ValueError, "unknown backend 'tpu'", ModalityLoraConfig(backend="tpu"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"target_modules": ("mlp",)}, "target_modules must be of"),
+        ({"target_modules": (), "rank_pattern": {"q_proj": 8}}, "nothing is adapted"),
+        ({"sequence_modalities": ("task",)}, "not of modalities"),
+        ({"target_modules": "experts"}, "tuple of names"),
+        ({"modalities": "image"}, "tuple of names"),
+        ({"modalities": ()}, "at least one"),
+        ({"modalities": ("image", "image")}, "distinct"),
+        ({"modalities": ("an image",)}, "identifiers"),
+        ({"r": 0}, "rank"),
+        ({"r": 2.5}, "rank"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank"),
+        ({"rank_pattern": {r"layers\.0\..*": 1.0}}, "a rank must be an integer"),
+        ({"rank_pattern": {"q_proj)": 4}}, r"rank_pattern: 'q_proj\)' is not a regular expression"),
+        ({"alpha_pattern": {"*": 4}}, "alpha_pattern: '[*]' is not a regular expression"),
+        ({"alpha_pattern": {1: 4}}, "alpha_pattern: a key must be a string, got 1"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must be a dict"),
+        ({"layers_to_transform": ()}, "layers_to_transform must be a tuple of indices"),
+        ({"layers_to_transform": 1}, "layers_to_transform must be a tuple of indices"),
+        ({"layers_to_transform": (0, -1)}, "layers_to_transform must be a tuple of indices"),
+        ({"layers_to_transform": (True,)}, "layers_to_transform must be a tuple of indices"),
+        ({"modalities": ("values",)}, "ParameterDict"),
+        ({"modalities": (1,)}, "distinct identifiers"),
+        ({"lora_alpha": "x"}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ({"alpha_pattern": {"q_proj": "a"}}, "lora_alpha must be a finite number"),
+        ({"r": True}, "a rank must be an integer"),
+    ],
+)
+def test_a_configuration_that_cannot_be(settings, match):
+    with pytest.raises(ValueError, match=match):
+        ModalityLoraConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"rank_pattern": {"up_proj": 4}}, "rank_pattern: 'up_proj' names no projection"),
+        (
+            {"target_modules": ("experts",), "alpha_pattern": {"q_proj": 4}},
+            "alpha_pattern: .q_proj. names no .* are model.layers.0.mlp.experts.gate_up_proj, ",
+        ),
+        ({"rank_pattern": {r"layers\.2\..*": 4}}, "names no projection"),
+        ({"rank_pattern": {"proj": 4}}, "names no projection"),
+        (
+            {"rank_pattern": {r"layers\.1\..*": 4}, "layers_to_transform": (0,)},
+            "names no projection",
+        ),
+        ({"rank_pattern": {"gate": 4}}, "rank_pattern: 'gate' names no projection"),
+        ({"layers_to_transform": (0, 2, 5)}, r"has \[2, 5\]: the model has 2 layers"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_model(settings, match):
+    refused(make_model("mixtral"), ValueError, match, ModalityLoraConfig(**settings))
+
+
+def test_layers_without_any_of_the_targets():
+    """The second layer of this model is dense."""
+    config = ModalityLoraConfig(target_modules=("experts", "router"), layers_to_transform=(1,))
+    refused(make_model("qwen2_moe"), ValueError, r"\(1,\) of .* have none of .*experts", config)
+
+
+def bad_calls():
+    ids = torch.ones(2, 6, dtype=torch.long)
+    embeds = torch.zeros(2, 6, 32)
+    return {
+        "embeddings without ids": ({"inputs_embeds": embeds}, ValueError, "give modality_ids"),
+        "nothing": ({}, ValueError, "give input_ids or inputs_embeds"),
+        "wrong shape": (
+            {"input_ids": ids, "modality_ids": ids[:, :5]},
+            ValueError,
+            r"\(B, S\) = \(2, 6\), got \(2, 5\)",
+        ),
+        "flat": ({"input_ids": ids, "modality_ids": ids.flatten()}, ValueError, r"\(B, S\)"),
+        "floats": ({"input_ids": ids, "modality_ids": ids * 1.0}, TypeError, "integers"),
+        "bools": ({"input_ids": ids, "modality_ids": ids > 0}, TypeError, "integers"),
+        "above M": ({"input_ids": ids, "modality_ids": ids + 1}, ValueError, r"-1\.\.1 .*2\.\.2"),
+        "below -1": ({"input_ids": ids, "modality_ids": ids - 3}, ValueError, r"-1\.\.1"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_calls())
+def test_a_bad_call(case):
+    kwargs, error, match = bad_calls()[case]
+    model = make_model("olmoe")
+    patch_model(model, ModalityLoraConfig(target_modules=("attention",)))
+    with pytest.raises(error, match=match):
+        model(**kwargs)
+
+
+def test_calling_the_inner_model():
+    model = make_model("qwen3_moe")
+    patched = patch_model(model)
+    fill(patched, 1.0)
+    with pytest.raises(RuntimeError, match="call the patched model itself"):
+        model.model(input_ids=token_ids(2, 6))
+    model(token_ids(2, 6))
+    with pytest.raises(RuntimeError, match="call the patched model itself"):
+        model.model(input_ids=token_ids(2, 6))
+
+
+def test_get_patched_of_a_plain_model():
+    with pytest.raises(ValueError, match="MixtralForCausalLM is not patched: call patch_model"):
+        get_patched(make_model("mixtral"))
+
+
+def test_a_patched_table_cannot_be_resized():
+    model = make_model("olmoe")
+    patched = patch_model(model)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="cannot be resized"):
+        model.resize_token_embeddings(VOCAB + 8)
+    assert_same_snapshot(snapshot(model), before)
+    patched.unpatch().resize_token_embeddings(VOCAB + 8)
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB + 8
+
+
+def test_data_parallel_is_refused():
+    model = make_model("olmoe")
+    patch_model(model)
+    with pytest.raises(RuntimeError, match="nn.DataParallel is not supported"):
+        model._replicate_for_data_parallel()

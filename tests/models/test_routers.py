@@ -1,0 +1,470 @@
+"""Low-rank updates of the routers: image rows choose other experts, text rows keep their bits."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.model_zoo import (
+    FAMILIES,
+    VOCAB,
+    assert_same_snapshot,
+    fill,
+    make_model,
+    randomise,
+    refused,
+    snapshot,
+    token_ids,
+)
+from support.patched_models import merge
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.models.methods import get_patched
+from moe_kernels.models.routers import Routing, find_router, find_routing, route
+from moe_kernels.testing import assert_close, relative_rms, working_backends
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+BACKENDS = pytest.mark.parametrize("backend", working_backends())
+ALONE, ALL = ("router",), ("experts", "attention", "router")
+
+
+def make_patched(family="mixtral", targets=ALONE, *, scale=0.3, **model_settings):
+    model = make_model(family, **model_settings)
+    patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    randomise(patched, scale=scale)
+    return patched
+
+
+def routed(model, ids, modality_ids=None, **kwargs):
+    """(logits, scores, indices) of the first layer's router, and its input."""
+    seen = []
+    router = find_router(model.model.layers[0])
+    hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
+    with torch.no_grad():
+        model(ids, modality_ids=modality_ids, **kwargs)
+    hook.remove()
+    return seen[-1]
+
+
+def mixed(batch=2, length=12):
+    """Ids and modality ids: text, the modality, and padding on the left of the first row."""
+    ids = token_ids(batch, length)
+    modality_ids = (token_ids(batch, length, seed=3) % 2).long()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "modality_ids": modality_ids, "attention_mask": mask}
+
+
+# --- what a router's class does after its logits
+
+
+EXPECTED = {
+    "mixtral": Routing(2, True, True),
+    "olmoe": Routing(2, False, False),
+    "qwen3_moe": Routing(2, True, False),
+    "qwen2_moe": Routing(2, False, False),
+}
+
+
+@FAMILY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_routing_is_found_by_trying(family, dtype):
+    model = make_model(family, dtype=dtype)
+    router = find_router(model.model.layers[0])
+    before = snapshot(model)
+    assert find_routing(router) == EXPECTED[family]
+    assert_same_snapshot(snapshot(model), before)
+    rows = torch.randn(50, 32).to(dtype)
+    logits, *expected = router(rows)
+    for ours, theirs in zip(route(logits, EXPECTED[family]), expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "qwen2_moe"])
+def test_a_switch_of_the_configuration(family, normalise):
+    model = make_model(family, norm_topk_prob=normalise, num_experts_per_tok=3)
+    expected = Routing(3, normalise, False)
+    assert find_routing(find_router(model.model.layers[0])) == expected
+
+
+def test_hooks_on_a_router_do_not_see_the_trial():
+    router, seen = find_router(make_model("olmoe").model.layers[0]), []
+    router.register_forward_hook(lambda *args: seen.append(args))
+    find_routing(router)
+    assert not seen
+
+
+def test_without_values():
+    """On the meta device, where memory is estimated."""
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, hidden_size=64))
+        patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=ALL))
+    shapes = {n.split("lora.")[-1]: tuple(p.shape) for n, p in patched.named_trainable_parameters()}
+    assert shapes["gate.lora_A"] == (1, 4, 64) and shapes["gate.lora_B"] == (1, 8, 4)
+
+
+# --- refusals
+
+
+OTHERS = {
+    "granitemoe": ({"num_local_experts": 4}, "GraniteMoeTopKRouter"),
+    "minimax_m2": (
+        {"num_local_experts": 4, "head_dim": 8},
+        "MiniMaxM2TopKRouter does not run on rows alone: .*e_score_correction_bias",
+    ),
+    "glm4_moe": (
+        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 8,
+         "first_k_dense_replace": 0},
+        "Glm4MoeTopkRouter",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_routers_of_other_families(model_type):
+    """By name, with nothing changed; the experts alone can be adapted."""
+    settings, match = OTHERS[model_type]
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **sizes | settings)
+    model = AutoModelForCausalLM.from_config(config)
+    wanted = ModalityLoraConfig(target_modules=("experts", "router"))
+    match = rf'layer 0: .*({match}).*leave "router" out of target_modules'
+    refused(model, ValueError, match, wanted)
+    patch_model(model, ModalityLoraConfig(target_modules=("experts",))).unpatch()
+
+
+def replace_class_forward(router, forward):
+    router.__class__ = type(type(router).__name__, (type(router),), {"forward": forward})
+
+
+def jitter(self, hidden_states):
+    if self.training:
+        hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(0.9, 1.1)
+    return super(type(self), self).forward(hidden_states)
+
+
+def scaled(self, hidden_states):
+    logits, scores, indices = super(type(self), self).forward(hidden_states)
+    return logits, scores * 1.5, indices
+
+
+def two_results(self, hidden_states):
+    return super(type(self), self).forward(hidden_states)[:2]
+
+
+@pytest.mark.parametrize(
+    ("forward", "match"),
+    [
+        (jitter, "computes other logits"),
+        (scaled, "chooses or weighs experts in a way of its own"),
+        (two_results, r"does not return \(logits, scores, indices\)"),
+    ],
+)
+def test_a_router_that_does_something_else(forward, match):
+    model = make_model("mixtral")
+    replace_class_forward(find_router(model.model.layers[1]), forward)
+    config = ModalityLoraConfig(target_modules=ALONE)
+    refused(model, ValueError, f"layer 1: MixtralTopKRouter {match}", config)
+    patch_model(model).unpatch()
+    patch_model(model, ModalityLoraConfig(target_modules=ALL, layers_to_transform=(0,))).unpatch()
+
+
+def test_a_router_that_is_not_as_it_was():
+    config = ModalityLoraConfig(target_modules=ALONE)
+    model = make_model("mixtral")
+    router = find_router(model.model.layers[0])
+    router.forward = router.forward
+    refused(model, ValueError, "MixtralTopKRouter has a forward of its own", config)
+    del router.forward
+    router.weight = nn.Parameter(router.weight.double())
+    refused(model, ValueError, "a router in torch.float64 beside experts in torch.float32", config)
+    model.model.layers[0].mlp.gate = nn.Identity()
+    refused(model, ValueError, "layer 0: no router of one weight beside the experts", config)
+
+
+# --- the update
+
+
+def test_off_by_default():
+    patched = patch_model(make_model("mixtral"))
+    assert not any(".gate." in name for name, _ in patched.named_trainable_parameters())
+    assert "forward" not in find_router(patched.model.model.layers[0]).__dict__
+
+
+@FAMILY
+def test_logits_scores_and_indices(family):
+    """W h on text and padding rows to the bit, + s B A h on those of the modality."""
+    patched = make_patched(family)
+    model, inputs = patched.model, mixed()
+    logits, scores, indices, rows = routed(model, inputs.pop("input_ids"), **inputs)
+    lora, router = model.model.layers[0].modality_lora["gate"], find_router(model.model.layers[0])
+    base = F.linear(rows, router.weight)
+    update = 1.5 * (rows.double() @ lora.lora_A[0].double().T) @ lora.lora_B[0].double().T
+    real = inputs["attention_mask"].flatten() == 1
+    image = (inputs["modality_ids"].flatten() == 1) & real
+    assert torch.equal(logits[~image], base[~image])
+    assert_close(logits[image], (base.double() + update)[image])
+    # What comes after is the class's own, of these logits.
+    for ours, theirs in zip((scores, indices), of_logits(router, logits), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert not torch.equal(indices[image], of_logits(router, base)[1][image])
+
+
+def of_logits(router, logits):
+    """The class's scores and indices of given logits: its weight is the identity."""
+    twin = copy.copy(router)
+    identity = nn.Parameter(torch.eye(logits.shape[1], dtype=logits.dtype))
+    twin.__dict__["_parameters"] = {"weight": identity}
+    twin.hidden_dim = logits.shape[1]
+    return type(router).forward(twin, logits)[1:]
+
+
+@FAMILY
+def test_all_tokens_in_the_modality_are_the_merged_router(family):
+    """Logits, loss and the gradients of adapters, in float64."""
+    patched = make_patched(family, dtype=torch.float64)
+    merged = merge(patched.model, patched).requires_grad_(True)
+    ids = token_ids(3, 20)
+    expected = merged(ids, labels=ids)
+    expected.loss.backward()
+    actual = patched.model(ids, labels=ids, modality_ids=torch.ones_like(ids))
+    actual.loss.backward()
+    assert relative_rms(actual.logits, expected.logits) < 1e-6
+    for ours, theirs in zip(patched.model.model.layers, merged.model.layers, strict=True):
+        if "gate" in ours.modality_lora:
+            lora, grad = ours.modality_lora["gate"], find_router(theirs).weight.grad
+            wanted = 1.5 * lora.lora_B[0].detach().T @ grad
+            assert relative_rms(lora.lora_A.grad[0], wanted) < 1e-5 and wanted.any()
+            assert relative_rms(lora.lora_B.grad[0], 1.5 * grad @ lora.lora_A[0].detach().T) < 1e-5
+
+
+@FAMILY
+def test_image_rows_change_experts(family):
+    """By training alone: towards the expert that they chose least, which text does not notice."""
+    model = make_model(family)
+    patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=ALL))
+    image = add_modality_tokens(model, "image", 8)
+    ids = token_ids(4, 16)
+    ids[:, 8:] = image[0] + ids[:, 8:] % 8
+    rows = (torch.arange(16) >= 8).repeat(4)
+    text, before = routed(model, ids[:, :8]), routed(model, ids)
+    rarest = before[2][rows].flatten().bincount(minlength=4).argmin()
+    optimiser = torch.optim.Adam(patched.trainable_parameters(), lr=0.02)
+    for _ in range(10):
+        logits = model(ids, output_router_logits=True).router_logits[0].view(4, 16, -1)[:, 8:]
+        loss = F.cross_entropy(logits.flatten(0, 1), rarest.expand(32))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    after = routed(model, ids)
+    share = [(seen[2][rows] == rarest).any(-1).float().mean() for seen in (before, after)]
+    assert share[0] < 0.6 and share[1] > 0.9
+    assert all(torch.equal(a, b) for a, b in zip(routed(model, ids[:, :8]), text, strict=True))
+
+
+@FAMILY
+def test_the_balance_loss_sees_the_adapted_logits(family):
+    """transformers' own, of the logits that routed; it reaches the router's adapter."""
+    patched = make_patched(family)
+    model, ids = patched.model, token_ids(2, 10)
+    settings = {"labels": ids, "output_router_logits": True}
+    out = model(ids, modality_ids=torch.ones_like(ids), **settings)
+    assert torch.equal(out.router_logits[0], routed(model, ids, torch.ones_like(ids))[0])
+    plain = model(ids, **settings)
+    assert not torch.equal(out.router_logits[0], plain.router_logits[0])
+    assert out.aux_loss != plain.aux_loss
+    out.aux_loss.backward()
+    for parameter in patched.trainable_parameters():
+        assert parameter.grad.any()
+    for parameter in patched.trainable_parameters():
+        parameter.grad = None
+    plain.aux_loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in patched.trainable_parameters())
+
+
+# --- text bits
+
+LARGE = {
+    "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    "initializer_range": 0.05, "num_hidden_layers": 1,
+}  # fmt: skip
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [64, 200])
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("mixtral", {"intermediate_size": 128, "num_local_experts": 16}),
+        ("qwen3_moe", {"moe_intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4}),
+    ],
+)
+def test_text_keeps_its_bits(backend, dtype, length, family, own):
+    """After steps, with large weights and with NaN; beside a picture, and before one."""
+    model = make_model(family, dtype=dtype, **LARGE, **own)
+    config = ModalityLoraConfig(r=4, target_modules=ALL, backend=backend)
+    patched = patch_model(model, config)
+    add_modality_tokens(model, "image", 16)
+    ids = token_ids(2, length)
+
+    def text(ids, count=length):
+        with torch.no_grad():
+            out = model(ids, output_router_logits=True)
+        return out.logits[0, :count, :VOCAB], out.router_logits[0][:count]
+
+    def same(actual, expected):
+        return all(torch.equal(a, e[: len(a)]) for a, e in zip(actual, expected, strict=True))
+
+    expected = text(ids)
+    ids[1] = VOCAB + ids[1] % 16
+    optimiser = torch.optim.SGD(patched.trainable_parameters(), lr=10.0)
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+    gate = model.model.layers[0].modality_lora["gate"]
+    assert gate.lora_A.grad.any() and gate.lora_B.any()
+    # So few text rows that a product of them alone would be another kernel's.
+    few = ids.clone()
+    few[0, 3:] = VOCAB + few[0, 3:] % 16
+    assert same(text(few, 3), expected)
+    for change in (
+        lambda: None,
+        lambda: randomise(patched, scale=1e18, seed=7),
+        lambda: fill(patched, float("inf")),
+        lambda: fill(patched, float("nan")),
+    ):
+        change()
+        assert same(text(ids), expected)
+
+
+# --- the ways a model is used
+
+
+def losses_and_grads(patched, inputs):
+    model = patched.model.train()
+    model.zero_grad()
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in patched.trainable_parameters())]
+
+
+@FAMILY
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_activation_checkpointing(family, reentrant):
+    patched, inputs = make_patched(family, ALL), mixed()
+    expected = losses_and_grads(patched, inputs)
+    assert all(grad.any() for grad in expected)
+    patched.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for ours, theirs in zip(losses_and_grads(patched, inputs), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_two_forwards_before_one_backward():
+    """Each recompute takes the mask of its own forward."""
+    patched, inputs = make_patched("olmoe", ALL), mixed()
+    other = inputs | {"modality_ids": 1 - inputs["modality_ids"]}
+    apart = [losses_and_grads(patched, i)[1:] for i in (inputs, other)]
+    model = patched.model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.zero_grad()
+    (sum(model(**i, labels=i["input_ids"]).loss for i in (inputs, other))).backward()
+    for parameter, *two in zip(patched.trainable_parameters(), *apart, strict=True):
+        assert relative_rms(parameter.grad, sum(two)) < 1e-5
+
+
+@FAMILY
+def test_generation_with_a_cache(family):
+    patched = make_patched(family, ALL, dtype=torch.float64, scale=0.5)
+    model = patched.model
+    add_modality_tokens(model, "image", 40)
+    randomise(patched, scale=0.5)
+    ids = token_ids(2, 6, vocab=VOCAB + 40)
+    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": []}
+    settings["attention_mask"] = torch.ones_like(ids)
+    expected = ids
+    for _ in range(6):
+        with torch.no_grad():
+            following = model(expected).logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, following], dim=1)
+    assert (expected[:, 6:] >= VOCAB).any()
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
+
+
+@FAMILY
+def test_adapters_off(family):
+    patched, ids = make_patched(family), token_ids(2, 12)
+    image = torch.ones_like(ids)
+    text, on = routed(patched.model, ids), routed(patched.model, ids, image)
+    with patched.adapters_disabled():
+        off = routed(patched.model, ids, image)
+    assert torch.equal(off[0], text[0]) and not torch.equal(on[0], text[0])
+
+
+@FAMILY
+def test_half_precision(family):
+    """Adapters in float32; scores and logits in the dtypes of the class."""
+    model = make_model(family, dtype=torch.bfloat16)
+    ids = token_ids(2, 8)
+    plain = routed(model, ids)
+    patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=ALONE))
+    randomise(patched)
+    assert {p.dtype for p in patched.trainable_parameters()} == {torch.float32}
+    text, image = routed(model, ids), routed(model, ids, torch.ones_like(ids))
+    assert [t.dtype for t in image] == [t.dtype for t in plain]
+    assert torch.equal(text[0], plain[0]) and torch.equal(text[2], plain[2])
+    model(ids, labels=ids, modality_ids=torch.ones_like(ids)).loss.backward()
+    assert {p.grad.dtype for p in patched.trainable_parameters()} == {torch.float32}
+
+
+def test_autocast():
+    patched, inputs = make_patched("olmoe", ALL), mixed()
+    expected = losses_and_grads(patched, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = losses_and_grads(patched, inputs)
+    assert relative_rms(actual[0], expected[0]) < 0.05
+    assert all(grad.isfinite().all() and grad.any() for grad in actual[1:])
+
+
+@FAMILY
+def test_saved_loaded_copied_and_undone(family, tmp_path):
+    model = make_model(family)
+    before, ids = snapshot(model), token_ids(2, 12)
+    plain = routed(model, ids)
+    config = ModalityLoraConfig(r=4, target_modules=ALL)
+    patched = patch_model(model, config)
+    add_modality_tokens(model, "image", 3)
+    randomise(patched)
+    image = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = model(ids, modality_ids=image).logits
+    patched.save_adapter(tmp_path / "adapter")
+    fresh = patch_model(make_model(family), ModalityLoraConfig.from_adapter(tmp_path / "adapter"))
+    fresh.load_adapter(tmp_path / "adapter")
+    twin = copy.deepcopy(model)
+    randomise(patched, seed=9)
+    with torch.no_grad():
+        for other in (fresh.model, twin):
+            assert torch.equal(other(ids, modality_ids=image).logits, expected)
+        assert not torch.equal(model(ids, modality_ids=image).logits, expected)
+    get_patched(twin).unpatch()
+    # transformers renames what looks like base weights when it saves.
+    model.save_pretrained(tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    for name, parameter in patched.named_trainable_parameters():
+        assert torch.equal(saved[name], parameter), name
+    patched.unpatch()
+    assert_same_snapshot(snapshot(model), before)
+    assert_same_snapshot(snapshot(twin), before)
+    assert all(torch.equal(a, b) for a, b in zip(routed(model, ids), plain, strict=True))

@@ -1,0 +1,423 @@
+"""Projectors and joined sequences; added experts and projectors on disk."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.added_experts import extended, mixed
+from support.model_zoo import (
+    FAMILIES,
+    assert_same_snapshot,
+    make_model,
+    randomise,
+    snapshot,
+    token_ids,
+)
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.models.adapters import named_adapter_parameters
+from moe_kernels.models.peft_format import save_peft_adapter
+from moe_kernels.moextend import ExpertExtender, ModalityProjector, join_features_and_text
+from moe_kernels.testing import relative_rms
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+WEIGHTS = "adapter_model.safetensors"
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+# --- projector
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_projector_by_hand(layers):
+    projector = ModalityProjector(5, 8, 6, layers, dtype=torch.float64)
+    features = torch.randn(2, 3, 5)
+    expected = features.double()
+    for place, linear in enumerate(projector.layers[::2]):
+        if place:
+            expected = nn.functional.gelu(expected)
+        expected = expected @ linear.weight.T + linear.bias
+    assert relative_rms(projector(features), expected) < 1e-12
+    assert len(projector.layers) == 2 * layers - 1
+    again = ModalityProjector(out_features=8, **projector.settings())
+    assert [p.shape for p in again.parameters()] == [p.shape for p in projector.parameters()]
+
+
+def test_alignment():
+    """The projector alone learns, through the frozen model."""
+    model = make_model("mixtral", dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    extender = ExpertExtender(model)
+    projector = extender.add_projector(6)
+    assert extender.projector() is projector
+    assert {p.dtype for p in projector.parameters()} == {torch.float32}
+    trainable = list(extender.patched.trainable_parameters())
+    assert len(trainable) == 4
+    features, ids = torch.randn(2, 4, 6), token_ids(2, 8)
+    optimiser = torch.optim.Adam(trainable, lr=0.02)
+    losses = []
+    for _ in range(8):
+        optimiser.zero_grad()
+        loss = model(**join_features_and_text(model, projector(features), ids)).loss
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    for name, parameter in before.items():
+        assert torch.equal(dict(model.named_parameters())[name], parameter)
+    extender.extend("all", init=0)
+    assert not any(p.requires_grad for p in projector.parameters())
+
+
+def test_projector_refusals():
+    extender = ExpertExtender(make_model("mixtral"))
+    with pytest.raises(ValueError, match="no projector for 'image'"):
+        extender.projector()
+    with pytest.raises(ValueError, match="not for 'sound'"):
+        extender.add_projector(4, modality="sound")
+    with pytest.raises(ValueError, match="at least one layer"):
+        extender.add_projector(0)
+    projector = extender.add_projector(4)
+    with pytest.raises(ValueError, match="already"):
+        extender.add_projector(4)
+    with pytest.raises(ValueError, match=r"features must be \(\.\.\., 4\)"):
+        projector(torch.randn(2, 3))
+
+
+# --- sequences
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_features_among_text(side):
+    """Two sequences of other lengths, padded in different places, after a begin token."""
+    model = make_model("olmoe")
+    ExpertExtender(model, ("sound", "image"))
+    features = torch.randn(2, 3, 32)
+    ids = torch.tensor([[0, 0, 1, 5, 6], [1, 7, 8, 0, 0]])
+    joined = join_features_and_text(
+        model, features, ids, attention_mask=(ids != 0).long(), at=1, padding_side=side,
+        feature_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]),
+    )  # fmt: skip
+    table = model.get_input_embeddings().weight
+    for row, (text, parts) in enumerate([([1, 5, 6], [0, 1, 2]), ([1, 7, 8], [0, 2])]):
+        embeddings = [table[text[0]], *features[row, parts], table[text[1]], table[text[2]]]
+        length = len(embeddings)
+        at = slice(8 - length, 8) if side == "left" else slice(0, length)
+        assert joined["attention_mask"][row].sum() == length
+        assert joined["attention_mask"][row, at].all()
+        assert torch.equal(joined["inputs_embeds"][row, at], torch.stack(embeddings))
+        modality = [0, *[2] * len(parts), 0, 0]
+        assert joined["modality_ids"][row, at].tolist() == modality
+        labels = [text[0], *[-100] * len(parts), *text[1:]]
+        assert joined["labels"][row, at].tolist() == labels
+        rest = joined["attention_mask"][row] == 0
+        assert (joined["modality_ids"][row, rest] == -1).all()
+        assert (joined["labels"][row, rest] == -100).all()
+
+
+def test_what_is_joined_reaches_the_model():
+    """The same as the embeddings of one whole sequence of tokens; given labels are kept."""
+    model = make_model("mixtral", dtype=torch.float64)
+    image = None
+    extender = ExpertExtender(model)
+    image = add_modality_tokens(model, "image", 4)
+    extender.extend("all", init=0)
+    randomise(extender.patched)
+    ids = torch.cat([token_ids(2, 3) % 4 + image[0], token_ids(2, 5)], dim=1)
+    labels = ids[:, 3:].clone()
+    labels[:, 0] = -100
+    embeddings = model.get_input_embeddings()(ids[:, :3])
+    joined = join_features_and_text(model, embeddings, ids[:, 3:], labels=labels)
+    whole = torch.cat([torch.full_like(ids[:, :3], -100), labels], dim=1)
+    with torch.no_grad():
+        expected, actual = model(ids, labels=whole), model(**joined)
+    assert torch.equal(actual.logits, expected.logits) and torch.equal(actual.loss, expected.loss)
+
+
+def test_text_before_and_after_joining_keeps_its_bits():
+    """A text prefix, whatever features follow it and whatever was learnt."""
+    extender = extended("mixtral")
+    model, ids = extender.model, token_ids(2, 12)
+    kept = []
+    for scale in (0.1, 3.0):
+        randomise(extender.patched, scale=scale)
+        joined = join_features_and_text(model, torch.randn(2, 5, 32), ids, at=7)
+        del joined["labels"]
+        kept.append(logits(model, joined)[:, :7])
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"features": torch.randn(2, 3, 31)}, r"features must be \(B, N, 32\)"),
+        ({"features": torch.randn(3, 3, 32)}, "features must be"),
+        ({"modality": "sound"}, "not for 'sound'"),
+        ({"at": 9}, r"at must be in 0\.\.8"),
+        ({"padding_side": "both"}, "padding_side"),
+        ({"attention_mask": torch.ones(2, 7)}, "attention_mask must be"),
+        ({"feature_mask": torch.ones(2, 7)}, "feature_mask must be"),
+        ({"labels": torch.ones(2, 7)}, "labels must be"),
+    ],
+)
+def test_what_cannot_be_joined(change, match):
+    model = make_model("mixtral")
+    arguments = {"features": torch.randn(2, 3, 32), "input_ids": token_ids(2, 8)} | change
+    with pytest.raises(ValueError, match="not patched"):
+        join_features_and_text(model, **arguments)
+    ExpertExtender(model)
+    with pytest.raises(ValueError, match=match):
+        join_features_and_text(model, **arguments)
+
+
+# --- on disk
+
+
+def everything(family="mixtral"):
+    """Adapters, tokens, two extensions and a projector."""
+    model = make_model(family)
+    config = ModalityLoraConfig(
+        r=2, target_modules=("experts", "attention", "router"), modalities=("image", "task")
+    )
+    patched = patch_model(model, config)
+    add_modality_tokens(model, "image", 3)
+    extender = ExpertExtender(model)
+    extender.extend([0], 2, init=0, modality="image", calibration="multiplicative")
+    extender.add_projector(5, modality="image", hidden_features=7)
+    extender.extend([0], 1, init="mean", modality="task")
+    randomise(patched)
+    return patched
+
+
+@FAMILY
+def test_the_same_bits_back(family, tmp_path):
+    """On the plain pretrained model, by what the file says alone."""
+    patched = everything(family)
+    state, inputs = snapshot(patched.model), [mixed(), mixed(modality=2)]
+    expected = [logits(patched.model, each) for each in inputs]
+    patched.save_adapter(tmp_path)
+    fresh = patch_model(make_model(family), ModalityLoraConfig.from_adapter(tmp_path))
+    fresh.load_adapter(tmp_path)
+    assert all(
+        torch.equal(logits(fresh.model, i), e) for i, e in zip(inputs, expected, strict=True)
+    )
+    assert_same_snapshot(snapshot(fresh.model), state)
+    assert fresh.extensions == patched.extensions
+    assert [n for n, _ in fresh.named_trainable_parameters()] == [
+        n for n, _ in patched.named_trainable_parameters()
+    ]
+    # Into a model that has it all already; and on from there.
+    randomise(patched, seed=9)
+    patched.load_adapter(tmp_path)
+    assert torch.equal(logits(patched.model, inputs[0]), expected[0])
+    extender = ExpertExtender(fresh.model)
+    assert extender.projector("image").settings()["hidden_features"] == 7
+    extender.extend([0], init=4, modality="image")
+    fresh.save_adapter(tmp_path / "more")
+    last = patch_model(make_model(family), ModalityLoraConfig.from_adapter(tmp_path / "more"))
+    last.load_adapter(tmp_path / "more")
+    assert torch.equal(logits(last.model, inputs[0]), logits(fresh.model, inputs[0]))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_was_frozen_is_frozen_again(there, tmp_path):
+    """Whether the load makes the parameters or finds them."""
+    patched = everything()
+    for name, parameter in named_adapter_parameters(patched.model):
+        if "modality_lora.q_proj" in name or "added_rows" in name:
+            parameter.requires_grad_(False)
+    state = snapshot(patched.model)
+    patched.save_adapter(tmp_path)
+    if there:
+        other = everything()
+        for name, parameter in named_adapter_parameters(other.model):
+            parameter.requires_grad_(not state["requires_grad"][name])
+    else:
+        other = patch_model(make_model("mixtral"), ModalityLoraConfig.from_adapter(tmp_path))
+    other.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(other.model), state)
+    # One of an earlier version does not say.
+    rewrite_header(tmp_path, lambda header: header.pop("frozen"))
+    for parameter in list(other.trainable_parameters())[::2]:
+        parameter.requires_grad_(False)
+    state = snapshot(other.model)
+    other.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(other.model), state)
+
+
+def test_a_trainer_resumes(tmp_path):
+    """The checkpoint of transformers' Trainer holds added experts and projectors."""
+    ids = token_ids(16, 12)
+    data = [{"input_ids": row, "labels": row, "modality_ids": row % 2} for row in ids]
+    results = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        torch.manual_seed(3 if resume else 0)
+        extender = ExpertExtender(make_model("mixtral"))
+        extender.add_projector(5)
+        extender.extend(None, {0: 2, 1: 1}, init=0, freeze_earlier=False)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=4, seed=0,
+            learning_rate=0.01, report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(extender.model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+        results.append(dict(extender.patched.named_trainable_parameters()))
+    start = extended("mixtral", experts_per_layer={0: 2, 1: 1}, layers=None).patched
+    for name, parameter in results[0].items():
+        assert torch.equal(results[1][name], parameter), name
+    for name, parameter in start.named_trainable_parameters():
+        assert not torch.equal(results[0][name], parameter), name
+
+
+def test_what_the_files_say(tmp_path):
+    everything().save_adapter(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        header, names = json.loads(file.metadata()["adapter_config"]), set(file.keys())
+    assert header == json.loads((tmp_path / "adapter_config.json").read_text())
+    one, two = header["extensions"]
+    assert (
+        one["experts"] == {"0": 2}
+        and one["modality"] == "image"
+        and one["sources"] == {"0": [0, 0]}
+    )
+    assert two["experts"] == {"0": 1} and two["modality"] == "task" and two["init"] == "mean"
+    assert header["projectors"]["image"]["in_features"] == 5
+    prefix = "model.layers.0.modality_extension"
+    assert f"{prefix}.0.router_columns" in names and f"{prefix}.1.gate_up_proj" in names
+    assert f"{prefix}.0.calibration.calibration_B" in names
+    assert "modality_projectors.image.layers.2.weight" in names
+    assert f"{prefix}.0.down_proj" in header["frozen"]
+    assert f"{prefix}.1.down_proj" not in header["frozen"]
+
+
+def rewrite_header(folder, change, tensors=None):
+    """Change what an adapter says of itself, and its tensors if there are others."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        header = json.loads(file.metadata()["adapter_config"])
+    change(header)
+    tensors = load_file(folder / WEIGHTS) if tensors is None else tensors
+    save_file(tensors, folder / WEIGHTS, {"adapter_config": json.dumps(header)})
+
+
+def test_an_old_adapter_loads_as_before(tmp_path):
+    patched = patch_model(make_model("mixtral"), ModalityLoraConfig(r=2))
+    randomise(patched)
+    patched.save_adapter(tmp_path)
+
+    def as_before(header):
+        for key in ("extensions", "projectors", "routing", "frozen"):
+            assert not header.pop(key)
+        del header["lora"]["sequence_modalities"]
+
+    rewrite_header(tmp_path, as_before)
+    fresh = patch_model(make_model("mixtral"), ModalityLoraConfig.from_adapter(tmp_path))
+    fresh.load_adapter(tmp_path)
+    assert torch.equal(logits(fresh.model, mixed()), logits(patched.model, mixed()))
+    other = extended("mixtral").patched
+    with pytest.raises(ValueError, match="another configuration|none !="):
+        other.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"layers": [0]}, r"other added experts.*\{0: 1, 1: 1\}.*!= .*\{0: 1\}"),
+        ({"experts_per_layer": 2}, "other added experts"),
+        ({"calibration": None}, "other added experts"),
+        ({"modality_gate": False}, "other added experts"),
+        ({"projector": 4}, "other projectors.*none != "),
+        ({"seed": "another base"}, "other base weights"),
+        ({"num_hidden_layers": 3}, "other base weights"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(change, match, tmp_path):
+    extended("olmoe").patched.save_adapter(tmp_path)
+    base = {"seed": 1} if "seed" in change else {}
+    base |= {k: change.pop(k) for k in ("num_hidden_layers",) if k in change}
+    change.pop("seed", None)
+    size = change.pop("projector", None)
+    extender = ExpertExtender(make_model("olmoe", **base))
+    if not base:
+        extender.extend(change.pop("layers", "all"), init=0, **change)
+    if size:
+        extender.add_projector(size)
+    before = snapshot(extender.model)
+    with pytest.raises(ValueError, match=match):
+        extender.patched.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(extender.model), before)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_experts_per_tok": 3}, "layer 0: top_k 2 != 3, layer 1: top_k 2 != 3$"),
+        ({"norm_topk_prob": True}, "layer 0: normalise False != True, layer 1:"),
+        ({}, None),
+    ],
+)
+def test_a_base_that_routes_otherwise(change, match, there, tmp_path):
+    """Its weights are the same ones."""
+    extended("olmoe").patched.save_adapter(tmp_path)
+    extender = ExpertExtender(make_model("olmoe", **change))
+    if there:
+        extender.extend("all", init=0)
+    before = snapshot(extender.model)
+    if match is None:
+        extender.patched.load_adapter(tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"routes otherwise.*{match}"):
+        extender.patched.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(extender.model), before)
+    assert len(extender.patched.extensions) == there
+    # One of an earlier version does not say.
+    rewrite_header(tmp_path, lambda header: header.pop("routing"))
+    extender.patched.load_adapter(tmp_path)
+    assert len(extender.patched.extensions) == 1
+
+
+def test_a_base_that_chooses_more_experts_than_it_has(tmp_path):
+    extended("olmoe").patched.save_adapter(tmp_path)
+    extender = ExpertExtender(make_model("olmoe", num_experts_per_tok=9))
+    before = snapshot(extender.model)
+    with pytest.raises(ValueError, match="layer 0 cannot be extended: .*chooses 9 experts of 4"):
+        extender.patched.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(extender.model), before)
+
+
+@pytest.mark.parametrize("what", ["lost", "shape", "layer"])
+def test_a_file_that_is_not_whole(what, tmp_path):
+    """Nothing is added to the model before all of the file has been checked."""
+    extended("olmoe").patched.save_adapter(tmp_path)
+    tensors, name = load_file(tmp_path / WEIGHTS), "model.layers.1.modality_extension.0.down_proj"
+    if what == "lost":
+        del tensors[name]
+    elif what == "shape":
+        tensors[name] = tensors[name][..., :-1].clone()
+
+    def change(header):
+        if what == "layer":
+            header["extensions"][0]["experts"] = {"0": 1, "7": 1}
+
+    rewrite_header(tmp_path, change, tensors)
+    patched = patch_model(make_model("olmoe"), ModalityLoraConfig.from_adapter(tmp_path))
+    before = snapshot(patched.model)
+    match = {"lost": "lacks 1 tensors", "shape": "has shape", "layer": r"layers \[7\]"}[what]
+    with pytest.raises(ValueError, match=match):
+        patched.load_adapter(tmp_path)
+    assert_same_snapshot(snapshot(patched.model), before)
+    assert not patched.extensions
+
+
+def test_peft_cannot_hold_added_experts(tmp_path):
+    patched = patch_model(make_model("mixtral"), ModalityLoraConfig(r=2))
+    ExpertExtender(patched.model).extend("all", init=0)
+    with pytest.raises(ValueError, match="do not hold added experts"):
+        save_peft_adapter(patched, "image", tmp_path)

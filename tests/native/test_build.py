@@ -1,0 +1,458 @@
+"""What is built, where, and what the package says when something is missing."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_kernels import _native, backends, env, info
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "build", "dist", "*.so", "*.egg-info", "_build_info.json", "__pycache__", "out"
+)
+REPORT = """
+import json, torch
+from moe_kernels import _native
+used = False
+if _native.is_available():
+    perm, *_ = _native.ops().dispatch(torch.tensor([[1], [0]]), 2, None, 0)
+    used = perm.tolist() == [1, 0]
+reasons = {"why_not": _native.why_not(), "why_no_cuda": _native.why_no_cuda()}
+print(json.dumps({"file": _native.__file__, "used": used, **reasons}))
+"""
+
+
+@pytest.fixture(scope="module")
+def setup_module():
+    spec = importlib.util.spec_from_file_location("moe_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", False), ("0", False), ("false", False), ("1", True), ("TRUE", True)],
+)
+def test_build_flags(setup_module, monkeypatch, value, expected):
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", value)
+    assert setup_module.flag("MOE_KERNELS_SKIP_CPP") is expected
+
+
+def test_an_unclear_build_flag_is_an_error(setup_module, monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", "maybe")
+    with pytest.raises(SystemExit, match="must be 0, 1, true or false"):
+        setup_module.flag("MOE_KERNELS_SKIP_CPP")
+
+
+@pytest.fixture
+def toolkit(monkeypatch, tmp_path):
+    """A CUDA toolkit whose nvcc says that it is 13.0, and nothing in the environment."""
+    for name in ("MOE_KERNELS_SKIP_CUDA", "CUDA_HOME", "CUDA_PATH", "CC", "PYTORCH_NVCC"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "cuda"
+    for folder in ("bin", "include"):
+        (home / folder).mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\ncase "$1" in\n--version) echo "Cuda compilation tools, release 13.0, V13.0";;\n'
+        f'--dryrun) echo "#$ TOP={home}/bin/.." >&2;;\nesac\n'
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+def test_why_no_cuda(setup_module, monkeypatch, toolkit):
+    assert setup_module.why_no_cuda(toolkit, "13.0") is None
+    assert setup_module.why_no_cuda(toolkit, "13.2") is None
+    assert "without CUDA" in setup_module.why_no_cuda(toolkit, None)
+    assert "nvcc was not found" in setup_module.why_no_cuda(None, "13.0")
+    assert "nvcc was not found" in setup_module.why_no_cuda(toolkit / "include", "13.0")
+    other = setup_module.why_no_cuda(toolkit, "12.8")
+    assert f"at {toolkit} is 13.0, and the installed torch is built for CUDA 12.8" in other
+    assert "major versions must agree" in other
+    (toolkit / "bin" / "nvcc").write_text("")
+    assert "does not say its version" in setup_module.why_no_cuda(toolkit, "13.0")
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    assert "has nvcc but no headers" in setup_module.why_no_cuda(toolkit, "13.0")
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CUDA", "1")
+    assert "SKIP_CUDA" in setup_module.why_no_cuda(toolkit, "13.0")
+
+
+def test_an_nvcc_that_refuses_the_compiler(setup_module, monkeypatch, toolkit):
+    """In one line, whatever else it says."""
+    nvcc = toolkit / "bin" / "nvcc"
+    refusal = "/usr/include/crt/host_config.h:168:2: error: #error -- unsupported GNU version!"
+    monkeypatch.setenv("CC", "gcc-99")
+    nvcc.write_text(
+        nvcc.read_text().replace(
+            "esac",
+            '*) [ "$1 $2" = "-ccbin gcc-99" ] || exit 0; '
+            f'printf "In file included from\\n{refusal}\\n" >&2; exit 1;;\nesac',
+        )
+    )
+    reason = setup_module.why_no_cuda(toolkit, "13.0")
+    assert reason.endswith(refusal) and "does not compile with gcc-99 (set CC" in reason
+    assert "\n" not in reason
+    monkeypatch.delenv("CC")
+    assert setup_module.why_no_cuda(toolkit, "13.0") is None
+
+
+def test_nvcc_is_tried_as_torch_calls_it(setup_module, monkeypatch, toolkit):
+    """With CC where it is set, also empty, and under ninja by what PYTORCH_NVCC says."""
+    own = str(toolkit / "bin" / "nvcc")
+    assert setup_module.nvcc_command(toolkit) == [own]
+    monkeypatch.setenv("CC", "")
+    assert setup_module.nvcc_command(toolkit) == [own, "-ccbin", ""]
+    monkeypatch.setenv("PYTORCH_NVCC", f"/nowhere/ccache {own}")
+    monkeypatch.setattr(setup_module, "uses_ninja", lambda: False)
+    assert setup_module.nvcc_command(toolkit) == [own, "-ccbin", ""]
+    monkeypatch.setattr(setup_module, "uses_ninja", lambda: True)
+    assert setup_module.nvcc_command(toolkit) == ["/nowhere/ccache", own, "-ccbin", ""]
+    assert "which cannot be run" in setup_module.why_no_cuda(toolkit, "13.0")
+    monkeypatch.setenv("PYTORCH_NVCC", "")
+    monkeypatch.delenv("CC")
+    assert "PYTORCH_NVCC is ''" in setup_module.why_no_cuda(toolkit, "13.0")
+
+
+def test_architectures_before_ampere_are_left_out(setup_module, monkeypatch, toolkit):
+    usable = setup_module.usable_arch_list
+    assert usable("7.5 8.0;9.0a,10.0+PTX") == ("8.0;9.0a;10.0+PTX", ["7.5"])
+    assert usable("Hopper;6.1") == ("Hopper", ["6.1"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    assert "need 8.0 or later" in setup_module.why_no_cuda(toolkit, "13.0")
+
+
+def test_the_cuda_toolkit_is_found(setup_module, monkeypatch, toolkit, tmp_path):
+    """By a script on the path, or named; a name wins."""
+    script = tmp_path / "path" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:/bin:/usr/bin")
+    assert setup_module.cuda_home() == toolkit
+    monkeypatch.setenv("CUDA_HOME", "/somewhere/else")
+    assert setup_module.cuda_home() == Path("/somewhere/else")
+
+
+def test_architectures_are_those_that_nvcc_knows(setup_module):
+    """The portable PTX is of an architecture without an "a": others it would not run on."""
+    assert setup_module.default_arch_list((13, 0)) == "8.0;9.0a;10.0+PTX"
+    assert setup_module.default_arch_list((12, 6)) == "8.0+PTX;9.0a"
+
+
+def test_compiler_is_found_or_not(setup_module, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert "no working C++20 compiler (/nonexistent/c++" in setup_module.why_no_build()
+    monkeypatch.setenv("CXX", "")
+    assert "CXX is empty" in setup_module.why_no_build()
+
+
+@pytest.fixture
+def no_python_headers(setup_module, monkeypatch, tmp_path):
+    """A machine with a compiler, whose Python came without its headers."""
+    if setup_module.why_no_build():
+        pytest.skip(setup_module.why_no_build())
+    for name in ("CPATH", "CPLUS_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    paths = sysconfig.get_paths() | {"include": str(tmp_path), "platinclude": str(tmp_path)}
+    monkeypatch.setattr(setup_module.sysconfig, "get_paths", lambda: paths)
+
+
+def test_python_headers_are_found_or_not(setup_module, no_python_headers, tmp_path):
+    assert f"Python.h was not found in {tmp_path}" in setup_module.why_no_build()
+    assert "python3-dev" in setup_module.why_no_build()
+
+
+@pytest.fixture
+def building(setup_module, monkeypatch):
+    """setup.py, about to build an extension without any variable set."""
+    for name in ("SKIP_CPP", "SKIP_CUDA", "FORCE_CUDA"):
+        monkeypatch.delenv(f"MOE_KERNELS_{name}", raising=False)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    monkeypatch.setattr(setup_module, "why_no_build", lambda: None)
+    monkeypatch.setenv("CUDA_HOME", "/a/toolkit")
+    monkeypatch.setattr(setup_module, "why_no_cuda", lambda *found: None)
+    monkeypatch.setattr(setup_module, "extension", lambda cuda: cuda)
+    return setup_module
+
+
+def test_what_is_built(building, monkeypatch, capsys):
+    assert building.decide()["ext_modules"] == [Path("/a/toolkit")]
+    assert "the CUDA kernels (/a/toolkit)" in capsys.readouterr().err
+    monkeypatch.setattr(building, "why_no_cuda", lambda *found: "there is no nvcc")
+    assert building.decide()["ext_modules"] == [None]
+    assert "no CUDA kernels: there is no nvcc" in capsys.readouterr().err
+    monkeypatch.setattr(building, "why_no_build", lambda: "there is no Python.h")
+    assert building.decide() == {}
+    assert "there is no Python.h: installing as pure Python" in capsys.readouterr().err
+
+
+def test_skip_cpp_builds_nothing(building, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", "1")
+    assert building.decide() == {}
+    assert "MOE_KERNELS_SKIP_CPP is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["why_no_build", "why_no_cuda"])
+def test_force_cuda_fails_with_the_reason(building, monkeypatch, what):
+    monkeypatch.setenv("MOE_KERNELS_FORCE_CUDA", "1")
+    assert building.decide()["ext_modules"] == [Path("/a/toolkit")]
+    monkeypatch.setattr(building, what, lambda *found: "this is missing")
+    with pytest.raises(SystemExit, match="FORCE_CUDA is set, but this is missing"):
+        building.decide()
+
+
+@pytest.mark.parametrize("other", ["SKIP_CPP", "SKIP_CUDA"])
+def test_contradicting_flags_are_an_error(building, monkeypatch, other):
+    monkeypatch.setenv("MOE_KERNELS_FORCE_CUDA", "1")
+    monkeypatch.setenv(f"MOE_KERNELS_{other}", "1")
+    with pytest.raises(SystemExit, match="contradicts"):
+        building.decide()
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_openmp_is_used_where_the_compiler_has_it(setup_module, monkeypatch, capsys, openmp):
+    monkeypatch.setattr(setup_module, "compiles", lambda source, flags: openmp)
+    extension = setup_module.extension(cuda=None)
+    macros = dict(extension.define_macros)
+    for flags in (
+        extension.extra_compile_args["cxx"],
+        extension.extra_link_args,
+        macros["MOE_KERNELS_CXX_FLAGS"],
+    ):
+        assert ("-fopenmp" in flags) is openmp
+    assert ("the compiler has no OpenMP" in capsys.readouterr().err) is not openmp
+
+
+@pytest.mark.parametrize("command", ["sdist", "egg_info", "dist_info"])
+def test_metadata_needs_no_compiler(setup_module, command):
+    assert not setup_module.needs_extensions([command])
+    assert setup_module.needs_extensions(["bdist_wheel"])
+
+
+@pytest.fixture
+def reloaded():
+    _native._load.cache_clear()
+    yield
+    _native._load.cache_clear()
+
+
+def test_another_torch_is_refused_before_loading(monkeypatch, reloaded):
+    monkeypatch.setattr(_native, "find_spec", lambda name: True)
+    monkeypatch.setattr(_native, "_note", lambda: {"torch_version": "2.5.1"})
+    monkeypatch.setattr(_native, "import_module", None)
+    assert not _native.is_available()
+    assert _native.why_not().startswith(f"built for torch 2.5.1, this is torch {torch.__version__}")
+    with pytest.raises(RuntimeError, match="rebuild with"):
+        _native.ops()
+
+
+def test_an_undefined_symbol_is_a_reason(monkeypatch, reloaded):
+    def fail(name):
+        raise ImportError("undefined symbol: _ZN2at")
+
+    monkeypatch.setattr(_native, "find_spec", lambda name: True)
+    monkeypatch.setattr(_native, "_note", dict)
+    monkeypatch.setattr(_native, "import_module", fail)
+    assert "undefined symbol" in _native.why_not()
+    assert _native.build_info() == {}
+
+
+def test_not_built(monkeypatch, reloaded):
+    monkeypatch.setattr(_native, "find_spec", lambda name: None)
+    assert _native.why_not().startswith("not built: install with a C++ compiler")
+
+
+def test_run_time_flags(monkeypatch):
+    for name, read in {"CHECK": env.check_values, "POISON": env.poison}.items():
+        monkeypatch.delenv(f"MOE_KERNELS_{name}", raising=False)
+        assert read() is False
+        monkeypatch.setenv(f"MOE_KERNELS_{name}", "true")
+        assert read() is True
+        monkeypatch.setenv(f"MOE_KERNELS_{name}", "yes")
+        with pytest.raises(ValueError, match=f"MOE_KERNELS_{name} must be 1, 0, true or false"):
+            read()
+
+
+def test_backend_flag(monkeypatch):
+    monkeypatch.delenv("MOE_KERNELS_BACKEND", raising=False)
+    assert env.backend() is None
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", "reference")
+    assert env.backend() == "reference"
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", "opencl")
+    with pytest.raises(ValueError, match="'opencl'; the backends are reference, cpu, triton, cuda"):
+        backends.select(None, torch.device("cpu"))
+
+
+def test_info(capsys):
+    info.main([])
+    assert "backends:" in capsys.readouterr().out
+    info.main(["--json"])
+    assert json.loads(capsys.readouterr().out)["versions"]["torch"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the source tree without anything built."""
+    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE))
+
+
+@pytest.fixture
+def python(tmp_path):
+    """The interpreter of a fresh environment that sees this one's packages, but not ours."""
+    folder = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (folder / "lib" / version / "site-packages" / "outer.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )
+    return folder / "bin" / "python"
+
+
+def pip_install(python, *arguments, **variables):
+    command = [python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
+    return subprocess.run(
+        [*command, "--ignore-installed", "--disable-pip-version-check", *arguments],
+        env=clean_environment(python) | variables,
+        cwd=python.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def clean_environment(python):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_KERNELS_", "PYTHONPATH"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def report(python):
+    result = subprocess.run(
+        [python, "-c", REPORT],
+        env=clean_environment(python),
+        cwd=python.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_max_jobs_limits_the_compilations(setup_module, source, tmp_path):
+    """A ninja that only notes how it was called."""
+    if setup_module.why_no_build():
+        pytest.skip(setup_module.why_no_build())
+    folder, note = tmp_path / "bin", tmp_path / "arguments"
+    folder.mkdir()
+    (folder / "ninja").write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || {{ echo "$@" > {note}; exit 1; }}\n'
+    )
+    (folder / "ninja").chmod(0o755)
+    subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        env=os.environ
+        | {"PATH": f"{folder}:{os.environ['PATH']}", "MAX_JOBS": "3", "MOE_KERNELS_SKIP_CPP": "0"},
+        cwd=source,
+        capture_output=True,
+    )
+    assert "-j 3" in note.read_text()
+
+
+@pytest.mark.slow
+def test_sdist_installs(source, python):
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        source / "out",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = (source / "out").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    expected = {"CONTRIBUTING.md", "docs/design.md", "python/demo.py", "tests/native/test_build.py"}
+    assert expected <= names
+    assert archive.stat().st_size < 2**21
+    result = pip_install(python, archive)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "csrc/cpu" not in "\n".join(
+        line for line in (result.stdout + result.stderr).splitlines() if "warning:" in line
+    )
+    found = report(python)
+    assert found["why_not"] is None and found["used"]
+    assert "site-packages" in found["file"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [True, False])
+def test_install_from_the_source_tree(source, python, editable):
+    result = pip_install(python, *["-e"] * editable, source)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = report(python)
+    assert found["why_not"] is None and found["used"]
+    assert found["file"].startswith(str(source)) is editable
+    if torch.version.cuda is None:
+        reason = "built without CUDA kernels (the installed torch is built without CUDA)"
+        assert reason in found["why_no_cuda"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["flag", "CXX", "PATH"])
+def test_pure_python(source, python, reason):
+    variables = {
+        "flag": {"MOE_KERNELS_SKIP_CPP": "1"},
+        "CXX": {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"},
+        "PATH": {"PATH": str(python.parent), "CC": "/nonexistent/cc"},
+    }[reason]
+    result = pip_install(python, source, **variables)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert "installing as pure Python" in output
+    assert ("no working C++20 compiler" in output) == (reason != "flag")
+    found = report(python)
+    assert found["why_not"].startswith("not built") and not found["used"]
+
+
+@pytest.mark.slow
+def test_forced_cuda_fails_where_it_cannot_be_built(source, python):
+    result = pip_install(python, source, MOE_KERNELS_FORCE_CUDA="1", PATH=str(python.parent))
+    assert result.returncode != 0
+    assert "MOE_KERNELS_FORCE_CUDA is set, but" in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_a_compile_error_is_loud(source, python):
+    (source / "csrc" / "cpu" / "alloc.cpp").write_text("#error broken on purpose\n")
+    result = pip_install(python, source)
+    assert result.returncode != 0
+    assert "broken on purpose" in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_without_torch(source, tmp_path):
+    folder = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (folder / "torch.py").write_text("raise ImportError('no torch here')\n")
+    variables = {"PYTHONPATH": f"{folder}:{sysconfig.get_path('purelib')}"}
+    result = subprocess.run(
+        [folder / "bin" / "python", "setup.py", "bdist_wheel"],
+        env=os.environ | variables,
+        cwd=source,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "compiled against the installed torch" in result.stderr

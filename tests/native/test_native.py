@@ -1,0 +1,488 @@
+"""The native ops by themselves: bits, long sums, unwritten memory and refusals. Other values are
+compared with the reference in the tests of the public ops.
+"""
+
+import importlib
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import run_pytest
+
+from moe_kernels import _native
+
+pytestmark = pytest.mark.skipif(not _native.is_available(), reason=f"{_native.why_not()}")
+
+extension = importlib.import_module("moe_kernels._C") if _native.is_available() else None
+
+DTYPES = [torch.float32, torch.bfloat16]
+ALL_NEEDS = [True, True, False, False, True, True, True, True]
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden_states: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    modality_ids: torch.Tensor
+    experts: tuple[torch.Tensor, torch.Tensor]
+    gate_up_lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    down_lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+    def dispatch(self):
+        num_experts = self.experts[0].shape[0]
+        return _native.ops().dispatch(self.topk_ids, num_experts, self.modality_ids, 1)
+
+    def forward(self, save=True):
+        perm, _, _, _, segment_offsets = self.dispatch()
+        return _native.ops().moe_mlp_forward(
+            self.hidden_states,
+            self.topk_weights,
+            perm,
+            segment_offsets,
+            *self.experts,
+            None,
+            None,
+            *self.gate_up_lora,
+            *self.down_lora,
+            1,
+            save,
+        )
+
+    def inference(self, extra=(None, None)):
+        return _native.ops().moe_mlp_inference(
+            self.hidden_states,
+            self.topk_ids,
+            self.topk_weights,
+            *self.experts,
+            self.modality_ids,
+            *extra,
+            *self.gate_up_lora,
+            *self.down_lora,
+        )
+
+    def backward(self, grad_out, needs=ALL_NEEDS, frozen_extra=0):
+        perm, _, _, _, segment_offsets = self.dispatch()
+        _, pre_act, u1, u2 = self.forward()
+        return _native.ops().moe_mlp_backward(
+            grad_out,
+            self.hidden_states,
+            self.topk_weights,
+            perm,
+            segment_offsets,
+            *self.experts,
+            None,
+            None,
+            *self.gate_up_lora,
+            *self.down_lora,
+            pre_act,
+            u1,
+            u2,
+            1,
+            needs,
+            frozen_extra,
+        )
+
+    def with_adapters(self, value):
+        def fill(lora):
+            return (*(torch.full_like(weight, value) for weight in lora[:2]), lora[2])
+
+        return replace(self, gate_up_lora=fill(self.gate_up_lora), down_lora=fill(self.down_lora))
+
+    def keeping_token(self, t, other):
+        """``other``'s tokens around this problem's token t."""
+        kept = {}
+        for name in ("hidden_states", "topk_ids", "topk_weights", "modality_ids"):
+            kept[name] = getattr(other, name).clone()
+            kept[name][t] = getattr(self, name)[t]
+        return replace(self, **kept)
+
+
+def make_problem(dtype, *, tokens=200, hidden=512, inter=128, experts=4, top_k=2, rank=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    return Problem(
+        hidden_states=torch.randn(tokens, hidden, generator=generator).to(dtype),
+        topk_ids=torch.rand(tokens, experts, generator=generator).topk(top_k).indices,
+        topk_weights=torch.rand(tokens, top_k, generator=generator),
+        modality_ids=torch.randint(0, 2, (tokens,), generator=generator),
+        experts=(normal(experts, 2 * inter, hidden), normal(experts, hidden, inter)),
+        gate_up_lora=(
+            normal(1, experts, rank, hidden),
+            normal(1, experts, 2 * inter, rank),
+            torch.tensor([2.0]),
+        ),
+        down_lora=(
+            normal(1, experts, rank, inter),
+            normal(1, experts, hidden, rank),
+            torch.tensor([0.5]),
+        ),
+    )
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
+def test_text_rows_do_not_see_adapters(dtype, value, threads):
+    problem = make_problem(dtype)
+    text = problem.modality_ids == 0
+    changed = problem.with_adapters(value)
+    assert torch.equal(problem.forward()[0][text], changed.forward()[0][text])
+    assert not torch.equal(problem.forward()[0][~text], changed.forward()[0][~text])
+
+    grad_out = torch.randn(problem.hidden_states.shape).to(dtype)
+    pairs = zip(problem.backward(grad_out)[:2], changed.backward(grad_out)[:2], strict=True)
+    for before, after in pairs:
+        assert torch.equal(before[text], after[text])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [16, 64, 200])  # the first: weights read unpacked
+def test_a_text_row_does_not_see_other_rows(dtype, tokens, threads):
+    problem = make_problem(dtype, tokens=tokens)
+    out = problem.forward()[0]
+    for t in (problem.modality_ids == 0).nonzero().flatten()[:4].tolist():
+        changed = problem.keeping_token(t, make_problem(dtype, tokens=tokens, seed=t + 1))
+        assert torch.equal(changed.forward()[0][t], out[t])
+        alone = replace(changed, modality_ids=torch.full_like(changed.modality_ids, -1))
+        alone.modality_ids[t] = 0
+        assert torch.equal(alone.forward()[0][t], out[t])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [8, 200, 1100], ids=["unpacked", "packed", "cut into ranges"])
+def test_thread_count_changes_no_bit(dtype, tokens):
+    problem = make_problem(dtype, tokens=tokens)
+    grad_out = torch.randn(problem.hidden_states.shape).to(dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 64):
+            torch.set_num_threads(count)
+            results.append([problem.forward()[0], *problem.backward(grad_out)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_long_sums_over_k_are_accurate():
+    problem = make_problem(
+        torch.float32, tokens=8, hidden=8192, inter=16, experts=1, top_k=1, rank=4
+    )
+    problem.modality_ids.fill_(1)
+    _, pre_act, u1, _ = problem.forward()
+    x, gate_up = problem.hidden_states.double(), problem.experts[0][0].double()
+    lora_A, lora_B = (weight[0, 0].double() for weight in problem.gate_up_lora[:2])
+    u = x @ lora_A.T
+    assert relative_error(u1, u) < 1e-6
+    assert relative_error(pre_act, x @ gate_up.T + 2.0 * u @ lora_B.T) < 1e-6
+
+
+def test_long_sums_over_rows_are_accurate():
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, rank = 16384, 32, 4
+    x, grad_out = (torch.randn(tokens, width, generator=generator) for _ in range(2))
+    lora_A = torch.randn(1, rank, width, generator=generator) / width**0.5
+    lora_B = torch.randn(1, width, rank, generator=generator)
+    ids = torch.zeros(tokens, 1, dtype=torch.long)
+    perm, _, _, _, segment_offsets = _native.ops().dispatch(ids, 1, torch.ones_like(ids[:, 0]), 1)
+    fixed = (perm, segment_offsets, lora_A, lora_B, torch.ones(1))
+    u = _native.ops().lora_linear_forward(torch.zeros(tokens, width), x, *fixed, True)
+    grad_A, grad_B = _native.ops().lora_linear_backward(grad_out, x, u, *fixed, None, [True, True])
+    du = grad_out.double() @ lora_B[0].double()
+    assert relative_error(grad_A[0], du.T @ x.double()) < 1e-6
+    assert relative_error(grad_B[0], grad_out.double().T @ u.double()) < 1e-6
+
+
+OPS_TESTS = Path(__file__).parents[1] / "ops"
+SELECTED = "text_rows or a_text_row or thread_count or long_sums or counts_is_written or level"
+
+
+def test_the_level_is_the_one_asked_for():
+    """By the environment, which the tests below set."""
+    level = _native.build_info()["gemm_level"]
+    capability = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    assert level == {"default": "baseline", "avx2": "avx2"}.get(capability, level)
+    if os.environ.get("MOE_KERNELS_BRGEMM") == "1":
+        assert level in ("amx_bf16", "avx512_bf16 through brgemm")
+    with pytest.raises(RuntimeError, match="chosen already"):
+        extension.prefer_brgemm(True)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_on_a_smaller_instruction_set(capability):
+    """The same checks where the wider kernels are switched off."""
+    run_pytest(__file__, "-k", SELECTED, ATEN_CPU_CAPABILITY=capability)
+    moe_mlp = str(OPS_TESTS / "test_moe_mlp.py")
+    run_pytest(moe_mlp, "-k", "bits_are_the_same", ATEN_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in _native.build_info().get("cpu_features", ()),
+    reason="needs a CPU with AVX-512 bf16, on which brgemm takes bf16",
+)
+def test_through_brgemm():
+    """What CPUs with AMX run, on any that can."""
+    run_pytest(__file__, "-k", SELECTED, MOE_KERNELS_BRGEMM="1")
+    others = (str(OPS_TESTS / name) for name in ("test_moe_mlp.py", "test_lora_linear.py"))
+    chosen = "(float64_reference or the_definition) and bfloat16 and cpu"
+    run_pytest(*others, "-k", chosen, MOE_KERNELS_BRGEMM="1")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    monkeypatch.setenv("MOE_KERNELS_POISON", "1")
+    yield
+    monkeypatch.undo()
+    _native.ops()  # passes the flag on
+
+
+def test_poison_fills_new_memory(poison):
+    _native.ops()
+    assert math.isnan(extension.fresh_value())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.float16])
+def test_everything_that_counts_is_written(poison, dtype):
+    problem = make_problem(dtype, tokens=50, hidden=70, inter=37, rank=5)
+    problem.modality_ids[::7] = -1
+    problem.topk_ids[3, 1] = 99
+    out, *saved = problem.forward()
+    assert all(tensor.isfinite().all() for tensor in (out, *saved))
+    assert (out[::7] == 0).all()
+    gradients = problem.backward(torch.randn(out.shape).to(dtype))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[0][::7] == 0).all() and (gradients[1][::7] == 0).all()
+    assert gradients[1][3, 1] == 0
+
+
+def test_saved_tensors_have_fixed_shapes():
+    problem = make_problem(torch.float32)
+    slots = problem.topk_ids.numel()
+    assert [saved.shape for saved in problem.forward()[1:]] == [
+        (slots, 256),
+        (slots, 16),
+        (slots, 16),
+    ]
+    out, *saved = problem.forward(save=False)
+    assert torch.equal(out, problem.forward()[0])
+    assert torch.equal(out, problem.inference())
+    assert [tensor.shape[0] for tensor in saved] == [0, 0, 0]
+
+
+def test_only_the_gradients_asked_for():
+    problem = make_problem(torch.float32, tokens=64, hidden=64, inter=32)
+    grad_out = torch.randn(64, 64)
+    everything = problem.backward(grad_out)
+    assert [g.dtype for g in everything] == [torch.float32] * 6
+    wanted = [i for i, need in enumerate(ALL_NEEDS) if need]
+    for position, index in enumerate(wanted):
+        (alone,) = problem.backward(grad_out, [i == index for i in range(8)])
+        assert torch.equal(alone, everything[position])
+    assert problem.backward(grad_out, [False] * 8) == []
+
+
+@pytest.mark.parametrize("modalities", [None, 0, 3])
+def test_dispatch_is_a_stable_sort(modalities):
+    generator = torch.Generator().manual_seed(0)
+    topk_ids = torch.randint(-1, 7, (101, 3), generator=generator)  # 6 experts, some ids outside
+    num_experts, num_modalities = 6, modalities or 0
+    modality_ids = None
+    key = topk_ids * (num_modalities + 1)
+    dropped = (topk_ids < 0) | (topk_ids >= num_experts)
+    if modalities is not None:
+        modality_ids = torch.randint(-1, modalities + 1, (101,), generator=generator)
+        key = key + modality_ids[:, None]
+        dropped |= modality_ids[:, None] < 0
+    num_segments = num_experts * (num_modalities + 1)
+    key = torch.where(dropped, num_segments, key).flatten()
+
+    perm, inv_perm, per_expert, expert_offsets, segment_offsets = _native.ops().dispatch(
+        topk_ids, num_experts, modality_ids, num_modalities
+    )
+    assert torch.equal(perm, torch.argsort(key, stable=True))
+    assert torch.equal(inv_perm[perm], torch.arange(perm.numel()))
+    counts = torch.bincount(key, minlength=num_segments + 1)[:num_segments]
+    assert torch.equal(segment_offsets[1:], counts.cumsum(0)) and segment_offsets[0] == 0
+    assert torch.equal(expert_offsets, segment_offsets[:: num_modalities + 1])
+    assert torch.equal(per_expert, expert_offsets.diff())
+
+
+REFUSED = {
+    "dtype": (dict(topk_weights=torch.ones(8, 2, dtype=torch.int32)), "topk_weights must be float"),
+    "slots": (dict(topk_weights=torch.ones(8, 3)), r"perm must have shape \[24\]"),
+    "hidden": (
+        dict(hidden_states=torch.ones(8, 33)),
+        r"gate_up_proj must have shape \[-1, -1, 33\]",
+    ),
+    "mixed": (dict(hidden_states=torch.ones(8, 32).bfloat16()), "gate_up_proj must be BFloat16"),
+    "strides": (dict(hidden_states=torch.ones(32, 8).t()), "hidden_states must be contiguous"),
+    "half": (dict(down_lora=(None, torch.ones(1, 4, 32, 4), None)), "given together or not at all"),
+    "rank": (
+        dict(down_lora=(torch.ones(1, 4, 5, 16), torch.ones(1, 4, 32, 4), torch.ones(1))),
+        r"down_lora_B must have shape \[1, 4, 32, 5\]",
+    ),
+    "shared": (
+        dict(down_lora=(torch.ones(1, 2, 4, 16), torch.ones(1, 4, 32, 4), torch.ones(1))),
+        "one shared by all",
+    ),
+    "scaling": (
+        dict(down_lora=(torch.ones(1, 4, 4, 16), torch.ones(1, 4, 32, 4), torch.ones(1).double())),
+        "down_scaling must be Float",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case):
+    changes, message = REFUSED[case]
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    with pytest.raises(RuntimeError, match=message):
+        replace(problem, **changes).forward()
+
+
+@pytest.mark.parametrize("ids", [-1, 4])
+def test_inference_refuses_experts_that_are_not_there(ids):
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    problem.topk_ids[3, 1] = ids
+    with pytest.raises(ValueError, match=r"topk_ids must be in 0\.\.3, got"):
+        problem.inference()
+
+
+def test_inference_refuses_weights_of_another_rank():
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    with pytest.raises(RuntimeError, match="gate_up_proj must have shape"):
+        replace(problem, experts=(torch.ones(32), torch.ones(32))).inference()
+    extra = (torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="extra_gate_up_proj must have shape"):
+        problem.inference(extra)
+
+
+def test_refuses_rows_out_of_order():
+    """The order within a segment is what finds a token's rows; without it a sum has no place."""
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    perm, _, _, _, segment_offsets = problem.dispatch()
+    first = int((segment_offsets.diff() > 1).nonzero()[0])
+    start = int(segment_offsets[first])
+    perm[[start, start + 1]] = perm[[start + 1, start]]
+    arguments = (problem.hidden_states, problem.topk_weights, perm, segment_offsets)
+    with pytest.raises(RuntimeError, match="perm must ascend within each segment"):
+        _native.ops().moe_mlp_forward(
+            *arguments, *problem.experts, None, None, *problem.gate_up_lora, *problem.down_lora,
+            1, False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_modalities", [-1, 2**62 - 1, 2**63 - 1])
+def test_refuses_a_number_of_modalities_that_overflows(num_modalities):
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    perm, _, _, _, _ = problem.dispatch()
+    none = [None] * 6
+    with pytest.raises(RuntimeError, match="num_modalities must be between 0"):
+        _native.ops().moe_mlp_forward(
+            problem.hidden_states, problem.topk_weights, perm, torch.zeros(1, dtype=torch.long),
+            *problem.experts, None, None, *none, num_modalities, False,
+        )  # fmt: skip
+
+
+def test_refuses_a_slot_twice():
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    perm, _, _, _, segment_offsets = problem.dispatch()
+    perm[0] = perm[-1]
+    with pytest.raises(RuntimeError, match="perm must be a permutation"):
+        _native.ops().moe_mlp_forward(
+            problem.hidden_states, problem.topk_weights, perm, segment_offsets, *problem.experts,
+            None, None, *problem.gate_up_lora, *problem.down_lora, 1, False,
+        )  # fmt: skip
+
+
+def test_lora_linear_refuses_a_weight_without_columns():
+    perm, offsets = torch.arange(4), torch.tensor([0, 2, 4])
+    with pytest.raises(RuntimeError, match="a width of at least 1"):
+        _native.ops().lora_linear_forward(
+            torch.zeros(4, 8), torch.zeros(4, 0), perm, offsets, torch.zeros(1, 2, 0),
+            torch.zeros(1, 8, 2), torch.ones(1), False,
+        )  # fmt: skip
+
+
+# Times 3 experts this is 2 beyond 2**64, and so it is with one more.
+OVERFLOWING = 6148914691236517205
+
+
+def test_dispatch_refuses_a_number_of_segments_that_overflows():
+    ids = torch.ones(2, 1, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="num_modalities must be at least 0 and leave no more"):
+        _native.ops().dispatch(ids, 3, None, OVERFLOWING)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(topk_ids=torch.zeros(4, 4, dtype=torch.long)), r"topk_ids must have shape \[8, 2\]"),
+        (dict(hidden_states=torch.ones(8, 32, dtype=torch.long)), "hidden_states must be float32"),
+        (
+            dict(gate_up_lora=(torch.empty(OVERFLOWING, 0, 0, 0), torch.empty(0), torch.ones(1))),
+            "num_modalities must be at least 0 and leave no more",
+        ),
+    ],
+    ids=["ids", "dtype", "modalities"],
+)
+def test_inference_refuses(changes, message):
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    with pytest.raises(RuntimeError, match=message):
+        replace(problem, **changes).inference()
+
+
+def test_dispatch_refuses_an_unknown_modality():
+    with pytest.raises(ValueError, match=r"modality_ids must be in -1\.\.2 .*, got 0\.\.3"):
+        _native.ops().dispatch(torch.zeros(2, 1, dtype=torch.long), 1, torch.tensor([0, 3]), 2)
+
+
+def test_refuses_gradients_of_what_is_not_there():
+    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+    with pytest.raises(RuntimeError, match="extra experts, but there are none"):
+        problem.backward(torch.ones(8, 32), [i == 2 for i in range(8)])
+    with pytest.raises(RuntimeError, match=r"frozen_extra must be in 0\.\.0, is 1"):
+        problem.backward(torch.ones(8, 32), frozen_extra=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_linear_leaves_text_alone(dtype, threads):
+    generator = torch.Generator().manual_seed(0)
+    tokens, width_in, width_out, rank = 200, 512, 384, 16
+    hidden_states = torch.randn(tokens, width_in, generator=generator).to(dtype)
+    base = torch.randn(tokens, width_out, generator=generator).to(dtype)
+    modality_ids = torch.randint(-1, 2, (tokens,), generator=generator)
+    ids = torch.zeros(tokens, 1, dtype=torch.long)
+    perm, _, _, _, segment_offsets = _native.ops().dispatch(ids, 1, modality_ids, 1)
+    lora_A = torch.full((1, rank, width_in), float("nan"), dtype=dtype)
+    lora_B = torch.ones(1, width_out, rank, dtype=dtype)
+    out = base.clone()
+    _native.ops().lora_linear_forward(
+        out, hidden_states, perm, segment_offsets, lora_A, lora_B, torch.ones(1), True
+    )
+    assert torch.equal(out[modality_ids <= 0], base[modality_ids <= 0])
+    assert out[modality_ids == 1].isnan().all()
+
+
+def test_build_info():
+    info = _native.build_info()
+    assert info["torch_version"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert isinstance(info["cpu_features"], list)

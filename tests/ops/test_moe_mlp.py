@@ -1,0 +1,540 @@
+"""``moe_mlp``: gradients of the reference, every backend against it, hard cases, bad input."""
+
+import pytest
+import torch
+from support.moe_mlp import VARIANTS, call, check_frozen_extra, run
+
+from moe_kernels import _native, backends, ops, testing
+from moe_kernels.ops import LoraWeights
+from moe_kernels.ops.moe_mlp import reference
+from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_moe_inputs
+
+WORKING = testing.working_backends()
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
+)
+
+# Mixed modalities with padding, an empty expert, the same expert twice, added experts.
+
+
+# The full numerical Jacobian for these, a random projection of it for the others.
+FULL_JACOBIAN = ("added_experts", "two_modalities", "shared_a", "own_ranks")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", WORKING)
+def test_gradcheck(backend, variant):
+    inputs = make_moe_inputs(Shape(T=6, K=2, E=3, H=4, I=3, r=2), seed=3, **VARIANTS[variant])
+    if variant in FULL_JACOBIAN:
+        assert (inputs.modality_ids == -1).any() and (inputs.modality_ids == 0).any()
+    inputs = inputs.requires_grad_()
+    names = list(inputs.differentiable())
+
+    def function(*tensors):
+        return call(replace(inputs, dict(zip(names, tensors, strict=True))), backend)
+
+    assert torch.autograd.gradcheck(
+        function,
+        tuple(inputs.differentiable().values()),
+        fast_mode=variant not in FULL_JACOBIAN,
+    )
+
+
+def replace(inputs, tensors):
+    """``inputs`` with differentiable tensors replaced by name."""
+    plain = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for name in ("gate_up_lora", "down_lora"):
+        if f"{name}.lora_A" in tensors:
+            lora = getattr(inputs, name)
+            plain[name] = LoraWeights(
+                tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], lora.scaling
+            )
+    return inputs._replace(**plain)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "no_mask"])
+def test_opcheck(backend, variant):
+    inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant]).to(torch.float32)
+    inputs.requires_grad_()
+    loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
+    args = (*inputs[:6], inputs.extra_gate_up_proj, inputs.extra_down_proj, *loras)
+    frozen = int(variant == "added_experts")
+    torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, frozen, True, backend))
+
+
+@pytest.mark.parametrize("shape", ["tiny", "small"])  # weights read unpacked, and packed
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
+@pytest.mark.parametrize("backend", WORKING)
+def test_where_nothing_trains_the_bits_are_the_same(backend, dtype, variant, shape):
+    """There the native backend is one call, which sorts the rows itself."""
+    inputs = make_moe_inputs(SHAPES[shape], seed=5, **VARIANTS[variant])
+    inputs = inputs.to(dtype, lora_dtype=None if dtype == torch.float64 else torch.float32)
+    with torch.no_grad():
+        alone = call(inputs, backend)
+    assert torch.equal(call(inputs.requires_grad_(), backend), alone)
+
+
+@pytest.mark.skipif("cpu" not in WORKING, reason=f"{backends.available()['cpu']}")
+@pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "no_mask"])
+def test_opcheck_of_the_native_op_where_nothing_trains(variant):
+    inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant]).to(torch.float32)
+    loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
+    extras = (inputs.extra_gate_up_proj, inputs.extra_down_proj)
+    op = _native.ops().moe_mlp_inference.default
+    torch.library.opcheck(op, (*inputs[:6], *extras, *loras), test_utils=("test_schema",))
+    out = op(inputs.hidden_states.half(), *inputs[1:6], *extras, *loras)
+    assert out.dtype == inputs.gate_up_proj.dtype
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "down_only", "all_padding"])
+def test_opcheck_of_the_backward(backend, dtype, variant):
+    """It has no autograd formula, so its schema and its fake version are what can be checked."""
+    inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant])
+    inputs = inputs.to(dtype, lora_dtype=torch.float32)
+    loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
+    extras = (inputs.extra_gate_up_proj, inputs.extra_down_proj)
+    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:6], *extras, *loras, 0, True, backend)
+    fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, *saved)
+    grad_out = torch.randn(inputs.hidden_states.shape, dtype=dtype)
+    trainable = (*fixed[:2], *extras, *loras[:2], *loras[3:5])
+    everything = [tensor is not None for tensor in trainable]
+    for needs in (everything, [False, False, *everything[2:]], [True] + [False] * 7):
+        torch.library.opcheck(
+            torch.ops.moe_kernels.moe_mlp_backward.default,
+            (grad_out, *fixed, needs, int(variant == "added_experts"), backend),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize("shape", ["tiny", "odd", "small"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
+@pytest.mark.parametrize("backend", WORKING)
+def test_backend_matches_the_float64_reference(backend, dtype, variant, shape):
+    seed = len(variant) + len(shape)
+    low = make_moe_inputs(SHAPES[shape], seed=seed, **VARIANTS[variant]).to(dtype)
+    grad_out = torch.randn(low.hidden_states.shape, dtype=torch.float64).to(dtype).double()
+    expected = run(low.to(torch.float64), "reference", grad_out)
+    for name, actual in run(low, backend, grad_out).items():
+        testing.assert_close(actual, expected[name], dtype=dtype, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", WORKING)
+def test_more_tokens_than_one_work_item_sums(backend, dtype, thread_count):
+    """The CPU cuts 1,100 tokens into ranges, and with each of them every modality's segment."""
+    thread_count(2)
+    shape = Shape(T=1100, K=2, E=3, H=40, I=24, r=4)
+    low = make_moe_inputs(shape, num_modalities=2, num_extra=1).to(dtype)
+    grad_out = torch.randn(low.hidden_states.shape).to(dtype).double()
+    expected = run(low.to(torch.float64), "reference", grad_out)
+    for name, actual in run(low, backend, grad_out).items():
+        testing.assert_close(actual, expected[name], dtype=dtype, name=name)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_fp32_adapters_are_rounded_as_a_cast_rounds_them(backend):
+    """Though the kernels read them as they are stored: the forward's bits are the same."""
+    mixed = make_moe_inputs(SHAPES["small"]).to(torch.bfloat16, lora_dtype=torch.float32)
+    cast = mixed.to(torch.bfloat16)
+    assert torch.equal(call(mixed, backend), call(cast, backend))
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_fp32_adapters_on_a_bf16_base(backend):
+    full = make_moe_inputs(SHAPES["small"], num_extra=1)
+    mixed = full.to(torch.bfloat16, lora_dtype=torch.float32)
+    grad_out = torch.randn(full.hidden_states.shape).bfloat16()
+    results = run(mixed, backend, grad_out)
+    expected = run(mixed.to(torch.float64), "reference", grad_out.double())
+    for name, actual in results.items():
+        assert actual.dtype == (torch.float32 if "lora" in name else torch.bfloat16), name
+        testing.assert_close(actual, expected[name], dtype=torch.bfloat16, name=name)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_autocast_changes_nothing(backend):
+    inputs = make_moe_inputs(SHAPES["small"]).to(torch.float32).requires_grad_()
+    plain = call(inputs, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = call(inputs, backend)
+        cast.sum().backward()
+    assert cast.dtype == torch.float32
+    assert torch.equal(plain, cast)
+    expected = run(inputs.to(torch.float32), backend, torch.ones_like(plain))
+    assert torch.equal(inputs.hidden_states.grad, expected["hidden_states"])
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_hidden_states_of_another_dtype_come_back_as_they_went_in(backend):
+    inputs = make_moe_inputs(SHAPES["tiny"]).to(torch.float32)
+    out = call(inputs._replace(hidden_states=inputs.hidden_states.bfloat16()), backend)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+def test_few_tokens(backend, num_tokens):
+    shape = Shape(T=num_tokens, K=2, E=4, H=16, I=8, r=3)
+    low = make_moe_inputs(shape, modality="image", num_extra=1).to(torch.float32)
+    grad_out = torch.ones(num_tokens, 16)
+    expected = run(low.to(torch.float64), "reference", grad_out.double())
+    for name, actual in run(low, backend, grad_out).items():
+        testing.assert_close(actual, expected[name], name=name)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_non_contiguous_inputs(backend):
+    inputs = make_moe_inputs(SHAPES["odd"]).to(torch.float32)
+    expected = call(inputs, backend)
+
+    def strided(tensor):
+        return None if tensor is None else tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    fields = {}
+    for name, value in inputs._asdict().items():
+        fields[name] = (
+            LoraWeights(*map(strided, value)) if isinstance(value, LoraWeights) else strided(value)
+        )
+    odd = inputs._replace(**fields)
+    assert not odd.gate_up_proj.is_contiguous()
+    assert torch.equal(call(odd, backend), expected)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_padding_is_written_as_zeros_and_never_read(backend):
+    inputs = make_moe_inputs(SHAPES["small"]).to(torch.float32)
+    padding = inputs.modality_ids == -1
+    assert padding.any()
+    inputs.hidden_states[padding] = float("nan")
+    inputs.topk_weights[padding] = float("nan")
+    results = run(inputs, backend, torch.ones_like(inputs.hidden_states))
+    assert (results["out"][padding] == 0).all()
+    assert (results["hidden_states"][padding] == 0).all()
+    assert (results["topk_weights"][padding] == 0).all()
+    for name, tensor in results.items():
+        assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("modality", ["text", None])
+def test_unused_adapters_are_never_read_and_get_exact_zeros(backend, value, modality):
+    inputs = make_moe_inputs(SHAPES["small"], modality=modality, num_extra=1).to(torch.float32)
+    for tensor in (*inputs.gate_up_lora, *inputs.down_lora):
+        tensor.fill_(value)
+    results = run(inputs, backend, torch.ones_like(inputs.hidden_states))
+    for name, tensor in results.items():
+        assert tensor.isfinite().all(), name
+        assert ("lora" in name) == (not tensor.any()), name
+
+
+@pytest.mark.parametrize("trained", ["adapters", "hidden_states"])
+@pytest.mark.parametrize("modality", ["mixed", "image", "text", "padding", None])
+def test_work_follows_the_mask(modality, trained, matmul_flops):
+    """To the last operation: the base GEMMs, and low-rank work for the rows of a modality only.
+
+    So the base path has no low-rank work, and no gradient of a frozen weight is computed: either
+    would add to the count.
+    """
+    shape = Shape(T=50, K=2, E=4, H=24, I=16, r=5)
+    inputs = make_moe_inputs(shape, modality=modality, num_modalities=2).to(torch.float32)
+    trainable = inputs.differentiable()
+    for name, tensor in trainable.items():
+        tensor.requires_grad_(("lora" in name) == (trained == "adapters"))
+    out, forward = matmul_flops(lambda: call(inputs, "reference"))
+    _, backward = matmul_flops(lambda: out.sum().backward())
+
+    ids = torch.zeros(shape.T).long() if modality is None else inputs.modality_ids
+    rows = torch.bincount(inputs.topk_ids[ids >= 0].flatten(), minlength=shape.E)
+    padded = int((-(-rows // reference.BLOCK_M) * reference.BLOCK_M).sum())
+    adapted = int((ids > 0).sum()) * shape.K
+    base = 2 * padded * 3 * shape.H * shape.I
+    pair = 2 * adapted * shape.r * (2 * shape.H + 3 * shape.I)  # A and B of both layers, once
+    assert forward == base + pair
+    assert backward == base + (2 * pair if trained == "adapters" else pair)
+    assert (pair > 0) == (modality in ("mixed", "image"))
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_only_asked_gradients_exist(backend):
+    names = list(make_moe_inputs(SHAPES["tiny"], num_extra=1).differentiable())
+    full = make_moe_inputs(SHAPES["tiny"], num_extra=1).to(torch.float32)
+    expected = run(full, backend, torch.ones_like(full.hidden_states))
+    for wanted in names:
+        inputs = make_moe_inputs(SHAPES["tiny"], num_extra=1).to(torch.float32)
+        inputs.differentiable()[wanted].requires_grad_()
+        call(inputs, backend).sum().backward()
+        for name, tensor in inputs.differentiable().items():
+            if name == wanted:
+                testing.assert_close(tensor.grad, expected[name], name=name)
+            else:
+                assert tensor.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", WORKING)
+def test_the_first_added_experts_may_be_frozen(backend, dtype, filled_memory):
+    inputs = make_moe_inputs(SHAPES["odd"], num_modalities=2, num_extra=3)
+    check_frozen_extra(inputs.to(dtype, lora_dtype=torch.float32), backend)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_frozen_added_experts_where_nothing_else_trains(backend, filled_memory):
+    full = make_moe_inputs(SHAPES["odd"], num_extra=2).to(torch.float32)
+    full = run(full, backend, torch.ones_like(full.hidden_states))
+    for name in ("extra_gate_up_proj", "extra_down_proj"):
+        inputs = make_moe_inputs(SHAPES["odd"], num_extra=2).to(torch.float32)
+        weight = inputs.differentiable()[name].requires_grad_()
+        call(inputs, backend, frozen_extra=1).sum().backward()
+        assert not weight.grad[0].any()
+        testing.assert_close(weight.grad[1], full[name][1], name=name)
+
+
+def test_no_work_for_frozen_added_experts(matmul_flops):
+    shape = Shape(T=50, K=2, E=4, H=24, I=16, r=5)
+
+    inputs = make_moe_inputs(shape, num_extra=3).to(torch.float32).requires_grad_()
+
+    def backward(frozen):
+        loss = call(inputs, "reference", frozen_extra=frozen).sum()
+        return matmul_flops(loss.backward)[1]
+
+    rows = inputs.topk_ids[inputs.modality_ids >= 0].flatten()
+    for frozen in (1, 2):
+        spared = int(((rows >= shape.E) & (rows < shape.E + frozen)).sum())
+        assert spared > 0
+        assert backward(0) - backward(frozen) == 2 * spared * 3 * shape.H * shape.I
+
+
+@pytest.mark.parametrize("frozen", [-1, 3, 1.0, True])
+def test_frozen_extra_out_of_range(frozen):
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2).to(torch.float32)
+    with pytest.raises(ValueError, match=r"frozen_extra must be an integer in 0\.\.2"):
+        call(inputs, None, frozen_extra=frozen)
+    with pytest.raises(ValueError, match=r"frozen_extra must be an integer in 0\.\.0, got 1"):
+        call(make_moe_inputs(SHAPES["tiny"]).to(torch.float32), None, frozen_extra=1)
+
+
+@pytest.mark.parametrize("frozen", [-1, 3])
+def test_the_ops_refuse_frozen_extra_out_of_range(frozen):
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2, ranks=(0, 0)).to(torch.float32)
+    extra = (None, inputs.extra_gate_up_proj, inputs.extra_down_proj, *[None] * 6)
+    match = r"frozen_extra must be an integer in 0\.\.2, got"
+    with pytest.raises(ValueError, match=match):
+        torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, frozen, True, "reference")
+    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, 0, True, "reference")
+    hidden_states, _, topk_weights, *stacks = inputs[:5]
+    with pytest.raises(ValueError, match=match):
+        torch.ops.moe_kernels.moe_mlp_backward(
+            torch.ones_like(hidden_states), hidden_states, topk_weights, *stacks, *extra[1:],
+            *saved, [True] * 4 + [False] * 4, frozen, "reference",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_retain_graph_and_repeated_runs_give_the_same_bits(backend):
+    inputs = make_moe_inputs(SHAPES["small"], num_extra=1).to(torch.float32).requires_grad_()
+    tensors = list(inputs.differentiable().values())
+    out = call(inputs, backend)
+    first = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    second = torch.autograd.grad(out.sum(), tensors)
+    third = torch.autograd.grad(call(inputs, backend).sum(), tensors)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_saved_tensors_are_those_promised(backend):
+    inputs = make_moe_inputs(SHAPES["small"]).to(torch.float32).requires_grad_()
+    rows = SHAPES["small"].T * SHAPES["small"].K
+    known = {id(t) for t in (*inputs.differentiable().values(), *inputs[:5])}
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        call(inputs, backend)
+    large = [tuple(t.shape) for t in packed if id(t) not in known and t.is_floating_point()]
+    shape = SHAPES["small"]
+    scalings = [(1,), (1,)]
+    assert sorted(large) == sorted(
+        [(rows, 2 * shape.I), (rows, shape.r), (rows, shape.r), *scalings]
+    )
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_unwritten_memory_shows(backend, filled_memory):
+    inputs = make_moe_inputs(SHAPES["odd"], num_extra=1, num_modalities=2).to(torch.float32)
+    results = run(inputs, backend, torch.ones_like(inputs.hidden_states))
+    for name, tensor in results.items():
+        assert tensor.isfinite().all(), name
+
+
+def bad(**changes):
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=1).to(torch.float32)
+    return inputs._replace(
+        **{name: change(getattr(inputs, name)) for name, change in changes.items()}
+    )
+
+
+def with_field(field, change):
+    return lambda lora: lora._replace(**{field: change(getattr(lora, field))})
+
+
+def not_a_lora(lora):
+    return tuple(lora)
+
+
+def on_meta(tensor):
+    return tensor.to("meta")
+
+
+BAD = {
+    "hidden rank": ({"hidden_states": lambda t: t[None]}, ValueError, "hidden_states must have 2"),
+    "hidden size": ({"hidden_states": lambda t: t[:, 1:]}, ValueError, "gate_up_proj must be"),
+    "hidden int": ({"hidden_states": lambda t: t.long()}, TypeError, "hidden_states must be float"),
+    "ids float": ({"topk_ids": lambda t: t.float()}, TypeError, "topk_ids must be int64"),
+    "ids int32": ({"topk_ids": lambda t: t.int()}, TypeError, "topk_ids must be int64"),
+    "ids rank": ({"topk_ids": lambda t: t[0]}, ValueError, "topk_ids must have 2"),
+    "ids rows": ({"topk_ids": lambda t: t[1:]}, ValueError, "topk_ids must have shape"),
+    "ids high": ({"topk_ids": lambda t: t + 3}, ValueError, r"topk_ids must be in 0\.\.4"),
+    "ids low": ({"topk_ids": lambda t: t - 1}, ValueError, r"topk_ids must be in 0\.\.4"),
+    "weights shape": ({"topk_weights": lambda t: t[:, :1]}, ValueError, "topk_weights must have"),
+    "weights int": ({"topk_weights": lambda t: t.long()}, TypeError, "topk_weights must be"),
+    "gate_up rank": ({"gate_up_proj": lambda t: t[0]}, ValueError, "gate_up_proj must have 3"),
+    "gate_up int": (
+        {"gate_up_proj": lambda t: t.long()}, TypeError, "gate_up_proj must be float32",
+    ),
+    "gate_up odd": ({"gate_up_proj": lambda t: t[:, 1:]}, ValueError, "gate_up_proj must be"),
+    "gate_up grad": (
+        {"gate_up_proj": lambda t: t.requires_grad_()}, ValueError, "gate_up_proj requires grad",
+    ),
+    "down shape": ({"down_proj": lambda t: t[1:]}, ValueError, "down_proj must have shape"),
+    "down dtype": ({"down_proj": lambda t: t.half()}, TypeError, "down_proj must be float32"),
+    "mask float": ({"modality_ids": lambda t: t.float()}, TypeError, "modality_ids must be int64"),
+    "mask shape": ({"modality_ids": lambda t: t[1:]}, ValueError, "modality_ids must have shape"),
+    "mask high": ({"modality_ids": lambda t: t * 2}, ValueError, "modality_ids must be in"),
+    "A rank": (
+        {"gate_up_lora": with_field("lora_A", lambda t: t[0])}, ValueError, "lora_A must have 4",
+    ),
+    "A in": (
+        {"down_lora": with_field("lora_A", lambda t: t[..., 1:])}, ValueError, r"down_lora.lora_A",
+    ),
+    "A experts": (
+        {"down_lora": with_field("lora_A", lambda t: t[:, :2])}, ValueError, r"down_lora.lora_A",
+    ),
+    "A dtype": (
+        {"down_lora": with_field("lora_A", lambda t: t.half())}, TypeError, "must be float32",
+    ),
+    "A none": (
+        {"down_lora": with_field("lora_A", lambda _: None)}, TypeError,
+        "down_lora.lora_A must be a tensor, got NoneType",
+    ),
+    "B rank": (
+        {"gate_up_lora": with_field("lora_B", lambda t: t[0])}, ValueError, "lora_B must have 4",
+    ),
+    "B dtype": (
+        {"gate_up_lora": with_field("lora_B", lambda t: t.half())}, TypeError,
+        "gate_up_lora.lora_B must be float32",
+    ),
+    "A and B dtypes differ": (
+        {"gate_up_proj": lambda t: t.bfloat16(), "down_proj": lambda t: t.bfloat16(),
+         "gate_up_lora": with_field("lora_B", lambda t: t.bfloat16())},
+        TypeError, "lora_A is torch.float32 but lora_B torch.bfloat16",
+    ),
+    "B shape": (
+        {"down_lora": with_field("lora_B", lambda t: t[:, 1:])}, ValueError, r"down_lora.lora_B",
+    ),
+    "scaling shape": (
+        {"down_lora": with_field("scaling", lambda t: t[None])}, ValueError, "scaling must have",
+    ),
+    "scaling int": (
+        {"down_lora": with_field("scaling", lambda t: t.long())}, TypeError,
+        "down_lora.scaling must be float32",
+    ),
+    "scaling grad": (
+        {"down_lora": with_field("scaling", lambda t: t.requires_grad_())}, ValueError,
+        "down_lora.scaling requires grad, but scaling is a constant",
+    ),
+    "scaling number": (
+        {"down_lora": with_field("scaling", lambda _: 2.0)}, TypeError,
+        "down_lora.scaling must be a tensor, got float",
+    ),
+    "gate_up_lora tuple": (
+        {"gate_up_lora": not_a_lora}, TypeError, "gate_up_lora must be a LoraWeights, got tuple",
+    ),
+    "down_lora tuple": (
+        {"down_lora": not_a_lora}, TypeError, "down_lora must be a LoraWeights, got tuple",
+    ),
+    "modalities differ": (
+        {"down_lora": lambda _: make_moe_inputs(
+            SHAPES["tiny"], num_modalities=2).to(torch.float32).down_lora},
+        ValueError, "same number of modalities",
+    ),
+    "one extra": ({"extra_down_proj": lambda _: None}, ValueError, "given together"),
+    "extra shape": (
+        {"extra_gate_up_proj": lambda t: t[:, 1:]}, ValueError, "extra_gate_up_proj must have",
+    ),
+    "extra gate_up rank": (
+        {"extra_gate_up_proj": lambda t: t[0]}, ValueError, "extra_gate_up_proj must have 3",
+    ),
+    "extra down rank": (
+        {"extra_down_proj": lambda t: t[0]}, ValueError, "extra_down_proj must have shape",
+    ),
+    "extra dtype": ({"extra_down_proj": lambda t: t.half()}, TypeError, "extra_down_proj must be"),
+}  # fmt: skip
+
+TENSORS = (*MoeInputs._fields[:6], "extra_gate_up_proj", "extra_down_proj")
+BAD |= {
+    f"{name} list": ({name: lambda t: t.tolist()}, TypeError, f"^{name} must be a tensor, got list")
+    for name in TENSORS
+}
+BAD |= {
+    f"{name} device": ({name: on_meta}, ValueError, f"^{name} must be on cpu, got meta")
+    for name in TENSORS[1:]
+}
+BAD |= {
+    f"{lora}.{field} device": (
+        {lora: with_field(field, on_meta)}, ValueError, f"^{lora}.{field} must be on cpu",
+    )
+    for lora in ("gate_up_lora", "down_lora")
+    for field in LoraWeights._fields
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case):
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call(bad(**changes), None)
+
+
+def test_bad_names_are_refused():
+    inputs = bad()
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        call(inputs, "gpu")
+    with pytest.raises(RuntimeError, match="backend 'triton' (is not available: .+|needs tensors)"):
+        call(inputs, "triton")
+    with pytest.raises(ValueError, match="act must be 'silu'"):
+        ops.moe_mlp(*inputs[:5], act="relu")
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("backend", testing.working_backends("cuda"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["two_modalities", "added_experts", "no_mask"])
+def test_on_cuda(backend, dtype, variant):
+    def move(value):
+        if isinstance(value, LoraWeights):
+            return LoraWeights(*map(move, value))
+        return None if value is None else value.cuda()
+
+    low = make_moe_inputs(SHAPES["small"], **VARIANTS[variant]).to(dtype)
+    grad_out = torch.randn(low.hidden_states.shape).to(dtype)
+    expected = run(low.to(torch.float64), "reference", grad_out)
+    for name, actual in run(MoeInputs(*map(move, low)), backend, grad_out.cuda()).items():
+        assert actual.is_cuda, name
+        testing.assert_close(actual.cpu(), expected[name], dtype=dtype, name=name)

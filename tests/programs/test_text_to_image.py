@@ -1,0 +1,371 @@
+"""The programs that teach a model pictures and draw with it, on a tiny model and tiny pictures."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support.model_zoo import make_model
+from support.programs import imported, save_byte_tokenizer
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
+
+
+@pytest.fixture(scope="module")
+def program():
+    with imported("train_text_to_image") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_byte_tokenizer(folder)
+    make_model("mixtral", vocab_size=256).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """72 pictures of 8x8, a colour each with noise."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    lines = []
+    for index in range(72):
+        name = list(COLOURS)[index % 3]
+        pixels = np.array(COLOURS[name]) + random.integers(-25, 26, (8, 8, 3))
+        file = f"{index}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / file)
+        lines.append(json.dumps({"file_name": file, "text": f"a {name} square"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(model_folder, pictures):
+    return [
+        str(model_folder), "--data", str(pictures), "--image-size", "8", "--held-out", "9",
+        "--num-codes", "16", "--steps", "6", "--batch", "4", "--lr", "2e-2", "--r", "4",
+        "--text-tokens", "128", "--text-block", "32", "--samples-per-caption", "2",
+        "--guidance", "1", "2", "--dtype", "float32", "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(program, command, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert program.main([*command, "--out", str(out)]) == 0
+    return out
+
+
+def test_reports_text_pictures_and_what_was_drawn(finished):
+    report = json.loads((finished / "report.json").read_text())
+    text, image = report["text"], report["image"]
+    assert text["logits_changed_by_training"] == 0
+    assert text["same_bits_before_and_after_training"] is True
+    assert text["nll_before_training"] == text["nll_after_training"]
+    assert text["held_out_tokens"] == 128
+    assert image["nll_end"] < image["nll_start"]
+    assert image["nll_end"] != image["nll_adapters_off"]
+    assert report["samples"].keys() == {"1", "2"}
+    for samples in report["samples"].values():
+        assert samples["count"] == len(samples["read"]) == 6
+        assert samples["classifier_held_out_accuracy"]["tokenized"] > 0.8
+    assert report["captions"] == [f"a {name} square" for name in COLOURS]
+    for name in ("training.png", "samples-guidance-1.png", "samples-guidance-2.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    held_out = load_file(finished / "held_out.safetensors")
+    assert held_out["input_ids"].shape == held_out["attention_mask"].shape
+    assert len(held_out["input_ids"]) == 9 and int(held_out["input_ids"].max()) >= 256
+    assert not list(finished.glob(".*")), "a temporary file stayed"
+
+
+def test_a_second_run_computes_nothing_again(program, command, finished, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a finished stage was built again")
+
+    before = (finished / "report.json").read_text()
+    for name in ("train", "measure_model", "generate_image_codes"):
+        monkeypatch.setattr(program, name, fail)
+    assert program.main([*command, "--out", str(finished)]) == 0
+    assert (finished / "report.json").read_text() == before
+
+
+def test_stopped_while_teaching_it_ends_with_the_same_bits(
+    program, command, finished, tmp_path, monkeypatch
+):
+    import _runs
+
+    original = _runs.Monitor.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            control.should_save = control.should_training_stop = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_runs.Monitor, "on_step_end", stop)
+        assert program.main([*command, "--out", str(tmp_path)]) == 130
+    (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-3")
+    assert not (checkpoint / "model.safetensors").exists(), "the frozen base is in a checkpoint"
+    assert program.main([*command, "--out", str(tmp_path)]) == 0
+    expected = load_file(finished / "adapter" / "adapter_model.safetensors")
+    actual = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(
+    program, command, tmp_path, monkeypatch, capsys
+):
+    import _runs
+
+    original = _runs.Trainer.training_step
+
+    def broken(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 2 else loss
+
+    def save_often(*args, **kwargs):
+        return arguments(*args, **kwargs | {"save_steps": 1})
+
+    arguments = _runs.TrainingArguments
+    monkeypatch.setattr(_runs, "TrainingArguments", save_often)
+    monkeypatch.setattr(_runs.Trainer, "training_step", broken)
+    assert program.main([*command, "--out", str(tmp_path)]) == 1
+    assert "step 3" in capsys.readouterr().out
+    (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-2")
+    kept = load_file(checkpoint / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_checkpoint_never_holds_weights_that_are_not_finite(
+    program, command, tmp_path, monkeypatch, capsys
+):
+    import _runs
+
+    original = _runs.Monitor.on_step_end
+
+    def poison(self, args, state, control, model=None, **kwargs):
+        original(self, args, state, control, model=model, **kwargs)
+        if state.global_step == 2:
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            parameter.data.flatten()[0] = float("nan")
+            control.should_save = True
+
+    monkeypatch.setattr(_runs.Monitor, "on_step_end", poison)
+    assert program.main([*command, "--out", str(tmp_path)]) == 1
+    assert "not finite" in capsys.readouterr().out
+    assert not list(tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-2"))
+
+
+@pytest.mark.parametrize("init", ["gromov_wasserstein", "permuted"])
+def test_other_starts_and_targets(program, command, tmp_path, init):
+    pytest.importorskip("ot")
+    extra = ["--init", init, "--lora-init", "gromov_wasserstein", "--shared-A", "--steps", "1"]
+    assert program.main([*command, *extra, "--guidance", "1", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["text"]["logits_changed_by_training"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--patch-size", "3"], "does not divide"),
+        (["--data", "emoji"], "needs --emoji-folder"),
+        (["--caption-dropout", "0"], "trained with --caption-dropout"),
+        (["--guidance", "1", "-1"], "--guidance must be at least 0"),
+        (["--guidance", "nan"], "--guidance must be at least 0"),
+        (["--lr", "nan"], "--lr must be above 0"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--text", "nowhere.txt"], "is not a file"),
+        (["--backend", "triton"], "triton"),
+    ],
+)
+def test_refuses_options_before_any_work(program, command, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        program.main([*command, *options, "--out", str(tmp_path / "out")])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "."], "metadata.csv"),
+        (["--held-out", "72"], "cannot be held out"),
+        (["--captions", "a purple square"], "no picture has the caption"),
+    ],
+)
+def test_says_what_is_wrong_with_the_data(program, command, options, message, tmp_path, capsys):
+    assert program.main([*command, *options, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().out
+    assert not list(tmp_path.glob("out/stages/*"))
+
+
+def test_other_captions_are_another_run(program, command, pictures, tmp_path):
+    """Stages follow what is in the files, not their names."""
+    changed = tmp_path / "pictures"
+    shutil.copytree(pictures, changed)
+    listing = changed / "metadata.jsonl"
+    listing.write_text(listing.read_text().replace("red", "crimson"))
+
+    def program_of(folder):
+        settings, _ = program.parse([*command, "--data", str(folder)])
+        return program.Program(settings, tmp_path / "out")
+
+    assert program_of(pictures).adapter_inputs == program_of(pictures).adapter_inputs
+    assert program_of(pictures).tokenizer_inputs != program_of(changed).tokenizer_inputs
+
+
+def test_what_a_run_may_be_made_of(program, command, tmp_path):
+    """A VQ-VAE, routers, checkpointing, the default dtype; pictures listed in a CSV file."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    rows = ["file_name,text"]
+    for index in range(12):
+        pixels = random.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append(f'{index}.png,"noise, {index % 2}"')
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    data = ["--data", str(folder), "--held-out", "4"]
+    extra = [
+        *data, "--tokenizer", "vq", "--vq-steps", "2", "--target-modules", "experts", "router",
+        "--gradient-checkpointing", "--dtype", "bfloat16", "--steps", "1", "--guidance", "1",
+    ]  # fmt: skip
+    assert program.main([*command, *extra, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["captions"] == ["noise, 0", "noise, 1"]
+    assert report["text"]["logits_changed_by_training"] == 0
+    assert "read" not in report["samples"]["1"], "a classifier that learnt from four pictures"
+    again = [*command, *data, "--tokenizer", str(tmp_path / "out" / "image_tokenizer")]
+    fitted = program.Program(program.parse(again)[0], tmp_path / "other")
+    fitted.tokenize()
+    assert fitted.image_tokenizer.num_codes == report["image_tokenizer"]["codes"]
+
+
+def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, command, tmp_path):
+    """Fitted on noise, given squares of one colour: a few codes are left."""
+    noise = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)
+    program.PatchTokenizer.fit(noise, num_codes=128).save(tmp_path / "fitted")
+    extra = ["--tokenizer", str(tmp_path / "fitted")]
+    run = program.Program(program.parse([*command, *extra])[0], tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"of 128 codes are in use"):
+        run.tokenize()
+
+
+def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(
+    program, command, tmp_path, capsys
+):
+    extra = ["--tokenizer", "vq", "--vq-steps", "40", "--vq-lr", "1e30", "--out", str(tmp_path)]
+    assert program.main([*command, *extra]) == 1
+    assert "--vq-lr" in capsys.readouterr().out
+    assert program.load_image_tokenizer(tmp_path / "image_tokenizer-last-good").num_codes == 16
+
+
+def test_experts_that_grouped_mm_cannot_take(program, command, tmp_path):
+    save_byte_tokenizer(tmp_path / "model")
+    make_model("mixtral", vocab_size=256, intermediate_size=6).save_pretrained(tmp_path / "model")
+    options = ["--steps", "1", "--guidance", "1", "--out", str(tmp_path / "out")]
+    assert program.main([str(tmp_path / "model"), *command[1:], *options]) == 0
+
+
+def test_emoji_are_read_by_category(program, tmp_path):
+    import _pictures
+
+    (tmp_path / "img" / "twitter" / "64").mkdir(parents=True)
+    entries = []
+    for index, category in enumerate(["Food & Drink", "Flags", "Food & Drink"]):
+        picture = Image.new("RGBA", (64, 64), (200, 0, 0, 0 if index else 255))
+        picture.save(tmp_path / "img" / "twitter" / "64" / f"{index}.png")
+        entry = {"name": f"NAME {index}", "category": category, "image": f"{index}.png"}
+        entries.append(entry | {"has_img_twitter": True})
+    (tmp_path / "emoji.json").write_text(json.dumps(entries))
+    found = _pictures.emoji(tmp_path, 16, ["Food & Drink"])
+    assert found.names == ("name 0", "name 2") and found.images.shape == (2, 16, 16, 3)
+    assert found.images[0, 8, 8].tolist() == [200, 0, 0]
+    assert found.images[1].min() == 255, "what is transparent lies on white"
+    with pytest.raises(ValueError, match="no emoji category"):
+        _pictures.emoji(tmp_path, 16, ["Nothing"])
+    with pytest.raises(ValueError, match="npm pack"):
+        _pictures.emoji(tmp_path / "img", 16)
+
+
+def test_a_dense_model_is_refused_before_any_work(program, command, tmp_path, capsys):
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path / "dense")
+    model, *rest = command
+    assert program.main([str(tmp_path / "dense"), *rest, "--out", str(tmp_path / "out")]) == 1
+    assert "convert_dense_to_moe.py" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+# --- drawing
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    with imported("generate_images") as module:
+        yield module
+
+
+@pytest.fixture
+def draw_command(model_folder, finished):
+    return [
+        str(model_folder), "--run", str(finished), "--captions", "a red square",
+        "a square / of: none", "--count", "2", "--batch", "3", "--dtype", "float32",
+        "--device", "cpu",
+    ]  # fmt: skip
+
+
+def test_draws_each_caption(drawing, draw_command, tmp_path):
+    assert drawing.main([*draw_command, "--out", str(tmp_path)]) == 0
+    names = sorted(file.name for file in tmp_path.glob("0*.png"))
+    assert names == [
+        "0000-a-red-square-0.png", "0000-a-red-square-1.png",
+        "0001-a-square-of-none-0.png", "0001-a-square-of-none-1.png",
+    ]  # fmt: skip
+    assert Image.open(tmp_path / names[0]).size == (8, 8)
+    assert (tmp_path / "pictures.png").is_file()
+
+
+def test_goes_on_with_the_same_pictures(drawing, draw_command, tmp_path, monkeypatch):
+    command = [*draw_command, "--out", str(tmp_path)]
+    assert drawing.main(command) == 0
+    file = tmp_path / "0001-a-square-of-none-1.png"
+    before = {path: path.read_bytes() for path in tmp_path.glob("0*.png")}
+    file.unlink()
+    calls = []
+    original = drawing.generate_images
+    monkeypatch.setattr(
+        drawing, "generate_images",
+        lambda model, captions, **options: calls.append(captions)
+        or original(model, captions, **options),
+    )  # fmt: skip
+    assert drawing.main(command) == 0
+    assert calls == [["a square / of: none"]], "only the second chunk of three is not whole"
+    assert {path: path.read_bytes() for path in tmp_path.glob("0*.png")} == before
+
+
+def test_does_not_mix_settings_in_one_folder(drawing, draw_command, tmp_path, capsys):
+    assert drawing.main([*draw_command, "--out", str(tmp_path)]) == 0
+    assert drawing.main([*draw_command, "--guidance", "5", "--out", str(tmp_path)]) == 1
+    assert "other settings" in capsys.readouterr().out
+
+
+def test_needs_a_taught_model(drawing, draw_command, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    assert drawing.main([*draw_command, "--run", str(tmp_path), *out]) == 1
+    assert "no adapter in" in capsys.readouterr().out
+    assert drawing.main([*draw_command, *out]) == 0, "a failed run locked the folder"
+    with pytest.raises(SystemExit):
+        drawing.main([draw_command[0], "--run", str(tmp_path)])
+    assert "give --captions" in capsys.readouterr().err

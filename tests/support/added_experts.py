@@ -1,0 +1,43 @@
+"""What the tests of added experts share."""
+
+import torch
+from support.model_zoo import make_model, token_ids
+
+from moe_kernels.models.routers import find_router
+from moe_kernels.moextend import ExpertExtender
+
+
+def mixed(batch=2, length=12, *, seed=0, modality=1):
+    """Text, rows of a modality, and padding on the left of the first sequence."""
+    ids = token_ids(batch, length, seed=seed)
+    modality_ids = (token_ids(batch, length, seed=seed + 3) % 2).long() * modality
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "modality_ids": modality_ids, "attention_mask": mask}
+
+
+def extended(family="mixtral", *, layers="all", init=0, model=None, **options):
+    """An extender whose new experts copy one expert, unless told otherwise."""
+    model = {"num_hidden_layers": 2} | (model or {})
+    modalities = options.pop("modalities", ("image",))
+    extender = ExpertExtender(make_model(family, **model), modalities)
+    extender.extend(layers, init=init, **options)
+    return extender
+
+
+def routed(model, inputs, layer=0):
+    """(logits, scores, indices) of a layer's router, and its input."""
+    seen = []
+    router = find_router(model.model.layers[layer])
+    hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return seen[-1]
+
+
+def kinds(inputs):
+    """Which flat rows are text, and which are of an added modality; padding is neither."""
+    real = inputs["attention_mask"].flatten() == 1
+    modality = inputs["modality_ids"].flatten()
+    return (modality == 0) & real, (modality > 0) & real

@@ -1,0 +1,165 @@
+"""What the ops of the backend "cuda" mean, in plain torch, as kernels of these ops on the CPU."""
+
+import torch
+from support.host_kernels import tile_map
+from torch import Tensor
+
+from moe_kernels.ops.dispatch import reference
+
+
+def tile_maps(
+    segment_offsets: Tensor, num_rows: int, blocks: list[int], groups: list[int]
+) -> list[Tensor]:
+    made, offsets = [], [*segment_offsets.tolist(), num_rows]  # behind the last: not dispatched
+    for index, block in enumerate(blocks):
+        num, period, stride, offset, width = groups[5 * index : 5 * index + 5]
+        firsts = [g % period * stride + g // period + offset for g in range(num)]
+        bounds = [
+            (offsets[first], offsets[min(first + width, len(offsets) - 1)]) for first in firsts
+        ]
+        if num:
+            made += tile_map(bounds, num_rows, block)
+        else:
+            made += [segment_offsets.new_empty(3, 0), segment_offsets.new_empty(3, 0)]
+    return made
+
+
+def dispatch_with_maps(
+    topk_ids: Tensor, num_experts: int, modality_ids: Tensor | None, num_modalities: int,
+    blocks: list[int], groups: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    fields = reference.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
+    return *fields, tile_maps(fields[-1], topk_ids.numel(), blocks, groups)
+
+
+def combine(
+    rows: Tensor, inv_perm: Tensor, num_rows: Tensor, weights: Tensor | None, num_tokens: int
+) -> Tensor:
+    there = (inv_perm < num_rows).unsqueeze(1)
+    of_slots = torch.where(there, rows[inv_perm].float(), 0.0)
+    if weights is not None:
+        of_slots = torch.where(there, of_slots * weights.reshape(-1, 1).float(), 0.0)
+    top_k = rows.shape[0] // max(1, num_tokens)
+    return of_slots.view(num_tokens, top_k, rows.shape[1]).sum(1).to(rows.dtype)
+
+
+def project(
+    out: Tensor, left: Tensor, matrix: Tensor, perm: Tensor, tiles: Tensor, num_pairs: int,
+    num_base: int, experts: int, top_k: int, by_token: bool, rank_first: bool,
+) -> None:  # fmt: skip
+    matrices = matrix.reshape(-1, experts, *matrix.shape[-2:]).to(left.dtype).float()
+    for pair, first, end in tiles.T.tolist():
+        rows = perm[first:end] // top_k if by_token else slice(first, end)
+        of_pair = matrices[pair // num_base, min(pair % num_base, experts - 1)]
+        product = left[rows].float() @ (of_pair.T if rank_first else of_pair)
+        out[first:end] = product.to(out.dtype)
+
+
+def outer(
+    left: Tensor, right: Tensor, perm: Tensor, tiles: Tensor, groups: Tensor, factors: Tensor,
+    weights: Tensor | None, matrix: Tensor | None, chunk: int, top_k: int, transposed: bool,
+    left_by_token: bool, right_by_token: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    bounds = groups[:2].T.tolist()
+    expected_tiles, expected_groups = tile_map(bounds, perm.numel(), chunk)
+    assert torch.equal(tiles, expected_tiles) and torch.equal(groups, expected_groups)
+    factors = factors.repeat_interleave(len(bounds) // factors.numel())
+    sums, height = [], left.shape[1]
+    projected = torch.full((0 if matrix is None else perm.numel(), height), float("nan"))
+    for group, ((first, end), factor) in enumerate(zip(bounds, factors, strict=True)):
+        slots, rows = perm[first:end], slice(first, end)
+        scaled = factor * left[slots // top_k if left_by_token else rows].float()
+        if weights is not None:
+            scaled = scaled * weights.reshape(-1)[slots, None].float()
+        of_right = right[slots // top_k if right_by_token else rows].float()
+        product = scaled.to(right.dtype).float().T @ of_right
+        sums.append(product.T if transposed else product)
+        if matrix is not None:
+            projected[first:end] = of_right @ matrix[group].to(right.dtype).float()
+    shape = (right.shape[1], height)[:: 1 if transposed else -1]
+    return torch.stack(sums) if sums else torch.empty(0, *shape), projected
+
+
+def experts(
+    left: Tensor, stack: Tensor, extra: Tensor | None, perm: Tensor, tiles: Tensor,
+    segment_offsets: Tensor, u: Tensor | None, v: Tensor | None, scaling: Tensor | None,
+    block_m: int, *, by_token: bool, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """left W + s u V of every dispatched row, in float32; NaN elsewhere."""
+    weights = torch.cat([stack, *([] if extra is None else [extra])]).float()
+    segments, groups = segment_offsets.tolist(), (segment_offsets.numel() - 1) // len(weights)
+    bounds = list(zip(segments[::groups], segments[groups::groups], strict=False))
+    bounds.append((segments[-1], perm.numel()))
+    assert torch.equal(tiles, tile_map(bounds, perm.numel(), block_m)[0])
+    rows = left[perm // (perm.numel() // max(1, len(left)))] if by_token else left
+    weights = weights.mT if transposed else weights
+    out = torch.full((perm.numel(), weights.shape[2]), float("nan"))
+    for expert, (first, end) in enumerate(bounds[:-1]):
+        out[first:end] = rows[first:end].float() @ weights[expert]
+    if u is None:
+        return out
+    v = v.expand(-1, len(stack), -1, -1).to(left.dtype).float()
+    v = v.mT if transposed else v
+    for index in range(len(stack) * groups):
+        expert, modality = divmod(index, groups)
+        adapted = slice(segments[index], segments[index + 1])
+        if modality:
+            scaled = (scaling[modality - 1] * u[adapted].float()).to(left.dtype).float()
+            out[adapted] += scaled @ v[modality - 1, expert]
+    return out
+
+
+def gate_up(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor]:
+    *arguments, save = arguments
+    left, segments = arguments[0], arguments[5]
+    pre_act = experts(*arguments, by_token=True, transposed=True).to(left.dtype)
+    gate, up = pre_act.float().chunk(2, dim=1)
+    act = (torch.nn.functional.silu(gate) * up).to(left.dtype)
+    for tensor in (pre_act, act):
+        tensor[segments[-1] :] = 0  # not dispatched
+    return pre_act if save else pre_act[:0].clone(), act
+
+
+def product(*arguments: Tensor | int | bool | None) -> Tensor:
+    *arguments, transposed = arguments
+    return experts(*arguments, by_token=False, transposed=transposed).to(arguments[0].dtype)
+
+
+def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, weights, pre_act, of_adapted, of_added = arguments
+    left, perm, rows = arguments[0], arguments[3], int(arguments[5][-1])
+    d_act = experts(*arguments, by_token=True, transposed=False)
+    gate, up = pre_act.float().chunk(2, dim=1)
+    sigmoid = torch.sigmoid(gate)
+    act = (gate * sigmoid * up).to(left.dtype)
+    weighted = d_act * weights.reshape(-1, 1)[perm].float()
+    d_gate = weighted * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_pre = torch.cat([d_gate, weighted * gate * sigmoid], dim=1).to(left.dtype)
+    parts = torch.zeros(-(-act.shape[1] // 128), perm.numel())  # by 128 columns
+    for part, columns in enumerate(torch.arange(act.shape[1]).split(128)):
+        dots = (d_act[:, columns] * act[:, columns].float()).sum(1)
+        parts[part, perm[:rows]] = dots[:rows]
+    act = act if of_adapted or of_added else act[:0].clone()
+    return d_pre, act, parts.view(len(parts), *weights.shape)
+
+
+def add_low_rank(
+    out: Tensor, u: Tensor, v: Tensor, scaling: Tensor, perm: Tensor, tiles: Tensor,
+    rank_last: bool,
+) -> None:  # fmt: skip
+    v = (v.mT if rank_last else v).to(out.dtype).float()
+    for modality, first, end in tiles.T.tolist():
+        scaled = (scaling[modality] * u[first:end].float()).to(out.dtype).float()
+        tokens = perm[first:end]
+        out[tokens] = (out[tokens].float() + scaled @ v[modality]).to(out.dtype)
+
+
+def register() -> torch.library.Library:
+    """Give the ops these kernels on the CPU, for as long as what is returned is kept."""
+    library = torch.library.Library("moe_kernels_native", "IMPL")
+    for function in (
+        dispatch_with_maps, tile_maps, combine, project, outer, gate_up, product, act_backward,
+        add_low_rank,
+    ):  # fmt: skip
+        library.impl(function.__name__, function, "CPU")
+    return library

@@ -1,0 +1,18 @@
+// The ops of the backend "cuda" for tensors on the CPU: the same launchers and kernels, with the
+// device played by cuda_on_host.h.
+#include "../../../csrc/cuda/launchers.cpp"
+
+#include <torch/library.h>
+
+TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
+  m.impl("dispatch", &moe_kernels::cuda::dispatch);
+  m.impl("dispatch_with_maps", &moe_kernels::cuda::dispatch_with_maps);
+  m.impl("tile_maps", &moe_kernels::cuda::tile_maps);
+  m.impl("combine", &moe_kernels::cuda::combine);
+  m.impl("project", &moe_kernels::cuda::project);
+  m.impl("add_low_rank", &moe_kernels::cuda::add_low_rank);
+  m.impl("outer", &moe_kernels::cuda::outer);
+  m.impl("gate_up", &moe_kernels::cuda::gate_up);
+  m.impl("product", &moe_kernels::cuda::product);
+  m.impl("act_backward", &moe_kernels::cuda::act_backward);
+}

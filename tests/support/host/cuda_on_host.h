@@ -1,0 +1,414 @@
+// Plays a CUDA device on the host, so that plain C++ runs the kernels: every thread is a fiber, and
+// blocks come one after the other.
+//
+// A fiber gives way only where it waits for others: at a barrier and at a collective of its warp.
+// Missing barriers show: a warp runs as far as it can before the next, in ascending or descending
+// order; an asynchronous copy happens as late as it may, in the wait for it, or at once
+// (host::order); and shared memory begins as NaN.
+// Threads that wait for each other in vain end the launch with an error.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "../../../csrc/cuda/host_device.h"
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __global__
+#define __global__
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace host {
+
+struct Order {
+  bool descending;    // threads, and blocks
+  bool early_copies;  // asynchronous ones: at once
+};
+inline Order order;
+inline int launches;  // so far
+
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStack = 64 * 1024;
+
+[[noreturn]] inline void fail(const char* why) {
+  std::fprintf(stderr, "block %u,%u,%u, thread %u: %s\n", blockIdx.x, blockIdx.y, blockIdx.z,
+               threadIdx.x, why);
+  std::abort();
+}
+
+// What lanes of one mask tell each other. Two buffers: a lane can be one exchange ahead of another
+// that has yet to read, but not two.
+struct Exchange {
+  unsigned mask = 0;
+  unsigned arrived[2] = {};
+  uint64_t done[2] = {};   // exchanges that have ended, the odd and the even ones
+  uint64_t count[32] = {};  // of each lane
+  const char* what[2] = {};
+  unsigned char data[2][32][64];
+};
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+
+  void run() const {
+    if (from == nullptr) {
+      std::memset(to, 0, 16);
+    } else {
+      std::memcpy(to, from, 16);
+    }
+  }
+};
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf place;
+  bool started, finished;
+  const uint64_t* counter;  // it waits for *counter to reach target
+  uint64_t target;
+  std::vector<Copy> copies;
+  std::vector<size_t> groups;  // how many copies each committed group has
+  size_t uncommitted;
+};
+
+struct Block {
+  std::vector<unsigned char> shared;
+  std::vector<std::vector<std::unique_ptr<Exchange>>> warps;
+  int alive = 0, at_barrier = 0;
+  uint64_t barriers = 0;
+};
+
+inline std::vector<Fiber> fibers(kMaxThreads);
+inline std::vector<unsigned char> stacks;
+inline Block block;
+inline Fiber* current;
+inline jmp_buf scheduler;
+inline std::function<void()> body;
+
+inline void wait_for(const uint64_t* counter, uint64_t target) {
+  current->counter = counter;
+  current->target = target;
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void release_barrier() {
+  if (block.at_barrier == 0 || block.at_barrier < block.alive) return;
+  block.at_barrier = 0;
+  ++block.barriers;
+}
+
+inline void run_fiber() {
+  body();
+  current->finished = true;
+  --block.alive;
+  release_barrier();
+  _longjmp(scheduler, 1);
+}
+
+__attribute__((noinline)) inline void resume(int thread) {
+  current = &fibers[thread];
+  threadIdx = {static_cast<unsigned>(thread), 0, 0};
+  if (_setjmp(scheduler) != 0) return;
+  if (current->started) _longjmp(current->place, 1);
+  current->started = true;
+  setcontext(&current->start);
+}
+
+inline void prepare(int num_threads, size_t shared_bytes) {
+  stacks.resize(kStack * kMaxThreads);
+  block.shared.assign(shared_bytes + 128, 0xff);
+  block.warps.clear();
+  block.warps.resize((num_threads + 31) / 32);
+  block.alive = num_threads;
+  block.at_barrier = 0;
+  block.barriers = 0;
+  for (int thread = 0; thread < num_threads; ++thread) {
+    Fiber& fiber = fibers[thread];
+    fiber.started = fiber.finished = false;
+    fiber.counter = nullptr;
+    fiber.copies.clear();
+    fiber.groups.clear();
+    fiber.uncommitted = 0;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = &stacks[kStack * thread];
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
+  }
+}
+
+// Whether a thread of the warp got any further.
+inline bool run_warp(int warp, int num_threads) {
+  bool progress = false, again = true;
+  while (again) {
+    again = false;
+    for (int i = 0; i < 32; ++i) {
+      const int thread = 32 * warp + (order.descending ? 31 - i : i);
+      if (thread >= num_threads) continue;
+      const Fiber& fiber = fibers[thread];
+      if (fiber.finished || (fiber.counter != nullptr && *fiber.counter < fiber.target)) continue;
+      resume(thread);
+      progress = again = true;
+    }
+  }
+  return progress;
+}
+
+// Whether all threads of the block came to their end.
+inline bool run_block(int num_threads, size_t shared_bytes) {
+  prepare(num_threads, shared_bytes);
+  const int warps = (num_threads + 31) / 32;
+  while (block.alive > 0) {
+    bool progress = false;
+    for (int i = 0; i < warps; ++i) {
+      progress |= run_warp(order.descending ? warps - 1 - i : i, num_threads);
+    }
+    if (!progress) {
+      std::fprintf(stderr, "block %u: threads wait for each other in vain\n", blockIdx.x);
+      return false;
+    }
+  }
+  return true;
+}
+
+inline cudaError_t run_grid(dim3 grid, int num_threads, size_t shared_bytes) {
+  blockDim = dim3(num_threads);
+  gridDim = grid;
+  if (grid.y > 65535 || grid.z > 65535 || num_threads > kMaxThreads) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t at = order.descending ? blocks - 1 - i : i;
+    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                static_cast<unsigned>(at / grid.x / grid.y)};
+    if (!run_block(num_threads, shared_bytes)) return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+inline Exchange& exchange_of(unsigned mask) {
+  auto& there = block.warps[threadIdx.x / 32];
+  for (auto& exchange : there) {
+    if (exchange->mask == mask) return *exchange;
+  }
+  there.push_back(std::make_unique<Exchange>());
+  there.back()->mask = mask;
+  return *there.back();
+}
+
+// Every lane of the mask gives `mine`; all get what each gave, by lane.
+template <typename Value>
+const unsigned char (*exchange(unsigned mask, const char* what, const Value& mine))[64] {
+  static_assert(sizeof(Value) <= 64);
+  const unsigned lane = threadIdx.x % 32;
+  if ((mask >> lane & 1u) == 0) fail("a lane outside the mask");
+  Exchange& given = exchange_of(mask);
+  const uint64_t number = given.count[lane]++;
+  const int buffer = number % 2;
+  if (given.arrived[buffer] == 0) given.what[buffer] = what;
+  if (std::strcmp(given.what[buffer], what) != 0) fail("lanes meet in different collectives");
+  std::memcpy(given.data[buffer][lane], &mine, sizeof(Value));
+  given.arrived[buffer] |= 1u << lane;
+  if (given.arrived[buffer] == mask) {
+    given.arrived[buffer] = 0;
+    given.done[buffer] = number + 1;
+  } else {
+    wait_for(&given.done[buffer], number + 1);
+  }
+  return given.data[buffer];
+}
+
+template <typename Value>
+Value given_by(const unsigned char (*data)[64], int lane) {
+  Value value;
+  std::memcpy(&value, data[lane], sizeof(Value));
+  return value;
+}
+
+inline void finish_copies(size_t groups_left) {
+  while (current->groups.size() > groups_left) {
+    const size_t count = current->groups.front();
+    for (size_t i = 0; i < count; ++i) current->copies[i].run();
+    current->copies.erase(current->copies.begin(), current->copies.begin() + count);
+    current->groups.erase(current->groups.begin());
+  }
+}
+
+}  // namespace host
+
+// --- what CUDA declares itself
+
+inline void __syncthreads() {
+  ++host::block.at_barrier;
+  const uint64_t target = host::block.barriers + 1;
+  host::release_barrier();
+  if (host::block.barriers < target) host::wait_for(&host::block.barriers, target);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) { host::exchange(mask, "syncwarp", 0); }
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
+  const auto* data = host::exchange(mask, "shuffle", value);
+  return host::given_by<Value>(data, threadIdx.x % 32 ^ lanes);
+}
+
+template <typename Value>
+Value __shfl_up_sync(unsigned mask, Value value, unsigned lanes) {
+  const auto* data = host::exchange(mask, "shuffle up", value);
+  const unsigned lane = threadIdx.x % 32;
+  return host::given_by<Value>(data, lane < lanes ? lane : lane - lanes);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const auto* data = host::exchange(mask, "ballot", predicate);
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1u) != 0 && host::given_by<int>(data, lane) != 0) lanes |= 1u << lane;
+  }
+  return lanes;
+}
+
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  const auto* data = host::exchange(mask, "match", value);
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1u) != 0 && host::given_by<int>(data, lane) == value) lanes |= 1u << lane;
+  }
+  return lanes;
+}
+
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+
+inline int atomicAdd(int* to, int value) {
+  const int was = *to;
+  *to += value;
+  return was;
+}
+
+// --- what device.h asks of the hardware
+
+namespace moe_kernels::cuda {
+
+inline unsigned char* shared_memory() {
+  const auto address = reinterpret_cast<uintptr_t>(host::block.shared.data());
+  return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+}
+
+inline float sigmoid(float value) { return 1.0f / (1.0f + std::exp(-value)); }
+
+inline void copy_async(void* shared, const void* global, bool there) {
+  const auto unaligned = (reinterpret_cast<uintptr_t>(shared) |
+                          (there ? reinterpret_cast<uintptr_t>(global) : 0)) % 16;
+  if (unaligned != 0) host::fail("a copy that is not aligned to 16 bytes");
+  const host::Copy copy{shared, there ? global : nullptr};
+  if (host::order.early_copies) return copy.run();
+  host::current->copies.push_back(copy);
+  ++host::current->uncommitted;
+}
+
+inline void commit_copies() {
+  host::current->groups.push_back(host::current->uncommitted);
+  host::current->uncommitted = 0;
+}
+
+template <int kGroups>
+void wait_copies() {
+  host::finish_copies(kGroups);
+}
+
+// Four matrices of 8 x 8: lane 8 i + j has the address of row j of matrix i.
+inline void load_matrices(uint32_t (&out)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) host::fail("a row that is not aligned");
+  const auto* rows = host::exchange(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", row);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int b = 0; b < 2; ++b) {
+      const int along = lane % 4 * 2 + b, across = lane / 4;
+      const int row = 8 * i + (transposed ? along : across);
+      const auto* from = host::given_by<const uint16_t*>(rows, row);
+      pair[b] = from[transposed ? across : along];
+    }
+    std::memcpy(&out[i], pair, 4);
+  }
+}
+
+inline void load_matrices(uint32_t (&out)[4], const void* row) { load_matrices(out, row, false); }
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  load_matrices(out, row, true);
+}
+
+namespace on_host {
+
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+inline float widen(__nv_bfloat16, uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline float widen(__half, uint16_t bits) {
+  static const std::vector<float> table = [] {
+    std::vector<float> values(1 << 16);
+    for (int i = 0; i < 1 << 16; ++i) values[i] = __half2float(__half(__half_raw{uint16_t(i)}));
+    return values;
+  }();
+  return table[bits];
+}
+
+}  // namespace on_host
+
+// acc (16, 8) += a (16, 16) b (16, 8), the fragments of mma.sync.m16n8k16.
+template <typename T>
+void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  on_host::Fragments mine;
+  std::memcpy(mine.a, a, sizeof(a));
+  std::memcpy(mine.b, b, sizeof(b));
+  const auto* all = host::exchange(~0u, "mma", mine);
+  const int lane = threadIdx.x % 32;
+  float rows[2][16], columns[2][16];
+  for (int k = 0; k < 16; ++k) {
+    const int owner = k % 8 / 2, half = k % 2;
+    const auto of_row = host::given_by<on_host::Fragments>(all, lane / 4 * 4 + owner);
+    for (int i = 0; i < 2; ++i) {
+      const int column = lane % 4 * 2 + i;
+      const auto of_column = host::given_by<on_host::Fragments>(all, column * 4 + owner);
+      rows[i][k] = on_host::widen(T{}, of_row.a[k / 8 * 2 + i] >> (16 * half) & 0xffff);
+      columns[i][k] = on_host::widen(T{}, of_column.b[k / 8] >> (16 * half) & 0xffff);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) acc[i] += rows[i / 2][k] * columns[i % 2][k];
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                   cudaStream_t, const Arguments&... arguments) {
+  if (shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  ++host::launches;
+  host::body = [&] { kernel(arguments...); };
+  return host::run_grid(grid, threads, shared_bytes);
+}
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,213 @@
+"""The CUDA kernels on the host: their launch functions, compiled as plain C++, through ctypes."""
+
+import ctypes
+import mmap
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HOST = Path(__file__).with_name("host")
+KERNELS = HOST.parents[2] / "csrc" / "cuda"
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+LIBC = ctypes.CDLL(None)
+TYPES = {
+    "pointer": ctypes.c_void_p, "int": ctypes.c_int, "long": ctypes.c_int64, "bool": ctypes.c_bool
+}  # fmt: skip
+
+
+def fields(**names_of: str) -> list[tuple[str, type]]:
+    """(name, type) in order; the names of each type in one string."""
+    return [(name, TYPES[kind]) for kind, names in names_of.items() for name in names.split()]
+
+
+class DispatchOut(ctypes.Structure):
+    _fields_ = fields(pointer="perm inv_perm tokens_per_expert expert_offsets segment_offsets")
+
+
+class Maps(ctypes.Structure):
+    _fields_ = fields(pointer="tiles groups pair_tiles pair_groups")
+
+
+class Combine(ctypes.Structure):
+    _fields_ = fields(
+        pointer="rows inv_perm num_rows weights out", long="num_tokens", int="width top_k"
+    )
+
+
+class Project(ctypes.Structure):
+    _fields_ = fields(
+        pointer="left matrix perm tiles out",
+        int="num_tiles num_base experts_of_m size_k rank top_k",
+        bool="by_token rank_first",
+    )
+
+
+class AddLowRank(ctypes.Structure):
+    _fields_ = fields(
+        pointer="u v scaling perm tiles out", int="num_tiles rank width", bool="rank_last"
+    )
+
+
+class Outer(ctypes.Structure):
+    _fields_ = fields(
+        pointer="left right perm tiles groups factors weights matrix out partial projected parts",
+        long="chunk num_rows",
+        int="num_tiles num_groups groups_of_factor height width top_k",
+        bool="transposed left_by_token right_by_token",
+    )
+
+
+class ExpertGemm(ctypes.Structure):
+    _fields_ = fields(
+        pointer="left stack extra perm tiles segments u v scaling",
+        int="num_tiles num_base num_experts num_modalities experts_of_v rank size_k size_n top_k",
+    )
+
+
+class ActBackward(ctypes.Structure):
+    _fields_ = fields(
+        pointer="weights pre d_pre act dots",
+        long="num_rows",
+        bool="weights_are_float act_of_adapted act_of_added",
+    )
+
+
+def cuda_include() -> Path | None:
+    """The folder of CUDA's headers, or None."""
+    compiler = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), compiler and Path(compiler).resolve().parents[1]]
+    for home in (*filter(None, homes), "/usr/local/cuda"):
+        if (Path(home) / "include" / "cuda_bf16.h").is_file():
+            return Path(home) / "include"
+    return None
+
+
+def missing() -> str | None:
+    """What is not there to compile the kernels, or None."""
+    if shutil.which(COMPILER[0]) is None:
+        return "needs a C++ compiler: install one"
+    if cuda_include() is None:
+        return "needs CUDA's headers: install the toolkit, or set CUDA_HOME"
+    return None
+
+
+def compiled(folder: Path, *sources: Path, more: tuple[str, ...] = ()) -> list[str]:
+    """Object files; warnings are errors, and ``more`` flags may set another standard."""
+    flags = [
+        "-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
+        "-fno-strict-aliasing",
+        "-fPIC", "-isystem", str(cuda_include()), f"-I{HOST}", *more,
+    ]  # fmt: skip
+    objects = []
+    for source in sources:
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [*COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    return objects
+
+
+def linked(path: Path, objects: list[str], *more: str) -> Path:
+    """A shared library."""
+    subprocess.run([*COMPILER, "-shared", *objects, *more, "-o", str(path)], check=True)
+    return path
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """The library of the launch functions."""
+    kernels = sorted(KERNELS.glob("*.cu"))
+    path = linked(folder / "kernels.so", compiled(folder, HOST / "cuda_kernels_host.cpp", *kernels))
+    library = ctypes.CDLL(str(path))
+    for structure in (
+        DispatchOut, Maps, Combine, Project, Outer, ExpertGemm, ActBackward, AddLowRank
+    ):  # fmt: skip
+        size = getattr(library, f"size_of_{structure.__name__.lower()}")
+        size.restype = ctypes.c_size_t
+        assert size() == ctypes.sizeof(structure), structure
+    return library
+
+
+def build_ops(folder: Path) -> Path:
+    """A library that gives the ops of the backend "cuda" the same kernels for CPU tensors."""
+    from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+
+    headers = [f"-isystem{path}" for path in include_paths()]
+    sources = HOST / "cuda_launchers_host.cpp", KERNELS.parent / "outputs.cpp"
+    objects = compiled(
+        folder, *sources, more=("-std=c++20", f"-I{HOST / 'cuda_on_host'}", *headers)
+    )
+    objects += compiled(folder, *KERNELS.glob("*.cu"))
+    libraries = ["-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{TORCH_LIB_PATH}"]
+    return linked(folder / "ops.so", objects, f"-L{TORCH_LIB_PATH}", *libraries)
+
+
+class Guarded:
+    """A copy of a tensor that ends where a page ends, and the next one may not be touched."""
+
+    def __init__(self, tensor: Tensor):
+        assert tensor.is_contiguous()
+        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+        pages = -(-self.bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.address = begin + pages - self.bytes
+        ctypes.memmove(self.address, tensor.data_ptr(), self.bytes)
+        assert LIBC.mprotect(ctypes.c_void_p(begin + pages), mmap.PAGESIZE, 0) == 0
+
+    def copy_back(self) -> None:
+        ctypes.memmove(self.tensor.data_ptr(), self.address, self.bytes)
+
+
+def structure(kind: type, **values) -> ctypes.Structure:
+    """Filled in; tensors are given as they are, None is a null pointer."""
+    assert sorted(values) == sorted(name for name, _ in kind._fields_)
+    filled = kind()
+    filled.guarded = []
+    for name, value in values.items():
+        setattr(filled, name, plain(value, filled.guarded))
+    return filled
+
+
+def plain(value, guarded: list[Guarded]):
+    """What ctypes takes: tensors as pointers to copies, dtypes as numbers of ``Scalar``."""
+    if isinstance(value, torch.dtype):
+        return SCALARS[value]
+    if isinstance(value, ctypes.Structure):
+        guarded += value.guarded
+        return ctypes.byref(value)
+    if not isinstance(value, Tensor):
+        return value
+    guarded.append(Guarded(value))
+    return ctypes.c_void_p(guarded[-1].address)
+
+
+def call(function, *arguments) -> None:
+    """Launch; tensors then hold what the kernels wrote."""
+    guarded = []
+    error = function(*(plain(argument, guarded) for argument in arguments))
+    assert error == 0, f"cudaError_t {error}"
+    for copy in guarded:
+        copy.copy_back()
+
+
+def tile_map(bounds: list[tuple[int, int]], num_rows: int, block: int) -> tuple[Tensor, Tensor]:
+    """(3, tiles) and (3, groups) of groups (first row, end), as ``triton_tile_maps`` has them; no
+    tiles without groups.
+    """
+    tiles, groups, partial = [], [], 0
+    for group, (low, high) in enumerate(bounds):
+        mine = [(group, at, min(at + block, high)) for at in range(low, high, block)]
+        groups.append((low, high, partial))
+        partial += len(mine) if len(mine) > 1 else 0
+        tiles += mine
+    most = num_rows // block + len(bounds) if bounds else 0
+    tiles += [(0, 0, 0)] * (most - len(tiles))
+    return tuple(
+        torch.tensor(rows, dtype=torch.int64).view(-1, 3).T.contiguous() for rows in (tiles, groups)
+    )

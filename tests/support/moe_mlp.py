@@ -1,0 +1,58 @@
+"""Variants of ``moe_mlp`` inputs, and calls that return all gradients by name."""
+
+import torch
+
+from moe_kernels import ops
+
+VARIANTS = {
+    "one_modality": {},
+    "two_modalities": {"num_modalities": 2},
+    "added_experts": {"num_extra": 2},
+    "shared_a": {"shared_a": True, "num_modalities": 2},
+    "own_ranks": {"ranks": (2, 5)},
+    "gate_up_only": {"ranks": (3, 0)},
+    "down_only": {"ranks": (0, 3)},
+    "no_adapter": {"ranks": (0, 0)},
+    "no_mask": {"modality": None},
+    "all_text": {"modality": "text"},
+    "all_image": {"modality": "image"},
+    "all_padding": {"modality": "padding"},
+    "zipf": {"routing": "zipf"},
+    "one_expert": {"routing": "one_expert"},
+    "repeated": {"routing": "repeated"},
+    "half_empty": {"routing": "half_empty", "num_extra": 1},
+}
+
+
+def call(inputs, backend, **options):
+    return ops.moe_mlp(*inputs[:5], **inputs.keywords(), **options, backend=backend)
+
+
+def run(inputs, backend, grad_out, **options):
+    """Output and gradients by name."""
+    inputs.requires_grad_()
+    out = call(inputs, backend, **options)
+    tensors = inputs.differentiable()
+    grads = torch.autograd.grad(out, list(tensors.values()), grad_out.to(out.dtype))
+    return {"out": out, **dict(zip(tensors, grads, strict=True))}
+
+
+def check_frozen_extra(inputs, backend):
+    """The first added experts get zeros, whatever the others; all else keeps its bits."""
+    num_extra = inputs.extra_down_proj.shape[0]
+    grad_out = torch.randn_like(inputs.hidden_states)
+    full = run(inputs, backend, grad_out)
+    names = ("extra_gate_up_proj", "extra_down_proj")
+    assert all(full[name].flatten(1).any(1).all() for name in names)
+    for frozen in range(1, num_extra):
+        found = run(inputs, backend, grad_out, frozen_extra=frozen)
+        for name, expected in full.items():
+            if name in names:
+                assert not found[name][:frozen].any(), name
+                assert torch.equal(found[name][frozen:], expected[frozen:]), name
+            else:
+                assert torch.equal(found[name], expected), name
+    out = call(inputs, backend, frozen_extra=num_extra)
+    asked = [inputs.hidden_states, inputs.extra_gate_up_proj, inputs.extra_down_proj]
+    hidden, *nothing = torch.autograd.grad(out, asked, grad_out, allow_unused=True)
+    assert torch.equal(hidden, full["hidden_states"]) and nothing == [None, None]

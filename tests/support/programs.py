@@ -1,0 +1,36 @@
+"""What the tests of the programs under python/ share."""
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = Path(__file__).parents[2] / "python"
+
+
+@contextlib.contextmanager
+def imported(name):
+    """A program as a module; its folder is on the path only here, as when it is run."""
+    for needed in ("mlxtend", "sklearn", "matplotlib", "rich", "accelerate", "tokenizers"):
+        pytest.importorskip(needed)
+    sys.path.insert(0, str(PROGRAMS))
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(PROGRAMS))
+        for file in PROGRAMS.glob("*.py"):
+            sys.modules.pop(file.stem, None)
+
+
+def save_byte_tokenizer(folder):
+    """A tokenizer whose 256 tokens are the bytes; the first of them pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_ = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytes_, pad_token=alphabet[0]).save_pretrained(folder)
