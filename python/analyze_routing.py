@@ -30,7 +30,10 @@ from typing import Any
 
 import torch
 import transformers
-from _runs import (
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from shared.runs import (
     DTYPES,
     Place,
     Stages,
@@ -41,10 +44,7 @@ from _runs import (
     settle_device,
     write_text,
 )
-from _texts import documentation, text_blocks
-from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from shared.texts import documentation, text_blocks
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer

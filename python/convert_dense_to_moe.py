@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from _runs import (
+from shared.runs import (
     NUM_EXPERTS,
     Place,
     Stages,
@@ -42,7 +42,7 @@ from _runs import (
     stop_after_step,
     write_text,
 )
-from _texts import documentation, text_blocks, without_shared_paragraphs
+from shared.texts import documentation, text_blocks, without_shared_paragraphs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe_kernels

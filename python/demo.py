@@ -30,11 +30,11 @@ import sklearn
 import tokenizers
 import torch
 import transformers
-from _demo_report import draw_figures, summarize
-from _pictures import CaptionedPictures, digits
-from _runs import Place, Stages, console, mean_nll, train, write_text
-from _text_model import TextModelSettings, load_text_model, pretrain
-from _text_to_image import (
+from shared.pictures import CaptionedPictures, digits
+from shared.reports.demo import draw_figures, summarize
+from shared.runs import Place, Stages, console, mean_nll, train, write_text
+from shared.text_model import TextModelSettings, load_text_model, pretrain
+from shared.text_to_image import (
     CaptionReader,
     Painter,
     TokenizedPictures,
@@ -42,7 +42,7 @@ from _text_to_image import (
     measure_samples,
     record_routing,
 )
-from _texts import documentation, text_blocks
+from shared.texts import documentation, text_blocks
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import moe_kernels

@@ -36,9 +36,8 @@ from typing import Any
 
 import torch
 import transformers
-from _extend_report import write_pages
-from _pictures import CaptionedPictures
-from _questions import (
+from shared.pictures import CaptionedPictures
+from shared.questions import (
     QUESTIONS,
     EncoderSettings,
     QuestionSet,
@@ -54,7 +53,8 @@ from _questions import (
     split_pictures,
     train_encoder,
 )
-from _runs import (
+from shared.reports.extend_experts import write_pages
+from shared.runs import (
     NUM_EXPERTS,
     Place,
     Stages,
@@ -68,9 +68,9 @@ from _runs import (
     settle_device,
     write_text,
 )
-from _text_model import TextModelSettings, pretrain, start_text_model, train_text_tokenizer
-from _text_to_image import compare_text, text_logits
-from _texts import documentation, text_blocks
+from shared.text_model import TextModelSettings, pretrain, start_text_model, train_text_tokenizer
+from shared.text_to_image import compare_text, text_logits
+from shared.texts import documentation, text_blocks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe_kernels

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _runs import (
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.progress import track
+from shared.runs import (
     add_run_options,
     console,
     exit_code,
@@ -30,9 +33,6 @@ from _runs import (
     settle_device,
     write_text,
 )
-from matplotlib.figure import Figure
-from PIL import Image
-from rich.progress import track
 from transformers import AutoTokenizer
 
 from moe_kernels import ModalityLoraConfig, patch_model

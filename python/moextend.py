@@ -7,8 +7,8 @@
     python python/moextend.py --page             # the page alone, from the JSON
 
 Every run is a small text model that learns to answer questions about handwritten digits, which a
-frozen encoder sees, or to write source code; _moextend_runs.py says what each measures. Runs are
-kept under --out, keyed by their settings: an interrupted sweep goes on where it stood, and seeds
+frozen encoder sees, or to write source code; studies/moextend/runs.py says what each measures. Runs
+are kept under --out, keyed by their settings: an interrupted sweep goes on where it stood; seeds
 may be run side by side before one call with all of them writes the page. Learning rates are chosen
 for each kind of training on a seed of their own, by held-out questions that are not reported.
 """
@@ -18,14 +18,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from _moextend_cost import METHODS as COST_METHODS
-from _moextend_cost import __file__ as COST_PROGRAM
-from _moextend_page import NAME, write_page
-from _moextend_runs import DRAWS, Budget, Ground, Run, measure_run
-from _questions import EncoderSettings
-from _redundancy_cost import measure_cost
-from _sweep import Program, run_program, sweep_parser
-from _text_model import TextModelSettings
+from shared.questions import EncoderSettings
+from shared.text_model import TextModelSettings
+from studies.moextend.page import NAME, write_page
+from studies.moextend.runs import DRAWS, Budget, Ground, Run, measure_run
+from studies.moextend.step_cost import METHODS as COST_METHODS
+from studies.step_cost import measure_cost
+from studies.sweep import Program, run_program, sweep_parser
 
 # What the runs may take, set before they were made: on five seeds 29 runs each, 63 more to choose
 # learning rates, all at 20 to 30 seconds, and five minutes for what each of six seeds stands on.
@@ -88,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         learning_rates=learning_rates, tuned=lambda run: run.decides, ground=Ground,
         measure=measure_run, write_page=write_page, core_hours=CORE_HOURS,
         found_before=Ground.to_dict, tuning_figures=("test_nll", "text"),
-        cost=lambda ground: measure_cost(ground.folder, COST_PROGRAM, COST_METHODS),
+        cost=lambda ground: measure_cost(ground.folder, "studies.moextend.step_cost", COST_METHODS),
     )  # fmt: skip
     return run_program(program, sweep_parser(NAME, __doc__, RUNS).parse_args(arguments))
 

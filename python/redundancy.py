@@ -10,11 +10,11 @@
 FOLDER is the unpacked npm package emoji-datasource-twitter; MODEL a pretrained Mixture of Experts,
 such as convert_dense_to_moe.py leaves.
 
-Every run is a small text model that learns to draw digits; _redundancy_runs.py says what each
-measures. Runs are kept under --out, keyed by their settings: an interrupted sweep goes on where it
-stood, and seeds may be run side by side before one call with all of them writes the page. Learning
-rates are chosen for each kind of training on a seed of their own, by held-out pictures that are not
-reported.
+Every run is a small text model that learns to draw digits; studies/redundancy/runs.py says what
+each measures. Runs are kept under --out, keyed by their settings: an interrupted sweep goes on
+where it stood, and seeds may be run side by side before one call with all of them writes the page.
+Learning rates are chosen for each kind of training on a seed of their own, by held-out pictures
+that are not reported.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _redundancy_cost import measure_cost
-from _redundancy_page import NAME, write_page
-from _redundancy_runs import Budget, Ground, OwnRateRun, Run, measure_run
-from _runs import NUM_EXPERTS, model_identity
-from _sweep import SEEDS, Program, run_program, sweep_parser
-from _text_model import TextModelSettings
+from shared.runs import NUM_EXPERTS, model_identity
+from shared.text_model import TextModelSettings
+from studies.redundancy.page import NAME, write_page
+from studies.redundancy.runs import Budget, Ground, OwnRateRun, Run, measure_run
+from studies.step_cost import measure_cost
+from studies.sweep import SEEDS, Program, run_program, sweep_parser
 from transformers import AutoConfig
 
 EMOJI_SEEDS, REAL_SEEDS, REAL_STEPS = (0, 1, 2), (0, 1), 80

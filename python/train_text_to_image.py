@@ -35,8 +35,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from _pictures import CaptionedPictures, digits, emoji, folder
-from _runs import (
+from safetensors.torch import save_file
+from shared.pictures import CaptionedPictures, digits, emoji, folder
+from shared.reports.text_to_image import plot_training, summarize
+from shared.runs import (
     NUM_EXPERTS,
     Place,
     Stages,
@@ -53,16 +55,14 @@ from _runs import (
     train,
     write_text,
 )
-from _text_to_image import (
+from shared.text_to_image import (
     CaptionReader,
     Painter,
     TokenizedPictures,
     measure_model,
     measure_samples,
 )
-from _text_to_image_report import plot_training, summarize
-from _texts import documentation, text_blocks
-from safetensors.torch import save_file
+from shared.texts import documentation, text_blocks
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import moe_kernels

@@ -122,19 +122,19 @@ def interrupt(monkeypatch, monitor, step, how):
 def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
     demo, finished, tmp_path, monkeypatch
 ):
-    import _runs
+    from shared import runs
 
     def ctrl_c(self, control):
         self.stop.set()
         control.should_save = control.should_training_stop = True
 
     command = [*OPTIONS, "--out", str(tmp_path)]
-    interrupt(monkeypatch, _runs.Monitor, 3, ctrl_c)
+    interrupt(monkeypatch, runs.Monitor, 3, ctrl_c)
     assert demo.main(command) == 130
     assert not stage(tmp_path, "pretrain").with_suffix("").exists()
     assert list((stage(tmp_path, "pretrain") / "checkpoints").glob("checkpoint-3"))
     monkeypatch.undo()
-    interrupt(monkeypatch, _runs.Monitor, 6, lambda *_: None)
+    interrupt(monkeypatch, runs.Monitor, 6, lambda *_: None)
     assert demo.main(command) == 0
     assert_same_bits(trained(tmp_path), trained(finished))
     results = [json.loads((out / "report.json").read_text()) for out in (tmp_path, finished)]
@@ -145,7 +145,7 @@ def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
 def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     demo, finished, tmp_path, monkeypatch
 ):
-    import _runs
+    from shared import runs
 
     class Killed(BaseException):
         pass
@@ -156,18 +156,18 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     def save_often(*args, **kwargs):
         return original(*args, **kwargs | {"save_steps": 2})
 
-    original = _runs.TrainingArguments
-    monkeypatch.setattr(_runs, "TrainingArguments", save_often)
+    original = runs.TrainingArguments
+    monkeypatch.setattr(runs, "TrainingArguments", save_often)
     settings, _ = demo.parse(OPTIONS)
-    stages = _runs.Stages(tmp_path / "stages")
-    interrupt(monkeypatch, _runs.Monitor, 5, kill)
+    stages = runs.Stages(tmp_path / "stages")
+    interrupt(monkeypatch, runs.Monitor, 5, kill)
     with pytest.raises(Killed):
         stages.run("pretrain", settings.text, lambda place: demo.pretrain(settings, place))
     checkpoints = stage(tmp_path, "pretrain") / "checkpoints"
     # As if it had been killed while the next checkpoint was being written.
     (checkpoints / "checkpoint-6").mkdir()
     (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
-    last = _runs.last_checkpoint(_runs.Place(checkpoints.parent))
+    last = runs.last_checkpoint(runs.Place(checkpoints.parent))
     assert last == str(checkpoints / "checkpoint-4")
     folder = stages.run("pretrain", settings.text, lambda place: demo.pretrain(settings, place))
     assert_same_bits(

@@ -15,7 +15,7 @@ from support.programs import imported, save_byte_tokenizer
 def program():
     """On 120 of the 5,000 digits."""
     with imported("extend_experts") as module, pytest.MonkeyPatch.context() as patch:
-        questions = sys.modules["_questions"]
+        questions = sys.modules["shared.questions"]
         few = questions.digits().take(np.arange(0, 4800, 40))
         patch.setattr(questions, "digits", lambda: few)
         yield module
@@ -98,7 +98,7 @@ def test_an_answer_is_that_of_its_pictures(program, report, command, tmp_path):
     names = program.Program(program.parse(command)[0], tmp_path).pictures["test"]
     for each in report["shown"]:
         labels = [int(names.labels[number]) for number in each["pictures"]]
-        words = sys.modules["_questions"].NUMBERS
+        words = sys.modules["shared.questions"].NUMBERS
         assert each["answer"] == words[sum(labels)]
 
 
@@ -119,7 +119,7 @@ def test_the_page_says_how_to_load_the_adapter(program, finished, report):
     code = (finished / "report.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
     exec(code, names)
-    questions = sys.modules["_questions"]
+    questions = sys.modules["shared.questions"]
     encoder = questions.load_encoder(finished / "encoder")
     extender = program.ExpertExtender(names["model"])
     viewer = questions.Viewer(extender, whole_sequences=True)
@@ -150,16 +150,16 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
 def test_stopped_twice_it_goes_on_to_the_same_bits(
     program, command, finished, tmp_path, monkeypatch
 ):
-    import _runs
+    from shared import runs
 
-    original, stops = _runs.Monitor.on_step_end, {"align": 2, "tune": 3}
+    original, stops = runs.Monitor.on_step_end, {"align": 2, "tune": 3}
 
     def stop(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
         if state.global_step == stops.get(self.place.folder.name.split("-")[0]):
             control.should_save = control.should_training_stop = True
 
-    monkeypatch.setattr(_runs.Monitor, "on_step_end", stop)
+    monkeypatch.setattr(runs.Monitor, "on_step_end", stop)
     for stage, step in tuple(stops.items()):
         assert program.main([*command, "--out", str(tmp_path)]) == 130
         assert list(tmp_path.glob(f"stages/{stage}-*.partial/checkpoints/checkpoint-{step}"))

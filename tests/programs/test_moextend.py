@@ -23,16 +23,16 @@ def program():
 
 @pytest.fixture(scope="module")
 def asking(program):
-    import _questions
+    from shared import questions
 
-    return _questions
+    return questions
 
 
 @pytest.fixture(scope="module")
 def page(program):
-    import _moextend_page
+    from studies.moextend import page
 
-    return _moextend_page
+    return page
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ CHANGE_TEXT = {"published", "no-gate", "lora-all-tokens", "full-slow", "code-ful
 @pytest.fixture
 def learning(program, monkeypatch):
     """Every training is watched: what trains moves, and nothing else does."""
-    import _moextend_runs
+    from studies.moextend import runs
 
     def learn(ground, run, extender, *rest):
         before = {name: p.clone() for name, p in extender.model.named_parameters()}
@@ -72,8 +72,8 @@ def learning(program, monkeypatch):
             trained[run].append((parameter.requires_grad, moved))
         return history
 
-    original, trained = _moextend_runs.learn, collections.defaultdict(list)
-    monkeypatch.setattr(_moextend_runs, "learn", learn)
+    original, trained = runs.learn, collections.defaultdict(list)
+    monkeypatch.setattr(runs, "learn", learn)
     return trained
 
 
@@ -132,8 +132,8 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
 
 def check_scores(program, found, folder):
     """Which tokens each score counted."""
-    from _moextend_runs import Ground
-    from _runs import Stages
+    from shared.runs import Stages
+    from studies.moextend.runs import Ground
 
     ground = Ground(program.QUICK, 0, Stages(folder / "stages"))
     top_k = program.QUICK.text.experts_per_token
@@ -177,7 +177,7 @@ def scores_that_disagree(gates):
     ],
 )  # fmt: skip
 def test_added_experts_start_by_scores_of_their_own_gate(program, name, gate, copied):
-    import _moextend_runs
+    from studies.moextend import runs
     from support.model_zoo import make_model
 
     from moe_kernels.moextend import ExpertExtender
@@ -186,13 +186,13 @@ def test_added_experts_start_by_scores_of_their_own_gate(program, name, gate, co
     ground = types.SimpleNamespace(seed=0, scores=scores_that_disagree(gates))
     modality = "task" if run.task == "code" else "image"
     extender = ExpertExtender(make_model("olmoe", num_hidden_layers=4), (modality,))
-    added = _moextend_runs.add(ground, run, extender)
+    added = runs.add(ground, run, extender)
     assert gates == [(run.task, gate)]
     assert added == {"layers": (1, 3), "sources": ((copied,), (copied,))}
 
 
 def test_methods_that_are_compared_train_as_many_parameters(program):
-    import _moextend_runs
+    from studies.moextend import runs
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     text = program.Budget().text
@@ -208,9 +208,9 @@ def test_methods_that_are_compared_train_as_many_parameters(program):
         # Of code, as questions about pictures have a projector besides, which is frozen.
         run = program.Run(task="code", init="mean", **settings)
         model = OlmoeForCausalLM(config)
-        extender, _ = _moextend_runs.start(ground, run, model)
-        _moextend_runs.add(ground, run, extender)
-        return _moextend_runs.trained_parameters(model)
+        extender, _ = runs.start(ground, run, model)
+        runs.add(ground, run, extender)
+        return runs.trained_parameters(model)
 
     one = parameters(layers="interval")
     for method in ("lora", "all_tokens"):
@@ -243,20 +243,20 @@ def test_what_shares_a_learning_rate_computes_the_same_or_differs_in_layers_alon
 
 
 def test_what_a_step_costs_is_of_what_trains(program, tmp_path, monkeypatch):
-    import _moextend_cost
-    import _redundancy_cost
+    from studies import step_cost
+    from studies.moextend import step_cost as moextend_step_cost
     from support.model_zoo import make_model
 
-    monkeypatch.setattr(_redundancy_cost, "WARM_UP", 1)
-    monkeypatch.setattr(_redundancy_cost, "STEPS", 1)
+    monkeypatch.setattr(step_cost, "WARM_UP", 1)
+    monkeypatch.setattr(step_cost, "STEPS", 1)
     trained = {}
-    for method in _moextend_cost.METHODS:
+    for method in moextend_step_cost.METHODS:
         model = make_model("olmoe", num_hidden_layers=2, experts="grouped_mm")
         monkeypatch.setattr(
-            _moextend_cost, "load_text_model", lambda *_, model=model: (model, None)
+            moextend_step_cost, "load_text_model", lambda *_, model=model: (model, None)
         )
         before = {name: p.clone() for name, p in model.named_parameters()}
-        cost = _moextend_cost.cost_of(method, tmp_path)
+        cost = moextend_step_cost.cost_of(method, tmp_path)
         trained[method] = cost["trained_parameters"]
         assert cost["tokens_per_second"] > 0
         after = dict(model.named_parameters())
@@ -388,7 +388,7 @@ def test_right_answers_are_those_that_generation_writes(asking, pictures, tokeni
 def test_alignment_trains_the_projector_and_goes_on_from_a_checkpoint(
     asking, program, pictures, tokenizer, tmp_path
 ):
-    from _runs import Place
+    from shared.runs import Place
     from support.model_zoo import make_model
 
     from moe_kernels.moextend import ExpertExtender
@@ -552,18 +552,14 @@ def test_one_changed_logit_of_masked_training_is_told(program, page):
 
 
 def test_random_halves_come_twice_only_after_all_have_come(program):
-    import _moextend_runs
+    from studies.moextend import runs
 
-    there, draws = tuple(range(6)), _moextend_runs.DRAWS
-    drawn = [
-        tuple(_moextend_runs.chosen_layers(draw, there, seed))
-        for seed in range(5)
-        for draw in draws
-    ]
+    there, draws = tuple(range(6)), runs.DRAWS
+    drawn = [tuple(runs.chosen_layers(draw, there, seed)) for seed in range(5) for draw in draws]
     assert len(drawn) == len(set(drawn)) == 15
     assert all(len(set(half)) == 3 and list(half) == sorted(half) for half in drawn)
-    assert drawn[0] == tuple(_moextend_runs.chosen_layers("random-a", there, 0))
-    assert _moextend_runs.chosen_layers("top-half", there, 0) == "top-half"
+    assert drawn[0] == tuple(runs.chosen_layers("random-a", there, 0))
+    assert runs.chosen_layers("top-half", there, 0) == "top-half"
 
 
 def test_random_halves_are_averaged_within_a_seed(page):

@@ -23,16 +23,16 @@ def program():
 
 @pytest.fixture(scope="module")
 def page(program):
-    import _redundancy_page
+    from studies.redundancy import page
 
-    return _redundancy_page
+    return page
 
 
 @pytest.fixture(scope="module")
 def shared(program):
-    import _results_page
+    from studies import report
 
-    return _results_page
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ def tiny(program):
         heal_steps=2, dense_neurons=64, samples_per_caption=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        import _redundancy_cost
+        from studies import step_cost
 
         patch.setattr(program, "QUICK", budget)
         patch.setattr(program, "LEARNING_RATES", (1e-3,))
-        patch.setattr(_redundancy_cost, "ROUNDS", 1)
+        patch.setattr(step_cost, "ROUNDS", 1)
         yield
 
 
@@ -176,7 +176,7 @@ def test_every_run_of_a_table_is_one_that_is_made_and_described(program, page):
 
 
 def test_a_rate_that_diverges_is_not_chosen(program, tmp_path, monkeypatch):
-    import _sweep
+    from studies import sweep
 
     def measured(ground, run, lr, place):
         if lr == 1.0:
@@ -186,20 +186,20 @@ def test_a_rate_that_diverges_is_not_chosen(program, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "measure_run", measured)
     monkeypatch.setattr(program, "LEARNING_RATES", (1.0, 2.0, 5.0, 4.0))
     made = program.program_for(None, "", None)
-    tuned = _sweep.Sweep(made, program.QUICK, tmp_path).tune(["plora", "rows"])
+    tuned = sweep.Sweep(made, program.QUICK, tmp_path).tune(["plora", "rows"])
     for losses in tuned.values():
         assert losses == {"1": math.inf, "2": math.inf, "5": 5.0, "4": 4.0}
         assert min(losses, key=losses.get) == "4"
 
 
 def test_an_interrupted_stage_is_not_taken_for_another_rate(program, tmp_path):
-    import _runs
+    from shared import runs
 
     def build(place):
         (place.folder / "begun").touch()
         raise KeyboardInterrupt
 
-    stages = _runs.Stages(tmp_path)
+    stages = runs.Stages(tmp_path)
     for rate in (0.001, 0.003):
         with pytest.raises(KeyboardInterrupt):
             stages.run(f"tune-{rate:g}", {"lr": rate}, build)
@@ -210,7 +210,7 @@ def test_memory_is_that_of_the_process_and_not_of_its_parent(program):
     """The peak of a large parent, which getrusage hands on, is not counted."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from _redundancy_cost import peak_bytes, reset_peak\n"
+        "from studies.step_cost import peak_bytes, reset_peak\n"
         "before = reset_peak(); taken = bytearray(64 << 20)\n"
         "del taken; print(peak_bytes() - before)"
     )
@@ -222,7 +222,7 @@ def test_memory_is_that_of_the_process_and_not_of_its_parent(program):
 
 
 def test_added_rows_learn_at_the_rate_that_the_run_says(program):
-    import _redundancy_runs as runs
+    from studies.redundancy import runs
     from support.model_zoo import make_model
 
     from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
@@ -255,10 +255,10 @@ def test_a_page_does_not_lose_runs_to_a_smaller_sweep(program, tmp_path, capsys,
     assert "plora of seed 7" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
     # Without --results it goes where the runs are.
-    import _sweep
+    from studies import sweep
 
-    monkeypatch.setattr(_sweep, "RESULTS", tmp_path)
-    monkeypatch.setattr(_sweep.Sweep, "everything", lambda *_: {"runs": {}})
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
+    monkeypatch.setattr(sweep.Sweep, "everything", lambda *_: {"runs": {}})
     monkeypatch.setattr(program, "write_page", lambda file, folder: None)
     assert program.main(command) == 0
     assert json.loads((tmp_path / "out" / "redundancy.json").read_text()) == {"runs": {}}

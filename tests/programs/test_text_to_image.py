@@ -96,9 +96,9 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
 def test_stopped_while_teaching_it_ends_with_the_same_bits(
     program, command, finished, tmp_path, monkeypatch
 ):
-    import _runs
+    from shared import runs
 
-    original = _runs.Monitor.on_step_end
+    original = runs.Monitor.on_step_end
 
     def stop(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
@@ -106,7 +106,7 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
             control.should_save = control.should_training_stop = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(_runs.Monitor, "on_step_end", stop)
+        patch.setattr(runs.Monitor, "on_step_end", stop)
         assert program.main([*command, "--out", str(tmp_path)]) == 130
     (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-3")
     assert not (checkpoint / "model.safetensors").exists(), "the frozen base is in a checkpoint"
@@ -121,9 +121,9 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     program, command, tmp_path, monkeypatch, capsys
 ):
-    import _runs
+    from shared import runs
 
-    original = _runs.Trainer.training_step
+    original = runs.Trainer.training_step
 
     def broken(self, *args, **kwargs):
         loss = original(self, *args, **kwargs)
@@ -132,9 +132,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     def save_often(*args, **kwargs):
         return arguments(*args, **kwargs | {"save_steps": 1})
 
-    arguments = _runs.TrainingArguments
-    monkeypatch.setattr(_runs, "TrainingArguments", save_often)
-    monkeypatch.setattr(_runs.Trainer, "training_step", broken)
+    arguments = runs.TrainingArguments
+    monkeypatch.setattr(runs, "TrainingArguments", save_often)
+    monkeypatch.setattr(runs.Trainer, "training_step", broken)
     assert program.main([*command, "--out", str(tmp_path)]) == 1
     assert "step 3" in capsys.readouterr().out
     (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-2")
@@ -146,9 +146,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(
     program, command, tmp_path, monkeypatch, capsys
 ):
-    import _runs
+    from shared import runs
 
-    original = _runs.Monitor.on_step_end
+    original = runs.Monitor.on_step_end
 
     def poison(self, args, state, control, model=None, **kwargs):
         original(self, args, state, control, model=model, **kwargs)
@@ -157,7 +157,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(
             parameter.data.flatten()[0] = float("nan")
             control.should_save = True
 
-    monkeypatch.setattr(_runs.Monitor, "on_step_end", poison)
+    monkeypatch.setattr(runs.Monitor, "on_step_end", poison)
     assert program.main([*command, "--out", str(tmp_path)]) == 1
     assert "not finite" in capsys.readouterr().out
     assert not list(tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-2"))
@@ -278,7 +278,7 @@ def test_experts_that_grouped_mm_cannot_take(program, command, tmp_path):
 
 
 def test_emoji_are_read_by_category(program, tmp_path):
-    import _pictures
+    from shared import pictures
 
     (tmp_path / "img" / "twitter" / "64").mkdir(parents=True)
     entries = []
@@ -288,14 +288,14 @@ def test_emoji_are_read_by_category(program, tmp_path):
         entry = {"name": f"NAME {index}", "category": category, "image": f"{index}.png"}
         entries.append(entry | {"has_img_twitter": True})
     (tmp_path / "emoji.json").write_text(json.dumps(entries))
-    found = _pictures.emoji(tmp_path, 16, ["Food & Drink"])
+    found = pictures.emoji(tmp_path, 16, ["Food & Drink"])
     assert found.names == ("name 0", "name 2") and found.images.shape == (2, 16, 16, 3)
     assert found.images[0, 8, 8].tolist() == [200, 0, 0]
     assert found.images[1].min() == 255, "what is transparent lies on white"
     with pytest.raises(ValueError, match="no emoji category"):
-        _pictures.emoji(tmp_path, 16, ["Nothing"])
+        pictures.emoji(tmp_path, 16, ["Nothing"])
     with pytest.raises(ValueError, match="npm pack"):
-        _pictures.emoji(tmp_path / "img", 16)
+        pictures.emoji(tmp_path / "img", 16)
 
 
 def test_a_dense_model_is_refused_before_any_work(program, command, tmp_path, capsys):

@@ -6,7 +6,7 @@ from support.programs import imported
 
 @pytest.fixture(scope="module")
 def texts():
-    with imported("_texts") as module:
+    with imported("shared.texts") as module:
         yield module
 
 

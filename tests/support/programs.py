@@ -20,8 +20,10 @@ def imported(name):
         yield importlib.import_module(name)
     finally:
         sys.path.remove(str(PROGRAMS))
-        for file in PROGRAMS.glob("*.py"):
-            sys.modules.pop(file.stem, None)
+        for module in list(sys.modules):
+            file = getattr(sys.modules[module], "__file__", None)
+            if file and PROGRAMS in Path(file).parents:
+                del sys.modules[module]
 
 
 def save_byte_tokenizer(folder):

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _runs import console, save_figure, write_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from moe_kernels.moextend import LayerScores, plot_layer_scores
+from shared.runs import console, save_figure, write_text
 
 _COLUMNS = 4
 _RIGHT, _WRONG = "tab:green", "tab:red"
@@ -57,7 +57,7 @@ projector = ExpertExtender(model).projector()    # it came with the adapter
 ```
 
 The figures of "experts tuned" are of a model that was loaded so. `load_encoder({encoder!r})` of
-`python/_questions.py` gives the frozen encoder.
+`python/shared/questions.py` gives the frozen encoder.
 """
 
 

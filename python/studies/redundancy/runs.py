@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _pictures import CaptionedPictures, digits, emoji
-from _runs import Place, Stages, load_causal_lm, mean_nll, train
-from _text_model import TextModelSettings, load_text_model, pretrain
-from _text_to_image import (
+from shared.pictures import CaptionedPictures, digits, emoji
+from shared.runs import Place, Stages, load_causal_lm, mean_nll, train
+from shared.text_model import TextModelSettings, load_text_model, pretrain
+from shared.text_to_image import (
     CaptionReader,
     Painter,
     TokenizedPictures,
@@ -21,7 +21,7 @@ from _text_to_image import (
     record_routing,
     text_logits,
 )
-from _texts import documentation, text_blocks
+from shared.texts import documentation, text_blocks
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase

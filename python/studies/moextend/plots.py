@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from _moextend_figures import METHODS, SCORED, forgotten, layer_scores, since_start, tried_rates
-from _results_page import Results, interval, present, values
-from _runs import save_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from shared.runs import save_figure
 
 from moe_kernels.moextend import plot_layer_scores
+from studies.moextend.figures import (
+    METHODS,
+    SCORED,
+    forgotten,
+    layer_scores,
+    since_start,
+    tried_rates,
+)
+from studies.report import Results, interval, present, values
 
 
 def plot_layers(data: Results) -> Figure:

@@ -11,9 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from _pictures import DIGITS, CaptionedPictures, digits, emoji
-from _runs import Place, mean_nll, train, write_text
-from _texts import PARTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids, padding_id
 from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
+from shared.pictures import DIGITS, CaptionedPictures, digits, emoji
+from shared.runs import Place, mean_nll, train, write_text
+from shared.texts import PARTS
 
 NUMBERS = (
     *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _redundancy_plots import RANKS, draw_pictures
-from _results_page import (
+from scipy import stats
+from shared.runs import write_text
+
+from moe_kernels.analysis import ExpertRedundancy, RoutingStatistics
+from studies.redundancy.plots import RANKS, draw_pictures
+from studies.report import (
     FAILS,
     HOLDS,
     UNDECIDED,
@@ -35,10 +39,6 @@ from _results_page import (
     verdict_on,
     verdicts,
 )
-from _runs import write_text
-from scipy import stats
-
-from moe_kernels.analysis import ExpertRedundancy, RoutingStatistics
 
 NAME = "redundancy"
 # Nats a token of the running mean of the training loss; "steps to a fixed loss" is to this one.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from _moextend_runs import DRAWS
-from _results_page import Results, present, test_nll
 
 from moe_kernels.moextend import LayerScores
+from studies.moextend.runs import DRAWS
+from studies.report import Results, present, test_nll
 
 NAME = "moextend"
 METHODS = {

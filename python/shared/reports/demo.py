@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import console, save_figure
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from moe_kernels.analysis import RoutingStatistics, plot_expert_load
 from moe_kernels.imaging import SampleRow, plot_samples
+from shared.runs import console, save_figure
 
 RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from _moextend_figures import RANDOM, at_step_0, forgotten, grounds, since_start
-from _moextend_runs import LORA_RANKS
-from _results_page import (
+
+from studies.moextend.figures import RANDOM, at_step_0, forgotten, grounds, since_start
+from studies.moextend.runs import LORA_RANKS
+from studies.report import (
     FAILS,
     HOLDS,
     Results,

@@ -9,8 +9,6 @@ from typing import Any
 
 import tokenizers
 import torch
-from _runs import Place, last_checkpoint, mean_nll, train
-from _texts import documentation, text_blocks
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -20,6 +18,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from shared.runs import Place, last_checkpoint, mean_nll, train
+from shared.texts import documentation, text_blocks
 
 
 @dataclass(frozen=True)

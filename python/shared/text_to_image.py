@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from _pictures import CaptionedPictures
-from _runs import mean_nll
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import (
@@ -31,6 +29,8 @@ from moe_kernels.imaging import (
     nearest_distances,
     padding_id,
 )
+from shared.pictures import CaptionedPictures
+from shared.runs import mean_nll
 
 # So many real pictures of every caption are needed before a classifier is trained to read them.
 _PICTURES_TO_READ = 10

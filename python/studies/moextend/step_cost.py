@@ -1,8 +1,8 @@
 """What a training step costs with added experts: one method in a process of its own.
 
-    python python/_moextend_cost.py gated MODEL_FOLDER    # prints one line of JSON
+    PYTHONPATH=python python -m studies.moextend.step_cost gated MODEL_FOLDER
 
-moextend.py runs it for each method in turn, several times.
+It prints one line of JSON. moextend.py runs it for each method in turn, several times.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _moextend_runs import train_base_experts
-from _redundancy_cost import BATCH, cost_of_steps, reset_peak
-from _text_model import load_text_model
+from shared.text_model import load_text_model
 
 from moe_kernels.moextend import ExpertExtender, join_features_and_text
+from studies.moextend.runs import train_base_experts
+from studies.step_cost import BATCH, cost_of_steps, reset_peak
 
 # The first one is what the others are compared with.
 METHODS = ("gated", "published", "experts", "full")

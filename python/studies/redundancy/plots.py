@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from _results_page import Results, present, test_nll, values
-from _runs import save_figure
 from matplotlib.figure import Figure
+from shared.runs import save_figure
 
 from moe_kernels.analysis import (
     ExpertRedundancy,
@@ -18,6 +17,7 @@ from moe_kernels.analysis import (
     plot_specialisation,
 )
 from moe_kernels.imaging import PatchTokenizer
+from studies.report import Results, present, test_nll, values
 
 RANKS = ("rank-4", "plora", "rank-32", "rank-128")
 _SINGLE = {

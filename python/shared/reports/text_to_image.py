@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from _runs import console
 from matplotlib.figure import Figure
 from rich.table import Table
+
+from shared.runs import console
 
 
 def plot_training(history: dict[str, Any]) -> Figure:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _pictures import DIGITS
-from _questions import (
+from shared.pictures import DIGITS
+from shared.questions import (
     EncodedPictures,
     EncoderSettings,
     QuestionSet,
@@ -29,17 +29,17 @@ from _questions import (
     load_encoded,
     train_encoder,
 )
-from _redundancy_runs import trained_parameters
-from _runs import Place, Stages, mean_nll, train
-from _text_model import TextModelSettings, load_text_model, pretrain
-from _text_to_image import compare_text, text_logits, text_nll
-from _texts import documentation, source_code, text_blocks
+from shared.runs import Place, Stages, mean_nll, train
+from shared.text_model import TextModelSettings, load_text_model, pretrain
+from shared.text_to_image import compare_text, text_logits, text_nll
+from shared.texts import documentation, source_code, text_blocks
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.moextend import ExpertExtender, LayerScores
+from studies.redundancy.runs import trained_parameters
 
 KINDS = ("digit", "sum")
 # Who may choose added experts: tokens of pictures, all tokens of a sequence, or every token. Source

@@ -1,6 +1,6 @@
 """What a training step costs: one method in a process of its own, so that its peak memory is its.
 
-    python python/_redundancy_cost.py plora MODEL_FOLDER    # prints one line of JSON
+    PYTHONPATH=python python -m studies.step_cost plora MODEL_FOLDER    # prints one line of JSON
 
 redundancy.py runs it for each method in turn, several times.
 """
@@ -8,6 +8,7 @@ redundancy.py runs it for each method in turn, several times.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _text_model import load_text_model
+from shared.text_model import load_text_model
 from transformers import PreTrainedModel
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
@@ -26,17 +27,25 @@ METHODS = ("plora", "peft", "full")
 ROUNDS, WARM_UP, STEPS = 3, 3, 15
 BATCH, CAPTION, CODES = 16, 8, 49
 _ADDED = 66
+_PROGRAMS = Path(__file__).parents[1]
 
 
 def measure_cost(
-    folder: Path, program: str = __file__, methods: Sequence[str] = METHODS
+    folder: Path, program: str = "studies.step_cost", methods: Sequence[str] = METHODS
 ) -> dict[str, list[dict[str, float]]]:
-    """For each method what the program prints in every round; rounds interleave the methods."""
+    """Run a program (a module's name) for each method in every round; return what it prints.
+
+    Rounds interleave the methods.
+    """
+    path = os.pathsep.join(filter(None, [str(_PROGRAMS), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     results: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for _ in range(ROUNDS):
         for method in methods:
-            command = [sys.executable, program, method, str(folder)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            command = [sys.executable, "-m", program, method, str(folder)]
+            output = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=environment
+            ).stdout
             results[method].append(json.loads(output.splitlines()[-1]))
     return results
 

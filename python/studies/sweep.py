@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import transformers
-from _runs import Place, Stages, console, exit_code, write_text
 from rich.table import Table
+from shared.runs import Place, Stages, console, exit_code, write_text
 
 import moe_kernels
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 1000
 # Other processors and numbers of threads round in another order, which training makes larger.

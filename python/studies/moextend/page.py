@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _moextend_figures import (
+from scipy import stats
+from shared.runs import write_text
+
+from moe_kernels.moextend import LayerScores
+from studies.moextend.figures import (
     CALIBRATIONS,
     CODE,
     COST,
@@ -36,9 +40,9 @@ from _moextend_figures import (
     words,
     words_lost,
 )
-from _moextend_intro import heading
-from _moextend_plots import draw_pictures
-from _results_page import (
+from studies.moextend.intro import heading
+from studies.moextend.plots import draw_pictures
+from studies.report import (
     FAILS,
     HOLDS,
     OUTCOMES,
@@ -59,10 +63,6 @@ from _results_page import (
     verdict_on,
     verdicts,
 )
-from _runs import write_text
-from scipy import stats
-
-from moe_kernels.moextend import LayerScores
 
 
 def patching(result: Results) -> float:

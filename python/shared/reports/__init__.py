@@ -1,0 +1,1 @@
+"""Reports that single programs write when they are done."""
