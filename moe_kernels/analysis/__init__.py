@@ -1,4 +1,4 @@
-"""Which experts serve which modality, how alike they are, and plots of both."""
+"""Routing statistics by modality, redundancy of experts, and plots of both."""
 
 from moe_kernels.analysis.plots import (
     plot_divergence,

@@ -1,6 +1,7 @@
-"""Routing and redundancy as pictures; needs matplotlib.
+"""Plots of routing and of expert redundancy; needs matplotlib.
 
-Every function returns its figure, and writes it to ``path`` (png, pdf, svg by its name) if given.
+Every function returns its figure. With ``path`` it also writes the figure to that file, in the
+format that the file name's suffix names (png, pdf, svg).
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ def plot_expert_load(
     modalities: Sequence[str] | None = None,
     title: str = "Expert load by layer",
 ) -> Figure:
-    """A heat map, layer x expert, for each modality, on one colour scale.
+    """Draw one heat map of expert load (layer x expert) for each modality, on one colour scale.
 
-    Beside them, of two modalities, the divergence between them by layer.
+    With two modalities, another panel shows the divergence between them by layer.
 
     Args:
-        statistics: what a recorder saw.
-        path: of the file to write.
-        modalities: one or two of them; default: the first two that were seen.
-        title: over everything.
+        statistics: counts of a recorder.
+        path: the file to write; None: none.
+        modalities: one or two names; default: the first two that have rows in ``statistics``.
+        title: title of the figure.
     """
     modalities = tuple(modalities or statistics.seen()[:2])
     load = statistics.load() * torch.tensor(statistics.num_experts).view(-1, 1, 1)
     load = load.masked_fill(~statistics.exists().unsqueeze(1), torch.nan)
-    two = len(modalities) == 2
-    figure, panels = _layer_panels(len(statistics.layers), [3] * len(modalities) + [2] * two)
+    is_pair = len(modalities) == 2
+    figure, panels = _layer_panels(len(statistics.layers), [3] * len(modalities) + [2] * is_pair)
     highest = float(load.nan_to_num().max())
     for panel, name in zip(panels, modalities, strict=False):
         values = load[:, statistics.modalities.index(name)]
@@ -55,7 +56,7 @@ def plot_expert_load(
     figure.colorbar(
         image, ax=panels[: len(modalities)], label="load / even load", shrink=0.9, pad=0.02
     )
-    if two:
+    if is_pair:
         divergence = statistics.divergence(*modalities).tolist()
         panels[-1].barh(range(len(divergence)), divergence, color=_ORANGE)
         panels[-1].set(
@@ -73,22 +74,23 @@ def plot_specialisation(
     modalities: tuple[str, str] = ("text", "image"),
     title: str = "Specialisation of the experts",
 ) -> Figure:
-    """Layer x expert: 0 serves the first modality only, 1 the second only, 0.5 both alike.
+    """Draw a heat map of specialisation (layer x expert), and a bar chart of expert kinds by layer.
 
-    Unused experts (as :meth:`RoutingStatistics.expert_kinds` counts them) are grey. Beside it, how
-    many experts of each layer are of each kind.
+    A specialisation of 0 means that the expert serves the first modality only, 1 the second only,
+    0.5 both equally. Unused experts are grey. The kinds are those of
+    :meth:`RoutingStatistics.expert_kinds`.
 
     Args:
-        statistics: what a recorder saw.
-        path: of the file to write.
-        modalities: the first and the second.
-        title: over everything.
+        statistics: counts of a recorder.
+        path: the file to write; None: none.
+        modalities: the first and the second modality.
+        title: title of the figure.
     """
     first, second = modalities
     values = statistics.specialisation(first, second)
     values = values.masked_fill(statistics.unused(first, second), torch.nan)
     figure, (panel, counts) = _layer_panels(len(statistics.layers), (5, 3))
-    image = _heat_map(panel, values, "RdBu_r", 1.0)  # white in the middle, so grey is free
+    image = _heat_map(panel, values, "RdBu_r", 1.0)  # has no grey, so grey can mean unused
     bar = figure.colorbar(image, ax=panel, ticks=[0, 0.5, 1], shrink=0.9, pad=0.02)
     bar.ax.set_yticklabels([f"{first} only", "both alike", f"{second} only"])
     kinds = statistics.expert_kinds(first, second)
@@ -107,7 +109,7 @@ def plot_specialisation(
         left = left + number
     counts.set(xlabel="experts", xlim=(0, statistics.counts.shape[-1]))
     counts.xaxis.get_major_locator().set_params(integer=True)
-    # Under the panel: anywhere inside it, it would cover bars.
+    # Above the panel, since a legend inside it would cover bars.
     counts.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False,
         columnspacing=1.0, handlelength=1.2,
@@ -123,25 +125,25 @@ def plot_divergence(
     modalities: tuple[str, str] = ("text", "image"),
     title: str | None = None,
 ) -> Figure:
-    """Jensen-Shannon divergence of two modalities' loads, by layer.
+    """Draw the Jensen-Shannon divergence of two modalities' loads against the layer.
 
     Args:
-        statistics: what a recorder saw; or several such by their label, as {"before": ...,
-            "after": ...}.
-        path: of the file to write.
-        modalities: between which.
-        title: over it; default: which modalities.
+        statistics: counts of a recorder, or several of them by label, such as
+            ``{"before": ..., "after": ...}``: one line each.
+        path: the file to write; None: none.
+        modalities: the two modalities to compare.
+        title: title of the figure; default: the names of the modalities.
     """
-    several = statistics if isinstance(statistics, Mapping) else {"": statistics}
-    layers = _same_layers(several)
+    by_label = statistics if isinstance(statistics, Mapping) else {"": statistics}
+    layers = _same_layers(by_label)
     figure, panel = _line_panel(len(layers))
     highest = 0.1
-    for label, one in several.items():
-        divergence = one.divergence(*modalities)
+    for label, labelled in by_label.items():
+        divergence = labelled.divergence(*modalities)
         highest = max(highest, float(divergence.max()))
         _line(panel, divergence, label)
     panel.set(ylim=(0, min(1.02, 1.15 * highest)), ylabel="Jensen-Shannon divergence (bits)")
-    _label_columns(panel, layers, legend=len(several) > 1)
+    _label_columns(panel, layers, legend=len(by_label) > 1)
     return _finish(figure, title or f"Routing of {modalities[0]} against {modalities[1]}", path)
 
 
@@ -152,28 +154,30 @@ def plot_redundancy(
     *,
     title: str | None = None,
 ) -> Figure:
-    """Mean similarity of two different experts by layer, before and after; least to most, shaded.
+    """Draw the mean similarity of two different experts by layer, before and after training.
+
+    The shaded band reaches from the least similar to the most similar pair.
 
     Args:
-        before: of a model.
-        after: of the same one later; None: one line.
-        path: of the file to write.
-        title: over it; default: the modality.
+        before: redundancy of a model.
+        after: redundancy of the same model later; None: one line only.
+        path: the file to write; None: none.
+        title: title of the figure; default: the modality.
 
     Raises:
-        ValueError: the two are of other layers, modality or metric.
+        ValueError: the two differ in their layers, modality or metric.
     """
-    several = {"before": before} | ({} if after is None else {"after": after})
-    layers = _same_layers(several)
-    kinds = {(one.modality, one.metric) for one in several.values()}
+    by_label = {"before": before} | ({} if after is None else {"after": after})
+    layers = _same_layers(by_label)
+    kinds = {(redundancy.modality, redundancy.metric) for redundancy in by_label.values()}
     if len(kinds) > 1:
-        raise ValueError(f"before and after are of different modality or metric: {kinds}")
+        raise ValueError(f"before and after have different modality or metric: {kinds}")
     figure, panel = _line_panel(len(layers))
-    for (label, one), color in zip(several.items(), (_BLUE, _ORANGE), strict=False):
-        mean = one.mean()
+    for (label, redundancy), color in zip(by_label.items(), (_BLUE, _ORANGE), strict=False):
+        mean = redundancy.mean()
         name = "" if after is None else f"{label}, "
         _line(panel, mean, f"{name}mean {mean.nanmean():.3f}", color=color)
-        low, high = one.extremes()
+        low, high = redundancy.extremes()
         panel.fill_between(range(len(layers)), low.tolist(), high.tolist(), color=color, alpha=0.12)
     metric = {"cka": "debiased linear CKA", "cosine": "cosine"}[before.metric]
     panel.set(ylabel=f"{metric} of two experts' outputs")
@@ -182,15 +186,18 @@ def plot_redundancy(
     return _finish(figure, title or f"Redundancy of experts on {before.modality} rows", path)
 
 
-def _same_layers(several: Mapping[str, RoutingStatistics | ExpertRedundancy]) -> tuple[str, ...]:
-    layers = {one.layers for one in several.values()}
+def _same_layers(by_label: Mapping[str, RoutingStatistics | ExpertRedundancy]) -> tuple[str, ...]:
+    layers = {labelled.layers for labelled in by_label.values()}
     if len(layers) != 1:
-        raise ValueError("what is drawn into one plot must be of the same layers")
+        raise ValueError(
+            f"one plot needs the same layers in all of {', '.join(map(repr, by_label))}; got "
+            f"{len(layers)} different lists of layers"
+        )
     return layers.pop()
 
 
 def _layer_panels(layers: int, widths: Sequence[float]) -> tuple[Figure, Sequence[Axes]]:
-    """Panels side by side, the layers downwards."""
+    """Return a figure with panels side by side, tall enough for a row per layer."""
     # Not pyplot: it would choose a display backend and keep the figure alive.
     from matplotlib.figure import Figure
 
@@ -202,7 +209,7 @@ def _layer_panels(layers: int, widths: Sequence[float]) -> tuple[Figure, Sequenc
 
 
 def _line_panel(layers: int) -> tuple[Figure, Axes]:
-    """One panel, the layers from left to right."""
+    """Return a figure with one panel, wide enough for a column per layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(5.5, min(0.3 * layers + 2.5, 12)), 3.8), layout="constrained")
@@ -210,7 +217,7 @@ def _line_panel(layers: int) -> tuple[Figure, Axes]:
 
 
 def _heat_map(panel: Axes, values: torch.Tensor, colormap: str, highest: float) -> ScalarMappable:
-    """(L, E), from 0 to highest; NaN is grey."""
+    """Draw (L, E) values on a colour scale from 0 to ``highest``; NaN is grey."""
     import matplotlib
 
     colors = matplotlib.colormaps[colormap].with_extremes(bad=_GREY)
@@ -244,13 +251,16 @@ def _label_columns(panel: Axes, layers: Sequence[str], *, legend: bool) -> None:
 
 
 def _layer_numbers(layers: Sequence[str]) -> list[str]:
-    """As in the modules' names, "model.layers.3.mlp": dense layers between them are left out."""
+    """Return the layer numbers within module names: "3" of "model.layers.3.mlp".
+
+    Positions in the list would be wrong in a model that has dense layers between sparse ones.
+    """
     numbers = [re.findall(r"(?<=\.)\d+(?=\.|$)", name) for name in layers]
-    return [found[0] if found else str(place) for place, found in enumerate(numbers)]
+    return [found[0] if found else str(index) for index, found in enumerate(numbers)]
 
 
 def _ticks(count: int) -> range:
-    """At most so many that their labels do not touch."""
+    """Return evenly spaced ticks, few enough that their labels do not touch."""
     return range(0, count, 1 << ((count - 1) // _MOST_TICKS).bit_length())
 
 

@@ -1,4 +1,4 @@
-"""Counting, while a model runs, which experts its routers choose for rows of each modality."""
+"""A recorder that counts the experts chosen for rows of each modality while a model runs."""
 
 from __future__ import annotations
 
@@ -14,30 +14,36 @@ from moe_kernels.analysis.statistics import RoutingStatistics
 
 
 class RoutingRecorder:
-    """While open, sums up the choices of every router of ``model``, in constant memory.
+    """Context manager that sums the choices of every router of ``model``, in constant memory.
 
         with torch.no_grad(), RoutingRecorder(model) as recorder:
             model(input_ids=..., attention_mask=...)
         recorder.statistics().divergence("text", "image")
 
-    The modality of each row is, in this order: what ``observe`` was given for this forward; the
-    call's own ``modality_ids``; ``modality_of(input_ids)``; that of the token's id in a model that
-    :func:`moe_kernels.patch_model` has patched; in any other model the base modality. Padding (-1,
-    or 0 in a 2-D ``attention_mask``) is not counted. Routers are the ``gate`` or ``router`` of
-    every module that has ``experts``; their forward returns (logits, scores, indices), one row for
-    each token. Under activation checkpointing a forward runs twice and counts twice: record without
-    gradients. Nothing synchronises with a GPU; modality ids are checked on the CPU, and on a GPU
-    with ``MOE_KERNELS_CHECK=1`` (else ids without a name are not counted).
+    The modality of a forward's rows comes from the first of these that is available:
+
+    1. the ids passed to ``observe`` before this forward;
+    2. the ``modality_ids`` argument of the call;
+    3. ``modality_of(input_ids)``;
+    4. the token ids, in a model that :func:`moe_kernels.patch_model` has patched;
+    5. the base modality, in any other model.
+
+    Padding (-1, or 0 in a 2-D ``attention_mask``) is not counted. The routers are the ``gate`` or
+    ``router`` of every module that has ``experts``; their forward must return (logits, scores,
+    indices) with one row per token. Activation checkpointing runs a forward twice and would count
+    it twice, so record without gradients. Nothing synchronises with a GPU. Modality ids are checked
+    on the CPU, and on a GPU only with ``MOE_KERNELS_CHECK=1``; unchecked ids that have no name are
+    not counted.
 
     Args:
         model: any Mixture of Experts of transformers, patched or not, wrapped (DDP) or not.
         modality_of: (B, S) token ids -> (B, S) modality ids; see :func:`modality_by_token_id`.
-        modalities: their names, the base modality first. Default: "text", then those that a patched
-            model was patched for, or "image" beside a ``modality_of``.
+        modalities: names of the modalities, the base modality first. Default: "text", followed by
+            the modalities of a patched model, or by "image" if ``modality_of`` is passed.
 
     Raises:
-        ValueError: the model has no router; in a forward: the modality of its rows is unknown, or
-            of another shape than its tokens, or without a name.
+        ValueError: the model has no router. In a forward: the modality of the rows is unknown, its
+            shape differs from that of the tokens, or an id has no name.
     """
 
     def __init__(
@@ -48,8 +54,8 @@ class RoutingRecorder:
         modalities: Sequence[str] | None = None,
     ):
         self.model = model
-        self._rows_of = RowModality(model, modality_of, modalities)
-        self.modalities = self._rows_of.names
+        self._row_modality = RowModality(model, modality_of, modalities)
+        self.modalities = self._row_modality.names
         self._blocks = find_moe_blocks(model)
         self._counts: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
@@ -59,7 +65,7 @@ class RoutingRecorder:
     def __enter__(self) -> RoutingRecorder:
         if self._hooks is not None:
             raise RuntimeError("this recorder is open already")
-        self._hooks = watch_routers(self._blocks, self._rows_of, self._add)
+        self._hooks = watch_routers(self._blocks, self._row_modality, self._add)
         return self
 
     def __exit__(
@@ -72,11 +78,15 @@ class RoutingRecorder:
         hooks.__exit__(kind, error, trace)
 
     def observe(self, modality_ids: Tensor) -> None:
-        """Gives the modality of the next forward's rows, (B, S) or (B * S,); -1: not counted."""
-        self._rows_of.observed = modality_ids
+        """Set the modality ids of the next forward's rows, (B, S) or (B * S,); -1: not counted."""
+        self._row_modality.observed = modality_ids
 
     def statistics(self) -> RoutingStatistics:
-        """Of everything seen so far."""
+        """Return the sums over all forwards so far.
+
+        Raises:
+            RuntimeError: no forward ran while the recorder was open.
+        """
         if not self._counts:
             raise RuntimeError("nothing was recorded: no forward ran while the recorder was open")
         layers = tuple(name for name in self._blocks if name in self._counts)
@@ -92,23 +102,23 @@ class RoutingRecorder:
 
     @torch.no_grad()
     def _add(self, layer: str, inputs: Tensor, logits: Tensor, indices: Tensor) -> None:
-        """inputs: (T, H); logits: (T, E); indices: (T, K)"""
-        kinds, experts, device = len(self.modalities), logits.shape[-1], logits.device
+        """Add the choices of one forward. inputs: (T, H); logits: (T, E); indices: (T, K)."""
+        modalities, experts, device = len(self.modalities), logits.shape[-1], logits.device
         if layer not in self._counts:
-            self._counts[layer] = torch.zeros(kinds, experts, dtype=torch.int64, device=device)
-            self._rows[layer] = torch.zeros(kinds, dtype=torch.int64, device=device)
-            self._entropy_sum[layer] = torch.zeros(kinds, dtype=torch.float64, device=device)
-        modality = self._rows_of.current.to(device, non_blocking=True)
-        # Padding goes to a bin behind the last modality, which is cut off. Neither boolean indexing
-        # nor bincount: both wait for the device.
-        bins = torch.where((modality < 0) | (modality >= kinds), kinds, modality)
+            self._counts[layer] = torch.zeros(modalities, experts, dtype=torch.int64, device=device)
+            self._rows[layer] = torch.zeros(modalities, dtype=torch.int64, device=device)
+            self._entropy_sum[layer] = torch.zeros(modalities, dtype=torch.float64, device=device)
+        modality = self._row_modality.current.to(device, non_blocking=True)
+        # Padding goes to an extra bin behind the last modality, which is dropped. Boolean indexing
+        # and bincount would be simpler, but both wait for the device.
+        bins = torch.where((modality < 0) | (modality >= modalities), modalities, modality)
         cells = (bins.unsqueeze(1) * experts + indices).flatten()
-        sums = torch.zeros((kinds + 1) * experts, dtype=torch.int64, device=device)
+        sums = torch.zeros((modalities + 1) * experts, dtype=torch.int64, device=device)
         sums.scatter_add_(0, cells, torch.ones_like(cells))
-        self._counts[layer] += sums[: kinds * experts].view(kinds, experts)
+        self._counts[layer] += sums[: modalities * experts].view(modalities, experts)
 
-        members = bins == torch.arange(kinds, device=device).unsqueeze(1)  # (kinds, T)
+        members = bins == torch.arange(modalities, device=device).unsqueeze(1)  # (M, T)
         self._rows[layer] += members.sum(1)
-        # entr(0) is 0: a router may shut an expert off with a logit of -inf.
+        # A router may exclude an expert by a logit of -inf: entr(0) is 0, but 0 * log(0) is NaN.
         entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1)
         self._entropy_sum[layer] += torch.where(members, entropy, 0.0).sum(1)

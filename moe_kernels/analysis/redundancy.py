@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are: similarity of their outputs on the same inputs."""
+"""Redundancy of the experts of a layer: similarity of their outputs on the same inputs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_kernels.analysis.rows import RowModality, find_moe_blocks, watch_routers
+from moe_kernels.init.sampling import smallest_keys
+from moe_kernels.modes import evaluating
 
 METRICS = ("cka", "cosine")
 _FEWEST_ROWS = {"cka": 4, "cosine": 1}
-# Of the float64 outputs of all experts that are held at once for cosines: 64 MiB.
+# Elements of the float64 outputs that the cosine metric holds at once for all experts: 64 MiB.
 _CHUNK_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
 class ExpertRedundancy:
-    """Pairwise similarity of the routed experts of every layer. E experts, by layer.
+    """Pairwise similarity of the routed experts of every layer.
 
     Attributes:
         metric: "cka" (debiased) or "cosine".
-        modality: whose rows the experts were compared on.
-        rows: how many.
+        modality: the modality whose rows the experts were compared on.
+        rows: number of these rows.
         layers: names of the L layers.
-        similarity: for each layer (E, E) float64, symmetric. NaN beside an expert that gives the
-            same output for every row, where "cka" says nothing.
+        similarity: one symmetric (E, E) float64 matrix per layer, E the layer's number of experts.
+            With "cka", the row and column of an expert that gives the same output for every row
+            are NaN, since CKA is undefined there.
     """
 
     metric: str
@@ -39,23 +42,23 @@ class ExpertRedundancy:
     similarity: tuple[Tensor, ...]
 
     def mean(self) -> Tensor:
-        """The mean similarity of two different experts, (L,) float64; NaN entries left out."""
+        """Return the mean similarity of two different experts, (L,) float64; NaN is left out."""
         return torch.stack([pairs.mean() for pairs in self._pairs()])
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest similarity of two different experts, each (L,) float64."""
+        """Return the least and greatest similarity of two different experts, each (L,) float64."""
         pairs = list(self._pairs())
         return torch.stack([p.min() for p in pairs]), torch.stack([p.max() for p in pairs])
 
     def _pairs(self) -> Iterator[Tensor]:
-        """For each layer the similarities of two different experts that are known."""
+        """Yield each layer's similarities of two different experts, without NaN."""
         for matrix in self.similarity:
             above = matrix[torch.ones_like(matrix, dtype=torch.bool).triu(1)]
             known = above[~above.isnan()]
             yield known if len(known) else above.new_full((1,), torch.nan)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON; None for NaN."""
+        """Return the fields as plain lists, for JSON; NaN becomes None."""
         return {
             "metric": self.metric,
             "modality": self.modality,
@@ -83,25 +86,26 @@ class ExpertRedundancy:
 
 
 def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
-    """Linear centred kernel alignment of two representations of the same n rows.
+    """Return the linear centred kernel alignment of two representations of the same n rows.
 
-    ||Yc^T Xc||_F^2 / (||Xc^T Xc||_F ||Yc^T Yc||_F), c: columns centred (Kornblith et al., arXiv
-    1905.00414), computed from the (n, n) Gram matrices, which give the same number. It does not
-    change under orthogonal maps and isotropic scaling of either side.
+    ||Yc^T Xc||_F^2 / (||Xc^T Xc||_F ||Yc^T Yc||_F), where c means centred columns (Kornblith et
+    al., arXiv 1905.00414). It is computed from the (n, n) Gram matrices, which give the same
+    number. It does not change under orthogonal maps and isotropic scaling of either side.
 
-    Few rows raise it: for independent noise of d columns it is about d / (d + n), not 0.
-    ``debiased`` puts the unbiased estimator of HSIC (Song et al. 2012; used so by Nguyen et al.,
-    arXiv 2010.15327) into its three places: about 0 there, so it can be a little negative.
+    Few rows bias it upwards: for independent noise of d columns it is about d / (d + n), not 0.
+    ``debiased`` replaces the three norms by the unbiased estimator of HSIC (Song et al. 2012; used
+    this way by Nguyen et al., arXiv 2010.15327). It is then about 0 for noise, and can be slightly
+    negative.
 
     Args:
         x: (n, d1), float; summed in float64.
-        y: (n, d2).
-        debiased: needs n >= 4, else n >= 2.
+        y: (n, d2), the same.
+        debiased: use the unbiased estimator, which needs n >= 4 (otherwise n >= 2).
 
     Raises:
-        TypeError: not floating.
-        ValueError: other shapes, too few rows, values that are not finite, or a side whose rows are
-            all the same.
+        TypeError: x or y is not floating.
+        ValueError: the shapes differ, there are too few rows, values are not finite, or all rows of
+            one side are the same.
     """
     for name, features in (("x", x), ("y", y)):
         if not features.is_floating_point():
@@ -123,10 +127,13 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
 
 
 def _unit_gram(features: Tensor, debiased: bool) -> Tensor | None:
-    """(n * n,) centred Gram matrix of norm 1: CKA is the dot product of two. None: it is zero."""
+    """Return the centred Gram matrix scaled to norm 1, (n * n,), or None if it is zero.
+
+    The dot product of two of them is their CKA.
+    """
     features = features.double()
     centred = features - features.mean(0)
-    # What is left of rows that are all the same is the rounding of their mean.
+    # Identical rows leave only the rounding error of their mean.
     if not centred.norm() > 1e-12 * features.norm():
         return None
     gram = centred @ centred.T
@@ -153,64 +160,59 @@ def expert_redundancy(
     seed: int = 0,
     progress: bool = False,
 ) -> ExpertRedundancy:
-    """How alike the routed experts of every layer are on rows of one modality.
+    """Measure the similarity of the routed experts of every layer on rows of one modality.
 
-    Forwards the batches, keeps a uniform sample of the layers' inputs at tokens of the modality
-    (the same tokens in every layer, in memory that does not grow with the batches), then gives all
-    of a sample to every expert of its layer, whatever its router says. Experts beside the router's
-    choice (Qwen2-MoE's shared expert) are not compared.
+    First it forwards the batches and keeps a uniform sample of every layer's inputs at tokens of
+    the modality: the same tokens in every layer, in memory that does not grow with the batches.
+    Then every expert of a layer computes its output on the layer's whole sample, whatever the
+    router would choose. Experts that all tokens use (Qwen2-MoE's shared expert) are not compared.
 
-    In a patched model the forwards and the experts have their adapters, as the model itself has
-    them: within ``patched.adapters_disabled()`` neither has. Same batches and seed, same tokens; so
-    the two can be compared, with adapters that change both a layer's inputs and its experts.
+    In a patched model, the forwards and the experts use the adapters if the model currently does:
+    within ``patched.adapters_disabled()`` neither uses them. The same batches and seed sample the
+    same tokens, so the two results can be compared; note that adapters change both a layer's inputs
+    and its experts.
 
-    Experts that were added by :mod:`moe_kernels.moextend` come last, with any gate: they are
-    compared on rows that may not choose them too. Within ``ExpertExtender.disabled()`` the base's
-    are compared alone.
+    Experts added by :mod:`moe_kernels.moextend` come last, with or without a modality gate. They
+    are compared on all rows of the sample, even rows that cannot choose them. Within
+    ``ExpertExtender.disabled()`` only the base's experts are compared.
 
     Args:
         model: any Mixture of Experts of transformers, patched or not.
-        batches: keyword arguments of its forward, on its device.
-        modality: "text", or one that the model is patched for, or "image" with ``modality_of``.
-        metric: "cka", debiased :func:`linear_cka` (with ``max_tokens`` not far above the hidden
-            size, the plain one says 0.8 of experts that have nothing in common); or "cosine", the
-            mean over rows of the cosine of two experts' outputs.
-        max_tokens: rows of the sample.
-        adapted: False: experts without adapters, on the same inputs.
+        batches: keyword arguments of the model's forward, on its device.
+        modality: "text", a modality that the model is patched for, or "image" with ``modality_of``.
+        metric: "cka" for debiased :func:`linear_cka`, or "cosine" for the mean over rows of the
+            cosine of two experts' outputs. CKA is debiased because, with ``max_tokens`` not far
+            above the hidden size, plain CKA is 0.8 for experts that have nothing in common.
+        max_tokens: maximal number of sampled rows.
+        adapted: use the adapters inside the experts; False: leave them out, on the same inputs.
         modality_of: see :class:`RoutingRecorder`.
-        seed: of the sample.
-        progress: show bars.
+        seed: seed of the sample.
+        progress: show progress bars.
 
     Returns:
-        Similarities by layer. For "cka" float64 (E, n * n) of a layer are held at once, for
-        "cosine" 64 MiB of outputs.
+        Similarities by layer. Peak memory is (E, n * n) float64 for "cka", 64 MiB of outputs for
+        "cosine".
 
     Raises:
-        ValueError: no routed experts, or ones without stacked weights; an unknown metric or
-            modality; fewer rows of it in the batches than the metric needs (cka: 4).
+        ValueError: the model has no routed experts, or their weights are not stacked; the metric or
+            modality is unknown; the batches have fewer rows of it than the metric needs (cka: 4).
     """
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
-    if max_tokens < _FEWEST_ROWS[metric]:
-        raise ValueError(f"{metric} needs max_tokens of at least {_FEWEST_ROWS[metric]}")
-    blocks = find_moe_blocks(model)
-    for name, block in blocks.items():
-        if isinstance(block.experts, nn.ModuleList):
-            raise ValueError(f"{name}.experts is a list of modules, not one with stacked weights")
-    rows_of = RowModality(model, modality_of)
-    sample = _Sample(rows_of, rows_of.number(modality), max_tokens, seed)
-    with _evaluating(model), watch_routers(blocks, rows_of, sample.add):
+    blocks = _check_request(model, metric, max_tokens)
+    row_modality = RowModality(model, modality_of)
+    sample = _Sample(row_modality, row_modality.number(modality), max_tokens, seed)
+    with evaluating(model), torch.no_grad(), watch_routers(blocks, row_modality, sample.add):
         for batch in tqdm(batches, desc="inputs of the experts", disable=not progress):
             model(**batch)
-        if sample.size < _FEWEST_ROWS[metric]:
-            raise ValueError(
-                f"the batches have {sample.size} rows of modality {modality!r}, "
-                f"{metric} needs at least {_FEWEST_ROWS[metric]}"
-            )
+    if sample.size < _FEWEST_ROWS[metric]:
+        raise ValueError(
+            f"the batches have {sample.size} rows of modality {modality!r}, "
+            f"{metric} needs at least {_FEWEST_ROWS[metric]}"
+        )
     compare = {"cka": _debiased_cka, "cosine": _mean_cosine}[metric]
-    modality_id = rows_of.number(modality) if adapted and rows_of.adapters_enabled else 0
+    use_adapters = adapted and row_modality.adapters_enabled
+    modality_id = row_modality.number(modality) if use_adapters else 0
     similarity = []
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         layers = tqdm(sample.inputs.items(), desc="experts compared", disable=not progress)
         for name, inputs in layers:
             experts = _Experts(blocks[name].experts, inputs, modality_id)
@@ -218,25 +220,32 @@ def expert_redundancy(
     return ExpertRedundancy(metric, modality, sample.size, tuple(sample.inputs), tuple(similarity))
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+def _check_request(model: nn.Module, metric: str, max_tokens: int) -> dict[str, nn.Module]:
+    """Return the model's MoE blocks by name, or raise ValueError if they cannot be compared."""
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; the metrics are {', '.join(METRICS)}")
+    if max_tokens < _FEWEST_ROWS[metric]:
+        raise ValueError(
+            f"{metric} needs max_tokens of at least {_FEWEST_ROWS[metric]}, got {max_tokens}"
+        )
+    blocks = find_moe_blocks(model)
+    for name, block in blocks.items():
+        if isinstance(block.experts, nn.ModuleList):
+            raise ValueError(
+                f"{name}.experts is a list of modules; experts with stacked weights are needed"
+            )
+    return blocks
 
 
 class _Sample:
-    """A uniform sample of each layer's inputs at tokens of one modality; for watch_routers.
+    """Uniform sample of each layer's inputs at tokens of one modality, filled by watch_routers.
 
-    Every token draws a key, once for all layers, and those with the smallest keys stay.
+    Every token draws one key for all layers, and the tokens with the smallest keys stay.
     """
 
-    def __init__(self, rows_of: RowModality, modality_id: int, max_tokens: int, seed: int):
-        self.rows_of, self.modality_id, self.max_tokens = rows_of, modality_id, max_tokens
+    def __init__(self, row_modality: RowModality, modality_id: int, max_tokens: int, seed: int):
+        self.row_modality, self.modality_id = row_modality, modality_id
+        self.max_tokens = max_tokens
         self.generator = torch.Generator().manual_seed(seed)
         self.keys = torch.empty(0)
         self.inputs: dict[str, Tensor] = {}
@@ -248,8 +257,8 @@ class _Sample:
         return len(self.keys)
 
     def add(self, layer: str, inputs: Tensor, logits: Tensor, indices: Tensor) -> None:
-        """inputs: (T, H); logits: (T, E)"""
-        if self.rows_of.current is not self._drawn_for:
+        """Add a layer's sampled rows of this forward. inputs: (T, H); logits: (T, E)."""
+        if self.row_modality.current is not self._drawn_for:
             self._draw()
         new = inputs[self._new.to(inputs.device)]
         if layer in self.inputs:
@@ -257,28 +266,29 @@ class _Sample:
         self.inputs[layer], self.num_experts[layer] = new, logits.shape[-1]
 
     def _draw(self) -> None:
-        """Which of the rows held stay, and which of this forward's join them."""
-        self._drawn_for = self.rows_of.current
+        """Choose the held rows that stay and the rows of this forward that join them."""
+        self._drawn_for = self.row_modality.current
         candidates = (self._drawn_for == self.modality_id).nonzero().flatten().cpu()
         held = self.size
         keys = torch.cat([self.keys, torch.rand(len(candidates), generator=self.generator)])
-        chosen = keys.argsort()[: self.max_tokens].sort().values
+        chosen = smallest_keys(keys, self.max_tokens)
         self.keys = keys[chosen]
         self._kept, self._new = chosen[chosen < held], candidates[chosen[chosen >= held] - held]
 
 
 class _Experts:
-    """The experts of a layer, each on all of the layer's sampled inputs (n, H), as one modality."""
+    """The experts of a layer, applied to its sampled inputs (n, H) as rows of one modality."""
 
     def __init__(self, module: nn.Module, inputs: Tensor, modality_id: int):
         self.module, self.inputs, self.modality_id = module, inputs, modality_id
 
     def output(self, expert: int, rows: slice = slice(None)) -> Tensor:
-        """(n, H) float64: E_e(x), not weighted."""
+        """Return E_e(x) of one expert without its router weight, (n, H) float64."""
         inputs = self.inputs[rows]
         ids = torch.full((len(inputs), 1), expert, device=inputs.device)
         with self._in_modality(ids):
-            # Through the module, not the op: it knows its adapters, and the model may be plain.
+            # Call the module, not the op: the module has the adapters, and an unpatched model does
+            # not use the op.
             return self.module(inputs, ids, torch.ones_like(ids, dtype=inputs.dtype)).double()
 
     @contextlib.contextmanager
@@ -295,7 +305,7 @@ class _Experts:
 
 
 def _debiased_cka(experts: _Experts, num_experts: int) -> Tensor:
-    """(E, E)"""
+    """Return the debiased CKA of every pair of experts, (E, E)."""
     n = len(experts.inputs)
     grams = torch.empty(num_experts, n * n, dtype=torch.float64, device=experts.inputs.device)
     for expert in range(num_experts):
@@ -305,7 +315,7 @@ def _debiased_cka(experts: _Experts, num_experts: int) -> Tensor:
 
 
 def _mean_cosine(experts: _Experts, num_experts: int) -> Tensor:
-    """(E, E); an output of zeros has cosine 0 with every other."""
+    """Return the mean cosine of every pair of experts, (E, E); a zero output has cosine 0."""
     n, hidden = experts.inputs.shape
     chunk = max(1, _CHUNK_ELEMENTS // (num_experts * hidden))
     total = torch.zeros(num_experts, num_experts, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a forward's rows are: their modality, and the routers that they pass."""
+"""Hooks that observe a model's forwards: the modality of each row, and the routers' choices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from moe_kernels.models.methods import HANDLE
 
 
 def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[Tensor], Tensor]:
-    """A function from token ids, any shape, to modality ids: m in the m-th range, else 0."""
+    """Return a function from token ids to modality ids, for tensors of any shape.
+
+    Ids in the m-th range (counted from 1) map to m, all others to 0, the base modality.
+    """
 
     def modality_of(input_ids: Tensor) -> Tensor:
         modality = torch.zeros_like(input_ids)
@@ -51,15 +54,15 @@ def _router_of(block: nn.Module) -> nn.Module | None:
 
 
 class RowModality:
-    """The modality of every row of the forward that is running: hooks of a model.
+    """The modality of every row of the forward that is running, kept up to date by model hooks.
 
-    It is, in this order: what ``observed`` holds, for one forward; the call's own ``modality_ids``;
-    ``modality_of(input_ids)``; a patched model's own table of token ids; and where the model is not
-    patched and there is no ``modality_of``, the base modality. Padding is -1: where it is given so,
-    or 0 in a 2-D ``attention_mask``.
+    It comes from the first of these that is available: ``observed``, which serves one forward; the
+    ``modality_ids`` argument of the call; ``modality_of(input_ids)``; a patched model's table of
+    token ids; the base modality, if the model is not patched. Padding is -1, and so are rows with 0
+    in a 2-D ``attention_mask``.
 
     Attributes:
-        names: of the modalities, the base modality first.
+        names: names of the modalities, the base modality first.
         current: (B * S,) int64 while a forward runs, else None.
         observed: (B, S) or (B * S,) int64 for the next forward, or None.
     """
@@ -70,7 +73,7 @@ class RowModality:
         modality_of: Callable[[Tensor], Tensor] | None = None,
         names: Sequence[str] | None = None,
     ):
-        # A wrapper (DDP) hands its inputs on to the patched model inside.
+        # The patched model may be inside a wrapper (DDP), which passes its inputs on.
         patched = [module for module in model.modules() if HANDLE in module.__dict__]
         self.model, self.is_patched = (patched or [model])[0], bool(patched)
         self.modality_of = modality_of
@@ -83,21 +86,23 @@ class RowModality:
 
     @property
     def adapters_enabled(self) -> bool:
-        """Whether the model is patched, and its forwards add low-rank updates now."""
+        """True if the model is patched and its forwards currently add low-rank updates."""
         return self.is_patched and self.model.__dict__[HANDLE].adapters_enabled
 
     def number(self, name: str) -> int:
-        """The modality id of a name.
+        """Return the modality id of a name.
 
         Raises:
-            ValueError: there is no such modality.
+            ValueError: the name is unknown.
         """
         if name not in self.names:
-            raise ValueError(f"no modality {name!r}: there are {', '.join(self.names)}")
+            raise ValueError(
+                f"unknown modality {name!r}; the modalities are {', '.join(self.names)}"
+            )
         return self.names.index(name)
 
     def hooks(self) -> AbstractContextManager:
-        """While open, ``current`` follows the model's forwards."""
+        """Return a context manager that sets ``current`` during the model's forwards."""
         stack = ExitStack()
         before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         stack.callback(before.remove)
@@ -109,25 +114,25 @@ class RowModality:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         input_ids, inputs_embeds = call.get("input_ids"), call.get("inputs_embeds")
-        given = self.observed if self.observed is not None else call.get("modality_ids")
+        modality_ids = self.observed if self.observed is not None else call.get("modality_ids")
         self.observed = None
-        if given is None and input_ids is not None:
+        if modality_ids is None and input_ids is not None:
             if self.modality_of is not None:
-                given = self.modality_of(input_ids)
+                modality_ids = self.modality_of(input_ids)
             elif not self.is_patched:
-                given = torch.zeros_like(input_ids)
-        if given is None and not (self.is_patched and input_ids is not None):
+                modality_ids = torch.zeros_like(input_ids)
+        if modality_ids is None and not (self.is_patched and input_ids is not None):
             raise ValueError(
-                "the modality of these rows is unknown: without input_ids, give modality_ids (a "
-                "RoutingRecorder also takes them by observe())"
+                "the modality of these rows is unknown: without input_ids, pass modality_ids to "
+                "the model (or to RoutingRecorder.observe)"
             )
-        if given is not None and given.ndim == 1:
+        if modality_ids is not None and modality_ids.ndim == 1:
             shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
-            if given.numel() == shape.numel():
-                given = given.view(shape)
+            if modality_ids.numel() == shape.numel():
+                modality_ids = modality_ids.view(shape)
         self.current = resolve_modality_ids(
-            module.token_modality if self.is_patched else given,
-            given,
+            module.token_modality if self.is_patched else modality_ids,
+            modality_ids,
             num_modalities=len(self.names) - 1,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -135,23 +140,23 @@ class RowModality:
         ).reshape(-1)
 
     def _after_forward(self, *_) -> None:
-        # A router that is called by itself must not be counted as rows of the last forward.
+        # A router called on its own, outside a forward, must not reuse the last forward's modality.
         self.current = self.observed = None
 
 
 class RouterHook:
-    """A forward hook of one block's router: ``add(layer, inputs, logits, indices)``, one row each.
+    """Forward hook on a router that calls ``add(layer, inputs, logits, indices)``, a row per token.
 
-    An object, not a closure: a deepcopy of the model gets hooks of its own.
+    A callable object instead of a closure, so that a deepcopy of the model gets hooks of its own.
     """
 
     def __init__(
         self,
         layer: str,
-        rows: RowModality,
+        row_modality: RowModality,
         add: Callable[[str, Tensor, Tensor, Tensor], None],
     ):
-        self.layer, self.rows, self.add = layer, rows, add
+        self.layer, self.row_modality, self.add = layer, row_modality, add
 
     def __call__(self, module: nn.Module, args: tuple, output: tuple) -> None:
         if not (
@@ -162,26 +167,28 @@ class RouterHook:
             )
         tensors = (args[0], output[0], output[2])
         inputs, logits, indices = (t.detach().reshape(-1, t.shape[-1]) for t in tensors)
-        known = 0 if self.rows.current is None else len(self.rows.current)
-        if known != len(logits):
+        current = self.row_modality.current
+        num_known = 0 if current is None else len(current)
+        if num_known != len(logits):
             raise RuntimeError(
-                f"{self.layer} routes {len(logits)} rows, but the modality of {known} rows is known"
+                f"{self.layer} routes {len(logits)} rows, but the modality of {num_known} rows is "
+                "known"
             )
         self.add(self.layer, inputs, logits, indices)
 
 
 def watch_routers(
     blocks: Mapping[str, nn.Module],
-    rows: RowModality,
+    row_modality: RowModality,
     add: Callable[[str, Tensor, Tensor, Tensor], None],
 ) -> AbstractContextManager:
-    """While open, ``add(layer, inputs, logits, indices)`` sees what each router does.
+    """Call ``add(layer, inputs, logits, indices)`` after each router's forward while open.
 
-    inputs: (T, H); logits: (T, E); indices: (T, K). Rows are those of ``rows.current``.
+    inputs: (T, H); logits: (T, E); indices: (T, K). Row t has modality ``row_modality.current[t]``.
     """
     with ExitStack() as stack:
-        stack.enter_context(rows.hooks())
+        stack.enter_context(row_modality.hooks())
         for name, block in blocks.items():
-            handle = _router_of(block).register_forward_hook(RouterHook(name, rows, add))
+            handle = _router_of(block).register_forward_hook(RouterHook(name, row_modality, add))
             stack.callback(handle.remove)
         return stack.pop_all()

@@ -1,4 +1,4 @@
-"""What routing counts say: load, entropy, divergence of modalities, specialised experts."""
+"""Statistics of routing counts: load, entropy, divergence of modalities, specialisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class ExpertKinds:
-    """How many experts of each layer serve one modality, both, or none; each (L,) int64."""
+    """Numbers of experts per layer that serve one modality, both, or none; each (L,) int64."""
 
     only_first: torch.Tensor
     only_second: torch.Tensor
@@ -21,12 +21,13 @@ class ExpertKinds:
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Sums over the rows that a recorder saw. L layers, M modalities, at most E experts.
+    """Sums over recorded rows, for L layers, M modalities and at most E experts a layer.
 
-    counts: (L, M, E) int64, how often a row of the modality chose the expert
-    rows: (L, M) int64, how many rows of the modality the router saw
+    counts: (L, M, E) int64, number of times a row of the modality chose the expert
+    rows: (L, M) int64, number of rows of the modality that the router received
     entropy_sum: (L, M) float64, the sum over rows of the entropy of softmax(router logits), in nats
-    num_experts: how many each layer has; None: E in all. Counts beyond them are zeros.
+    num_experts: number of experts in each layer; None: E in every layer. In a layer with fewer
+        than E experts the remaining counts are zeros.
     """
 
     modalities: tuple[str, ...]
@@ -47,31 +48,33 @@ class RoutingStatistics:
             object.__setattr__(self, "num_experts", (self.counts.shape[-1],) * len(self.layers))
 
     def seen(self) -> tuple[str, ...]:
-        """The modalities that any row had."""
-        some = self.rows.sum(0) > 0
-        return tuple(name for name, rows in zip(self.modalities, some, strict=True) if rows)
+        """Return the names of the modalities that have at least one row."""
+        has_rows = self.rows.sum(0) > 0
+        return tuple(name for name, seen in zip(self.modalities, has_rows, strict=True) if seen)
 
     def exists(self) -> torch.Tensor:
-        """Whether a layer has an expert of this number, (L, E) bool."""
+        """Return a mask of the experts that each layer has, (L, E) bool."""
         return torch.arange(self.counts.shape[-1]) < torch.tensor(self.num_experts).unsqueeze(1)
 
     def load(self) -> torch.Tensor:
-        """f(e|m): the share of a modality's choices that fell on an expert, (L, M, E) float64.
+        """Return f(e|m), the share of modality m's choices that fell on expert e.
 
-        Sums to 1 over experts; zeros for a modality that was never seen.
+        (L, M, E) float64. It sums to 1 over experts; a modality without rows has zeros.
         """
         total = self.counts.sum(-1, keepdim=True)
         return self.counts.double() / total.clamp(min=1)
 
     def entropy(self) -> torch.Tensor:
-        """The router's mean entropy in nats, (L, M); log(E) where it does not choose at all."""
+        """Return the router's mean entropy in nats, (L, M); log(E) where all logits are equal."""
         return self.entropy_sum / self.rows.clamp(min=1)
 
     def divergence(self, first: str, second: str) -> torch.Tensor:
-        """Jensen-Shannon divergence of two modalities' loads in bits, (L,).
+        """Return the Jensen-Shannon divergence of two modalities' loads in bits, (L,).
 
-        0: the same experts, 1: disjoint ones. This and the following refuse a modality of which no
-        row was seen, with ValueError.
+        0: both modalities load the experts equally; 1: they use disjoint experts.
+
+        Raises:
+            ValueError: no row of a modality was recorded.
         """
         p, q = self._load_of(first), self._load_of(second)
         middle = (p + q) / 2
@@ -81,15 +84,24 @@ class RoutingStatistics:
         return (nats / math.log(2)).clamp(min=0)
 
     def specialisation(self, first: str, second: str) -> torch.Tensor:
-        """f(e|second) / (f(e|first) + f(e|second)), (L, E); NaN for an expert that neither chose.
+        """Return f(e|second) / (f(e|first) + f(e|second)), (L, E).
 
-        0: the expert serves the first modality only, 1: the second only.
+        0: the expert serves the first modality only; 1: the second only; NaN: neither chose it.
+
+        Raises:
+            ValueError: no row of a modality was recorded.
         """
         p, q = self._load_of(first), self._load_of(second)
         return q / (p + q)
 
     def unused(self, first: str, second: str, *, below: float = 0.1) -> torch.Tensor:
-        """Experts to which each modality gives less than this part of 1/E, (L, E) bool."""
+        """Return a mask of the experts whose load from each modality is less than ``below`` / E.
+
+        (L, E) bool; 1/E is the load of every expert under even routing.
+
+        Raises:
+            ValueError: no row of a modality was recorded.
+        """
         p, q = self._load_of(first), self._load_of(second)
         even = 1 / torch.tensor(self.num_experts, dtype=torch.float64).unsqueeze(1)
         return (torch.maximum(p, q) < below * even) & self.exists()
@@ -97,13 +109,17 @@ class RoutingStatistics:
     def expert_kinds(
         self, first: str, second: str, *, exclusive: float = 0.9, unused_below: float = 0.1
     ) -> ExpertKinds:
-        """Sorts experts by specialisation.
+        """Count the experts of each layer by specialisation.
 
         Args:
             first: a modality.
-            second: another.
-            exclusive: a specialisation of at least this counts as serving one modality only.
-            unused_below: see :meth:`unused`.
+            second: another modality.
+            exclusive: an expert serves ``second`` only if its specialisation is at least this, and
+                ``first`` only if it is at most 1 minus this.
+            unused_below: ``below`` of :meth:`unused`.
+
+        Raises:
+            ValueError: no row of a modality was recorded.
         """
         unused = self.unused(first, second, below=unused_below)
         share = self.specialisation(first, second)
@@ -113,7 +129,7 @@ class RoutingStatistics:
         return ExpertKinds(*(kind.sum(-1) for kind in (only_first, only_second, agnostic, unused)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON."""
+        """Return the fields as plain lists, for JSON."""
         return {
             "modalities": list(self.modalities),
             "layers": list(self.layers),
@@ -137,7 +153,7 @@ class RoutingStatistics:
     def _load_of(self, modality: str) -> torch.Tensor:
         if modality not in self.seen():
             raise ValueError(
-                f"no row of modality {modality!r} was recorded; there were "
-                f"{', '.join(self.seen()) or 'none at all'}"
+                f"no row of modality {modality!r} was recorded; recorded modalities: "
+                f"{', '.join(self.seen()) or 'none'}"
             )
         return self.load()[:, self.modalities.index(modality)]

@@ -1,4 +1,4 @@
-"""Redundancy of experts: CKA by its definitions, and experts run one by one by hand."""
+"""Redundancy of experts, against the definitions of CKA and against experts run one by one."""
 
 import json
 
@@ -24,22 +24,22 @@ IMAGE = range(VOCAB, VOCAB + 10)
 
 
 def noise(rows, columns, seed=0, offset=3.0):
-    """Float32 features that are far from centred."""
+    """Return float32 features that are far from centred."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator) + offset * torch.arange(columns)
 
 
-# --- the measure
+# --- CKA
 
 
 def feature_space_cka(x, y):
-    """Kornblith et al., equation 5."""
+    """Return CKA by equation 5 of Kornblith et al."""
     x, y = (z.double() - z.double().mean(0) for z in (x, y))
     return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def unbiased_hsic(k, el):
-    """Song et al. 2012, equation 5."""
+    """Return the estimate of HSIC by equation 5 of Song et al. 2012."""
     n = len(k)
     k, el = (m - torch.diag(m.diagonal()) for m in (k, el))
     one = torch.ones(n, dtype=k.dtype)
@@ -58,7 +58,7 @@ def test_cka_is_that_of_feature_space(shape):
 
 @pytest.mark.parametrize("debiased", [False, True])
 def test_cka_of_a_known_pair(debiased):
-    """One column each: the squared correlation; debiased, from the unbiased estimates."""
+    """One column on each side: CKA is the squared correlation, or a ratio of unbiased estimates."""
     x = torch.tensor([[1.0], [2.0], [4.0], [5.0], [8.0]])
     y = torch.tensor([[2.0], [1.0], [4.0], [7.0], [6.0]])
     if debiased:
@@ -70,7 +70,7 @@ def test_cka_of_a_known_pair(debiased):
 
 
 def test_cka_of_constructed_spectra():
-    """Two with the same centred directions u_i and sizes s_i, t_i: <s^2, t^2> / (|s^2| |t^2|)."""
+    """CKA is <s^2, t^2> / (|s^2| |t^2|) for equal directions u_i with singular values s_i, t_i."""
     centred = noise(12, 3).double() - noise(12, 3).double().mean(0)
     u = torch.linalg.qr(centred).Q
     s, t = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([3.0, 0.5, 1.0]).double()
@@ -124,7 +124,7 @@ def test_cka_refuses_what_it_cannot_compare():
 
 
 def mixed_batches(count=3):
-    """Text then image tokens, the first row of each padded on the left."""
+    """Return batches of text then image tokens, each with its first row padded on the left."""
     batches = []
     for seed in range(count):
         ids = token_ids(3, 9, seed=seed)
@@ -151,8 +151,8 @@ def moe_layers(model):
     }
 
 
-def inputs_of(model, batches, wanted):
-    """By layer, all of its inputs at rows where ``wanted(ids, mask)``."""
+def inputs_of(model, batches, select):
+    """Return by layer all inputs at the rows that ``select(ids, mask)`` selects."""
     seen = {name: [] for name in moe_layers(model)}
     hooks = [
         block.gate.register_forward_pre_hook(
@@ -165,7 +165,7 @@ def inputs_of(model, batches, wanted):
             model(**batch)
     for hook in hooks:
         hook.remove()
-    keep = [wanted(batch["input_ids"], batch["attention_mask"]).flatten() for batch in batches]
+    keep = [select(batch["input_ids"], batch["attention_mask"]).flatten() for batch in batches]
     return {
         name: torch.cat([rows.flatten(0, -2)[at] for rows, at in zip(found, keep, strict=True)])
         for name, found in seen.items()
@@ -173,7 +173,7 @@ def inputs_of(model, batches, wanted):
 
 
 def expert_by_hand(layer, expert, x, modality=None):
-    """E_e(x) with merged weights, in float64."""
+    """Return E_e(x) with adapters merged into the weights, in float64."""
     stacks = (layer.mlp.experts, *added_experts(layer))
     weights = []
     for name in ("gate_up_proj", "down_proj"):
@@ -259,17 +259,17 @@ def test_rows_of_a_modality_see_the_adapted_experts(metric):
 @pytest.mark.parametrize("metric", module.METRICS)
 @pytest.mark.parametrize("gate", [True, False])
 def test_added_experts_are_compared_too(metric, gate):
-    """Other numbers of them in every layer, of several extensions; those of the base by wish."""
+    """Two extensions add a different number to each layer; ``disabled()`` leaves the base's."""
     model, patched = patched_model()
     extender = ExpertExtender(model)
     extender.extend(None, {0: 2}, init="random", modality_gate=gate)
     extender.extend(None, {0: 1, 1: 1}, init=0, modality_gate=gate, freeze_earlier=False)
     randomise(patched)
     batches = mixed_batches()
-    for modality, wanted, number in (("text", is_text, None), ("image", is_image, 1)):
+    for modality, select, number in (("text", is_text, None), ("image", is_image, 1)):
         found = expert_redundancy(model, batches, modality=modality, metric=metric).similarity
         assert [len(matrix) for matrix in found] == [7, 5]
-        inputs = inputs_of(model, batches, wanted)
+        inputs = inputs_of(model, batches, select)
         assert_similar(found, similarity_by_hand(model, inputs, metric, number))
     with extender.disabled():
         off = expert_redundancy(model, batches, metric=metric).similarity
@@ -297,7 +297,7 @@ def test_sixteen_bits():
 
 
 def test_the_sample_is_of_the_same_tokens_in_every_layer(monkeypatch):
-    """Whatever the batches are, however many; and of the modality alone."""
+    """The sample has rows of the modality only and does not depend on how rows are batched."""
     model, _ = patched_model()
     batches = mixed_batches(4)
     rows = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
@@ -325,13 +325,13 @@ def test_the_sample_is_of_the_same_tokens_in_every_layer(monkeypatch):
 
 
 def test_the_sample_is_uniform():
-    """60 tokens in 6 forwards, 15 kept: each is kept about a quarter of the time."""
+    """Of 60 tokens in 6 forwards 15 are kept, so each is kept about a quarter of the time."""
     times = torch.zeros(60)
-    rows_of = type("", (), {})()
+    row_modality = type("", (), {})()
     for seed in range(400):
-        sample = module._Sample(rows_of, 0, 15, seed)
+        sample = module._Sample(row_modality, 0, 15, seed)
         for start in range(0, 60, 10):
-            rows_of.current = torch.zeros(10).long()
+            row_modality.current = torch.zeros(10).long()
             sample.add("a", torch.arange(start, start + 10).view(-1, 1), torch.ones(10, 2), None)
         times[sample.inputs["a"].flatten()] += 1
     # Mean 100, standard deviation sqrt(400 / 4 * 3 / 4) = 8.7.
@@ -379,7 +379,7 @@ def test_the_model_is_as_it_was(fails):
     else:
         expert_redundancy(model, batches, modality="image")
     assert model.training and all(layer.training for layer in model.model.layers)
-    assert context.modality_ids.shape == (3, 9)  # of the last forward
+    assert context.modality_ids.shape == (3, 9)  # that of the last forward
     for m, counts in hooks.items():
         assert (len(m._forward_hooks), len(m._forward_pre_hooks)) == counts
 
@@ -389,7 +389,7 @@ def test_refusals():
     batches = [{"input_ids": token_ids(1, 3)}]
     with pytest.raises(ValueError, match="unknown metric 'l2'"):
         expert_redundancy(model, batches, metric="l2")
-    with pytest.raises(ValueError, match="no modality 'image': there are text"):
+    with pytest.raises(ValueError, match="unknown modality 'image'; the modalities are text"):
         expert_redundancy(model, batches, modality="image")
     with pytest.raises(ValueError, match="have 3 rows of modality 'text', cka needs at least 4"):
         expert_redundancy(model, batches)

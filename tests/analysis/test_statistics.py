@@ -1,4 +1,4 @@
-"""Routing statistics: what the recorder counts, and the metrics on counts known by hand."""
+"""Routing statistics: the recorder's counts, and metrics on counts known by hand."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def patched_model(family="olmoe", **options):
 
 
 def mixed_batch():
-    """Text then image tokens, the first row padded on the left."""
+    """Return ids and mask of text then image tokens, the first row padded on the left."""
     ids = token_ids(3, 9)
     ids[:, 5:] = token_ids(3, 4, seed=1, vocab=len(IMAGE)) + IMAGE.start
     mask = torch.ones_like(ids)
@@ -78,7 +78,7 @@ def test_counts_are_those_of_the_routers(family, patched, dtype):
 
 
 class RandomRouting(torch.nn.Module):
-    """A model of one block whose router chooses at random, an expert even twice."""
+    """A model of one block whose router chooses at random, possibly one expert twice."""
 
     def __init__(self, experts, top_k):
         super().__init__()
@@ -103,7 +103,7 @@ def test_counts_of_random_routing():
         for length in (1, 13, 40):
             ids = torch.randint(30, (4, length))
             mask = torch.rand(4, length) < 0.8
-            model(ids, mask)  # by position
+            model(ids, mask)  # positional arguments
             indices = model.chosen[-1][2].view(4, length, 3)
             for at in mask.nonzero().tolist():
                 token = int(ids[*at])
@@ -142,11 +142,11 @@ def test_every_source_of_the_modality_agrees():
     ids, mask = mixed_batch()
     expected = record(model, input_ids=ids, attention_mask=mask)
     modality_ids = torch.where(mask == 0, -1, (ids >= VOCAB).long())
-    for given in (
+    for actual in (
         record(model, modality_of=MODALITY_OF, input_ids=ids, attention_mask=mask),
         record(model, input_ids=ids, attention_mask=mask, modality_ids=modality_ids),
     ):
-        assert torch.equal(given.counts, expected.counts)
+        assert torch.equal(actual.counts, expected.counts)
     with torch.no_grad(), RoutingRecorder(model) as recorder:
         recorder.observe(modality_ids.flatten())
         model(input_ids=ids, attention_mask=mask)
@@ -158,7 +158,7 @@ def test_every_source_of_the_modality_agrees():
 
 
 class Wrapper(torch.nn.Module):
-    """As DistributedDataParallel has it."""
+    """A module that forwards to the model inside, like DistributedDataParallel."""
 
     def __init__(self, module):
         super().__init__()
@@ -192,11 +192,12 @@ def test_generation_with_a_cache_is_counted_once_for_each_token():
     ids, mask = mixed_batch()
     with RoutingRecorder(model) as recorder:
         model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    # The last token is drawn, not fed; text only, since added tokens are suppressed.
+    # The last new token is sampled but never fed back. All new tokens are text, since added tokens
+    # are suppressed.
     assert recorder.statistics().rows[0].tolist() == [12 + 3 * 3, 12]
 
 
-# Renamed in 5.24; the older versions that are supported know the old name alone.
+# transformers 5.24 renamed the argument; older supported versions only know the old name.
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 def test_chunks_with_a_cache_count_as_the_whole():
     model = patched_model()
@@ -244,7 +245,7 @@ def test_a_copy_made_meanwhile_is_not_counted():
 
 
 def test_rows_outside_a_forward_of_the_model_are_refused():
-    """A call of its inner model would be counted as the rows of the forward before."""
+    """A call of the inner model would otherwise reuse the modality of the last forward's rows."""
     model = make_model("olmoe")
     ids = token_ids(2, 5)
     with torch.no_grad(), RoutingRecorder(model) as recorder:
@@ -272,7 +273,7 @@ def test_unknown_modalities_and_a_model_without_routers_are_refused():
 
 
 class Waiting(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what would wait for a GPU."""
+    """Records calls of ops that would wait for a GPU."""
 
     names = ("_local_scalar_dense", "nonzero", "bincount", "is_nonzero", "masked_select")
 
@@ -288,7 +289,7 @@ class Waiting(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_counting_never_waits_for_the_device(monkeypatch):
     model = RandomRouting(experts=4, top_k=2)
-    # On the CPU ids are checked; on a GPU they are not.
+    # Switch off the check of ids, which runs on the CPU but not on a GPU.
     monkeypatch.setattr("moe_kernels.ops.checks.modality_range", lambda *_: None)
     with Waiting() as waiting, RoutingRecorder(model, lambda ids: ids, modalities=("a", "b")) as it:
         model(torch.tensor([[0, 1, 1, -1, 5]]))  # 5 has no name
@@ -298,7 +299,7 @@ def test_counting_never_waits_for_the_device(monkeypatch):
 
 @pytest.fixture
 def statistics():
-    """One layer, four experts: text only, image only, both, unused."""
+    """Return statistics of four experts in one layer: text only, image only, both, unused."""
     counts = torch.tensor([[[60, 0, 40, 0], [0, 30, 10, 0]]])
     rows = torch.tensor([[50, 20]])
     return RoutingStatistics(
@@ -348,7 +349,7 @@ def test_a_modality_that_was_never_seen_is_not_compared():
 
 
 def test_layers_of_different_sizes():
-    """As models have them to which experts were added in some layers."""
+    """Layers differ in their number of experts when only some of them were extended."""
     counts = torch.tensor([[[5, 5, 0, 0], [0, 10, 0, 0]], [[1, 1, 1, 1], [0, 2, 2, 4]]])
     statistics = RoutingStatistics(
         ("text", "image"), ("a", "b"), counts, counts.sum(-1), torch.zeros(2, 2).double(), (2, 4)
@@ -391,7 +392,7 @@ def test_plot_of_loads(statistics, tmp_path):
 def test_plot_of_specialisation(statistics):
     figure = plot_specialisation(statistics)
     values = figure.axes[0].images[0].get_array()
-    assert values.mask.tolist() == [[False, False, False, True]]  # the unused one
+    assert values.mask.tolist() == [[False, False, False, True]]  # the unused expert is grey
     assert values[0, :2].tolist() == [0, 1]
     bars = [bar.get_width() for bars in figure.axes[1].containers for bar in bars]
     assert bars == [1, 1, 1, 1]
