@@ -95,8 +95,8 @@ results-quick: $(INSTALLED)
 	$(PY) python/moextend.py --remake
 
 check-gpu-code: $(INSTALLED)
-	$(PY) benchmarks/cost_model.py
-	$(PY) benchmarks/check_gpu_code.py
+	$(PY) tools/cost_model.py
+	$(PY) tools/check_gpu_code.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

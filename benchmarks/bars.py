@@ -12,15 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import _providers
 import bench_added_experts
 import bench_training_step
 import torch
-from _cases import Case
-from _cli import add_rotation, finish, make_parser, options_of, progress
-from _providers import ADDED_KINDS, HF_TRAINING
-from _runs import Options, compare, fastest, run_decode, run_training
-from _timing import Statistics
+from lib.cases import Case
+from lib.cli import add_rotation, finish, make_parser, options_of, progress
+from lib.providers import ADDED_KINDS, HF_TRAINING, provider_names
+from lib.runs import Options, compare, fastest, run_decode, run_training
+from lib.timing import Statistics
 from tables import MODES, bars_table, case_title
 
 from moe_kernels import backends
@@ -113,7 +112,7 @@ def decode_providers(backend: str, tokens: int) -> list[str]:
 def _absent(backend: str, measured: Sequence[str]) -> list[str]:
     """Our other backends and transformers' other functions: mostly rows that say why not."""
     others = [f"ours:{name}" for name in backends.NAMES if name not in (backend, "reference")]
-    theirs = [name for name in _providers.names() if name.startswith("hf:")]
+    theirs = [name for name in provider_names() if name.startswith("hf:")]
     return others + [name for name in theirs if name not in (*measured, "hf:batched_mm")]
 
 

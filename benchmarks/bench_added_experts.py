@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from _cli import finish, make_parser, options_of, progress
-from _memory import peak_bytes
-from _providers import HF_TRAINING
-from _runs import Options
 from bench_training_step import LIMITS, MODELS, Settings, make_batch, make_model, time_step
+from lib.cli import finish, make_parser, options_of, progress
+from lib.memory import peak_bytes
+from lib.providers import HF_TRAINING
+from lib.runs import Options
 from tables import added_steps_table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def run(
     settings: Settings, options: Options, device: str = "cpu", seed: int = 0,
     backend: str | None = None,
 ) -> dict:  # fmt: skip
-    """A record as of :func:`_runs.run_training`, with the mode "step".
+    """A record as of :func:`lib.runs.run_training`, with the mode "step".
 
     Its "extended" are the layers with an added expert; its providers have how many parameters are
     "trained" and the "peak" bytes of a step above the weights, gradients and moments before it.

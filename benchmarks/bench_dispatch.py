@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from _cli import finish, make_parser, options_of, progress
-from _providers import Runner, Unavailable
-from _runs import Options, add_seconds, prepare
-from _timing import now
+from lib.cli import finish, make_parser, options_of, progress
+from lib.providers import Runner, Unavailable
+from lib.runs import Options, add_seconds, prepare
+from lib.timing import now
 from tables import dispatch_table
 from torch import Tensor
 
@@ -101,7 +101,7 @@ def _sample(runner: Runner, device: str) -> dict[str, float]:
 
 
 def run(case: Case, options: Options) -> dict:
-    """A record as of :func:`_runs.run_training`, with the mode "forward"."""
+    """A record as of :func:`lib.runs.run_training`, with the mode "forward"."""
     problem, records, steps = Problem(case), {}, {}
     for name, set_up in PROVIDERS.items():
         records[name], own = prepare(lambda set_up=set_up: [set_up(problem)], problem.error)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from _cases import DTYPES, SCALING
-from _cli import finish, make_parser, options_of, progress
-from _providers import Runner, Unavailable
-from _runs import Options, prepare, timed_training
+from lib.cases import DTYPES, SCALING
+from lib.cli import finish, make_parser, options_of, progress
+from lib.providers import Runner, Unavailable
+from lib.runs import Options, prepare, timed_training
 from peft import LoraConfig, get_peft_model
 from tables import linear_table
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ PROVIDERS = {
 
 
 def run(case: Case, options: Options) -> dict:
-    """A record as of :func:`_runs.run_training`."""
+    """A record as of :func:`lib.runs.run_training`."""
     problem, records, runners = Problem(case), {}, {}
     for name, set_up in PROVIDERS.items():
         records[name], own = prepare(lambda set_up=set_up: [set_up(problem)], problem.error)

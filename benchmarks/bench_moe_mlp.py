@@ -11,10 +11,10 @@ import itertools
 from argparse import Namespace
 from collections.abc import Iterator
 
-import _providers
-from _cases import Case
-from _cli import add_rotation, finish, make_parser, options_of, progress
-from _runs import run_decode, run_training
+from lib.cases import Case
+from lib.cli import add_rotation, finish, make_parser, options_of, progress
+from lib.providers import provider_names
+from lib.runs import run_decode, run_training
 from tables import providers_table
 
 from moe_kernels.testing import SHAPES
@@ -34,8 +34,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[None], metavar="T")
     parser.add_argument("--experts", nargs="+", type=int, default=[None], metavar="E")
     parser.add_argument(
-        "--providers", nargs="+", choices=_providers.names(), metavar="NAME",
-        help=f"of {', '.join(_providers.names())}; default: all but the slowest",
+        "--providers", nargs="+", choices=provider_names(), metavar="NAME",
+        help=f"of {', '.join(provider_names())}; default: all but the slowest",
     )  # fmt: skip
     return parser.parse_args(arguments)
 
@@ -60,7 +60,7 @@ def default_providers(mode: str) -> list[str]:
     training = ("bound", "peft:grouped_mm", "split")
     return [
         name
-        for name in _providers.names()
+        for name in provider_names()
         if name.partition(":")[2] != "reference"
         and not name.startswith("block")
         and (not name.startswith("peft") or name == "peft:grouped_mm")

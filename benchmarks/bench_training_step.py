@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from _bounds import ExpertGemms
-from _cases import DTYPES, Case, make_problem
-from _cli import finish, make_parser, options_of, progress
-from _memory import peak_bytes
-from _runs import Options
-from _timing import now
+from lib.bounds import ExpertGemms
+from lib.cases import DTYPES, Case, make_problem
+from lib.cli import finish, make_parser, options_of, progress
+from lib.memory import peak_bytes
+from lib.runs import Options
+from lib.timing import now
 from peft import LoraConfig, PeftModel, get_peft_model
 from tables import steps_table
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def run(
     settings: Settings, options: Options, device: str = "cpu", seed: int = 0,
     backend: str | None = None,
 ) -> dict:  # fmt: skip
-    """A record as of :func:`_runs.run_training`, with the mode "step"."""
+    """A record as of :func:`lib.runs.run_training`, with the mode "step"."""
     torch.manual_seed(seed)
     model = make_model(settings, device)
     ids, mask = make_batch(settings, device)

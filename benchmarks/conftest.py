@@ -1,6 +1,11 @@
-"""The option of the pytest-benchmark entry points."""
+"""The option of the pytest-benchmark entry points, and the path to what they import."""
+
+import sys
+from pathlib import Path
 
 from moe_kernels.testing import SHAPES
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):

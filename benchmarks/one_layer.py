@@ -7,8 +7,8 @@ ncu -k regex:gate_up -c 1 --set full python benchmarks/one_layer.py --shape olmo
 import argparse
 
 import torch
-from _cases import DTYPES, Case, make_problem
-from _providers import set_up
+from lib.cases import DTYPES, Case, make_problem
+from lib.providers import set_up_provider
 
 from moe_kernels import backends
 from moe_kernels.testing import SHAPES
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         image_share=given.image_share,
     )  # fmt: skip
     problem = make_problem(case)
-    runner = set_up(f"ours:{given.backend}", problem)
+    runner = set_up_provider(f"ours:{given.backend}", problem)
     for _ in range(given.repeats):
         runner.clear()
         runner.backward(runner.forward(), problem.grad_out)

@@ -10,8 +10,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import _record
-from _runs import compare
+from lib import result_files
+from lib.runs import compare
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tables import case_title, overhead_pair
@@ -154,11 +154,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = _record.default_path("bars", "cpu")
+    default = result_files.default_path("bars", "cpu")
     parser.add_argument("--input", type=Path, default=default)
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default: %(default)s")
     given = parser.parse_args(arguments)
-    for path in draw(_record.read(given.input), given.out):
+    for path in draw(result_files.read(given.input), given.out):
         print(f"wrote {path}")
 
 

@@ -25,12 +25,14 @@ from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a rival that must be downloaded is missing, at once
-import _providers
 import bench_training_step
 import torch
-from _cases import _weights, make_problem
-from _cli import add_rotation, finish, make_parser, options_of
-from _gpu_checks import (
+from bars import Bar
+from lib.cases import _weights, make_problem
+from lib.cli import add_rotation, finish, make_parser, options_of
+from lib.costs import backward, forward
+from lib.costs import table as cost_table
+from lib.gpu_checks import (
     capture,
     check_promises,
     layer_case,
@@ -40,13 +42,12 @@ from _gpu_checks import (
     run_tests,
     sanitize,
 )
-from _record import default_path
-from _runs import compare, fastest, run_decode, run_training, time_of
-from _timing import Statistics, now
-from bars import Bar
-from cost_model import backward, forward
-from cost_model import table as cost_table
-from tables import bars_table, case_title, markdown, providers_table, steps_table
+from lib.markdown import markdown
+from lib.providers import provider_names, set_up_provider
+from lib.result_files import default_path
+from lib.runs import compare, fastest, run_decode, run_training, time_of
+from lib.timing import Statistics, now
+from tables import bars_table, case_title, providers_table, steps_table
 from torch.profiler import ProfilerActivity, profile
 
 from moe_kernels.ops import dispatch
@@ -55,7 +56,7 @@ from moe_kernels.testing import MoeInputs
 NAME = "gpu"
 PEFT, SPLIT, GROUPED = "peft:grouped_mm", "split:masked", "hf:grouped_mm"
 SPLITS = (SPLIT, "split:gathered", "split:compiled")
-HF = [name for name in _providers.names() if name.startswith("hf:")]
+HF = [name for name in provider_names() if name.startswith("hf:")]
 SLOW = ("hf:eager", "liger")  # no bar is theirs: a few rounds tell
 PEERS = [*HF, "hf_compiled:grouped_mm", "liger"]  # of the base, without adapters
 # shape, tokens, share of image rows; the first of a shape and number of tokens has all rivals
@@ -144,7 +145,7 @@ def measure_kernels(given: Namespace) -> dict:
     """ms of every kernel of a forward and backward, as the profiler sees them."""
     case = layer_case(given, *given.layers[0])
     problem = make_problem(case)
-    runner = _providers.set_up(ours(given), problem)
+    runner = set_up_provider(ours(given), problem)
     runner.backward(runner.forward(), problem.grad_out)
     runner.clear()  # or the gradients would be added to these
     on_gpu = given.device == "cuda"
@@ -214,7 +215,7 @@ def measure_graphs(given: Namespace) -> dict:
     found = {}
     for name, tokens, share in given.layers:
         problem = make_problem(layer_case(given, name, tokens, share))
-        runner = _providers.set_up(ours(given, "ours_base"), problem)
+        runner = set_up_provider(ours(given, "ours_base"), problem)
         times = {}
         for mode, grad_out in (("forward", None), ("both", problem.grad_out)):
             graph, _ = capture(runner, grad_out)

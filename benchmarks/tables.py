@@ -6,15 +6,17 @@ python benchmarks/tables.py    # writes those pages' tables anew from benchmarks
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import _record
-from _providers import ADDED_KINDS, HF_TRAINING
-from _runs import compare, fastest, time_of
-from _timing import Statistics
+from lib import result_files
+from lib.markdown import markdown
+from lib.providers import ADDED_KINDS, HF_TRAINING
+from lib.runs import compare, fastest, time_of
+from lib.timing import Statistics
+from shared import markers
 
-PAGES = (_record.ROOT / "README.md", _record.ROOT / "docs/results/cpu.md")
-GPU_PAGE = _record.ROOT / "docs/results/gpu.md"
+PAGES = (result_files.ROOT / "README.md", result_files.ROOT / "docs/results/cpu.md")
+GPU_PAGE = result_files.ROOT / "docs/results/gpu.md"
 RESULTS = "bars-cpu.json"  # what their tables are made from
 GPU_RESULTS = "gpu-h100.json"  # of run_gpu.py, for GPU_PAGE and the README
 AGAIN = "bars-cpu-again.json"  # a second run of the same sources
@@ -22,18 +24,6 @@ ADDED_ALONE = "bars-cpu-added.json"  # of bars.py --only added added_steps, wher
 MODES = ("forward", "backward", "both")
 _OF_ADDED = (12, 13)  # numbers of the bars
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An aligned table, which reads well in a terminal too."""
-    rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines) + "\n"
 
 
 def interval(values: Statistics | None, scale: float = 1.0, digits: int = 2) -> str:
@@ -177,7 +167,7 @@ def _bars_summary(results: Mapping) -> str:
 
 def _bars_twice(results: Mapping) -> str:
     """Each bar in the two runs: the worst case, and how many cases met it."""
-    again = _record.read(_record.RESULTS / AGAIN)
+    again = result_files.read(result_files.RESULTS / AGAIN)
     if again["environment"]["source_hash"] != results["environment"]["source_hash"]:
         return f"The runs have different sources: make {AGAIN} again.\n"
     second = _grouped(again["bars"])
@@ -370,10 +360,10 @@ def _with_added(results: Mapping) -> tuple[Mapping | None, str]:
     """The run that has added experts, and what it ran on where that is not said elsewhere."""
     if "added" in results:
         return results, ""
-    path = _record.RESULTS / ADDED_ALONE
+    path = result_files.RESULTS / ADDED_ALONE
     if not path.exists():
         return None, ""
-    alone = _record.read(path)
+    alone = result_files.read(path)
     return alone, f"{_machine(alone)}\n"
 
 
@@ -467,7 +457,7 @@ def _gpu_kernels(results: Mapping) -> str:
 
 def _gpu_summary(_: Mapping) -> str:
     """Each bar of the GPU once, for a page of other results."""
-    return _bars_summary(_record.read(_record.RESULTS / GPU_RESULTS))
+    return _bars_summary(result_files.read(result_files.RESULTS / GPU_RESULTS))
 
 
 BLOCKS: dict[str, Callable[[Mapping], str]] = {
@@ -492,21 +482,19 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
 
 
 def render(page: str, results: Mapping) -> str:
-    """The page with every block between ``<!-- bench:NAME -->`` marks made anew.
+    """Return the page with every block between ``<!-- bench:NAME -->`` markers made anew.
 
     Raises:
         KeyError: a block of an unknown name, or of a part that was not measured.
+        ValueError: a marker stands alone.
     """
-
-    def block(match: re.Match) -> str:
-        return f"{match[1]}\n\n{BLOCKS[match[2]](results)}\n{match[3]}"
-
-    return re.sub(r"(<!-- bench:(\w+) -->).*?(<!-- /bench:\2 -->)", block, page, flags=re.DOTALL)
+    blocks = {name: BLOCKS[name](results) for name in markers.names(page, "bench")}
+    return markers.fill(page, blocks, "bench")
 
 
 def main() -> None:
     for name, pages in ((RESULTS, PAGES), (GPU_RESULTS, (GPU_PAGE,))):
-        results = _record.read(_record.RESULTS / name)
+        results = result_files.read(result_files.RESULTS / name)
         for page in pages:
             page.write_text(render(page.read_text(), results))
             print(f"wrote the tables of {page}")

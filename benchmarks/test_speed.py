@@ -7,15 +7,15 @@ They time one provider after another, each alone; ratios are the business of ben
 interleaves them.
 """
 
-import _providers
 import bench_dispatch
 import bench_lora_linear
 import pytest
 import torch
-from _cases import DTYPES, Case, make_problem
-from _check import Oracle
-from _runs import prepare
 from bench_moe_mlp import default_providers
+from lib.cases import DTYPES, Case, make_problem
+from lib.check import Oracle
+from lib.providers import set_up_provider
+from lib.runs import prepare
 
 
 @pytest.fixture(params=DTYPES)
@@ -39,7 +39,7 @@ def forward_backward(runner, grad_out):
 @pytest.mark.parametrize("provider", default_providers("both"))
 def test_moe_mlp(benchmark, problem, provider):
     runner = warm_runner(
-        lambda problem: _providers.set_up(provider, problem), problem, Oracle(problem).error
+        lambda problem: set_up_provider(provider, problem), problem, Oracle(problem).error
     )
     benchmark(forward_backward, runner, problem.grad_out)
 
@@ -48,7 +48,7 @@ def test_moe_mlp(benchmark, problem, provider):
 def test_decode(benchmark, problem, provider):
     with torch.no_grad():
         runner = warm_runner(
-            lambda problem: _providers.set_up(provider, problem),
+            lambda problem: set_up_provider(provider, problem),
             problem,
             lambda runner: Oracle(problem).error(runner, backward=False),
         )

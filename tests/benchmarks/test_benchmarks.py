@@ -1,5 +1,6 @@
 """The benchmarks: statistics, order, memory, checks, files, and the README's tables."""
 
+import importlib
 import json
 import re
 import sys
@@ -17,45 +18,51 @@ for _needed in ("peft", "matplotlib"):
     pytest.importorskip(_needed)
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ROOT / "benchmarks"
-MODULES = (
-    "_blocks", "_bounds", "_cases", "_check", "_cli", "_gpu_checks", "_memory", "_providers",
-    "_record", "_runs", "_split_lora", "_timing", "bars", "bench_added_experts", "bench_dispatch",
-    "bench_lora_linear", "bench_moe_mlp", "bench_training_step", "cost_model", "plot", "run_gpu",
-    "tables",
+FOLDERS = (str(ROOT / "benchmarks"), str(ROOT / "tools"))
+LIB = (
+    "blocks", "bounds", "cases", "check", "cli", "costs", "gpu_checks", "memory", "providers",
+    "result_files", "runs", "split_lora", "timing",
+)  # fmt: skip
+PROGRAMS = (
+    "bars", "bench_added_experts", "bench_dispatch", "bench_lora_linear", "bench_moe_mlp",
+    "bench_training_step", "plot", "run_gpu", "tables",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def bench():
-    """The programs' modules; their folder is on the path only here, as when they are run."""
-    sys.path.insert(0, str(PROGRAMS))
+    """The programs' modules; their folders are on the path only here, as when they are run."""
+    before = [*sys.path]
+    sys.path[:0] = FOLDERS
     try:
-        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+        lib = {name: importlib.import_module(f"lib.{name}") for name in LIB}
+        yield SimpleNamespace(**lib, **{name: importlib.import_module(name) for name in PROGRAMS})
     finally:
-        sys.path.remove(str(PROGRAMS))
-        for name in MODULES:
+        sys.path[:] = before
+        for name in [name for name in sys.modules if name == "lib" or name.startswith("lib.")]:
+            del sys.modules[name]
+        for name in PROGRAMS:
             sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def case(bench):
-    return bench._cases.Case.named("small", dtype="float32")
+    return bench.cases.Case.named("small", dtype="float32")
 
 
 # --- statistics and order
 
 
 def test_statistics(bench):
-    stats = bench._timing.summarize([4.0, 1.0, 3.0, 2.0, 5.0, 6.0])
+    stats = bench.timing.summarize([4.0, 1.0, 3.0, 2.0, 5.0, 6.0])
     assert (stats.median, stats.p20, stats.p80, stats.count) == (3.5, 2.0, 5.0, 6)
 
 
 def test_ratios_are_taken_within_each_round(bench):
     """The machine is 10 times slower in the second round; the ratio of the two stays."""
-    stats = bench._timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
+    stats = bench.timing.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0])
     assert (stats.median, stats.p20, stats.p80) == (2.0, 2.0, 2.0)
-    assert bench._timing.ratio([2.0, 4.0, 9.0, 9.0], [1.0, 2.0]).count == 2
+    assert bench.timing.ratio([2.0, 4.0, 9.0, 9.0], [1.0, 2.0]).count == 2
 
 
 def test_no_round_has_the_order_of_the_one_before(bench):
@@ -65,13 +72,13 @@ def test_no_round_has_the_order_of_the_one_before(bench):
         return lambda: ran.append(name) or {"both": 1.0}
 
     names = ["a", "b", "c"]
-    samples = bench._timing.measure({n: step(n) for n in names}, max_rounds=4, thorough=("b",))
+    samples = bench.timing.measure({n: step(n) for n in names}, max_rounds=4, thorough=("b",))
     assert ran == ["a", "b", "c", "a", "c", "b", "c", "a", "b", "b"]
     assert {name: len(samples[name]["both"]) for name in names} == {"a": 3, "b": 4, "c": 3}
 
 
 def test_a_budget_ends_the_rounds_but_not_the_first_three(bench):
-    samples = bench._timing.measure({"a": lambda: {"both": 1.0}}, max_rounds=9, max_seconds=0)
+    samples = bench.timing.measure({"a": lambda: {"both": 1.0}}, max_rounds=9, max_seconds=0)
     assert samples == {"a": {"both": [1.0, 1.0, 1.0]}}
 
 
@@ -89,9 +96,9 @@ def test_peak_of_a_made_example(bench):
         del second
         return third, torch.empty(1 << 20, dtype=torch.uint8), kept
 
-    assert bench._memory.peak_bytes(function) == 3 << 20
-    assert bench._memory.peak_bytes(lambda: (function(), function())) == 5 << 20
-    assert bench._memory.peak_bytes(lambda: kept.sum()) < 1000
+    assert bench.memory.peak_bytes(function) == 3 << 20
+    assert bench.memory.peak_bytes(lambda: (function(), function())) == 5 << 20
+    assert bench.memory.peak_bytes(lambda: kept.sum()) < 1000
 
 
 def test_saved_bytes_count_each_storage_once(bench):
@@ -101,13 +108,13 @@ def test_saved_bytes_count_each_storage_once(bench):
         y = x.exp()  # keeps its result
         return (y * y).sum()  # keeps y twice
 
-    assert bench._memory.saved_bytes(forward, [x]) == 4000
+    assert bench.memory.saved_bytes(forward, [x]) == 4000
 
 
 @pytest.mark.parametrize("provider", ["ours:cpu", "split:masked", "split:gathered"])
 def test_memory_formulas_agree_with_what_is_kept(bench, case, provider):
-    record = bench._runs.run_training(
-        case, [provider], bench._runs.Options(rounds=1, memory=[provider])
+    record = bench.runs.run_training(
+        case, [provider], bench.runs.Options(rounds=1, memory=[provider])
     )
     entry = record["providers"][provider]
     if "missing" in entry:
@@ -123,9 +130,9 @@ def test_memory_formulas_agree_with_what_is_kept(bench, case, provider):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("routing", ["balanced", "zipf"])
 def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing):
-    case = bench._cases.Case.named("small", dtype=dtype, routing=routing)
-    names = [name for name in bench._providers.names() if "compiled" not in name]  # slow
-    record = bench._runs.run_training(case, names, bench._runs.Options(rounds=1))
+    case = bench.cases.Case.named("small", dtype=dtype, routing=routing)
+    names = [name for name in bench.providers.provider_names() if "compiled" not in name]  # slow
+    record = bench.runs.run_training(case, names, bench.runs.Options(rounds=1))
     wrong = {name: e["error"] for name, e in record["providers"].items() if e.get("error")}
     assert not wrong
     missing = {name: e["missing"] for name, e in record["providers"].items() if "missing" in e}
@@ -137,39 +144,39 @@ def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing
         missing = {name: why for name, why in missing.items() if name not in blocks}
     assert all(name.split(":")[-1] in expected and why for name, why in missing.items())
     for name in ("bound", "hf:eager", "hf:grouped_mm", "peft:grouped_mm", "split:masked"):
-        assert bench._runs.compare(record, name, "bound", "both").count == 1
+        assert bench.runs.compare(record, name, "bound", "both").count == 1
 
 
 def test_decode_goes_through_enough_layers(bench):
-    case = bench._cases.Case.named("tiny", dtype="float32")
+    case = bench.cases.Case.named("tiny", dtype="float32")
     stack = case.expert_bytes * case.shape.E
-    options = bench._runs.Options(rounds=2, rotated_bytes=3 * stack)
-    record = bench._runs.run_decode(case, ["read", "hf:batched_mm"], options)
+    options = bench.runs.Options(rounds=2, rotated_bytes=3 * stack)
+    record = bench.runs.run_decode(case, ["read", "hf:batched_mm"], options)
     hit = case.expert_bytes * min(case.rows, case.shape.E)
     assert record["case"]["layers"] == max(4, 1 + 3 * stack // hit)
     assert [entry["error"] for entry in record["providers"].values()] == [None, None]
-    assert bench._runs.time_of(record, "hf:batched_mm", "decode").count == 2
+    assert bench.runs.time_of(record, "hf:batched_mm", "decode").count == 2
 
 
 def test_the_bound_of_decoding_reads_every_weight_of_the_hit_experts(bench, case, thread_count):
-    problem = bench._cases.make_problem(replace(case, shape=replace(case.shape, T=2)))
+    problem = bench.cases.make_problem(replace(case, shape=replace(case.shape, T=2)))
     stacks = (problem.inputs.gate_up_proj, problem.inputs.down_proj)
     expected = sum(int(w[problem.hit_experts].view(torch.int64).sum()) for w in stacks)
     assert 4 <= len(problem.hit_experts) <= 8
     for threads in (1, 2, 3):
         thread_count(threads)
-        assert bench._bounds.weight_reader(problem)() == expected % 2**64
+        assert bench.bounds.weight_reader(problem)() == expected % 2**64
 
 
 def corrupt(bench, monkeypatch, change):
     """Put a provider "wrong" beside the others: transformers' eager, but changed."""
 
     def set_up(problem, variant):
-        runner = bench._providers._hf(problem, "eager")
+        runner = bench.providers._hf(problem, "eager")
         return replace(runner, **change(runner))
 
-    kind = bench._providers._Kind(set_up, lambda: [""])
-    monkeypatch.setitem(bench._providers.KINDS, "wrong", kind)
+    kind = bench.providers._Kind(set_up, lambda: [""])
+    monkeypatch.setitem(bench.providers.KINDS, "wrong", kind)
 
 
 @pytest.mark.parametrize("what", ["output", "gradient"])
@@ -179,13 +186,13 @@ def test_a_wrong_provider_gets_no_speed_up(bench, case, monkeypatch, what):
         "gradient": lambda runner: {"backward": lambda out, grad: out.backward(grad * 1.001)},
     }
     corrupt(bench, monkeypatch, changes[what])
-    record = bench._runs.run_training(
-        case, ["bound", "wrong", "hf:eager"], bench._runs.Options(rounds=2)
+    record = bench.runs.run_training(
+        case, ["bound", "wrong", "hf:eager"], bench.runs.Options(rounds=2)
     )
     assert "relative RMS error" in record["providers"]["wrong"]["error"]
-    assert bench._runs.compare(record, "wrong", "bound", "both") is None
-    assert bench._runs.compare(record, "hf:eager", "wrong", "both") is None
-    assert bench._runs.fastest(record, ["wrong", "hf:eager"], "both") == "hf:eager"
+    assert bench.runs.compare(record, "wrong", "bound", "both") is None
+    assert bench.runs.compare(record, "hf:eager", "wrong", "both") is None
+    assert bench.runs.fastest(record, ["wrong", "hf:eager"], "both") == "hf:eager"
     assert "refused: " in bench.tables.providers_table(record, "both")
 
 
@@ -201,7 +208,7 @@ def test_the_programs_run(bench, tmp_path):
     bench.bars.main(["--shapes", "small", "--models", "tiny", "--rotate-mb", "1", *shared])
     results = json.loads(path.read_text())
     assert {bar["number"] for bar in results["bars"]} == {1, 2, 3, 4, 5, 6, 7, 12, 13}
-    assert results["environment"]["source_hash"] == bench._record.source_hash()
+    assert results["environment"]["source_hash"] == bench.result_files.source_hash()
     assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
     for page in map(Path.read_text, bench.tables.PAGES):
         assert bench.tables.render(page, results) != page
@@ -209,7 +216,7 @@ def test_the_programs_run(bench, tmp_path):
 
 def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
     """Its bar asks for 1 + s of the base's time, s its share of the rows."""
-    bars, options = bench.bars, bench._runs.Options(rounds=1)
+    bars, options = bench.bars, bench.runs.Options(rounds=1)
     given = bars.parse(["--shapes", "small", "--device", "cpu", "--only", "added"])
     measure = next(bars.measure_added(given, options))
     case = measure.args[0]
@@ -222,14 +229,14 @@ def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
     ]
     assert all(bar.measured.count == 1 for bar in of_block)
 
-    moe_mlp = bench._providers.moe_mlp
+    moe_mlp = bench.providers.moe_mlp
 
     def with_a_wrong_expert(*args, extra_down_proj=None, **keywords):
         if extra_down_proj is not None:
             extra_down_proj = extra_down_proj * 1.1
         return moe_mlp(*args, extra_down_proj=extra_down_proj, **keywords)
 
-    monkeypatch.setattr(bench._providers, "moe_mlp", with_a_wrong_expert)
+    monkeypatch.setattr(bench.providers, "moe_mlp", with_a_wrong_expert)
     record = measure()
     assert "relative RMS error" in record["providers"]["ours_added:cpu"]["error"]
     assert record["providers"]["ours_added_text:cpu"]["error"] is None
@@ -238,9 +245,9 @@ def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, dtype):
-    problem = bench._cases.make_problem(replace(case, dtype=dtype))
-    set_up, ids = bench._providers.set_up, problem.inputs.modality_ids
-    block = bench._blocks.Block(problem, "reference", added=True)
+    problem = bench.cases.make_problem(replace(case, dtype=dtype))
+    set_up, ids = bench.providers.set_up_provider, problem.inputs.modality_ids
+    block = bench.blocks.Block(problem, "reference", added=True)
     assert block.error(ids) is None and block.error(torch.zeros_like(ids)) is None
     _, _, chosen = block.layer.mlp.gate(block.hidden_states)  # after a call on text alone
     assert (chosen < case.shape.E).all() and 0 < ids.sum() < len(ids)
@@ -252,7 +259,7 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
         assert runner.check() is None and len(runner.leaves) == 1 + trained
         assert all(leaf.grad is not None for leaf in runner.leaves)
 
-    monkeypatch.setattr(bench._blocks, "_ADDED_LOGIT", -9.0)
+    monkeypatch.setattr(bench.blocks, "_ADDED_LOGIT", -9.0)
     unused = set_up("block_added:reference", problem)
     assert "sent to the added expert" in unused.check()
     forward = block.forward
@@ -261,7 +268,7 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
 
 
 def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
-    program, options = bench.bench_added_experts, bench._runs.Options(rounds=1)
+    program, options = bench.bench_added_experts, bench.runs.Options(rounds=1)
     tiny = bench.bench_training_step.MODELS["tiny"]
     record = program.run(tiny, options)
     assert record["providers"]["ours"]["error"] is None and len(record["extended"]) == 1
@@ -275,7 +282,7 @@ def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
 
 @pytest.mark.parametrize("what", ["another model", "text", "unused"])
 def test_steps_with_added_experts_that_are_wrong_get_no_bar(bench, monkeypatch, what):
-    program, options = bench.bench_added_experts, bench._runs.Options(rounds=1)
+    program, options = bench.bench_added_experts, bench.runs.Options(rounds=1)
     extend, text_logits, shut = program._extend, program._text_logits, ExitStack()
 
     def disturbed(extender, *batch):
@@ -298,20 +305,20 @@ def test_steps_with_added_experts_that_are_wrong_get_no_bar(bench, monkeypatch, 
 
 def test_pages_of_results_older_than_added_experts(bench, monkeypatch, tmp_path):
     """Say so, or show a run of that part alone."""
-    monkeypatch.setattr(bench._record, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench.result_files, "RESULTS", tmp_path)
     assert bench.tables.BLOCKS["added"]({}) == "Not measured yet.\n"
     arguments = ["--only", "added", "added_steps", "--shapes", "small", "--models", "tiny"]
     path = tmp_path / bench.tables.ADDED_ALONE
     bench.bars.main([*arguments, "--device", "cpu", "--rounds", "1", "--output", str(path)])
     shown = bench.tables.BLOCKS["added"]({})
     assert "13. training tokens/s" in shown and "small fp32 balanced" in shown
-    assert bench._record.read(path)["environment"]["processor"] in shown
+    assert bench.result_files.read(path)["environment"]["processor"] in shown
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_cost_model(bench, share):
     """Without image it has the operations of the base's GEMMs, and never less than the floor."""
-    model, case = bench.cost_model, bench._cases.Case.named("olmoe", image_share=share)
+    model, case = bench.costs, bench.cases.Case.named("olmoe", image_share=share)
     for mode in ("forward", "backward"):
         costs, floor = [*getattr(model, mode)(case)], model.floor(case, mode)
         low_rank = sum(cost.flops for cost in costs) / case.forward_flops - 1
@@ -326,17 +333,17 @@ def test_the_cost_model(bench, share):
 @pytest.mark.parametrize(("rank", "fewer"), [(16, 0.625), (32, 0.75), (64, 1.0)])
 def test_one_pass_over_dY_moves_less(bench, rank, fewer):
     """Of dY and du alone, at the widths of a layer: 2 + r / 32 bytes an element, not 4."""
-    case = bench._cases.Case.named("olmoe", r=rank, image_share=1.0)
+    case = bench.cases.Case.named("olmoe", r=rank, image_share=1.0)
     dY = case.rows * 2 * case.shape.I
-    (cost,) = [c for c in bench.cost_model.backward(case, "cuda") if c.kernel == "du1, dB1"]
-    given = bench.cost_model.sizes_of(case)
+    (cost,) = [c for c in bench.costs.backward(case, "cuda") if c.kernel == "du1, dB1"]
+    given = bench.costs.sizes_of(case)
     moved = cost.bytes - given.lora_gate_up - 2 * 4 * case.shape.E * rank * case.shape.I
     assert moved - 2 * given.u == pytest.approx(4 * fewer * dY)
     assert moved - cost.avoidable == pytest.approx(2 * dY + 2 * given.u)  # dY once, and du
 
 
 def test_the_cost_model_has_the_parts_of_the_kernels(bench):
-    triton, cuda = bench.cost_model.PARTS_OF_DU["triton"], bench.cost_model.PARTS_OF_DU["cuda"]
+    triton, cuda = bench.costs.PARTS_OF_DU["triton"], bench.costs.PARTS_OF_DU["cuda"]
     kernels = pytest.importorskip("moe_kernels.ops.triton_kernels")
     columns = kernels.outer_blocks(16, 4096, torch.bfloat16, project=True, capability=90)[1]
     assert triton == (kernels.MAX_PROJECTED, columns)
@@ -364,7 +371,7 @@ def test_which_cuda_kernels_must_have_matrix_instructions(bench):
 
 def test_a_bar_is_met_or_not_or_unknown(bench):
     def met(values, **settings):
-        stats = bench._timing.summarize(values) if values else None
+        stats = bench.timing.summarize(values) if values else None
         return bench.bars.Bar(1, "", "", stats, 1.2, **settings).met
 
     assert met([1.1, 1.2, 1.3]) is True
@@ -377,24 +384,24 @@ def test_a_bar_is_met_or_not_or_unknown(bench):
 
 def test_results_are_written_whole_or_not_at_all(bench, tmp_path):
     path = tmp_path / "folder" / "a.json"
-    bench._record.write(path, {"a": 1})
+    bench.result_files.write(path, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
-        bench._record.write(path, {"a": float("nan")})
+        bench.result_files.write(path, {"a": float("nan")})
     with pytest.raises(TypeError):
-        bench._record.write(path, {"a": object()})
-    assert bench._record.read(path) == {"a": 1}
+        bench.result_files.write(path, {"a": object()})
+    assert bench.result_files.read(path) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_the_pages_tables_are_those_of_the_results(bench):
     """Run ``python benchmarks/tables.py`` to write them anew."""
-    path = bench._record.RESULTS / bench.tables.RESULTS
+    path = bench.result_files.RESULTS / bench.tables.RESULTS
     if not path.exists():
         pytest.skip(f"{path.name} is not there: `make bench` has not been run")
     for page in map(Path.read_text, bench.tables.PAGES):
-        assert bench.tables.render(page, bench._record.read(path)) == page
+        assert bench.tables.render(page, bench.result_files.read(path)) == page
     page = bench.tables.GPU_PAGE.read_text()
-    gpu = bench._record.read(bench._record.RESULTS / bench.tables.GPU_RESULTS)
+    gpu = bench.result_files.read(bench.result_files.RESULTS / bench.tables.GPU_RESULTS)
     assert bench.tables.render(page, gpu) == page
 
 
@@ -412,8 +419,8 @@ def test_a_call_in_a_graph(bench, monkeypatch):
 def test_bars_of_the_cuda_launches(bench):
     """combine moved 2 of 3 TB/s; parts of du are no work that was asked for."""
     given = bench.run_gpu.parse(["--trial", "--device", "cpu", "--backend", "cuda"])
-    case = bench._gpu_checks.layer_case(given, *given.layers[0])
-    costs = [*bench.cost_model.forward(case), *bench.cost_model.backward(case, "cuda")]
+    case = bench.gpu_checks.layer_case(given, *given.layers[0])
+    costs = [*bench.costs.forward(case), *bench.costs.backward(case, "cuda")]
     moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
     low_rank = [c for c in costs if re.match("shrink|du|dA[12]", c.kernel)]
     assert sum(cost.bytes for cost in low_rank) > sum(cost.useful_bytes for cost in low_rank)

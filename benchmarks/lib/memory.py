@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from _cases import Case
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from lib.cases import Case
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler says on stderr that it starts
 

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import _providers
 import torch
-from _cases import Case, Problem, make_problem
-from _check import Oracle
-from _memory import peak_bytes, saved_bytes, saved_formula
-from _providers import Runner, Unavailable
-from _timing import Clock, GpuClock, Statistics, measure, now, ratio, summarize
+
+from lib.cases import Case, Problem, make_problem
+from lib.check import Oracle
+from lib.memory import peak_bytes, saved_bytes, saved_formula
+from lib.providers import Runner, Unavailable, set_up_provider
+from lib.timing import Clock, GpuClock, Statistics, measure, now, ratio, summarize
 
 _OURS = ("ours", "block")
 _MAX_LAYERS = 256  # of a toy shape it would take millions to read 600 MB
@@ -41,7 +41,7 @@ class Options:
     on_round: Callable[[], None] = lambda: None
 
     def measure(self, steps: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict:
-        """See :func:`_timing.measure`."""
+        """See :func:`lib.timing.measure`."""
         return measure(
             steps, min_rounds=min(self.min_rounds, self.rounds), max_rounds=self.rounds,
             max_seconds=self.max_seconds, thorough=self.thorough, on_round=self.on_round,
@@ -59,7 +59,7 @@ def run_training(case: Case, providers: Sequence[str], options: Options) -> dict
     records, runners = {}, {}
     for name in providers:
         records[name], runners[name] = prepare(
-            lambda name=name: [_providers.set_up(name, problem)],
+            lambda name=name: [set_up_provider(name, problem)],
             lambda runner: oracle.error(runner, backward=options.backward),
             ours=name.startswith(_OURS),
         )
@@ -86,7 +86,7 @@ def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
     with torch.no_grad():
         for name in providers:
             records[name], runners[name] = prepare(
-                lambda name=name: [_providers.set_up(name, layer) for layer in layers],
+                lambda name=name: [set_up_provider(name, layer) for layer in layers],
                 lambda runner: oracle.error(runner, backward=False),
                 ours=name.startswith(_OURS),
             )

@@ -11,11 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-import _split_lora
 import torch
-from _blocks import Block
-from _bounds import ExpertGemms, weight_reader
-from _cases import SCALING, Problem
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -23,6 +19,10 @@ from transformers import OlmoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from lib import split_lora
+from lib.blocks import Block
+from lib.bounds import ExpertGemms, weight_reader
+from lib.cases import SCALING, Problem
 from moe_kernels import backends
 from moe_kernels.models import peft_format
 from moe_kernels.ops import LoraWeights, moe_mlp
@@ -108,7 +108,7 @@ class _Leaves:
         return Runner(forward, leaves=leaves, gradients=gradients, **settings)
 
 
-def set_up(name: str, problem: Problem) -> Runner:
+def set_up_provider(name: str, problem: Problem) -> Runner:
     """The provider ``name`` on a problem.
 
     Raises:
@@ -119,7 +119,7 @@ def set_up(name: str, problem: Problem) -> Runner:
     return KINDS[kind].set_up(problem, variant)
 
 
-def names() -> list[str]:
+def provider_names() -> list[str]:
     """All providers."""
     return [
         f"{kind}:{variant}" if variant else kind
@@ -361,12 +361,12 @@ def _scattermoe_kernels() -> ModuleType:
 
 
 def _split(problem: Problem, variant: str) -> Runner:
-    function = _split_lora.gathered if variant == "gathered" else _split_lora.masked
+    function = split_lora.gathered if variant == "gathered" else split_lora.masked
     if variant == "compiled":
         if problem.case.dtype == "float32":
             raise Unavailable("torch.compile has no grouped_mm in float32")
         function = torch.compile(function)
-    leaves, pairs = _Leaves.of(problem), _split_lora.pairs_of(problem)
+    leaves, pairs = _Leaves.of(problem), split_lora.pairs_of(problem)
     for name, (a, b) in pairs.items():
         leaves.adapters.update({f"{name}.lora_A": a, f"{name}.lora_B": b})
 

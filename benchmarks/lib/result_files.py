@@ -12,8 +12,8 @@ import torch
 
 from moe_kernels import info
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).with_name("results")
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = ("csrc", "moe_kernels", "benchmarks", "setup.py", "pyproject.toml")
 _NOT_MEASURED = ":(exclude)benchmarks/results"
 

@@ -1,21 +1,15 @@
-"""Bytes and operations of every kernel of a GPU backend, by formula, beside the floor.
+"""Bytes and operations of every kernel of a GPU backend, by formula, and the floor.
 
-    python benchmarks/cost_model.py --shape olmoe --tokens 8192 --backend cuda
-
-A pass over a tensor that need not be there shows without a GPU. Counted is what a kernel reads and
-writes once: rows that several programs share, and weights that several row tiles share, are in the
-L2 cache. The floor reads and writes only what the op is given and what it returns or saves.
-Milliseconds are those of --bandwidth and --tflops, whichever takes longer: a bound, no measurement.
+A kernel's cost counts each tensor that it reads or writes once: rows that several programs share,
+and weights that several row tiles share, are in the L2 cache. The floor counts only the op's
+arguments and what it returns or saves.
 """
 
-import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from _cases import DTYPES, Case
-from tables import markdown
-
-from moe_kernels.testing import SHAPES
+from lib.cases import Case
+from lib.markdown import markdown
 
 # By backend: the highest rank of which du and dB are one pass over dY, and the columns of dY of a
 # part of du. (float32 is two passes under "cuda", whose products are the extension's here, as they
@@ -162,32 +156,3 @@ def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") 
                 )
             )  # fmt: skip
     return markdown(("kernel", "GFLOP", "MB read", "MB written", "ms", "bound by"), rows)
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="olmoe")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--backend", choices=PARTS_OF_DU, default="triton")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--image-share", nargs="+", type=float, default=[0.0, 0.25, 1.0])
-    parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s (default: H100 SXM)")
-    parser.add_argument("--tflops", type=float, default=800.0, help="of large GEMMs")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
-    for share in given.image_share:
-        case = Case.named(
-            given.shape, T=given.tokens, r=given.rank, dtype=given.dtype, image_share=share
-        )
-        print(f"{given.shape}, T = {given.tokens}, rank {given.rank}, {share:.0%} image rows")
-        print(table(case, given.bandwidth, given.tflops, given.backend))
-
-
-if __name__ == "__main__":
-    main()

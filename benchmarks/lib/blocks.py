@@ -1,10 +1,10 @@
 """The MoE block of a patched OLMoE, its router included: as it is, or with one added expert."""
 
 import torch
-from _cases import Problem
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from lib.cases import Problem
 from moe_kernels.models.experts import context_of
 from moe_kernels.models.extensions import added_experts
 from moe_kernels.moextend import ExpertExtender

@@ -1,7 +1,7 @@
 """Compiles every GPU kernel for GPUs that need not be there, and reads what the compilers made.
 
-    python benchmarks/check_gpu_code.py                 # what `make check-gpu-code` runs
-    python benchmarks/check_gpu_code.py --dtype fp16    # the other half precision
+    python tools/check_gpu_code.py                 # what `make check-gpu-code` runs
+    python tools/check_gpu_code.py --dtype fp16    # the other half precision
 
 For each kernel, dtype, tile and way of use that the package has, and each architecture: registers,
 spilled stores, shared memory, programs that fit a multiprocessor, matrix instructions. Fails on a
@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for its lib
 import torch
 import triton
-from tables import markdown
+from lib.markdown import markdown
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

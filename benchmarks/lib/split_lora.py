@@ -6,9 +6,10 @@ are sorted by expert once; no gradient of a frozen weight is computed. The mask 
 """
 
 import torch
-from _cases import Problem
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
+
+from lib.cases import Problem
 
 
 def pairs_of(problem: Problem) -> dict[str, tuple[Tensor, Tensor]]:

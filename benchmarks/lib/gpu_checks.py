@@ -11,15 +11,13 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import _providers
-import _record
 import torch
-from _cases import Case, Problem, make_problem
-from _check import Oracle
-from _providers import Runner
 
+from lib import result_files
+from lib.cases import Case, Problem, make_problem
+from lib.check import Oracle
+from lib.providers import Runner, set_up_provider
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import TOLERANCES, MoeInputs
 
@@ -37,7 +35,7 @@ ROW_FACTOR = 4
 
 def run_tests(given: Namespace) -> dict:
     """The GPU cases of the test suite, in processes of their own: most of it is compiling."""
-    tests = _record.ROOT / "tests"
+    tests = result_files.ROOT / "tests"
     path = os.pathsep.join(filter(None, (str(tests), os.environ.get("PYTHONPATH"))))
     several = ["-n", "12"] if importlib.util.find_spec("xdist") else []
     cases = {"triton", given.backend}  # whose kernels are a part of every backend's
@@ -86,7 +84,7 @@ def profile_counters(given: Namespace) -> dict:
 
 
 def _one_layer(given: Namespace, shape: str) -> list[str]:
-    program = str(Path(__file__).with_name("one_layer.py"))
+    program = str(result_files.ROOT / "benchmarks" / "one_layer.py")
     return [
         sys.executable, program, "--shape", shape, "--dtype", given.dtype, "--device", given.device,
         "--backend", given.backend,
@@ -105,7 +103,7 @@ def _run(command: list[str], given: Namespace, seconds: float, **environment: st
         return {"passed": None, "output": "no time was left"}
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, cwd=_record.ROOT, timeout=seconds,
+            command, capture_output=True, text=True, cwd=result_files.ROOT, timeout=seconds,
             env=os.environ | environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -133,7 +131,7 @@ def measure_accuracy(given: Namespace) -> dict:
     for name, tokens, share in given.layers:
         problem = make_problem(layer_case(given, name, tokens, share))
         oracle = Oracle(problem, num_tokens=tokens)
-        runner = _providers.set_up(ours(given), problem)
+        runner = set_up_provider(ours(given), problem)
         label = f"{name} T={tokens} image {share:.0%}"
         errors[label] = oracle.errors(runner)
         out = runner.forward()[oracle.tokens]
@@ -154,10 +152,10 @@ def check_promises(given: Namespace) -> dict:
     name, tokens, _ = given.layers[0]
     problem = make_problem(layer_case(given, name, tokens))
     text = problem.inputs.modality_ids == 0
-    runner = _providers.set_up(ours(given), problem)
+    runner = set_up_provider(ours(given), problem)
     first, second = (_results(runner, problem.grad_out) for _ in range(2))
     inputs = _with_other_rows(problem.inputs, text)
-    others = _providers.set_up(ours(given), replace(problem, inputs=inputs))
+    others = set_up_provider(ours(given), replace(problem, inputs=inputs))
     changed = _results(others, problem.grad_out)
     keys = ("out", "hidden_states", "topk_weights")
     return {
@@ -191,7 +189,7 @@ def _results(runner: Runner, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _graph_gives(problem: Problem, given: Namespace) -> bool | str:
     try:
-        runner = _providers.set_up(ours(given), problem)
+        runner = set_up_provider(ours(given), problem)
         expected = _results(runner, problem.grad_out)
         graph, found = capture(runner, problem.grad_out)
         for tensor in found.values():

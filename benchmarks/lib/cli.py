@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import _record
 import torch
-from _cases import DTYPES
-from _runs import Options
 from tqdm import tqdm
+
+from lib import result_files
+from lib.cases import DTYPES
+from lib.runs import Options
 
 
 def make_parser(description: str, name: str, *, dtypes: bool = True) -> argparse.ArgumentParser:
@@ -60,9 +61,9 @@ def progress(items: Sequence[Any]) -> Iterator[tuple[Iterable[Any], Callable[[],
 
 def finish(name: str, given: argparse.Namespace, data: dict) -> None:
     """Write the results."""
-    path = given.output or _record.default_path(name, given.device)
+    path = given.output or result_files.default_path(name, given.device)
     settings = {key: value for key, value in vars(given).items() if key != "output"}
-    _record.write(
-        path, {"environment": _record.environment(given.device), "arguments": settings, **data}
+    result_files.write(
+        path, {"environment": result_files.environment(given.device), "arguments": settings, **data}
     )
     print(f"wrote {path}")

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _cases import Problem
 from torch import Tensor
 
+from lib.cases import Problem
+
 _SOURCE = Path(__file__).with_name("read_bound.cpp")
-_BUILD = Path(__file__).with_name(".build")
+_BUILD = Path(__file__).parents[1] / ".build"
 _COMMAND = shlex.split(os.environ.get("CXX", "c++")) + [
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip

@@ -3,10 +3,10 @@
 import functools
 
 import torch
-from _cases import Problem
-from _providers import Runner
 from torch import Tensor
 
+from lib.cases import Problem
+from lib.providers import Runner
 from moe_kernels.ops import LoraWeights, moe_mlp
 from moe_kernels.testing import TOLERANCES, relative_rms
 

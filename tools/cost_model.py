@@ -1,0 +1,47 @@
+"""Prints bytes and operations of every kernel of a GPU backend, by formula, and the floor.
+
+    python tools/cost_model.py --shape olmoe --tokens 8192 --backend cuda
+
+It needs no GPU and measures nothing: an unnecessary pass over a tensor shows in the bytes.
+Milliseconds are those of --bandwidth and --tflops, whichever takes longer: a lower bound. See
+benchmarks/lib/costs.py for what is counted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # for its lib
+from lib.cases import DTYPES, Case
+from lib.costs import PARTS_OF_DU, table
+
+from moe_kernels.testing import SHAPES
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="olmoe")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--backend", choices=PARTS_OF_DU, default="triton")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--image-share", nargs="+", type=float, default=[0.0, 0.25, 1.0])
+    parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s (default: H100 SXM)")
+    parser.add_argument("--tflops", type=float, default=800.0, help="of large GEMMs")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    for share in given.image_share:
+        case = Case.named(
+            given.shape, T=given.tokens, r=given.rank, dtype=given.dtype, image_share=share
+        )
+        print(f"{given.shape}, T = {given.tokens}, rank {given.rank}, {share:.0%} image rows")
+        print(table(case, given.bandwidth, given.tflops, given.backend))
+
+
+if __name__ == "__main__":
+    main()
