@@ -177,7 +177,7 @@ def _bars_twice(results: Mapping) -> str:
         for worst, met in (_worst(members), _worst(second[key])):
             cells += [interval(_statistics(worst)) or worst["note"], met]
         rows.append((f"{key[0]}. {key[1]}", key[2], *cells))
-    header = ("bar", "wanted", "worst, README's run", "met", "worst, the other run", "met")
+    header = ("bar", "wanted", "worst, first run", "met", "worst, second run", "met")
     return markdown(header, rows)
 
 
@@ -455,12 +455,74 @@ def _gpu_kernels(results: Mapping) -> str:
     )
 
 
+# --- the README
+
+# results, part, case, share of image rows, mode, ours, the competitor
+_SPEED = (
+    (GPU_RESULTS, "training", "olmoe", 0.25, "both", "ours:cuda", "peft:grouped_mm"),
+    (GPU_RESULTS, "training", "olmoe", 0.25, "both", "ours:cuda", "split:compiled"),
+    (GPU_RESULTS, "training", "mixtral", 0.25, "both", "ours:cuda", "split:compiled"),
+    (GPU_RESULTS, "training", "mixtral", 0.25, "both", "ours_base:cuda", "hf_compiled:grouped_mm"),
+    (GPU_RESULTS, "steps", "olmoe-1b-7b", 0.5, "step", "ours", "peft:grouped_mm"),
+    (RESULTS, "training", "olmoe", 0.5, "both", "ours:cpu", "peft:grouped_mm"),
+    (RESULTS, "training", "olmoe", 0.5, "both", "ours:cpu", "split:masked"),
+    (RESULTS, "steps", "demo", None, "step", "ours", "peft:grouped_mm"),
+)
+_MACHINES = {GPU_RESULTS: "H100", RESULTS: "CPU"}
+_COMMANDS = {
+    GPU_RESULTS: "`python benchmarks/run_gpu.py --backend cuda`",
+    RESULTS: "`make bench`",
+}
+_COMPETITORS = {
+    "peft:grouped_mm": "PEFT on grouped_mm",
+    "split:compiled": "split LoRA, compiled",
+    "split:masked": "split LoRA",
+    "hf_compiled:grouped_mm": "transformers, compiled",
+}
+
+
+def _speed(_: Mapping) -> str:
+    """A few ratios from both runs, and what each ran on."""
+    runs = {name: _record.read(_record.RESULTS / name) for name in _MACHINES}
+    rows = []
+    for name, part, case, share, mode, ours, theirs in _SPEED:
+        record = next(r for r in runs[name][part] if _is_case(r["case"], case, share))
+        times = [time_of(_common_rounds(record), who, mode).median * 1e3 for who in (ours, theirs)]
+        rows.append(
+            (
+                _MACHINES[name], _speed_title(record["case"], ours), _short_ms(times[0]),
+                _COMPETITORS[theirs], _short_ms(times[1]),
+                interval(compare(record, theirs, ours, mode)), _COMMANDS[name],
+            )
+        )  # fmt: skip
+    header = ("on", "forward and backward", "ms", "compared with", "ms", "times as fast (20-80 %)",
+              "measured by")  # fmt: skip
+    machines = "".join(f"- {_MACHINES[name]}: {_machine(run)}" for name, run in runs.items())
+    return f"{markdown(header, rows)}\n{machines}"
+
+
+def _is_case(case: Mapping, name: str, share: float | None) -> bool:
+    return name in (case["shape"], case.get("name")) and share in (None, case["image_share"])
+
+
+def _short_ms(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _speed_title(case: Mapping, ours: str) -> str:
+    if case.get("name"):
+        return f"training step, {case['name']}"
+    rows = "no adapters" if ours.startswith("ours_base:") else f"{case['image_share']:.0%} image"
+    return f"{case['shape']} layer, {case['T']:,} tokens, {rows}"
+
+
 def _gpu_summary(_: Mapping) -> str:
     """Each bar of the GPU once, for a page of other results."""
     return _bars_summary(result_files.read(result_files.RESULTS / GPU_RESULTS))
 
 
 BLOCKS: dict[str, Callable[[Mapping], str]] = {
+    "speed": _speed,
     "gpu_summary": _gpu_summary,
     "gpu_layers": _gpu_layers,
     "gpu_ceilings": _gpu_ceilings,

@@ -1,12 +1,10 @@
-"""The package as a whole: a lean import, public names, the info page, the README's promises."""
+"""The package as a whole: a lean import, public names, the info page, the supported models."""
 
+import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
-
-from support.model_zoo import FAMILIES
 
 import moe_kernels
 
@@ -70,21 +68,11 @@ def test_info_page():
     assert page["versions"]["moe_kernels"] == moe_kernels.__version__
 
 
-def test_readme_lists_the_families_that_the_suite_runs_on():
-    """Run ``python tests/test_package.py`` to write the list anew."""
-    assert supported_models() in (ROOT / "README.md").read_text()
-
-
-def supported_models() -> str:
-    return "".join(f"- `{classes[0].__name__}`\n" for classes in FAMILIES.values())
-
-
-def write_supported_models() -> None:
-    path = ROOT / "README.md"
-    pattern = r"(<!-- supported-models:.*?-->\n)(.*?)(<!-- /supported-models -->)"
-    text = re.sub(pattern, rf"\1{supported_models()}\3", path.read_text(), flags=re.DOTALL)
-    path.write_text(text)
-
-
-if __name__ == "__main__":
-    write_supported_models()
+def test_the_page_lists_the_families_that_the_suite_runs_on():
+    """Run ``python tools/write_supported_models.py`` to write the list anew."""
+    path = ROOT / "tools/write_supported_models.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    page = tool.PAGE.read_text()
+    assert tool.supported_models() in page and tool.render(page) == page

@@ -13,7 +13,7 @@ from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
 # Compute capabilities whose matrix instructions (wgmma, tcgen05) the extension's products do not
 # use, and Triton's do: those are taken there. On an H100 they are the faster ones, by half
-# (benchmarks/notes.md 5); 10.x has not been measured.
+# (docs/kernels.md, note 5); 10.x has not been measured.
 TRITON_FROM, TRITON_BELOW = 90, 120
 Wanted = Sequence[tuple[Groups, int]]  # maps: groups of rows, and rows of a tile
 

@@ -384,6 +384,7 @@ def test_sdist_installs(source, python):
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     expected = {"CONTRIBUTING.md", "docs/design.md", "python/demo.py", "tests/native/test_build.py"}
+    expected |= {"tools/draw_figures.py"}
     assert expected <= names
     assert archive.stat().st_size < 2**21
     result = pip_install(python, archive)

@@ -46,7 +46,7 @@ Table = Sequence[tuple[int, Tiles]]
 
 # By compute capability, from that one on, then by the average number of rows of an expert, from
 # that number on. Few rows want many small programs. Half precision on sm_90: measured on an H100
-# in bfloat16 (benchmarks/notes.md 5). The others: chosen by what the compiler made of them (`make
+# in bfloat16 (docs/kernels.md, note 5). The others: chosen by what the compiler made of them (`make
 # check-gpu-code`: no spill), not yet by a GPU. On sm_80 a step of 64 takes the last register; on
 # sm_100 wider tiles spill a few. float32 has no matrix instructions: small tiles, small steps.
 _HALF: dict[int, Table] = {

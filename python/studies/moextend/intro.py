@@ -39,7 +39,7 @@ def heading(data: Results, text_kept: str) -> str:
     return f"""# What do added experts buy? The evidence for MoExtend
 
 Written by `make results` from `moextend.json`; nothing here is typed by hand, verdicts included.
-The method is that of arXiv 2408.03511 ([extension.md](../extension.md)).
+The method is that of arXiv 2408.03511 ([moextend.md](../moextend.md)).
 
 {summary(data, text_kept)}
 
