@@ -134,7 +134,67 @@ def _outputs(canvas: Canvas) -> None:
     canvas.text(8.2, (SPLIT + BOTTOM) / 2, words, 13, IMAGE_EDGE, ha="left")
 
 
-FIGURES = {"expert_gemm": expert_gemm}
+def methods() -> Canvas:
+    """Masked low-rank updates along a sequence, and added experts behind their gate."""
+    canvas = Canvas(10.6, 4.35)
+    _sequence(canvas)
+    _gated_router(canvas)
+    return canvas
+
+
+def _sequence(canvas: Canvas) -> None:
+    """Tokens, their mask, and what acts on each of them."""
+    canvas.text(0.3, 4.05, "A. Masked low-rank updates", 11.5, weight="bold", ha="left")
+    tokens = ["a", "red", "fox", "begin", "17", "402", "8", "end"]
+    left, width, step = 1.02, 0.5, 0.56
+    canvas.text(0.9, 3.43, "tokens", 9.5, MUTED, ha="right")
+    canvas.text(0.9, 2.93, "mask m", 9.5, MUTED, ha="right")
+    for i, word in enumerate(tokens):
+        fill, edge = (TEXT, TEXT_EDGE) if i < 3 else (IMAGE, IMAGE_EDGE)
+        x = left + i * step
+        canvas.box(x, 3.25, width, 0.36, fill, edge)
+        canvas.text(x + width / 2, 3.43, word, 9)
+        canvas.text(x + width / 2, 2.93, "0" if i < 3 else "1", 10, edge, weight="bold")
+        canvas.arrow((x + width / 2, 2.76), (x + width / 2, 2.4), edge, width=1.2)
+    end = left + 7 * step + width
+    canvas.box(left, 1.55, end - left, 0.8, FROZEN, FROZEN_EDGE)
+    canvas.text((left + end) / 2, 2.08, "pretrained layer: attention, router, experts", 10)
+    canvas.text((left + end) / 2, 1.78, "frozen", 9.5, MUTED)
+    split = left + 3 * step
+    canvas.box(split, 0.98, end - split, 0.42, IMAGE, IMAGE_EDGE)
+    canvas.text((split + end) / 2, 1.19, r"$+\; \frac{\alpha}{r}\,B A\,x$   trained", 11)
+    canvas.text((left + split - 0.06) / 2, 1.19, "nothing added", 9.5, TEXT_EDGE)
+    canvas.text((left + split - 0.06) / 2, 0.55, "same bits", 10, TEXT_EDGE, weight="bold")
+    canvas.text((split + end) / 2, 0.55, "predicts codes", 10, IMAGE_EDGE, weight="bold")
+
+
+def _gated_router(canvas: Canvas) -> None:
+    """The logits that each row sees, base experts and added ones."""
+    canvas.text(6.0, 4.05, "B. Added experts behind a gate", 11.5, weight="bold", ha="left")
+    left, bottom, cell, base, added = 7.0, 1.05, 0.42, 5, 2
+    for row in range(5):
+        fill, edge = (TEXT, TEXT_EDGE) if row >= 2 else (IMAGE, IMAGE_EDGE)
+        y = bottom + row * cell
+        for column in range(base + added):
+            x = left + column * cell + (0.14 if column >= base else 0)
+            shut = row >= 2 and column >= base
+            style = {"hatch": "////", "linestyle": ":"} if shut else {}
+            canvas.box(
+                x, y, cell, cell, "white" if shut else fill, MUTED if shut else edge, **style
+            )
+    middle, top = left + base * cell / 2, bottom + 5 * cell
+    right = left + base * cell + 0.14 + added * cell / 2
+    canvas.text(middle, top + 0.2, r"$W h$", 12)
+    canvas.text(right, top + 0.2, r"$V h$", 12)
+    canvas.text(middle, top + 0.5, "base experts, frozen", 9.5, MUTED)
+    canvas.text(right, top + 0.5, "added", 9.5, IMAGE_EDGE)
+    canvas.text(left - 0.12, bottom + 3.5 * cell, "text rows", 10, TEXT_EDGE, ha="right")
+    canvas.text(left - 0.12, bottom + 1 * cell, "image rows", 10, IMAGE_EDGE, ha="right")
+    canvas.text(left + 1.55, 0.72, "softmax and top-k over the filled cells of a row", 9.5, MUTED)
+    canvas.text(left + 1.55, 0.42, "text does not see the added columns", 9.5, TEXT_EDGE)
+
+
+FIGURES = {"expert_gemm": expert_gemm, "methods": methods}
 
 
 def main() -> None:
