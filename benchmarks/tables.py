@@ -483,7 +483,7 @@ _COMPETITORS = {
 
 def _speed(_: Mapping) -> str:
     """A few ratios from both runs, and what each ran on."""
-    runs = {name: _record.read(_record.RESULTS / name) for name in _MACHINES}
+    runs = {name: result_files.read(result_files.RESULTS / name) for name in _MACHINES}
     rows = []
     for name, part, case, share, mode, ours, theirs in _SPEED:
         record = next(r for r in runs[name][part] if _is_case(r["case"], case, share))
@@ -502,7 +502,7 @@ def _speed(_: Mapping) -> str:
 
 
 def _is_case(case: Mapping, name: str, share: float | None) -> bool:
-    return name in (case["shape"], case.get("name")) and share in (None, case["image_share"])
+    return name in (case.get("shape"), case.get("name")) and share in (None, case["image_share"])
 
 
 def _short_ms(milliseconds: float) -> str:

@@ -3,26 +3,21 @@
 python tools/write_supported_models.py
 """
 
-import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/patching.md"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path += [str(ROOT / "python"), str(ROOT / "tests")]
 
+from shared import markers  # noqa: E402
 from support.model_zoo import FAMILIES  # noqa: E402
 
 
-def supported_models() -> str:
-    """Return the list as Markdown, one class a line."""
-    return "".join(f"- `{classes[0].__name__}`\n" for classes in FAMILIES.values())
-
-
 def render(page: str) -> str:
-    """Return the page with the list between its marks written anew."""
-    pattern = r"(<!-- supported-models:.*?-->\n)(.*?)(<!-- /supported-models -->)"
-    return re.sub(pattern, rf"\1{supported_models()}\3", page, flags=re.DOTALL)
+    """Return the page with its list of classes written anew."""
+    classes = "\n".join(f"- `{family[0].__name__}`" for family in FAMILIES.values())
+    return markers.fill(page, {"supported": classes}, "models")
 
 
 if __name__ == "__main__":
