@@ -33,17 +33,10 @@ import transformers
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from shared.runs import (
-    DTYPES,
-    Place,
-    Stages,
-    console,
-    exit_code,
-    load_causal_lm,
-    model_identity,
-    settle_device,
-    write_text,
-)
+from shared.cli import console, exit_code, settle_device
+from shared.files import write_text
+from shared.models import DTYPES, load_causal_lm
+from shared.stages import Stages, Workspace, model_identity
 from shared.texts import documentation, text_blocks
 from torch import Tensor
 from tqdm import tqdm
@@ -239,22 +232,22 @@ class Program:
         return Subject(self.settings, self.text, self.sequences)
 
     def routing(self, state: str) -> RoutingStatistics:
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             return self.subject.routing(state).to_dict()
 
         name = f"routing-{state}"
-        self.stages.run(name, self.source, build)
-        return RoutingStatistics.from_dict(self.stages.results[name])
+        return RoutingStatistics.from_dict(self.stages.run(name, self.source, build).result)
 
     def redundancy(self, name: str, state: str, modality: str, **options) -> ExpertRedundancy:
         kept = ("metric", "max_tokens", "seed")
         inputs = self.source | {key: getattr(self.settings, key) for key in kept}
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             return self.subject.redundancy(state, modality, **options).to_dict()
 
-        self.stages.run(f"redundancy-{name}", inputs, build)
-        return ExpertRedundancy.from_dict(self.stages.results[f"redundancy-{name}"])
+        return ExpertRedundancy.from_dict(
+            self.stages.run(f"redundancy-{name}", inputs, build).result
+        )
 
     def run(self) -> dict[str, Any]:
         routing = {state: self.routing(state) for state in self.settings.states}

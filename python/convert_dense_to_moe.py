@@ -29,20 +29,12 @@ from typing import Any
 
 import torch
 import transformers
-from shared.runs import (
-    NUM_EXPERTS,
-    Place,
-    Stages,
-    console,
-    exit_code,
-    load_causal_lm,
-    model_identity,
-    replacing,
-    settle_device,
-    stop_after_step,
-    write_text,
-)
+from shared.cli import console, exit_code, settle_device
+from shared.files import replacing, write_text
+from shared.models import count_experts, load_causal_lm
+from shared.stages import Stages, Workspace, model_identity
 from shared.texts import documentation, text_blocks, without_shared_paragraphs
+from shared.training import stop_after_step
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import moe_kernels
@@ -146,7 +138,7 @@ class Program:
         }
 
     def dense(self) -> dict[str, Any]:
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             model = load_dense(self.settings)
             return {
                 "perplexity": measure(model, self.blocks, self.settings.batch),
@@ -154,8 +146,7 @@ class Program:
                 "intermediate_size": model.config.intermediate_size,
             }
 
-        self.stages.run("dense", self.source, build)
-        return self.stages.results["dense"]
+        return self.stages.run("dense", self.source, build).result
 
     def convert(self, conversion: Conversion) -> tuple[Path, dict[str, Any]]:
         settings = self.settings
@@ -164,7 +155,7 @@ class Program:
             name: getattr(settings, name) for name in ("calibration_tokens", "shared_expert")
         }
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             moe = dense_to_moe(
                 load_dense(settings), conversion.num_experts, conversion.top_k, conversion.split,
                 shared_expert=settings.shared_expert,
@@ -172,13 +163,13 @@ class Program:
                 calibration_tokens=settings.calibration_tokens, seed=settings.seed,
             )  # fmt: skip
             measured = measure(moe, self.blocks, settings.batch)
-            moe.save_pretrained(place.folder / "model")
-            load_tokenizer(settings).save_pretrained(place.folder / "model")
+            moe.save_pretrained(workspace.folder / "model")
+            load_tokenizer(settings).save_pretrained(workspace.folder / "model")
             return {"perplexity": measured, "class": type(moe).__name__, "inputs": inputs}
 
         name = f"convert-{conversion.name}"
-        folder = self.stages.run(name, inputs, build)
-        return folder, self.stages.results[name]
+        stage = self.stages.run(name, inputs, build)
+        return stage.folder, stage.result
 
     def heal(
         self, conversion: Conversion, converted: Path, inputs: dict[str, Any], lr: float
@@ -186,23 +177,23 @@ class Program:
         settings = self.settings
         inputs = inputs | {"heal_steps": settings.heal_steps, "train": settings.train, "lr": lr}
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             moe = load_moe(converted, settings)
             with stop_after_step() as stop:
                 report = heal(
                     moe, load_dense(settings), self.blocks["heal"].split(settings.batch),
                     steps=settings.heal_steps, train=settings.train, lr=lr, seed=settings.seed,
-                    checkpoint=place.folder / "checkpoint", save_every=50, stop=stop.is_set,
+                    checkpoint=workspace.folder / "checkpoint", save_every=50, stop=stop.is_set,
                 )  # fmt: skip
             measured = measure(moe, self.blocks, settings.batch)
-            moe.save_pretrained(place.folder / "model")
-            load_tokenizer(settings).save_pretrained(place.folder / "model")
-            shutil.rmtree(place.folder / "checkpoint")
+            moe.save_pretrained(workspace.folder / "model")
+            load_tokenizer(settings).save_pretrained(workspace.folder / "model")
+            shutil.rmtree(workspace.folder / "checkpoint")
             return {"perplexity": measured, "lr": lr, **dataclasses.asdict(report)}
 
         name = f"heal-{conversion.name}-{lr:g}"
-        folder = self.stages.run(name, inputs, build)
-        return folder, self.stages.results[name]
+        stage = self.stages.run(name, inputs, build)
+        return stage.folder, stage.result
 
     def row(self, conversion: Conversion, learning_rates: list[float]) -> dict[str, Any]:
         """Everything about one conversion."""
@@ -227,7 +218,7 @@ class Program:
 def check_sizes(settings: Settings, conversions: list[Conversion]) -> None:
     """Before the first conversion, whether the last one can work."""
     config = AutoConfig.from_pretrained(settings.model, gguf_file=settings.gguf_file)
-    if any(getattr(config, name, None) for name in NUM_EXPERTS):
+    if count_experts(config):
         raise ValueError(f"{settings.model} is a Mixture of Experts already")
     routed = config.intermediate_size - settings.shared_expert
     for conversion in conversions:

@@ -30,9 +30,11 @@ import sklearn
 import tokenizers
 import torch
 import transformers
+from shared.cli import console
+from shared.files import write_text
 from shared.pictures import CaptionedPictures, digits
 from shared.reports.demo import draw_figures, summarize
-from shared.runs import Place, Stages, console, mean_nll, train, write_text
+from shared.stages import Stages, Workspace
 from shared.text_model import TextModelSettings, load_text_model, pretrain
 from shared.text_to_image import (
     CaptionReader,
@@ -43,6 +45,7 @@ from shared.text_to_image import (
     record_routing,
 )
 from shared.texts import documentation, text_blocks
+from shared.training import mean_nll, train
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import moe_kernels
@@ -123,13 +126,13 @@ class Pictures:
         return self.train.pictures.names
 
 
-def tokenize_pictures(settings: Settings, place: Place) -> dict[str, Any]:
+def tokenize_pictures(settings: Settings, workspace: Workspace) -> dict[str, Any]:
     pictures, held_out = split_digits(settings)
     tokenizer = PatchTokenizer.fit(
         pictures.images, num_codes=settings.num_codes, patch_size=settings.patch_size,
         seed=settings.seed,
     )  # fmt: skip
-    tokenizer.save(place.folder / "tokenizer")
+    tokenizer.save(workspace.folder / "tokenizer")
     usage = tokenizer.codebook_usage(tokenizer.encode(pictures.images))
     return {
         "tokens_per_image": tokenizer.tokens_per_image,
@@ -162,20 +165,20 @@ def make_painter(
 
 
 def teach(
-    settings: Settings, text_folder: Path, pictures: Pictures, place: Place
+    settings: Settings, text_folder: Path, pictures: Pictures, workspace: Workspace
 ) -> dict[str, Any]:
     painter = make_painter(settings, *load_text_model(text_folder, settings.device), pictures)
     # A part suffices for the curve; the report has the loss of all of them.
     held_out = painter.batches(pictures.held_out.head(200), 100)
     history = train(
         painter.patched, painter.dataset(pictures.train, settings.caption_dropout),
-        lambda model: mean_nll(model, held_out), place,
+        lambda model: mean_nll(model, held_out), workspace,
         collator=painter.collator, max_steps=settings.steps,
         per_device_train_batch_size=settings.batch, learning_rate=settings.learning_rate,
         weight_decay=0.01, warmup_steps=settings.steps // 20, seed=settings.seed,
         use_cpu=settings.device == "cpu",
     )  # fmt: skip
-    painter.patched.save_adapter(place.folder / "adapter")
+    painter.patched.save_adapter(workspace.folder / "adapter")
     length = np.mean([len(ids) for ids in painter.caption_ids]) + pictures.train.codes.shape[1] + 2
     return {"history": history, "tokens_per_second": history["samples_per_second"] * length}
 
@@ -270,22 +273,24 @@ def describe(settings: Settings, stages: Stages) -> dict[str, Any]:
 
 def run(settings: Settings, out: Path) -> dict[str, Any]:
     stages = Stages(out / "stages")
-    text = stages.run("pretrain", settings.text, lambda place: pretrain(settings, place))
+    text = stages.run(
+        "pretrain", settings.text, lambda workspace: pretrain(settings, workspace)
+    ).folder
     tokenized = stages.run(
-        "tokenize", settings.pictures, lambda place: tokenize_pictures(settings, place)
-    )
+        "tokenize", settings.pictures, lambda workspace: tokenize_pictures(settings, workspace)
+    ).folder
     pictures = load_pictures(settings, tokenized)
     taught = stages.run(
-        "teach", settings.adapter, lambda place: teach(settings, text, pictures, place)
-    )
+        "teach", settings.adapter, lambda workspace: teach(settings, text, pictures, workspace)
+    ).folder
     stages.run(
-        "generate", settings.samples, lambda place: generate(settings, text, taught, pictures)
+        "generate", settings.samples, lambda workspace: generate(settings, text, taught, pictures)
     )
     codes = torch.tensor(stages.results["generate"]["codes"])
     stages.run(
         "measure",
         settings.samples,
-        lambda place: measure(settings, text, taught, pictures, codes),
+        lambda workspace: measure(settings, text, taught, pictures, codes),
     )
     report = describe(settings, stages)
     draw_figures(report, stages.results, pictures, out)

@@ -36,6 +36,9 @@ from typing import Any
 
 import torch
 import transformers
+from shared.cli import add_run_options, exit_code, settle_device
+from shared.files import copy_whole, replacing, write_text
+from shared.models import count_experts, load_causal_lm, require_experts
 from shared.pictures import CaptionedPictures
 from shared.questions import (
     QUESTIONS,
@@ -54,20 +57,7 @@ from shared.questions import (
     train_encoder,
 )
 from shared.reports.extend_experts import write_pages
-from shared.runs import (
-    NUM_EXPERTS,
-    Place,
-    Stages,
-    add_run_options,
-    copy_whole,
-    digest,
-    exit_code,
-    load_causal_lm,
-    model_identity,
-    replacing,
-    settle_device,
-    write_text,
-)
+from shared.stages import Stages, Workspace, digest, model_identity
 from shared.text_model import TextModelSettings, pretrain, start_text_model, train_text_tokenizer
 from shared.text_to_image import compare_text, text_logits
 from shared.texts import documentation, text_blocks
@@ -172,8 +162,8 @@ class Program:
         words = as_text(ask_words(names, settings.tasks, _WORD_QUESTIONS, settings.seed))
         inputs = dataclasses.asdict(settings.text_model) | {"names": names} | settings.pick("tasks")
         folder = self.stages.run(
-            "pretrain", inputs, lambda place: pretrain(settings.text_model, place, words)
-        )
+            "pretrain", inputs, lambda workspace: pretrain(settings.text_model, workspace, words)
+        ).folder
         return str(folder / "model")
 
     @cached_property
@@ -280,33 +270,37 @@ class Program:
         if settings.emoji is not None:
             inputs["emoji"] = model_identity(settings.emoji)
         self.encoder_folder = self.stages.run(
-            "encoder", inputs, lambda place: train_encoder(settings, place)
-        )
+            "encoder", inputs, lambda workspace: train_encoder(settings, workspace)
+        ).folder
         self.encoded = load_encoded(self.encoder_folder)
 
     def align(self) -> None:
         """Before it, what a projector that has not learnt is worth."""
         settings = self.settings
 
-        def start(place: Place) -> dict[str, Any]:
+        def start(workspace: Workspace) -> dict[str, Any]:
             viewer = self.load()
             torch.manual_seed(settings.seed)
             viewer.extender.add_projector(self.test.pictures.features.shape[-1], modality=MODALITY)
             return self.graded(viewer)
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             arguments = self.training(settings.align_steps, settings.align_lr)
             history = align(
-                self.load(), self.questions("train", None), self.curve_batches, place, **arguments
+                self.load(),
+                self.questions("train", None),
+                self.curve_batches,
+                workspace,
+                **arguments,
             )
             return {"history": history}
 
         self.stages.run("start", self.aligned_inputs | self.test_inputs, start)
-        folder = self.stages.run("align", self.aligned_inputs, build)
+        folder = self.stages.run("align", self.aligned_inputs, build).folder
         self.aligned_adapter = folder / "adapter"
         self.stages.run(
             "aligned", self.aligned_inputs | self.test_inputs,
-            lambda place: self.graded(self.load(self.aligned_adapter)),
+            lambda workspace: self.graded(self.load(self.aligned_adapter)),
         )  # fmt: skip
 
     @property
@@ -327,7 +321,7 @@ class Program:
     def score(self) -> None:
         settings = self.settings
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             viewer = self.load(self.aligned_adapter)
             count = min(settings.score_steps * settings.batch, len(self.encoded["choice"]))
             questions = self.questions("choice", count, 40)
@@ -353,7 +347,7 @@ class Program:
         return viewer
 
     def extend(self) -> None:
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             viewer = self.extended()
             (config,) = viewer.extender.patched.extensions
             return {
@@ -377,20 +371,20 @@ class Program:
     def tune(self) -> None:
         settings = self.settings
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             arguments = self.training(settings.steps, settings.lr)
             history = fine_tune(
-                self.extended(), self.questions("train", None, 60), self.curve_batches, place,
+                self.extended(), self.questions("train", None, 60), self.curve_batches, workspace,
                 **arguments,
             )  # fmt: skip
             return {"history": history}
 
-        self.tuned_adapter = self.stages.run("tune", self.tuned_inputs, build) / "adapter"
+        self.tuned_adapter = self.stages.run("tune", self.tuned_inputs, build).folder / "adapter"
 
     def measure(self) -> None:
         """What the files say: the plain base, patched, and with the adapter."""
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             settings = self.settings
             model = load_causal_lm(self.base, settings.dtype, settings.device)
 
@@ -509,24 +503,13 @@ def skeleton(settings: Settings) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(settings.model))
 
 
-def check_model(model: str) -> None:
-    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
-        raise ValueError(f"{model} is not a folder")
-    config = AutoConfig.from_pretrained(model)
-    if not any(getattr(config, name, None) for name in NUM_EXPERTS):
-        raise ValueError(
-            f"{model} is a dense {config.model_type!r} model: "
-            "convert_dense_to_moe.py makes a Mixture of Experts of it"
-        )
-
-
 def check_extension(settings: Settings) -> None:
     """Whether the base can be patched, and extended as was asked."""
     if settings.model is not None:
-        check_model(settings.model)
+        require_experts(settings.model)
     model = skeleton(settings)
     extender = ExpertExtender(model, **settings.patching | {"backend": None})
-    number = next(n for name in NUM_EXPERTS if (n := getattr(model.config, name, None)))
+    number = count_experts(model.config)
     counts = torch.ones(len(extender.layers), number, dtype=torch.int64)
     scores = LayerScores(extender.layers, counts, counts, (number,) * len(counts))
     extender.extend(**settings.extension, scores=scores)

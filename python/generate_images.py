@@ -22,17 +22,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.progress import track
-from shared.runs import (
-    add_run_options,
-    console,
-    exit_code,
-    load_causal_lm,
-    model_identity,
-    replacing,
-    save_figure,
-    settle_device,
-    write_text,
-)
+from shared.cli import add_run_options, console, exit_code, settle_device
+from shared.files import replacing, save_figure, write_text
+from shared.models import load_causal_lm
+from shared.stages import model_identity
 from transformers import AutoTokenizer
 
 from moe_kernels import ModalityLoraConfig, patch_model

@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shared.runs import NUM_EXPERTS, model_identity
+from shared.models import count_experts
+from shared.stages import model_identity
 from shared.text_model import TextModelSettings
 from studies.redundancy.page import NAME, write_page
 from studies.redundancy.runs import Budget, Ground, OwnRateRun, Run, measure_run
@@ -113,10 +114,9 @@ def tuned(run: Run) -> Run:
 
 def describe(folder: Path, name: str) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder)
-    experts = next(getattr(config, name) for name in NUM_EXPERTS if hasattr(config, name))
     return {
         "name": name, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
-        "experts": experts, "top_k": config.num_experts_per_tok,
+        "experts": count_experts(config), "top_k": config.num_experts_per_tok,
     }  # fmt: skip
 
 

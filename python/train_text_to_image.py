@@ -36,25 +36,12 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
+from shared.cli import add_run_options, exit_code, settle_device
+from shared.files import copy_whole, replacing, save_figure, write_text
+from shared.models import load_causal_lm, require_experts
 from shared.pictures import CaptionedPictures, digits, emoji, folder
 from shared.reports.text_to_image import plot_training, summarize
-from shared.runs import (
-    NUM_EXPERTS,
-    Place,
-    Stages,
-    add_run_options,
-    copy_whole,
-    digest,
-    exit_code,
-    load_causal_lm,
-    mean_nll,
-    model_identity,
-    replacing,
-    save_figure,
-    settle_device,
-    train,
-    write_text,
-)
+from shared.stages import Stages, Workspace, digest, model_identity
 from shared.text_to_image import (
     CaptionReader,
     Painter,
@@ -63,7 +50,8 @@ from shared.text_to_image import (
     measure_samples,
 )
 from shared.texts import documentation, text_blocks
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from shared.training import mean_nll, train
+from transformers import AutoTokenizer, PreTrainedModel
 
 import moe_kernels
 from moe_kernels import ModalityLoraConfig
@@ -234,7 +222,7 @@ class Program:
     # --- stages
 
     def tokenize(self) -> None:
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             try:
                 tokenizer = self.fit_tokenizer()
             except FittingError as error:
@@ -242,7 +230,7 @@ class Program:
                 error.last_good.save(kept)
                 message = f"{error}; the last good one is in {kept} (--tokenizer); or lower --vq-lr"
                 raise FloatingPointError(message) from error
-            tokenizer.save(place.folder / "image_tokenizer")
+            tokenizer.save(workspace.folder / "image_tokenizer")
             usage = tokenizer.codebook_usage(tokenizer.encode(self.train_pictures.images))
             warn_if_collapsed(usage)  # one that was fitted elsewhere was not asked on these
             return {
@@ -254,8 +242,8 @@ class Program:
                 ),
             }
 
-        place = self.stages.run("tokenize", self.tokenizer_inputs, build)
-        self.image_tokenizer = load_image_tokenizer(place / "image_tokenizer")
+        folder = self.stages.run("tokenize", self.tokenizer_inputs, build).folder
+        self.image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
 
     def fit_tokenizer(self) -> ImageTokenizer:
         settings, images = self.settings, self.train_pictures.images
@@ -275,7 +263,7 @@ class Program:
     def teach(self) -> Path:
         settings = self.settings
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             painter = self.patch(self.load_base())
             # A part suffices for the curve; the report has the loss of all of them.
             held_out = painter.batches(self.held_out_codes.head(64), settings.batch)
@@ -284,19 +272,19 @@ class Program:
             history = train(
                 painter.patched,
                 painter.dataset(self.train_codes, settings.caption_dropout, settings.seed),
-                lambda model: mean_nll(model, held_out), place, collator=painter.collator,
+                lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
                 max_steps=settings.steps, per_device_train_batch_size=settings.batch,
                 gradient_accumulation_steps=settings.gradient_accumulation,
                 learning_rate=settings.lr, weight_decay=0.01, warmup_steps=settings.steps // 20,
                 seed=settings.seed, use_cpu=settings.device == "cpu",
             )  # fmt: skip
-            painter.patched.save_adapter(place.folder / "adapter")
+            painter.patched.save_adapter(workspace.folder / "adapter")
             return {"history": history}
 
-        return self.stages.run("teach", self.adapter_inputs, build)
+        return self.stages.run("teach", self.adapter_inputs, build).folder
 
     def measure(self, taught: Path) -> None:
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             self.painter, measured = measure_model(
                 self.load_base(), self.patch, taught / "adapter", self.blocks, self.held_out_codes,
                 text_batch=4, image_batch=self.settings.batch,
@@ -329,7 +317,7 @@ class Program:
         settings = self.settings
         each = settings.samples_per_caption
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             painter = self.painter
             captions = [painter.caption_ids[label] for label in self.asked for _ in range(each)]
             reader = CaptionReader.fit(self.train_codes, self.image_tokenizer.decode)
@@ -435,12 +423,7 @@ def check_model(settings: Settings) -> None:
     coupled = {"gromov_wasserstein", "permuted"} & {settings.init, settings.lora_init}
     if coupled and find_spec("ot") is None:
         raise ValueError("this --init needs POT: pip install 'modality-moe-kernels[ot]'")
-    config = AutoConfig.from_pretrained(settings.model)
-    if not any(getattr(config, name, None) for name in NUM_EXPERTS):
-        raise ValueError(
-            f"{settings.model} is a dense {config.model_type!r} model: "
-            "convert_dense_to_moe.py makes a Mixture of Experts of it"
-        )
+    require_experts(settings.model)
 
 
 def make_parser() -> argparse.ArgumentParser:

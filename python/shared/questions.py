@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids, padding_id
 from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
+from shared.files import write_text
 from shared.pictures import DIGITS, CaptionedPictures, digits, emoji
-from shared.runs import Place, mean_nll, train, write_text
+from shared.stages import Workspace
 from shared.texts import PARTS
+from shared.training import mean_nll, train
 
 NUMBERS = (
     *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
@@ -114,7 +116,7 @@ def as_input(images: np.ndarray) -> Tensor:
     return tensor[:, None] if tensor.ndim == 3 else tensor.movedim(-1, 1)
 
 
-def train_encoder(settings: EncoderSettings, place: Place) -> dict[str, Any]:
+def train_encoder(settings: EncoderSettings, workspace: Workspace) -> dict[str, Any]:
     """A stage: learns the pictures' names; leaves the encoder, and what it sees of all pictures."""
     parts = split_pictures(read_pictures(settings), settings.held_out, settings.seed)
     images = {part: as_input(pictures.images) for part, pictures in parts.items()}
@@ -138,11 +140,11 @@ def train_encoder(settings: EncoderSettings, place: Place) -> dict[str, Any]:
             found = torch.cat([encoder.classify(batch).argmax(1).cpu() for batch in batches])
             accuracy[part] = float((found == labels[part]).double().mean())
     described = {"names": names, "settings": asdict(settings), "channels": images["train"].shape[1]}
-    write_text(place.folder / "encoder.json", json.dumps(described))
-    save_file(encoder.state_dict(), place.folder / "encoder.safetensors")
+    write_text(workspace.folder / "encoder.json", json.dumps(described))
+    save_file(encoder.state_dict(), workspace.folder / "encoder.safetensors")
     tensors = {f"features-{part}": seen[part].contiguous() for part in PARTS}
     tensors |= {f"labels-{part}": labels[part] for part in PARTS}
-    save_file(tensors, place.folder / "features.safetensors")
+    save_file(tensors, workspace.folder / "features.safetensors")
     return {"names": names, "accuracy": accuracy, "pictures": {p: len(labels[p]) for p in PARTS}}
 
 
@@ -376,12 +378,12 @@ class Viewer:
         self,
         questions: QuestionSet,
         held_out: list[Batch],
-        place: Place,
+        workspace: Workspace,
         *,
         checkpoints: str = "adapter",
         **arguments: Any,
     ) -> dict[str, Any]:
-        """Trains what is set to train; the history. Goes on from a checkpoint in ``place``.
+        """Trains what is set to train; the history. Goes on from a checkpoint in ``workspace``.
 
         checkpoints: "adapter", which hold what was added; or "model", for one of which all trains
         """
@@ -391,8 +393,8 @@ class Viewer:
         )
         try:
             return train(
-                model, questions, lambda model: mean_nll(model, map(self.join, held_out)), place,
-                collator=questions.collate, remove_unused_columns=False, **arguments,
+                model, questions, lambda model: mean_nll(model, map(self.join, held_out)),
+                workspace, collator=questions.collate, remove_unused_columns=False, **arguments,
             )  # fmt: skip
         finally:
             hook.remove()
@@ -433,15 +435,19 @@ class Viewer:
 
 
 def align(
-    viewer: Viewer, questions: QuestionSet, held_out: list[Batch], place: Place, **arguments: Any
-) -> dict[str, Any]:
-    """The projector, made here unless it is there, learns alone; left in ``place``/adapter."""
+    viewer: Viewer,
+    questions: QuestionSet,
+    held_out: list[Batch],
+    workspace: Workspace,
+    **arguments: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The projector, made here unless it is there, learns alone; left in ``workspace``/adapter."""
     extender = viewer.extender
     in_features = questions.pictures.features.shape[-1]
     torch.manual_seed(arguments["seed"])
     extender.add_projector(in_features, modality=viewer.modality)
-    history = viewer.learn(questions, held_out, place, **arguments)
-    extender.patched.save_adapter(place.folder / "adapter")
+    history = viewer.learn(questions, held_out, workspace, **arguments)
+    extender.patched.save_adapter(workspace.folder / "adapter")
     return history
 
 
@@ -462,9 +468,13 @@ def score(
 
 
 def fine_tune(
-    viewer: Viewer, questions: QuestionSet, held_out: list[Batch], place: Place, **arguments: Any
-) -> dict[str, Any]:
-    """What ``extend`` added learns; left in ``place``/adapter."""
-    history = viewer.learn(questions, held_out, place, **arguments)
-    viewer.extender.patched.save_adapter(place.folder / "adapter")
+    viewer: Viewer,
+    questions: QuestionSet,
+    held_out: list[Batch],
+    workspace: Workspace,
+    **arguments: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What ``extend`` added learns; left in ``workspace``/adapter."""
+    history = viewer.learn(questions, held_out, workspace, **arguments)
+    viewer.extender.patched.save_adapter(workspace.folder / "adapter")
     return history

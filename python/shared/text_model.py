@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shared.runs import Place, last_checkpoint, mean_nll, train
+from shared.stages import Workspace
 from shared.texts import documentation, text_blocks
+from shared.training import last_checkpoint, mean_nll, train
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def start_text_model(
     return model
 
 
-def pretrain(settings: TextModelSettings, place: Place, more: str = "") -> dict[str, Any]:
+def pretrain(settings: TextModelSettings, workspace: Workspace, more: str = "") -> dict[str, Any]:
     """Leaves the model and its tokenizer in ``model``. more: another text to learn"""
     texts = documentation()
     tokenizer = train_text_tokenizer(texts["train"] + more, settings.vocab_size)
@@ -102,10 +103,10 @@ def pretrain(settings: TextModelSettings, place: Place, more: str = "") -> dict[
     if more:
         blocks = torch.cat([blocks, text_blocks(tokenizer, more, block, block)])
     held_out = text_batches(text_blocks(tokenizer, texts["test"], block, block))
-    model = start_text_model(settings, tokenizer, last_checkpoint(place))
+    model = start_text_model(settings, tokenizer, last_checkpoint(workspace))
     history = train(
         model, [{"input_ids": ids, "labels": ids} for ids in blocks],
-        lambda model: mean_nll(model, held_out), place,
+        lambda model: mean_nll(model, held_out), workspace,
         max_steps=settings.text_steps, per_device_train_batch_size=settings.text_batch,
         learning_rate=settings.text_learning_rate, weight_decay=0.1,
         warmup_steps=settings.text_steps // 10, seed=settings.seed,
@@ -113,8 +114,8 @@ def pretrain(settings: TextModelSettings, place: Place, more: str = "") -> dict[
     )  # fmt: skip
     if settings.experts:
         model.config.output_router_logits = False
-    model.save_pretrained(place.folder / "model")
-    tokenizer.save_pretrained(place.folder / "model")
+    model.save_pretrained(workspace.folder / "model")
+    tokenizer.save_pretrained(workspace.folder / "model")
     return {"history": history, "tokens_per_second": history["samples_per_second"] * block}
 
 

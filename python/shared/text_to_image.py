@@ -30,7 +30,7 @@ from moe_kernels.imaging import (
     padding_id,
 )
 from shared.pictures import CaptionedPictures
-from shared.runs import mean_nll
+from shared.training import mean_nll
 
 # So many real pictures of every caption are needed before a classifier is trained to read them.
 _PICTURES_TO_READ = 10

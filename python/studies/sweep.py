@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
-from shared.runs import Place, Stages, console, exit_code, write_text
+from shared.cli import console, exit_code
+from shared.files import write_text
+from shared.stages import Stages, Workspace
 
 import moe_kernels
 
@@ -39,7 +41,7 @@ class Program:
     learning_rates: to choose from, or (run) -> those for what trains as it does
     tuned: the run whose learning rate those like it take
     ground: (budget, seed, stages) -> what all runs of a seed stand on
-    measure: (ground, run, learning rate, place) -> a result, for JSON, with ``choice_nll``,
+    measure: (ground, run, learning rate, workspace) -> a result, for JSON, with ``choice_nll``,
         ``test_nll`` and ``text``
     tuning_figures: those of a result that are told of each run that chose a learning rate
     cost: (ground) -> what a training step costs, for JSON
@@ -60,7 +62,7 @@ class Program:
     learning_rates: Sequence[float] | Callable[[Any], Sequence[float]]
     tuned: Callable[[Any], Any]
     ground: Callable[[Any, int, Stages], Any]
-    measure: Callable[[Any, Any, float, Place], dict[str, Any]]
+    measure: Callable[[Any, Any, float, Workspace], dict[str, Any]]
     cost: Callable[[Any], dict[str, Any]]
     core_hours: float
     write_page: Callable[[Path, Path], None]
@@ -92,14 +94,15 @@ class Sweep:
         inputs = dataclasses.asdict(run) | {"seed": seed, "lr": lr} | self.program.identity(run)
         inputs["budget"] = dataclasses.asdict(self.budget)
         stage, measure = f"run-{seed}-{name}", self.program.measure
-        self.stages.run(stage, inputs, lambda place: measure(self.ground(seed), run, lr, place))
-        return self.stages.results[stage] | {"seconds": self.stages.seconds[stage]}
+        finished = self.stages.run(
+            stage, inputs, lambda workspace: measure(self.ground(seed), run, lr, workspace)
+        )
+        return finished.result | {"seconds": finished.seconds}
 
     def found_before(self, seed: int) -> dict[str, Any]:
         stage, inputs = f"ground-{seed}", {"budget": dataclasses.asdict(self.budget)}
         tell = self.program.found_before
-        self.stages.run(stage, inputs, lambda _: tell(self.ground(seed)))
-        return self.stages.results[stage]
+        return self.stages.run(stage, inputs, lambda _: tell(self.ground(seed))).result
 
     def tune(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Loss on what is held out to choose by, by what trains and learning rate."""
@@ -135,8 +138,10 @@ class Sweep:
     def cost(self) -> dict[str, Any]:
         """On the tuning seed's base, alone on the machine if the figures are to mean anything."""
         inputs = {"budget": dataclasses.asdict(self.budget)}
-        self.stages.run("cost", inputs, lambda _: self.program.cost(self.ground(TUNING_SEED)))
-        return self.stages.results["cost"]
+        stage = self.stages.run(
+            "cost", inputs, lambda _: self.program.cost(self.ground(TUNING_SEED))
+        )
+        return stage.result
 
     def everything(self, seeds: Sequence[int], names: Sequence[str], cost: bool) -> dict[str, Any]:
         """As the JSON holds it."""

@@ -122,19 +122,19 @@ def interrupt(monkeypatch, monitor, step, how):
 def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
     demo, finished, tmp_path, monkeypatch
 ):
-    from shared import runs
+    from shared import training
 
     def ctrl_c(self, control):
         self.stop.set()
         control.should_save = control.should_training_stop = True
 
     command = [*OPTIONS, "--out", str(tmp_path)]
-    interrupt(monkeypatch, runs.Monitor, 3, ctrl_c)
+    interrupt(monkeypatch, training.Monitor, 3, ctrl_c)
     assert demo.main(command) == 130
     assert not stage(tmp_path, "pretrain").with_suffix("").exists()
     assert list((stage(tmp_path, "pretrain") / "checkpoints").glob("checkpoint-3"))
     monkeypatch.undo()
-    interrupt(monkeypatch, runs.Monitor, 6, lambda *_: None)
+    interrupt(monkeypatch, training.Monitor, 6, lambda *_: None)
     assert demo.main(command) == 0
     assert_same_bits(trained(tmp_path), trained(finished))
     results = [json.loads((out / "report.json").read_text()) for out in (tmp_path, finished)]
@@ -145,7 +145,8 @@ def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
 def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     demo, finished, tmp_path, monkeypatch
 ):
-    from shared import runs
+    from shared import training
+    from shared.stages import Stages, Workspace
 
     class Killed(BaseException):
         pass
@@ -156,20 +157,24 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     def save_often(*args, **kwargs):
         return original(*args, **kwargs | {"save_steps": 2})
 
-    original = runs.TrainingArguments
-    monkeypatch.setattr(runs, "TrainingArguments", save_often)
+    original = training.TrainingArguments
+    monkeypatch.setattr(training, "TrainingArguments", save_often)
     settings, _ = demo.parse(OPTIONS)
-    stages = runs.Stages(tmp_path / "stages")
-    interrupt(monkeypatch, runs.Monitor, 5, kill)
+    stages = Stages(tmp_path / "stages")
+    interrupt(monkeypatch, training.Monitor, 5, kill)
+
+    def pretrain(workspace):
+        return demo.pretrain(settings, workspace)
+
     with pytest.raises(Killed):
-        stages.run("pretrain", settings.text, lambda place: demo.pretrain(settings, place))
+        stages.run("pretrain", settings.text, pretrain)
     checkpoints = stage(tmp_path, "pretrain") / "checkpoints"
     # As if it had been killed while the next checkpoint was being written.
     (checkpoints / "checkpoint-6").mkdir()
     (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
-    last = runs.last_checkpoint(runs.Place(checkpoints.parent))
+    last = training.last_checkpoint(Workspace(checkpoints.parent))
     assert last == str(checkpoints / "checkpoint-4")
-    folder = stages.run("pretrain", settings.text, lambda place: demo.pretrain(settings, place))
+    folder = stages.run("pretrain", settings.text, pretrain).folder
     assert_same_bits(
         load_file(folder / "model" / "model.safetensors"),
         load_file(stage(finished, "pretrain") / "model" / "model.safetensors"),

@@ -150,16 +150,16 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
 def test_stopped_twice_it_goes_on_to_the_same_bits(
     program, command, finished, tmp_path, monkeypatch
 ):
-    from shared import runs
+    from shared import training
 
-    original, stops = runs.Monitor.on_step_end, {"align": 2, "tune": 3}
+    original, stops = training.Monitor.on_step_end, {"align": 2, "tune": 3}
 
     def stop(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
-        if state.global_step == stops.get(self.place.folder.name.split("-")[0]):
+        if state.global_step == stops.get(self.workspace.folder.name.split("-")[0]):
             control.should_save = control.should_training_stop = True
 
-    monkeypatch.setattr(runs.Monitor, "on_step_end", stop)
+    monkeypatch.setattr(training.Monitor, "on_step_end", stop)
     for stage, step in tuple(stops.items()):
         assert program.main([*command, "--out", str(tmp_path)]) == 130
         assert list(tmp_path.glob(f"stages/{stage}-*.partial/checkpoints/checkpoint-{step}"))

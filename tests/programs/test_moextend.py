@@ -132,7 +132,7 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
 
 def check_scores(program, found, folder):
     """Which tokens each score counted."""
-    from shared.runs import Stages
+    from shared.stages import Stages
     from studies.moextend.runs import Ground
 
     ground = Ground(program.QUICK, 0, Stages(folder / "stages"))
@@ -388,7 +388,7 @@ def test_right_answers_are_those_that_generation_writes(asking, pictures, tokeni
 def test_alignment_trains_the_projector_and_goes_on_from_a_checkpoint(
     asking, program, pictures, tokenizer, tmp_path
 ):
-    from shared.runs import Place
+    from shared.stages import Workspace
     from support.model_zoo import make_model
 
     from moe_kernels.moextend import ExpertExtender
@@ -412,7 +412,7 @@ def test_alignment_trains_the_projector_and_goes_on_from_a_checkpoint(
 
         if stop_after:
             object.__setattr__(viewer, "join", join)
-        asking.align(viewer, asked, held_out, Place(folder), **options)
+        asking.align(viewer, asked, held_out, Workspace(folder), **options)
         after = dict(viewer.model.named_parameters())
         assert all(torch.equal(after[name], value) for name, value in before.items())
         return viewer.extender.projector().state_dict()

@@ -193,13 +193,13 @@ def test_a_rate_that_diverges_is_not_chosen(program, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_stage_is_not_taken_for_another_rate(program, tmp_path):
-    from shared import runs
+    from shared.stages import Stages
 
-    def build(place):
-        (place.folder / "begun").touch()
+    def build(workspace):
+        (workspace.folder / "begun").touch()
         raise KeyboardInterrupt
 
-    stages = runs.Stages(tmp_path)
+    stages = Stages(tmp_path)
     for rate in (0.001, 0.003):
         with pytest.raises(KeyboardInterrupt):
             stages.run(f"tune-{rate:g}", {"lr": rate}, build)

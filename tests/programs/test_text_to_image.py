@@ -96,9 +96,9 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
 def test_stopped_while_teaching_it_ends_with_the_same_bits(
     program, command, finished, tmp_path, monkeypatch
 ):
-    from shared import runs
+    from shared import training
 
-    original = runs.Monitor.on_step_end
+    original = training.Monitor.on_step_end
 
     def stop(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
@@ -106,7 +106,7 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
             control.should_save = control.should_training_stop = True
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Monitor, "on_step_end", stop)
+        patch.setattr(training.Monitor, "on_step_end", stop)
         assert program.main([*command, "--out", str(tmp_path)]) == 130
     (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-3")
     assert not (checkpoint / "model.safetensors").exists(), "the frozen base is in a checkpoint"
@@ -121,9 +121,9 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     program, command, tmp_path, monkeypatch, capsys
 ):
-    from shared import runs
+    from shared import training
 
-    original = runs.Trainer.training_step
+    original = training.Trainer.training_step
 
     def broken(self, *args, **kwargs):
         loss = original(self, *args, **kwargs)
@@ -132,9 +132,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     def save_often(*args, **kwargs):
         return arguments(*args, **kwargs | {"save_steps": 1})
 
-    arguments = runs.TrainingArguments
-    monkeypatch.setattr(runs, "TrainingArguments", save_often)
-    monkeypatch.setattr(runs.Trainer, "training_step", broken)
+    arguments = training.TrainingArguments
+    monkeypatch.setattr(training, "TrainingArguments", save_often)
+    monkeypatch.setattr(training.Trainer, "training_step", broken)
     assert program.main([*command, "--out", str(tmp_path)]) == 1
     assert "step 3" in capsys.readouterr().out
     (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-2")
@@ -146,9 +146,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(
     program, command, tmp_path, monkeypatch, capsys
 ):
-    from shared import runs
+    from shared import training
 
-    original = runs.Monitor.on_step_end
+    original = training.Monitor.on_step_end
 
     def poison(self, args, state, control, model=None, **kwargs):
         original(self, args, state, control, model=model, **kwargs)
@@ -157,7 +157,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(
             parameter.data.flatten()[0] = float("nan")
             control.should_save = True
 
-    monkeypatch.setattr(runs.Monitor, "on_step_end", poison)
+    monkeypatch.setattr(training.Monitor, "on_step_end", poison)
     assert program.main([*command, "--out", str(tmp_path)]) == 1
     assert "not finite" in capsys.readouterr().out
     assert not list(tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-2"))

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from moe_kernels.analysis import RoutingStatistics, plot_expert_load
 from moe_kernels.imaging import SampleRow, plot_samples
-from shared.runs import console, save_figure
+from shared.cli import console
+from shared.files import save_figure
 
 RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
 

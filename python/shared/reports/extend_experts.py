@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from moe_kernels.moextend import LayerScores, plot_layer_scores
-from shared.runs import console, save_figure, write_text
+from shared.cli import console
+from shared.files import save_figure, write_text
 
 _COLUMNS = 4
 _RIGHT, _WRONG = "tab:green", "tab:red"

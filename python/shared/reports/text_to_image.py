@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from shared.runs import console
+from shared.cli import console
 
 
 def plot_training(history: dict[str, Any]) -> Figure:

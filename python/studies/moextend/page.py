@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from shared.runs import write_text
+from shared.files import write_text
 
 from moe_kernels.moextend import LayerScores
 from studies.moextend.figures import (

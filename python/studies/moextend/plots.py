@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from shared.runs import save_figure
+from shared.files import save_figure
 
 from moe_kernels.moextend import plot_layer_scores
 from studies.moextend.figures import (

@@ -29,10 +29,11 @@ from shared.questions import (
     load_encoded,
     train_encoder,
 )
-from shared.runs import Place, Stages, mean_nll, train
+from shared.stages import Stages, Workspace
 from shared.text_model import TextModelSettings, load_text_model, pretrain
 from shared.text_to_image import compare_text, text_logits, text_nll
 from shared.texts import documentation, source_code, text_blocks
+from shared.training import mean_nll, train
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -162,8 +163,8 @@ class Ground:
         words = as_text(self.learnt_words)
         return self.stages.run(
             f"base-{self.seed}", dataclasses.asdict(settings) | {"word_questions": count},
-            lambda place: pretrain(settings, place, words),
-        )  # fmt: skip
+            lambda workspace: pretrain(settings, workspace, words),
+        ).folder  # fmt: skip
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_text_model(self.folder, "cpu")
@@ -226,8 +227,8 @@ class Ground:
         settings = dataclasses.replace(self.budget.encoder, seed=self.seed)
         return load_encoded(self.stages.run(
             f"encoder-{self.seed}", dataclasses.asdict(settings),
-            lambda place: train_encoder(settings, place),
-        ))  # fmt: skip
+            lambda workspace: train_encoder(settings, workspace),
+        ).folder)  # fmt: skip
 
     def questions(self, part: str, count: int | None, seed: int = 0) -> QuestionSet:
         """``count`` of each kind about the pictures of a part, in turn; None: as many as those."""
@@ -250,11 +251,11 @@ class Ground:
     def projector(self) -> dict[str, torch.Tensor]:
         """The aligned one's weights."""
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             model, tokenizer = self.load()
             viewer = Viewer(ExpertExtender(model, ("image",)))
             history = align(
-                viewer, self.questions("train", None), self.progress_batches, place,
+                viewer, self.questions("train", None), self.progress_batches, workspace,
                 learning_rate=self.budget.align_learning_rate, max_steps=self.budget.align_steps,
                 **arguments(self.budget, self.budget.batch, self.seed),
             )  # fmt: skip
@@ -265,7 +266,7 @@ class Ground:
                 "most_common_answer": self.held_out["test"].most_common_answer(),
             }
 
-        folder = self.stages.run(f"align-{self.seed}", self._inputs, build)
+        folder = self.stages.run(f"align-{self.seed}", self._inputs, build).folder
         model, _ = self.load()
         extender = ExpertExtender(model, ("image",))
         extender.patched.load_adapter(folder / "adapter")
@@ -290,7 +291,7 @@ class Ground:
     def scores(self, task: str, gate: str, half: int = 0) -> LayerScores:
         """Of the layers, by the tokens that may choose added experts behind this gate."""
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             extender, viewer = start(self, Run(task, gate=gate), self.load()[0])
             return extender.score_layers(
                 self.score_batches(viewer, half), self.budget.score_steps,
@@ -298,8 +299,8 @@ class Ground:
             ).to_dict()  # fmt: skip
 
         name = f"scores-{task}-{gate}-{half}-{self.seed}"
-        self.stages.run(name, self._inputs | {"task": task, "gate": gate, "half": half}, build)
-        return LayerScores.from_dict(self.stages.results[name])
+        inputs = self._inputs | {"task": task, "gate": gate, "half": half}
+        return LayerScores.from_dict(self.stages.run(name, inputs, build).result)
 
     def to_dict(self) -> dict[str, Any]:
         """What was found before any run."""
@@ -443,7 +444,7 @@ def compare_plain(before: dict[str, Any], after: dict[str, Any]) -> dict[str, di
     }
 
 
-def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, Any]:
+def measure_run(ground: Ground, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
     model, tokenizer = ground.load()
     vocab_size, blocks, plain = model.config.vocab_size, ground.blocks, ground.plain
     unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
@@ -456,7 +457,7 @@ def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, 
     )
     if run.method == "extension":
         result["disturbance"] = disturbance(ground, extender, viewer)
-    history = learn(ground, run, extender, viewer, lr, place)
+    history = learn(ground, run, extender, viewer, lr, workspace)
     model.eval()
     after = text_logits(model, blocks, vocab_size, TEXT_BATCH)
     grades = {part: grade(ground, extender, viewer, part) for part in ("choice", "test")}
@@ -478,7 +479,7 @@ def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, 
 
 def learn(
     ground: Ground, run: Run, extender: ExpertExtender, viewer: Viewer | None, lr: float,
-    place: Place,
+    workspace: Workspace,
 ) -> dict[str, Any]:  # fmt: skip
     budget = ground.budget
     batch = budget.batch if run.task == "pictures" else budget.code_batch
@@ -490,12 +491,12 @@ def learn(
         questions = ground.questions("train", None, seed=10)
         checkpoints = "model" if is_full else "adapter"
         return viewer.learn(
-            questions, ground.progress_batches, place, checkpoints=checkpoints, **options
+            questions, ground.progress_batches, workspace, checkpoints=checkpoints, **options
         )
     held_out = ground.code_batches("choice")[:1]
     return train(
         extender.model if is_full else extender.patched, ground.code["train"],
-        lambda model: mean_nll(model, held_out), place, **options,
+        lambda model: mean_nll(model, held_out), workspace, **options,
     )  # fmt: skip
 
 

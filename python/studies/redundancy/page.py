@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from shared.runs import write_text
+from shared.files import write_text
 
 from moe_kernels.analysis import ExpertRedundancy, RoutingStatistics
 from studies.redundancy.plots import RANKS, draw_pictures

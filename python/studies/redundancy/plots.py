@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from shared.runs import save_figure
+from shared.files import save_figure
 
 from moe_kernels.analysis import (
     ExpertRedundancy,

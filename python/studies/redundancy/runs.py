@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared.models import load_causal_lm
 from shared.pictures import CaptionedPictures, digits, emoji
-from shared.runs import Place, Stages, load_causal_lm, mean_nll, train
+from shared.stages import Stages, Workspace
 from shared.text_model import TextModelSettings, load_text_model, pretrain
 from shared.text_to_image import (
     CaptionReader,
@@ -22,6 +23,7 @@ from shared.text_to_image import (
     text_logits,
 )
 from shared.texts import documentation, text_blocks
+from shared.training import mean_nll, train
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -194,8 +196,8 @@ class Ground:
     def _pretrained(self, settings: TextModelSettings, name: str) -> Path:
         return self.stages.run(
             f"{name}-{self.seed}", dataclasses.asdict(settings),
-            lambda place: pretrain(settings, place),
-        )  # fmt: skip
+            lambda workspace: pretrain(settings, workspace),
+        ).folder  # fmt: skip
 
     def _converted(self, name: str) -> Path:
         experts, top_k = map(int, name.split("x"))
@@ -204,7 +206,7 @@ class Ground:
         )
         parent = self._pretrained(settings, "dense")
 
-        def build(place: Place) -> dict[str, Any]:
+        def build(workspace: Workspace) -> dict[str, Any]:
             dense, tokenizer = load_text_model(parent, settings.device)
             blocks = text_blocks(tokenizer, documentation()["train"], 128, 128)
             generator = torch.Generator().manual_seed(self.seed)
@@ -217,12 +219,12 @@ class Ground:
                     moe, dense, batches, steps=self.budget.heal_steps, train="router+experts",
                     lr=1e-3, seed=self.seed,
                 )  # fmt: skip
-            moe.save_pretrained(place.folder / "model")
-            tokenizer.save_pretrained(place.folder / "model")
+            moe.save_pretrained(workspace.folder / "model")
+            tokenizer.save_pretrained(workspace.folder / "model")
             return {}
 
         inputs = dataclasses.asdict(settings) | {"heal": self.budget.heal_steps}
-        return self.stages.run(f"{name}-{self.seed}", inputs, build)
+        return self.stages.run(f"{name}-{self.seed}", inputs, build).folder
 
     def folder(self, base: str) -> Path:
         """Of a base, made if it is not there."""
@@ -371,7 +373,7 @@ def trained_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, Any]:
+def measure_run(ground: Ground, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
     budget, data, seed = ground.budget, ground.data(run.data), ground.seed
     model, tokenizer = ground.load(run)
     vocab_size, blocks = model.config.vocab_size, ground.blocks(tokenizer, run.base)
@@ -384,7 +386,7 @@ def measure_run(ground: Ground, run: Run, lr: float, place: Place) -> dict[str, 
     choice, test = (painter.batches(part, IMAGE_BATCH) for part in held_out(data, run))
     history = train(
         painter.patched or model, painter.dataset(learnt, caption_dropout=0.1),
-        lambda model: mean_nll(model, choice[:1]), place,
+        lambda model: mean_nll(model, choice[:1]), workspace,
         collator=painter.collator, optimizer=optimizer_of(model, run, lr), max_steps=steps,
         logging_steps=1,
         per_device_train_batch_size=budget.real_batch if run.base == "real" else budget.batch,

@@ -1,9 +1,7 @@
-"""Shared by the programs here: stages kept on disk, and training that can be interrupted."""
+"""Training through transformers' Trainer that can be interrupted and resumed."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -15,183 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-import moe_kernels
 from moe_kernels import PatchedModel
 from moe_kernels.imaging import IGNORE_INDEX
-
-CACHE_VERSION = 2  # raise it when a stage gives another result for the same settings
-# Names that configurations have for the number of experts of a layer.
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-DTYPES = ("float32", "bfloat16", "float16")
-console = Console(highlight=False)
-
-
-class Place:
-    """The folder that a stage is built in, and the seconds it has taken over all runs."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._started = folder, time.perf_counter()
-        self._file = folder / "seconds"
-        self._earlier = float(self._file.read_text()) if self._file.exists() else 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self._earlier + time.perf_counter() - self._started
-
-    def save_seconds(self) -> None:
-        write_text(self._file, str(self.seconds))
-
-
-class Stages:
-    """One folder for each stage and settings: complete under its own name, or `.partial`."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.seconds: dict[str, float] = {}
-        self.results: dict[str, dict[str, Any]] = {}
-
-    def run(
-        self, name: str, inputs: dict[str, Any], build: Callable[[Place], dict[str, Any]]
-    ) -> Path:
-        """Builds in the `.partial` folder, which a later run goes on with, then renames it."""
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        versions["moe_kernels"] = moe_kernels.__version__
-        described = json.dumps([name, CACHE_VERSION, inputs, versions], sort_keys=True)
-        folder = self.root / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
-        if not (folder / "stage.json").exists():
-            console.print(f"[bold]{name}[/]")
-            partial = folder.with_name(f"{folder.name}.partial")
-            place = Place(partial)
-            try:
-                result = build(place)
-            finally:
-                place.save_seconds()
-            stage = {"inputs": inputs, "seconds": place.seconds, "result": result}
-            write_text(partial / "stage.json", json.dumps(stage, indent=2))
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
-        else:
-            console.print(f"[bold]{name}[/]: done before, in {folder}")
-        stage = json.loads((folder / "stage.json").read_text())
-        self.seconds[name], self.results[name] = stage["seconds"], stage["result"]
-        return folder
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``, which takes its place when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """A folder of the same files, which takes the target's place when all went well."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
-
-
-def digest(*arrays: Any) -> str:
-    """Of the contents, not of shapes."""
-    content = hashlib.sha256()
-    for array in arrays:
-        content.update(np.ascontiguousarray(array).tobytes())
-    return content.hexdigest()[:16]
-
-
-# --- what every program does at its beginning and end
-
-
-def add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
-    """--seed, --dtype, --device, --backend and --out."""
-    add = parser.add_argument
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base; default: %(default)s")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--backend", choices=moe_kernels.backends.NAMES, help="default: the best one here")
-    add("--out", type=Path, default=out, help="default: %(default)s")
-
-
-def settle_device(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """Fills in --device, and --backend where there is one; an error if either is not there."""
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=given.device).device
-        if hasattr(given, "backend"):
-            given.backend = moe_kernels.backends.select(given.backend, device)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        parser.error(f"--device {given.device}: {error}")
-
-
-def exit_code(work: Callable[[], Any]) -> int:
-    """Runs a program's work; what its user can mend ends with one line instead of a traceback."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        work()
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except (ValueError, OSError, ImportError, ArithmeticError, torch.OutOfMemoryError) as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
-        return 1
-    return 0
-
-
-def load_causal_lm(model: str | Path, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
-    """A model in eval mode; one with experts that grouped_mm cannot take gets "eager" ones."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    for module in loaded.modules():
-        weight = getattr(module, "down_proj", None)
-        if isinstance(weight, torch.Tensor) and weight.ndim == 3:
-            if weight.shape[-1] * weight.element_size() % 16:
-                loaded.set_experts_implementation("eager")
-            break
-    return loaded.to(device).eval()
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def model_identity(model: str) -> Any:
-    """A local folder is known by its files, so that another model there makes other stages."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-# --- training, the same for text and pictures
+from shared.cli import console
+from shared.stages import Workspace
 
 
 @contextmanager
@@ -222,10 +52,10 @@ class Monitor(TrainerCallback):
         self,
         steps: int,
         held_out: Callable[[PreTrainedModel], float],
-        place: Place,
+        workspace: Workspace,
         stop: threading.Event,
     ):
-        self.held_out, self.place, self.stop = held_out, place, stop
+        self.held_out, self.workspace, self.stop = held_out, workspace, stop
         self.evaluate_every = math.ceil(steps / 6)
         self.timed_steps, self.timed_seconds = 0, 0.0
         self.progress = Progress(
@@ -266,7 +96,7 @@ class Monitor(TrainerCallback):
             self.progress.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
 
     def on_save(self, args, state, control, **kwargs):
-        self.place.save_seconds()
+        self.workspace.save_seconds()
 
     def _evaluate(self, state, model) -> None:
         # Kept in the Trainer's own history, which its checkpoints carry.
@@ -323,13 +153,13 @@ def train(
     model: PreTrainedModel | PatchedModel,
     dataset: torch.utils.data.Dataset,
     held_out: Callable[[PreTrainedModel], float],
-    place: Place,
+    workspace: Workspace,
     *,
     collator: Callable | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Through transformers.Trainer, from the last whole checkpoint in the place's folder.
+    """Through transformers.Trainer, from the last whole checkpoint in the workspace's folder.
 
     optimizer: instead of the Trainer's, such as one with several learning rates
     """
@@ -339,23 +169,23 @@ def train(
         report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     arguments = TrainingArguments(
-        output_dir=str(place.folder / "checkpoints"), **defaults | arguments
+        output_dir=str(workspace.folder / "checkpoints"), **defaults | arguments
     )
     with stop_after_step() as stop:
-        monitor = Monitor(arguments.max_steps, held_out, place, stop)
+        monitor = Monitor(arguments.max_steps, held_out, workspace, stop)
         trainer = (AdapterTrainer if isinstance(model, PatchedModel) else CheckedTrainer)(
             model, arguments, train_dataset=dataset, data_collator=collator, callbacks=[monitor],
             optimizers=(optimizer, None),
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(place))
+            trainer.train(resume_from_checkpoint=last_checkpoint(workspace))
         finally:
             monitor.progress.stop()
     if trainer.state.global_step < arguments.max_steps:
         raise KeyboardInterrupt
     history = trainer.state.log_history
-    shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(workspace.folder / "checkpoints", ignore_errors=True)
     return {
         **{
             kind: [[entry["step"], entry[kind]] for entry in history if kind in entry]
@@ -365,10 +195,10 @@ def train(
     }
 
 
-def last_checkpoint(place: Place) -> str | None:
+def last_checkpoint(workspace: Workspace) -> str | None:
     """The newest one that was written to its end: the Trainer's state is its last file."""
     whole = []
-    for checkpoint in place.folder.glob("checkpoints/checkpoint-*"):
+    for checkpoint in workspace.folder.glob("checkpoints/checkpoint-*"):
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text())
             whole.append((state["global_step"], checkpoint))
