@@ -1,6 +1,6 @@
-"""How added tokens and adapters start: Gromov-Wasserstein couplings, and controls.
+"""Initial values of added tokens and adapters: Gromov-Wasserstein couplings, and controls.
 
-Functions of tensors, below the models; POT is imported when a coupling is solved.
+All functions take and return tensors and know no model. POT is imported when a coupling is solved.
 """
 
 from moe_kernels.init.lora import gromov_wasserstein_lora

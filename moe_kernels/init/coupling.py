@@ -12,21 +12,21 @@ METRICS = ("euclidean", "cosine")
 SOLVERS = ("semirelaxed", "exact", "entropic")
 
 _GIB = 2**30
-_MARGINAL_TOLERANCE = 1e-3  # of the total mass, 1; Sinkhorn stops at about 1e-9 where it converges
-_CHUNK = 512  # points a block where the distances of all points would be large
+_MARGINAL_TOLERANCE = 1e-3  # relative to the total mass of 1; converged Sinkhorn reaches about 1e-9
+_CHUNK = 512  # points per block where a matrix of all distances would be too large
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """How much of each source point goes to each target point.
+    """Transport plan from points of X (sources) to points of Y (targets).
 
     Attributes:
         plan: (a, b) float64, mass from source ``sources[j]`` to target ``targets[l]``; sums to 1.
         value: sum over i, j, k, l of (C_X[i,j] - C_Y[k,l])^2 plan[i,k] plan[j,l].
-        sources: (a,) int64, the points of X that were solved for.
-        targets: (b,) int64, the points of Y that were solved for.
-        nearest: (n,) int64, for each point of X the point of Y that takes most of it; for points
-            that were not solved for, the best one given the plan (see :func:`couple`).
+        sources: (a,) int64, the points of X in the solved problem.
+        targets: (b,) int64, the points of Y in the solved problem.
+        nearest: (n,) int64, for each source the target that receives most of its mass; for every
+            other point of X the cheapest point of Y given the plan (see :func:`couple`).
     """
 
     plan: Tensor
@@ -36,9 +36,10 @@ class Coupling:
     nearest: Tensor
 
     def project(self, y: Tensor) -> Tensor:
-        """(V, H) -> (n, H): the mean of Y's points by their share of each point of X.
+        """Return the barycentric projection of Y's points onto X, (V, H) -> (n, H).
 
-        The barycentric projection, (1/p_i) sum_k T[i,k] y_k.
+        Row i is (1/p_i) sum_k T[i,k] y_k. For points of X outside the solved problem it is the row
+        of their nearest point of Y.
         """
         rows = y[self.nearest]
         share = self.plan / self.plan.sum(1, keepdim=True)
@@ -46,7 +47,10 @@ class Coupling:
         return rows
 
     def entropy(self) -> float:
-        """Mean entropy in nats of where a point goes: 0 one target each, log(b) evenly to all."""
+        """Return the mean entropy in nats of a source's shares of the targets.
+
+        0: every source goes to one target; log(b): every source is spread evenly over all targets.
+        """
         share = self.plan / self.plan.sum(1, keepdim=True)
         return (self.plan.sum(1) @ torch.special.entr(share).sum(1)).item()
 
@@ -67,36 +71,38 @@ def couple(
     seed: int = 0,
     names: tuple[str, str] = ("features", "rows"),
 ) -> Coupling:
-    """Match two clouds by their distances within each (docs/methods.md, A3).
+    """Match two point clouds by the distances within each (docs/methods.md, A3).
 
-    Distances of each cloud are divided by their mean. POT solves for at most ``max_x`` points of X
-    and ``max_y`` of Y: the heaviest where weights are given, else random ones. Another point i of X
-    then takes the one point k of Y (of all with weight) that costs least given the plan T, argmin
-    of sum_jl (C_X[i,j] - C_Y[k,l])^2 T[j,l]: the step that conditional gradient on the semi-relaxed
+    The distances within each cloud are divided by their mean. POT solves the problem for at most
+    ``max_x`` points of X and ``max_y`` points of Y: the heaviest points if weights are passed,
+    random ones otherwise. Every other point i of X is then assigned the point k of Y, among all
+    points with positive mass, that costs least given the plan T: argmin over k of sum_jl
+    (C_X[i,j] - C_Y[k,l])^2 T[j,l]. This is the step that conditional gradient on the semi-relaxed
     problem would make for a new point.
 
     Args:
         x: (n, d) float32, at least two different points.
-        y: (V, H) float32.
-        x_weights: (n,) mass of X's points; a point of mass 0 is placed by the last step alone.
-            Default: equal.
-        y_weights: (V,) mass of Y's points, which "exact" and "entropic" keep; "semirelaxed" only
-            chooses points by it. A point of mass 0 is never used. Default: equal.
+        y: (V, H) float32, the same.
+        x_weights: (n,) mass of X's points; a point of mass 0 is left out of POT's problem and
+            assigned afterwards. Default: equal masses.
+        y_weights: (V,) mass of Y's points. "exact" and "entropic" keep it as a marginal;
+            "semirelaxed" only selects points by it. A point of mass 0 is never used. Default:
+            equal masses.
         x_metric: "euclidean", or "cosine" of centred points.
         y_metric: the same for Y.
         solver: "semirelaxed", "exact" or "entropic" (proximal point algorithm).
-        epsilon: step of "entropic".
-        max_x: a, the most points of X to solve for.
-        max_y: b, the most points of Y to solve for.
-        max_memory: bytes; a problem that needs more is refused before any is taken.
-        seed: of the choice of points.
-        names: what errors call X and Y.
+        epsilon: step size of "entropic".
+        max_x: a, the maximal number of points of X in POT's problem.
+        max_y: b, the maximal number of points of Y in POT's problem.
+        max_memory: bytes; a larger problem is refused before anything is allocated.
+        seed: seed for the random selection of points.
+        names: names of X and Y in error messages.
 
     Raises:
         ImportError: POT is not installed.
-        ValueError: unknown names, wrong shapes, values that are not finite, or a problem that does
+        ValueError: a name is unknown, a shape is wrong, values are not finite, or the problem does
             not fit into ``max_memory``.
-        RuntimeError: POT's plan is not finite or has other marginals than asked for.
+        RuntimeError: POT's plan is not finite, or its marginals are not the requested ones.
     """
     check_names(solver, x_metric, y_metric)
     _check_shapes(x, y, max_x, max_y, names)
@@ -123,7 +129,7 @@ def couple(
     rest = torch.ones(x.shape[0], dtype=torch.bool)
     rest[sources] = False
     if rest.any():
-        used = plan.sum(0) > 0  # for "semirelaxed" a small part: the others would add zeros
+        used = plan.sum(0) > 0  # few columns for "semirelaxed"; unused ones would only add zeros
         c_rest = distances(x[rest], x[sources], x_metric) / x_scale
         c_all = distances(y, y[targets[used]], y_metric) / y_scale
         nearest[rest] = _place(c_rest, c_all, plan[:, used].float(), allowed)
@@ -131,9 +137,10 @@ def couple(
 
 
 def _place(c_x: Tensor, c_y: Tensor, plan: Tensor, allowed: Tensor) -> Tensor:
-    """(n', a), (V, b), (a, b), (V,) -> (n',): the cheapest point of Y for each further point of X.
+    """Return the cheapest point of Y for each point of X outside the solved problem, (n',).
 
-    The term in C_X^2 is the same for all candidates, and left out.
+    c_x: (n', a); c_y: (V, b); plan: (a, b); allowed: (V,). The term in C_X^2 is the same for all
+    candidates, so it is left out.
     """
     square = (c_y**2 @ plan.sum(0)).masked_fill_(~allowed, math.inf)
     blocks = (c_x @ plan).split(_CHUNK)
@@ -141,12 +148,15 @@ def _place(c_x: Tensor, c_y: Tensor, plan: Tensor, allowed: Tensor) -> Tensor:
 
 
 def prepare(points: Tensor, metric: str) -> Tensor:
-    """Points as the metric takes them: centred and of length 1 for "cosine"."""
+    """Return the points that :func:`distances` expects: centred and of length 1 for "cosine"."""
     return points if metric == "euclidean" else F.normalize(points - points.mean(0), dim=1)
 
 
 def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
-    """(n, d), (m, d) -> (n, m), of prepared points; exact zeros on the diagonal of (x, x)."""
+    """Return the distances of prepared points, (n, d), (m, d) -> (n, m).
+
+    The diagonal of ``distances(x, x)`` is exactly zero.
+    """
     cosine = metric == "cosine"
     distance = (x @ y.T).neg_().add_(1).clamp_(min=0) if cosine else torch.cdist(x, y)
     if x.shape == y.shape and torch.equal(x, y):
@@ -157,12 +167,12 @@ def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
 def _mean_distance(distance: Tensor, name: str) -> Tensor:
     mean = distance.mean()
     if not mean > 0:
-        raise ValueError(f"{name} do not differ: they have no distances to match")
+        raise ValueError(f"all {name} are equal: there are no distances to match")
     return mean
 
 
 def _choose(mass: Tensor, count: int, heaviest: bool, generator: torch.Generator) -> Tensor:
-    """``count`` points of positive mass in ascending order: the heaviest, or random ones."""
+    """Return the indices of ``count`` points in ascending order: the heaviest, or random ones."""
     if heaviest:
         order = mass.argsort(descending=True, stable=True)
     else:
@@ -173,7 +183,7 @@ def _choose(mass: Tensor, count: int, heaviest: bool, generator: torch.Generator
 def _solve(
     ot: ModuleType, c_x: Tensor, c_y: Tensor, p: Tensor, q: Tensor, solver: str, epsilon: float
 ) -> tuple[Tensor, float]:
-    """The plan (a, b) and its value, by POT in float64."""
+    """Return the plan (a, b) and its value, computed by POT in float64."""
     c_x, c_y, p, q = (tensor.numpy() for tensor in (c_x, c_y, p, q))
     common = {"loss_fun": "square_loss", "symmetric": True, "log": True}
     if solver == "semirelaxed":
@@ -191,18 +201,21 @@ def _solve(
 
 
 def _check_plan(plan: Tensor, p: Tensor, q: Tensor | None, solver: str) -> None:
-    """POT returns NaN, or a Sinkhorn plan that has not converged, with a warning at most."""
+    """Raise RuntimeError for a plan that is not finite or misses its marginals.
+
+    POT returns such plans, from a Sinkhorn iteration that did not converge, with at most a warning.
+    """
     advice = {
-        "entropic": 'raise epsilon, give frequencies that are less uneven, or take "semirelaxed"',
-        "exact": 'give frequencies that are less uneven, or take "semirelaxed"',
-        "semirelaxed": "give frequencies that are less uneven",
+        "entropic": 'raise epsilon, pass more even frequencies, or use solver="semirelaxed"',
+        "exact": 'pass more even frequencies, or use solver="semirelaxed"',
+        "semirelaxed": "pass more even frequencies",
     }[solver]
     if not plan.isfinite().all():
         raise RuntimeError(f"POT's {solver!r} solver returned a coupling with NaN or Inf: {advice}")
     if not (plan.sum(1) > 0).all():
         raise RuntimeError(
-            f"POT's {solver!r} solver returned a coupling that leaves points without a partner, as "
-            f"tiny frequencies may do: {advice}"
+            f"POT's {solver!r} solver returned a coupling in which some points have no partner, as "
+            f"happens with tiny frequencies: {advice}"
         )
     errors = {"the source's": (plan.sum(1) - p).abs().sum().item()}
     if q is not None:
@@ -216,7 +229,7 @@ def _check_plan(plan: Tensor, p: Tensor, q: Tensor | None, solver: str) -> None:
 
 
 def import_pot() -> ModuleType:
-    """POT, or an ImportError that says what to install."""
+    """Import POT, or raise an ImportError that says what to install."""
     try:
         import ot
     except ImportError as error:
@@ -227,7 +240,7 @@ def import_pot() -> ModuleType:
 
 
 def check_names(solver: str, *metrics: str) -> None:
-    """Refuse a solver or metrics that there are not."""
+    """Raise ValueError for an unknown solver or metric."""
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; the metrics are {', '.join(METRICS)}")
@@ -239,10 +252,10 @@ def _check_shapes(x: Tensor, y: Tensor, max_x: int, max_y: int, names: tuple[str
     for points, most, name in ((x, max_x, names[0]), (y, max_y, names[1])):
         if points.ndim != 2 or points.shape[0] < 2:
             raise ValueError(
-                f"{name} must be (points, size), 2 at least, got {tuple(points.shape)}"
+                f"{name} must be (points, size) with at least 2 points, got {tuple(points.shape)}"
             )
         if most < 2:
-            raise ValueError(f"at least 2 {name} must be solved for, got a limit of {most}")
+            raise ValueError(f"the limit on {name} must be at least 2, got {most}")
 
 
 def _check_finite(points: Tensor, name: str) -> None:
@@ -251,7 +264,7 @@ def _check_finite(points: Tensor, name: str) -> None:
 
 
 def _mass(weights: Tensor | None, points: Tensor, name: str) -> Tensor:
-    """(n,) float64 that sums to 1."""
+    """Return the points' masses, (n,) float64 that sums to 1."""
     if weights is None:
         return torch.full((points.shape[0],), 1 / points.shape[0], dtype=torch.float64)
     weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
@@ -261,15 +274,16 @@ def _mass(weights: Tensor | None, points: Tensor, name: str) -> Tensor:
         )
     if not weights.isfinite().all() or (weights < 0).any() or (weights > 0).sum() < 2:
         raise ValueError(
-            f"frequencies of {name} must be finite and not negative, two of them positive"
+            f"frequencies of {name} must be finite and not negative, and at least two positive"
         )
     return weights / weights.sum()
 
 
 def memory_needed(x_shape: tuple[int, int], y_shape: tuple[int, int], a: int, b: int) -> int:
-    """Bytes that :func:`couple` takes beside its arguments, at most.
+    """Return an upper bound on the bytes that :func:`couple` allocates.
 
-    Float64 in POT (each cloud's distances, their transforms and products), float32 outside.
+    POT works in float64 (each cloud's distances, their transforms and products), the rest in
+    float32.
     """
     (n, d), (v, h) = x_shape, y_shape
     solver = 8 * (5 * a * a + 6 * b * b + 12 * a * b)
@@ -278,15 +292,15 @@ def memory_needed(x_shape: tuple[int, int], y_shape: tuple[int, int], a: int, b:
 
 
 def _check_memory(x_shape, y_shape, a: int, b: int, limit: float) -> None:
+    """Raise ValueError, with smaller sizes that would fit, if the problem exceeds the limit."""
     need = memory_needed(x_shape, y_shape, a, b)
     if need <= limit:
         return
     while memory_needed(x_shape, y_shape, a, b) > limit and max(a, b) > 2:
         a, b = (a, b // 2) if b >= a else (a // 2, b)
     fits = memory_needed(x_shape, y_shape, a, b) <= limit
-    advice = f"solve for {a} and {b} of them (max_codes={a}, max_rows={b})" if fits else ""
+    advice = f"pass max_codes={a} and max_rows={b}" if fits else "pass fewer rows"
     raise ValueError(
         f"matching {x_shape[0]} features with {y_shape[0]} rows of {y_shape[1]} needs "
-        f"{need / _GIB:.2f} GiB, the limit is {limit / _GIB:.2f}: "
-        f"{advice or 'give fewer rows'}, or raise max_memory"
+        f"{need / _GIB:.2f} GiB, the limit is {limit / _GIB:.2f}: {advice}, or raise max_memory"
     )

@@ -1,4 +1,4 @@
-"""A low-rank update that makes image rows look like text to the weight that it is added to."""
+"""Initial low-rank updates that make image rows look like text to the weight they are added to."""
 
 import torch
 from torch import Tensor
@@ -20,32 +20,34 @@ def gromov_wasserstein_lora(
     max_memory: float = 8 * 2**30,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """``lora_A``, ``lora_B`` with weight (I + B' A') z close to weight e, e the text aligned to z.
+    """Return ``lora_A`` and ``lora_B`` that map image inputs to the text inputs aligned with them.
 
-    docs/methods.md, A3: a Gromov-Wasserstein coupling gives each input z of an image token an
-    aligned text input e; with the linear map M that ridge regression fits to these pairs, B' A' is
-    the truncated SVD of M - I; A = A' and B = weight B' / scaling. Text rows do not see the update.
+    docs/methods.md, A3. A Gromov-Wasserstein coupling assigns to each input z of an image token an
+    aligned text input e. Ridge regression fits a linear map M to these pairs, and B' A' is the
+    truncated SVD of M - I. With A = A' and B = weight B' / scaling, the layer's output for z,
+    weight (I + B' A') z, is close to weight e. Text rows do not use the update.
 
     Args:
-        image_inputs: (N, in) inputs of the layer at image tokens; a few hundred, as POT solves for
-            all of them.
+        image_inputs: (N, in) inputs of the layer at image tokens; a few hundred, because POT's
+            problem includes all of them.
         text_inputs: (N', in) inputs at text tokens.
         weight: (out, in), or (E, out, in) stacked experts that share the inputs.
-        r: rank. Beyond the rank of M - I, A is as LoRA starts it, and B zero.
-        scaling: what the layer multiplies the update by, ``lora_alpha / r``.
-        ridge: weight of ||M - I||^2, relative to the mean square of an entry of the inputs times N.
-        metric: of both clouds, "cosine" of centred inputs or "euclidean".
+        r: rank. Where r exceeds the rank of M - I, the remaining rows of A start as in LoRA, and
+            the remaining columns of B are zero.
+        scaling: the factor by which the layer multiplies the update, ``lora_alpha / r``.
+        ridge: weight of ||M - I||^2, relative to N times the mean square of an entry of the inputs.
+        metric: metric of both clouds, "cosine" of centred inputs or "euclidean".
         solver: "semirelaxed", "exact" or "entropic".
-        epsilon: step of "entropic".
+        epsilon: step size of "entropic".
         max_memory: see :func:`moe_kernels.init.gromov_wasserstein_rows`.
-        seed: of the rows of A beyond the rank.
+        seed: seed of the rows of A beyond the rank of M - I.
 
     Returns:
         (r, in) and (out, r), or (E, out, r) for experts; float32 on the weight's device.
 
     Raises:
         ImportError: POT is not installed.
-        ValueError: sizes that do not fit, inputs that are not finite, ridge or scaling not above 0.
+        ValueError: sizes do not fit, inputs are not finite, or ridge or scaling is not above 0.
         RuntimeError: POT's coupling is not finite, or misses its marginals.
     """
     _check(image_inputs, text_inputs, weight, r, scaling, ridge)
@@ -64,9 +66,10 @@ def gromov_wasserstein_lora(
 def align(
     image_inputs: Tensor, text_inputs: Tensor, *, metric: str = "cosine", **options
 ) -> tuple[Tensor, Coupling]:
-    """(N, in), (N', in) -> (N, in) float32 on the CPU: what text each image input is coupled to.
+    """Return the text input that each image input is coupled to, and the coupling.
 
-    Options are those of :func:`moe_kernels.init.coupling.couple`.
+    (N, in), (N', in) -> (N, in) float32 on the CPU. Options are those of
+    :func:`moe_kernels.init.coupling.couple`.
     """
     image, text = (t.detach().to("cpu", torch.float32) for t in (image_inputs, text_inputs))
     coupling = couple(
@@ -83,9 +86,12 @@ def align(
 
 
 def through(weight: Tensor, up: Tensor) -> Tensor:
-    """weight (out, in) or (E, out, in), B' (in, r) -> weight B', float32 on the weight's device."""
+    """Return weight B', float32 on the weight's device.
+
+    weight: (out, in) or (E, out, in); up: B', (in, r).
+    """
     up, stacked = up.to(weight.device), weight.detach().reshape(-1, *weight.shape[-2:])
-    # One expert at a time: a float32 copy of all would be twice the size of the stack.
+    # One expert at a time: a float32 copy of a 16-bit stack would be twice its size.
     product = torch.stack([matrix.float() @ up for matrix in stacked])
     return product.reshape(*weight.shape[:-1], up.shape[1])
 
@@ -93,12 +99,13 @@ def through(weight: Tensor, up: Tensor) -> Tensor:
 def truncated_map(
     inputs: Tensor, outputs: Tensor, r: int, *, ridge: float, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(N, in), (N, in) -> A' (r, in), B' (in, r) float32: rank r of the ridge regression's M - I.
+    """Return A' (r, in) and B' (in, r), whose product is M - I truncated to rank r; float32.
 
-    The ridge pulls M towards I and not towards 0: where there are no inputs to learn from, M - I is
-    then 0, and not a -I that would take up the rank. So M - I = R^T K Z with R = outputs - inputs
-    and K = (Z Z^T + lambda)^-1, which is (N, N): in is often larger. Two QR factors leave the SVD
-    of a core no larger than N.
+    M is the ridge regression of the outputs (N, in) on the inputs (N, in). Its penalty pulls M
+    towards I instead of 0, so that M - I is 0 in directions without inputs; otherwise it would be
+    -I there and use up the rank. Then M - I = R^T K Z with R = outputs - inputs and
+    K = (Z Z^T + lambda)^-1. K is (N, N), and N is often smaller than in. Two QR factorisations
+    reduce the SVD to a core no larger than N.
     """
     z, outputs = (t.detach().to("cpu", torch.float64) for t in (inputs, outputs))
     residual = outputs - z
@@ -110,7 +117,7 @@ def truncated_map(
     rank = min(r, int((s > 1e-6 * s[0].clamp(min=1e-30)).sum()))
     root = s[:rank].sqrt()
     generator = torch.Generator().manual_seed(seed)
-    # LoRA's own start: were both zero there, no gradient could reach either.
+    # LoRA's usual initialisation of A: with A and B both zero, neither would get a gradient.
     bound = z.shape[1] ** -0.5
     down = torch.empty(r, z.shape[1]).uniform_(-bound, bound, generator=generator)
     up = torch.zeros(z.shape[1], r)
@@ -127,7 +134,8 @@ def _check(
     for name, inputs in (("image_inputs", image), ("text_inputs", text)):
         if inputs.ndim != 2 or inputs.shape[1] != weight.shape[-1]:
             raise ValueError(
-                f"{name} must be (N, {weight.shape[-1]}) as the weight, got {tuple(inputs.shape)}"
+                f"{name} must be (N, {weight.shape[-1]}) to fit the weight, got "
+                f"{tuple(inputs.shape)}"
             )
     if r < 1 or not scaling > 0 or not ridge > 0:
         raise ValueError(f"r, scaling and ridge must be above 0, got {r}, {scaling} and {ridge}")

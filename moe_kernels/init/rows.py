@@ -1,7 +1,7 @@
-"""How the rows of added tokens start: by Gromov-Wasserstein, and the controls to run beside it.
+"""Initial rows of added tokens: Gromov-Wasserstein, and the controls to compare it with.
 
-An init is a function of the text rows (V, H), the number n of new rows and options, and returns
-(n, H) and what it has to report or None.
+An init is a function of the text rows (V, H), the number n of new rows, and options. It returns
+the new rows (n, H) and its diagnostics or None.
 """
 
 import inspect
@@ -15,28 +15,30 @@ from torch import Tensor
 
 from moe_kernels.init.coupling import couple, distances, prepare
 
-_COLLAPSED = 0.1  # distinct rows a new row, and spread, below which a coupling says nothing
+_COLLAPSED = 0.1  # a coupling with fewer distinct rows per code, or less spread, has collapsed
 _RANKED = 512  # new rows whose pairwise distances are ranked
-_CHUNK = 4096  # text rows a block of random weights
+_CHUNK = 4096  # text rows per block of random weights
 
 
 @dataclass(frozen=True)
 class GromovWassersteinDiagnostics:
-    """What a coupling is worth; see docs/initialisation.md for how to read it.
+    """Measures of the quality of a coupling; docs/initialisation.md explains how to read them.
 
     Attributes:
-        gw_value: the Gromov-Wasserstein objective, of distances that have mean 1; 0: isometric.
-        coupling_entropy: mean entropy in nats of the text rows that a code goes to; 0: one row.
-        rank_correlation: Spearman's, between distances of features and of the new rows, over the
-            pairs of at most 512 codes; 0 where the new rows are all equal.
+        gw_value: the Gromov-Wasserstein objective for distances of mean 1; 0: isometric.
+        coupling_entropy: mean entropy in nats of a code's shares of the text rows; 0: every code
+            goes to one row.
+        rank_correlation: Spearman's correlation between the distances of the features and of the
+            new rows, over the pairs of at most 512 codes; 0 if the new rows are all equal.
         norm_ratio: spread of the new rows before rescaling (root mean square distance from their
-            mean) over that of the text rows. Averages shrink it.
-        distinct_rows: text rows that are the main one of some code.
+            mean), divided by that of the text rows. Averaging rows shrinks it.
+        distinct_rows: number of different text rows among the codes' nearest rows
+            (:attr:`Coupling.nearest <moe_kernels.init.coupling.Coupling>`).
         num_codes: n.
-        solved_codes: codes that POT solved for; the others were placed from these.
-        solved_rows: text rows that POT solved for.
-        solver: its name.
-        seconds: of the whole initialisation.
+        solved_codes: number of codes in POT's problem; the others were assigned afterwards.
+        solved_rows: number of text rows in POT's problem.
+        solver: name of the solver.
+        seconds: duration of the whole initialisation.
     """
 
     gw_value: float
@@ -52,7 +54,7 @@ class GromovWassersteinDiagnostics:
 
     @property
     def collapsed(self) -> bool:
-        """Whether fewer than a tenth of the codes have a row of their own, or all are averages."""
+        """True if distinct rows are below a tenth of the codes, or ``norm_ratio`` is below 0.1."""
         return min(self.distinct_rows / self.num_codes, self.norm_ratio) < _COLLAPSED
 
 
@@ -71,34 +73,38 @@ def gromov_wasserstein_rows(
     max_memory: float = 8 * 2**30,
     seed: int = 0,
 ) -> tuple[Tensor, GromovWassersteinDiagnostics]:
-    """Rows for new tokens whose distances resemble those of the tokens' features.
+    """Return rows for new tokens whose distances resemble those of the tokens' features.
 
-    docs/methods.md, A3: a Gromov-Wasserstein coupling T between features and text rows, row i =
-    (1/p_i) sum_k T[i,k] e_k, then each column rescaled to the text rows' mean and standard
-    deviation. Whether it helps is a hypothesis: run the controls of :data:`ROW_INITS` beside it.
+    docs/methods.md, A3. With a Gromov-Wasserstein coupling T between features and text rows e_k,
+    row i is (1/p_i) sum_k T[i,k] e_k. Each column is then rescaled to the text rows' mean and
+    standard deviation. It is a hypothesis that this helps: compare it with the controls of
+    :data:`ROW_INITS`.
 
     Args:
         features: (n, d) floats, such as a tokenizer's codebook.
         rows: (V, H) floats, the text rows of an embedding table or head.
-        frequencies: (n,) how often each code occurs (counts will do); the commonest ``max_codes``
-            are solved for. A code of frequency 0 is placed from the others. Default: equal.
-        row_frequencies: (V,) the same for text tokens; a row of frequency 0 is never used, and
-            "exact" and "entropic" give each row its share. Default: equal.
-        solver: POT's "semirelaxed" (text rows need not all be used), "exact" or "entropic".
-        epsilon: step of "entropic".
+        frequencies: (n,) frequency of each code (counts are accepted). POT's problem includes the
+            ``max_codes`` most frequent codes; a code of frequency 0 is assigned afterwards.
+            Default: equal.
+        row_frequencies: (V,) the same for text tokens. A row of frequency 0 is never used; "exact"
+            and "entropic" use every row in proportion to its frequency. Default: equal.
+        solver: POT's "semirelaxed" (may leave text rows unused), "exact" or "entropic".
+        epsilon: step size of "entropic".
         feature_metric: "euclidean", or "cosine" of centred vectors.
         row_metric: the same for rows.
-        max_codes: codes to solve for. The others take the row that costs least given the plan.
-        max_rows: text rows to solve for; the other codes may take any row.
-        max_memory: bytes that may be taken; a larger problem is refused, with what to pass.
-        seed: of the choice of codes and rows where there are no frequencies.
+        max_codes: maximal number of codes in POT's problem. Every other code is assigned the row
+            that costs least given the plan.
+        max_rows: maximal number of text rows in POT's problem. The other codes may be assigned any
+            row.
+        max_memory: bytes; a larger problem is refused with an error that says what to pass.
+        seed: seed of the random selection of codes and rows where no frequencies are passed.
 
     Returns:
         (n, H) float32 on the device of ``rows``, and diagnostics.
 
     Raises:
         ImportError: POT is not installed.
-        ValueError: wrong names, shapes, values, or a problem above ``max_memory``.
+        ValueError: a name, shape or value is wrong, or the problem exceeds ``max_memory``.
         RuntimeError: POT's coupling is not finite, or misses its marginals.
 
     Warns:
@@ -140,12 +146,12 @@ def gromov_wasserstein_rows(
 
 
 def _rescale(new: Tensor, rows: Tensor) -> Tensor:
-    """Each column of ``new`` shifted and scaled to the mean and standard deviation of ``rows``."""
+    """Shift and scale each column of ``new`` to the mean and standard deviation of ``rows``."""
     centred = new - new.mean(0)
     std = centred.std(0, correction=0)
-    # A column in which all new rows agree stays constant: rounding is not to be blown up.
-    wanted = rows.std(0, correction=0)
-    factor = torch.where(std > 1e-5 * wanted, wanted / std, 0)
+    target_std = rows.std(0, correction=0)
+    # A column in which all new rows agree stays constant: scaling would amplify rounding errors.
+    factor = torch.where(std > 1e-5 * target_std, target_std / std, 0)
     return centred * factor + rows.mean(0)
 
 
@@ -165,7 +171,7 @@ def _rank_correlation(
     for points, metric in ((features, feature_metric), (new, row_metric)):
         points = prepare(points.double(), metric)[some]
         distance = distances(points, points, metric)[upper]
-        # Rounding must not order pairs that are equally far apart.
+        # Pairs that are equally far apart must get equal ranks in spite of rounding errors.
         distance = (distance / distance.mean().clamp(min=1e-30)).round(decimals=6)
         ranks.append(torch.from_numpy(rankdata(distance.numpy())))
     correlation = torch.corrcoef(torch.stack(ranks))[0, 1].item()
@@ -176,8 +182,8 @@ def _warn_if_collapsed(diagnostics: GromovWassersteinDiagnostics) -> None:
     if diagnostics.collapsed:
         warnings.warn(
             f"the Gromov-Wasserstein coupling has collapsed: {diagnostics.num_codes} codes share "
-            f"{diagnostics.distinct_rows} text rows, with {diagnostics.norm_ratio:.2f} of their "
-            "spread; another solver, a smaller epsilon, or even frequencies may help",
+            f"{diagnostics.distinct_rows} text rows, with {diagnostics.norm_ratio:.2f} of the text "
+            "rows' spread; try another solver, a smaller epsilon, or more even frequencies",
             stacklevel=3,
         )
 
@@ -193,7 +199,10 @@ def _mean_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
 
 
 def _gaussian_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
-    """Random mixtures of centred text rows have exactly their covariance, of any rank."""
+    """Draw rows from the normal distribution with the mean and covariance of the text rows.
+
+    Random mixtures of the centred text rows have exactly that covariance, whatever its rank.
+    """
     mean = rows.mean(0)
     new = torch.zeros(count, rows.shape[1], device=rows.device)
     for block in rows.split(_CHUNK):
@@ -230,32 +239,32 @@ _WITH_FEATURES = ("permuted", "gromov_wasserstein")
 def check_row_init(
     init: str, num_tokens: int, num_delimiters: int, features: Tensor | None, options: dict
 ) -> None:
-    """Refuse what :func:`initial_rows` cannot do.
+    """Raise for arguments that :func:`initial_rows` cannot handle.
 
     Raises:
-        ValueError: an unknown init, or features that are missing or do not match ``num_tokens``.
-        TypeError: an option that the init does not have.
+        ValueError: the init is unknown, or features are missing or do not match ``num_tokens``.
+        TypeError: the init does not have one of the options.
     """
     if init not in ROW_INITS:
         raise ValueError(f"unknown init {init!r}; the inits are {', '.join(ROW_INITS)}")
     if not 0 <= num_delimiters < num_tokens:
         raise ValueError(f"num_delimiters must be 0 to {num_tokens - 1}, got {num_delimiters}")
     if features is None and init in _WITH_FEATURES:
-        raise ValueError(f"init={init!r} needs features, one row for each code")
+        raise ValueError(f"init={init!r} needs features: pass one row for each code")
     if features is not None and (
         features.ndim != 2 or features.shape[0] != num_tokens - num_delimiters
     ):
         raise ValueError(
-            f"features {tuple(features.shape)} do not match num_tokens={num_tokens} of which "
-            f"num_delimiters={num_delimiters} have none: expected "
-            f"({num_tokens - num_delimiters}, d); delimiters come first"
+            f"features {tuple(features.shape)} do not match num_tokens={num_tokens} and "
+            f"num_delimiters={num_delimiters}: expected ({num_tokens - num_delimiters}, d), since "
+            "the first num_delimiters tokens have no features"
         )
     known = set()
     if init in _WITH_FEATURES:
         known = set(inspect.signature(gromov_wasserstein_rows).parameters) - {"features", "rows"}
     if unknown := sorted(set(options) - known):
         raise TypeError(
-            f"init={init!r} takes no option {', '.join(unknown)}; it takes "
+            f"init={init!r} has no option {', '.join(unknown)}; its options are "
             f"{', '.join(sorted(known)) or 'none'}"
         )
 
@@ -269,19 +278,19 @@ def initial_rows(
     features: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, GromovWassersteinDiagnostics | None]:
-    """(V, H) text rows -> (num_tokens, H) float32 new rows, and diagnostics where there are any.
+    """Return new rows (num_tokens, H), float32, and the init's diagnostics or None.
 
     Args:
-        rows: float32.
-        num_tokens: how many.
+        rows: (V, H) float32, the text rows.
+        num_tokens: number of new rows.
         init: a name of :data:`ROW_INITS`.
-        num_delimiters: how many of them, the first, stand for nothing in ``features``. With an init
-            that uses features they start as by "normal".
-        features: (num_tokens - num_delimiters, d) for the inits that use them.
-        **options: keywords of :func:`gromov_wasserstein_rows`, for those inits.
+        num_delimiters: number of tokens, at the beginning, that have no row in ``features``. An
+            init that uses features initialises them as "normal" does.
+        features: (num_tokens - num_delimiters, d), for the inits that use features.
+        **options: keyword arguments of :func:`gromov_wasserstein_rows`, for the same inits.
 
     Raises:
-        ValueError, TypeError: as :func:`check_row_init` and the init itself.
+        ValueError, TypeError: see :func:`check_row_init` and the init itself.
     """
     check_row_init(init, num_tokens, num_delimiters, features, options)
     if init not in _WITH_FEATURES:

@@ -1,4 +1,4 @@
-"""Gromov-Wasserstein initialisation: rows, low-rank pairs, and what is refused."""
+"""Gromov-Wasserstein initialisation: rows, low-rank pairs, and refusals."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from moe_kernels.init.rows import ROW_INITS, initial_rows
 ot = pytest.importorskip("ot", reason="POT is not installed (the extra 'ot')")
 
 SOLVER = pytest.mark.parametrize("solver", SOLVERS)
-# What POT says of a Sinkhorn step that stopped early: the marginals of the result are checked.
+# POT's warnings about Sinkhorn steps that stopped early; the package checks the marginals itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sinkhorn did not converge"),
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def rotated(n=40, d=5, seed=0):
-    """Points, and a rotated copy in another order: copy[i] is the image of points[order[i]]."""
+    """Return points, and a rotated, reordered copy: copy[i] is the image of points[order[i]]."""
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(n, d, generator=generator)
     rotation = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
@@ -91,7 +91,7 @@ def test_the_value_is_the_objective(solver):
 
 
 def test_points_beyond_those_solved_for_take_the_cheapest_row():
-    """The definition, summed in loops."""
+    """The assigned row minimises the documented sum, computed here in loops."""
     x, y = clouds(12, 15)
     coupling = couple(x, y, max_x=7, max_y=9)
     assert (coupling.sources.numel(), coupling.targets.numel()) == (7, 9)
@@ -109,11 +109,11 @@ def test_points_beyond_those_solved_for_take_the_cheapest_row():
 
 
 def test_an_isometry_is_found_from_a_part():
-    """Placed codes find their own row where only codes were left out."""
+    """Codes outside POT's problem are still assigned their own row."""
     points, copy, order = rotated(60)
     coupling = couple(copy, points, y_metric="euclidean", solver="exact")
     assert torch.equal(coupling.nearest, order)
-    # Solved for the same 30 points on both sides, the other 30 follow.
+    # POT's problem has the same 30 points on both sides; the other 30 are assigned afterwards.
     weights = torch.ones(60)
     weights[30:] = 0.1
     by_code = weights[order]
@@ -167,7 +167,7 @@ def test_rows_have_the_mean_and_standard_deviation_of_the_text_rows(solver):
 
 
 def test_diagnostics_by_hand():
-    """A plan over 3 codes and 4 rows: entropy, projection, distinct rows and spread."""
+    """Entropy, projection, distinct rows and spread of a plan over 3 codes and 4 rows."""
     plan = torch.tensor([[0.5, 0, 0, 0], [0, 0.125, 0.125, 0], [0, 0.125, 0, 0.125]]).double()
     y = torch.tensor([[0.0, 0], [2, 0], [0, 4], [6, 2]])
     arange = torch.arange(3)
@@ -177,7 +177,7 @@ def test_diagnostics_by_hand():
 
 
 def test_rank_correlation_and_norm_ratio(monkeypatch):
-    """Four points on a line, placed on rows of which two pairs of distances change order."""
+    """Four points on a line are coupled to rows whose distances are ranked differently."""
     coupling = couplings.Coupling(
         torch.eye(4).double() / 4, 0.5, torch.arange(4), torch.arange(4), torch.arange(4)
     )
@@ -207,7 +207,7 @@ def test_a_collapsed_coupling_warns(monkeypatch, to):
     torch.testing.assert_close(rows, y.mean(0).expand(40, -1), atol=1e-5, rtol=1e-5)
 
 
-# --- what POT may return
+# --- unusable results of POT
 
 
 @SOLVER
@@ -220,7 +220,7 @@ def test_a_coupling_that_cannot_be_used_is_refused(monkeypatch, solver, bad):
     match = {
         "nan": "NaN or Inf",
         "marginal": "misses the source's marginal by 0.025",
-        "empty": "leaves points without a partner",
+        "empty": "some points have no partner",
     }[bad]
     with pytest.raises(RuntimeError, match=f"{solver!r} solver returned a coupling .*{match}"):
         gromov_wasserstein_rows(x, y, solver=solver)
@@ -228,7 +228,7 @@ def test_a_coupling_that_cannot_be_used_is_refused(monkeypatch, solver, bad):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_the_entropic_solver_of_pot_is_watched():
-    """An epsilon far too small: POT warns at most, and the plan is refused."""
+    """With a far too small epsilon POT warns at most, but the plan is refused."""
     x, y = clouds(20, 30)
     with pytest.raises(RuntimeError, match="'entropic' solver .* raise epsilon"):
         gromov_wasserstein_rows(x, y, frequencies=torch.rand(20) ** 8, solver="entropic",
@@ -254,14 +254,14 @@ def test_a_missing_pot_is_named():
         ({"solver": "sinkhorn"}, "unknown solver 'sinkhorn'; the solvers are semirelaxed, exact"),
         ({"feature_metric": "l1"}, "unknown metric 'l1'"),
         ({"features": torch.zeros(20)}, "features must be"),
-        ({"features": torch.ones(20, 3)}, "features do not differ"),
+        ({"features": torch.ones(20, 3)}, "all features are equal"),
         ({"features": torch.full((20, 3), math.nan)}, "features have values that are not finite"),
         ({"rows": torch.full((20, 3), math.inf)}, "rows have values that are not finite"),
-        ({"max_codes": 1}, "at least 2 features must be solved for, got a limit of 1"),
-        ({"max_rows": 0}, "at least 2 rows must be solved for, got a limit of 0"),
+        ({"max_codes": 1}, "the limit on features must be at least 2, got 1"),
+        ({"max_rows": 0}, "the limit on rows must be at least 2, got 0"),
         ({"frequencies": torch.ones(19)}, r"of features must be \(20,\), got \(19,\)"),
         ({"frequencies": -torch.ones(20)}, "of features must be finite and not neg"),
-        ({"row_frequencies": torch.zeros(30)}, "of rows must be .* two of them positive"),
+        ({"row_frequencies": torch.zeros(30)}, "of rows must be .* at least two positive"),
     ],
 )
 def test_bad_arguments(changes, match):
@@ -274,12 +274,12 @@ def test_bad_arguments(changes, match):
 def test_a_problem_that_does_not_fit_is_refused_with_what_to_pass(monkeypatch):
     monkeypatch.setattr(couplings, "import_pot", lambda: pytest.fail("work was begun"))
     x, y = torch.randn(8192, 4), torch.randn(32000, 8)
-    match = r"needs 7\d\.\d+ GiB, the limit is 8.00: .*\(max_codes=(\d+), max_rows=(\d+)\)"
+    match = r"needs 7\d\.\d+ GiB, the limit is 8.00: pass max_codes=(\d+) and max_rows=(\d+)"
     with pytest.raises(ValueError, match=match) as caught:
         gromov_wasserstein_rows(x, y, max_codes=8192, max_rows=32000)
     a, b = map(int, re.search(match, str(caught.value)).groups())
     assert couplings.memory_needed(x.shape, y.shape, a, b) < 8 * 2**30
-    with pytest.raises(ValueError, match="give fewer rows, or raise max_memory"):
+    with pytest.raises(ValueError, match="pass fewer rows, or raise max_memory"):
         gromov_wasserstein_rows(x, y, max_memory=1000)
 
 
@@ -292,7 +292,7 @@ TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @TIED
 @pytest.mark.parametrize("init", ["gromov_wasserstein", "permuted"])
 def test_added_rows(init, tied):
-    """Delimiters first, then rows from the codebook; the head's from the head."""
+    """Rows of codes follow the delimiters, made from the rows of the same table or head."""
     model = make_model("olmoe", tie_word_embeddings=tied)
     patched = patch_model(model)
     codebook, _ = clouds(12)
@@ -327,8 +327,12 @@ def test_added_rows(init, tied):
         ({"num_delimiters": 0}, ValueError, r"features \(12, 6\) do not match num_tokens=14"),
         ({"num_delimiters": 14}, ValueError, "num_delimiters must be 0 to 13, got 14"),
         ({"features": None}, ValueError, "needs features"),
-        ({"sover": "exact"}, TypeError, "takes no option sover; it takes epsilon, feature_metric"),
-        ({"init": "normal", "solver": "exact"}, TypeError, "takes no option solver; it takes none"),
+        ({"sover": "exact"}, TypeError, "no option sover; its options are epsilon, feature_metric"),
+        (
+            {"init": "normal", "solver": "exact"},
+            TypeError,
+            "no option solver; its options are none",
+        ),
         ({"solver": "none"}, ValueError, "unknown solver"),
         ({"max_memory": 10}, ValueError, "the limit is 0.00"),
     ],
@@ -358,9 +362,10 @@ def test_gaussian_rows_have_the_covariance_of_the_text_rows():
 
 
 def reflected(n=60, size=12, rank=2, seed=0):
-    """Image inputs, text inputs in another order, and M: M - I has this rank, and M is an isometry.
+    """Return image inputs, the same reflected and reordered as text inputs, and the reflection M.
 
-    Reflections keep all distances, so the coupling is the order, and M is what it must lead to.
+    M - I has the given rank. Reflections keep all distances, so the coupling must recover the order
+    and the regression must recover M.
     """
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(n, size, generator=generator) * torch.linspace(0.5, 2, size)
@@ -380,7 +385,7 @@ def test_image_inputs_enter_the_weight_as_text(experts):
     assert lora_a.shape == (2, 12) and lora_b.shape == (*experts, 7, 2)
     out = image @ weight.mT + 0.5 * (image @ lora_a.T @ lora_b.mT)
     torch.testing.assert_close(out, image @ reflection @ weight.mT, atol=1e-3, rtol=1e-3)
-    # One rank of two is not enough: the test would see a wrong update.
+    # An update of rank 1 instead of 2 fails the check, so the check is sharp.
     lora_a, lora_b = gromov_wasserstein_lora(image, text, weight, 1, ridge=1e-7, solver="exact")
     error = image @ weight.mT + image @ lora_a.T @ lora_b.mT - image @ reflection @ weight.mT
     assert error.norm() > 0.1 * out.norm()
@@ -388,7 +393,7 @@ def test_image_inputs_enter_the_weight_as_text(experts):
 
 @pytest.mark.parametrize("count", [9, 60], ids=["fewer inputs than features", "more"])
 def test_the_map_is_the_truncated_ridge_regression(count):
-    """By its definition, in float64: minimise ||Z D^T - R||^2 + lambda ||D||^2, then the SVD."""
+    """The float64 definition: minimise ||Z D^T - R||^2 + lambda ||D||^2, then truncate the SVD."""
     inputs, outputs = torch.randn(count, 12), torch.randn(count, 12)
     down, up = truncated_map(inputs, outputs, 4, ridge=0.3)
     z, residual = inputs.double(), (outputs - inputs).double()
@@ -417,7 +422,7 @@ def test_ranks_beyond_the_map_can_still_learn():
     ("changes", "match"),
     [
         ({"weight": torch.zeros(12)}, "weight must be"),
-        ({"weight": torch.zeros(7, 11)}, r"image_inputs must be \(N, 11\) as the weight"),
+        ({"weight": torch.zeros(7, 11)}, r"image_inputs must be \(N, 11\) to fit the weight"),
         ({"text_inputs": torch.randn(9, 11)}, "text_inputs must be .*12"),
         ({"image_inputs": torch.full((9, 12), math.nan)}, "not finite"),
         ({"r": 0}, "must be above 0, got 0"),

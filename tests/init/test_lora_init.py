@@ -31,7 +31,7 @@ def patched_model(family="olmoe", model_settings=None, **config):
 
 
 def batches(count=2, length=16):
-    """Text, then image tokens, half of each; the first row padded on the left."""
+    """Return batches whose rows are half text, then half image; the first row is padded."""
     made, half = [], length // 2
     for seed in range(count):
         ids = token_ids(3, length, seed=seed)
@@ -43,7 +43,7 @@ def batches(count=2, length=16):
 
 
 def inputs_of(model, module, wanted):
-    """All rows that enter a module, of image (1) or text (0) tokens, in order."""
+    """Return all rows that enter a module at image (1) or text (0) tokens, in order."""
     rows = []
     handle = module.register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)))
     kinds = []
@@ -66,7 +66,7 @@ def weight_of(layer, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_pair_is_that_of_its_layer(family):
-    """Recomputed from inputs that a hook of the test takes."""
+    """Every pair is recomputed from inputs that the test records with a hook of its own."""
     model, _ = patched_model(family, target_modules=("experts", "attention", "router"))
     layer = model.model.layers[0]
     readers = {
@@ -110,7 +110,7 @@ def test_text_keeps_its_bits_and_images_change():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [64, 200])
 def test_text_keeps_its_bits_in_a_large_model(dtype, length):
-    """At a size that shows a GEMM whose row count is a routed count; text beside pictures too."""
+    """Text keeps its bits, alone and beside images, at a size that exposes GEMMs of routed rows."""
     settings = {
         "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "dtype": dtype,
         "num_hidden_layers": 1, "initializer_range": 0.05, "num_experts": 8,
@@ -131,7 +131,7 @@ def test_text_keeps_its_bits_in_a_large_model(dtype, length):
 
 
 def test_options_reach_their_place():
-    """One projection of another rank, one A for all experts, the second of two modalities."""
+    """Rank patterns, a shared A and the second of two modalities are all honoured."""
     model, _ = patched_model(
         modalities=("sound", "image"), shared_A=True, rank_pattern={"gate_up_proj": 2}
     )
