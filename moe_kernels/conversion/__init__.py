@@ -1,6 +1,6 @@
-"""A dense model's feed-forward layers split into experts, and the result healed.
+"""Conversion of dense models to Mixtures of Experts, and distillation that repairs the result.
 
-docs/methods.md A1 has the mathematics, docs/conversion.md what it is like to use.
+docs/methods.md A1 has the mathematics, docs/conversion.md explains the use.
 """
 
 from moe_kernels.conversion.convert import dense_to_moe

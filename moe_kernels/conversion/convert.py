@@ -1,4 +1,4 @@
-"""``dense_to_moe``: the neurons of each feed-forward layer dealt out to experts."""
+"""``dense_to_moe``: distribute the neurons of each feed-forward layer among experts."""
 
 import copy
 import math
@@ -13,10 +13,10 @@ from moe_kernels.conversion import split as splits
 from moe_kernels.conversion.families import Sizes, check_source, target_config
 
 SPLITS = ("random", "clustered")
-# The spread of router logits at the start: who is chosen follows from their order, and with a
-# spread this small the gates of the chosen stay within a few tenths of each other.
+# Standard deviation of the initial router logits. The choice of experts depends only on their
+# order; with a spread this small the gates of the chosen experts stay within a few tenths.
 _LOGIT_STD = 0.1
-# Of the mean squared input: few tokens for each of the H directions need some damping.
+# Relative to the mean squared input. Regression on few tokens per input direction needs damping.
 _RIDGE = 0.01
 
 
@@ -31,44 +31,44 @@ def dense_to_moe(
     calibration_tokens: int = 2048,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A Mixture of Experts whose experts are the neurons of a dense model (docs/methods.md A1).
+    """Return a Mixture of Experts made of the neurons of a dense model (docs/methods.md A1).
 
     Every neuron goes to exactly one expert. A layer computes y = E * sum over the k chosen experts
-    of g_i E_i(x), where the gates g sum to 1: at equal gates LLaMA-MoE's factor E/k before each
-    expert. With ``top_k == num_experts`` it *is* the dense layer, up to rounding (gates are float32
-    in any dtype). The factor E is folded into down_proj.
+    of g_i E_i(x), where the gates g sum to 1. With equal gates this is LLaMA-MoE's factor E/k for
+    each expert. With ``top_k == num_experts`` the layer equals the dense layer up to rounding
+    (gates are float32 in any dtype). The factor E is folded into down_proj.
 
-    The router is zero for ``top_k == num_experts``. Otherwise its logits are small, so that gates
-    are nearly equal: with ``calibration`` they predict the logarithm of the size of each expert's
-    output (ridge regression on the layer's input), without they are random. Heal the model
-    afterwards (:func:`heal`).
+    The router is zero if ``top_k == num_experts``. Otherwise its logits are small, so that the
+    gates are nearly equal. With ``calibration`` the logits predict the logarithm of the norm of
+    each expert's output (ridge regression on the layer's input); without it they are random. Heal
+    the model afterwards (:func:`heal`).
 
-    Llama and Mistral become Mixtral, or Qwen2-MoE if there is a shared expert; Qwen2 becomes
-    Qwen2-MoE, Qwen3 becomes Qwen3-MoE. OLMoE's attention normalises q and k over all heads, which
-    none of these does.
+    Llama and Mistral become Mixtral, or Qwen2-MoE with a shared expert. Qwen2 becomes Qwen2-MoE and
+    Qwen3 becomes Qwen3-MoE. No dense model becomes OLMoE, whose attention normalises q and k over
+    all heads.
 
     Args:
         model: a dense causal language model of one of these classes; it is not changed.
         num_experts: E, at least 2; must divide ``intermediate_size - shared_expert``.
-        top_k: experts for each token, 1..E.
+        top_k: number of experts per token, 1..E.
         split: "random" (LLaMA-MoE: shuffled labels), or "clustered": neurons that are active on the
             same tokens of ``calibration`` share an expert (k-means with equal sizes).
-        shared_expert: so many of the most active neurons go to an expert that every token visits;
-            0: there is none.
+        shared_expert: number of neurons, the most active ones, in an expert that every token uses;
+            0: no such expert.
         calibration: batches of (B, S) int64 token ids without padding; needed by "clustered" and
             by a shared expert.
-        calibration_tokens: so many of their tokens are used, the first ones. Layer inputs are kept
-            meanwhile: layers x calibration_tokens x H floats.
-        seed: of the split, the clustering and the router.
+        calibration_tokens: maximal number of tokens used, from the first batch on. The inputs of
+            all layers are kept in memory: layers x calibration_tokens x H floats.
+        seed: seed of the split, the clustering and the router.
 
     Returns:
-        A new model of the source's dtype, device, mode and generation settings.
+        A new model with the source's dtype, device, mode and generation settings.
 
     Raises:
-        TypeError: not a plain transformers model.
-        ValueError: sizes that do not divide, top_k out of range, an unknown split, missing
-            calibration data, a model that is a Mixture of Experts already, is quantised, or has
-            what no Mixture-of-Experts class has. Checked before any work.
+        TypeError: ``model`` is not a plain transformers model.
+        ValueError: sizes do not divide, top_k is out of range, the split is unknown, calibration
+            data are missing; or the model is a Mixture of Experts already, is quantised, or has a
+            feature that no Mixture-of-Experts class has. Raised before any work.
     """
     check_source(model)
     sizes = _check_sizes(model.config.intermediate_size, num_experts, top_k, shared_expert)
@@ -113,15 +113,19 @@ def _check_split(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}; got {split!r}")
     if calibration is None:
-        for needs, what in (
+        for needs_data, option in (
             (split == "clustered", "split='clustered'"),
             (shared, "a shared expert"),
         ):
-            if needs:
-                raise ValueError(f"{what} needs calibration data: calibration=[(B, S) token ids]")
+            if needs_data:
+                raise ValueError(f"{option} needs calibration data: calibration=[(B, S) token ids]")
         return
-    if calibration_tokens < 1 or not sum(ids.numel() for ids in calibration):
-        raise ValueError("calibration holds no tokens, or calibration_tokens is below 1")
+    num_tokens = sum(ids.numel() for ids in calibration)
+    if calibration_tokens < 1 or not num_tokens:
+        raise ValueError(
+            "calibration needs at least one token, and calibration_tokens must be at least 1; got "
+            f"{num_tokens} tokens and calibration_tokens={calibration_tokens}"
+        )
     for ids in calibration:
         if ids.ndim != 2 or ids.is_floating_point():
             raise ValueError(
@@ -133,11 +137,11 @@ def _check_split(
 def _convert_mlp(
     mlp: nn.Module, inputs: Tensor | None, sizes: Sizes, split: str, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The tensors of one sparse layer, by their names in it."""
+    """Return the tensors of one sparse layer by their names within the layer."""
     acts = None if inputs is None else splits.activations(mlp, inputs)
-    neurons, shared = _deal(mlp, acts, sizes, split, generator)
+    neurons, shared = _distribute(mlp, acts, sizes, split, generator)
     gate, up, down = (p.weight.detach() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    # (E, I, ...): rows of gate and up, columns of down.
+    # An expert (E, I, ...) has rows of gate and up, and columns of down.
     gate_up = torch.cat([gate[neurons], up[neurons]], dim=1)
     experts_down = down.T[neurons].transpose(1, 2)
     return {
@@ -146,15 +150,15 @@ def _convert_mlp(
         "experts.down_proj": experts_down * sizes.num_experts,
         "shared_expert.gate_proj.weight": gate[shared],
         "shared_expert.up_proj.weight": up[shared],
-        # Behind sigmoid(0) = 1/2.
+        # Times 2, since the shared expert's gate, sigmoid(0), is 1/2.
         "shared_expert.down_proj.weight": down[:, shared] * 2,
     }
 
 
-def _deal(
+def _distribute(
     mlp: nn.Module, acts: Tensor | None, sizes: Sizes, split: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Neurons of each expert (E, I) and of the shared one (shared,), each in ascending order."""
+    """Return each expert's neurons (E, I) and the shared expert's (shared,), in ascending order."""
     d_ff = mlp.down_proj.in_features
     contribution = None if acts is None else splits.contributions(mlp, acts)
     shared = torch.arange(0)
@@ -178,21 +182,24 @@ def _router(
     sizes: Sizes,
     generator: torch.Generator,
 ) -> Tensor:
-    """(E, H) float32; zero where all experts are chosen anyway: then gates are exactly equal."""
+    """Return the router's weight, (E, H) float32.
+
+    It is zero if all experts are chosen anyway, which makes the gates exactly equal.
+    """
     num_experts, hidden = experts_down.shape[0], experts_down.shape[1]
     if sizes.top_k == num_experts:
         return torch.zeros(num_experts, hidden)
     if inputs is None:
-        # A normalised input has a norm of about sqrt(H).
+        # The layer's input is normalised: its norm is about sqrt(H).
         return (
             torch.randn(num_experts, hidden, generator=generator) * _LOGIT_STD / math.sqrt(hidden)
         )
     down = experts_down.to("cpu", torch.float32)
     norms = [(acts[:, chosen] @ down[e].T).norm(dim=1) for e, chosen in enumerate(neurons)]
-    size = torch.stack(norms, dim=1).double()  # (N, E): how large each expert's output is
-    # In logs, so that every token counts, not just the few with the largest outputs.
-    size = (size / size.mean(1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-3).log()
-    size -= size.mean(1, keepdim=True)  # the softmax does not see what all experts share
+    norms = torch.stack(norms, dim=1).double()  # (N, E) norms of the experts' outputs
+    # Logarithms let every token count, instead of only the few with the largest outputs.
+    size = (norms / norms.mean(1, keepdim=True).clamp_min(1e-30)).clamp_min(1e-3).log()
+    size -= size.mean(1, keepdim=True)  # the softmax ignores a term common to all experts
     x = inputs.double()
     gram = x.T @ x
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
@@ -202,14 +209,16 @@ def _router(
 
 
 def _build(model: PreTrainedModel, config, state: dict[str, Tensor]) -> PreTrainedModel:
-    # What is drawn here is overwritten, so nobody's random numbers are spent on it. A Qwen2-MoE
-    # without a shared expert has empty tensors there, which torch warns of.
+    """Build the target model from its configuration and tensors, with the source's settings."""
+    # The constructor draws weights that are overwritten below: fork the generators so that it does
+    # not advance the caller's. A Qwen2-MoE without a shared expert has empty tensors in its place,
+    # about which torch warns.
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         moe = AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
-    moe.load_state_dict(state)  # strict: a tensor that has no place is an error
+    moe.load_state_dict(state)  # strict: an unexpected or missing tensor is an error
     if not _fits_grouped_mm(moe):
         moe.set_experts_implementation("eager")
     moe.generation_config = copy.deepcopy(model.generation_config)
@@ -217,17 +226,20 @@ def _build(model: PreTrainedModel, config, state: dict[str, Tensor]) -> PreTrain
 
 
 def _fits_grouped_mm(moe: PreTrainedModel) -> bool:
-    """Whether transformers' default for experts can run; warns where loading will need a word."""
+    """Return True if transformers' grouped_mm can run the experts; warn if only their size forbids.
+
+    The warning is needed because the choice of implementation is not stored with the model.
+    """
     if moe.dtype == torch.float64:
-        return False  # it has none; nobody stores float64 for use
+        return False  # without a warning: float64 models are for tests, not for storing
     hidden, neurons = moe.model.layers[0].mlp.experts.down_proj.shape[1:]
-    row = 16 // moe.dtype.itemsize  # its rows start at multiples of 16 bytes
+    row = 16 // moe.dtype.itemsize  # grouped_mm needs rows that are multiples of 16 bytes
     if hidden % row == 0 and neurons % row == 0:
         return True
     warnings.warn(
         f"experts of {neurons} neurons in {moe.dtype} do not fit transformers' grouped_mm, which "
-        f"needs multiples of {row}: this model uses model.set_experts_implementation('eager'), to "
-        "be called again after loading it",
+        f"needs multiples of {row}: the model uses model.set_experts_implementation('eager'); call "
+        "it again after loading the model",
         stacklevel=4,
     )
     return False

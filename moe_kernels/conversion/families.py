@@ -1,4 +1,4 @@
-"""Which Mixture-of-Experts class has the attention of which dense class, and its configuration."""
+"""Dense model classes, and for each the Mixture-of-Experts class with the same attention."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import (
 
 from moe_kernels.models.experts import find_experts
 
-# What all of these configurations have, under the same names and with the same meaning.
+# Settings that all of these configurations have, with the same names and meaning.
 _CARRIED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
@@ -35,7 +35,7 @@ SUPPORTED = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """``expert``: neurons of each of the E experts; ``shared``: of the shared one, or 0."""
+    """Sizes of a sparse layer; ``expert`` and ``shared`` count neurons, 0 for no shared expert."""
 
     num_experts: int
     top_k: int
@@ -44,12 +44,12 @@ class Sizes:
 
 
 def check_source(model: Any) -> None:
-    """Raise unless the model is a dense one of a supported class, whole and unquantised.
+    """Raise unless the model is a dense, unquantised one of a supported class.
 
     Raises:
-        TypeError: not a plain transformers model.
-        ValueError: already a Mixture of Experts, quantised, or of a class or with biases that no
-            Mixture-of-Experts class has.
+        TypeError: it is not a plain transformers model.
+        ValueError: it is a Mixture of Experts already, is quantised, its class is not supported, it
+            has biases that no Mixture-of-Experts class has, or its head contradicts its config.
     """
     name = type(model).__name__
     if hasattr(model, "peft_config"):
@@ -67,17 +67,22 @@ def check_source(model: Any) -> None:
         raise ValueError(f"{name} is quantised: load it in bfloat16, float16 or float32")
     for bias in ("mlp_bias", "attention_bias"):
         if getattr(config, bias, False) and type(model) is not Qwen3ForCausalLM:
-            raise ValueError(f"{name} with {bias}=True is not supported: no class here has them")
+            raise ValueError(
+                f"{name} with {bias}=True is not supported: no target class has these biases"
+            )
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     if tied != bool(config.tie_word_embeddings):
         raise ValueError(
             f"{name}: the head is {'' if tied else 'not '}tied to the embeddings, but "
-            f"config.tie_word_embeddings is {config.tie_word_embeddings}; make them agree"
+            f"config.tie_word_embeddings is {config.tie_word_embeddings}: make them agree"
         )
 
 
 def _has_quantised_weights(model: PreTrainedModel) -> bool:
-    """Told by the weights: a model from a GGUF file says is_quantized, though it is no more."""
+    """Return True if any projection is not a plain floating-point linear layer.
+
+    The flag ``is_quantized`` would mislead: it stays set on a model unpacked from a GGUF file.
+    """
     projections = [
         projection
         for layer in model.model.layers
@@ -92,10 +97,10 @@ def _has_quantised_weights(model: PreTrainedModel) -> bool:
 
 
 def target_config(model: PreTrainedModel, sizes: Sizes) -> PreTrainedConfig:
-    """The configuration of the Mixture of Experts that has this model's attention.
+    """Return the configuration of the Mixture of Experts that has this model's attention.
 
     Raises:
-        ValueError: there is none, with the reason.
+        ValueError: transformers has no such class; says why.
     """
     config = model.config
     common = {name: getattr(config, name) for name in _CARRIED}
@@ -114,7 +119,7 @@ def target_config(model: PreTrainedModel, sizes: Sizes) -> PreTrainedConfig:
 
 
 def _qwen2_moe(config: PreTrainedConfig, common: dict[str, Any], sizes: Sizes) -> Qwen2MoeConfig:
-    """Has a shared expert (of no neurons, if none is wanted) behind a sigmoid gate."""
+    """Return a Qwen2-MoE configuration; its shared expert has no neurons if none is requested."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -139,8 +144,8 @@ def _qwen2_moe(config: PreTrainedConfig, common: dict[str, Any], sizes: Sizes) -
 def _qwen3_moe(config: PreTrainedConfig, common: dict[str, Any], sizes: Sizes) -> Qwen3MoeConfig:
     if sizes.shared:
         raise ValueError(
-            "a shared expert is not supported for Qwen3ForCausalLM: no class of transformers has "
-            "one beside attention with per-head norms of q and k; pass shared_expert=0"
+            "a shared expert is not supported for Qwen3ForCausalLM: transformers has no class that "
+            "combines it with per-head norms of q and k; pass shared_expert=0"
         )
     kinds = set(config.layer_types)
     if len(kinds) > 1:

@@ -1,11 +1,9 @@
-"""``heal``: a converted model learns to predict what its dense source predicts."""
+"""``heal``: distil a dense model into the Mixture of Experts converted from it."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moe_kernels.files import write_atomically
+from moe_kernels.modes import evaluating
+
 CHECKPOINT = "healing.pt"
 TRAIN = ("router", "router+experts")
 _ROUTERS = (".mlp.gate.", ".mlp.shared_expert_gate.")
@@ -29,12 +30,12 @@ _MAX_GRAD_NORM = 1.0
 
 @dataclass
 class HealingReport:
-    """What :func:`heal` did, over all the runs that it took.
+    """Record of a healing, summed over all runs that continued the same checkpoint.
 
     Attributes:
-        losses: KL divergence in nats a token, before each step.
-        seconds: of the steps and checkpoints.
-        tokens: that were read.
+        losses: KL divergence in nats per token, before each step.
+        seconds: duration of steps and checkpoints.
+        tokens: number of tokens read.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -58,39 +59,41 @@ def heal(
 ) -> HealingReport:
     """Distil the dense model's next-token distributions into a converted model, in place.
 
-    The loss is KL(dense || moe), mean over a batch's tokens (docs/methods.md A1). AdamW without
-    weight decay, gradients clipped to norm 1, a twentieth of the steps as warm-up, then linear to
-    zero. Both models run in eval mode (no dropout), so a step is a function of the weights, the
-    batch and the optimiser's state: a run that was interrupted ends with the same bits.
+    The loss is KL(dense || moe), averaged over a batch's tokens (docs/methods.md A1). The optimiser
+    is AdamW without weight decay, with gradients clipped to norm 1. The learning rate warms up over
+    a twentieth of the steps, then decays linearly to zero. Both models run in eval mode (no
+    dropout), so a step depends only on the weights, the batch and the optimiser's state, and an
+    interrupted run that is resumed ends with the same bits.
 
     Args:
-        moe: what :func:`dense_to_moe` returned, in float32 or float64.
+        moe: a model that :func:`dense_to_moe` returned, in float32 or float64.
         dense: its source, of any dtype, on the same device; not changed.
-        batches: (B, S) int64 token ids without padding; gone through in a new order each epoch.
-        steps: in all, those of earlier runs with the same checkpoint included.
-        train: "router", or "router+experts". Everything else stays as it is.
+        batches: (B, S) int64 token ids without padding; shuffled anew in each epoch.
+        steps: total number of steps, including those of earlier runs with the same checkpoint.
+        train: "router", or "router+experts". All other parameters stay frozen.
         lr: the largest learning rate.
-        seed: of the order of the batches.
-        checkpoint: a folder for ``healing.pt``. If it is there, this run goes on from it; it is
-            replaced as a whole, every ``save_every`` steps, and only by weights whose loss was
-            finite. None: nothing is kept.
+        seed: seed of the order of the batches.
+        checkpoint: a folder for ``healing.pt``. If the file exists, this run continues it. It is
+            replaced as a whole every ``save_every`` steps, and only by weights whose loss was
+            finite. None: no checkpoint.
         save_every: steps between checkpoints.
         progress: show a tqdm bar.
-        stop: asked at each step; True: save, then raise KeyboardInterrupt.
+        stop: called at each step; if it returns True, save, then raise KeyboardInterrupt.
 
     Returns:
-        The losses of all steps, also of earlier runs.
+        The report of all steps, including those of earlier runs.
 
     Raises:
-        ValueError: settings out of range, another vocabulary, half-precision weights to train, no
-            batches, or a checkpoint of another run (it says what differs). Nothing is changed then.
-        FloatingPointError: loss or gradient is not finite; names the step. The model then holds the
-            last good checkpoint, if there is one.
-        KeyboardInterrupt: ``stop`` said so.
+        ValueError: a setting is out of range, the vocabularies differ, the weights to train are in
+            half precision, there are no batches, or the checkpoint is that of another run (the
+            error says what differs). Nothing has changed then.
+        FloatingPointError: a loss, gradient or weight is not finite; names the step. The model then
+            holds the last good checkpoint, if there is one.
+        KeyboardInterrupt: ``stop`` returned True.
     """
     _check(moe, dense, batches, steps, train, lr, save_every)
     run = _Run(moe, batches, checkpoint, steps=steps, train=train, lr=lr, seed=seed)
-    with _only_trained(moe, run.parameters), _in_eval_mode(moe, dense):
+    with _only_trained(moe, run.parameters), evaluating(moe, dense):
         run.resume()
         bar = tqdm(total=steps, initial=run.step, desc="healing", unit="step", disable=not progress)
         with bar:
@@ -110,7 +113,7 @@ def heal(
 
 
 class _Run:
-    """The state of a healing: parameters, optimiser, step, and its file."""
+    """State of a healing: trained parameters, optimiser, step, report and checkpoint file."""
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class _Run:
         self.report = HealingReport()
         self.file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
         self.saved_step: int | None = None
-        self.described = settings | {
+        self.description = settings | {
             "batches": _digest(batches),
             "frozen weights": _digest(
                 p.detach() for n, p in moe.named_parameters() if n not in self.parameters
@@ -137,8 +140,8 @@ class _Run:
     def forward(self, moe: PreTrainedModel, dense: PreTrainedModel) -> Tensor:
         ids = self._batch().to(moe.device)
         with torch.no_grad():
-            wanted = dense(input_ids=ids, use_cache=False).logits
-        loss = kl_divergence(moe(input_ids=ids, use_cache=False).logits, wanted)
+            target_logits = dense(input_ids=ids, use_cache=False).logits
+        loss = kl_divergence(moe(input_ids=ids, use_cache=False).logits, target_logits)
         if not torch.isfinite(loss):
             self._fail("the loss")
         return loss
@@ -168,24 +171,25 @@ class _Run:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            "described": self.described,
+            "described": self.description,
             "step": self.step,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "report": vars(self.report),
         }
-        _save_atomically(state, self.file)
+        write_atomically(self.file, lambda path: torch.save(state, path))
         self.saved_step = self.step
 
     def resume(self) -> None:
         if self.file is None or not self.file.exists():
             return
         state = torch.load(self.file, map_location="cpu", weights_only=True)
-        for name, value in self.described.items():
-            if state["described"].get(name) != value:
+        for name, value in self.description.items():
+            saved = state["described"].get(name)
+            if saved != value:
                 raise ValueError(
-                    f"{self.file} is of another run: {name} was {state['described'].get(name)!r}, "
-                    f"is {value!r}; pass what it was, or another folder"
+                    f"{self.file} is the checkpoint of another run: {name} was {saved!r} there and "
+                    f"is {value!r} now; pass the same again, or another folder"
                 )
         self._restore(state)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -194,7 +198,7 @@ class _Run:
 
     def _batch(self) -> Tensor:
         epoch, index = divmod(self.step, len(self.batches))
-        # From seed and epoch alone, so that a resumed run needs no state for it.
+        # The order depends on seed and epoch alone, so a checkpoint needs no generator state.
         generator = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + epoch)
         return self.batches[int(torch.randperm(len(self.batches), generator=generator)[index])]
 
@@ -208,20 +212,20 @@ class _Run:
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
 
-    def _fail(self, what: str) -> None:
-        kept = "no checkpoint was kept"
+    def _fail(self, quantity: str) -> None:
+        """Restore the last checkpoint, if there is one, and raise FloatingPointError."""
+        outcome = "there is no checkpoint to return to"
         if self.saved_step is not None:
             self._restore(torch.load(self.file, map_location="cpu", weights_only=True))
-            kept = f"the model holds the last good checkpoint again, step {self.saved_step}"
-            kept += f" in {self.file}"
+            outcome = f"the model holds the checkpoint of step {self.saved_step} in {self.file}"
         raise FloatingPointError(
-            f"{what} is not finite at step {self.step} of {self.settings['steps']}; {kept}. "
+            f"{quantity} is not finite at step {self.step} of {self.settings['steps']}; {outcome}. "
             "Try a lower lr, in another folder"
         )
 
 
 def trained_parameters(moe: PreTrainedModel, train: str) -> dict[str, nn.Parameter]:
-    """The parameters that :func:`heal` trains, by name."""
+    """Return the parameters that :func:`heal` trains, by name."""
     parts = _ROUTERS if train == "router" else _ROUTERS + _EXPERTS
     return {
         name: parameter
@@ -230,10 +234,15 @@ def trained_parameters(moe: PreTrainedModel, train: str) -> dict[str, nn.Paramet
     }
 
 
-def kl_divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || logits) in nats, mean over tokens; (B, S, V) twice -> (), float32 or more."""
+def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Return KL(target || prediction) in nats, averaged over tokens.
+
+    (B, S, V), (B, S, V) -> (), in float32 or a wider dtype of ``logits``.
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    student, teacher = (F.log_softmax(t.to(dtype).flatten(0, -2), -1) for t in (logits, wanted))
+    student, teacher = (
+        F.log_softmax(t.to(dtype).flatten(0, -2), -1) for t in (logits, target_logits)
+    )
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
@@ -243,22 +252,25 @@ def _check(moe, dense, batches, steps, train, lr, save_every) -> None:
     if steps < 1 or save_every < 1:
         raise ValueError(f"steps and save_every must be at least 1; got {steps} and {save_every}")
     if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be positive; got {lr}")
+        raise ValueError(f"lr must be positive and finite; got {lr}")
     if not len(batches):
-        raise ValueError("there are no batches to heal on")
+        raise ValueError("batches is empty: pass at least one batch of token ids")
     if moe.config.vocab_size != dense.config.vocab_size:
         raise ValueError(
-            f"the models have other vocabularies: {moe.config.vocab_size} tokens, "
-            f"{dense.config.vocab_size} in the dense one"
+            f"the models have different vocabularies: {moe.config.vocab_size} tokens in the "
+            f"Mixture of Experts, {dense.config.vocab_size} in the dense model"
         )
     parameters = trained_parameters(moe, train)
     if not parameters:
-        raise ValueError(f"{type(moe).__name__} has no routers under mlp.gate: is it converted?")
+        raise ValueError(
+            f"{type(moe).__name__} has no routers under mlp.gate: pass a model that dense_to_moe "
+            "returned"
+        )
     for name, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} is {parameter.dtype}, too coarse for small updates: heal in float32 "
-                "(model.float()), and store in half precision afterwards"
+                "(model.float()), and convert to half precision afterwards"
             )
 
 
@@ -276,17 +288,6 @@ def _digest(tensors) -> str:
     return digest.hexdigest()[:16]
 
 
-def _save_atomically(state: dict[str, Any], file: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    os.close(descriptor)
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def _only_trained(moe: PreTrainedModel, trained: dict[str, nn.Parameter]) -> Iterator[None]:
     before = {name: parameter.requires_grad for name, parameter in moe.named_parameters()}
@@ -299,15 +300,3 @@ def _only_trained(moe: PreTrainedModel, trained: dict[str, nn.Parameter]) -> Ite
             parameter.requires_grad_(before[name])
             if name in trained:
                 parameter.grad = None
-
-
-@contextmanager
-def _in_eval_mode(*models: PreTrainedModel) -> Iterator[None]:
-    before = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)

@@ -1,7 +1,7 @@
-"""Which neuron of a feed-forward layer goes to which expert.
+"""Assignment of a feed-forward layer's neurons to experts.
 
-A neuron is a row of gate_proj and up_proj with its column of down_proj; ``a_j(x)`` is its
-activation, and ``|a_j(x)| * ||down_j||`` how much it adds to the layer's output.
+Neuron j is row j of gate_proj and up_proj together with column j of down_proj. ``a_j(x)`` is its
+activation, and ``|a_j(x)| * ||down_j||`` the size of its contribution to the layer's output.
 """
 
 import contextlib
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_KMEANS_STEPS = 20  # labels have settled by then, or what still moves hardly matters
+from moe_kernels.modes import evaluating
+
+_KMEANS_STEPS = 20  # labels have settled by then, or hardly change
 
 
 def random_labels(num_neurons: int, num_experts: int, generator: torch.Generator) -> Tensor:
-    """LLaMA-MoE's split: ``[0..E-1]`` repeated, shuffled (docs/methods.md A1).
+    """Return LLaMA-MoE's split: labels ``0..E-1``, each repeated, then shuffled (methods.md A1).
 
     Returns:
         (num_neurons,) int64, each expert ``num_neurons / num_experts`` times.
@@ -25,12 +27,12 @@ def random_labels(num_neurons: int, num_experts: int, generator: torch.Generator
 
 
 def balanced_kmeans(features: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means in which all clusters have the same size.
+    """Cluster rows by k-means in which all clusters have the same size.
 
     Args:
         features: (N, F) float, N a multiple of ``num_clusters``.
         num_clusters: E.
-        generator: draws the first centres, E different rows.
+        generator: draws the initial centres, E different rows.
 
     Returns:
         (N,) int64, each cluster N / E times.
@@ -47,22 +49,24 @@ def balanced_kmeans(features: Tensor, num_clusters: int, generator: torch.Genera
 
 
 def _assign(distances: Tensor) -> Tensor:
-    """(N, E) -> (N,): near centres, N / E rows each.
+    """Assign N / E rows to each centre, near ones first; distances: (N, E) -> labels (N,).
 
-    In rounds: every row that is left asks for the nearest centre with room, and a centre takes the
-    nearest of those that ask. A round places all that is left, or fills a centre: E rounds at most.
+    It works in rounds. Every unassigned row applies to the nearest centre that has room, and every
+    centre accepts the nearest of its applicants. A round assigns all remaining rows or fills at
+    least one centre, so there are at most E rounds.
     """
     rows, clusters = distances.shape
     room = torch.full((clusters,), rows // clusters)
     labels = torch.full((rows,), -1)
-    while (left := (labels < 0).nonzero().flatten()).numel():
-        open_distances = distances[left].masked_fill(room == 0, torch.inf)
+    while (unassigned := (labels < 0).nonzero().flatten()).numel():
+        open_distances = distances[unassigned].masked_fill(room == 0, torch.inf)
         nearest, choice = open_distances.min(1)
         for cluster in choice.unique().tolist():
-            asking = (choice == cluster).nonzero().flatten()
-            taken = asking[nearest[asking].argsort(stable=True)[: int(room[cluster])]]
-            labels[left[taken]] = cluster
-            room[cluster] -= len(taken)
+            applicants = (choice == cluster).nonzero().flatten()
+            order = nearest[applicants].argsort(stable=True)
+            accepted = applicants[order[: int(room[cluster])]]
+            labels[unassigned[accepted]] = cluster
+            room[cluster] -= len(accepted)
     return labels
 
 
@@ -89,43 +93,40 @@ def _recorded_inputs(mlps: Sequence[nn.Module], limit: int) -> Iterator[list[lis
 def mlp_inputs(
     model: PreTrainedModel, mlps: Sequence[nn.Module], batches: Sequence[Tensor], limit: int
 ) -> list[Tensor]:
-    """What reaches each feed-forward layer on the first ``limit`` tokens of the batches.
+    """Return the inputs of each feed-forward layer for the first ``limit`` tokens of the batches.
 
-    Inputs are kept, not activations, which are several times as wide.
+    Activations can be computed from them, and are several times as wide.
 
     Returns:
         For each layer (N, H) float32 on the CPU.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with _recorded_inputs(mlps, limit) as kept:
-            tokens = 0
-            for ids in batches:
-                if tokens >= limit:
-                    break
-                model(input_ids=ids.to(model.device), use_cache=False)
-                tokens += ids.numel()
-    finally:
-        model.train(was_training)
+    with evaluating(model), _recorded_inputs(mlps, limit) as kept:
+        tokens = 0
+        for ids in batches:
+            if tokens >= limit:
+                break
+            model(input_ids=ids.to(model.device), use_cache=False)
+            tokens += ids.numel()
     return [torch.cat(parts) for parts in kept]
 
 
 def activations(mlp: nn.Module, inputs: Tensor) -> Tensor:
-    """a(x): (N, H) -> (N, d_ff), float32 on the CPU."""
+    """Return the neurons' activations a(x), (N, H) -> (N, d_ff), float32 on the CPU."""
     gate, up = (p.weight.detach().to("cpu", torch.float32) for p in (mlp.gate_proj, mlp.up_proj))
     return mlp.act_fn(inputs @ gate.T) * (inputs @ up.T)
 
 
 def contributions(mlp: nn.Module, acts: Tensor) -> Tensor:
-    """How much each neuron adds to the output, |a_j| * ||down_j||: (N, d_ff) -> (N, d_ff)."""
+    """Return each neuron's contribution |a_j| * ||down_j||, (N, d_ff) -> (N, d_ff)."""
     return acts.abs() * mlp.down_proj.weight.detach().to("cpu", torch.float32).norm(dim=0)
 
 
 def activation_features(contribution: Tensor) -> Tensor:
-    """(N, d_ff) -> (d_ff, N): rows whose squared distance is 2 - 2 corr over the tokens.
+    """Return a row of features per neuron, (N, d_ff) -> (d_ff, N).
 
-    Neurons that are active on the same tokens are near; a neuron that never is has a zero row.
+    The squared distance of two rows is 2 - 2 corr, with the correlation of the two neurons'
+    contributions over the tokens: neurons that are active on the same tokens are near. A neuron
+    with constant contribution has a row of zeros.
     """
     centred = contribution.T - contribution.T.mean(1, keepdim=True)
     return nn.functional.normalize(centred, dim=1)

@@ -1,4 +1,4 @@
-"""Dense models as Mixtures of Experts: exact where they must be, healed, resumed, refused."""
+"""Dense models converted to Mixtures of Experts: exact cases, splits, saving, refusals."""
 
 import copy
 
@@ -28,19 +28,19 @@ from moe_kernels.conversion import balanced_kmeans, dense_to_moe, random_labels
 from moe_kernels.conversion import healing as healing_module
 from moe_kernels.testing import relative_rms
 
-# Eight experts of D_FF: too narrow for grouped_mm, which one test is about.
+# Eight experts share D_FF neurons: too narrow for grouped_mm. One test checks this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:experts of 6 neurons")
 
 
 def neurons_of(moe, layer):
-    """(E + shared, I) rows of up_proj of every expert, flattened: (neurons, H)"""
+    """Return the rows of up_proj of all experts, the shared one last, (neurons, H)."""
     mlp = moe.model.layers[layer].mlp
     rows = mlp.experts.gate_up_proj.detach().chunk(2, dim=1)[1].flatten(0, 1)
     shared = getattr(mlp, "shared_expert", None)
     return rows if shared is None else torch.cat([rows, shared.up_proj.weight.detach()])
 
 
-# --- exact
+# --- exact cases
 
 
 @EVERY_CASE
@@ -65,7 +65,7 @@ def test_exact_to_the_rounding_of_float32_gates(experts, dtype):
 
 @EVERY_CASE
 def test_fewer_experts_are_a_sum_of_the_chosen(family, shared):
-    """Summed by hand from the dense weights, found again by their rows."""
+    """The sum is recomputed from the dense weights, whose rows identify each expert's neurons."""
     dense = make_dense(family)
     moe = dense_to_moe(dense, 4, 2, shared_expert=shared, calibration=CALIBRATION)
     x = torch.randn(7, 32, dtype=torch.float64)
@@ -79,16 +79,16 @@ def test_fewer_experts_are_a_sum_of_the_chosen(family, shared):
             gates = (x @ mlp.gate.weight.T).float().softmax(-1)
             weights, chosen = gates.topk(2)
             weights = weights / weights.sum(-1, keepdim=True)
-            wanted = torch.zeros_like(x)
+            expected = torch.zeros_like(x)
             for row in range(7):
                 for weight, expert in zip(weights[row], chosen[row], strict=True):
-                    own = origin[expert * size : (expert + 1) * size]
-                    out = acts[row, own] @ plain.down_proj.weight[:, own].T
-                    wanted[row] += 4 * weight.double() * out
-            own = origin[4 * size :]
-            wanted += acts[:, own] @ plain.down_proj.weight[:, own].T
-            assert relative_rms(mlp(x[None])[0], wanted) < 1e-12
-        assert relative_rms(plain(x), wanted) > 0.05  # it does leave something out
+                    neurons = origin[expert * size : (expert + 1) * size]
+                    out = acts[row, neurons] @ plain.down_proj.weight[:, neurons].T
+                    expected[row] += 4 * weight.double() * out
+            neurons = origin[4 * size :]
+            expected += acts[:, neurons] @ plain.down_proj.weight[:, neurons].T
+            assert relative_rms(mlp(x[None])[0], expected) < 1e-12
+        assert relative_rms(plain(x), expected) > 0.05  # the sum does leave something out
 
 
 @EVERY_CASE
@@ -99,10 +99,10 @@ def test_every_neuron_once_and_equal_sizes(family, shared, split):
     for layer in range(2):
         experts = moe.model.layers[layer].mlp.experts
         assert experts.down_proj.shape == (8, 32, (D_FF - shared) // 8)
-        wanted = dense.model.layers[layer].mlp.up_proj.weight
+        expected = dense.model.layers[layer].mlp.up_proj.weight
         rows = neurons_of(moe, layer)
-        assert rows.shape == wanted.shape
-        assert (rows[:, None] == wanted[None]).all(-1).sum(0).eq(1).all()
+        assert rows.shape == expected.shape
+        assert (rows[:, None] == expected[None]).all(-1).sum(0).eq(1).all()
 
 
 def test_the_source_and_the_random_state_stay():
@@ -146,7 +146,7 @@ def test_splits_follow_the_seed(split):
     )
     assert same_state(one, again)
     assert not torch.equal(neurons_of(one, 0), neurons_of(other, 0))
-    assert not torch.equal(  # layers are dealt differently
+    assert not torch.equal(  # layers are split differently
         random_labels(48, 4, torch.Generator().manual_seed(0)),
         random_labels(48, 4, torch.Generator().manual_seed(1)),
     )
@@ -161,7 +161,7 @@ def test_clustering_finds_neurons_that_work_together():
         assert found.bincount().tolist() == [12] * 4
         together = found[:, None] == found[None]
         agreement = (together == (labels[:, None] == labels[None])).double().mean()
-        # k-means can end with two true groups shared by two clusters; never with chance (0.63).
+        # k-means may mix two true groups in two clusters, but stays far above chance (0.63).
         assert agreement > 0.85
     skewed = torch.cat([torch.zeros(40, 2), torch.ones(8, 2)])
     assert balanced_kmeans(skewed, 4, torch.Generator()).bincount().tolist() == [12] * 4
@@ -193,7 +193,7 @@ def test_calibration_makes_a_router_that_leaves_out_less():
     assert errors["fitted"] < errors["none"]
 
 
-# --- like any other model
+# --- save, load, train and generate
 
 
 @EVERY_CASE
@@ -254,7 +254,7 @@ def source():
         ({"shared_expert": 16}, "a shared expert needs calibration"),
         ({"shared_expert": 48}, r"shared_expert must be in 0\.\.47"),
         ({"shared_expert": -4}, r"shared_expert must be in 0\.\.47"),
-        ({"split": "clustered", "calibration": []}, "holds no tokens"),
+        ({"split": "clustered", "calibration": []}, "needs at least one token"),
         ({"calibration": [token_ids()[0]]}, r"must be \(B, S\) token ids"),
         ({"calibration": [torch.rand(2, 4)]}, r"must be \(B, S\) token ids"),
     ],

@@ -1,4 +1,4 @@
-"""Healing by distillation: what trains, resuming with the same bits, refusals; perplexity."""
+"""Healing by distillation: trained parameters, resuming bit for bit, refusals; perplexity."""
 
 import copy
 import math
@@ -67,12 +67,12 @@ def test_a_stopped_healing_ends_with_the_same_bits(source, tmp_path, when):
     moe = convert(source)
     with pytest.raises(KeyboardInterrupt):
         quick(moe, source, checkpoint=tmp_path, save_every=3, stop=stop)
-    again = convert(source)  # as a new process would
+    again = convert(source)  # from the beginning, like a new process
     report = quick(again, source, checkpoint=tmp_path, save_every=3)
     assert same_state(again, whole)
     assert report.losses == expected.losses and report.tokens == expected.tokens
     assert [file.name for file in tmp_path.iterdir()] == [healing_module.CHECKPOINT]
-    # All steps are done: a third run only loads.
+    # All steps are done, so a third run only loads the checkpoint.
     finished = convert(source)
     assert quick(finished, source, checkpoint=tmp_path).losses == expected.losses
     assert same_state(finished, whole)
@@ -130,7 +130,7 @@ def test_stops_where_the_loss_is_not_finite(source, tmp_path, monkeypatch, cause
         assert torch.isfinite(tensor).all() and torch.equal(moe.get_parameter(name), tensor)
     calls.clear()
     monkeypatch.setattr(healing_module, "kl_divergence", diverging)
-    with pytest.raises(FloatingPointError, match="no checkpoint was kept"):
+    with pytest.raises(FloatingPointError, match="there is no checkpoint to return to"):
         quick(convert(source), source)
 
 
@@ -176,9 +176,9 @@ def test_healing_refuses_models_that_do_not_fit(source):
         quick(convert(source).bfloat16(), source)
     with pytest.raises(ValueError, match="no routers"):
         quick(copy.deepcopy(source), source)
-    with pytest.raises(ValueError, match="other vocabularies"):
+    with pytest.raises(ValueError, match="different vocabularies"):
         quick(convert(source), make_dense(vocab_size=50, dtype=torch.float32))
-    with pytest.raises(ValueError, match="no batches"):
+    with pytest.raises(ValueError, match="batches is empty"):
         heal(convert(source), source, [], steps=1, progress=False)
 
 
@@ -188,8 +188,8 @@ def test_healing_refuses_models_that_do_not_fit(source):
 def test_perplexity_is_of_all_predicted_tokens(source):
     ids = token_ids(3, 20)
     logs = logits(source, ids)[:, :-1].log_softmax(-1)
-    wanted = math.exp(-logs.gather(-1, ids[:, 1:, None]).double().mean())
-    assert perplexity(source.train(), [ids[:2], ids[2:]]) == pytest.approx(wanted, rel=1e-5)
+    expected = math.exp(-logs.gather(-1, ids[:, 1:, None]).double().mean())
+    assert perplexity(source.train(), [ids[:2], ids[2:]]) == pytest.approx(expected, rel=1e-5)
     assert source.training
     source.eval()
     with torch.no_grad():
