@@ -1,9 +1,16 @@
 """The pages: their links resolve, and the paths that they name exist."""
 
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
+from support.model_zoo import make_model
+from support.text_tokenizer import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_kernels.imaging import VQTokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -65,3 +72,23 @@ def test_pages_stay_plain(page):
 
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer has collapsed")
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """Train, save, load and draw, as written, with a tiny model and a short fit."""
+    model, fit = make_model("olmoe"), VQTokenizer.fit
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: deepcopy(model))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda _: make_tokenizer(pad_token="<pad>")
+    )
+    monkeypatch.setattr(VQTokenizer, "fit", lambda *a, **k: fit(*a, **k, steps=2, width=16))
+    images = torch.randint(0, 256, (9, 8, 8, 3), dtype=torch.uint8).numpy()
+    names = {"images": images, "captions": ["a red cat"] * 9}
+    readme = (ROOT / "README.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(code, names)
+    assert (tmp_path / "apple.png").stat().st_size > 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, names["model"].get_parameter(name))
