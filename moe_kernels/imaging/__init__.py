@@ -1,7 +1,7 @@
-"""Images as tokens: tokenizers, the layout of a sequence, guidance, and sampling from a model.
+"""Images as tokens: tokenizers, sequence layout, guidance, and sampling from a model.
 
-``sequence`` and the tokenizers need nothing beyond torch (fitting a ``PatchTokenizer`` needs
-scikit-learn); ``processors`` and ``generation`` need transformers.
+``sequence`` and the tokenizers need torch only (and scikit-learn to fit a ``PatchTokenizer``);
+``processors`` and ``generation`` need transformers.
 """
 
 from moe_kernels.imaging.generation import generate_image_codes, generate_images

@@ -1,4 +1,4 @@
-"""Pictures from captions, through ``model.generate``."""
+"""Generation of pictures from captions through ``model.generate``."""
 
 from __future__ import annotations
 
@@ -46,36 +46,38 @@ def generate_images(
     seed: int | None = None,
     progress: bool = False,
 ) -> list[Image]:
-    """One picture for each caption.
+    """Generate one picture for each caption.
 
     Args:
-        model: with the image's tokens added; patched, unless ``vocabulary`` is given.
-        captions: texts. Their token ids are those of :func:`caption_ids`: train with it too.
-        tokenizer: the model's, of transformers.
-        image_tokenizer: whose codes the model learnt.
-        vocabulary: where the image's tokens are; default: the tokens that the patched model has of
-            modality "image".
-        guidance_scale: w of classifier-free guidance; 1 is none and costs nothing, else a step
-            takes two forwards.
-        empty_caption: what guidance compares with, as in training with ``caption_dropout``.
+        model: a model with image tokens; patched, unless ``vocabulary`` is passed.
+        captions: texts. They are tokenised by :func:`caption_ids`, which training must use too.
+        tokenizer: the model's transformers tokenizer.
+        image_tokenizer: the tokenizer whose codes the model was trained on.
+        vocabulary: ids of the image tokens; default: those of modality "image" in the patched
+            model.
+        guidance_scale: w of classifier-free guidance. 1 switches it off; otherwise every step costs
+            two forwards.
+        empty_caption: caption of guidance's unconditional branch, the one that training used with
+            ``caption_dropout``.
         temperature, top_k, top_p, batch_size, seed, progress: see :func:`generate_image_codes`.
 
     Returns:
-        PIL pictures, of mode "L" or "RGB", in the order of the captions.
+        PIL pictures of mode "L" or "RGB", in the order of the captions.
 
     Raises:
-        ValueError: no image tokens in the model, another number of codes in the image tokenizer, a
-            caption with image tokens in it, a tokenizer that can pad with nothing, or a setting out
-            of range.
-        TypeError: captions is one string.
+        ValueError: the model has no image tokens, their number differs from the image tokenizer's,
+            a caption contains image tokens, the tokenizer has no token to pad with, or a setting is
+            out of range.
+        TypeError: ``captions`` is a single string.
     """
     if isinstance(captions, str):
         raise TypeError("captions must be a list of strings; got one string")
     vocabulary = vocabulary or _vocabulary_of(model)
     if vocabulary.num_codes != image_tokenizer.num_codes:
         raise ValueError(
-            f"the model has tokens for {vocabulary.num_codes} codes, "
-            f"the image tokenizer {image_tokenizer.num_codes} codes"
+            f"the model has tokens for {vocabulary.num_codes} codes, but the image tokenizer has "
+            f"{image_tokenizer.num_codes} codes: pass the image tokenizer that the model was "
+            "trained with"
         )
     codes = generate_image_codes(
         model,
@@ -112,31 +114,31 @@ def generate_image_codes(
     seed: int | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
-    """The codes of one picture for each caption, sampled with the key-value cache.
+    """Sample the codes of one picture for each caption, with the key-value cache.
 
-    The model's own ``generation_config`` (a repetition penalty, say) is meant for text and has no
-    say here.
+    The model's ``generation_config`` (a repetition penalty, say) is meant for text and is ignored.
 
     Args:
-        model: with the vocabulary's tokens.
-        caption_ids: the token ids of each caption.
-        vocabulary: where the image's tokens are.
-        tokens_per_image: how many codes a picture has.
-        pad_token_id: fills up shorter captions on the left, masked.
-        guidance_scale: w of classifier-free guidance, :class:`ImageGuidanceProcessor`; 1 is none.
+        model: a model with the vocabulary's tokens.
+        caption_ids: token ids of each caption.
+        vocabulary: ids of the image tokens.
+        tokens_per_image: number of codes in a picture.
+        pad_token_id: token for the masked padding on the left of shorter captions.
+        guidance_scale: w of :class:`ImageGuidanceProcessor`; 1 switches guidance off.
         empty_caption: token ids of guidance's unconditional branch.
-        temperature: of the softmax that is sampled from.
-        top_k: sample from so many codes, the likeliest; 0: from all of them; 1: greedy.
-        top_p: sample from the likeliest codes that have this probability together.
-        batch_size: pictures drawn at a time.
-        seed: leaves the global generators as they were; None draws from them.
+        temperature: temperature of the softmax.
+        top_k: sample from this many most probable codes; 0: from all codes; 1: greedy.
+        top_p: sample from the most probable codes whose probabilities add up to this.
+        batch_size: number of pictures generated at a time.
+        seed: seed of the samples, which leaves the global generators as they were; None: sample
+            from the global generators.
         progress: show a tqdm bar.
 
     Returns:
         Codes, (N, tokens_per_image) int64, on the CPU.
 
     Raises:
-        ValueError: a caption with image tokens in it, or a setting out of range.
+        ValueError: a caption contains image tokens, or a setting is out of range.
     """
     _check_settings(temperature, top_k, top_p, batch_size)
     prompts = [image_prompt(caption, vocabulary) for caption in caption_ids]
@@ -169,7 +171,7 @@ def _vocabulary_of(model: PreTrainedModel) -> ImageVocabulary:
     token_ids = get_patched(model).modality_token_ids("image")
     if not token_ids:
         raise ValueError(
-            'the model has no tokens of modality "image": add_modality_tokens, or load_adapter'
+            'the model has no tokens of modality "image": call add_modality_tokens or load_adapter'
         )
     return ImageVocabulary.from_token_ids(token_ids)
 
@@ -178,7 +180,7 @@ def _check_settings(temperature: float, top_k: int, top_p: float, batch_size: in
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0 (top_k=1 is greedy); got {temperature}")
     if top_k < 0:
-        raise ValueError(f"top_k must be at least 0, and 0 is all codes; got {top_k}")
+        raise ValueError(f"top_k must be at least 0 (0 means all codes); got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
     if batch_size < 1:
@@ -187,10 +189,10 @@ def _check_settings(temperature: float, top_k: int, top_p: float, batch_size: in
 
 @contextmanager
 def _generating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, and a generation config without the model's settings for text.
+    """Put the model into eval mode with a default generation config and without router logits.
 
-    No router logits either, which training with a balance loss asks for: transformers computes that
-    loss at every forward, and fails where the mask is longer than the new tokens.
+    Models trained with a balance loss return router logits. transformers would then compute that
+    loss at every forward, and fail where the mask is longer than the new tokens.
     """
     inner = unwrapped(model)
     was_training, settings = model.training, inner.generation_config
@@ -210,6 +212,7 @@ def _generating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
+    """Seed the generators and restore them afterwards; None: leave them alone."""
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, enabled=seed is not None, device_type=device.type):
         if seed is not None:

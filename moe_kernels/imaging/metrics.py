@@ -1,6 +1,7 @@
-"""Are generated pictures varied, and are they new?
+"""Measures of how varied and how new generated pictures are.
 
-Compare like with like: pass real pictures through the tokenizer before comparing them.
+Pass real pictures through the tokenizer before comparing generated ones with them, since encoding
+alone changes a picture.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import torch
 
 
 def count_distinct(codes: torch.Tensor) -> int:
-    """codes: (N, tokens) -> how many different pictures there are among them."""
+    """Return the number of different pictures among codes (N, tokens)."""
     return len(torch.unique(codes, dim=0))
 
 
 def mean_pairwise_distance(images: torch.Tensor, groups: torch.Tensor) -> float:
-    """The mean Euclidean distance of two different pictures of one group; 0 where no group has two.
+    """Return the mean Euclidean distance of two different pictures of the same group.
 
-    images: (N, ...) float; groups: (N,), such as the digit that each was asked to show
+    It is 0 if no group has two pictures.
+
+    images: (N, ...) float; groups: (N,), such as the digit in each picture's caption
     """
     total, pairs = 0.0, 0
     for group in groups.unique():
@@ -27,17 +30,20 @@ def mean_pairwise_distance(images: torch.Tensor, groups: torch.Tensor) -> float:
 
 
 def nearest_distances(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The Euclidean distance of each picture to the nearest reference.
+    """Return the Euclidean distance of each picture to its nearest reference picture.
 
     images: (N, ...), reference: (R, ...) -> (N,) float32
 
-    A copy has distance 0 exactly, as distances are not taken by |a|^2 - 2ab + |b|^2.
+    A copy has distance exactly 0, since distances are not computed as |a|^2 - 2ab + |b|^2.
     """
     return _nearest(images, reference)[0]
 
 
 def nearest_indices(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Which reference that is. images: (N, ...), reference: (R, ...) -> (N,) int64"""
+    """Return the index of each picture's nearest reference picture.
+
+    images: (N, ...), reference: (R, ...) -> (N,) int64
+    """
     return _nearest(images, reference)[1]
 
 

@@ -1,4 +1,4 @@
-"""Pictures to discrete codes and back, by a k-means codebook over square patches."""
+"""An image tokenizer with a k-means codebook of square patches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_kernels.imaging.tokenizer import (
 
 
 class PatchTokenizer(CodebookTokenizer):
-    """A codebook whose entries are patches; a code is the nearest entry (Euclidean).
+    """Tokenizer whose codebook entries are patches; a patch's code is its nearest entry.
 
     codebook: (num_codes, patch_size * patch_size * channels) float32, pixels in [0, 1]
     image_shape: (H, W) or (H, W, C); H and W are multiples of ``patch_size``
@@ -45,11 +45,12 @@ class PatchTokenizer(CodebookTokenizer):
         seed: int = 0,
         max_patches: int = 60_000,
     ) -> Self:
-        """Learns a codebook. images: (N, H, W[, C]), uint8, or float in [0, 1].
+        """Learn a codebook. images: (N, H, W[, C]), uint8, or float in [0, 1].
 
-        K-means over the distinct patches, each weighted by how often it occurs; where there are
-        more than ``max_patches`` distinct ones, a sample of them and the commonest. Warns if fewer
-        than a tenth of the codes are in use then.
+        K-means runs over the distinct patches, each weighted by its number of occurrences. If there
+        are more than ``max_patches`` distinct patches, it runs over a random sample of this size
+        and the ``num_codes`` commonest patches. Warns if the images use fewer than a tenth of the
+        codes.
         """
         from sklearn.cluster import KMeans
 
@@ -66,7 +67,7 @@ class PatchTokenizer(CodebookTokenizer):
             chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[
                 :max_patches
             ]
-            # The commonest patches always take part, so the background keeps an entry of its own.
+            # Always include the commonest patches, so that the background keeps its own entry.
             chosen = torch.cat([counts.topk(num_codes).indices, chosen]).unique()
             patches, counts = patches[chosen], counts[chosen]
         means = KMeans(num_codes, n_init=1, max_iter=25, tol=1e-3, random_state=seed)
@@ -93,7 +94,10 @@ class PatchTokenizer(CodebookTokenizer):
 
 
 def _patches(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    """(N, H, W[, C]) -> (N * rows * columns, side * side * C), patches in raster order."""
+    """Cut pictures into patches in raster order.
+
+    (N, H, W[, C]) -> (N * rows * columns, side * side * C)
+    """
     images, height, width = pixels.shape[:3]
     channels = channels_of(tuple(pixels.shape[1:]))
     rows, columns = height // side, width // side

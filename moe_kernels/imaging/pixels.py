@@ -1,4 +1,4 @@
-"""Pictures as tensors, and as PIL pictures."""
+"""Conversion of pictures to tensors and to PIL pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def as_pixels(images: Any) -> torch.Tensor:
-    """(N, H, W[, C]) uint8, or float in [0, 1] -> float32 in [0, 1] on the CPU."""
+    """Return pictures (N, H, W[, C]), uint8 or float in [0, 1], as float32 in [0, 1] on the CPU."""
     images = torch.as_tensor(images).detach().cpu()
     if images.ndim not in (3, 4):
         raise ValueError(
@@ -29,7 +29,10 @@ def as_pixels(images: Any) -> torch.Tensor:
 
 
 def to_pil(images: Any) -> list[Image]:
-    """(N, H, W[, C]), C 1 or 3, uint8 or float in [0, 1] -> PIL pictures of mode "L" or "RGB"."""
+    """Return PIL pictures of mode "L" or "RGB".
+
+    images: (N, H, W[, C]), C 1 or 3, uint8 or float in [0, 1]
+    """
     from PIL import Image
 
     pixels = as_pixels(images)

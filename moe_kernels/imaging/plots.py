@@ -1,4 +1,4 @@
-"""Generated pictures beside real ones; needs matplotlib."""
+"""Plots of generated pictures beside real ones; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     Pictures = torch.Tensor | Sequence[Image]
 
-# In widths of a picture: from one to the next, between blocks, and for the captions.
+# In units of a picture's width: one picture to the next, gap between blocks, width of the captions.
 _STEP, _GAP, _CAPTION = 1.08, 1.0, 5.4
-_INCHES = 0.45  # a picture's width
+_INCHES = 0.45  # width of a picture
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class SampleRow:
     """One caption and its pictures, each (N, H, W[, C]) in [0, 1] or uint8, or a list of PIL ones.
 
     Attributes:
-        caption: what was asked for.
-        generated: what came of it.
+        caption: the caption.
+        generated: pictures generated from it.
         real: real pictures to compare with.
-        misread: (N,) bool, which of the generated ones get a red frame.
-        nearest: the training picture nearest to each generated one, to see copies; see
+        misread: (N,) bool, True for the generated pictures that get a red frame.
+        nearest: the training picture nearest to each generated one, to reveal copies; see
             :func:`moe_kernels.imaging.nearest_indices`.
     """
 
@@ -45,7 +45,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class _Block:
-    """Columns under one heading; lines: for each row its pictures; framed: (N,) bool or None."""
+    """Pictures under one heading, a line per caption; framed: for each line (N,) bool or None."""
 
     heading: str
     lines: list[list[np.ndarray]]
@@ -59,7 +59,7 @@ class _Block:
 def plot_samples(
     rows: Sequence[SampleRow], title: str, *, real_heading: str = "real, held out"
 ) -> Figure:
-    """A line for each caption: its text, the generated pictures, and real ones to compare."""
+    """Draw a line for each caption: its text, the generated pictures, and real ones to compare."""
     from matplotlib.figure import Figure
 
     blocks = _blocks(rows, real_heading)
@@ -87,7 +87,7 @@ def plot_samples(
 
 
 def _blocks(rows: Sequence[SampleRow], real_heading: str) -> list[_Block]:
-    """Those that have pictures."""
+    """Return the blocks that have pictures: generated, nearest of training, real."""
     framed = [row.misread for row in rows]
     marked = any(misread is not None for misread in framed)
     blocks = [
@@ -109,7 +109,8 @@ def _draw_block(panel: Axes, block: _Block, left: float, aspect: float) -> None:
         y = number * _STEP * aspect
         for column, picture in enumerate(line):
             x = left + column * _STEP
-            # One channel is ink on paper: 1 is black. Colours are what they are.
+            # One-channel pictures are drawn as ink on paper, 1 in black; imshow ignores the
+            # colour map for RGB.
             panel.imshow(picture, cmap="gray_r", vmin=0, vmax=1, extent=(x, x + 1, y + aspect, y))
             if misread is not None and bool(misread[column]):
                 frame = Rectangle((x, y), 1, aspect, fill=False, edgecolor="red", linewidth=1)
@@ -117,7 +118,7 @@ def _draw_block(panel: Axes, block: _Block, left: float, aspect: float) -> None:
 
 
 def _pictures(images: Any) -> list[np.ndarray]:
-    """Each (H, W) or (H, W, 3), in [0, 1]."""
+    """Return each picture as (H, W) or (H, W, 3) floats in [0, 1]."""
     if images is None or not len(images):
         return []
     if not isinstance(images, torch.Tensor | np.ndarray):

@@ -1,4 +1,4 @@
-"""LogitsProcessors for ``generate``: which tokens may follow, and classifier-free guidance."""
+"""LogitsProcessors for ``generate``: allowed next tokens, and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from moe_kernels.imaging.sequence import ImageCollator, ImageVocabulary, image_p
 
 
 class ImageTokensProcessor(LogitsProcessor):
-    """Inside a picture codes only, exactly ``tokens_per_image`` of them, then the end; else text.
+    """Allows codes only inside a picture, then its end token, and text only outside pictures.
 
-    Each sequence of a batch follows its own last begin-of-image. ``generate`` must be called with
-    ``suppress_tokens=[]``: ``add_modality_tokens`` suppresses the added tokens by default, and a
-    score that is -inf already cannot be brought back (ValueError on the CPU; on a GPU asking would
-    make it wait at every token).
+    A picture gets exactly ``tokens_per_image`` codes. Every sequence of a batch is constrained by
+    its own last begin-of-image. Call ``generate`` with ``suppress_tokens=[]``:
+    ``add_modality_tokens`` suppresses the added tokens by default, and a score of -inf cannot be
+    undone here. On the CPU this is a ValueError; on a GPU it is not checked, since the check would
+    wait for the device at every token.
 
     Args:
-        vocabulary: where the image's tokens are.
-        tokens_per_image: how many codes a picture has.
-        max_images: a sequence that has fewer begin-of-image tokens than this, those of its prompt
-            included, may start another picture wherever text may stand; 0: only the prompt does.
+        vocabulary: ids of the image tokens.
+        tokens_per_image: number of codes in a picture.
+        max_images: a sequence may start pictures in its text until it has this many begin-of-image
+            tokens, including those of the prompt. 0: only the prompt starts a picture.
     """
 
     def __init__(self, vocabulary: ImageVocabulary, tokens_per_image: int, max_images: int = 0):
@@ -36,12 +37,13 @@ class ImageTokensProcessor(LogitsProcessor):
         self.max_images = max_images
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids: (B, S); scores: (B, V + added) -> -inf wherever a token may not follow"""
+        """Set the scores of forbidden tokens to -inf. input_ids: (B, S); scores: (B, V + added)."""
         vocabulary = self.vocabulary
         if scores.shape[-1] < vocabulary.token_ids.stop:
             raise ValueError(
-                f"the model scores {scores.shape[-1]} tokens, "
-                f"the image's ids are {vocabulary.token_ids}"
+                f"the model scores {scores.shape[-1]} tokens, but the image tokens have ids "
+                f"{vocabulary.token_ids.start}..{vocabulary.token_ids.stop - 1}: pass the "
+                "vocabulary of this model"
             )
         ids = torch.arange(scores.shape[-1], device=scores.device)
         is_code = (ids >= vocabulary.code_ids.start) & (ids < vocabulary.code_ids.stop)
@@ -54,8 +56,8 @@ class ImageTokensProcessor(LogitsProcessor):
         impossible = (scores.isneginf() | ~allowed).all(-1)
         if scores.device.type == "cpu" and bool(impossible.any()):
             raise ValueError(
-                "no token that may follow has a score: call generate(..., suppress_tokens=[]), "
-                "since added tokens are suppressed by default"
+                "all tokens that may follow have a score of -inf: call "
+                "generate(..., suppress_tokens=[]), since added tokens are suppressed by default"
             )
         return scores.masked_fill(~allowed, float("-inf"))
 
@@ -63,23 +65,23 @@ class ImageTokensProcessor(LogitsProcessor):
 class ImageGuidanceProcessor(LogitsProcessor):
     """Classifier-free guidance inside pictures: logits = uncond + w (cond - uncond).
 
-    The unconditional branch reads ``empty_caption``, begin-of-image and the codes so far, whatever
-    text and pictures stand before, and keeps a key-value cache of its own. Its tokens' modality
-    follows from their ids. Scores outside pictures are left as they are, and at w = 1 all of them,
-    without a second forward.
+    The unconditional branch reads ``empty_caption``, begin-of-image and the codes so far, without
+    the preceding text and pictures. It keeps its own key-value cache, and the modality of its
+    tokens follows from their ids. Scores outside pictures are unchanged. With w = 1 all scores are
+    unchanged, and there is no second forward.
 
-    For any ``generate`` call with the model: batches with padding, several pictures in a text,
-    ``num_return_sequences``, sampling. Where sequences change places (beams) the cache is filled
-    anew. transformers' own ``guidance_scale`` does one picture a prompt too, but has one
-    unconditional prompt for the whole sequence, cannot expand batches, and takes the unconditional
-    log-softmax in the model's dtype.
+    It works with every ``generate`` call of the model: batches with padding, several pictures in a
+    text, ``num_return_sequences``, sampling. If sequences are reordered (beams), the cache is
+    filled again. transformers' ``guidance_scale`` also guides one picture per prompt, but it has
+    one unconditional prompt for the whole sequence, cannot expand batches, and computes the
+    unconditional log-softmax in the model's dtype.
 
     Args:
-        model: the one that generates.
-        vocabulary: where the image's tokens are.
-        tokens_per_image: how many codes a picture has.
+        model: the model that generates.
+        vocabulary: ids of the image tokens.
+        tokens_per_image: number of codes in a picture.
         guidance_scale: w.
-        empty_caption: token ids, as ``CaptionedImages`` was given in training.
+        empty_caption: token ids, the same that ``CaptionedImages`` had in training.
 
     Source: Ho and Salimans, arXiv 2207.12598; in this form for tokens, Gafni et al., 2203.13131.
     """
@@ -96,7 +98,8 @@ class ImageGuidanceProcessor(LogitsProcessor):
         _check_tokens_per_image(tokens_per_image)
         if not (guidance_scale >= 0 and math.isfinite(guidance_scale)):
             raise ValueError(
-                f"guidance_scale must be at least 0, and 1 is none; got {guidance_scale}"
+                f"guidance_scale must be finite and at least 0 (1 means no guidance); got "
+                f"{guidance_scale}"
             )
         self.model = model
         self.vocabulary = vocabulary
@@ -107,7 +110,10 @@ class ImageGuidanceProcessor(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids: (B, S); scores: (B, V + added) -> guided where a code comes next"""
+        """Guide the scores of rows whose next token is a code.
+
+        input_ids: (B, S); scores: (B, V + added)
+        """
         if self.guidance_scale == 1:
             return scores
         count = codes_so_far(input_ids, self.vocabulary)
@@ -115,19 +121,19 @@ class ImageGuidanceProcessor(LogitsProcessor):
         if not inside.any():
             self._branch = None
             return scores
-        if self._branch is None or not self._branch.goes_on_with(input_ids):
+        if self._branch is None or not self._branch.continues_with(input_ids):
             self._branch = _UnconditionalBranch(self.model, self.prompt)
         base = self._branch.logits(input_ids, count, inside).to(scores)
         guided = base + self.guidance_scale * (scores - base)
-        # What is forbidden already stays so, also at w = 0.
+        # Forbidden tokens stay forbidden, also at w = 0.
         return torch.where(inside[:, None] & ~scores.isneginf(), guided, scores)
 
 
 class _UnconditionalBranch:
-    """The model on (empty caption, begin, codes so far) of each row, with its cache.
+    """Runs the model on (empty caption, begin, codes so far) of each row, with its own cache.
 
-    Rows start pictures at different steps: a new picture's row masks all that its cache held, and
-    what is fed in one step is padded on the left.
+    Rows may start pictures at different steps. A row that starts one masks everything that the
+    cache holds for it. The new tokens of a step differ in number, so they are padded on the left.
     """
 
     def __init__(self, model: PreTrainedModel, prompt: Sequence[int]):
@@ -137,7 +143,8 @@ class _UnconditionalBranch:
         self.seen: torch.Tensor | None = None  # (B, S) input_ids of the last step
         self.mask: torch.Tensor | None = None  # (B, columns of the cache)
 
-    def goes_on_with(self, input_ids: torch.Tensor) -> bool:
+    def continues_with(self, input_ids: torch.Tensor) -> bool:
+        """Return True if every row extends its row of the last step."""
         seen = self.seen
         return (
             seen.shape[0] == input_ids.shape[0]
@@ -148,14 +155,17 @@ class _UnconditionalBranch:
     def logits(
         self, input_ids: torch.Tensor, count: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
-        """input_ids: (B, S), count: (B,) codes of the open picture -> (B, V + added)"""
-        known = 0 if self.seen is None else self.seen.shape[1]
-        starts = inside & (input_ids.shape[1] - count > known)
-        # A row outside pictures goes on with its own tokens: a row that attends to nothing may be
-        # NaN, and what is said of this one is not used.
-        rest = known or input_ids.shape[1] - 1
+        """Return the unconditional logits of each row's next token, (B, V + added).
+
+        input_ids: (B, S); count: (B,) codes in the open picture; inside: (B,) bool
+        """
+        num_seen = 0 if self.seen is None else self.seen.shape[1]
+        starts = inside & (input_ids.shape[1] - count > num_seen)
+        # Rows outside pictures read their own tokens. Their logits are not used, but a row that
+        # attends to nothing may become NaN.
+        first_new = num_seen or input_ids.shape[1] - 1
         new = [
-            torch.cat([self.prompt, row[len(row) - codes :]]) if start else row[rest:]
+            torch.cat([self.prompt, row[len(row) - codes :]]) if start else row[first_new:]
             for row, codes, start in zip(input_ids, count.tolist(), starts.tolist(), strict=True)
         ]
         batch = ImageCollator(pad_token_id=0)([{"input_ids": ids} for ids in new])
@@ -177,22 +187,25 @@ class _UnconditionalBranch:
 
 
 def codes_so_far(input_ids: torch.Tensor, vocabulary: ImageVocabulary) -> torch.Tensor:
-    """(B, S) -> (B,) how many codes the picture has that is open at the end; -1 outside pictures"""
+    """Return the number of codes in each row's open picture, or -1 outside pictures.
+
+    (B, S) -> (B,)
+    """
     length = input_ids.shape[1]
     positions = torch.arange(1, length + 1, device=input_ids.device)
-    # Both are 0 where a row has none.
+    # Positions count from 1, so 0 means that the row has no such token.
     begin = (positions * (input_ids == vocabulary.begin_id)).amax(1)
     end = (positions * (input_ids == vocabulary.end_id)).amax(1)
     return torch.where(begin > end, length - begin, -1)
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model of transformers inside one of PEFT, which has its settings and its signature."""
+    """Return the transformers model inside a PEFT model: it has the settings and the signature."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _cache_keyword(model: PreTrainedModel) -> str:
-    """The name of forward's cache: it was past_key_values before transformers 5.24."""
+    """Return the name of forward's cache argument: past_key_values before transformers 5.24."""
     parameters = inspect.signature(unwrapped(model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 

@@ -1,10 +1,10 @@
-"""How captions and pictures become one sequence of token ids, and are taken apart again.
+"""Layout of captions and pictures in one sequence of token ids, and its inverse.
 
     caption ids | begin-of-image | code_0 ... code_{n-1} in raster order | end-of-image
 
-The loss falls on the codes and the end token. Begin-of-image is an added token, so the model treats
-its row as the image modality: it is the row that predicts the first code, and the adapters must see
-it. A text may hold several pictures; each has its begin and its end.
+The loss covers the codes and the end token. Begin-of-image is an added token, so its row has the
+image modality and uses the adapters; it must, since it predicts the first code. A text may contain
+several pictures, each with its own begin and end token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BEGIN, _END, _FIRST_CODE = 0, 1, 2
 
 @dataclass(frozen=True)
 class ImageVocabulary:
-    """Where the image's tokens lie among the model's ids; this class alone knows their order.
+    """Ids of the image tokens in the model's vocabulary. Only this class knows their order.
 
     first_id     begin-of-image
     first_id+1   end-of-image
@@ -42,12 +42,12 @@ class ImageVocabulary:
 
     @classmethod
     def from_token_ids(cls, token_ids: range) -> ImageVocabulary:
-        """token_ids: the range that ``add_modality_tokens`` returned."""
+        """Return the vocabulary for the range of ids that ``add_modality_tokens`` returned."""
         return cls(token_ids.start, len(token_ids) - _FIRST_CODE)
 
     @staticmethod
     def size(num_codes: int) -> int:
-        """How many tokens to add to a model for this many codes."""
+        """Return the number of tokens to add to a model for this many codes."""
         return num_codes + _FIRST_CODE
 
     @property
@@ -64,37 +64,37 @@ class ImageVocabulary:
 
     @property
     def token_ids(self) -> range:
-        """All of them: begin, end, codes."""
+        """The ids of all image tokens: begin, end, codes."""
         return range(self.first_id, self.first_id + self.size(self.num_codes))
 
     def ids_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes 0..num_codes-1, any shape -> token ids"""
+        """Return the token ids of codes 0..num_codes-1, of any shape."""
         self._check_inside(codes, range(self.num_codes), "codes")
         return codes + self.code_ids.start
 
     def codes_of(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token ids of codes, any shape -> codes 0..num_codes-1"""
+        """Return the codes 0..num_codes-1 of token ids, of any shape."""
         self._check_inside(token_ids, self.code_ids, "ids of image codes")
         return token_ids - self.code_ids.start
 
     @staticmethod
-    def _check_inside(values: torch.Tensor, allowed: range, what: str) -> None:
+    def _check_inside(values: torch.Tensor, allowed: range, name: str) -> None:
         if values.numel() and not (
             allowed.start <= int(values.min()) and int(values.max()) < allowed.stop
         ):
             raise ValueError(
-                f"{what} must lie in {allowed.start}..{allowed.stop - 1}; "
+                f"{name} must lie in {allowed.start}..{allowed.stop - 1}; "
                 f"got {int(values.min())}..{int(values.max())}"
             )
 
 
 def caption_ids(tokenizer: Any, caption: str) -> list[int]:
-    """The token ids of a caption, for training and generation alike.
+    """Return the token ids of a caption, for training and generation alike.
 
-    Begin-of-text stands in front exactly if the tokenizer puts it there; whatever else it adds (an
-    end-of-text, say) is left out, as the picture goes on from the caption.
+    They begin with begin-of-text exactly if the tokenizer puts it there. Other special tokens that
+    the tokenizer adds (end-of-text, say) are left out, since the picture follows the caption.
 
-    tokenizer: of transformers
+    tokenizer: a transformers tokenizer
     """
     ids = list(tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
     marked = list(tokenizer(caption, verbose=False).input_ids)
@@ -105,10 +105,12 @@ def caption_ids(tokenizer: Any, caption: str) -> list[int]:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The pad token's id, or end-of-text's where there is none: padding is masked in any case.
+    """Return the id of the pad token, or of end-of-text if the tokenizer has no pad token.
+
+    Either works, since padding is masked.
 
     Raises:
-        ValueError: the tokenizer has neither.
+        ValueError: the tokenizer has neither token.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
@@ -117,10 +119,10 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def image_prompt(caption_ids: Sequence[int], vocabulary: ImageVocabulary) -> list[int]:
-    """What the model is given so that its next token is the first code.
+    """Return the prompt whose next token is the first code: the caption, then begin-of-image.
 
     Raises:
-        ValueError: the caption has image tokens in it.
+        ValueError: the caption contains image tokens.
     """
     return [*text_ids(caption_ids, vocabulary, "the caption"), vocabulary.begin_id]
 
@@ -128,7 +130,7 @@ def image_prompt(caption_ids: Sequence[int], vocabulary: ImageVocabulary) -> lis
 def image_sequence(
     caption_ids: Sequence[int], codes: torch.Tensor, vocabulary: ImageVocabulary
 ) -> dict[str, torch.Tensor]:
-    """One sample: labels stand on the codes and the end token only.
+    """Return one training sample, with labels on the codes and the end token only.
 
     codes: (tokens,) -> input_ids and labels, (caption + tokens + 2,) each
     """
@@ -142,20 +144,20 @@ def mixed_sequence(
     *,
     text_labels: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Text and pictures in any order as one sample; :func:`split_images` takes it apart again.
+    """Return text and pictures in any order as one sample; :func:`split_images` is the inverse.
 
     Args:
-        pieces: a list of token ids is text, a tensor of codes, (tokens,), is a picture, which gets
-            its begin and end here.
-        vocabulary: where the image's tokens are.
+        pieces: texts and pictures. A list of token ids is text; a tensor of codes, (tokens,), is a
+            picture, to which this function adds the begin and end tokens.
+        vocabulary: ids of the image tokens.
         text_labels: put labels on text and on begin-of-image too, so that the model learns when to
-            start a picture; else they stand on codes and end tokens only.
+            start a picture; otherwise only codes and end tokens have labels.
 
     Returns:
         input_ids and labels, (S,) int64 each.
 
     Raises:
-        ValueError: image tokens in a text, or codes outside the vocabulary.
+        ValueError: a text contains image tokens, or codes are outside the vocabulary.
         TypeError: a piece is neither a list nor a tensor.
     """
     ids, labels = [], []
@@ -183,32 +185,32 @@ def split_images(
     *,
     drop_unfinished: bool = False,
 ) -> list[list[int] | torch.Tensor]:
-    """One sequence taken apart: texts as lists of token ids, pictures as codes, in their order.
+    """Split a sequence into texts (lists of token ids) and pictures (codes), in their order.
 
     Args:
-        token_ids: (S,), as :func:`mixed_sequence` lays it out or ``generate`` returns it.
-        vocabulary: where the image's tokens are.
-        drop_unfinished: leave out a picture at the end whose end token is missing, as when
-            ``max_new_tokens`` did not suffice.
+        token_ids: (S,), a sequence of :func:`mixed_sequence` or from ``generate``.
+        vocabulary: ids of the image tokens.
+        drop_unfinished: leave out a last picture without an end token, which occurs if
+            ``max_new_tokens`` was too small.
 
     Returns:
-        No empty text; a picture is an int64 tensor (tokens,).
+        The pieces, without empty texts. A picture is an int64 tensor (tokens,).
 
     Raises:
-        ValueError: a code or an end token outside a picture, anything else inside one, or an
-            unfinished picture; says where.
+        ValueError: a code or an end token is outside a picture, any other token is inside one, or a
+            picture is unfinished; says at which position.
     """
     pieces: list[list[int] | torch.Tensor] = []
     text: list[int] = []
-    codes: list[int] | None = None  # of the picture that is open
+    codes: list[int] | None = None  # codes of the open picture
     for position, token_id in enumerate(torch.as_tensor(token_ids).tolist()):
         if token_id not in vocabulary.token_ids:
             if codes is not None:
                 raise ValueError(f"text token {token_id} inside a picture, at position {position}")
             text.append(token_id)
         elif (token_id == vocabulary.begin_id) != (codes is None):
-            place = "outside" if codes is None else "inside"
-            raise ValueError(f"image token {token_id} {place} a picture, at position {position}")
+            where = "outside" if codes is None else "inside"
+            raise ValueError(f"image token {token_id} {where} a picture, at position {position}")
         elif token_id == vocabulary.begin_id:
             pieces += [text] if text else []
             text, codes = [], []
@@ -218,41 +220,46 @@ def split_images(
         else:
             codes.append(token_id)
     if codes is not None and not drop_unfinished:
-        raise ValueError(f"the last picture has no end token: {len(codes)} codes, then nothing")
+        raise ValueError(
+            f"the last picture has {len(codes)} codes and no end token: pass drop_unfinished=True "
+            "to leave it out"
+        )
     return pieces + ([text] if text else [])
 
 
 def text_ids(
-    token_ids: Sequence[int] | torch.Tensor, vocabulary: ImageVocabulary, what: str
+    token_ids: Sequence[int] | torch.Tensor, vocabulary: ImageVocabulary, name: str
 ) -> list[int]:
-    """The ids as a list. Raises ValueError, naming ``what``, if there are image tokens in them."""
+    """Return the ids as a list; raise ValueError, with this name, if any is an image token's."""
     ids = torch.as_tensor(token_ids).tolist()
     found = [token_id for token_id in ids if token_id in vocabulary.token_ids]
     if found:
-        raise ValueError(f"{what} has image tokens in it: ids {found[:5]}")
+        raise ValueError(f"{name} contains image tokens: ids {found[:5]}")
     return ids
 
 
 class CaptionedImages(Dataset):
-    """Pairs of caption and picture as training sequences.
+    """Dataset of caption and picture pairs as training sequences.
+
+    Caption dropout replaces a share of the captions by ``empty_caption``, so that the model also
+    learns pictures without a caption, which classifier-free guidance needs. The captions to drop
+    follow from ``seed``, the epoch, the index, and the number of times that the index was drawn in
+    the epoch. They do not follow from a global generator: data loaders read ahead, so a checkpoint
+    would hold the generator's state at a later batch, and a resumed run would drop other captions.
+    To resume exactly, call :meth:`set_epoch` at the beginning of each epoch. Call it too if a
+    DataLoader starts new workers each epoch, since their counts start at zero again.
 
     Args:
         caption_ids: for each picture the token ids of its caption, from :func:`caption_ids`.
         codes: (N, tokens) int64.
-        vocabulary: where the image's tokens are.
-        caption_dropout: the share of draws that get ``empty_caption`` instead, which teaches the
-            model pictures without a caption, as classifier-free guidance needs. It follows from
-            ``seed``, the epoch, the index and how often that was drawn in the epoch, and not from a
-            global generator: data loaders read ahead, so that a checkpoint would hold the state of
-            a later batch, and a resumed run drop other captions. To resume exactly, call
-            :meth:`set_epoch` at the beginning of each epoch; so must a DataLoader with workers that
-            are started anew each epoch, since their counts begin anew too.
-        empty_caption: token ids; ``caption_ids(tokenizer, "")`` is what ``generate_images`` uses.
-        seed: of the dropout.
+        vocabulary: ids of the image tokens.
+        caption_dropout: probability that a draw gets ``empty_caption``.
+        empty_caption: token ids; ``generate_images`` uses ``caption_ids(tokenizer, "")``.
+        seed: seed of the dropout.
 
     Raises:
-        ValueError: captions and pictures differ in number, a caption has image tokens in it, or a
-            dropout outside [0, 1].
+        ValueError: captions and pictures differ in number, a caption contains image tokens, or the
+            dropout is outside [0, 1].
     """
 
     def __init__(
@@ -278,7 +285,7 @@ class CaptionedImages(Dataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch: its dropout is another one."""
+        """Begin an epoch, which drops different captions than the others."""
         self._epoch, self._draws = epoch, Counter()
 
     def __len__(self) -> int:
@@ -297,7 +304,7 @@ class CaptionedImages(Dataset):
 
 @dataclass(frozen=True)
 class ImageCollator:
-    """A Trainer's ``data_collator`` that pads on the left: all pictures of a batch end together."""
+    """``data_collator`` for the Trainer; it pads on the left, so that all pictures end together."""
 
     pad_token_id: int
 

@@ -1,14 +1,12 @@
-"""What an image tokenizer is, and what those of this package share: checks, measures, files."""
+"""The interface of image tokenizers, and the base class of this package's own."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -16,22 +14,23 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_kernels.files import write_atomically
 from moe_kernels.imaging.pixels import as_pixels
 
 _WEIGHTS_FILE = "codebook.safetensors"
 _CONFIG_FILE = "tokenizer_config.json"
 _FORMAT_VERSION = 1
-_COLLAPSED_BELOW = 0.1  # of the codes in use
-# Pictures of so many vectors go through an encoder or decoder at a time.
-_VECTORS_PER_CHUNK = 16_384
+_COLLAPSED_BELOW = 0.1  # share of the codes in use
+_VECTORS_PER_CHUNK = 16_384  # vectors encoded or decoded at a time, rounded to whole pictures
 _DISTANCES_PER_CHUNK = 1 << 22  # 16 MiB
 
 
 class ImageTokenizer(Protocol):
-    """What the rest of the package needs of an image tokenizer, however it was learnt.
+    """Interface that the rest of the package needs of an image tokenizer.
 
-    Generation needs the first four. ``codebook``, (num_codes, d) float32, serves as features for
-    Gromov-Wasserstein rows; the classes of this package have more, see :class:`CodebookTokenizer`.
+    Generation needs all members but ``codebook``. ``codebook``, (num_codes, d) float32, provides
+    the features for Gromov-Wasserstein rows. This package's tokenizers offer more, see
+    :class:`CodebookTokenizer`.
     """
 
     @property
@@ -41,10 +40,16 @@ class ImageTokenizer(Protocol):
     def tokens_per_image(self) -> int: ...
 
     def encode(self, images: Any) -> torch.Tensor:
-        """images: (N, H, W[, C]) -> codes (N, tokens_per_image) int64, in raster order."""
+        """Return the codes of pictures in raster order.
+
+        (N, H, W[, C]) -> (N, tokens_per_image) int64
+        """
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes: (N, tokens_per_image) -> images (N, H, W[, C]) float32 in [0, 1]."""
+        """Return the pictures of codes.
+
+        (N, tokens_per_image) -> (N, H, W[, C]) float32 in [0, 1]
+        """
 
     @property
     def codebook(self) -> torch.Tensor: ...
@@ -52,13 +57,14 @@ class ImageTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """How well a tokenizer does on some pictures.
+    """Quality of a tokenizer on some pictures.
 
     Attributes:
-        mean_squared_error: of a pixel in [0, 1], after encode and decode.
-        codes_used: how many codes occur.
-        num_codes: of how many.
-        perplexity: exp of the entropy of the codes: so many codes, evenly used, would be as varied.
+        mean_squared_error: mean squared error of a pixel in [0, 1], after encode and decode.
+        codes_used: number of codes that occur.
+        num_codes: number of codes in the codebook.
+        perplexity: exponential of the entropy of the codes. It is the number of codes that, evenly
+            used, would have the same entropy.
     """
 
     mean_squared_error: float
@@ -68,10 +74,11 @@ class TokenizerReport:
 
 
 class CodebookTokenizer(ABC):
-    """Vectors on a grid, each replaced by the nearest entry (Euclidean) of a codebook.
+    """Base class: a picture is a grid of vectors, each coded as the nearest codebook entry.
 
-    Subclasses say how pictures become vectors, (N * tokens_per_image, d), and the entries pictures;
-    ``type_name`` is how :func:`load_image_tokenizer` knows their files.
+    Nearest means Euclidean distance. Subclasses define how pictures become vectors,
+    (N * tokens_per_image, d), and how entries become pictures. :func:`load_image_tokenizer` finds
+    the class of a saved tokenizer by its ``type_name``.
 
     codebook: (num_codes, d) float32
     image_shape: (H, W) or (H, W, C)
@@ -86,7 +93,7 @@ class CodebookTokenizer(ABC):
         CodebookTokenizer._types[cls.type_name] = cls
 
     def __init__(self, codebook: torch.Tensor, image_shape: tuple[int, ...], cell: int):
-        """cell: side of the square of pixels that one code stands for"""
+        """Check and keep the codebook; ``cell`` is the side of a code's square in pixels."""
         check_geometry(cell, image_shape)
         self.image_shape = tuple(image_shape)
         self.grid = (image_shape[0] // cell, image_shape[1] // cell)
@@ -100,15 +107,21 @@ class CodebookTokenizer(ABC):
 
     @abstractmethod
     def _vectors(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, H, W[, C]) float32 -> (N * tokens_per_image, d), in raster order."""
+        """Return the vectors of pictures in raster order.
+
+        (N, H, W[, C]) float32 -> (N * tokens_per_image, d)
+        """
 
     @abstractmethod
     def _pictures(self, entries: torch.Tensor) -> torch.Tensor:
-        """(N, rows, columns, d) -> (N, H, W[, C]) float32."""
+        """Return the pictures of codebook entries.
+
+        (N, rows, columns, d) -> (N, H, W[, C]) float32
+        """
 
     @abstractmethod
     def _config(self) -> dict[str, Any]:
-        """What ``_restore`` needs beside the tensors."""
+        """Return the settings that ``_restore`` needs besides the tensors."""
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"codebook": self.codebook}
@@ -116,7 +129,7 @@ class CodebookTokenizer(ABC):
     @classmethod
     @abstractmethod
     def _restore(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
-        """The inverse of ``_config`` and ``_tensors``."""
+        """Rebuild a tokenizer from ``_config`` and ``_tensors``."""
 
     @property
     def num_codes(self) -> int:
@@ -132,11 +145,15 @@ class CodebookTokenizer(ABC):
 
     @torch.no_grad()
     def encode(self, images: Any) -> torch.Tensor:
-        """(N, H, W[, C]), uint8 or float in [0, 1] -> (N, tokens_per_image) int64, raster order."""
+        """Return the codes of pictures in raster order.
+
+        (N, H, W[, C]), uint8 or float in [0, 1] -> (N, tokens_per_image) int64
+        """
         pixels = as_pixels(images)
         if tuple(pixels.shape[1:]) != self.image_shape:
             raise ValueError(
-                f"this tokenizer takes images of {self.image_shape}; got {tuple(pixels.shape[1:])}"
+                f"this tokenizer encodes images of shape {self.image_shape}; got "
+                f"{tuple(pixels.shape[1:])}"
             )
         chunks = pixels.split(max(1, _VECTORS_PER_CHUNK // self.tokens_per_image))
         codes = [nearest_entries(self._vectors(chunk), self.codebook) for chunk in chunks]
@@ -144,7 +161,10 @@ class CodebookTokenizer(ABC):
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes: (N, tokens_per_image) integers -> (N, H, W[, C]) float32 in [0, 1]."""
+        """Return the pictures of codes.
+
+        (N, tokens_per_image) integers -> (N, H, W[, C]) float32 in [0, 1]
+        """
         codes = torch.as_tensor(codes)
         if codes.ndim != 2 or codes.shape[1] != self.tokens_per_image or codes.is_floating_point():
             raise ValueError(
@@ -162,15 +182,15 @@ class CodebookTokenizer(ABC):
         return torch.cat(images).reshape(len(codes), *self.image_shape)
 
     def reconstruction_error(self, images: Any) -> float:
-        """The mean squared error of a pixel, in [0, 1], after encode and decode."""
+        """Return the mean squared error of a pixel in [0, 1] after encode and decode."""
         return self.measure(images).mean_squared_error
 
     def codebook_usage(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes: any shape -> how often each code occurs, (num_codes,) int64."""
+        """Return how often each code occurs in codes of any shape, (num_codes,) int64."""
         return torch.bincount(torch.as_tensor(codes).flatten().cpu(), minlength=self.num_codes)
 
     def measure(self, images: Any) -> TokenizerReport:
-        """Reconstruction error and codebook use on some pictures, better not those it learnt."""
+        """Measure reconstruction error and codebook use, best on pictures not used for fitting."""
         pixels = as_pixels(images)
         codes = self.encode(pixels)
         usage = self.codebook_usage(codes)
@@ -182,7 +202,7 @@ class CodebookTokenizer(ABC):
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes codebook.safetensors and tokenizer_config.json, each whole or not at all."""
+        """Write codebook.safetensors and tokenizer_config.json, each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -193,16 +213,21 @@ class CodebookTokenizer(ABC):
             **self._config(),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        _write_then_rename(
+        write_atomically(
             folder / _WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"})
         )
-        _write_then_rename(
+        write_atomically(
             folder / _CONFIG_FILE, lambda path: Path(path).write_text(json.dumps(config, indent=2))
         )
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Raises ValueError for a tokenizer of another type or format, or files that disagree."""
+        """Load a saved tokenizer of this class.
+
+        Raises:
+            FileNotFoundError: the folder holds no tokenizer.
+            ValueError: it has another type or format, or its files contradict each other.
+        """
         folder = Path(folder)
         config = _read_config(folder)
         if config.get("type") != cls.type_name or config.get("format_version") != _FORMAT_VERSION:
@@ -214,22 +239,25 @@ class CodebookTokenizer(ABC):
         tensors = load_file(folder / _WEIGHTS_FILE)
         if len(tensors["codebook"]) != config["num_codes"]:
             raise ValueError(
-                f"{folder}: the codebook has {len(tensors['codebook'])} codes, "
-                f"its config says {config['num_codes']}"
+                f"{folder} is inconsistent: {_WEIGHTS_FILE} has {len(tensors['codebook'])} codes, "
+                f"but num_codes in {_CONFIG_FILE} is {config['num_codes']}"
             )
         return cls._restore(config, tensors)
 
 
 def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
-    """A tokenizer that was saved, of whichever class.
+    """Load a saved tokenizer of any class.
 
     Raises:
-        FileNotFoundError: there is none in the folder.
-        ValueError: its type is unknown, or see :meth:`CodebookTokenizer.load`.
+        FileNotFoundError: the folder holds no tokenizer.
+        ValueError: its type is unknown, or :meth:`CodebookTokenizer.load` refuses it.
     """
     name, types = _read_config(folder).get("type"), CodebookTokenizer._types
     if name not in types:
-        raise ValueError(f"{folder} holds a tokenizer of type {name!r}; known: {sorted(types)}")
+        raise ValueError(
+            f"{folder} holds a tokenizer of unknown type {name!r}; the types are "
+            f"{', '.join(sorted(types))}"
+        )
     return types[name].load(folder)
 
 
@@ -238,30 +266,33 @@ def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def nearest_entries(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """(n, d), (num_codes, d) -> (n,) int64: |v - c|^2 less the term that all entries share."""
+    """Return the index of each vector's nearest entry, (n, d), (num_codes, d) -> (n,) int64.
+
+    It minimises |v - c|^2 without |v|^2, which is the same for all entries.
+    """
     half_norms = codebook.square().sum(1) / 2
     chunks = vectors.split(max(1, _DISTANCES_PER_CHUNK // len(codebook)))
     return torch.cat([(half_norms - chunk @ codebook.T).argmin(1) for chunk in chunks])
 
 
 def warn_if_collapsed(usage: torch.Tensor) -> None:
-    """Warns if fewer than a tenth of the codes are in use. usage: (num_codes,) counts."""
+    """Warn if fewer than a tenth of the codes are in use. usage: (num_codes,) counts."""
     used = int((usage > 0).sum())
     if used < _COLLAPSED_BELOW * len(usage):
         warnings.warn(
             f"the tokenizer has collapsed: {used} of {len(usage)} codes are in use "
-            f"({used / len(usage):.1%}) on the images that it learnt from",
+            f"({used / len(usage):.1%}) on the images that it was fitted to",
             stacklevel=3,
         )
 
 
 def channels_of(image_shape: tuple[int, ...]) -> int:
-    """C of (H, W, C), 1 of (H, W)."""
+    """Return the number of channels: C of (H, W, C), 1 of (H, W)."""
     return image_shape[2] if len(image_shape) == 3 else 1
 
 
 def check_geometry(cell: int, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless squares of this side tile an image of (H, W[, C])."""
+    """Raise ValueError unless squares of side ``cell`` tile an image of shape (H, W[, C])."""
     if cell < 1:
         raise ValueError(f"patches must be at least 1 pixel wide; got {cell}")
     if len(image_shape) not in (2, 3):
@@ -271,14 +302,3 @@ def check_geometry(cell: int, image_shape: tuple[int, ...]) -> None:
         )
     if image_shape[0] % cell or image_shape[1] % cell:
         raise ValueError(f"patches of {cell} do not divide an image of {tuple(image_shape[:2])}")
-
-
-def _write_then_rename(path: Path, write: Callable[[str], Any]) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,8 +1,8 @@
-"""Pictures to discrete codes and back, by a small convolutional VQ-VAE.
+"""An image tokenizer learnt as a small convolutional VQ-VAE.
 
-The loss is that of van den Oord et al. (arXiv 1711.00937), with the codebook as moving averages of
-the encoder's vectors (their appendix A.1) and unused entries drawn anew from the batch, as in
-Jukebox (arXiv 2005.00341).
+The loss is that of van den Oord et al. (arXiv 1711.00937). Codebook entries are moving averages of
+the encoder's vectors (their appendix A.1). Unused entries are replaced by vectors of the batch, as
+in Jukebox (arXiv 2005.00341).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _MAX_GRAD_NORM = 1.0
 _WARMUP = 50  # steps
 _KEEP_EVERY = 50  # steps
 _REVIVE_EVERY = 20  # steps
-_REVIVE_UNTIL = 0.8  # of all steps: afterwards entries settle
-_DEAD = 0.03  # of the use that each entry has on average
+_REVIVE_UNTIL = 0.8  # share of all steps; entries settle in the remaining ones
+_DEAD = 0.03  # an entry with less than this share of the average use is dead
 
 
 class FittingError(FloatingPointError):
-    """A loss or gradient was not finite.
+    """Raised when a loss, gradient or weight is not finite while fitting.
 
     Attributes:
-        step: at which.
-        last_good: the tokenizer at the last step that was kept.
+        step: the step at which it happened.
+        last_good: the tokenizer of the last kept state.
     """
 
     def __init__(self, message: str, step: int, last_good: VQTokenizer):
@@ -49,10 +49,10 @@ class FittingError(FloatingPointError):
 
 
 class VQTokenizer(CodebookTokenizer):
-    """An encoder, a codebook and a decoder, learnt together; made by :meth:`fit` or :meth:`load`.
+    """Encoder, codebook and decoder, learnt together; created by :meth:`fit` or :meth:`load`.
 
-    A code stands for a square of ``downsample`` pixels, but encoder and decoder see its
-    surroundings too, as patches do not.
+    A code stands for a square with a side of ``downsample`` pixels. Unlike with patches, encoder
+    and decoder also use the square's surroundings.
 
     codebook: (num_codes, code_dim) float32, in the encoder's space
     image_shape: (H, W) or (H, W, C); H and W are multiples of ``downsample``
@@ -90,28 +90,30 @@ class VQTokenizer(CodebookTokenizer):
         device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> VQTokenizer:
-        """Learns all three. On the CPU, the same seed and thread count give the same bits.
+        """Learn encoder, codebook and decoder.
+
+        On the CPU, the same seed and number of threads give the same bits.
 
         Args:
             images: (N, H, W[, C]), uint8, or float in [0, 1].
-            num_codes: entries of the codebook.
-            downsample: side in pixels of the square that a code stands for, a power of 2.
-            width: channels inside the network, a multiple of 16.
-            code_dim: of an entry.
-            steps: of AdamW, with a warm-up and a cosine to zero.
-            batch_size: images a step.
+            num_codes: number of codebook entries.
+            downsample: side in pixels of a code's square, a power of 2.
+            width: number of channels inside the network, a multiple of 16.
+            code_dim: size of an entry.
+            steps: number of AdamW steps, with a warm-up and a cosine decay to zero.
+            batch_size: images per step.
             lr: the largest learning rate.
-            seed: of weights and batches; the global generators are left as they were.
-            device: to train on; the tokenizer itself works on the CPU.
+            seed: seed of weights and batches; the global generators are left as they were.
+            device: device to train on; the tokenizer itself works on the CPU.
             progress: show a tqdm bar.
 
         Warns:
-            UserWarning: fewer than a tenth of the codes are in use on these images.
+            UserWarning: these images use fewer than a tenth of the codes.
 
         Raises:
-            ValueError: images or settings that do not fit, before any work.
-            FittingError: a loss or gradient is not finite; it names the step and holds the
-                tokenizer at the last step that was kept.
+            ValueError: images or settings do not fit; raised before any work.
+            FittingError: a loss, gradient or weight is not finite; the error has the step and the
+                tokenizer of the last kept state.
         """
         pixels = as_pixels(images)
         image_shape = tuple(pixels.shape[1:])
@@ -156,7 +158,7 @@ class VQTokenizer(CodebookTokenizer):
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
-            raise ValueError(f"the weights are not those of the config: {error}") from error
+            raise ValueError(f"the weights do not fit the config: {error}") from error
         return cls(network, codebook, tuple(config["image_shape"]))
 
 
@@ -177,7 +179,7 @@ class _Residual(nn.Module):
 
 
 class _Autoencoder(nn.Module):
-    """encoder: (N, C, H, W) -> (N, code_dim, rows, columns); decoder: back."""
+    """Network whose encoder maps (N, C, H, W) to (N, code_dim, rows, columns), the decoder back."""
 
     def __init__(self, channels: int, downsample: int, width: int, code_dim: int):
         super().__init__()
@@ -188,7 +190,7 @@ class _Autoencoder(nn.Module):
             "code_dim": code_dim,
         }
         halvings = int(math.log2(downsample))
-        # Half the width at all resolutions above that of the codes, where pixels are many.
+        # Use half the width at resolutions above that of the codes: they have many pixels.
         widths = [channels, *[width // 2] * (halvings - 1), width]
         down = [
             layer
@@ -218,9 +220,10 @@ class _Autoencoder(nn.Module):
 
 
 class _Codebook:
-    """Moving averages of the vectors that chose each entry; entries out of use start anew.
+    """Codebook entries as moving averages of the vectors that chose them.
 
-    vectors: (n, d), the first that the encoder gave; entries: (num_codes, d)
+    vectors: (n, d), the encoder's first vectors, from which the initial entries are drawn
+    entries: (num_codes, d)
     """
 
     def __init__(self, vectors: torch.Tensor, num_codes: int):
@@ -233,12 +236,12 @@ class _Codebook:
         sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors)
         self.counts.lerp_(counts.float(), 1 - _DECAY)
         self.sums.lerp_(sums, 1 - _DECAY)
-        # An entry that is not chosen any more stays where it was.
+        # An entry that no vector has chosen for a long time keeps its value.
         chosen = (self.counts > 1e-3)[:, None]
         self.entries = torch.where(chosen, self.sums / self.counts[:, None], self.entries)
 
     def revive(self, vectors: torch.Tensor) -> None:
-        """Entries that hardly any vector chooses move to vectors of this batch."""
+        """Replace the entries that hardly any vector chooses by vectors of this batch."""
         mean = self.counts.mean()
         dead = (self.counts < _DEAD * mean).nonzero().flatten()
         self.entries[dead] = _draw(vectors, len(dead))
@@ -247,7 +250,7 @@ class _Codebook:
 
 
 class _Fit:
-    """A training: the network, its codebook, and the last state that is known to be good.
+    """State of a training: network, codebook, optimiser, and the last state known to be good.
 
     pixels: (N, C, H, W) float32
     """
@@ -268,8 +271,8 @@ class _Fit:
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr, betas=(0.9, 0.95), weight_decay=0
         )
-        # Errors are weighed by the spread of the pixels, so that the commitment's weight means
-        # the same for all pictures.
+        # Errors are divided by the variance of the pixels, so that the commitment's relative weight
+        # does not depend on the pictures.
         self.variance = pixels.var().clamp(min=1e-6)
         with torch.no_grad():
             first = as_vectors(network.encoder(self._batch()))
@@ -277,7 +280,7 @@ class _Fit:
         self._keep(0)
 
     def run(self, progress: bool) -> VQTokenizer:
-        """All steps; the tokenizer that they made."""
+        """Run all steps and return the fitted tokenizer."""
         with tqdm(total=self.steps, desc="fitting", unit="step", disable=not progress) as bar:
             for step in range(self.steps):
                 loss, vectors, codes = self._forward()
@@ -298,7 +301,7 @@ class _Fit:
         codes = nearest_entries(vectors.detach(), self.codebook.entries)
         entries = self.codebook.entries[codes]
         commitment = F.mse_loss(vectors, entries)
-        # Straight-through: the decoder reads the entries, the encoder gets their gradient.
+        # Straight-through: the decoder reads the entries, and their gradient goes to the encoder.
         chosen = vectors + (entries - vectors).detach()
         height, width = grid.shape[2:]
         chosen = chosen.reshape(len(batch), height, width, -1).permute(0, 3, 1, 2)
@@ -313,7 +316,7 @@ class _Fit:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), _MAX_GRAD_NORM)
         self._check(torch.isfinite(norm), "the gradient", step)
-        # Before the update: what is kept has just shown a finite loss and gradient.
+        # Keep the state before the update: its loss and gradient are known to be finite.
         if step % _KEEP_EVERY == 0:
             self._keep(step)
         self.optimizer.step()
@@ -330,13 +333,13 @@ class _Fit:
         tensors = [*self.network.parameters(), self.codebook.entries]
         return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
 
-    def _check(self, finite: torch.Tensor, what: str, step: int) -> None:
+    def _check(self, finite: torch.Tensor, quantity: str, step: int) -> None:
         if finite:
             return
         kept, weights, entries = self.kept
         raise FittingError(
-            f"{what} is not finite at step {step} of {self.steps}; the error's last_good is the "
-            f"tokenizer at step {kept}. Try a lower lr than {self.lr}",
+            f"{quantity} is not finite at step {step} of {self.steps}; last_good of this error is "
+            f"the tokenizer at step {kept}. Try a lower lr than {self.lr}",
             step,
             self._tokenizer(weights, entries),
         )
@@ -348,17 +351,17 @@ class _Fit:
 
 
 def to_channels_first(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, H, W[, C]) -> (N, C, H, W)"""
+    """Permute pictures for convolutions, (N, H, W[, C]) -> (N, C, H, W)."""
     return (pixels if pixels.ndim == 4 else pixels[..., None]).permute(0, 3, 1, 2).contiguous()
 
 
 def as_vectors(grid: torch.Tensor) -> torch.Tensor:
-    """(N, d, rows, columns) -> (N * rows * columns, d), in raster order"""
+    """List a grid's vectors in raster order, (N, d, rows, columns) -> (N * rows * columns, d)."""
     return grid.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _draw(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """(n, d) -> (count, d) of them at random, all different as long as there are enough."""
+    """Draw vectors at random, (n, d) -> (count, d); none is repeated before all are used."""
     order = torch.randperm(len(vectors)).repeat(1 + count // len(vectors))
     return vectors[order[:count].to(vectors.device)].clone()
 
@@ -383,8 +386,8 @@ def _check_settings(
 
 def _check_training(images: int, steps: int, batch_size: int, lr: float) -> None:
     if not images:
-        raise ValueError("there are no images to learn from")
+        raise ValueError("images is empty: pass at least one image")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be at least 1; got {steps} and {batch_size}")
     if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be positive; got {lr}")
+        raise ValueError(f"lr must be positive and finite; got {lr}")

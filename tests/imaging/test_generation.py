@@ -1,4 +1,4 @@
-"""Pictures from caption strings: the prompt is that of training, and what is refused."""
+"""Pictures from caption strings: the prompt equals that of training, and bad input is refused."""
 
 import copy
 
@@ -26,7 +26,7 @@ MARKED = {"template": "<s> $A", "bos_token": "<s>", "eos_token": "</s>"}
 
 @pytest.fixture(scope="module")
 def painter():
-    """The model, its tokenizer, extended by the image's tokens, and an image tokenizer."""
+    """Return a model and its tokenizer, both with image tokens, and an image tokenizer."""
     model = make_model("olmoe")
     patched = patch_model(model)
     tokenizer = make_tokenizer(pad_token="<pad>", **MARKED)
@@ -123,7 +123,7 @@ def test_a_model_that_is_not_patched_needs_the_vocabulary(painter):
 
 
 def test_a_model_of_peft_draws_too(painter, recwarn):
-    """Ordinary LoRA, to compare with."""
+    """A model with PEFT's LoRA, which is the baseline, can generate pictures too."""
     peft = pytest.importorskip("peft")
     model = make_model("olmoe", vocab_size=VOCAB + ImageVocabulary.size(CODES))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -133,7 +133,7 @@ def test_a_model_of_peft_draws_too(painter, recwarn):
             (wrap(), *painter[1:]), vocabulary=ImageVocabulary(VOCAB, CODES), guidance_scale=2.0
         )
         expected.append(drawn)
-    assert same_pictures(*expected)  # its B starts at zero
+    assert same_pictures(*expected)  # LoRA's B starts at zero
     assert model.generation_config is settings
     assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
 
@@ -159,9 +159,9 @@ def test_progress(painter, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"captions": ["dog", "a <image_3>"]}, "image tokens in it"),
-        ({"empty_caption": "<image_0>"}, "image tokens in it"),
-        ({"vocabulary": ImageVocabulary(VOCAB, 4)}, "4 codes, the image tokenizer 8"),
+        ({"captions": ["dog", "a <image_3>"]}, "contains image tokens"),
+        ({"empty_caption": "<image_0>"}, "contains image tokens"),
+        ({"vocabulary": ImageVocabulary(VOCAB, 4)}, "4 codes, but the image tokenizer has 8"),
         ({"tokenizer": make_tokenizer()}, "neither a pad token"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

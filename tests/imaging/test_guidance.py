@@ -1,6 +1,6 @@
 """Classifier-free guidance: against two separate forwards without a cache, and through generate().
 
-In float64 where logits are compared, so that the cache's other call shapes are only rounding.
+Logits are compared in float64, so that the different call shapes of the cache only cause rounding.
 """
 
 import pytest
@@ -39,12 +39,15 @@ def painter():
 
 @torch.no_grad()
 def last_logits(model, ids):
-    """(S,) list or tensor, alone, without a cache -> (V + added,)"""
+    """Return the last logits of one sequence (S,), without a cache, as (V + added,)."""
     return model(torch.as_tensor(ids)[None], use_cache=False).logits[0, -1]
 
 
 def guided_by_hand(model, row, scores, scale=SCALE):
-    """row: (S,); scores: (V + added,), the conditional ones"""
+    """Return the guided scores of one row by the formula.
+
+    row: (S,); scores: (V + added,), the conditional ones
+    """
     ids = row.tolist()
     begin = max((at for at, i in enumerate(ids) if i == VOCABULARY.begin_id), default=None)
     if begin is None or VOCABULARY.end_id in ids[begin:] or len(ids) - begin - 1 >= TOKENS:
@@ -54,7 +57,7 @@ def guided_by_hand(model, row, scores, scale=SCALE):
 
 
 def check_rows(model, processor, ids):
-    """The processor's scores of (B, S) against the formula, on random conditional scores."""
+    """Compare the processor with the formula on rows (B, S) and random conditional scores."""
     scores = torch.randn(len(ids), VOCABULARY.token_ids.stop, dtype=torch.float64)
     actual = processor(ids, scores.clone())
     for row, mine, conditional in zip(ids, actual, scores, strict=True):
@@ -75,7 +78,7 @@ def processor_for(model, scale=SCALE, **options):
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
 @pytest.mark.parametrize("empty_caption", [[], EMPTY])
 def test_pictures_are_those_of_two_forwards_without_a_cache(family, empty_caption):
-    """Greedy, in a batch with left padding."""
+    """Greedy generation in a batch with left padding gives the same pictures."""
     model, _ = make_painter(family)
     codes = generate_image_codes(
         model, CAPTIONS, VOCABULARY, TOKENS, pad_token_id=PAD, guidance_scale=SCALE,
@@ -95,7 +98,7 @@ def test_pictures_are_those_of_two_forwards_without_a_cache(family, empty_captio
 
 
 def test_several_pictures_that_start_at_different_steps(painter):
-    """A row's branch starts anew at each begin-of-image; rows without a picture are untouched."""
+    """A row's branch restarts at each begin-of-image; rows without a picture are untouched."""
     model, _ = painter
     end = VOCABULARY.end_id
     rows = torch.tensor([
@@ -117,7 +120,7 @@ def test_a_step_of_several_tokens_and_rows_that_change_places(painter):
     check_rows(model, processor, rows[:, :2])
     check_rows(model, processor, rows[:, :4])
     check_rows(model, processor, rows[[1, 0, 0]])
-    # Another call of generate, with another batch.
+    # The next batch is that of another call of generate.
     check_rows(model, processor, rows[:2, :3])
 
 
@@ -224,7 +227,7 @@ def test_adapters_act_in_the_unconditional_branch(painter):
 
 
 def test_text_is_untouched(painter):
-    """Beside a picture, and after one: the same bits."""
+    """Text keeps its bits in a batch with a picture, and after a picture."""
     model, _ = painter
     text = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [5, *a_picture(3, 1, 4, 1), VOCABULARY.end_id]])
     scores = torch.randn(2, VOCABULARY.token_ids.stop)

@@ -38,7 +38,7 @@ def vocabulary():
 
 
 def pictures(count=40, height=8, width=12, channels=None, seed=0):
-    """Smooth uint8 pictures."""
+    """Return smooth uint8 pictures."""
     noise = np.random.default_rng(seed)
     shape = (count, height, width) if channels is None else (count, height, width, channels)
     return (np.sort(noise.random(shape), axis=2) * 255).astype(np.uint8)
@@ -229,7 +229,7 @@ def test_caption_dropout_follows_seed_epoch_and_draw(vocabulary):
 
     first = dropped(make(), 3)
     assert 16 < len(first) < 48
-    # Whatever was drawn before, in another order, and whatever the global generator says.
+    # Neither earlier draws, nor the order, nor the global generator change the dropped captions.
     other = make()
     dropped(other)
     torch.manual_seed(5)
@@ -256,7 +256,7 @@ def test_processor_allows_codes_then_end_then_text(vocabulary):
     assert allowed(5, vocabulary.begin_id, code) == codes
     assert allowed(5, vocabulary.begin_id, code, code) == [vocabulary.end_id]
     assert allowed(5, vocabulary.begin_id, code, code, vocabulary.end_id) == text
-    # A second image starts anew.
+    # The codes of a second picture are counted from zero.
     second = (vocabulary.begin_id, code, code, vocabulary.end_id, 5, vocabulary.begin_id)
     assert allowed(*second) == codes
 
@@ -273,7 +273,7 @@ def test_processor_follows_each_row_of_a_batch(vocabulary):
 
 
 def test_suppressed_image_tokens_are_an_error_and_no_text(vocabulary):
-    """As generate() hands scores over that still have its suppress_tokens."""
+    """The scores are those of a generate() call that still has its default suppress_tokens."""
     processor = ImageTokensProcessor(vocabulary, tokens_per_image=2)
     scores = torch.randn(2, vocabulary.token_ids.stop)
     scores[:, vocabulary.token_ids.start :] = float("-inf")
@@ -377,7 +377,7 @@ def test_plot_samples_in_colour_and_from_pil():
     panel = plot_samples(rows, "title").axes[0]
     shown = torch.stack([torch.as_tensor(image.get_array()) for image in panel.images])
     assert shown.shape == (2 * (3 + 2 + 1), 6, 8, 3)
-    # Block after block: generated of both rows, then nearest, then real.
+    # Images are drawn block by block: generated of both rows, then nearest, then real.
     assert torch.equal(shown[:3], pictures)
     assert (shown[3:6] - pictures).abs().max() < 1 / 255
     assert torch.equal(shown[6], pictures[0]) and torch.equal(shown[8:10], pictures[:2])

@@ -56,16 +56,16 @@ def test_padding_is_the_pad_token_or_else_the_end_of_text():
 @pytest.mark.parametrize("bad", VOCABULARY.token_ids[:3])
 def test_captions_with_image_tokens_are_refused(bad):
     codes = torch.zeros(2, TOKENS, dtype=torch.int64)
-    with pytest.raises(ValueError, match=rf"caption 1 has image tokens in it: ids \[{bad}\]"):
+    with pytest.raises(ValueError, match=rf"caption 1 contains image tokens: ids \[{bad}\]"):
         CaptionedImages([[5], [6, bad]], codes, VOCABULARY)
-    with pytest.raises(ValueError, match="empty_caption has image tokens"):
+    with pytest.raises(ValueError, match="empty_caption contains image tokens"):
         CaptionedImages([[5], [6]], codes, VOCABULARY, empty_caption=[bad])
     for refuses in (
         lambda: image_prompt([6, bad], VOCABULARY),
         lambda: image_sequence([6, bad], codes[0], VOCABULARY),
         lambda: generate_image_codes(None, [[6, bad]], VOCABULARY, TOKENS, pad_token_id=PAD),
     ):
-        with pytest.raises(ValueError, match="image tokens in it"):
+        with pytest.raises(ValueError, match="contains image tokens"):
             refuses()
 
 
@@ -78,8 +78,8 @@ def picture(*codes):
 
 def same_pieces(actual, expected):
     assert [type(piece) for piece in actual] == [type(piece) for piece in expected]
-    for mine, wanted in zip(actual, expected, strict=True):
-        assert list(mine) == list(wanted)
+    for one, other in zip(actual, expected, strict=True):
+        assert list(one) == list(other)
 
 
 PIECES = [[5, 6], picture(3, 1, 4), [7], picture(0, 7, 7), picture(2, 2, 2), [8, 9]]
@@ -164,7 +164,7 @@ def test_processor_lets_pictures_begin_until_there_are_enough():
     assert allowed(processor, 5, *whole) == [*text, BEGIN]
     assert allowed(processor, 5, *whole, 6, *whole[:2]) == codes
     assert allowed(processor, 5, *whole, *whole) == text
-    # A picture of the prompt that ended early has ended; one that is too long ends now.
+    # A picture of the prompt may end early; one with too many codes gets its end token now.
     assert allowed(processor, *whole[:2], END, 5) == [*text, BEGIN]
     assert allowed(processor, BEGIN, *[FIRST] * (TOKENS + 1)) == [END]
     with pytest.raises(ValueError, match="max_images"):
@@ -172,7 +172,7 @@ def test_processor_lets_pictures_begin_until_there_are_enough():
 
 
 class Favour(LogitsProcessor):
-    """Makes begin-of-image likely."""
+    """Gives begin-of-image the highest score."""
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
@@ -209,7 +209,7 @@ def test_every_picture_in_a_generated_text_has_the_right_number_of_codes(painter
 
 
 def test_text_keeps_its_bits_when_pictures_in_a_text_are_learnt():
-    """Text alone, and before the first picture of a sample; at a size where bits would show it."""
+    """Text keeps its bits, alone and before a picture, at a size that would show a change."""
     model = make_model(
         "mixtral", hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
         intermediate_size=128, initializer_range=0.05,

@@ -1,4 +1,4 @@
-"""VQTokenizer: round trips, its file, repeatability, what it refuses, and when learning fails."""
+"""VQTokenizer: round trips, files, repeatability, refusals, and failures while fitting."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ SETTINGS = {"num_codes": 16, "width": 16, "code_dim": 4, "steps": 60, "progress"
 
 
 def pictures(count=64, shape=(12, 16, 3), seed=0):
-    """uint8 discs of two colours."""
+    """Return uint8 pictures of discs in two colours."""
     noise = np.random.default_rng(seed)
     height, width = shape[:2]
     rows, columns = np.mgrid[:height, :width]
@@ -54,7 +54,7 @@ def test_round_trip(fitted):
 
 
 def test_learns():
-    """On pictures that it has not seen, against the mean picture."""
+    """The error on held-out pictures is below that of the mean picture."""
     images, held_out = pictures(shape=(12, 16)), pictures(shape=(12, 16), seed=1)
     flat = float(np.square((held_out - images.mean(0)) / 255).mean())
     report = VQTokenizer.fit(images, **SETTINGS | {"steps": 150}).measure(held_out)
@@ -123,7 +123,7 @@ def test_load_refuses(fitted, tmp_path):
     file = tmp_path / "tokenizer_config.json"
     config = json.loads(file.read_text())
     for change, message in (
-        ({"type": "dalle"}, r"'dalle'; known: \['patch', 'vq'\]"),
+        ({"type": "dalle"}, r"unknown type 'dalle'; the types are patch, vq"),
         ({"width": 32}, "weights"),
         ({"num_codes": 8}, "16 codes"),
     ):
@@ -145,7 +145,7 @@ def test_load_refuses(fitted, tmp_path):
         ({"steps": 0}, "steps"),
         ({"batch_size": 0}, "batch_size"),
         ({"lr": float("nan")}, "lr"),
-        ({"images": pictures(0)}, "no images"),
+        ({"images": pictures(0)}, "images is empty"),
         ({"images": np.full((2, 8, 8), np.nan)}, r"\[0, 1\]"),
     ],
 )
@@ -172,13 +172,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state():
 
 
 def test_what_is_kept_is_the_state_before_the_failure(monkeypatch):
-    """The weights of step 50, when the loss of step 70 is not finite."""
+    """If the loss of step 70 is not finite, ``last_good`` has the weights of step 50."""
     from moe_kernels.imaging import vq
 
     kept, original, losses = {}, vq.F.mse_loss, []
 
     def mse_loss(*tensors):
-        losses.append(1)  # two a step
+        losses.append(1)  # called twice per step
         return original(*tensors) * (float("nan") if len(losses) > 140 else 1)
 
     original_keep = vq._Fit._keep
@@ -209,7 +209,7 @@ def test_codebook_follows_its_vectors_and_unused_entries_stay_or_start_anew():
     codebook.revive(vectors)
     assert torch.equal(codebook.entries[:3], kept)
     assert (vectors == codebook.entries[3]).all(1).any()
-    codebook.update(vectors[:0], codes[:0])  # it lives on for a while
+    codebook.update(vectors[:0], codes[:0])  # a revived entry survives steps without use
     assert (vectors - codebook.entries[3]).abs().sum(1).min() < 1e-5
     assert len(_Codebook(torch.randn(2, 3), 5).entries) == 5
 
@@ -219,14 +219,14 @@ def test_codebook_follows_its_vectors_and_unused_entries_stay_or_start_anew():
 
 @pytest.mark.parametrize("fit", ["patch", "vq"])
 def test_a_collapsed_tokenizer_is_warned_of(fit):
-    """Pictures of two values do not need 64 codes; four in use would be a sixteenth."""
+    """A tokenizer with 64 codes for flat pictures warns; the threshold is a tenth of the codes."""
     if fit == "vq":
         flat = np.full((32, 8, 8), 200, np.uint8)
         settings = SETTINGS | {"num_codes": 64}
         with pytest.warns(UserWarning, match=r"collapsed: [1-6] of 64 codes are in use \(\d\.\d%"):
             VQTokenizer.fit(flat, **settings)
     else:
-        # No k-means gives that on distinct patches: the check itself.
+        # K-means over distinct patches never collapses, so test the check itself.
         usage = torch.zeros(64, dtype=torch.int64)
         usage[:6] = 5
         with pytest.warns(UserWarning, match=r"collapsed: 6 of 64 codes are in use \(9\.4%\)"):
@@ -244,12 +244,12 @@ def test_fit_does_not_warn_where_codes_are_used():
         VQTokenizer.fit(pictures(), **SETTINGS)
 
 
-# --- a tokenizer of one's own
+# --- a user's own tokenizer class
 
 
 def test_a_tokenizer_of_ones_own_is_saved_and_loaded_too(tmp_path):
     class MeanTokenizer(CodebookTokenizer):
-        """The mean brightness of each square."""
+        """Codes the mean brightness of each square."""
 
         type_name = "mean"
 

@@ -351,11 +351,11 @@ def test_gaussian_rows_have_the_covariance_of_the_text_rows():
     text = torch.randn(300, 8) @ torch.randn(8, 8) + 3
     rows, report = initial_rows(text, num_tokens=20000, init="gaussian")
     assert report is None and set(ROW_INITS) >= {"gaussian", "permuted", "mean"}
-    wanted = torch.cov(text.T, correction=0)
-    assert (torch.cov(rows.T) - wanted).norm() / wanted.norm() < 0.05
+    expected = torch.cov(text.T, correction=0)
+    assert (torch.cov(rows.T) - expected).norm() / expected.norm() < 0.05
     assert (rows.mean(0) - text.mean(0)).norm() / text.std(0).norm() < 0.05
     normal, _ = initial_rows(text, num_tokens=20000, init="normal")
-    assert (torch.cov(normal.T) - wanted).norm() / wanted.norm() > 0.2
+    assert (torch.cov(normal.T) - expected).norm() / expected.norm() > 0.2
 
 
 # --- low-rank pairs

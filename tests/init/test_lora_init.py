@@ -42,7 +42,7 @@ def batches(count=2, length=16):
     return made
 
 
-def inputs_of(model, module, wanted):
+def inputs_of(model, module, modality):
     """Return all rows that enter a module at image (1) or text (0) tokens, in order."""
     rows = []
     handle = module.register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)))
@@ -53,7 +53,7 @@ def inputs_of(model, module, wanted):
         kind = (batch["input_ids"] >= VOCAB).long()
         kinds.append(torch.where(batch["attention_mask"] == 0, -1, kind).flatten())
     handle.remove()
-    return torch.cat(rows)[torch.cat(kinds) == wanted]
+    return torch.cat(rows)[torch.cat(kinds) == modality]
 
 
 def weight_of(layer, name):
