@@ -61,6 +61,14 @@ def test_paths_exist(page):
     assert not missing, f"{name(page)} names {sorted(missing)}"
 
 
+def test_sources_name_pages_that_exist():
+    for folder in FOLDERS.split("|"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+                for page in re.findall(r"\bdocs/[\w/]+\.md\b", file.read_text()):
+                    assert (ROOT / page).exists(), f"{name(file)} names {page}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_pages_stay_plain(page):
     """A page has one title, and every table and code block is closed."""

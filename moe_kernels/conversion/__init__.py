@@ -1,6 +1,6 @@
 """Conversion of dense models to Mixtures of Experts, and distillation that repairs the result.
 
-docs/methods.md A1 has the mathematics, docs/conversion.md explains the use.
+docs/methods_specification.md A1 has the mathematics, docs/conversion.md explains the use.
 """
 
 from moe_kernels.conversion.convert import dense_to_moe

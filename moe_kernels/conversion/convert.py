@@ -31,12 +31,13 @@ def dense_to_moe(
     calibration_tokens: int = 2048,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Return a Mixture of Experts made of the neurons of a dense model (docs/methods.md A1).
+    """Return a Mixture of Experts made of the neurons of a dense model.
 
-    Every neuron goes to exactly one expert. A layer computes y = E * sum over the k chosen experts
-    of g_i E_i(x), where the gates g sum to 1. With equal gates this is LLaMA-MoE's factor E/k for
-    each expert. With ``top_k == num_experts`` the layer equals the dense layer up to rounding
-    (gates are float32 in any dtype). The factor E is folded into down_proj.
+    The mathematics is in docs/methods_specification.md, A1. Every neuron goes to exactly one
+    expert. A layer computes y = E * sum over the k chosen experts of g_i E_i(x), where the gates g
+    sum to 1. With equal gates this is LLaMA-MoE's factor E/k for each expert. The factor E is
+    folded into down_proj. With ``top_k == num_experts`` the layer equals the dense layer up to
+    rounding (gates are float32 in any dtype).
 
     The router is zero if ``top_k == num_experts``. Otherwise its logits are small, so that the
     gates are nearly equal. With ``calibration`` the logits predict the logarithm of the norm of

@@ -59,11 +59,11 @@ def heal(
 ) -> HealingReport:
     """Distil the dense model's next-token distributions into a converted model, in place.
 
-    The loss is KL(dense || moe), averaged over a batch's tokens (docs/methods.md A1). The optimiser
-    is AdamW without weight decay, with gradients clipped to norm 1. The learning rate warms up over
-    a twentieth of the steps, then decays linearly to zero. Both models run in eval mode (no
-    dropout), so a step depends only on the weights, the batch and the optimiser's state, and an
-    interrupted run that is resumed ends with the same bits.
+    The loss is KL(dense || moe), averaged over a batch's tokens (docs/methods_specification.md,
+    A1). The optimiser is AdamW without weight decay, with gradients clipped to norm 1. The learning
+    rate warms up over a twentieth of the steps, then decays linearly to zero. Both models run in
+    eval mode (no dropout), so a step depends only on the weights, the batch and the optimiser's
+    state, and an interrupted run that is resumed ends with the same bits.
 
     Args:
         moe: a model that :func:`dense_to_moe` returned, in float32 or float64.

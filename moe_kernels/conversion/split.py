@@ -17,7 +17,7 @@ _KMEANS_STEPS = 20  # labels have settled by then, or hardly change
 
 
 def random_labels(num_neurons: int, num_experts: int, generator: torch.Generator) -> Tensor:
-    """Return LLaMA-MoE's split: labels ``0..E-1``, each repeated, then shuffled (methods.md A1).
+    """Return LLaMA-MoE's split: labels ``0..E-1``, each repeated, then shuffled.
 
     Returns:
         (num_neurons,) int64, each expert ``num_neurons / num_experts`` times.

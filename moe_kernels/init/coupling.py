@@ -1,4 +1,7 @@
-"""Gromov-Wasserstein couplings between two point clouds, solved by POT (docs/methods.md, A3)."""
+"""Gromov-Wasserstein couplings between two point clouds, solved by POT.
+
+The mathematics is in docs/methods_specification.md, A3.
+"""
 
 import math
 from dataclasses import dataclass
@@ -71,7 +74,7 @@ def couple(
     seed: int = 0,
     names: tuple[str, str] = ("features", "rows"),
 ) -> Coupling:
-    """Match two point clouds by the distances within each (docs/methods.md, A3).
+    """Match two point clouds by the distances within each (docs/methods_specification.md, A3).
 
     The distances within each cloud are divided by their mean. POT solves the problem for at most
     ``max_x`` points of X and ``max_y`` points of Y: the heaviest points if weights are passed,

@@ -22,10 +22,10 @@ def gromov_wasserstein_lora(
 ) -> tuple[Tensor, Tensor]:
     """Return ``lora_A`` and ``lora_B`` that map image inputs to the text inputs aligned with them.
 
-    docs/methods.md, A3. A Gromov-Wasserstein coupling assigns to each input z of an image token an
-    aligned text input e. Ridge regression fits a linear map M to these pairs, and B' A' is the
-    truncated SVD of M - I. With A = A' and B = weight B' / scaling, the layer's output for z,
-    weight (I + B' A') z, is close to weight e. Text rows do not use the update.
+    docs/methods_specification.md, A3. A Gromov-Wasserstein coupling assigns to each input z of an
+    image token an aligned text input e. Ridge regression fits a linear map M to these pairs, and B'
+    A' is the truncated SVD of M - I. With A = A' and B = weight B' / scaling, the layer's output
+    for z, weight (I + B' A') z, is close to weight e. Text rows do not use the update.
 
     Args:
         image_inputs: (N, in) inputs of the layer at image tokens; a few hundred, because POT's

@@ -75,9 +75,9 @@ def gromov_wasserstein_rows(
 ) -> tuple[Tensor, GromovWassersteinDiagnostics]:
     """Return rows for new tokens whose distances resemble those of the tokens' features.
 
-    docs/methods.md, A3. With a Gromov-Wasserstein coupling T between features and text rows e_k,
-    row i is (1/p_i) sum_k T[i,k] e_k. Each column is then rescaled to the text rows' mean and
-    standard deviation. It is a hypothesis that this helps: compare it with the controls of
+    docs/methods_specification.md, A3. With a Gromov-Wasserstein coupling T between features and
+    text rows e_k, row i is (1/p_i) sum_k T[i,k] e_k. Each column is then rescaled to the text rows'
+    mean and standard deviation. It is a hypothesis that this helps: compare it with the controls of
     :data:`ROW_INITS`.
 
     Args:

@@ -1,6 +1,6 @@
 """Low-rank pairs of a patched model that start from what its layers see of text and of a modality.
 
-docs/methods.md, A3, last part. The mathematics is in ``moe_kernels.init.lora``.
+docs/methods_specification.md, A3, last part. The mathematics is in ``moe_kernels.init.lora``.
 """
 
 import itertools

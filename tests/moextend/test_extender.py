@@ -65,7 +65,7 @@ def test_routing_row_by_row(family, calibration):
 
 
 def by_hand(wide, routing, calibration):
-    """B3 as it stands in docs/methods.md, one row at a time."""
+    """B3 as it stands in docs/methods_specification.md, one row at a time."""
     all_scores, all_indices = [], []
     for row in wide:
         p = row.exp() / row.exp().sum()
