@@ -1,6 +1,8 @@
 """The pages: their links resolve, and the paths that they name exist."""
 
 import re
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -100,3 +102,11 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "apple.png").stat().st_size > 0
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, names["model"].get_parameter(name))
+
+
+def test_every_drawing_has_its_code(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, ROOT / "tools/draw_figures.py", "--output", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (ROOT / "docs/images").glob("*.svg")}
