@@ -1,27 +1,25 @@
-"""Teaches a text-only Mixture-of-Experts model to draw digits, and shows that its text stays.
+"""Teach a text-only Mixture-of-Experts model to draw digits, and show that its text is unchanged.
 
     python python/demo.py     # a few minutes on two CPU cores; --quick for a trial in seconds
 
 1. A small OLMoE learns text (Python's own documentation).
 2. 5,000 real handwritten digits become tokens of a learnt patch codebook.
-3. The model is patched in place and learns "a handwritten seven" -> image tokens through a Trainer.
+3. The model is patched in place and learns "a handwritten seven" -> image tokens with a Trainer.
 4. It draws 20 digits for each caption; samples.png, training.png, routing.png and report.json
-   say how well.
+   show how well.
 
-Every stage is kept under --out, keyed by its settings, so that a second run, or one that was
-interrupted, goes on where the first stopped.
+Every stage is kept under --out, keyed by its settings: a second run, or one that was interrupted,
+continues where the first stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,222 +27,218 @@ import numpy as np
 import sklearn
 import tokenizers
 import torch
-import transformers
-from shared.cli import console
-from shared.files import write_text
+from shared.cli import exit_code, option, parse
+from shared.files import write_json
+from shared.options import BackendOptions, out_folder
 from shared.pictures import CaptionedPictures, digits
 from shared.reports.demo import draw_figures, summarize
-from shared.stages import Stages, Workspace
+from shared.stages import Stage, Stages, Workspace
 from shared.text_model import TextModelSettings, load_text_model, pretrain
 from shared.text_to_image import (
     CaptionReader,
     Painter,
-    TokenizedPictures,
+    PictureTokens,
+    describe_codebook,
     measure_model,
     measure_samples,
     record_routing,
 )
 from shared.texts import documentation, text_blocks
-from shared.training import mean_nll, train
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from shared.training import mean_nll, schedule, train
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import moe_kernels
 from moe_kernels import ModalityLoraConfig
 from moe_kernels.analysis import RoutingStatistics
 from moe_kernels.imaging import PatchTokenizer, generate_image_codes
 
+_BATCHES = {"text_batch": 32, "image_batch": 100}  # of measurements
 
-@dataclass(frozen=True)
-class Settings(TextModelSettings):
-    backend: str | None = None
 
+@dataclass(kw_only=True)
+class DemoOptions(BackendOptions):
+    """Demo."""
+
+    steps: int = option(1400, "training steps of text to image", at_least=1)
+    quick: bool = option(False, "tiny settings: shows that the demo runs, no more")
+    out: Path = out_folder("demo")
+
+    text_model: TextModelSettings = field(default_factory=TextModelSettings)
     images: int = 5000
     held_out_images: int = 500
     num_codes: int = 64
     patch_size: int = 4
-
     r: int = 16
     lora_alpha: float = 32
-    steps: int = 1400
     batch: int = 16
     learning_rate: float = 4e-3
     caption_dropout: float = 0.0
-
     samples_per_caption: int = 20
     temperature: float = 1.0
 
-    def pick(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def text(self) -> dict[str, Any]:
-        return self.pick(*(field.name for field in dataclasses.fields(TextModelSettings)))
-
-    @property
-    def pictures(self) -> dict[str, Any]:
-        return self.pick("seed", "images", "held_out_images", "num_codes", "patch_size")
-
-    @property
-    def adapter(self) -> dict[str, Any]:
-        own = self.pick(
-            "backend", "r", "lora_alpha", "steps", "batch", "learning_rate", "caption_dropout"
-        )
-        return self.text | self.pictures | own
-
-    @property
-    def samples(self) -> dict[str, Any]:
-        return self.adapter | self.pick("samples_per_caption", "temperature")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.text_model = dataclasses.replace(self.text_model, seed=self.seed, device=self.device)
 
 
 QUICK = {
-    "vocab_size": 320, "hidden_size": 64, "layers": 2, "experts": 8, "experts_per_token": 2,
-    "intermediate_size": 32, "text_steps": 20, "text_batch": 8, "text_block": 64, "images": 500,
-    "held_out_images": 100, "num_codes": 32, "r": 4, "lora_alpha": 8, "steps": 20, "batch": 8,
-    "samples_per_caption": 4,
+    "text_model": TextModelSettings(
+        vocab_size=320, hidden_size=64, layers=2, experts=8, experts_per_token=2,
+        intermediate_size=32, text_steps=20, text_batch=8, text_block=64,
+    ),
+    "images": 500, "held_out_images": 100, "num_codes": 32, "r": 4, "lora_alpha": 8, "steps": 20,
+    "batch": 8, "samples_per_caption": 4,
 }  # fmt: skip
 
 
-# --- pictures as tokens
+# --- stages
 
 
-def split_digits(settings: Settings) -> tuple[CaptionedPictures, CaptionedPictures]:
-    """Those to learn from, and those held out."""
+def learn_text(options: DemoOptions, stages: Stages) -> Stage:
+    return stages.run(
+        "pretrain", dataclasses.asdict(options.text_model),
+        lambda workspace: pretrain(options.text_model, workspace),
+    )  # fmt: skip
+
+
+def tokenize(options: DemoOptions, stages: Stages) -> Stage:
+    def build(workspace: Workspace) -> dict[str, Any]:
+        pictures, held_out = split_digits(options)
+        tokenizer = PatchTokenizer.fit(
+            pictures.images, num_codes=options.num_codes, patch_size=options.patch_size,
+            seed=options.seed,
+        )  # fmt: skip
+        tokenizer.save(workspace.folder / "tokenizer")
+        return describe_codebook(tokenizer, pictures.images, held_out.images)
+
+    inputs = options.pick("seed", "images", "held_out_images", "num_codes", "patch_size")
+    return stages.run("tokenize", inputs, build)
+
+
+def split_digits(options: DemoOptions) -> tuple[CaptionedPictures, CaptionedPictures]:
+    """Return the digits to learn from, and those held out."""
     pictures = digits()
-    if settings.images < len(pictures):
-        pictures, _ = pictures.split(len(pictures) - settings.images, settings.seed)
-    return pictures.split(settings.held_out_images, settings.seed)
+    if options.images < len(pictures):
+        pictures, _ = pictures.split(len(pictures) - options.images, options.seed)
+    return pictures.split(options.held_out_images, options.seed)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    tokenizer: PatchTokenizer
-    train: TokenizedPictures
-    held_out: TokenizedPictures
+class Setup:
+    """The text model's folder and the tokenized pictures."""
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return self.train.pictures.names
+    options: DemoOptions
+    text_folder: Path
+    tokens: PictureTokens
 
+    def load_text_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_text_model(self.text_folder, self.options.device)
 
-def tokenize_pictures(settings: Settings, workspace: Workspace) -> dict[str, Any]:
-    pictures, held_out = split_digits(settings)
-    tokenizer = PatchTokenizer.fit(
-        pictures.images, num_codes=settings.num_codes, patch_size=settings.patch_size,
-        seed=settings.seed,
-    )  # fmt: skip
-    tokenizer.save(workspace.folder / "tokenizer")
-    usage = tokenizer.codebook_usage(tokenizer.encode(pictures.images))
-    return {
-        "tokens_per_image": tokenizer.tokens_per_image,
-        "codes": tokenizer.num_codes,
-        "codes_used": int((usage > 0).sum()),
-        "held_out_mean_squared_error": tokenizer.reconstruction_error(held_out.images),
-    }
+    def make_painter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Painter:
+        """Patch the model and add the image tokens."""
+        options = self.options
+        config = ModalityLoraConfig(
+            r=options.r, lora_alpha=options.lora_alpha, backend=options.backend
+        )
+        return Painter.create(
+            model, tokenizer, config, options.num_codes, self.tokens.captions, seed=options.seed,
+            init="normal",
+        )  # fmt: skip
 
 
-def load_pictures(settings: Settings, folder: Path) -> Pictures:
-    tokenizer = PatchTokenizer.load(folder / "tokenizer")
-    parts = (TokenizedPictures.encode(tokenizer, part) for part in split_digits(settings))
-    return Pictures(tokenizer, *parts)
+def teach(setup: Setup, stages: Stages, after: list[Stage]) -> Stage:
+    """Train the adapters and the added rows on captioned digits."""
+    options, tokens = setup.options, setup.tokens
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        painter = setup.make_painter(*setup.load_text_model())
+        # A part suffices for the curve; the report has the loss of all of them.
+        held_out = painter.batches(tokens.held_out.head(200), 100)
+        history = train(
+            painter.patched, painter.dataset(tokens.train, options.caption_dropout),
+            lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
+            **schedule(
+                options.steps, options.batch, options.learning_rate,
+                warmup_steps=options.steps // 20, seed=options.seed, device=options.device,
+            ),
+        )  # fmt: skip
+        painter.patched.save_adapter(workspace.folder / "adapter")
+        caption = np.mean([len(ids) for ids in painter.caption_ids])
+        length = caption + tokens.train.codes.shape[1] + 2
+        return {"history": history, "tokens_per_second": history["samples_per_second"] * length}
+
+    names = "backend", "r", "lora_alpha", "steps", "batch", "learning_rate", "caption_dropout"
+    return stages.run("teach", options.pick("device", *names), build, after)
 
 
-# --- the patched model learns pictures
+def generate(setup: Setup, stages: Stages, taught: Stage) -> Stage:
+    """Draw each caption."""
+    options, tokens = setup.options, setup.tokens
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        painter = setup.make_painter(*setup.load_text_model())
+        painter.patched.load_adapter(taught.folder / "adapter")
+        captions = [ids for ids in painter.caption_ids for _ in range(options.samples_per_caption)]
+        started = time.perf_counter()
+        codes = generate_image_codes(
+            painter.model, captions, painter.vocabulary, tokens.tokenizer.tokens_per_image,
+            pad_token_id=painter.collator.pad_token_id, temperature=options.temperature,
+            batch_size=200, seed=options.seed,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        return {"codes": codes.tolist(), "tokens_per_second": codes.numel() / seconds}
+
+    inputs = options.pick("samples_per_caption", "temperature")
+    return stages.run("generate", inputs, build, after=[taught])
 
 
-def make_painter(
-    settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
-    pictures: Pictures,
-) -> Painter:  # fmt: skip
-    config = ModalityLoraConfig(
-        r=settings.r, lora_alpha=settings.lora_alpha, backend=settings.backend
-    )
-    return Painter.create(
-        model, tokenizer, config, settings.num_codes, pictures.captions, seed=settings.seed,
-        init="normal",
-    )  # fmt: skip
+def measure(setup: Setup, stages: Stages, taught: Stage, generated: Stage) -> Stage:
+    """Compare text bit by bit, record the routing, and grade the drawings."""
+    tokens = setup.tokens
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        model, tokenizer = setup.load_text_model()
+        block = setup.options.text_model.text_block
+        blocks = text_blocks(tokenizer, documentation()["test"], block, block)
+        painter, measured = measure_model(
+            model, lambda model: setup.make_painter(model, tokenizer), taught.folder / "adapter",
+            blocks, tokens.held_out, **_BATCHES,
+        )  # fmt: skip
+        nll = measured["text"]["nll_after_training"]
+        measured["text"]["bits_per_byte"] = bits_per_byte(nll, tokenizer, documentation()["test"])
+        routing = record_routing(painter, blocks, tokens.held_out, **_BATCHES)
+        samples = grade(torch.tensor(generated.result["codes"]), setup)
+        return {**measured, "routing": routing.to_dict(), "samples": samples}
+
+    return stages.run("measure", {}, build, after=[taught, generated])
 
 
-def teach(
-    settings: Settings, text_folder: Path, pictures: Pictures, workspace: Workspace
-) -> dict[str, Any]:
-    painter = make_painter(settings, *load_text_model(text_folder, settings.device), pictures)
-    # A part suffices for the curve; the report has the loss of all of them.
-    held_out = painter.batches(pictures.held_out.head(200), 100)
-    history = train(
-        painter.patched, painter.dataset(pictures.train, settings.caption_dropout),
-        lambda model: mean_nll(model, held_out), workspace,
-        collator=painter.collator, max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch, learning_rate=settings.learning_rate,
-        weight_decay=0.01, warmup_steps=settings.steps // 20, seed=settings.seed,
-        use_cpu=settings.device == "cpu",
-    )  # fmt: skip
-    painter.patched.save_adapter(workspace.folder / "adapter")
-    length = np.mean([len(ids) for ids in painter.caption_ids]) + pictures.train.codes.shape[1] + 2
-    return {"history": history, "tokens_per_second": history["samples_per_second"] * length}
+def bits_per_byte(nll: float, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    """Convert nats a token; independent of the tokenizer."""
+    tokens = len(tokenizer(text, verbose=False).input_ids)
+    return nll * tokens / len(text.encode()) / math.log(2)
 
 
-def generate(
-    settings: Settings, text_folder: Path, adapter_folder: Path, pictures: Pictures
-) -> dict[str, Any]:
-    painter = make_painter(settings, *load_text_model(text_folder, settings.device), pictures)
-    painter.patched.load_adapter(adapter_folder / "adapter")
-    captions = [ids for ids in painter.caption_ids for _ in range(settings.samples_per_caption)]
-    started = time.perf_counter()
-    codes = generate_image_codes(
-        painter.model, captions, painter.vocabulary, pictures.tokenizer.tokens_per_image,
-        pad_token_id=painter.collator.pad_token_id, temperature=settings.temperature,
-        batch_size=200, seed=settings.seed,
-    )  # fmt: skip
-    seconds = time.perf_counter() - started
-    return {"codes": codes.tolist(), "tokens_per_second": codes.numel() / seconds}
+def grade(codes: torch.Tensor, setup: Setup) -> dict[str, Any]:
+    tokens, decode = setup.tokens, setup.tokens.tokenizer.decode
+    labels = torch.arange(len(tokens.captions))
+    labels = labels.repeat_interleave(setup.options.samples_per_caption)
+    reader = CaptionReader.fit(tokens.train, decode)
+    return measure_samples(codes, labels, tokens.train, tokens.held_out, decode, reader)
 
 
-# --- what came of it
+# --- results
 
 
-def measure(
-    settings: Settings, text_folder: Path, adapter_folder: Path, pictures: Pictures,
-    codes: torch.Tensor,
-) -> dict[str, Any]:  # fmt: skip
-    model, tokenizer = load_text_model(text_folder, settings.device)
-    held_out_text = documentation()["test"]
-    block = settings.text_block
-    blocks = text_blocks(tokenizer, held_out_text, block, block)
-    batches = {"text_batch": 32, "image_batch": 100}
-    painter, measured = measure_model(
-        model, lambda model: make_painter(settings, model, tokenizer, pictures),
-        adapter_folder / "adapter", blocks, pictures.held_out, **batches,
-    )  # fmt: skip
-    tokens = len(tokenizer(held_out_text, verbose=False).input_ids)
-    nats_a_byte = measured["text"]["nll_after_training"] * tokens / len(held_out_text.encode())
-    measured["text"]["bits_per_byte"] = nats_a_byte / math.log(2)
-    decode = pictures.tokenizer.decode
-    asked = torch.arange(len(pictures.captions)).repeat_interleave(settings.samples_per_caption)
-    return {
-        **measured,
-        "routing": record_routing(painter, blocks, pictures.held_out, **batches).to_dict(),
-        "samples": measure_samples(
-            codes,
-            asked,
-            pictures.train,
-            pictures.held_out,
-            decode,
-            CaptionReader.fit(pictures.train, decode),
-        ),  # fmt: skip
-    }
-
-
-# --- the report
-
-
-def describe(settings: Settings, stages: Stages) -> dict[str, Any]:
-    """Everything that was measured, as report.json holds it."""
-    measured = stages.results["measure"]
+def describe(options: DemoOptions, stages: Stages) -> dict[str, Any]:
+    """Return the content of report.json: every figure that was measured."""
+    results = stages.results
+    measured, described = results["measure"], stages.describe(options)
     statistics = RoutingStatistics.from_dict(measured["routing"])
     kinds = dataclasses.asdict(statistics.expert_kinds("text", "image"))
-    return {
+    more = {module.__name__: module.__version__ for module in (tokenizers, np, sklearn)}
+    return described | {
         **{name: measured[name] for name in ("parameters", "text", "image", "samples")},
-        "tokenizer": stages.results["tokenize"],
+        "tokenizer": results["tokenize"],
         "routing": {
             "layers": statistics.layers,
             "jensen_shannon_divergence_bits": statistics.divergence("text", "image").tolist(),
@@ -253,93 +247,31 @@ def describe(settings: Settings, stages: Stages) -> dict[str, Any]:
         },
         "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
         "tokens_per_second": {
-            name: stages.results[name]["tokens_per_second"]
-            for name in ("pretrain", "teach", "generate")
+            name: results[name]["tokens_per_second"] for name in ("pretrain", "teach", "generate")
         },
-        "settings": dataclasses.asdict(settings),
-        "seed": settings.seed,
-        "backend": settings.backend,
-        "device": settings.device,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                module.__name__: module.__version__
-                for module in (moe_kernels, torch, transformers, tokenizers, np, sklearn)
-            },
-        },
+        **options.pick("seed", "backend", "device"),
+        "versions": {"python": platform.python_version(), **described["versions"], **more},
     }
 
 
-def run(settings: Settings, out: Path) -> dict[str, Any]:
-    stages = Stages(out / "stages")
-    text = stages.run(
-        "pretrain", settings.text, lambda workspace: pretrain(settings, workspace)
-    ).folder
-    tokenized = stages.run(
-        "tokenize", settings.pictures, lambda workspace: tokenize_pictures(settings, workspace)
-    ).folder
-    pictures = load_pictures(settings, tokenized)
-    taught = stages.run(
-        "teach", settings.adapter, lambda workspace: teach(settings, text, pictures, workspace)
-    ).folder
-    stages.run(
-        "generate", settings.samples, lambda workspace: generate(settings, text, taught, pictures)
-    )
-    codes = torch.tensor(stages.results["generate"]["codes"])
-    stages.run(
-        "measure",
-        settings.samples,
-        lambda workspace: measure(settings, text, taught, pictures, codes),
-    )
-    report = describe(settings, stages)
-    draw_figures(report, stages.results, pictures, out)
-    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    summarize(report, out)
-    return report
-
-
-def parse(arguments: list[str] | None) -> tuple[Settings, Path]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--steps", type=int, help=f"of text-to-image training (default {Settings.steps})"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument(
-        "--backend", choices=moe_kernels.backends.NAMES, help="default: the best one here"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="default: %(default)s")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny settings: shows that it runs, no more"
-    )
-    given = parser.parse_args(arguments)
-    if given.steps is not None and given.steps < 1:
-        parser.error("--steps must be at least 1")
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        backend = moe_kernels.backends.select(given.backend, torch.device(device))
-    except (RuntimeError, ValueError) as error:
-        parser.error(str(error))
-    chosen = {"seed": given.seed, "device": device, "backend": backend}
-    if given.steps is not None:
-        chosen["steps"] = given.steps
-    return Settings(**((QUICK if given.quick else {}) | chosen)), given.out
+def run(options: DemoOptions) -> None:
+    stages = Stages(options.out / "stages")
+    text = learn_text(options, stages)
+    tokenized = tokenize(options, stages)
+    tokenizer = PatchTokenizer.load(tokenized.folder / "tokenizer")
+    setup = Setup(options, text.folder, PictureTokens.encode(tokenizer, *split_digits(options)))
+    taught = teach(setup, stages, after=[text, tokenized])
+    generated = generate(setup, stages, taught)
+    measure(setup, stages, taught, generated)
+    report = describe(options, stages)
+    draw_figures(report, stages.results, setup.tokens, options.out)
+    write_json(options.out / "report.json", report)
+    summarize(report, options.out)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    settings, out = parse(arguments)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        run(settings, out)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    return 0
+    options = parse(DemoOptions, arguments, __doc__, quick=QUICK)
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

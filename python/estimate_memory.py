@@ -1,12 +1,19 @@
-"""Estimates what fine-tuning a full-size model takes: base weights, adapters, optimiser.
+"""Estimate the memory that fine-tuning a full-size model takes: weights, adapters, optimiser.
+
+    python python/estimate_memory.py                  # OLMoE, Mixtral, Qwen-MoE
+    python python/estimate_memory.py --model FOLDER   # another model's config
 
 Models are built from their published sizes on the "meta" device, so nothing is downloaded and no
 memory is used. Activations come on top: they depend on batch, length and checkpointing.
 """
 
-import argparse
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
 
 import torch
+from shared.cli import Options, exit_code, option, parse
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,38 +43,45 @@ MODELS = {
 }  # fmt: skip
 
 
+@dataclass(kw_only=True)
+class EstimateOptions(Options):
+    """Model and adapters."""
+
+    r: int = option(16, "rank of the updates", at_least=1)
+    num_tokens: int = option(8194, "added image tokens", at_least=1)
+    model: str | None = option(None, "folder or hub id of another model's config")
+
+
 def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, float]:
-    """Billions of base weights, millions of trained ones, GiB with bf16 weights and AdamW."""
+    """Return 1e9 base weights, 1e6 trained ones, and GiB with bf16 weights and AdamW."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         base = sum(p.numel() for p in model.parameters())
         patched = patch_model(model, lora)
         add_modality_tokens(model, lora.modalities[0], num_tokens)
         trained = sum(p.numel() for p in patched.trainable_parameters())
-    # fp32 weight, gradient and AdamW's two moments: 16 bytes a trained parameter
+    # A trained parameter takes 16 bytes: weight, gradient and two moments of AdamW in fp32.
     return {"base": base / 1e9, "trained": trained / 1e6, "gib": (2 * base + 16 * trained) / GIB}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--r", type=int, default=16, help="rank (default: %(default)s)")
-    parser.add_argument(
-        "--num-tokens", type=int, default=8194, help="added image tokens (default: %(default)s)"
-    )
-    parser.add_argument("--model", help="folder or hub id of another model's config")
-    args = parser.parse_args()
-    models = {args.model: AutoConfig.from_pretrained(args.model)} if args.model else MODELS
+def run(options: EstimateOptions) -> None:
+    name = options.model
+    models = {name: AutoConfig.from_pretrained(name)} if name else MODELS
     print("| model | base weights | trained (experts + attention) | trained (attention) |")
     print("|---|---|---|---|")
     for name, config in models.items():
         cells = []
         for targets in (("experts", "attention"), ("attention",)):
-            result = estimate(
-                config, ModalityLoraConfig(r=args.r, target_modules=targets), args.num_tokens
-            )
+            lora = ModalityLoraConfig(r=options.r, target_modules=targets)
+            result = estimate(config, lora, options.num_tokens)
             cells.append(f"{result['trained']:.0f} M, {result['gib']:.0f} GiB")
         print(f"| {name} | {result['base']:.1f} B | {cells[0]} | {cells[1]} |")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(EstimateOptions, arguments, __doc__)
+    return exit_code(lambda: run(options))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

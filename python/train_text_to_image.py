@@ -1,32 +1,29 @@
-"""Teaches a text-only Mixture-of-Experts model to draw, and shows that its text stays.
+"""Teach a text-only Mixture-of-Experts model to draw, and show that its text is unchanged.
 
     python python/train_text_to_image.py MODEL --data digits
     python python/train_text_to_image.py MODEL --data emoji --emoji-folder package
     python python/train_text_to_image.py MODEL --data my_pictures
 
-MODEL is a local folder or a hub id of a Mixtral, OLMoE or Qwen-MoE model. --data: "digits" (5,000
-of MNIST), "emoji" (the npm package emoji-datasource-twitter), or a folder of pictures with a
+MODEL is a local folder or a hub id of a Mixtral, OLMoE or Qwen-MoE model. --data is "digits" (5,000
+digits of MNIST), "emoji" (the npm package emoji-datasource-twitter), or a folder of pictures with a
 metadata.csv or .jsonl that has file_name and text.
 
-1. tokenize: pictures become tokens of a codebook that is learnt from them.
-2. teach: the model is patched in place; low-rank updates and the added tokens' rows learn
-   caption -> image tokens; all else is frozen.
-3. measure: held-out pictures, and held-out text before and after, bit by bit.
+1. tokenize: a codebook is learnt from the pictures, and turns them into tokens.
+2. teach: the model is patched in place; low-rank updates and the rows of the added tokens learn
+   caption -> image tokens; everything else is frozen.
+3. measure: the loss of held-out pictures, and held-out text before and after, bit by bit.
 4. draw: pictures for some captions, at every --guidance, beside real ones.
 
-Under --out: adapter/ and image_tokenizer/ (what generate_images.py takes), held_out.safetensors
-(what analyze_routing.py takes), report.json, training.png, samples-*.png. Every stage is kept,
-keyed by its settings: a second run, or one that was interrupted, goes on where the first stopped.
+Under --out: adapter/ and image_tokenizer/ (for generate_images.py), held_out.safetensors (for
+analyze_routing.py), report.json, training.png, samples-*.png. Every stage is kept, keyed by its
+settings: a second run, or one that was interrupted, continues where the first stopped.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,37 +31,34 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import save_file
-from shared.cli import add_run_options, exit_code, settle_device
-from shared.files import copy_whole, replacing, save_figure, write_text
+from shared.cli import Options, exit_code, option, parse
+from shared.files import copy_whole, replacing, save_figure, write_json
 from shared.models import load_causal_lm, require_experts
+from shared.options import ModelOptions, TextOptions, out_folder
 from shared.pictures import CaptionedPictures, digits, emoji, folder
-from shared.reports.text_to_image import plot_training, summarize
-from shared.stages import Stages, Workspace, digest, model_identity
+from shared.reports.losses import plot_losses
+from shared.reports.text_to_image import plot_drawings, summarize
+from shared.stages import Stage, Stages, Workspace, digest, model_identity
 from shared.text_to_image import (
     CaptionReader,
     Painter,
-    TokenizedPictures,
+    PictureTokens,
+    describe_codebook,
     measure_model,
     measure_samples,
 )
-from shared.texts import documentation, text_blocks
-from shared.training import mean_nll, train
-from transformers import AutoTokenizer, PreTrainedModel
+from shared.training import mean_nll, schedule, train
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import moe_kernels
 from moe_kernels import ModalityLoraConfig
 from moe_kernels.imaging import (
     FittingError,
     ImageTokenizer,
     PatchTokenizer,
-    SampleRow,
     VQTokenizer,
     generate_image_codes,
     load_image_tokenizer,
-    nearest_indices,
-    plot_samples,
     warn_if_collapsed,
 )
 from moe_kernels.models import initialise_lora
@@ -72,456 +66,395 @@ from moe_kernels.models import initialise_lora
 ROW_INITS = ("normal", "gaussian", "mean", "gromov_wasserstein", "permuted")
 TARGET_MODULES = ("experts", "attention", "router")
 LORA_INITS = ("zero", "gromov_wasserstein", "permuted")
-# Text and pictures that a Gromov-Wasserstein start of the adapters looks at.
-_INIT_ROWS = 16
+COUPLED_INITS = ("gromov_wasserstein", "permuted")  # computed by POT
+_INIT_ROWS = 16  # texts and pictures that a Gromov-Wasserstein start of the adapters sees
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for; each stage is keyed by the part that it depends on."""
-
-    model: str
-    dtype: str
-    device: str
-    backend: str | None
-    seed: int
-    data: str
-    emoji_folder: str | None
-    emoji_categories: tuple[str, ...]
-    image_size: int
-    held_out: int
-    tokenizer: str
-    num_codes: int
-    patch_size: int
-    vq_steps: int
-    vq_lr: float
-    r: int
-    lora_alpha: float
-    target_modules: tuple[str, ...]
-    shared_A: bool
-    init: str
-    lora_init: str
-    steps: int
-    batch: int
-    gradient_accumulation: int
-    gradient_checkpointing: bool
-    lr: float
-    caption_dropout: float
-    text: str | None
-    text_tokens: int
-    text_block: int
-    captions: tuple[str, ...]
-    samples_per_caption: int
-    guidance: tuple[float, ...]
-    temperature: float
-
-    def pick(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
+# --- options
 
 
-def load_pictures(settings: Settings) -> CaptionedPictures:
-    if settings.data == "digits":
-        return digits()
-    if settings.data == "emoji":
-        categories = list(settings.emoji_categories) or None
-        return emoji(Path(settings.emoji_folder), settings.image_size, categories)
-    return folder(Path(settings.data), settings.image_size)
+@dataclass(kw_only=True)
+class PictureOptions(Options):
+    """Pictures."""
+
+    data: str = option("digits", "digits, emoji, or a folder of pictures")
+    emoji_folder: str | None = option(None, "unpacked npm package emoji-datasource-twitter")
+    emoji_categories: list[str] = option([], "categories of emoji; default: all", metavar="NAME")
+    image_size: int = option(32, "pixels of a side; digits have 28", at_least=1)
+    held_out: int = option(200, "pictures to hold out", at_least=1)
+
+    def load(self) -> CaptionedPictures:
+        if self.data == "digits":
+            return digits()
+        if self.data == "emoji":
+            return emoji(Path(self.emoji_folder), self.image_size, self.emoji_categories or None)
+        return folder(Path(self.data), self.image_size)
 
 
-class Program:
-    """The stages; what several of them need is loaded once."""
+@dataclass(kw_only=True)
+class TokenizerOptions(Options):
+    """Image tokenizer."""
 
-    def __init__(self, settings: Settings, out: Path):
-        self.settings, self.out = settings, out
-        self.stages = Stages(out / "stages")
-        pictures = load_pictures(settings)
-        self.train_pictures, self.held_out_pictures = pictures.split(
-            settings.held_out, settings.seed
-        )
-        self.image_tokenizer: ImageTokenizer | None = None
+    tokenizer: str = option(
+        "patch", "patch (k-means over patches), vq (a VQ-VAE), or the folder of a fitted one"
+    )
+    num_codes: int = option(256, "codes of the codebook", at_least=1)
+    patch_size: int = option(4, "pixels of a token's side", at_least=1)
+    vq_steps: int = option(5000, "training steps of a VQ-VAE", at_least=1)
+    vq_lr: float = option(4e-3, "learning rate of a VQ-VAE", above=0)
 
-    # --- what the stages depend on
 
-    @cached_property
-    def tokenizer_inputs(self) -> dict[str, Any]:
-        settings, train, held_out = self.settings, self.train_pictures, self.held_out_pictures
-        names = ["seed", "tokenizer", "num_codes", "patch_size"]
-        names += ["vq_steps", "vq_lr"] if settings.tokenizer == "vq" else []
-        inputs = settings.pick(*names) | {"captions": train.names}
-        for part in (train, held_out):
-            inputs[f"pictures {len(inputs)}"] = digest(part.images, part.labels)
-        if settings.tokenizer not in ("patch", "vq"):
-            inputs["tokenizer"] = model_identity(settings.tokenizer)
-        return inputs
+@dataclass(kw_only=True)
+class AdapterOptions(Options):
+    """Adapters."""
 
-    @cached_property
-    def adapter_inputs(self) -> dict[str, Any]:
-        settings = self.settings
-        names = (
-            "dtype", "device", "backend", "r", "lora_alpha", "target_modules", "shared_A", "init",
-            "lora_init", "steps", "batch", "gradient_accumulation", "gradient_checkpointing", "lr",
-            "caption_dropout",
+    r: int = option(16, "rank of the updates", at_least=1)
+    lora_alpha: float | None = option(None, "scale of the updates; default: twice the rank")
+    target_modules: list[str] = option(
+        ["experts", "attention"], "modules to update", choices=TARGET_MODULES
+    )
+    shared_A: bool = option(False, "use one A for all experts of a layer")
+    init: str = option("normal", "start of the added rows", choices=ROW_INITS)
+    lora_init: str = option("zero", "start of the adapters", choices=LORA_INITS)
+
+
+@dataclass(kw_only=True)
+class TeachingOptions(Options):
+    """Training."""
+
+    steps: int = option(1000, "training steps", at_least=1)
+    batch: int = option(16, "pictures in a batch", at_least=1)
+    gradient_accumulation: int = option(1, "batches in a step", at_least=1, metavar="N")
+    gradient_checkpointing: bool = option(False, "use less memory; a third slower")
+    lr: float = option(1e-3, "learning rate", above=0)
+    caption_dropout: float = option(0.1, "share of captions left empty, for guidance")
+
+
+@dataclass(kw_only=True)
+class DrawingOptions(Options):
+    """Drawing."""
+
+    captions: list[str] = option([], "captions to draw; default: ten of the pictures'")
+    samples_per_caption: int = option(6, "drawings of each caption", at_least=1, metavar="N")
+    guidance: list[float] = option([1.0, 3.0], "scales of guidance; 1 is none", at_least=0)
+    temperature: float = option(1.0, "temperature of sampling", above=0)
+
+
+@dataclass(kw_only=True)
+class TextToImageOptions(
+    PictureOptions, TokenizerOptions, AdapterOptions, TeachingOptions, TextOptions, DrawingOptions,
+    ModelOptions,
+):  # fmt: skip
+    """Model."""
+
+    model: str = option(MISSING, "local folder or hub id of a Mixture of Experts", positional=True)
+    out: Path = out_folder("text_to_image")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError("--caption-dropout must lie in 0..1")
+        if any(scale != 1 for scale in self.guidance) and self.caption_dropout == 0:
+            raise ValueError(
+                "--guidance other than 1 needs a model trained with --caption-dropout above 0"
+            )
+        if self.data == "emoji" and self.emoji_folder is None:
+            raise ValueError(
+                "--data emoji needs --emoji-folder: the npm package emoji-datasource-twitter"
+            )
+        size = 28 if self.data == "digits" else self.image_size
+        if self.tokenizer in ("patch", "vq") and size % self.patch_size:
+            raise ValueError(f"--patch-size {self.patch_size} does not divide pictures of {size}")
+
+    @property
+    def lora(self) -> ModalityLoraConfig:
+        return ModalityLoraConfig(
+            r=self.r, lora_alpha=self.lora_alpha, backend=self.backend, shared_A=self.shared_A,
+            target_modules=tuple(self.target_modules),
         )  # fmt: skip
-        inputs = self.tokenizer_inputs | settings.pick(*names)
-        inputs["base"] = model_identity(settings.model)
-        if settings.lora_init != "zero":
-            inputs["text"] = digest(self.blocks)
-        return inputs
 
-    # --- what stages share
 
-    @cached_property
-    def tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.settings.model)
+# --- what several stages use
 
-    @cached_property
-    def train_codes(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.image_tokenizer, self.train_pictures)
+
+class Setup:
+    """Pictures, text and models; each is loaded once."""
+
+    def __init__(self, options: TextToImageOptions):
+        self.options = options
+        pictures = options.load()
+        self.train_pictures, self.held_out_pictures = pictures.split(options.held_out, options.seed)
+        self.painter: Painter | None = None  # with the trained adapter, see `taught_painter`
 
     @cached_property
-    def held_out_codes(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.image_tokenizer, self.held_out_pictures)
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.options.model)
 
     @cached_property
     def blocks(self) -> torch.Tensor:
-        """(blocks, block) token ids of held-out text."""
-        settings = self.settings
-        text = Path(settings.text).read_text() if settings.text else documentation()["test"]
-        blocks = text_blocks(self.tokenizer, text, settings.text_block, settings.text_block)
-        return blocks[: max(1, settings.text_tokens // settings.text_block)]
-
-    def load_base(self) -> PreTrainedModel:
-        return load_causal_lm(self.settings.model, self.settings.dtype, self.settings.device)
-
-    def patch(self, model: PreTrainedModel) -> Painter:
-        settings, init = self.settings, {"init": self.settings.init}
-        if settings.init in ("gromov_wasserstein", "permuted"):
-            usage = self.image_tokenizer.codebook_usage(self.train_codes.codes)
-            init |= {
-                "features": self.image_tokenizer.codebook,
-                "num_delimiters": 2,
-                "frequencies": usage,
-            }
-        painter = Painter.create(
-            model, self.tokenizer,
-            ModalityLoraConfig(
-                r=settings.r, lora_alpha=settings.lora_alpha, backend=settings.backend,
-                target_modules=settings.target_modules, shared_A=settings.shared_A,
-            ),
-            self.image_tokenizer.num_codes, self.train_pictures.names, seed=settings.seed, **init,
-        )  # fmt: skip
-        if settings.lora_init != "zero":
-            pictures = painter.batches(self.train_codes.head(_INIT_ROWS), 4)
-            rows = [{"input_ids": ids} for ids in self.blocks[:_INIT_ROWS].split(4)] + pictures
-            initialise_lora(
-                model, [on_device(row, model.device) for row in rows],
-                lora_init=settings.lora_init, seed=settings.seed, progress=True,
-            )  # fmt: skip
-        return painter
-
-    # --- stages
-
-    def tokenize(self) -> None:
-        def build(workspace: Workspace) -> dict[str, Any]:
-            try:
-                tokenizer = self.fit_tokenizer()
-            except FittingError as error:
-                kept = self.out / "image_tokenizer-last-good"
-                error.last_good.save(kept)
-                message = f"{error}; the last good one is in {kept} (--tokenizer); or lower --vq-lr"
-                raise FloatingPointError(message) from error
-            tokenizer.save(workspace.folder / "image_tokenizer")
-            usage = tokenizer.codebook_usage(tokenizer.encode(self.train_pictures.images))
-            warn_if_collapsed(usage)  # one that was fitted elsewhere was not asked on these
-            return {
-                "codes": tokenizer.num_codes,
-                "codes_used": int((usage > 0).sum()),
-                "tokens_per_image": tokenizer.tokens_per_image,
-                "held_out_mean_squared_error": tokenizer.reconstruction_error(
-                    self.held_out_pictures.images
-                ),
-            }
-
-        folder = self.stages.run("tokenize", self.tokenizer_inputs, build).folder
-        self.image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-
-    def fit_tokenizer(self) -> ImageTokenizer:
-        settings, images = self.settings, self.train_pictures.images
-        if settings.tokenizer == "patch":
-            return PatchTokenizer.fit(
-                images, num_codes=settings.num_codes, patch_size=settings.patch_size,
-                seed=settings.seed,
-            )  # fmt: skip
-        if settings.tokenizer == "vq":
-            return VQTokenizer.fit(
-                images, num_codes=settings.num_codes, downsample=settings.patch_size,
-                steps=settings.vq_steps, lr=settings.vq_lr, seed=settings.seed,
-                device=settings.device, progress=True,
-            )  # fmt: skip
-        return load_image_tokenizer(settings.tokenizer)
-
-    def teach(self) -> Path:
-        settings = self.settings
-
-        def build(workspace: Workspace) -> dict[str, Any]:
-            painter = self.patch(self.load_base())
-            # A part suffices for the curve; the report has the loss of all of them.
-            held_out = painter.batches(self.held_out_codes.head(64), settings.batch)
-            if settings.gradient_checkpointing:
-                painter.model.gradient_checkpointing_enable()
-            history = train(
-                painter.patched,
-                painter.dataset(self.train_codes, settings.caption_dropout, settings.seed),
-                lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
-                max_steps=settings.steps, per_device_train_batch_size=settings.batch,
-                gradient_accumulation_steps=settings.gradient_accumulation,
-                learning_rate=settings.lr, weight_decay=0.01, warmup_steps=settings.steps // 20,
-                seed=settings.seed, use_cpu=settings.device == "cpu",
-            )  # fmt: skip
-            painter.patched.save_adapter(workspace.folder / "adapter")
-            return {"history": history}
-
-        return self.stages.run("teach", self.adapter_inputs, build).folder
-
-    def measure(self, taught: Path) -> None:
-        def build(workspace: Workspace) -> dict[str, Any]:
-            self.painter, measured = measure_model(
-                self.load_base(), self.patch, taught / "adapter", self.blocks, self.held_out_codes,
-                text_batch=4, image_batch=self.settings.batch,
-            )  # fmt: skip
-            return measured
-
-        self.stages.run("measure", self.adapter_inputs | {"text": digest(self.blocks)}, build)
+        """Token ids of held-out text, (blocks, block)."""
+        return self.options.text_blocks(self.tokenizer)
 
     @cached_property
-    def painter(self) -> Painter:
-        """With the trained adapter."""
-        painter = self.patch(self.load_base())
-        painter.patched.load_adapter(self.taught / "adapter")
-        return painter
+    def captions_to_draw(self) -> list[int]:
+        """Numbers of the given captions, or of ten of the training pictures' captions.
 
-    @cached_property
-    def asked(self) -> list[int]:
-        """The captions to draw, as numbers: those given, or some of the training pictures'."""
-        names, wanted = self.train_pictures.names, self.settings.captions
-        if unknown := [caption for caption in wanted if caption not in names]:
+        Raises:
+            ValueError: no picture has a given caption.
+        """
+        names, given = self.train_pictures.names, self.options.captions
+        if unknown := [caption for caption in given if caption not in names]:
             raise ValueError(
                 f"no picture has the caption {unknown[0]!r}; generate_images.py draws any caption"
             )
-        if wanted:
-            return [names.index(caption) for caption in wanted]
+        if given:
+            return [names.index(caption) for caption in given]
         present = np.unique(self.train_pictures.labels)
         return present[np.linspace(0, len(present) - 1, min(10, len(present))).astype(int)].tolist()
 
-    def draw(self) -> None:
-        settings = self.settings
-        each = settings.samples_per_caption
+    def load_base(self) -> PreTrainedModel:
+        return load_causal_lm(self.options.model, self.options.dtype, self.options.device)
 
-        def build(workspace: Workspace) -> dict[str, Any]:
-            painter = self.painter
-            captions = [painter.caption_ids[label] for label in self.asked for _ in range(each)]
-            reader = CaptionReader.fit(self.train_codes, self.image_tokenizer.decode)
-            result = {}
-            for guidance in settings.guidance:
-                codes = generate_image_codes(
-                    painter.model, captions, painter.vocabulary,
-                    self.image_tokenizer.tokens_per_image, guidance_scale=guidance,
-                    pad_token_id=painter.collator.pad_token_id,
-                    empty_caption=painter.empty_caption, temperature=settings.temperature,
-                    batch_size=settings.batch, seed=settings.seed, progress=True,
-                )  # fmt: skip
-                asked = torch.tensor(self.asked).repeat_interleave(each)
-                result[f"{guidance:g}"] = measure_samples(
-                    codes, asked, self.train_codes, self.held_out_codes,
-                    self.image_tokenizer.decode, reader,
-                ) | {"codes": codes.tolist()}  # fmt: skip
-            return result
 
-        names = ("captions", "samples_per_caption", "guidance", "temperature")
-        self.stages.run("draw", self.adapter_inputs | settings.pick(*names), build)
+def check_model(options: TextToImageOptions) -> None:
+    """Raise before any work unless the model can be taught.
 
-    # --- what is left under --out
+    Raises:
+        ValueError: the model is dense, or a start needs a package that is not installed.
+    """
+    if {options.init, options.lora_init} & set(COUPLED_INITS) and find_spec("ot") is None:
+        raise ValueError("this --init needs POT: pip install 'modality-moe-kernels[ot]'")
+    require_experts(options.model)
 
-    def write_results(self) -> dict[str, Any]:
-        results, out = self.stages.results, self.out
-        copy_whole(self.taught / "adapter", out / "adapter")
-        self.image_tokenizer.save(out / "image_tokenizer")
-        self.save_held_out()
-        samples = results["draw"]
-        for guidance, measured in samples.items():
-            self.plot_samples(guidance, torch.tensor(measured["codes"]), measured)
-        save_figure(plot_training(results["teach"]["history"]), out / "training.png")
-        report = {
-            **results["measure"],
-            "image_tokenizer": results["tokenize"],
-            "samples": {
-                guidance: {k: v for k, v in measured.items() if k != "codes"}
-                for guidance, measured in samples.items()
-            },
-            "training": results["teach"]["history"],
-            "captions": [self.train_pictures.names[label] for label in self.asked],
-            "seconds": self.stages.seconds,
-            "settings": dataclasses.asdict(self.settings),
-            "threads": torch.get_num_threads(),
-            "versions": {m.__name__: m.__version__ for m in (moe_kernels, torch, transformers)},
+
+# --- tokenize
+
+
+def tokenizer_inputs(setup: Setup) -> dict[str, Any]:
+    options = setup.options
+    inputs = options.pick("seed", "tokenizer", "num_codes", "patch_size")
+    if options.tokenizer == "vq":
+        inputs |= options.pick("vq_steps", "vq_lr")
+    elif options.tokenizer != "patch":
+        inputs["tokenizer"] = model_identity(options.tokenizer)
+    parts = {"train": setup.train_pictures, "held_out": setup.held_out_pictures}
+    pictures = {name: digest(part.images, part.labels) for name, part in parts.items()}
+    return inputs | pictures | {"captions": setup.train_pictures.names}
+
+
+def tokenize(setup: Setup, stages: Stages) -> Stage:
+    """Fit the image tokenizer, or copy a fitted one."""
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        train_images = setup.train_pictures.images
+        try:
+            tokenizer = fit_tokenizer(setup.options, train_images)
+        except FittingError as error:
+            kept = setup.options.out / "image_tokenizer-last-good"
+            error.last_good.save(kept)
+            message = f"{error}; the last good one is in {kept} (--tokenizer); or lower --vq-lr"
+            raise FloatingPointError(message) from error
+        tokenizer.save(workspace.folder / "image_tokenizer")
+        # Fitting warns by itself, but a tokenizer fitted elsewhere has not seen these pictures.
+        warn_if_collapsed(tokenizer.codebook_usage(tokenizer.encode(train_images)))
+        return describe_codebook(tokenizer, train_images, setup.held_out_pictures.images)
+
+    return stages.run("tokenize", tokenizer_inputs(setup), build)
+
+
+def fit_tokenizer(options: TextToImageOptions, images: np.ndarray) -> ImageTokenizer:
+    if options.tokenizer == "patch":
+        return PatchTokenizer.fit(
+            images, num_codes=options.num_codes, patch_size=options.patch_size, seed=options.seed
+        )
+    if options.tokenizer == "vq":
+        return VQTokenizer.fit(
+            images, num_codes=options.num_codes, downsample=options.patch_size,
+            steps=options.vq_steps, lr=options.vq_lr, seed=options.seed, device=options.device,
+            progress=True,
+        )  # fmt: skip
+    return load_image_tokenizer(options.tokenizer)
+
+
+def load_tokens(setup: Setup, tokenized: Stage) -> PictureTokens:
+    tokenizer = load_image_tokenizer(tokenized.folder / "image_tokenizer")
+    return PictureTokens.encode(tokenizer, setup.train_pictures, setup.held_out_pictures)
+
+
+# --- teach
+
+
+def patch(setup: Setup, tokens: PictureTokens, model: PreTrainedModel) -> Painter:
+    """Patch the model and add the image tokens, started as the options say."""
+    options, init = setup.options, {"init": setup.options.init}
+    if options.init in COUPLED_INITS:
+        init |= {
+            "features": tokens.tokenizer.codebook,
+            "num_delimiters": 2,
+            "frequencies": tokens.tokenizer.codebook_usage(tokens.train.codes),
         }
-        write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-        return report
-
-    def save_held_out(self) -> None:
-        """The held-out pictures as sequences: input_ids and attention_mask, (N, S) int64."""
-        (batch,) = self.painter.batches(self.held_out_codes, len(self.held_out_codes))
-        del batch["labels"]
-        with replacing(self.out / "held_out.safetensors") as temporary:
-            save_file(batch, temporary)
-
-    def plot_samples(self, guidance: str, codes: torch.Tensor, measured: dict[str, Any]) -> None:
-        decode, each = self.image_tokenizer.decode, self.settings.samples_per_caption
-        trained = decode(self.train_codes.codes)
-        nearest = trained[nearest_indices(decode(codes), trained)]
-        rows, held_out = [], []
-        for number, label in enumerate(self.asked):
-            mine = slice(number * each, (number + 1) * each)
-            real, is_held_out = self.real_pictures(label)
-            held_out.append(is_held_out)
-            misread = torch.tensor(measured["read"][mine]) != label if "read" in measured else None
-            name = self.train_pictures.names[label]
-            rows.append(
-                SampleRow(f'"{name}"', decode(codes[mine]), decode(real), misread, nearest[mine])
-            )
-        title = f"guidance {guidance}"
-        if "read" in measured:
-            title += f": {measured['read_as_their_caption']:.1%} read as their caption"
-        path = self.out / f"samples-guidance-{guidance}.png"
-        heading = "real, held out" if all(held_out) else "real"
-        save_figure(plot_samples(rows, title, real_heading=heading), path)
-
-    def real_pictures(self, label: int, count: int = 3) -> tuple[torch.Tensor, bool]:
-        """Codes of real pictures of a caption, held-out ones where there are any; whether so."""
-        for part in (self.held_out_codes, self.train_codes):
-            if (mine := np.flatnonzero(part.labels == label)).size:
-                return part.codes[torch.from_numpy(mine[:count])], part is self.held_out_codes
-        raise AssertionError("every asked caption has a training picture")
-
-    def run(self) -> dict[str, Any]:
-        _ = self.asked, self.blocks  # refuses what cannot work before anything long
-        self.tokenize()
-        self.taught = self.teach()
-        self.measure(self.taught)
-        self.draw()
-        report = self.write_results()
-        summarize(report, self.out)
-        return report
+    painter = Painter.create(
+        model, setup.tokenizer, options.lora, tokens.tokenizer.num_codes, tokens.captions,
+        seed=options.seed, **init,
+    )  # fmt: skip
+    if options.lora_init != "zero":
+        pictures = painter.batches(tokens.train.head(_INIT_ROWS), 4)
+        rows = [{"input_ids": ids} for ids in setup.blocks[:_INIT_ROWS].split(4)] + pictures
+        initialise_lora(
+            model, [on_device(row, model.device) for row in rows],
+            lora_init=options.lora_init, seed=options.seed, progress=True,
+        )  # fmt: skip
+    return painter
 
 
 def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
 
 
-def check_model(settings: Settings) -> None:
-    """Before the pictures are tokenized, whether the model can be taught."""
-    coupled = {"gromov_wasserstein", "permuted"} & {settings.init, settings.lora_init}
-    if coupled and find_spec("ot") is None:
-        raise ValueError("this --init needs POT: pip install 'modality-moe-kernels[ot]'")
-    require_experts(settings.model)
+def adapter_inputs(setup: Setup) -> dict[str, Any]:
+    options = setup.options
+    inputs = options.pick("seed", "dtype", "device", "backend")
+    inputs |= options.of(AdapterOptions, TeachingOptions) | {"base": model_identity(options.model)}
+    return inputs | ({} if options.lora_init == "zero" else {"text": digest(setup.blocks)})
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def teach(setup: Setup, stages: Stages, tokenized: Stage, tokens: PictureTokens) -> Stage:
+    """Train the adapters and the added rows on captioned pictures."""
+    options = setup.options
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        painter = patch(setup, tokens, setup.load_base())
+        # A part suffices for the curve; the report has the loss of all of them.
+        held_out = painter.batches(tokens.held_out.head(64), options.batch)
+        if options.gradient_checkpointing:
+            painter.model.gradient_checkpointing_enable()
+        history = train(
+            painter.patched, painter.dataset(tokens.train, options.caption_dropout, options.seed),
+            lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
+            gradient_accumulation_steps=options.gradient_accumulation,
+            **schedule(
+                options.steps, options.batch, options.lr, warmup_steps=options.steps // 20,
+                seed=options.seed, device=options.device,
+            ),
+        )  # fmt: skip
+        painter.patched.save_adapter(workspace.folder / "adapter")
+        return {"history": history}
+
+    return stages.run("teach", adapter_inputs(setup), build, after=[tokenized])
+
+
+def taught_painter(setup: Setup, tokens: PictureTokens, taught: Stage) -> Painter:
+    """Return the model with the trained adapter, loaded unless `measure` has left it."""
+    if setup.painter is None:
+        setup.painter = patch(setup, tokens, setup.load_base())
+        setup.painter.patched.load_adapter(taught.folder / "adapter")
+    return setup.painter
+
+
+# --- measure and draw
+
+
+def measure(setup: Setup, stages: Stages, tokens: PictureTokens, taught: Stage) -> Stage:
+    """Compare text bit by bit, and the loss of held-out pictures."""
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        setup.painter, measured = measure_model(
+            setup.load_base(), lambda model: patch(setup, tokens, model),
+            taught.folder / "adapter", setup.blocks, tokens.held_out,
+            text_batch=4, image_batch=setup.options.batch,
+        )  # fmt: skip
+        return measured
+
+    return stages.run("measure", {"text": digest(setup.blocks)}, build, after=[taught])
+
+
+def draw(setup: Setup, stages: Stages, tokens: PictureTokens, taught: Stage) -> Stage:
+    """Draw each caption at each guidance, and measure the drawings."""
+    options = setup.options
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        reader = CaptionReader.fit(tokens.train, tokens.tokenizer.decode)
+        labels = torch.tensor(setup.captions_to_draw)
+        labels = labels.repeat_interleave(options.samples_per_caption)
+        drawn = {}
+        for guidance in options.guidance:
+            codes = draw_codes(setup, tokens, taught, labels.tolist(), guidance)
+            measured = measure_samples(
+                codes, labels, tokens.train, tokens.held_out, tokens.tokenizer.decode, reader
+            )
+            drawn[f"{guidance:g}"] = measured | {"codes": codes.tolist()}
+        return drawn
+
+    return stages.run("draw", options.of(DrawingOptions), build, after=[taught])
+
+
+def draw_codes(
+    setup: Setup, tokens: PictureTokens, taught: Stage, labels: Sequence[int], guidance: float
+) -> torch.Tensor:
+    """Return (N, tokens) codes of a drawing for each caption's number."""
+    painter, options = taught_painter(setup, tokens, taught), setup.options
+    return generate_image_codes(
+        painter.model, [painter.caption_ids[label] for label in labels], painter.vocabulary,
+        tokens.tokenizer.tokens_per_image, guidance_scale=guidance,
+        pad_token_id=painter.collator.pad_token_id, empty_caption=painter.empty_caption,
+        temperature=options.temperature, batch_size=options.batch, seed=options.seed,
+        progress=True,
+    )  # fmt: skip
+
+
+# --- results
+
+
+def save_held_out(painter: Painter, tokens: PictureTokens, path: Path) -> None:
+    """Write the held-out pictures as sequences: input_ids and attention_mask, (N, S) int64."""
+    (batch,) = painter.batches(tokens.held_out, len(tokens.held_out))
+    del batch["labels"]
+    with replacing(path) as temporary:
+        save_file(batch, temporary)
+
+
+def write_results(setup: Setup, stages: Stages, tokens: PictureTokens, taught: Stage) -> None:
+    options, out, results = setup.options, setup.options.out, stages.results
+    copy_whole(taught.folder / "adapter", out / "adapter")
+    tokens.tokenizer.save(out / "image_tokenizer")
+    save_held_out(taught_painter(setup, tokens, taught), tokens, out / "held_out.safetensors")
+    drawn, history = results["draw"], taught.result["history"]
+    plot_drawings(drawn, setup.captions_to_draw, options.samples_per_caption, tokens, out)
+    save_figure(
+        plot_losses({"text to image": history}, "nats an image token"), out / "training.png"
     )
-    parser.add_argument("model", help="local folder or hub id")
-    group = parser.add_argument_group("pictures").add_argument
-    group("--data", default="digits", help="digits, emoji, or a folder; default: %(default)s")
-    group("--emoji-folder", help="the unpacked npm package emoji-datasource-twitter")
-    group("--emoji-categories", nargs="+", default=[], metavar="NAME", help="default: all")
-    group("--image-size", type=int, default=32, help="not for digits; default: %(default)s")
-    group("--held-out", type=int, default=200, help="pictures; default: %(default)s")
-    group(
-        "--tokenizer", default="patch",
-        help="patch (k-means over patches), vq (a VQ-VAE), or the folder of a fitted one",
-    )  # fmt: skip
-    group("--num-codes", type=int, default=256, help="default: %(default)s")
-    group("--patch-size", type=int, default=4, help="pixels a token; default: %(default)s")
-    group("--vq-steps", type=int, default=5000, help="default: %(default)s")
-    group("--vq-lr", type=float, default=4e-3, help="default: %(default)s")
-    group = parser.add_argument_group("adapters").add_argument
-    group("--r", type=int, default=16, help="rank; default: %(default)s")
-    group("--lora-alpha", type=float, help="default: twice the rank")
-    group(
-        "--target-modules", nargs="+", default=["experts", "attention"], choices=TARGET_MODULES,
-        help="default: experts attention",
-    )  # fmt: skip
-    group("--shared-A", action="store_true", help="one A for all experts of a layer")
-    group("--init", choices=ROW_INITS, default="normal", help="of the added rows")
-    group("--lora-init", choices=LORA_INITS, default="zero", help="of the adapters")
-    group = parser.add_argument_group("training").add_argument
-    group("--steps", type=int, default=1000, help="default: %(default)s")
-    group("--batch", type=int, default=16, help="default: %(default)s")
-    group("--gradient-accumulation", type=int, default=1, metavar="N")
-    group("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
-    group("--lr", type=float, default=1e-3, help="default: %(default)s")
-    group("--caption-dropout", type=float, default=0.1, help="default: %(default)s")
-    group = parser.add_argument_group("what is measured").add_argument
-    group("--text", metavar="FILE", help="held-out text; default: Python's documentation")
-    group("--text-tokens", type=int, default=2048, help="default: %(default)s")
-    group("--text-block", type=int, default=128, help="default: %(default)s")
-    group("--captions", nargs="+", default=[], help="to draw; default: ten of the pictures'")
-    group("--samples-per-caption", type=int, default=6, metavar="N")
-    group("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="default: 1 3")
-    group("--temperature", type=float, default=1.0, help="default: %(default)s")
-    add_run_options(parser, out=Path("out/text_to_image"))
-    return parser
+    report = {
+        **results["measure"],
+        "image_tokenizer": results["tokenize"],
+        "samples": {
+            guidance: {name: value for name, value in measured.items() if name != "codes"}
+            for guidance, measured in drawn.items()
+        },
+        "training": history,
+        "captions": [tokens.captions[label] for label in setup.captions_to_draw],
+        **stages.describe(options),
+    }
+    write_json(out / "report.json", report)
+    summarize(report, out)
 
 
-def check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    counts = (
-        "image_size", "held_out", "num_codes", "patch_size", "vq_steps", "r", "steps", "batch",
-        "gradient_accumulation", "text_tokens", "samples_per_caption",
-    )  # fmt: skip
-    for name in counts:
-        if getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("lr", "vq_lr", "temperature"):
-        if not 0 < getattr(given, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if given.text_block < 2:
-        parser.error("--text-block must be at least 2")
-    if not all(0 <= scale < math.inf for scale in given.guidance):
-        parser.error("--guidance must be at least 0; 1 is none")
-    if not 0 <= given.caption_dropout <= 1:
-        parser.error("--caption-dropout must lie in 0..1")
-    if any(scale != 1 for scale in given.guidance) and given.caption_dropout == 0:
-        parser.error("--guidance other than 1 needs a model trained with --caption-dropout above 0")
-    if given.data == "emoji" and given.emoji_folder is None:
-        parser.error("--data emoji needs --emoji-folder: the npm package emoji-datasource-twitter")
-    if given.text and not Path(given.text).is_file():
-        parser.error(f"--text: {given.text} is not a file")
-    size = 28 if given.data == "digits" else given.image_size
-    if given.tokenizer in ("patch", "vq") and size % given.patch_size:
-        parser.error(f"--patch-size {given.patch_size} does not divide pictures of {size}")
-
-
-def parse(arguments: list[str] | None) -> tuple[Settings, Path]:
-    parser = make_parser()
-    given = parser.parse_args(arguments)
-    check(parser, given)
-    settle_device(parser, given)
-    if given.lora_alpha is None:
-        given.lora_alpha = 2 * given.r
-    values = {field.name: getattr(given, field.name) for field in dataclasses.fields(Settings)}
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Settings(**values | lists), given.out
+def run(options: TextToImageOptions) -> None:
+    check_model(options)
+    setup, stages = Setup(options), Stages(options.out / "stages")
+    _ = setup.captions_to_draw, setup.blocks  # refuse what cannot work before anything long
+    tokenized = tokenize(setup, stages)
+    tokens = load_tokens(setup, tokenized)
+    taught = teach(setup, stages, tokenized, tokens)
+    measure(setup, stages, tokens, taught)
+    draw(setup, stages, tokens, taught)
+    write_results(setup, stages, tokens, taught)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    settings, out = parse(arguments)
-
-    def work() -> None:
-        check_model(settings)
-        Program(settings, out).run()
-
-    return exit_code(work)
+    options = parse(TextToImageOptions, arguments, __doc__)
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -1,41 +1,151 @@
-"""Command lines of the programs: options, exit codes, and the console."""
+"""Command lines of the programs: options declared as dataclass fields, exit codes, the console."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 import transformers
 from rich.console import Console
-
-import moe_kernels
-from shared.models import DTYPES
+from transformers import HfArgumentParser
 
 console = Console(highlight=False)
 
 
-def add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
-    """--seed, --dtype, --device, --backend and --out."""
-    add = parser.add_argument
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the base; default: %(default)s")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--backend", choices=moe_kernels.backends.NAMES, help="default: the best one here")
-    add("--out", type=Path, default=out, help="default: %(default)s")
+# --- options
 
 
-def settle_device(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """Fills in --device, and --backend where there is one; an error if either is not there."""
-    given.device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def option(default: Any, help: str, **arguments: Any) -> Any:
+    """Return a dataclass field that is an option of the command line.
+
+    Args:
+        default: `dataclasses.MISSING` for a required option
+        arguments: of `argparse.ArgumentParser.add_argument`, and what :class:`Options` checks:
+            `at_least` and `above`, limits of numbers; `is_file`, for paths. `positional` options
+            are given without their name.
+    """
+    metadata = {"help": help, **arguments}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def spelling(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+class Options:
+    """Base class of dataclasses with fields made by :func:`option`.
+
+    Other fields are settings that the command line does not offer.
+    """
+
+    def __post_init__(self) -> None:
+        """Check the limits.
+
+        Raises:
+            ValueError: a value is outside its limits, or a file does not exist.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for each in value if isinstance(value, list) else [value]:
+                if each is not None:
+                    _check(spelling(field.name), each, field.metadata)
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def of(self, *groups: type) -> dict[str, Any]:
+        """Return the values of the fields that these classes declare."""
+        return self.pick(*(name for group in groups for name in inspect.get_annotations(group)))
+
+
+def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if "at_least" in limits and not limits["at_least"] <= value < math.inf:
+        raise ValueError(f"{name} must be at least {limits['at_least']}")
+    if "above" in limits and not limits["above"] < value < math.inf:
+        raise ValueError(f"{name} must be above {limits['above']}")
+    if limits.get("is_file") and not Path(value).is_file():
+        raise ValueError(f"{name}: {value} is not a file")
+
+
+class OptionParser(HfArgumentParser):
+    """Parser for one dataclass of options.
+
+    Unlike `HfArgumentParser`, it spells names with hyphens only, gives flags no value, shows
+    defaults, and groups options by the class that first declares them.
+    """
+
+    _group = None  # the one that options are being added to
+
+    def __init__(self, options: type[Options], description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(options, description=description, formatter_class=formatter)
+
+    def _add_dataclass_arguments(self, dtype: type[Options]) -> None:
+        hints = get_type_hints(dtype)
+        fields = [field for field in dataclasses.fields(dtype) if "help" in field.metadata]
+        owners = {name: owner for owner in dtype.__mro__ for name in inspect.get_annotations(owner)}
+        for owner in dtype.__mro__:
+            if not any(owners[field.name] is owner for field in fields):
+                continue
+            self._group = self.add_argument_group(inspect.getdoc(owner).splitlines()[0].rstrip("."))
+            for field in fields:
+                if owners[field.name] is owner:
+                    field.type = hints[field.name]
+                    self._parse_dataclass_field(self, field)
+
+    def add_argument(self, *names: str, **arguments: Any) -> argparse.Action:
+        if self._group is None:  # --help
+            return super().add_argument(*names, **arguments)
+        name, default = names[-1], arguments.get("default")
+        for check in ("at_least", "above", "is_file"):
+            arguments.pop(check, None)
+        if "const" in arguments:
+            arguments = {"action": "store_true", "help": arguments["help"]}
+        elif arguments.pop("positional", False):
+            name = name.removeprefix("--")
+            if not arguments.pop("required", False):
+                arguments["nargs"] = "?"
+        elif default not in (None, []):
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            arguments["help"] += f"; default: {shown}"
+        return self._group.add_argument(name, **arguments)
+
+
+Parsed = TypeVar("Parsed", bound=Options)
+
+
+def parse(
+    options: type[Parsed],
+    arguments: list[str] | None,
+    description: str,
+    quick: Mapping[str, Any] | None = None,
+) -> Parsed:
+    """Parse a command line; end with exit code 2 where an option is refused.
+
+    Args:
+        arguments: None for those of the process
+        quick: other defaults, for a program with an option --quick
+    """
+    parser = OptionParser(options, description)
+    given = parser.parse_args(arguments)
+    if quick and given.quick:
+        parser.set_defaults(**quick)
+        given = parser.parse_args(arguments)
     try:
-        device = torch.empty(0, device=given.device).device
-        if hasattr(given, "backend"):
-            given.backend = moe_kernels.backends.select(given.backend, device)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        parser.error(f"--device {given.device}: {error}")
+        return options(**vars(given))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+# --- running
 
 
 def exit_code(work: Callable[[], Any]) -> int:

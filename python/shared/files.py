@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
+    """Write JSON, with paths as strings."""
+    write_text(path, json.dumps(data, indent=indent, default=str) + "\n")
 
 
 def copy_whole(source: Path, target: Path) -> None:

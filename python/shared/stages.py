@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -72,6 +73,15 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         return {name: stage.seconds for name, stage in self.finished.items()}
 
+    def describe(self, options: Any) -> dict[str, Any]:
+        """Return the part that every report ends with; options: a dataclass."""
+        return {
+            "seconds": self.seconds,
+            "settings": dataclasses.asdict(options),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+
     def run(
         self,
         name: str,
@@ -89,9 +99,7 @@ class Stages:
             build: returns the result, as JSON
             after: stages that the result depends on
         """
-        inputs = inputs | {"after": [stage.folder.name for stage in after]}
-        described = json.dumps([name, CACHE_VERSION, inputs, versions()], sort_keys=True)
-        folder = self.root / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+        folder = self.folder(name, inputs, after)
         if not (folder / "stage.json").exists():
             console.print(f"[bold]{name}[/]")
             _build(folder, inputs, build)
@@ -99,6 +107,12 @@ class Stages:
             console.print(f"[bold]{name}[/]: finished earlier, in {folder}")
         self.finished[name] = Stage.load(folder)
         return self.finished[name]
+
+    def folder(self, name: str, inputs: dict[str, Any], after: Sequence[Stage]) -> Path:
+        """Return the folder of a finished stage: its name and a hash of all it depends on."""
+        stages = [stage.folder.name for stage in after]
+        key = json.dumps([name, CACHE_VERSION, inputs, stages, versions()], sort_keys=True)
+        return self.root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def _build(

@@ -21,7 +21,7 @@ from transformers import (
 
 from shared.stages import Workspace
 from shared.texts import documentation, text_blocks
-from shared.training import last_checkpoint, mean_nll, train
+from shared.training import last_checkpoint, mean_nll, schedule, train
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,11 @@ def pretrain(settings: TextModelSettings, workspace: Workspace, more: str = "") 
     history = train(
         model, [{"input_ids": ids, "labels": ids} for ids in blocks],
         lambda model: mean_nll(model, held_out), workspace,
-        max_steps=settings.text_steps, per_device_train_batch_size=settings.text_batch,
-        learning_rate=settings.text_learning_rate, weight_decay=0.1,
-        warmup_steps=settings.text_steps // 10, seed=settings.seed,
-        use_cpu=settings.device == "cpu",
+        **schedule(
+            settings.text_steps, settings.text_batch, settings.text_learning_rate,
+            warmup_steps=settings.text_steps // 10, weight_decay=0.1, seed=settings.seed,
+            device=settings.device,
+        ),
     )  # fmt: skip
     if settings.experts:
         model.config.output_router_logits = False

@@ -60,6 +60,39 @@ class TokenizedPictures:
         return len(self.codes)
 
 
+@dataclass(frozen=True)
+class PictureTokens:
+    """An image tokenizer, and the pictures that it has encoded."""
+
+    tokenizer: ImageTokenizer
+    train: TokenizedPictures
+    held_out: TokenizedPictures
+
+    @classmethod
+    def encode(
+        cls, tokenizer: ImageTokenizer, train: CaptionedPictures, held_out: CaptionedPictures
+    ) -> PictureTokens:
+        parts = (TokenizedPictures.encode(tokenizer, part) for part in (train, held_out))
+        return cls(tokenizer, *parts)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.train.pictures.names
+
+
+def describe_codebook(
+    tokenizer: ImageTokenizer, train: np.ndarray, held_out: np.ndarray
+) -> dict[str, Any]:
+    """Return the use of the codebook on training images, and the error on held-out ones."""
+    usage = tokenizer.codebook_usage(tokenizer.encode(train))
+    return {
+        "codes": tokenizer.num_codes,
+        "codes_used": int((usage > 0).sum()),
+        "tokens_per_image": tokenizer.tokens_per_image,
+        "held_out_mean_squared_error": tokenizer.reconstruction_error(held_out),
+    }
+
+
 @dataclass
 class Painter:
     """A text model with image tokens, and what is needed to talk to it; patched or not."""

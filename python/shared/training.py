@@ -149,6 +149,18 @@ class AdapterTrainer(CheckedTrainer):
         self.patched.load_adapter(resume_from_checkpoint)
 
 
+def schedule(
+    steps: int, batch: int, learning_rate: float, *, warmup_steps: int, seed: int, device: str,
+    weight_decay: float = 0.01,
+) -> dict[str, Any]:  # fmt: skip
+    """Return these settings as arguments of :func:`train`."""
+    return {
+        "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": learning_rate,
+        "weight_decay": weight_decay, "warmup_steps": warmup_steps, "seed": seed,
+        "use_cpu": device == "cpu",
+    }  # fmt: skip
+
+
 def train(
     model: PreTrainedModel | PatchedModel,
     dataset: torch.utils.data.Dataset,

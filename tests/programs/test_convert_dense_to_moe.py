@@ -68,7 +68,8 @@ def test_the_program_reports_every_conversion(program, finished):
     assert report["best_by_choice_text"] == best["model"]
     model = AutoModelForCausalLM.from_pretrained(best["model"])
     model.set_experts_implementation("eager")
-    blocks = program.token_blocks(program.parse([str(report["settings"]["model"]), *OPTIONS])[0])
+    options = [report["settings"]["model"], *OPTIONS]
+    blocks = program.token_blocks(program.parse(program.ConvertOptions, options, ""))
     assert perplexity(model, blocks["test"].split(2)) == pytest.approx(best["after"]["test"])
     table = (finished / "table.md").read_text()
     assert table.count("\n") == 2 + 1 + 4
@@ -123,11 +124,11 @@ def test_the_program_stopped_while_healing_goes_on(
     ("options", "message"),
     [
         (["--sizes", "8"], "'8' is not ExK"),
-        (["--heal-text", "a.txt"], "give all of"),
+        (["--heal-text", __file__], "give all of"),
         (SAME_FILE, "must be different files"),
         (["--block", "1"], "--block must be at least 2"),
         (["--sizes", "4x5"], "K in 1..E"),
-        (["--lr", "0"], "--lr above 0"),
+        (["--lr", "0"], "--lr must be above 0"),
         (["--batch", "0"], "--batch must be at least 1"),
     ],
 )

@@ -21,10 +21,10 @@ def demo():
 def tiny(demo):
     """Even smaller than --quick."""
     before = dict(demo.QUICK)
+    text_model = dataclasses.replace(demo.QUICK["text_model"], hidden_size=32, text_steps=6)
     demo.QUICK.update(
-        hidden_size=32, text_steps=6, images=200, held_out_images=50, num_codes=16,
-        samples_per_caption=2,
-    )  # fmt: skip
+        text_model=text_model, images=200, held_out_images=50, num_codes=16, samples_per_caption=2
+    )
     yield
     demo.QUICK.clear()
     demo.QUICK.update(before)
@@ -100,7 +100,7 @@ def test_a_second_run_computes_nothing_again(demo, finished, monkeypatch):
     def fail(*_):
         raise AssertionError("a finished stage was built again")
 
-    for name in ("pretrain", "tokenize_pictures", "teach", "generate", "measure"):
+    for name in ("pretrain", "describe_codebook", "train", "generate_image_codes", "measure_model"):
         monkeypatch.setattr(demo, name, fail)
     assert demo.main([*OPTIONS, "--out", str(finished)]) == 0
     assert (finished / "report.json").read_text() == before
@@ -159,37 +159,59 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
 
     original = training.TrainingArguments
     monkeypatch.setattr(training, "TrainingArguments", save_often)
-    settings, _ = demo.parse(OPTIONS)
+    options = demo.parse(demo.DemoOptions, OPTIONS, "", quick=demo.QUICK)
     stages = Stages(tmp_path / "stages")
     interrupt(monkeypatch, training.Monitor, 5, kill)
 
-    def pretrain(workspace):
-        return demo.pretrain(settings, workspace)
-
     with pytest.raises(Killed):
-        stages.run("pretrain", settings.text, pretrain)
+        demo.learn_text(options, stages)
     checkpoints = stage(tmp_path, "pretrain") / "checkpoints"
     # As if it had been killed while the next checkpoint was being written.
     (checkpoints / "checkpoint-6").mkdir()
     (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
     last = training.last_checkpoint(Workspace(checkpoints.parent))
     assert last == str(checkpoints / "checkpoint-4")
-    folder = stages.run("pretrain", settings.text, pretrain).folder
+    folder = demo.learn_text(options, stages).folder
     assert_same_bits(
         load_file(folder / "model" / "model.safetensors"),
         load_file(stage(finished, "pretrain") / "model" / "model.safetensors"),
     )
 
 
-def test_settings_decide_what_is_computed_again(demo):
-    settings = demo.Settings()
-    other = dataclasses.replace(settings, steps=1)
-    assert other.text == settings.text and other.pictures == settings.pictures
-    assert other.adapter != settings.adapter and other.samples != settings.samples
-    warmer = dataclasses.replace(settings, temperature=0.8)
-    assert warmer.adapter == settings.adapter and warmer.samples != settings.samples
-    every = settings.samples.keys()
-    assert {field.name for field in dataclasses.fields(settings)} == set(every)
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({"seed": 1}, []),
+        ({"images": 4000}, ["pretrain"]),
+        ({"steps": 1}, ["pretrain", "tokenize"]),
+        ({"temperature": 0.8}, ["pretrain", "tokenize", "teach"]),
+    ],
+)
+def test_settings_decide_what_is_computed_again(demo, tmp_path, changed, kept):
+    before, after = (
+        stage_folders(demo, demo.DemoOptions(out=tmp_path, **more)) for more in ({}, changed)
+    )
+    assert before.keys() == {"pretrain", "tokenize", "teach", "generate", "measure"}
+    assert [name for name in before if before[name] == after[name]] == kept
+
+
+def stage_folders(demo, options):
+    """The stages' folders by name; no stage is computed."""
+    from types import SimpleNamespace
+
+    from shared.stages import Stage, Stages
+
+    class Named(Stages):
+        def run(self, name, inputs, build, after=()):
+            self.finished[name] = Stage(self.folder(name, inputs, after), {}, 0.0)
+            return self.finished[name]
+
+    stages, setup = Named(options.out), SimpleNamespace(options=options, tokens=None)
+    text, tokenized = demo.learn_text(options, stages), demo.tokenize(options, stages)
+    taught = demo.teach(setup, stages, after=[text, tokenized])
+    generated = demo.generate(setup, stages, taught)
+    demo.measure(setup, stages, taught, generated)
+    return {name: stage.folder for name, stage in stages.finished.items()}
 
 
 @pytest.mark.parametrize(

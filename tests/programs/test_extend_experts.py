@@ -94,12 +94,14 @@ def test_every_state_was_asked(report):
     assert [len(each["pictures"]) for each in report["shown"]] == [1, 1, 2, 2]
 
 
-def test_an_answer_is_that_of_its_pictures(program, report, command, tmp_path):
-    names = program.Program(program.parse(command)[0], tmp_path).pictures["test"]
+def test_an_answer_is_that_of_its_pictures(program, report, command):
+    questions = sys.modules["shared.questions"]
+    options = program.parse(program.ExtendOptions, command, "")
+    pictures = questions.read_pictures(options.encoder)
+    test = questions.split_pictures(pictures, options.held_out, options.seed)["test"]
     for each in report["shown"]:
-        labels = [int(names.labels[number]) for number in each["pictures"]]
-        words = sys.modules["shared.questions"].NUMBERS
-        assert each["answer"] == words[sum(labels)]
+        labels = [int(test.labels[number]) for number in each["pictures"]]
+        assert each["answer"] == questions.NUMBERS[sum(labels)]
 
 
 def test_pages(finished, report):

@@ -209,6 +209,10 @@ def test_says_what_is_wrong_with_the_data(program, command, options, message, tm
     assert not list(tmp_path.glob("out/stages/*"))
 
 
+def setup_of(program, command):
+    return program.Setup(program.parse(program.TextToImageOptions, command, ""))
+
+
 def test_other_captions_are_another_run(program, command, pictures, tmp_path):
     """Stages follow what is in the files, not their names."""
     changed = tmp_path / "pictures"
@@ -216,16 +220,16 @@ def test_other_captions_are_another_run(program, command, pictures, tmp_path):
     listing = changed / "metadata.jsonl"
     listing.write_text(listing.read_text().replace("red", "crimson"))
 
-    def program_of(folder):
-        settings, _ = program.parse([*command, "--data", str(folder)])
-        return program.Program(settings, tmp_path / "out")
+    def inputs(folder):
+        return program.tokenizer_inputs(setup_of(program, [*command, "--data", str(folder)]))
 
-    assert program_of(pictures).adapter_inputs == program_of(pictures).adapter_inputs
-    assert program_of(pictures).tokenizer_inputs != program_of(changed).tokenizer_inputs
+    assert inputs(pictures) == inputs(pictures) != inputs(changed)
 
 
 def test_what_a_run_may_be_made_of(program, command, tmp_path):
     """A VQ-VAE, routers, checkpointing, the default dtype; pictures listed in a CSV file."""
+    from shared.stages import Stages
+
     folder = tmp_path / "pictures"
     folder.mkdir()
     random = np.random.default_rng(1)
@@ -246,19 +250,20 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
     assert report["text"]["logits_changed_by_training"] == 0
     assert "read" not in report["samples"]["1"], "a classifier that learnt from four pictures"
     again = [*command, *data, "--tokenizer", str(tmp_path / "out" / "image_tokenizer")]
-    fitted = program.Program(program.parse(again)[0], tmp_path / "other")
-    fitted.tokenize()
-    assert fitted.image_tokenizer.num_codes == report["image_tokenizer"]["codes"]
+    fitted = program.tokenize(setup_of(program, again), Stages(tmp_path / "other"))
+    assert fitted.result["codes"] == report["image_tokenizer"]["codes"]
 
 
 def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, command, tmp_path):
     """Fitted on noise, given squares of one colour: a few codes are left."""
+    from shared.stages import Stages
+
     noise = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)
     program.PatchTokenizer.fit(noise, num_codes=128).save(tmp_path / "fitted")
     extra = ["--tokenizer", str(tmp_path / "fitted")]
-    run = program.Program(program.parse([*command, *extra])[0], tmp_path / "out")
+    setup = setup_of(program, [*command, *extra])
     with pytest.warns(UserWarning, match=r"of 128 codes are in use"):
-        run.tokenize()
+        program.tokenize(setup, Stages(tmp_path / "out"))
 
 
 def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(

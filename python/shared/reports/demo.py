@@ -6,46 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from moe_kernels.analysis import RoutingStatistics, plot_expert_load
 from moe_kernels.imaging import SampleRow, plot_samples
 from shared.cli import console
 from shared.files import save_figure
+from shared.reports.losses import plot_losses
+from shared.text_to_image import PictureTokens
 
 RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
 
 
-def plot_training(results: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for panel, (stage, title) in zip(
-        figure.subplots(1, 2),
-        {
-            "pretrain": "text pretraining",
-            "teach": "text to image, adapters and added rows only",
-        }.items(),
-        strict=True,
-    ):
-        history = results[stage]["history"]
-        panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
-        panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
-        panel.set(title=title, xlabel="step", ylabel="nats a token", yscale="log")
-        panel.yaxis.set_major_formatter("{x:.1f}")
-        panel.yaxis.set_minor_formatter("{x:.1f}")
-        panel.legend()
-    save_figure(figure, path)
-
-
-def plot_pictures(report: dict[str, Any], codes: torch.Tensor, pictures: Any, path: Path) -> None:
-    samples, decode = report["samples"], pictures.tokenizer.decode
-    captions = pictures.captions
+def plot_pictures(
+    report: dict[str, Any], codes: torch.Tensor, tokens: PictureTokens, path: Path
+) -> None:
+    samples, decode, captions = report["samples"], tokens.tokenizer.decode, tokens.captions
     each = len(codes) // len(captions)
     rows = []
     for digit, caption in enumerate(captions):
         mine = slice(digit * each, (digit + 1) * each)
         misread = torch.tensor(samples["read"][mine]) != digit
-        real = pictures.held_out.codes[torch.from_numpy(pictures.held_out.labels == digit)][:6]
+        real = tokens.held_out.codes[torch.from_numpy(tokens.held_out.labels == digit)][:6]
         rows.append(SampleRow(f'"{caption}"', decode(codes[mine]), decode(real), misread))
     accuracy = samples["classifier_held_out_accuracy"]["tokenized"]
     title = (
@@ -58,21 +40,22 @@ def plot_pictures(report: dict[str, Any], codes: torch.Tensor, pictures: Any, pa
 
 
 def draw_figures(
-    report: dict[str, Any],
-    results: dict[str, Any],
-    pictures: Any,
-    out: Path,
+    report: dict[str, Any], results: dict[str, Any], tokens: PictureTokens, out: Path
 ) -> None:
-    """results: what each stage returned"""
+    """Write samples.png, training.png and routing.png; results: by stage."""
     codes = torch.tensor(results["generate"]["codes"])
-    plot_pictures(report, codes, pictures, out / "samples.png")
-    plot_training(results, out / "training.png")
+    plot_pictures(report, codes, tokens, out / "samples.png")
+    histories = {
+        "text pretraining": results["pretrain"]["history"],
+        "text to image, adapters and added rows only": results["teach"]["history"],
+    }
+    save_figure(plot_losses(histories, "nats a token", log=True), out / "training.png")
     statistics = RoutingStatistics.from_dict(results["measure"]["routing"])
     save_figure(plot_expert_load(statistics), out / "routing.png")
 
 
 def summarize(report: dict[str, Any], out: Path) -> None:
-    """The table on the terminal."""
+    """Print a table of the results."""
     parameters, text, image = report["parameters"], report["text"], report["image"]
     samples = report["samples"]
     accuracy, spread = samples["classifier_held_out_accuracy"], samples["pairwise_distance"]

@@ -14,6 +14,7 @@ from rich.table import Table
 from moe_kernels.moextend import LayerScores, plot_layer_scores
 from shared.cli import console
 from shared.files import save_figure, write_text
+from shared.reports.losses import plot_losses
 
 _COLUMNS = 4
 _RIGHT, _WRONG = "tab:green", "tab:red"
@@ -72,7 +73,12 @@ def write_pages(
     save_figure(plot_answers(report["shown"], pictures), out / "answers.png")
     chosen = [int(layer) for layer in report["extension"]["experts"]]
     plot_layer_scores(scores, out / "scores.png", chosen=chosen)
-    save_figure(plot_training(report["training"]), out / "training.png")
+    histories = {
+        "alignment: the projector": report["training"]["align"],
+        "fine-tuning: the added experts": report["training"]["tune"],
+    }
+    figure = plot_losses(histories, "nats a token of the answers")
+    save_figure(figure, out / "training.png")
     write_text(out / "report.md", page(report, out))
     table = Table(show_header=False, show_lines=True)
     for row in (*rows_of(report), ("answers right", _states(report))):
@@ -112,19 +118,6 @@ def _draw_question(panel: Axes, each: dict[str, Any], pictures: np.ndarray) -> N
         0.5, -0.26, f"right: {each['answer']}", fontsize=8, color="0.4",
         transform=panel.transAxes, ha="center", va="top",
     )  # fmt: skip
-
-
-def plot_training(training: dict[str, Any]) -> Figure:
-    titles = {"align": "alignment: the projector", "tune": "fine-tuning: the added experts"}
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, (stage, title) in zip(panels, titles.items(), strict=True):
-        history = training[stage]
-        panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
-        panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
-        panel.set(title=title, xlabel="step", ylabel="nats a token of the answers")
-        panel.legend()
-    return figure
 
 
 # --- text

@@ -1,24 +1,64 @@
-"""The loss curve of train_text_to_image.py, and its table on the terminal."""
+"""Drawings of train_text_to_image.py, and its table on the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import numpy as np
+import torch
 from rich.table import Table
 
+from moe_kernels.imaging import SampleRow, nearest_indices, plot_samples
 from shared.cli import console
+from shared.files import save_figure
+from shared.text_to_image import PictureTokens
+
+_REAL = 3  # real pictures beside each caption's drawings
 
 
-def plot_training(history: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    panel = figure.subplots()
-    panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
-    panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
-    panel.set(xlabel="step", ylabel="nats an image token", title="text to image")
-    panel.legend()
-    return figure
+def plot_drawings(
+    drawn: dict[str, Any], labels: Sequence[int], each: int, tokens: PictureTokens, out: Path
+) -> None:
+    """Write samples-guidance-*.png: drawings, their nearest training pictures, and real ones.
+
+    Args:
+        drawn: guidance -> what was measured of its drawings, with their codes
+        labels: numbers of the captions that were drawn
+        each: drawings of a caption
+    """
+    decode = tokens.tokenizer.decode
+    trained = decode(tokens.train.codes)
+    real = [_real_pictures(tokens, label) for label in labels]
+    heading = "real, held out" if all(is_held_out for _, is_held_out in real) else "real"
+    for guidance, measured in drawn.items():
+        codes = torch.tensor(measured["codes"])
+        nearest = trained[nearest_indices(decode(codes), trained)]
+        rows = []
+        for number, label in enumerate(labels):
+            mine = slice(number * each, (number + 1) * each)
+            misread = torch.tensor(measured["read"][mine]) != label if "read" in measured else None
+            rows.append(SampleRow(
+                f'"{tokens.captions[label]}"', decode(codes[mine]), decode(real[number][0]),
+                misread, nearest[mine],
+            ))  # fmt: skip
+        figure = plot_samples(rows, _title(guidance, measured), real_heading=heading)
+        save_figure(figure, out / f"samples-guidance-{guidance}.png")
+
+
+def _title(guidance: str, measured: dict[str, Any]) -> str:
+    read = measured.get("read_as_their_caption")
+    title = f"guidance {guidance}"
+    return title if read is None else f"{title}: {read:.1%} read as their caption"
+
+
+def _real_pictures(tokens: PictureTokens, label: int) -> tuple[torch.Tensor, bool]:
+    """Return codes of real pictures of a caption, and whether they are held-out ones."""
+    for part in (tokens.held_out, tokens.train):
+        if (mine := np.flatnonzero(part.labels == label)).size:
+            return part.codes[torch.from_numpy(mine[:_REAL])], part is tokens.held_out
+    raise AssertionError("every caption to draw has a training picture")
 
 
 def summarize(report: dict[str, Any], out: Path) -> None:

@@ -1,0 +1,87 @@
+"""Options that several programs share, one class for each group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import moe_kernels
+from shared.cli import Options, option
+from shared.models import DTYPES
+from shared.texts import documentation, text_blocks
+
+
+def out_folder(name: str) -> Any:
+    """Return the option --out of a program."""
+    return option(Path("out") / name, "folder of the results")
+
+
+@dataclass(kw_only=True)
+class RunOptions(Options):
+    """The run."""
+
+    seed: int = option(0, "seed of all random numbers")
+    device: str | None = option(None, "cpu or cuda; default: cuda where available")
+    out: Path = out_folder("")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {self.device}: {error}") from error
+
+
+@dataclass(kw_only=True)
+class BackendOptions(RunOptions):
+    """Kernels."""
+
+    backend: str | None = option(
+        None, "kernels of moe_kernels; default: the fastest available",
+        choices=moe_kernels.backends.NAMES,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.backend = self.select_backend()
+
+    def select_backend(self) -> str:
+        device = torch.empty(0, device=self.device).device
+        try:
+            return moe_kernels.backends.select(self.backend, device)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--backend on {self.device}: {error}") from error
+
+
+@dataclass(kw_only=True)
+class ModelOptions(BackendOptions):
+    """Base model."""
+
+    dtype: str = option("bfloat16", "dtype of the base model", choices=DTYPES)
+
+
+@dataclass(kw_only=True)
+class TextOptions(Options):
+    """Held-out text."""
+
+    text: str | None = option(
+        None, "file of held-out text; default: Python's documentation",
+        metavar="FILE", is_file=True,
+    )  # fmt: skip
+    text_tokens: int = option(2048, "tokens of held-out text to measure", at_least=1)
+    text_block: int = option(128, "tokens in a block of text", at_least=2)
+
+    def text_blocks(self, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        """Return (blocks, block) token ids of held-out text.
+
+        Raises:
+            ValueError: the text is shorter than one block.
+        """
+        text = Path(self.text).read_text() if self.text else documentation()["test"]
+        blocks = text_blocks(tokenizer, text, self.text_block, self.text_block)
+        return blocks[: max(1, self.text_tokens // self.text_block)]

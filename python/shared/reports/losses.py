@@ -1,0 +1,31 @@
+"""Loss curves of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def plot_losses(
+    histories: Mapping[str, Mapping[str, Any]], label: str, *, log: bool = False
+) -> Figure:
+    """Return a figure with a panel for each history: training and held-out loss by step.
+
+    Args:
+        histories: title -> what `shared.training.train` returns
+        label: name and unit of the loss
+    """
+    figure = Figure(figsize=(1.5 + 5 * len(histories), 4), layout="constrained")
+    panels = figure.subplots(1, len(histories), squeeze=False, sharey=not log).flat
+    for panel, (title, history) in zip(panels, histories.items(), strict=True):
+        panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
+        panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
+        panel.set(title=title, xlabel="step", ylabel=label)
+        if log:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:.1f}")
+            panel.yaxis.set_minor_formatter("{x:.1f}")
+        panel.legend()
+    return figure
