@@ -18,7 +18,7 @@ def filled_memory(monkeypatch):
 
 @pytest.fixture
 def thread_count():
-    """Restores the number of threads after a test that sets it."""
+    """Return a function that sets the number of threads; restore it after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -26,16 +26,16 @@ def thread_count():
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same random numbers in every run, whatever ran before."""
+    """Seed every test, so that its random numbers do not depend on the tests before."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def matmul_flops():
-    """A function that calls another and counts the operations of torch's matrix products."""
+    """Return a function that counts the operations of torch's matrix products in a call."""
 
     def count(function):
-        """What ``function`` returns, and the floating-point operations of its matrix products."""
+        """Return the result of ``function()`` and the floating-point operations of its GEMMs."""
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True
         ) as profile:

@@ -1,4 +1,4 @@
-"""The tolerance itself must be able to fail."""
+"""Tests of ``assert_close``: wrong results must exceed its tolerance."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""From a dense model to one that draws: text keeps its bits, at a size that would show a change."""
+"""The path from a dense model to one that draws: text keeps its bits, at a revealing size."""
 
 import copy
 
@@ -26,7 +26,7 @@ def random_ids(batch, length, seed):
 
 @pytest.fixture(scope="module")
 def converted():
-    """A dense model of H 512 as four experts, healed for two steps."""
+    """Return a dense model of H 512, converted to four experts and healed for two steps."""
     torch.manual_seed(0)
     dense = LlamaForCausalLM(
         LlamaConfig(
@@ -43,7 +43,7 @@ def converted():
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Codes of random 8x8 pictures, and the tokenizer that they came from."""
+    """Return a tokenizer fitted to random 8x8 pictures, and their codes."""
     images = torch.rand(24, 8, 8, generator=torch.Generator().manual_seed(0))
     tokenizer = PatchTokenizer.fit(images.numpy(), num_codes=CODES, patch_size=4)
     return tokenizer, tokenizer.encode(images)

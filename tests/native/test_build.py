@@ -1,4 +1,4 @@
-"""What is built, where, and what the package says when something is missing."""
+"""The build: its decisions on each kind of machine, and the messages when something is missing."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def test_an_unclear_build_flag_is_an_error(setup_module, monkeypatch):
 
 @pytest.fixture
 def toolkit(monkeypatch, tmp_path):
-    """A CUDA toolkit whose nvcc says that it is 13.0, and nothing in the environment."""
+    """Return a fake CUDA toolkit whose nvcc reports version 13.0, in a clean environment."""
     for name in ("MOE_KERNELS_SKIP_CUDA", "CUDA_HOME", "CUDA_PATH", "CC", "PYTORCH_NVCC"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "cuda"
@@ -90,7 +90,7 @@ def test_why_no_cuda(setup_module, monkeypatch, toolkit):
 
 
 def test_an_nvcc_that_refuses_the_compiler(setup_module, monkeypatch, toolkit):
-    """In one line, whatever else it says."""
+    """The reason is one line, the first error among all that nvcc prints."""
     nvcc = toolkit / "bin" / "nvcc"
     refusal = "/usr/include/crt/host_config.h:168:2: error: #error -- unsupported GNU version!"
     monkeypatch.setenv("CC", "gcc-99")
@@ -109,16 +109,16 @@ def test_an_nvcc_that_refuses_the_compiler(setup_module, monkeypatch, toolkit):
 
 
 def test_nvcc_is_tried_as_torch_calls_it(setup_module, monkeypatch, toolkit):
-    """With CC where it is set, also empty, and under ninja by what PYTORCH_NVCC says."""
-    own = str(toolkit / "bin" / "nvcc")
-    assert setup_module.nvcc_command(toolkit) == [own]
+    """The command has CC if it is set, even to nothing, and PYTORCH_NVCC if ninja builds."""
+    nvcc = str(toolkit / "bin" / "nvcc")
+    assert setup_module.nvcc_command(toolkit) == [nvcc]
     monkeypatch.setenv("CC", "")
-    assert setup_module.nvcc_command(toolkit) == [own, "-ccbin", ""]
-    monkeypatch.setenv("PYTORCH_NVCC", f"/nowhere/ccache {own}")
+    assert setup_module.nvcc_command(toolkit) == [nvcc, "-ccbin", ""]
+    monkeypatch.setenv("PYTORCH_NVCC", f"/nowhere/ccache {nvcc}")
     monkeypatch.setattr(setup_module, "uses_ninja", lambda: False)
-    assert setup_module.nvcc_command(toolkit) == [own, "-ccbin", ""]
+    assert setup_module.nvcc_command(toolkit) == [nvcc, "-ccbin", ""]
     monkeypatch.setattr(setup_module, "uses_ninja", lambda: True)
-    assert setup_module.nvcc_command(toolkit) == ["/nowhere/ccache", own, "-ccbin", ""]
+    assert setup_module.nvcc_command(toolkit) == ["/nowhere/ccache", nvcc, "-ccbin", ""]
     assert "which cannot be run" in setup_module.why_no_cuda(toolkit, "13.0")
     monkeypatch.setenv("PYTORCH_NVCC", "")
     monkeypatch.delenv("CC")
@@ -134,7 +134,7 @@ def test_architectures_before_ampere_are_left_out(setup_module, monkeypatch, too
 
 
 def test_the_cuda_toolkit_is_found(setup_module, monkeypatch, toolkit, tmp_path):
-    """By a script on the path, or named; a name wins."""
+    """The toolkit is found from a script on the path; CUDA_HOME takes precedence."""
     script = tmp_path / "path" / "nvcc"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
@@ -146,7 +146,7 @@ def test_the_cuda_toolkit_is_found(setup_module, monkeypatch, toolkit, tmp_path)
 
 
 def test_architectures_are_those_that_nvcc_knows(setup_module):
-    """The portable PTX is of an architecture without an "a": others it would not run on."""
+    """PTX for later GPUs is for an architecture without "a", which other GPUs can run."""
     assert setup_module.default_arch_list((13, 0)) == "8.0;9.0a;10.0+PTX"
     assert setup_module.default_arch_list((12, 6)) == "8.0+PTX;9.0a"
 
@@ -160,7 +160,7 @@ def test_compiler_is_found_or_not(setup_module, monkeypatch):
 
 @pytest.fixture
 def no_python_headers(setup_module, monkeypatch, tmp_path):
-    """A machine with a compiler, whose Python came without its headers."""
+    """Imitate a machine that has a compiler but no Python headers."""
     if setup_module.why_no_build():
         pytest.skip(setup_module.why_no_build())
     for name in ("CPATH", "CPLUS_INCLUDE_PATH"):
@@ -176,7 +176,7 @@ def test_python_headers_are_found_or_not(setup_module, no_python_headers, tmp_pa
 
 @pytest.fixture
 def building(setup_module, monkeypatch):
-    """setup.py, about to build an extension without any variable set."""
+    """Return setup.py as a module, about to build an extension, with no variables set."""
     for name in ("SKIP_CPP", "SKIP_CUDA", "FORCE_CUDA"):
         monkeypatch.delenv(f"MOE_KERNELS_{name}", raising=False)
     monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
@@ -304,13 +304,13 @@ def test_info(capsys):
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of the source tree without anything built."""
+    """Return a copy of the source tree without build outputs."""
     return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE))
 
 
 @pytest.fixture
 def python(tmp_path):
-    """The interpreter of a fresh environment that sees this one's packages, but not ours."""
+    """Return the Python of a fresh environment that has this one's packages except moe_kernels."""
     folder = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -349,7 +349,7 @@ def report(python):
 
 
 def test_max_jobs_limits_the_compilations(setup_module, source, tmp_path):
-    """A ninja that only notes how it was called."""
+    """A fake ninja, which only records its arguments, gets the number of jobs."""
     if setup_module.why_no_build():
         pytest.skip(setup_module.why_no_build())
     folder, note = tmp_path / "bin", tmp_path / "arguments"

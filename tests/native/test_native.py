@@ -1,5 +1,6 @@
-"""The native ops by themselves: bits, long sums, unwritten memory and refusals. Other values are
-compared with the reference in the tests of the public ops.
+"""The native ops by themselves: bits, long sums, unwritten memory and refusals.
+
+The tests of the public ops compare all other values with the reference.
 """
 
 import importlib
@@ -92,8 +93,8 @@ class Problem:
 
         return replace(self, gate_up_lora=fill(self.gate_up_lora), down_lora=fill(self.down_lora))
 
-    def keeping_token(self, t, other):
-        """``other``'s tokens around this problem's token t."""
+    def with_token_in(self, t, other):
+        """Return this problem with its token t kept and all other tokens taken from ``other``."""
         kept = {}
         for name in ("hidden_states", "topk_ids", "topk_weights", "modality_ids"):
             kept[name] = getattr(other, name).clone()
@@ -150,12 +151,12 @@ def test_text_rows_do_not_see_adapters(dtype, value, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [16, 64, 200])  # the first: weights read unpacked
+@pytest.mark.parametrize("tokens", [16, 64, 200])  # with 16, kernels read unpacked weights
 def test_a_text_row_does_not_see_other_rows(dtype, tokens, threads):
     problem = make_problem(dtype, tokens=tokens)
     out = problem.forward()[0]
     for t in (problem.modality_ids == 0).nonzero().flatten()[:4].tolist():
-        changed = problem.keeping_token(t, make_problem(dtype, tokens=tokens, seed=t + 1))
+        changed = problem.with_token_in(t, make_problem(dtype, tokens=tokens, seed=t + 1))
         assert torch.equal(changed.forward()[0][t], out[t])
         alone = replace(changed, modality_ids=torch.full_like(changed.modality_ids, -1))
         alone.modality_ids[t] = 0
@@ -216,7 +217,7 @@ SELECTED = "text_rows or a_text_row or thread_count or long_sums or counts_is_wr
 
 
 def test_the_level_is_the_one_asked_for():
-    """By the environment, which the tests below set."""
+    """The environment variables that the tests below set select the instruction set."""
     level = _native.build_info()["gemm_level"]
     capability = os.environ.get("ATEN_CPU_CAPABILITY", "")
     assert level == {"default": "baseline", "avx2": "avx2"}.get(capability, level)
@@ -228,7 +229,7 @@ def test_the_level_is_the_one_asked_for():
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_on_a_smaller_instruction_set(capability):
-    """The same checks where the wider kernels are switched off."""
+    """The same tests pass with the wider kernels switched off."""
     run_pytest(__file__, "-k", SELECTED, ATEN_CPU_CAPABILITY=capability)
     moe_mlp = str(OPS_TESTS / "test_moe_mlp.py")
     run_pytest(moe_mlp, "-k", "bits_are_the_same", ATEN_CPU_CAPABILITY=capability)
@@ -236,10 +237,10 @@ def test_on_a_smaller_instruction_set(capability):
 
 @pytest.mark.skipif(
     "avx512_bf16" not in _native.build_info().get("cpu_features", ()),
-    reason="needs a CPU with AVX-512 bf16, on which brgemm takes bf16",
+    reason="needs a CPU with AVX-512 bf16, where brgemm supports bf16",
 )
 def test_through_brgemm():
-    """What CPUs with AMX run, on any that can."""
+    """The brgemm path, which CPUs with AMX use, passes the same tests on CPUs without AMX."""
     run_pytest(__file__, "-k", SELECTED, MOE_KERNELS_BRGEMM="1")
     others = (str(OPS_TESTS / name) for name in ("test_moe_mlp.py", "test_lora_linear.py"))
     chosen = "(float64_reference or the_definition) and bfloat16 and cpu"
@@ -251,7 +252,7 @@ def poison(monkeypatch):
     monkeypatch.setenv("MOE_KERNELS_POISON", "1")
     yield
     monkeypatch.undo()
-    _native.ops()  # passes the flag on
+    _native.ops()  # passes the flag on to the extension
 
 
 def test_poison_fills_new_memory(poison):
@@ -292,8 +293,8 @@ def test_only_the_gradients_asked_for():
     grad_out = torch.randn(64, 64)
     everything = problem.backward(grad_out)
     assert [g.dtype for g in everything] == [torch.float32] * 6
-    wanted = [i for i, need in enumerate(ALL_NEEDS) if need]
-    for position, index in enumerate(wanted):
+    requested = [i for i, need in enumerate(ALL_NEEDS) if need]
+    for position, index in enumerate(requested):
         (alone,) = problem.backward(grad_out, [i == index for i in range(8)])
         assert torch.equal(alone, everything[position])
     assert problem.backward(grad_out, [False] * 8) == []
@@ -302,7 +303,7 @@ def test_only_the_gradients_asked_for():
 @pytest.mark.parametrize("modalities", [None, 0, 3])
 def test_dispatch_is_a_stable_sort(modalities):
     generator = torch.Generator().manual_seed(0)
-    topk_ids = torch.randint(-1, 7, (101, 3), generator=generator)  # 6 experts, some ids outside
+    topk_ids = torch.randint(-1, 7, (101, 3), generator=generator)  # some ids outside 6 experts
     num_experts, num_modalities = 6, modalities or 0
     modality_ids = None
     key = topk_ids * (num_modalities + 1)
@@ -376,7 +377,7 @@ def test_inference_refuses_weights_of_another_rank():
 
 
 def test_refuses_rows_out_of_order():
-    """The order within a segment is what finds a token's rows; without it a sum has no place."""
+    """The combine step finds a token's rows by their order within a segment, so it must ascend."""
     problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
     perm, _, _, _, segment_offsets = problem.dispatch()
     first = int((segment_offsets.diff() > 1).nonzero()[0])
@@ -422,7 +423,7 @@ def test_lora_linear_refuses_a_weight_without_columns():
         )  # fmt: skip
 
 
-# Times 3 experts this is 2 beyond 2**64, and so it is with one more.
+# With 3 experts there would be 3 * (n + 1) = 2**64 + 2 segments, which wraps around to 2.
 OVERFLOWING = 6148914691236517205
 
 

@@ -1,7 +1,7 @@
-"""Text rows keep their bits whatever the adapters and the other rows are (docs/design.md 5.1).
+"""Text rows keep their bits whatever the adapters and the other rows are (docs/design.md).
 
-Hidden sizes are large enough to see a wrong implementation: at 48 it passes, fp32 shows it from
-128 and bf16 from 512.
+The hidden sizes are large enough to expose a wrong implementation. At 48 it would pass; fp32 needs
+128 and bf16 needs 512.
 """
 
 import pytest
@@ -36,7 +36,7 @@ def scaled(lora, factor):
 @pytest.mark.parametrize("num_tokens", [64, 200])
 @pytest.mark.parametrize(("seed", "threads"), [(0, 1), (0, 2), (1, 1), (2, 1)])
 def test_any_adapter(backend, dtype, num_tokens, seed, threads, thread_count):
-    """At a fixed number of threads, which the reference's GEMMs depend on."""
+    """Any adapter values leave text unchanged; threads are fixed since the reference needs that."""
     thread_count(threads)
     shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256, r=16)
     inputs = make_moe_inputs(shape, seed=seed, num_extra=1).to(dtype)
@@ -57,7 +57,7 @@ def test_any_adapter(backend, dtype, num_tokens, seed, threads, thread_count):
 @pytest.mark.parametrize("num_tokens", [64, 200])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_other_rows(backend, dtype, num_tokens, seed):
-    """Values, modality and routing of the other rows change, and with them every count."""
+    """Values, modality and routing of the other rows change, and so do all row counts."""
     shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256, r=16)
     inputs = make_moe_inputs(shape, seed=seed).to(dtype)
     generator = torch.Generator().manual_seed(seed + 100)
@@ -92,9 +92,7 @@ def test_the_other_rows_values_may_be_nan(backend, dtype):
 @DTYPES
 @pytest.mark.parametrize("num_tokens", [1, 62, 66, 72, 76, 200])
 def test_added_experts_that_no_row_chooses(backend, dtype, num_tokens):
-    """Whatever they are, and whether they are there; also where E and E+X are on two sides of a
-    choice between kernels.
-    """
+    """Unchosen experts change no bits, even if a choice of kernels by E would differ for E + X."""
     shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256)
     without = make_moe_inputs(shape).to(dtype)
     expected = call(without, backend)
@@ -110,7 +108,7 @@ def test_added_experts_that_no_row_chooses(backend, dtype, num_tokens):
 @pytest.mark.parametrize("backend", [name for name in WORKING if name != "reference"])
 @DTYPES
 def test_thread_count(backend, dtype, thread_count):
-    """Not on the reference, whose GEMMs are torch's."""
+    """The number of threads changes no bits, except for the reference, whose GEMMs are torch's."""
     inputs = make_moe_inputs(Shape(T=200, K=2, E=8, H=512, I=256), num_extra=1).to(dtype)
     results = []
     for threads in (1, 2):

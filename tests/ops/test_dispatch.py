@@ -1,4 +1,4 @@
-"""``dispatch``: the order it promises, on every backend."""
+"""``dispatch``: its documented order, on every backend."""
 
 import dataclasses
 
@@ -99,7 +99,7 @@ def test_bad_input_is_refused(backend, ids, options, error, message):
 @pytest.mark.parametrize("backend", working_backends("cuda"))
 @pytest.mark.parametrize("routing", ["balanced", "zipf", "one_expert", "repeated"])
 def test_on_cuda(backend, routing):
-    """The same order as on the CPU; there are no floats and no gradients to compare."""
+    """The order is exactly that of the CPU; there are no floats or gradients to compare."""
     ids, _ = make_routing(300, 3, 6, kind=routing)
     modality = make_modality_ids(300, 2)
     expected = ops.dispatch(ids, 6, modality_ids=modality, num_modalities=2, backend="reference")

@@ -82,7 +82,7 @@ def test_opcheck(backend, modality):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("modality", ["mixed", "text", None])
 def test_opcheck_of_the_backward(backend, dtype, modality):
-    """It has no autograd formula, so its schema and its fake version are what can be checked."""
+    """The backward op has no autograd formula, so only its schema and fake version are checked."""
     x, weight, bias, lora, modality_ids = make(modality=modality)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     lora = LoraWeights(*(t.float() for t in lora))
@@ -136,9 +136,9 @@ def test_unused_adapters_are_never_read_and_get_exact_zeros(backend, value, moda
 @pytest.mark.parametrize("trained", ["adapters", "hidden_states"])
 @pytest.mark.parametrize("modality", ["mixed", "image", "text", "padding", None])
 def test_work_follows_the_mask(modality, trained, matmul_flops):
-    """To the last operation: the base GEMM, and low-rank work for the rows of a modality only.
+    """The operations are exactly those of the base GEMM and of the adapted rows' low-rank update.
 
-    So the base path has no low-rank work, and no gradient of the frozen weight is computed.
+    So the base path does no low-rank work, and no gradient of the frozen weight is computed.
     """
     num_tokens, inner, out_features, rank = 50, 24, 16, 5
     x, weight, bias, lora, modality_ids = make(
@@ -157,7 +157,7 @@ def test_work_follows_the_mask(modality, trained, matmul_flops):
     out, flops = matmul_flops(forward)
     assert flops == base + 2 * adapted * rank * (inner + out_features)
     _, flops = matmul_flops(out.sum().backward)
-    if trained == "adapters":  # u = x A^T is saved: du, dA and dB remain
+    if trained == "adapters":  # u = x A^T is saved, so only du, dA and dB are computed
         assert flops == 2 * adapted * rank * (inner + 2 * out_features)
     else:
         assert flops == base + 2 * adapted * rank * (inner + out_features)
@@ -180,11 +180,11 @@ def test_matches_the_definition(backend, dtype, bias, modality, size):
     expected = definition(leaves[0], weight, b, *leaves[1:], lora.scaling, modality_ids)
     expected = [expected, *torch.autograd.grad(expected, leaves, grad_out, allow_unused=True)]
     args = (x, weight, b, lora, modality_ids)
-    for actual, wanted in zip(
+    for actual, reference in zip(
         run(args, dtype, lora_dtype, backend, grad_out), expected, strict=True
     ):
-        wanted = torch.zeros_like(actual) if wanted is None else wanted
-        testing.assert_close(actual, wanted, dtype=dtype)
+        reference = torch.zeros_like(actual) if reference is None else reference
+        testing.assert_close(actual, reference, dtype=dtype)
 
 
 def to_and_back(tensor, dtype):
@@ -304,6 +304,6 @@ def test_on_cuda(backend, dtype, modality):
     cuda = (*(t.cuda() for t in args[:3]), LoraWeights(*(t.cuda() for t in lora)))
     cuda = (*cuda, None if modality_ids is None else modality_ids.cuda())
     actual = run(cuda, dtype, torch.float32, backend, grad_out.cuda())
-    for tensor, wanted in zip(actual, expected, strict=True):
+    for tensor, reference in zip(actual, expected, strict=True):
         assert tensor.is_cuda
-        testing.assert_close(tensor.cpu(), wanted, dtype=dtype)
+        testing.assert_close(tensor.cpu(), reference, dtype=dtype)

@@ -1,4 +1,4 @@
-"""``moe_mlp``: gradients of the reference, every backend against it, hard cases, bad input."""
+"""``moe_mlp``: the reference's gradients, backends against it, hard cases, bad input."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NEEDS_CUDA = pytest.mark.skipif(
 # Mixed modalities with padding, an empty expert, the same expert twice, added experts.
 
 
-# The full numerical Jacobian for these, a random projection of it for the others.
+# These are checked with the full numerical Jacobian, the others with a random projection of it.
 FULL_JACOBIAN = ("added_experts", "two_modalities", "shared_a", "own_ranks")
 
 
@@ -41,7 +41,7 @@ def test_gradcheck(backend, variant):
 
 
 def replace(inputs, tensors):
-    """``inputs`` with differentiable tensors replaced by name."""
+    """Return ``inputs`` with differentiable tensors replaced by name."""
     plain = {name: tensor for name, tensor in tensors.items() if "." not in name}
     for name in ("gate_up_lora", "down_lora"):
         if f"{name}.lora_A" in tensors:
@@ -63,12 +63,12 @@ def test_opcheck(backend, variant):
     torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, frozen, True, backend))
 
 
-@pytest.mark.parametrize("shape", ["tiny", "small"])  # weights read unpacked, and packed
+@pytest.mark.parametrize("shape", ["tiny", "small"])  # kernels read unpacked and packed weights
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
 @pytest.mark.parametrize("backend", WORKING)
 def test_where_nothing_trains_the_bits_are_the_same(backend, dtype, variant, shape):
-    """There the native backend is one call, which sorts the rows itself."""
+    """If nothing trains, the native backend is a single op that also sorts the rows."""
     inputs = make_moe_inputs(SHAPES[shape], seed=5, **VARIANTS[variant])
     inputs = inputs.to(dtype, lora_dtype=None if dtype == torch.float64 else torch.float32)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_opcheck_of_the_native_op_where_nothing_trains(variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "down_only", "all_padding"])
 def test_opcheck_of_the_backward(backend, dtype, variant):
-    """It has no autograd formula, so its schema and its fake version are what can be checked."""
+    """The backward op has no autograd formula, so only its schema and fake version are checked."""
     inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant])
     inputs = inputs.to(dtype, lora_dtype=torch.float32)
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
@@ -126,7 +126,7 @@ def test_backend_matches_the_float64_reference(backend, dtype, variant, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", WORKING)
 def test_more_tokens_than_one_work_item_sums(backend, dtype, thread_count):
-    """The CPU cuts 1,100 tokens into ranges, and with each of them every modality's segment."""
+    """The CPU splits 1,100 tokens into several ranges, and every modality's segment with them."""
     thread_count(2)
     shape = Shape(T=1100, K=2, E=3, H=40, I=24, r=4)
     low = make_moe_inputs(shape, num_modalities=2, num_extra=1).to(dtype)
@@ -138,7 +138,7 @@ def test_more_tokens_than_one_work_item_sums(backend, dtype, thread_count):
 
 @pytest.mark.parametrize("backend", WORKING)
 def test_fp32_adapters_are_rounded_as_a_cast_rounds_them(backend):
-    """Though the kernels read them as they are stored: the forward's bits are the same."""
+    """Kernels read fp32 adapters directly; the forward has the bits that cast adapters give."""
     mixed = make_moe_inputs(SHAPES["small"]).to(torch.bfloat16, lora_dtype=torch.float32)
     cast = mixed.to(torch.bfloat16)
     assert torch.equal(call(mixed, backend), call(cast, backend))
@@ -236,10 +236,10 @@ def test_unused_adapters_are_never_read_and_get_exact_zeros(backend, value, moda
 @pytest.mark.parametrize("trained", ["adapters", "hidden_states"])
 @pytest.mark.parametrize("modality", ["mixed", "image", "text", "padding", None])
 def test_work_follows_the_mask(modality, trained, matmul_flops):
-    """To the last operation: the base GEMMs, and low-rank work for the rows of a modality only.
+    """The operations are exactly those of the base GEMMs and of the adapted rows' low-rank updates.
 
-    So the base path has no low-rank work, and no gradient of a frozen weight is computed: either
-    would add to the count.
+    So the base path does no low-rank work, and no gradient of a frozen weight is computed; either
+    would raise the count.
     """
     shape = Shape(T=50, K=2, E=4, H=24, I=16, r=5)
     inputs = make_moe_inputs(shape, modality=modality, num_modalities=2).to(torch.float32)
@@ -254,7 +254,7 @@ def test_work_follows_the_mask(modality, trained, matmul_flops):
     padded = int((-(-rows // reference.BLOCK_M) * reference.BLOCK_M).sum())
     adapted = int((ids > 0).sum()) * shape.K
     base = 2 * padded * 3 * shape.H * shape.I
-    pair = 2 * adapted * shape.r * (2 * shape.H + 3 * shape.I)  # A and B of both layers, once
+    pair = 2 * adapted * shape.r * (2 * shape.H + 3 * shape.I)  # A and B of both projections
     assert forward == base + pair
     assert backward == base + (2 * pair if trained == "adapters" else pair)
     assert (pair > 0) == (modality in ("mixed", "image"))
@@ -265,12 +265,12 @@ def test_only_asked_gradients_exist(backend):
     names = list(make_moe_inputs(SHAPES["tiny"], num_extra=1).differentiable())
     full = make_moe_inputs(SHAPES["tiny"], num_extra=1).to(torch.float32)
     expected = run(full, backend, torch.ones_like(full.hidden_states))
-    for wanted in names:
+    for requested in names:
         inputs = make_moe_inputs(SHAPES["tiny"], num_extra=1).to(torch.float32)
-        inputs.differentiable()[wanted].requires_grad_()
+        inputs.differentiable()[requested].requires_grad_()
         call(inputs, backend).sum().backward()
         for name, tensor in inputs.differentiable().items():
-            if name == wanted:
+            if name == requested:
                 testing.assert_close(tensor.grad, expected[name], name=name)
             else:
                 assert tensor.grad is None

@@ -1,4 +1,4 @@
-"""The registered ops are seen by what looks for them; plain tensors go around the dispatcher."""
+"""Registered ops are seen by modes, tracing and subclasses; plain tensors skip the dispatcher."""
 
 import threading
 from functools import partial
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 class Calls(TorchDispatchMode):
-    """Keeps the names of the registered ops that pass the dispatcher."""
+    """Records the names of the registered ops that reach the dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Calls(TorchDispatchMode):
 
 
 class Subclass(torch.Tensor):
-    """Of no use but to be another class."""
+    """A tensor subclass without any behaviour of its own."""
 
 
 def test_plain_tensors_go_around(op, backend):
@@ -59,7 +59,7 @@ def test_a_mode_sees_the_ops_and_the_bits_are_the_same(op, backend):
 
 
 def test_a_mode_of_another_thread_does_not_matter(op, backend):
-    """One thread's mode ends while another's is on."""
+    """A mode of another thread ends while this thread's mode is active."""
     function, x, _ = make(op, backend)
     entered, left = threading.Event(), threading.Event()
 
@@ -79,7 +79,7 @@ def test_a_mode_of_another_thread_does_not_matter(op, backend):
 
 
 def test_selective_checkpointing_can_keep_the_output(op, backend):
-    """The op named in the list is not computed again for the backward pass."""
+    """An op in the list of outputs to keep is not recomputed for the backward pass."""
     function, x, adapters = make(op, backend)
     expected = results(function, x, adapters)
     forward = getattr(torch.ops.moe_kernels, op).default
@@ -114,7 +114,7 @@ def test_subclasses_go_through_the_dispatcher(op, backend, monkeypatch):
 
 
 def test_vmap_over_what_does_not_train(op, backend):
-    """The batching rule of a registered op is a loop."""
+    """vmap works on inputs that do not train, as a loop over the batch."""
     function, x, _ = make(op, backend)
     batch = torch.stack([x.detach(), 2 * x.detach()])
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_vmap_over_what_does_not_train(op, backend):
 
 
 def test_a_dual_tensor_does_not_get_half_a_tangent(op, backend):
-    """There is no forward-mode derivative: none, then, rather than that of a part."""
+    """Forward mode is not supported: it raises or gives no tangent, never that of a part."""
     function, x, adapters = make(op, backend)
     for tensor in adapters:
         tensor.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the ops of the backend "cuda" mean, in plain torch, as kernels of these ops on the CPU."""
+"""CPU kernels in plain torch for the ops of the backend "cuda", written from their definitions."""
 
 import torch
 from support.host_kernels import tile_map
@@ -10,7 +10,8 @@ from moe_kernels.ops.dispatch import reference
 def tile_maps(
     segment_offsets: Tensor, num_rows: int, blocks: list[int], groups: list[int]
 ) -> list[Tensor]:
-    made, offsets = [], [*segment_offsets.tolist(), num_rows]  # behind the last: not dispatched
+    # Rows behind the last segment are not dispatched.
+    maps, offsets = [], [*segment_offsets.tolist(), num_rows]
     for index, block in enumerate(blocks):
         num, period, stride, offset, width = groups[5 * index : 5 * index + 5]
         firsts = [g % period * stride + g // period + offset for g in range(num)]
@@ -18,10 +19,10 @@ def tile_maps(
             (offsets[first], offsets[min(first + width, len(offsets) - 1)]) for first in firsts
         ]
         if num:
-            made += tile_map(bounds, num_rows, block)
+            maps += tile_map(bounds, num_rows, block)
         else:
-            made += [segment_offsets.new_empty(3, 0), segment_offsets.new_empty(3, 0)]
-    return made
+            maps += [segment_offsets.new_empty(3, 0), segment_offsets.new_empty(3, 0)]
+    return maps
 
 
 def dispatch_with_maps(
@@ -35,12 +36,12 @@ def dispatch_with_maps(
 def combine(
     rows: Tensor, inv_perm: Tensor, num_rows: Tensor, weights: Tensor | None, num_tokens: int
 ) -> Tensor:
-    there = (inv_perm < num_rows).unsqueeze(1)
-    of_slots = torch.where(there, rows[inv_perm].float(), 0.0)
+    dispatched = (inv_perm < num_rows).unsqueeze(1)
+    slot_rows = torch.where(dispatched, rows[inv_perm].float(), 0.0)
     if weights is not None:
-        of_slots = torch.where(there, of_slots * weights.reshape(-1, 1).float(), 0.0)
+        slot_rows = torch.where(dispatched, slot_rows * weights.reshape(-1, 1).float(), 0.0)
     top_k = rows.shape[0] // max(1, num_tokens)
-    return of_slots.view(num_tokens, top_k, rows.shape[1]).sum(1).to(rows.dtype)
+    return slot_rows.view(num_tokens, top_k, rows.shape[1]).sum(1).to(rows.dtype)
 
 
 def project(
@@ -50,8 +51,8 @@ def project(
     matrices = matrix.reshape(-1, experts, *matrix.shape[-2:]).to(left.dtype).float()
     for pair, first, end in tiles.T.tolist():
         rows = perm[first:end] // top_k if by_token else slice(first, end)
-        of_pair = matrices[pair // num_base, min(pair % num_base, experts - 1)]
-        product = left[rows].float() @ (of_pair.T if rank_first else of_pair)
+        pair_matrix = matrices[pair // num_base, min(pair % num_base, experts - 1)]
+        product = left[rows].float() @ (pair_matrix.T if rank_first else pair_matrix)
         out[first:end] = product.to(out.dtype)
 
 
@@ -71,11 +72,11 @@ def outer(
         scaled = factor * left[slots // top_k if left_by_token else rows].float()
         if weights is not None:
             scaled = scaled * weights.reshape(-1)[slots, None].float()
-        of_right = right[slots // top_k if right_by_token else rows].float()
-        product = scaled.to(right.dtype).float().T @ of_right
+        right_rows = right[slots // top_k if right_by_token else rows].float()
+        product = scaled.to(right.dtype).float().T @ right_rows
         sums.append(product.T if transposed else product)
         if matrix is not None:
-            projected[first:end] = of_right @ matrix[group].to(right.dtype).float()
+            projected[first:end] = right_rows @ matrix[group].to(right.dtype).float()
     shape = (right.shape[1], height)[:: 1 if transposed else -1]
     return torch.stack(sums) if sums else torch.empty(0, *shape), projected
 
@@ -85,7 +86,7 @@ def experts(
     segment_offsets: Tensor, u: Tensor | None, v: Tensor | None, scaling: Tensor | None,
     block_m: int, *, by_token: bool, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """left W + s u V of every dispatched row, in float32; NaN elsewhere."""
+    """Return left W + s u V for every dispatched row, in float32, and NaN for all other rows."""
     weights = torch.cat([stack, *([] if extra is None else [extra])]).float()
     segments, groups = segment_offsets.tolist(), (segment_offsets.numel() - 1) // len(weights)
     bounds = list(zip(segments[::groups], segments[groups::groups], strict=False))
@@ -116,7 +117,7 @@ def gate_up(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor]:
     gate, up = pre_act.float().chunk(2, dim=1)
     act = (torch.nn.functional.silu(gate) * up).to(left.dtype)
     for tensor in (pre_act, act):
-        tensor[segments[-1] :] = 0  # not dispatched
+        tensor[segments[-1] :] = 0  # rows that are not dispatched
     return pre_act if save else pre_act[:0].clone(), act
 
 
@@ -126,7 +127,7 @@ def product(*arguments: Tensor | int | bool | None) -> Tensor:
 
 
 def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, weights, pre_act, of_adapted, of_added = arguments
+    *arguments, weights, pre_act, keep_adapted, keep_added = arguments
     left, perm, rows = arguments[0], arguments[3], int(arguments[5][-1])
     d_act = experts(*arguments, by_token=True, transposed=False)
     gate, up = pre_act.float().chunk(2, dim=1)
@@ -135,11 +136,11 @@ def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor
     weighted = d_act * weights.reshape(-1, 1)[perm].float()
     d_gate = weighted * up * sigmoid * (1 + gate * (1 - sigmoid))
     d_pre = torch.cat([d_gate, weighted * gate * sigmoid], dim=1).to(left.dtype)
-    parts = torch.zeros(-(-act.shape[1] // 128), perm.numel())  # by 128 columns
+    parts = torch.zeros(-(-act.shape[1] // 128), perm.numel())  # one part per 128 columns
     for part, columns in enumerate(torch.arange(act.shape[1]).split(128)):
         dots = (d_act[:, columns] * act[:, columns].float()).sum(1)
         parts[part, perm[:rows]] = dots[:rows]
-    act = act if of_adapted or of_added else act[:0].clone()
+    act = act if keep_adapted or keep_added else act[:0].clone()
     return d_pre, act, parts.view(len(parts), *weights.shape)
 
 
@@ -155,7 +156,7 @@ def add_low_rank(
 
 
 def register() -> torch.library.Library:
-    """Give the ops these kernels on the CPU, for as long as what is returned is kept."""
+    """Register these kernels for the CPU; they stay registered while the returned library lives."""
     library = torch.library.Library("moe_kernels_native", "IMPL")
     for function in (
         dispatch_with_maps, tile_maps, combine, project, outer, gate_up, product, act_backward,

@@ -1,4 +1,4 @@
-"""Tiny random dense models of every family that can be converted."""
+"""Tiny random dense models of every convertible family."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
-# name -> (class, configuration, settings of its own, class without and with a shared expert)
+# name -> (class, config class, settings, target class without and with a shared expert)
 DENSE = {
     "llama": (
         LlamaForCausalLM, LlamaConfig,
@@ -60,11 +60,11 @@ EVERY_CASE = pytest.mark.parametrize(("family", "shared"), CASES)
 
 
 def make_dense(family="llama", *, dtype=torch.float64, seed=0, **overrides):
-    model_class, config_class, own, *_ = DENSE[family]
+    model_class, config_class, settings, *_ = DENSE[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**_COMMON, **own, **overrides}))
+    model = model_class(config_class(**{**_COMMON, **settings, **overrides}))
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # biases and norms that are not the identity
+        if parameter.ndim == 1:  # biases that are not zero, and norms that are not one
             nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
     return model.to(dtype).eval()
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: their launch functions, compiled as plain C++, through ctypes."""
+"""Launch functions of the CUDA kernels, compiled as plain C++ and called through ctypes."""
 
 import ctypes
 import mmap
@@ -23,7 +23,7 @@ TYPES = {
 
 
 def fields(**names_of: str) -> list[tuple[str, type]]:
-    """(name, type) in order; the names of each type in one string."""
+    """Return a structure's (name, type) pairs in order, from a string of names for each type."""
     return [(name, TYPES[kind]) for kind, names in names_of.items() for name in names.split()]
 
 
@@ -80,7 +80,7 @@ class ActBackward(ctypes.Structure):
 
 
 def cuda_include() -> Path | None:
-    """The folder of CUDA's headers, or None."""
+    """Return the folder of CUDA's headers, or None."""
     compiler = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), compiler and Path(compiler).resolve().parents[1]]
     for home in (*filter(None, homes), "/usr/local/cuda"):
@@ -90,7 +90,7 @@ def cuda_include() -> Path | None:
 
 
 def missing() -> str | None:
-    """What is not there to compile the kernels, or None."""
+    """Return a reason why the kernels cannot be compiled here, or None."""
     if shutil.which(COMPILER[0]) is None:
         return "needs a C++ compiler: install one"
     if cuda_include() is None:
@@ -99,7 +99,7 @@ def missing() -> str | None:
 
 
 def compiled(folder: Path, *sources: Path, more: tuple[str, ...] = ()) -> list[str]:
-    """Object files; warnings are errors, and ``more`` flags may set another standard."""
+    """Compile sources to object files, with extra flags; warnings are errors."""
     flags = [
         "-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
         "-fno-strict-aliasing",
@@ -114,13 +114,13 @@ def compiled(folder: Path, *sources: Path, more: tuple[str, ...] = ()) -> list[s
 
 
 def linked(path: Path, objects: list[str], *more: str) -> Path:
-    """A shared library."""
+    """Link objects to a shared library."""
     subprocess.run([*COMPILER, "-shared", *objects, *more, "-o", str(path)], check=True)
     return path
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """The library of the launch functions."""
+    """Build and load the library of launch functions."""
     kernels = sorted(KERNELS.glob("*.cu"))
     path = linked(folder / "kernels.so", compiled(folder, HOST / "cuda_kernels_host.cpp", *kernels))
     library = ctypes.CDLL(str(path))
@@ -134,7 +134,7 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 def build_ops(folder: Path) -> Path:
-    """A library that gives the ops of the backend "cuda" the same kernels for CPU tensors."""
+    """Build a library that registers these kernels for CPU tensors in the ops of backend "cuda"."""
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
     headers = [f"-isystem{path}" for path in include_paths()]
@@ -148,7 +148,7 @@ def build_ops(folder: Path) -> Path:
 
 
 class Guarded:
-    """A copy of a tensor that ends where a page ends, and the next one may not be touched."""
+    """A copy of a tensor at the end of a memory page; touching the next page is a fault."""
 
     def __init__(self, tensor: Tensor):
         assert tensor.is_contiguous()
@@ -165,7 +165,7 @@ class Guarded:
 
 
 def structure(kind: type, **values) -> ctypes.Structure:
-    """Filled in; tensors are given as they are, None is a null pointer."""
+    """Fill in a structure from tensors, dtypes, numbers and None (a null pointer)."""
     assert sorted(values) == sorted(name for name, _ in kind._fields_)
     filled = kind()
     filled.guarded = []
@@ -175,7 +175,7 @@ def structure(kind: type, **values) -> ctypes.Structure:
 
 
 def plain(value, guarded: list[Guarded]):
-    """What ctypes takes: tensors as pointers to copies, dtypes as numbers of ``Scalar``."""
+    """Convert a value for ctypes: a tensor to a pointer to its copy, a dtype to a ``Scalar``."""
     if isinstance(value, torch.dtype):
         return SCALARS[value]
     if isinstance(value, ctypes.Structure):
@@ -188,7 +188,7 @@ def plain(value, guarded: list[Guarded]):
 
 
 def call(function, *arguments) -> None:
-    """Launch; tensors then hold what the kernels wrote."""
+    """Launch the kernels and copy what they wrote back to the tensors."""
     guarded = []
     error = function(*(plain(argument, guarded) for argument in arguments))
     assert error == 0, f"cudaError_t {error}"
@@ -197,17 +197,18 @@ def call(function, *arguments) -> None:
 
 
 def tile_map(bounds: list[tuple[int, int]], num_rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """(3, tiles) and (3, groups) of groups (first row, end), as ``triton_tile_maps`` has them; no
-    tiles without groups.
+    """Return the tile map (3, tiles) and group map (3, groups) that ``triton_tile_maps`` defines.
+
+    ``bounds`` holds (first row, end) of each group. Without groups there are no tiles.
     """
     tiles, groups, partial = [], [], 0
     for group, (low, high) in enumerate(bounds):
-        mine = [(group, at, min(at + block, high)) for at in range(low, high, block)]
+        group_tiles = [(group, at, min(at + block, high)) for at in range(low, high, block)]
         groups.append((low, high, partial))
-        partial += len(mine) if len(mine) > 1 else 0
-        tiles += mine
-    most = num_rows // block + len(bounds) if bounds else 0
-    tiles += [(0, 0, 0)] * (most - len(tiles))
+        partial += len(group_tiles) if len(group_tiles) > 1 else 0
+        tiles += group_tiles
+    max_tiles = num_rows // block + len(bounds) if bounds else 0
+    tiles += [(0, 0, 0)] * (max_tiles - len(tiles))
     return tuple(
         torch.tensor(rows, dtype=torch.int64).view(-1, 3).T.contiguous() for rows in (tiles, groups)
     )

@@ -29,7 +29,7 @@ def call(inputs, backend, **options):
 
 
 def run(inputs, backend, grad_out, **options):
-    """Output and gradients by name."""
+    """Return the output and all gradients by name."""
     inputs.requires_grad_()
     out = call(inputs, backend, **options)
     tensors = inputs.differentiable()
@@ -38,7 +38,7 @@ def run(inputs, backend, grad_out, **options):
 
 
 def check_frozen_extra(inputs, backend):
-    """The first added experts get zeros, whatever the others; all else keeps its bits."""
+    """Check that ``frozen_extra`` zeroes gradients of the first added experts and nothing else."""
     num_extra = inputs.extra_down_proj.shape[0]
     grad_out = torch.randn_like(inputs.hidden_states)
     full = run(inputs, backend, grad_out)
@@ -53,6 +53,6 @@ def check_frozen_extra(inputs, backend):
             else:
                 assert torch.equal(found[name], expected), name
     out = call(inputs, backend, frozen_extra=num_extra)
-    asked = [inputs.hidden_states, inputs.extra_gate_up_proj, inputs.extra_down_proj]
-    hidden, *nothing = torch.autograd.grad(out, asked, grad_out, allow_unused=True)
-    assert torch.equal(hidden, full["hidden_states"]) and nothing == [None, None]
+    tensors = [inputs.hidden_states, inputs.extra_gate_up_proj, inputs.extra_down_proj]
+    hidden, *extra = torch.autograd.grad(out, tensors, grad_out, allow_unused=True)
+    assert torch.equal(hidden, full["hidden_states"]) and extra == [None, None]

@@ -1,4 +1,4 @@
-"""Run pytest in a process of its own, with another environment."""
+"""Run pytest in a subprocess with a changed environment."""
 
 import os
 import subprocess

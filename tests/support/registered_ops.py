@@ -1,4 +1,4 @@
-"""One small call of each registered op, with its output and gradients."""
+"""Small calls of the registered ops, with their outputs and gradients."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from moe_kernels.testing import SHAPES, make_moe_inputs
 
 
 def make(op, backend):
-    """A function of hidden states (T, H), these, and the adapters that it trains."""
+    """Return a function of hidden states, the hidden states (T, H), and the adapters it trains."""
     generator = torch.Generator().manual_seed(1)
     inputs = make_moe_inputs(SHAPES["tiny"], seed=3).to(torch.float32)
     x = inputs.hidden_states.requires_grad_()
@@ -32,7 +32,7 @@ def make(op, backend):
 
 
 def results(function, x, adapters):
-    """The output and every gradient."""
+    """Return the output and the gradients of the input and the adapters."""
     out = function(x)
     return out.detach(), *torch.autograd.grad(out.square().sum(), [x, *adapters])
 

@@ -1,4 +1,4 @@
-"""A text tokenizer for the tests of images as tokens."""
+"""A text tokenizer for the tests of ``moe_kernels.imaging``."""
 
 import tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ WORDS = ["<pad>", "<s>", "</s>", "a", "red", "cat", "dog"]
 
 
 def make_tokenizer(template="$A", **special):
-    """One token a word; ``template`` says what the tokenizer adds by itself."""
+    """Return a tokenizer with a token per word; ``template`` sets the special tokens it adds."""
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
