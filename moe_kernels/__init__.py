@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from moe_kernels import backends, ops
+from moe_kernels._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moe_kernels.models import (
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
         initialise_lora,
         patch_model,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ModalityLoraConfig",

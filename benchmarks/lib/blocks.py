@@ -5,8 +5,8 @@ from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from lib.cases import Problem
+from moe_kernels.models.added_experts import added_experts
 from moe_kernels.models.experts import context_of
-from moe_kernels.models.extensions import added_experts
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.ops import moe_mlp
 from moe_kernels.testing import TOLERANCES, relative_rms

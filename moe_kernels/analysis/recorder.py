@@ -9,8 +9,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.analysis.rows import RowModality, find_moe_blocks, watch_routers
+from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.analysis.statistics import RoutingStatistics
+from moe_kernels.models.parts import find_moe_blocks
 
 
 class RoutingRecorder:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moe_kernels.analysis.rows import RowModality, find_moe_blocks, watch_routers
+from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.init.sampling import smallest_keys
+from moe_kernels.models.parts import MoeBlock, find_moe_blocks
 from moe_kernels.modes import evaluating
 
 METRICS = ("cka", "cosine")
@@ -220,7 +221,7 @@ def expert_redundancy(
     return ExpertRedundancy(metric, modality, sample.size, tuple(sample.inputs), tuple(similarity))
 
 
-def _check_request(model: nn.Module, metric: str, max_tokens: int) -> dict[str, nn.Module]:
+def _check_request(model: nn.Module, metric: str, max_tokens: int) -> dict[str, MoeBlock]:
     """Return the model's MoE blocks by name, or raise ValueError if they cannot be compared."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; the metrics are {', '.join(METRICS)}")

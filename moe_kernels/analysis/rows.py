@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels.models.context import resolve_modality_ids
-from moe_kernels.models.methods import HANDLE
+from moe_kernels.models.handle import get_patched, is_patched
+from moe_kernels.models.parts import MoeBlock
 
 
 def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[Tensor], Tensor]:
@@ -28,29 +29,6 @@ def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[Tensor], T
         return modality
 
     return modality_of
-
-
-def find_moe_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that has ``experts`` beside a ``gate`` or ``router``, by its name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    blocks = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "experts") and isinstance(_router_of(module), nn.Module)
-    }
-    if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no router: "
-            "no module with `experts` beside a `gate` or `router`"
-        )
-    return blocks
-
-
-def _router_of(block: nn.Module) -> nn.Module | None:
-    return getattr(block, "gate", None) or getattr(block, "router", None)
 
 
 class RowModality:
@@ -74,11 +52,11 @@ class RowModality:
         names: Sequence[str] | None = None,
     ):
         # The patched model may be inside a wrapper (DDP), which passes its inputs on.
-        patched = [module for module in model.modules() if HANDLE in module.__dict__]
+        patched = [module for module in model.modules() if is_patched(module)]
         self.model, self.is_patched = (patched or [model])[0], bool(patched)
         self.modality_of = modality_of
         if names is None:
-            added = self.model.__dict__[HANDLE].config.modalities if patched else ()
+            added = get_patched(self.model).config.modalities if patched else ()
             names = ("text", *(added or (() if modality_of is None else ("image",))))
         self.names = tuple(names)
         self.current: Tensor | None = None
@@ -87,7 +65,7 @@ class RowModality:
     @property
     def adapters_enabled(self) -> bool:
         """True if the model is patched and its forwards currently add low-rank updates."""
-        return self.is_patched and self.model.__dict__[HANDLE].adapters_enabled
+        return self.is_patched and get_patched(self.model).adapters_enabled
 
     def number(self, name: str) -> int:
         """Return the modality id of a name.
@@ -178,7 +156,7 @@ class RouterHook:
 
 
 def watch_routers(
-    blocks: Mapping[str, nn.Module],
+    blocks: Mapping[str, MoeBlock],
     row_modality: RowModality,
     add: Callable[[str, Tensor, Tensor, Tensor], None],
 ) -> AbstractContextManager:
@@ -189,6 +167,6 @@ def watch_routers(
     with ExitStack() as stack:
         stack.enter_context(row_modality.hooks())
         for name, block in blocks.items():
-            handle = _router_of(block).register_forward_hook(RouterHook(name, row_modality, add))
+            handle = block.router.register_forward_hook(RouterHook(name, row_modality, add))
             stack.callback(handle.remove)
         return stack.pop_all()

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from moe_kernels.models.experts import find_experts
+from moe_kernels.models.parts import find_experts
 
 # Settings that all of these configurations have, with the same names and meaning.
 _CARRIED = (

@@ -24,7 +24,7 @@ from moe_kernels.imaging.sequence import (
     padding_id,
 )
 from moe_kernels.imaging.tokenizer import ImageTokenizer
-from moe_kernels.models.methods import get_patched
+from moe_kernels.models.handle import get_patched
 
 if TYPE_CHECKING:
     from PIL.Image import Image

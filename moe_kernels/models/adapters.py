@@ -1,154 +1,144 @@
-"""Adapters on disk: ``adapter_model.safetensors`` beside ``adapter_config.json``.
+"""Saving and loading the adapter of a patched model, and the checks that it fits."""
 
-The configuration stands in the safetensors header too, so a file says by itself what it fits.
-"""
-
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_kernels._version import __version__
 from moe_kernels.layers import AddedExperts, ModalityProjector
-from moe_kernels.models import extensions, projectors, tokens
-from moe_kernels.models.config import ModalityLoraConfig
-from moe_kernels.models.extensions import ExtensionConfig
-from moe_kernels.models.methods import get_patched
+from moe_kernels.models import adapter_files, added_experts, projectors, tokens
+from moe_kernels.models.adapter_files import LAYOUT
+from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
+from moe_kernels.models.handle import PatchState
+from moe_kernels.models.routers import RoutingFinder
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-LAYOUT = 1  # raised when names or shapes of the saved tensors change
-
-_OURS = ("modality_lora", tokens.ROWS, extensions.EXTENSIONS, projectors.PROJECTORS)
+_ADDED_NAMES = ("modality_lora", tokens.ROWS, added_experts.EXTENSIONS, projectors.PROJECTORS)
 _FINGERPRINT_SAMPLES = 64
 
 
 def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Low-rank pairs, added rows, added experts and projectors with their names in the model."""
+    """Yield low-rank pairs, added rows, added experts and projectors with their names."""
     for name, parameter in model.named_parameters():
-        if _is_ours(name):
+        if _is_added(name):
             yield name, parameter
 
 
-def save(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> None:
+def save(patched: PatchState, folder: Path) -> None:
     """Write the adapter of a patched model."""
-    tensors = {name: parameter.detach() for name, parameter in named_adapter_parameters(model)}
-    text = json.dumps(_describe(model, config), indent=2) + "\n"
-    write(folder, tensors, text, {"format": "pt", "adapter_config": text})
+    named = named_adapter_parameters(patched.model)
+    tensors = {name: parameter.detach() for name, parameter in named}
+    text = json.dumps(_describe(patched), indent=2) + "\n"
+    adapter_files.write(folder, tensors, text, {"format": "pt", "adapter_config": text})
 
 
-def write(folder: Path, tensors: dict[str, Tensor], text: str, metadata: dict[str, str]) -> None:
-    """Write the two files; each replaces an old one only when both are complete.
-
-    The weights go first. Ours carry the configuration, which is the one that is read: an
-    interruption between the two leaves a good adapter and an older JSON, which is for people.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    weights, settings = folder / f".{WEIGHTS_NAME}.tmp", folder / f".{CONFIG_NAME}.tmp"
-    try:
-        save_file(tensors, weights, metadata=metadata)
-        settings.write_text(text)
-        os.replace(weights, folder / WEIGHTS_NAME)
-        os.replace(settings, folder / CONFIG_NAME)
-    finally:
-        weights.unlink(missing_ok=True)
-        settings.unlink(missing_ok=True)
-
-
-def load(model: PreTrainedModel, config: ModalityLoraConfig, folder: Path) -> None:
-    """Copy an adapter into a patched model, after every check."""
-    saved, tensors = _read(folder)
-    _check_fits(model, config, saved)
-    own, added = tokens.token_counts(model), saved["added_tokens"]
-    if own and list(own.items()) != list(added.items()):
-        raise ValueError(f"the adapter has added tokens {added}, the model {own}")
-    expected = {name: tuple(p.shape) for name, p in named_adapter_parameters(model)}
-    if not own:
-        expected |= _expected_rows(model, added)
-    new = _make_missing(model, saved)
-    expected |= {name: tuple(p.shape) for name, p in new.named_parameters(model)}
-    _check_tensors(tensors, expected)
-    _check_routing(model, saved.get("routing", {}))  # an older version's does not say
-
-    for modality, count in added.items() if not own else ():
-        tokens.add_modality_tokens(model, modality, count, init="mean")
-    new.attach(model)
+def load(patched: PatchState, folder: Path) -> None:
+    """Copy an adapter into a patched model, after all checks."""
+    model, find = patched.model, RoutingFinder()
+    saved, tensors = adapter_files.read_config(folder), adapter_files.read_tensors(folder)
+    _check_fits(patched, saved)
+    missing = _make_missing(patched, saved, find)
+    _check_tensors(tensors, _expected_shapes(patched, missing))
+    _check_routing(patched, saved.get("routing", {}), find)  # absent in files of older versions
+    missing.attach(patched, find)
     frozen = saved.get("frozen")
     with torch.no_grad():
         for name, parameter in named_adapter_parameters(model):
             parameter.copy_(tensors[name])
-            if frozen is not None:  # an older version's does not say
+            if frozen is not None:  # absent in files of older versions
                 parameter.requires_grad_(name not in frozen)
 
 
 @dataclass
 class _Missing:
-    """What an adapter has and a model lacks, beside tokens: made, but not attached yet."""
+    """Tokens, experts and projectors that an adapter has and the model lacks, not attached yet."""
 
+    added_tokens: dict[str, int]
     extensions: list[tuple[ExtensionConfig, dict[int, AddedExperts]]]
     projectors: dict[str, ModalityProjector]
 
-    def named_parameters(self, model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def shapes(self, patched: PatchState) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the parameters' names in the model once they are attached, and their shapes."""
+        yield from _row_shapes(patched.model, self.added_tokens)
         for number, (_, modules) in enumerate(self.extensions):
-            yield from extensions.named_parameters(model, number, modules)
+            for name, parameter in added_experts.named_parameters(patched, number, modules):
+                yield name, tuple(parameter.shape)
         for modality, projector in self.projectors.items():
             for name, parameter in projector.named_parameters():
-                yield f"{projectors.PROJECTORS}.{modality}.{name}", parameter
+                yield f"{projectors.PROJECTORS}.{modality}.{name}", tuple(parameter.shape)
 
-    def attach(self, model: PreTrainedModel) -> None:
-        patched = get_patched(model)
+    def attach(self, patched: PatchState, find: RoutingFinder) -> None:
+        for modality, count in self.added_tokens.items():
+            tokens.add_modality_tokens(patched.model, modality, count, init="mean")
         for config, modules in self.extensions:
-            extensions.attach(patched, config, modules)
+            added_experts.attach(patched, config, modules, find)
         for modality, projector in self.projectors.items():
             projectors.attach(patched, modality, projector)
 
 
-def _make_missing(model: PreTrainedModel, saved: dict) -> _Missing:
-    """Raises ValueError where the model has another extension or projector than the adapter."""
-    patched = get_patched(model)
-    theirs = [ExtensionConfig.from_dict(values) for values in saved.get("extensions", ())]
-    if patched.extensions:
-        ours = [config.structure() for config in patched.extensions]
-        if ours != [config.structure() for config in theirs]:
-            raise ValueError(
-                "the adapter has other added experts than the model (adapter != model): "
-                f"{[config.structure() for config in theirs] or 'none'} != {ours}"
-            )
-        theirs = []
-    there = {name: each.settings() for name, each in projectors.projectors(model).items()}
-    wanted = saved.get("projectors", {})
-    if there and there != wanted:
-        raise ValueError(
-            f"the adapter has other projectors than the model: {wanted or 'none'} != {there}"
-        )
-    missing = {} if there else wanted
-    for modality in missing:
-        projectors.check(patched, modality)
+def _make_missing(patched: PatchState, saved: dict, find: RoutingFinder) -> _Missing:
+    """Build the adapter's additions; raise ValueError if the model has different ones already."""
+    present, requested = tokens.token_counts(patched.model), saved["added_tokens"]
+    if present and list(present.items()) != list(requested.items()):
+        raise ValueError(f"the adapter has added tokens {requested}, the model {present}")
     return _Missing(
-        [(c, extensions.build(patched, c, theirs[:i])) for i, c in enumerate(theirs)],
-        {modality: projectors.build(patched, each) for modality, each in missing.items()},
+        {} if present else requested,
+        _missing_extensions(patched, saved.get("extensions", ()), find),
+        _missing_projectors(patched, saved.get("projectors", {})),
     )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the base weights: names, shapes and a sample of each, rounded to bfloat16.
+def _missing_extensions(
+    patched: PatchState, saved: list[dict], find: RoutingFinder
+) -> list[tuple[ExtensionConfig, dict[int, AddedExperts]]]:
+    requested = [ExtensionConfig.from_dict(values) for values in saved]
+    if patched.extensions:
+        present = [config.structure() for config in patched.extensions]
+        structures = [config.structure() for config in requested]
+        if present != structures:
+            raise ValueError(
+                "the adapter has other added experts than the model (adapter != model): "
+                f"{structures or 'none'} != {present}"
+            )
+        return []
+    built = []
+    for number, config in enumerate(requested):
+        earlier = requested[:number]
+        added_experts.check(patched, config, earlier, find)
+        built.append((config, added_experts.build(patched, config, earlier)))
+    return built
 
-    Rounding makes a float32 copy of a bfloat16 model the same model. A float16 copy may differ, as
-    it was rounded once already.
+
+def _missing_projectors(
+    patched: PatchState, requested: dict[str, dict]
+) -> dict[str, ModalityProjector]:
+    existing = projectors.projectors(patched.model)
+    present = {modality: projector.settings() for modality, projector in existing.items()}
+    if present and present != requested:
+        raise ValueError(
+            f"the adapter has other projectors than the model: {requested or 'none'} != {present}"
+        )
+    missing = {} if present else requested
+    for modality in missing:
+        projectors.check(patched, modality)
+    return {modality: projectors.build(patched, each) for modality, each in missing.items()}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of the base weights: names, shapes and a sample of each, in bfloat16.
+
+    Rounding gives a float32 copy of a bfloat16 model the same hash. A float16 copy may differ, as
+    it was rounded before.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if not _is_ours(name):
+        if not _is_added(name):
             flat = parameter.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -156,20 +146,20 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _is_ours(name: str) -> bool:
-    return any(part in _OURS for part in name.split("."))
+def _is_added(name: str) -> bool:
+    """Return whether a parameter of this name was added by patching or later."""
+    return any(part in _ADDED_NAMES for part in name.split("."))
 
 
-def _describe(model: PreTrainedModel, config: ModalityLoraConfig) -> dict:
-    import moe_kernels
-
+def _describe(patched: PatchState) -> dict:
+    model = patched.model
     frozen = [name for name, p in named_adapter_parameters(model) if not p.requires_grad]
     return {
         "layout": LAYOUT,
-        "lora": config.to_dict(),
+        "lora": patched.config.to_dict(),
         "added_tokens": tokens.token_counts(model),
-        "extensions": [each.to_dict() for each in get_patched(model).extensions],
-        "routing": extensions.routing(model),
+        "extensions": [each.to_dict() for each in patched.extensions],
+        "routing": added_experts.routing(patched, RoutingFinder()),
         "projectors": {k: p.settings() for k, p in projectors.projectors(model).items()},
         "frozen": frozen,
         "base_model": {
@@ -178,67 +168,24 @@ def _describe(model: PreTrainedModel, config: ModalityLoraConfig) -> dict:
             "fingerprint": fingerprint(model),
         },
         "versions": {
-            "moe_kernels": moe_kernels.__version__,
+            "moe_kernels": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
 
 
-def read_config(folder: Path) -> dict:
-    """What stands in the header of the adapter's weights: the configuration and what it fits.
-
-    Raises:
-        FileNotFoundError: the folder has no adapter.
-        ValueError: the file is damaged, not ours, or of another layout.
-    """
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {folder}: {WEIGHTS_NAME} is missing")
-    with opened(path) as file:
-        text = (file.metadata() or {}).get("adapter_config")
-    try:
-        saved = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its header is not JSON: {error}") from error
-    if missing := {"layout", "lora", "added_tokens", "base_model", "versions"} - set(saved):
-        raise ValueError(
-            f"{path} was not written by moe_kernels: its header lacks {', '.join(sorted(missing))}"
-        )
-    if saved["layout"] != LAYOUT:
-        raise ValueError(
-            f"the adapter has layout {saved['layout']} (moe_kernels "
-            f"{saved['versions']['moe_kernels']}), this version reads layout {LAYOUT}"
-        )
-    return saved
-
-
-def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The configuration and all tensors, in memory: a damaged file shows before any change."""
-    saved = read_config(folder)
-    with opened(folder / WEIGHTS_NAME) as file:
-        return saved, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file; ValueError that names it where it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from error
-
-
-def _check_fits(model: PreTrainedModel, config: ModalityLoraConfig, saved: dict) -> None:
-    base = saved["base_model"]
+def _check_fits(patched: PatchState, saved: dict) -> None:
+    """Raise ValueError unless base model and configuration are those of the adapter."""
+    model, base = patched.model, saved["base_model"]
     if base["model_type"] != model.config.model_type:
         raise ValueError(
             f"the adapter is for a {base['model_type']!r} model, this is a "
             f"{model.config.model_type!r}"
         )
-    theirs, ours = ModalityLoraConfig.from_dict(saved["lora"]).to_dict(), config.to_dict()
-    if differing := [k for k in theirs if _in_order(theirs[k]) != _in_order(ours[k])]:
+    theirs = ModalityLoraConfig.from_dict(saved["lora"]).to_dict()
+    ours = patched.config.to_dict()
+    if differing := [k for k in theirs if _as_list(theirs[k]) != _as_list(ours[k])]:
         listed = ", ".join(f"{k}: {theirs[k]!r} != {ours[k]!r}" for k in differing)
         raise ValueError(
             f"the adapter was trained with another configuration (adapter != model): {listed}; "
@@ -251,9 +198,9 @@ def _check_fits(model: PreTrainedModel, config: ModalityLoraConfig, saved: dict)
         )
 
 
-def _check_routing(model: PreTrainedModel, theirs: dict[str, dict]) -> None:
-    """Of the layers with added experts, which were trained for as many experts and such weights."""
-    ours = extensions.routing(model, theirs)
+def _check_routing(patched: PatchState, theirs: dict[str, dict], find: RoutingFinder) -> None:
+    """Raise unless top-k and normalisation match those the added experts were trained with."""
+    ours = added_experts.routing(patched, find, theirs)
     differing = [
         f"layer {layer}: {name} {value!r} != {ours[layer].get(name)!r}"
         for layer, facts in theirs.items()
@@ -267,24 +214,32 @@ def _check_routing(model: PreTrainedModel, theirs: dict[str, dict]) -> None:
         )
 
 
-def _in_order(value):
-    """Of a pattern its items, as the first key that fits counts."""
+def _as_list(value):
+    """Return a dict as an ordered list of items: the first matching key wins."""
     return list(value.items()) if isinstance(value, dict) else value
 
 
-def _expected_rows(model: PreTrainedModel, added: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the rows that adding these tokens would create."""
+def _expected_shapes(patched: PatchState, missing: _Missing) -> dict[str, tuple[int, ...]]:
+    named = named_adapter_parameters(patched.model)
+    return {name: tuple(parameter.shape) for name, parameter in named} | dict(
+        missing.shapes(patched)
+    )
+
+
+def _row_shapes(
+    model: PreTrainedModel, added: dict[str, int]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of the rows that adding these tokens would create."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [table] if table.weight is head.weight else [table, head]
     names = {module: name for name, module in model.named_modules()}
-    return {
-        f"{names[module]}.{tokens.ROWS}.{modality}": (count, module.weight.shape[1])
-        for module in modules
-        for modality, count in added.items()
-    }
+    for module in modules:
+        for modality, count in added.items():
+            yield f"{names[module]}.{tokens.ROWS}.{modality}", (count, module.weight.shape[1])
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the adapter has exactly these tensors."""
     if missing := sorted(set(expected) - set(tensors)):
         raise ValueError(f"the adapter lacks {len(missing)} tensors, such as {missing[0]}")
     if unknown := sorted(set(tensors) - set(expected)):

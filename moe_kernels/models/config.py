@@ -1,13 +1,17 @@
-"""What ``patch_model`` is asked to do."""
+"""Configurations: low-rank updates of a patched model, and the experts that are added to it."""
 
 import json
 import math
+import operator
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
+
+from moe_kernels.layers import CALIBRATIONS
+from moe_kernels.models import adapter_files
 
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -25,7 +29,7 @@ def _expression(key: str) -> re.Pattern[str]:
 
 
 def matches(key: str, name: str) -> bool:
-    """Whether a key of a pattern means a module name, by PEFT's rule (``get_pattern_key``).
+    """Return whether a key of a pattern fits a module name, by PEFT's rule (``get_pattern_key``).
 
     The key is a regular expression for the whole name, or for its end from some dot on.
     """
@@ -33,12 +37,12 @@ def matches(key: str, name: str) -> bool:
 
 
 def look_up(pattern: dict[str, T], name: str, default: T) -> T:
-    """The value of the first key, in the pattern's order, that means ``name``."""
+    """Return the value of the first key, in the pattern's order, that fits ``name``."""
     return next((value for key, value in pattern.items() if matches(key, name)), default)
 
 
 def check_pattern(name: str, pattern: dict) -> None:
-    """Raise ValueError unless every key can be looked up."""
+    """Raise ValueError unless every key is a regular expression."""
     if not isinstance(pattern, dict):
         raise ValueError(f"{name} must be a dict, got {pattern!r}")
     for key in pattern:
@@ -51,7 +55,7 @@ def check_pattern(name: str, pattern: dict) -> None:
 
 
 def _is_free_name(name) -> bool:
-    """Whether a ParameterDict can hold a parameter of this name."""
+    """Return whether a ParameterDict can hold a parameter of this name."""
     return isinstance(name, str) and name.isidentifier() and not hasattr(nn.ParameterDict(), name)
 
 
@@ -63,23 +67,23 @@ class ModalityLoraConfig:
         r: rank.
         lora_alpha: updates are scaled by ``lora_alpha / r``.
         modalities: names of the added modalities; the m-th one has modality id m, from 1 on.
-        target_modules: of "experts" (gate_up_proj, down_proj), "attention" (q, k, v, o) and
-            "router" (the logits that choose experts; not adapted by default). None of them: no
-            low-rank updates, for added tokens or experts alone.
-        rank_pattern: another rank by layer and module, as PEFT's: keys are regular expressions for
-            the end of a projection's name in the model, such as ``{"down_proj": 8}`` or
-            ``{"layers.[0-3].self_attn.q_proj": 8}``; the first key that fits counts.
-        alpha_pattern: another ``lora_alpha``, likewise.
+        target_modules: any of "experts" (gate_up_proj, down_proj), "attention" (q, k, v, o) and
+            "router" (the logits that choose experts; not adapted by default). Empty: no low-rank
+            updates, for a model that gets only added tokens or experts.
+        rank_pattern: ranks of some projections, in the format of PEFT's ``rank_pattern``. Keys are
+            regular expressions for the end of a projection's name in the model, such as
+            ``{"down_proj": 8}`` or ``{"layers.[0-3].self_attn.q_proj": 8}``; the first key that
+            fits counts.
+        alpha_pattern: ``lora_alpha`` of some projections, in the same format.
         shared_A: one ``lora_A`` for all experts of a layer.
         backend: None: the best for the device; a name: that one or an error.
-        layers_to_transform: indices of the decoder layers that get adapters; None: all. The others
-            are the base model's.
-        sequence_modalities: those of ``modalities`` that a whole sequence has, such as a task: a
-            token of the base modality that ``generate`` appends takes such an id from the last
-            column that was given.
+        layers_to_transform: indices of the decoder layers that get adapters; None: all.
+        sequence_modalities: the ``modalities`` that belong to a whole sequence, such as a task. A
+            token of the base modality that ``generate`` appends takes such a modality from the
+            last column of the given ``modality_ids``.
 
     Raises:
-        ValueError: a field that cannot be.
+        ValueError: a field has an impossible value.
     """
 
     r: int = 16
@@ -107,18 +111,20 @@ class ModalityLoraConfig:
             )
         if not set(self.target_modules) <= set(TARGETS):
             raise ValueError(
-                f"target_modules must be of {tuple(TARGETS)}, got {self.target_modules}"
+                f"target_modules must be among {tuple(TARGETS)}, got {self.target_modules}"
             )
         if unknown := set(self.sequence_modalities) - set(names):
             raise ValueError(
-                f"sequence_modalities has {sorted(unknown)}, not of modalities {names}"
+                f"sequence_modalities has {sorted(unknown)}, which modalities {names} does not have"
             )
         self._check_layers()
         check_pattern("rank_pattern", self.rank_pattern)
         check_pattern("alpha_pattern", self.alpha_pattern)
         self._check_ranks()
         if not self.target_modules and (self.rank_pattern or self.alpha_pattern):
-            raise ValueError("a pattern of ranks or alphas, but nothing is adapted")
+            raise ValueError(
+                "rank_pattern and alpha_pattern need target_modules: nothing is adapted"
+            )
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -130,8 +136,8 @@ class ModalityLoraConfig:
             or not all(type(index) is int and index >= 0 for index in layers)
         ):
             raise ValueError(
-                "layers_to_transform must be a tuple of indices of at least 0, at least one, or "
-                f"None, got {layers!r}"
+                "layers_to_transform must be None or a non-empty tuple of indices from 0 on, "
+                f"got {layers!r}"
             )
         object.__setattr__(self, "layers_to_transform", tuple(sorted(set(layers))))
 
@@ -144,39 +150,136 @@ class ModalityLoraConfig:
                 raise ValueError(f"a lora_alpha must be a finite number, got {alpha!r}")
 
     def rank(self, name: str) -> int:
-        """Rank of the projection of this name in the model."""
+        """Return the rank of a projection, by its name in the model."""
         return look_up(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:
-        """``lora_alpha`` of the projection of this name in the model."""
+        """Return the ``lora_alpha`` of a projection, by its name in the model."""
         return look_up(self.alpha_pattern, name, self.lora_alpha)
 
     def to_dict(self) -> dict:
-        """What an adapter on disk carries: all but the backend."""
+        """Return the fields that an adapter on disk carries: all but the backend."""
         values = asdict(self)
         del values["backend"]
         return json.loads(json.dumps(values))
 
     @classmethod
     def from_adapter(cls, folder: str | Path, backend: str | None = None) -> "ModalityLoraConfig":
-        """The configuration that the adapter in ``folder`` was trained with.
+        """Read the configuration that the adapter in ``folder`` was trained with.
 
         Raises:
             FileNotFoundError: the folder has no adapter.
             ValueError: the file is damaged, not ours, or of another layout.
         """
-        from moe_kernels.models import adapters  # it imports this module
-
-        return cls.from_dict(adapters.read_config(Path(folder))["lora"], backend)
+        return cls.from_dict(adapter_files.read_config(Path(folder))["lora"], backend)
 
     @classmethod
     def from_dict(cls, values: dict, backend: str | None = None) -> "ModalityLoraConfig":
-        """From what :meth:`to_dict` gave; an older version's lacks settings, which are not used.
+        """Make a configuration from the result of :meth:`to_dict`.
+
+        Fields that an older version did not know keep their defaults.
 
         Raises:
-            ValueError: a setting that this version does not know, or a value that cannot be.
+            ValueError: a field that this version does not know, or an impossible value.
         """
-        known = {field.name for field in fields(cls)} - {"backend"}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"this version does not know the setting {', '.join(unknown)}")
+        _check_known(values, {field.name for field in fields(cls)} - {"backend"})
         return cls(**values, backend=backend)
+
+
+@dataclass(frozen=True)
+class ExtensionConfig:
+    """One extension of a model by new experts.
+
+    Attributes:
+        experts: decoder layer -> number of experts that it got.
+        modality: the modality whose rows may choose them; None: all rows may (no gate).
+        calibration: "additive", "multiplicative" or None.
+        calibration_hidden: hidden size of the calibration.
+        init: how they started; "file": from an adapter.
+        sources: decoder layer -> the experts that were copied; None: none were.
+
+    Raises:
+        ValueError: a field has an impossible value.
+    """
+
+    experts: dict[int, int]
+    modality: str | None = None
+    calibration: str | None = None
+    calibration_hidden: int = 16
+    init: str = "file"
+    sources: dict[int, tuple[int, ...]] | None = None
+
+    def __post_init__(self):
+        if not self.experts:
+            raise ValueError("an extension needs at least one layer")
+        numbers = {
+            as_layer_index(layer): _count(
+                number, f"a layer must get at least one expert, an integer; layer {layer}:"
+            )
+            for layer, number in self.experts.items()
+        }
+        if self.calibration is not None and self.calibration not in CALIBRATIONS:
+            raise ValueError(
+                f"unknown calibration {self.calibration!r}; there are {', '.join(CALIBRATIONS)}, "
+                "or None"
+            )
+        hidden = _count(self.calibration_hidden, "calibration_hidden must be at least 1, got")
+        object.__setattr__(self, "experts", numbers)
+        object.__setattr__(self, "calibration_hidden", hidden)
+
+    def structure(self) -> dict:
+        """Return the fields that decide names, shapes and meaning of the parameters."""
+        return {"experts": self.experts, "modality": self.modality} | {
+            "calibration": self.calibration,
+            "calibration_hidden": self.calibration_hidden,
+        }
+
+    def to_dict(self) -> dict:
+        """Return all fields for JSON, whose keys are strings."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ExtensionConfig":
+        """Make a configuration from the result of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field that this version does not know, or an impossible value.
+        """
+        _check_known(values, {field.name for field in fields(cls)})
+        values = dict(values)
+        values["experts"] = {int(layer): n for layer, n in values["experts"].items()}
+        if (sources := values.get("sources")) is not None:
+            values["sources"] = {int(layer): tuple(ids) for layer, ids in sources.items()}
+        return cls(**values)
+
+
+def as_integer(value: Any) -> int | None:
+    """Convert an integer of any library to Python's; None for a bool or anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_layer_index(value: Any) -> int:
+    """Convert the index of a layer to Python's integer.
+
+    Raises:
+        ValueError: it is not an integer of at least 0.
+    """
+    index = as_integer(value)
+    if index is None or index < 0:
+        raise ValueError(f"a layer must be an index of at least 0, got {value!r}")
+    return index
+
+
+def _count(value: Any, complaint: str) -> int:
+    number = as_integer(value)
+    if number is None or number < 1:
+        raise ValueError(f"{complaint} {value!r}")
+    return number
+
+
+def _check_known(values: dict, known: set[str]) -> None:
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"this version does not know the setting {', '.join(unknown)}")

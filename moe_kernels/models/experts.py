@@ -1,7 +1,7 @@
-"""The experts of Hugging Face models: which layouts fit, and the function registered for them.
+"""Experts of Hugging Face models: the supported layouts, and the function registered for them.
 
 No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transformers call
-:func:`experts_forward` with the experts module. Layouts are told by that module's attributes.
+:func:`experts_forward` with the experts module. Its attributes say which layout it has.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from moe_kernels.models.context import MISSING, ModalityContext
 
 IMPLEMENTATION = "moe_kernels"
 
-# attribute of an experts module -> (the value that the kernels support, what another one means)
+# attribute of an experts module -> (the supported value, the meaning of any other)
 _LAYOUT = {
     "has_gate": (True, "experts without a gate"),
     "is_concatenated": (True, "interleaved gate and up rows"),
@@ -28,23 +28,14 @@ _LAYOUT = {
 }
 
 
-def find_experts(layer: nn.Module) -> nn.Module | None:
-    """The module of a decoder layer that holds stacked expert weights, or None."""
-    for module in layer.modules():
-        weight = getattr(module, "gate_up_proj", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 3:
-            return module
-    return None
-
-
 def unsupported(experts: nn.Module) -> list[str]:
-    """What of an experts module the kernels do not support; empty: all is well."""
+    """List the properties of an experts module that the kernels do not support."""
     reasons = []
-    for attribute, (wanted, meaning) in _LAYOUT.items():
+    for attribute, (supported, meaning) in _LAYOUT.items():
         value = getattr(experts, attribute, None)
         if value is None and attribute not in ("has_post_expert_norm", "_is_expert_parallel"):
             reasons.append(f"no attribute {attribute!r} (not built for transformers' experts)")
-        elif value is not None and value != wanted:
+        elif value is not None and value != supported:
             reasons.append(meaning)
     if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
         reasons.append("a gating function of its own")
@@ -63,7 +54,7 @@ def unsupported(experts: nn.Module) -> list[str]:
 
 
 def attach(experts: nn.Module, context: ModalityContext, loras: dict[str, ModalityLora]) -> None:
-    """Give an experts module its context and adapters (or none), as unregistered references."""
+    """Give an experts module its context and its adapters, if any, as unregistered references."""
     experts.__dict__["_modality_context"] = context
     experts.__dict__["_modality_lora"] = loras
 
@@ -76,20 +67,21 @@ def detach(experts: nn.Module) -> None:
 
 
 def context_of(experts: nn.Module) -> ModalityContext:
-    """What :func:`attach` gave to an experts module."""
+    """Return the context that :func:`attach` gave to an experts module."""
     return experts.__dict__["_modality_context"]
 
 
-def add_experts(experts: nn.Module, added: list[AddedExperts]) -> None:
-    """Let an attached experts module have these too, with ids from E on."""
+def set_added_experts(experts: nn.Module, added: list[AddedExperts]) -> None:
+    """Let an attached experts module serve these experts too, with ids from E on."""
     experts.__dict__["_added_experts"] = added
 
 
 def _stacked(added: Sequence[AddedExperts]) -> dict[str, Tensor | int]:
-    """The weights of all added experts of a layer as ``moe_mlp`` takes them.
+    """Return the weights of all added experts of a layer as arguments of ``moe_mlp``.
 
-    One extension's parameters go in as they are; those of several are copied to one tensor, which
-    requires grad as a whole: the op is told which of it are frozen.
+    The parameters of a single extension are passed as they are. Those of several are copied into
+    one tensor, which requires grad as a whole: ``frozen_extra`` says how many of its experts, the
+    first, are frozen.
     """
     if not added:
         return {}
@@ -104,7 +96,7 @@ def _stacked(added: Sequence[AddedExperts]) -> dict[str, Tensor | int]:
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """transformers' experts interface: (T, H), (T, K), (T, K) -> (T, H).
+    """Implement transformers' experts interface: (T, H), (T, K), (T, K) -> (T, H).
 
     An experts module without a context (the model is not patched) takes the base path.
     """

@@ -1,6 +1,7 @@
-"""Low-rank pairs of a patched model that start from what its layers see of text and of a modality.
+"""Start low-rank pairs of a patched model from its layers' inputs at text and image tokens.
 
-docs/methods_specification.md, A3, last part. The mathematics is in ``moe_kernels.init.lora``.
+The method is the last part of A3 in docs/methods_specification.md; the mathematics is in
+``moe_kernels.init.lora``.
 """
 
 import itertools
@@ -15,24 +16,26 @@ from transformers import PreTrainedModel
 
 from moe_kernels.init.coupling import check_names, import_pot
 from moe_kernels.init.lora import align, through, truncated_map
+from moe_kernels.init.sampling import smallest_keys
 from moe_kernels.layers import ModalityLora
 from moe_kernels.models.config import ROUTER
-from moe_kernels.models.methods import get_patched
-from moe_kernels.models.projections import Projection, find_projections
+from moe_kernels.models.handle import PatchState, get_patched
+from moe_kernels.models.projections import Projection
+from moe_kernels.modes import evaluating
 
-# The projections that read one input; it is taken where it enters the first of them.
+# Groups of projections that read the same input, which is recorded at the first of the group.
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj", ROUTER))
 LORA_INITS = ("gromov_wasserstein", "permuted")
 
 
 @dataclass(frozen=True)
 class LoraInitDiagnostics:
-    """What the start of one projection's pair is worth.
+    """Diagnostics of one projection's start.
 
     Attributes:
-        gw_value: the coupling's objective, of distances that have mean 1; 0: isometric.
-        coupling_entropy: mean entropy in nats of the text inputs that an image input goes to.
-        distance_before: ||Z - E|| / ||E||, image inputs from the text aligned to them.
+        gw_value: the coupling's objective on distances of mean 1; 0: isometric.
+        coupling_entropy: mean entropy, in nats, of an image input's coupling to the text inputs.
+        distance_before: ||Z - E|| / ||E|| of image inputs Z and the text E aligned to them.
         distance_after: ||Z (I + B'A')^T - E|| / ||E||.
     """
 
@@ -60,23 +63,22 @@ def initialise_lora(
     """Start the low-rank pairs of a freshly patched model by Gromov-Wasserstein couplings.
 
     Forwards the batches, keeps a random sample of each layer's inputs at text and at image tokens,
-    and for every projection starts its pair as
-    :func:`moe_kernels.init.gromov_wasserstein_lora` does. All layers see the inputs of the model
-    without adapters. The experts of a layer share one A, as they share the layer's input, which is
-    the router's too; ``down_proj`` keeps LoRA's own start, since each expert has an intermediate
-    space of its own.
-    Outputs of text rows keep their bits; those of the modality change.
+    and starts the pair of every projection as :func:`moe_kernels.init.gromov_wasserstein_lora`
+    does. All inputs are those of the model without adapters. The experts of a layer get the same
+    A, as they and the router share the layer's input. ``down_proj`` keeps LoRA's own start, since
+    each expert has an intermediate space of its own. Outputs of text rows keep their bits; those
+    of the modality change.
 
     Args:
         model: patched, with the modality's tokens added and adapters untrained.
         batches: keyword arguments of the model's forward, text and image tokens in them.
-        modality: whose adapters to start.
+        modality: the modality whose adapters to start.
         lora_init: "gromov_wasserstein", or "permuted": the aligned text in random order, a control.
-        max_tokens: how many text and how many image tokens to sample.
+        max_tokens: sample size, of text and of image tokens each.
         ridge: see :func:`moe_kernels.init.gromov_wasserstein_lora`.
-        seed: of the sample, the permutation and ranks beyond the map's.
+        seed: of the sample, of the permutation and of ranks beyond the map's.
         progress: show a bar.
-        metric: this and the rest as in :func:`moe_kernels.init.gromov_wasserstein_lora`.
+        metric: this and the rest: see :func:`moe_kernels.init.gromov_wasserstein_lora`.
         solver: see there.
         epsilon: see there.
         max_memory: see there.
@@ -85,16 +87,18 @@ def initialise_lora(
         Diagnostics by the projection's name, such as ``"model.layers.0.modality_lora.q_proj"``.
 
     Raises:
-        ValueError: not patched, an unknown name, adapters that have been trained or have
-            ``lora_alpha`` 0, or batches without two tokens of each kind.
-        ImportError, RuntimeError: as :func:`moe_kernels.init.gromov_wasserstein_lora`. No adapter
+        ValueError: the model is not patched, a name is unknown, adapters have been trained or have
+            ``lora_alpha`` 0, or the batches lack two tokens of each kind.
+        ImportError, RuntimeError: see :func:`moe_kernels.init.gromov_wasserstein_lora`. No adapter
             has changed after any of these.
     """
     check_names(solver, metric)
-    index = _check(model, modality, lora_init, max_tokens, ridge)
+    patched = get_patched(model)
+    index = patched.modality_id(modality) - 1
+    _check_settings(lora_init, max_tokens, ridge)
     import_pot()  # before the forwards, which take longest
     options = {"metric": metric, "solver": solver, "epsilon": epsilon, "max_memory": max_memory}
-    readers = _readers(model)
+    readers = _readers(patched)
     for name, lora, _ in itertools.chain(*readers.values()):
         if lora.lora_B[index].any():
             raise ValueError(f"adapters of {modality!r} are not at their start: {name} is not zero")
@@ -125,31 +129,24 @@ def initialise_lora(
     return diagnostics
 
 
-def _check(
-    model: PreTrainedModel, modality: str, lora_init: str, max_tokens: int, ridge: float
-) -> int:
-    """The modality's index among the added ones."""
-    names = get_patched(model).config.modalities
-    if modality not in names:
-        raise ValueError(f"the model is patched for {names}, not for {modality!r}")
+def _check_settings(lora_init: str, max_tokens: int, ridge: float) -> None:
     if lora_init not in LORA_INITS:
         raise ValueError(f"unknown lora_init {lora_init!r}; there are {', '.join(LORA_INITS)}")
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
     if not ridge > 0:
         raise ValueError(f"ridge must be above 0, got {ridge}")
-    return names.index(modality)
 
 
 def _distance(inputs: Tensor, aligned: Tensor) -> float:
     return ((inputs - aligned).norm() / aligned.norm()).item()
 
 
-def _readers(model: PreTrainedModel) -> dict[nn.Module, list[tuple[str, ModalityLora, Tensor]]]:
-    """By the module whose input is read: name, pair and frozen weight of each projection."""
-    names = {module: name for name, module in model.named_modules()}
+def _readers(patched: PatchState) -> dict[nn.Module, list[tuple[str, ModalityLora, Tensor]]]:
+    """Map a module whose input is recorded to name, pair and frozen weight of its projections."""
+    names = {module: name for name, module in patched.model.named_modules()}
     groups: dict[tuple, list[Projection]] = {}
-    for projection in find_projections(model, get_patched(model).config):
+    for projection in patched.projections:
         for keys in _SHARED_INPUT:
             if projection.key in keys:
                 groups.setdefault((projection.layer, keys), []).append(projection)
@@ -162,9 +159,9 @@ def _readers(model: PreTrainedModel) -> dict[nn.Module, list[tuple[str, Modality
 
 
 class _Sample:
-    """A uniform sample of the rows that went by, in their order, in memory that does not grow.
+    """Uniform sample of a stream of rows, in order, in constant memory.
 
-    Every row draws a key, and the rows with the smallest ones stay.
+    Every row draws a key; the rows with the smallest keys stay.
     """
 
     def __init__(self, size: int):
@@ -175,12 +172,12 @@ class _Sample:
     def add(self, rows: Tensor, keys: Tensor) -> None:
         if self.rows is not None:
             rows, keys = torch.cat([self.rows, rows]), torch.cat([self.keys, keys])
-        kept = keys.argsort()[: self.size].sort().values
+        kept = smallest_keys(keys, self.size)
         self.rows, self.keys = rows[kept], keys[kept]
 
 
 class _Record:
-    """Pre-hook that samples a module's input rows, of text and of one modality."""
+    """Pre-hook that samples a module's input rows, those of text and those of one modality."""
 
     def __init__(self, modality_id: int, size: int, seed: int):
         self.modality_id = modality_id
@@ -192,10 +189,10 @@ class _Record:
         rows = args[0].detach().flatten(0, -2)
         modality_ids = module.__dict__["_modality_context"].modality_ids.flatten()
         keys = torch.rand(rows.shape[0], generator=self.generator)
-        for sample, wanted in ((self.image, self.modality_id), (self.text, 0)):
-            # Only the chosen ones leave the device.
-            at = (modality_ids == wanted).nonzero().flatten().cpu()
-            at = at[keys[at].argsort()[: sample.size].sort().values]
+        for sample, modality_id in ((self.image, self.modality_id), (self.text, 0)):
+            # Only the sampled rows leave the device.
+            at = (modality_ids == modality_id).nonzero().flatten().cpu()
+            at = at[smallest_keys(keys[at], sample.size)]
             sample.add(rows[at.to(rows.device)].cpu().float(), keys[at])
 
 
@@ -207,17 +204,14 @@ def _collect(
     max_tokens: int,
     seed: int,
 ) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """For each module its inputs at image and at text tokens, (up to max_tokens, in) float32."""
+    """Record each module's inputs at image and at text tokens, (up to max_tokens, in) float32."""
     records = {module: _Record(modality_id, max_tokens, seed) for module in modules}
     hooks = [module.register_forward_pre_hook(record) for module, record in records.items()]
-    training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 model(**batch)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     for record in records.values():

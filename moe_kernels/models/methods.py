@@ -1,47 +1,30 @@
-"""The methods that a patched model instance gets in place of its class's."""
+"""Methods that a patched model instance gets in place of its class's."""
 
 import functools
 import inspect
 import types
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels.models.context import resolve_modality_ids
-
-if TYPE_CHECKING:
-    from moe_kernels.models.patch import PatchedModel
-
-HANDLE = "_modality_patch"
+from moe_kernels.models.handle import HANDLE, PatchState, get_patched
 
 
-def attach(model: PreTrainedModel, patched: "PatchedModel") -> None:
-    """Give this one instance its methods and its handle."""
+def attach(patched: PatchState) -> None:
+    """Give the model, this one instance, its methods and its handle."""
+    model = patched.model
     for name, function in _methods_of(type(model)).items():
         setattr(model, name, types.MethodType(function, model))
     model.__dict__[HANDLE] = patched
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo :func:`attach`, also where it was not done."""
+    """Undo :func:`attach`, if it was called."""
     for name in (*_methods_of(type(model)), HANDLE):
         model.__dict__.pop(name, None)
-
-
-def get_patched(model: nn.Module) -> "PatchedModel":
-    """The handle of a model that :func:`patch_model` has patched, also of a deepcopy of one.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    handle = model.__dict__.get(HANDLE)
-    if handle is None:
-        raise ValueError(
-            f"this {type(model).__name__} is not patched: call patch_model(model) first"
-        )
-    return handle
 
 
 @functools.cache
@@ -56,8 +39,9 @@ def _methods_of(model_class: type[PreTrainedModel]) -> dict:
 
 def _refuse_resize(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
     raise RuntimeError(
-        "a patched model's table cannot be resized, as added rows are not part of it: "
-        "add_modality_tokens(..., tokenizer=tokenizer) keeps the two in step; or unpatch() first"
+        "a patched model's table cannot be resized, because added rows are not part of it: "
+        "add_modality_tokens(..., tokenizer=tokenizer) keeps model and tokenizer in step; or "
+        "unpatch() first"
     )
 
 
@@ -69,7 +53,7 @@ def _refuse_data_parallel(self: PreTrainedModel) -> NoReturn:
 
 
 class RequireGrad:
-    """Hook of the embedding: see :func:`require_grad_for_checkpointing`."""
+    """Hook of the embedding that applies :func:`require_grad_for_checkpointing` to its output."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -81,7 +65,10 @@ class RequireGrad:
 def require_grad_for_checkpointing(
     model: PreTrainedModel, embeddings: torch.Tensor
 ) -> torch.Tensor:
-    """Reentrant checkpointing gives no gradients unless an input of the layers requires grad."""
+    """Let embeddings require grad under checkpointing.
+
+    Reentrant checkpointing gives no gradients unless an input of the layers requires grad.
+    """
     if not model.training or embeddings.requires_grad or not torch.is_grad_enabled():
         return embeddings
     if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -91,7 +78,7 @@ def require_grad_for_checkpointing(
 
 @functools.cache
 def _forward_of(model_class: type[PreTrainedModel]):
-    """The class's ``forward`` with an explicit ``modality_ids``, for Trainer and generate()."""
+    """Return the class's ``forward`` with ``modality_ids``, which Trainer and generate() see."""
     inner = model_class.forward
     signature = inspect.signature(inner)
     names = list(signature.parameters)[1:]
@@ -99,7 +86,7 @@ def _forward_of(model_class: type[PreTrainedModel]):
     @functools.wraps(inner)
     def forward(self, *args, modality_ids=None, **kwargs):
         if args:
-            signature.bind(self, *args, **kwargs)  # one too many, or one given twice
+            signature.bind(self, *args, **kwargs)  # refuses one too many, or one given twice
             kwargs.update(zip(names, args, strict=False))
         if kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = require_grad_for_checkpointing(self, kwargs["inputs_embeds"])
@@ -113,11 +100,12 @@ def _forward_of(model_class: type[PreTrainedModel]):
             attention_mask=kwargs.get("attention_mask"),
         )
         if not patched.adapters_enabled:
-            # In the ids, which checkpointing carries to its recompute, and not in a switch.
+            # The ids carry this, since checkpointing hands them to its recompute; a switch would
+            # be read anew.
             modality_ids = modality_ids.clamp(max=0)
         return inner(self, modality_ids=modality_ids, **kwargs)
 
-    # accelerate unwraps down to the innermost function when it takes autocast away.
+    # accelerate removes autocast by unwrapping down to the innermost function.
     del forward.__wrapped__
     parameters = list(signature.parameters.values())
     keyword = inspect.Parameter("modality_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -133,7 +121,7 @@ def _forward_of(model_class: type[PreTrainedModel]):
 
 @functools.cache
 def _prepare_inputs_of(model_class: type[PreTrainedModel]):
-    """``prepare_inputs_for_generation`` that keeps given modality_ids in step with input_ids."""
+    """Return a ``prepare_inputs_for_generation`` that cuts modality_ids to match input_ids."""
     inner = model_class.prepare_inputs_for_generation
 
     @functools.wraps(inner)
@@ -142,10 +130,13 @@ def _prepare_inputs_of(model_class: type[PreTrainedModel]):
         if inputs.get("modality_ids") is not None and inputs.get("input_ids") is not None:
             cache = inputs.get("cache", inputs.get("past_key_values"))  # renamed in 5.24
             start = 0 if cache is None else int(cache.get_seq_length())
-            config = get_patched(self).config
-            whole = [config.modalities.index(name) + 1 for name in config.sequence_modalities]
+            patched = get_patched(self)
             inputs["modality_ids"] = _columns_from(
-                start, inputs["modality_ids"], inputs["input_ids"], self.token_modality, whole
+                start,
+                inputs["modality_ids"],
+                inputs["input_ids"],
+                self.token_modality,
+                [patched.modality_id(name) for name in patched.config.sequence_modalities],
             )
         return inputs
 
@@ -153,16 +144,21 @@ def _prepare_inputs_of(model_class: type[PreTrainedModel]):
 
 
 def _columns_from(
-    start: int, modality_ids: Tensor, input_ids: Tensor, table: Tensor, whole: list[int]
+    start: int,
+    modality_ids: Tensor,
+    input_ids: Tensor,
+    table: Tensor,
+    sequence_modality_ids: list[int],
 ) -> Tensor:
-    """(B, S) modality of ``input_ids`` (B, S), which stand at the columns from ``start`` on.
+    """Return the modality (B, S) of ``input_ids`` (B, S), which fill the columns from ``start`` on.
 
-    generate() hands over the prompt's (B, P) ids at every step; the modality of tokens beyond them
-    follows from the id, or for text from the prompt's last column, where that is one of ``whole``.
+    generate() passes the prompt's modality ids (B, P) at every step. The modality of a later token
+    follows from its id. A text token takes that of the prompt's last column, if it is one of
+    ``sequence_modality_ids``.
     """
     given = modality_ids[:, start : start + input_ids.shape[1]]
     rest = table[input_ids[:, given.shape[1] :]]
     last = modality_ids[:, -1:].to(rest)
-    for modality_id in whole:
+    for modality_id in sequence_modality_ids:
         rest = torch.where((rest == 0) & (last == modality_id), last, rest)
     return torch.cat([given.to(rest), rest], dim=1)

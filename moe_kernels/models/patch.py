@@ -1,8 +1,7 @@
-"""``patch_model``: teach a Mixture-of-Experts model of Hugging Face the masked low-rank updates."""
+"""``patch_model``: add masked low-rank updates to a Mixture-of-Experts model of Hugging Face."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_kernels import backends
-from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.layers import ModalityLora
 from moe_kernels.models import (
     adapters,
+    added_experts,
     experts,
-    extensions,
     linear,
     methods,
     projectors,
@@ -30,35 +28,37 @@ from moe_kernels.models.config import (
     ModalityLoraConfig,
 )
 from moe_kernels.models.context import ModalityContext, TakeModalityIds
+from moe_kernels.models.handle import PatchState, is_patched
+from moe_kernels.models.parts import LayerParts, find_parts, trainable_dtype
 from moe_kernels.models.projections import (
     Projection,
-    adapted_layers,
+    adapted_parts,
     check_patterns,
-    decoder_layers,
     find_projections,
 )
+from moe_kernels.models.routers import RoutingFinder
 
 
-class PatchedModel:
+class PatchedModel(PatchState):
     """Handle of a patched model; made by :func:`patch_model`.
 
     Attributes:
         model: the model that was patched, in place.
-        config: what it was patched with.
+        config: the configuration that it was patched with.
         adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
-        init_diagnostics: what Gromov-Wasserstein inits reported, by modality, then by "embedding"
-            and "head".
+        init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
+            "head".
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
     """
 
-    def __init__(self, model: PreTrainedModel, config: ModalityLoraConfig):
-        self.model = model
-        self.config = config
-        self.adapters_enabled = True
-        self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
-        self.extensions: list[extensions.ExtensionConfig] = []
-        self._extensions_disabled = 0  # how many times over; see extensions.disabled
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ModalityLoraConfig,
+        parts: Sequence[LayerParts],
+        projections: Sequence[Projection],
+    ):
+        super().__init__(model, config, parts, projections)
         self._original_config = model.config
         self._original_generation_config = copy.deepcopy(model.generation_config)
         self._original_vocab_sizes = tokens.vocab_sizes(model)
@@ -66,78 +66,60 @@ class PatchedModel:
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Of adapters, added token rows, added experts and projectors, all that may train."""
+        """Yield the parameters of adapters, added rows, experts and projectors that train."""
         return (parameter for _, parameter in self.named_trainable_parameters())
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The same with their names in the model."""
+        """Yield the same parameters with their names in the model."""
         for name, parameter in adapters.named_adapter_parameters(self.model):
             if parameter.requires_grad:
                 yield name, parameter
 
     def modality_token_ids(self, modality: str) -> range:
-        """The ids of the tokens added for a modality; empty if there are none."""
+        """Return the ids of the tokens added for a modality; empty if there are none."""
         return tokens.modality_token_ids(self.model, modality)
-
-    @contextlib.contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        """Forwards within it add no low-rank update, and modality gates are shut.
-
-        Added token rows stay, and so do experts that were added without a gate.
-        """
-        before, self.adapters_enabled = self.adapters_enabled, False
-        try:
-            yield
-        finally:
-            self.adapters_enabled = before
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.
 
         Files of an earlier adapter there stay whole until the new ones are complete.
         """
-        self._check_in_place()
-        adapters.save(self.model, self.config, Path(folder))
+        self.check_in_place()
+        adapters.save(self, Path(folder))
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Load what :meth:`save_adapter` wrote.
+        """Load the files of :meth:`save_adapter`.
 
-        Tokens, experts and projectors that it has and the model lacks are added. What was frozen
-        when it was saved is frozen then, and all else of it trains.
+        Tokens, experts and projectors that the adapter has and the model lacks are added.
+        Parameters that were frozen when the adapter was saved are frozen, and its others train.
 
         Raises:
             FileNotFoundError: the folder has no adapter.
-            ValueError: the adapter is of another shape, model or layout, or a file is damaged;
-                nothing of the model has changed then.
+            ValueError: the adapter is of another shape, model or layout, or a file is damaged. The
+                model has not changed then.
         """
-        self._check_in_place()
-        adapters.load(self.model, self.config, Path(folder))
+        self.check_in_place()
+        adapters.load(self, Path(folder))
 
     def unpatch(self) -> PreTrainedModel:
-        """Take everything away again; the model is as it was, bit for bit. Returns the model.
+        """Remove everything that was added and return the model as it was before, bit for bit.
 
         Raises:
             ValueError: this handle has been unpatched before.
         """
-        self._check_in_place()
+        self.check_in_place()
         self._undo()
         return self.model
 
-    def _check_in_place(self) -> None:
-        if self.model.__dict__.get(methods.HANDLE) is not self:
-            raise ValueError(
-                "this handle was unpatched: use the one that patch_model returned last"
-            )
-
     def _undo(self) -> None:
-        """Take away whatever is there, also after a patch that stopped half-way."""
+        """Remove whatever was added, even if patching stopped half-way."""
         model = self.model
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
         tokens.remove(model)
         projectors.detach(model)
-        for layer in decoder_layers(model):
-            _detach_layer(layer)
+        for parts in self.parts:
+            _detach_layer(parts)
         methods.detach(model)
         if model.__dict__.pop("_original_forward", None) is not None:
             # accelerate's autocast went with our forward: it may wrap the model again.
@@ -170,30 +152,54 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
 
     Raises:
         TypeError: not a transformers model, or one that is wrapped by PEFT.
-        ValueError: the model is patched already, quantised (its weights packed; a GGUF file that
-            was unpacked is not), or of a layout that the kernels do not support; the message names
-            what is missing. Or a pattern of ``config`` that names nothing, or a layer that the
-            model has not. Nothing is patched then.
+        ValueError: the model is patched already, quantised (except a GGUF file whose weights were
+            unpacked), or of a layout that the kernels do not support; or a pattern of ``config``
+            names no projection, or ``layers_to_transform`` a layer that does not exist. The
+            message names the obstacle, and nothing is patched.
     """
     config = config or ModalityLoraConfig()
-    projections = _check_model(model, config)
+    find = RoutingFinder()
+    parts, projections = _check_model(model, config, find)
     if config.backend is not None:
         backends.select(config.backend, next(model.parameters()).device)
-    patched = PatchedModel(model, config)
+    patched = PatchedModel(model, config, parts, projections)
     try:
         model.requires_grad_(False)
-        for layer in decoder_layers(model):
-            _attach_layer(layer, [p for p in projections if p.layer is layer], patched)
-        _attach_model(model, patched)
+        for each in parts:
+            _attach_layer(each, patched, find)
+        _attach_model(patched)
     except BaseException:  # out of memory, an interrupt: nothing stays half-patched
         patched._undo()
         raise
     return patched
 
 
-def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[Projection]:
-    """What will be adapted, after every check that patching could fail on."""
+def _check_model(
+    model: nn.Module, config: ModalityLoraConfig, find: RoutingFinder
+) -> tuple[Sequence[LayerParts], list[Projection]]:
+    """Return the model's parts and the projections to adapt, after every check."""
     name = type(model).__name__
+    _check_kind(model, name)
+    parts = find_parts(model)
+    adapted = [each.layer for each in adapted_parts(config, parts)]
+    if all(each.experts is None for each in parts):
+        raise ValueError(f"{name} is not supported: no layer has stacked experts (gate_up_proj)")
+    for index, each in enumerate(parts):
+        targets = config.target_modules if each.layer in adapted else ()
+        if reasons := _layer_problems(each, targets, find):
+            raise ValueError(f"{name} is not supported: layer {index}: {'; '.join(reasons)}")
+    projections = find_projections(model, config, parts)
+    if config.target_modules and not projections:
+        raise ValueError(
+            f"layers_to_transform {config.layers_to_transform} of {name} have none of "
+            f"{config.target_modules}"
+        )
+    check_patterns(config, projections)
+    return parts, projections
+
+
+def _check_kind(model: nn.Module, name: str) -> None:
+    """Raise unless this is a plain language model of transformers; ``name`` is its class."""
     if hasattr(model, "peft_config"):
         raise TypeError(
             f"{name} carries PEFT adapters: merge or unload them first "
@@ -201,7 +207,7 @@ def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[Projectio
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch_model needs a transformers model, got {name}")
-    if methods.HANDLE in model.__dict__:
+    if is_patched(model):
         raise ValueError(f"this {name} is already patched: unpatch() it first")
     if reason := quantisation.unsupported(model):
         raise ValueError(f"{name} {reason}")
@@ -209,84 +215,71 @@ def _check_model(model: nn.Module, config: ModalityLoraConfig) -> list[Projectio
         raise ValueError(f"{name} is not supported: it has no language-model head")
     if reasons := _table_problems(model):
         raise ValueError(f"{name} is not supported: {'; '.join(reasons)}")
-    layers, adapted = decoder_layers(model), adapted_layers(model, config)
-    if not any(experts.find_experts(layer) for layer in layers):
-        raise ValueError(f"{name} is not supported: no layer has stacked experts (gate_up_proj)")
-    for index, layer in enumerate(layers):
-        targets = config.target_modules if layer in adapted else ()
-        if reasons := _layer_problems(layer, targets):
-            raise ValueError(f"{name} is not supported: layer {index}: {'; '.join(reasons)}")
-    projections = find_projections(model, config)
-    if config.target_modules and not projections:
-        raise ValueError(
-            f"layers_to_transform {config.layers_to_transform} of {name} have none of "
-            f"{config.target_modules}"
-        )
-    check_patterns(config, projections)
-    return projections
 
 
 def _table_problems(model: PreTrainedModel) -> list[str]:
-    """Why added tokens could not work."""
+    """List why added tokens could not work."""
     reasons = []
     if "forward" in model.__dict__:
         reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
-    for module, wanted in (
+    for module, required in (
         (model.get_input_embeddings(), nn.Embedding),
         (model.get_output_embeddings(), nn.Linear),
     ):
-        if type(module) is not wanted:
-            reasons.append(f"a {type(module).__name__} where nn.{wanted.__name__} is needed")
+        if type(module) is not required:
+            reasons.append(f"a {type(module).__name__} where nn.{required.__name__} is needed")
         elif "forward" in module.__dict__:
-            reasons.append(f"its {wanted.__name__} has a forward of its own (a device map?)")
+            reasons.append(f"its {required.__name__} has a forward of its own (a device map?)")
     return reasons
 
 
-def _layer_problems(layer: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    if not isinstance(getattr(layer, "self_attn", None), nn.Module):
+def _layer_problems(parts: LayerParts, targets: tuple[str, ...], find: RoutingFinder) -> list[str]:
+    """List why a layer cannot take the mask, or adapters on these targets."""
+    if parts.self_attn is None:
         return ["no self_attn"]
     reasons = []
-    experts_module = experts.find_experts(layer)
-    if experts_module is not None:
-        reasons += experts.unsupported(experts_module)
-        if "router" in targets:
-            reasons += routers.unsupported(layer)
+    if parts.experts is not None:
+        reasons += experts.unsupported(parts.experts)
+        if "router" in targets and (problem := routers.problem(parts, find)):
+            reasons.append(f'{problem} (leave "router" out of target_modules)')
     if "attention" in targets:
         for name in ATTENTION_PROJECTIONS:
-            linear = getattr(layer.self_attn, name, None)
-            if linear is None:
+            module = parts.attention.get(name)
+            if module is None:
                 reasons.append(f'no self_attn.{name} (leave "attention" out of target_modules)')
-            elif type(linear) is not nn.Linear:
-                reasons.append(f"self_attn.{name} is {type(linear).__name__}, not nn.Linear")
-            elif "forward" in linear.__dict__:
+            elif type(module) is not nn.Linear:
+                reasons.append(f"self_attn.{name} is {type(module).__name__}, not nn.Linear")
+            elif "forward" in module.__dict__:
                 reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
     return reasons
 
 
-def _attach_layer(layer: nn.Module, projections: list[Projection], patched: PatchedModel) -> None:
-    """Give a layer its hook and the adapters of its projections, which may be none.
+def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder) -> None:
+    """Give a layer its hook and the adapters of its projections, if any.
 
-    Adapters live on the decoder layer, without a level named "experts". Under ``mlp.experts``, or
-    any ``experts.gate_up_proj``, transformers takes them for base weights when it saves: it would
-    split and rename them, and resuming would lose them without a word.
+    Adapters live on the decoder layer, and no part of their names is "experts". Under
+    ``mlp.experts``, or any ``experts.gate_up_proj``, transformers would take them for base weights
+    when it saves: it would split and rename them, and resuming would silently lose them.
     """
     context = ModalityContext(patched.config.backend)
-    hook = layer.self_attn.register_forward_pre_hook(TakeModalityIds(context), with_kwargs=True)
-    patched._hooks.append(hook)
-    loras = layer.modality_lora = nn.ModuleDict()
-    for projection in projections:
+    hook = parts.self_attn.register_forward_pre_hook(TakeModalityIds(context), with_kwargs=True)
+    patched.hooks.append(hook)
+    loras = parts.layer.modality_lora = nn.ModuleDict()
+    for projection in patched.projections:
+        if projection.layer is not parts.layer:
+            continue
         loras[projection.key] = lora = _make_lora(projection, patched.config)
         if projection.key == ROUTER:
-            routers.attach(projection.module, context, lora)
+            routers.attach(parts.router, context, lora, find(parts.router))
         elif projection.key not in EXPERT_PROJECTIONS:
             linear.attach(projection.module, context, lora)
-    experts_module = experts.find_experts(layer)
-    if experts_module is not None:
-        pair = {key: loras[key] for key in EXPERT_PROJECTIONS if key in loras}
-        experts.attach(experts_module, context, pair)
+    if parts.experts is not None:
+        pairs = {key: loras[key] for key in EXPERT_PROJECTIONS if key in loras}
+        experts.attach(parts.experts, context, pairs)
 
 
-def _attach_model(model: PreTrainedModel, patched: PatchedModel) -> None:
+def _attach_model(patched: PatchedModel) -> None:
+    model = patched.model
     _set_config(model, model.config, copy.deepcopy(model.config))
     quantisation.clear(model.config)
     patched._quantisation = quantisation.take_flags(model)
@@ -295,26 +288,23 @@ def _attach_model(model: PreTrainedModel, patched: PatchedModel) -> None:
     table = model.get_input_embeddings()
     zeros = torch.zeros(table.weight.shape[0], dtype=torch.int64, device=table.weight.device)
     model.register_buffer("token_modality", zeros, persistent=False)
-    patched._hooks.append(table.register_forward_hook(methods.RequireGrad(model)))
-    methods.attach(model, patched)
+    patched.hooks.append(table.register_forward_hook(methods.RequireGrad(model)))
+    methods.attach(patched)
 
 
-def _detach_layer(layer: nn.Module) -> None:
-    experts_module = experts.find_experts(layer)
-    if experts_module is not None:
-        experts.detach(experts_module)
-        if (router := routers.find_router(layer)) is not None:
-            routers.detach(router)
-    extensions.detach(layer)
-    layer._modules.pop("modality_lora", None)
-    for name in ATTENTION_PROJECTIONS:
-        if isinstance(module := getattr(layer.self_attn, name, None), nn.Linear):
-            linear.detach(module)
+def _detach_layer(parts: LayerParts) -> None:
+    if parts.experts is not None:
+        experts.detach(parts.experts)
+    if parts.router is not None:
+        routers.detach(parts.router)
+    added_experts.detach(parts.layer)
+    parts.layer._modules.pop("modality_lora", None)
+    for module in parts.attention.values():
+        linear.detach(module)
 
 
 def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLora:
     weight = projection.weight
-    half = weight.dtype in (torch.bfloat16, torch.float16)
     return ModalityLora(
         len(config.modalities),
         weight.shape[-1],
@@ -324,7 +314,7 @@ def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLo
         num_experts=weight.shape[0] if weight.ndim == 3 else None,
         shared_A=config.shared_A,
         device=weight.device,
-        dtype=torch.float32 if half else weight.dtype,
+        dtype=trainable_dtype(weight),
     )
 
 

@@ -1,10 +1,10 @@
-"""Low-rank pairs in PEFT's layout, and back: an adapter for one modality as a PEFT folder.
+"""PEFT's layout of low-rank pairs: an adapter for one modality, to and from a PEFT folder.
 
 PEFT (``LoraConfig(target_parameters=...)``) keeps the pairs of E stacked experts as the weights of
 two linear layers: A is (E*r, in), expert slowest, while B is (out, r*E), expert *fastest*. With
 both projections adapted, it wraps the experts module twice: the update of ``gate_up_proj`` is at
 ``experts.base_layer``, that of ``down_proj`` at ``experts``. A router is one more parameter,
-``gate.weight``, and its pair that of a linear layer.
+``gate.weight``; its pair is laid out like that of a linear layer.
 """
 
 import json
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import adapters, tokens
+from moe_kernels.models import adapter_files, tokens
 from moe_kernels.models.config import (
     EXPERT_PROJECTIONS,
     ROUTER,
@@ -23,43 +23,43 @@ from moe_kernels.models.config import (
     check_pattern,
     look_up,
 )
-from moe_kernels.models.patch import PatchedModel
-from moe_kernels.models.projections import Projection, find_projections
+from moe_kernels.models.handle import PatchState
+from moe_kernels.models.projections import Projection
 
-# Options of PEFT that change what a file means -> the one value that is understood.
+# Options of PEFT that change the meaning of a file -> the only supported value.
 _PLAIN = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
 
 
 def experts_A_to_peft(lora_A: Tensor) -> Tensor:
-    """(E, r, in) -> (E*r, in)."""
+    """Reshape (E, r, in) to (E*r, in)."""
     return lora_A.reshape(-1, lora_A.shape[-1])
 
 
 def experts_B_to_peft(lora_B: Tensor) -> Tensor:
-    """(E, out, r) -> (out, r*E)."""
+    """Reshape (E, out, r) to (out, r*E)."""
     return lora_B.permute(1, 2, 0).reshape(lora_B.shape[1], -1)
 
 
 def experts_A_from_peft(weight: Tensor, num_experts: int) -> Tensor:
-    """(E*r, in) -> (E, r, in)."""
+    """Reshape (E*r, in) to (E, r, in)."""
     return weight.reshape(num_experts, -1, weight.shape[-1])
 
 
 def experts_B_from_peft(weight: Tensor, num_experts: int) -> Tensor:
-    """(out, r*E) -> (E, out, r)."""
+    """Reshape (out, r*E) to (E, out, r)."""
     return weight.reshape(weight.shape[0], -1, num_experts).permute(2, 0, 1)
 
 
-def save_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) -> None:
+def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) -> None:
     """Write the pairs of one modality as a folder that ``PeftModel.from_pretrained`` loads.
 
-    PEFT knows no mask: its model is ours with every token in the modality.
+    PEFT knows no mask: its model computes the same as ours with every token in the modality.
 
     Raises:
         ValueError: an unknown modality, or a model with added tokens or experts, which PEFT's
             files do not hold.
     """
-    index = _modality_index(patched, modality)
+    index = patched.modality_id(modality) - 1
     if added := tokens.token_counts(patched.model):
         raise ValueError(f"PEFT's files do not hold added tokens, the model has {added}")
     if patched.extensions:
@@ -73,24 +73,23 @@ def save_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) 
         tensors[f"{slot.name}.lora_A.weight"] = lora_A
         tensors[f"{slot.name}.lora_B.weight"] = lora_B
     text = json.dumps(_peft_config(patched), indent=2) + "\n"
-    adapters.write(Path(folder), tensors, text, {"format": "pt"})
+    adapter_files.write(Path(folder), tensors, text, {"format": "pt"})
 
 
-def load_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) -> None:
-    """Copy what ``PeftModel.save_pretrained`` wrote into the pairs of one modality.
+def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) -> None:
+    """Copy the files of ``PeftModel.save_pretrained`` into the pairs of one modality.
 
     Raises:
-        ValueError: an unknown modality, options that we do not have, or another rank, scaling or
-            set of projections; nothing of the model has changed then.
+        ValueError: an unknown modality, an unsupported option, or another rank, scaling or set of
+            projections. The model has not changed then.
     """
-    index = _modality_index(patched, modality)
+    index = patched.modality_id(modality) - 1
     if patched.config.shared_A:
         raise ValueError("shared_A: PEFT's experts have one lora_A each")
     slots = _slots(patched)
-    saved = json.loads((Path(folder) / adapters.CONFIG_NAME).read_text())
+    saved = json.loads((Path(folder) / adapter_files.CONFIG_NAME).read_text())
     _check_config(patched.config, slots, saved)
-    with adapters.opened(Path(folder) / adapters.WEIGHTS_NAME) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = adapter_files.read_tensors(Path(folder))
     pairs = [(slot.lora, *_take(tensors, slot)) for slot in slots]
     if tensors:
         raise ValueError(f"{len(tensors)} tensors fit no projection, such as {min(tensors)}")
@@ -102,12 +101,12 @@ def load_peft_adapter(patched: PatchedModel, modality: str, folder: str | Path) 
 
 @dataclass(frozen=True)
 class _Slot:
-    """One projection: where PEFT keeps its pair, and where we do.
+    """Place of one projection's pair, in PEFT's model and in ours.
 
     Attributes:
-        name: of the module in PEFT's model that has the pair.
+        name: the module in PEFT's model that has the pair.
         matched: the name that PEFT's patterns are matched against.
-        projection: ours.
+        projection: the projection in our model.
         num_experts: E of stacked experts, else None.
     """
 
@@ -121,8 +120,8 @@ class _Slot:
         return self.projection.lora
 
 
-def _slots(patched: PatchedModel) -> list[_Slot]:
-    return [_slot(p) for p in find_projections(patched.model, patched.config)]
+def _slots(patched: PatchState) -> list[_Slot]:
+    return [_slot(projection) for projection in patched.projections]
 
 
 def _slot(projection: Projection) -> _Slot:
@@ -137,7 +136,7 @@ def _slot(projection: Projection) -> _Slot:
 
 
 def _take(tensors: dict[str, Tensor], slot: _Slot) -> tuple[Tensor, Tensor]:
-    """Remove a projection's pair from ``tensors`` and bring it into our layout."""
+    """Remove a projection's pair from ``tensors`` and convert it to our layout."""
     pair = []
     for field, convert in (("lora_A", experts_A_from_peft), ("lora_B", experts_B_from_peft)):
         name = f"{slot.name}.{field}.weight"
@@ -153,16 +152,9 @@ def _take(tensors: dict[str, Tensor], slot: _Slot) -> tuple[Tensor, Tensor]:
     return tuple(pair)
 
 
-def _modality_index(patched: PatchedModel, modality: str) -> int:
-    modalities = patched.config.modalities
-    if modality not in modalities:
-        raise ValueError(f"the model is patched for {modalities}, not for {modality!r}")
-    return modalities.index(modality)
-
-
-def _peft_config(patched: PatchedModel) -> dict:
+def _peft_config(patched: PatchState) -> dict:
     config, slots = patched.config, _slots(patched)
-    linears, parameters = _targets(patched.model, config, slots)
+    linears, parameters = _targets(patched, slots)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -179,32 +171,31 @@ def _peft_config(patched: PatchedModel) -> dict:
     }
 
 
-def _targets(
-    model: nn.Module, config: ModalityLoraConfig, slots: list[_Slot]
-) -> tuple[list[str], list[str]]:
-    """PEFT's names of linear layers and of parameters, sorted.
+def _targets(patched: PatchState, slots: list[_Slot]) -> tuple[list[str], list[str]]:
+    """Return PEFT's names of linear layers and of parameters, sorted.
 
-    Those of single layers are written in full: PEFT's ``layers_to_transform`` knows no parameters.
+    If only some layers are adapted, names are written in full: PEFT's ``layers_to_transform`` does
+    not apply to parameters.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in patched.model.named_modules()}
     linears, parameters = set(), set()
     for slot in slots:
-        of_linear = slot.num_experts is None and slot.projection.key != ROUTER
-        if config.layers_to_transform is not None:
+        is_linear = slot.num_experts is None and slot.projection.key != ROUTER
+        if patched.config.layers_to_transform is not None:
             name = slot.matched
-        elif of_linear:
+        elif is_linear:
             name = slot.projection.key
         else:
             name = slot.matched.removeprefix(f"{names[slot.projection.layer]}.")
-        (linears if of_linear else parameters).add(name)
+        (linears if is_linear else parameters).add(name)
     return sorted(linears), sorted(parameters)
 
 
 def _peft_pattern(pattern: dict, default: float, slots: list[_Slot]) -> dict:
-    """A pattern that means the same to PEFT.
+    """Return a pattern with the same meaning in PEFT.
 
-    PEFT sorts the keys of a pattern when it saves, and its name of a router is that of the weight.
-    Where either would change a value, names are written in full instead: then no two keys fit one.
+    PEFT sorts the keys of a pattern when it saves, and names a router by its weight. If either
+    would change a value, the keys are full names instead, of which no two fit one projection.
     """
     ours = {slot.matched: look_up(pattern, slot.projection.name, default) for slot in slots}
     for theirs in (pattern, dict(sorted(pattern.items()))):
@@ -216,8 +207,8 @@ def _peft_pattern(pattern: dict, default: float, slots: list[_Slot]) -> dict:
 def _check_config(config: ModalityLoraConfig, slots: list[_Slot], saved: dict) -> None:
     if saved.get("peft_type") != "LORA":
         raise ValueError(f"not a LoRA adapter of PEFT: peft_type is {saved.get('peft_type')!r}")
-    for option, wanted in _PLAIN.items():
-        if saved.get(option, wanted) != wanted:
+    for option, supported in _PLAIN.items():
+        if saved.get(option, supported) != supported:
             raise ValueError(f"an adapter with {option}={saved[option]!r} is not supported")
     if saved.get("modules_to_save"):
         raise ValueError(

@@ -1,21 +1,21 @@
-"""Models that say they are quantised: which of them have plain weights all the same.
+"""Quantised models: refused, unless the flag is all that is left of the quantisation.
 
 transformers keeps the flag of a GGUF file on a model whose weights it has unpacked to floats. Such
-a model is patched, and loses the flag until :func:`restore`: ``Trainer``, ``save_pretrained`` and
-``.to(dtype)`` refuse whatever carries it.
+a model can be patched. It loses the flag until :func:`restore`, because ``Trainer``,
+``save_pretrained`` and ``.to(dtype)`` refuse a model that carries it.
 """
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-# Methods whose loaders may unpack all weights.
+# Quantisation methods whose loaders may unpack all weights.
 _UNPACKED = ("gguf",)
-_OF_MODEL = ("is_quantized", "quantization_method", "hf_quantizer")
-_OF_CONFIG = ("quantization_config", "_is_quantized")
+_MODEL_FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
+_CONFIG_FLAGS = ("quantization_config", "_is_quantized")
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """Why a model counts as quantised, with the method's name; None: its weights are plain."""
+    """Return why a model counts as quantised, with the method's name, or None."""
     method = getattr(model, "quantization_method", None)
     if not getattr(model, "is_quantized", False) and method is None:
         return None
@@ -24,7 +24,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return f"is quantised ({method}): load it in bfloat16, float16 or float32"
     if packed := _packed(model):
         return (
-            f"is quantised ({method}), {packed[0]} is packed: load it with "
+            f"is quantised ({method}): {packed[0]} is packed; load it with "
             "quantization_config=GgufConfig(dequantize=True)"
         )
     return None
@@ -39,8 +39,8 @@ def _packed(model: nn.Module) -> list[str]:
 
 
 def take_flags(model: PreTrainedModel) -> dict:
-    """Remove what says that the model is quantised, and return it for :func:`restore`."""
-    present = [name for name in _OF_MODEL if name in model.__dict__]
+    """Remove the model's flags of quantisation, and return them for :func:`restore`."""
+    present = [name for name in _MODEL_FLAGS if name in model.__dict__]
     return {name: model.__dict__.pop(name) for name in present}
 
 
@@ -50,6 +50,6 @@ def restore(model: PreTrainedModel, flags: dict) -> None:
 
 
 def clear(config: PretrainedConfig) -> None:
-    """Remove what says so from a configuration."""
-    for name in _OF_CONFIG:
+    """Remove the flags of quantisation from a configuration."""
+    for name in _CONFIG_FLAGS:
         config.__dict__.pop(name, None)

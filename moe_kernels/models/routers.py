@@ -1,9 +1,9 @@
-"""The routers of Hugging Face models: found, understood by trying them, and updated by low rank.
+"""Routers of Hugging Face models: understood by running them, and updated by low-rank pairs.
 
 A router is a module with one weight (E, H) whose forward takes (T, H) rows to logits, scores and
 indices. Families differ in what they do between logits and scores. No class name decides: patching
 compares :func:`route` with the class's own forward, and refuses a router that does something else.
-A layer with added experts has their columns beside the router's weight, see :func:`route_beside`.
+A layer with added experts has their columns beside the router's weight: see :func:`route_beside`.
 """
 
 import copy
@@ -18,19 +18,18 @@ from torch.nn import functional as F
 from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
 from moe_kernels.models import linear
 from moe_kernels.models.context import MISSING, ModalityContext
-from moe_kernels.models.experts import find_experts
+from moe_kernels.models.parts import LayerParts
 from moe_kernels.ops.dtypes import without_autocast
 
-_NAMES = ("gate", "router")
 _PROBED_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What comes after a router's logits.
+    """The steps of a router after its logits.
 
     Attributes:
-        top_k: K, experts that a token is sent to.
+        top_k: K, the number of experts that a token is sent to.
         normalise: whether the K scores are divided by their sum.
         float32_scores: whether scores stay float32 (Mixtral) or are cast to the logits' dtype.
     """
@@ -46,10 +45,10 @@ def route(
     calibrations: Sequence[Calibration] = (),
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(T, E) logits -> scores (T, K), their softmax in float32, and indices (T, K) int64.
+    """Map logits (T, E) to scores (T, K), their softmax in float32, and indices (T, K) int64.
 
-    Calibrations change the scores, never the choice, of the ``rows`` (T, 1) bool, None: of all.
-    Several of one form add up.
+    Calibrations change the scores of ``rows`` ((T, 1) bool; None: all), never the choice. Several
+    of one form add up.
     """
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     scores, indices = torch.topk(probabilities, routing.top_k, dim=-1)
@@ -66,10 +65,10 @@ def route(
 def _calibrate(
     calibrations: Sequence[Calibration], values: Tensor, indices: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """The sum of what each gives for (T, N) values, at the chosen experts: (T, K).
+    """Sum the calibrations of values (T, N) at the chosen experts: (T, K).
 
-    One that came before the last experts knows nothing of them, and gives them zero. So do other
-    rows than ``rows`` get, and theirs do not go in: a gradient of zero stays one.
+    A calibration that is older than the last experts gives these zero. Rows outside ``rows`` get
+    zero too. They enter the calibration as zeros, so that their zero gradient meets no infinity.
     """
     seen, width = _where(rows, values, 0.0), values.shape[-1]
     changes = [calibration(seen) for calibration in calibrations]
@@ -84,18 +83,18 @@ def route_beside(
     modality_ids: Tensor,
     routing: Routing,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A router's output where experts were added beside its own.
+    """Return the output of a router beside which experts were added.
 
-    The scores and indices of a row that may choose no added expert are those of its E logits
-    alone, taken row by row: no value of an added parameter reaches them, nor their gradient. The
-    others compete for the same K places with the added experts that they may choose.
+    A row that may choose no added expert gets the scores and indices of its E logits alone, taken
+    row by row: no value of an added parameter reaches them, nor their gradient. In the other rows
+    the base's experts and the added ones that the row may choose compete for the same K places.
 
     Args:
         logits: (T, E), the router's own.
         hidden_states: (T, H).
         added: in the order of their ids, from E on.
         modality_ids: (T,).
-        routing: what comes after the logits.
+        routing: the router's steps after its logits.
 
     Returns:
         Logits (T, E+X), -inf where a row may not choose the expert; scores (T, K); indices (T, K).
@@ -104,8 +103,8 @@ def route_beside(
     sizes = [logits.shape[1], *(experts.num_added for experts in added)]
     ids = torch.arange(sum(sizes), device=logits.device).split(sizes)
     rows = [experts.open_to(modality_ids) for experts in added]
-    # A row that is not served goes in as zeros, and gets zeros: what is NaN or infinite there would
-    # make NaN of a gradient of zero.
+    # Rows that may not choose an expert go in as zeros and get zeros: a NaN or infinity in them
+    # would turn a gradient of zero into NaN.
     inputs = [_where(at, hidden_states, 0.0) for at in rows]
     own = [e.logits(x).to(logits.dtype) for e, x in zip(added, inputs, strict=True)]
     seen = [_where(at, values, 0.0) for at, values in zip(rows, own, strict=True)]
@@ -128,43 +127,43 @@ def _where(rows: Tensor | None, values: Tensor, others: Tensor | float) -> Tenso
     return values if rows is None else torch.where(rows, values, others)
 
 
-def find_router(layer: nn.Module) -> nn.Module | None:
-    """The module beside a decoder layer's stacked experts that has a weight (E, H), or None."""
-    experts = find_experts(layer)
-    for block in layer.modules():
-        if any(child is experts for child in block.children()):
-            for name in _NAMES:
-                router = getattr(block, name, None)
-                weight = getattr(router, "weight", None)
-                if isinstance(weight, nn.Parameter) and _fits(weight, experts.gate_up_proj):
-                    return router
+class RoutingFinder:
+    """The routing of each router, found once: by :func:`attach` or by :func:`find_routing`.
+
+    Make one for each operation on a model, since a router's settings may change between two.
+    """
+
+    def __init__(self):
+        self._found: dict[nn.Module, Routing] = {}
+
+    def __call__(self, router: nn.Module) -> Routing:
+        if is_attached(router):
+            return routing_of(router)
+        if router not in self._found:
+            self._found[router] = find_routing(router)
+        return self._found[router]
+
+
+def problem(parts: LayerParts, find: RoutingFinder) -> str | None:
+    """Return why the router of a layer with experts is not supported; None: it is."""
+    router = parts.router
+    if router is None:
+        return "no router of one weight beside the experts"
+    dtypes = (router.weight.dtype, parts.experts.gate_up_proj.dtype)
+    if dtypes[0] != dtypes[1] and not is_attached(router):
+        return f"a router in {dtypes[0]} beside experts in {dtypes[1]}"
+    try:
+        find(router)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _fits(weight: Tensor, gate_up_proj: Tensor) -> bool:
-    return tuple(weight.shape) == (gate_up_proj.shape[0], gate_up_proj.shape[-1])
-
-
-def unsupported(layer: nn.Module) -> list[str]:
-    """Why the router of a layer with experts cannot get an update; empty: all is well."""
-    router, hint = find_router(layer), '(leave "router" out of target_modules)'
-    if router is None:
-        return [f"no router of one weight beside the experts {hint}"]
-    dtypes = (router.weight.dtype, find_experts(layer).gate_up_proj.dtype)
-    if len(set(dtypes)) > 1:
-        return [f"a router in {dtypes[0]} beside experts in {dtypes[1]} {hint}"]
-    try:
-        find_routing(router)
-    except ValueError as error:
-        return [f"{error} {hint}"]
-    return []
-
-
 def find_routing(router: nn.Module) -> Routing:
-    """What a router's class does after its logits.
+    """Find the steps of a router's class after its logits, by running it.
 
-    Its own forward is run on a few random rows, in the weight's dtype and in bfloat16, in training
-    and not; ours must give the same bits.
+    The class's own forward runs on a few random rows, in the weight's dtype and in bfloat16, in
+    training mode and not; :func:`route` must give the same bits.
 
     Raises:
         ValueError: the class does something else; the message says what is known of it.
@@ -190,42 +189,41 @@ def find_routing(router: nn.Module) -> Routing:
     return candidates[0]
 
 
-def attach(router: nn.Module, context: ModalityContext, lora: ModalityLora | None) -> None:
+def attach(
+    router: nn.Module, context: ModalityContext, lora: ModalityLora | None, routing: Routing
+) -> None:
     """Make this one instance add the low-rank update to its logits, on rows of added modalities.
 
-    Without an update it computes what its class does, until there are added experts.
-
-    Raises:
-        ValueError: as :func:`find_routing`.
+    Without an update it computes the same as its class, until experts are added.
     """
-    router.__dict__["_routing"] = find_routing(router)
+    router.__dict__["_routing"] = routing
     linear.attach(router, context, lora, _forward)
 
 
 def is_attached(router: nn.Module) -> bool:
-    """Whether :func:`attach` was done."""
+    """Return whether :func:`attach` was called on the router."""
     return "_routing" in router.__dict__
 
 
 def routing_of(router: nn.Module) -> Routing:
-    """What :func:`attach` found."""
+    """Return the routing that :func:`attach` was given."""
     return router.__dict__["_routing"]
 
 
 def detach(router: nn.Module) -> None:
-    """Undo :func:`attach`, if it was done."""
+    """Undo :func:`attach`, if it was called."""
     for name in ("_routing", "_added_experts", "_tuned"):
         router.__dict__.pop(name, None)
     linear.detach(router)
 
 
-def add_experts(router: nn.Module, added: list[AddedExperts]) -> None:
-    """Let an attached router choose among these too; an empty list: among its own."""
+def set_added_experts(router: nn.Module, added: list[AddedExperts]) -> None:
+    """Let an attached router choose among these experts too; an empty list: only among its own."""
     router.__dict__["_added_experts"] = added
 
 
 def tune(router: nn.Module, change: Tensor | None) -> None:
-    """Make an attached router work with ``weight + change`` (E, H), whose bits stay; None: not."""
+    """Add a change (E, H) to an attached router's logits; its weight keeps its bits. None: none."""
     if change is None:
         router.__dict__.pop("_tuned", None)
     else:
@@ -233,7 +231,7 @@ def tune(router: nn.Module, change: Tensor | None) -> None:
 
 
 def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., H) -> logits (T, E+X) with the update in them, scores (T, K), indices (T, K)."""
+    """Map (..., H) to updated logits (T, E+X), scores (T, K) and indices (T, K)."""
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     own, routing = self.__dict__, self.__dict__["_routing"]
     if own["_modality_lora"] is None:
@@ -241,7 +239,7 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
     else:
         logits = linear.masked_linear(self, hidden_states)
     if (change := own.get("_tuned")) is not None:
-        # Autocast would go on with its first copy of the change, whatever the optimiser made of it.
+        # Autocast would keep using its first copy of the change, although the optimiser updates it.
         with without_autocast(hidden_states.device):
             shift = F.linear(hidden_states, change.to(hidden_states.dtype))
         logits = logits + shift.to(logits.dtype)
@@ -255,9 +253,9 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _trial(router: nn.Module, dtype: torch.dtype, training: bool) -> tuple[nn.Module, Tensor]:
-    """A copy in another dtype, without hooks and without a change to the router; and rows for it.
+    """Return a copy of the router in another dtype, without hooks, and random rows for it.
 
-    Weights without values (on the meta device) are random there, on the CPU.
+    A copy of weights without values (on the meta device) gets random ones, on the CPU.
     """
     trial, generator = copy.copy(router), torch.Generator().manual_seed(0)
     trial.__dict__["training"] = training
@@ -279,11 +277,11 @@ def _trial(router: nn.Module, dtype: torch.dtype, training: bool) -> tuple[nn.Mo
 
 @torch.no_grad()
 def _run(trial: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The class's own forward: logits, scores, indices."""
+    """Run the class's own forward: logits, scores, indices."""
     name = type(trial).__name__
     try:
         output = type(trial).forward(trial, rows.clone())
-    except Exception as error:  # whatever another's code raises, patching says why it stops
+    except Exception as error:  # foreign code may raise anything; patching says why it stops
         raise ValueError(f"{name} does not run on rows alone: {error}") from error
     if not isinstance(output, tuple) or len(output) != 3 or output[2].is_floating_point():
         raise ValueError(f"{name} does not return (logits, scores, indices)")

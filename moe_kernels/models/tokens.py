@@ -12,7 +12,8 @@ from moe_kernels.init.rows import (
     check_row_init,
     initial_rows,
 )
-from moe_kernels.models.methods import get_patched
+from moe_kernels.models.handle import get_patched
+from moe_kernels.models.parts import trainable_dtype
 
 ROWS = "added_rows"
 
@@ -30,43 +31,44 @@ def add_modality_tokens(
     """Give a patched model ``num_tokens`` tokens of an added modality, with trainable rows.
 
     The frozen table keeps its name and its bits; the new rows are a second parameter of the
-    embedding and, unless the two are tied, of the head. Text generation does not produce them: they
-    are added to the model's ``generation_config.suppress_tokens``. ``generate(...,
-    suppress_tokens=[])`` allows them; in a ``GenerationConfig`` of your own it must be ``[]`` too,
-    as transformers fills None from the model's. ``forward`` never masks their logits.
+    embedding and, unless the two are tied, of the head. Text generation does not produce the new
+    tokens: they are added to the model's ``generation_config.suppress_tokens``. ``generate(...,
+    suppress_tokens=[])`` allows them. A ``GenerationConfig`` of your own needs
+    ``suppress_tokens=[]`` too, because transformers replaces None by the model's setting.
+    ``forward`` never masks their logits.
 
     Args:
         model: patched by :func:`moe_kernels.patch_model` for this modality.
         modality: its name.
         num_tokens: n, delimiters (begin, end) included. A delimiter before the first token of the
-            modality should be one of them, as the mask is that of the input token.
+            modality should be one of them, because adapters act by the modality of the input token.
         tokenizer: gets n tokens ``<modality_i>`` under the same ids.
-        init: how rows start, of the embedding from its text rows and of the head, unless tied, from
-            the head's: "normal" (their mean and standard deviation), "gaussian" (their mean and
-            covariance), "mean" (their mean with a little noise), "gromov_wasserstein" (rows whose
-            distances resemble those of the features, :func:`moe_kernels.init.
+        init: how new rows are drawn from the text rows, those of the embedding and, unless tied,
+            those of the head: "normal" (their mean and standard deviation), "gaussian" (their mean
+            and covariance), "mean" (their mean with a little noise), "gromov_wasserstein" (rows
+            whose distances resemble those of the features, :func:`moe_kernels.init.
             gromov_wasserstein_rows`) or "permuted" (the same in random order, a control).
         features: (n - num_delimiters, d) vectors of the tokens, such as a codebook, for
             "gromov_wasserstein" and "permuted".
-        num_delimiters: how many of the n tokens, the first, have no features: 2 for the begin and
-            end of :class:`moe_kernels.imaging.ImageVocabulary`. Beside features they start as by
-            "normal".
+        num_delimiters: number of tokens, the first of the n, that have no features: 2 for begin
+            and end of :class:`moe_kernels.imaging.ImageVocabulary`. Beside features they start as
+            with "normal".
         **init_options: keywords of :func:`moe_kernels.init.gromov_wasserstein_rows`.
 
     Returns:
-        The new ids, ``range(V, V + n)``. What a Gromov-Wasserstein init has to say of itself is in
+        The new ids, ``range(V, V + n)``. Diagnostics of a Gromov-Wasserstein init are in
         ``patched.init_diagnostics[modality]``, by "embedding" and "head".
 
     Raises:
-        ValueError: not patched, an unknown modality or init, tokens of it there already, features
-            that do not match n, or a tokenizer whose ids cannot be brought in step.
+        ValueError: the model is not patched, the modality or init is unknown, the modality has
+            tokens already, the features do not match n, or the tokenizer's ids cannot match the
+            model's.
         TypeError: an option that the init does not have.
         ImportError: the init needs POT.
         RuntimeError: POT's coupling cannot be used. Nothing has changed after any of these.
     """
-    config = get_patched(model).config
-    if modality not in config.modalities:
-        raise ValueError(f"the model is patched for {config.modalities}, not for {modality!r}")
+    patched = get_patched(model)
+    modality_id = patched.modality_id(modality)
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     if modality in _rows(model.get_input_embeddings()):
@@ -83,6 +85,15 @@ def add_modality_tokens(
     )
     if tokenizer is not None:
         _extend_tokenizer(tokenizer, modality, first, num_tokens)
+    _attach_rows(model, modality, new)
+    if diagnostics:
+        patched.init_diagnostics[modality] = diagnostics
+    ids = range(first, first + num_tokens)
+    _grow_vocabulary(model, ids, modality_id)
+    return ids
+
+
+def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Tensor]) -> None:
     for module, rows in new.items():
         _add_rows(module, modality, rows)
     if _tied(model):
@@ -90,19 +101,18 @@ def add_modality_tokens(
         head.__dict__[ROWS] = _rows(model.get_input_embeddings())
         head.forward = types.MethodType(_head_forward, head)
 
-    index = config.modalities.index(modality) + 1
-    grown = torch.full((num_tokens,), index, device=model.token_modality.device)
-    model.token_modality = torch.cat([model.token_modality, grown])
-    _set_vocab_size(model, first + num_tokens)
-    if diagnostics:
-        get_patched(model).init_diagnostics[modality] = diagnostics
+
+def _grow_vocabulary(model: PreTrainedModel, ids: range, modality_id: int) -> None:
+    """Let the model's table of modalities, sizes and generation settings know the new ids."""
+    new = torch.full((len(ids),), modality_id, device=model.token_modality.device)
+    model.token_modality = torch.cat([model.token_modality, new])
+    _set_vocab_size(model, ids.stop)
     suppressed = model.generation_config.suppress_tokens or []
-    model.generation_config.suppress_tokens = [*suppressed, *range(first, first + num_tokens)]
-    return range(first, first + num_tokens)
+    model.generation_config.suppress_tokens = [*suppressed, *ids]
 
 
 def modality_token_ids(model: PreTrainedModel, modality: str) -> range:
-    """The ids of a modality's added tokens; empty if there are none."""
+    """Return the ids of a modality's added tokens; empty if there are none."""
     first = model.get_input_embeddings().weight.shape[0]
     for name, rows in _rows(model.get_input_embeddings()).items():
         if name == modality:
@@ -112,12 +122,12 @@ def modality_token_ids(model: PreTrainedModel, modality: str) -> range:
 
 
 def token_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Number of added tokens by modality, in the order in which they were added."""
+    """Return the number of added tokens by modality, in the order in which they were added."""
     return {name: rows.shape[0] for name, rows in _rows(model.get_input_embeddings()).items()}
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Take all added rows away; the sizes of the vocabulary are the caller's to restore."""
+    """Remove all added rows; restoring the sizes of the vocabulary is left to the caller."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if hasattr(module, ROWS):
             module.__dict__.pop("forward", None)
@@ -125,7 +135,7 @@ def remove(model: PreTrainedModel) -> None:
 
 
 def vocab_sizes(model: PreTrainedModel) -> dict[nn.Module, int]:
-    """The modules that know the size of the vocabulary, and what they hold."""
+    """Return the vocabulary's size in each module that keeps it."""
     modules = (model, getattr(model, model.base_model_prefix, model))
     return {module: module.vocab_size for module in modules if hasattr(module, "vocab_size")}
 
@@ -147,7 +157,7 @@ def _set_vocab_size(model: PreTrainedModel, size: int) -> None:
 def _initial_rows(
     model: PreTrainedModel, **options
 ) -> tuple[dict[nn.Module, Tensor], dict[str, GromovWassersteinDiagnostics]]:
-    """New rows of the embedding and, unless tied, of the head; and what the init reports."""
+    """Draw rows of the embedding and, unless tied, of the head; return them with diagnostics."""
     modules = {"embedding": model.get_input_embeddings()}
     if not _tied(model):
         modules["head"] = model.get_output_embeddings()
@@ -155,8 +165,7 @@ def _initial_rows(
     for name, module in modules.items():
         weight = module.weight.detach()
         new, report = initial_rows(weight.float(), **options)
-        half = weight.dtype in (torch.bfloat16, torch.float16)
-        rows[module] = new.to(torch.float32 if half else weight.dtype)
+        rows[module] = new.to(trainable_dtype(weight))
         if report is not None:
             diagnostics[name] = report
     return rows, diagnostics
@@ -171,7 +180,7 @@ def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
 
 
 def _added(module: nn.Module) -> Tensor:
-    """(n, H) all added rows in the order of their ids, in the table's dtype."""
+    """Return all added rows (n, H) in the order of their ids, in the table's dtype."""
     return torch.cat(list(getattr(module, ROWS).values())).to(module.weight.dtype)
 
 
@@ -189,7 +198,7 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
 
 
 def _extend_tokenizer(tokenizer, modality: str, first: int, num_tokens: int) -> None:
-    """Add ``<modality_i>`` under the ids from ``first`` on; fillers take ids without a token."""
+    """Add ``<modality_i>`` under the ids from ``first`` on; fillers take the unused ids before."""
     vocabulary = tokenizer.get_vocab()
     last = max(vocabulary.values(), default=-1)
     if last >= first:

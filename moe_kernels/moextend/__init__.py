@@ -1,7 +1,7 @@
-"""New experts in a pretrained Mixture of Experts, text kept (MoExtend, arXiv 2408.03511)."""
+"""New experts in a pretrained Mixture of Experts, with text unchanged (MoExtend, 2408.03511)."""
 
 from moe_kernels.layers import ModalityProjector
-from moe_kernels.models.extensions import ExtensionConfig
+from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.moextend.disturbance import Disturbance
 from moe_kernels.moextend.extender import ExpertExtender
 from moe_kernels.moextend.plots import plot_layer_scores

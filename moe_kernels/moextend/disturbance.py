@@ -1,4 +1,4 @@
-"""What added experts change, by modality: outputs, and the experts that rows are sent to."""
+"""Disturbance by added experts: changed outputs and changed routing, by modality."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels.analysis.rows import RowModality, find_moe_blocks, watch_routers
-from moe_kernels.models.extensions import disabled
-from moe_kernels.models.patch import PatchedModel
+from moe_kernels.analysis.rows import RowModality, watch_routers
+from moe_kernels.models.added_experts import disabled
+from moe_kernels.models.handle import PatchState
+from moe_kernels.models.parts import find_moe_blocks
+from moe_kernels.modes import evaluating
 
 
 @dataclass(frozen=True)
 class Disturbance:
-    """A model with its added experts against the same without them, on rows of one modality.
+    """Comparison of a model with and without its added experts, on rows of one modality.
 
     Attributes:
-        modality: the rows'.
-        rows: how many.
+        modality: of the rows.
+        rows: the number of rows.
         output_change: ||with - without|| / ||without|| of the logits; NaN without rows.
-        changed_rows: share of rows with another bit in their logits.
+        changed_rows: share of rows whose logits changed in any bit.
         rerouted_rows: share of rows that some layer sends to other experts.
         rerouted_by_layer: that share in each layer with experts.
     """
@@ -35,12 +37,12 @@ class Disturbance:
     rerouted_by_layer: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"rerouted_by_layer": list(self.rerouted_by_layer)}
 
 
 class _Sums:
-    """Of one modality."""
+    """Running sums for one modality."""
 
     def __init__(self, layers: int):
         self.rows = self.changed = self.rerouted = 0
@@ -48,7 +50,7 @@ class _Sums:
         self.by_layer = torch.zeros(layers, dtype=torch.int64)
 
     def add(self, expected: Tensor, actual: Tensor, rerouted: Tensor) -> None:
-        """(rows, V) logits without and with added experts; (L, rows) bool."""
+        """Add logits (rows, V) without and with added experts, and ``rerouted`` (L, rows) bool."""
         self.rows += expected.shape[0]
         self.changed += int((expected != actual).any(-1).sum())
         self.difference += float((actual.double() - expected.double()).square().sum())
@@ -66,41 +68,37 @@ class _Sums:
 
 
 @torch.no_grad()
-def measure(patched: PatchedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, Disturbance]:
+def measure(patched: PatchState, batches: Iterable[Mapping[str, Any]]) -> dict[str, Disturbance]:
     """See :meth:`moe_kernels.moextend.ExpertExtender.disturbance`."""
     model = patched.model
-    rows_of = RowModality(model)
+    row_modality = RowModality(model)
     sums: list[_Sums] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             batch = {name: value for name, value in batch.items() if name != "labels"}
             with disabled(patched):
-                expected, experts, modality = _forward(patched, batch, rows_of)
-            actual, others, _ = _forward(patched, batch, rows_of)
+                expected, experts, modality = _forward(patched, batch, row_modality)
+            actual, others, _ = _forward(patched, batch, row_modality)
             rerouted = (experts != others).any(-1)
-            sums = sums or [_Sums(len(experts)) for _ in rows_of.names]
+            sums = sums or [_Sums(len(experts)) for _ in row_modality.names]
             for number, each in enumerate(sums):
                 at = modality == number
                 each.add(expected[at], actual[at], rerouted[:, at])
-    finally:
-        model.train(training)
     if not sums:
         raise ValueError("there were no batches")
-    return {name: each.result(name) for name, each in zip(rows_of.names, sums, strict=True)}
+    return {name: each.result(name) for name, each in zip(row_modality.names, sums, strict=True)}
 
 
 def _forward(
-    patched: PatchedModel, batch: Mapping[str, Any], rows_of: RowModality
+    patched: PatchState, batch: Mapping[str, Any], row_modality: RowModality
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (T, V), the experts of each row in ascending order (L, T, K), modality ids (T,)."""
+    """Return logits (T, V), each row's experts in ascending order (L, T, K), modality ids (T,)."""
     chosen, modality = [], []
 
     def add(layer: str, inputs: Tensor, logits: Tensor, indices: Tensor) -> None:
         chosen.append(indices.sort(-1).values)
-        modality.append(rows_of.current)
+        modality.append(row_modality.current)
 
-    with watch_routers(find_moe_blocks(patched.model), rows_of, add):
+    with watch_routers(find_moe_blocks(patched.model), row_modality, add):
         logits = patched.model(**batch).logits
     return logits.flatten(0, 1), torch.stack(chosen), modality[-1].to(logits.device)

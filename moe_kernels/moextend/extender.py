@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_kernels.layers import ModalityProjector
-from moe_kernels.models import ModalityLoraConfig, extensions, patch_model, projectors
-from moe_kernels.models.extensions import ExtensionConfig, added_experts, moe_layers
-from moe_kernels.models.methods import HANDLE, get_patched
+from moe_kernels.models import ModalityLoraConfig, added_experts, patch_model, projectors
+from moe_kernels.models.config import ExtensionConfig, as_layer_index
+from moe_kernels.models.handle import get_patched, is_patched
+from moe_kernels.models.routers import RoutingFinder
 from moe_kernels.moextend import disturbance, starts, tuning
 from moe_kernels.moextend.disturbance import Disturbance
 from moe_kernels.moextend.scores import LayerScores
 
-LAYERS = ("top-half", "all", "interval", "first-half", "second-half")
+LAYER_CHOICES = ("top-half", "all", "interval", "first-half", "second-half")
 
 
 class ExpertExtender:
@@ -33,18 +34,18 @@ class ExpertExtender:
     Args:
         model: a Mixture of Experts that :func:`moe_kernels.patch_model` can patch. A plain one is
             patched here, without low-rank updates.
-        modalities: names of the added modalities, the m-th with modality id m; a task is one too.
+        modalities: names of the added modalities, the m-th with modality id m; a task may be one.
             Default: those that the model was patched for, or ("image",).
-        sequence_modalities: those that a whole sequence has, such as a task; see
+        sequence_modalities: the modalities that belong to a whole sequence, such as a task; see
             :class:`moe_kernels.ModalityLoraConfig`.
         backend: for a plain model, see :class:`moe_kernels.ModalityLoraConfig`.
 
     Attributes:
         patched: the model's handle, with ``trainable_parameters``, ``save_adapter`` and so on.
-        scores: what ``score_layers`` returned last, or None.
+        scores: the last result of ``score_layers``, or None.
 
     Raises:
-        TypeError, ValueError: as ``patch_model``; or the model was patched for other modalities,
+        TypeError, ValueError: see ``patch_model``; or the model was patched for other modalities,
             with other ``sequence_modalities`` or another backend.
     """
 
@@ -56,17 +57,17 @@ class ExpertExtender:
         sequence_modalities: Sequence[str] | None = None,
         backend: str | None = None,
     ):
-        asked = {
+        settings = {
             "modalities": modalities,
             "sequence_modalities": sequence_modalities,
             "backend": backend,
         }
-        asked = {name: value for name, value in asked.items() if value is not None}
-        if HANDLE in getattr(model, "__dict__", {}):
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if is_patched(model):
             self.patched = get_patched(model)
-            _check_same(self.patched.config, asked)
+            _check_same(self.patched.config, settings)
         else:
-            self.patched = patch_model(model, ModalityLoraConfig(target_modules=(), **asked))
+            self.patched = patch_model(model, ModalityLoraConfig(target_modules=(), **settings))
         self.scores: LayerScores | None = None
 
     @property
@@ -77,7 +78,7 @@ class ExpertExtender:
     @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers with experts."""
-        return tuple(moe_layers(self.model))
+        return tuple(self.patched.moe_layers)
 
     def score_layers(
         self,
@@ -89,22 +90,22 @@ class ExpertExtender:
         count: str = "modality",
         progress: bool = True,
     ) -> LayerScores:
-        """How far the choices of each layer's router move when the routers alone learn.
+        """Score each layer by the shift of its router's choices when the routers alone are tuned.
 
-        A change to each router's weight is tuned with AdamW on the model's loss, ``steps`` times
-        one batch, and thrown away. The experts that the routers select are counted before and
-        after, on the same batches, without gradients. No bit of the model changes, nor does a
-        ``grad``. The routers' own weights are tuned, not low-rank updates or added columns.
+        A change to each router's weight (not to low-rank updates or added columns) is tuned with
+        AdamW on the model's loss, one batch a step, and discarded. The experts that the routers
+        select are counted before and after, on the same batches, without gradients. The model
+        keeps every bit, and every ``grad``.
 
         Args:
-            dataloader: keyword arguments of the model's forward, of held-out data of the modality;
-                at most ``steps`` batches are taken, and used again if there are fewer. Without
-                ``labels`` they are the ``input_ids``, but for padding: 0 in a 2-D
-                ``attention_mask``, or -1 in ``modality_ids``.
-            steps: of the tuning.
-            modality: whose tokens are counted; needed where the model has several.
+            dataloader: keyword arguments of the model's forward, on held-out data of the modality.
+                At most ``steps`` batches are taken; if there are fewer, they repeat. Missing
+                ``labels`` are the ``input_ids``, without padding: 0 in a 2-D ``attention_mask``,
+                or -1 in ``modality_ids``.
+            steps: number of tuning steps.
+            modality: the modality to count tokens of; required if the model has several.
             lr: learning rate.
-            count: "modality": its tokens; "all": every real token, as is published.
+            count: "modality": count its tokens; "all": every real token, as published.
             progress: show a bar.
 
         Returns:
@@ -114,9 +115,9 @@ class ExpertExtender:
             TypeError: a batch that is not a mapping.
             ValueError: no steps, no batch, a batch without ids, no token of the modality, or
                 routers that are not supported.
-            RuntimeError: the loss is not finite any more, or within ``torch.inference_mode``.
+            RuntimeError: the loss became infinite or NaN, or ``torch.inference_mode`` is on.
         """
-        self.patched._check_in_place()
+        self.patched.check_in_place()
         self.scores = tuning.score_layers(
             self.patched,
             dataloader,
@@ -142,35 +143,37 @@ class ExpertExtender:
         scores: LayerScores | None = None,
         seed: int = 0,
     ) -> ExtensionConfig:
-        """Add trainable experts to some layers; how many experts a token is sent to stays K.
+        """Add trainable experts to some layers; each token is still sent to K experts.
 
         Args:
             layers: "top-half" (by the scores, the default), "all", "interval" (every second one),
                 "first-half", "second-half", or indices of decoder layers. None beside a mapping:
                 its layers.
             experts_per_layer: n, or layer -> n.
-            init: "most_selected": the i-th new expert of a layer copies the FFN and router column
-                of the expert that is selected i-th most; "most_selected_tuned": by the counts after
-                tuning, as is published; "mean" of the base's; "random": normal, with the
-                ``initializer_range`` of the model; or the id of an expert.
-            modality: whose tokens may choose the new experts; needed where the model has several.
-            modality_gate: True: no other token can choose them, nor is calibrated, and text keeps
-                its bits. False: all tokens compete for them, as is published.
+            init: "most_selected": the i-th new expert of a layer copies FFN and router column of
+                the expert that is selected i-th most; "most_selected_tuned": the same by the counts
+                after tuning, as published; "mean": the mean of the base's experts; "random":
+                normal, with the ``initializer_range`` of the model; or the id of an expert to copy.
+            modality: the modality whose tokens may choose the new experts; required if the model
+                has several.
+            modality_gate: True: tokens of other modalities cannot choose the new experts and are
+                not calibrated, so text keeps its bits. False: all tokens compete for them, as
+                published.
             calibration: "additive" (the published code), "multiplicative" (the paper) or None.
-            calibration_hidden: its hidden size.
-            freeze_earlier: experts and projectors that were added before train no more.
-            scores: instead of those of :meth:`score_layers`. They are of the same modality.
+            calibration_hidden: hidden size of the calibration.
+            freeze_earlier: freeze the experts and projectors that were added before.
+            scores: used instead of those of :meth:`score_layers`; of the same modality.
             seed: of the initial values.
 
         Returns:
-            What was done; ``patched.extensions`` has it too.
+            The extension, which is appended to ``patched.extensions`` too.
 
         Raises:
-            ValueError: layers or experts that are not there, scores that are missing or of another
+            ValueError: layers or experts that do not exist, scores that are missing or of another
                 modality, a router that is not supported, a calibration or init that is unknown, or
                 a gate beside an extension without one. Nothing has changed then.
         """
-        self.patched._check_in_place()
+        self.patched.check_in_place()
         scores = scores or self.scores
         if modality_gate or modality is not None:
             modality = self._modality(modality)
@@ -185,14 +188,14 @@ class ExpertExtender:
             calibration_hidden=calibration_hidden,
             init=str(init),
         )
-        extensions.check(self.patched, config, self.patched.extensions)
-        there = moe_layers(self.model)
-        copied = starts.sources(init, there, config.experts, scores)
-        config = dataclasses.replace(config, sources=copied)
+        find = RoutingFinder()
+        added_experts.check(self.patched, config, self.patched.extensions, find)
+        sources = starts.sources(init, self.patched.moe_layers, config.experts, scores)
+        config = dataclasses.replace(config, sources=sources)
         new = self._start(config, init, seed)
         if freeze_earlier:
             self._freeze_earlier()
-        extensions.attach(self.patched, config, new)
+        added_experts.attach(self.patched, config, new, find)
         return config
 
     def add_projector(
@@ -207,14 +210,14 @@ class ExpertExtender:
 
         Args:
             in_features: d, of the encoder's features.
-            modality: of the encoder; needed where the model has several.
+            modality: of the encoder; required if the model has several.
             hidden_features: see :class:`ModalityProjector`.
-            num_layers: see there.
+            num_layers: see :class:`ModalityProjector`.
 
         Raises:
             ValueError: an unknown modality, one that has a projector, or a size below 1.
         """
-        self.patched._check_in_place()
+        self.patched.check_in_place()
         modality = self._modality(modality)
         projectors.check(self.patched, modality)
         settings = {"in_features": in_features, "num_layers": num_layers}
@@ -224,7 +227,7 @@ class ExpertExtender:
         return projector
 
     def projector(self, modality: str | None = None) -> ModalityProjector:
-        """The projector of a modality, made here or loaded with an adapter.
+        """Return the projector of a modality, made here or loaded with an adapter.
 
         Raises:
             ValueError: there is none.
@@ -238,10 +241,10 @@ class ExpertExtender:
         return found
 
     def disturbance(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, Disturbance]:
-        """What the added experts change against the same model without them, by modality.
+        """Compare the model with the same model without its added experts, by modality.
 
-        Right after :meth:`extend` it is the disturbance at step 0. With a gate, that of text is 0
-        in every figure, if no other modality comes before it in its sequence.
+        Right after :meth:`extend` this is the disturbance at step 0. With a gate, every figure for
+        text is 0, provided that no other modality precedes it in its sequence.
 
         Args:
             batches: keyword arguments of the model's forward.
@@ -250,13 +253,13 @@ class ExpertExtender:
             "text" and each added modality -> :class:`Disturbance`.
 
         Raises:
-            ValueError: nothing was added, or no batches; or within :meth:`disabled`, or
-                ``adapters_disabled`` where there is a gate, which leave nothing to compare.
+            ValueError: no experts were added, or there are no batches; or a context leaves nothing
+                to compare: :meth:`disabled`, or ``adapters_disabled`` if there is a gate.
         """
-        self.patched._check_in_place()
+        self.patched.check_in_place()
         if not self.patched.extensions:
             raise ValueError("no experts were added: call extend first")
-        if not extensions.can_be_chosen(self.patched):
+        if not added_experts.can_be_chosen(self.patched):
             raise ValueError(
                 "no row can choose an added expert within disabled() or adapters_disabled(): "
                 "measure the disturbance outside of it"
@@ -265,12 +268,12 @@ class ExpertExtender:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it no added expert is chosen, gate or not; for forwards without gradients.
+        """Let no token choose an added expert, gate or not; for forwards without gradients.
 
-        It may stand within itself.
+        The context may be nested.
         """
-        self.patched._check_in_place()
-        with extensions.disabled(self.patched):
+        self.patched.check_in_place()
+        with added_experts.disabled(self.patched):
             yield
 
     def _modality(self, name: str | None) -> str:
@@ -278,8 +281,7 @@ class ExpertExtender:
         if name is None and len(names) > 1:
             raise ValueError(f"the model has modalities {names}: say which, modality=...")
         name = names[0] if name is None else name
-        if name not in names:
-            raise ValueError(f"the model is patched for {names}, not for {name!r}")
+        self.patched.modality_id(name)
         return name
 
     def _numbers(
@@ -288,60 +290,62 @@ class ExpertExtender:
         experts_per_layer: int | Mapping[int, int],
         scores: LayerScores | None,
     ) -> dict[int, int]:
-        """Layer -> how many experts it gets, in the layers' order."""
+        """Return the number of new experts by layer, in the layers' order."""
         if not isinstance(experts_per_layer, Mapping):
             chosen = self._choose("top-half" if layers is None else layers, scores)
             return dict.fromkeys(chosen, experts_per_layer)
-        given = {extensions.layer_index(layer): n for layer, n in experts_per_layer.items()}
-        numbers = dict(sorted(given.items()))
+        numbers = {as_layer_index(layer): n for layer, n in experts_per_layer.items()}
+        numbers = dict(sorted(numbers.items()))
         if layers is not None and (chosen := self._choose(layers, scores)) != list(numbers):
             raise ValueError(f"experts_per_layer has layers {list(numbers)}, layers are {chosen}")
         return numbers
 
     def _choose(self, layers: str | Iterable[int], scores: LayerScores | None) -> list[int]:
-        there = list(self.layers)
-        half = max(1, len(there) // 2)
+        available = list(self.layers)
+        half = max(1, len(available) // 2)
         if not isinstance(layers, str):
             return _indices(layers)
         if layers == "top-half":
             if scores is None:
                 raise ValueError('layers="top-half" needs scores: call score_layers first')
-            if set(scores.layers) != set(there):
-                raise ValueError(f"the scores are of layers {scores.layers}, not of {there}")
+            if set(scores.layers) != set(available):
+                raise ValueError(f"the scores are of layers {scores.layers}, not of {available}")
             return sorted(scores.order[:half])
-        if layers not in LAYERS:
+        if layers not in LAYER_CHOICES:
             raise ValueError(
-                f"unknown layers {layers!r}; there are {', '.join(LAYERS)} and indices"
+                f"unknown layers {layers!r}; there are {', '.join(LAYER_CHOICES)} and indices"
             )
         slices = {
-            "all": there, "interval": there[::2], "first-half": there[:half],
-            "second-half": there[-half:],
-        }  # fmt: skip
+            "all": available,
+            "interval": available[::2],
+            "first-half": available[:half],
+            "second-half": available[-half:],
+        }
         return slices[layers]
 
     def _start(self, config: ExtensionConfig, init: str | int, seed: int) -> dict[int, Any]:
         generator = torch.Generator().manual_seed(seed)
         std = getattr(self.model.config, "initializer_range", 0.02)
-        there = moe_layers(self.model)
-        new = extensions.build(self.patched, config, self.patched.extensions)
+        layers = self.patched.moe_layers
+        new = added_experts.build(self.patched, config, self.patched.extensions)
         for index, module in new.items():
             copied = config.sources[index] if config.sources else None
-            starts.fill(module, there[index], init, copied, std, generator)
+            starts.fill(module, layers[index], init, copied, std, generator)
         return new
 
     def _freeze_earlier(self) -> None:
         earlier: list[nn.Module] = list(projectors.projectors(self.model).values())
-        for layer in moe_layers(self.model).values():
-            earlier += added_experts(layer)
+        for parts in self.patched.moe_layers.values():
+            earlier += added_experts.added_experts(parts.layer)
         for module in earlier:
             module.requires_grad_(False)
 
 
 def _indices(layers: Iterable[int]) -> list[int]:
-    """In ascending order."""
+    """Return the indices in ascending order."""
     if not isinstance(layers, Iterable):
         raise ValueError(f"layers must be a name or indices, got {layers!r}")
-    chosen = [extensions.layer_index(layer) for layer in layers]
+    chosen = [as_layer_index(layer) for layer in layers]
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"a layer stands twice in {chosen}")
     return sorted(chosen)
@@ -356,7 +360,7 @@ def _uses_scores(
 
 
 def _check_modality(scores: LayerScores, modality: str | None) -> None:
-    """Raise ValueError where the scores are known to be of another modality; None: of all rows."""
+    """Raise ValueError if the scores are known to be of another modality; None: all rows'."""
     if None not in (modality, scores.modality) and modality != scores.modality:
         raise ValueError(
             f"the scores are of modality {scores.modality!r}, the new experts are for "
@@ -364,13 +368,13 @@ def _check_modality(scores: LayerScores, modality: str | None) -> None:
         )
 
 
-def _check_same(config: ModalityLoraConfig, asked: Mapping[str, Any]) -> None:
-    """Raise ValueError where a patched model has another setting than was asked for."""
-    for name, value in asked.items():
-        there = getattr(config, name)
+def _check_same(config: ModalityLoraConfig, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a patched model has these settings."""
+    for name, value in settings.items():
+        present = getattr(config, name)
         value = value if isinstance(value, str) else tuple(value)
-        if there != value:
+        if present != value:
             raise ValueError(
-                f"the model was patched with another configuration: {name}={there!r}, not "
+                f"the model was patched with another configuration: {name}={present!r}, not "
                 f"{value!r}; unpatch() it first, or leave {name} out"
             )

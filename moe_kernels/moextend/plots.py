@@ -1,4 +1,4 @@
-"""Layer scores as a picture; needs matplotlib."""
+"""Plot of layer scores; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def plot_layer_scores(
     chosen: Sequence[int] | None = None,
     title: str = "Shift of the experts' selection by tuning the routers",
 ) -> Figure:
-    """The change of each expert's share, layer x expert, and the layers' scores beside it.
+    """Plot the change of each expert's share, layer x expert, beside the layers' scores.
 
     Args:
-        scores: what ``score_layers`` returned.
-        path: of the file to write (png, pdf, svg by its name).
-        chosen: layers to be marked; default: the upper half by score.
-        title: over everything.
+        scores: result of ``score_layers``.
+        path: the file to write; its suffix (png, pdf, svg) decides the format.
+        chosen: layers to mark; default: the upper half by score.
+        title: title of the figure.
 
     Returns:
         The figure.
@@ -41,8 +41,8 @@ def plot_layer_scores(
         chosen = scores.order[: max(1, len(layers) // 2)]
     figure = Figure(figsize=(10, 1.5 + 0.3 * max(6, len(layers))), layout="constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    there = torch.arange(scores.before.shape[1]) < torch.tensor(scores.num_experts).unsqueeze(1)
-    change = (-scores.shift).masked_fill(~there, torch.nan)
+    exists = torch.arange(scores.before.shape[1]) < torch.tensor(scores.num_experts).unsqueeze(1)
+    change = (-scores.shift).masked_fill(~exists, torch.nan)
     limit = float(change.nan_to_num().abs().max()) or 1.0
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.6")
     image = heat.imshow(

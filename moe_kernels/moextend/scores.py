@@ -1,4 +1,4 @@
-"""Where to add experts: how far a short tuning of the routers shifts their choices."""
+"""Scores for where to add experts: the shift of a router's choices under a short tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNTS = ("modality", "all")
 
 
 def check_count(count: str) -> None:
-    """Raise ValueError for an unknown way to count."""
+    """Raise ValueError for an unknown ``count``."""
     if count not in COUNTS:
         raise ValueError(f'count must be "modality" or "all", got {count!r}')
 
@@ -25,21 +25,21 @@ def check_num_experts(layer: int, number: int) -> None:
 
 @dataclass(frozen=True)
 class LayerScores:
-    """How often the routers selected each expert, before and after they were tuned.
+    """Selections of each expert by the routers, before and after the routers were tuned.
 
     L layers with experts, at most E experts.
 
     Attributes:
         layers: indices of the decoder layers, ascending.
-        before: (L, E) int64, selections by the routers as they are (kappa).
-        after: (L, E) int64, by the tuned ones (kappa'), of the same tokens.
-        num_experts: how many each layer has; counts beyond are zeros.
-        modality: whose data the routers were tuned on; None: not known.
-        count: "modality": its tokens were counted; "all": every real one; None: not known.
+        before: (L, E) int64, selections by the untuned routers (kappa).
+        after: (L, E) int64, selections by the tuned routers (kappa'), for the same tokens.
+        num_experts: number of experts in each layer; counts beyond it are zeros.
+        modality: the modality whose data the routers were tuned on; None: unknown.
+        count: "modality": only its tokens were counted; "all": every real token; None: unknown.
 
     Raises:
         ValueError: counts of other shapes, an unknown ``count``, a layer with fewer than two
-            experts, or one without selections: they have no score.
+            experts or without selections, which has no score.
     """
 
     layers: tuple[int, ...]
@@ -61,16 +61,16 @@ class LayerScores:
         if self.count is not None:
             check_count(self.count)
         selected = (self.before.sum(1) > 0) & (self.after.sum(1) > 0)
-        for layer, number, there in zip(
+        for layer, number, any_selected in zip(
             self.layers, self.num_experts, selected.tolist(), strict=True
         ):
             check_num_experts(layer, number)
-            if not there:
+            if not any_selected:
                 raise ValueError(f"layer {layer} has no score: no selection was counted")
 
     @property
     def shift(self) -> Tensor:
-        """r_before - r_after (L, E) float64, r the share of a layer's selections; sums to 0."""
+        """Shift (L, E) float64 of the experts' shares of selections, before - after; sums to 0."""
         before, after = (
             counts.double() / counts.sum(1, keepdim=True) for counts in (self.before, self.after)
         )
@@ -78,27 +78,27 @@ class LayerScores:
 
     @property
     def d(self) -> Tensor:
-        """(L,) float64, the shift's standard deviation over a layer's experts (that of a sample).
+        """MoExtend's score (L,) float64: sample standard deviation of the shift over the experts.
 
-        The score of MoExtend: large where tuning for the modality changes the choices.
+        It is large where tuning for the modality changes the choices.
         """
         pairs = zip(self.shift, self.num_experts, strict=True)
         return torch.stack([row[:number].std() for row, number in pairs])
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Layers by d, the largest first."""
+        """Layers by d, largest first."""
         ranks = self.d.argsort(descending=True, stable=True)
         return tuple(self.layers[rank] for rank in ranks.tolist())
 
     def most_selected(self, layer: int, *, tuned: bool = False) -> list[int]:
-        """A layer's experts by how often they were selected, before or after; the most first."""
+        """Return a layer's experts by number of selections, before or after tuning, most first."""
         row = self.layers.index(layer)
         counts = (self.after if tuned else self.before)[row, : self.num_experts[row]]
         return counts.argsort(descending=True, stable=True).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON; d and order are there to be read."""
+        """Return plain lists for JSON; ``d`` and ``order`` are included for human readers."""
         return {
             "layers": list(self.layers),
             "before": self.before.tolist(),
@@ -112,7 +112,7 @@ class LayerScores:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerScores:
-        """From what :meth:`to_dict` gave; an older version's lacks modality and count."""
+        """Make scores from the result of :meth:`to_dict`; older ones lack modality and count."""
         return cls(
             tuple(values["layers"]),
             torch.tensor(values["before"], dtype=torch.int64),

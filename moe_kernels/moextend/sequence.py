@@ -1,10 +1,10 @@
-"""An encoder's features and text in one sequence, as the model takes it."""
+"""Join an encoder's features and text into one sequence of the model."""
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_kernels.models.methods import get_patched
+from moe_kernels.models.handle import get_patched
 
 IGNORE = -100
 
@@ -21,40 +21,40 @@ def join_features_and_text(
     at: int = 0,
     padding_side: str = "right",
 ) -> dict[str, Tensor]:
-    """Lay projected features and text out as one sequence, arguments of the model's forward.
+    """Join projected features and text into one sequence, as arguments of the model's forward.
 
-    Padding of either is moved to one side, so that what is real is contiguous, and gets modality
-    -1. Gradients reach ``features``, and so their projector.
+    Padding of both is moved to one side, so that real positions are contiguous, and gets modality
+    -1. Gradients reach ``features``, and through them their projector.
 
     Args:
         model: patched for the modality.
         features: (B, N, H), from a :class:`ModalityProjector`.
-        input_ids: (B, S) text. Tokens that were added for a modality keep it.
+        input_ids: (B, S) text. Tokens that were added for a modality keep that modality.
         modality: of the features.
-        attention_mask: (B, S), 0 on padding of the text; None: none.
-        feature_mask: (B, N), 0 on padding of the features; None: none.
+        attention_mask: (B, S), 0 on padding of the text; None: no padding.
+        feature_mask: (B, N), 0 on padding of the features; None: no padding.
         labels: (B, S), of the text, -100 where nothing is learnt; None: ``input_ids``. Features
             are never predicted, nor is padding.
-        at: before which real token of the text the features stand; 1: after a begin-of-text token.
+        at: index of the real text token that the features precede; 1: after a begin-of-text token.
         padding_side: "right", or "left", which ``generate`` needs.
 
     Returns:
         inputs_embeds (B, N+S, H), modality_ids, attention_mask and labels, each (B, N+S) int64.
 
     Raises:
-        ValueError: not patched, an unknown modality, or shapes that do not fit.
+        ValueError: the model is not patched, the modality is unknown, or shapes do not fit.
     """
     modality_id = _check(model, features, input_ids, modality, at, padding_side)
     device, shape = input_ids.device, features.shape[:2]
     text_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     feature_mask = torch.ones(shape, device=device) if feature_mask is None else feature_mask
-    for name, mask, wanted in (
+    for name, mask, expected in (
         ("attention_mask", text_mask, input_ids.shape),
         ("feature_mask", feature_mask, shape),
         ("labels", input_ids if labels is None else labels, input_ids.shape),
     ):
-        if mask.shape != wanted:
-            raise ValueError(f"{name} must be {tuple(wanted)}, got {tuple(mask.shape)}")
+        if mask.shape != expected:
+            raise ValueError(f"{name} must be {tuple(expected)}, got {tuple(mask.shape)}")
     text = model.get_input_embeddings()(input_ids)
     labels = input_ids if labels is None else labels
     real = torch.cat([feature_mask.to(device) != 0, text_mask.to(device) != 0], dim=1)
@@ -65,13 +65,13 @@ def join_features_and_text(
         return joined.gather(1, order)
 
     embeddings = torch.cat([features.to(text.dtype), text], dim=1)
-    of_features = torch.full(shape, modality_id, dtype=torch.int64, device=device)
-    nothing = torch.full_like(of_features, IGNORE)
+    feature_modality = torch.full(shape, modality_id, dtype=torch.int64, device=device)
+    feature_labels = torch.full_like(feature_modality, IGNORE)
     return {
         "inputs_embeds": embeddings.gather(1, order[..., None].expand_as(embeddings)),
-        "modality_ids": arrange(of_features, model.token_modality[input_ids], -1),
+        "modality_ids": arrange(feature_modality, model.token_modality[input_ids], -1),
         "attention_mask": real.long().gather(1, order),
-        "labels": arrange(nothing, labels, IGNORE),
+        "labels": arrange(feature_labels, labels, IGNORE),
     }
 
 
@@ -83,10 +83,8 @@ def _check(
     at: int,
     padding_side: str,
 ) -> int:
-    """The modality's id."""
-    modalities = get_patched(model).config.modalities
-    if modality not in modalities:
-        raise ValueError(f"the model is patched for {modalities}, not for {modality!r}")
+    """Return the modality's id, after all checks but those of the masks."""
+    modality_id = get_patched(model).modality_id(modality)
     hidden = model.get_input_embeddings().weight.shape[1]
     if (
         features.ndim != 3
@@ -101,14 +99,14 @@ def _check(
         raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}')
     if not 0 <= at <= input_ids.shape[1]:
         raise ValueError(f"at must be in 0..{input_ids.shape[1]}, got {at}")
-    return modalities.index(modality) + 1
+    return modality_id
 
 
 def _order(real: Tensor, num_features: int, at: int, padding_side: str) -> Tensor:
-    """(B, N+S) int64: which place of features-then-text each place of the sequence takes."""
+    """Return (B, N+S) int64: the index in features-then-text that each position takes."""
     place = torch.empty_like(real, dtype=torch.int64)
     place[:, :num_features] = at
-    ranks = real[:, num_features:].long().cumsum(1) - 1  # of real text tokens
+    ranks = real[:, num_features:].long().cumsum(1) - 1  # among real text tokens
     place[:, num_features:] = torch.where(ranks < at, ranks, ranks + 1)
     last = real.shape[1] + 1
     place = place.masked_fill(~real, -1 if padding_side == "left" else last)

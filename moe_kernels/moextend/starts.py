@@ -1,31 +1,32 @@
-"""How added experts start: copies of experts that are there, their mean, or at random."""
+"""Initial values of added experts: copies of existing experts, their mean, or random."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_kernels.layers import AddedExperts
-from moe_kernels.models import experts, routers
-from moe_kernels.models.extensions import added_experts, whole
+from moe_kernels.models.added_experts import added_experts, count_experts
+from moe_kernels.models.config import as_integer
+from moe_kernels.models.parts import LayerParts
 from moe_kernels.moextend.scores import LayerScores
 
 INITS = ("most_selected", "most_selected_tuned", "random", "mean")
-_TWIN_NOISE = 0.01
+_COPY_NOISE = 0.01
 
 
 def copies_most_selected(init: str | int) -> bool:
-    """Whether an init goes by layer scores."""
+    """Return whether an init needs layer scores."""
     return str(init).startswith("most_selected")
 
 
 def settle_init(init: str | int, scores: LayerScores | None) -> str | int:
-    """The init, an expert's id as Python's integer.
+    """Return the init; an expert's id becomes Python's integer.
 
     Raises:
-        ValueError: it is unknown or lacks what it needs.
+        ValueError: it is unknown, or needs scores and has none.
     """
-    settled = init if isinstance(init, str) else whole(init)
+    settled = init if isinstance(init, str) else as_integer(init)
     if settled is None or (isinstance(settled, str) and settled not in INITS):
         raise ValueError(f"unknown init {init!r}; there are {', '.join(INITS)} and an expert's id")
     if copies_most_selected(settled) and scores is None:
@@ -37,12 +38,12 @@ def settle_init(init: str | int, scores: LayerScores | None) -> str | int:
 
 
 def sources(
-    init: str | int, layers: dict[int, nn.Module], numbers: dict[int, int], scores: LayerScores
+    init: str | int, layers: dict[int, LayerParts], numbers: dict[int, int], scores: LayerScores
 ) -> dict[int, tuple[int, ...]] | None:
-    """Which experts are copied, by layer: n different ones of the most selected; None: no copies.
+    """Choose the experts to copy, by layer: n different ones of the most selected; None: no copies.
 
     Raises:
-        ValueError: an expert that a layer has not, or scores of another model.
+        ValueError: an expert that a layer does not have, or scores of another model.
     """
     if init in ("random", "mean"):
         return None
@@ -69,7 +70,7 @@ def sources(
 @torch.no_grad()
 def fill(
     added: AddedExperts,
-    layer: nn.Module,
+    parts: LayerParts,
     init: str | int,
     copied: Sequence[int] | None,
     std: float,
@@ -77,10 +78,10 @@ def fill(
 ) -> None:
     """Give new experts of a layer their values.
 
-    Twins, which would get the same gradients for ever, are told apart by a little noise on all
-    columns but the first.
+    Copies of one expert would always get equal gradients. A little noise on the router columns of
+    all copies but the first separates them.
     """
-    for name, stacks in _stacks(layer).items():
+    for name, stacks in _stacks(parts).items():
         parameter = getattr(added, name)
         if init == "random":
             parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * std)
@@ -91,30 +92,29 @@ def fill(
             for value, expert in zip(parameter, copied, strict=True):
                 value.copy_(_pick(stacks, expert))
     if init != "random":
-        _tell_twins_apart(added.router_columns, copied, generator)
+        _separate_copies(added.router_columns, copied, generator)
     if added.calibration is not None:
         added.calibration.reset_parameters(generator)
 
 
-def _tell_twins_apart(
+def _separate_copies(
     columns: Tensor, copied: Sequence[int] | None, generator: torch.Generator
 ) -> None:
-    """(X, H)"""
+    """Add noise to router columns (X, H), except the first of each source."""
     seen = set()
     for place, column in enumerate(columns):
         source = None if copied is None else copied[place]
         if source in seen:
             noise = torch.randn(column.shape, generator=generator, device="cpu").to(column)
-            column.add_(noise, alpha=_TWIN_NOISE * column.float().std().item())
+            column.add_(noise, alpha=_COPY_NOISE * column.float().std().item())
         seen.add(source)
 
 
-def _stacks(layer: nn.Module) -> dict[str, list[Tensor]]:
-    """By the name of an added parameter: the base's, then each earlier extension's."""
-    module, router = experts.find_experts(layer), routers.find_router(layer)
-    base = {name: getattr(module, name) for name in ("gate_up_proj", "down_proj")}
-    base["router_columns"] = router.weight
-    earlier = added_experts(layer)
+def _stacks(parts: LayerParts) -> dict[str, list[Tensor]]:
+    """Map an added parameter's name to the base's stack, then each earlier extension's."""
+    base = {name: getattr(parts.experts, name) for name in ("gate_up_proj", "down_proj")}
+    base["router_columns"] = parts.router.weight
+    earlier = added_experts(parts.layer)
     return {
         name: [weight, *(getattr(each, name) for each in earlier)] for name, weight in base.items()
     }
@@ -126,9 +126,3 @@ def _pick(stacks: list[Tensor], expert: int) -> Tensor:
             return stack[expert]
         expert -= stack.shape[0]
     raise IndexError(expert)
-
-
-def count_experts(layer: nn.Module) -> int:
-    """A layer's own and those that were added."""
-    own = experts.find_experts(layer).gate_up_proj.shape[0]
-    return own + sum(each.num_added for each in added_experts(layer))

@@ -1,4 +1,4 @@
-"""Counting what the routers select, before and after a copy of them alone is tuned."""
+"""Count the experts that routers select, before and after tuning a change to the routers alone."""
 
 import contextlib
 import itertools
@@ -11,16 +11,17 @@ from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.models import experts, routers
-from moe_kernels.models.extensions import moe_layers, router_problem, whole
-from moe_kernels.models.patch import PatchedModel
+from moe_kernels.models.added_experts import count_experts
+from moe_kernels.models.config import as_integer
+from moe_kernels.models.handle import PatchState
+from moe_kernels.models.routers import RoutingFinder
 from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
-from moe_kernels.moextend.starts import count_experts
 
 Batch = Mapping[str, Any]
 
 
 def score_layers(
-    patched: PatchedModel,
+    patched: PatchState,
     dataloader: Iterable[Batch],
     steps: int,
     *,
@@ -30,7 +31,7 @@ def score_layers(
     progress: bool,
 ) -> LayerScores:
     """See :meth:`moe_kernels.moextend.ExpertExtender.score_layers`."""
-    given, steps = steps, whole(steps)
+    given, steps = steps, as_integer(steps)
     if steps is None or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {given!r}")
     if not lr > 0:
@@ -43,20 +44,20 @@ def score_layers(
     batches = [_with_labels(batch) for batch in itertools.islice(dataloader, steps)]
     if not batches:
         raise ValueError("the dataloader gave no batch")
-    rows_of = modality if count == "modality" else None
+    counted = modality if count == "modality" else None
     with (
         tqdm(total=steps + 2 * len(batches), desc="scoring layers", disable=not progress) as bar,
-        _as_it_was(patched.model),
+        _frozen_in_eval(patched.model),
         _tunable_routers(patched) as changes,
     ):
-        before, layers, widths = _count(patched, batches, rows_of, bar)
+        before, layers, widths = _count(patched, batches, counted, bar)
         _tune(patched, batches, steps, lr, changes, bar)
-        after, _, _ = _count(patched, batches, rows_of, bar)
+        after, _, _ = _count(patched, batches, counted, bar)
     return LayerScores(layers, before, after, widths, modality, count)
 
 
 def _with_labels(batch: Batch) -> dict[str, Any]:
-    """Keyword arguments of a forward with a loss."""
+    """Return a batch with labels, as keyword arguments of a forward with a loss."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping to the model's arguments, got {type(batch)}")
     batch = dict(batch)
@@ -77,7 +78,11 @@ def _with_labels(batch: Batch) -> dict[str, Any]:
 def _next_tokens(
     input_ids: Tensor, attention_mask: Any = None, modality_ids: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """The ids as labels, -100 on padding: by a 2-D mask, as any other says nothing of it, or -1."""
+    """Return the ids as labels, -100 on padding.
+
+    Padding is 0 in a 2-D ``attention_mask`` (a mask of another shape does not mark padding), or -1
+    in ``modality_ids``.
+    """
     labels = input_ids
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         real = attention_mask[:, -labels.shape[1] :].to(labels.device)
@@ -88,8 +93,8 @@ def _next_tokens(
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In eval mode, with every parameter frozen; afterwards as before."""
+def _frozen_in_eval(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode and freeze every parameter; restore both afterwards."""
     training = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
@@ -104,37 +109,37 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tunable_routers(patched: PatchedModel) -> Iterator[list[nn.Parameter]]:
-    """A change (E, H) for each router, zero at first, which it adds to its weight meanwhile."""
-    found = {}
-    for index, layer in moe_layers(patched.model).items():
-        if problem := router_problem(layer):
+def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
+    """Let each router add a trainable change (E, H), zero at first, to its weight; yield them."""
+    find, layers = RoutingFinder(), patched.moe_layers
+    for index, parts in layers.items():
+        if problem := routers.problem(parts, find):
             raise ValueError(f"layer {index} cannot be scored: {problem}")
-        check_num_experts(index, count_experts(layer))
-        found[routers.find_router(layer)] = layer
+        check_num_experts(index, count_experts(parts))
+    tuned = [parts.router for parts in layers.values()]
     attached = []
     try:
-        for router, layer in found.items():
+        for router, parts in zip(tuned, layers.values(), strict=True):
             if not routers.is_attached(router):
                 attached.append(router)
-                context = experts.context_of(experts.find_experts(layer))
-                routers.attach(router, context, None)
+                context = experts.context_of(parts.experts)
+                routers.attach(router, context, None, find(router))
             routing = routers.routing_of(router)
             if routing.top_k == 1 and routing.normalise:
                 raise ValueError("with top-1 and normalised scores no loss reaches the routers")
             weight = router.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
             routers.tune(router, nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
-        yield [router.__dict__["_tuned"] for router in found]
+        yield [router.__dict__["_tuned"] for router in tuned]
     finally:
-        for router in found:
+        for router in tuned:
             routers.tune(router, None)
         for router in attached:
             routers.detach(router)
 
 
 def _tune(
-    patched: PatchedModel,
+    patched: PatchState,
     batches: list[dict[str, Any]],
     steps: int,
     lr: float,
@@ -145,7 +150,7 @@ def _tune(
     for batch in itertools.islice(itertools.cycle(batches), steps):
         with torch.enable_grad():
             loss = patched.model(**batch).loss
-            # Not backward(), which would leave gradients on what else is there.
+            # Not backward(), which would leave gradients on other parameters.
             grads = torch.autograd.grad(loss, changes, allow_unused=True)
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss became {loss.item()} while the routers were tuned")
@@ -158,9 +163,9 @@ def _tune(
 
 @torch.no_grad()
 def _count(
-    patched: PatchedModel, batches: list[dict[str, Any]], modality: str | None, bar: tqdm
+    patched: PatchState, batches: list[dict[str, Any]], modality: str | None, bar: tqdm
 ) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """Selections (L, E), the layers, and how many experts each has."""
+    """Return selections (L, E), the layers, and the number of experts of each."""
     with RoutingRecorder(patched.model) as recorder:
         for batch in batches:
             patched.model(**{name: value for name, value in batch.items() if name != "labels"})
@@ -174,4 +179,4 @@ def _count(
             f"the batches have no token of {'any' if modality is None else repr(modality)} "
             "modality: give modality_ids, or tokens that add_modality_tokens made"
         )
-    return counts, tuple(moe_layers(patched.model)), seen.num_experts
+    return counts, tuple(patched.moe_layers), seen.num_experts

@@ -16,7 +16,7 @@ from moe_kernels.analysis import (
     plot_redundancy,
 )
 from moe_kernels.analysis import redundancy as module
-from moe_kernels.models.extensions import added_experts
+from moe_kernels.models.added_experts import added_experts
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import assert_close
 

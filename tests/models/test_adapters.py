@@ -20,7 +20,7 @@ from support.model_zoo import (
 )
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.models import adapters
+from moe_kernels.models import adapter_files
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -105,7 +105,7 @@ def test_what_the_files_say(saved):
         header = json.loads(file.metadata()["adapter_config"])
         names = set(file.keys())
     assert header == json.loads((saved / CONFIG).read_text())
-    assert header["layout"] == adapters.LAYOUT
+    assert header["layout"] == adapter_files.LAYOUT
     assert header["base_model"]["model_type"] == "mixtral"
     assert header["added_tokens"] == {"image": 5}
     assert "model.layers.0.modality_lora.gate_up_proj.lora_A" in names
@@ -296,11 +296,11 @@ def test_a_disk_that_fills(where, saved, monkeypatch):
     randomise(patched, seed=7)
     expected = snapshot(patched.model)
     if where == "save_file":
-        monkeypatch.setattr(adapters, "save_file", fails)
+        monkeypatch.setattr(adapter_files, "save_file", fails)
     elif where == "write_text":
-        monkeypatch.setattr(adapters.Path, "write_text", fails)
+        monkeypatch.setattr(adapter_files.Path, "write_text", fails)
     else:
-        monkeypatch.setattr(adapters.os, "replace", fails)
+        monkeypatch.setattr(adapter_files.os, "replace", fails)
     with pytest.raises(OSError, match="No space left"):
         patched.save_adapter(saved)
     monkeypatch.undo()
@@ -338,7 +338,7 @@ def test_a_crash_between_the_two_files(saved, monkeypatch):
             raise KeyboardInterrupt
         replace(*args)
 
-    monkeypatch.setattr(adapters.os, "replace", crash)
+    monkeypatch.setattr(adapter_files.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         patched.save_adapter(saved)
     monkeypatch.undo()

@@ -11,7 +11,8 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_kernels.models.experts import find_experts, unsupported
+from moe_kernels.models.experts import unsupported
+from moe_kernels.models.parts import find_experts
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 E, H, INTER, K = 4, 32, 24, 2

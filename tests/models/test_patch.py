@@ -24,8 +24,8 @@ from transformers import (
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import patch as patch_module
-from moe_kernels.models.experts import find_experts
-from moe_kernels.models.methods import get_patched
+from moe_kernels.models.handle import get_patched
+from moe_kernels.models.parts import find_experts
 from moe_kernels.testing import TOLERANCES, assert_close, make_routing, relative_rms
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -22,7 +22,6 @@ from support.model_zoo import (
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, initialise_lora, patch_model
 from moe_kernels.models import peft_format
 from moe_kernels.models.config import look_up
-from moe_kernels.models.projections import find_projections
 from moe_kernels.testing import relative_rms
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -53,7 +52,7 @@ def image_logits(patched, modality=1):
 
 
 def ranks(patched):
-    found = find_projections(patched.model, patched.config)
+    found = patched.projections
     return {projection.name: projection.lora.r for projection in found}
 
 

@@ -21,7 +21,7 @@ from support.model_zoo import (
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import peft_format
-from moe_kernels.models.experts import find_experts
+from moe_kernels.models.parts import find_experts
 from moe_kernels.testing import assert_close, make_routing, relative_rms
 
 FAMILY = pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "qwen2_moe"])

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.models.experts import find_experts
-from moe_kernels.models.methods import get_patched
+from moe_kernels.models.handle import get_patched
+from moe_kernels.models.parts import find_experts
 
 
 def test_not_a_transformers_model():
@@ -138,7 +138,7 @@ def test_weights_that_stay_packed_as_in_a_gguf_file():
     model = flag_as(make_model("mixtral"), "gguf")
     weight = torch.zeros(VOCAB, 34, dtype=torch.uint8)
     model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
-    match = r"is quantised \(gguf\), lm_head.weight is packed: .*dequantize=True"
+    match = r"is quantised \(gguf\): lm_head.weight is packed; .*dequantize=True"
     refused(model, ValueError, match)
 
 
@@ -203,9 +203,9 @@ def test_a_backend_that_is_not_there():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"target_modules": ("mlp",)}, "target_modules must be of"),
+        ({"target_modules": ("mlp",)}, "target_modules must be among"),
         ({"target_modules": (), "rank_pattern": {"q_proj": 8}}, "nothing is adapted"),
-        ({"sequence_modalities": ("task",)}, "not of modalities"),
+        ({"sequence_modalities": ("task",)}, "which modalities .* does not have"),
         ({"target_modules": "experts"}, "tuple of names"),
         ({"modalities": "image"}, "tuple of names"),
         ({"modalities": ()}, "at least one"),
@@ -219,10 +219,22 @@ def test_a_backend_that_is_not_there():
         ({"alpha_pattern": {"*": 4}}, "alpha_pattern: '[*]' is not a regular expression"),
         ({"alpha_pattern": {1: 4}}, "alpha_pattern: a key must be a string, got 1"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern must be a dict"),
-        ({"layers_to_transform": ()}, "layers_to_transform must be a tuple of indices"),
-        ({"layers_to_transform": 1}, "layers_to_transform must be a tuple of indices"),
-        ({"layers_to_transform": (0, -1)}, "layers_to_transform must be a tuple of indices"),
-        ({"layers_to_transform": (True,)}, "layers_to_transform must be a tuple of indices"),
+        (
+            {"layers_to_transform": ()},
+            "layers_to_transform must be None or a non-empty tuple of indices",
+        ),
+        (
+            {"layers_to_transform": 1},
+            "layers_to_transform must be None or a non-empty tuple of indices",
+        ),
+        (
+            {"layers_to_transform": (0, -1)},
+            "layers_to_transform must be None or a non-empty tuple of indices",
+        ),
+        (
+            {"layers_to_transform": (True,)},
+            "layers_to_transform must be None or a non-empty tuple of indices",
+        ),
         ({"modalities": ("values",)}, "ParameterDict"),
         ({"modalities": (1,)}, "distinct identifiers"),
         ({"lora_alpha": "x"}, "lora_alpha must be a finite number"),

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.models.methods import get_patched
-from moe_kernels.models.routers import Routing, find_router, find_routing, route
+from moe_kernels.models.handle import get_patched
+from moe_kernels.models.parts import parts_of
+from moe_kernels.models.routers import Routing, find_routing, route
 from moe_kernels.testing import assert_close, relative_rms, working_backends
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +42,7 @@ def make_patched(family="mixtral", targets=ALONE, *, scale=0.3, **model_settings
 def routed(model, ids, modality_ids=None, **kwargs):
     """(logits, scores, indices) of the first layer's router, and its input."""
     seen = []
-    router = find_router(model.model.layers[0])
+    router = parts_of(model.model.layers[0]).router
     hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
     with torch.no_grad():
         model(ids, modality_ids=modality_ids, **kwargs)
@@ -73,7 +74,7 @@ EXPECTED = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_routing_is_found_by_trying(family, dtype):
     model = make_model(family, dtype=dtype)
-    router = find_router(model.model.layers[0])
+    router = parts_of(model.model.layers[0]).router
     before = snapshot(model)
     assert find_routing(router) == EXPECTED[family]
     assert_same_snapshot(snapshot(model), before)
@@ -88,11 +89,11 @@ def test_routing_is_found_by_trying(family, dtype):
 def test_a_switch_of_the_configuration(family, normalise):
     model = make_model(family, norm_topk_prob=normalise, num_experts_per_tok=3)
     expected = Routing(3, normalise, False)
-    assert find_routing(find_router(model.model.layers[0])) == expected
+    assert find_routing(parts_of(model.model.layers[0]).router) == expected
 
 
 def test_hooks_on_a_router_do_not_see_the_trial():
-    router, seen = find_router(make_model("olmoe").model.layers[0]), []
+    router, seen = parts_of(make_model("olmoe").model.layers[0]).router, []
     router.register_forward_hook(lambda *args: seen.append(args))
     find_routing(router)
     assert not seen
@@ -171,7 +172,7 @@ def two_results(self, hidden_states):
 )
 def test_a_router_that_does_something_else(forward, match):
     model = make_model("mixtral")
-    replace_class_forward(find_router(model.model.layers[1]), forward)
+    replace_class_forward(parts_of(model.model.layers[1]).router, forward)
     config = ModalityLoraConfig(target_modules=ALONE)
     refused(model, ValueError, f"layer 1: MixtralTopKRouter {match}", config)
     patch_model(model).unpatch()
@@ -181,7 +182,7 @@ def test_a_router_that_does_something_else(forward, match):
 def test_a_router_that_is_not_as_it_was():
     config = ModalityLoraConfig(target_modules=ALONE)
     model = make_model("mixtral")
-    router = find_router(model.model.layers[0])
+    router = parts_of(model.model.layers[0]).router
     router.forward = router.forward
     refused(model, ValueError, "MixtralTopKRouter has a forward of its own", config)
     del router.forward
@@ -197,7 +198,7 @@ def test_a_router_that_is_not_as_it_was():
 def test_off_by_default():
     patched = patch_model(make_model("mixtral"))
     assert not any(".gate." in name for name, _ in patched.named_trainable_parameters())
-    assert "forward" not in find_router(patched.model.model.layers[0]).__dict__
+    assert "forward" not in parts_of(patched.model.model.layers[0]).router.__dict__
 
 
 @FAMILY
@@ -206,7 +207,10 @@ def test_logits_scores_and_indices(family):
     patched = make_patched(family)
     model, inputs = patched.model, mixed()
     logits, scores, indices, rows = routed(model, inputs.pop("input_ids"), **inputs)
-    lora, router = model.model.layers[0].modality_lora["gate"], find_router(model.model.layers[0])
+    lora, router = (
+        model.model.layers[0].modality_lora["gate"],
+        parts_of(model.model.layers[0]).router,
+    )
     base = F.linear(rows, router.weight)
     update = 1.5 * (rows.double() @ lora.lora_A[0].double().T) @ lora.lora_B[0].double().T
     real = inputs["attention_mask"].flatten() == 1
@@ -241,7 +245,7 @@ def test_all_tokens_in_the_modality_are_the_merged_router(family):
     assert relative_rms(actual.logits, expected.logits) < 1e-6
     for ours, theirs in zip(patched.model.model.layers, merged.model.layers, strict=True):
         if "gate" in ours.modality_lora:
-            lora, grad = ours.modality_lora["gate"], find_router(theirs).weight.grad
+            lora, grad = ours.modality_lora["gate"], parts_of(theirs).router.weight.grad
             wanted = 1.5 * lora.lora_B[0].detach().T @ grad
             assert relative_rms(lora.lora_A.grad[0], wanted) < 1e-5 and wanted.any()
             assert relative_rms(lora.lora_B.grad[0], 1.5 * grad @ lora.lora_A[0].detach().T) < 1e-5

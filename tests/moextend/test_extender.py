@@ -22,9 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, ops, patch_model
-from moe_kernels.models.extensions import added_experts
-from moe_kernels.models.methods import get_patched
-from moe_kernels.models.routers import find_router, find_routing, route
+from moe_kernels.models.added_experts import added_experts
+from moe_kernels.models.handle import get_patched
+from moe_kernels.models.parts import parts_of
+from moe_kernels.models.routers import find_routing, route
 from moe_kernels.moextend import ExpertExtender, ExtensionConfig
 from moe_kernels.testing import assert_close, relative_rms, working_backends
 
@@ -50,7 +51,7 @@ def test_routing_row_by_row(family, calibration):
     model, inputs = extender.model, mixed()
     text, image = kinds(inputs)
     wide, scores, indices, rows = routed(model, inputs)
-    router, (added,) = find_router(model.model.layers[0]), added_experts(model.model.layers[0])
+    router, (added,) = parts_of(model.model.layers[0]).router, added_experts(model.model.layers[0])
     routing = router.__dict__["_routing"]
     own = F.linear(rows, router.weight)
     assert torch.equal(wide[:, :4], own)
@@ -630,7 +631,7 @@ def test_starts(family):
             # Twins differ a little in their columns, or they would learn the same for ever.
             twins = relative_rms(value[1], value[0])
             assert 0 < twins < 0.1 if value is added.router_columns else twins == 0
-    assert torch.equal(layer.mlp.gate.weight, find_router(layer).weight)
+    assert torch.equal(layer.mlp.gate.weight, parts_of(layer).router.weight)
 
 
 def test_a_seed_gives_the_same_start():
@@ -765,11 +766,11 @@ def test_a_model_that_is_not_patched_any_more(again):
 def test_a_router_that_is_not_supported():
     model = make_model("mixtral")
     extender = ExpertExtender(model)
-    router = find_router(model.model.layers[1])
+    router = parts_of(model.model.layers[1]).router
     router.top_k = 9
     with pytest.raises(ValueError, match="layer 1 cannot be extended: .*chooses 9 experts of 4"):
         extender.extend("all", init=0)
-    assert "forward" not in find_router(model.model.layers[0]).__dict__
+    assert "forward" not in parts_of(model.model.layers[0]).router.__dict__
     with pytest.raises(ValueError, match="layer 1 cannot be scored: .*chooses 9 experts of 4"):
         extender.score_layers([mixed()], 1, progress=False)
     with pytest.raises(ValueError, match="chooses 9 experts of 4"):

@@ -16,7 +16,7 @@ from support.model_zoo import (
 )
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.models.routers import find_router
+from moe_kernels.models.parts import parts_of
 from moe_kernels.moextend import ExpertExtender, LayerScores, plot_layer_scores
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +30,7 @@ def count_by_hand(model, data, *, everything=False, experts=4):
     """How often each router's topk names an expert, row by row."""
     found = {}
     for index, layer in enumerate(model.model.layers):
-        router = find_router(layer)
+        router = parts_of(layer).router
         if router is None:
             continue
         for inputs in data:
@@ -70,7 +70,7 @@ def test_after_is_a_tuned_copy(family):
     scores = ExpertExtender(make_model(family)).score_layers(data, 5, lr=0.05, progress=False)
     model = make_model(family)
     extender = ExpertExtender(model)
-    weights = [find_router(model.model.layers[index]).weight for index in extender.layers]
+    weights = [parts_of(model.model.layers[index]).router.weight for index in extender.layers]
     for weight in weights:
         weight.requires_grad_(True)
     optimiser = torch.optim.AdamW(weights, lr=0.05, weight_decay=0.0)

@@ -3,7 +3,7 @@
 import torch
 from support.model_zoo import make_model, token_ids
 
-from moe_kernels.models.routers import find_router
+from moe_kernels.models.parts import parts_of
 from moe_kernels.moextend import ExpertExtender
 
 
@@ -28,7 +28,7 @@ def extended(family="mixtral", *, layers="all", init=0, model=None, **options):
 def routed(model, inputs, layer=0):
     """(logits, scores, indices) of a layer's router, and its input."""
     seen = []
-    router = find_router(model.model.layers[layer])
+    router = parts_of(model.model.layers[layer]).router
     hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
     with torch.no_grad():
         model(**inputs)

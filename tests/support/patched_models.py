@@ -6,8 +6,7 @@ import torch
 from support.model_zoo import make_model, randomise, token_ids
 
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.models.methods import get_patched
-from moe_kernels.models.projections import find_projections
+from moe_kernels.models.handle import get_patched
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms
 
@@ -15,7 +14,7 @@ from moe_kernels.testing import relative_rms
 def merge(model, patched):
     """A plain model that has every low-rank update in its weights."""
     merged = copy.deepcopy(model)
-    for projection in find_projections(merged, patched.config):
+    for projection in get_patched(merged).projections:
         lora = projection.lora
         delta = lora.scaling[0] * (lora.lora_B[0] @ lora.lora_A[0])
         projection.weight.data += delta.detach().to(projection.weight.dtype)

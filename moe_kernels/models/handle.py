@@ -1,0 +1,102 @@
+"""State of a patched model, which hangs on the model itself: see :func:`get_patched`."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_kernels.init.rows import GromovWassersteinDiagnostics
+from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
+from moe_kernels.models.parts import LayerParts
+from moe_kernels.models.projections import Projection
+
+HANDLE = "_modality_patch"
+
+
+class PatchState:
+    """State of a patched model; users see it as :class:`moe_kernels.PatchedModel`.
+
+    Attributes:
+        model: the model that was patched, in place.
+        config: the configuration that it was patched with.
+        parts: the parts of each decoder layer.
+        projections: the frozen weights that have low-rank pairs.
+        adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
+        init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
+            "head".
+        extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
+        extensions_disabled: how many contexts disable added experts now.
+        hooks: handles of all hooks that patching registered.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: ModalityLoraConfig,
+        parts: Sequence[LayerParts],
+        projections: Sequence[Projection],
+    ):
+        self.model = model
+        self.config = config
+        self.parts = tuple(parts)
+        self.projections = tuple(projections)
+        self.adapters_enabled = True
+        self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
+        self.extensions: list[ExtensionConfig] = []
+        self.extensions_disabled = 0
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def moe_layers(self) -> dict[int, LayerParts]:
+        """The decoder layers with experts, by index."""
+        return {i: parts for i, parts in enumerate(self.parts) if parts.experts is not None}
+
+    def modality_id(self, modality: str) -> int:
+        """Return m of the m-th added modality, from 1 on.
+
+        Raises:
+            ValueError: the model is not patched for it.
+        """
+        modalities = self.config.modalities
+        if modality not in modalities:
+            raise ValueError(f"the model is patched for {modalities}, not for {modality!r}")
+        return modalities.index(modality) + 1
+
+    @contextlib.contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Disable low-rank updates and modality gates for the forwards within.
+
+        Added token rows stay, and so do experts that were added without a gate.
+        """
+        before, self.adapters_enabled = self.adapters_enabled, False
+        try:
+            yield
+        finally:
+            self.adapters_enabled = before
+
+    def check_in_place(self) -> None:
+        """Raise ValueError if the model was unpatched since, or patched anew."""
+        if self.model.__dict__.get(HANDLE) is not self:
+            raise ValueError(
+                "this handle was unpatched: use the one that patch_model returned last"
+            )
+
+
+def is_patched(model: object) -> bool:
+    """Return whether :func:`moe_kernels.patch_model` has patched this very module."""
+    return HANDLE in getattr(model, "__dict__", {})
+
+
+def get_patched(model: nn.Module) -> PatchState:
+    """Return the :class:`moe_kernels.PatchedModel` of a patched model, or of a deepcopy of one.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not is_patched(model):
+        raise ValueError(
+            f"this {type(model).__name__} is not patched: call patch_model(model) first"
+        )
+    return model.__dict__[HANDLE]
