@@ -1,19 +1,19 @@
-# make demo      teach a small text model to draw digits, and look at out/demo/
-# make test      the test suite (under 10 minutes on 2 cores)
-# make test-all  with the slow tests: builds in empty environments, longer training
-# make test-sanitized  the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
-# make test-oldest   the integration tests on the oldest supported transformers
-# make bench     measure every claim about speed and memory, write the tables of the pages (10 minutes)
-# make results   measure the claims about expert redundancy and about added experts (hours); the
-#                whole of docs/results/redundancy.md: RESULTS="--emoji FOLDER --real MODEL"
-# make results-quick   a few of their runs again, beside what the pages say (15 minutes)
-# make check-gpu-code   compile the GPU kernels for GPUs that need not be there; what they cost
-# make lint      ruff: lint and format
+# make demo      teach a small text model to draw digits; results in out/demo/
+# make test      run the test suite (under 10 minutes on 2 cores)
+# make test-all  also run the slow tests: builds in empty environments, longer training
+# make test-sanitized  run the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
+# make test-oldest   run the integration tests on the oldest supported transformers
+# make bench     measure every claim about speed and memory, update the tables of the pages (10 minutes)
+# make results   measure the claims about expert redundancy and about added experts (hours); all of
+#                docs/results/redundancy.md needs RESULTS="--emoji FOLDER --real MODEL"
+# make results-quick   repeat a few of these runs and compare them with the pages (15 minutes)
+# make check-gpu-code   compile the GPU kernels, which needs no GPU, and report their resources
+# make lint      check with ruff: lint and format
 #
-# Each sets up all that it needs in $(VENV). Variables:
-#   TORCH    what to give to `pip install` for torch; empty keeps the torch that is there
-#   VENV     the environment to use, made if it is not there
-#   PYTHON   the Python that makes it
+# Every target first sets up $(VENV). Variables:
+#   TORCH    requirement for `pip install`; empty: keep the installed torch
+#   VENV     the environment to use; created if it does not exist
+#   PYTHON   the Python that creates it
 #   PYTEST   arguments for pytest
 #   DEMO, BENCH, RESULTS   arguments for the demo, benchmarks/bars.py and python/redundancy.py
 
@@ -31,14 +31,14 @@ SOURCES   := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 ifeq ($(strip $(VENV)),)
 $(error VENV is empty: name a folder, such as VENV=.venv, or VENV=$$CONDA_PREFIX)
 endif
-# Idle OpenMP threads that spin slow down whatever else runs on the machine.
+# By default idle OpenMP threads spin, which slows down other processes.
 export OMP_WAIT_POLICY ?= PASSIVE
-# One thread for each test process: $(PYTEST) runs several.
+# One thread per test process, since $(PYTEST) runs several processes.
 RUN_TESTS  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST)
-# Tests of what moe_kernels and transformers promise each other.
+# Tests of the interface between moe_kernels and transformers.
 INTEGRATION := tests/models tests/imaging/test_guidance.py tests/imaging/test_generation.py
 
-# $(call install,environment,extra requirements): torch, what the build needs, then the package
+# $(call install,environment,extra requirements): install torch, the build requirements, the package
 define install
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(if $(strip $(TORCH)),$(1)/bin/python -m pip install -q $(TORCH))
@@ -52,7 +52,7 @@ $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
 	touch $@
 
-# Written anew only when another torch is asked for.
+# Changes only if TORCH does, so nothing else causes a new installation.
 $(TORCH_WAS): FORCE
 	@mkdir -p $(@D)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
@@ -68,7 +68,7 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(call RUN_TESTS,$(VENV))
 
-# test_build.py compiles and makes environments of its own, which a preloaded sanitizer disturbs.
+# test_build.py starts compilers and creates environments, which a preloaded sanitizer disturbs.
 test-sanitized: $(INSTALLED)
 	CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" $(PY) setup.py -q build \
 		--build-lib build/sanitized --build-temp build/sanitized-objects

@@ -1,14 +1,14 @@
-"""Decides which extensions to build; everything else is in pyproject.toml.
+"""Decide which extensions to build; all other metadata is in pyproject.toml.
 
-Environment:
-    MOE_KERNELS_SKIP_CPP=1    no extension at all: a pure Python package
-    MOE_KERNELS_SKIP_CUDA=1   the CPU extension only
-    MOE_KERNELS_FORCE_CUDA=1  build every CUDA kernel, or fail
-    TORCH_CUDA_ARCH_LIST      architectures for the CUDA kernels
-    CUDA_HOME                 the CUDA toolkit; else that of the nvcc on the path
-    PYTORCH_NVCC              where ninja builds: how nvcc is called, such as "ccache nvcc"
-    CC                        the C++ compiler of nvcc; else the one that it finds
-    MAX_JOBS                  parallel compilations
+Environment variables:
+    MOE_KERNELS_SKIP_CPP=1    build no extension: a pure Python package
+    MOE_KERNELS_SKIP_CUDA=1   build the CPU kernels only
+    MOE_KERNELS_FORCE_CUDA=1  build the CUDA kernels, or fail
+    TORCH_CUDA_ARCH_LIST      architectures of the CUDA kernels
+    CUDA_HOME                 the CUDA toolkit; default: that of the nvcc on the path
+    PYTORCH_NVCC              command for nvcc when ninja builds, such as "ccache nvcc"
+    CC                        host compiler of nvcc; default: the one that nvcc finds
+    MAX_JOBS                  number of parallel compilations
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CXX_FLAGS = [
     "-std=c++20",
     "-Wall",
     "-Wextra",
-    # Whether a product is fused into a sum must not depend on how a loop was unrolled.
+    # Never fuse a product into a sum: the compiler would do so depending on how it unrolls a loop.
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -41,13 +41,13 @@ CXX_FLAGS = [
 
 
 def flag(name: str) -> bool:
-    """Return a boolean environment variable; an unclear value is an error."""
+    """Return a boolean environment variable; any value but 0, 1, true and false is an error."""
     value = os.environ.get(name, "").strip().lower()
     if value in ("", "0", "false"):
         return False
     if value in ("1", "true"):
         return True
-    raise SystemExit(f"{name} must be 0, 1, true or false, is {value!r}")
+    raise SystemExit(f"{name} must be 0, 1, true or false; got {value!r}")
 
 
 def say(message: str) -> None:
@@ -55,7 +55,7 @@ def say(message: str) -> None:
 
 
 def needs_extensions(argv: list[str]) -> bool:
-    """Metadata and sdist need neither torch nor a compiler."""
+    """Return False for commands that need neither torch nor a compiler: metadata and sdist."""
     light = {"sdist", "egg_info", "dist_info", "clean", "--version", "--name", "--help"}
     return not light.intersection(argv)
 
@@ -65,7 +65,7 @@ def compiler_command() -> list[str]:
 
 
 def compiles(source: str, flags: list[str]) -> bool:
-    """Return whether the C++ compiler builds a shared library from this source."""
+    """Return True if the C++ compiler builds a shared library from this source."""
     command = compiler_command()
     if not command or shutil.which(command[0]) is None:
         return False
@@ -77,7 +77,7 @@ def compiles(source: str, flags: list[str]) -> bool:
 
 
 def why_no_build() -> str | None:
-    """Say what is missing for any extension; None where nothing is."""
+    """Return the reason why no extension can be built, or None."""
     if not compiles("#include <vector>\nint probe() { return 0; }\n", ["-std=c++20"]):
         command = " ".join(compiler_command()) or "CXX is empty"
         return f"no working C++20 compiler ({command}; apt install g++ on Debian, or set CXX)"
@@ -101,8 +101,8 @@ def sources_in(folder: str, *patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
-def said_by(*command: str | Path) -> str:
-    """What a program prints, or nothing where it cannot be run."""
+def output_of(*command: str | Path) -> str:
+    """Return what a program prints, or "" if it cannot be run."""
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -111,24 +111,24 @@ def said_by(*command: str | Path) -> str:
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit, or None.
+    """Return the folder of the CUDA toolkit, or None.
 
-    An nvcc on the path may be a link or a script, far from the headers; it says where they are.
+    An nvcc on the path may be a link or a script outside the toolkit, so ask it for the folder.
     """
-    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if given:
-        return Path(given)
+    requested = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if requested:
+        return Path(requested)
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        usual = Path("/usr/local/cuda")
-        return usual if usual.is_dir() else None
-    top = re.search(r"^#\$ TOP=(.+)$", said_by(nvcc, "--dryrun", "-c", "none.cu"), re.MULTILINE)
+        default = Path("/usr/local/cuda")
+        return default if default.is_dir() else None
+    top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-c", "none.cu"), re.MULTILINE)
     return (Path(top[1]) if top else Path(nvcc).parents[1]).resolve()
 
 
 def nvcc_version(home: Path) -> tuple[int, int] | None:
-    """Of the toolkit, such as (13, 0); None where it cannot be told."""
-    found = re.search(r"release (\d+)\.(\d+)", said_by(home / "bin" / "nvcc", "--version"))
+    """Return the toolkit's version, such as (13, 0), or None if nvcc does not report one."""
+    found = re.search(r"release (\d+)\.(\d+)", output_of(home / "bin" / "nvcc", "--version"))
     return (int(found[1]), int(found[2])) if found else None
 
 
@@ -137,20 +137,24 @@ def uses_ninja() -> bool:
 
 
 def nvcc_command(home: Path) -> list[str]:
-    """How torch.utils.cpp_extension calls nvcc; CC is handed on where it is set, also empty."""
-    given = os.environ.get("PYTORCH_NVCC") if uses_ninja() else None
+    """Return the nvcc command that torch.utils.cpp_extension will use.
+
+    It passes CC on if the variable is set, even to an empty value.
+    """
+    requested = os.environ.get("PYTORCH_NVCC") if uses_ninja() else None
     ccbin = os.environ.get("CC")
-    command = [str(home / "bin" / "nvcc")] if given is None else shlex.split(given)
+    command = [str(home / "bin" / "nvcc")] if requested is None else shlex.split(requested)
     return command + ([] if ccbin is None else ["-ccbin", ccbin])
 
 
 def why_nvcc_refuses(home: Path) -> str | None:
-    """Say what nvcc has against the C++ compiler here, as the build will call both; None where it
-    compiles a file with it.
+    """Compile a small file with nvcc and its host compiler; return the first error, or None.
+
+    The command is the one that the build will use.
     """
     command, ccbin = nvcc_command(home), os.environ.get("CC")
     if not command or shutil.which(command[0]) is None:
-        return f"PYTORCH_NVCC is {' '.join(command)!r}, which cannot be run"
+        return f"PYTORCH_NVCC is {' '.join(command)!r}, which cannot be run: set it to a command"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.cu"
         path.write_text("#include <vector>\n__global__ void probe() {}\n")
@@ -159,16 +163,16 @@ def why_nvcc_refuses(home: Path) -> str | None:
     if result.returncode == 0:
         return None
     lines = (result.stderr + result.stdout).splitlines()
-    errors = [line for line in lines if re.search("error|fatal", line)] or lines or ["nothing"]
+    errors = [line for line in lines if re.search("error|fatal", line)] or lines or ["no message"]
+    compiler = "the C++ compiler that it finds" if ccbin is None else ccbin or "CC, which is empty"
     return (
-        f"nvcc of {home} does not compile with "
-        f"{'the C++ compiler that it finds' if ccbin is None else ccbin or 'CC, which is empty'} "
-        f"(set CC to one that it takes): {errors[0].strip()}"
+        f"nvcc of {home} does not compile with {compiler} (set CC to a compiler that it supports): "
+        f"{errors[0].strip()}"
     )
 
 
 def why_no_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
-    """Say what is missing for the CUDA kernels; None where nothing is."""
+    """Return the reason why the CUDA kernels cannot be built, or None."""
     if flag("MOE_KERNELS_SKIP_CUDA"):
         return "MOE_KERNELS_SKIP_CUDA is set"
     if torch_cuda is None:
@@ -179,44 +183,46 @@ def why_no_cuda(home: Path | None, torch_cuda: str | None) -> str | None:
         return f"{home} has nvcc but no headers: set CUDA_HOME to the CUDA toolkit"
     version = nvcc_version(home)
     if version is None:
-        return f"{home}/bin/nvcc does not run, or does not say its version"
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if given and not usable_arch_list(given)[0]:
-        return f"TORCH_CUDA_ARCH_LIST is {given}, and the kernels need 8.0 or later"
+        return f"{home}/bin/nvcc does not run or does not report its version"
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if requested and not usable_arch_list(requested)[0]:
+        return f"TORCH_CUDA_ARCH_LIST is {requested}, but the kernels need 8.0 or later"
     if str(version[0]) != torch_cuda.split(".")[0]:
         return (
-            f"the CUDA toolkit at {home} is {version[0]}.{version[1]}, and the installed torch is "
-            f"built for CUDA {torch_cuda}: their major versions must agree (install the other "
-            "toolkit and set CUDA_HOME, or install a torch for this one)"
+            f"the CUDA toolkit at {home} has version {version[0]}.{version[1]}, but the installed "
+            f"torch is built for CUDA {torch_cuda}: their major versions must agree (install a "
+            "toolkit for this torch and set CUDA_HOME, or a torch for this toolkit)"
         )
     return why_nvcc_refuses(home)
 
 
 def default_arch_list(version: tuple[int, int]) -> str:
-    """Architectures that this nvcc knows: Ampere, Hopper, and what follows.
+    """Return the default architectures for this nvcc: Ampere, Hopper, and PTX for later ones.
 
-    Code for an architecture with an "a" runs there alone, its PTX too, so PTX is of one without.
+    Code and PTX for an architecture with an "a" run on that architecture only, so the PTX must be
+    for one without "a".
     """
     return "8.0;9.0a;10.0+PTX" if version >= (12, 8) else "8.0+PTX;9.0a"
 
 
-def usable_arch_list(given: str) -> tuple[str, list[str]]:
-    """The architectures of a TORCH_CUDA_ARCH_LIST that the kernels can be built for, and the rest:
-    those before 8.0, which containers often name too.
+def usable_arch_list(requested: str) -> tuple[str, list[str]]:
+    """Split a TORCH_CUDA_ARCH_LIST into the usable architectures and those before 8.0.
+
+    Containers often set a list that includes old ones.
     """
-    entries = [entry for entry in re.split(r"[;, ]+", given) if entry]
+    entries = [entry for entry in re.split(r"[;, ]+", requested) if entry]
     old = [entry for entry in entries if re.match(r"\d", entry) and int(entry.split(".")[0]) < 8]
     return ";".join(entry for entry in entries if entry not in old), old
 
 
 def extension(cuda: Path | None):
-    """Describe moe_kernels._C, with the CUDA kernels of this toolkit or without any."""
+    """Return the extension moe_kernels._C, with CUDA kernels if a toolkit is passed."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     openmp = openmp_flags()
     if not openmp:
         say("the compiler has no OpenMP: the CPU kernels will run on one thread")
-    # Given as system folders too, torch's headers raise none of our warnings.
+    # As system folders: our warning flags must not apply to torch's headers.
     headers = [f"-isystem{path}" for path in include_paths()]
     flags = CXX_FLAGS + openmp
     sources = sources_in("csrc", "*.cpp") + sources_in("csrc/cpu", "*.cpp")
@@ -229,10 +235,13 @@ def extension(cuda: Path | None):
             extra_compile_args={"cxx": flags + headers},
             **options,
         )
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(nvcc_version(cuda))
-    arch_list, old = usable_arch_list(given)
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(nvcc_version(cuda))
+    arch_list, old = usable_arch_list(requested)
     if old:
-        say(f"TORCH_CUDA_ARCH_LIST: no CUDA kernels for {', '.join(old)}, they need 8.0 or later")
+        say(
+            f"TORCH_CUDA_ARCH_LIST: leaving out {', '.join(old)}, since the CUDA kernels need 8.0 "
+            "or later"
+        )
     os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list
     macros += [
         ("MOE_KERNELS_WITH_CUDA", None),
@@ -251,14 +260,14 @@ def extension(cuda: Path | None):
 
 
 def build_command(no_cuda: str | None):
-    """Return torch's build_ext, which also leaves a note of what was built beside the module."""
+    """Return torch's build_ext, extended to write _build_info.json beside the module."""
     from torch import __version__ as torch_version
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExtensionAndNote(BuildExtension):
         def run(self) -> None:
             super().run()
-            # Read before the module is loaded: loading it into another torch can crash.
+            # moe_kernels reads this file first: loading the module into another torch can crash.
             target = Path(self.get_ext_fullpath("moe_kernels._C")).parent / "_build_info.json"
             note = {"torch_version": torch_version, "no_cuda": no_cuda}
             target.write_text(json.dumps(note) + "\n")
@@ -267,7 +276,7 @@ def build_command(no_cuda: str | None):
 
 
 def decide() -> dict:
-    """Return setup()'s arguments for the extensions."""
+    """Return the arguments of setup() for the extensions."""
     force_cuda = flag("MOE_KERNELS_FORCE_CUDA")
     if force_cuda and (flag("MOE_KERNELS_SKIP_CPP") or flag("MOE_KERNELS_SKIP_CUDA")):
         raise SystemExit("MOE_KERNELS_FORCE_CUDA contradicts MOE_KERNELS_SKIP_CPP and SKIP_CUDA")
@@ -284,9 +293,9 @@ def decide() -> dict:
         import torch.utils.cpp_extension
     except ImportError as error:
         raise SystemExit(
-            "modality-moe-kernels is compiled against the installed torch, and there is none here: "
-            "run `pip install torch`, then `pip install --no-build-isolation modality-moe-kernels` "
-            f"(or set MOE_KERNELS_SKIP_CPP=1 for a pure Python package). The import said: {error}"
+            "modality-moe-kernels is compiled against the installed torch, but torch cannot be "
+            f"imported ({error}): run `pip install torch`, then `pip install --no-build-isolation "
+            "modality-moe-kernels`, or set MOE_KERNELS_SKIP_CPP=1 for a pure Python package"
         ) from None
     missing = why_no_cuda(home, torch.version.cuda)
     if force_cuda and missing:

@@ -79,10 +79,10 @@ def test_why_no_cuda(setup_module, monkeypatch, toolkit):
     assert "nvcc was not found" in setup_module.why_no_cuda(None, "13.0")
     assert "nvcc was not found" in setup_module.why_no_cuda(toolkit / "include", "13.0")
     other = setup_module.why_no_cuda(toolkit, "12.8")
-    assert f"at {toolkit} is 13.0, and the installed torch is built for CUDA 12.8" in other
+    assert f"at {toolkit} has version 13.0, but the installed torch is built for CUDA 12.8" in other
     assert "major versions must agree" in other
     (toolkit / "bin" / "nvcc").write_text("")
-    assert "does not say its version" in setup_module.why_no_cuda(toolkit, "13.0")
+    assert "does not report its version" in setup_module.why_no_cuda(toolkit, "13.0")
     (toolkit / "include" / "cuda_runtime.h").unlink()
     assert "has nvcc but no headers" in setup_module.why_no_cuda(toolkit, "13.0")
     monkeypatch.setenv("MOE_KERNELS_SKIP_CUDA", "1")
