@@ -93,10 +93,10 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
     al., arXiv 1905.00414). It is computed from the (n, n) Gram matrices, which give the same
     number. It does not change under orthogonal maps and isotropic scaling of either side.
 
-    Few rows bias it upwards: for independent noise of d columns it is about d / (d + n), not 0.
-    ``debiased`` replaces the three norms by the unbiased estimator of HSIC (Song et al. 2012; used
-    this way by Nguyen et al., arXiv 2010.15327). It is then about 0 for noise, and can be slightly
-    negative.
+    Few rows bias it upwards: for independent noise of d columns it is about d / (d + n), not 0. The
+    three norms are biased estimates of HSIC. ``debiased`` replaces them by the unbiased estimator
+    of Song et al. (2012), as Nguyen et al. (arXiv 2010.15327) do; the result is then about 0 for
+    noise, and can be slightly negative.
 
     Args:
         x: (n, d1), float; summed in float64.
@@ -118,7 +118,8 @@ def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> float:
     fewest = 4 if debiased else 2
     if x.shape[0] != y.shape[0] or x.shape[0] < fewest:
         raise ValueError(
-            f"x and y must have the same rows, at least {fewest}, got {x.shape[0]} and {y.shape[0]}"
+            f"x and y must have the same number of rows, at least {fewest}, got {x.shape[0]} and "
+            f"{y.shape[0]}"
         )
     grams = [_unit_gram(features, debiased) for features in (x, y)]
     for name, gram in zip(("x", "y"), grams, strict=True):

@@ -273,7 +273,10 @@ class CaptionedImages(Dataset):
         seed: int = 0,
     ):
         if len(caption_ids) != len(codes):
-            raise ValueError(f"{len(caption_ids)} captions for {len(codes)} pictures")
+            raise ValueError(
+                f"every picture needs a caption; got {len(caption_ids)} captions for {len(codes)} "
+                "pictures"
+            )
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout must lie in [0, 1]; got {caption_dropout}")
         for index, caption in enumerate(caption_ids):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from support.model_zoo import FAMILIES, PAD, VOCAB, make_model, randomise, token_ids
+from support.mixed_batches import IMAGE, mixed_batches, patched_model
+from support.model_zoo import FAMILIES, VOCAB, make_model, randomise, token_ids
 from torch.nn import functional as F
 
-from moe_kernels import add_modality_tokens, patch_model
 from moe_kernels.analysis import (
     ExpertRedundancy,
     expert_redundancy,
@@ -19,8 +19,6 @@ from moe_kernels.analysis import redundancy as module
 from moe_kernels.models.added_experts import added_experts
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import assert_close
-
-IMAGE = range(VOCAB, VOCAB + 10)
 
 
 def noise(rows, columns, seed=0, offset=3.0):
@@ -105,7 +103,7 @@ def test_few_rows_raise_cka_and_not_the_debiased_one():
 
 def test_cka_refuses_what_it_cannot_compare():
     x = noise(5, 2)
-    with pytest.raises(ValueError, match="same rows"):
+    with pytest.raises(ValueError, match="same number of rows"):
         linear_cka(x, x[:4])
     with pytest.raises(ValueError, match="at least 4"):
         linear_cka(x[:3], x[:3], debiased=True)
@@ -121,26 +119,6 @@ def test_cka_refuses_what_it_cannot_compare():
 
 
 # --- the experts of models
-
-
-def mixed_batches(count=3):
-    """Return batches of text then image tokens, each with its first row padded on the left."""
-    batches = []
-    for seed in range(count):
-        ids = token_ids(3, 9, seed=seed)
-        ids[:, 5:] = token_ids(3, 4, seed=seed + 50, vocab=len(IMAGE)) + IMAGE.start
-        mask = torch.ones_like(ids)
-        ids[0, :3], mask[0, :3] = PAD, 0
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
-
-
-def patched_model(family="olmoe", **options):
-    model = make_model(family, **options)
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", len(IMAGE))
-    randomise(patched)
-    return model, patched
 
 
 def moe_layers(model):

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from support.model_zoo import FAMILIES, PAD, VOCAB, make_model, randomise, token_ids
+from support.mixed_batches import IMAGE, mixed_batch, patched_model
+from support.model_zoo import FAMILIES, VOCAB, make_model, token_ids
 
-from moe_kernels import add_modality_tokens, patch_model
 from moe_kernels.analysis import (
     RoutingRecorder,
     RoutingStatistics,
@@ -18,25 +18,7 @@ from moe_kernels.analysis import (
     plot_specialisation,
 )
 
-IMAGE = range(VOCAB, VOCAB + 10)
 MODALITY_OF = modality_by_token_id({"image": IMAGE})
-
-
-def patched_model(family="olmoe", **options):
-    model = make_model(family, **options)
-    patched = patch_model(model)
-    assert add_modality_tokens(model, "image", len(IMAGE)) == IMAGE
-    randomise(patched)
-    return model
-
-
-def mixed_batch():
-    """Return ids and mask of text then image tokens, the first row padded on the left."""
-    ids = token_ids(3, 9)
-    ids[:, 5:] = token_ids(3, 4, seed=1, vocab=len(IMAGE)) + IMAGE.start
-    mask = torch.ones_like(ids)
-    ids[0, :3], mask[0, :3] = PAD, 0
-    return ids, mask
 
 
 def record(model, *, modality_of=None, **inputs):
@@ -50,11 +32,11 @@ def record(model, *, modality_of=None, **inputs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_the_routers(family, patched, dtype):
     if patched:
-        model, modality_of = patched_model(family, dtype=dtype), None
+        model, modality_of = patched_model(family, dtype=dtype)[0], None
     else:
         model = make_model(family, dtype=dtype, vocab_size=IMAGE.stop)
         modality_of = MODALITY_OF
-    ids, mask = mixed_batch()
+    ids, mask = mixed_batch().values()
     chosen = {}
     for name, module in model.named_modules():
         if hasattr(module, "experts") and hasattr(module, "gate"):
@@ -127,8 +109,8 @@ def test_an_expert_that_is_shut_off_has_no_part_in_the_entropy():
 
 
 def test_batches_add_up_and_memory_stays():
-    model = patched_model()
-    ids, mask = mixed_batch()
+    model = patched_model()[0]
+    ids, mask = mixed_batch().values()
     once = record(model, input_ids=ids, attention_mask=mask)
     with torch.no_grad(), RoutingRecorder(model) as recorder:
         for _ in range(3):
@@ -138,8 +120,8 @@ def test_batches_add_up_and_memory_stays():
 
 
 def test_every_source_of_the_modality_agrees():
-    model = patched_model()
-    ids, mask = mixed_batch()
+    model = patched_model()[0]
+    ids, mask = mixed_batch().values()
     expected = record(model, input_ids=ids, attention_mask=mask)
     modality_ids = torch.where(mask == 0, -1, (ids >= VOCAB).long())
     for actual in (
@@ -169,16 +151,16 @@ class Wrapper(torch.nn.Module):
 
 
 def test_a_wrapped_patched_model_knows_its_modalities():
-    model = patched_model()
-    ids, mask = mixed_batch()
+    model = patched_model()[0]
+    ids, mask = mixed_batch().values()
     expected = record(model, input_ids=ids, attention_mask=mask)
     wrapped = record(Wrapper(model), input_ids=ids, attention_mask=mask)
     assert torch.equal(wrapped.counts, expected.counts) and expected.rows[0, 1] > 0
 
 
 def test_adapters_change_the_routing_of_their_rows_alone():
-    model = patched_model()
-    ids, _ = mixed_batch()
+    model = patched_model()[0]
+    ids, _ = mixed_batch().values()
     on = record(model, input_ids=ids)
     with model._modality_patch.adapters_disabled():
         off = record(model, input_ids=ids)
@@ -188,8 +170,8 @@ def test_adapters_change_the_routing_of_their_rows_alone():
 
 
 def test_generation_with_a_cache_is_counted_once_for_each_token():
-    model = patched_model()
-    ids, mask = mixed_batch()
+    model = patched_model()[0]
+    ids, mask = mixed_batch().values()
     with RoutingRecorder(model) as recorder:
         model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     # The last new token is sampled but never fed back. All new tokens are text, since added tokens
@@ -200,8 +182,8 @@ def test_generation_with_a_cache_is_counted_once_for_each_token():
 # transformers 5.24 renamed the argument; older supported versions only know the old name.
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 def test_chunks_with_a_cache_count_as_the_whole():
-    model = patched_model()
-    ids, mask = mixed_batch()
+    model = patched_model()[0]
+    ids, mask = mixed_batch().values()
     whole = record(model, input_ids=ids, attention_mask=mask)
     with torch.no_grad(), RoutingRecorder(model) as recorder:
         cache = None
@@ -215,8 +197,8 @@ def test_chunks_with_a_cache_count_as_the_whole():
 
 
 def test_hooks_leave_with_the_recorder():
-    model = patched_model()
-    ids, _ = mixed_batch()
+    model = patched_model()[0]
+    ids, _ = mixed_batch().values()
     before = hooks_of(model)
     with pytest.raises(RuntimeError, match="inside"), RoutingRecorder(model, MODALITY_OF) as open_:
         with pytest.raises(RuntimeError, match="open already"):
@@ -236,8 +218,8 @@ def hooks_of(model):
 
 
 def test_a_copy_made_meanwhile_is_not_counted():
-    model = patched_model()
-    ids, _ = mixed_batch()
+    model = patched_model()[0]
+    ids, _ = mixed_batch().values()
     with torch.no_grad(), RoutingRecorder(model) as recorder:
         model(input_ids=ids)
         copy.deepcopy(model)(input_ids=ids)
@@ -256,8 +238,8 @@ def test_rows_outside_a_forward_of_the_model_are_refused():
 
 
 def test_unknown_modalities_and_a_model_without_routers_are_refused():
-    model = patched_model()
-    ids, _ = mixed_batch()
+    model = patched_model()[0]
+    ids, _ = mixed_batch().values()
     embeddings = model.get_input_embeddings()(ids).detach()
     plain = make_model("olmoe")
     with pytest.raises(ValueError, match="is unknown"), RoutingRecorder(plain):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.mixed_batches import IMAGE, mixed_batches
 from support.model_zoo import (
     FAMILIES,
-    PAD,
     VOCAB,
     assert_same_snapshot,
     make_model,
@@ -19,27 +19,18 @@ from moe_kernels.testing import assert_close
 
 pytest.importorskip("ot", reason="POT is not installed (the extra 'ot')")
 
-IMAGE = 10
-
 
 def patched_model(family="olmoe", model_settings=None, **config):
     model = make_model(family, **model_settings or {})
     patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=6, **config))
     for modality in patched.config.modalities:
-        add_modality_tokens(model, modality, IMAGE)
+        add_modality_tokens(model, modality, len(IMAGE))
     return model, patched
 
 
 def batches(count=2, length=16):
     """Return batches whose rows are half text, then half image; the first row is padded."""
-    made, half = [], length // 2
-    for seed in range(count):
-        ids = token_ids(3, length, seed=seed)
-        ids[:, half:] = token_ids(3, half, seed=seed + 9, vocab=IMAGE) + VOCAB
-        mask = torch.ones_like(ids)
-        ids[0, :3], mask[0, :3] = PAD, 0
-        made.append({"input_ids": ids, "attention_mask": mask})
-    return made
+    return mixed_batches(count, num_text=length // 2, num_image=length // 2)
 
 
 def inputs_of(model, module, modality):
@@ -138,7 +129,7 @@ def test_options_reach_their_place():
     layer = model.model.layers[1]
     model.train()
     for batch in (sets := batches()):
-        batch["input_ids"][:, 8:] += IMAGE  # ids of the second modality
+        batch["input_ids"][:, 8:] += len(IMAGE)  # ids of the second modality
     lora = layer.modality_lora["gate_up_proj"]
     before = lora.lora_A.clone()
     reports = initialise_lora(model, sets, modality="image")
@@ -165,7 +156,7 @@ def test_a_small_sample_is_drawn_by_the_seed():
 def test_half_precision(family):
     model = make_model(family, dtype=torch.bfloat16)
     patched = patch_model(model)
-    add_modality_tokens(model, "image", IMAGE)
+    add_modality_tokens(model, "image", len(IMAGE))
     initialise_lora(model, batches())
     for name, parameter in patched.named_trainable_parameters():
         assert parameter.dtype == torch.float32 and parameter.isfinite().all(), name
