@@ -3,7 +3,7 @@
 # make test-all  also run the slow tests: builds in empty environments, longer training
 # make test-sanitized  run the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   run the integration tests on the oldest supported transformers
-# make bench     measure every claim about speed and memory, update the tables of the pages (10 minutes)
+# make bench     measure speed and memory against their targets, update the pages (10 minutes)
 # make results   measure the claims about expert redundancy and about added experts (hours); all of
 #                docs/results/redundancy.md needs RESULTS="--emoji FOLDER --real MODEL"
 # make results-quick   repeat a few of these runs and compare them with the pages (15 minutes)
@@ -15,7 +15,7 @@
 #   VENV     the environment to use; created if it does not exist
 #   PYTHON   the Python that creates it
 #   PYTEST   arguments for pytest
-#   DEMO, BENCH, RESULTS   arguments for the demo, benchmarks/bars.py and python/redundancy.py
+#   DEMO, BENCH, RESULTS   arguments for the demo, benchmarks/run.py and python/redundancy.py
 
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
@@ -82,7 +82,7 @@ test-oldest: $(SOURCES)
 	$(call RUN_TESTS,$(VENV)-oldest) -m "not slow" $(INTEGRATION)
 
 bench: $(INSTALLED)
-	$(PY) benchmarks/bars.py $(BENCH)
+	$(PY) benchmarks/run.py --device cpu $(BENCH)
 	$(PY) benchmarks/plot.py
 	$(PY) benchmarks/tables.py
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from lib.cli import finish, make_parser, options_of, progress
-from lib.providers import Runner, Unavailable
+from lib.cli import finish, make_sweep_parser, options_of, progress
+from lib.runner import Runner, Unavailable
 from lib.runs import Options, add_seconds, prepare
+from lib.tables import dispatch_table
 from lib.timing import now
-from tables import dispatch_table
 from torch import Tensor
 
 from moe_kernels import backends
@@ -101,7 +101,7 @@ def _sample(runner: Runner, device: str) -> dict[str, float]:
 
 
 def run(case: Case, options: Options) -> dict:
-    """A record as of :func:`lib.runs.run_training`, with the mode "forward"."""
+    """Return a record as :func:`lib.runs.run_training` does, with the mode "forward"."""
     problem, records, steps = Problem(case), {}, {}
     for name, set_up in PROVIDERS.items():
         records[name], own = prepare(lambda set_up=set_up: [set_up(problem)], problem.error)
@@ -112,7 +112,7 @@ def run(case: Case, options: Options) -> dict:
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__, NAME, dtypes=False)
+    parser = make_sweep_parser(__doc__, NAME, dtypes=False)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 16384])
     parser.add_argument("--experts", nargs="+", type=int, default=[64])
     parser.add_argument("--top-k", nargs="+", type=int, default=[8])
@@ -121,14 +121,14 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
-    sweep = (given.tokens, given.experts, given.top_k, given.routing)
-    cases = [Case(*values, given.device, given.seed) for values in itertools.product(*sweep)]
+    args = parse(arguments)
+    sweep = (args.tokens, args.experts, args.top_k, args.routing)
+    cases = [Case(*values, args.device, args.seed) for values in itertools.product(*sweep)]
     with progress(cases) as (bar, on_round):
-        options = options_of(given, on_round=on_round)
+        options = options_of(args, on_round=on_round)
         records = [run(case, options) for case in bar]
     print(dispatch_table(records))
-    finish(NAME, given, {"dispatch": records})
+    finish(NAME, args, {"dispatch": records})
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from lib.cases import DTYPES, SCALING
-from lib.cli import finish, make_parser, options_of, progress
-from lib.providers import Runner, Unavailable
+from lib.cli import finish, make_sweep_parser, options_of, progress
+from lib.runner import Runner, Unavailable
 from lib.runs import Options, prepare, timed_training
+from lib.tables import linear_table
 from peft import LoraConfig, get_peft_model
-from tables import linear_table
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -143,7 +143,7 @@ PROVIDERS = {
 
 
 def run(case: Case, options: Options) -> dict:
-    """A record as of :func:`lib.runs.run_training`."""
+    """Return a record as :func:`lib.runs.run_training` does."""
     problem, records, runners = Problem(case), {}, {}
     for name, set_up in PROVIDERS.items():
         records[name], own = prepare(lambda set_up=set_up: [set_up(problem)], problem.error)
@@ -154,7 +154,7 @@ def run(case: Case, options: Options) -> dict:
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__, NAME)
+    parser = make_sweep_parser(__doc__, NAME)
     for name, kind, defaults in (
         ("tokens", int, [2048]),
         ("features", int, [1024, 2048]),
@@ -166,14 +166,14 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
-    sweep = (given.tokens, given.features, given.rank, given.image_share, given.dtype)
-    cases = [Case(*values, given.device, given.seed) for values in itertools.product(*sweep)]
+    args = parse(arguments)
+    sweep = (args.tokens, args.features, args.rank, args.image_share, args.dtype)
+    cases = [Case(*values, args.device, args.seed) for values in itertools.product(*sweep)]
     with progress(cases) as (bar, on_round):
-        options = options_of(given, on_round=on_round)
+        options = options_of(args, on_round=on_round)
         records = [run(case, options) for case in bar]
     print(linear_table(records))
-    finish(NAME, given, {"training": records})
+    finish(NAME, args, {"training": records})
 
 
 if __name__ == "__main__":

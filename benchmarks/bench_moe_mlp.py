@@ -12,10 +12,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from lib.cases import Case
-from lib.cli import add_rotation, finish, make_parser, options_of, progress
+from lib.cli import add_rotation, finish, make_sweep_parser, options_of, progress
 from lib.providers import provider_names
 from lib.runs import run_decode, run_training
-from tables import providers_table
+from lib.tables import providers_table
 
 from moe_kernels.testing import SHAPES
 
@@ -24,7 +24,7 @@ NAME = "moe_mlp"
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    parser = make_parser(__doc__, NAME)
+    parser = make_sweep_parser(__doc__, NAME)
     add_rotation(parser)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["one_layer"])
     parser.add_argument("--mode", choices=MODES, default="both", help="what the table shows")
@@ -40,16 +40,16 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     return parser.parse_args(arguments)
 
 
-def cases(given: Namespace) -> Iterator[Case]:
+def cases(args: Namespace) -> Iterator[Case]:
     """Those with the same weights follow each other, as these are made once then."""
     sweep = (
-        given.dtype, given.shape, given.experts, given.rank, given.tokens, given.routing,
-        given.image_share,
+        args.dtype, args.shape, args.experts, args.rank, args.tokens, args.routing,
+        args.image_share,
     )  # fmt: skip
     for dtype, shape, experts, rank, tokens, routing, share in itertools.product(*sweep):
         yield Case.named(
             shape, T=tokens, E=experts, r=rank, dtype=dtype, routing=routing, image_share=share,
-            device=given.device, seed=given.seed,
+            device=args.device, seed=args.seed,
         )  # fmt: skip
 
 
@@ -69,23 +69,23 @@ def default_providers(mode: str) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
-    providers = given.providers or default_providers(given.mode)
-    run = run_decode if given.mode == "decode" else run_training
+    args = parse(arguments)
+    providers = args.providers or default_providers(args.mode)
+    run = run_decode if args.mode == "decode" else run_training
     records = []
-    with progress(list(cases(given))) as (all_cases, on_round):
+    with progress(list(cases(args))) as (all_cases, on_round):
         options = options_of(
-            given,
+            args,
             memory=providers,
-            backward=given.mode != "forward",
-            rotated_bytes=given.rotate_mb * 10**6,
+            backward=args.mode != "forward",
+            rotated_bytes=args.rotate_mb * 10**6,
             on_round=on_round,
         )
         for case in all_cases:
             records.append(run(case, providers, options))
     for record in records:
-        print(providers_table(record, given.mode))
-    finish(NAME, given, {"training" if given.mode != "decode" else "decode": records})
+        print(providers_table(record, args.mode))
+    finish(NAME, args, {"training" if args.mode != "decode" else "decode": records})
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
+    args = parse(arguments)
     case = Case.named(
-        given.shape, T=given.tokens, dtype=given.dtype, device=given.device,
-        image_share=given.image_share,
+        args.shape, T=args.tokens, dtype=args.dtype, device=args.device,
+        image_share=args.image_share,
     )  # fmt: skip
     problem = make_problem(case)
-    runner = set_up_provider(f"ours:{given.backend}", problem)
-    for _ in range(given.repeats):
+    runner = set_up_provider(f"ours:{args.backend}", problem)
+    for _ in range(args.repeats):
         runner.clear()
         runner.backward(runner.forward(), problem.grad_out)
     gradients = runner.gradients()

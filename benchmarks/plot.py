@@ -1,4 +1,4 @@
-"""Draws the results of bars.py.
+"""Draws the results of run.py on a CPU.
 
 python benchmarks/plot.py        # out/bench/time.png, overhead.png, decode.png
 """
@@ -11,10 +11,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 from lib import result_files
-from lib.runs import compare
+from lib.page_blocks_cpu import overhead_pair
+from lib.records import compare
+from lib.tables import case_title
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from tables import case_title, overhead_pair
 
 _COLOURS = {
     "bound": "0.6", "read": "0.6", "ours": "tab:blue", "ours_text": "tab:cyan",
@@ -154,11 +155,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = result_files.default_path("bars", "cpu")
+    default = result_files.RESULTS / "cpu.json"
     parser.add_argument("--input", type=Path, default=default)
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default: %(default)s")
-    given = parser.parse_args(arguments)
-    for path in draw(result_files.read(given.input), given.out):
+    args = parser.parse_args(arguments)
+    for path in draw(result_files.read(args.input), args.out):
         print(f"wrote {path}")
 
 

@@ -1,4 +1,4 @@
-"""What no implementation can beat: the expert GEMMs alone, and one reading of the weights."""
+"""Lower bounds on time: the expert GEMMs alone, and one reading of the weights."""
 
 import ctypes
 import functools
@@ -13,12 +13,34 @@ import torch
 from torch import Tensor
 
 from lib.cases import Problem
+from lib.runner import Runner, Unavailable
 
 _SOURCE = Path(__file__).with_name("read_bound.cpp")
 _BUILD = Path(__file__).parents[1] / ".build"
 _COMMAND = shlex.split(os.environ.get("CXX", "c++")) + [
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip
+
+
+def gemms(problem: Problem, _: str = "") -> Runner:
+    """The provider "bound"."""
+    bare = ExpertGemms(problem)
+    return Runner(bare.forward, bare.backward)
+
+
+def reading(problem: Problem, _: str = "") -> Runner:
+    """The provider "read"."""
+    if problem.case.device != "cpu":
+        raise Unavailable("it reads the CPU's memory")
+    try:
+        read = weight_reader(problem)
+    except OSError as error:
+        raise Unavailable(str(error)) from error
+
+    def forward() -> None:
+        read()
+
+    return Runner(forward, lambda *_: None)
 
 
 class ExpertGemms:

@@ -1,7 +1,8 @@
 """A benchmark case and its inputs, made directly in the dtype that is timed."""
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ class Case:
         changes = {key: value for key, value in (("T", T), ("E", E), ("r", r)) if value is not None}
         return cls(name, replace(SHAPES[name], **changes), **settings)
 
+    @classmethod
+    def from_description(cls, data: Mapping) -> "Case":
+        """Return the case that :meth:`describe` described."""
+        values = dict(data)
+        sizes = {field.name: values.pop(field.name) for field in fields(Shape)}
+        return cls(values.pop("shape"), Shape(**sizes), **values)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
@@ -56,7 +64,7 @@ class Case:
         return 6 * self.rows * self.shape.H * self.shape.I
 
     def describe(self) -> dict:
-        """Plain data."""
+        """The case as plain data."""
         data = asdict(self)
         return {"shape": data.pop("name"), **data.pop("shape"), **data}
 
@@ -140,3 +148,8 @@ def _weights(
     for tensor in (gate_up_proj, down_proj):
         tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
     return gate_up_proj, down_proj
+
+
+def forget_weights() -> None:
+    """Release the weights that consecutive cases share."""
+    _weights.cache_clear()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lib.cases import Problem
-from lib.providers import Runner
+from lib.runner import Runner
 from moe_kernels.ops import LoraWeights, moe_mlp
 from moe_kernels.testing import TOLERANCES, relative_rms
 

@@ -1,4 +1,4 @@
-"""What the programs here have in common: options, progress, and the file at the end."""
+"""Options, progress and the file of results, which all programs here share."""
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,40 +14,63 @@ from lib.cases import DTYPES
 from lib.runs import Options
 
 
-def make_parser(description: str, name: str, *, dtypes: bool = True) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, *, dtypes: bool = True, output: str, rounds: int | None = 10,
+    max_seconds: float | None = 10.0,
+) -> argparse.ArgumentParser:  # fmt: skip
+    """Return a parser with the common options.
+
+    Args:
+        description: of the program.
+        dtypes: whether it sweeps over dtypes.
+        output: the file that it writes by default, for --help.
+        rounds: the default; None: it depends on the device.
+        max_seconds: likewise.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     if dtypes:
         parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--rounds", type=int, default=10, help="at most (default %(default)s)")
     parser.add_argument(
-        "--max-seconds", type=float, default=10.0, metavar="S",
-        help="for the rounds of a case after the first few (default %(default)s)",
+        "--rounds", type=int, default=rounds, help=f"at most (default: {rounds or 'by device'})"
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, default=max_seconds, metavar="S",
+        help="for the rounds of a case after the first few "
+        f"(default: {max_seconds or 'by device'})",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, help=f"default: benchmarks/results/{name}-<device>.json"
-    )
+    parser.add_argument("--output", type=Path, help=f"default: {output}")
     return parser
 
 
+def make_sweep_parser(
+    description: str, name: str, *, dtypes: bool = True
+) -> argparse.ArgumentParser:
+    """Return a parser of a program ``bench_NAME.py``."""
+    output = f"benchmarks/results/{name}-<device>.json"
+    return make_parser(description, dtypes=dtypes, output=output)
+
+
 def add_rotation(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how many weights decoding goes through."""
     parser.add_argument(
         "--rotate-mb", type=int, default=600, metavar="MB",
-        help="weights that decoding goes through in turn (default %(default)s)",
+        help="weights that decoding goes through in turn (default: 600)",
     )  # fmt: skip
 
 
-def options_of(given: argparse.Namespace, **settings: Any) -> Options:
-    return Options(rounds=given.rounds, max_seconds=given.max_seconds, **settings)
+def options_of(args: argparse.Namespace, **settings: Any) -> Options:
+    """Return what the command line says of rounds, and other ``settings``."""
+    return Options(**{"rounds": args.rounds, "max_seconds": args.max_seconds} | settings)
 
 
 @contextmanager
 def progress(items: Sequence[Any]) -> Iterator[tuple[Iterable[Any], Callable[[], None]]]:
-    """The items with a bar that counts them, and a function that counts rounds beside it."""
+    """The items with a progress bar, and a function that counts rounds beside it."""
     with tqdm(items, unit="case", dynamic_ncols=True) as bar:
         done = 0
 
@@ -59,11 +82,15 @@ def progress(items: Sequence[Any]) -> Iterator[tuple[Iterable[Any], Callable[[],
         yield bar, on_round
 
 
-def finish(name: str, given: argparse.Namespace, data: dict) -> None:
-    """Write the results."""
-    path = given.output or result_files.default_path(name, given.device)
-    settings = {key: value for key, value in vars(given).items() if key != "output"}
-    result_files.write(
-        path, {"environment": result_files.environment(given.device), "arguments": settings, **data}
-    )
+def write_results(args: argparse.Namespace, path: Path, data: dict) -> None:
+    """Write what was measured, with the environment and the options."""
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "ends")}
+    environment = result_files.environment(args.device)
+    result_files.write(path, {"environment": environment, "arguments": settings, **data})
+
+
+def finish(name: str, args: argparse.Namespace, data: dict) -> None:
+    """Write the results of a program ``bench_NAME.py``, and say where."""
+    path = args.output or result_files.RESULTS / f"{name}-{args.device}.json"
+    write_results(args, path, data)
     print(f"wrote {path}")

@@ -17,7 +17,8 @@ import torch
 from lib import result_files
 from lib.cases import Case, Problem, make_problem
 from lib.check import Oracle
-from lib.providers import Runner, set_up_provider
+from lib.providers import set_up_provider
+from lib.runner import Runner
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import TOLERANCES, MoeInputs
 
@@ -33,24 +34,24 @@ PROFILED = "gate_up|act_backward|expert_gemm"
 ROW_FACTOR = 4
 
 
-def run_tests(given: Namespace) -> dict:
+def run_tests(args: Namespace) -> dict:
     """The GPU cases of the test suite, in processes of their own: most of it is compiling."""
     tests = result_files.ROOT / "tests"
     path = os.pathsep.join(filter(None, (str(tests), os.environ.get("PYTHONPATH"))))
     several = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    cases = {"triton", given.backend}  # whose kernels are a part of every backend's
+    cases = {"triton", args.backend}  # whose kernels are a part of every backend's
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *several,
         *(str(tests / "gpu" / f"{name}_suite.py") for name in sorted(cases)),
     ]  # fmt: skip
-    result = _run(command, given, TESTS_SECONDS, PYTHONPATH=path)
+    result = _run(command, args, TESTS_SECONDS, PYTHONPATH=path)
     lines = result["output"].strip().splitlines() or [""]
     failed = [line for line in lines if line.startswith("FAILED")]
     counts = [line for line in lines if re.search(r"\d (passed|failed|errors?)\b.* in \d", line)]
     return {"passed": result["passed"], "output": (counts or lines)[-1], "failed": failed}
 
 
-def sanitize(given: Namespace) -> dict:
+def sanitize(args: Namespace) -> dict:
     """What compute-sanitizer says of small layers, forward and backward, by tool and shape; all at
     once, since a tool keeps a core busy and the GPU idle.
     """
@@ -59,46 +60,46 @@ def sanitize(given: Namespace) -> dict:
     with ThreadPoolExecutor() as pool:
         running = {}
         for shape, tokens in SANITIZED:
-            program = [*_one_layer(given, shape), "--tokens", str(tokens)]
+            program = [*_one_layer(args, shape), "--tokens", str(tokens)]
             if shutil.which("compute-sanitizer"):
-                _run(program, given, TOOL_SECONDS)  # compiles what is looked at then
-            for tool in SANITIZERS[given.backend]:
+                _run(program, args, TOOL_SECONDS)  # compiles what is looked at then
+            for tool in SANITIZERS[args.backend]:
                 command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *program]
-                job = partial(_run, command, given, TOOL_SECONDS, **alone)
+                job = partial(_run, command, args, TOOL_SECONDS, **alone)
                 running[f"{tool} {shape}"] = pool.submit(job)
         return {name: job.result() for name, job in running.items()}
 
 
-def profile_counters(given: Namespace) -> dict:
+def profile_counters(args: Namespace) -> dict:
     """What ncu says of the two large kernels, on the first of the timed layers."""
-    name, tokens, _ = given.layers[0]
+    name, tokens, _ = args.layers[0]
     command = [
         "ncu", "--clock-control", "none", "--kernel-name", f"regex:{PROFILED}",
         "--launch-count", "2", "--section", "SpeedOfLight", "--section", "ComputeWorkloadAnalysis",
         "--section", "MemoryWorkloadAnalysis", "--section", "Occupancy",
     ]  # fmt: skip
-    program = [*_one_layer(given, name), "--tokens", str(tokens)]
-    result = _run([*command, *program], given, TOOL_SECONDS)
+    program = [*_one_layer(args, name), "--tokens", str(tokens)]
+    result = _run([*command, *program], args, TOOL_SECONDS)
     none = "No kernels were profiled" in result["output"]
     return result | {"passed": False} if none else result
 
 
-def _one_layer(given: Namespace, shape: str) -> list[str]:
+def _one_layer(args: Namespace, shape: str) -> list[str]:
     program = str(result_files.ROOT / "benchmarks" / "one_layer.py")
     return [
-        sys.executable, program, "--shape", shape, "--dtype", given.dtype, "--device", given.device,
-        "--backend", given.backend,
+        sys.executable, program, "--shape", shape, "--dtype", args.dtype, "--device", args.device,
+        "--backend", args.backend,
     ]  # fmt: skip
 
 
-def _run(command: list[str], given: Namespace, seconds: float, **environment: str) -> dict:
+def _run(command: list[str], args: Namespace, seconds: float, **environment: str) -> dict:
     """Whether a program ended well ("passed"), and the end of what it printed.
 
     None where it did not run to its end, with the reason: it is missing, or the time is over.
     """
     if shutil.which(command[0]) is None:
         return {"passed": None, "output": f"{command[0]} is not on the path"}
-    seconds = min(seconds, given.ends - time.perf_counter())
+    seconds = min(seconds, args.ends - time.perf_counter())
     if seconds < 5:
         return {"passed": None, "output": "no time was left"}
     try:
@@ -111,27 +112,27 @@ def _run(command: list[str], given: Namespace, seconds: float, **environment: st
     return {"passed": result.returncode == 0, "output": (result.stdout + result.stderr)[-6000:]}
 
 
-def layer_case(given: Namespace, name: str, tokens: int, share: float = 0.5) -> Case:
+def layer_case(args: Namespace, name: str, tokens: int, share: float = 0.5) -> Case:
     """A timed layer."""
     return Case.named(
-        name, T=tokens, dtype=given.dtype, image_share=share, device=given.device, seed=given.seed
+        name, T=tokens, dtype=args.dtype, image_share=share, device=args.device, seed=args.seed
     )
 
 
-def ours(given: Namespace, kind: str = "ours") -> str:
+def ours(args: Namespace, kind: str = "ours") -> str:
     """The name of one of our providers on the backend that is measured."""
-    return f"{kind}:{given.backend}"
+    return f"{kind}:{args.backend}"
 
 
-def measure_accuracy(given: Namespace) -> dict:
+def measure_accuracy(args: Namespace) -> dict:
     """Relative RMS errors of every row of every timed layer against the float64 reference, and of
     the worst row.
     """
-    limit, errors, worst = TOLERANCES[getattr(torch, given.dtype)], {}, {}
-    for name, tokens, share in given.layers:
-        problem = make_problem(layer_case(given, name, tokens, share))
+    limit, errors, worst = TOLERANCES[getattr(torch, args.dtype)], {}, {}
+    for name, tokens, share in args.layers:
+        problem = make_problem(layer_case(args, name, tokens, share))
         oracle = Oracle(problem, num_tokens=tokens)
-        runner = set_up_provider(ours(given), problem)
+        runner = set_up_provider(ours(args), problem)
         label = f"{name} T={tokens} image {share:.0%}"
         errors[label] = oracle.errors(runner)
         out = runner.forward()[oracle.tokens]
@@ -144,25 +145,25 @@ def measure_accuracy(given: Namespace) -> dict:
     }  # fmt: skip
 
 
-def check_promises(given: Namespace) -> dict:
+def check_promises(args: Namespace) -> dict:
     """On a layer that is timed: same bits twice; text's bits with NaN in every adapter and with
     other values and routes of all other rows; a captured graph that gives the bits of the launches,
     forward and backward, or why it could not be captured.
     """
-    name, tokens, _ = given.layers[0]
-    problem = make_problem(layer_case(given, name, tokens))
+    name, tokens, _ = args.layers[0]
+    problem = make_problem(layer_case(args, name, tokens))
     text = problem.inputs.modality_ids == 0
-    runner = set_up_provider(ours(given), problem)
+    runner = set_up_provider(ours(args), problem)
     first, second = (_results(runner, problem.grad_out) for _ in range(2))
     inputs = _with_other_rows(problem.inputs, text)
-    others = set_up_provider(ours(given), replace(problem, inputs=inputs))
+    others = set_up_provider(ours(args), replace(problem, inputs=inputs))
     changed = _results(others, problem.grad_out)
     keys = ("out", "hidden_states", "topk_weights")
     return {
         "same_bits_twice": all(torch.equal(first[key], second[key]) for key in first),
         "text_bits": all(torch.equal(first[key][text], changed[key][text]) for key in keys),
         "other_rows_changed": not torch.equal(first["out"], changed["out"]),
-        "graph_capture": _graph_gives(problem, given) if given.device == "cuda" else None,
+        "graph_capture": _graph_gives(problem, args) if args.device == "cuda" else None,
     }
 
 
@@ -187,9 +188,9 @@ def _results(runner: Runner, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
     return results
 
 
-def _graph_gives(problem: Problem, given: Namespace) -> bool | str:
+def _graph_gives(problem: Problem, args: Namespace) -> bool | str:
     try:
-        runner = set_up_provider(ours(given), problem)
+        runner = set_up_provider(ours(args), problem)
         expected = _results(runner, problem.grad_out)
         graph, found = capture(runner, problem.grad_out)
         for tensor in found.values():

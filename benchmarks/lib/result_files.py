@@ -16,6 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = ("csrc", "moe_kernels", "benchmarks", "setup.py", "pyproject.toml")
 _NOT_MEASURED = ":(exclude)benchmarks/results"
+# Keys and names in files that were measured before these were renamed.
+_RENAMED = {
+    "bars": "targets", "what": "name", "by_p20": "within_spread",
+    "speed of the base over the fastest peer's, forward":
+        "speed of the base over the fastest competitor's, forward",
+    "speed of the base over the fastest peer's, both":
+        "speed of the base over the fastest competitor's, both",
+}  # fmt: skip
 
 
 def environment(device: str) -> dict:
@@ -82,8 +90,12 @@ def write(path: Path, data: dict) -> None:
 
 
 def read(path: Path) -> dict:
-    return json.loads(path.read_text())
+    """Read a file of results, by today's names."""
+    return json.loads(path.read_text(), object_hook=_by_new_names)
 
 
-def default_path(name: str, device: str) -> Path:
-    return RESULTS / f"{name}-{device}.json"
+def _by_new_names(data: dict) -> dict:
+    return {
+        _RENAMED.get(key, key): _RENAMED.get(value, value) if isinstance(value, str) else value
+        for key, value in data.items()
+    }

@@ -9,8 +9,9 @@ import torch
 from lib.cases import Case, Problem, make_problem
 from lib.check import Oracle
 from lib.memory import peak_bytes, saved_bytes, saved_formula
-from lib.providers import Runner, Unavailable, set_up_provider
-from lib.timing import Clock, GpuClock, Statistics, measure, now, ratio, summarize
+from lib.providers import set_up_provider
+from lib.runner import Runner, Unavailable
+from lib.timing import Clock, GpuClock, measure, now
 
 _OURS = ("ours", "block")
 _MAX_LAYERS = 256  # of a toy shape it would take millions to read 600 MB
@@ -217,36 +218,3 @@ def _record(layers: Sequence[Problem], records: dict[str, dict]) -> dict:
         "bytes": {mode: count * weights for mode, count in passes.items()},
         "providers": records,
     }
-
-
-# --- reading records
-
-
-def seconds(record: dict, provider: str, mode: str) -> list[float]:
-    """The rounds of a provider; empty where it is missing or was not measured."""
-    return record["providers"].get(provider, {}).get("seconds", {}).get(mode, [])
-
-
-def time_of(record: dict, provider: str, mode: str) -> Statistics | None:
-    """Statistics of a provider's time, or None."""
-    values = seconds(record, provider, mode)
-    return summarize(values) if values else None
-
-
-def compare(record: dict, numerator: str, denominator: str, mode: str) -> Statistics | None:
-    """Statistics of the ratio of two times; None where one is missing or computes wrongly."""
-    pair = [seconds(record, name, mode) for name in (numerator, denominator)]
-    wrong = [record["providers"].get(n, {}).get("error") for n in (numerator, denominator)]
-    if not all(pair) or any(wrong):
-        return None
-    return ratio(*pair)
-
-
-def fastest(record: dict, providers: Sequence[str], mode: str) -> str | None:
-    """Of those that are there and right, the one with the smallest median."""
-    times = {
-        name: time_of(record, name, mode).median
-        for name in providers
-        if seconds(record, name, mode) and not record["providers"][name]["error"]
-    }
-    return min(times, key=times.get) if times else None

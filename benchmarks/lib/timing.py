@@ -5,7 +5,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ class Statistics:
     p80: float
     count: int
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    @classmethod
+    def single(cls, value: float) -> "Statistics":
+        """Statistics of one value."""
+        return cls(value, value, value, 1)
 
 
 def summarize(values: Sequence[float]) -> Statistics:

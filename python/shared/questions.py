@@ -1,4 +1,5 @@
-"""Questions about real pictures: a frozen encoder sees the pictures, a text model answers."""
+"""Questions about real pictures, which a text model answers by what a frozen encoder sees of them:
+what the programs of moe_kernels.moextend share."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ NUMBERS = (
     *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
     "eighteen",
 )  # fmt: skip
-# Prompt, and number of pictures. The answer is a word or two and the end of the line.
+# What is asked, of how many pictures. The answer is a word or two and the end of the line.
 QUESTIONS = {
     "digit": ("\nWhich digit is this?", 1),
     "sum": ("\nWhat is their sum?", 2),
@@ -37,16 +38,15 @@ END = "\n"
 Batch = dict[str, Tensor]
 
 
-# --- the encoder, trained beforehand and frozen
+# --- the encoder, which was trained before and stays as it is
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Settings of the pictures and of the encoder.
+    """emoji: folder of their npm package; None: handwritten digits, of their own size.
 
-    emoji: folder of their npm package; None for handwritten digits, which have their own size
-    held_out: pictures that neither the encoder nor a training question sees; one half decides
-        (choice), the other is reported (test)
+    held_out: pictures that neither the encoder nor a question to learn from sees; one half decides
+    (choice), the other is reported (test).
     """
 
     emoji: str | None = None
@@ -61,7 +61,7 @@ class EncoderSettings:
 
 
 class Encoder(nn.Module):
-    """Three convolutions, (B, C, H, W) float32 -> (B, 16, d): 4x4 positions in raster order."""
+    """(B, C, H, W) float32 -> (B, 16, d): three convolutions, then 4x4 places in raster order."""
 
     def __init__(self, channels: int, features: int, classes: int):
         super().__init__()
@@ -83,10 +83,7 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class EncodedPictures:
-    """Output of the encoder.
-
-    features: (N, 16, d) float32; labels: (N,) int64, indices into names
-    """
+    """features: (N, 16, d) float32; labels: (N,) int64, into names"""
 
     features: Tensor
     labels: Tensor
@@ -97,7 +94,7 @@ class EncodedPictures:
 
 
 def read_pictures(settings: EncoderSettings) -> CaptionedPictures:
-    """Read pictures, named by the words of answers: "seven", or "food & drink"."""
+    """Named as they are answered: "seven", or "food & drink"."""
     if settings.emoji is not None:
         return emoji(Path(settings.emoji), settings.size, caption="category")
     pictures = digits()
@@ -107,20 +104,20 @@ def read_pictures(settings: EncoderSettings) -> CaptionedPictures:
 def split_pictures(
     pictures: CaptionedPictures, held_out: int, seed: int
 ) -> dict[str, CaptionedPictures]:
-    """Split pictures into parts; no picture is in two."""
+    """By part; no picture is in two."""
     learnt, rest = pictures.split(held_out, seed)
     choice, test = rest.split(held_out // 2, seed)
     return dict(zip(PARTS, (learnt, choice, test), strict=True))
 
 
 def as_input(images: np.ndarray) -> Tensor:
-    """Convert (N, H, W[, 3]) uint8 into (N, C, H, W) float32 in -1..1."""
+    """(N, H, W[, 3]) uint8 -> (N, C, H, W) float32 in -1..1"""
     tensor = torch.from_numpy(images).float() / 127.5 - 1
     return tensor[:, None] if tensor.ndim == 3 else tensor.movedim(-1, 1)
 
 
 def train_encoder(settings: EncoderSettings, workspace: Workspace) -> dict[str, Any]:
-    """Train the encoder on the pictures' names; save it, and its features of all pictures."""
+    """A stage: learns the pictures' names; leaves the encoder, and what it sees of all pictures."""
     parts = split_pictures(read_pictures(settings), settings.held_out, settings.seed)
     images = {part: as_input(pictures.images) for part, pictures in parts.items()}
     labels = {part: torch.from_numpy(pictures.labels).long() for part, pictures in parts.items()}
@@ -152,7 +149,7 @@ def train_encoder(settings: EncoderSettings, workspace: Workspace) -> dict[str, 
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """Load the encoder that :func:`train_encoder` saved, frozen and in eval mode."""
+    """What :func:`train_encoder` left, frozen and in eval mode."""
     described = json.loads((folder / "encoder.json").read_text())
     features = described["settings"]["features"]
     encoder = Encoder(described["channels"], features, len(described["names"]))
@@ -161,7 +158,7 @@ def load_encoder(folder: Path) -> Encoder:
 
 
 def load_encoded(folder: Path) -> dict[str, EncodedPictures]:
-    """Load the features that :func:`train_encoder` saved, by part."""
+    """By part, what the encoder of :func:`train_encoder` saw."""
     names = tuple(json.loads((folder / "encoder.json").read_text())["names"])
     tensors = load_file(folder / "features.safetensors")
     return {
@@ -175,10 +172,7 @@ def load_encoded(folder: Path) -> dict[str, EncodedPictures]:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about pictures.
-
-    kind: a key of QUESTIONS; pictures: indices
-    """
+    """kind: of QUESTIONS; pictures: which ones it is about"""
 
     kind: str
     pictures: tuple[int, ...]
@@ -187,7 +181,7 @@ class Question:
 
 @dataclass(frozen=True)
 class WordQuestion:
-    """A question about words in place of pictures, for the training of a small text model."""
+    """A question about words in place of pictures: a small text model learns such ones before."""
 
     kind: str
     prompt: str
@@ -197,7 +191,7 @@ class WordQuestion:
 def ask_words(
     names: Sequence[str], kinds: Sequence[str], count: int, seed: int
 ) -> list[WordQuestion]:
-    """Return random questions; each word is repeated up to four times, as a picture is tokens."""
+    """A word stands there once to four times, as a picture is several tokens."""
     rng = np.random.default_rng(seed)
     questions = []
     for _ in range(count):
@@ -218,11 +212,11 @@ def answer_of(names: Sequence[str], kind: str, labels: Sequence[int]) -> str:
 
 
 def ask(pictures: EncodedPictures, kind: str, count: int | None, seed: int) -> list[Question]:
-    """Return ``count`` questions of one kind, in random order; None: as many as pictures."""
+    """``count`` questions of one kind in an order of the seed; None: as many as pictures."""
     generator = torch.Generator().manual_seed(seed)
     needed = QUESTIONS[kind][1]
     count = len(pictures) if count is None else count
-    # Each round uses every picture once.
+    # Every picture once, then every picture again.
     rounds = -(-count * needed // len(pictures))
     order = torch.cat([torch.randperm(len(pictures), generator=generator) for _ in range(rounds)])
     chosen = order[: count * needed].reshape(count, needed).tolist()
@@ -234,7 +228,7 @@ def ask(pictures: EncodedPictures, kind: str, count: int | None, seed: int) -> l
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dict[str, list[int]]:
-    """Return input_ids, and labels of the answer alone."""
+    """input_ids and labels, which are of the answer alone."""
     ids = caption_ids(tokenizer, prompt)
     answer_ids = tokenizer(f" {answer}{END}", add_special_tokens=False).input_ids
     labels = [IGNORE_INDEX] * len(ids) + answer_ids
@@ -246,7 +240,7 @@ def pad(rows: Iterable[Any], value: float) -> Tensor:
 
 
 def collate_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, Any]]) -> Batch:
-    """Return input_ids, attention_mask and labels (B, S), padded on the right."""
+    """input_ids, attention_mask and labels (B, S), padded on the right."""
     return {
         "input_ids": pad([item["input_ids"] for item in items], padding_id(tokenizer)),
         "attention_mask": pad([[1] * len(item["input_ids"]) for item in items], 0),
@@ -255,17 +249,17 @@ def collate_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, A
 
 
 class Grades:
-    """Running loss of answers, and share of right answers by kind of question.
+    """Nats a token of answers, and by kind of question the share answered right.
 
-    An answer is right if each of its tokens, and the end of the line, is the likeliest token after
-    those before it. Greedy generation writes exactly such answers.
+    An answer is right where each of its tokens, the end of the line too, is the likeliest one after
+    those before it: exactly where greedy generation writes it.
     """
 
     def __init__(self):
         self.nll, self.tokens, self.right = 0.0, 0, []
 
     def add(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Add a batch: arguments of the model, with labels."""
+        """batch: of the model's arguments, with labels"""
         batch = dict(batch)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
@@ -276,7 +270,7 @@ class Grades:
         self.right += ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
 
     def result(self, kinds: Iterable[str]) -> dict[str, Any]:
-        """Return nll in nats a token, and accuracy by kind; kinds: of the questions, in order."""
+        """kinds: of the questions, in their order"""
         by_kind: dict[str, list[bool]] = {}
         for kind, is_right in zip(kinds, self.right, strict=True):
             by_kind.setdefault(kind, []).append(is_right)
@@ -289,7 +283,7 @@ def grade_words(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[WordQuestion],
     size: int = 100,
 ) -> dict[str, Any]:  # fmt: skip
-    """Grade a model, patched or not, on questions about words; see :class:`Grades`."""
+    """What a model, patched or not, knows without pictures; see :class:`Grades`."""
     model.eval()
     grades = Grades()
     for start in range(0, len(questions), size):
@@ -302,7 +296,7 @@ def grade_words(
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """A data set: an item has features (N, d), the ids of question and answer, and labels."""
+    """A data set: an item is the features (N, d), the question's and answer's ids, and labels."""
 
     pictures: EncodedPictures
     questions: list[Question]
@@ -318,7 +312,7 @@ class QuestionSet:
         return {"features": features} | encode(self.tokenizer, prompt, question.answer)
 
     def collate(self, items: Sequence[dict[str, Any]]) -> Batch:
-        """Return features (B, N, d) and feature_mask; input_ids, attention_mask, labels (B, S)."""
+        """features (B, N, d) and feature_mask; input_ids, attention_mask, labels (B, S)."""
 
         features = [item["features"] for item in items]
         return collate_text(self.tokenizer, items) | {
@@ -331,23 +325,23 @@ class QuestionSet:
         return [self.collate(items[start : start + size]) for start in range(0, len(self), size)]
 
     def most_common_answer(self) -> dict[str, float]:
-        """Return by kind the accuracy of always giving the commonest answer."""
+        """By kind, the share right of whoever always gives the commonest answer."""
         answers: dict[str, list[str]] = {}
         for question in self.questions:
             answers.setdefault(question.kind, []).append(question.answer)
         return {k: max(map(each.count, set(each))) / len(each) for k, each in answers.items()}
 
 
-# --- a text model that sees pictures
+# --- a text model that is shown pictures
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """A model with a projector, which turns batches of questions into the model's arguments.
+    """A model with a projector, and how batches of questions become its arguments.
 
-    whole_sequences: question and answer have the pictures' modality too, so that experts behind
-        its gate serve them; the model must be patched with it in ``sequence_modalities``
-    begin: tokens before the features; 1 if text begins with a special token
+    whole_sequences: the question and the answer have the pictures' modality too, so that experts
+        behind its gate serve them; the model should be patched with it in ``sequence_modalities``
+    begin: how many tokens stand before the features; 1 where text begins with a special token
     """
 
     extender: ExpertExtender
@@ -360,7 +354,7 @@ class Viewer:
         return self.extender.model
 
     def join(self, batch: Batch, padding_side: str = "right") -> Batch:
-        """Turn a batch of :class:`QuestionSet` into arguments of forward, with labels."""
+        """Arguments of the model's forward, labels too, from those of :class:`QuestionSet`."""
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         features = self.extender.projector(self.modality)(batch.pop("features"))
         joined = join_features_and_text(
@@ -373,7 +367,7 @@ class Viewer:
         return joined
 
     def _take_questions(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        """Join a batch in a pre-hook of the model, so that gradients reach the projector."""
+        """A pre-hook of the model, for batches that are not joined: gradients reach projectors."""
         if "features" not in kwargs:
             return None
         names = ("features", "feature_mask", "input_ids", "attention_mask", "labels")
@@ -389,9 +383,9 @@ class Viewer:
         checkpoints: str = "adapter",
         **arguments: Any,
     ) -> dict[str, Any]:
-        """Train the trainable parameters, from a checkpoint in ``workspace``; return the history.
+        """Trains what is set to train; the history. Goes on from a checkpoint in ``workspace``.
 
-        checkpoints: "adapter" for added parameters; "model" if all of the model trains
+        checkpoints: "adapter", which hold what was added; or "model", for one of which all trains
         """
         model = self.extender.patched if checkpoints == "adapter" else self.model
         hook = self.model.register_forward_pre_hook(
@@ -407,7 +401,7 @@ class Viewer:
 
     @torch.no_grad()
     def grade(self, questions: QuestionSet, size: int = 100) -> dict[str, Any]:
-        """Return the result of :class:`Grades`."""
+        """See :class:`Grades`."""
         self.model.eval()
         grades = Grades()
         for batch in questions.batches(size):
@@ -416,7 +410,7 @@ class Viewer:
 
     @torch.no_grad()
     def answer(self, questions: QuestionSet, size: int = 100, max_new_tokens: int = 8) -> list[str]:
-        """Return the answers that the model writes, greedily, to the end of the line."""
+        """What the model writes, greedily, to the end of the line."""
         self.model.eval()
         tokenizer = questions.tokenizer
         end = tokenizer(END, add_special_tokens=False).input_ids[-1]
@@ -447,7 +441,7 @@ def align(
     workspace: Workspace,
     **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Add a projector unless present, and train it alone; saved in ``workspace``/adapter."""
+    """The projector, made here unless it is there, learns alone; left in ``workspace``/adapter."""
     extender = viewer.extender
     in_features = questions.pictures.features.shape[-1]
     torch.manual_seed(arguments["seed"])
@@ -459,7 +453,7 @@ def align(
 
 @torch.no_grad()
 def joined_batches(viewer: Viewer, questions: QuestionSet, size: int) -> list[Batch]:
-    """Return batches for ``score_layers`` and ``disturbance``."""
+    """As ``score_layers`` and ``disturbance`` take them."""
     return [viewer.join(batch) for batch in questions.batches(size)]
 
 
@@ -480,7 +474,7 @@ def fine_tune(
     workspace: Workspace,
     **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train the added experts; saved in ``workspace``/adapter."""
+    """What ``extend`` added learns; left in ``workspace``/adapter."""
     history = viewer.learn(questions, held_out, workspace, **arguments)
     viewer.extender.patched.save_adapter(workspace.folder / "adapter")
     return history

@@ -20,12 +20,13 @@ for _needed in ("peft", "matplotlib"):
 ROOT = Path(__file__).parents[2]
 FOLDERS = (str(ROOT / "benchmarks"), str(ROOT / "tools"))
 LIB = (
-    "blocks", "bounds", "cases", "check", "cli", "costs", "gpu_checks", "memory", "providers",
-    "result_files", "runs", "split_lora", "timing",
+    "added_expert_steps", "blocks", "bounds", "cases", "check", "competitors", "costs",
+    "gpu_checks", "memory", "models", "ours", "page_blocks_cpu", "page_blocks_gpu", "providers",
+    "records", "result_files", "runs", "sections_cpu", "sections_gpu", "tables", "timing",
 )  # fmt: skip
 PROGRAMS = (
-    "bars", "bench_added_experts", "bench_dispatch", "bench_lora_linear", "bench_moe_mlp",
-    "bench_training_step", "plot", "run_gpu", "tables",
+    "bench_added_experts", "bench_dispatch", "bench_lora_linear", "bench_moe_mlp",
+    "bench_training_step", "plot", "run", "targets",
 )  # fmt: skip
 
 
@@ -36,12 +37,14 @@ def bench():
     sys.path[:0] = FOLDERS
     try:
         lib = {name: importlib.import_module(f"lib.{name}") for name in LIB}
-        yield SimpleNamespace(**lib, **{name: importlib.import_module(name) for name in PROGRAMS})
+        programs = {name: importlib.import_module(name) for name in PROGRAMS}
+        pages = importlib.import_module("tables")  # lib.tables has the same name
+        yield SimpleNamespace(**lib, **programs, pages=pages)
     finally:
         sys.path[:] = before
         for name in [name for name in sys.modules if name == "lib" or name.startswith("lib.")]:
             del sys.modules[name]
-        for name in PROGRAMS:
+        for name in (*PROGRAMS, "tables"):
             sys.modules.pop(name, None)
 
 
@@ -144,7 +147,7 @@ def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing
         missing = {name: why for name, why in missing.items() if name not in blocks}
     assert all(name.split(":")[-1] in expected and why for name, why in missing.items())
     for name in ("bound", "hf:eager", "hf:grouped_mm", "peft:grouped_mm", "split:masked"):
-        assert bench.runs.compare(record, name, "bound", "both").count == 1
+        assert bench.records.compare(record, name, "bound", "both").count == 1
 
 
 def test_decode_goes_through_enough_layers(bench):
@@ -155,7 +158,7 @@ def test_decode_goes_through_enough_layers(bench):
     hit = case.expert_bytes * min(case.rows, case.shape.E)
     assert record["case"]["layers"] == max(4, 1 + 3 * stack // hit)
     assert [entry["error"] for entry in record["providers"].values()] == [None, None]
-    assert bench.runs.time_of(record, "hf:batched_mm", "decode").count == 2
+    assert bench.records.time_of(record, "hf:batched_mm", "decode").count == 2
 
 
 def test_the_bound_of_decoding_reads_every_weight_of_the_hit_experts(bench, case, thread_count):
@@ -172,10 +175,10 @@ def corrupt(bench, monkeypatch, change):
     """Put a provider "wrong" beside the others: transformers' eager, but changed."""
 
     def set_up(problem, variant):
-        runner = bench.providers._hf(problem, "eager")
+        runner = bench.competitors.hf(problem, "eager")
         return replace(runner, **change(runner))
 
-    kind = bench.providers._Kind(set_up, lambda: [""])
+    kind = bench.providers.Kind(set_up)
     monkeypatch.setitem(bench.providers.KINDS, "wrong", kind)
 
 
@@ -190,57 +193,108 @@ def test_a_wrong_provider_gets_no_speed_up(bench, case, monkeypatch, what):
         case, ["bound", "wrong", "hf:eager"], bench.runs.Options(rounds=2)
     )
     assert "relative RMS error" in record["providers"]["wrong"]["error"]
-    assert bench.runs.compare(record, "wrong", "bound", "both") is None
-    assert bench.runs.compare(record, "hf:eager", "wrong", "both") is None
-    assert bench.runs.fastest(record, ["wrong", "hf:eager"], "both") == "hf:eager"
+    assert bench.records.compare(record, "wrong", "bound", "both") is None
+    assert bench.records.compare(record, "hf:eager", "wrong", "both") is None
+    assert bench.records.fastest(record, ["wrong", "hf:eager"], "both") == "hf:eager"
     assert "refused: " in bench.tables.providers_table(record, "both")
 
 
 def test_the_programs_run(bench, tmp_path):
-    """Each on its smallest case, and what draws and tells of the results."""
-    path = tmp_path / "bars-cpu.json"
+    """Each program runs on its smallest case; figures and pages show the results."""
+    path = tmp_path / "cpu.json"
     shared = ["--device", "cpu", "--rounds", "1", "--output", str(path)]
     bench.bench_dispatch.main(["--tokens", "8", *shared])
     bench.bench_lora_linear.main(["--tokens", "8", "--features", "16", "--rank", "2", *shared])
     bench.bench_training_step.main(["--model", "tiny", *shared])
     bench.bench_added_experts.main(["--model", "tiny", *shared])
     bench.bench_moe_mlp.main(["--shape", "tiny", "--providers", "bound", "hf:eager", *shared])
-    bench.bars.main(["--shapes", "small", "--models", "tiny", "--rotate-mb", "1", *shared])
+    assert bench.run.main(["--trial", "--rotate-mb", "1", *shared]) == 0
     results = json.loads(path.read_text())
-    assert {bar["number"] for bar in results["bars"]} == {1, 2, 3, 4, 5, 6, 7, 12, 13}
+    assert {verdict["number"] for verdict in results["targets"]} == {1, 2, 3, 4, 5, 6, 7, 12, 13}
+    assert results["errors"] == {} and results["skipped"] == []
     assert results["environment"]["source_hash"] == bench.result_files.source_hash()
     assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
-    for page in map(Path.read_text, bench.tables.PAGES):
-        assert bench.tables.render(page, results) != page
+    page = (ROOT / "docs/results/cpu.md").read_text()
+    assert bench.pages.render(page, results) != page
 
 
-def test_an_added_expert_that_computes_wrongly_gets_no_bar(bench, monkeypatch):
-    """Its bar asks for 1 + s of the base's time, s its share of the rows."""
-    bars, options = bench.bars, bench.runs.Options(rounds=1)
-    given = bars.parse(["--shapes", "small", "--device", "cpu", "--only", "added"])
-    measure = next(bars.measure_added(given, options))
+def test_options_that_do_not_go_together_are_refused(bench, capsys):
+    for arguments, message in (
+        (["--device", "cpu", "--backend", "cuda"], "--backend is not an option of --device cpu"),
+        (["--device", "cuda", "--trial", "--shapes", "tiny"], "--shapes is not an option"),
+        (["--device", "cpu", "--only", "sanitizer"], "no section sanitizer; it has training"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.run.parse(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_only_a_whole_run_replaces_the_results_of_the_pages(bench):
+    def written(*arguments):
+        return bench.run.parse([*arguments]).output
+
+    results = bench.result_files.RESULTS
+    assert written("--device", "cpu") == results / bench.page_blocks_cpu.RESULTS
+    for part in (["--only", "steps"], ["--shapes", "small"], ["--models", "tiny"]):
+        assert written("--device", "cpu", *part) == Path("out/bench/cpu-part.json")
+    assert written("--device", "cpu", "--trial") == Path("out/bench/cpu-trial.json")
+    assert written("--device", "cuda", "--trial") == Path("out/bench/gpu-triton-trial.json")
+
+
+def test_an_error_is_recorded_and_the_rest_still_runs(bench, monkeypatch, tmp_path, capsys):
+    def jobs(args):
+        yield lambda: 1 / 0
+
+    sections = bench.run.SECTIONS["cpu"]
+    monkeypatch.setitem(sections, "steps", jobs)
+    path = tmp_path / "part.json"
+    arguments = ["--device", "cpu", "--trial", "--rounds", "1", "--output", str(path)]
+    assert bench.run.main([*arguments, "--only", "steps", "added_steps"]) == 1
+    results = json.loads(path.read_text())
+    assert "ZeroDivisionError" in results["errors"]["steps"][0]
+    assert [verdict["number"] for verdict in results["targets"]] == [13]
+    assert "steps: an error" in capsys.readouterr().out
+
+
+def test_nothing_starts_after_the_deadline(bench, tmp_path, capsys):
+    path = tmp_path / "part.json"
+    arguments = ["--device", "cpu", "--trial", "--deadline", "-1", "--output", str(path)]
+    assert bench.run.main([*arguments, "--only", "steps"]) == 2
+    assert "not found out: steps 0: no time was left" in capsys.readouterr().out
+
+
+def test_an_added_expert_that_computes_wrongly_meets_no_target(bench, monkeypatch):
+    """Its target is 1 + s of the base's time, s its share of the rows."""
+    share = bench.targets.ADDED_SHARE
+    arguments = ["--shapes", "small", "--device", "cpu", "--only", "added", "--rounds", "1"]
+    measure = next(bench.sections_cpu.added(bench.run.parse(arguments)))
+
+    def judged(record):
+        return bench.targets.judge({"added": [record]}, "cpu")
+
     case = measure.args[0]
-    assert case.num_image == pytest.approx(bars.ADDED_SHARE * case.rows, abs=1)
-    forward, idle_forward, both, idle, *of_block = bars._added_bars(measure(), "cpu")
-    assert [forward.limit, both.limit] == [1.05, 1 + bars.ADDED_SHARE]
-    assert idle_forward.by_p20 and idle.by_p20 and both.measured.count == 1
-    assert [(bar.limit, bar.by_p20) for bar in of_block] == [
-        (bar.limit, bar.by_p20) for bar in (forward, idle_forward, both, idle)
+    assert case.num_image == pytest.approx(share * case.rows, abs=1)
+    forward, idle_forward, both, idle, *of_block = judged(measure())
+    assert [forward["limit"], both["limit"]] == [1.05, 1 + share]
+    assert idle_forward["within_spread"] and idle["within_spread"]
+    assert both["measured"]["count"] == 1
+    assert [(each["limit"], each["within_spread"]) for each in of_block] == [
+        (each["limit"], each["within_spread"]) for each in (forward, idle_forward, both, idle)
     ]
-    assert all(bar.measured.count == 1 for bar in of_block)
+    assert all(each["measured"]["count"] == 1 for each in of_block)
 
-    moe_mlp = bench.providers.moe_mlp
+    moe_mlp = bench.ours.moe_mlp
 
     def with_a_wrong_expert(*args, extra_down_proj=None, **keywords):
         if extra_down_proj is not None:
             extra_down_proj = extra_down_proj * 1.1
         return moe_mlp(*args, extra_down_proj=extra_down_proj, **keywords)
 
-    monkeypatch.setattr(bench.providers, "moe_mlp", with_a_wrong_expert)
+    monkeypatch.setattr(bench.ours, "moe_mlp", with_a_wrong_expert)
     record = measure()
     assert "relative RMS error" in record["providers"]["ours_added:cpu"]["error"]
     assert record["providers"]["ours_added_text:cpu"]["error"] is None
-    assert next(iter(bars._added_bars(record, "cpu"))).met is None
+    assert judged(record)[0]["met"] is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -268,8 +322,8 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
 
 
 def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
-    program, options = bench.bench_added_experts, bench.runs.Options(rounds=1)
-    tiny = bench.bench_training_step.MODELS["tiny"]
+    program, options = bench.added_expert_steps, bench.runs.Options(rounds=1)
+    tiny = bench.models.MODELS["tiny"]
     record = program.run(tiny, options)
     assert record["providers"]["ours"]["error"] is None and len(record["extended"]) == 1
     trained = {name: entry["trained"] for name, entry in record["providers"].items()}
@@ -277,12 +331,12 @@ def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
     assert trained["full:eager"] == tiny.layers * tiny.experts * (experts + tiny.hidden_size)
     calibration = 2 * 16 * (tiny.experts + 1)
     assert trained["ours"] == experts + tiny.hidden_size + calibration
-    assert "full:eager" in program._too_slow(bench.bench_training_step.MODELS["olmoe"])
+    assert "full:eager" in program._too_slow(bench.models.MODELS["olmoe"])
 
 
 @pytest.mark.parametrize("what", ["another model", "text", "unused"])
-def test_steps_with_added_experts_that_are_wrong_get_no_bar(bench, monkeypatch, what):
-    program, options = bench.bench_added_experts, bench.runs.Options(rounds=1)
+def test_steps_with_added_experts_that_are_wrong_meet_no_target(bench, monkeypatch, what):
+    program, options = bench.added_expert_steps, bench.runs.Options(rounds=1)
     extend, text_logits, shut = program._extend, program._text_logits, ExitStack()
 
     def disturbed(extender, *batch):
@@ -297,20 +351,21 @@ def test_steps_with_added_experts_that_are_wrong_get_no_bar(bench, monkeypatch, 
     if what == "another model":
         monkeypatch.setattr(program, "_text_logits", lambda *args: text_logits(*args) * 1.01)
     with shut:
-        record = program.run(bench.bench_training_step.MODELS["tiny"], options)
+        record = program.run(bench.models.MODELS["tiny"], options)
     wrong = {"another model": "relative RMS", "text": "text logits", "unused": "no image row"}
     assert wrong[what] in record["providers"]["ours"]["error"]
-    assert bench.bars._added_step_bar(record).met is None
+    (verdict,) = bench.targets.judge({"added_steps": [record]}, "cpu")
+    assert verdict["number"] == 13 and verdict["met"] is None
 
 
 def test_pages_of_results_older_than_added_experts(bench, monkeypatch, tmp_path):
     """Say so, or show a run of that part alone."""
     monkeypatch.setattr(bench.result_files, "RESULTS", tmp_path)
-    assert bench.tables.BLOCKS["added"]({}) == "Not measured yet.\n"
+    assert bench.pages.BLOCKS["added"]({}) == "Not measured yet.\n"
     arguments = ["--only", "added", "added_steps", "--shapes", "small", "--models", "tiny"]
-    path = tmp_path / bench.tables.ADDED_ALONE
-    bench.bars.main([*arguments, "--device", "cpu", "--rounds", "1", "--output", str(path)])
-    shown = bench.tables.BLOCKS["added"]({})
+    path = tmp_path / bench.page_blocks_cpu.ADDED_ALONE
+    bench.run.main([*arguments, "--device", "cpu", "--rounds", "1", "--output", str(path)])
+    shown = bench.pages.BLOCKS["added"]({})
     assert "13. training tokens/s" in shown and "small fp32 balanced" in shown
     assert bench.result_files.read(path)["environment"]["processor"] in shown
 
@@ -366,20 +421,38 @@ def test_which_cuda_kernels_must_have_matrix_instructions(bench):
     assert not needs(f"combine{half}") and not needs(f"_ZN19finish_outer{mangled}")
 
 
-# --- bars, files and the README
+# --- targets, files and pages
 
 
-def test_a_bar_is_met_or_not_or_unknown(bench):
+def test_a_target_is_met_or_missed_or_unknown(bench):
     def met(values, **settings):
         stats = bench.timing.summarize(values) if values else None
-        return bench.bars.Bar(1, "", "", stats, 1.2, **settings).met
+        return bench.targets.Target("cpu", 1, "", "", None, 1.2, **settings).met(stats)
 
     assert met([1.1, 1.2, 1.3]) is True
     assert met([1.1, 1.3, 1.3]) is False
-    assert met([1.1, 1.21, 1.3], by_p20=True) is True
-    assert met([1.1, 1.3, 1.3], by_p20=True) is False
+    assert met([1.1, 1.21, 1.3], within_spread=True) is True
+    assert met([1.1, 1.3, 1.3], within_spread=True) is False
     assert met([1.1, 1.3, 1.3], at_least=True) is True
     assert met([]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("cpu", "cpu"), ("cpu-again", "cpu"), ("cpu-added", "cpu"), ("gpu-h100", "cuda")],
+)
+def test_committed_verdicts_are_those_of_the_judge(bench, name, device):
+    """The limits have not moved since the run."""
+    results = bench.result_files.read(bench.result_files.RESULTS / f"{name}.json")
+
+    def values(verdicts):
+        return sorted(str({**verdict, "case": None}) for verdict in verdicts)
+
+    if device == "cuda":  # launches were recorded without what they are judged by now
+        launches = {"backend": "cuda", "case": results["kernels"]["case"]}
+        results["kernels"] |= launches
+        results["dispatch"] |= launches
+    assert values(bench.targets.judge(results, device)) == values(results["targets"])
 
 
 def test_results_are_written_whole_or_not_at_all(bench, tmp_path):
@@ -395,56 +468,59 @@ def test_results_are_written_whole_or_not_at_all(bench, tmp_path):
 
 def test_the_pages_tables_are_those_of_the_results(bench):
     """Run ``python benchmarks/tables.py`` to write them anew."""
-    path = bench.result_files.RESULTS / bench.tables.RESULTS
-    if not path.exists():
-        pytest.skip(f"{path.name} is not there: `make bench` has not been run")
-    for page in map(Path.read_text, bench.tables.PAGES):
-        assert bench.tables.render(page, bench.result_files.read(path)) == page
-    page = bench.tables.GPU_PAGE.read_text()
-    gpu = bench.result_files.read(bench.result_files.RESULTS / bench.tables.GPU_RESULTS)
-    assert bench.tables.render(page, gpu) == page
+    for name, pages in bench.pages.PAGES.items():
+        results = bench.result_files.read(bench.result_files.RESULTS / name)
+        for page in pages:
+            text = (ROOT / page).read_text()
+            assert bench.pages.render(text, results) == text
 
 
 def test_a_call_in_a_graph(bench, monkeypatch):
     """The time of a replay, by the calls that were captured after one that was not."""
-    run_gpu, calls = bench.run_gpu, []
+    sections, calls = bench.sections_gpu, []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(calls.append("graph")))
-    monkeypatch.setattr(run_gpu, "_median", lambda function, device: 3e-4)
-    assert run_gpu._seconds_in_a_graph(lambda: calls.append(1), "cuda") == pytest.approx(1.5e-5)
+    monkeypatch.setattr(sections, "_median", lambda function, device: 3e-4)
+    assert sections._seconds_in_a_graph(lambda: calls.append(1), "cuda") == pytest.approx(1.5e-5)
     assert calls == [1, "graph", *[1] * 20]
-    assert run_gpu._seconds_in_a_graph(lambda: calls.append(1), "cpu") == 3e-4
+    assert sections._seconds_in_a_graph(lambda: calls.append(1), "cpu") == 3e-4
 
 
-def test_bars_of_the_cuda_launches(bench):
+def test_targets_of_the_cuda_launches(bench):
     """combine moved 2 of 3 TB/s; parts of du are no work that was asked for."""
-    given = bench.run_gpu.parse(["--trial", "--device", "cpu", "--backend", "cuda"])
-    case = bench.gpu_checks.layer_case(given, *given.layers[0])
+    args = bench.run.parse(["--trial", "--device", "cuda", "--backend", "cuda"])
+    case = bench.gpu_checks.layer_case(args, *args.layers[0])
     costs = [*bench.costs.forward(case), *bench.costs.backward(case, "cuda")]
     moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
     low_rank = [c for c in costs if re.match("shrink|du|dA[12]", c.kernel)]
     assert sum(cost.bytes for cost in low_rank) > sum(cost.useful_bytes for cost in low_rank)
     outer_ms = sum(cost.useful_bytes for cost in low_rank) / 2.7e12 * 1e3
+    launches = {"case": case.describe(), "backend": "cuda"}
     results = {
         "ceilings": {"copy_TBps": 3.0},
-        "dispatch": {"us": {"reference": 200.0, "cuda": 40.0}},
+        "dispatch": {"us": {"reference": 200.0, "cuda": 40.0}, **launches},
         "kernels": {
             "kernels": [
                 ["combine_kernel<bf16>", 2, moved / 2e12 * 1e3], ["outer_kernel", 4, outer_ms],
                 ["gate_up", 1, 1],
-            ]
-        },
+            ],
+            **launches,
+        }
     }  # fmt: skip
-    found = [
-        (b.number, b.measured and b.measured.median, b.met)
-        for b in bench.run_gpu.judge(results, given)
-    ]
-    assert found == [
+
+    def judged():
+        return [
+            (v["number"], v["measured"] and v["measured"]["median"], v["met"])
+            for v in bench.targets.judge(results, "cuda")
+        ]
+
+    assert judged() == [
         (9, 40.0, False),
         (9, 5.0, True),
         (10, pytest.approx(2 / 3), False),
         (11, pytest.approx(0.9), True),
     ]
     results["kernels"]["kernels"] = [["gate_up", 1, 1]]
-    *_, last = bench.run_gpu.judge(results, given)
-    assert last.number == 11 and last.measured is None  # no time was seen
+    assert judged()[-1] == (11, None, None)  # no time was seen
+    results["kernels"]["backend"] = results["dispatch"]["backend"] = "triton"
+    assert judged() == []

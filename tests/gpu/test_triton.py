@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.processes import run_pytest
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "run_gpu.py"
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "run.py"
 _SHARES = (
     "test_matches or test_compiles or test_a_patched",
     "test_odd or test_shapes or test_random",
@@ -37,7 +37,7 @@ def test_kernels(selected):
     torch.cuda.is_available(), reason="of the interpreter: run on a machine without a GPU"
 )
 def test_the_gpu_program_runs_on_a_small_case(tmp_path):
-    """All but its tests, which are run above; every bar that has its sections is judged."""
+    """All sections but the tests, which run above; every target of these sections is judged."""
     for needed in ("peft", "matplotlib"):
         pytest.importorskip(needed)
     path = tmp_path / "gpu.json"
@@ -45,7 +45,7 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
         "ceilings", "promises", "accuracy", "training", "decode", "dispatch", "kernels", "steps",
         "sanitizer", "counters",
     ]  # fmt: skip
-    command = ["--trial", "--device", "cpu", "--rounds", "1", "--rotate-mb", "0"]
+    command = ["--trial", "--device", "cuda", "--rounds", "1", "--rotate-mb", "0"]
     result = subprocess.run(
         [sys.executable, str(PROGRAM), *command, "--output", str(path), "--only", *sections],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
@@ -61,5 +61,6 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
     promises = results["promises"]
     assert promises.pop("graph_capture") is None and set(promises.values()) == {True}
     assert results["accuracy"]["passed"]
-    assert {bar["number"] for bar in results["bars"]} == {2, 3, 4, 5, 6, 7, 8}  # 1: another shape
+    numbers = {verdict["number"] for verdict in results["targets"]}
+    assert numbers == {2, 3, 4, 5, 6, 7, 8}  # 1 is of another shape
     assert results["kernels"]["kernels"]

@@ -1,0 +1,184 @@
+"""Implementations that others wrote: transformers' experts, PEFT, split LoRA, Liger, ScatterMoE."""
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from lib import split_lora
+from lib.cases import SCALING, Problem
+from lib.runner import Leaves, Runner, Unavailable
+from moe_kernels.models import peft_format
+
+# batched_mm copies the weights of every row's expert.
+_MAX_COPIED_BYTES = 4 << 30
+
+
+def _experts_module(problem: Problem, implementation: str) -> OlmoeExperts:
+    """transformers' experts module on the problem's weights, dispatched by its own decorator."""
+    case = problem.case
+    if implementation == "batched_mm":
+        copied = 2 * case.rows * case.expert_bytes // 3
+        if copied > _MAX_COPIED_BYTES:
+            raise Unavailable(
+                f"it copies the weights of every row: {copied / 2**30:.0f} GiB at once"
+            )
+    config = OlmoeConfig(
+        hidden_size=case.shape.H, intermediate_size=case.shape.I, num_experts=case.shape.E,
+        num_experts_per_tok=case.shape.K,
+    )  # fmt: skip
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = OlmoeExperts(config)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = nn.Parameter(getattr(problem.inputs, name), requires_grad=False)
+        setattr(module, name, weight)
+    return module
+
+
+def hf(problem: Problem, implementation: str, *, compiled: bool = False) -> Runner:
+    """transformers' experts without adapters."""
+    module, leaves = _experts_module(problem, implementation), Leaves.of(problem)
+    function = torch.compile(module) if compiled else module
+    ids = problem.inputs.topk_ids
+
+    def forward() -> Tensor:
+        return function(leaves.hidden_states, ids, leaves.topk_weights)
+
+    return leaves.runner(forward, rounding=2)
+
+
+def hf_compiled(problem: Problem, implementation: str) -> Runner:
+    """transformers' experts without adapters, under ``torch.compile``."""
+    return hf(problem, implementation, compiled=True)
+
+
+def peft(problem: Problem, implementation: str) -> Runner:
+    """PEFT's ``target_parameters`` with default options, on all rows: PEFT cannot mask."""
+    rank, leaves = problem.case.shape.r, Leaves.of(problem)
+    holder = nn.Module()
+    holder.experts = _experts_module(problem, implementation)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(
+        r=rank, lora_alpha=SCALING * rank, target_modules=[], target_parameters=targets
+    )
+    wrapped = get_peft_model(holder, config).base_model.model.experts
+    wrappers = {"gate_up_lora": wrapped.base_layer, "down_lora": wrapped}
+    for name, wrapper in wrappers.items():
+        lora = getattr(problem.inputs, name)
+        a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
+        a.data.copy_(peft_format.experts_A_to_peft(lora.lora_A[0]))
+        b.data.copy_(peft_format.experts_B_to_peft(lora.lora_B[0]))
+        leaves.add_lora(name, a, b)
+
+    def layout(name: str, grad: Tensor) -> Tensor:
+        convert = getattr(peft_format, f"experts_{name[-1]}_from_peft")
+        return convert(grad, problem.case.shape.E)[None]
+
+    ids = problem.inputs.topk_ids
+    return leaves.runner(
+        lambda: wrapped(leaves.hidden_states, ids, leaves.topk_weights),
+        layout, adapted="all", rounding=4,
+    )  # fmt: skip
+
+
+def split(problem: Problem, variant: str) -> Runner:
+    """Split LoRA on ``grouped_mm``: "masked", "gathered", or "compiled", which is masked too."""
+    function = split_lora.gathered if variant == "gathered" else split_lora.masked
+    if variant == "compiled":
+        if problem.case.dtype == "float32":
+            raise Unavailable("torch.compile has no grouped_mm in float32")
+        function = torch.compile(function)
+    leaves, pairs = Leaves.of(problem), split_lora.pairs_of(problem)
+    for name, (a, b) in pairs.items():
+        leaves.add_lora(name, a, b)
+
+    return leaves.runner(
+        lambda: function(problem, pairs, leaves.hidden_states, leaves.topk_weights),
+        lambda name, grad: grad[None], adapted="image", rounding=2,
+    )  # fmt: skip
+
+
+def liger(problem: Problem, _: str) -> Runner:
+    """Liger's fused MoE, which computes the weights' gradients even for frozen weights."""
+    if problem.case.device != "cuda":
+        raise Unavailable("it runs on CUDA devices only")
+    try:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel is not installed ({error})") from error
+    inputs, leaves = problem.inputs, Leaves.of(problem)
+    ids = inputs.topk_ids.int()
+
+    def forward() -> Tensor:
+        return LigerFusedMoEFunction.apply(
+            leaves.hidden_states, inputs.gate_up_proj, inputs.down_proj, ids, leaves.topk_weights
+        )
+
+    return leaves.runner(forward, rounding=2)
+
+
+def scattermoe(problem: Problem, _: str) -> Runner:
+    """Axolotl's ScatterMoE kernels with LoRA, on all rows: they cannot mask."""
+    if problem.case.device != "cuda":
+        raise Unavailable("it runs on CUDA devices only")
+    kernels, leaves = _scattermoe_kernels(), Leaves.of(problem)
+    inputs, shape = problem.inputs, problem.case.shape
+    pairs = {name: _scattermoe_pair(problem, name) for name in ("gate_up_lora", "down_lora")}
+    for name, pair in pairs.items():
+        leaves.add_lora(name, *pair)
+    gate_up_proj, down_proj = (w.transpose(1, 2) for w in (inputs.gate_up_proj, inputs.down_proj))
+
+    def layout(name: str, grad: Tensor) -> Tensor:
+        if name.endswith("A"):
+            return grad.unflatten(0, (shape.E, shape.r))[None]
+        return grad.unflatten(1, (shape.E, shape.r)).transpose(0, 1)[None]
+
+    def forward() -> Tensor:
+        routes = kernels.flatten_sort_count(inputs.topk_ids, num_experts=shape.E)
+        pre_act = kernels.parallel_linear_lora(
+            leaves.hidden_states, gate_up_proj, shape.K, *routes,
+            *pairs["gate_up_lora"], SCALING, grouped_out=True,
+        )  # fmt: skip
+        gate, up = pre_act.chunk(2, dim=-1)
+        return kernels.parallel_linear_lora(
+            silu(gate) * up, down_proj, 1, *routes, *pairs["down_lora"], SCALING,
+            gates=leaves.topk_weights, grouped_in=True,
+        )  # fmt: skip
+
+    return leaves.runner(forward, layout, adapted="all", rounding=4)
+
+
+def _scattermoe_pair(problem: Problem, name: str) -> list[Tensor]:
+    """A (E * r, in) and B (out, E * r) of an adapter, in the base's dtype.
+
+    Rows of A and columns of B are grouped by expert; the rank varies fastest.
+    """
+    a, b = (tensor[0].to(problem.case.torch_dtype) for tensor in getattr(problem.inputs, name)[:2])
+    pair = a.flatten(0, 1), b.transpose(0, 1).flatten(1)
+    return [tensor.clone().requires_grad_() for tensor in pair]
+
+
+@functools.cache
+def _scattermoe_kernels() -> ModuleType:
+    """Import the kernels' package alone: the packages around it need all of axolotl."""
+    found = importlib.util.find_spec("axolotl")
+    if found is None:
+        raise Unavailable("axolotl is not installed (its wheel without its requirements will do)")
+    folder = Path(found.origin).parent / "integrations" / "kernels" / "libs" / "scattermoe_lora"
+    if not folder.is_dir():
+        raise Unavailable("this axolotl has no scattermoe_lora")
+    spec = importlib.util.spec_from_file_location(
+        "scattermoe_lora", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

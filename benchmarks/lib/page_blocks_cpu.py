@@ -1,0 +1,138 @@
+"""Blocks of the pages that show results of the CPU, out of the file of a run."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from lib import result_files
+from lib.markdown import markdown
+from lib.page_blocks import machine, milliseconds
+from lib.providers import ADDED_KINDS, HF_TRAINING
+from lib.records import compare, fastest, measured_backend, time_of
+from lib.tables import MODES, added_steps_table, case_title, interval
+from lib.target_tables import summary, summary_of_two
+
+RESULTS = "cpu.json"
+AGAIN = "cpu-again.json"  # a second run of the same sources
+ADDED_ALONE = "cpu-added.json"  # added experts alone, where RESULTS is older than they
+_TARGETS_OF_ADDED = (12, 13)
+
+
+def targets_twice(results: Mapping) -> str:
+    """Every target in two runs of the same sources."""
+    again = result_files.read(result_files.RESULTS / AGAIN)
+    if again["environment"]["source_hash"] != results["environment"]["source_hash"]:
+        return f"The runs have different sources: make {AGAIN} again.\n"
+    return summary_of_two(results["targets"], again["targets"])
+
+
+def overhead(results: Mapping) -> str:
+    """Time with adapters over time without, by image share and rank."""
+    rows = []
+    for record in results["overhead"]:
+        case = record["case"]
+        pair = overhead_pair(record)
+        ratios = (interval(compare(record, *pair, mode)) for mode in MODES)
+        rows.append((f"{case['image_share']:.0%}", str(case["r"]), *ratios))
+    return markdown(("image rows", "rank", *MODES), rows)
+
+
+def overhead_pair(record: Mapping) -> tuple[str, str]:
+    """Names of our providers with and without adapters in a record."""
+    return measured_backend(record, "ours"), measured_backend(record, "ours_base")
+
+
+def adapters(results: Mapping) -> str:
+    """Time with adapters over time without, in every training case."""
+    rows = []
+    for record in results["training"]:
+        base, title = measured_backend(record, "ours_base"), case_title(record["case"])
+        for kind, image_rows in (("ours", "half image"), ("ours_text", "no image")):
+            provider = measured_backend(record, kind)
+            ratios = (interval(compare(record, provider, base, mode)) for mode in MODES)
+            rows.append((title, image_rows, *ratios))
+    return markdown(("case", "rows", *MODES), rows)
+
+
+def floors(results: Mapping) -> str:
+    """Time of our base and of transformers' fastest experts over the expert GEMMs alone."""
+    rows = []
+    for record in results["training"]:
+        base = measured_backend(record, "ours_base")
+        competitor = fastest(record, HF_TRAINING, "both")
+        ratios = (interval(compare(record, each, "bound", "both")) for each in (base, competitor))
+        gemms = milliseconds(record, "bound", "both")
+        rows.append((case_title(record["case"]), gemms, *ratios, competitor or ""))
+    header = (
+        "case", "GEMMs, ms", "ours without adapters over them", "transformers over them",
+        "its best",
+    )  # fmt: skip
+    return markdown(header, rows)
+
+
+def decode_gap(results: Mapping) -> str:
+    """Time of a decoding call, and what its reads and its arithmetic take alone.
+
+    Reads are one reading of the base's weights; arithmetic runs at the rate that the GEMMs of
+    training have.
+    """
+    rates, rows = _gemm_rates(results["training"]), []
+    for record in results["decode"]:
+        case = record["case"]
+        kinds = ("ours_base", "ours_text", "ours")
+        names = ("read", *(measured_backend(record, kind) for kind in kinds))
+        times = [time_of(record, name, "decode") for name in names]
+        if not all(times):
+            continue
+        read, rate = times[0].median, rates.get((case["shape"], case["dtype"]))
+        rows.append(
+            (
+                f"{case_title(case)} T={case['T']}", f"{read * 1e3:.3g}",
+                f"{record['bytes']['decode'] / read / 1e9:.0f}",
+                f"{record['flops']['decode'] / rate * 1e3:.3g}" if rate else "",
+                *(f"{time.median * 1e3:.3g}" for time in times[1:]),
+            )
+        )  # fmt: skip
+    header = (
+        "case", "reading, ms", "GB/s", "arithmetic, ms", "no adapters, ms", "no image, ms",
+        "half image, ms",
+    )  # fmt: skip
+    return markdown(header, rows)
+
+
+def _gemm_rates(records: Sequence[Mapping]) -> dict[tuple[str, str], float]:
+    """FLOP/s of the expert GEMMs alone, by shape and dtype, with balanced routing."""
+    return {
+        (case["shape"], case["dtype"]): record["flops"]["both"] / bound.median
+        for record in records
+        if (case := record["case"])["routing"] == "balanced"
+        and (bound := time_of(record, "bound", "both"))
+    }
+
+
+def added(results: Mapping) -> str:
+    """Targets, ops, blocks and steps of added experts, out of this run or a run of them alone."""
+    found = _run_with_added(results)
+    if found is None:
+        return "Not measured yet.\n"
+    verdicts = [v for v in found["targets"] if v["number"] in _TARGETS_OF_ADDED]
+    parts = [summary(verdicts), _added_layers(found), added_steps_table(found["added_steps"])]
+    if found is not results:  # which the page describes elsewhere
+        parts[0] = f"{machine(found)}\n{parts[0]}"
+    return "\n".join(parts)
+
+
+def _run_with_added(results: Mapping) -> Mapping | None:
+    if "added" in results:
+        return results
+    path = result_files.RESULTS / ADDED_ALONE
+    return result_files.read(path) if path.exists() else None
+
+
+def _added_layers(results: Mapping) -> str:
+    rows = []
+    for record, (part, kinds) in itertools.product(results["added"], ADDED_KINDS.items()):
+        base, *extended = (measured_backend(record, kind) for kind in kinds)
+        for provider, experts in zip(extended, ("added expert", "other experts"), strict=True):
+            times = (interval(compare(record, provider, base, mode)) for mode in MODES)
+            rows.append((case_title(record["case"]), part, experts, *times))
+    return markdown(("case", "in", "image rows go to", *MODES), rows)
