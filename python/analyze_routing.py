@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 from shared.cli import Options, console, exit_code, option, parse
 from shared.files import write_json
 from shared.models import DTYPES, load_causal_lm
-from shared.options import BackendOptions, out_folder
+from shared.options import BackendOptions, out_folder, text_file
 from shared.reports.analyze_routing import describe, draw_figures, summarize
 from shared.stages import Stages, digest, model_identity
-from shared.texts import documentation, text_blocks
+from shared.texts import held_out_text, spread, text_blocks
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -69,10 +69,7 @@ class AdapterOptions(Options):
 class MeasuringOptions(Options):
     """Measurements."""
 
-    text: str | None = option(
-        None, "file of held-out text; default: Python's documentation", metavar="FILE",
-        is_file=True,
-    )  # fmt: skip
+    text: str | None = text_file("held-out")
     text_tokens: int = option(16_384, "tokens of text, at most", at_least=1)
     block: int = option(256, "tokens in a row of text", at_least=2)
     max_sequences: int = option(256, "sequences, at most", at_least=1)
@@ -126,15 +123,15 @@ def find_sequences(adapter: str) -> str:
 # --- data
 
 
-def held_out_text(options: RoutingOptions) -> Tensor:
+def text_rows(options: RoutingOptions) -> Tensor:
     """Return (N, block) token ids, spread evenly over the text."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    text = Path(options.text).read_text() if options.text else documentation()["test"]
+    text = held_out_text(options.text)
     blocks = text_blocks(tokenizer, text, options.block, options.block)
     return spread(blocks, max(1, options.text_tokens // options.block))
 
 
-def held_out_sequences(options: RoutingOptions) -> dict[str, Tensor]:
+def sequence_rows(options: RoutingOptions) -> dict[str, Tensor]:
     """Return input_ids and attention_mask, (N, S) int64; nothing without --sequences.
 
     Raises:
@@ -158,11 +155,6 @@ def held_out_sequences(options: RoutingOptions) -> dict[str, Tensor]:
                 f"{path}: {name} must be (N, S) int64, is {tuple(tensor.shape)} {tensor.dtype}"
             )
     return {name: spread(tensor, options.max_sequences) for name, tensor in both.items()}
-
-
-def spread(rows: Tensor, most: int) -> Tensor:
-    """Return at most so many of the rows, evenly spaced."""
-    return rows[:: max(1, len(rows) // most)][:most]
 
 
 # --- the model
@@ -254,7 +246,7 @@ class Setup:
 
     def __init__(self, options: RoutingOptions):
         self.options = options
-        self.text, self.sequences = held_out_text(options), held_out_sequences(options)
+        self.text, self.sequences = text_rows(options), sequence_rows(options)
 
     @functools.cached_property
     def subject(self) -> Subject:

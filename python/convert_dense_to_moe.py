@@ -28,9 +28,9 @@ import torch
 from shared.cli import Options, console, exit_code, option, parse
 from shared.files import replacing, write_json, write_text
 from shared.models import count_experts, load_causal_lm
-from shared.options import RunOptions, out_folder
+from shared.options import RunOptions, out_folder, text_file
 from shared.stages import Stage, Stages, Workspace, digest, model_identity
-from shared.texts import documentation, text_blocks, without_shared_paragraphs
+from shared.texts import documentation, spread, text_blocks, without_shared_paragraphs
 from shared.training import stop_after_step
 from transformers import (
     AutoConfig,
@@ -71,18 +71,11 @@ class HealingOptions(Options):
     batch: int = option(4, "blocks in a batch", at_least=1)
 
 
-def text_file(part: str) -> Any:
-    return option(
-        None, f"text of the part {part}; default: Python's documentation", metavar="FILE",
-        is_file=True,
-    )  # fmt: skip
-
-
 @dataclass(kw_only=True)
 class SourceTextOptions(Options):
     """Texts."""
 
-    heal_text: str | None = text_file("heal")
+    heal_text: str | None = text_file("healing")
     choice_text: str | None = text_file("choice")
     test_text: str | None = text_file("test")
     block: int = option(128, "tokens in a block", at_least=2)
@@ -163,9 +156,7 @@ def token_blocks(options: ConvertOptions) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(options.seed)
     blocks["heal"] = blocks["heal"][torch.randperm(len(blocks["heal"]), generator=generator)]
     for part in ("choice", "test"):
-        requested = max(1, options.test_tokens // options.block)
-        step = max(1, len(blocks[part]) // requested)
-        blocks[part] = blocks[part][::step][:requested]
+        blocks[part] = spread(blocks[part], max(1, options.test_tokens // options.block))
     return blocks
 
 

@@ -18,40 +18,48 @@ import dataclasses
 import math
 import platform
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sklearn
 import tokenizers
-import torch
 from shared.cli import exit_code, option, parse
+from shared.drawing import (
+    PictureTokens,
+    Setup,
+    TextToImageOptions,
+    draw,
+    measure,
+    taught_painter,
+    teach,
+    tokenize,
+)
 from shared.files import write_json
 from shared.options import BackendOptions, out_folder
-from shared.pictures import CaptionedPictures, digits
 from shared.reports.demo import draw_figures, summarize
 from shared.stages import Stage, Stages, Workspace
-from shared.text_model import TextModelSettings, load_text_model, pretrain
-from shared.text_to_image import (
-    CaptionReader,
-    Painter,
-    PictureTokens,
-    describe_codebook,
-    measure_model,
-    measure_samples,
-    record_routing,
-)
-from shared.texts import documentation, text_blocks
-from shared.training import mean_nll, schedule, train
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from shared.text_model import TextModelSettings, pretrain
+from shared.text_to_image import record_routing
+from shared.texts import documentation
+from transformers import PreTrainedTokenizerBase
 
-from moe_kernels import ModalityLoraConfig
 from moe_kernels.analysis import RoutingStatistics
-from moe_kernels.imaging import PatchTokenizer, generate_image_codes
 
-_BATCHES = {"text_batch": 32, "image_batch": 100}  # of measurements
+DRAWING = {
+    "held_out": 500, "num_codes": 64, "lora_alpha": 32.0, "lr": 4e-3, "caption_dropout": 0.0,
+    "samples_per_caption": 20, "guidance": [1.0], "text_tokens": 10**9, "dtype": "float32",
+    "text_batch": 32, "image_batch": 100, "drawing_batch": 200, "curve_pictures": 200,
+}  # fmt: skip
+QUICK_TEXT_MODEL = {
+    "vocab_size": 320, "hidden_size": 64, "layers": 2, "experts": 8, "experts_per_token": 2,
+    "intermediate_size": 32, "text_steps": 20, "text_block": 64,
+}  # fmt: skip
+QUICK_DRAWING = {
+    "images": 500, "held_out": 100, "num_codes": 32, "r": 4, "lora_alpha": 8.0, "batch": 8,
+    "samples_per_caption": 4,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -62,194 +70,67 @@ class DemoOptions(BackendOptions):
     quick: bool = option(False, "tiny settings: shows that the demo runs, no more")
     out: Path = out_folder("demo")
 
-    text_model: TextModelSettings = field(default_factory=TextModelSettings)
-    images: int = 5000
-    held_out_images: int = 500
-    num_codes: int = 64
-    patch_size: int = 4
-    r: int = 16
-    lora_alpha: float = 32
-    batch: int = 16
-    learning_rate: float = 4e-3
-    caption_dropout: float = 0.0
-    samples_per_caption: int = 20
-    temperature: float = 1.0
+    @property
+    def text_model(self) -> TextModelSettings:
+        sizes = QUICK_TEXT_MODEL if self.quick else {}
+        return TextModelSettings(**sizes, **self.pick("seed", "device"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.text_model = dataclasses.replace(self.text_model, seed=self.seed, device=self.device)
-
-
-QUICK = {
-    "text_model": TextModelSettings(
-        vocab_size=320, hidden_size=64, layers=2, experts=8, experts_per_token=2,
-        intermediate_size=32, text_steps=20, text_batch=8, text_block=64,
-    ),
-    "images": 500, "held_out_images": 100, "num_codes": 32, "r": 4, "lora_alpha": 8, "steps": 20,
-    "batch": 8, "samples_per_caption": 4,
-}  # fmt: skip
-
-
-# --- stages
+    def drawing(self, model: Path) -> TextToImageOptions:
+        """Return the options of train_text_to_image.py that the demo stands for."""
+        return TextToImageOptions(
+            model=str(model), text_block=self.text_model.text_block,
+            **DRAWING | (QUICK_DRAWING if self.quick else {}),
+            **self.pick("steps", "seed", "device", "backend", "out"),
+        )  # fmt: skip
 
 
 def learn_text(options: DemoOptions, stages: Stages) -> Stage:
+    settings = options.text_model
     return stages.run(
-        "pretrain", dataclasses.asdict(options.text_model),
-        lambda workspace: pretrain(options.text_model, workspace),
-    )  # fmt: skip
+        "pretrain", dataclasses.asdict(settings), lambda workspace: pretrain(settings, workspace)
+    )
 
 
-def tokenize(options: DemoOptions, stages: Stages) -> Stage:
-    def build(workspace: Workspace) -> dict[str, Any]:
-        pictures, held_out = split_digits(options)
-        tokenizer = PatchTokenizer.fit(
-            pictures.images, num_codes=options.num_codes, patch_size=options.patch_size,
-            seed=options.seed,
-        )  # fmt: skip
-        tokenizer.save(workspace.folder / "tokenizer")
-        return describe_codebook(tokenizer, pictures.images, held_out.images)
-
-    inputs = options.pick("seed", "images", "held_out_images", "num_codes", "patch_size")
-    return stages.run("tokenize", inputs, build)
-
-
-def split_digits(options: DemoOptions) -> tuple[CaptionedPictures, CaptionedPictures]:
-    """Return the digits to learn from, and those held out."""
-    pictures = digits()
-    if options.images < len(pictures):
-        pictures, _ = pictures.split(len(pictures) - options.images, options.seed)
-    return pictures.split(options.held_out_images, options.seed)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The text model's folder and the tokenized pictures."""
-
-    options: DemoOptions
-    text_folder: Path
-    tokens: PictureTokens
-
-    def load_text_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_text_model(self.text_folder, self.options.device)
-
-    def make_painter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Painter:
-        """Patch the model and add the image tokens."""
-        options = self.options
-        config = ModalityLoraConfig(
-            r=options.r, lora_alpha=options.lora_alpha, backend=options.backend
-        )
-        return Painter.create(
-            model, tokenizer, config, options.num_codes, self.tokens.captions, seed=options.seed,
-            init="normal",
-        )  # fmt: skip
-
-
-def teach(setup: Setup, stages: Stages, after: list[Stage]) -> Stage:
-    """Train the adapters and the added rows on captioned digits."""
-    options, tokens = setup.options, setup.tokens
+def measure_routing(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) -> Stage:
+    """Count the experts that text and pictures go to."""
+    batches = setup.options.pick("text_batch", "image_batch")
 
     def build(workspace: Workspace) -> dict[str, Any]:
-        painter = setup.make_painter(*setup.load_text_model())
-        # A part suffices for the curve; the report has the loss of all of them.
-        held_out = painter.batches(tokens.held_out.head(200), 100)
-        history = train(
-            painter.patched, painter.dataset(tokens.train, options.caption_dropout),
-            lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
-            **schedule(
-                options.steps, options.batch, options.learning_rate,
-                warmup_steps=options.steps // 20, seed=options.seed, device=options.device,
-            ),
-        )  # fmt: skip
-        painter.patched.save_adapter(workspace.folder / "adapter")
-        caption = np.mean([len(ids) for ids in painter.caption_ids])
-        length = caption + tokens.train.codes.shape[1] + 2
-        return {"history": history, "tokens_per_second": history["samples_per_second"] * length}
+        painter = taught_painter(setup, tokens, taught)
+        return record_routing(painter, setup.blocks, tokens.held_out, **batches).to_dict()
 
-    names = "backend", "r", "lora_alpha", "steps", "batch", "learning_rate", "caption_dropout"
-    return stages.run("teach", options.pick("device", *names), build, after)
-
-
-def generate(setup: Setup, stages: Stages, taught: Stage) -> Stage:
-    """Draw each caption."""
-    options, tokens = setup.options, setup.tokens
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        painter = setup.make_painter(*setup.load_text_model())
-        painter.patched.load_adapter(taught.folder / "adapter")
-        captions = [ids for ids in painter.caption_ids for _ in range(options.samples_per_caption)]
-        started = time.perf_counter()
-        codes = generate_image_codes(
-            painter.model, captions, painter.vocabulary, tokens.tokenizer.tokens_per_image,
-            pad_token_id=painter.collator.pad_token_id, temperature=options.temperature,
-            batch_size=200, seed=options.seed,
-        )  # fmt: skip
-        seconds = time.perf_counter() - started
-        return {"codes": codes.tolist(), "tokens_per_second": codes.numel() / seconds}
-
-    inputs = options.pick("samples_per_caption", "temperature")
-    return stages.run("generate", inputs, build, after=[taught])
-
-
-def measure(setup: Setup, stages: Stages, taught: Stage, generated: Stage) -> Stage:
-    """Compare text bit by bit, record the routing, and grade the drawings."""
-    tokens = setup.tokens
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        model, tokenizer = setup.load_text_model()
-        block = setup.options.text_model.text_block
-        blocks = text_blocks(tokenizer, documentation()["test"], block, block)
-        painter, measured = measure_model(
-            model, lambda model: setup.make_painter(model, tokenizer), taught.folder / "adapter",
-            blocks, tokens.held_out, **_BATCHES,
-        )  # fmt: skip
-        nll = measured["text"]["nll_after_training"]
-        measured["text"]["bits_per_byte"] = bits_per_byte(nll, tokenizer, documentation()["test"])
-        routing = record_routing(painter, blocks, tokens.held_out, **_BATCHES)
-        samples = grade(torch.tensor(generated.result["codes"]), setup)
-        return {**measured, "routing": routing.to_dict(), "samples": samples}
-
-    return stages.run("measure", {}, build, after=[taught, generated])
+    return stages.run("routing", batches, build, after=[taught])
 
 
 def bits_per_byte(nll: float, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
-    """Convert nats a token; independent of the tokenizer."""
+    """Convert nats a token into a figure that does not depend on the tokenizer."""
     tokens = len(tokenizer(text, verbose=False).input_ids)
     return nll * tokens / len(text.encode()) / math.log(2)
 
 
-def grade(codes: torch.Tensor, setup: Setup) -> dict[str, Any]:
-    tokens, decode = setup.tokens, setup.tokens.tokenizer.decode
-    labels = torch.arange(len(tokens.captions))
-    labels = labels.repeat_interleave(setup.options.samples_per_caption)
-    reader = CaptionReader.fit(tokens.train, decode)
-    return measure_samples(codes, labels, tokens.train, tokens.held_out, decode, reader)
-
-
-# --- results
-
-
-def describe(options: DemoOptions, stages: Stages) -> dict[str, Any]:
+def describe(setup: Setup, routing: RoutingStatistics, stages: Stages) -> dict[str, Any]:
     """Return the content of report.json: every figure that was measured."""
-    results = stages.results
-    measured, described = results["measure"], stages.describe(options)
-    statistics = RoutingStatistics.from_dict(measured["routing"])
-    kinds = dataclasses.asdict(statistics.expert_kinds("text", "image"))
+    results, described = stages.results, stages.describe(setup.options)
+    text = results["measure"]["text"]
+    bits = bits_per_byte(text["nll_after_training"], setup.tokenizer, documentation()["test"])
     more = {module.__name__: module.__version__ for module in (tokenizers, np, sklearn)}
+    kinds = dataclasses.asdict(routing.expert_kinds("text", "image"))
     return described | {
-        **{name: measured[name] for name in ("parameters", "text", "image", "samples")},
+        **results["measure"],
+        "text": text | {"bits_per_byte": bits},
+        "samples": results["draw"]["samples"]["1"],
         "tokenizer": results["tokenize"],
         "routing": {
-            "layers": statistics.layers,
-            "jensen_shannon_divergence_bits": statistics.divergence("text", "image").tolist(),
-            "entropy_nats": statistics.entropy().tolist(),
+            "layers": routing.layers,
+            "jensen_shannon_divergence_bits": routing.divergence("text", "image").tolist(),
+            "entropy_nats": routing.entropy().tolist(),
             "experts": {name: counts.tolist() for name, counts in kinds.items()},
         },
         "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
         "tokens_per_second": {
-            name: results[name]["tokens_per_second"] for name in ("pretrain", "teach", "generate")
+            name: results[name]["tokens_per_second"] for name in ("pretrain", "teach", "draw")
         },
-        **options.pick("seed", "backend", "device"),
+        **setup.options.pick("seed", "backend", "device"),
         "versions": {"python": platform.python_version(), **described["versions"], **more},
     }
 
@@ -257,20 +138,21 @@ def describe(options: DemoOptions, stages: Stages) -> dict[str, Any]:
 def run(options: DemoOptions) -> None:
     stages = Stages(options.out / "stages")
     text = learn_text(options, stages)
-    tokenized = tokenize(options, stages)
-    tokenizer = PatchTokenizer.load(tokenized.folder / "tokenizer")
-    setup = Setup(options, text.folder, PictureTokens.encode(tokenizer, *split_digits(options)))
-    taught = teach(setup, stages, after=[text, tokenized])
-    generated = generate(setup, stages, taught)
-    measure(setup, stages, taught, generated)
-    report = describe(options, stages)
-    draw_figures(report, stages.results, setup.tokens, options.out)
+    setup = Setup.load(options.drawing(text.folder / "model"))
+    tokens = tokenize(setup, stages)
+    taught = teach(setup, tokens, stages)
+    measure(setup, tokens, taught, stages)
+    draw(setup, tokens, taught, stages)
+    routed = measure_routing(setup, tokens, taught, stages)
+    routing = RoutingStatistics.from_dict(routed.result)
+    report = describe(setup, routing, stages)
+    draw_figures(report, stages.results, tokens, routing, options.out)
     write_json(options.out / "report.json", report)
     summarize(report, options.out)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(DemoOptions, arguments, __doc__, quick=QUICK)
+    options = parse(DemoOptions, arguments, __doc__, quick={"steps": 20})
     return exit_code(lambda: run(options))
 
 

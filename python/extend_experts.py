@@ -33,28 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import questions
 from shared.cli import Options, exit_code, option, parse
 from shared.files import copy_whole, replacing, write_json
 from shared.models import count_experts, load_causal_lm, require_experts
 from shared.options import ModelOptions, TextOptions, out_folder
 from shared.pictures import CaptionedPictures
-from shared.questions import (
-    QUESTIONS,
-    EncodedPictures,
-    EncoderSettings,
-    QuestionSet,
-    Viewer,
-    align,
-    as_text,
-    ask,
-    ask_words,
-    fine_tune,
-    joined_batches,
-    load_encoded,
-    read_pictures,
-    split_pictures,
-    train_encoder,
-)
 from shared.reports.extend_experts import write_pages
 from shared.stages import Stage, Stages, Workspace, digest, model_identity
 from shared.text_model import TextModelSettings, pretrain, start_text_model, train_text_tokenizer
@@ -92,28 +76,12 @@ class QuestionOptions(Options):
     data: str = option("digits", '"digits" or "emoji:FOLDER"')
     tasks: list[str] | None = option(
         None, "digits: digit, sum; emoji: category; default: all of them",
-        choices=tuple(QUESTIONS), metavar="TASK",
+        choices=tuple(questions.QUESTIONS), metavar="TASK",
     )  # fmt: skip
     held_out: int = option(
         1000, "pictures to hold out: one half decides, the other is reported", at_least=4
     )
     encoder_steps: int = option(400, "training steps of the encoder", at_least=1)
-
-
-@dataclass(kw_only=True)
-class AlignmentOptions(Options):
-    """Alignment."""
-
-    align_steps: int = option(300, "training steps of the projector", at_least=1)
-    align_lr: float = option(3e-3, "learning rate of the projector", above=0)
-
-
-@dataclass(kw_only=True)
-class ScoreOptions(Options):
-    """Scores of the layers."""
-
-    score_steps: int = option(40, "training steps of the routers", at_least=1)
-    score_lr: float = option(1e-3, "learning rate of the routers", above=0)
 
 
 @dataclass(kw_only=True)
@@ -136,9 +104,13 @@ class ExtensionOptions(Options):
 
 
 @dataclass(kw_only=True)
-class TuningOptions(Options):
-    """Fine-tuning."""
+class TrainingOptions(Options):
+    """Training."""
 
+    align_steps: int = option(300, "training steps of the projector", at_least=1)
+    align_lr: float = option(3e-3, "learning rate of the projector", above=0)
+    score_steps: int = option(40, "training steps of the routers, for the scores", at_least=1)
+    score_lr: float = option(1e-3, "learning rate of the routers", above=0)
     steps: int = option(300, "training steps of the added experts", at_least=1)
     batch: int = option(16, "questions in a batch of every training", at_least=1)
     lr: float = option(3e-3, "learning rate of the added experts", above=0)
@@ -154,8 +126,7 @@ class TestOptions(Options):
 
 @dataclass(kw_only=True)
 class ExtendOptions(
-    QuestionOptions, AlignmentOptions, ScoreOptions, ExtensionOptions, TuningOptions, TextOptions,
-    TestOptions, ModelOptions,
+    QuestionOptions, ExtensionOptions, TrainingOptions, TextOptions, TestOptions, ModelOptions
 ):  # fmt: skip
     """Model."""
 
@@ -183,8 +154,8 @@ class ExtendOptions(
         _ = self.extension  # refuse what it cannot read
 
     @property
-    def encoder(self) -> EncoderSettings:
-        return EncoderSettings(
+    def encoder(self) -> questions.EncoderSettings:
+        return questions.EncoderSettings(
             emoji=self.data.partition(":")[2] or None, held_out=self.held_out,
             steps=self.encoder_steps, seed=self.seed, device=self.device,
         )  # fmt: skip
@@ -263,7 +234,9 @@ def find_base(options: ExtendOptions, stages: Stages, names: tuple[str, ...]) ->
     """Return the folder or hub id of the base, after training it where none is given."""
     if options.model is not None:
         return options.model
-    words = as_text(ask_words(names, options.tasks, _WORD_QUESTIONS, options.seed))
+    words = questions.as_text(
+        questions.ask_words(names, options.tasks, _WORD_QUESTIONS, options.seed)
+    )
     inputs = dataclasses.asdict(options.text_model) | {"names": names} | options.pick("tasks")
     stage = stages.run(
         "pretrain", inputs, lambda workspace: pretrain(options.text_model, workspace, words)
@@ -276,7 +249,7 @@ def train_picture_encoder(options: ExtendOptions, stages: Stages) -> Stage:
     if options.encoder.emoji is not None:
         inputs["emoji"] = model_identity(options.encoder.emoji)
     return stages.run(
-        "encoder", inputs, lambda workspace: train_encoder(options.encoder, workspace)
+        "encoder", inputs, lambda workspace: questions.train_encoder(options.encoder, workspace)
     )
 
 
@@ -294,20 +267,22 @@ class Setup:
     base: str
     tokenizer: PreTrainedTokenizerBase
     blocks: torch.Tensor
-    encoded: dict[str, EncodedPictures]
+    encoded: dict[str, questions.EncodedPictures]
 
-    def questions(self, part: str, count: int | None, seed: int = 0) -> QuestionSet:
+    def ask(self, part: str, count: int | None, seed: int = 0) -> questions.QuestionSet:
         """Return ``count`` questions of each task; None: as many as pictures."""
         seen, seed = self.encoded[part], self.options.seed + seed
-        asked = [ask(seen, task, count, seed + n) for n, task in enumerate(self.options.tasks)]
-        return QuestionSet(seen, sum(asked, []), self.tokenizer)
+        asked: list[questions.Question] = []
+        for n, task in enumerate(self.options.tasks):
+            asked += questions.ask(seen, task, count, seed + n)
+        return questions.QuestionSet(seen, asked, self.tokenizer)
 
     @cached_property
-    def test(self) -> QuestionSet:
-        return self.questions("test", self.options.test_questions)
+    def test(self) -> questions.QuestionSet:
+        return self.ask("test", self.options.test_questions)
 
     @cached_property
-    def shown(self) -> QuestionSet:
+    def shown(self) -> questions.QuestionSet:
         """The first test questions of each task."""
         size = self.options.test_questions
         each = min(-(-self.options.shown // len(self.options.tasks)), size)
@@ -324,12 +299,12 @@ class Setup:
     @property
     def curve_batches(self) -> list[dict[str, torch.Tensor]]:
         """A few batches, for the curve of the held-out loss."""
-        return self.questions("choice", min(64, len(self.encoded["choice"])), 20).batches(64)
+        return self.ask("choice", min(64, len(self.encoded["choice"])), 20).batches(64)
 
     def load_base(self) -> PreTrainedModel:
         return load_causal_lm(self.base, self.options.dtype, self.options.device)
 
-    def load_viewer(self, adapter: Path | None = None) -> Viewer:
+    def load_viewer(self, adapter: Path | None = None) -> questions.Viewer:
         """Load the base, patched by the options; or by an adapter's own files."""
         model = self.load_base()
         if adapter is None:
@@ -338,21 +313,21 @@ class Setup:
         patch_model(model, config).load_adapter(adapter)
         return self.viewer(ExpertExtender(model))
 
-    def viewer(self, extender: ExpertExtender) -> Viewer:
+    def viewer(self, extender: ExpertExtender) -> questions.Viewer:
         begins = caption_ids(self.tokenizer, "a")[0] == self.tokenizer.bos_token_id
         whole = self.options.gate == "questions"
-        return Viewer(extender, MODALITY, whole_sequences=whole, begin=int(begins))
+        return questions.Viewer(extender, MODALITY, whole_sequences=whole, begin=int(begins))
 
-    def grade(self, viewer: Viewer) -> dict[str, Any]:
+    def grade(self, viewer: questions.Viewer) -> dict[str, Any]:
         """Return loss and accuracy on the test questions, and the answers to those shown."""
         answers = viewer.answer(self.shown, max_new_tokens=self.longest_answer)
         return viewer.grade(self.test) | {"answers": answers}
 
-    def disturbance(self, viewer: Viewer) -> dict[str, Any]:
+    def disturbance(self, viewer: questions.Viewer) -> dict[str, Any]:
         """Compare text alone, and the pictures' rows, with the model without added experts."""
         batches = self.blocks.to(self.options.device).split(_TEXT_BATCH)
         text = viewer.extender.disturbance([{"input_ids": ids} for ids in batches])
-        pictures = viewer.extender.disturbance(joined_batches(viewer, self.test, 50))
+        pictures = viewer.extender.disturbance(questions.joined_batches(viewer, self.test, 50))
         return {"text": text["text"].to_dict(), "pictures": pictures[MODALITY].to_dict()}
 
     # Inputs of stages.
@@ -391,13 +366,13 @@ def align_projector(setup: Setup, stages: Stages, encoder: Stage) -> Stage:
     options = setup.options
 
     def build(workspace: Workspace) -> dict[str, Any]:
-        history = align(
-            setup.load_viewer(), setup.questions("train", None), setup.curve_batches, workspace,
+        history = questions.align(
+            setup.load_viewer(), setup.ask("train", None), setup.curve_batches, workspace,
             **options.schedule(options.align_steps, options.align_lr),
         )  # fmt: skip
         return {"history": history}
 
-    inputs = setup.aligned_inputs | options.of(AlignmentOptions)
+    inputs = setup.aligned_inputs | options.pick("align_steps", "align_lr")
     return stages.run("align", inputs, build, after=[encoder])
 
 
@@ -416,23 +391,23 @@ def score(setup: Setup, stages: Stages, aligned: Stage) -> Stage:
     def build(workspace: Workspace) -> dict[str, Any]:
         viewer = setup.load_viewer(aligned.folder / "adapter")
         count = min(options.score_steps * options.batch, len(setup.encoded["choice"]))
-        questions = setup.questions("choice", count, 40)
+        asked = setup.ask("choice", count, 40)
         generator = torch.Generator().manual_seed(options.seed)
-        order = torch.randperm(len(questions), generator=generator).tolist()
-        mixed = [questions.questions[index] for index in order]
-        batches = joined_batches(
-            viewer, dataclasses.replace(questions, questions=mixed), options.batch
+        order = torch.randperm(len(asked), generator=generator).tolist()
+        mixed = [asked.questions[index] for index in order]
+        batches = questions.joined_batches(
+            viewer, dataclasses.replace(asked, questions=mixed), options.batch
         )
         return viewer.extender.score_layers(
             batches, options.score_steps, modality=MODALITY, lr=options.score_lr,
             count=options.count,
         ).to_dict()  # fmt: skip
 
-    inputs = options.of(ScoreOptions) | {"count": options.count}
+    inputs = options.pick("score_steps", "score_lr") | {"count": options.count}
     return stages.run("score", inputs, build, after=[aligned])
 
 
-def add_experts(setup: Setup, aligned: Stage, scored: Stage) -> Viewer:
+def add_experts(setup: Setup, aligned: Stage, scored: Stage) -> questions.Viewer:
     """Return the aligned model with added experts that have not learnt."""
     viewer = setup.load_viewer(aligned.folder / "adapter")
     scores = LayerScores.from_dict(scored.result)
@@ -470,13 +445,15 @@ def tune(setup: Setup, stages: Stages, aligned: Stage, scored: Stage) -> Stage:
     options = setup.options
 
     def build(workspace: Workspace) -> dict[str, Any]:
-        history = fine_tune(
-            add_experts(setup, aligned, scored), setup.questions("train", None, 60),
+        history = questions.fine_tune(
+            add_experts(setup, aligned, scored), setup.ask("train", None, 60),
             setup.curve_batches, workspace, **options.schedule(options.steps, options.lr),
         )  # fmt: skip
         return {"history": history}
 
-    return stages.run("tune", options.of(ExtensionOptions, TuningOptions), build, after=[scored])
+    return stages.run(
+        "tune", options.of(ExtensionOptions) | options.pick("steps", "lr"), build, after=[scored]
+    )
 
 
 def measure(setup: Setup, stages: Stages, tuned: Stage) -> Stage:
@@ -532,7 +509,7 @@ def shown_answers(setup: Setup, results: dict[str, Any]) -> list[dict[str, Any]]
     return [
         {
             "pictures": list(question.pictures),
-            "question": QUESTIONS[question.kind][0].strip(),
+            "question": questions.QUESTIONS[question.kind][0].strip(),
             "answer": question.answer,
             "aligned": first,
             "tuned": last,
@@ -579,14 +556,16 @@ def write_results(
 
 
 def run(options: ExtendOptions) -> None:
-    pictures = split_pictures(read_pictures(options.encoder), options.held_out, options.seed)
+    pictures = questions.split_pictures(
+        questions.read_pictures(options.encoder), options.held_out, options.seed
+    )
     check_extension(options)
     stages = Stages(options.out / "stages")
     base = find_base(options, stages, pictures["train"].names)
     tokenizer = AutoTokenizer.from_pretrained(base)
     blocks = options.text_blocks(tokenizer)  # too short a text is refused before anything long
     encoder = train_picture_encoder(options, stages)
-    setup = Setup(options, base, tokenizer, blocks, load_encoded(encoder.folder))
+    setup = Setup(options, base, tokenizer, blocks, questions.load_encoded(encoder.folder))
     measure_start(setup, stages, encoder)
     aligned = align_projector(setup, stages, encoder)
     measure_aligned(setup, stages, aligned)

@@ -155,7 +155,7 @@ def exit_code(work: Callable[[], Any]) -> int:
     try:
         work()
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        console.print("stopped; the same command continues from here")
         return 130
     except (ValueError, OSError, ImportError, ArithmeticError, torch.OutOfMemoryError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 import moe_kernels
 from shared.cli import Options, option
 from shared.models import DTYPES
-from shared.texts import documentation, text_blocks
+from shared.texts import held_out_text, text_blocks
 
 
 def out_folder(name: str) -> Any:
@@ -65,14 +65,17 @@ class ModelOptions(BackendOptions):
     dtype: str = option("bfloat16", "dtype of the base model", choices=DTYPES)
 
 
+def text_file(kind: str) -> Any:
+    """Return an option for a text; None stands for Python's documentation."""
+    help = f"file of {kind} text; default: Python's documentation"
+    return option(None, help, metavar="FILE", is_file=True)
+
+
 @dataclass(kw_only=True)
 class TextOptions(Options):
     """Held-out text."""
 
-    text: str | None = option(
-        None, "file of held-out text; default: Python's documentation",
-        metavar="FILE", is_file=True,
-    )  # fmt: skip
+    text: str | None = text_file("held-out")
     text_tokens: int = option(2048, "tokens of held-out text to measure", at_least=1)
     text_block: int = option(128, "tokens in a block of text", at_least=2)
 
@@ -82,6 +85,6 @@ class TextOptions(Options):
         Raises:
             ValueError: the text is shorter than one block.
         """
-        text = Path(self.text).read_text() if self.text else documentation()["test"]
+        text = held_out_text(self.text)
         blocks = text_blocks(tokenizer, text, self.text_block, self.text_block)
         return blocks[: max(1, self.text_tokens // self.text_block)]

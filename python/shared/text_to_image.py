@@ -1,4 +1,4 @@
-"""A text model that learns pictures: what the programs here share."""
+"""A text model that draws: its data, and measurements of its text and its drawings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moe_kernels.imaging import (
 from shared.pictures import CaptionedPictures
 from shared.training import mean_nll
 
-# So many real pictures of every caption are needed before a classifier is trained to read them.
+# Real pictures that every caption needs before a classifier is trained to read them.
 _PICTURES_TO_READ = 10
 
 
@@ -60,42 +60,9 @@ class TokenizedPictures:
         return len(self.codes)
 
 
-@dataclass(frozen=True)
-class PictureTokens:
-    """An image tokenizer, and the pictures that it has encoded."""
-
-    tokenizer: ImageTokenizer
-    train: TokenizedPictures
-    held_out: TokenizedPictures
-
-    @classmethod
-    def encode(
-        cls, tokenizer: ImageTokenizer, train: CaptionedPictures, held_out: CaptionedPictures
-    ) -> PictureTokens:
-        parts = (TokenizedPictures.encode(tokenizer, part) for part in (train, held_out))
-        return cls(tokenizer, *parts)
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return self.train.pictures.names
-
-
-def describe_codebook(
-    tokenizer: ImageTokenizer, train: np.ndarray, held_out: np.ndarray
-) -> dict[str, Any]:
-    """Return the use of the codebook on training images, and the error on held-out ones."""
-    usage = tokenizer.codebook_usage(tokenizer.encode(train))
-    return {
-        "codes": tokenizer.num_codes,
-        "codes_used": int((usage > 0).sum()),
-        "tokens_per_image": tokenizer.tokens_per_image,
-        "held_out_mean_squared_error": tokenizer.reconstruction_error(held_out),
-    }
-
-
 @dataclass
 class Painter:
-    """A text model with image tokens, and what is needed to talk to it; patched or not."""
+    """A text model with image tokens, patched or not, and the ids of its captions."""
 
     model: PreTrainedModel
     vocabulary: ImageVocabulary
@@ -113,7 +80,7 @@ class Painter:
         captions: Sequence[str],
         patched: PatchedModel | None = None,
     ) -> Painter:
-        """token_ids: of the model's image tokens"""
+        """Describe a model that has image tokens; token_ids: those of the image tokens."""
         return cls(
             model,
             ImageVocabulary.from_token_ids(token_ids),
@@ -135,7 +102,7 @@ class Painter:
         seed: int,
         **init: Any,
     ) -> Painter:
-        """Patches the model. init: keywords of ``add_modality_tokens``"""
+        """Patch the model and add image tokens; init: keywords of ``add_modality_tokens``."""
         torch.manual_seed(seed)
         patched = patch_model(model, config)
         token_ids = add_modality_tokens(model, "image", ImageVocabulary.size(num_codes), **init)
@@ -161,7 +128,7 @@ class Painter:
 def text_logits(
     model: PreTrainedModel, blocks: torch.Tensor, vocab_size: int, batch: int = 32
 ) -> torch.Tensor:
-    """(blocks, block, V): the scores of text tokens, always at the same batch shape."""
+    """Return (blocks, block, V) logits of text tokens, always at the same batch shape."""
     batches = blocks.to(model.device).split(batch)
     return torch.cat([model(input_ids=ids).logits[..., :vocab_size].cpu() for ids in batches])
 
@@ -177,7 +144,7 @@ def text_nll(logits: torch.Tensor, blocks: torch.Tensor) -> float:
 def compare_text(
     unpatched: torch.Tensor, before: torch.Tensor, after: torch.Tensor, blocks: torch.Tensor
 ) -> dict[str, Any]:
-    """What training did to text, from (blocks, block, V) logits in three states of the model."""
+    """Compare text by (blocks, block, V) logits in three states of the model."""
     rounding = (after - unpatched).float().abs().amax(-1)
     return {
         "held_out_tokens": blocks.numel(),
@@ -187,7 +154,7 @@ def compare_text(
         "max_abs_logit_difference_by_training": float((after - before).float().abs().max()),
         "logits_changed_by_training": int((after != before).sum()),
         "same_bits_before_and_after_training": torch.equal(before, after),
-        # Rounding; where a router is at a tie it may even choose another expert.
+        # The unpatched model rounds differently; a router at a tie may choose another expert.
         "max_abs_logit_difference_to_unpatched": float(rounding.max()),
         "median_logit_difference_to_unpatched": float(rounding.median()),
     }
@@ -203,9 +170,9 @@ def measure_model(
     text_batch: int,
     image_batch: int,
 ) -> tuple[Painter, dict[str, Any]]:
-    """One model in three states: as it was, patched but untrained, and with the trained adapter.
+    """Measure a model in three states: unpatched, patched but untrained, with the adapter.
 
-    blocks: (blocks, block) token ids of held-out text; returns the model in its last state, too
+    blocks: (blocks, block) token ids of held-out text. Returns the model in its last state, too.
     """
     vocab_size = model.config.vocab_size
     unpatched = text_logits(model, blocks, vocab_size, text_batch)
@@ -236,7 +203,7 @@ def record_routing(
     painter: Painter, blocks: torch.Tensor, held_out: TokenizedPictures, text_batch: int,
     image_batch: int,
 ) -> RoutingStatistics:  # fmt: skip
-    """Which experts text and pictures go to, with the adapters on."""
+    """Count the experts that text and pictures go to, with the adapters on."""
     model = painter.model
     modality_of = modality_by_token_id({"image": painter.vocabulary.token_ids})
     with torch.no_grad(), RoutingRecorder(model, modality_of) as recorder:
@@ -252,7 +219,7 @@ def flat(images: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """A classifier that says which caption a picture has."""
+    """A classifier that tells the caption of a picture."""
 
     classifier: Any
     decode: Callable[[torch.Tensor], torch.Tensor]
@@ -261,9 +228,9 @@ class CaptionReader:
     def fit(
         cls, train: TokenizedPictures, decode: Callable[[torch.Tensor], torch.Tensor]
     ) -> CaptionReader | None:
-        """Learns from real pictures, raw and as the tokenizer gives them back.
+        """Fit on real pictures, raw and as decoded by the tokenizer.
 
-        None where captions have too few pictures to learn from.
+        Returns None if a caption has too few pictures to learn from.
         """
         from sklearn.svm import SVC
 
@@ -273,11 +240,11 @@ class CaptionReader:
         return cls(SVC(C=5.0).fit(np.concatenate(both), np.tile(train.labels, 2)), decode)
 
     def read(self, codes: torch.Tensor) -> torch.Tensor:
-        """(N, tokens) -> (N,) captions' numbers"""
+        """Return (N,) captions' numbers of (N, tokens) codes."""
         return torch.from_numpy(self.classifier.predict(flat(self.decode(codes)))).long()
 
     def accuracy(self, held_out: TokenizedPictures) -> dict[str, float]:
-        """On real pictures, raw and tokenized."""
+        """Return the accuracy on real pictures, raw and tokenized."""
         raw = flat(held_out.pictures.images) / 255
         return {
             "raw": self.classifier.score(raw, held_out.labels),
@@ -293,10 +260,14 @@ def measure_samples(
     decode: Callable[[torch.Tensor], torch.Tensor],
     reader: CaptionReader | None,
 ) -> dict[str, Any]:
-    """Are generated pictures what was asked for, varied, and new?
+    """Measure whether drawings show their caption, vary, and are new.
 
-    codes: (N, tokens); asked: (N,), the captions' numbers. Real pictures are compared as the
-    tokenizer gives them back, so that like meets like.
+    Real pictures are compared as decoded by the tokenizer, as drawings are.
+
+    Args:
+        codes: (N, tokens)
+        asked: (N,), the captions' numbers
+        reader: None to leave out reading
     """
     generated, real, real_held_out = map(decode, (codes, train.codes, held_out.codes))
     near, near_real = nearest_distances(generated, real), nearest_distances(real_held_out, real)

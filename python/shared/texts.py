@@ -1,4 +1,4 @@
-"""Texts that come with Python: its own documentation, in parts that share no paragraph."""
+"""Texts that come with Python, in parts that share no paragraph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARTS = ("train", "choice", "test")
 
 
 def documentation() -> dict[str, str]:
-    """Python's own documentation by part: two of ten topics are for choice and test."""
+    """Return Python's own documentation by part: two of ten topics are for choice and test."""
     from pydoc_data.topics import topics
 
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
@@ -25,8 +25,13 @@ def documentation() -> dict[str, str]:
     )
 
 
+def held_out_text(file: str | None) -> str:
+    """Return the text of the file; without one, documentation that nothing learns from."""
+    return Path(file).read_text() if file else documentation()["test"]
+
+
 def source_code() -> dict[str, str]:
-    """The standard library's top-level modules by part, whole modules each."""
+    """Return the standard library's top-level modules by part, each module in one part."""
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for index, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
         part = {0: "test", 5: "choice"}.get(index % 10, "train")
@@ -35,7 +40,7 @@ def source_code() -> dict[str, str]:
 
 
 def without_shared_paragraphs(texts: dict[str, str]) -> dict[str, str]:
-    """Texts by part: what a later one has is taken out of the earlier ones."""
+    """Remove from each text the paragraphs that a later text has."""
     kept, seen = {}, set()
     for part, text in reversed(texts.items()):
         paragraphs = text.split("\n\n")
@@ -46,10 +51,19 @@ def without_shared_paragraphs(texts: dict[str, str]) -> dict[str, str]:
     return {part: kept[part] for part in texts}
 
 
+def spread(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """Return at most so many of the rows, evenly spaced."""
+    return rows[:: max(1, len(rows) // most)][:most]
+
+
 def text_blocks(
     tokenizer: PreTrainedTokenizerBase, text: str, block: int, stride: int
 ) -> torch.Tensor:
-    """(blocks, block) token ids, without special tokens"""
+    """Return (blocks, block) token ids, without special tokens.
+
+    Raises:
+        ValueError: the text is shorter than one block.
+    """
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)
     ids = ids.input_ids[0]
     if len(ids) < block:

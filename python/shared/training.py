@@ -26,14 +26,14 @@ from shared.stages import Workspace
 
 @contextmanager
 def stop_after_step() -> Iterator[threading.Event]:
-    """The first ctrl-C or SIGTERM lets the step end and be saved; a second one ends at once."""
+    """Yield an event that the first ctrl-C or SIGTERM sets; a second one interrupts at once."""
     stop = threading.Event()
 
     def request_stop(number, frame):
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        console.print("stopping after this step; again to stop at once")
+        console.print("stopping after this step; press again to stop at once")
 
     in_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
@@ -46,7 +46,7 @@ def stop_after_step() -> Iterator[threading.Event]:
 
 
 class Monitor(TrainerCallback):
-    """The progress bar, the held-out loss, and the time that steps take."""
+    """Callback for the progress bar, the held-out loss, and the duration of steps."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Monitor(TrainerCallback):
 
     @property
     def steps_per_second(self) -> float:
-        """Of the steps that this run took, without evaluation and checkpoints."""
+        """Speed of this run's steps, without evaluation and checkpoints."""
         return self.timed_steps / max(self.timed_seconds, 1e-9)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -104,7 +104,7 @@ class Monitor(TrainerCallback):
 
 
 class CheckedTrainer(Trainer):
-    """Stops where the loss is not a number any more, and lets no checkpoint hold such weights."""
+    """Trainer that stops when the loss is not finite, and saves no weights that are not finite."""
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -115,13 +115,13 @@ class CheckedTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs):
         trained = (p for p in self.model.parameters() if p.requires_grad)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
-            self._stop("weights are not finite after it")
+            self._stop("the weights are not finite after this step")
         super()._save_checkpoint(*args, **kwargs)
 
     def _stop(self, reason: str):
         raise FloatingPointError(
             f"training stopped at step {self.state.global_step + 1}: {reason}; "
-            f"{self._last_good()}; lower the learning rate (which makes a run of its own)"
+            f"{self._last_good()}; lower the learning rate (which starts a new run)"
         )
 
     def _last_good(self) -> str:
@@ -133,9 +133,9 @@ class CheckedTrainer(Trainer):
 
 
 class AdapterTrainer(CheckedTrainer):
-    """For a patched model: checkpoints hold the adapter, not the frozen base.
+    """Trainer of a patched model whose checkpoints hold the adapter, not the frozen base.
 
-    ``patched.load_adapter`` reads such a checkpoint too.
+    ``patched.load_adapter`` reads such a checkpoint.
     """
 
     def __init__(self, patched: PatchedModel, *args, **kwargs):
@@ -171,9 +171,19 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Through transformers.Trainer, from the last whole checkpoint in the workspace's folder.
+    """Train with transformers' Trainer, from the last complete checkpoint in the workspace.
 
-    optimizer: instead of the Trainer's, such as one with several learning rates
+    Args:
+        held_out: returns the held-out loss of a model; computed seven times
+        optimizer: replaces the Trainer's, for several learning rates
+        arguments: of `TrainingArguments`; see :func:`schedule`
+
+    Returns:
+        [step, value] pairs of loss, held_out and grad_norm; and samples_per_second.
+
+    Raises:
+        FloatingPointError: the loss or the weights are not finite.
+        KeyboardInterrupt: training was interrupted, after a checkpoint.
     """
     defaults = dict(
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
@@ -196,22 +206,22 @@ def train(
             monitor.progress.stop()
     if trainer.state.global_step < arguments.max_steps:
         raise KeyboardInterrupt
-    history = trainer.state.log_history
     shutil.rmtree(workspace.folder / "checkpoints", ignore_errors=True)
-    return {
-        **{
-            kind: [[entry["step"], entry[kind]] for entry in history if kind in entry]
-            for kind in ("loss", "held_out", "grad_norm")
-        },
-        "samples_per_second": arguments.per_device_train_batch_size * monitor.steps_per_second,
+    log = trainer.state.log_history
+    history: dict[str, Any] = {
+        kind: [[entry["step"], entry[kind]] for entry in log if kind in entry]
+        for kind in ("loss", "held_out", "grad_norm")
     }
+    speed = arguments.per_device_train_batch_size * monitor.steps_per_second
+    return history | {"samples_per_second": speed}
 
 
 def last_checkpoint(workspace: Workspace) -> str | None:
-    """The newest one that was written to its end: the Trainer's state is its last file."""
+    """Return the newest complete checkpoint, and remove incomplete ones."""
     whole = []
     for checkpoint in workspace.folder.glob("checkpoints/checkpoint-*"):
         try:
+            # The Trainer writes its state last.
             state = json.loads((checkpoint / "trainer_state.json").read_text())
             whole.append((state["global_step"], checkpoint))
         except (OSError, ValueError, KeyError):
@@ -221,7 +231,7 @@ def last_checkpoint(workspace: Workspace) -> str | None:
 
 @torch.no_grad()
 def mean_nll(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]) -> float:
-    """Nats per token that has a label."""
+    """Return the mean loss in nats a token, over tokens that have a label."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0

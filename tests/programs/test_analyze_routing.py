@@ -126,7 +126,7 @@ def test_stopped_it_goes_on(program, saved, finished, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(program.Subject, "redundancy", stop)
         assert program.main(command(saved, "--out", str(tmp_path))) == 130
-    assert "goes on from here" in capsys.readouterr().out
+    assert "continues from here" in capsys.readouterr().out
     assert not (tmp_path / "report.json").exists()
     monkeypatch.setattr(program.Subject, "routing", stop)  # done before
     assert program.main(command(saved, "--out", str(tmp_path))) == 0

@@ -20,14 +20,14 @@ def demo():
 @pytest.fixture(scope="module", autouse=True)
 def tiny(demo):
     """Even smaller than --quick."""
-    before = dict(demo.QUICK)
-    text_model = dataclasses.replace(demo.QUICK["text_model"], hidden_size=32, text_steps=6)
-    demo.QUICK.update(
-        text_model=text_model, images=200, held_out_images=50, num_codes=16, samples_per_caption=2
-    )
-    yield
-    demo.QUICK.clear()
-    demo.QUICK.update(before)
+    smaller = {"images": 200, "held_out": 50, "num_codes": 16, "samples_per_caption": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, sizes in (
+            ("TEXT_MODEL", {"hidden_size": 32, "text_steps": 6}),
+            ("DRAWING", smaller),
+        ):
+            patch.setattr(demo, f"QUICK_{name}", getattr(demo, f"QUICK_{name}") | sizes)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_writes_pictures_and_a_report(finished):
     for comparison in ("pairwise_distance", "nearest_training_distance"):
         assert all(samples[comparison][side] > 0 for side in ("generated", "held_out_real"))
 
-    stages = {"pretrain", "tokenize", "teach", "generate", "measure"}
+    stages = {"pretrain", "tokenize", "teach", "measure", "draw", "routing"}
     assert report["seconds"].keys() == stages | {"total"}
     assert all(rate > 0 for rate in report["tokens_per_second"].values())
     assert report["settings"]["steps"] == 6
@@ -100,8 +100,12 @@ def test_a_second_run_computes_nothing_again(demo, finished, monkeypatch):
     def fail(*_):
         raise AssertionError("a finished stage was built again")
 
-    for name in ("pretrain", "describe_codebook", "train", "generate_image_codes", "measure_model"):
-        monkeypatch.setattr(demo, name, fail)
+    from shared import drawing
+
+    monkeypatch.setattr(demo, "pretrain", fail)
+    monkeypatch.setattr(demo, "record_routing", fail)
+    for name in ("fit_tokenizer", "train", "measure_model", "draw_codes"):
+        monkeypatch.setattr(drawing, name, fail)
     assert demo.main([*OPTIONS, "--out", str(finished)]) == 0
     assert (finished / "report.json").read_text() == before
 
@@ -159,7 +163,7 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
 
     original = training.TrainingArguments
     monkeypatch.setattr(training, "TrainingArguments", save_often)
-    options = demo.parse(demo.DemoOptions, OPTIONS, "", quick=demo.QUICK)
+    options = demo.parse(demo.DemoOptions, OPTIONS, "")
     stages = Stages(tmp_path / "stages")
     interrupt(monkeypatch, training.Monitor, 5, kill)
 
@@ -182,23 +186,22 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     ("changed", "kept"),
     [
         ({"seed": 1}, []),
-        ({"images": 4000}, ["pretrain"]),
+        ({"images": 400}, ["pretrain"]),
         ({"steps": 1}, ["pretrain", "tokenize"]),
-        ({"temperature": 0.8}, ["pretrain", "tokenize", "teach"]),
+        ({"temperature": 0.8}, ["pretrain", "tokenize", "teach", "measure", "routing"]),
     ],
 )
-def test_settings_decide_what_is_computed_again(demo, tmp_path, changed, kept):
-    before, after = (
-        stage_folders(demo, demo.DemoOptions(out=tmp_path, **more)) for more in ({}, changed)
-    )
-    assert before.keys() == {"pretrain", "tokenize", "teach", "generate", "measure"}
+def test_settings_decide_what_is_computed_again(demo, finished, changed, kept):
+    before, after = (stage_folders(demo, finished, **more) for more in ({}, changed))
+    assert before.keys() == {"pretrain", "tokenize", "teach", "measure", "draw", "routing"}
     assert [name for name in before if before[name] == after[name]] == kept
 
 
-def stage_folders(demo, options):
+def stage_folders(demo, finished, **changed):
     """The stages' folders by name; no stage is computed."""
     from types import SimpleNamespace
 
+    from shared import drawing
     from shared.stages import Stage, Stages
 
     class Named(Stages):
@@ -206,12 +209,19 @@ def stage_folders(demo, options):
             self.finished[name] = Stage(self.folder(name, inputs, after), {}, 0.0)
             return self.finished[name]
 
-    stages, setup = Named(options.out), SimpleNamespace(options=options, tokens=None)
-    text, tokenized = demo.learn_text(options, stages), demo.tokenize(options, stages)
-    taught = demo.teach(setup, stages, after=[text, tokenized])
-    generated = demo.generate(setup, stages, taught)
-    demo.measure(setup, stages, taught, generated)
-    return {name: stage.folder for name, stage in stages.finished.items()}
+    stages = Named(finished)
+    own = {name: value for name, value in changed.items() if name in ("seed", "steps")}
+    options = demo.DemoOptions(quick=True, **own)
+    demo.learn_text(options, stages)
+    settings = options.drawing(stage(finished, "pretrain") / "model")
+    settings = dataclasses.replace(settings, **changed)
+    setup = drawing.Setup.load(settings)
+    fake = SimpleNamespace(stage=stages.run("tokenize", drawing.tokenizer_inputs(setup), None))
+    taught = drawing.teach(setup, fake, stages)
+    drawing.measure(setup, fake, taught, stages)
+    drawing.draw(setup, fake, taught, stages)
+    demo.measure_routing(setup, fake, taught, stages)
+    return {name: each.folder for name, each in stages.finished.items()}
 
 
 @pytest.mark.parametrize(

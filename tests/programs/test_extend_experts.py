@@ -1,7 +1,6 @@
 """The program that adds experts for questions about pictures, on a tiny model and few pictures."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ from support.programs import imported, save_byte_tokenizer
 def program():
     """On 120 of the 5,000 digits."""
     with imported("extend_experts") as module, pytest.MonkeyPatch.context() as patch:
-        questions = sys.modules["shared.questions"]
-        few = questions.digits().take(np.arange(0, 4800, 40))
-        patch.setattr(questions, "digits", lambda: few)
+        few = module.questions.digits().take(np.arange(0, 4800, 40))
+        patch.setattr(module.questions, "digits", lambda: few)
         yield module
 
 
@@ -95,7 +93,7 @@ def test_every_state_was_asked(report):
 
 
 def test_an_answer_is_that_of_its_pictures(program, report, command):
-    questions = sys.modules["shared.questions"]
+    questions = program.questions
     options = program.parse(program.ExtendOptions, command, "")
     pictures = questions.read_pictures(options.encoder)
     test = questions.split_pictures(pictures, options.held_out, options.seed)["test"]
@@ -121,7 +119,7 @@ def test_the_page_says_how_to_load_the_adapter(program, finished, report):
     code = (finished / "report.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
     exec(code, names)
-    questions = sys.modules["shared.questions"]
+    questions = program.questions
     encoder = questions.load_encoder(finished / "encoder")
     extender = program.ExpertExtender(names["model"])
     viewer = questions.Viewer(extender, whole_sequences=True)
@@ -143,8 +141,9 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
         raise AssertionError("a finished stage was built again")
 
     before = (finished / "report.json").read_text()
-    for name in ("train_encoder", "align", "fine_tune", "load_causal_lm"):
-        monkeypatch.setattr(program, name, fail)
+    monkeypatch.setattr(program, "load_causal_lm", fail)
+    for name in ("train_encoder", "align", "fine_tune"):
+        monkeypatch.setattr(program.questions, name, fail)
     assert program.main([*command, "--out", str(finished)]) == 0
     assert (finished / "report.json").read_text() == before
 

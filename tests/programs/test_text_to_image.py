@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from support.model_zoo import make_model
 from support.programs import imported, save_byte_tokenizer
 
+from moe_kernels.imaging import PatchTokenizer, load_image_tokenizer
+
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
 
 
@@ -87,8 +89,10 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
         raise AssertionError("a finished stage was built again")
 
     before = (finished / "report.json").read_text()
-    for name in ("train", "measure_model", "generate_image_codes"):
-        monkeypatch.setattr(program, name, fail)
+    from shared import drawing
+
+    for name in ("train", "measure_model", "draw_codes", "fit_tokenizer"):
+        monkeypatch.setattr(drawing, name, fail)
     assert program.main([*command, "--out", str(finished)]) == 0
     assert (finished / "report.json").read_text() == before
 
@@ -210,7 +214,7 @@ def test_says_what_is_wrong_with_the_data(program, command, options, message, tm
 
 
 def setup_of(program, command):
-    return program.Setup(program.parse(program.TextToImageOptions, command, ""))
+    return program.Setup.load(program.parse(program.TextToImageOptions, command, ""))
 
 
 def test_other_captions_are_another_run(program, command, pictures, tmp_path):
@@ -220,8 +224,10 @@ def test_other_captions_are_another_run(program, command, pictures, tmp_path):
     listing = changed / "metadata.jsonl"
     listing.write_text(listing.read_text().replace("red", "crimson"))
 
+    from shared import drawing
+
     def inputs(folder):
-        return program.tokenizer_inputs(setup_of(program, [*command, "--data", str(folder)]))
+        return drawing.tokenizer_inputs(setup_of(program, [*command, "--data", str(folder)]))
 
     assert inputs(pictures) == inputs(pictures) != inputs(changed)
 
@@ -251,7 +257,7 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
     assert "read" not in report["samples"]["1"], "a classifier that learnt from four pictures"
     again = [*command, *data, "--tokenizer", str(tmp_path / "out" / "image_tokenizer")]
     fitted = program.tokenize(setup_of(program, again), Stages(tmp_path / "other"))
-    assert fitted.result["codes"] == report["image_tokenizer"]["codes"]
+    assert fitted.tokenizer.num_codes == report["image_tokenizer"]["codes"]
 
 
 def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, command, tmp_path):
@@ -259,7 +265,7 @@ def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, comm
     from shared.stages import Stages
 
     noise = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)
-    program.PatchTokenizer.fit(noise, num_codes=128).save(tmp_path / "fitted")
+    PatchTokenizer.fit(noise, num_codes=128).save(tmp_path / "fitted")
     extra = ["--tokenizer", str(tmp_path / "fitted")]
     setup = setup_of(program, [*command, *extra])
     with pytest.warns(UserWarning, match=r"of 128 codes are in use"):
@@ -272,7 +278,7 @@ def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(
     extra = ["--tokenizer", "vq", "--vq-steps", "40", "--vq-lr", "1e30", "--out", str(tmp_path)]
     assert program.main([*command, *extra]) == 1
     assert "--vq-lr" in capsys.readouterr().out
-    assert program.load_image_tokenizer(tmp_path / "image_tokenizer-last-good").num_codes == 16
+    assert load_image_tokenizer(tmp_path / "image_tokenizer-last-good").num_codes == 16
 
 
 def test_experts_that_grouped_mm_cannot_take(program, command, tmp_path):

@@ -1,4 +1,4 @@
-"""What extend_experts.py shows: pages of figures, and its table on the terminal."""
+"""The report of extend_experts.py: its page, its figures, and its table on the terminal."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _PAGE = """# Added experts: {title}
 
 ## Answers to questions about held-out pictures
 
-{count} questions of each task. An answer is right where greedy generation writes it whole.
+{count} questions of each task. An answer is right if greedy generation writes all of it.
 
 {answers}
 
 ![Questions about held-out pictures, and the answers](answers.png)
 
-## Where the experts are
+## Added experts by layer
 
 ![Scores of the layers](scores.png)
 
@@ -45,7 +45,7 @@ _PAGE = """# Added experts: {title}
 
 ## Loading
 
-The base is `{base}`. In a program of its own:
+The base is `{base}`. To load the extended model:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -55,20 +55,20 @@ from moe_kernels.moextend import ExpertExtender
 model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})
 patched = patch_model(model, ModalityLoraConfig.from_adapter({adapter!r}))
 patched.load_adapter({adapter!r})
-projector = ExpertExtender(model).projector()    # it came with the adapter
+projector = ExpertExtender(model).projector()    # saved with the adapter
 ```
 
-The figures of "experts tuned" are of a model that was loaded so. `load_encoder({encoder!r})` of
-`python/shared/questions.py` gives the frozen encoder.
+The figures of "experts tuned" were measured on a model loaded this way. `load_encoder({encoder!r})`
+of `python/shared/questions.py` loads the frozen encoder.
 """
 
 
 def write_pages(
     report: dict[str, Any], scores: LayerScores, pictures: np.ndarray, out: Path
 ) -> None:
-    """answers.png, scores.png, training.png and report.md, and the table on the terminal.
+    """Write answers.png, scores.png, training.png and report.md, and print a table.
 
-    pictures: (N, H, W[, 3]) uint8, those that the report's "shown" number
+    pictures: (N, H, W[, 3]) uint8, which the report's "shown" indexes
     """
     save_figure(plot_answers(report["shown"], pictures), out / "answers.png")
     chosen = [int(layer) for layer in report["extension"]["experts"]]
@@ -84,14 +84,14 @@ def write_pages(
     for row in (*rows_of(report), ("answers right", _states(report))):
         table.add_row(*row)
     console.print(table)
-    console.print(f"written to {out}: report.md has all of it", markup=False, soft_wrap=True)
+    console.print(f"written to {out}; report.md has all figures", markup=False, soft_wrap=True)
 
 
 # --- figures
 
 
 def plot_answers(shown: list[dict[str, Any]], pictures: np.ndarray) -> Figure:
-    """Each question with its pictures, and what was answered before and after fine-tuning."""
+    """Return a figure of questions, their pictures, and answers before and after fine-tuning."""
     rows = -(-len(shown) // _COLUMNS)
     figure = Figure(figsize=(3.2 * _COLUMNS, 3.1 * rows), layout="constrained")
     panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
@@ -99,7 +99,7 @@ def plot_answers(shown: list[dict[str, Any]], pictures: np.ndarray) -> Figure:
         panel.axis("off")
     for panel, each in zip(panels, shown, strict=False):
         _draw_question(panel, each, pictures)
-    figure.suptitle("Held-out pictures: what the model writes (green: right)")
+    figure.suptitle("Held-out pictures, and the answers of the model (green: right)")
     return figure
 
 
@@ -124,14 +124,14 @@ def _draw_question(panel: Axes, each: dict[str, Any], pictures: np.ndarray) -> N
 
 
 def rows_of(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is known, and its figures."""
+    """Return the table's rows: a name, and its figures."""
     parameters, text = report["parameters"], report["text"]
     encoder, disturbance = report["encoder"], report["disturbance"]
     step_0, tuned = disturbance["step_0"], disturbance["tuned"]
     changed = text["logits_changed_by_training"]
     return [
         (
-            "parameters that fine-tuning trained",
+            "parameters trained by fine-tuning",
             f"{parameters['added']:,}: {parameters['share']:.2%} of the base's "
             f"{parameters['base']:,}; the projector has {parameters['projector']:,}",
         ),
@@ -155,7 +155,7 @@ def rows_of(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "the encoder alone, on held-out pictures",
-            f"{encoder['accuracy']['test']:.1%} named right",
+            f"{encoder['accuracy']['test']:.1%} named correctly",
         ),
     ]
 
@@ -168,7 +168,7 @@ def _states(report: dict[str, Any]) -> str:
 
 
 def page(report: dict[str, Any], out: Path) -> str:
-    """report.md"""
+    """Return the text of report.md."""
     settings = report["settings"]
     rows = "\n".join(f"| {name} | {value} |" for name, value in rows_of(report))
     return _PAGE.format(
@@ -196,7 +196,7 @@ def answers_table(answers: dict[str, Any]) -> str:
 
 
 def experts_table(report: dict[str, Any]) -> str:
-    """Of the layers that were extended."""
+    """Return a Markdown table of the extended layers."""
     extension, scores = report["extension"], report["scores"]
     sources = extension["sources"] or {}
     lines = ["| layer | score d | added experts | copies of |", "|---|---|---|---|"]
@@ -206,5 +206,5 @@ def experts_table(report: dict[str, Any]) -> str:
     gate = extension["modality"]
     rows = f"rows of the modality {gate!r}" if gate else "all rows (no gate)"
     calibration = extension["calibration"] or "none"
-    last = f"Open to {rows}, which the scores count; calibration: {calibration}."
+    last = f"Available to {rows}, which the scores count; calibration: {calibration}."
     return "\n".join([*lines, "", last])

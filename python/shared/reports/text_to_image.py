@@ -8,74 +8,75 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 
-from moe_kernels.imaging import SampleRow, nearest_indices, plot_samples
+from moe_kernels import imaging
 from shared.cli import console
-from shared.files import save_figure
-from shared.text_to_image import PictureTokens
-
-_REAL = 3  # real pictures beside each caption's drawings
+from shared.drawing import PictureTokens
 
 
 def plot_drawings(
-    drawn: dict[str, Any], labels: Sequence[int], each: int, tokens: PictureTokens, out: Path
-) -> None:
-    """Write samples-guidance-*.png: drawings, their nearest training pictures, and real ones.
+    codes: list[list[int]], samples: dict[str, Any], labels: Sequence[int], tokens: PictureTokens,
+    title: str, *, real: int = 3, nearest: bool = False,
+) -> Figure:  # fmt: skip
+    """Return a figure with a row for each caption: drawings, and real pictures beside them.
 
     Args:
-        drawn: guidance -> what was measured of its drawings, with their codes
-        labels: numbers of the captions that were drawn
-        each: drawings of a caption
+        codes: of the drawings
+        samples: what was measured of them; misread drawings get a red frame
+        labels: numbers of the captions that were drawn, each equally often
+        real: number of real pictures, held-out ones where there are any
+        nearest: show the nearest training picture of each drawing too
     """
-    decode = tokens.tokenizer.decode
-    trained = decode(tokens.train.codes)
-    real = [_real_pictures(tokens, label) for label in labels]
-    heading = "real, held out" if all(is_held_out for _, is_held_out in real) else "real"
-    for guidance, measured in drawn.items():
-        codes = torch.tensor(measured["codes"])
-        nearest = trained[nearest_indices(decode(codes), trained)]
-        rows = []
-        for number, label in enumerate(labels):
-            mine = slice(number * each, (number + 1) * each)
-            misread = torch.tensor(measured["read"][mine]) != label if "read" in measured else None
-            rows.append(SampleRow(
-                f'"{tokens.captions[label]}"', decode(codes[mine]), decode(real[number][0]),
-                misread, nearest[mine],
-            ))  # fmt: skip
-        figure = plot_samples(rows, _title(guidance, measured), real_heading=heading)
-        save_figure(figure, out / f"samples-guidance-{guidance}.png")
+    decode, each = tokens.tokenizer.decode, len(codes) // len(labels)
+    drawn = decode(torch.tensor(codes))
+    if nearest:
+        trained = decode(tokens.train.codes)
+        trained = trained[imaging.nearest_indices(drawn, trained)]
+    rows, all_held_out = [], True
+    for number, label in enumerate(labels):
+        mine = slice(number * each, (number + 1) * each)
+        real_codes, is_held_out = _real_pictures(tokens, label, real)
+        all_held_out &= is_held_out
+        rows.append(imaging.SampleRow(
+            f'"{tokens.captions[label]}"', drawn[mine], decode(real_codes),
+            torch.tensor(samples["read"][mine]) != label if "read" in samples else None,
+            trained[mine] if nearest else None,
+        ))  # fmt: skip
+    heading = "real, held out" if all_held_out else "real"
+    return imaging.plot_samples(rows, title, real_heading=heading)
 
 
-def _title(guidance: str, measured: dict[str, Any]) -> str:
-    read = measured.get("read_as_their_caption")
-    title = f"guidance {guidance}"
-    return title if read is None else f"{title}: {read:.1%} read as their caption"
-
-
-def _real_pictures(tokens: PictureTokens, label: int) -> tuple[torch.Tensor, bool]:
+def _real_pictures(tokens: PictureTokens, label: int, count: int) -> tuple[torch.Tensor, bool]:
     """Return codes of real pictures of a caption, and whether they are held-out ones."""
     for part in (tokens.held_out, tokens.train):
         if (mine := np.flatnonzero(part.labels == label)).size:
-            return part.codes[torch.from_numpy(mine[:_REAL])], part is tokens.held_out
+            return part.codes[torch.from_numpy(mine[:count])], part is tokens.held_out
     raise AssertionError("every caption to draw has a training picture")
 
 
-def summarize(report: dict[str, Any], out: Path) -> None:
-    """The table on the terminal."""
+def training_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return table rows of what training did to text and to held-out pictures."""
     parameters, text, image = report["parameters"], report["text"], report["image"]
+    before, after = text["nll_before_training"], text["nll_after_training"]
+    return [
+        ("parameters trained", f"{parameters['trained']:,} ({parameters['share']:.2%})"),
+        ("text, held out: nats a token", f"{before:.6f} before, {after:.6f} after"),
+        ("text logits changed by training", f"{text['logits_changed_by_training']:,}"),
+        (
+            "image, held out: nats a token",
+            f"{image['nll_start']:.3f} before, {image['nll_end']:.3f} after, "
+            f"{image['nll_adapters_off']:.3f} with the adapters off",
+        ),
+    ]
+
+
+def summarize(report: dict[str, Any], out: Path) -> None:
+    """Print a table of the results."""
     table = Table(show_header=False, show_lines=True)
-    table.add_row("parameters trained", f"{parameters['trained']:,} ({parameters['share']:.2%})")
-    table.add_row(
-        "text, held out: nats a token",
-        f"{text['nll_before_training']:.6f} before, {text['nll_after_training']:.6f} after",
-    )
-    table.add_row("text logits changed by training", f"{text['logits_changed_by_training']:,}")
-    table.add_row(
-        "image, held out: nats a token",
-        f"{image['nll_start']:.3f} before, {image['nll_end']:.3f} after, "
-        f"{image['nll_adapters_off']:.3f} with the adapters off",
-    )
+    for row in training_rows(report):
+        table.add_row(*row)
     for guidance, samples in report["samples"].items():
         near = samples["nearest_training_distance"]
         read = samples.get("read_as_their_caption")

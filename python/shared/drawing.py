@@ -1,0 +1,405 @@
+"""Teach a text model to draw: options and stages of train_text_to_image.py and demo.py."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import MISSING, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_kernels import ModalityLoraConfig, imaging
+from moe_kernels.models import initialise_lora
+from shared import pictures
+from shared.cli import Options, option
+from shared.models import load_causal_lm, require_experts
+from shared.options import ModelOptions, TextOptions, out_folder
+from shared.pictures import CaptionedPictures
+from shared.stages import Stage, Stages, Workspace, digest, model_identity
+from shared.text_to_image import (
+    CaptionReader,
+    Painter,
+    TokenizedPictures,
+    measure_model,
+    measure_samples,
+)
+from shared.training import mean_nll, schedule, train
+
+ROW_INITS = ("normal", "gaussian", "mean", "gromov_wasserstein", "permuted")
+TARGET_MODULES = ("experts", "attention", "router")
+LORA_INITS = ("zero", "gromov_wasserstein", "permuted")
+COUPLED_INITS = ("gromov_wasserstein", "permuted")  # computed by POT
+_INIT_ROWS = 16  # texts and pictures that a Gromov-Wasserstein start of the adapters sees
+
+
+# --- options
+
+
+@dataclass(kw_only=True)
+class PictureOptions(Options):
+    """Pictures."""
+
+    data: str = option("digits", "digits, emoji, or a folder of pictures")
+    emoji_folder: str | None = option(None, "unpacked npm package emoji-datasource-twitter")
+    emoji_categories: list[str] = option([], "categories of emoji; default: all", metavar="NAME")
+    image_size: int = option(32, "pixels of a side; digits have 28", at_least=1)
+    held_out: int = option(200, "pictures to hold out", at_least=1)
+    images: int | None = None  # of those that there are
+
+    def load_pictures(self) -> tuple[CaptionedPictures, CaptionedPictures]:
+        """Return the pictures to learn from, and those held out."""
+        if self.data == "digits":
+            loaded = pictures.digits()
+        elif self.data == "emoji":
+            categories = self.emoji_categories or None
+            loaded = pictures.emoji(Path(self.emoji_folder), self.image_size, categories)
+        else:
+            loaded = pictures.folder(Path(self.data), self.image_size)
+        if self.images and self.images < len(loaded):
+            loaded, _ = loaded.split(len(loaded) - self.images, self.seed)
+        return loaded.split(self.held_out, self.seed)
+
+
+@dataclass(kw_only=True)
+class TokenizerOptions(Options):
+    """Image tokenizer."""
+
+    tokenizer: str = option(
+        "patch", "patch (k-means over patches), vq (a VQ-VAE), or the folder of a fitted one"
+    )
+    num_codes: int = option(256, "codes of the codebook", at_least=1)
+    patch_size: int = option(4, "pixels of a token's side", at_least=1)
+    vq_steps: int = option(5000, "training steps of a VQ-VAE", at_least=1)
+    vq_lr: float = option(4e-3, "learning rate of a VQ-VAE", above=0)
+
+
+@dataclass(kw_only=True)
+class AdapterOptions(Options):
+    """Adapters."""
+
+    r: int = option(16, "rank of the updates", at_least=1)
+    lora_alpha: float | None = option(None, "scale of the updates; default: twice the rank")
+    target_modules: list[str] = option(
+        ["experts", "attention"], "modules to update", choices=TARGET_MODULES
+    )
+    shared_A: bool = option(False, "use one A for all experts of a layer")
+    init: str = option("normal", "start of the added rows", choices=ROW_INITS)
+    lora_init: str = option("zero", "start of the adapters", choices=LORA_INITS)
+
+
+@dataclass(kw_only=True)
+class TeachingOptions(Options):
+    """Training."""
+
+    steps: int = option(1000, "training steps", at_least=1)
+    batch: int = option(16, "pictures in a batch", at_least=1)
+    gradient_accumulation: int = option(1, "batches in a step", at_least=1, metavar="N")
+    gradient_checkpointing: bool = option(False, "use less memory; a third slower")
+    lr: float = option(1e-3, "learning rate", above=0)
+    caption_dropout: float = option(0.1, "share of captions left empty, for guidance")
+
+
+@dataclass(kw_only=True)
+class DrawingOptions(Options):
+    """Drawing."""
+
+    captions: list[str] = option([], "captions to draw; default: ten of the pictures'")
+    samples_per_caption: int = option(6, "drawings of each caption", at_least=1, metavar="N")
+    guidance: list[float] = option([1.0, 3.0], "scales of guidance; 1 is none", at_least=0)
+    temperature: float = option(1.0, "temperature of sampling", above=0)
+
+
+@dataclass(kw_only=True)
+class TextToImageOptions(
+    PictureOptions, TokenizerOptions, AdapterOptions, TeachingOptions, TextOptions, DrawingOptions,
+    ModelOptions,
+):  # fmt: skip
+    """Model."""
+
+    model: str = option(MISSING, "local folder or hub id of a Mixture of Experts", positional=True)
+    out: Path = out_folder("text_to_image")
+    # Batches of measurements; None: as in training.
+    text_batch: int = 4
+    image_batch: int | None = None
+    drawing_batch: int | None = None
+    curve_pictures: int = 64  # held-out pictures for the curve; the report has the loss of all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
+        self.image_batch = self.image_batch or self.batch
+        self.drawing_batch = self.drawing_batch or self.batch
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError("--caption-dropout must lie in 0..1")
+        if any(scale != 1 for scale in self.guidance) and self.caption_dropout == 0:
+            raise ValueError(
+                "--guidance other than 1 needs a model trained with --caption-dropout above 0"
+            )
+        if self.data == "emoji" and self.emoji_folder is None:
+            raise ValueError(
+                "--data emoji needs --emoji-folder: the npm package emoji-datasource-twitter"
+            )
+        size = 28 if self.data == "digits" else self.image_size
+        if self.tokenizer in ("patch", "vq") and size % self.patch_size:
+            raise ValueError(f"--patch-size {self.patch_size} does not divide pictures of {size}")
+
+
+# --- what the stages use
+
+
+@dataclass
+class Setup:
+    """Options, pictures and text of a run.
+
+    blocks: (blocks, block) token ids of held-out text
+    labels: numbers of the captions to draw
+    painter: the model with the trained adapter, once a stage has loaded it
+    """
+
+    options: TextToImageOptions
+    train: CaptionedPictures
+    held_out: CaptionedPictures
+    tokenizer: PreTrainedTokenizerBase
+    blocks: torch.Tensor
+    labels: list[int]
+    painter: Painter | None = None
+
+    @classmethod
+    def load(cls, options: TextToImageOptions) -> Setup:
+        """Load everything but models.
+
+        Raises:
+            ValueError: the model cannot be taught, no picture has a caption that is to be drawn,
+                the text is too short, or a start needs a package that is not installed.
+        """
+        if {options.init, options.lora_init} & set(COUPLED_INITS) and find_spec("ot") is None:
+            raise ValueError("this --init needs POT: pip install 'modality-moe-kernels[ot]'")
+        require_experts(options.model)
+        train, held_out = options.load_pictures()
+        labels = choose_labels(train, options.captions)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        return cls(options, train, held_out, tokenizer, options.text_blocks(tokenizer), labels)
+
+    def load_base(self) -> PreTrainedModel:
+        return load_causal_lm(self.options.model, self.options.dtype, self.options.device)
+
+
+def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
+    """Return numbers of the captions; without any, of ten that the pictures have."""
+    if unknown := [caption for caption in captions if caption not in train.names]:
+        raise ValueError(
+            f"no picture has the caption {unknown[0]!r}; generate_images.py draws any caption"
+        )
+    if captions:
+        return [train.names.index(caption) for caption in captions]
+    present = np.unique(train.labels)
+    return present[np.linspace(0, len(present) - 1, min(10, len(present))).astype(int)].tolist()
+
+
+@dataclass(frozen=True)
+class PictureTokens:
+    """The finished stage of the image tokenizer, the tokenizer, and the encoded pictures."""
+
+    stage: Stage
+    tokenizer: imaging.ImageTokenizer
+    train: TokenizedPictures
+    held_out: TokenizedPictures
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self.train.pictures.names
+
+
+# --- the image tokenizer
+
+
+def tokenizer_inputs(setup: Setup) -> dict[str, Any]:
+    options = setup.options
+    inputs = options.pick("seed", "tokenizer", "num_codes", "patch_size")
+    if options.tokenizer == "vq":
+        inputs |= options.pick("vq_steps", "vq_lr")
+    elif options.tokenizer != "patch":
+        inputs["tokenizer"] = model_identity(options.tokenizer)
+    parts = {"train": setup.train, "held_out": setup.held_out}
+    digests = {name: digest(part.images, part.labels) for name, part in parts.items()}
+    return inputs | digests | {"captions": setup.train.names}
+
+
+def tokenize(setup: Setup, stages: Stages) -> PictureTokens:
+    """Fit the image tokenizer, or copy a fitted one, and encode the pictures."""
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        try:
+            tokenizer = fit_tokenizer(setup.options, setup.train.images)
+        except imaging.FittingError as error:
+            kept = setup.options.out / "image_tokenizer-last-good"
+            error.last_good.save(kept)
+            message = f"{error}; the last good one is in {kept} (--tokenizer); or lower --vq-lr"
+            raise FloatingPointError(message) from error
+        tokenizer.save(workspace.folder / "image_tokenizer")
+        usage = tokenizer.codebook_usage(tokenizer.encode(setup.train.images))
+        # Fitting warns by itself, but a tokenizer fitted elsewhere has not seen these pictures.
+        imaging.warn_if_collapsed(usage)
+        return {
+            "codes": tokenizer.num_codes,
+            "codes_used": int((usage > 0).sum()),
+            "tokens_per_image": tokenizer.tokens_per_image,
+            "held_out_mean_squared_error": tokenizer.reconstruction_error(setup.held_out.images),
+        }
+
+    stage = stages.run("tokenize", tokenizer_inputs(setup), build)
+    tokenizer = imaging.load_image_tokenizer(stage.folder / "image_tokenizer")
+    parts = (TokenizedPictures.encode(tokenizer, part) for part in (setup.train, setup.held_out))
+    return PictureTokens(stage, tokenizer, *parts)
+
+
+def fit_tokenizer(options: TextToImageOptions, images: np.ndarray) -> imaging.ImageTokenizer:
+    common = options.pick("num_codes", "seed")
+    if options.tokenizer == "patch":
+        return imaging.PatchTokenizer.fit(images, patch_size=options.patch_size, **common)
+    if options.tokenizer == "vq":
+        return imaging.VQTokenizer.fit(
+            images, downsample=options.patch_size, steps=options.vq_steps, lr=options.vq_lr,
+            device=options.device, progress=True, **common,
+        )  # fmt: skip
+    return imaging.load_image_tokenizer(options.tokenizer)
+
+
+# --- teaching
+
+
+def patch(setup: Setup, tokens: PictureTokens, model: PreTrainedModel) -> Painter:
+    """Patch the model and add the image tokens, started as the options say."""
+    options, init = setup.options, {"init": setup.options.init}
+    if options.init in COUPLED_INITS:
+        usage = tokens.tokenizer.codebook_usage(tokens.train.codes)
+        init |= {
+            "features": tokens.tokenizer.codebook, "num_delimiters": 2, "frequencies": usage
+        }  # fmt: skip
+    config = ModalityLoraConfig(
+        target_modules=tuple(options.target_modules),
+        **options.pick("r", "lora_alpha", "backend", "shared_A"),
+    )
+    painter = Painter.create(
+        model, setup.tokenizer, config, tokens.tokenizer.num_codes, tokens.captions,
+        seed=options.seed, **init,
+    )  # fmt: skip
+    if options.lora_init != "zero":
+        rows = [{"input_ids": ids} for ids in setup.blocks[:_INIT_ROWS].split(4)]
+        rows += painter.batches(tokens.train.head(_INIT_ROWS), 4)
+        initialise_lora(
+            model, [on_device(row, model.device) for row in rows],
+            lora_init=options.lora_init, seed=options.seed, progress=True,
+        )  # fmt: skip
+    return painter
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+
+
+def adapter_inputs(setup: Setup) -> dict[str, Any]:
+    options = setup.options
+    inputs = options.pick("seed", "dtype", "device", "backend")
+    inputs |= options.of(AdapterOptions, TeachingOptions) | {"base": model_identity(options.model)}
+    return inputs | ({} if options.lora_init == "zero" else {"text": digest(setup.blocks)})
+
+
+def teach(setup: Setup, tokens: PictureTokens, stages: Stages) -> Stage:
+    """Train the adapters and the added rows on captioned pictures."""
+    options = setup.options
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        painter = patch(setup, tokens, setup.load_base())
+        held_out = painter.batches(
+            tokens.held_out.head(options.curve_pictures), options.image_batch
+        )
+        if options.gradient_checkpointing:
+            painter.model.gradient_checkpointing_enable()
+        history = train(
+            painter.patched, painter.dataset(tokens.train, options.caption_dropout, options.seed),
+            lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
+            gradient_accumulation_steps=options.gradient_accumulation,
+            **schedule(
+                options.steps, options.batch, options.lr, warmup_steps=options.steps // 20,
+                seed=options.seed, device=options.device,
+            ),
+        )  # fmt: skip
+        painter.patched.save_adapter(workspace.folder / "adapter")
+        caption = np.mean([len(ids) for ids in painter.caption_ids])
+        length = caption + tokens.train.codes.shape[1] + 2
+        return {"history": history, "tokens_per_second": history["samples_per_second"] * length}
+
+    return stages.run("teach", adapter_inputs(setup), build, after=[tokens.stage])
+
+
+def taught_painter(setup: Setup, tokens: PictureTokens, taught: Stage) -> Painter:
+    """Return the model with the trained adapter, loaded unless a stage has left it."""
+    if setup.painter is None:
+        setup.painter = patch(setup, tokens, setup.load_base())
+        setup.painter.patched.load_adapter(taught.folder / "adapter")
+    return setup.painter
+
+
+# --- measuring
+
+
+def measure(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) -> Stage:
+    """Compare text bit by bit, and the loss of held-out pictures."""
+    batches = setup.options.pick("text_batch", "image_batch")
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        setup.painter, measured = measure_model(
+            setup.load_base(), lambda model: patch(setup, tokens, model),
+            taught.folder / "adapter", setup.blocks, tokens.held_out, **batches,
+        )  # fmt: skip
+        return measured
+
+    return stages.run("measure", batches | {"text": digest(setup.blocks)}, build, after=[taught])
+
+
+def draw(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) -> Stage:
+    """Draw each caption, and measure the drawings; both are kept by guidance."""
+    options = setup.options
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        decode = tokens.tokenizer.decode
+        labels = torch.tensor(setup.labels).repeat_interleave(options.samples_per_caption)
+        started = time.perf_counter()
+        drawn = {
+            f"{guidance:g}": draw_codes(setup, tokens, taught, labels.tolist(), guidance)
+            for guidance in options.guidance
+        }
+        seconds = time.perf_counter() - started
+        reader = CaptionReader.fit(tokens.train, decode)
+        return {
+            "samples": {
+                guidance: measure_samples(
+                    codes, labels, tokens.train, tokens.held_out, decode, reader
+                )
+                for guidance, codes in drawn.items()
+            },
+            "codes": {guidance: codes.tolist() for guidance, codes in drawn.items()},
+            "tokens_per_second": sum(codes.numel() for codes in drawn.values()) / seconds,
+        }
+
+    inputs = options.of(DrawingOptions) | options.pick("drawing_batch")
+    return stages.run("draw", inputs, build, after=[taught])
+
+
+def draw_codes(
+    setup: Setup, tokens: PictureTokens, taught: Stage, labels: list[int], guidance: float
+) -> torch.Tensor:
+    """Return (N, tokens) codes: a drawing for each caption's number."""
+    painter, options = taught_painter(setup, tokens, taught), setup.options
+    return imaging.generate_image_codes(
+        painter.model, [painter.caption_ids[label] for label in labels], painter.vocabulary,
+        tokens.tokenizer.tokens_per_image, guidance_scale=guidance,
+        pad_token_id=painter.collator.pad_token_id, empty_caption=painter.empty_caption,
+        temperature=options.temperature, batch_size=options.drawing_batch, seed=options.seed,
+        progress=True,
+    )  # fmt: skip
