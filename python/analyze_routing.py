@@ -57,7 +57,7 @@ HELD_OUT = "held_out.safetensors"
 class AdapterOptions(Options):
     """Adapter."""
 
-    adapter: str | None = option(None, "what PatchedModel.save_adapter wrote", metavar="FOLDER")
+    adapter: str | None = option(None, "adapter that save_adapter wrote", metavar="FOLDER")
     modality: str | None = option(None, "modality of the adapter; default: its first")
     sequences: str | None = option(
         None, f"held-out sequences of the modality; default: {HELD_OUT} in or beside the adapter",
@@ -284,7 +284,7 @@ def measure_redundancy(
 
 
 def measure_redundancies(setup: Setup, stages: Stages) -> dict[str, ExpertRedundancy]:
-    """Compare experts on text once, as adapters do not act on it; on the modality by state."""
+    """Compare experts on text, on which adapters do not act, and on the modality by state."""
     redundancy = {"text": measure_redundancy(setup, stages, "text", "before", "text")}
     if modality := setup.options.modality:
         for state, name, adapted in (

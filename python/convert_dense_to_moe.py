@@ -66,7 +66,7 @@ class HealingOptions(Options):
     """Healing."""
 
     heal_steps: int = option(400, "steps of distillation; 0 for none", at_least=0)
-    train: str = option("router+experts", "what learns", choices=("router", "router+experts"))
+    train: str = option("router+experts", "parts that learn", choices=("router", "router+experts"))
     lr: list[float] = option([3e-4], "learning rates; the choice text picks one", above=0)
     batch: int = option(4, "blocks in a batch", at_least=1)
 
@@ -79,7 +79,9 @@ class SourceTextOptions(Options):
     choice_text: str | None = text_file("choice")
     test_text: str | None = text_file("test")
     block: int = option(128, "tokens in a block", at_least=2)
-    calibration_tokens: int = option(2048, "tokens that experts are found with", at_least=1)
+    calibration_tokens: int = option(
+        2048, "tokens to calibrate the split and the routers with", at_least=1
+    )
     test_tokens: int = option(16_384, "tokens of choice and of test text, at most", at_least=1)
 
     @property
@@ -94,7 +96,7 @@ class ConvertOptions(HealingOptions, SourceTextOptions, RunOptions):
 
     model: str = option(MISSING, "local folder or hub id of a dense model", positional=True)
     gguf_file: str | None = option(None, "name of a GGUF file in it (needs the gguf package)")
-    sizes: list[str] = option(["8x6"], "experts and experts for each token", metavar="ExK")
+    sizes: list[str] = option(["8x6"], "E experts, K of them for each token", metavar="ExK")
     split: list[str] = option(
         ["random", "clustered"], "ways to split the neurons", choices=("random", "clustered")
     )

@@ -76,7 +76,7 @@ class DemoOptions(BackendOptions):
         return TextModelSettings(**sizes, **self.pick("seed", "device"))
 
     def drawing(self, model: Path) -> TextToImageOptions:
-        """Return the options of train_text_to_image.py that the demo stands for."""
+        """Return the options of train_text_to_image.py that the demo uses."""
         return TextToImageOptions(
             model=str(model), text_block=self.text_model.text_block,
             **DRAWING | (QUICK_DRAWING if self.quick else {}),

@@ -35,6 +35,14 @@ from typing import Any
 import torch
 from shared import questions
 from shared.cli import Options, exit_code, option, parse
+from shared.encoder import (
+    EncodedPictures,
+    EncoderSettings,
+    load_encoded,
+    read_pictures,
+    split_pictures,
+    train_encoder,
+)
 from shared.files import copy_whole, replacing, write_json
 from shared.models import count_experts, load_causal_lm, require_experts
 from shared.options import ModelOptions, TextOptions, out_folder
@@ -154,8 +162,8 @@ class ExtendOptions(
         _ = self.extension  # refuse what it cannot read
 
     @property
-    def encoder(self) -> questions.EncoderSettings:
-        return questions.EncoderSettings(
+    def encoder(self) -> EncoderSettings:
+        return EncoderSettings(
             emoji=self.data.partition(":")[2] or None, held_out=self.held_out,
             steps=self.encoder_steps, seed=self.seed, device=self.device,
         )  # fmt: skip
@@ -175,7 +183,7 @@ class ExtendOptions(
 
     @property
     def count(self) -> str:
-        """Rows whose selections ``score_layers`` counts: those that may choose added experts."""
+        """Rows whose selections ``score_layers`` counts: the rows that may choose added experts."""
         return "all" if self.gate == "none" else "modality"
 
     @property
@@ -231,7 +239,7 @@ def load_skeleton(options: ExtendOptions) -> PreTrainedModel:
 
 
 def find_base(options: ExtendOptions, stages: Stages, names: tuple[str, ...]) -> str:
-    """Return the folder or hub id of the base, after training it where none is given."""
+    """Return the folder or hub id of the base; without --model, train a small one."""
     if options.model is not None:
         return options.model
     words = questions.as_text(
@@ -249,7 +257,7 @@ def train_picture_encoder(options: ExtendOptions, stages: Stages) -> Stage:
     if options.encoder.emoji is not None:
         inputs["emoji"] = model_identity(options.encoder.emoji)
     return stages.run(
-        "encoder", inputs, lambda workspace: questions.train_encoder(options.encoder, workspace)
+        "encoder", inputs, lambda workspace: train_encoder(options.encoder, workspace)
     )
 
 
@@ -267,7 +275,7 @@ class Setup:
     base: str
     tokenizer: PreTrainedTokenizerBase
     blocks: torch.Tensor
-    encoded: dict[str, questions.EncodedPictures]
+    encoded: dict[str, EncodedPictures]
 
     def ask(self, part: str, count: int | None, seed: int = 0) -> questions.QuestionSet:
         """Return ``count`` questions of each task; None: as many as pictures."""
@@ -335,7 +343,7 @@ class Setup:
     @property
     def aligned_inputs(self) -> dict[str, Any]:
         inputs = self.options.pick("dtype", "device", "backend", "seed", "tasks", "batch")
-        # The gate, as an adapter says which rows have the pictures' modality.
+        # The gate decides which rows have the pictures' modality, and adapters' files say so.
         return inputs | {"base": model_identity(self.base), "gate": self.options.gate}
 
     @property
@@ -433,7 +441,7 @@ def extend(setup: Setup, stages: Stages, aligned: Stage, scored: Stage) -> Stage
 
 
 def count_parameters(extender: ExpertExtender) -> dict[str, Any]:
-    """Count those of the base, of the projector, and of what was added and trains."""
+    """Count the parameters of the base, of the projector, and of the added experts."""
     added = sum(parameter.numel() for parameter in extender.patched.trainable_parameters())
     projector = sum(parameter.numel() for parameter in extender.projector().parameters())
     total = sum(parameter.numel() for parameter in extender.model.parameters())
@@ -556,16 +564,14 @@ def write_results(
 
 
 def run(options: ExtendOptions) -> None:
-    pictures = questions.split_pictures(
-        questions.read_pictures(options.encoder), options.held_out, options.seed
-    )
+    pictures = split_pictures(read_pictures(options.encoder), options.held_out, options.seed)
     check_extension(options)
     stages = Stages(options.out / "stages")
     base = find_base(options, stages, pictures["train"].names)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    blocks = options.text_blocks(tokenizer)  # too short a text is refused before anything long
+    blocks = options.text_blocks(tokenizer)  # refuse a text that is too short before any stage
     encoder = train_picture_encoder(options, stages)
-    setup = Setup(options, base, tokenizer, blocks, questions.load_encoded(encoder.folder))
+    setup = Setup(options, base, tokenizer, blocks, load_encoded(encoder.folder))
     measure_start(setup, stages, encoder)
     aligned = align_projector(setup, stages, encoder)
     measure_aligned(setup, stages, aligned)

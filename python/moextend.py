@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from shared.questions import EncoderSettings
+from shared.encoder import EncoderSettings
 from shared.text_model import TextModelSettings
 from studies.moextend.page import NAME, write_page
 from studies.moextend.runs import DRAWS, Budget, Ground, Run, measure_run

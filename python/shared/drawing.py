@@ -48,10 +48,10 @@ class PictureOptions(Options):
     emoji_categories: list[str] = option([], "categories of emoji; default: all", metavar="NAME")
     image_size: int = option(32, "pixels of a side; digits have 28", at_least=1)
     held_out: int = option(200, "pictures to hold out", at_least=1)
-    images: int | None = None  # of those that there are
+    images: int | None = None  # pictures to use; None for all
 
     def load_pictures(self) -> tuple[CaptionedPictures, CaptionedPictures]:
-        """Return the pictures to learn from, and those held out."""
+        """Return the pictures for training, and the held-out ones."""
         if self.data == "digits":
             loaded = pictures.digits()
         elif self.data == "emoji":
@@ -189,7 +189,7 @@ class Setup:
 
 
 def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
-    """Return numbers of the captions; without any, of ten that the pictures have."""
+    """Return the numbers of the captions; without captions, of ten that the pictures have."""
     if unknown := [caption for caption in captions if caption not in train.names]:
         raise ValueError(
             f"no picture has the caption {unknown[0]!r}; generate_images.py draws any caption"
@@ -273,7 +273,7 @@ def fit_tokenizer(options: TextToImageOptions, images: np.ndarray) -> imaging.Im
 
 
 def patch(setup: Setup, tokens: PictureTokens, model: PreTrainedModel) -> Painter:
-    """Patch the model and add the image tokens, started as the options say."""
+    """Patch the model, add the image tokens, and initialise both by the options."""
     options, init = setup.options, {"init": setup.options.init}
     if options.init in COUPLED_INITS:
         usage = tokens.tokenizer.codebook_usage(tokens.train.codes)
@@ -363,7 +363,7 @@ def measure(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) 
 
 
 def draw(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) -> Stage:
-    """Draw each caption, and measure the drawings; both are kept by guidance."""
+    """Draw each caption, and measure the drawings; the result has both by guidance."""
     options = setup.options
 
     def build(workspace: Workspace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def out_folder(name: str) -> Any:
 
 @dataclass(kw_only=True)
 class RunOptions(Options):
-    """The run."""
+    """Run."""
 
     seed: int = option(0, "seed of all random numbers")
     device: str | None = option(None, "cpu or cuda; default: cuda where available")

@@ -74,7 +74,7 @@ class Stages:
         return {name: stage.seconds for name, stage in self.finished.items()}
 
     def describe(self, options: Any) -> dict[str, Any]:
-        """Return the part that every report ends with; options: a dataclass."""
+        """Return the facts of the run that every report has; options: a dataclass."""
         return {
             "seconds": self.seconds,
             "settings": dataclasses.asdict(options),

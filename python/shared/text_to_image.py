@@ -288,16 +288,20 @@ def measure_samples(
             "held_out_real": int((near_real == 0).sum()),
         },
     }
-    if reader is not None:
-        read = reader.read(codes)
-        right = (read == asked).double()
-        names = train.pictures.names
-        measured |= {
-            "read_as_their_caption": float(right.mean()),
-            "read_by_caption": {
-                names[label]: float(right[asked == label].mean()) for label in asked.unique()
-            },
-            "read": read.tolist(),
-            "classifier_held_out_accuracy": reader.accuracy(held_out),
-        }
-    return measured
+    return measured if reader is None else measured | read_samples(codes, asked, held_out, reader)
+
+
+def read_samples(
+    codes: torch.Tensor, asked: torch.Tensor, held_out: TokenizedPictures, reader: CaptionReader
+) -> dict[str, Any]:
+    """Compare the captions that a classifier reads with those that were drawn."""
+    read, names = reader.read(codes), held_out.pictures.names
+    right = (read == asked).double()
+    return {
+        "read_as_their_caption": float(right.mean()),
+        "read_by_caption": {
+            names[label]: float(right[asked == label].mean()) for label in asked.unique()
+        },
+        "read": read.tolist(),
+        "classifier_held_out_accuracy": reader.accuracy(held_out),
+    }

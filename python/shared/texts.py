@@ -26,7 +26,7 @@ def documentation() -> dict[str, str]:
 
 
 def held_out_text(file: str | None) -> str:
-    """Return the text of the file; without one, documentation that nothing learns from."""
+    """Return the text of the file; without a file, documentation kept for tests."""
     return Path(file).read_text() if file else documentation()["test"]
 
 
@@ -52,7 +52,7 @@ def without_shared_paragraphs(texts: dict[str, str]) -> dict[str, str]:
 
 
 def spread(rows: torch.Tensor, most: int) -> torch.Tensor:
-    """Return at most so many of the rows, evenly spaced."""
+    """Return at most ``most`` of the rows, evenly spaced."""
     return rows[:: max(1, len(rows) // most)][:most]
 
 

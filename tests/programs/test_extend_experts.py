@@ -1,6 +1,7 @@
 """The program that adds experts for questions about pictures, on a tiny model and few pictures."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from support.programs import imported, save_byte_tokenizer
 def program():
     """On 120 of the 5,000 digits."""
     with imported("extend_experts") as module, pytest.MonkeyPatch.context() as patch:
-        few = module.questions.digits().take(np.arange(0, 4800, 40))
-        patch.setattr(module.questions, "digits", lambda: few)
+        encoder = sys.modules["shared.encoder"]
+        few = encoder.digits().take(np.arange(0, 4800, 40))
+        patch.setattr(encoder, "digits", lambda: few)
         yield module
 
 
@@ -93,13 +95,12 @@ def test_every_state_was_asked(report):
 
 
 def test_an_answer_is_that_of_its_pictures(program, report, command):
-    questions = program.questions
     options = program.parse(program.ExtendOptions, command, "")
-    pictures = questions.read_pictures(options.encoder)
-    test = questions.split_pictures(pictures, options.held_out, options.seed)["test"]
+    pictures = program.read_pictures(options.encoder)
+    test = program.split_pictures(pictures, options.held_out, options.seed)["test"]
     for each in report["shown"]:
         labels = [int(test.labels[number]) for number in each["pictures"]]
-        assert each["answer"] == questions.NUMBERS[sum(labels)]
+        assert each["answer"] == program.questions.NUMBERS[sum(labels)]
 
 
 def test_pages(finished, report):
@@ -119,15 +120,16 @@ def test_the_page_says_how_to_load_the_adapter(program, finished, report):
     code = (finished / "report.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
     exec(code, names)
-    questions = program.questions
-    encoder = questions.load_encoder(finished / "encoder")
+    from shared import encoder
+
+    questions, loaded = program.questions, encoder.load_encoder(finished / "encoder")
     extender = program.ExpertExtender(names["model"])
     viewer = questions.Viewer(extender, whole_sequences=True)
-    pictures = questions.split_pictures(questions.read_pictures(questions.EncoderSettings()), 40, 0)
+    pictures = encoder.split_pictures(encoder.read_pictures(encoder.EncoderSettings()), 40, 0)
     with torch.no_grad():
-        features = encoder(questions.as_input(pictures["test"].images))
+        features = loaded(encoder.as_input(pictures["test"].images))
     labels = torch.from_numpy(pictures["test"].labels).long()
-    encoded = questions.EncodedPictures(features, labels, pictures["test"].names)
+    encoded = encoder.EncodedPictures(features, labels, pictures["test"].names)
     tokenizer = program.AutoTokenizer.from_pretrained(report["base"])
     asked = [questions.ask(encoded, task, 8, seed) for seed, task in enumerate(("digit", "sum"))]
     graded = viewer.grade(questions.QuestionSet(encoded, sum(asked, []), tokenizer))
@@ -141,8 +143,9 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
         raise AssertionError("a finished stage was built again")
 
     before = (finished / "report.json").read_text()
-    monkeypatch.setattr(program, "load_causal_lm", fail)
-    for name in ("train_encoder", "align", "fine_tune"):
+    for name in ("load_causal_lm", "train_encoder"):
+        monkeypatch.setattr(program, name, fail)
+    for name in ("align", "fine_tune"):
         monkeypatch.setattr(program.questions, name, fail)
     assert program.main([*command, "--out", str(finished)]) == 0
     assert (finished / "report.json").read_text() == before

@@ -305,9 +305,11 @@ def viewer(asking):
 
 
 def test_no_picture_is_in_two_parts(asking):
-    settings = asking.EncoderSettings(held_out=100)
-    pictures = asking.read_pictures(settings)
-    parts = asking.split_pictures(pictures, settings.held_out, 3)
+    from shared import encoder
+
+    settings = encoder.EncoderSettings(held_out=100)
+    pictures = encoder.read_pictures(settings)
+    parts = encoder.split_pictures(pictures, settings.held_out, 3)
     assert {part: len(each) for part, each in parts.items()} == {
         "train": 4900, "choice": 50, "test": 50
     }  # fmt: skip

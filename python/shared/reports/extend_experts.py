@@ -59,7 +59,7 @@ projector = ExpertExtender(model).projector()    # saved with the adapter
 ```
 
 The figures of "experts tuned" were measured on a model loaded this way. `load_encoder({encoder!r})`
-of `python/shared/questions.py` loads the frozen encoder.
+of `python/shared/encoder.py` loads the frozen encoder.
 """
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from shared.encoder import EncodedPictures, EncoderSettings, load_encoded, train_encoder
 from shared.pictures import DIGITS
 from shared.questions import (
-    EncodedPictures,
-    EncoderSettings,
     QuestionSet,
     Viewer,
     WordQuestion,
@@ -26,8 +25,6 @@ from shared.questions import (
     encode,
     grade_words,
     joined_batches,
-    load_encoded,
-    train_encoder,
 )
 from shared.stages import Stages, Workspace
 from shared.text_model import TextModelSettings, load_text_model, pretrain
