@@ -86,7 +86,10 @@ def _make_missing(patched: PatchState, saved: dict, find: RoutingFinder) -> _Mis
     """Build the adapter's additions; raise ValueError if the model has different ones already."""
     present, requested = tokens.token_counts(patched.model), saved["added_tokens"]
     if present and list(present.items()) != list(requested.items()):
-        raise ValueError(f"the adapter has added tokens {requested}, the model {present}")
+        raise ValueError(
+            f"the adapter has added tokens {requested}, the model {present}; load the adapter into "
+            "a model without added tokens, which gets them then"
+        )
     return _Missing(
         {} if present else requested,
         _missing_extensions(patched, saved.get("extensions", ()), find),
@@ -209,7 +212,7 @@ def _check_routing(patched: PatchState, theirs: dict[str, dict], find: RoutingFi
     ]
     if differing:
         raise ValueError(
-            "the adapter's experts were trained in a model that routes otherwise "
+            "the adapter's experts were trained in a model that routes differently "
             f"(adapter != model): {', '.join(differing)}"
         )
 

@@ -37,7 +37,7 @@ def routing(
 
     Args:
         patched: the model.
-        find: of this operation.
+        find: shared by the steps of one operation.
         layers: indices, as strings; None: the layers with added experts.
     """
     if layers is None:
@@ -61,7 +61,7 @@ def check(
         patched: the model.
         config: of the extension.
         earlier: the extensions that the model has before this one.
-        find: of this operation.
+        find: shared by the steps of one operation.
 
     Raises:
         ValueError: layers that do not exist or have no experts, an unknown modality, a router that
@@ -113,7 +113,7 @@ def _build_layer(
     modality_id: int | None,
     config: ExtensionConfig,
 ) -> AddedExperts:
-    """``num_competing``: experts added before that the same rows may choose."""
+    """Make one layer's module; its rows may choose ``num_competing`` earlier experts too."""
     weight = parts.experts.gate_up_proj
     options = {"device": weight.device, "dtype": trainable_dtype(weight)}
     calibration = None

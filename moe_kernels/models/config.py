@@ -220,8 +220,8 @@ class ExtensionConfig:
         }
         if self.calibration is not None and self.calibration not in CALIBRATIONS:
             raise ValueError(
-                f"unknown calibration {self.calibration!r}; there are {', '.join(CALIBRATIONS)}, "
-                "or None"
+                f"unknown calibration {self.calibration!r}; the calibrations are "
+                f"{', '.join(CALIBRATIONS)}, or None"
             )
         hidden = _count(self.calibration_hidden, "calibration_hidden must be at least 1, got")
         object.__setattr__(self, "experts", numbers)

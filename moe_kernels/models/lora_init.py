@@ -101,7 +101,10 @@ def initialise_lora(
     readers = _readers(patched)
     for name, lora, _ in itertools.chain(*readers.values()):
         if lora.lora_B[index].any():
-            raise ValueError(f"adapters of {modality!r} are not at their start: {name} is not zero")
+            raise ValueError(
+                f"adapters of {modality!r} are not at their start: lora_B of {name} is not zero; "
+                "patch the model anew"
+            )
         if lora.scaling[index] == 0:
             raise ValueError(f"{name} has lora_alpha 0: no update can be started")
     samples = _collect(model, batches, list(readers), index + 1, max_tokens, seed)
@@ -131,7 +134,7 @@ def initialise_lora(
 
 def _check_settings(lora_init: str, max_tokens: int, ridge: float) -> None:
     if lora_init not in LORA_INITS:
-        raise ValueError(f"unknown lora_init {lora_init!r}; there are {', '.join(LORA_INITS)}")
+        raise ValueError(f"unknown lora_init {lora_init!r}; the inits are {', '.join(LORA_INITS)}")
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
     if not ridge > 0:

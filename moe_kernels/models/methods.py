@@ -157,8 +157,8 @@ def _columns_from(
     ``sequence_modality_ids``.
     """
     given = modality_ids[:, start : start + input_ids.shape[1]]
-    rest = table[input_ids[:, given.shape[1] :]]
-    last = modality_ids[:, -1:].to(rest)
+    later = table[input_ids[:, given.shape[1] :]]
+    last = modality_ids[:, -1:].to(later)
     for modality_id in sequence_modality_ids:
-        rest = torch.where((rest == 0) & (last == modality_id), last, rest)
-    return torch.cat([given.to(rest), rest], dim=1)
+        later = torch.where((later == 0) & (last == modality_id), last, later)
+    return torch.cat([given.to(later), later], dim=1)

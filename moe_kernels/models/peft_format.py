@@ -92,7 +92,9 @@ def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
     tensors = adapter_files.read_tensors(Path(folder))
     pairs = [(slot.lora, *_take(tensors, slot)) for slot in slots]
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors fit no projection, such as {min(tensors)}")
+        raise ValueError(
+            f"the adapter has {len(tensors)} tensors that fit no projection, such as {min(tensors)}"
+        )
     with torch.no_grad():
         for lora, lora_A, lora_B in pairs:
             lora.lora_A[index].copy_(lora_A)

@@ -128,7 +128,7 @@ def _where(rows: Tensor | None, values: Tensor, others: Tensor | float) -> Tenso
 
 
 class RoutingFinder:
-    """The routing of each router, found once: by :func:`attach` or by :func:`find_routing`.
+    """Routing of each router: the attached one, else :func:`find_routing`, run once.
 
     Make one for each operation on a model, since a router's settings may change between two.
     """
@@ -182,10 +182,10 @@ def find_routing(router: nn.Module) -> Routing:
             switches = itertools.product((True, False), repeat=2)
             candidates = [Routing(expected[0].shape[-1], *switch) for switch in switches]
         if not _same([F.linear(rows, trial.weight)], [logits]):
-            raise ValueError(f"{name} computes other logits than those of a linear layer")
+            raise ValueError(f"{name} does not compute the logits of a linear layer")
         candidates = [c for c in candidates if _same(route(logits, c), expected)]
         if not candidates:
-            raise ValueError(f"{name} chooses or weighs experts in a way of its own")
+            raise ValueError(f"{name} does not choose and weigh experts by softmax and top-k")
     return candidates[0]
 
 

@@ -77,15 +77,15 @@ def measure(patched: PatchState, batches: Iterable[Mapping[str, Any]]) -> dict[s
         for batch in batches:
             batch = {name: value for name, value in batch.items() if name != "labels"}
             with disabled(patched):
-                expected, experts, modality = _forward(patched, batch, row_modality)
-            actual, others, _ = _forward(patched, batch, row_modality)
-            rerouted = (experts != others).any(-1)
-            sums = sums or [_Sums(len(experts)) for _ in row_modality.names]
+                expected, experts_without, modality = _forward(patched, batch, row_modality)
+            actual, experts_with, _ = _forward(patched, batch, row_modality)
+            rerouted = (experts_with != experts_without).any(-1)
+            sums = sums or [_Sums(len(experts_with)) for _ in row_modality.names]
             for number, each in enumerate(sums):
                 at = modality == number
                 each.add(expected[at], actual[at], rerouted[:, at])
     if not sums:
-        raise ValueError("there were no batches")
+        raise ValueError("the disturbance needs at least one batch, got none")
     return {name: each.result(name) for name, each in zip(row_modality.names, sums, strict=True)}
 
 

@@ -24,7 +24,7 @@ LAYER_CHOICES = ("top-half", "all", "interval", "first-half", "second-half")
 
 
 class ExpertExtender:
-    """Adds experts, their router columns and a calibration to a model; all else stays frozen.
+    """Add experts, their router columns and a calibration to a model; all else stays frozen.
 
         extender = ExpertExtender(model, modalities=("image",))
         scores = extender.score_layers(held_out, steps=100)
@@ -279,7 +279,7 @@ class ExpertExtender:
     def _modality(self, name: str | None) -> str:
         names = self.patched.config.modalities
         if name is None and len(names) > 1:
-            raise ValueError(f"the model has modalities {names}: say which, modality=...")
+            raise ValueError(f"the model has modalities {names}: choose one by modality=")
         name = names[0] if name is None else name
         self.patched.modality_id(name)
         return name
@@ -313,7 +313,7 @@ class ExpertExtender:
             return sorted(scores.order[:half])
         if layers not in LAYER_CHOICES:
             raise ValueError(
-                f"unknown layers {layers!r}; there are {', '.join(LAYER_CHOICES)} and indices"
+                f"unknown layers {layers!r}; give indices, or one of {', '.join(LAYER_CHOICES)}"
             )
         slices = {
             "all": available,
@@ -347,7 +347,7 @@ def _indices(layers: Iterable[int]) -> list[int]:
         raise ValueError(f"layers must be a name or indices, got {layers!r}")
     chosen = [as_layer_index(layer) for layer in layers]
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"a layer stands twice in {chosen}")
+        raise ValueError(f"layers has an index twice: {chosen}")
     return sorted(chosen)
 
 
@@ -360,7 +360,7 @@ def _uses_scores(
 
 
 def _check_modality(scores: LayerScores, modality: str | None) -> None:
-    """Raise ValueError if the scores are known to be of another modality; None: all rows'."""
+    """Raise ValueError if the scores are known to be of another modality; None: all rows."""
     if None not in (modality, scores.modality) and modality != scores.modality:
         raise ValueError(
             f"the scores are of modality {scores.modality!r}, the new experts are for "

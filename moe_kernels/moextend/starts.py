@@ -28,7 +28,9 @@ def settle_init(init: str | int, scores: LayerScores | None) -> str | int:
     """
     settled = init if isinstance(init, str) else as_integer(init)
     if settled is None or (isinstance(settled, str) and settled not in INITS):
-        raise ValueError(f"unknown init {init!r}; there are {', '.join(INITS)} and an expert's id")
+        raise ValueError(
+            f"unknown init {init!r}; the inits are {', '.join(INITS)}, or an expert's id"
+        )
     if copies_most_selected(settled) and scores is None:
         raise ValueError(
             f"init={init!r} copies the experts that the routers select most: call score_layers "

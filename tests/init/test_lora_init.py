@@ -195,7 +195,9 @@ def test_an_alpha_of_zero():
 def test_trained_adapters_are_not_overwritten():
     model, patched = patched_model()
     randomise(patched)
-    with pytest.raises(ValueError, match="'image' are not at their start: model.layers.0"):
+    with pytest.raises(
+        ValueError, match="'image' are not at their start: lora_B of model.layers.0"
+    ):
         initialise_lora(model, batches())
     patched.unpatch()
     with pytest.raises(ValueError, match="is not patched"):

@@ -1,4 +1,4 @@
-"""Adapters on disk: the same bits back, strict about what fits, never half-written."""
+"""Adapters on disk: the same bits come back, misfits are refused, no file is half-written."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_adapters_switched_off_are_saved_all_the_same(tmp_path):
 
 
 def rewrite(folder, change_header=None, change_tensors=None):
-    """The saved adapter with its header or tensors changed."""
+    """Rewrite the saved adapter with a changed header or changed tensors."""
     tensors = load_file(folder / WEIGHTS)
     with safe_open(folder / WEIGHTS, "pt") as file:
         header = json.loads(file.metadata()["adapter_config"])
@@ -309,7 +309,7 @@ def test_a_disk_that_fills(where, saved, monkeypatch):
 
 
 def test_a_disk_that_really_fills(saved):
-    """The kernel refuses to write past a size: the old files stay, and nothing else does."""
+    """The kernel refuses to write past a size: only the old files remain."""
     before = contents(saved)
     patched = make_patched()
     randomise(patched, seed=7)
@@ -326,7 +326,7 @@ def test_a_disk_that_really_fills(saved):
 
 
 def test_a_crash_between_the_two_files(saved, monkeypatch):
-    """The weights are new and the JSON is old: what is read is in the weights' own header."""
+    """The weights are new and the JSON is old; loading reads the header of the weights."""
     config = ModalityLoraConfig(r=2, lora_alpha=5)
     patched = make_patched(config=config, num_tokens=3)
     randomise(patched, seed=7)

@@ -1,4 +1,4 @@
-"""What moe_kernels relies on in transformers: a release that changes it fails here first."""
+"""Behaviour of transformers that moe_kernels relies on: a release that changes it fails here."""
 
 import inspect
 
@@ -33,13 +33,13 @@ def parameters_of(function):
 @FAMILY
 def test_attributes_of_the_experts(model):
     experts = find_experts(model.model.layers[0])
-    wanted = {
+    supported = {
         "has_gate": True,
         "is_concatenated": True,
         "is_transposed": False,
         "has_bias": False,
     }
-    assert {name: getattr(experts, name) for name in wanted} == wanted
+    assert {name: getattr(experts, name) for name in supported} == supported
     for name in ("has_post_expert_norm", "_is_expert_parallel"):  # the oldest versions lack them
         assert getattr(experts, name, False) is False
     assert type(experts)._apply_gate is moe._default_apply_gate
@@ -57,9 +57,9 @@ def test_parameters_of_the_experts(model):
 @FAMILY
 def test_forward_of_the_experts(model):
     experts = find_experts(model.model.layers[0])
-    wanted = ["hidden_states", "top_k_index", "top_k_weights"]
-    assert parameters_of(experts.forward) == wanted
-    assert parameters_of(moe.grouped_mm_experts_forward) == ["self", *wanted]
+    arguments = ["hidden_states", "top_k_index", "top_k_weights"]
+    assert parameters_of(experts.forward) == arguments
+    assert parameters_of(moe.grouped_mm_experts_forward) == ["self", *arguments]
 
 
 @FAMILY
@@ -85,7 +85,7 @@ def test_the_default_gate(model):
 
 @FAMILY
 def test_a_registered_function_gets_the_module_and_what_the_router_chose(model):
-    """(T, H), (T, K) int64 and (T, K), with T = B * S; what it returns is used."""
+    """The arguments are (T, H), (T, K) int64 and (T, K), with T = B * S; the result is used."""
     calls = []
 
     def probe(self, hidden_states, top_k_index, top_k_weights):
@@ -146,7 +146,7 @@ def test_generate_swaps_grouped_mm_only(model):
 
 @FAMILY
 def test_a_keyword_reaches_self_attn_before_the_experts_run(model):
-    """And the layer is called with it again wherever it is recomputed."""
+    """Every recompute calls the layer with the same keyword."""
     events = []
     layer = model.model.layers[0]
 
@@ -171,7 +171,7 @@ def test_a_keyword_reaches_self_attn_before_the_experts_run(model):
 @FAMILY
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputing_a_layer_calls_self_attn_with_its_own_keywords(model, reentrant):
-    """Two forwards before one backward: each recompute sees what its forward was given."""
+    """Two forwards before one backward: each recompute gets the keywords of its own forward."""
     events = []
 
     def take(module, args, kwargs):
@@ -210,7 +210,7 @@ def test_where_modules_are(model):
 
 
 def test_what_generate_hands_over():
-    """All keywords at every step, and whether it is the first."""
+    """generate() passes all keywords at every step, and says which step is the first."""
     assert "is_first_iteration" in parameters_of(GenerationMixin.prepare_inputs_for_generation)
 
 

@@ -1,4 +1,4 @@
-"""Two processes through accelerate, one of them with text only, without find_unused_parameters."""
+"""DDP by accelerate without find_unused_parameters; one of two processes has text only."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ def make_patched():
 
 
 def batch(rank, step):
-    """Rank 0 has pictures, rank 1 has text only."""
+    """Make a batch: rank 0 gets pictures, rank 1 text only."""
     ids = token_ids(2, 12, seed=10 * step + rank)
     if rank == 0:
         ids[:, 6:] = VOCAB + ids[:, 6:] % IMAGE
@@ -32,7 +32,7 @@ def batch(rank, step):
 
 
 def losses(model, rank):
-    """Three steps; in the last one two forwards come before the backward."""
+    """Yield the losses of three steps; the last step has two forwards before its backward."""
     yield model(batch(rank, 0), labels=batch(rank, 0)).loss
     yield model(batch(rank, 1), labels=batch(rank, 1)).loss
     first, second = batch(rank, 2), batch(rank, 3)
@@ -40,7 +40,7 @@ def losses(model, rank):
 
 
 def work(folder):
-    """What one process does; it writes the gradients of every step and the parameters."""
+    """Train in one process; write the gradients of every step and the parameters."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)

@@ -1,6 +1,6 @@
 """generate() on patched models: cache, batches, padding, sampling, beams and embeddings.
 
-In float64, so that no near-tie flips a token between two call shapes.
+Models are in float64, so that no near-tie flips a token between two call shapes.
 """
 
 import copy
@@ -23,7 +23,7 @@ def model():
 
 
 def make_patched(family):
-    """With adapters that matter, and so many image tokens that some are generated."""
+    """Patch a model; its adapters and image tokens are large and many enough to be generated."""
     model = make_model(family, dtype=torch.float64)
     patched = patch_model(model)
     add_modality_tokens(model, "image", NUM_IMAGE_TOKENS)
@@ -32,7 +32,7 @@ def make_patched(family):
 
 
 def generate(model, ids=None, **kwargs):
-    """The new tokens, image tokens allowed, greedy unless told."""
+    """Return the generated tokens: greedy by default, image tokens allowed."""
     settings = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": []} | kwargs
     prompt = 0 if ids is None else ids.shape[1]
     return model.generate(ids, **settings)[:, prompt:]
@@ -44,7 +44,7 @@ def prompt(batch=2, length=6, **kwargs):
 
 
 def by_hand(model, ids, **kwargs):
-    """Greedy decoding with one full forward for each token."""
+    """Decode greedily with one full forward a token."""
     for _ in range(NEW):
         with torch.no_grad():
             logits = model(ids, **kwargs).logits[:, -1]
@@ -65,7 +65,7 @@ def test_cache(family):
 
 @FAMILY
 def test_left_padding(family):
-    """A batch of prompts of three lengths is each of them alone."""
+    """Prompts of three lengths give the same tokens in a batch as alone."""
     model = make_patched(family)
     lengths = (3, 7, 10)
     inputs = prompt(3, 10)
@@ -92,7 +92,7 @@ def test_from_embeddings(family):
 
 
 def test_given_modality_ids_hold_for_the_prompt_only(model):
-    """Tokens that look like text may be declared an image; what is generated is told by its id."""
+    """Text tokens may be declared an image; a generated token's modality follows from its id."""
     inputs = prompt()
     ids = inputs["ids"]
     declared = 1 - (ids >= VOCAB).long()
@@ -114,7 +114,7 @@ def by_hand_declared(model, ids):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_prompt_of_one_token_with_given_modality(model, use_cache):
-    """At every decode step the prompt's ids have the shape of the new token: not its modality."""
+    """The prompt's modality ids, though of a new token's shape, do not apply to the new token."""
     inputs = prompt(3, 1)
     modality_ids = 1 - (inputs["ids"] >= VOCAB).long()
     actual = generate(model, **inputs, modality_ids=modality_ids, use_cache=use_cache)
@@ -123,7 +123,7 @@ def test_a_prompt_of_one_token_with_given_modality(model, use_cache):
 
 
 def test_given_modality_ids_with_a_cache_of_ones_own(model):
-    """generate() goes on from a cache that holds the first tokens of the prompt."""
+    """generate() continues from a cache of the first tokens of the prompt."""
     inputs = prompt()
     ids = inputs["ids"]
     declared = 1 - (ids >= VOCAB).long()
@@ -154,7 +154,7 @@ def test_sampling_is_reproducible(model):
 
 
 def test_beams(model):
-    """A beam is its own continuation: scoring it with one forward gives the score it won with."""
+    """Scoring a beam with one forward gives the score that beam search gave it."""
     inputs = prompt()
     out = model.generate(
         inputs["ids"], attention_mask=inputs["attention_mask"], max_new_tokens=NEW, num_beams=3,
@@ -172,7 +172,7 @@ def test_beams(model):
 
 
 def test_guidance_through_the_unconditional_branch(model):
-    """transformers' own guidance runs a second prompt: its modality must be its own."""
+    """transformers' guidance runs a second prompt, which must have its own modality."""
     inputs = prompt()
     negative = prompt(seed=7)
     kwargs = {"guidance_scale": 1.5, "negative_prompt_ids": negative["ids"]}

@@ -1,4 +1,4 @@
-"""Patching Hugging Face models: equal to the base where it must be, exact to undo."""
+"""Patching Hugging Face models: equality with the base, and exact undo."""
 
 import copy
 
@@ -29,7 +29,7 @@ from moe_kernels.models.parts import find_experts
 from moe_kernels.testing import TOLERANCES, assert_close, make_routing, relative_rms
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-# What a model adds to the rounding of its layers.
+# Factor by which a model exceeds the rounding of its layers.
 LOOSE = 10
 
 
@@ -39,13 +39,13 @@ def close(actual, expected, name, *, factor=LOOSE):
 
 
 def padding_mask(side, batch=3, length=12):
-    """(B, S): the b-th sequence has 3 b padding positions on one side."""
+    """Return a mask (B, S) whose b-th sequence has 3 b padding positions on one side."""
     position = torch.arange(length) if side == "left" else torch.arange(length).flip(0)
     return (position >= 3 * torch.arange(batch)[:, None]).long()
 
 
 def run(model, ids, mask, **kwargs):
-    """Logits, loss over real rows and the gradient of the embeddings."""
+    """Return logits, loss over real rows and the gradient of the embeddings."""
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 1:][mask[:, :-1] == 0] = -100  # predicted by a padding row
@@ -108,7 +108,7 @@ def test_the_modality_follows_from_the_token_ids(family):
 @FAMILY
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_dispatched(family, side):
-    """The experts write zeros there; with a cache the mask is longer than the new tokens."""
+    """The experts write zeros for padding, also with a cache, where the mask has more columns."""
     model = make_model(family)
     randomise(patch_model(model))
     experts, zeros = find_experts(model.model.layers[0]), []
@@ -177,7 +177,7 @@ def test_all_tokens_in_the_modality_are_the_merged_weights(family, targets):
 @FAMILY
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 def test_experts_module(family, experts):
-    """The experts alone: text rows are transformers' own, in value and in every gradient."""
+    """In the experts alone, text rows have transformers' values and gradients."""
     model = make_model(family, experts=experts)
     module = find_experts(model.model.layers[0])
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +198,7 @@ def test_experts_module(family, experts):
 
 
 def test_an_experts_module_without_adapters_takes_the_base_path():
-    """The name in transformers' registry works for a model that is not patched, too."""
+    """The registered implementation also works in a model that is not patched."""
     model = make_model("mixtral").requires_grad_(False)
     ids = token_ids(2, 8)
     expected = model(ids).logits
@@ -231,7 +231,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_the_experts_of_other_families(model_type, tmp_path):
-    """The layout decides, not the class: a shorter check of models with the same interface."""
+    """The layout decides, not the class: a short check of other models with the interface."""
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
@@ -307,7 +307,7 @@ def test_another_instance_is_untouched(family):
 
 
 def test_models_that_share_a_configuration(family="olmoe"):
-    """Patching one must not change the experts that the other runs, nor its vocabulary."""
+    """Patching one model must change neither experts nor vocabulary of the other."""
     model = make_model(family)
     other = type(model)(model.config).eval()
     before = snapshot(other)
@@ -331,7 +331,7 @@ def test_a_deepcopy_is_independent(family):
         as_image = model(ids, modality_ids=image).logits
         twin = copy.deepcopy(model)
         assert torch.equal(twin(ids, modality_ids=text).logits, as_text)
-        # The original's masks were not set by the copy's forward, nor the other way round.
+        # The copy's forward did not set the original's masks, nor the original's the copy's.
         assert torch.equal(model(ids, modality_ids=image).logits, as_image)
         handle = get_patched(twin)
         assert handle.model is twin
@@ -386,7 +386,7 @@ def test_a_patch_that_stops_half_way_is_undone(monkeypatch):
 @FAMILY
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_transformers_saves_our_parameters_as_they_are(family, tied, tmp_path):
-    """It splits and renames experts when it saves: what looks like one would be lost on resume."""
+    """transformers splits and renames experts on saving; a look-alike would be lost on resume."""
     model = make_model(family, tie_word_embeddings=tied)
     patched = patch_model(model)
     add_modality_tokens(model, "image", 5)
@@ -427,7 +427,7 @@ def test_an_all_text_batch_has_a_loss_that_requires_grad(family):
 
 
 def test_two_modalities():
-    """Each modality has adapters of its own, and only its own rows see them."""
+    """Each modality has its own adapters, which only its rows use."""
     model = make_model("mixtral")
     patched = patch_model(model, ModalityLoraConfig(r=4, modalities=("image", "sound")))
     randomise(patched)
@@ -463,7 +463,7 @@ def test_ranks_by_projection_and_a_shared_A():
 
 
 def test_dtypes_of_the_adapters():
-    for dtype, wanted in (
+    for dtype, expected_dtype in (
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float32),
         (torch.float32, torch.float32),
@@ -471,12 +471,12 @@ def test_dtypes_of_the_adapters():
     ):
         model = make_model("mixtral", dtype=dtype)
         patched = patch_model(model, ModalityLoraConfig(r=3, lora_alpha=10))
-        assert {p.dtype for p in patched.trainable_parameters()} == {wanted}
+        assert {p.dtype for p in patched.trainable_parameters()} == {expected_dtype}
         ids = token_ids(2, 8)
         out = model(ids, modality_ids=torch.ones_like(ids), labels=ids)
         assert out.logits.dtype == dtype
         out.loss.backward()
-        assert {p.grad.dtype for p in patched.trainable_parameters()} == {wanted}
+        assert {p.grad.dtype for p in patched.trainable_parameters()} == {expected_dtype}
 
 
 def test_moving_the_model_keeps_the_scaling_exact():
@@ -505,7 +505,7 @@ def test_a_subclass_that_a_script_defines():
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
 def test_adapters_off_hold_for_the_backward_of_their_forward(checkpointing):
-    """The backward comes after the block; a recompute must not find the adapters on again."""
+    """Backward runs after the context; its recompute must still run without adapters."""
     model = make_model("olmoe").train()
     patched = patch_model(model)
     add_modality_tokens(model, "image", 8)

@@ -1,4 +1,4 @@
-"""Rank and alpha by layer and module, and adapters in some layers alone: PEFT's rules."""
+"""Rank and alpha by layer and module, and adapters in some layers only, by PEFT's rules."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def ranks(patched):
 
 
 def test_the_rule_is_peft_s():
-    """On random keys, names and orders."""
+    """Patterns give PEFT's values for random keys in random orders."""
     names = [
         f"model.layers.{layer}.{module}"
         for layer in (0, 1, 10)
@@ -104,7 +104,7 @@ def test_ranks_and_alphas_of_a_model():
 
 @FAMILY
 def test_peft_gives_the_same_ranks(family):
-    """PEFT, asked for the same: its own shapes and scalings. A router it knows by its weight."""
+    """PEFT makes the same ranks and scalings from the same patterns, router excluded."""
     theirs = get_peft_model(
         make_model(family),
         LoraConfig(
@@ -128,7 +128,7 @@ def test_peft_gives_the_same_ranks(family):
 
 @FAMILY
 def test_the_other_layers_are_the_base(family):
-    """As if all adapters were there and those of the other layers zero; text keeps its bits."""
+    """The output is that of adapters everywhere with the other layers' at zero."""
     every, some = make_patched(family), make_patched(family, layers_to_transform=[0])
     assert some.config.layers_to_transform == (0,)
     assert {name.split(".")[2] for name in ranks(some)} == {"0"}
@@ -177,8 +177,8 @@ def test_some_layers_under_checkpointing(layers, reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.zero_grad()
     model(**inputs).loss.backward()
-    for parameter, wanted in zip(patched.trainable_parameters(), expected, strict=True):
-        assert torch.equal(parameter.grad, wanted) and wanted.any()
+    for parameter, expected_grad in zip(patched.trainable_parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, expected_grad) and expected_grad.any()
 
 
 def test_everything_is_undone():
@@ -196,7 +196,7 @@ def test_everything_is_undone():
 
 
 def test_a_start_from_layer_inputs():
-    """initialise_lora copes with other ranks, and with layers that have no adapters."""
+    """initialise_lora handles different ranks and layers without adapters."""
     pytest.importorskip("ot", reason="POT is not installed (the extra 'ot')")
     patched = make_patched(
         "mixtral", dtype=torch.float32, layers_to_transform=(1,),
@@ -245,7 +245,7 @@ def test_on_disk_and_back(tmp_path):
     ],
 )
 def test_an_adapter_of_other_layers_or_patterns(ours, match, tmp_path):
-    """Also of the same keys in another order, which can mean another alpha."""
+    """The order of the keys counts too, since it can change an alpha."""
     theirs = {"alpha_pattern": {"q_proj": 1, ".*q_proj": 2}, "layers_to_transform": (1,)}
     saved_adapter(tmp_path, **theirs)
     patched = make_patched(dtype=torch.float32, **theirs | ours)
@@ -265,7 +265,7 @@ def rewrite_settings(folder, change):
 
 
 def test_an_adapter_of_an_older_version(tmp_path):
-    """Its settings lack what came later; then that is not used."""
+    """Settings that the file lacks keep their defaults."""
     settings = {"target_modules": ALL[:2], "rank_pattern": {"down_proj": 2}}
     patched = saved_adapter(tmp_path, **settings)
     rewrite_settings(tmp_path, lambda lora: lora.pop("layers_to_transform"))
@@ -302,7 +302,7 @@ def test_an_adapter_of_a_newer_version(tmp_path):
     ids=["patterns", "one layer", "the router alone", "router and attention"],
 )
 def test_peft_runs_what_we_write_and_we_what_it_writes(family, settings, tmp_path):
-    """With every token in the modality its model gives ours, and its file ours back."""
+    """With every token in the modality the outputs agree, and PEFT's file restores our adapter."""
     patched = make_patched(family, **settings)
     randomise(patched)
     expected = image_logits(patched)
@@ -319,7 +319,7 @@ def test_peft_runs_what_we_write_and_we_what_it_writes(family, settings, tmp_pat
 
 
 def test_peft_s_own_choice_of_layers(tmp_path):
-    """Its layers_to_transform, with linear layers alone, as it knows no parameters there."""
+    """PEFT's layers_to_transform applies to linear layers only, not to parameters."""
     config = LoraConfig(
         r=3, lora_alpha=4.5, target_modules=list(ATTENTION), layers_to_transform=[1],
         rank_pattern={r"layers\.1\.self_attn\.k_proj": 2},
@@ -342,7 +342,7 @@ def test_peft_s_own_choice_of_layers(tmp_path):
 
 
 def test_overlapping_keys_that_peft_has_sorted(tmp_path):
-    """What its file says then is not what it ran: refused by rank, instead of a silent mixture."""
+    """Sorted keys give other ranks than PEFT ran with: refused, not mixed silently."""
     config = LoraConfig(
         r=3, lora_alpha=4.5, target_modules=list(ATTENTION),
         rank_pattern={"q_proj": 2, ".*_proj": 1},

@@ -1,4 +1,4 @@
-"""PEFT as an outside oracle: the same low-rank weights, without a mask.
+"""PEFT as an independent oracle: the same low-rank weights, without a mask.
 
 PEFT adapts stacked experts by ``LoraConfig(target_parameters=...)``. With every token in the
 modality our model is PEFT's, in outputs and in gradients of the adapters; with none, the base.
@@ -31,7 +31,7 @@ R, ALPHA = 3, 4.5
 
 
 def make_peft(family, *, attention=True, dtype=torch.float64, **kwargs):
-    """PEFT's model with random adapters."""
+    """Make PEFT's model with random adapters."""
     config = LoraConfig(
         r=R,
         lora_alpha=ALPHA,
@@ -56,7 +56,7 @@ def make_patched(family, *, attention=True, dtype=torch.float64, **kwargs):
 
 @pytest.fixture
 def pair(request, tmp_path):
-    """Both models with the same weights, carried over by PEFT's own file."""
+    """Make both models with the same weights, transferred by PEFT's own file."""
     peft, patched = make_peft(request.param), make_patched(request.param)
     peft.save_pretrained(tmp_path)
     peft_format.load_peft_adapter(patched, "image", tmp_path)
@@ -69,7 +69,7 @@ BOTH = pytest.mark.parametrize(
 
 
 def in_peft_layout(patched, tensor_of):
-    """name in PEFT's model -> ``tensor_of(parameter)`` of ours, by the file that we write."""
+    """Map names in PEFT's model to ``tensor_of(parameter)`` of ours, by the file that we write."""
     tensors = {}
     for slot in peft_format._slots(patched):
         for field in ("lora_A", "lora_B"):
@@ -82,7 +82,7 @@ def in_peft_layout(patched, tensor_of):
 
 @BOTH
 def test_every_token_in_the_modality(pair):
-    """Logits, and the gradients of all adapters."""
+    """Logits and the gradients of all adapters agree."""
     peft, patched = pair
     ids = token_ids(3, 20)
     theirs = peft(ids, labels=ids)
@@ -112,7 +112,7 @@ def test_no_token_in_the_modality(pair):
 
 @BOTH
 def test_a_random_mask_is_a_choice_of_the_two(pair):
-    """Row by row, at the experts module, where rows do not see each other; gradients too."""
+    """Each row of the experts module has PEFT's output or the base's; gradients likewise."""
     peft, patched = pair
     theirs = peft.get_submodule("base_model.model.model.layers.0.mlp.experts")
     ours = find_experts(patched.model.model.layers[0])
@@ -161,13 +161,13 @@ def test_our_file_loads_in_peft(family, tmp_path):
         merged = peft.merge_and_unload()
         assert relative_rms(ours, merged(ids).logits) < 1e-6
 
-    # What PEFT merged and unloaded is a plain model again, which can be patched.
+    # A model that PEFT merged and unloaded is plain again and can be patched.
     patch_model(merged)
 
 
 @FAMILY
 def test_the_files_are_the_same_bits_both_ways(family, tmp_path):
-    """PEFT's file -> ours -> PEFT's file."""
+    """PEFT's file loaded and saved by us has the same bits."""
     peft = make_peft(family, dtype=torch.float32)
     peft.save_pretrained(tmp_path / "theirs")
     patched = make_patched(family, dtype=torch.float32)
@@ -196,7 +196,7 @@ def test_experts_alone(tmp_path):
 
 
 def test_ranks_by_projection_and_a_shared_A(tmp_path):
-    """A shared A is written once for each expert, as PEFT has no other way."""
+    """A shared A is written once for each expert, since PEFT cannot share it."""
     patterns = {
         "rank_pattern": {"down_proj": 2, "q_proj": 1},
         "alpha_pattern": {"down_proj": 6, "q_proj": 0.5},
@@ -228,7 +228,7 @@ def test_one_of_two_modalities(tmp_path):
 
 
 def test_the_layout_of_B_has_the_expert_fastest():
-    """The misreading that four other projects shipped must not pass."""
+    """B is read with the expert fastest, which four other projects got wrong."""
     lora_B = torch.arange(2 * 3 * 5.0).view(2, 3, 5)  # (E, out, r)
     flat = peft_format.experts_B_to_peft(lora_B)
     assert flat.shape == (3, 10)
@@ -284,7 +284,7 @@ def test_another_set_of_projections(tmp_path):
     make_peft("mixtral").save_pretrained(tmp_path / "all")
     make_peft("mixtral", attention=False).save_pretrained(tmp_path / "experts")
     for attention, folder, match in (
-        (False, "all", "16 tensors fit no projection"),
+        (False, "all", "16 tensors that fit no projection"),
         (True, "experts", "the adapter lacks .*q_proj.lora_A"),
     ):
         patched = make_patched("mixtral", attention=attention)
@@ -324,7 +324,7 @@ def test_what_peft_cannot_hold(tmp_path):
 
 
 def test_a_peft_model_is_refused():
-    """Wrapped or injected: PEFT's own wrappers would run on every token."""
+    """A wrapped or injected model is refused: PEFT's wrappers would run on every token."""
     peft = make_peft("mixtral")
     for model in (peft, peft.base_model.model):
         with pytest.raises(TypeError, match="carries PEFT adapters: merge or unload them first"):

@@ -1,4 +1,4 @@
-"""What patching refuses, and what a patched model refuses: by name, with nothing changed."""
+"""Refusals of patching and of a patched model: they name the reason and change nothing."""
 
 from types import SimpleNamespace
 
@@ -94,7 +94,7 @@ def test_quantised_weights():
 
 
 def flag_as(model, method):
-    """What transformers leaves on a model that its quantiser of this name has loaded."""
+    """Set the flags that transformers leaves on a model loaded by this quantiser."""
     model.is_quantized = True
     model.quantization_method = QuantizationMethod(method)
     model.hf_quantizer = SimpleNamespace(is_serializable=lambda: False)
@@ -108,13 +108,13 @@ METHODS = [method.value for method in QuantizationMethod]
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "gguf"])
 def test_quantisers_that_keep_packed_weights(method):
-    """Refused by name, even where no weight gives them away."""
+    """The quantiser's name is enough for a refusal, even if every weight looks plain."""
     refused(flag_as(make_model("mixtral"), method), ValueError, rf"is quantised \({method}\)")
 
 
 @pytest.mark.skipif("gguf" not in METHODS, reason="this transformers does not flag GGUF files")
 def test_weights_that_were_unpacked_from_a_gguf_file(tmp_path):
-    """They are floats: the model is patched, and may be cast, saved and trained."""
+    """A model with unpacked weights can be patched, cast, saved and trained."""
     model = flag_as(make_model("mixtral"), "gguf")
     before, ids = snapshot(model), token_ids(2, 8)
     patched = patch_model(model)
@@ -164,7 +164,7 @@ def test_an_attention_projection_that_is_not_linear():
 
 
 def test_forwards_that_somebody_else_replaced():
-    """As accelerate does for device maps and mixed precision: ours would bypass theirs."""
+    """accelerate replaces forwards for device maps and mixed precision; ours would bypass them."""
     model = make_model("mixtral")
     for module, match in (
         (model, "its forward was replaced"),
@@ -173,7 +173,7 @@ def test_forwards_that_somebody_else_replaced():
     ):
         module.forward = module.forward
         refused(model, ValueError, match)
-        if "q_proj" in match:  # not ours to touch, then
+        if "q_proj" in match:  # then the module is not ours to change
             patch_model(model, ModalityLoraConfig(target_modules=("experts",))).unpatch()
         del module.forward
 
@@ -271,7 +271,7 @@ def test_a_configuration_that_does_not_fit_the_model(settings, match):
 
 
 def test_layers_without_any_of_the_targets():
-    """The second layer of this model is dense."""
+    """A layer without experts cannot get adapters on experts."""
     config = ModalityLoraConfig(target_modules=("experts", "router"), layers_to_transform=(1,))
     refused(make_model("qwen2_moe"), ValueError, r"\(1,\) of .* have none of .*experts", config)
 

@@ -40,7 +40,7 @@ def make_patched(family="mixtral", targets=ALONE, *, scale=0.3, **model_settings
 
 
 def routed(model, ids, modality_ids=None, **kwargs):
-    """(logits, scores, indices) of the first layer's router, and its input."""
+    """Return (logits, scores, indices) of the first layer's router, and its input."""
     seen = []
     router = parts_of(model.model.layers[0]).router
     hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
@@ -51,7 +51,7 @@ def routed(model, ids, modality_ids=None, **kwargs):
 
 
 def mixed(batch=2, length=12):
-    """Ids and modality ids: text, the modality, and padding on the left of the first row."""
+    """Make ids and modality ids: text, the modality, and padding at the start of the first row."""
     ids = token_ids(batch, length)
     modality_ids = (token_ids(batch, length, seed=3) % 2).long()
     mask = torch.ones_like(ids)
@@ -100,7 +100,7 @@ def test_hooks_on_a_router_do_not_see_the_trial():
 
 
 def test_without_values():
-    """On the meta device, where memory is estimated."""
+    """Routers on the meta device, where memory is estimated, can be understood too."""
     with torch.device("meta"):
         model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, hidden_size=64))
         patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=ALL))
@@ -127,7 +127,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_routers_of_other_families(model_type):
-    """By name, with nothing changed; the experts alone can be adapted."""
+    """Unsupported routers are refused by name; the experts alone can be adapted."""
     settings, match = OTHERS[model_type]
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -137,9 +137,9 @@ def test_routers_of_other_families(model_type):
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **sizes | settings)
     model = AutoModelForCausalLM.from_config(config)
-    wanted = ModalityLoraConfig(target_modules=("experts", "router"))
+    config = ModalityLoraConfig(target_modules=("experts", "router"))
     match = rf'layer 0: .*({match}).*leave "router" out of target_modules'
-    refused(model, ValueError, match, wanted)
+    refused(model, ValueError, match, config)
     patch_model(model, ModalityLoraConfig(target_modules=("experts",))).unpatch()
 
 
@@ -165,8 +165,8 @@ def two_results(self, hidden_states):
 @pytest.mark.parametrize(
     ("forward", "match"),
     [
-        (jitter, "computes other logits"),
-        (scaled, "chooses or weighs experts in a way of its own"),
+        (jitter, "does not compute the logits of a linear layer"),
+        (scaled, "does not choose and weigh experts by softmax and top-k"),
         (two_results, r"does not return \(logits, scores, indices\)"),
     ],
 )
@@ -203,7 +203,7 @@ def test_off_by_default():
 
 @FAMILY
 def test_logits_scores_and_indices(family):
-    """W h on text and padding rows to the bit, + s B A h on those of the modality."""
+    """Text and padding rows have the bits of W h; rows of the modality add s B A h."""
     patched = make_patched(family)
     model, inputs = patched.model, mixed()
     logits, scores, indices, rows = routed(model, inputs.pop("input_ids"), **inputs)
@@ -217,14 +217,14 @@ def test_logits_scores_and_indices(family):
     image = (inputs["modality_ids"].flatten() == 1) & real
     assert torch.equal(logits[~image], base[~image])
     assert_close(logits[image], (base.double() + update)[image])
-    # What comes after is the class's own, of these logits.
+    # Scores and indices are those that the class computes from these logits.
     for ours, theirs in zip((scores, indices), of_logits(router, logits), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     assert not torch.equal(indices[image], of_logits(router, base)[1][image])
 
 
 def of_logits(router, logits):
-    """The class's scores and indices of given logits: its weight is the identity."""
+    """Return the class's scores and indices of given logits: its weight is the identity."""
     twin = copy.copy(router)
     identity = nn.Parameter(torch.eye(logits.shape[1], dtype=logits.dtype))
     twin.__dict__["_parameters"] = {"weight": identity}
@@ -234,7 +234,7 @@ def of_logits(router, logits):
 
 @FAMILY
 def test_all_tokens_in_the_modality_are_the_merged_router(family):
-    """Logits, loss and the gradients of adapters, in float64."""
+    """Logits, loss and gradients of adapters agree with merged weights in float64."""
     patched = make_patched(family, dtype=torch.float64)
     merged = merge(patched.model, patched).requires_grad_(True)
     ids = token_ids(3, 20)
@@ -246,14 +246,14 @@ def test_all_tokens_in_the_modality_are_the_merged_router(family):
     for ours, theirs in zip(patched.model.model.layers, merged.model.layers, strict=True):
         if "gate" in ours.modality_lora:
             lora, grad = ours.modality_lora["gate"], parts_of(theirs).router.weight.grad
-            wanted = 1.5 * lora.lora_B[0].detach().T @ grad
-            assert relative_rms(lora.lora_A.grad[0], wanted) < 1e-5 and wanted.any()
+            expected_grad = 1.5 * lora.lora_B[0].detach().T @ grad
+            assert relative_rms(lora.lora_A.grad[0], expected_grad) < 1e-5 and expected_grad.any()
             assert relative_rms(lora.lora_B.grad[0], 1.5 * grad @ lora.lora_A[0].detach().T) < 1e-5
 
 
 @FAMILY
 def test_image_rows_change_experts(family):
-    """By training alone: towards the expert that they chose least, which text does not notice."""
+    """Training moves image rows to their least chosen expert, and leaves text as it is."""
     model = make_model(family)
     patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=ALL))
     image = add_modality_tokens(model, "image", 8)
@@ -277,7 +277,7 @@ def test_image_rows_change_experts(family):
 
 @FAMILY
 def test_the_balance_loss_sees_the_adapted_logits(family):
-    """transformers' own, of the logits that routed; it reaches the router's adapter."""
+    """transformers' balance loss uses the adapted logits, and reaches the router's adapter."""
     patched = make_patched(family)
     model, ids = patched.model, token_ids(2, 10)
     settings = {"labels": ids, "output_router_logits": True}
@@ -314,7 +314,7 @@ LARGE = {
     ],
 )
 def test_text_keeps_its_bits(backend, dtype, length, family, own):
-    """After steps, with large weights and with NaN; beside a picture, and before one."""
+    """Text keeps its bits after steps and with huge or NaN weights, beside or before a picture."""
     model = make_model(family, dtype=dtype, **LARGE, **own)
     config = ModalityLoraConfig(r=4, target_modules=ALL, backend=backend)
     patched = patch_model(model, config)
@@ -338,7 +338,7 @@ def test_text_keeps_its_bits(backend, dtype, length, family, own):
         optimiser.step()
     gate = model.model.layers[0].modality_lora["gate"]
     assert gate.lora_A.grad.any() and gate.lora_B.any()
-    # So few text rows that a product of them alone would be another kernel's.
+    # A product of so few text rows alone would use another kernel.
     few = ids.clone()
     few[0, 3:] = VOCAB + few[0, 3:] % 16
     assert same(text(few, 3), expected)
@@ -375,7 +375,7 @@ def test_activation_checkpointing(family, reentrant):
 
 
 def test_two_forwards_before_one_backward():
-    """Each recompute takes the mask of its own forward."""
+    """Each recompute uses the mask of its own forward."""
     patched, inputs = make_patched("olmoe", ALL), mixed()
     other = inputs | {"modality_ids": 1 - inputs["modality_ids"]}
     apart = [losses_and_grads(patched, i)[1:] for i in (inputs, other)]
@@ -418,7 +418,7 @@ def test_adapters_off(family):
 
 @FAMILY
 def test_half_precision(family):
-    """Adapters in float32; scores and logits in the dtypes of the class."""
+    """Adapters are float32; scores and logits have the dtypes of the class."""
     model = make_model(family, dtype=torch.bfloat16)
     ids = token_ids(2, 8)
     plain = routed(model, ids)
@@ -463,7 +463,7 @@ def test_saved_loaded_copied_and_undone(family, tmp_path):
             assert torch.equal(other(ids, modality_ids=image).logits, expected)
         assert not torch.equal(model(ids, modality_ids=image).logits, expected)
     get_patched(twin).unpatch()
-    # transformers renames what looks like base weights when it saves.
+    # On saving, transformers renames parameters that look like base weights.
     model.save_pretrained(tmp_path / "model")
     saved = load_file(tmp_path / "model" / "model.safetensors")
     for name, parameter in patched.named_trainable_parameters():

@@ -1,4 +1,4 @@
-"""Text logits keep their bits whatever is learnt and whatever else is in the batch.
+"""Text logits keep their bits, whatever is learnt and whatever else is in the batch.
 
 The guarantee of docs/design.md 5.1 at the level of models: at the same (B, S), padding and cache
 the text logits of a patched model do not change. Hidden size 512 is large enough to see a GEMM
@@ -121,7 +121,7 @@ def test_a_text_prefix_whatever_follows(backend, dtype, length, seed):
 @LENGTHS
 @SEEDS
 def test_text_beside_pictures(backend, dtype, length, seed):
-    """Text sequences of a batch whose others are pictures, with adapters of any value."""
+    """Text sequences in a batch with pictures keep their bits with adapters of any value."""
     model, patched = make_patched(backend, dtype, seed)
     ids = token_ids(3, length, seed=seed)
     expected = text_logits(model, ids)[::2]
@@ -155,7 +155,7 @@ def test_padding_beside_pictures(backend, dtype):
 @DTYPES
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_learning(backend, dtype, family):
-    """Real optimiser steps on pictures with captions."""
+    """Text keeps its bits through optimiser steps on pictures with captions."""
     model, patched = make_patched(backend, dtype, 0, family)
     ids = token_ids(2, 64)
     expected = text_logits(model, ids)
@@ -180,7 +180,7 @@ def test_learning(backend, dtype, family):
 @BACKENDS
 @DTYPES
 def test_with_a_cache(backend, dtype):
-    """A text prompt and its next tokens, decoded one at a time beside a picture."""
+    """A text prompt and its next tokens, decoded beside a picture, keep their bits."""
     model, patched = make_patched(backend, dtype, 0)
     ids = token_ids(2, 70)
 

@@ -25,7 +25,7 @@ TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
 def make_tokenizer(size=VOCAB, ids=None):
-    """A word-level tokenizer of ``size`` words."""
+    """Make a word-level tokenizer of ``size`` words."""
     words = {"<pad>": 0} | {f"w{i}": i for i in (ids or range(1, size))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -43,7 +43,7 @@ def make_patched(family="mixtral", modalities=("image",), **kwargs):
 @FAMILY
 @TIED
 def test_rows_and_head(family, tied):
-    """V+n rows in effect, while the frozen table keeps its name, its shape and its bits."""
+    """The model has V+n rows, while the frozen table keeps its name, shape and bits."""
     model, patched = make_patched(family, tie_word_embeddings=tied)
     table = model.get_input_embeddings().weight
     before = table.detach().clone()
@@ -68,14 +68,14 @@ def test_rows_and_head(family, tied):
     assert model(ids).logits.shape == (2, 9, VOCAB + 5)
 
     names = [name for name, _ in patched.named_trainable_parameters() if "added_rows" in name]
-    wanted = ["model.embed_tokens.added_rows.image"]
-    assert names == (wanted if tied else [*wanted, "lm_head.added_rows.image"])
+    expected = ["model.embed_tokens.added_rows.image"]
+    assert names == (expected if tied else [*expected, "lm_head.added_rows.image"])
 
 
 @FAMILY
 @TIED
 def test_gradients_of_the_rows(family, tied):
-    """As if the rows were part of one table: compared with a plain resized model."""
+    """Gradients of added rows are those of rows in a plain resized model."""
     model, patched = make_patched(family, tie_word_embeddings=tied)
     add_modality_tokens(model, "image", 5)
     randomise(patched)
@@ -147,8 +147,8 @@ def test_dtypes_of_the_rows():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         model, patched = make_patched(dtype=dtype)
         add_modality_tokens(model, "image", 2)
-        wanted = torch.float32 if dtype.itemsize == 2 else dtype
-        assert {p.dtype for p in patched.trainable_parameters()} == {wanted}
+        row_dtype = torch.float32 if dtype.itemsize == 2 else dtype
+        assert {p.dtype for p in patched.trainable_parameters()} == {row_dtype}
         assert model.get_input_embeddings()(torch.tensor([[1, VOCAB]])).dtype == dtype
         assert model(torch.tensor([[1, VOCAB]])).logits.dtype == dtype
 
@@ -202,7 +202,7 @@ def test_the_tokenizer_keeps_step():
 
 
 def test_fillers_for_rows_without_a_token():
-    """Tables are often longer than the vocabulary."""
+    """Tables are often longer than the vocabulary, so fillers take the ids between."""
     model, _ = make_patched()
     tokenizer = make_tokenizer(VOCAB - 5)
     image = add_modality_tokens(model, "image", 4, tokenizer=tokenizer)

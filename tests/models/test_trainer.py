@@ -45,7 +45,7 @@ def make_patched(family="mixtral", *, seed=0, **kwargs):
 
 
 def examples(size=16, *, image=True, length=12, seed=0):
-    """Text, then image tokens; some labels are not predicted, more in some examples."""
+    """Make examples of text, then image tokens, with different numbers of predicted labels."""
     ids = token_ids(size, length, seed=seed)
     if image:
         ids[:, length // 2 :] = VOCAB + ids[:, length // 2 :] % IMAGE
@@ -101,7 +101,7 @@ def run_script(text, tmp_path):
 
 
 def test_a_diff_of_three_lines(tmp_path):
-    """The plain script cannot even look up image tokens; three lines later it learns them."""
+    """The plain script fails on image tokens; with three more lines it learns them."""
     with pytest.raises(IndexError):
         run_script(SCRIPT, tmp_path)
     text = multimodal_script()
@@ -126,7 +126,7 @@ def test_a_diff_of_three_lines(tmp_path):
 
 
 def test_an_all_text_dataset_trains(tmp_path):
-    """The loss requires grad, and the adapters' gradients are None or exact zeros."""
+    """On text alone the loss requires grad, and adapters' gradients are None or exact zeros."""
     patched = make_patched()
     randomise(patched)
     names = [name for name, _ in patched.named_trainable_parameters() if "modality_lora" in name]
@@ -149,7 +149,7 @@ def test_an_all_text_dataset_trains(tmp_path):
 
 
 def test_a_modality_ids_column_reaches_the_model(tmp_path):
-    """Under remove_unused_columns, which drops the column that no forward asks for."""
+    """remove_unused_columns keeps the column, since the model's forward has the argument."""
     patched = make_patched()
     seen = []
     patched.model.register_forward_pre_hook(
@@ -163,13 +163,13 @@ def test_a_modality_ids_column_reaches_the_model(tmp_path):
     assert trainer.args.remove_unused_columns
     trainer.train()
     assert all("note" not in kwargs for kwargs in seen)
-    wanted = {tuple(example["input_ids"]): example["modality_ids"] for example in dataset}
+    masks = {tuple(example["input_ids"]): example["modality_ids"] for example in dataset}
     rows = [
         (tuple(ids.tolist()), mask.tolist())
         for kwargs in seen
         for ids, mask in zip(kwargs["input_ids"], kwargs["modality_ids"], strict=True)
     ]
-    assert len(rows) == 8 and all(wanted[ids] == mask for ids, mask in rows)
+    assert len(rows) == 8 and all(masks[ids] == mask for ids, mask in rows)
     assert all(p.any() for name, p in patched.named_trainable_parameters() if "lora_B" in name)
 
 
@@ -192,7 +192,7 @@ def sgd(patched):
 
 
 def test_gradient_accumulation_is_the_big_batch(tmp_path):
-    """Also with labels of different number in the parts."""
+    """Accumulated gradients equal the big batch's, even if the parts have fewer or more labels."""
     results = []
     for batch, steps in ((8, 1), (2, 4)):
         patched = make_patched()
@@ -212,7 +212,7 @@ def test_gradient_accumulation_is_the_big_batch(tmp_path):
 
 
 def gradients(patched, batches, *, embeds=False):
-    """Gradients of all adapters for the sum of losses of several forwards, by name."""
+    """Return gradients of all adapters, by name, for the sum of losses of several forwards."""
     model = patched.model
     model.zero_grad()
     loss = 0
@@ -227,7 +227,7 @@ def gradients(patched, batches, *, embeds=False):
 
 @FAMILY
 def test_two_forwards_before_one_backward(family):
-    """Each backward sees the mask of its own forward."""
+    """Each backward uses the mask of its own forward."""
     patched = make_patched(family)
     randomise(patched)
     batches = [
@@ -244,7 +244,7 @@ def test_two_forwards_before_one_backward(family):
 @REENTRANT
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeddings"])
 def test_checkpointing_keeps_every_bit(family, reentrant, embeds):
-    """Of one forward, and of two forwards with different masks before one backward."""
+    """Checkpointing keeps every bit, also with two forwards of different masks."""
     patched = make_patched(family)
     randomise(patched)
     patched.model.train()
@@ -255,8 +255,8 @@ def test_checkpointing_keeps_every_bit(family, reentrant, embeds):
     expected = [gradients(patched, batches, embeds=embeds) for batches in (one, two)]
     assert sum("lora_A" in name for name in expected[0]) >= 10
     patched.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for batches, wanted in zip((one, two), expected, strict=True):
-        assert_same_bits(gradients(patched, batches, embeds=embeds), wanted)
+    for batches, expected_bits in zip((one, two), expected, strict=True):
+        assert_same_bits(gradients(patched, batches, embeds=embeds), expected_bits)
 
 
 @REENTRANT
@@ -302,7 +302,7 @@ def test_bf16_autocast(dtype, tmp_path):
 
 
 def test_unpatch_after_mixed_precision(tmp_path):
-    """accelerate leaves its wrapper on the model's forward; unpatching takes it away with ours."""
+    """Unpatching removes accelerate's wrapper of the model's forward together with ours."""
     model = make_model("mixtral")
     before, text = snapshot(model), token_ids(2, 12)
     expected = model(text).logits
@@ -324,7 +324,7 @@ def test_unpatch_after_mixed_precision(tmp_path):
 
 
 class Crash(TrainerCallback):
-    """Ends the run right after the checkpoint of step 2."""
+    """End the run right after the checkpoint of step 2."""
 
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == 2:

@@ -1,4 +1,4 @@
-"""Added experts: who may choose them, what they compute, and that text keeps its bits."""
+"""Added experts: the rows that may choose them, their outputs, and unchanged bits of text."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def logits(model, inputs):
 @FAMILY
 @CALIBRATIONS
 def test_routing_row_by_row(family, calibration):
-    """Text and padding as their E logits say, image rows among E+X."""
+    """Text and padding rows are routed by their E logits, image rows by E+X."""
     extender = extended(family, experts_per_layer=2, calibration=calibration)
     randomise(extender.patched)
     model, inputs = extender.model, mixed()
@@ -66,7 +66,7 @@ def test_routing_row_by_row(family, calibration):
 
 
 def by_hand(wide, routing, calibration):
-    """B3 as it stands in docs/methods_specification.md, one row at a time."""
+    """Compute B3 of docs/methods_specification.md one row at a time."""
     all_scores, all_indices = [], []
     for row in wide:
         p = row.exp() / row.exp().sum()
@@ -99,7 +99,7 @@ def test_a_calibration_starts_as_the_identity(calibration):
 
 @FAMILY
 def test_the_layer_by_hand(family):
-    """The outputs of image rows are those of a model that has the experts in its own stacks."""
+    """Image rows have the outputs of a model with the experts in its own stacks."""
     extender = extended(family, calibration=None, model={"dtype": torch.float64})
     randomise(extender.patched, scale=0.2)
     model = extender.model
@@ -128,7 +128,7 @@ def wider(family):
 
 
 def test_copies_tie_with_their_source_without_a_gate():
-    """The published step 0: with K unchanged the copy evicts the true second expert."""
+    """At step 0 without a gate, as published, a copy evicts the true second expert."""
     extender = extended("mixtral", modality_gate=False, calibration=None)
     inputs = mixed()
     real = sum(kinds(inputs)).bool()
@@ -161,7 +161,7 @@ LARGE = {
     ],
 )
 def test_text_keeps_its_bits(backend, dtype, length, family, own):
-    """Of the patched model before the extension; after steps, with large weights and with NaN."""
+    """Text keeps the bits from before the extension after steps, with large weights and NaN."""
     model = make_model(family, dtype=dtype, **LARGE, **own)
     ids = token_ids(2, length)
     extender = ExpertExtender(model, backend=backend)
@@ -195,8 +195,9 @@ def test_text_keeps_its_bits(backend, dtype, length, family, own):
 
 
 def of_three_kinds(model):
-    """Logits of a sequence of text, one of images and one of a task: padded on either side, and as
-    they go on with a cache.
+    """Return logits of a text, an image and a task sequence.
+
+    They are padded on either side, and decoded with a cache.
     """
     ids, padding = token_ids(3, 24), 5
     modality_ids = torch.arange(3)[:, None].expand_as(ids)
@@ -219,7 +220,7 @@ def of_three_kinds(model):
 @CALIBRATIONS
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_each_kind_keeps_its_bits_beside_the_others(family, calibration, low_rank):
-    """Two extensions of different modalities, of the same layers and of others."""
+    """Extensions of two modalities, in equal and different layers, keep each other's bits."""
     model = make_model(family, hidden_size=128, num_hidden_layers=3)
     targets = ("experts", "attention", "router") if low_rank else ()
     modalities = {"modalities": ("image", "task"), "sequence_modalities": ("task",)}
@@ -288,7 +289,7 @@ def test_the_gradient_of_text_in_every_family(family, calibration):
 
 
 def check_the_gradient_of_text(model, length, backend, calibration):
-    """Whatever was added; 0 * NaN would be NaN, in a sequence of its own as in a whole batch."""
+    """Check that text's gradient keeps its bits even if added experts are NaN (0 * NaN is NaN)."""
     extender = ExpertExtender(model, ("image", "task"), backend=backend)
     ids = token_ids(2, length)
     embeddings = model.get_input_embeddings()(ids).detach()
@@ -318,7 +319,7 @@ def check_the_gradient_of_text(model, length, backend, calibration):
 
 @FAMILY
 def test_rows_learn_to_use_the_added_expert(family):
-    """More of them than before, and what was learnt is lost without it."""
+    """Training sends more rows to the added expert; disabling it loses what was learnt."""
     extender = extended(family, calibration="additive", init="random")
     model, inputs = extender.model, mixed(4, 16)
     inputs["attention_mask"][:] = 1
@@ -347,7 +348,7 @@ def test_rows_learn_to_use_the_added_expert(family):
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_activation_checkpointing(reentrant):
-    """Two forwards before one backward: each recompute takes the mask of its own."""
+    """Two forwards before one backward: each recompute uses the mask of its own forward."""
     extender = extended("olmoe")
     randomise(extender.patched)
     model, inputs = extender.model.train(), mixed()
@@ -365,7 +366,7 @@ def test_activation_checkpointing(reentrant):
 
 
 def test_half_precision():
-    """float32 parameters on a bfloat16 base; a copy is its source to the bit, once cast."""
+    """Parameters are float32 on a bfloat16 base; a copy that is cast equals its source."""
     extender = extended("mixtral", model={"dtype": torch.bfloat16})
     parameters = list(extender.patched.trainable_parameters())
     assert {p.dtype for p in parameters} == {torch.float32}
@@ -409,7 +410,7 @@ def test_a_second_extension_leaves_the_first_as_it_is(family):
 
 
 def joined_gradients(monkeypatch):
-    """Those of the added experts' weights as the op gives them, of all extensions of a layer."""
+    """Record the op's gradients of a layer's added experts, all extensions joined."""
     found, moe_mlp = [], ops.moe_mlp
 
     def spy(*args, **kwargs):
@@ -424,7 +425,7 @@ def joined_gradients(monkeypatch):
 @BACKENDS
 @pytest.mark.parametrize("freeze", [True, False])
 def test_no_gradient_of_a_frozen_extension_is_computed(backend, freeze, monkeypatch):
-    """Though the experts of both are one tensor to the op."""
+    """The op computes no gradient of frozen experts, though all extensions are one tensor."""
     extender = ExpertExtender(make_model("mixtral"), backend=backend)
     extender.extend([0], 2, init=0)
     extender.extend([0], 1, init=1, freeze_earlier=freeze)
@@ -455,15 +456,15 @@ def test_each_modality_has_its_own_experts():
         assert torch.equal(new[1][text], scores[text]) and torch.equal(new[2][text], indices[text])
         assert torch.equal(new[2][own], indices[own]) != rerouted
         assert torch.equal(new[1][own], scores[own]) != rerouted
-        wanted, closed = ((5, 6), (4,)) if rerouted else ((4,), (5, 6))
-        assert torch.isin(new[2][own], torch.tensor(wanted)).any()
+        open_ids, closed = ((5, 6), (4,)) if rerouted else ((4,), (5, 6))
+        assert torch.isin(new[2][own], torch.tensor(open_ids)).any()
         assert not torch.isin(new[2][own], torch.tensor(closed)).any()
         assert new[0][:, closed].isneginf().all()
 
 
 @FAMILY
 def test_with_low_rank_updates_everywhere(family):
-    """Beside pairs on experts, attention and router; text keeps its bits, all of it trains."""
+    """With pairs on experts, attention and router, everything trains and text keeps its bits."""
     model = make_model(family)
     targets = ("experts", "attention", "router")
     patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=targets))
@@ -503,7 +504,7 @@ def test_without_a_gate_a_balance_of_all_rows():
 @FAMILY
 @pytest.mark.parametrize("gate", [True, False])
 def test_the_balance_loss_is_the_bases(family, gate):
-    """It counts E experts by E logits, in layers with different numbers of added ones."""
+    """The balance loss counts E experts by E logits, whatever was added to each layer."""
     model = make_model(family)
     inputs = mixed() | {"output_router_logits": True}
     layers = 2 if family != "qwen2_moe" else 1
@@ -519,7 +520,7 @@ def test_the_balance_loss_is_the_bases(family, gate):
     assert torch.equal(actual.aux_loss, expected.aux_loss) == (gate or layers == 1)
     if gate:
         assert torch.equal(actual.loss, expected.loss)
-    # Of the last layer: those of an earlier one are reached through later hidden states.
+    # Only the last layer's: later hidden states reach those of an earlier layer.
     last = added_experts(model.model.layers[layers - 1])[0]
     columns = torch.autograd.grad(out.aux_loss, last.router_columns, allow_unused=True)[0]
     assert columns is None or not columns.any()
@@ -556,7 +557,7 @@ def task_model(**options):
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_task_of_text(cache):
-    """Given by sequence; what is generated stays in the task, beside base text that keeps bits."""
+    """Tokens generated in a task's sequence stay in the task; base text keeps its bits."""
     extender = task_model()
     model, ids = extender.model, token_ids(2, 6)
     tasks = torch.tensor([[2], [0]]).expand(2, 6)
@@ -596,7 +597,7 @@ def test_copied_saved_and_undone(family, gate, tmp_path):
     assert torch.equal(logits(twin, inputs), expected)
     assert not torch.equal(logits(model, inputs), expected)
     get_patched(twin).unpatch()
-    # transformers renames what looks like base weights when it saves.
+    # On saving, transformers renames parameters that look like base weights.
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     for name, parameter in extender.patched.named_trainable_parameters():
@@ -626,9 +627,9 @@ def test_starts(family):
                 assert 0.1 < value.std() < 0.3  # initializer_range is 0.2
                 assert not torch.equal(value[0], value[1])
                 continue
-            wanted = stack.mean(0) if init == "mean" else stack[2]
-            assert_close(value[0], wanted)
-            # Twins differ a little in their columns, or they would learn the same for ever.
+            source = stack.mean(0) if init == "mean" else stack[2]
+            assert_close(value[0], source)
+            # Copies of one expert differ a little in their columns, or they would stay equal.
             twins = relative_rms(value[1], value[0])
             assert 0 < twins < 0.1 if value is added.router_columns else twins == 0
     assert torch.equal(layer.mlp.gate.weight, parts_of(layer).router.weight)
@@ -655,14 +656,14 @@ def test_choosing_layers(layers, expected):
     numbers = {4: 1, 0: 3} if layers is None else 2
     extender = ExpertExtender(make_model("olmoe", num_hidden_layers=5))
     config = extender.extend(layers, numbers, init="random")
-    wanted = {0: 3, 4: 1} if layers is None else dict.fromkeys(expected, 2)
-    assert config.experts == wanted and extender.patched.extensions == [config]
+    added = {0: 3, 4: 1} if layers is None else dict.fromkeys(expected, 2)
+    assert config.experts == added and extender.patched.extensions == [config]
     for index, layer in enumerate(extender.model.model.layers):
-        assert sum(e.num_added for e in added_experts(layer)) == wanted.get(index, 0)
+        assert sum(e.num_added for e in added_experts(layer)) == added.get(index, 0)
 
 
 def test_integers_of_numpy():
-    """Are what Python's are, also in the file."""
+    """Integers of numpy behave as Python's, and are saved as such."""
     extender = ExpertExtender(make_model("olmoe"))
     config = extender.extend(
         np.arange(2), np.int64(2), init=np.int32(3), calibration_hidden=np.int64(4)
@@ -736,7 +737,7 @@ def test_models_that_do_not_fit():
         ExpertExtender(model, backend="reference")
     with pytest.raises(ValueError, match=r"sequence_modalities=\(\), not \('sound',\)"):
         ExpertExtender(model, sequence_modalities=("sound",))
-    with pytest.raises(ValueError, match="say which"):
+    with pytest.raises(ValueError, match="choose one by modality="):
         ExpertExtender(model).extend("all", init=0)
     with pytest.raises(ValueError, match="call extend first"):
         ExpertExtender(model).disturbance([mixed()])
@@ -744,7 +745,7 @@ def test_models_that_do_not_fit():
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_model_that_is_not_patched_any_more(again):
-    """Or was patched again, by another handle."""
+    """A handle of an unpatched model is refused, even if the model was patched anew."""
     model = make_model("mixtral")
     extender = ExpertExtender(model)
     extender.patched.unpatch()
@@ -794,7 +795,7 @@ def test_disturbance_at_step_0():
     assert found["image"].rows == 0
     assert found["text"].to_dict()["rerouted_by_layer"] == list(found["text"].rerouted_by_layer)
 
-    # By hand, of one batch.
+    # One batch, computed by hand.
     model = published.model
     with published.disabled():
         before, expected = routed(model, text[0]), logits(model, text[0])
@@ -807,7 +808,7 @@ def test_disturbance_at_step_0():
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_disturbance_where_nothing_added_can_be_chosen(gate):
-    """Both sides would be the same, and all figures zeros; without a gate experts stay on."""
+    """Disabled experts leave nothing to compare; those without a gate stay on."""
     extender = extended("mixtral", modality_gate=gate)
     image = {"input_ids": token_ids(2, 16), "modality_ids": torch.ones(2, 16, dtype=torch.long)}
     with extender.disabled(), pytest.raises(ValueError, match="no row can choose"):
@@ -842,7 +843,7 @@ def test_disabled_within_itself():
 
 
 def test_what_changes_while_all_is_disabled():
-    """Experts that are added there are off till its end; after unpatch() nothing is left."""
+    """Experts added while disabled stay off until the end; unpatch() removes everything."""
     model = make_model("mixtral")
     before, inputs = snapshot(model), mixed()
     extender = ExpertExtender(model)

@@ -52,7 +52,7 @@ def test_a_projector_by_hand(layers):
 
 
 def test_alignment():
-    """The projector alone learns, through the frozen model."""
+    """Only the projector learns, through the frozen model."""
     model = make_model("mixtral", dtype=torch.bfloat16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     extender = ExpertExtender(model)
@@ -97,7 +97,7 @@ def test_projector_refusals():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_features_among_text(side):
-    """Two sequences of other lengths, padded in different places, after a begin token."""
+    """Features follow a begin token in two sequences of different lengths and padding."""
     model = make_model("olmoe")
     ExpertExtender(model, ("sound", "image"))
     features = torch.randn(2, 3, 32)
@@ -124,7 +124,7 @@ def test_features_among_text(side):
 
 
 def test_what_is_joined_reaches_the_model():
-    """The same as the embeddings of one whole sequence of tokens; given labels are kept."""
+    """Joined inputs equal the embeddings of one sequence of tokens; given labels are kept."""
     model = make_model("mixtral", dtype=torch.float64)
     image = None
     extender = ExpertExtender(model)
@@ -143,7 +143,7 @@ def test_what_is_joined_reaches_the_model():
 
 
 def test_text_before_and_after_joining_keeps_its_bits():
-    """A text prefix, whatever features follow it and whatever was learnt."""
+    """A text prefix keeps its bits, whatever features follow and whatever was learnt."""
     extender = extended("mixtral")
     model, ids = extender.model, token_ids(2, 12)
     kept = []
@@ -182,7 +182,7 @@ def test_what_cannot_be_joined(change, match):
 
 
 def everything(family="mixtral"):
-    """Adapters, tokens, two extensions and a projector."""
+    """Make a model with adapters, tokens, two extensions and a projector."""
     model = make_model(family)
     config = ModalityLoraConfig(
         r=2, target_modules=("experts", "attention", "router"), modalities=("image", "task")
@@ -199,7 +199,7 @@ def everything(family="mixtral"):
 
 @FAMILY
 def test_the_same_bits_back(family, tmp_path):
-    """On the plain pretrained model, by what the file says alone."""
+    """The file alone restores every bit on the plain pretrained model."""
     patched = everything(family)
     state, inputs = snapshot(patched.model), [mixed(), mixed(modality=2)]
     expected = [logits(patched.model, each) for each in inputs]
@@ -214,7 +214,7 @@ def test_the_same_bits_back(family, tmp_path):
     assert [n for n, _ in fresh.named_trainable_parameters()] == [
         n for n, _ in patched.named_trainable_parameters()
     ]
-    # Into a model that has it all already; and on from there.
+    # A model that has everything already loads it too, and can be extended further.
     randomise(patched, seed=9)
     patched.load_adapter(tmp_path)
     assert torch.equal(logits(patched.model, inputs[0]), expected[0])
@@ -227,16 +227,16 @@ def test_the_same_bits_back(family, tmp_path):
     assert torch.equal(logits(last.model, inputs[0]), logits(fresh.model, inputs[0]))
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_what_was_frozen_is_frozen_again(there, tmp_path):
-    """Whether the load makes the parameters or finds them."""
+@pytest.mark.parametrize("already_present", [False, True])
+def test_what_was_frozen_is_frozen_again(already_present, tmp_path):
+    """Frozen parameters stay frozen, whether loading makes or finds them."""
     patched = everything()
     for name, parameter in named_adapter_parameters(patched.model):
         if "modality_lora.q_proj" in name or "added_rows" in name:
             parameter.requires_grad_(False)
     state = snapshot(patched.model)
     patched.save_adapter(tmp_path)
-    if there:
+    if already_present:
         other = everything()
         for name, parameter in named_adapter_parameters(other.model):
             parameter.requires_grad_(not state["requires_grad"][name])
@@ -244,7 +244,7 @@ def test_what_was_frozen_is_frozen_again(there, tmp_path):
         other = patch_model(make_model("mixtral"), ModalityLoraConfig.from_adapter(tmp_path))
     other.load_adapter(tmp_path)
     assert_same_snapshot(snapshot(other.model), state)
-    # One of an earlier version does not say.
+    # Files of earlier versions lack this entry.
     rewrite_header(tmp_path, lambda header: header.pop("frozen"))
     for parameter in list(other.trainable_parameters())[::2]:
         parameter.requires_grad_(False)
@@ -298,7 +298,7 @@ def test_what_the_files_say(tmp_path):
 
 
 def rewrite_header(folder, change, tensors=None):
-    """Change what an adapter says of itself, and its tensors if there are others."""
+    """Change an adapter's header and, if given, its tensors."""
     with safe_open(folder / WEIGHTS, "pt") as file:
         header = json.loads(file.metadata()["adapter_config"])
     change(header)
@@ -354,7 +354,7 @@ def test_an_adapter_that_does_not_fit(change, match, tmp_path):
     assert_same_snapshot(snapshot(extender.model), before)
 
 
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("already_present", [False, True])
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -363,21 +363,21 @@ def test_an_adapter_that_does_not_fit(change, match, tmp_path):
         ({}, None),
     ],
 )
-def test_a_base_that_routes_otherwise(change, match, there, tmp_path):
-    """Its weights are the same ones."""
+def test_a_base_that_routes_otherwise(change, match, already_present, tmp_path):
+    """A base that routes differently is refused, though its weights are the same."""
     extended("olmoe").patched.save_adapter(tmp_path)
     extender = ExpertExtender(make_model("olmoe", **change))
-    if there:
+    if already_present:
         extender.extend("all", init=0)
     before = snapshot(extender.model)
     if match is None:
         extender.patched.load_adapter(tmp_path)
         return
-    with pytest.raises(ValueError, match=f"routes otherwise.*{match}"):
+    with pytest.raises(ValueError, match=f"routes differently.*{match}"):
         extender.patched.load_adapter(tmp_path)
     assert_same_snapshot(snapshot(extender.model), before)
-    assert len(extender.patched.extensions) == there
-    # One of an earlier version does not say.
+    assert len(extender.patched.extensions) == already_present
+    # Files of earlier versions lack this entry.
     rewrite_header(tmp_path, lambda header: header.pop("routing"))
     extender.patched.load_adapter(tmp_path)
     assert len(extender.patched.extensions) == 1
@@ -394,7 +394,7 @@ def test_a_base_that_chooses_more_experts_than_it_has(tmp_path):
 
 @pytest.mark.parametrize("what", ["lost", "shape", "layer"])
 def test_a_file_that_is_not_whole(what, tmp_path):
-    """Nothing is added to the model before all of the file has been checked."""
+    """The whole file is checked before anything is added to the model."""
     extended("olmoe").patched.save_adapter(tmp_path)
     tensors, name = load_file(tmp_path / WEIGHTS), "model.layers.1.modality_extension.0.down_proj"
     if what == "lost":

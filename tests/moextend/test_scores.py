@@ -1,4 +1,4 @@
-"""Layer scores: what is counted, what is tuned, and that the model stays as it was."""
+"""Layer scores: the counts, the tuning, and that the model does not change."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ def batches(count=3):
 
 
 def count_by_hand(model, data, *, everything=False, experts=4):
-    """How often each router's topk names an expert, row by row."""
+    """Count how often each router's top-k names an expert, row by row."""
     found = {}
     for index, layer in enumerate(model.model.layers):
         router = parts_of(layer).router
@@ -59,13 +59,13 @@ def test_counts_against_brute_force(family, count):
     expected = count_by_hand(model, batches(), everything=count == "all")
     assert dict(zip(scores.layers, scores.before.tolist(), strict=True)) == expected
     assert scores.num_experts == (4,) * len(scores.layers)
-    # The least likely two, which the published script counts, are others.
+    # The published script counts the two least likely experts, which differ from these.
     assert scores.most_selected(0)[0] == max(range(4), key=expected[0].__getitem__)
 
 
 @FAMILY
 def test_after_is_a_tuned_copy(family):
-    """As if the routers' own weights had been trained by AdamW, in a copy."""
+    """The counts after tuning are those of a copy whose router weights AdamW trained."""
     data = batches()
     scores = ExpertExtender(make_model(family)).score_layers(data, 5, lr=0.05, progress=False)
     model = make_model(family)
@@ -80,7 +80,7 @@ def test_after_is_a_tuned_copy(family):
         model(**inputs, labels=labels).loss.backward()
         optimiser.step()
     expected = count_by_hand(model, data)
-    # Weight and change are added at another place: a choice that is close may fall otherwise.
+    # Weight and change are added at another place, so close choices may differ.
     for after, layer in zip(scores.after, scores.layers, strict=True):
         assert (after - torch.tensor(expected[layer])).abs().sum() <= 2
     assert not torch.equal(scores.after, scores.before) and (scores.d > 0).all()
@@ -122,13 +122,13 @@ def test_a_stop_half_way_leaves_the_model_as_it_was():
 
 @FAMILY
 def test_within_autocast_the_routers_learn_too(family):
-    """Which keeps a copy in 16 bits of what trains, till its end."""
+    """Routers learn within autocast, although it caches 16-bit copies of what trains."""
     extender = ExpertExtender(make_model(family))
     expected = extender.score_layers(batches(), 5, lr=0.05, progress=False)
     with torch.autocast("cpu", torch.bfloat16):
         actual = extender.score_layers(batches(), 5, lr=0.05, progress=False)
     assert (actual.d > 0).all()
-    # Some choices are close, and the logits are rounded to 16 bits.
+    # Rounding the logits to 16 bits changes close choices.
     total = expected.after.sum()
     assert (actual.after - expected.after).abs().sum() < 0.1 * total
     assert (expected.before - expected.after).abs().sum() > 0.1 * total
@@ -167,7 +167,7 @@ def test_scores_by_hand():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_no_scores_that_are_not_numbers(number):
-    """A standard deviation of one expert, and shares of nothing."""
+    """One expert has no standard deviation, and no selections have no shares."""
     before = torch.tensor([[5, 1], [3, 0]])
     with pytest.raises(ValueError, match=f"layer 2 has no score: num_experts is {number}"):
         LayerScores((0, 2), before, before, (2, number))
@@ -185,7 +185,7 @@ def test_a_layer_of_one_expert_is_not_scored():
 
 
 def test_extending_by_scores():
-    """The upper half, each new expert from another of the most selected."""
+    """The upper half is extended; each new expert copies another of the most selected."""
     extender = ExpertExtender(make_model("olmoe", num_hidden_layers=5))
     scores = extender.score_layers(batches(), 3, lr=0.05, progress=False)
     config = extender.extend(experts_per_layer=2)
@@ -209,7 +209,7 @@ def test_extending_by_scores():
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_scores_know_what_they_are_of(saved):
-    """So no other modality is extended by them; where they are not used they do not matter."""
+    """Scores of one modality are refused for another, unless they are not used."""
     extender = ExpertExtender(make_model("olmoe"), ("image", "task"))
     data = [mixed(2, 16), mixed(2, 16, modality=2)]
     scores = extender.score_layers(data, 2, modality="image", count="all", progress=False)
@@ -277,26 +277,26 @@ def seen_labels(extender, batch):
     )
     scores = extender.score_layers([batch], 1, progress=False)
     hook.remove()
-    assert found[0] is None and found[2] is None  # while it counts
+    assert found[0] is None and found[2] is None  # counting passes no labels
     return found[1], scores
 
 
 def test_labels_where_there_are_none():
-    """The ids, but for padding: as a mask of two dimensions says it, or the modality ids."""
+    """Missing labels are the ids without padding, by a 2-D mask or by modality ids."""
     extender, inputs = ExpertExtender(make_model("mixtral")), mixed()
     ids, padding = inputs["input_ids"], inputs["attention_mask"] == 0
-    wanted = ids.masked_fill(padding, -100)
+    expected_labels = ids.masked_fill(padding, -100)
     labels, expected = seen_labels(extender, inputs)
-    assert torch.equal(labels, wanted)
+    assert torch.equal(labels, expected_labels)
     inputs["modality_ids"] = inputs["modality_ids"].masked_fill(padding, -1)
     causal = torch.ones(12, 12, dtype=torch.bool).tril()
-    # A row of padding sees itself, or its softmax would be NaN.
+    # A padding row attends to itself, or its softmax would be NaN.
     four = causal & (~padding[:, None, :] | torch.eye(12, dtype=torch.bool))
     labels, scores = seen_labels(extender, inputs | {"attention_mask": four[:, None]})
-    assert torch.equal(labels, wanted)
-    assert (scores.before - expected.before).abs().sum() <= 2  # another kernel of attention
+    assert torch.equal(labels, expected_labels)
+    assert (scores.before - expected.before).abs().sum() <= 2  # attention uses another kernel
     del inputs["attention_mask"]
-    assert torch.equal(seen_labels(extender, inputs)[0], wanted)
+    assert torch.equal(seen_labels(extender, inputs)[0], expected_labels)
     given = torch.full_like(ids, 3)
     assert torch.equal(seen_labels(extender, inputs | {"labels": given})[0], given)
 
@@ -328,7 +328,7 @@ def test_refusals(data, options, error, match):
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_a_router_that_no_loss_reaches(family):
-    """Whatever dtype its scores have."""
+    """A top-1 router with normalised scores is refused, whatever dtype its scores have."""
     normalised = {} if family == "mixtral" else {"norm_topk_prob": True}
     model = make_model(family, num_experts_per_tok=1, **normalised)
     with pytest.raises(ValueError, match="top-1 and normalised"):

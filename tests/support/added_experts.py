@@ -1,4 +1,4 @@
-"""What the tests of added experts share."""
+"""Helpers of the tests of added experts."""
 
 import torch
 from support.model_zoo import make_model, token_ids
@@ -8,7 +8,7 @@ from moe_kernels.moextend import ExpertExtender
 
 
 def mixed(batch=2, length=12, *, seed=0, modality=1):
-    """Text, rows of a modality, and padding on the left of the first sequence."""
+    """Make inputs: text, rows of a modality, and padding at the start of the first sequence."""
     ids = token_ids(batch, length, seed=seed)
     modality_ids = (token_ids(batch, length, seed=seed + 3) % 2).long() * modality
     mask = torch.ones_like(ids)
@@ -17,7 +17,7 @@ def mixed(batch=2, length=12, *, seed=0, modality=1):
 
 
 def extended(family="mixtral", *, layers="all", init=0, model=None, **options):
-    """An extender whose new experts copy one expert, unless told otherwise."""
+    """Make an extender whose new experts copy one expert by default."""
     model = {"num_hidden_layers": 2} | (model or {})
     modalities = options.pop("modalities", ("image",))
     extender = ExpertExtender(make_model(family, **model), modalities)
@@ -26,7 +26,7 @@ def extended(family="mixtral", *, layers="all", init=0, model=None, **options):
 
 
 def routed(model, inputs, layer=0):
-    """(logits, scores, indices) of a layer's router, and its input."""
+    """Return (logits, scores, indices) of a layer's router, and its input."""
     seen = []
     router = parts_of(model.model.layers[layer]).router
     hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
@@ -37,7 +37,7 @@ def routed(model, inputs, layer=0):
 
 
 def kinds(inputs):
-    """Which flat rows are text, and which are of an added modality; padding is neither."""
+    """Return masks of the flat rows of text and of added modalities; padding is in neither."""
     real = inputs["attention_mask"].flatten() == 1
     modality = inputs["modality_ids"].flatten()
     return (modality == 0) & real, (modality > 0) & real

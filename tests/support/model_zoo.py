@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models of every family that the model tests run on."""
+"""Tiny random Hugging Face models of every family that is tested."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ _COMMON = {
     "eos_token_id": None,
 }
 
-# name -> (model class, config class, settings of its own)
+# name -> (model class, config class, own settings)
 FAMILIES: dict[str, tuple[type, type, dict]] = {
     "mixtral": (
         MixtralForCausalLM,
@@ -78,9 +78,9 @@ def make_model(
     attention: str = "sdpa",
     **overrides,
 ) -> PreTrainedModel:
-    """A model in eval mode; the same seed gives the same weights.
+    """Make a model in eval mode; the same seed gives the same weights.
 
-    Biases and norms are random too, so that a path that forgets one is seen.
+    Biases and norms are random too, so that a path that omits one fails.
 
     Args:
         family: a name of ``FAMILIES``.
@@ -119,13 +119,13 @@ def fill(patched, value: float) -> None:
 
 
 def token_ids(batch: int, length: int, *, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
-    """(batch, length) random ids, none of them padding."""
+    """Return random ids (batch, length), none of them padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, vocab, (batch, length), generator=generator)
 
 
 def snapshot(model: nn.Module) -> dict:
-    """Everything that patching may touch, to be compared with ``==`` and :func:`same_snapshot`."""
+    """Copy everything that patching may touch, for :func:`assert_same_snapshot`."""
     return {
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "buffers": sorted(name for name, _ in model.named_buffers()),

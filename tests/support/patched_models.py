@@ -12,7 +12,7 @@ from moe_kernels.testing import relative_rms
 
 
 def merge(model, patched):
-    """A plain model that has every low-rank update in its weights."""
+    """Return a plain model that has every low-rank update in its weights."""
     merged = copy.deepcopy(model)
     for projection in get_patched(merged).projections:
         lora = projection.lora
@@ -23,7 +23,7 @@ def merge(model, patched):
 
 
 def check_compiles(family, backend, *, extended=False):
-    """Into one graph. The logits keep their bits; torch derives some gradients in other steps."""
+    """Check that a model compiles into one graph with the same logits and close gradients."""
     model = make_model(family)
     targets = ("experts", "attention", "router")
     config = ModalityLoraConfig(r=4, lora_alpha=8, backend=backend, target_modules=targets)
@@ -48,5 +48,5 @@ def check_compiles(family, backend, *, extended=False):
     torch._dynamo.reset()
     actual = results(torch.compile(forward, fullgraph=True, backend="aot_eager"))
     assert torch.equal(actual[0], expected[0])
-    for found, wanted in zip(actual, expected, strict=True):
-        assert relative_rms(found, wanted) < 1e-5
+    for found, expected_each in zip(actual, expected, strict=True):
+        assert relative_rms(found, expected_each) < 1e-5
