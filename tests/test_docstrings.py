@@ -14,7 +14,9 @@ CHECKED = (
     "moe_kernels/files.py",
     "moe_kernels/imaging",
     "moe_kernels/init",
+    "moe_kernels/models",
     "moe_kernels/modes.py",
+    "moe_kernels/moextend",
     "setup.py",
 )
 FILES = sorted(

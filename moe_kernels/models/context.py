@@ -1,4 +1,4 @@
-"""How each token's modality reaches the layers.
+"""Modality ids on their way from the model's forward to the layers.
 
 The patched model's ``forward`` resolves (B, S) modality ids and passes them down as a keyword. A
 pre-hook on each ``self_attn`` takes them: it runs before the MoE block of the same layer, and again
@@ -56,7 +56,7 @@ def resolve_modality_ids(
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
 ) -> Tensor:
-    """The (B, S) modality of each position: given, or looked up by token id; -1 on padding.
+    """Return the (B, S) modality of each position: given, or by token id; -1 on padding.
 
     Args:
         table: (V,) modality of each token id.
@@ -64,8 +64,8 @@ def resolve_modality_ids(
         num_modalities: M.
         input_ids: (B, S) or None.
         inputs_embeds: (B, S, H) or None.
-        attention_mask: (B, at least S) marks padding with 0 in its last S columns; any other mask:
-            no padding.
+        attention_mask: (B, at least S) marks padding with 0 in its last S columns; a mask of
+            another shape marks none.
 
     Raises:
         ValueError: embeddings without modality ids, ids of another shape, or (on the CPU) above M.
@@ -88,7 +88,7 @@ def resolve_modality_ids(
             f"modality_ids must be (B, S) = {tuple(shape)}, got {tuple(modality_ids.shape)}"
         )
     elif not torch.compiler.is_compiling() and (not modality_ids.is_cuda or env.check_values()):
-        # A graph has no branch on values: a compiled model's are checked inside the ops.
+        # A graph cannot branch on values, so the ops check those of a compiled model.
         checks.modality_range(modality_ids, num_modalities)
     modality_ids = modality_ids.to(device=table.device, dtype=torch.int64)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:

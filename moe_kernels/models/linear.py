@@ -1,4 +1,4 @@
-"""Masked low-rank updates on linear layers, of attention and in routers."""
+"""Masked low-rank updates of linear layers, in attention and routers."""
 
 import types
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from moe_kernels.models.context import MISSING, ModalityContext
 
 
 def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """``W x + b`` of a module that :func:`attach` was given, and the update on modality rows.
+    """Return ``W x + b`` of an attached module, plus the low-rank update on modality rows.
 
     ``hidden_states`` is (B, S, in) or (B S, in); the result has its leading shape.
     """
@@ -41,7 +41,7 @@ def attach(
 
 
 def detach(module: nn.Module) -> None:
-    """Undo :func:`attach`, if it was done."""
+    """Undo :func:`attach`, if it was called."""
     if "_modality_context" in module.__dict__:
         for name in ("_modality_context", "_modality_lora", "forward"):
             del module.__dict__[name]
