@@ -297,7 +297,7 @@ def _gpu_launches() -> Iterator[Target]:
     low_rank = ("shrink x", "shrink act", "du2, dB2", "du1, dB1", "dA1", "dA2")
     for number, name, kernels, costs, limit in (
         (10, "combine", "combine", ("combine", "combine dX"), 0.85),
-        (11, "low-rank passes", "project|outer|sum_parts", low_rank, 0.8),
+        (11, "low-rank passes", "shrink|wgrad|sum_parts|project|outer", low_rank, 0.8),
     ):
         yield target(
             number, f"{name}, share of a copy's rate", "kernels",

@@ -39,8 +39,8 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarT
 }
 
 // Of an op on any device, that of its first tensor.
-inline void check_beside(const at::Tensor& first, const at::Tensor& tensor, const char* name,
-                         at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
+inline void check_like(const at::Tensor& first, const at::Tensor& tensor, const char* name,
+                       at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
   TORCH_CHECK(tensor.device() == first.device(), name, " must be on ", first.device(), ", is on ",
               tensor.device());
   check_layout(tensor, name, dtype, sizes);

@@ -94,17 +94,17 @@ using CombineOp = at::Tensor(const at::Tensor& rows, const at::Tensor& inv_perm,
                              int64_t num_tokens);
 
 // out = left M on the rows of the tiles alone, which are of num_pairs pairs (modality, expert): see
-// csrc/cuda/project.h. `matrix` (..., rank, size_k) if rank_first, else (..., size_k, rank), has
+// csrc/cuda/shrink.h. `matrix` (..., rank, size_k) if rank_first, else (..., size_k, rank), has
 // `experts` of these for each modality: num_base, or 1 that all share.
-using ProjectOp = void(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-                       const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs,
-                       int64_t num_base, int64_t experts, int64_t top_k, bool by_token,
-                       bool rank_first);
+using ShrinkOp = void(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
+                      const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs,
+                      int64_t num_base, int64_t experts, int64_t top_k, bool by_token,
+                      bool rank_first);
 
 // (groups, height, width), or the last two exchanged, float32: sums of (factor * weight * left)^T
 // right over each group's rows; and right matrix (T * K, height) in float32 on these rows alone, or
-// no rows without a matrix: see csrc/cuda/outer.h. `tiles` are of `chunk` rows.
-using OuterOp = std::tuple<at::Tensor, at::Tensor>(
+// no rows without a matrix: see csrc/cuda/wgrad.h. `tiles` are of `chunk` rows.
+using WgradOp = std::tuple<at::Tensor, at::Tensor>(
     const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
     const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
     const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& matrix,
@@ -116,18 +116,20 @@ using AddLowRankOp = void(const at::Tensor& out, const at::Tensor& u, const at::
                           const at::Tensor& scaling, const at::Tensor& perm,
                           const at::Tensor& tiles, bool rank_last);
 
-// The products of routed rows and their experts' weights: see csrc/cuda/expert_gemm.h. `tiles` are of
-// experts, in `block_m` rows; u, v and scaling are given together or not at all.
+// The products of routed rows and their experts' weights: see csrc/cuda/grouped_gemm.h. `tiles` are
+// of experts, in `block_m` rows; u, v and scaling are given together or not at all.
 using GateUpOp = std::tuple<at::Tensor, at::Tensor>(  // pre_act (no rows unless `save`), act
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
     const std::optional<at::Tensor>& scaling, int64_t block_m, bool save);
-using ProductOp = at::Tensor(
-    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
-    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
-    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-    const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed);
+using GroupedGemmOp = at::Tensor(const at::Tensor& left, const at::Tensor& stack,
+                                 const std::optional<at::Tensor>& extra, const at::Tensor& perm,
+                                 const at::Tensor& tiles, const at::Tensor& segment_offsets,
+                                 const std::optional<at::Tensor>& u,
+                                 const std::optional<at::Tensor>& v,
+                                 const std::optional<at::Tensor>& scaling, int64_t block_m,
+                                 bool transposed);
 using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre, act, dots (n, T, K)
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
@@ -142,11 +144,11 @@ DispatchOp dispatch;
 DispatchWithMapsOp dispatch_with_maps;
 TileMapsOp tile_maps;
 CombineOp combine;
-ProjectOp project;
-OuterOp outer;
+ShrinkOp shrink;
+WgradOp wgrad;
 AddLowRankOp add_low_rank;
 GateUpOp gate_up;
-ProductOp product;
+GroupedGemmOp grouped_gemm;
 ActBackwardOp act_backward;
 }  // namespace outputs
 
@@ -155,11 +157,11 @@ DispatchOp dispatch;
 DispatchWithMapsOp dispatch_with_maps;
 TileMapsOp tile_maps;
 CombineOp combine;
-ProjectOp project;
-OuterOp outer;
+ShrinkOp shrink;
+WgradOp wgrad;
 AddLowRankOp add_low_rank;
 GateUpOp gate_up;
-ProductOp product;
+GroupedGemmOp grouped_gemm;
 ActBackwardOp act_backward;
 }  // namespace cuda
 

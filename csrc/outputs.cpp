@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "checks.h"
-#include "cuda/expert_gemm_shapes.h"
+#include "cuda/grouped_gemm_shapes.h"
 #include "cuda/host_device.h"
 #include "cuda/tiles.h"
 #include "ops.h"
@@ -62,15 +62,15 @@ void check_groups(at::IntArrayRef numbers, size_t map, int64_t num_segments) {
 }
 
 // float32, or the dtype of the rows that it meets.
-void check_beside_rows(const at::Tensor& rows, const at::Tensor& tensor, const char* name,
-                       std::initializer_list<int64_t> sizes) {
+void check_float_or_like(const at::Tensor& rows, const at::Tensor& tensor, const char* name,
+                         std::initializer_list<int64_t> sizes) {
   const bool wide = tensor.scalar_type() == at::kFloat;
-  check_beside(rows, tensor, name, wide ? at::kFloat : rows.scalar_type(), sizes);
+  check_like(rows, tensor, name, wide ? at::kFloat : rows.scalar_type(), sizes);
 }
 
 // The number of sorted rows that `perm` is of, each of a token and one of its top_k experts.
 int64_t check_perm(const at::Tensor& first, const at::Tensor& perm, int64_t top_k) {
-  check_beside(first, perm, "perm", at::kLong, {-1});
+  check_like(first, perm, "perm", at::kLong, {-1});
   TORCH_CHECK(top_k >= 1 && perm.numel() % top_k == 0 && perm.numel() < kMaxInt,
               "perm must have top_k = ", top_k, " entries for each token, and fewer than 2^31");
   return perm.numel();
@@ -94,14 +94,15 @@ int64_t check_matrices(const at::Tensor& rows, const at::Tensor& matrix, int64_t
 }
 
 // What one pass gives both the sums and right times the matrix of.
-void check_projected(const at::Tensor& left, const at::Tensor& right, const at::Tensor& matrix,
-                     int64_t num_groups) {
+void check_du(const at::Tensor& left, const at::Tensor& right, const at::Tensor& matrix,
+              int64_t num_groups) {
   TORCH_CHECK(right.scalar_type() != at::kFloat && left.scalar_type() == right.scalar_type() &&
-                  left.size(1) <= cuda::kMaxProjected,
-              "with a matrix outer takes left and right of bfloat16 or float16, the same, and at "
-              "most ", cuda::kMaxProjected, " columns of left; they are ", left.toString(), " of ",
+                  left.size(1) <= cuda::kMaxRankWithDu,
+              "with a matrix wgrad takes left and right of bfloat16 or float16, the same, and at "
+              "most ",
+              cuda::kMaxRankWithDu, " columns of left; they are ", left.toString(), " of ",
               left.sizes(), " and ", right.toString());
-  check_beside_rows(right, matrix, "matrix", {num_groups, right.size(1), left.size(1)});
+  check_float_or_like(right, matrix, "matrix", {num_groups, right.size(1), left.size(1)});
 }
 
 int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
@@ -111,11 +112,11 @@ int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
 // (experts, height, width), the frozen ones and then the added ones.
 void check_stacks(const Experts& given, int64_t height, int64_t width) {
   const at::ScalarType dtype = given.left.scalar_type();
-  check_beside(given.left, given.stack, "stack", dtype, {-1, height, width});
+  check_like(given.left, given.stack, "stack", dtype, {-1, height, width});
   TORCH_CHECK(given.stack.size(0) >= 1, "stack must have an expert");
   check_vectors(given.stack, "stack");
   if (!given.extra) return;
-  check_beside(given.left, *given.extra, "extra", dtype, {-1, height, width});
+  check_like(given.left, *given.extra, "extra", dtype, {-1, height, width});
   check_vectors(*given.extra, "extra");
 }
 
@@ -126,9 +127,9 @@ void check_low_rank(const Experts& given, at::ScalarType u_dtype, int64_t num_mo
                   given.u.has_value() == given.scaling.has_value(),
               "u, v and scaling must be given together or not at all");
   if (!given.u) return;
-  check_beside(given.left, *given.u, "u", u_dtype, {given.perm.size(0), -1});
-  check_beside_rows(given.left, *given.v, "v", {num_modalities, -1, height, width});
-  check_beside(given.left, *given.scaling, "scaling", at::kFloat, {num_modalities});
+  check_like(given.left, *given.u, "u", u_dtype, {given.perm.size(0), -1});
+  check_float_or_like(given.left, *given.v, "v", {num_modalities, -1, height, width});
+  check_like(given.left, *given.scaling, "scaling", at::kFloat, {num_modalities});
   const int64_t experts = given.v->size(1);
   TORCH_CHECK(experts == given.stack.size(0) || experts == 1, "v must be of ",
               given.stack.size(0), " experts, or of 1 that all share, is of ", experts);
@@ -139,24 +140,23 @@ void check_low_rank(const Experts& given, at::ScalarType u_dtype, int64_t num_mo
 void check_experts(const Experts& given, bool by_token, bool transposed, bool gated,
                    int64_t size_n) {
   const int64_t rows = given.perm.numel(), size_k = given.left.size(-1);
-  check_beside(given.left, given.perm, "perm", at::kLong, {-1});
-  check_beside(given.left, given.left, "left", given.left.scalar_type(),
-               {by_token ? -1 : rows, -1});
+  check_like(given.left, given.perm, "perm", at::kLong, {-1});
+  check_like(given.left, given.left, "left", given.left.scalar_type(), {by_token ? -1 : rows, -1});
   check_vectors(given.left, "left");
   const int64_t tokens = given.left.size(0);
   TORCH_CHECK(rows < kMaxInt && (tokens == 0 ? rows == 0 : rows % tokens == 0),
               "perm must have as many entries for each row of left, and fewer than 2^31");
-  TORCH_CHECK(cuda::expert_gemm_supports(scalar_of(given.left), size_k, size_n),
+  TORCH_CHECK(cuda::grouped_gemm_supports(scalar_of(given.left), size_k, size_n),
               "the products of the experts are of bfloat16 or float16 and of sizes that are "
-              "multiples of 8, with less than 2^30 elements; left is ", given.left.toString(),
-              " of ", given.left.sizes(), ", for ", size_n, " columns");
+              "multiples of 8, with less than 2^30 elements; left is ",
+              given.left.toString(), " of ", given.left.sizes(), ", for ", size_n, " columns");
   const int64_t of_stack = gated ? 2 * size_n : size_n;
   check_stacks(given, transposed ? of_stack : size_k, transposed ? size_k : of_stack);
-  check_beside(given.left, given.tiles, "tiles", at::kLong, {3, -1});
+  check_like(given.left, given.tiles, "tiles", at::kLong, {3, -1});
   TORCH_CHECK(given.block_m == 16 || given.block_m == 64 || given.block_m == 128,
               "block_m must be 16, 64 or 128, is ", given.block_m);
   const int64_t experts = given.stack.size(0) + size_of(given.extra, 0);
-  check_beside(given.left, given.segment_offsets, "segment_offsets", at::kLong, {-1});
+  check_like(given.left, given.segment_offsets, "segment_offsets", at::kLong, {-1});
   const int64_t segments = given.segment_offsets.numel() - 1;
   TORCH_CHECK(segments >= experts && segments % experts == 0 && segments < kMaxInt,
               "segment_offsets must have as many segments for each of ", experts,
@@ -171,9 +171,9 @@ void check_experts(const Experts& given, bool by_token, bool transposed, bool ga
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities) {
-  check_beside(topk_ids, topk_ids, "topk_ids", at::kLong, {-1, -1});
+  check_like(topk_ids, topk_ids, "topk_ids", at::kLong, {-1, -1});
   if (modality_ids) {
-    check_beside(topk_ids, *modality_ids, "modality_ids", at::kLong, {topk_ids.size(0)});
+    check_like(topk_ids, *modality_ids, "modality_ids", at::kLong, {topk_ids.size(0)});
   }
   TORCH_CHECK(topk_ids.size(1) >= 1 && topk_ids.numel() <= kMaxInt - (1 << 25),
               "topk_ids must have at least one expert of each token, and fewer than 2^31 entries");
@@ -189,7 +189,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
 
 std::vector<at::Tensor> tile_maps(const at::Tensor& segment_offsets, int64_t num_rows,
                                   at::IntArrayRef blocks, at::IntArrayRef groups) {
-  check_beside(segment_offsets, segment_offsets, "segment_offsets", at::kLong, {-1});
+  check_like(segment_offsets, segment_offsets, "segment_offsets", at::kLong, {-1});
   const int64_t num_segments = segment_offsets.numel() - 1;
   TORCH_CHECK(num_segments >= 0 && num_segments < kMaxInt && num_rows >= 0 && num_rows < kMaxInt,
               "segment_offsets must have an entry, and there must be fewer than 2^31 rows");
@@ -225,29 +225,29 @@ dispatch_with_maps(const at::Tensor& topk_ids, int64_t num_experts,
 at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at::Tensor& num_rows,
                    const std::optional<at::Tensor>& weights, int64_t num_tokens) {
   check_half_or_float(rows, "rows");
-  check_beside(rows, rows, "rows", rows.scalar_type(), {-1, -1});
+  check_like(rows, rows, "rows", rows.scalar_type(), {-1, -1});
   check_vectors(rows, "rows");
-  check_beside(rows, inv_perm, "inv_perm", at::kLong, {rows.size(0)});
-  check_beside(rows, num_rows, "num_rows", at::kLong, {1});
+  check_like(rows, inv_perm, "inv_perm", at::kLong, {rows.size(0)});
+  check_like(rows, num_rows, "num_rows", at::kLong, {1});
   TORCH_CHECK(num_tokens >= 0 && rows.size(1) < kMaxInt &&
                   (num_tokens == 0 ? rows.size(0) == 0 : rows.size(0) % num_tokens == 0),
               "rows must be as many for each of ", num_tokens, " tokens, there are ", rows.size(0));
   if (weights) {
     check_half_or_float(*weights, "weights");
-    check_beside(rows, *weights, "weights", weights->scalar_type(), {num_tokens, -1});
+    check_like(rows, *weights, "weights", weights->scalar_type(), {num_tokens, -1});
     TORCH_CHECK(weights->numel() == rows.size(0), "weights must have an entry for each row");
   }
   return at::empty({num_tokens, rows.size(1)}, rows.options());
 }
 
-void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
-             int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
+void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
+            const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
+            int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
   check_half_or_float(left, "left");
   const int64_t rows = check_perm(left, perm, top_k);
-  check_beside(left, left, "left", left.scalar_type(), {by_token ? rows / top_k : rows, -1});
-  check_beside_rows(left, out, "out", {rows, -1});
-  check_beside(left, tiles, "tiles", at::kLong, {3, -1});
+  check_like(left, left, "left", left.scalar_type(), {by_token ? rows / top_k : rows, -1});
+  check_float_or_like(left, out, "out", {rows, -1});
+  check_like(left, tiles, "tiles", at::kLong, {3, -1});
   const int64_t size_k = left.size(1), rank = out.size(1);
   TORCH_CHECK(size_k < kMaxInt && rank < kMaxInt && tiles.size(1) < kMaxInt,
               "left, out and tiles must have fewer than 2^31 columns");
@@ -259,33 +259,35 @@ void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& ma
               " modalities and ", num_base, " experts, are of ", num_pairs);
 }
 
-std::tuple<at::Tensor, at::Tensor> outer(
-    const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
-    const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
-    const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& matrix,
-    int64_t chunk, int64_t top_k, bool transposed, bool left_by_token, bool right_by_token) {
+std::tuple<at::Tensor, at::Tensor> wgrad(const at::Tensor& left, const at::Tensor& right,
+                                         const at::Tensor& perm, const at::Tensor& tiles,
+                                         const at::Tensor& groups, const at::Tensor& factors,
+                                         const std::optional<at::Tensor>& weights,
+                                         const std::optional<at::Tensor>& matrix, int64_t chunk,
+                                         int64_t top_k, bool transposed, bool left_by_token,
+                                         bool right_by_token) {
   check_half_or_float(right, "right");
   const int64_t rows = check_perm(right, perm, top_k), tokens = rows / top_k;
-  check_beside(right, right, "right", right.scalar_type(), {right_by_token ? tokens : rows, -1});
-  check_beside_rows(right, left, "left", {left_by_token ? tokens : rows, -1});
-  check_beside(right, tiles, "tiles", at::kLong, {3, -1});
-  check_beside(right, groups, "groups", at::kLong, {3, -1});
-  check_beside(right, factors, "factors", at::kFloat, {-1});
-  if (weights) check_beside_rows(right, *weights, "weights", {tokens, top_k});
+  check_like(right, right, "right", right.scalar_type(), {right_by_token ? tokens : rows, -1});
+  check_float_or_like(right, left, "left", {left_by_token ? tokens : rows, -1});
+  check_like(right, tiles, "tiles", at::kLong, {3, -1});
+  check_like(right, groups, "groups", at::kLong, {3, -1});
+  check_like(right, factors, "factors", at::kFloat, {-1});
+  if (weights) check_float_or_like(right, *weights, "weights", {tokens, top_k});
   const int64_t num_groups = groups.size(1), height = left.size(1), width = right.size(1);
   TORCH_CHECK(num_groups < 1 << 16 && height <= kMaxGrid * 16 && width <= kMaxGrid * 128 &&
                   tiles.size(1) < kMaxInt && chunk >= 1,
-              "outer takes fewer than 2^16 groups, at most ", kMaxGrid * 16, " columns of left and ",
-              kMaxGrid * 128, " of right, and at least a row in a chunk");
+              "wgrad takes fewer than 2^16 groups, at most ", kMaxGrid * 16,
+              " columns of left and ", kMaxGrid * 128, " of right, and at least a row in a chunk");
   TORCH_CHECK(factors.numel() >= 1 && num_groups % factors.numel() == 0,
               "factors must be one for each of as many neighbouring groups, there are ",
               factors.numel(), " for ", num_groups);
-  if (matrix) check_projected(left, right, *matrix, num_groups);
-  // Blocks of the second pass: for 1,024 elements of a sum, and of a tile of what is projected.
+  if (matrix) check_du(left, right, *matrix, num_groups);
+  // Blocks of the second pass: for 1,024 elements of a sum, and of a tile of du.
   TORCH_CHECK(num_groups * (height * width / 1024 + 1) +
                       (matrix ? tiles.size(1) * (std::min(chunk, rows) * height / 1024 + 1) : 0) <
                   kMaxInt,
-              "outer takes sums of fewer elements, there are ", num_groups, " of ", height, " x ",
+              "wgrad takes sums of fewer elements, there are ", num_groups, " of ", height, " x ",
               width);
   const auto options = right.options().dtype(at::kFloat);
   const at::Tensor out = transposed ? at::empty({num_groups, width, height}, options)
@@ -298,17 +300,18 @@ void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& 
                   bool rank_last) {
   TORCH_CHECK(out.scalar_type() == at::kHalf || out.scalar_type() == at::kBFloat16,
               "out must be bfloat16 or float16, is ", out.scalar_type());
-  check_beside(out, out, "out", out.scalar_type(), {-1, -1});
+  check_like(out, out, "out", out.scalar_type(), {-1, -1});
   check_vectors(out, "out");
   const int64_t rows = out.size(0), width = out.size(1);
-  check_beside(out, perm, "perm", at::kLong, {rows});
-  check_beside(out, u, "u", rank_last ? out.scalar_type() : at::kFloat, {rows, -1});
-  check_beside(out, scaling, "scaling", at::kFloat, {-1});
+  check_like(out, perm, "perm", at::kLong, {rows});
+  check_like(out, u, "u", rank_last ? out.scalar_type() : at::kFloat, {rows, -1});
+  check_like(out, scaling, "scaling", at::kFloat, {-1});
   const int64_t rank = u.size(1), modalities = scaling.size(0);
-  check_beside(out, tiles, "tiles", at::kLong, {3, -1});
+  check_like(out, tiles, "tiles", at::kLong, {3, -1});
   TORCH_CHECK(width <= kMaxGrid * 128 && rank < kMaxInt && tiles.size(1) < kMaxInt,
               "out must have at most ", kMaxGrid * 128, " columns, u and tiles fewer than 2^31");
-  check_beside_rows(out, v, "v", {modalities, rank_last ? width : rank, rank_last ? rank : width});
+  check_float_or_like(out, v, "v",
+                      {modalities, rank_last ? width : rank, rank_last ? rank : width});
 }
 
 std::tuple<at::Tensor, at::Tensor> gate_up(
@@ -325,11 +328,12 @@ std::tuple<at::Tensor, at::Tensor> gate_up(
           at::empty({perm.numel(), inter}, left.options())};
 }
 
-at::Tensor product(const at::Tensor& left, const at::Tensor& stack,
-                   const std::optional<at::Tensor>& extra, const at::Tensor& perm,
-                   const at::Tensor& tiles, const at::Tensor& segment_offsets,
-                   const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-                   const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed) {
+at::Tensor grouped_gemm(const at::Tensor& left, const at::Tensor& stack,
+                        const std::optional<at::Tensor>& extra, const at::Tensor& perm,
+                        const at::Tensor& tiles, const at::Tensor& segment_offsets,
+                        const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+                        const std::optional<at::Tensor>& scaling, int64_t block_m,
+                        bool transposed) {
   TORCH_CHECK(stack.dim() == 3, "stack must have three dimensions, has ", stack.sizes());
   const int64_t size_n = stack.size(transposed ? 1 : 2);
   check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
@@ -347,12 +351,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
   const int64_t inter = stack.size(2), rows = perm.numel();
   check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
                 /*by_token=*/true, /*transposed=*/false, /*gated=*/false, inter);
-  check_beside_rows(left, weights, "weights", {left.size(0), -1});
+  check_float_or_like(left, weights, "weights", {left.size(0), -1});
   TORCH_CHECK(weights.numel() == rows, "weights must have an entry for each of ", rows, " rows");
-  check_beside(left, pre_act, "pre_act", left.scalar_type(), {rows, 2 * inter});
+  check_like(left, pre_act, "pre_act", left.scalar_type(), {rows, 2 * inter});
   check_vectors(pre_act, "pre_act");
   // Rows that were not dispatched get no dot.
-  const auto dots = at::zeros({cuda::expert_gemm_parts(inter), weights.size(0), weights.size(1)},
+  const auto dots = at::zeros({cuda::grouped_gemm_parts(inter), weights.size(0), weights.size(1)},
                               left.options().dtype(at::kFloat));
   const int64_t act_rows = act_of_adapted || act_of_added ? rows : 0;
   return {at::empty_like(pre_act), at::empty({act_rows, inter}, left.options()), dots};

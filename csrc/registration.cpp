@@ -8,7 +8,7 @@
 
 #include "cpu/alloc.h"
 #include "cpu/gemm.h"
-#include "cuda/expert_gemm_shapes.h"
+#include "cuda/grouped_gemm_shapes.h"
 #include "cuda/host_device.h"
 #include "cuda/tiles.h"
 #include "ops.h"
@@ -58,12 +58,13 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       "combine(Tensor rows, Tensor inv_perm, Tensor num_rows, Tensor? weights, int num_tokens)"
       " -> Tensor out");
   m.def(
-      "project(Tensor(a!) out, Tensor left, Tensor matrix, Tensor perm, Tensor tiles,"
-      " int num_pairs, int num_base, int experts, int top_k, bool by_token, bool rank_first) -> ()");
+      "shrink(Tensor(a!) out, Tensor left, Tensor matrix, Tensor perm, Tensor tiles,"
+      " int num_pairs, int num_base, int experts, int top_k, bool by_token, bool rank_first) -> "
+      "()");
   m.def(
-      "outer(Tensor left, Tensor right, Tensor perm, Tensor tiles, Tensor groups, Tensor factors,"
+      "wgrad(Tensor left, Tensor right, Tensor perm, Tensor tiles, Tensor groups, Tensor factors,"
       " Tensor? weights, Tensor? matrix, int chunk, int top_k, bool transposed, bool left_by_token,"
-      " bool right_by_token) -> (Tensor out, Tensor projected)");
+      " bool right_by_token) -> (Tensor out, Tensor du)");
   m.def(
       "add_low_rank(Tensor(a!) out, Tensor u, Tensor v, Tensor scaling, Tensor perm, Tensor tiles,"
       " bool rank_last) -> ()");
@@ -72,7 +73,7 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m, bool save)"
       " -> (Tensor pre_act, Tensor act)");
   m.def(
-      "product(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
+      "grouped_gemm(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
       " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m,"
       " bool transposed) -> Tensor out");
   m.def(
@@ -104,11 +105,11 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, Meta, m) {
   m.impl("dispatch_with_maps", &moe_kernels::outputs::dispatch_with_maps);
   m.impl("tile_maps", &moe_kernels::outputs::tile_maps);
   m.impl("combine", &moe_kernels::outputs::combine);
-  m.impl("project", &moe_kernels::outputs::project);
-  m.impl("outer", &moe_kernels::outputs::outer);
+  m.impl("shrink", &moe_kernels::outputs::shrink);
+  m.impl("wgrad", &moe_kernels::outputs::wgrad);
   m.impl("add_low_rank", &moe_kernels::outputs::add_low_rank);
   m.impl("gate_up", &moe_kernels::outputs::gate_up);
-  m.impl("product", &moe_kernels::outputs::product);
+  m.impl("grouped_gemm", &moe_kernels::outputs::grouped_gemm);
   m.impl("act_backward", &moe_kernels::outputs::act_backward);
 }
 
@@ -118,11 +119,11 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CUDA, m) {
   m.impl("dispatch_with_maps", &moe_kernels::cuda::dispatch_with_maps);
   m.impl("tile_maps", &moe_kernels::cuda::tile_maps);
   m.impl("combine", &moe_kernels::cuda::combine);
-  m.impl("project", &moe_kernels::cuda::project);
-  m.impl("outer", &moe_kernels::cuda::outer);
+  m.impl("shrink", &moe_kernels::cuda::shrink);
+  m.impl("wgrad", &moe_kernels::cuda::wgrad);
   m.impl("add_low_rank", &moe_kernels::cuda::add_low_rank);
   m.impl("gate_up", &moe_kernels::cuda::gate_up);
-  m.impl("product", &moe_kernels::cuda::product);
+  m.impl("grouped_gemm", &moe_kernels::cuda::grouped_gemm);
   m.impl("act_backward", &moe_kernels::cuda::act_backward);
 }
 #endif
@@ -152,10 +153,10 @@ double fresh_value() { return moe_kernels::cpu::empty({1}, at::kFloat).item<doub
 PYBIND11_MODULE(_C, m) {
   m.attr("MAX_DISPATCH_KEYS") = moe_kernels::cuda::kMaxKeys;
   m.attr("MAX_MAPS") = moe_kernels::cuda::kMaxMaps;
-  m.attr("MAX_PROJECTED") = moe_kernels::cuda::kMaxProjected;
+  m.attr("MAX_RANK_WITH_DU") = moe_kernels::cuda::kMaxRankWithDu;
   m.attr("COLUMNS_OF_PART") = moe_kernels::cuda::kColumnsOfPart;
   m.doc() = "Native ops of moe_kernels; loading it registers torch.ops.moe_kernels_native.";
-  m.def("expert_gemm_block_m", &moe_kernels::cuda::expert_gemm_block_m, py::arg("num_rows"),
+  m.def("grouped_gemm_block_m", &moe_kernels::cuda::grouped_gemm_block_m, py::arg("num_rows"),
         py::arg("num_experts"));
   m.def("build_info", &build_info);
   m.def("cpu_features", &moe_kernels::cpu::cpu_features);

@@ -112,13 +112,13 @@ def max_dispatch_keys() -> int:
 
 
 def cuda_limit(name: str) -> int:
-    """MAX_MAPS, MAX_PROJECTED or COLUMNS_OF_PART, as the CUDA kernels were compiled with it."""
+    """MAX_MAPS, MAX_RANK_WITH_DU or COLUMNS_OF_PART, as the CUDA kernels were compiled with it."""
     return getattr(_load()[0], name)
 
 
-def expert_block(num_rows: int, num_experts: int) -> int:
+def grouped_gemm_block(num_rows: int, num_experts: int) -> int:
     """Rows of a tile of the CUDA products of the experts."""
-    return _load()[0].expert_gemm_block_m(num_rows, num_experts)
+    return _load()[0].grouped_gemm_block_m(num_rows, num_experts)
 
 
 def ops():

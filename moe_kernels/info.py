@@ -27,10 +27,10 @@ _PAIRS = " up to 2,399 pairs of an expert and a modality, else Triton"
 _CUDA_OPS = {
     "dispatch": ("dispatch", _PAIRS),
     "tile maps": ("tile_maps", _PAIRS),
-    "x A^T and dy B": ("project", _LOW_RANK),
-    "dA, dB and added experts' dW": ("outer", _LOW_RANK),
+    "x A^T and dy B": ("shrink", _LOW_RANK),
+    "dA, dB and added experts' dW": ("wgrad", _LOW_RANK),
     "gate and up, with SwiGLU": ("gate_up", _PRODUCTS),
-    "down, and d(hidden_states)": ("product", _PRODUCTS),
+    "down, and d(hidden_states)": ("grouped_gemm", _PRODUCTS),
     "d(pre-activation)": ("act_backward", _PRODUCTS),
     "combine": ("combine", " for rows of whole 16 bytes, else Triton"),
     "lora_linear's u B^T": ("add_low_rank", f" for {_VECTORS}"),

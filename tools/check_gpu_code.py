@@ -58,7 +58,7 @@ _POINTERS = dict.fromkeys(
     ("perm_ptr", "inv_perm_ptr", "tiles_ptr", "segments_ptr", "groups_ptr", "num_rows_ptr",
      "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr"), "i64",
 ) | dict.fromkeys(
-    ("scaling_ptr", "factors_ptr", "du_ptr", "dots_ptr", "projected_ptr", "partial_ptr",
+    ("scaling_ptr", "factors_ptr", "du_ptr", "dots_ptr", "du_parts_ptr", "partial_ptr",
      "parts_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr", "matrix_ptr"), "fp32",
 )  # fmt: skip
 _MULTIPLES = (
@@ -124,7 +124,7 @@ def kernels(tiles: Tiles, rank: int, dtype: str, arch: int) -> Iterator[Kernel]:
         constants = {"TOP_K": TOP_K, "WEIGHTED": weighted, "BLOCK_N": 1024}
         yield Kernel(moe_mlp.combine_kernel, constants, gemm=False)
     if rank:
-        yield from _project_kernels(tiles, rank, torch_dtype)
+        yield from _shrink_kernels(tiles, rank, torch_dtype)
         yield from _low_rank_sums(rank, torch_dtype, arch)
     else:
         yield from _added_expert_sums(torch_dtype, arch)
@@ -150,10 +150,10 @@ def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator
         for transposed in (True, False):
             rows = common | known | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
             unit = {"stride_vr" if transposed else "stride_vn": 1} if rank else {}
-            yield Kernel(moe_mlp.rows_kernel, rows | unit, **run)
+            yield Kernel(moe_mlp.grouped_gemm_kernel, rows | unit, **run)
 
 
-def _project_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
+def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
     """u and du, of the experts and of a projection."""
     block_r = min(rank, shared.rank_block(dtype))
     common = {"TOP_K": TOP_K, "RANK": rank, "BLOCK_R": block_r}
@@ -162,7 +162,7 @@ def _project_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ke
             constants = common | {"BY_TOKEN": by_token, "BLOCK_M": m, "BLOCK_K": k}
             constants |= {"stride_mr" if backward else "stride_mk": 1}
             pointers = {"out_ptr": "fp32"} if backward else {}
-            yield Kernel(shared.project_kernel, constants, shared.warps_of(m), pointers=pointers)
+            yield Kernel(shared.shrink_kernel, constants, shared.shrink_warps(m), pointers=pointers)
         parts = {"RANK": rank, "BLOCK_R": min(shared.MAX_SUMMED, rank), "BLOCK_M": m}
         yield Kernel(shared.sum_parts_kernel, parts, pointers={"out_ptr": "fp32"}, gemm=False)
     block = {"RANK": rank, "BLOCK_R": shared.STEP_R, "BLOCK_M": linear.BLOCK_M}
@@ -174,14 +174,14 @@ def _project_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ke
 def _low_rank_sums(rank: int, dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
     """Gradients of B, with du where that is one pass, and of A; of both projections."""
     for of_down in (True, False):
-        with_du = [False, True] if rank <= shared.MAX_PROJECTED else [False]
-        for project in with_du:
-            of_B = {"RIGHT_BY_TOKEN": of_down, "PROJECT": project, "stride_h": 1}
+        with_du = [False, True] if rank <= shared.MAX_RANK_WITH_DU else [False]
+        for du in with_du:
+            of_B = {"RIGHT_BY_TOKEN": of_down, "WITH_DU": du, "stride_h": 1}
             yield _sum(rank, dtype, arch, WEIGHTED=of_down, **of_B)
-        of_A = {"RIGHT_BY_TOKEN": not of_down, "PROJECT": False, "stride_w": 1}
+        of_A = {"RIGHT_BY_TOKEN": not of_down, "WITH_DU": False, "stride_w": 1}
         yield _sum(rank, dtype, arch, left="fp32", WEIGHTED=of_down, **of_A)
     finish = {"out_ptr": "fp32"}
-    yield Kernel(shared.finish_outer_kernel, {"BLOCK_N": 1024}, pointers=finish, gemm=False)
+    yield Kernel(shared.finish_wgrad_kernel, {"BLOCK_N": 1024}, pointers=finish, gemm=False)
 
 
 def _added_expert_sums(dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
@@ -189,20 +189,20 @@ def _added_expert_sums(dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
     for of_down in (True, False):
         yield _sum(
             2048, dtype, arch, WEIGHTED=of_down, LEFT_BY_TOKEN=of_down, RIGHT_BY_TOKEN=not of_down,
-            PROJECT=False, stride_w=1,
+            WITH_DU=False, stride_w=1,
         )  # fmt: skip
 
 
 def _sum(
     height: int, dtype: torch.dtype, arch: int, left: str | None = None, **constants
 ) -> Kernel:
-    *blocks, warps = shared.outer_blocks(
-        height, 2048, dtype, project=constants["PROJECT"], capability=arch
+    *blocks, warps = shared.wgrad_blocks(
+        height, 2048, dtype, with_du=constants["WITH_DU"], capability=arch
     )
     constants = {"TOP_K": TOP_K, "LEFT_BY_TOKEN": False} | constants
     constants |= dict(zip(("BLOCK_H", "BLOCK_N", "BLOCK_P"), blocks, strict=True))
     pointers = {"out_ptr": "fp32"} | ({"left_ptr": left} if left else {})
-    return Kernel(shared.outer_kernel, constants, warps, pointers=pointers, gemm=False)
+    return Kernel(shared.wgrad_kernel, constants, warps, pointers=pointers, gemm=False)
 
 
 def _dispatch_kernels() -> Iterator[Kernel]:
@@ -283,7 +283,7 @@ def nvcc_command() -> list[str] | None:
 
 def needs_matrix_instructions(kernel: str) -> bool:
     """Whether it multiplies in half precision; by its name, also a mangled one."""
-    multiplies = r"(?<![a-z_])(expert_gemm|outer|project|add_low_rank)_kernel"
+    multiplies = r"(?<![a-z_])(grouped_gemm|wgrad|shrink|add_low_rank)_kernel"
     return bool(re.search(multiplies, kernel) and re.search("__half|__nv_bfloat16", kernel))
 
 

@@ -29,7 +29,7 @@ SANITIZERS = {
 }
 # Rows of 82 bytes and few of them an expert; whole vectors, and tiles with many rows.
 SANITIZED = (("odd", 37), ("small", 1024))
-PROFILED = "gate_up|act_backward|expert_gemm"
+PROFILED = "gate_up|act_backward|grouped_gemm"
 # A row's error may be so many times what all of them may have together.
 ROW_FACTOR = 4
 

@@ -1,15 +1,15 @@
 // s u V onto adapted rows: these are read and written once, 16 bytes a thread and access.
 #include "add_low_rank.h"
 
-#include "expert_mainloop.h"
+#include "grouped_gemm_mainloop.h"
 
 namespace moe_kernels::cuda {
 namespace {
 
 constexpr int kRows = 32;  // of a block at a time
 
-// Calls visit(half, j, place, there) for the eight columns of `out` that this thread moves of each
-// row and of fragments j to j + 3, see transpose_quad.
+// Calls visit(half, j, place, present) for the eight columns of `out` that this thread moves of
+// each row and of fragments j to j + 3, see transpose_quad.
 template <typename Loop, typename Visit>
 __device__ void visit_rows(const AddLowRank& given, const ExpertTile& tile, Visit visit) {
 #pragma unroll
@@ -29,9 +29,9 @@ template <typename Loop, typename V>
 __device__ void add_to_rows(const AddLowRank& given, const ExpertTile& tile, int64_t modality) {
   using T = typename Loop::T;
   Loop loop;
-  visit_rows<Loop>(given, tile, [&](int half, int j, const T* from, bool there) {
+  visit_rows<Loop>(given, tile, [&](int half, int j, const T* from, bool present) {
     uint32_t words[4] = {};
-    if (there) load_words(from, words);
+    if (present) load_words(from, words);
     transpose_quad(words);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -40,7 +40,7 @@ __device__ void add_to_rows(const AddLowRank& given, const ExpertTile& tile, int
       loop.acc[0][j + e][2 * half + 1] = pair.y;
     }
   });
-  ExpertGemm sizes = {};
+  GroupedGemm sizes = {};
   sizes.rank = given.rank;
   sizes.size_n = given.width;
   const int64_t size = static_cast<int64_t>(given.rank) * given.width;
@@ -49,7 +49,7 @@ __device__ void add_to_rows(const AddLowRank& given, const ExpertTile& tile, int
                     static_cast<const typename Loop::U*>(given.u) + tile.first * given.rank,
                     static_cast<const V*>(given.v) + modality * size, given.scaling[modality], 0,
                     tile.count, vectors);
-  visit_rows<Loop>(given, tile, [&](int half, int j, T* to, bool there) {
+  visit_rows<Loop>(given, tile, [&](int half, int j, T* to, bool present) {
     uint32_t words[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -57,7 +57,7 @@ __device__ void add_to_rows(const AddLowRank& given, const ExpertTile& tile, int
       words[e] = pack<T>(values[0], values[1]);
     }
     transpose_quad(words);
-    if (there) store_words(to, words);
+    if (present) store_words(to, words);
   });
 }
 

@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine given) {
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const bool there = places[i] < num_rows;
-      loaded[i] = there ? rows[places[i] * vectors + column] : Vec{};
-      scales[i] = !there || weights == nullptr ? 1.0f : to_float(weights[first + i]);
+      const bool present = places[i] < num_rows;
+      loaded[i] = present ? rows[places[i] * vectors + column] : Vec{};
+      scales[i] = !present || weights == nullptr ? 1.0f : to_float(weights[first + i]);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {

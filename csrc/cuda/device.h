@@ -34,11 +34,11 @@ __device__ __forceinline__ float sigmoid(float value) {
   return __fdividef(1.0f, 1.0f + __expf(-value));
 }
 
-// 16 bytes into shared memory, past the registers and the L1; zeros if they are not `there`, and
+// 16 bytes into shared memory, past the registers and the L1; zeros if they are not `present`, and
 // then the address is not looked at.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool there) {
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(there ? 16 : 0)
+               "l"(global), "r"(present ? 16 : 0)
                : "memory");
 }
 

@@ -23,7 +23,7 @@ constexpr int kMaxKeys = 2400;
 
 // Highest rank of which one pass over dY gives both dU and dB: more does not pay, and would not fit
 // into the registers.
-constexpr int kMaxProjected = 32;
+constexpr int kMaxRankWithDu = 32;
 
 // Columns of dY of which a part of dU is the sum.
 constexpr int kColumnsOfPart = 256;

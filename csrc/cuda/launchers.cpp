@@ -10,10 +10,10 @@
 #include "add_low_rank.h"
 #include "combine.h"
 #include "dispatch.h"
-#include "expert_gemm.h"
-#include "outer.h"
-#include "project.h"
+#include "grouped_gemm.h"
+#include "shrink.h"
 #include "tile_maps.h"
+#include "wgrad.h"
 
 namespace moe_kernels::cuda {
 namespace {
@@ -38,11 +38,11 @@ Scalar scalar_of(const std::optional<at::Tensor>& tensor) {
 }
 
 // What the products of the experts share; sizes are theirs.
-ExpertGemm expert_gemm(const at::Tensor& left, const at::Tensor& stack,
-                       const std::optional<at::Tensor>& extra, const at::Tensor& perm,
-                       const at::Tensor& tiles, const at::Tensor& segment_offsets,
-                       const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-                       const std::optional<at::Tensor>& scaling, int64_t size_n) {
+GroupedGemm make_gemm(const at::Tensor& left, const at::Tensor& stack,
+                      const std::optional<at::Tensor>& extra, const at::Tensor& perm,
+                      const at::Tensor& tiles, const at::Tensor& segment_offsets,
+                      const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+                      const std::optional<at::Tensor>& scaling, int64_t size_n) {
   const int64_t num_experts = stack.size(0) + (extra ? extra->size(0) : 0);
   const int64_t rows = perm.numel(), tokens = left.size(0);
   return {
@@ -158,13 +158,13 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at:
   return out;
 }
 
-void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-             const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
-             int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
+void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
+            const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
+            int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
   const c10::cuda::CUDAGuard guard(left.device());
-  outputs::project(out, left, matrix, perm, tiles, num_pairs, num_base, experts, top_k, by_token,
-                   rank_first);
-  const Project given{
+  outputs::shrink(out, left, matrix, perm, tiles, num_pairs, num_base, experts, top_k, by_token,
+                  rank_first);
+  const Shrink given{
       .left = left.const_data_ptr(),
       .matrix = matrix.const_data_ptr(),
       .perm = perm.const_data_ptr<int64_t>(),
@@ -179,25 +179,27 @@ void project(const at::Tensor& out, const at::Tensor& left, const at::Tensor& ma
       .by_token = by_token,
       .rank_first = rank_first,
   };
-  C10_CUDA_CHECK(launch_project(given, scalar_of(left), scalar_of(matrix), scalar_of(out),
-                                c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_shrink(given, scalar_of(left), scalar_of(matrix), scalar_of(out),
+                               c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<at::Tensor, at::Tensor> outer(
-    const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
-    const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
-    const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& matrix,
-    int64_t chunk, int64_t top_k, bool transposed, bool left_by_token, bool right_by_token) {
+std::tuple<at::Tensor, at::Tensor> wgrad(const at::Tensor& left, const at::Tensor& right,
+                                         const at::Tensor& perm, const at::Tensor& tiles,
+                                         const at::Tensor& groups, const at::Tensor& factors,
+                                         const std::optional<at::Tensor>& weights,
+                                         const std::optional<at::Tensor>& matrix, int64_t chunk,
+                                         int64_t top_k, bool transposed, bool left_by_token,
+                                         bool right_by_token) {
   const c10::cuda::CUDAGuard guard(right.device());
-  const auto made = outputs::outer(left, right, perm, tiles, groups, factors, weights, matrix,
+  const auto made = outputs::wgrad(left, right, perm, tiles, groups, factors, weights, matrix,
                                    chunk, top_k, transposed, left_by_token, right_by_token);
-  const auto& [out, projected] = made;
+  const auto& [out, du] = made;
   if (out.numel() == 0) return made;
-  const int64_t rows = perm.numel(), slots = rows > chunk ? 2 * (rows / chunk) : 0;
+  const int64_t rows = perm.numel(), partials = rows > chunk ? 2 * (rows / chunk) : 0;
   const int width = static_cast<int>(right.size(1));
-  const at::Tensor partial = at::empty({slots * out.stride(0)}, out.options());
-  const at::Tensor parts = at::empty({outer_parts(width) * projected.numel()}, out.options());
-  const Outer given{
+  const at::Tensor partial = at::empty({partials * out.stride(0)}, out.options());
+  const at::Tensor parts = at::empty({wgrad_parts(width) * du.numel()}, out.options());
+  const Wgrad given{
       .left = left.const_data_ptr(),
       .right = right.const_data_ptr(),
       .perm = perm.const_data_ptr<int64_t>(),
@@ -208,7 +210,7 @@ std::tuple<at::Tensor, at::Tensor> outer(
       .matrix = pointer_of(matrix),
       .out = out.mutable_data_ptr<float>(),
       .partial = partial.mutable_data_ptr<float>(),
-      .projected = projected.mutable_data_ptr<float>(),
+      .du = du.mutable_data_ptr<float>(),
       .parts = parts.mutable_data_ptr<float>(),
       .chunk = chunk,
       .num_rows = rows,
@@ -222,7 +224,7 @@ std::tuple<at::Tensor, at::Tensor> outer(
       .left_by_token = left_by_token,
       .right_by_token = right_by_token,
   };
-  C10_CUDA_CHECK(launch_outer(given, scalar_of(left), scalar_of(right), scalar_of(weights),
+  C10_CUDA_CHECK(launch_wgrad(given, scalar_of(left), scalar_of(right), scalar_of(weights),
                               scalar_of(matrix), c10::cuda::getCurrentCUDAStream()));
   return made;
 }
@@ -257,24 +259,25 @@ std::tuple<at::Tensor, at::Tensor> gate_up(
   const auto made = outputs::gate_up(left, stack, extra, perm, tiles, segment_offsets, u, v,
                                      scaling, block_m, save);
   const auto& [pre_act, act] = made;
-  const ExpertGemm gemm = expert_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v,
-                                      scaling, act.size(1));
+  const GroupedGemm gemm =
+      make_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, act.size(1));
   C10_CUDA_CHECK(launch_gate_up(gemm, save ? pre_act.mutable_data_ptr() : nullptr,
                                 act.mutable_data_ptr(), scalar_of(left), scalar_of(v),
                                 static_cast<int>(block_m), c10::cuda::getCurrentCUDAStream()));
   return made;
 }
 
-at::Tensor product(const at::Tensor& left, const at::Tensor& stack,
-                   const std::optional<at::Tensor>& extra, const at::Tensor& perm,
-                   const at::Tensor& tiles, const at::Tensor& segment_offsets,
-                   const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-                   const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed) {
+at::Tensor grouped_gemm(const at::Tensor& left, const at::Tensor& stack,
+                        const std::optional<at::Tensor>& extra, const at::Tensor& perm,
+                        const at::Tensor& tiles, const at::Tensor& segment_offsets,
+                        const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+                        const std::optional<at::Tensor>& scaling, int64_t block_m,
+                        bool transposed) {
   const c10::cuda::CUDAGuard guard(left.device());
-  const at::Tensor out = outputs::product(left, stack, extra, perm, tiles, segment_offsets, u, v,
-                                          scaling, block_m, transposed);
-  const ExpertGemm gemm = expert_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v,
-                                      scaling, out.size(1));
+  const at::Tensor out = outputs::grouped_gemm(left, stack, extra, perm, tiles, segment_offsets, u,
+                                               v, scaling, block_m, transposed);
+  const GroupedGemm gemm =
+      make_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, out.size(1));
   const auto launch = transposed ? launch_down : launch_d_rows;
   C10_CUDA_CHECK(launch(gemm, out.mutable_data_ptr(), scalar_of(left), scalar_of(v),
                         static_cast<int>(block_m), c10::cuda::getCurrentCUDAStream()));
@@ -292,8 +295,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
                                           scaling, block_m, weights, pre_act, act_of_adapted,
                                           act_of_added);
   const auto& [d_pre, act, dots] = made;
-  const ExpertGemm gemm = expert_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v,
-                                      scaling, stack.size(2));
+  const GroupedGemm gemm =
+      make_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, stack.size(2));
   const ActBackward with{
       .weights = weights.const_data_ptr(),
       .pre = pre_act.const_data_ptr(),

@@ -58,22 +58,22 @@ inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t block) {
 // Tiles of each group, and those of them that write partial sums; both are then scanned.
 template <typename Offset>
 MOE_HOST_DEVICE void count_tiles(const Segments<Offset>& segments, const TileMap& map, int thread,
-                                 int num_threads, int* tiles, int* slots) {
+                                 int num_threads, int* tiles, int* partials) {
   for (int group = thread; group < map.groups.num; group += num_threads) {
     const int64_t rows = segments.end(map.groups, group) - segments.first(map.groups, group);
     tiles[group] = static_cast<int>((rows + map.block - 1) / map.block);
-    slots[group] = tiles[group] > 1 ? tiles[group] : 0;
+    partials[group] = tiles[group] > 1 ? tiles[group] : 0;
   }
 }
 
 template <typename Offset>
 MOE_HOST_DEVICE void write_groups(const Segments<Offset>& segments, const TileMap& map,
-                                  const int* slots, int thread, int num_threads) {
+                                  const int* partials, int thread, int num_threads) {
   const int num = map.groups.num;
   for (int group = thread; group < num; group += num_threads) {
     map.rows[group] = segments.first(map.groups, group);
     map.rows[num + group] = segments.end(map.groups, group);
-    map.rows[2 * num + group] = slots[group];
+    map.rows[2 * num + group] = partials[group];
   }
 }
 
@@ -95,11 +95,11 @@ MOE_HOST_DEVICE void write_tiles(const Segments<Offset>& segments, const TileMap
     const int64_t end = segments.end(map.groups, group);
     const int64_t first = segments.first(map.groups, group) +
                           static_cast<int64_t>(tile - first_tiles[group]) * map.block;
-    const bool there = first < end;
+    const bool present = first < end;
     const int64_t last = first + map.block < end ? first + map.block : end;
-    map.tiles[tile] = there ? group : 0;
-    map.tiles[map.num_tiles + tile] = there ? first : 0;
-    map.tiles[2 * map.num_tiles + tile] = there ? last : 0;
+    map.tiles[tile] = present ? group : 0;
+    map.tiles[map.num_tiles + tile] = present ? first : 0;
+    map.tiles[2 * map.num_tiles + tile] = present ? last : 0;
   }
 }
 

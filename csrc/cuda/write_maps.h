@@ -33,14 +33,14 @@ inline int ints_of_maps(const TileMaps& given) {
 template <typename Offset>
 __device__ void write_map(const Segments<Offset>& segments, const TileMap& map, int block,
                           int num_blocks, int* tiles) {
-  int *slots = tiles + map.groups.num, *scratch = slots + map.groups.num;
-  count_tiles(segments, map, threadIdx.x, kThreadsOfMaps, tiles, slots);
+  int *partials = tiles + map.groups.num, *scratch = partials + map.groups.num;
+  count_tiles(segments, map, threadIdx.x, kThreadsOfMaps, tiles, partials);
   exclusive_scan<kThreadsOfMaps>(tiles, map.groups.num, scratch);
   write_tiles(segments, map, tiles, block * kThreadsOfMaps + threadIdx.x,
               num_blocks * kThreadsOfMaps);
   if (block == 0) {
-    exclusive_scan<kThreadsOfMaps>(slots, map.groups.num, scratch);
-    write_groups(segments, map, slots, threadIdx.x, kThreadsOfMaps);
+    exclusive_scan<kThreadsOfMaps>(partials, map.groups.num, scratch);
+    write_groups(segments, map, partials, threadIdx.x, kThreadsOfMaps);
   }
 }
 

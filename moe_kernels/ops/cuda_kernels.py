@@ -8,49 +8,53 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.triton_kernels import TRITON, capability, parts_fit, pass_for_du
+from moe_kernels.ops.triton_kernels import TRITON_SHARED, capability, du_parts_fit, shrink_to_du
 from moe_kernels.ops.triton_tile_maps import Groups, TileMap
 
 # Compute capabilities whose matrix instructions (wgmma, tcgen05) the extension's products do not
 # use, and Triton's do: those are taken there. On an H100 they are the faster ones, by half
 # (docs/kernels.md, note 5); 10.x has not been measured.
 TRITON_FROM, TRITON_BELOW = 90, 120
-Wanted = Sequence[tuple[Groups, int]]  # maps: groups of rows, and rows of a tile
+RequestedMaps = Sequence[tuple[Groups, int]]  # maps: groups of rows, and rows of a tile
 
 
-def triton_multiplies(device: torch.device) -> bool:
+def uses_triton_gemm(device: torch.device) -> bool:
     """Whether the products of the experts and the low-rank passes are Triton's on this device."""
     return TRITON_FROM <= capability(device) < TRITON_BELOW
 
 
-def takes_maps(wanted: Wanted) -> bool:
+def supports_maps(requested: RequestedMaps) -> bool:
     """Whether one launch makes all these maps."""
-    if len(wanted) > _native.cuda_limit("MAX_MAPS"):
+    if len(requested) > _native.cuda_limit("MAX_MAPS"):
         return False
     most = _native.max_dispatch_keys()
-    return all(groups.num <= most for groups, _ in wanted)
+    return all(groups.num <= most for groups, _ in requested)
 
 
-def numbers_of(wanted: Wanted) -> tuple[list[int], list[int]]:
+def flatten_requests(requested: RequestedMaps) -> tuple[list[int], list[int]]:
     """What the native ops take: the maps' blocks, and five numbers of the groups of each."""
-    return [block for _, block in wanted], [number for groups, _ in wanted for number in groups]
+    return [block for _, block in requested], [
+        number for groups, _ in requested for number in groups
+    ]
 
 
-def maps_of(made: Sequence[Tensor], num_rows: int, wanted: Wanted) -> list[TileMap]:
+def make_tile_maps(
+    made: Sequence[Tensor], num_rows: int, requested: RequestedMaps
+) -> list[TileMap]:
     """Of what the native ops return: tiles and groups of each map."""
-    pairs = zip(made[::2], made[1::2], wanted, strict=True)
+    pairs = zip(made[::2], made[1::2], requested, strict=True)
     return [TileMap(tiles, groups, num_rows, block) for tiles, groups, (_, block) in pairs]
 
 
-def tile_maps(segment_offsets: Tensor, num_rows: int, wanted: Wanted) -> list[TileMap]:
+def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) -> list[TileMap]:
     """All maps in one launch; see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`."""
-    if not takes_maps(wanted):
-        return TRITON.tile_maps(segment_offsets, num_rows, wanted)
-    made = _native.ops().tile_maps(segment_offsets, num_rows, *numbers_of(wanted))
-    return maps_of(made, num_rows, wanted)
+    if not supports_maps(requested):
+        return TRITON_SHARED.tile_maps(segment_offsets, num_rows, requested)
+    made = _native.ops().tile_maps(segment_offsets, num_rows, *flatten_requests(requested))
+    return make_tile_maps(made, num_rows, requested)
 
 
-def project(
+def shrink(
     left: Tensor,
     matrix: Tensor,
     perm: Tensor,
@@ -64,25 +68,25 @@ def project(
     experts: int,
     block_k: int,
 ) -> Tensor:
-    """See :func:`moe_kernels.ops.triton_kernels.project`; ``block_k`` is Triton's alone."""
-    if triton_multiplies(left.device):
-        return TRITON.project(
+    """See :func:`moe_kernels.ops.triton_kernels.shrink`; ``block_k`` is Triton's alone."""
+    if uses_triton_gemm(left.device):
+        return TRITON_SHARED.shrink(
             left, matrix, perm, tiles, out, rank_first=rank_first, top_k=top_k, by_token=by_token,
             num_base=num_base, experts=experts, block_k=block_k,
         )  # fmt: skip
-    _native.ops().project(
+    _native.ops().shrink(
         out, left, matrix, perm, tiles.tiles, tiles.groups.shape[1], num_base, experts, top_k,
         by_token, rank_first,
     )  # fmt: skip
     return out
 
 
-def weights_beside(rows: Tensor, weights: Tensor) -> Tensor:
+def match_routing_weights(rows: Tensor, weights: Tensor) -> Tensor:
     """Routing weights as the kernels take them: in float32, or in the dtype of the rows."""
     return weights if weights.dtype == rows.dtype else weights.float()
 
 
-def outer(
+def wgrad(
     left: Tensor,
     right: Tensor,
     perm: Tensor,
@@ -97,33 +101,34 @@ def outer(
     matrix: Tensor | None = None,
     tiles: TileMap | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`moe_kernels.ops.triton_kernels.outer`; ``tiles`` are for du in a pass of its own,
+    """See :func:`moe_kernels.ops.triton_kernels.wgrad`; ``tiles`` are for du in a pass of its own,
     which it is where the parts of one pass would be too large.
     """
-    if triton_multiplies(right.device):
-        return TRITON.outer(
+    if uses_triton_gemm(right.device):
+        return TRITON_SHARED.wgrad(
             left, right, perm, rows, factors, transposed=transposed, top_k=top_k, weights=weights,
             left_by_token=left_by_token, right_by_token=right_by_token, matrix=matrix, tiles=tiles,
         )  # fmt: skip
     du = None
-    if matrix is not None and not parts_fit(
+    if matrix is not None and not du_parts_fit(
         perm.numel(), *matrix.shape[1:], _native.cuda_limit("COLUMNS_OF_PART")
     ):
-        du = pass_for_du(project, right, matrix, perm, tiles, top_k, right_by_token)
+        du = shrink_to_du(shrink, right, matrix, perm, tiles, top_k, right_by_token)
         matrix = None
-    out, projected = _native.ops().outer(
-        left, right, perm, rows.tiles, rows.groups, factors,
-        None if weights is None else weights_beside(right, weights), matrix, rows.block, top_k,
+    if weights is not None:
+        weights = match_routing_weights(right, weights)
+    out, with_sums = _native.ops().wgrad(
+        left, right, perm, rows.tiles, rows.groups, factors, weights, matrix, rows.block, top_k,
         transposed, left_by_token, right_by_token,
     )  # fmt: skip
-    return out, du if matrix is None else projected
+    return out, du if matrix is None else with_sums
 
 
-def projects(rank: int, dy: Tensor) -> bool:
+def gives_du(rank: int, dy: Tensor) -> bool:
     """Whether du comes with dB; float32 has no matrix instructions to multiply by the way with."""
-    if triton_multiplies(dy.device):
-        return TRITON.projects(rank, dy)
-    return dy.dtype != torch.float32 and rank <= _native.cuda_limit("MAX_PROJECTED")
+    if uses_triton_gemm(dy.device):
+        return TRITON_SHARED.gives_du(rank, dy)
+    return dy.dtype != torch.float32 and rank <= _native.cuda_limit("MAX_RANK_WITH_DU")
 
 
 def add_low_rank(
@@ -141,17 +146,17 @@ def add_low_rank(
     not a multiple of 16 bytes; ``block_n`` is Triton's alone.
     """
     if out.dtype == torch.float32 or out.shape[1] % 8:
-        TRITON.add_low_rank(
+        TRITON_SHARED.add_low_rank(
             u, matrix, scaling, perm, tiles, out, rank_last=rank_last, block_n=block_n
         )
     else:
         _native.ops().add_low_rank(out, u, matrix, scaling, perm, tiles.tiles, rank_last)
 
 
-CUDA = TRITON._replace(
+CUDA_SHARED = TRITON_SHARED._replace(
     tile_maps=tile_maps,
-    project=project,
-    outer=outer,
+    shrink=shrink,
+    wgrad=wgrad,
     add_low_rank=add_low_rank,
-    projects=projects,
+    gives_du=gives_du,
 )

@@ -20,7 +20,7 @@ from moe_kernels.ops.triton_tile_maps import TileMap, tile_maps, tile_of
 MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider ones spill
 MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
-MAX_PROJECTED = 16  # highest rank of which du comes with dB, in parts by columns of dy
+MAX_RANK_WITH_DU = 16  # highest rank of which du comes with dB, in parts by columns of dy
 # Triton decides when a kernel is decorated, that is when this module is imported.
 INTERPRETED = backends.triton_is_interpreted()
 
@@ -55,7 +55,7 @@ def scaled_rows(u_ptr, scale, rows, mask_m, offs_r, RANK: tl.constexpr, dtype: t
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_base", "experts_of_m"])
-def project_kernel(
+def shrink_kernel(
     left_ptr,  # (T, size_k) if BY_TOKEN, else (T * TOP_K, size_k)
     m_ptr,  # (NUM_MODALITIES, experts_of_m, ...): (size_k, RANK), strides stride_mk, stride_mr
     perm_ptr,
@@ -98,7 +98,7 @@ def project_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_groups", "groups_of_factor", "num_rows", "chunk"])
-def outer_kernel(
+def wgrad_kernel(
     left_ptr,  # (rows, height)
     right_ptr,  # (rows, width)
     perm_ptr,
@@ -106,10 +106,10 @@ def outer_kernel(
     groups_ptr,  # (3, num_groups): first row, end, first partial sum
     factors_ptr,  # (num_groups / groups_of_factor,) float32
     weights_ptr,  # (T, TOP_K)
-    matrix_ptr,  # (num_groups, width, height), for the projection
+    matrix_ptr,  # (num_groups, width, height), for du
     out_ptr,  # (num_groups, height, width) or (num_groups, width, height), float32
-    partial_ptr,  # (slots, ...) of the same, float32
-    projected_ptr,  # (column blocks, num_rows, height), float32
+    partial_ptr,  # (partial sums, ...) of the same, float32
+    du_parts_ptr,  # (column blocks, num_rows, height), float32
     num_tiles,
     num_groups,
     groups_of_factor,
@@ -123,14 +123,14 @@ def outer_kernel(
     WEIGHTED: tl.constexpr,
     LEFT_BY_TOKEN: tl.constexpr,
     RIGHT_BY_TOKEN: tl.constexpr,
-    PROJECT: tl.constexpr,
+    WITH_DU: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """out[g] = sum over the group's rows of (factor * weight * left)^T right, in row order.
 
-    The sum over a tile's rows, if the group has several. With PROJECT also right matrix[g], row by
+    The sum over a tile's rows, if the group has several. With WITH_DU also right matrix[g], row by
     row, of this program's columns: one reading of ``right`` serves both.
     """
     tile, pid_h, pid_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -142,10 +142,10 @@ def outer_kernel(
     offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     size = height * width
-    if PROJECT:
+    if WITH_DU:
         matrix = load_operand(matrix_ptr + group * size, offs_n, width, height, offs_h, height, 1)
         matrix = matrix.to(dtype)
-        projected = projected_ptr + (pid_n.to(tl.int64) * num_rows + first) * height
+        du_part = du_parts_ptr + (pid_n.to(tl.int64) * num_rows + first) * height
     acc = tl.zeros((BLOCK_H, BLOCK_N), dtype=tl.float32)
     for start in range(first, end, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
@@ -162,23 +162,23 @@ def outer_kernel(
             right_ptr, token if RIGHT_BY_TOKEN else rows, width, mask_p, offs_n, width
         )
         acc = dot(tl.trans(left.to(dtype)), right, acc)
-        if PROJECT:
-            product = dot(right, matrix, tl.zeros((BLOCK_P, BLOCK_H), dtype=tl.float32))
+        if WITH_DU:
+            du = dot(right, matrix, tl.zeros((BLOCK_P, BLOCK_H), dtype=tl.float32))
             here = (rows - first)[:, None] * height + offs_h[None, :]
-            tl.store(projected + here, product, mask=mask_p[:, None] & (offs_h < height)[None, :])
+            tl.store(du_part + here, du, mask=mask_p[:, None] & (offs_h < height)[None, :])
     low, high = tl.load(groups_ptr + group), tl.load(groups_ptr + num_groups + group)
     out = out_ptr + group * size
     if high - low > chunk:
-        slot = tl.load(groups_ptr + 2 * num_groups + group) + (first - low) // chunk
-        out = partial_ptr + slot * size
+        partial = tl.load(groups_ptr + 2 * num_groups + group) + (first - low) // chunk
+        out = partial_ptr + partial * size
     mask = (offs_h < height)[:, None] & (offs_n < width)[None, :]
     tl.store(out + offs_h[:, None] * stride_h + offs_n[None, :] * stride_w, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_groups", "chunk"])
-def finish_outer_kernel(
+def finish_wgrad_kernel(
     groups_ptr,  # (3, num_groups): first row, end, first partial sum
-    partial_ptr,  # (slots, size)
+    partial_ptr,  # (partial sums, size)
     out_ptr,  # (num_groups, size)
     num_groups,
     chunk,
@@ -192,10 +192,10 @@ def finish_outer_kernel(
         return
     offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < size
-    slot = tl.load(groups_ptr + 2 * num_groups + group)
+    partial = tl.load(groups_ptr + 2 * num_groups + group)
     acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for tile in range(tl.cdiv(rows, chunk)):
-        acc += tl.load(partial_ptr + (slot + tile) * size + offs, mask=mask, other=0.0)
+        acc += tl.load(partial_ptr + (partial + tile) * size + offs, mask=mask, other=0.0)
     tl.store(out_ptr + group * size + offs, acc, mask=mask)
 
 
@@ -293,30 +293,30 @@ def has_tma(device: torch.device) -> bool:
 
 
 def rank_block(dtype: torch.dtype) -> int:
-    """Columns of the rank in a program of :func:`project_kernel`; float32 has no matrix
+    """Columns of the rank in a program of :func:`shrink_kernel`; float32 has no matrix
     instructions, and more spill.
     """
     return 16 if dtype == torch.float32 else 64
 
 
-def outer_blocks(
-    height: int, width: int, dtype: torch.dtype, *, project: bool, capability: int
+def wgrad_blocks(
+    height: int, width: int, dtype: torch.dtype, *, with_du: bool, capability: int
 ) -> tuple[int, int, int, int]:
     """Rows and columns of a tile of a sum, rows that are summed in one step, and warps.
 
-    With a projection the columns are wide: it is written in parts of so many. Measured on an H100;
+    With du the columns are wide: it is written in parts of so many. Measured on an H100;
     on sm_80 wide ones spill.
     """
     if dtype == torch.float32:
         *most, step, warps = 16, 64, 16, 4
     else:
-        wide = project and capability >= 90
+        wide = with_du and capability >= 90
         *most, step, warps = (64, 256, 64, 8) if wide else (64, 128, 32, 4)
     blocks = (max(16, triton.next_power_of_2(size)) for size in (height, width))
     return *map(min, most, blocks), step, warps
 
 
-def project(
+def shrink(
     left: Tensor,
     matrix: Tensor,
     perm: Tensor,
@@ -336,21 +336,21 @@ def project(
     num_tiles, rank, block_m = tiles.num_tiles, out.shape[1], tiles.block
     block_r = min(rank_block(left.dtype), max(16, triton.next_power_of_2(rank)))
     if num_tiles and out.shape[0]:
-        project_kernel[(num_tiles, -(-rank // block_r))](
+        shrink_kernel[(num_tiles, -(-rank // block_r))](
             left, matrix, perm, tiles.tiles, out, num_tiles, num_base, experts, left.shape[1],
             *((1, left.shape[1]) if rank_first else (rank, 1)), TOP_K=top_k, BY_TOKEN=by_token,
             RANK=rank, BLOCK_R=block_r,
-            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps_of(block_m),
+            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=shrink_warps(block_m),
         )  # fmt: skip
     return out
 
 
-def warps_of(block_m: int) -> int:
-    """Of a program of :func:`project_kernel`: four of them spill on 16 rows."""
+def shrink_warps(block_m: int) -> int:
+    """Of a program of :func:`shrink_kernel`: four of them spill on 16 rows."""
     return 2 if block_m == 16 else 4
 
 
-def outer(
+def wgrad(
     left: Tensor,
     right: Tensor,
     perm: Tensor,
@@ -380,13 +380,15 @@ def outer(
     """
     num_groups, height, width = rows.groups.shape[1], left.shape[1], right.shape[1]
     blocks = functools.partial(
-        outer_blocks, height, width, right.dtype, capability=capability(right.device)
+        wgrad_blocks, height, width, right.dtype, capability=capability(right.device)
     )
     du = None
-    if matrix is not None and not parts_fit(perm.numel(), width, height, blocks(project=True)[1]):
-        du = pass_for_du(project, right, matrix, perm, tiles, top_k, right_by_token)
+    if matrix is not None and not du_parts_fit(
+        perm.numel(), width, height, blocks(with_du=True)[1]
+    ):
+        du = shrink_to_du(shrink, right, matrix, perm, tiles, top_k, right_by_token)
         matrix = None
-    block_h, block_n, block_p, warps = blocks(project=matrix is not None)
+    block_h, block_n, block_p, warps = blocks(with_du=matrix is not None)
     grid = (rows.num_tiles, -(-height // block_h), -(-width // block_n))
     shape = (width, height) if transposed else (height, width)
 
@@ -394,44 +396,44 @@ def outer(
         return torch.empty(shape, dtype=torch.float32, device=left.device)
 
     out = empty(num_groups, *shape)
-    partial = empty(rows.num_slots, *shape)
+    partial = empty(rows.num_partials, *shape)
     parts = None if matrix is None else empty(grid[2], perm.numel(), height)
     if num_groups == 0:
         return out, du if parts is None else _sum_parts(parts, tiles)
     if rows.num_rows:
-        outer_kernel[grid](
+        wgrad_kernel[grid](
             left, right, perm, rows.tiles, rows.groups, factors,
             factors if weights is None else weights, right if matrix is None else matrix, out,
             partial, out if parts is None else parts, grid[0], num_groups,
             num_groups // factors.numel(), rows.num_rows, rows.block, height, width,
             *((1, height) if transposed else (width, 1)), TOP_K=top_k,
             WEIGHTED=weights is not None, LEFT_BY_TOKEN=left_by_token,
-            RIGHT_BY_TOKEN=right_by_token, PROJECT=matrix is not None, BLOCK_H=block_h,
+            RIGHT_BY_TOKEN=right_by_token, WITH_DU=matrix is not None, BLOCK_H=block_h,
             BLOCK_N=block_n, BLOCK_P=block_p, num_warps=warps,
         )  # fmt: skip
     # The second axis of a grid ends at 65,535.
-    finish_outer_kernel[(-(-height * width // 1024), num_groups)](
+    finish_wgrad_kernel[(-(-height * width // 1024), num_groups)](
         rows.groups, partial, out, num_groups, rows.block, height * width,
         BLOCK_N=1024,
     )  # fmt: skip
     return out, du if parts is None else _sum_parts(parts, tiles)
 
 
-def parts_fit(rows: int, width: int, rank: int, columns: int) -> bool:
+def du_parts_fit(rows: int, width: int, rank: int, columns: int) -> bool:
     """Whether du may come with dB: float32, for all rows, one part for every so many columns of dy
     (rows, width).
     """
     return 4 * -(-width // columns) * rows * rank <= MAX_BYTES_OF_PARTS
 
 
-def pass_for_du(
-    project: Callable[..., Tensor], dy: Tensor, matrix: Tensor, perm: Tensor, tiles: TileMap,
+def shrink_to_du(
+    shrink: Callable[..., Tensor], dy: Tensor, matrix: Tensor, perm: Tensor, tiles: TileMap,
     top_k: int, by_token: bool,
 ) -> Tensor:  # fmt: skip
-    """dy @ matrix (rows, r) in float32, of (groups, width, r), by a backend's ``project``."""
+    """dy @ matrix (rows, r) in float32, of (groups, width, r), by a backend's ``shrink``."""
     du = torch.empty(perm.numel(), matrix.shape[2], dtype=torch.float32, device=dy.device)
     groups = max(1, matrix.shape[0])
-    return project(
+    return shrink(
         dy, matrix, perm, tiles, du, rank_first=False, top_k=top_k, by_token=by_token,
         num_base=groups, experts=groups, block_k=16 if dy.dtype == torch.float32 else 64,
     )  # fmt: skip
@@ -473,25 +475,25 @@ def add_low_rank(
         )  # fmt: skip
 
 
-class Launches(NamedTuple):
+class SharedLaunches(NamedTuple):
     """The launches that the ops share: how a backend makes each.
 
     Attributes:
         tile_maps: see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`.
-        project, outer, add_low_rank: see the functions of this module.
-        projects: whether ``outer`` is to give du too, for a rank and dy.
+        shrink, wgrad, add_low_rank: see the functions of this module.
+        gives_du: whether ``wgrad`` is to give du too, for a rank and dy.
     """
 
     tile_maps: Callable[..., list[TileMap]]
-    project: Callable[..., Tensor]
-    outer: Callable[..., tuple[Tensor, Tensor | None]]
+    shrink: Callable[..., Tensor]
+    wgrad: Callable[..., tuple[Tensor, Tensor | None]]
     add_low_rank: Callable[..., None]
-    projects: Callable[[int, Tensor], bool]
+    gives_du: Callable[[int, Tensor], bool]
 
 
-def projects(rank: int, dy: Tensor) -> bool:
+def gives_du(rank: int, dy: Tensor) -> bool:
     """Whether the parts of du cost less than another reading of dy."""
-    return rank <= MAX_PROJECTED
+    return rank <= MAX_RANK_WITH_DU
 
 
-TRITON = Launches(tile_maps, project, outer, add_low_rank, projects)
+TRITON_SHARED = SharedLaunches(tile_maps, shrink, wgrad, add_low_rank, gives_du)

@@ -67,7 +67,7 @@ class TileMap(NamedTuple):
         return self.tiles.shape[1]
 
     @property
-    def num_slots(self) -> int:
+    def num_partials(self) -> int:
         """As many partial sums as there can be, of groups of several tiles."""
         return 2 * (self.num_rows // self.block) if self.num_rows > self.block else 0
 
@@ -116,12 +116,12 @@ def tile_map_kernel(
     this = tl.program_id(0)
     block = block.to(tl.int64)  # times a number of tiles
     groups = tl.arange(0, BLOCK_G)
-    there = groups < num_groups
+    present = groups < num_groups
     low, high = _bounds(
-        segments_ptr, tl.where(there, groups, 0), num_segments, num_rows, period, stride, offset,
+        segments_ptr, tl.where(present, groups, 0), num_segments, num_rows, period, stride, offset,
         width,
     )  # fmt: skip
-    tiles = tl.where(there, (high - low + block - 1) // block, 0)
+    tiles = tl.where(present, (high - low + block - 1) // block, 0)
     several = tl.where(tiles > 1, tiles, 0)
     to = tiles_ptr + tl.sum(tl.where(groups < this, tiles, 0))
     low, high = _bounds(
@@ -160,10 +160,10 @@ def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int)
 
 
 def tile_maps(
-    segment_offsets: Tensor, num_rows: int, wanted: Sequence[tuple[Groups, int]]
+    segment_offsets: Tensor, num_rows: int, requested: Sequence[tuple[Groups, int]]
 ) -> list[TileMap]:
     """:func:`tile_map` for each pair of groups and rows of a tile."""
-    return [tile_map(segment_offsets, groups, num_rows, block) for groups, block in wanted]
+    return [tile_map(segment_offsets, groups, num_rows, block) for groups, block in requested]
 
 
 def chunk_rows(num_rows: int, size: int) -> int:

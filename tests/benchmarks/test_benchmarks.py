@@ -400,10 +400,10 @@ def test_one_pass_over_dY_moves_less(bench, rank, fewer):
 def test_the_cost_model_has_the_parts_of_the_kernels(bench):
     triton, cuda = bench.costs.PARTS_OF_DU["triton"], bench.costs.PARTS_OF_DU["cuda"]
     kernels = pytest.importorskip("moe_kernels.ops.triton_kernels")
-    columns = kernels.outer_blocks(16, 4096, torch.bfloat16, project=True, capability=90)[1]
-    assert triton == (kernels.MAX_PROJECTED, columns)
+    columns = kernels.wgrad_blocks(16, 4096, torch.bfloat16, with_du=True, capability=90)[1]
+    assert triton == (kernels.MAX_RANK_WITH_DU, columns)
     if _native.is_available():
-        names = "MAX_PROJECTED", "COLUMNS_OF_PART"
+        names = "MAX_RANK_WITH_DU", "COLUMNS_OF_PART"
         assert cuda == tuple(map(_native.cuda_limit, names))
 
 
@@ -415,10 +415,10 @@ def test_which_cuda_kernels_must_have_matrix_instructions(bench):
     code = "HMMA.16816.F32 R4, R8 ; HFMA2.MMA R6, -RZ, RZ, 0, 0 ; HGMMA.64x8x16.F32 R24 ;"
     assert len(_MATRIX.findall(code)) == 2
     half, mangled = "_kernel<__half, float, 2, true>", "_kernelINS1_5ShapeI13__nv_bfloat16fEE"
-    for name in ("expert_gemm", "outer", "project", "add_low_rank"):
+    for name in ("grouped_gemm", "wgrad", "shrink", "add_low_rank"):
         assert needs(name + half) and needs(f"_ZN12moe_kernels12{name}{mangled}")
         assert not needs(f"{name}_kernel<float, float, 2, true>")
-    assert not needs(f"combine{half}") and not needs(f"_ZN19finish_outer{mangled}")
+    assert not needs(f"combine{half}") and not needs(f"_ZN19finish_wgrad{mangled}")
 
 
 # --- targets, files and pages
@@ -494,14 +494,14 @@ def test_targets_of_the_cuda_launches(bench):
     moved = sum(cost.bytes for cost in costs if cost.kernel.startswith("combine"))
     low_rank = [c for c in costs if re.match("shrink|du|dA[12]", c.kernel)]
     assert sum(cost.bytes for cost in low_rank) > sum(cost.useful_bytes for cost in low_rank)
-    outer_ms = sum(cost.useful_bytes for cost in low_rank) / 2.7e12 * 1e3
+    wgrad_ms = sum(cost.useful_bytes for cost in low_rank) / 2.7e12 * 1e3
     launches = {"case": case.describe(), "backend": "cuda"}
     results = {
         "ceilings": {"copy_TBps": 3.0},
         "dispatch": {"us": {"reference": 200.0, "cuda": 40.0}, **launches},
         "kernels": {
             "kernels": [
-                ["combine_kernel<bf16>", 2, moved / 2e12 * 1e3], ["outer_kernel", 4, outer_ms],
+                ["combine_kernel<bf16>", 2, moved / 2e12 * 1e3], ["wgrad_kernel", 4, wgrad_ms],
                 ["gate_up", 1, 1],
             ],
             **launches,

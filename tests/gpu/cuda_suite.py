@@ -52,8 +52,8 @@ from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
 
-SHARED = {"dispatch_with_maps", "tile_maps", "project", "outer", "combine"}
-PRODUCTS = {"gate_up", "product", "act_backward"}
+SHARED = {"dispatch_with_maps", "tile_maps", "shrink", "wgrad", "combine"}
+PRODUCTS = {"gate_up", "grouped_gemm", "act_backward"}
 ALL = SHARED | PRODUCTS
 VECTORS = Shape(T=37, K=3, E=5, H=48, I=24, r=5)  # all rows in whole vectors of 16 bytes
 OPS = _native.ops()
@@ -151,7 +151,7 @@ def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
     inputs = lora_linear_inputs(tokens, rank, dtype)
     actual = lora_linear_results(dtype, "triton", *inputs)
     names = [name for name, _ in calls]
-    assert names.count("add_low_rank") == 2 and names.count("project") == (2 if rank > 32 else 1)
+    assert names.count("add_low_rank") == 2 and names.count("shrink") == (2 if rank > 32 else 1)
     expected = lora_linear_results(torch.float64, "reference", *inputs)
     for tensor, wanted in zip(actual, expected, strict=True):
         assert_close(tensor, wanted, dtype=dtype)
@@ -165,7 +165,7 @@ def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most
     shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
     check(torch.bfloat16, shape, seed=3, num_modalities=2)
     names = [name for name, _ in calls]
-    assert (names.count("project"), names.count("outer")) == (2 if most else 4, 4)
+    assert (names.count("shrink"), names.count("wgrad")) == (2 if most else 4, 4)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
@@ -175,14 +175,14 @@ def test_every_tile_matches_the_reference(dtype, tokens):
     check(dtype, Shape(T=tokens, K=2, E=8, H=264, I=136, r=24), num_modalities=2, num_extra=1)
 
 
-@pytest.mark.parametrize(("variant", "outers"), [({}, 4), ({"num_extra": 1}, 6)])
-def test_a_layer_calls_the_native_ops(calls, variant, outers):
+@pytest.mark.parametrize(("variant", "wgrads"), [({}, 4), ({"num_extra": 1}, 6)])
+def test_a_layer_calls_the_native_ops(calls, variant, wgrads):
     layer(VECTORS, torch.float16, **variant)
     names = [name for name, _ in calls]
-    forward = ["dispatch_with_maps", "project", "gate_up", "project", "product", "combine"]
+    forward = ["dispatch_with_maps", "shrink", "gate_up", "shrink", "grouped_gemm", "combine"]
     assert names[:6] == forward
-    backward = ["act_backward", "combine", *["outer"] * outers, "product"]  # du with dB
-    assert sorted(names[6:]) == [*backward, "tile_maps"]
+    backward = ["act_backward", "combine", "grouped_gemm", "tile_maps"]
+    assert sorted(names[6:]) == [*backward, *["wgrad"] * wgrads]  # du with dB
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -208,7 +208,7 @@ def test_what_an_op_does_not_take_goes_to_triton(calls, monkeypatch, odd, missin
     if odd == "segments":  # more than a block counts
         monkeypatch.setattr(_native, "max_dispatch_keys", lambda: VECTORS.E)
     call(inputs, "triton")
-    backward = {"tile_maps", "outer", "act_backward"}
+    backward = {"tile_maps", "wgrad", "act_backward"}
     assert {name for name, _ in calls} == ALL - missing - backward
 
 
@@ -253,22 +253,22 @@ def test_opcheck(calls):
 
 def outcome(name, arguments):
     """What an op returns or fills, without rows that it does not write."""
-    if name == "project":
+    if name == "shrink":
         arguments[0].zero_()
     returned = getattr(OPS, name)(*arguments)
-    if name == "project":
+    if name == "shrink":
         return [arguments[0]]
     if isinstance(returned, torch.Tensor):
         returned = [returned]
     if name == "dispatch_with_maps":
         return [*returned[:-1], *returned[-1]]
-    if name == "outer":
-        sums, projected = returned
-        written = torch.zeros(len(projected), dtype=torch.bool, device=sums.device)
+    if name == "wgrad":
+        sums, du = returned
+        written = torch.zeros(len(du), dtype=torch.bool, device=sums.device)
         for first, end in arguments[4][:2].T.tolist():
             written[first:end] = True
-        return [sums, projected[written]]
-    if name in ("product", "act_backward"):
+        return [sums, du[written]]
+    if name in ("grouped_gemm", "act_backward"):
         dispatched = int(arguments[5][-1])
         returned = [returned[0][:dispatched], *returned[1:]]
     if name == "act_backward":

@@ -151,7 +151,7 @@ CALLS = {
         (*products(halves(10, 16), halves(3, 48, 16), halves(1, 48, 16), halves(20, 5),
                    empty(1, 3, 48, 5)), True), [(20, 48), (20, 24)]
     ),
-    "product": (
+    "grouped_gemm": (
         (*products(halves(20, 48), halves(3, 48, 16), halves(1, 48, 16), empty(20, 5),
                    halves(1, 1, 5, 16)), False), [(20, 16)]
     ),
@@ -174,11 +174,11 @@ CALLS = {
         (halves(10, 16), empty(10, 3), halves(2, 3, 16), empty(2), integers(10), integers(3, 6),
          False), []
     ),
-    "outer": (
+    "wgrad": (
         (halves(20, 3), halves(10, 6), integers(20), integers(3, 6), integers(3, 4), empty(1),
          empty(10, 2), empty(4, 6, 3), 16, 2, False, False, True), [(4, 3, 6), (20, 3)]
     ),
-    "project": (
+    "shrink": (
         (empty(20, 3), empty(10, 8), empty(1, 4, 3, 8), integers(20), integers(3, 6), 4, 4, 4, 2,
          True, True), []
     ),
@@ -223,15 +223,15 @@ REFUSALS = [
     ("combine", 0, empty(8, 20).T, "rows must be contiguous"),
     ("combine", 1, empty(20), "inv_perm must be Long"),
     ("combine", 4, 9, "as many for each of 9 tokens"),
-    ("outer", 0, empty(20, 3, dtype=torch.bfloat16), "left must be Half"),
-    ("outer", 0, empty(20, 3), "with a matrix outer takes left and right of bfloat16 or float16"),
-    ("outer", 0, halves(20, 33), "at most 32 columns of left"),
-    ("outer", 1, halves(20, 6), "right must have shape"),
-    ("outer", 5, empty(3), "factors must be one for each of as many neighbouring groups"),
-    ("outer", 6, empty(10, 3), "weights must have shape"),
-    ("outer", 7, empty(4, 3, 6), "matrix must have shape"),
-    ("outer", 8, 0, "at least a row in a chunk"),
-    ("outer", 9, 3, "perm must have top_k = 3 entries for each token"),
+    ("wgrad", 0, empty(20, 3, dtype=torch.bfloat16), "left must be Half"),
+    ("wgrad", 0, empty(20, 3), "with a matrix wgrad takes left and right of bfloat16 or float16"),
+    ("wgrad", 0, halves(20, 33), "at most 32 columns of left"),
+    ("wgrad", 1, halves(20, 6), "right must have shape"),
+    ("wgrad", 5, empty(3), "factors must be one for each of as many neighbouring groups"),
+    ("wgrad", 6, empty(10, 3), "weights must have shape"),
+    ("wgrad", 7, empty(4, 3, 6), "matrix must have shape"),
+    ("wgrad", 8, 0, "at least a row in a chunk"),
+    ("wgrad", 9, 3, "perm must have top_k = 3 entries for each token"),
     ("add_low_rank", 0, empty(10, 16), "out must be bfloat16 or float16"),
     ("add_low_rank", 0, halves(10, 12), "a multiple of 16 bytes"),
     ("add_low_rank", 1, halves(10, 3), "u must be Float"),
@@ -250,18 +250,18 @@ REFUSALS = [
     ("gate_up", 7, empty(2, 3, 48, 5), "v must have shape"),
     ("gate_up", 7, empty(1, 2, 48, 5), "v must be of 3 experts, or of 1 that all share, is of 2"),
     ("gate_up", 9, 32, "block_m must be 16, 64 or 128, is 32"),
-    ("product", 6, halves(20, 5), "u must be Float"),
-    ("product", 0, halves(10, 48), "left must have shape"),
-    ("product", 10, True, "stack must have shape"),
+    ("grouped_gemm", 6, halves(20, 5), "u must be Float"),
+    ("grouped_gemm", 0, halves(10, 48), "left must have shape"),
+    ("grouped_gemm", 10, True, "stack must have shape"),
     ("act_backward", 10, empty(10, 3), "weights must have an entry for each of 20 rows"),
     ("act_backward", 11, halves(20, 136), "pre_act must have shape"),
-    ("project", 0, empty(20, 3, dtype=torch.float16), "out must be Float"),
-    ("project", 1, empty(20, 8), "left must have shape"),
-    ("project", 2, empty(1, 4, 8, 3), "matrix must end with 3 x 8"),
-    ("project", 2, empty(1, 3, 3, 8), "matrix must have 4 for each modality, has 3"),
-    ("project", 2, empty(1, 4, 3, 8, dtype=torch.float16), "float32 or Float, is"),
-    ("project", 5, 8, "pairs of 1 modalities and 4 experts, are of 8"),
-    ("project", 7, 2, "experts must be 1 or num_base = 4"),
+    ("shrink", 0, empty(20, 3, dtype=torch.float16), "out must be Float"),
+    ("shrink", 1, empty(20, 8), "left must have shape"),
+    ("shrink", 2, empty(1, 4, 8, 3), "matrix must end with 3 x 8"),
+    ("shrink", 2, empty(1, 3, 3, 8), "matrix must have 4 for each modality, has 3"),
+    ("shrink", 2, empty(1, 4, 3, 8, dtype=torch.float16), "float32 or Float, is"),
+    ("shrink", 5, 8, "pairs of 1 modalities and 4 experts, are of 8"),
+    ("shrink", 7, 2, "experts must be 1 or num_base = 4"),
 ]
 
 

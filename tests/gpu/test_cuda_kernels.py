@@ -176,23 +176,23 @@ def test_combine_adds_the_rows_of_each_token(library, dtype, weighted):
     assert_close(out, (terms * weights.double()[..., None]).sum(1))
 
 
-# --- project
+# --- shrink
 
 
-def project(library, routed, left, matrix, out, rank_first, by_token, block):
+def shrink(library, routed, left, matrix, out, rank_first, by_token, block):
     tiles, _ = cuda.tile_map(routed.pairs(), routed.rows, block)
     rank = out.shape[1]
     given = cuda.structure(
-        cuda.Project, left=left, matrix=matrix, perm=routed.perm, tiles=tiles, out=out,
+        cuda.Shrink, left=left, matrix=matrix, perm=routed.perm, tiles=tiles, out=out,
         num_tiles=tiles.shape[1], num_base=routed.num_base, experts_of_m=matrix.shape[1],
         size_k=left.shape[1], rank=rank, top_k=routed.top_k, by_token=by_token,
         rank_first=rank_first,
     )  # fmt: skip
-    cuda.call(library.project, given, left.dtype, matrix.dtype, out.dtype)
+    cuda.call(library.shrink, given, left.dtype, matrix.dtype, out.dtype)
     return out
 
 
-def check_project(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_first, by_token,
+def check_shrink(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_first, by_token,
                   shared, kind, block):  # fmt: skip
     routed = Routed(*shape, size_k + rank, kind)
     experts = 1 if shared else routed.num_experts
@@ -204,7 +204,7 @@ def check_project(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_fir
         left[~adapted] = NAN
     out_dtype = dtype if rank_first else torch.float32
     out = torch.full((routed.rows, rank), NAN, dtype=out_dtype)
-    project(library, routed, left, matrix, out, rank_first, by_token, block)
+    shrink(library, routed, left, matrix, out, rank_first, by_token, block)
     expected = torch.full((routed.rows, rank), NAN, dtype=torch.float64)
     rows = left[routed.perm // routed.top_k] if by_token else left
     for pair, (first, end) in enumerate(routed.pairs()):
@@ -214,7 +214,7 @@ def check_project(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_fir
     assert torch.equal(out.isnan().any(1), ~adapted) and torch.equal(out.isnan().all(1), ~adapted)
     check(out[adapted], expected[adapted], out.dtype)
     again = torch.full_like(out, NAN)
-    project(library, routed, left, matrix, again, rank_first, by_token, block)
+    shrink(library, routed, left, matrix, again, rank_first, by_token, block)
     assert torch.equal(out[adapted], again[adapted])
 
 
@@ -224,8 +224,8 @@ def check_project(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_fir
     ("size_k", "rank"),
     [(64, 16), (200, 3), (41, 5), (520, 8), (136, 20), (72, 72), (19, 70), (1, 1)],
 )
-def test_project_is_the_product_of_adapted_rows(library, dtype, rank_first, size_k, rank):
-    check_project(
+def test_shrink_is_the_product_of_adapted_rows(library, dtype, rank_first, size_k, rank):
+    check_shrink(
         library, (37, 3, 5, 2), size_k, rank, dtype, by_token=rank % 2 == 0, kind=0,
         matrix_dtype=torch.float32 if size_k % 3 else dtype, rank_first=rank_first,
         shared=rank == 8, block=[16, 128][rank % 2],
@@ -234,29 +234,29 @@ def test_project_is_the_product_of_adapted_rows(library, dtype, rank_first, size
 
 @pytest.mark.parametrize("kind", range(len(ROUTINGS)))
 @pytest.mark.parametrize("tokens", [0, 1, 70])
-def test_project_on_any_routing(library, kind, tokens):
-    check_project(
+def test_shrink_on_any_routing(library, kind, tokens):
+    check_shrink(
         library, (tokens, 2, 4, 1), 48, 16, torch.bfloat16, by_token=False, kind=kind,
         matrix_dtype=torch.float32, rank_first=True, shared=False, block=64,
     )  # fmt: skip
 
 
-# --- outer
+# --- wgrad
 
 
-def outer(library, routed, left, right, factors, weights, out, *, chunk, transposed, left_by_token,
+def wgrad(library, routed, left, right, factors, weights, out, *, chunk, transposed, left_by_token,
           right_by_token, matrix=None):  # fmt: skip
     """Fills ``out``; with a matrix returns right matrix, NaN elsewhere."""
     tiles, groups = cuda.tile_map(routed.pairs(), routed.rows, chunk)
-    slots = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
+    partials = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
     height, width = left.shape[1], right.shape[1]
     rows = 0 if matrix is None else routed.rows
-    projected = torch.full((rows, height), NAN)
+    du = torch.full((rows, height), NAN)
     given = cuda.structure(
-        cuda.Outer, left=left, right=right, perm=routed.perm, tiles=tiles, groups=groups,
+        cuda.Wgrad, left=left, right=right, perm=routed.perm, tiles=tiles, groups=groups,
         factors=factors, weights=weights, matrix=matrix, out=out,
-        partial=torch.full((slots, *out.shape[1:]), NAN), projected=projected,
-        parts=torch.full((library.parts_of_outer(width), rows, height), NAN), chunk=chunk,
+        partial=torch.full((partials, *out.shape[1:]), NAN), du=du,
+        parts=torch.full((library.parts_of_wgrad(width), rows, height), NAN), chunk=chunk,
         num_rows=routed.rows, num_tiles=tiles.shape[1],
         num_groups=out.shape[0], groups_of_factor=out.shape[0] // factors.numel(),
         height=height, width=width, top_k=routed.top_k, transposed=transposed,
@@ -264,12 +264,12 @@ def outer(library, routed, left, right, factors, weights, out, *, chunk, transpo
     )  # fmt: skip
     dtypes = [torch.float32 if t is None else t.dtype for t in (left, right, weights, matrix)]
     launches = library.launches()
-    cuda.call(library.outer, given, *dtypes)
+    cuda.call(library.wgrad, given, *dtypes)
     assert library.launches() <= launches + 2
-    return projected
+    return du
 
 
-def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dtype, transposed,
+def check_wgrad(library, shape, height, width, dtype, *, left_dtype, weights_dtype, transposed,
                 left_by_token, right_by_token, kind, chunk, matrix_dtype=None):  # fmt: skip
     routed = Routed(*shape, height + width, kind)
     counts = {True: routed.tokens, False: routed.rows}
@@ -291,7 +291,7 @@ def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dty
         "chunk": chunk, "transposed": transposed, "left_by_token": left_by_token,
         "right_by_token": right_by_token, "matrix": matrix,
     }  # fmt: skip
-    projected = outer(library, routed, left, right, factors, weights, out, **options)
+    du = wgrad(library, routed, left, right, factors, weights, out, **options)
 
     slots = routed.perm
     scaled = (left[slots // routed.top_k] if left_by_token else left).float()
@@ -305,15 +305,15 @@ def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dty
         assert first < end or not out[pair].any()
         if matrix is not None:
             product = rows[first:end] @ matrix[pair].to(dtype).double()
-            check(projected[first:end], product, torch.float32)
+            check(du[first:end], product, torch.float32)
     if matrix is not None:
-        assert torch.equal(projected.isnan().any(1), ~adapted)
-        assert torch.equal(projected.isnan().all(1), ~adapted)
+        assert torch.equal(du.isnan().any(1), ~adapted)
+        assert torch.equal(du.isnan().all(1), ~adapted)
     # float16 and bfloat16: factor * weight * left may be rounded to a neighbour.
     check(out, expected.mT if transposed else expected, dtype)
     again = torch.full_like(out, NAN)
-    same = outer(library, routed, left, right, factors, weights, again, **options)
-    assert torch.equal(out, again) and torch.equal(projected.nan_to_num(), same.nan_to_num())
+    same = wgrad(library, routed, left, right, factors, weights, again, **options)
+    assert torch.equal(out, again) and torch.equal(du.nan_to_num(), same.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -321,8 +321,8 @@ def check_outer(library, shape, height, width, dtype, *, left_dtype, weights_dty
 @pytest.mark.parametrize(
     ("height", "width"), [(16, 128), (3, 200), (5, 41), (8, 136), (72, 64), (130, 19), (1, 1)]
 )
-def test_outer_sums_over_the_rows_of_each_group(library, dtype, transposed, height, width):
-    check_outer(
+def test_wgrad_sums_over_the_rows_of_each_group(library, dtype, transposed, height, width):
+    check_wgrad(
         library, (61, 3, 3, 2), height, width, dtype, transposed=transposed, kind=0, chunk=48,
         left_dtype=dtype if transposed else torch.float32,
         weights_dtype=[None, torch.float32, dtype][height % 3], left_by_token=False,
@@ -332,8 +332,8 @@ def test_outer_sums_over_the_rows_of_each_group(library, dtype, transposed, heig
 
 @pytest.mark.parametrize("kind", range(len(ROUTINGS)))
 @pytest.mark.parametrize(("tokens", "chunk"), [(0, 96), (1, 96), (150, 96), (150, 1000)])
-def test_outer_on_any_routing(library, kind, tokens, chunk):
-    check_outer(
+def test_wgrad_on_any_routing(library, kind, tokens, chunk):
+    check_wgrad(
         library, (tokens, 2, 4, 1), 16, 40, torch.bfloat16, left_dtype=torch.bfloat16,
         weights_dtype=torch.float32, transposed=True, left_by_token=tokens == 1,
         right_by_token=False, kind=kind, chunk=chunk,
@@ -345,9 +345,9 @@ def test_outer_on_any_routing(library, kind, tokens, chunk):
     ("rank", "width", "chunk"),
     [(16, 256, 48), (3, 264, 96), (5, 41, 1000), (20, 520, 96), (32, 72, 40), (1, 1, 16)],
 )
-def test_outer_gives_du_with_dB(library, dtype, rank, width, chunk):
+def test_wgrad_gives_du_with_dB(library, dtype, rank, width, chunk):
     by_token = rank % 2 == 0
-    check_outer(
+    check_wgrad(
         library, (61, 3, 3, 2), rank, width, dtype, transposed=True, kind=0, chunk=chunk,
         left_dtype=dtype, weights_dtype=torch.float32 if by_token else None, left_by_token=False,
         right_by_token=by_token, matrix_dtype=torch.float32 if rank % 3 else dtype,
@@ -361,9 +361,9 @@ def test_outer_gives_du_with_dB(library, dtype, rank, width, chunk):
         (72, 300, 150, False), (16, 300, 1000, False),
     ],
 )  # fmt: skip
-def test_outer_in_many_steps_and_several_blocks_of_columns(library, rank, width, chunk, with_du):
+def test_wgrad_in_many_steps_and_several_blocks_of_columns(library, rank, width, chunk, with_du):
     """A tile's steps go around the stages, and du's slices around their two halves."""
-    check_outer(
+    check_wgrad(
         library, (400, 1, 1, 1), rank, width, torch.bfloat16, left_dtype=torch.bfloat16,
         weights_dtype=torch.float32, transposed=True, left_by_token=False, right_by_token=False,
         kind=2, chunk=chunk, matrix_dtype=torch.float32 if with_du else None,
@@ -373,7 +373,7 @@ def test_outer_in_many_steps_and_several_blocks_of_columns(library, rank, width,
 @pytest.mark.parametrize("kind", range(len(ROUTINGS)))
 @pytest.mark.parametrize(("tokens", "chunk"), [(0, 96), (1, 96), (150, 96)])
 def test_du_with_dB_on_any_routing(library, kind, tokens, chunk):
-    check_outer(
+    check_wgrad(
         library, (tokens, 2, 4, 1), 16, 40, torch.bfloat16, left_dtype=torch.bfloat16,
         weights_dtype=torch.bfloat16, transposed=True, left_by_token=False,
         right_by_token=tokens == 1, kind=kind, chunk=chunk, matrix_dtype=torch.float32,
@@ -442,7 +442,7 @@ class Product:
     def run(self, function, block_m, *outputs):
         tiles, _ = cuda.tile_map(self.routed.experts(), self.routed.rows, block_m)
         given = cuda.structure(
-            cuda.ExpertGemm, left=self.left, stack=self.stack, extra=self.extra,
+            cuda.GroupedGemm, left=self.left, stack=self.stack, extra=self.extra,
             perm=self.routed.perm, tiles=tiles, segments=self.routed.segments, u=self.u, v=self.v,
             scaling=self.scaling, num_tiles=tiles.shape[1], num_base=self.routed.num_base,
             num_experts=self.routed.num_experts, num_modalities=self.routed.num_modalities,
@@ -648,7 +648,7 @@ def test_text_rows_keep_their_bits_beside_other_rows(library, block):
     assert torch.equal(by_slot[0], by_slot[1]) and torch.equal(by_slot[0], by_slot[2])
 
 
-def test_expert_gemm_says_what_it_takes(compiled):
+def test_grouped_gemm_says_what_it_takes(compiled):
     compiled.supports.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     compiled.supports.restype = ctypes.c_bool
     half, single = cuda.SCALARS[torch.float16], cuda.SCALARS[torch.float32]

@@ -97,11 +97,11 @@ def test_shapes(shape):
 
 def test_where_the_parts_of_du_are_large(monkeypatch):
     """du is then a pass of its own, twice in a layer."""
-    launched, project = [], triton_kernels.project
+    launched, shrink = [], triton_kernels.shrink
     monkeypatch.setattr(
         triton_kernels,
-        "project",
-        lambda *a, **options: launched.append(options["rank_first"]) or project(*a, **options),
+        "shrink",
+        lambda *a, **options: launched.append(options["rank_first"]) or shrink(*a, **options),
     )
     shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
     monkeypatch.setattr(triton_kernels, "MAX_BYTES_OF_PARTS", 0)
@@ -222,9 +222,9 @@ def test_tile_maps(block, seed):
         assert (empty[:, 1] >= empty[:, 2]).all()
         several = [max(0, end - begin - 1) // block for begin, end in wanted]
         several = [more + 1 if more else 0 for more in several]
-        slots = [sum(several[:group]) for group in range(len(wanted))]
-        assert found.groups.T.tolist() == [[*w, s] for w, s in zip(wanted, slots, strict=True)]
-        assert sum(several) <= found.num_slots
+        partials = [sum(several[:group]) for group in range(len(wanted))]
+        assert found.groups.T.tolist() == [[*w, s] for w, s in zip(wanted, partials, strict=True)]
+        assert sum(several) <= found.num_partials
 
 
 def test_the_first_added_experts_may_be_frozen(filled_memory):

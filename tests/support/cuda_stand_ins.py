@@ -44,7 +44,7 @@ def combine(
     return slot_rows.view(num_tokens, top_k, rows.shape[1]).sum(1).to(rows.dtype)
 
 
-def project(
+def shrink(
     out: Tensor, left: Tensor, matrix: Tensor, perm: Tensor, tiles: Tensor, num_pairs: int,
     num_base: int, experts: int, top_k: int, by_token: bool, rank_first: bool,
 ) -> None:  # fmt: skip
@@ -56,7 +56,7 @@ def project(
         out[first:end] = product.to(out.dtype)
 
 
-def outer(
+def wgrad(
     left: Tensor, right: Tensor, perm: Tensor, tiles: Tensor, groups: Tensor, factors: Tensor,
     weights: Tensor | None, matrix: Tensor | None, chunk: int, top_k: int, transposed: bool,
     left_by_token: bool, right_by_token: bool,
@@ -66,7 +66,7 @@ def outer(
     assert torch.equal(tiles, expected_tiles) and torch.equal(groups, expected_groups)
     factors = factors.repeat_interleave(len(bounds) // factors.numel())
     sums, height = [], left.shape[1]
-    projected = torch.full((0 if matrix is None else perm.numel(), height), float("nan"))
+    du = torch.full((0 if matrix is None else perm.numel(), height), float("nan"))
     for group, ((first, end), factor) in enumerate(zip(bounds, factors, strict=True)):
         slots, rows = perm[first:end], slice(first, end)
         scaled = factor * left[slots // top_k if left_by_token else rows].float()
@@ -76,9 +76,9 @@ def outer(
         product = scaled.to(right.dtype).float().T @ right_rows
         sums.append(product.T if transposed else product)
         if matrix is not None:
-            projected[first:end] = right_rows @ matrix[group].to(right.dtype).float()
+            du[first:end] = right_rows @ matrix[group].to(right.dtype).float()
     shape = (right.shape[1], height)[:: 1 if transposed else -1]
-    return torch.stack(sums) if sums else torch.empty(0, *shape), projected
+    return torch.stack(sums) if sums else torch.empty(0, *shape), du
 
 
 def experts(
@@ -121,7 +121,7 @@ def gate_up(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor]:
     return pre_act if save else pre_act[:0].clone(), act
 
 
-def product(*arguments: Tensor | int | bool | None) -> Tensor:
+def grouped_gemm(*arguments: Tensor | int | bool | None) -> Tensor:
     *arguments, transposed = arguments
     return experts(*arguments, by_token=False, transposed=transposed).to(arguments[0].dtype)
 
@@ -159,7 +159,7 @@ def register() -> torch.library.Library:
     """Register these kernels for the CPU; they stay registered while the returned library lives."""
     library = torch.library.Library("moe_kernels_native", "IMPL")
     for function in (
-        dispatch_with_maps, tile_maps, combine, project, outer, gate_up, product, act_backward,
+        dispatch_with_maps, tile_maps, combine, shrink, wgrad, gate_up, grouped_gemm, act_backward,
         add_low_rank,
     ):  # fmt: skip
         library.impl(function.__name__, function, "CPU")

@@ -41,7 +41,7 @@ class Combine(ctypes.Structure):
     )
 
 
-class Project(ctypes.Structure):
+class Shrink(ctypes.Structure):
     _fields_ = fields(
         pointer="left matrix perm tiles out",
         int="num_tiles num_base experts_of_m size_k rank top_k",
@@ -55,16 +55,16 @@ class AddLowRank(ctypes.Structure):
     )
 
 
-class Outer(ctypes.Structure):
+class Wgrad(ctypes.Structure):
     _fields_ = fields(
-        pointer="left right perm tiles groups factors weights matrix out partial projected parts",
+        pointer="left right perm tiles groups factors weights matrix out partial du parts",
         long="chunk num_rows",
         int="num_tiles num_groups groups_of_factor height width top_k",
         bool="transposed left_by_token right_by_token",
     )
 
 
-class ExpertGemm(ctypes.Structure):
+class GroupedGemm(ctypes.Structure):
     _fields_ = fields(
         pointer="left stack extra perm tiles segments u v scaling",
         int="num_tiles num_base num_experts num_modalities experts_of_v rank size_k size_n top_k",
@@ -125,7 +125,7 @@ def build(folder: Path) -> ctypes.CDLL:
     path = linked(folder / "kernels.so", compiled(folder, HOST / "cuda_kernels_host.cpp", *kernels))
     library = ctypes.CDLL(str(path))
     for structure in (
-        DispatchOut, Maps, Combine, Project, Outer, ExpertGemm, ActBackward, AddLowRank
+        DispatchOut, Maps, Combine, Shrink, Wgrad, GroupedGemm, ActBackward, AddLowRank
     ):  # fmt: skip
         size = getattr(library, f"size_of_{structure.__name__.lower()}")
         size.restype = ctypes.c_size_t

@@ -18,11 +18,11 @@ def run(
     modality_ids: Tensor | None,
     num_modalities: int,
     backend: str,
-    wanted: Sequence = (),
+    requested: Sequence = (),
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list]:
     """The fields of ``Dispatch``, in order, after a check of the values where that is free.
 
-    And the tile maps that are ``wanted``, of a backend in :data:`WITH_MAPS`: see
+    And the tile maps that are ``requested``, of a backend in :data:`WITH_MAPS`: see
     :func:`moe_kernels.ops.dispatch.triton_impl.dispatch_with_maps`.
     """
     if topk_ids.device.type == "cpu" or env.check_values():
@@ -35,8 +35,8 @@ def run(
     )
     implementation = backends.implementation("dispatch", backend)
     with on_device(topk_ids.device):
-        if wanted:
-            return implementation.dispatch_with_maps(*arguments, wanted)
+        if requested:
+            return implementation.dispatch_with_maps(*arguments, requested)
         return implementation.dispatch(*arguments), []
 
 

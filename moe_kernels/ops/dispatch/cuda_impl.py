@@ -3,12 +3,18 @@
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.cuda_kernels import CUDA, Wanted, maps_of, numbers_of, takes_maps
+from moe_kernels.ops.cuda_kernels import (
+    CUDA_SHARED,
+    RequestedMaps,
+    flatten_requests,
+    make_tile_maps,
+    supports_maps,
+)
 from moe_kernels.ops.dispatch import triton_impl
 from moe_kernels.ops.triton_tile_maps import TileMap
 
 
-def _takes(num_experts: int, num_modalities: int) -> bool:
+def _supports(num_experts: int, num_modalities: int) -> bool:
     """Whether a block can count the segments."""
     return num_experts * (num_modalities + 1) < _native.max_dispatch_keys()
 
@@ -20,7 +26,7 @@ def dispatch(
 
     More segments than a block can count go to Triton's.
     """
-    if not _takes(num_experts, num_modalities):
+    if not _supports(num_experts, num_modalities):
         return triton_impl.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
     return _native.ops().dispatch(topk_ids, num_experts, modality_ids, num_modalities)
 
@@ -30,12 +36,12 @@ def dispatch_with_maps(
     num_experts: int,
     modality_ids: Tensor | None,
     num_modalities: int,
-    wanted: Wanted,
+    requested: RequestedMaps,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[TileMap]]:
     """As Triton's, in the two launches of dispatch."""
     rows, sizes = topk_ids.numel(), (num_experts, modality_ids, num_modalities)
-    if not _takes(num_experts, num_modalities) or not takes_maps(wanted):
+    if not _supports(num_experts, num_modalities) or not supports_maps(requested):
         fields = dispatch(topk_ids, *sizes)
-        return fields, CUDA.tile_maps(fields[-1], rows, wanted)
-    *fields, made = _native.ops().dispatch_with_maps(topk_ids, *sizes, *numbers_of(wanted))
-    return tuple(fields), maps_of(made, rows, wanted)
+        return fields, CUDA_SHARED.tile_maps(fields[-1], rows, requested)
+    *fields, made = _native.ops().dispatch_with_maps(topk_ids, *sizes, *flatten_requests(requested))
+    return tuple(fields), make_tile_maps(made, rows, requested)

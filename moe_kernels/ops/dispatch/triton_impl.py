@@ -112,8 +112,8 @@ def dispatch_with_maps(
     num_experts: int,
     modality_ids: Tensor | None,
     num_modalities: int,
-    wanted: Sequence[tuple[Groups, int]],
+    requested: Sequence[tuple[Groups, int]],
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[TileMap]]:
     """:func:`dispatch`, and the tile maps of these groups and rows of a tile."""
     fields = dispatch(topk_ids, num_experts, modality_ids, num_modalities)
-    return fields, tile_maps(fields[-1], topk_ids.numel(), wanted)
+    return fields, tile_maps(fields[-1], topk_ids.numel(), requested)

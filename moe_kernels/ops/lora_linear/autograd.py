@@ -29,11 +29,11 @@ def _lora_linear(
     topk_ids = torch.zeros(
         hidden_states.shape[0], 1, dtype=torch.int64, device=hidden_states.device
     )
-    implementation, wanted = backends.implementation("lora_linear", backend), ()
+    implementation, requested = backends.implementation("lora_linear", backend), ()
     if backend in dispatch_autograd.WITH_MAPS:
-        wanted = implementation.forward_maps(lora_A.shape[0])
+        requested = implementation.forward_maps(lora_A.shape[0])
     (perm, _, _, _, segment_offsets), maps = dispatch_autograd.run(
-        topk_ids, 1, modality_ids, lora_A.shape[0], backend, wanted
+        topk_ids, 1, modality_ids, lora_A.shape[0], backend, requested
     )
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()

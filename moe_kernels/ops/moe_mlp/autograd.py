@@ -44,12 +44,12 @@ def _moe_mlp(
         gate_up_A, gate_up_B, gate_up_scaling, down_A, down_B, down_scaling,
     )  # fmt: skip
     check_frozen_extra(frozen_extra, weights.num_extra)
-    implementation, wanted = backends.implementation("moe_mlp", backend), ()
+    implementation, requested = backends.implementation("moe_mlp", backend), ()
     if backend in dispatch_autograd.WITH_MAPS:
         weights = weights.in_compute_dtype(adapters=False)
-        wanted = implementation.forward_maps(topk_ids.numel(), weights)
+        requested = implementation.forward_maps(topk_ids.numel(), weights)
     (perm, inv_perm, _, _, segment_offsets), maps = dispatch_autograd.run(
-        topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend, wanted
+        topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend, requested
     )
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         results = implementation.forward(

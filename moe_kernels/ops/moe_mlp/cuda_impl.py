@@ -6,23 +6,22 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.cuda_kernels import CUDA as SHARED
-from moe_kernels.ops.cuda_kernels import triton_multiplies, weights_beside
+from moe_kernels.ops.cuda_kernels import CUDA_SHARED, match_routing_weights, uses_triton_gemm
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.ops.moe_mlp.gpu import Layer
-from moe_kernels.ops.moe_mlp.triton_impl import TRITON
+from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 
-_ADAPTER_BLOCK = 64  # what a block of `project` takes at once
+_ADAPTER_BLOCK = 64  # what a block of `shrink` takes at once
 
 
-def takes(weights: ExpertWeights) -> bool:
+def supports(weights: ExpertWeights) -> bool:
     """Whether the products are the extension's: of 16-bit weights, in whole vectors of 16 bytes,
     on a device where they are the faster ones.
     """
     hidden, inter = weights.down_proj.shape[1:]
     return (
-        not triton_multiplies(weights.gate_up_proj.device)
+        not uses_triton_gemm(weights.gate_up_proj.device)
         and weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
         and hidden % 8 == inter % 8 == 0
         and 4 * hidden * inter < 2**31
@@ -41,12 +40,12 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def blocks(rows: int, weights: ExpertWeights) -> tuple[int, int]:
     """Rows of a tile of one expert, for whoever multiplies them, and of one adapter."""
-    if triton_multiplies(weights.gate_up_proj.device):
-        return TRITON.blocks(rows, weights)
-    if not takes(weights):
-        return TRITON.blocks(rows, weights)[0], _ADAPTER_BLOCK
+    if uses_triton_gemm(weights.gate_up_proj.device):
+        return TRITON_LAYER.blocks(rows, weights)
+    if not supports(weights):
+        return TRITON_LAYER.blocks(rows, weights)[0], _ADAPTER_BLOCK
     # Added experts are left out, as in Triton's choice of tiles.
-    return _native.expert_block(rows, weights.gate_up_proj.shape[0]), _ADAPTER_BLOCK
+    return _native.grouped_gemm_block(rows, weights.gate_up_proj.shape[0]), _ADAPTER_BLOCK
 
 
 def _shared_arguments(
@@ -65,21 +64,21 @@ def _shared_arguments(
 
 def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """As Triton's."""
-    if not takes(layer.weights):
-        return TRITON.gate_up(layer, x, u1, save)
+    if not supports(layer.weights):
+        return TRITON_LAYER.gate_up(layer, x, u1, save)
     arguments = _shared_arguments(layer, x, "gate_up_proj", "gate_up", u1, "B")
     return _native.ops().gate_up(*arguments, save)
 
 
-def product(
+def grouped_gemm(
     layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
 ) -> Tensor:
     """As Triton's."""
-    if not takes(layer.weights):
-        return TRITON.product(layer, left, stack, name, u, transposed=transposed)
+    if not supports(layer.weights):
+        return TRITON_LAYER.grouped_gemm(layer, left, stack, name, u, transposed=transposed)
     matrix = "B" if transposed else "A"
     arguments = _shared_arguments(layer, left, stack, name, u, matrix)
-    return _native.ops().product(*arguments, transposed)
+    return _native.ops().grouped_gemm(*arguments, transposed)
 
 
 def act_backward(
@@ -92,14 +91,14 @@ def act_backward(
     act_of_added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As Triton's."""
-    if not takes(layer.weights):
-        return TRITON.act_backward(
+    if not supports(layer.weights):
+        return TRITON_LAYER.act_backward(
             layer, grad_out, pre_act, du2, act_of_adapted=act_of_adapted, act_of_added=act_of_added
         )
     arguments = _shared_arguments(layer, grad_out, "down_proj", "down", du2, "A")
     d_pre, act, dots = _native.ops().act_backward(
         *arguments,
-        weights_beside(grad_out, layer.topk_weights),
+        match_routing_weights(grad_out, layer.topk_weights),
         pre_act,
         act_of_adapted,
         act_of_added,
@@ -110,17 +109,21 @@ def act_backward(
 def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
     """As Triton's, which takes rows that are not a multiple of 16 bytes."""
     if rows.shape[1] * rows.element_size() % 16:
-        return TRITON.combine(layer, rows, weighted=weighted)
-    weights = weights_beside(rows, layer.topk_weights) if weighted else None
+        return TRITON_LAYER.combine(layer, rows, weighted=weighted)
+    weights = match_routing_weights(rows, layer.topk_weights) if weighted else None
     return _native.ops().combine(
         rows, layer.inv_perm, layer.segments[-1:], weights, layer.topk_weights.shape[0]
     )
 
 
-CUDA = TRITON._replace(
-    shared=SHARED, blocks=blocks, gate_up=gate_up, product=product, act_backward=act_backward,
+CUDA_LAYER = TRITON_LAYER._replace(
+    shared=CUDA_SHARED,
+    blocks=blocks,
+    gate_up=gate_up,
+    grouped_gemm=grouped_gemm,
+    act_backward=act_backward,
     combine=combine,
-)  # fmt: skip
-forward_maps = partial(gpu.forward_maps, CUDA)
-forward = partial(gpu.forward, CUDA)
-backward = partial(gpu.backward, CUDA)
+)
+forward_maps = partial(gpu.forward_maps, CUDA_LAYER)
+forward = partial(gpu.forward, CUDA_LAYER)
+backward = partial(gpu.backward, CUDA_LAYER)

@@ -16,25 +16,24 @@ from torch import Tensor
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
-from moe_kernels.ops.triton_kernels import Launches as SharedLaunches
-from moe_kernels.ops.triton_kernels import check_dtype
+from moe_kernels.ops.triton_kernels import SharedLaunches, check_dtype
 from moe_kernels.ops.triton_tile_maps import TileMap
 
 
-class Launches(NamedTuple):
+class LayerLaunches(NamedTuple):
     """How a backend makes each launch: functions as those of ``triton_impl``.
 
     Attributes:
         shared: those of other ops too.
         blocks: rows of a tile of one expert, and of one adapter, from the number of rows and the
             weights: shapes, dtype and device alone.
-        gate_up, product, act_backward, combine: the others.
+        gate_up, grouped_gemm, act_backward, combine: the others.
     """
 
     shared: SharedLaunches
     blocks: Callable[[int, ExpertWeights], tuple[int, int]]
     gate_up: Callable[..., tuple[Tensor, Tensor]]
-    product: Callable[..., Tensor]
+    grouped_gemm: Callable[..., Tensor]
     act_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     combine: Callable[..., Tensor]
 
@@ -63,7 +62,7 @@ class Layer(NamedTuple):
         return self.topk_weights.shape[1]
 
     @property
-    def num_slots(self) -> int:
+    def num_rows(self) -> int:
         return self.perm.numel()
 
     @property
@@ -74,8 +73,8 @@ class Layer(NamedTuple):
     def stacks(self, name: str) -> tuple[Tensor, Tensor, bool]:
         """A frozen stack, the added experts' (or a stand-in), and whether there are any."""
         base, extra = getattr(self.weights, name), getattr(self.weights, f"extra_{name}")
-        there = extra is not None and extra.shape[0] > 0
-        return base, extra if there else base, there
+        present = extra is not None and extra.shape[0] > 0
+        return base, extra if present else base, present
 
     def lora(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """lora_A, lora_B and scaling of "gate_up" or "down"; None where there is none."""
@@ -83,7 +82,7 @@ class Layer(NamedTuple):
 
 
 def forward_maps(
-    launches: Launches, rows: int, weights: ExpertWeights
+    launches: LayerLaunches, rows: int, weights: ExpertWeights
 ) -> list[tuple[maps.Groups, int]]:
     """The tile maps that :func:`forward` takes: of every expert, and of every pair with an adapter.
 
@@ -98,7 +97,7 @@ def forward_maps(
 
 
 def forward(
-    launches: Launches,
+    launches: LayerLaunches,
     hidden_states: Tensor,
     topk_weights: Tensor,
     perm: Tensor,
@@ -114,10 +113,10 @@ def forward(
     """
     check_dtype(hidden_states.dtype)
     layer = _make_layer(launches, topk_weights, perm, inv_perm, segment_offsets, weights, tile_maps)
-    u1 = _shrink(layer, hidden_states, "gate_up", save_for_backward)
+    u1 = _shrink_to_u(layer, hidden_states, "gate_up", save_for_backward)
     pre_act, act = launches.gate_up(layer, hidden_states, u1, save_for_backward)
-    u2 = _shrink(layer, act, "down", save_for_backward)
-    expert_out = launches.product(layer, act, "down_proj", "down", u2, transposed=True)
+    u2 = _shrink_to_u(layer, act, "down", save_for_backward)
+    expert_out = launches.grouped_gemm(layer, act, "down_proj", "down", u2, transposed=True)
     out = launches.combine(layer, expert_out, weighted=True)
     if not save_for_backward:
         u1, u2 = (u.new_empty(0, u.shape[1]) for u in (u1, u2))
@@ -125,7 +124,7 @@ def forward(
 
 
 def backward(
-    launches: Launches,
+    launches: LayerLaunches,
     grad_out: Tensor,
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -157,7 +156,9 @@ def backward(
     du1, grad_B1 = _du_and_dB(layer, "gate_up", u1, d_pre, need_hidden or need_A1, need_B1)
     grads = []
     if need_hidden:
-        d_rows = launches.product(layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False)
+        d_rows = launches.grouped_gemm(
+            layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False
+        )
         grads.append(launches.combine(layer, d_rows, weighted=False))
     if need_weights:
         grads.append(dots)
@@ -177,7 +178,7 @@ def backward(
 
 
 def _backward_maps(
-    launches: Launches,
+    launches: LayerLaunches,
     rows: int,
     segment_offsets: Tensor,
     weights: ExpertWeights,
@@ -187,15 +188,15 @@ def _backward_maps(
 
     ``frozen_extra``: None where no gradient of added experts is needed.
     """
-    wanted = forward_maps(launches, rows, weights)
-    pairs, _ = wanted[1]
-    wanted.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
+    requested = forward_maps(launches, rows, weights)
+    pairs, _ = requested[1]
+    requested.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
     num_base, segments = weights.gate_up_proj.shape[0], weights.num_modalities + 1
     groups = maps.by_added_expert(num_base, weights.num_extra, weights.num_modalities)
     added = (groups, max(1, rows))  # no chunks: programs enough, and partial sums would be large
     if frozen_extra == 0:
-        wanted.append(added)
-    found = launches.shared.tile_maps(segment_offsets, rows, wanted)
+        requested.append(added)
+    found = launches.shared.tile_maps(segment_offsets, rows, requested)
     if frozen_extra:
         # Groups without rows: no work, and zeros in the tensor of all added experts.
         first_trained = segment_offsets[(num_base + frozen_extra) * segments]
@@ -205,7 +206,7 @@ def _backward_maps(
 
 
 def _make_layer(
-    launches: Launches, topk_weights: Tensor, perm: Tensor, inv_perm: Tensor,
+    launches: LayerLaunches, topk_weights: Tensor, perm: Tensor, inv_perm: Tensor,
     segment_offsets: Tensor, weights: ExpertWeights, tile_maps: Sequence[TileMap],
 ) -> Layer:  # fmt: skip
     return Layer(
@@ -220,28 +221,28 @@ def _largest_sum(weights: ExpertWeights) -> int:
     return max(1, of_gate_up * max(hidden, 2 * inter), of_down * max(hidden, inter))
 
 
-def _shrink(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
+def _shrink_to_u(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
     """u = left A^T (T*K, r); (T*K, 0) without adapters. What is saved for backward has zeros where
     there is no adapter: an op's output is a function of its inputs.
     """
     lora_A, _, _ = layer.lora(name)
     if lora_A is None:
-        return left.new_empty(layer.num_slots, 0)
-    out = (left.new_zeros if save else left.new_empty)(layer.num_slots, lora_A.shape[2])
-    return _launch_project(layer, left, lora_A, out, by_token=name == "gate_up", rank_first=True)
+        return left.new_empty(layer.num_rows, 0)
+    out = (left.new_zeros if save else left.new_empty)(layer.num_rows, lora_A.shape[2])
+    return _shrink(layer, left, lora_A, out, by_token=name == "gate_up", rank_first=True)
 
 
-def _project(layer: Layer, left: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
+def _shrink_to_du(layer: Layer, left: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
     """du = left B (T*K, r) in float32, adapted rows alone."""
     rank = lora_B.shape[3]
-    out = torch.empty(layer.num_slots, rank, dtype=torch.float32, device=left.device)
-    return _launch_project(layer, left, lora_B, out, by_token=by_token, rank_first=False)
+    out = torch.empty(layer.num_rows, rank, dtype=torch.float32, device=left.device)
+    return _shrink(layer, left, lora_B, out, by_token=by_token, rank_first=False)
 
 
-def _launch_project(
+def _shrink(
     layer: Layer, left: Tensor, matrix: Tensor, out: Tensor, *, by_token: bool, rank_first: bool
 ) -> Tensor:
-    return layer.shared.project(
+    return layer.shared.shrink(
         left, matrix, layer.perm, layer.adapted_tiles, out, rank_first=rank_first,
         top_k=layer.top_k, by_token=by_token, num_base=layer.num_base, experts=matrix.shape[1],
         block_k=layer.tiles.k,
@@ -260,32 +261,32 @@ def _du_and_dB(
     if lora_A is None:
         return None, None
     by_token = name == "down"
-    together = need_du and need_B and layer.shared.projects(lora_A.shape[2], dy)
+    together = need_du and need_B and layer.shared.gives_du(lora_A.shape[2], dy)
     grad, du = None, None
     if need_B:
-        grad, du = _outer(
+        grad, du = _wgrad(
             layer, name, u, dy, right_by_token=by_token, transposed=True,
             matrix=lora_B.flatten(0, 1) if together else None, tiles=layer.adapted_tiles,
         )  # fmt: skip
         grad = grad.view(lora_B.shape)
     if need_du and not together:
-        du = _project(layer, dy, lora_B, by_token=by_token)
+        du = _shrink_to_du(layer, dy, lora_B, by_token=by_token)
     return du, grad
 
 
 def _grad_A(layer: Layer, name: str, du: Tensor, left: Tensor) -> Tensor:
     """dA in float32, from du and hidden_states, or the activation for the down projection."""
     lora_A, _, _ = layer.lora(name)
-    grad, _ = _outer(layer, name, du, left, right_by_token=name == "gate_up", transposed=False)
+    grad, _ = _wgrad(layer, name, du, left, right_by_token=name == "gate_up", transposed=False)
     grad = grad.view(layer.weights.num_modalities, layer.num_base, *lora_A.shape[2:])
     return grad.sum(1, keepdim=True) if lora_A.shape[1] != layer.num_base else grad
 
 
-def _outer(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options):
+def _wgrad(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options):
     """Sums of (s w skinny)^T wide over each adapter's rows; the routing weight w belongs to the
     down projection's rows alone.
     """
-    return layer.shared.outer(
+    return layer.shared.wgrad(
         skinny, wide, layer.perm, layer.chunks, layer.lora(name)[2], top_k=layer.top_k,
         weights=layer.topk_weights if name == "down" else None, **options,
     )  # fmt: skip
@@ -294,7 +295,7 @@ def _outer(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options):
 def _extra_gradient(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
     """sum of (w left)^T right over each added expert's rows; zeros where it has none."""
     factor = torch.ones(1, dtype=torch.float32, device=left.device)
-    grad, _ = layer.shared.outer(
+    grad, _ = layer.shared.wgrad(
         left, right, layer.perm, layer.added, factor, transposed=False,
         top_k=layer.top_k, weights=layer.topk_weights if weighted else None,
         left_by_token=weighted, right_by_token=not weighted,

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_kernels.ops import triton_kernels as shared
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.ops.moe_mlp import triton_kernels as kernels
-from moe_kernels.ops.moe_mlp.gpu import Launches, Layer
+from moe_kernels.ops.moe_mlp.gpu import Layer, LayerLaunches
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 
@@ -65,9 +65,9 @@ def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Te
     hidden, inter = layer.sizes
     lora_A, lora_B, scaling = layer.lora("gate_up")
     base, extra, flags = _operand(layer, "gate_up_proj", layer.tiles.n_gated, transposed=True)
-    pre_act = x.new_empty(layer.num_slots if save else 0, 2 * inter)
-    act = x.new_empty(layer.num_slots, inter)
-    if layer.num_slots == 0:
+    pre_act = x.new_empty(layer.num_rows if save else 0, 2 * inter)
+    act = x.new_empty(layer.num_rows, inter)
+    if layer.num_rows == 0:
         return pre_act, act
     kernels.gate_up_kernel[_grid(layer, inter, layer.tiles.n_gated)](
         x, base, extra, layer.perm, layer.expert_tiles.tiles, layer.segments, u1,
@@ -79,7 +79,7 @@ def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Te
     return pre_act, act
 
 
-def product(
+def grouped_gemm(
     layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
 ) -> Tensor:
     """(T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A."""
@@ -89,9 +89,9 @@ def product(
     matrix = lora_B if transposed else lora_A
     blocks = _rank(lora_A if u is not None else None)
     strides_v = (1, blocks["RANK"]) if transposed else (size_n, 1)
-    out = left.new_empty(layer.num_slots, size_n)
-    if layer.num_slots:
-        kernels.rows_kernel[_grid(layer, size_n, layer.tiles.n)](
+    out = left.new_empty(layer.num_rows, size_n)
+    if layer.num_rows:
+        kernels.grouped_gemm_kernel[_grid(layer, size_n, layer.tiles.n)](
             left, base, extra, layer.expert_tiles.tiles, layer.segments, left if u is None else u,
             extra if matrix is None else matrix,
             layer.topk_weights if scaling is None else scaling, out,
@@ -119,7 +119,7 @@ def act_backward(
     hidden, inter = layer.sizes
     lora_A, _, scaling = layer.lora("down")
     base, extra, flags = _operand(layer, "down_proj", layer.tiles.n_gated, transposed=False)
-    rows = layer.num_slots
+    rows = layer.num_rows
     d_pre = torch.empty_like(pre_act)
     act = pre_act.new_empty(rows if act_of_adapted or act_of_added else 0, inter)
     parts = -(-inter // layer.tiles.n_gated)
@@ -153,7 +153,9 @@ def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
     return out
 
 
-TRITON = Launches(shared.TRITON, blocks, gate_up, product, act_backward, combine)
-forward_maps = partial(gpu.forward_maps, TRITON)
-forward = partial(gpu.forward, TRITON)
-backward = partial(gpu.backward, TRITON)
+TRITON_LAYER = LayerLaunches(
+    shared.TRITON_SHARED, blocks, gate_up, grouped_gemm, act_backward, combine
+)
+forward_maps = partial(gpu.forward_maps, TRITON_LAYER)
+forward = partial(gpu.forward, TRITON_LAYER)
+backward = partial(gpu.backward, TRITON_LAYER)

@@ -252,7 +252,7 @@ def gate_up_kernel(
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def rows_kernel(
+def grouped_gemm_kernel(
     left_ptr,  # (T * TOP_K, size_k)
     w,  # (E, size_n, size_k) if TRANSPOSED, else (E, size_k, size_n); or a descriptor
     extra_ptr,  # (X, ...)
@@ -458,10 +458,10 @@ def combine_kernel(
     acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for k in range(TOP_K):
         place = tl.load(inv_perm_ptr + token * TOP_K + k)
-        there = offs_n < tl.where(place < num_rows, width, 0)
-        row = tl.load(rows_ptr + place * width + offs_n, mask=there, other=0.0).to(tl.float32)
+        present = offs_n < tl.where(place < num_rows, width, 0)
+        row = tl.load(rows_ptr + place * width + offs_n, mask=present, other=0.0).to(tl.float32)
         if WEIGHTED:
             weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
-            row = tl.where(there, row * weight, 0.0)
+            row = tl.where(present, row * weight, 0.0)
         acc += row
     tl.store(out_ptr + token * width + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -30,15 +30,15 @@ extern "C" void run_tile_map(const int64_t* segment_offsets, int num_segments, i
   const Groups groups{num, period, stride, offset, width};
   const TileMap map{groups, block, num_tiles(num_rows, num, block), tiles, rows};
   const Segments<int64_t> segments{segment_offsets, num_segments, num_rows};
-  std::vector<int> first_tiles(num), slots(num);
+  std::vector<int> first_tiles(num), partials(num);
   for (int t = 0; t < num_threads; ++t) {
-    count_tiles(segments, map, t, num_threads, first_tiles.data(), slots.data());
+    count_tiles(segments, map, t, num_threads, first_tiles.data(), partials.data());
   }
   exclusive_scan(first_tiles, num, num_threads);
-  exclusive_scan(slots, num, num_threads);
+  exclusive_scan(partials, num, num_threads);
   for (int t = 0; t < num_threads; ++t) {
     write_tiles(segments, map, first_tiles.data(), t, num_threads);
-    write_groups(segments, map, slots.data(), t, num_threads);
+    write_groups(segments, map, partials.data(), t, num_threads);
   }
 }
 

@@ -5,10 +5,10 @@
 #include "../../../csrc/cuda/add_low_rank.h"
 #include "../../../csrc/cuda/combine.h"
 #include "../../../csrc/cuda/dispatch.h"
-#include "../../../csrc/cuda/expert_gemm.h"
-#include "../../../csrc/cuda/outer.h"
-#include "../../../csrc/cuda/project.h"
+#include "../../../csrc/cuda/grouped_gemm.h"
+#include "../../../csrc/cuda/shrink.h"
 #include "../../../csrc/cuda/tile_maps.h"
+#include "../../../csrc/cuda/wgrad.h"
 
 using namespace moe_kernels::cuda;
 
@@ -57,38 +57,38 @@ extern "C" int combine(const Combine* given, int rows, int weights) {
   return launch_combine(*given, Scalar(rows), Scalar(weights), nullptr);
 }
 
-extern "C" size_t size_of_project() { return sizeof(Project); }
-extern "C" int project(const Project* given, int left, int matrix, int out) {
-  return launch_project(*given, Scalar(left), Scalar(matrix), Scalar(out), nullptr);
+extern "C" size_t size_of_shrink() { return sizeof(Shrink); }
+extern "C" int shrink(const Shrink* given, int left, int matrix, int out) {
+  return launch_shrink(*given, Scalar(left), Scalar(matrix), Scalar(out), nullptr);
 }
 
-extern "C" size_t size_of_outer() { return sizeof(Outer); }
-extern "C" int parts_of_outer(int width) { return outer_parts(width); }
-extern "C" int outer(const Outer* given, int left, int right, int weights, int matrix) {
-  return launch_outer(*given, Scalar(left), Scalar(right), Scalar(weights), Scalar(matrix),
+extern "C" size_t size_of_wgrad() { return sizeof(Wgrad); }
+extern "C" int parts_of_wgrad(int width) { return wgrad_parts(width); }
+extern "C" int wgrad(const Wgrad* given, int left, int right, int weights, int matrix) {
+  return launch_wgrad(*given, Scalar(left), Scalar(right), Scalar(weights), Scalar(matrix),
                       nullptr);
 }
 
-extern "C" size_t size_of_expertgemm() { return sizeof(ExpertGemm); }
+extern "C" size_t size_of_groupedgemm() { return sizeof(GroupedGemm); }
 extern "C" size_t size_of_actbackward() { return sizeof(ActBackward); }
-extern "C" int gate_up(const ExpertGemm* given, void* pre, void* act, int dtype, int v,
+extern "C" int gate_up(const GroupedGemm* given, void* pre, void* act, int dtype, int v,
                        int block_m) {
   return launch_gate_up(*given, pre, act, Scalar(dtype), Scalar(v), block_m, nullptr);
 }
-extern "C" int down(const ExpertGemm* given, void* out, int dtype, int v, int block_m) {
+extern "C" int down(const GroupedGemm* given, void* out, int dtype, int v, int block_m) {
   return launch_down(*given, out, Scalar(dtype), Scalar(v), block_m, nullptr);
 }
-extern "C" int d_rows(const ExpertGemm* given, void* out, int dtype, int v, int block_m) {
+extern "C" int d_rows(const GroupedGemm* given, void* out, int dtype, int v, int block_m) {
   return launch_d_rows(*given, out, Scalar(dtype), Scalar(v), block_m, nullptr);
 }
-extern "C" int act_backward(const ExpertGemm* given, const ActBackward* act, int dtype, int v,
+extern "C" int act_backward(const GroupedGemm* given, const ActBackward* act, int dtype, int v,
                             int block_m) {
   return launch_act_backward(*given, *act, Scalar(dtype), Scalar(v), block_m, nullptr);
 }
-extern "C" int block_m(int64_t rows, int experts) { return expert_gemm_block_m(rows, experts); }
-extern "C" int parts(int size_n) { return expert_gemm_parts(size_n); }
+extern "C" int block_m(int64_t rows, int experts) { return grouped_gemm_block_m(rows, experts); }
+extern "C" int parts(int size_n) { return grouped_gemm_parts(size_n); }
 extern "C" bool supports(int dtype, int64_t size_k, int64_t size_n) {
-  return expert_gemm_supports(Scalar(dtype), size_k, size_n);
+  return grouped_gemm_supports(Scalar(dtype), size_k, size_n);
 }
 
 extern "C" size_t size_of_addlowrank() { return sizeof(AddLowRank); }

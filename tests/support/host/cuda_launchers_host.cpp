@@ -9,10 +9,10 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("dispatch_with_maps", &moe_kernels::cuda::dispatch_with_maps);
   m.impl("tile_maps", &moe_kernels::cuda::tile_maps);
   m.impl("combine", &moe_kernels::cuda::combine);
-  m.impl("project", &moe_kernels::cuda::project);
+  m.impl("shrink", &moe_kernels::cuda::shrink);
   m.impl("add_low_rank", &moe_kernels::cuda::add_low_rank);
-  m.impl("outer", &moe_kernels::cuda::outer);
+  m.impl("wgrad", &moe_kernels::cuda::wgrad);
   m.impl("gate_up", &moe_kernels::cuda::gate_up);
-  m.impl("product", &moe_kernels::cuda::product);
+  m.impl("grouped_gemm", &moe_kernels::cuda::grouped_gemm);
   m.impl("act_backward", &moe_kernels::cuda::act_backward);
 }

@@ -203,13 +203,13 @@ inline cudaError_t run_grid(dim3 grid, int num_threads, size_t shared_bytes) {
 }
 
 inline Exchange& exchange_of(unsigned mask) {
-  auto& there = block.warps[threadIdx.x / 32];
-  for (auto& exchange : there) {
+  auto& exchanges = block.warps[threadIdx.x / 32];
+  for (auto& exchange : exchanges) {
     if (exchange->mask == mask) return *exchange;
   }
-  there.push_back(std::make_unique<Exchange>());
-  there.back()->mask = mask;
-  return *there.back();
+  exchanges.push_back(std::make_unique<Exchange>());
+  exchanges.back()->mask = mask;
+  return *exchanges.back();
 }
 
 // Every lane of the mask gives `mine`; all get what each gave, by lane.
@@ -313,11 +313,12 @@ inline unsigned char* shared_memory() {
 
 inline float sigmoid(float value) { return 1.0f / (1.0f + std::exp(-value)); }
 
-inline void copy_async(void* shared, const void* global, bool there) {
-  const auto unaligned = (reinterpret_cast<uintptr_t>(shared) |
-                          (there ? reinterpret_cast<uintptr_t>(global) : 0)) % 16;
+inline void copy_async(void* shared, const void* global, bool present) {
+  const auto unaligned =
+      (reinterpret_cast<uintptr_t>(shared) | (present ? reinterpret_cast<uintptr_t>(global) : 0)) %
+      16;
   if (unaligned != 0) host::fail("a copy that is not aligned to 16 bytes");
-  const host::Copy copy{shared, there ? global : nullptr};
+  const host::Copy copy{shared, present ? global : nullptr};
   if (host::order.early_copies) return copy.run();
   host::current->copies.push_back(copy);
   ++host::current->uncommitted;

@@ -11,10 +11,10 @@
 
 namespace moe_kernels::cuda {
 
-// Parts of `projected` of which each is the sum over its own columns of right.
-MOE_HOST_DEVICE int outer_parts(int width) { return (width + kColumnsOfPart - 1) / kColumnsOfPart; }
+// Parts of `du` of which each is the sum over its own columns of right.
+MOE_HOST_DEVICE int wgrad_parts(int width) { return (width + kColumnsOfPart - 1) / kColumnsOfPart; }
 
-struct Outer {
+struct Wgrad {
   const void* left;      // (T or T * K, height)
   const void* right;     // (T or T * K, width)
   const int64_t* perm;   // (T * K)
@@ -24,9 +24,9 @@ struct Outer {
   const void* weights;    // (T, K), or null: all are 1
   const void* matrix;     // (num_groups, width, height), or null
   float* out;  // (num_groups, height, width), or (num_groups, width, height) if transposed
-  float* partial;  // (slots, ...) of the same: two for every `chunk` of the T * K rows
-  float* projected;  // (T * K, height), with a matrix
-  float* parts;      // (outer_parts(width), T * K, height)
+  float* partial;  // (partials, ...) of the same: two for every `chunk` of the T * K rows
+  float* du;       // (T * K, height), with a matrix
+  float* parts;    // (wgrad_parts(width), T * K, height)
   int64_t chunk;
   int64_t num_rows;  // T * K
   int num_tiles;
@@ -43,13 +43,13 @@ struct Outer {
 // out[g] = sum over the group's rows, in order, of (factor * weight * left)^T right; zeros for a
 // group without rows. A group of several tiles is summed by tiles, and these in order.
 //
-// With a matrix also projected = right matrix[g] on the rows of the groups alone, with the same
-// reading of `right`; height is at most kMaxProjected then, and right of two bytes.
+// With a matrix also du = right matrix[g] on the rows of the groups alone, with the same
+// reading of `right`; height is at most kMaxRankWithDu then, and right of two bytes.
 //
-// `left` (without a matrix), `weights` and `matrix` are float32 or of right's dtype; factor * weight *
-// left and the matrix are rounded to that. Any sizes and alignments; 16-byte rows (and pointers) are
-// read 16 bytes at a time.
-cudaError_t launch_outer(const Outer& outer, Scalar left, Scalar right, Scalar weights,
+// `left` (without a matrix), `weights` and `matrix` are float32 or of right's dtype; factor *
+// weight * left and the matrix are rounded to that. Any sizes and alignments; 16-byte rows (and
+// pointers) are read 16 bytes at a time.
+cudaError_t launch_wgrad(const Wgrad& wgrad, Scalar left, Scalar right, Scalar weights,
                          Scalar matrix, cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

@@ -10,7 +10,7 @@
 
 namespace moe_kernels::cuda {
 
-struct Project {
+struct Shrink {
   const void* left;      // (T, size_k) if by_token, else (T * K, size_k)
   const void* matrix;    // (M, experts_of_m, rank, size_k) if rank_first, else (..., size_k, rank)
   const int64_t* perm;   // (T * K)
@@ -30,7 +30,7 @@ struct Project {
 //
 // `matrix` is float32 or of left's dtype, and rounded to that; `out` float32 or of left's dtype.
 // Any sizes and alignments; 16-byte rows (and pointers) are read 16 bytes at a time.
-cudaError_t launch_project(const Project& project, Scalar left, Scalar matrix, Scalar out,
-                           cudaStream_t stream);
+cudaError_t launch_shrink(const Shrink& shrink, Scalar left, Scalar matrix, Scalar out,
+                          cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

@@ -4,7 +4,7 @@
 // together. Tensor cores want other columns in these lanes; since a sum over k may number k as it
 // likes, both operands simply take k in the order in which the lanes hold it. No shared memory, no
 // barrier before the end; the warps of a block share rows and split k.
-#include "project.h"
+#include "shrink.h"
 
 #include <type_traits>
 
@@ -76,8 +76,8 @@ struct Columns {
       for (int i = 0; i < kVector; ++i) {
         const int64_t at = kRankFirst ? static_cast<int64_t>(column + n) * size_k + k + i
                                       : static_cast<int64_t>(k + i) * rank + column + n;
-        const bool there = column + n < rank && k + i < size_k;
-        out[n].values[i] = there ? rounded<T>(matrix[at]) : from_float<T>(0.0f);
+        const bool present = column + n < rank && k + i < size_k;
+        out[n].values[i] = present ? rounded<T>(matrix[at]) : from_float<T>(0.0f);
       }
     }
   }
@@ -166,7 +166,7 @@ struct Sums<float, kTiles> {
 // Rows of a warp: row lane / 4 of each group of 8; those beyond the end, which nobody stores, are
 // the tile's first.
 template <typename T>
-__device__ void find_rows(const Project& given, int64_t first, int64_t end, const T* (&rows)[4]) {
+__device__ void find_rows(const Shrink& given, int64_t first, int64_t end, const T* (&rows)[4]) {
   const int local = threadIdx.x / 32 % kRowWarps * kRowsOfWarp + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -179,7 +179,7 @@ __device__ void find_rows(const Project& given, int64_t first, int64_t end, cons
 // Sums of the rows from `first`, over this warp's slice of k, to (kRows, columns). Two steps of
 // four vectors at once, where there are registers for it: the loads of their rows go together.
 template <typename T, int kTiles, bool kFast, typename Columns>
-__device__ void sum_slice(const Project& given, const Columns& columns, int64_t first, int64_t end,
+__device__ void sum_slice(const Shrink& given, const Columns& columns, int64_t first, int64_t end,
                           float* to) {
   constexpr int kStep = 4 * Vector<T>::kSize, kSteps = sizeof(T) == 2 ? 2 : 1;
   const int warp = threadIdx.x / 32;
@@ -209,7 +209,7 @@ __device__ void sum_slice(const Project& given, const Columns& columns, int64_t 
 }
 
 template <typename Out>
-__device__ void add_slices(const float* sums, const Project& given, int64_t first, int64_t end,
+__device__ void add_slices(const float* sums, const Shrink& given, int64_t first, int64_t end,
                            int column, int columns) {
   for (int i = threadIdx.x; i < kRows * columns; i += kThreads) {
     const int64_t row = first + i / columns;
@@ -228,7 +228,7 @@ constexpr int kResident = sizeof(T) == 2 && kTiles == 2 ? 2 : 1;
 
 template <typename T, typename M, int kTiles, bool kRankFirst>
 __global__ void __launch_bounds__(kThreads, (kResident<T, kTiles>))
-    project_kernel(Project given, bool fast, bool out_is_float) {
+    shrink_kernel(Shrink given, bool fast, bool out_is_float) {
   const Tile tile = tile_of(given.tiles, blockIdx.x, given.num_tiles);
   if (tile.first >= tile.end) return;
   using OfWarp = Sums<T, kTiles>;
@@ -256,12 +256,12 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, kTiles>))
 }
 
 template <typename T, typename M, int kTiles>
-cudaError_t launch_columns(const Project& given, bool out_is_float, cudaStream_t stream) {
+cudaError_t launch_columns(const Shrink& given, bool out_is_float, cudaStream_t stream) {
   // Whole vectors of k, and of a lane's columns.
   const bool fast = given.size_k % Vector<T>::kSize == 0 && is_aligned(given.left) &&
                     is_aligned(given.matrix) && given.rank % Sums<T, kTiles>::kOfLane == 0;
-  const auto kernel = given.rank_first ? project_kernel<T, M, kTiles, true>
-                                       : project_kernel<T, M, kTiles, false>;
+  const auto kernel =
+      given.rank_first ? shrink_kernel<T, M, kTiles, true> : shrink_kernel<T, M, kTiles, false>;
   const dim3 grid(given.num_tiles, ceil_div(given.rank, 8 * kTiles));
   constexpr size_t bytes = sizeof(float) * kSlices * kRows * 8 * kTiles;
   static_assert(bytes <= kMaxSharedBytes);
@@ -269,7 +269,7 @@ cudaError_t launch_columns(const Project& given, bool out_is_float, cudaStream_t
 }
 
 template <typename T, typename M>
-cudaError_t launch_half(const Project& given, bool out_is_float, cudaStream_t stream) {
+cudaError_t launch_half(const Shrink& given, bool out_is_float, cudaStream_t stream) {
   if (given.rank <= 16) return launch_columns<T, M, 2>(given, out_is_float, stream);
   if (given.rank <= 32) return launch_columns<T, M, 4>(given, out_is_float, stream);
   return launch_columns<T, M, 8>(given, out_is_float, stream);
@@ -277,23 +277,23 @@ cudaError_t launch_half(const Project& given, bool out_is_float, cudaStream_t st
 
 }  // namespace
 
-cudaError_t launch_project(const Project& project, Scalar left, Scalar matrix, Scalar out,
-                           cudaStream_t stream) {
+cudaError_t launch_shrink(const Shrink& shrink, Scalar left, Scalar matrix, Scalar out,
+                          cudaStream_t stream) {
   const bool out_is_float = out == Scalar::kFloat, matrix_is_float = matrix == Scalar::kFloat;
   if ((!out_is_float && out != left) || (!matrix_is_float && matrix != left)) {
     return cudaErrorInvalidValue;
   }
-  if (project.num_tiles == 0 || project.rank == 0) return cudaSuccess;
+  if (shrink.num_tiles == 0 || shrink.rank == 0) return cudaSuccess;
   switch (left) {
     case Scalar::kFloat:  // more sums than these do not fit into the registers
-      return launch_columns<float, float, 2>(project, true, stream);
+      return launch_columns<float, float, 2>(shrink, true, stream);
     case Scalar::kHalf:
-      return matrix_is_float ? launch_half<__half, float>(project, out_is_float, stream)
-                             : launch_half<__half, __half>(project, out_is_float, stream);
+      return matrix_is_float ? launch_half<__half, float>(shrink, out_is_float, stream)
+                             : launch_half<__half, __half>(shrink, out_is_float, stream);
     case Scalar::kBFloat16:
       return matrix_is_float
-                 ? launch_half<__nv_bfloat16, float>(project, out_is_float, stream)
-                 : launch_half<__nv_bfloat16, __nv_bfloat16>(project, out_is_float, stream);
+                 ? launch_half<__nv_bfloat16, float>(shrink, out_is_float, stream)
+                 : launch_half<__nv_bfloat16, __nv_bfloat16>(shrink, out_is_float, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "device.h"
-#include "expert_gemm.h"
+#include "grouped_gemm.h"
 
 namespace moe_kernels::cuda {
 
@@ -96,7 +96,7 @@ struct Mainloop {
   static __device__ bool is_up(int at) { return kGated && at / 32 % 2 == 1; }
 
   // Rows of left that this thread copies; some row for those beyond the end.
-  static __device__ void find_rows(const ExpertGemm& given, const ExpertTile& tile, bool by_token,
+  static __device__ void find_rows(const GroupedGemm& given, const ExpertTile& tile, bool by_token,
                                    int (&rows)[kLeftRows]) {
 #pragma unroll
     for (int i = 0; i < kLeftRows; ++i) {
@@ -106,7 +106,7 @@ struct Mainloop {
     }
   }
 
-  static __device__ void load_left(const ExpertGemm& given, const ExpertTile& tile,
+  static __device__ void load_left(const GroupedGemm& given, const ExpertTile& tile,
                                    const int (&rows)[kLeftRows], int k, T* to) {
     const int chunk = threadIdx.x % kChunks, from = k + chunk * 8;
     const auto* left = static_cast<const T*>(given.left);
@@ -120,7 +120,7 @@ struct Mainloop {
   }
 
   // Addresses are a thread's own plus a part that all threads share, which costs no registers.
-  static __device__ void load_right(const ExpertGemm& given, const T* matrix, int column, int k,
+  static __device__ void load_right(const GroupedGemm& given, const T* matrix, int column, int k,
                                     T* to) {
     if constexpr (kTransposed) {
       const int chunk = threadIdx.x % kChunks, local = threadIdx.x / kChunks;
@@ -178,7 +178,7 @@ struct Mainloop {
   }
 
   // acc = left W.
-  __device__ void run(const ExpertGemm& given, const ExpertTile& tile, const T* matrix,
+  __device__ void run(const GroupedGemm& given, const ExpertTile& tile, const T* matrix,
                       bool by_token) {
     int rows[kLeftRows];
     find_rows(given, tile, by_token, rows);
@@ -207,7 +207,7 @@ struct Mainloop {
   // Fragment j of V for 16 steps of the rank from r on. The four lanes of a column hold four
   // neighbours each, and so do those of a row of u: the order within a sum is free.
   template <typename V>
-  static __device__ void load_v(const ExpertGemm& given, const V* v, int column, int r, int j,
+  static __device__ void load_v(const GroupedGemm& given, const V* v, int column, int r, int j,
                                 bool vectors, uint32_t (&b)[2]) {
     const int from = r + lane() % 4 * 4, n = column + column_of(0) + lane() / 4;
     // What all threads share costs no registers.
@@ -232,7 +232,7 @@ struct Mainloop {
   }
 
   // s u of the rows from low to high of the tile, zeros elsewhere.
-  static __device__ void load_u(const ExpertGemm& given, const U* u, float scale, int i, int r,
+  static __device__ void load_u(const GroupedGemm& given, const U* u, float scale, int i, int r,
                                 int low, int high, bool vectors, uint32_t (&a)[4]) {
     const int from = r + lane() % 4 * 4;
     const U* own = u + static_cast<int64_t>(row_of(0, 0)) * given.rank;
@@ -250,7 +250,7 @@ struct Mainloop {
 
   // acc += s u V on the rows from low to high, of one modality.
   template <typename V>
-  __device__ void add_modality(const ExpertGemm& given, const ExpertTile& tile, const U* u,
+  __device__ void add_modality(const GroupedGemm& given, const ExpertTile& tile, const U* u,
                                const V* v, float scale, int low, int high, bool vectors) {
 #pragma unroll 1
     for (int r = 0; r < given.rank; r += 16) {
@@ -270,7 +270,7 @@ struct Mainloop {
   // acc += s u V, one pass for each modality of the tile. Rows of the base modality must have been
   // stored; another modality's get 0 * V, which is nothing while V is finite.
   template <typename V>
-  __device__ void extend(const ExpertGemm& given, const ExpertTile& tile) {
+  __device__ void extend(const GroupedGemm& given, const ExpertTile& tile) {
     const int64_t size = static_cast<int64_t>(given.rank) * given.size_n * (kGated ? 2 : 1);
     const U* u = static_cast<const U*>(given.u) + tile.first * given.rank;
     const auto* stack = static_cast<const V*>(given.v);

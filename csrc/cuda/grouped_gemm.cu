@@ -1,8 +1,8 @@
 // Products of routed rows and their experts' weights. One kernel; what it multiplies and what it
 // makes of the sums is the epilogue's.
-#include "expert_gemm.h"
+#include "grouped_gemm.h"
 
-#include "expert_mainloop.h"
+#include "grouped_gemm_mainloop.h"
 
 namespace moe_kernels::cuda {
 namespace {
@@ -19,7 +19,7 @@ struct GateUp {
 
   // Of the rows from low to high of a tile.
   template <typename Loop>
-  __device__ void store(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int low,
+  __device__ void store(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile, int low,
                         int high) const {
     const int size_n = given.size_n;
     T* own_act = act + loop.own(tile, size_n);
@@ -40,14 +40,14 @@ struct GateUp {
           product[j] = pack<T>(g.x * sigmoid(g.x) * u.x, g.y * sigmoid(g.y) * u.y);
         }
         const int row = loop.row_of(i, half), below = loop.below(i, half);
-        const bool there = row >= low && row < high && has_columns;
+        const bool present = row >= low && row < high && has_columns;
         transpose_quad(product);
-        if (there) store_words(own_act + below * size_n, product);
+        if (present) store_words(own_act + below * size_n, product);
         if (pre == nullptr) continue;
         transpose_quad(gate);
         transpose_quad(up);
-        if (there) store_words(own_pre + below * 2 * size_n, gate);
-        if (there) store_words(own_pre + (below * 2 + 1) * size_n, up);
+        if (present) store_words(own_pre + below * 2 * size_n, gate);
+        if (present) store_words(own_pre + (below * 2 + 1) * size_n, up);
       }
     }
   }
@@ -61,7 +61,7 @@ struct Rows {
   T* out;  // (T * K, size_n)
 
   template <typename Loop>
-  __device__ void store(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int low,
+  __device__ void store(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile, int low,
                         int high) const {
     T* own = out + loop.own(tile, given.size_n);
     const int n = tile.column + loop.column_of(loop.lane() % 4);
@@ -109,12 +109,13 @@ struct ActGradients {
 
   // Of 32 columns of a row from fragment j on; returns the part of <dA', a> that this lane has.
   template <typename Loop>
-  __device__ float columns(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int i,
-                           int half, int j, bool there, bool keep_act, float weight) const {
+  __device__ float columns(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile,
+                           int i, int half, int j, bool present, bool keep_act,
+                           float weight) const {
     const int size_n = given.size_n, row = loop.below(i, half);
     const int64_t own = loop.own(tile, 2 * size_n);
     const int of_gate = row * 2 * size_n + 8 * j, of_up = of_gate + size_n;
-    const bool stored = there && tile.column + loop.column_of(loop.lane() % 4) + 8 * j < size_n;
+    const bool stored = present && tile.column + loop.column_of(loop.lane() % 4) + 8 * j < size_n;
     uint32_t gate[4] = {}, up[4] = {}, act[4];
     if (stored) {
       load_words(static_cast<const T*>(with.pre) + own + of_gate, gate);
@@ -154,7 +155,7 @@ struct ActGradients {
   }
 
   template <typename Loop>
-  __device__ void store(const Loop& loop, const ExpertGemm& given, const ExpertTile& tile, int low,
+  __device__ void store(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile, int low,
                         int high) const {
     // (kWarpsN, kBlockM), behind the stages
     auto* dots = reinterpret_cast<float*>(loop.stages() + Loop::kStages);
@@ -165,12 +166,12 @@ struct ActGradients {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = loop.row_of(i, half);
-        const bool there = row >= low && row < high;
-        const float weight = there ? weight_of(given.perm[tile.first + row]) : 0.0f;
+        const bool present = row >= low && row < high;
+        const float weight = present ? weight_of(given.perm[tile.first + row]) : 0.0f;
         float dot = 0.0f;
 #pragma unroll
         for (int j = 0; j < kTilesN; j += 4) {
-          dot += columns(loop, given, tile, i, half, j, there, keep_act, weight);
+          dot += columns(loop, given, tile, i, half, j, present, keep_act, weight);
         }
         dot += __shfl_xor_sync(0xffffffffu, dot, 1);
         dot += __shfl_xor_sync(0xffffffffu, dot, 2);
@@ -188,7 +189,7 @@ struct ActGradients {
   }
 };
 
-__device__ int base_rows(const ExpertGemm& given, const ExpertTile& tile) {
+__device__ int base_rows(const GroupedGemm& given, const ExpertTile& tile) {
   if (given.rank == 0 || tile.expert >= given.num_base) return tile.count;
   const int64_t end = given.segments[tile.expert * (given.num_modalities + 1) + 1] - tile.first;
   return static_cast<int>(end < 0 ? 0 : end < tile.count ? end : tile.count);
@@ -203,14 +204,14 @@ __device__ int2 tile_ids(int num_tiles_m, int num_tiles_n) {
 }
 
 template <typename T>
-__device__ const T* matrix_of(const ExpertGemm& given, int64_t expert, int64_t size) {
+__device__ const T* matrix_of(const GroupedGemm& given, int64_t expert, int64_t size) {
   if (expert < given.num_base) return static_cast<const T*>(given.stack) + expert * size;
   return static_cast<const T*>(given.extra) + (expert - given.num_base) * size;
 }
 
 template <typename Loop, typename Epilogue>
 __global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
-    expert_gemm_kernel(ExpertGemm given, Epilogue epilogue, bool v_is_float) {
+    grouped_gemm_kernel(GroupedGemm given, Epilogue epilogue, bool v_is_float) {
   const int2 ids =
       tile_ids(given.num_tiles, (given.size_n + Loop::kColumns - 1) / Loop::kColumns);
   const Tile of_map = tile_of(given.tiles, ids.x, given.num_tiles);
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
 }
 
 template <typename T, int kBlockM, typename Epilogue>
-cudaError_t launch_tiles(const ExpertGemm& gemm, const Epilogue& epilogue, bool v_is_float,
+cudaError_t launch_tiles(const GroupedGemm& gemm, const Epilogue& epilogue, bool v_is_float,
                          cudaStream_t stream) {
   using Loop = Mainloop<T, kBlockM, Epilogue::kTransposed, Epilogue::kGated>;
   const int64_t blocks =
@@ -248,12 +249,12 @@ cudaError_t launch_tiles(const ExpertGemm& gemm, const Epilogue& epilogue, bool 
   constexpr size_t bytes = Loop::kStages * sizeof(typename Loop::Stage) +
                            sizeof(float) * Loop::kWarpsN * kBlockM;
   static_assert(bytes <= kMaxSharedBytes);
-  return launch(expert_gemm_kernel<Loop, Epilogue>, static_cast<unsigned>(blocks), Loop::kThreads,
+  return launch(grouped_gemm_kernel<Loop, Epilogue>, static_cast<unsigned>(blocks), Loop::kThreads,
                 bytes, stream, gemm, epilogue, v_is_float);
 }
 
 template <typename T, typename Epilogue>
-cudaError_t launch_block(const ExpertGemm& gemm, const Epilogue& epilogue, bool v_is_float,
+cudaError_t launch_block(const GroupedGemm& gemm, const Epilogue& epilogue, bool v_is_float,
                          int block_m, cudaStream_t stream) {
   switch (block_m) {
     case 16:
@@ -269,9 +270,9 @@ cudaError_t launch_block(const ExpertGemm& gemm, const Epilogue& epilogue, bool 
 
 // `make` gives the epilogue of a dtype; its argument is a value of that dtype.
 template <typename Make>
-cudaError_t launch_gemm(const ExpertGemm& gemm, Make make, Scalar dtype, Scalar v, int block_m,
+cudaError_t launch_gemm(const GroupedGemm& gemm, Make make, Scalar dtype, Scalar v, int block_m,
                         cudaStream_t stream) {
-  if (!expert_gemm_supports(dtype, gemm.size_k, gemm.size_n) ||
+  if (!grouped_gemm_supports(dtype, gemm.size_k, gemm.size_n) ||
       (gemm.rank > 0 && v != Scalar::kFloat && v != dtype)) {
     return cudaErrorInvalidValue;
   }
@@ -284,7 +285,7 @@ cudaError_t launch_gemm(const ExpertGemm& gemm, Make make, Scalar dtype, Scalar 
 
 }  // namespace
 
-cudaError_t launch_gate_up(const ExpertGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
+cudaError_t launch_gate_up(const GroupedGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
                            int block_m, cudaStream_t stream) {
   const auto make = [&](auto value) {
     using T = decltype(value);
@@ -293,7 +294,7 @@ cudaError_t launch_gate_up(const ExpertGemm& gemm, void* pre, void* act, Scalar 
   return launch_gemm(gemm, make, dtype, v, block_m, stream);
 }
 
-cudaError_t launch_down(const ExpertGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
+cudaError_t launch_down(const GroupedGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
                         cudaStream_t stream) {
   const auto make = [&](auto value) {
     using T = decltype(value);
@@ -302,7 +303,7 @@ cudaError_t launch_down(const ExpertGemm& gemm, void* out, Scalar dtype, Scalar 
   return launch_gemm(gemm, make, dtype, v, block_m, stream);
 }
 
-cudaError_t launch_d_rows(const ExpertGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
+cudaError_t launch_d_rows(const GroupedGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
                           cudaStream_t stream) {
   const auto make = [&](auto value) {
     using T = decltype(value);
@@ -311,7 +312,7 @@ cudaError_t launch_d_rows(const ExpertGemm& gemm, void* out, Scalar dtype, Scala
   return launch_gemm(gemm, make, dtype, v, block_m, stream);
 }
 
-cudaError_t launch_act_backward(const ExpertGemm& gemm, const ActBackward& act, Scalar dtype,
+cudaError_t launch_act_backward(const GroupedGemm& gemm, const ActBackward& act, Scalar dtype,
                                 Scalar v, int block_m, cudaStream_t stream) {
   const auto make = [&](auto value) { return ActGradients<decltype(value)>{act}; };
   return launch_gemm(gemm, make, dtype, v, block_m, stream);

@@ -6,13 +6,13 @@
 
 #include <cstdint>
 
-#include "expert_gemm_shapes.h"
+#include "grouped_gemm_shapes.h"
 
 namespace moe_kernels::cuda {
 
 // left W + s u V, row by row. u is of the compute dtype in the two products of the forward pass,
 // float32 in those of the backward pass; v is float32 or of the compute dtype.
-struct ExpertGemm {
+struct GroupedGemm {
   const void* left;   // (T, size_k) where rows go by token, else (T * K, size_k)
   const void* stack;  // (num_base, ...), the frozen experts
   const void* extra;  // (num_experts - num_base, ...), the added ones, or null
@@ -38,7 +38,7 @@ struct ActBackward {
   const void* pre;      // (T * K, 2 * size_n), the pre-activation
   void* d_pre;          // (T * K, 2 * size_n)
   void* act;            // (T * K, size_n); of the rows that are asked for
-  float* dots;          // (expert_gemm_parts(size_n), num_rows), <dA', a> by token and slot
+  float* dots;          // (grouped_gemm_parts(size_n), num_rows), <dA', a> by token and slot
   int64_t num_rows;     // T * K
   bool weights_are_float;
   bool act_of_adapted;  // rows that have a low-rank term
@@ -48,24 +48,24 @@ struct ActBackward {
 // act = silu(gate) * up of (gate, up) = x W^T + s u B^T, and these, rounded, if pre is not null;
 // zeros for rows that were not dispatched.
 // left: x by token (size_k hidden); stack (E, 2 * size_n, size_k); v = B (M, E, 2 * size_n, rank).
-cudaError_t launch_gate_up(const ExpertGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
+cudaError_t launch_gate_up(const GroupedGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
                            int block_m, cudaStream_t stream);
 
 // out (T * K, size_n) = left W^T + s u B^T; rows that were not dispatched are not written.
 // left: sorted rows; stack (E, size_n, size_k); v = B (M, E, size_n, rank).
-cudaError_t launch_down(const ExpertGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
+cudaError_t launch_down(const GroupedGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
                         cudaStream_t stream);
 
 // out (T * K, size_n) = left W + s u A, u in float32.
 // left: sorted rows; stack (E, size_k, size_n); v = A (M, E or 1, rank, size_n).
-cudaError_t launch_d_rows(const ExpertGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
+cudaError_t launch_d_rows(const GroupedGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
                           cudaStream_t stream);
 
 // dA' = dO W + s u A, u in float32; of weight * dA' the gradient of the pre-activation, <dA', a>
 // and a = silu(gate) * up of the rounded pre-activation where it is asked for; rows that were not
 // dispatched are not written.
 // left: dO by token; stack (E, size_k, size_n); v = A (M, E or 1, rank, size_n).
-cudaError_t launch_act_backward(const ExpertGemm& gemm, const ActBackward& act, Scalar dtype,
+cudaError_t launch_act_backward(const GroupedGemm& gemm, const ActBackward& act, Scalar dtype,
                                 Scalar v, int block_m, cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

@@ -5,7 +5,7 @@
 // to 32 where it also multiplies `right` by its columns of `matrix`. Which rows a step has is written
 // down one step before its copies start; their entries of `perm` and `weights`, which are found by
 // these, are loaded two steps and one step before that, so that nobody waits for either.
-#include "outer.h"
+#include "wgrad.h"
 
 #include <type_traits>
 
@@ -64,18 +64,18 @@ struct Block {
   Row rows[kStages + 1][kRows];
 
   // Of this thread's row of a step: its entry of perm, -1 beyond the end.
-  static __device__ int slot_of(const Outer& given, int step, int64_t first, int64_t end) {
+  static __device__ int slot_of(const Wgrad& given, int step, int64_t first, int64_t end) {
     const int64_t place = first + static_cast<int64_t>(step) * kRows + threadIdx.x;
     return threadIdx.x < kRows && place < end ? static_cast<int>(given.perm[place]) : -1;
   }
 
   // As it is in memory: to convert it would be to wait for it.
-  static __device__ Weight weight_of(const Outer& given, int slot) {
+  static __device__ Weight weight_of(const Wgrad& given, int slot) {
     const auto* weights = static_cast<const Weight*>(given.weights);
     return slot < 0 || weights == nullptr ? from_float<Weight>(1.0f) : weights[slot];
   }
 
-  __device__ void write_row(const Outer& given, int step, int64_t first, int slot, Weight weight,
+  __device__ void write_row(const Wgrad& given, int step, int64_t first, int slot, Weight weight,
                             float factor) {
     if (threadIdx.x >= kRows) return;
     Row row = {-1, -1, 0.0f};
@@ -113,7 +113,7 @@ struct Block {
     }
   }
 
-  __device__ void load(const Outer& given, Vectors vectors, int step, int column, int height) {
+  __device__ void load(const Wgrad& given, Vectors vectors, int step, int column, int height) {
     Stage<S>& stage = stages[step % kStages];
     const Row* of = rows[step % (kStages + 1)];
     copy<typename S::Right, S::kWidth, true>(stage.right, of, given.right, column, given.width,
@@ -168,7 +168,7 @@ struct Sums {
     }
   }
 
-  __device__ void store(const Outer& given, float* out, int height, int width) {
+  __device__ void store(const Wgrad& given, float* out, int height, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -203,7 +203,7 @@ struct Sums<S, float> {
     }
   }
 
-  __device__ void store(const Outer& given, float* out, int height, int width) {
+  __device__ void store(const Wgrad& given, float* out, int height, int width) {
     const int w = width + threadIdx.x;
 #pragma unroll
     for (int h = 0; h < S::kHeight; ++h) {
@@ -217,7 +217,7 @@ struct Sums<S, float> {
 // The rows of a step times the group's matrix. A warp has a fragment (16, 8) of the product, over a
 // slice of the block's columns; the slices are added a step later, when all of them are there.
 template <typename S>
-struct Products {
+struct DuOfStep {
   using R = typename S::Right;
   static constexpr int kRowTiles = S::kRows / 16;
   static constexpr int kFragments = kRowTiles * (S::kHeight / 8);
@@ -235,7 +235,7 @@ struct Products {
 
   // Of the (width, height) of the group, the block's columns from `width` on; M: its dtype.
   template <typename M>
-  __device__ void load(const Outer& given, int64_t group, int width) {
+  __device__ void load(const Wgrad& given, int64_t group, int width) {
     const auto* of_group =
         static_cast<const M*>(given.matrix) + group * given.width * static_cast<int64_t>(given.height);
     const int n = rank_tile() + threadIdx.x % 32 / 4;
@@ -273,7 +273,7 @@ struct Products {
   }
 
   // Of a step's rows, of which the tile has those from `first` to `end`; behind a barrier.
-  static __device__ void store(const Outer& given, const Shared& shared, int step, int64_t first,
+  static __device__ void store(const Wgrad& given, const Shared& shared, int step, int64_t first,
                                int64_t end) {
     for (int i = threadIdx.x; i < S::kRows * S::kHeight; i += S::kThreads) {
       const int row = i / S::kHeight, n = i % S::kHeight;
@@ -289,34 +289,34 @@ struct Products {
 
 // Without a matrix: nothing.
 template <typename S>
-struct NoProducts {
+struct NoDu {
   struct Shared {};
 
   __device__ void multiply_step(const typename S::Right*, int, Shared&) {}
-  static __device__ void store(const Outer&, const Shared&, int, int64_t, int64_t) {}
+  static __device__ void store(const Wgrad&, const Shared&, int, int64_t, int64_t) {}
 };
 
 // Where a tile's sums go: a group of several tiles has a partial sum for each.
-__device__ float* sums_of(const Outer& given, const Tile& tile) {
+__device__ float* sums_of(const Wgrad& given, const Tile& tile) {
   const int64_t low = given.groups[tile.group], high = given.groups[given.num_groups + tile.group];
   const int64_t size = static_cast<int64_t>(given.height) * given.width;
   if (high - low <= given.chunk) return given.out + tile.group * size;
-  const int64_t slot =
+  const int64_t partial =
       given.groups[2 * given.num_groups + tile.group] + (tile.first - low) / given.chunk;
-  return given.partial + slot * size;
+  return given.partial + partial * size;
 }
 
 template <typename S, typename OfStep>
 struct Shared {
   Block<S> block;
-  typename OfStep::Shared products;
+  typename OfStep::Shared du;
 };
 
 template <typename S, typename M, typename OfStep>
-__global__ void __launch_bounds__(S::kThreads) outer_kernel(Outer given, Vectors vectors) {
+__global__ void __launch_bounds__(S::kThreads) wgrad_kernel(Wgrad given, Vectors vectors) {
   const Tile tile = tile_of(given.tiles, blockIdx.x, given.num_tiles);
   if (tile.first >= tile.end) return;
-  auto& [block, products] = *reinterpret_cast<Shared<S, OfStep>*>(shared_memory());
+  auto& [block, du] = *reinterpret_cast<Shared<S, OfStep>*>(shared_memory());
   const int height = blockIdx.y * S::kHeight, width = blockIdx.z * S::kWidth;
   const float factor = given.factors[tile.group / given.groups_of_factor];
   const int steps = static_cast<int>((tile.end - tile.first + S::kRows - 1) / S::kRows);
@@ -344,8 +344,8 @@ __global__ void __launch_bounds__(S::kThreads) outer_kernel(Outer given, Vectors
       block.load(given, vectors, step + kStages - 1, width, height);
     }
     commit_copies();
-    if (step > 0) OfStep::store(given, products, step - 1, tile.first, tile.end);
-    of_step.multiply_step(block.stages[step % kStages].right, step, products);
+    if (step > 0) OfStep::store(given, du, step - 1, tile.first, tile.end);
+    of_step.multiply_step(block.stages[step % kStages].right, step, du);
     sums.add(block, step);
     block.write_row(given, step + kStages, tile.first, slot, weight, factor);
     slot = next;
@@ -353,64 +353,64 @@ __global__ void __launch_bounds__(S::kThreads) outer_kernel(Outer given, Vectors
   sums.store(given, sums_of(given, tile), height, width);
   if constexpr (!std::is_void_v<M>) {
     __syncthreads();
-    OfStep::store(given, products, steps - 1, tile.first, tile.end);
+    OfStep::store(given, du, steps - 1, tile.first, tile.end);
   }
 }
 
 // A share of the sums of a group of several tiles, in the order of the tiles; zeros for one of none.
-__device__ void finish_sums(const Outer& given, int64_t group, int64_t share) {
+__device__ void finish_sums(const Wgrad& given, int64_t group, int64_t share) {
   const int64_t rows = given.groups[given.num_groups + group] - given.groups[group];
   if (rows > 0 && rows <= given.chunk) return;
   const int64_t size = static_cast<int64_t>(given.height) * given.width;
   const int64_t first = share * kMaxFinished;
-  const int64_t slot = given.groups[2 * given.num_groups + group];
+  const int64_t partial = given.groups[2 * given.num_groups + group];
   for (int64_t i = first + threadIdx.x; i < first + kMaxFinished && i < size; i += kFinishThreads) {
     float sum = 0.0f;
     for (int64_t tile = 0; tile * given.chunk < rows; ++tile) {
-      sum += given.partial[(slot + tile) * size + i];
+      sum += given.partial[(partial + tile) * size + i];
     }
     given.out[group * size + i] = sum;
   }
 }
 
 // A share of the products of a tile's rows: the parts, in order.
-__device__ void finish_products(const Outer& given, const Tile& tile, int64_t share) {
+__device__ void finish_du(const Wgrad& given, const Tile& tile, int64_t share) {
   const int64_t first = tile.first * given.height + share * kMaxFinished;
   const int64_t rest = tile.end * given.height, all = given.num_rows * given.height;
   const int64_t end = first + kMaxFinished < rest ? first + kMaxFinished : rest;
-  const int parts = outer_parts(given.width);
+  const int parts = wgrad_parts(given.width);
   for (int64_t i = first + threadIdx.x; i < end; i += kFinishThreads) {
     float sum = 0.0f;
 #pragma unroll 8
     for (int part = 0; part < parts; ++part) sum += given.parts[part * all + i];
-    given.projected[i] = sum;
+    given.du[i] = sum;
   }
 }
 
 // Blocks of each group's sums, and then of each tile's products.
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_outer_kernel(Outer given, int of_group, int of_tile) {
+    finish_wgrad_kernel(Wgrad given, int of_group, int of_tile) {
   const int of_sums = given.num_groups * of_group, block = blockIdx.x;
   if (block < of_sums) {
     finish_sums(given, block / of_group, block % of_group);
   } else {
     const Tile tile = tile_of(given.tiles, (block - of_sums) / of_tile, given.num_tiles);
-    finish_products(given, tile, (block - of_sums) % of_tile);
+    finish_du(given, tile, (block - of_sums) % of_tile);
   }
 }
 
-cudaError_t launch_finish(const Outer& given, cudaStream_t stream) {
+cudaError_t launch_finish(const Wgrad& given, cudaStream_t stream) {
   const int of_group = ceil_div(static_cast<int64_t>(given.height) * given.width, kMaxFinished);
   const int64_t rows = given.chunk < given.num_rows ? given.chunk : given.num_rows;
   const int of_tile = given.matrix == nullptr ? 0 : ceil_div(rows * given.height, kMaxFinished);
   const unsigned blocks = given.num_groups * of_group + given.num_tiles * of_tile;
-  return launch(finish_outer_kernel, blocks, kFinishThreads, 0, stream, given, of_group, of_tile);
+  return launch(finish_wgrad_kernel, blocks, kFinishThreads, 0, stream, given, of_group, of_tile);
 }
 
 // M: the dtype of the matrix, or void.
 template <typename S, typename M = void>
-cudaError_t launch_tiles(const Outer& given, cudaStream_t stream) {
-  using OfStep = std::conditional_t<std::is_void_v<M>, NoProducts<S>, Products<S>>;
+cudaError_t launch_tiles(const Wgrad& given, cudaStream_t stream) {
+  using OfStep = std::conditional_t<std::is_void_v<M>, NoDu<S>, DuOfStep<S>>;
   using Left = Vector<typename S::Left>;
   using Right = Vector<typename S::Right>;
   static_assert(sizeof(Shared<S, OfStep>) <= kMaxSharedBytes);
@@ -419,7 +419,7 @@ cudaError_t launch_tiles(const Outer& given, cudaStream_t stream) {
                     ceil_div(given.width, S::kWidth));
     const Vectors vectors{given.height % Left::kSize == 0 && is_aligned(given.left),
                           given.width % Right::kSize == 0 && is_aligned(given.right)};
-    const cudaError_t error = launch(outer_kernel<S, M, OfStep>, grid, S::kThreads,
+    const cudaError_t error = launch(wgrad_kernel<S, M, OfStep>, grid, S::kThreads,
                                      sizeof(Shared<S, OfStep>), stream, given, vectors);
     if (error != cudaSuccess) return error;
   }
@@ -427,7 +427,7 @@ cudaError_t launch_tiles(const Outer& given, cudaStream_t stream) {
 }
 
 template <typename L, typename R, typename W>
-cudaError_t launch_heights(const Outer& given, cudaStream_t stream) {
+cudaError_t launch_heights(const Wgrad& given, cudaStream_t stream) {
   if constexpr (sizeof(R) == 2) {
     if (given.height > 16) return launch_tiles<Shape<L, R, W, 64, 128>>(given, stream);
   }
@@ -435,7 +435,7 @@ cudaError_t launch_heights(const Outer& given, cudaStream_t stream) {
 }
 
 template <typename R, typename W, typename M>
-cudaError_t launch_with_matrix(const Outer& given, cudaStream_t stream) {
+cudaError_t launch_with_matrix(const Wgrad& given, cudaStream_t stream) {
   return given.height > 16
              ? launch_tiles<Shape<R, R, W, 32, kColumnsOfPart>, M>(given, stream)
              : launch_tiles<Shape<R, R, W, 16, kColumnsOfPart>, M>(given, stream);
@@ -448,7 +448,7 @@ struct Floats {
 };
 
 template <typename R, typename W>
-cudaError_t launch_weights(const Outer& given, Floats floats, cudaStream_t stream) {
+cudaError_t launch_weights(const Wgrad& given, Floats floats, cudaStream_t stream) {
   if (given.matrix != nullptr) {
     if (floats.left) return cudaErrorInvalidValue;
     return floats.matrix ? launch_with_matrix<R, W, float>(given, stream)
@@ -459,7 +459,7 @@ cudaError_t launch_weights(const Outer& given, Floats floats, cudaStream_t strea
 }
 
 template <typename R>
-cudaError_t launch_right(const Outer& given, Floats floats, bool weights_are_float,
+cudaError_t launch_right(const Wgrad& given, Floats floats, bool weights_are_float,
                          cudaStream_t stream) {
   return weights_are_float ? launch_weights<R, float>(given, floats, stream)
                            : launch_weights<R, R>(given, floats, stream);
@@ -469,22 +469,22 @@ bool fits(Scalar scalar, Scalar right) { return scalar == Scalar::kFloat || scal
 
 }  // namespace
 
-cudaError_t launch_outer(const Outer& outer, Scalar left, Scalar right, Scalar weights,
+cudaError_t launch_wgrad(const Wgrad& wgrad, Scalar left, Scalar right, Scalar weights,
                          Scalar matrix, cudaStream_t stream) {
   const Floats floats{left == Scalar::kFloat, matrix == Scalar::kFloat};
   const bool weights_are_float = weights == Scalar::kFloat;
   if (!fits(left, right) || !fits(weights, right) || !fits(matrix, right) ||
-      (outer.matrix != nullptr && (right == Scalar::kFloat || outer.height > kMaxProjected))) {
+      (wgrad.matrix != nullptr && (right == Scalar::kFloat || wgrad.height > kMaxRankWithDu))) {
     return cudaErrorInvalidValue;
   }
-  if (outer.num_groups == 0 || outer.height == 0 || outer.width == 0) return cudaSuccess;
+  if (wgrad.num_groups == 0 || wgrad.height == 0 || wgrad.width == 0) return cudaSuccess;
   switch (right) {
     case Scalar::kFloat:
-      return launch_heights<float, float, float>(outer, stream);
+      return launch_heights<float, float, float>(wgrad, stream);
     case Scalar::kHalf:
-      return launch_right<__half>(outer, floats, weights_are_float, stream);
+      return launch_right<__half>(wgrad, floats, weights_are_float, stream);
     case Scalar::kBFloat16:
-      return launch_right<__nv_bfloat16>(outer, floats, weights_are_float, stream);
+      return launch_right<__nv_bfloat16>(wgrad, floats, weights_are_float, stream);
   }
   return cudaErrorInvalidValue;
 }

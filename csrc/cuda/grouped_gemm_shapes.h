@@ -12,20 +12,20 @@ namespace moe_kernels::cuda {
 constexpr int kBlockN = 128;  // columns of a block
 
 // Rows of a tile of the map, 16, 64 or 128. Half a tile of each expert is empty on average.
-inline int expert_gemm_block_m(int64_t num_rows, int64_t num_experts) {
+inline int grouped_gemm_block_m(int64_t num_rows, int64_t num_experts) {
   const int64_t average = num_rows / num_experts;
   return average >= 256 ? 128 : average >= 32 ? 64 : 16;
 }
 
 // Blocks of columns of launch_act_backward: `dots` has a part for each.
-inline int expert_gemm_parts(int64_t size_n) {
+inline int grouped_gemm_parts(int64_t size_n) {
   return static_cast<int>((size_n + kBlockN - 1) / kBlockN);
 }
 
 // Whether the launches take these: bfloat16 or float16, sizes that are multiples of 8, and an
 // expert's matrix of less than 2^31 elements. Left, stack, extra and outputs must be aligned to 16
 // bytes besides.
-inline bool expert_gemm_supports(Scalar dtype, int64_t size_k, int64_t size_n) {
+inline bool grouped_gemm_supports(Scalar dtype, int64_t size_k, int64_t size_n) {
   return dtype != Scalar::kFloat && size_k % 8 == 0 && size_n % 8 == 0 &&
          2 * size_k * size_n <= std::numeric_limits<int>::max();
 }
