@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_kernels.ops import triton_kernels as shared
+from moe_kernels.ops import triton_launches as launches
 from moe_kernels.ops.dispatch import triton_impl as dispatch
 from moe_kernels.ops.lora_linear import triton_impl as linear
 from moe_kernels.ops.moe_mlp import triton_kernels as moe_mlp
@@ -138,7 +139,7 @@ def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator
     run = {"warps": tiles.warps, "stages": tiles.stages}
     common = {
         "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "GROUP_M": tiles.group, "RANK": rank,
-        "BLOCK_R": shared.STEP_R, **stack,
+        "BLOCK_R": launches.STEP_R, **stack,
     }  # fmt: skip
     gated = common | {"BLOCK_N": tiles.n_gated, "TOP_K": TOP_K}
     for known in ({"num_modalities": 1}, {}) if rank else ({},):
@@ -155,17 +156,19 @@ def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator
 
 def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
     """u and du, of the experts and of a projection."""
-    block_r = min(rank, shared.rank_block(dtype))
+    block_r = min(rank, launches.rank_block(dtype))
     common = {"TOP_K": TOP_K, "RANK": rank, "BLOCK_R": block_r}
     for m, k in {(tiles.m, tiles.k), (linear.BLOCK_M, linear.BLOCK_K)}:
         for by_token, backward in itertools.product((True, False), (False, True)):
             constants = common | {"BY_TOKEN": by_token, "BLOCK_M": m, "BLOCK_K": k}
             constants |= {"stride_mr" if backward else "stride_mk": 1}
             pointers = {"out_ptr": "fp32"} if backward else {}
-            yield Kernel(shared.shrink_kernel, constants, shared.shrink_warps(m), pointers=pointers)
-        parts = {"RANK": rank, "BLOCK_R": min(shared.MAX_SUMMED, rank), "BLOCK_M": m}
+            yield Kernel(
+                shared.shrink_kernel, constants, launches.shrink_warps(m), pointers=pointers
+            )
+        parts = {"RANK": rank, "BLOCK_R": min(launches.MAX_SUMMED, rank), "BLOCK_M": m}
         yield Kernel(shared.sum_parts_kernel, parts, pointers={"out_ptr": "fp32"}, gemm=False)
-    block = {"RANK": rank, "BLOCK_R": shared.STEP_R, "BLOCK_M": linear.BLOCK_M}
+    block = {"RANK": rank, "BLOCK_R": launches.STEP_R, "BLOCK_M": linear.BLOCK_M}
     for unit in ("stride_vr", "stride_vn"):
         constants = block | {"BLOCK_N": linear.BLOCK_N, unit: 1}
         yield Kernel(shared.add_low_rank_kernel, constants, gemm=False)
@@ -174,7 +177,7 @@ def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ker
 def _low_rank_sums(rank: int, dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
     """Gradients of B, with du where that is one pass, and of A; of both projections."""
     for of_down in (True, False):
-        with_du = [False, True] if rank <= shared.MAX_RANK_WITH_DU else [False]
+        with_du = [False, True] if rank <= launches.MAX_RANK_WITH_DU else [False]
         for du in with_du:
             of_B = {"RIGHT_BY_TOKEN": of_down, "WITH_DU": du, "stride_h": 1}
             yield _sum(rank, dtype, arch, WEIGHTED=of_down, **of_B)
@@ -196,7 +199,7 @@ def _added_expert_sums(dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
 def _sum(
     height: int, dtype: torch.dtype, arch: int, left: str | None = None, **constants
 ) -> Kernel:
-    *blocks, warps = shared.wgrad_blocks(
+    *blocks, warps = launches.wgrad_blocks(
         height, 2048, dtype, with_du=constants["WITH_DU"], capability=arch
     )
     constants = {"TOP_K": TOP_K, "LEFT_BY_TOKEN": False} | constants

@@ -15,14 +15,11 @@ struct Keys {
   const int64_t* topk_ids;
   const int64_t* modality_ids;  // null: every row is text
   int64_t top_k;
-  int64_t num_experts;
   int64_t num_modalities;
 
   int64_t operator()(int64_t slot) const {
-    const int64_t expert = topk_ids[slot];
     const int64_t modality = modality_ids ? modality_ids[slot / top_k] : 0;
-    if (modality < 0 || expert < 0 || expert >= num_experts) return -1;
-    return expert * (num_modalities + 1) + modality;
+    return modality < 0 ? -1 : topk_ids[slot] * (num_modalities + 1) + modality;
   }
 };
 
@@ -62,8 +59,8 @@ void place_slots(const Keys& keys, int64_t num_slots, const int64_t* offsets, in
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities) {
-  check_tensor(topk_ids, "topk_ids", at::kLong, {-1, -1});
   TORCH_CHECK(num_experts >= 1, "num_experts must be positive, is ", num_experts);
+  check_topk_ids(topk_ids, num_experts);
   int64_t num_segments = 0;
   TORCH_CHECK(num_modalities >= 0 && num_modalities < kMaxSegments &&
                   !__builtin_mul_overflow(num_experts, num_modalities + 1, &num_segments) &&
@@ -78,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
   }
   const Keys keys{topk_ids.const_data_ptr<int64_t>(),
                   modality_ids ? modality_ids->const_data_ptr<int64_t>() : nullptr, top_k,
-                  num_experts, num_modalities};
+                  num_modalities};
   const int64_t num_slots = num_tokens * top_k;
 
   at::Tensor perm = empty({num_slots}, at::kLong);

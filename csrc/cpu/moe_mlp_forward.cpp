@@ -197,9 +197,8 @@ at::Tensor moe_mlp_inference(
   const int64_t num_modalities = modalities_of(gate_up_lora_A, down_lora_A);
   const int64_t num_experts =
       gate_up_proj.size(0) + (extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0);
-  const at::Tensor ids = topk_ids.contiguous();
-  check_topk_ids(ids, num_experts);
-  const auto sorted = dispatch(ids, num_experts, contiguous(modality_ids), num_modalities);
+  const auto sorted =
+      dispatch(topk_ids.contiguous(), num_experts, contiguous(modality_ids), num_modalities);
   return std::get<0>(moe_mlp_forward(
       hidden_states.to(dtype).contiguous(), topk_weights.contiguous(), std::get<0>(sorted),
       std::get<4>(sorted), gate_up_proj.contiguous(), down_proj.contiguous(),

@@ -5,11 +5,13 @@ pre-hook on each ``self_attn`` takes them: it runs before the MoE block of the s
 when activation checkpointing recomputes the layer, which a global or a hook on the layer would not.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import env
-from moe_kernels.ops import checks
+from moe_kernels import backends, env
+from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
 
 MISSING = (
     "this layer got no modality_ids: call the patched model itself (not its inner model), which "
@@ -17,17 +19,58 @@ MISSING = (
 )
 
 
+@dataclass
+class LayerCall:
+    """State of one forward of one layer.
+
+    Attributes:
+        modality_ids: (B, S) int64.
+        linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
+            modalities and backend; made when the first of them asks.
+    """
+
+    modality_ids: Tensor
+    linear_dispatches: dict[tuple[int, str], LinearDispatch] = field(default_factory=dict)
+
+
 class ModalityContext:
     """One layer's modality ids, shared by its experts and attention projections.
 
     Attributes:
-        modality_ids: (B, S) int64 of the forward that is running, or None before the first.
         backend: passed to the ops.
+        call: state of the forward that is running, all of it; None before the first.
     """
 
     def __init__(self, backend: str | None):
-        self.modality_ids: Tensor | None = None
         self.backend = backend
+        self.call: LayerCall | None = None
+
+    @property
+    def modality_ids(self) -> Tensor | None:
+        """(B, S) int64 of the forward that is running, or None before the first."""
+        return None if self.call is None else self.call.modality_ids
+
+    @modality_ids.setter
+    def modality_ids(self, modality_ids: Tensor | None) -> None:
+        self.start(modality_ids)
+
+    def start(self, modality_ids: Tensor | None) -> None:
+        """Begin a forward: nothing of the one before is kept."""
+        self.call = None if modality_ids is None else LayerCall(modality_ids)
+
+    def linear_dispatch(self, num_modalities: int, weight: Tensor) -> tuple[LinearDispatch, str]:
+        """Return this forward's rows sorted by modality, and the backend they are for.
+
+        Args:
+            num_modalities: M.
+            weight: of the linear module; its device and dtype choose the backend.
+        """
+        backend = backends.select(self.backend, weight.device, weight.dtype)
+        made, key = self.call.linear_dispatches, (num_modalities, backend)
+        if key not in made:
+            ids = self.call.modality_ids.reshape(-1)
+            made[key] = linear_dispatch(ids, num_modalities, backend=backend)
+        return made[key], backend
 
 
 class TakeModalityIds:
@@ -43,7 +86,7 @@ class TakeModalityIds:
         kwargs = dict(kwargs)
         if kwargs.get("modality_ids") is None:
             raise RuntimeError(MISSING)
-        self.context.modality_ids = kwargs.pop("modality_ids")
+        self.context.start(kwargs.pop("modality_ids"))
         return args, kwargs
 
 

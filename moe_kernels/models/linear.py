@@ -18,13 +18,15 @@ def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
     context: ModalityContext = module.__dict__["_modality_context"]
     if context.modality_ids is None:
         raise RuntimeError(MISSING)
+    lora = module.__dict__["_modality_lora"].weights()
+    dispatched, backend = context.linear_dispatch(lora.lora_A.shape[0], module.weight)
     return ops.lora_linear(
         hidden_states,
         module.weight,
         getattr(module, "bias", None),
-        module.__dict__["_modality_lora"].weights(),
-        modality_ids=context.modality_ids.reshape(hidden_states.shape[:-1]),
-        backend=context.backend,
+        lora,
+        dispatched=dispatched,
+        backend=backend,
     )
 
 

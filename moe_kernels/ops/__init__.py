@@ -5,8 +5,16 @@ Each folder has the public function in ``api``, its registered ops and their aut
 """
 
 from moe_kernels.ops.dispatch import Dispatch, dispatch
-from moe_kernels.ops.lora_linear import lora_linear
+from moe_kernels.ops.lora_linear import LinearDispatch, linear_dispatch, lora_linear
 from moe_kernels.ops.lora_weights import LoraWeights
 from moe_kernels.ops.moe_mlp import moe_mlp
 
-__all__ = ["Dispatch", "LoraWeights", "dispatch", "lora_linear", "moe_mlp"]
+__all__ = [
+    "Dispatch",
+    "LinearDispatch",
+    "LoraWeights",
+    "dispatch",
+    "linear_dispatch",
+    "lora_linear",
+    "moe_mlp",
+]

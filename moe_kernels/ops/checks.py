@@ -1,8 +1,9 @@
-"""Argument checks shared by the ops. Only :func:`modality_range` looks at values."""
+"""Argument checks shared by the ops. Only those of ids read values."""
 
 import torch
 from torch import Tensor
 
+from moe_kernels import env
 from moe_kernels.ops.dtypes import FLOATS
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -73,3 +74,21 @@ def modality_range(modality_ids: Tensor, num_modalities: int) -> None:
             f"modality_ids must be in -1..{num_modalities} (-1 padding, 0 the base modality, then "
             f"{num_modalities} added), got {low}..{high}"
         )
+
+
+def expert_range(topk_ids: Tensor, num_experts: int) -> None:
+    """Raise ValueError unless all ids are in 0..num_experts-1. Synchronises with a GPU."""
+    if topk_ids.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(topk_ids))
+    if low < 0 or high >= num_experts:
+        raise ValueError(f"topk_ids must be in 0..{num_experts - 1}, got {low}..{high}")
+
+
+def reads_values(device: torch.device, backend: str) -> bool:
+    """Whether an op checks the values of ids itself.
+
+    Not on CUDA, where reading them makes the host wait, unless ``MOE_KERNELS_CHECK=1``; nor for the
+    backend "cpu", whose native ops check the ids that they sort.
+    """
+    return backend != "cpu" and (device.type == "cpu" or env.check_values())

@@ -1,12 +1,15 @@
-"""What the ops' autograd formulas share, and the short way to them."""
+"""Parts that the ops' autograd formulas share, and the way around the dispatcher."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
+Fields = TypeVar("Fields", bound=tuple)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -42,16 +45,44 @@ def plain_function(
     return type(name, (torch.autograd.Function,), methods)
 
 
-def place(
-    needed: Sequence[Tensor], positions: Sequence[int], needs: Sequence[bool], num_args: int
-) -> tuple[Tensor | None, ...]:
-    """The gradients of an op's ``num_args`` arguments, None where there is none.
+class OpArguments:
+    """Names of a registered op's arguments, and positions of those that may take a gradient.
 
-    ``needed`` are those of the arguments at ``positions`` whose entry in ``needs`` is true.
+    Args:
+        function: the op's function; its signature gives the names.
+        differentiable: names of the arguments that may take a gradient, in the order of the
+            backward op's ``needs``.
     """
-    grads: list[Tensor | None] = [None] * num_args
-    rest = iter(needed)
-    for position, need in zip(positions, needs, strict=True):
-        if need:
-            grads[position] = next(rest)
-    return tuple(grads)
+
+    def __init__(self, function: Callable, differentiable: Sequence[str]):
+        self.names = tuple(inspect.signature(function).parameters)
+        self.positions = tuple(map(self.names.index, differentiable))
+
+    def by_name(self, arguments: Sequence) -> dict[str, Any]:
+        """Map each argument's name to its value."""
+        return dict(zip(self.names, arguments, strict=True))
+
+    def needs(self, needs_input_grad: Sequence[bool]) -> list[bool]:
+        """Select the entries of ``ctx.needs_input_grad`` that the backward op takes."""
+        return [needs_input_grad[position] for position in self.positions]
+
+    def gradients(
+        self, needed: Iterable[Tensor] = (), needs: Sequence[bool] | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Return one gradient for each argument, None where there is none.
+
+        Args:
+            needed: the gradients whose entry in ``needs`` is true, in its order.
+            needs: as returned by :meth:`needs`; None: no gradient at all.
+        """
+        grads: list[Tensor | None] = [None] * len(self.names)
+        rest = iter(needed)
+        for position, need in zip(self.positions, needs or (), strict=needs is not None):
+            if need:
+                grads[position] = next(rest)
+        return tuple(grads)
+
+
+def select(kind: type[Fields], named: Mapping[str, Any]) -> Fields:
+    """Build a NamedTuple from the entries of ``named`` that have the names of its fields."""
+    return kind(**{name: named[name] for name in kind._fields})

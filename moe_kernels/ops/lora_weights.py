@@ -20,6 +20,12 @@ class LoraWeights(NamedTuple):
     lora_B: Tensor
     scaling: Tensor
 
+    def for_kernels(self) -> "LoraWeights":
+        """Return contiguous tensors, the scaling in float32."""
+        return LoraWeights(
+            self.lora_A.contiguous(), self.lora_B.contiguous(), self.scaling.float().contiguous()
+        )
+
 
 def check_expert_lora(name: str, lora: LoraWeights, weight: Tensor) -> None:
     """Raise unless ``lora`` fits the stacked ``weight`` (E, out, in)."""

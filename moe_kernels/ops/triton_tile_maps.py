@@ -45,6 +45,9 @@ def by_added_expert(first: int, num_added: int, num_modalities: int) -> Groups:
     return Groups(num_added, num_added, segments, first * segments, segments)
 
 
+RequestedMaps = Sequence[tuple[Groups, int]]  # of each map: groups of rows, and rows of a tile
+
+
 class TileMap(NamedTuple):
     """Tiles of groups of rows.
 
@@ -143,25 +146,39 @@ def tile_map_kernel(
             tl.store(tiles_ptr + row * num_tiles + tile + offs, 0, mask=tile + offs < num_tiles)
 
 
+def most_tiles(num_rows: int, num_groups: int, block: int) -> int:
+    """Return how many tiles the groups can have, whatever the routing."""
+    return num_rows // block + num_groups if num_groups else 0
+
+
 def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int) -> TileMap:
     """The tiles of ``block`` rows of some of ``num_rows`` sorted rows."""
-    num_tiles = num_rows // block + groups.num if groups.num else 0
+    num_tiles = most_tiles(num_rows, groups.num, block)
     made = TileMap(
         segment_offsets.new_empty(3, num_tiles), segment_offsets.new_empty(3, groups.num),
         num_rows, block,
     )  # fmt: skip
     if groups.num:
         tile_map_kernel[(groups.num,)](
-            segment_offsets, made.tiles, made.groups, segment_offsets.numel() - 1, num_rows,
-            groups.num, num_tiles, block, *groups[1:],
-            BLOCK_G=triton.next_power_of_2(groups.num), BLOCK_T=128,
-        )  # fmt: skip
+            segments_ptr=segment_offsets,
+            tiles_ptr=made.tiles,
+            groups_ptr=made.groups,
+            num_segments=segment_offsets.numel() - 1,
+            num_rows=num_rows,
+            num_groups=groups.num,
+            num_tiles=num_tiles,
+            block=block,
+            period=groups.period,
+            stride=groups.stride,
+            offset=groups.offset,
+            width=groups.width,
+            BLOCK_G=triton.next_power_of_2(groups.num),
+            BLOCK_T=128,
+        )
     return made
 
 
-def tile_maps(
-    segment_offsets: Tensor, num_rows: int, requested: Sequence[tuple[Groups, int]]
-) -> list[TileMap]:
+def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) -> list[TileMap]:
     """:func:`tile_map` for each pair of groups and rows of a tile."""
     return [tile_map(segment_offsets, groups, num_rows, block) for groups, block in requested]
 

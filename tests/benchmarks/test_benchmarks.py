@@ -399,7 +399,7 @@ def test_one_pass_over_dY_moves_less(bench, rank, fewer):
 
 def test_the_cost_model_has_the_parts_of_the_kernels(bench):
     triton, cuda = bench.costs.PARTS_OF_DU["triton"], bench.costs.PARTS_OF_DU["cuda"]
-    kernels = pytest.importorskip("moe_kernels.ops.triton_kernels")
+    kernels = pytest.importorskip("moe_kernels.ops.triton_launches")
     columns = kernels.wgrad_blocks(16, 4096, torch.bfloat16, with_du=True, capability=90)[1]
     assert triton == (kernels.MAX_RANK_WITH_DU, columns)
     if _native.is_available():

@@ -47,7 +47,7 @@ if ON_GPU:  # without one they would say the same again, slowly
     )
 
 from moe_kernels import _native, backends
-from moe_kernels.ops import LoraWeights, cuda_kernels, lora_linear, triton_kernels
+from moe_kernels.ops import LoraWeights, cuda_launches, lora_linear, triton_launches
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
@@ -68,7 +68,7 @@ def cuda_for_triton(monkeypatch):
     """The cases name "triton", which can be named without a GPU too. The extension's products are
     looked at on every device.
     """
-    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 1000)
+    monkeypatch.setattr(cuda_launches, "TRITON_FROM", 1000)
     implementation = backends.implementation
     monkeypatch.setattr(
         backends,
@@ -161,7 +161,7 @@ def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
 def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most):
     """du is then a pass of its own, twice in a layer."""
     monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
-    monkeypatch.setattr(triton_kernels, "MAX_BYTES_OF_PARTS", most)
+    monkeypatch.setattr(triton_launches, "MAX_BYTES_OF_PARTS", most)
     shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
     check(torch.bfloat16, shape, seed=3, num_modalities=2)
     names = [name for name, _ in calls]
@@ -187,7 +187,7 @@ def test_a_layer_calls_the_native_ops(calls, variant, wgrads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_where_triton_multiplies(calls, monkeypatch, dtype):
-    monkeypatch.setattr(cuda_kernels, "TRITON_FROM", 0)
+    monkeypatch.setattr(cuda_launches, "TRITON_FROM", 0)
     check(dtype, replace(VECTORS, r=24), num_modalities=2, num_extra=1)
     assert {name for name, _ in calls} == {"dispatch_with_maps", "tile_maps", "combine"}
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels import tune
-from moe_kernels.ops import LoraWeights, lora_linear, moe_mlp, triton_kernels
+from moe_kernels.ops import LoraWeights, lora_linear, moe_mlp, triton_launches
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.dispatch import reference
 from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
@@ -97,14 +97,14 @@ def test_shapes(shape):
 
 def test_where_the_parts_of_du_are_large(monkeypatch):
     """du is then a pass of its own, twice in a layer."""
-    launched, shrink = [], triton_kernels.shrink
+    launched, shrink = [], triton_launches.shrink
     monkeypatch.setattr(
-        triton_kernels,
+        triton_launches,
         "shrink",
-        lambda *a, **options: launched.append(options["rank_first"]) or shrink(*a, **options),
+        lambda given: launched.append(given.rank_first) or shrink(given),
     )
     shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
-    monkeypatch.setattr(triton_kernels, "MAX_BYTES_OF_PARTS", 0)
+    monkeypatch.setattr(triton_launches, "MAX_BYTES_OF_PARTS", 0)
     check(torch.float32, shape, seed=3, num_modalities=2)
     assert launched.count(False) == 2
 
@@ -173,7 +173,7 @@ def test_the_copy_engine_changes_no_bit(monkeypatch, hidden, inter, launches):
     )
     with_engine = run(inputs, "triton", grad_out)
     assert len(used) == launches
-    monkeypatch.setattr(triton_kernels, "has_tma", lambda device: False)
+    monkeypatch.setattr(triton_launches, "has_tma", lambda device: False)
     without = run(inputs, "triton", grad_out)
     assert len(used) == launches
     assert all(torch.equal(with_engine[name], without[name]) for name in without)
@@ -467,14 +467,11 @@ def test_the_host_never_waits(tokens, no_values):
     weights = ExpertWeights(*inputs[3:5], *inputs[8:], *loras)
     x, ids, topk_weights = inputs[:3]
     with NoSync():
-        wanted = triton_moe_mlp.forward_maps(ids.numel(), weights)
-        fields, tile_maps = triton_dispatch.dispatch_with_maps(
-            ids, weights.num_experts, inputs.modality_ids, weights.num_modalities, wanted
+        out, saved = triton_moe_mlp.forward(
+            x, ids, topk_weights, inputs.modality_ids, weights, True
         )
-        perm, inv_perm, _, _, segments = fields
-        routed = topk_weights, perm, inv_perm, segments, weights
-        out, *saved = triton_moe_mlp.forward(x, *routed, True, *tile_maps)
-        triton_moe_mlp.backward(torch.ones_like(out), x, *routed, *saved, [True] * 8)
+        grad_out = torch.ones_like(out)
+        triton_moe_mlp.backward(grad_out, x, topk_weights, weights, saved, [True] * 8)
 
 
 NEEDS_GPU = pytest.mark.skipif(

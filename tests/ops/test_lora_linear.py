@@ -74,7 +74,10 @@ def test_gradcheck(backend, modality):
 @pytest.mark.parametrize("modality", ["mixed", None])
 def test_opcheck(backend, modality):
     x, weight, bias, lora, modality_ids = make(modality=modality)
-    args = (x.requires_grad_(), weight, bias, modality_ids, *lora, True, backend)
+    ids = torch.zeros(11, dtype=torch.int64) if modality_ids is None else modality_ids
+    torch.library.opcheck(torch.ops.moe_kernels.linear_dispatch.default, (ids, 2, backend))
+    dispatched = ops.linear_dispatch(ids, 2, backend=backend)
+    args = (x.requires_grad_(), weight, bias, *dispatched, *lora, True, backend)
     torch.library.opcheck(torch.ops.moe_kernels.lora_linear.default, args)
 
 
@@ -86,9 +89,10 @@ def test_opcheck_of_the_backward(backend, dtype, modality):
     x, weight, bias, lora, modality_ids = make(modality=modality)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     lora = LoraWeights(*(t.float() for t in lora))
-    _, *saved = torch.ops.moe_kernels.lora_linear(
-        x, weight, bias, modality_ids, *lora, True, backend
-    )
+    ids = torch.zeros(11, dtype=torch.int64) if modality_ids is None else modality_ids
+    dispatched = ops.linear_dispatch(ids, 2, backend=backend)
+    _, u = torch.ops.moe_kernels.lora_linear(x, weight, bias, *dispatched, *lora, True, backend)
+    saved = (u, dispatched.perm, dispatched.segment_offsets)
     grad_out = torch.randn(x.shape[0], weight.shape[0], dtype=dtype)
     for needs in ([True] * 3, [True, False, False], [False, True, True], [False, False, True]):
         torch.library.opcheck(
@@ -230,6 +234,46 @@ def test_leading_dimensions_and_unwritten_memory(backend, filled_memory):
     )
     assert torch.equal(out, flat.view(3, 4, -1))
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_that_share_a_dispatch_keep_their_bits(backend, dtype):
+    """Two layers of other widths on the same tokens."""
+    for inner, out in ((40, 24), (24, 72)):
+        x, weight, bias, lora, modality_ids = make(37, inner, out)
+        x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+        lora = LoraWeights(*(t.float() for t in lora))
+        dispatched = ops.linear_dispatch(modality_ids, 2, backend=backend)
+        results = []
+        for given in ({"modality_ids": modality_ids}, {"dispatched": dispatched}):
+            leaves = [t.detach().clone().requires_grad_() for t in (x, *lora[:2])]
+            pair = LoraWeights(*leaves[1:], lora.scaling)
+            out = ops.lora_linear(leaves[0], weight, bias, pair, **given, backend=backend)
+            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_a_dispatch_that_does_not_fit_is_refused(backend):
+    x, weight, bias, lora, modality_ids = make()
+    dispatched = ops.linear_dispatch(modality_ids, 2, backend=backend)
+
+    def call(match, error=ValueError, **given):
+        with pytest.raises(error, match=match):
+            ops.lora_linear(x, weight, bias, lora, **given, backend=backend)
+
+    call("modality_ids or dispatched, not both", modality_ids=modality_ids, dispatched=dispatched)
+    call("dispatched must be a LinearDispatch, got tuple", TypeError, dispatched=tuple(dispatched))
+    call("dispatched.perm must have shape", dispatched=dispatched._replace(perm=modality_ids[1:]))
+    other = ops.linear_dispatch(modality_ids, 3, backend=backend)
+    call("dispatched.segment_offsets must have shape", dispatched=other)
+    cut = dispatched._replace(tiles=dispatched.tiles.new_empty(3, 99))
+    call("dispatched.tiles must have shape", dispatched=cut)
+    meta = dispatched._replace(segment_offsets=dispatched.segment_offsets.to("meta"))
+    call("dispatched.segment_offsets must be on cpu, got meta", dispatched=meta)
+    with pytest.raises(ValueError, match="modality_ids must be in -1..2"):
+        ops.linear_dispatch(modality_ids + 3, 2, backend=backend)
 
 
 def test_bad_input_is_refused():

@@ -5,15 +5,13 @@ grows with the square, but for the batches of decoding it is one small launch in
 of a sort and what follows it.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.ops.dispatch import reference
-from moe_kernels.ops.triton_tile_maps import Groups, TileMap, tile_maps
+from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap, tile_maps
 
 MAX_COUNTED = 4096  # rows: 16 million comparisons
 BLOCKS = {"BLOCK": 32, "STEP": 128}  # rows of a program, and rows it looks at in one step
@@ -99,11 +97,22 @@ def dispatch(
     sizes = (rows, rows, num_experts, num_experts + 1, num_segments + 1)
     fields = tuple(torch.empty(n, dtype=torch.int64, device=topk_ids.device) for n in sizes)
     grid = sum(triton.cdiv(n, BLOCKS["BLOCK"]) for n in (rows, num_segments + 1))
+    perm, inv_perm, tokens_per_expert, expert_offsets, segment_offsets = fields
     dispatch_kernel[(grid,)](
-        topk_ids, topk_ids if modality_ids is None else modality_ids, *fields, rows, num_experts,
-        num_modalities, TOP_K=topk_ids.shape[1], HAS_MODALITIES=modality_ids is not None,
+        topk_ids_ptr=topk_ids,
+        modality_ids_ptr=topk_ids if modality_ids is None else modality_ids,
+        perm_ptr=perm,
+        inv_perm_ptr=inv_perm,
+        tokens_ptr=tokens_per_expert,
+        experts_ptr=expert_offsets,
+        segments_ptr=segment_offsets,
+        num_rows=rows,
+        num_experts=num_experts,
+        num_modalities=num_modalities,
+        TOP_K=topk_ids.shape[1],
+        HAS_MODALITIES=modality_ids is not None,
         **BLOCKS,
-    )  # fmt: skip
+    )
     return fields
 
 
@@ -112,7 +121,7 @@ def dispatch_with_maps(
     num_experts: int,
     modality_ids: Tensor | None,
     num_modalities: int,
-    requested: Sequence[tuple[Groups, int]],
+    requested: RequestedMaps,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[TileMap]]:
     """:func:`dispatch`, and the tile maps of these groups and rows of a tile."""
     fields = dispatch(topk_ids, num_experts, modality_ids, num_modalities)

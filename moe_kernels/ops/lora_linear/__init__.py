@@ -1,5 +1,6 @@
 """A linear layer with low-rank updates on the rows of added modalities."""
 
 from moe_kernels.ops.lora_linear.api import lora_linear
+from moe_kernels.ops.lora_linear.dispatch import LinearDispatch, linear_dispatch
 
-__all__ = ["lora_linear"]
+__all__ = ["LinearDispatch", "linear_dispatch", "lora_linear"]

@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.lora_linear import autograd
+from moe_kernels.ops.lora_linear.dispatch import LinearDispatch, linear_dispatch
 from moe_kernels.ops.lora_weights import LoraWeights, check_linear_lora
 
 _FROZEN = "the base layer is frozen and gets no gradient"
@@ -18,6 +19,7 @@ def lora_linear(
     lora: LoraWeights,
     *,
     modality_ids: Tensor | None = None,
+    dispatched: LinearDispatch | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``x W^T + b``, plus ``s[m] (x A[m]^T) B[m]^T`` on the rows of modality m >= 1.
@@ -31,6 +33,8 @@ def lora_linear(
         bias: (out,) or None, frozen.
         lora: ``lora_A`` (M, r, in), ``lora_B`` (M, out, r), in the base's dtype or float32.
         modality_ids: int, of the leading shape of ``hidden_states``, -1..M. None: the base path.
+        dispatched: what :func:`moe_kernels.ops.linear_dispatch` returned for these modality ids and
+            this backend, in place of ``modality_ids``: several layers can share it.
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
@@ -60,15 +64,31 @@ def lora_linear(
     check_linear_lora("lora", lora, weight)
 
     leading = hidden_states.shape[:-1]
-    if modality_ids is not None:
+    if dispatched is not None:
+        _check_dispatched(dispatched, modality_ids, hidden_states.device)
+    elif modality_ids is not None:
         checks.integer("modality_ids", modality_ids)
         checks.shape("modality_ids", modality_ids, tuple(leading))
         checks.device("modality_ids", modality_ids, hidden_states.device)
     backend = backends.select(backend, hidden_states.device, weight.dtype)
 
     x = hidden_states.reshape(-1, weight.shape[1]).to(weight.dtype)
-    if modality_ids is not None:
-        modality_ids = modality_ids.reshape(-1).long()
+    if dispatched is None:
+        ids = x.new_zeros(x.shape[0], dtype=torch.int64) if modality_ids is None else modality_ids
+        num_modalities = lora.lora_A.shape[0]
+        dispatched = linear_dispatch(ids.reshape(-1).long(), num_modalities, backend=backend)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora[:2]))
-    out = autograd.run(x, weight, bias, modality_ids, *lora, save, backend)
+    out = autograd.run(x, weight, bias, *dispatched, *lora, save, backend)
     return out.view(*leading, weight.shape[0]).to(hidden_states.dtype)
+
+
+def _check_dispatched(
+    dispatched: LinearDispatch, modality_ids: Tensor | None, device: torch.device
+) -> None:
+    """Raise unless ``dispatched`` is a LinearDispatch on ``device``; the op checks its shapes."""
+    if not isinstance(dispatched, LinearDispatch):
+        raise TypeError(f"dispatched must be a LinearDispatch, got {type(dispatched).__name__}")
+    if modality_ids is not None:
+        raise ValueError("give modality_ids or dispatched, not both")
+    for name, tensor in dispatched._asdict().items():
+        checks.device(f"dispatched.{name}", tensor, device)

@@ -9,70 +9,54 @@ import torch
 from torch import Tensor
 
 from moe_kernels import backends
-from moe_kernels.ops.dispatch import autograd as dispatch_autograd
 from moe_kernels.ops.dtypes import on_device, without_autocast
-from moe_kernels.ops.gradients import is_plain, place, plain_function
+from moe_kernels.ops.gradients import OpArguments, is_plain, plain_function, select
+from moe_kernels.ops.lora_linear.dispatch import LinearDispatch, check_linear_dispatch
+from moe_kernels.ops.lora_weights import LoraWeights
 
 
 def _lora_linear(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    modality_ids: Tensor | None,
+    perm: Tensor,
+    segment_offsets: Tensor,
+    tiles: Tensor,
+    groups: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: Tensor,
     save_for_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns out (T, out), u (T, r) or (0, r), perm (T,) and segment_offsets (M+2,)."""
-    topk_ids = torch.zeros(
-        hidden_states.shape[0], 1, dtype=torch.int64, device=hidden_states.device
-    )
-    implementation, requested = backends.implementation("lora_linear", backend), ()
-    if backend in dispatch_autograd.WITH_MAPS:
-        requested = implementation.forward_maps(lora_A.shape[0])
-    (perm, _, _, _, segment_offsets), maps = dispatch_autograd.run(
-        topk_ids, 1, modality_ids, lora_A.shape[0], backend, requested
-    )
+) -> tuple[Tensor, Tensor]:
+    """Return out (T, out), and u (T, r), or (0, r) unless ``save_for_backward``."""
+    dispatched, rows = LinearDispatch(perm, segment_offsets, tiles, groups), hidden_states.shape[0]
+    check_linear_dispatch(dispatched, rows, lora_A.shape[0], backend)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()
         out = torch.nn.functional.linear(hidden_states, weight, bias)
-        u = implementation.forward(
+        u = backends.implementation("lora_linear", backend).forward(
             out,
             hidden_states,
-            perm,
-            segment_offsets,
-            lora_A,
-            lora_B,
-            scaling,
+            dispatched,
+            LoraWeights(lora_A, lora_B, scaling),
             save_for_backward,
-            *maps,
         )
-    return out, u, perm, segment_offsets
+    return out, u
 
 
+_FORWARD = OpArguments(_lora_linear, differentiable=("hidden_states", "lora_A", "lora_B"))
 lora_linear_op = torch.library.custom_op("moe_kernels::lora_linear", _lora_linear, mutates_args=())
 
 
 @lora_linear_op.register_fake
-def _(
-    hidden_states,
-    weight,
-    bias,
-    modality_ids,
-    lora_A,
-    lora_B,
-    scaling,
-    save_for_backward,
-    backend,
-):
+def _(*arguments):
+    given = _FORWARD.by_name(arguments)
+    hidden_states, rank = given["hidden_states"], given["lora_A"].shape[1]
     rows = hidden_states.shape[0]
     return (
-        hidden_states.new_empty(rows, weight.shape[0]),
-        hidden_states.new_empty(rows if save_for_backward else 0, lora_A.shape[1]),
-        hidden_states.new_empty(rows, dtype=torch.int64),
-        hidden_states.new_empty(lora_A.shape[0] + 2, dtype=torch.int64),
+        hidden_states.new_empty(rows, given["weight"].shape[0]),
+        hidden_states.new_empty(rows if given["save_for_backward"] else 0, rank),
     )
 
 
@@ -89,7 +73,7 @@ def _lora_linear_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, of hidden_states, lora_A and lora_B."""
+    """Return the gradients that ``needs`` asks for, of hidden_states, lora_A and lora_B."""
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         grad_out = grad_out.contiguous()
         grad_hidden = grad_out @ weight if needs[0] else None
@@ -99,9 +83,7 @@ def _lora_linear_backward(
             u,
             perm,
             segment_offsets,
-            lora_A,
-            lora_B,
-            scaling,
+            LoraWeights(lora_A, lora_B, scaling),
             grad_hidden,
             needs[1:],
         )
@@ -136,30 +118,29 @@ def _(
     ]
 
 
-# Positions in lora_linear_op's arguments of what may take a gradient, in the order of ``needs``.
-_DIFFERENTIABLE = (0, 4, 5)
-_NUM_ARGS = 9
-
-
 def _setup_context(ctx, inputs, output):
-    hidden_states, weight, _, _, lora_A, lora_B, scaling, _, backend = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
+    given, (_, u) = _FORWARD.by_name(inputs), output
+    ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden_states, weight, lora_A, lora_B, scaling, *saved)
-    ctx.backend = backend
+    ctx.save_for_backward(
+        given["hidden_states"],
+        given["weight"],
+        *select(LoraWeights, given),
+        u,
+        given["perm"],
+        given["segment_offsets"],
+    )
+    ctx.backend = given["backend"]
 
 
-def _backward(ctx, grad_out, *_):
+def _backward(ctx, grad_out, _):
     if grad_out is None:
-        return (None,) * _NUM_ARGS
-    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    saved = ctx.saved_tensors
+        return _FORWARD.gradients()
+    needs, saved = _FORWARD.needs(ctx.needs_input_grad), ctx.saved_tensors
     # With a graph of the backward pass the op must be seen, to say that it has no derivative.
     plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
     compute = _lora_linear_backward if plain else torch.ops.moe_kernels.lora_linear_backward
-    needed = compute(grad_out, *saved, needs, ctx.backend)
-    return place(needed, _DIFFERENTIABLE, needs, _NUM_ARGS)
+    return _FORWARD.gradients(compute(grad_out, *saved, needs, ctx.backend), needs)
 
 
 lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
@@ -167,7 +148,7 @@ _plain = plain_function("LoraLinear", _lora_linear, _setup_context, _backward)
 
 
 def run(*arguments: Tensor | bool | str | None) -> Tensor:
-    """The first output of :func:`_lora_linear`, by the short way where the tensors are plain.
+    """Return the first output of :func:`_lora_linear`, around the dispatcher for plain tensors.
 
     Then no ``TorchFunctionMode`` sees the op either.
     """

@@ -8,25 +8,39 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moe_kernels.ops.dispatch import reference as dispatch_reference
 from moe_kernels.ops.dtypes import acc_dtype
+from moe_kernels.ops.lora_linear.dispatch import LinearDispatch
+from moe_kernels.ops.lora_weights import LoraWeights
 
 _BLOCK_M = 1024
+
+
+def num_tiles(num_tokens: int, num_modalities: int) -> None:
+    """Return None: nothing here takes rows in tiles of a map."""
+
+
+def dispatch(modality_ids: Tensor, num_modalities: int) -> LinearDispatch:
+    """Sort the rows of ``modality_ids`` (T,) by modality."""
+    topk_ids = torch.zeros_like(modality_ids)[:, None]
+    perm, _, _, _, segment_offsets = dispatch_reference.dispatch(
+        topk_ids, 1, modality_ids, num_modalities
+    )
+    return LinearDispatch(perm, segment_offsets, perm.new_empty(3, 0), perm.new_empty(3, 0))
 
 
 def forward(
     out: Tensor,
     hidden_states: Tensor,
-    perm: Tensor,
-    segment_offsets: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
+    dispatched: LinearDispatch,
+    lora: LoraWeights,
     save_for_backward: bool,
 ) -> Tensor:
-    """Add s (x A^T) B^T to ``out`` (T, out) in place; returns u = x A^T, (T, r) or (0, r)."""
+    """Add s (x A^T) B^T to ``out`` (T, out) in place; return u = x A^T, (T, r) or (0, r)."""
+    (lora_A, lora_B, scaling), perm = lora, dispatched.perm
     acc = acc_dtype(hidden_states.dtype)
     u_saved = hidden_states.new_zeros(perm.numel() if save_for_backward else 0, lora_A.shape[1])
-    for modality, block in _blocks(segment_offsets):
+    for modality, block in _blocks(dispatched.segment_offsets):
         rows, s = perm[block], scaling[modality].to(acc)
         u = (hidden_states[rows].to(acc) @ lora_A[modality].to(acc).T).to(out.dtype)
         if save_for_backward:
@@ -42,13 +56,12 @@ def backward(
     u: Tensor,
     perm: Tensor,
     segment_offsets: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
+    lora: LoraWeights,
     grad_hidden: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Add s (dy B) A to ``grad_hidden`` in place; returns those of dA, dB that are needed."""
+    """Add s (dy B) A to ``grad_hidden`` in place; return those of dA and dB that are needed."""
+    lora_A, lora_B, scaling = lora
     acc = acc_dtype(hidden_states.dtype)
     need_a, need_b = needs
     grad_A, grad_B = torch.zeros_like(lora_A, dtype=acc), torch.zeros_like(lora_B, dtype=acc)

@@ -6,38 +6,58 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops import triton_tile_maps as maps
-from moe_kernels.ops.triton_kernels import TRITON_SHARED, SharedLaunches, check_dtype
-from moe_kernels.ops.triton_tile_maps import Groups, TileMap
+from moe_kernels.ops.lora_linear.dispatch import LinearDispatch
+from moe_kernels.ops.lora_weights import LoraWeights
+from moe_kernels.ops.triton_launches import (
+    TRITON_SHARED,
+    LowRank,
+    SharedLaunches,
+    Shrink,
+    Wgrad,
+    check_dtype,
+)
+from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap
 
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 128, 64
 
 
-def forward_maps(num_modalities: int) -> list[tuple[Groups, int]]:
-    """The tile map that ``forward`` takes: of adapted rows."""
-    return _of_adapters(num_modalities, BLOCK_M)
+def num_tiles(num_tokens: int, num_modalities: int) -> int:
+    """Return how many tiles :func:`dispatch` makes."""
+    return maps.most_tiles(num_tokens, num_modalities, BLOCK_M)
+
+
+def dispatch(
+    modality_ids: Tensor, num_modalities: int, *, launches: SharedLaunches = TRITON_SHARED
+) -> LinearDispatch:
+    """Sort the rows of ``modality_ids`` (T,) by modality, and cut adapted rows into tiles."""
+    topk_ids = torch.zeros_like(modality_ids)[:, None]
+    requested = _adapter_maps(num_modalities, BLOCK_M)
+    (perm, _, _, _, segment_offsets), (tiles,) = launches.dispatch_with_maps(
+        topk_ids, 1, modality_ids, num_modalities, requested
+    )
+    return LinearDispatch(perm, segment_offsets, tiles.tiles, tiles.groups)
 
 
 def forward(
     out: Tensor,
     hidden_states: Tensor,
-    perm: Tensor,
-    segment_offsets: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
+    dispatched: LinearDispatch,
+    lora: LoraWeights,
     save_for_backward: bool,
-    tiles: TileMap,
     *,
     launches: SharedLaunches = TRITON_SHARED,
 ) -> Tensor:
-    """Add s (x A^T) B^T to ``out`` (T, out) in place; returns u = x A^T, (T, r) or (0, r)."""
+    """Add s (x A^T) B^T to ``out`` (T, out) in place; return u = x A^T, (T, r) or (0, r)."""
     check_dtype(hidden_states.dtype)
-    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    lora_A, lora_B, scaling = lora.for_kernels()
+    perm = dispatched.perm
+    tiles = TileMap(dispatched.tiles, dispatched.groups, perm.numel(), BLOCK_M)
     new = hidden_states.new_zeros if save_for_backward else hidden_states.new_empty
     u = new(perm.numel(), lora_A.shape[1])
     _shrink(launches, hidden_states, lora_A, perm, tiles, u, rank_first=True)
-    scaling = scaling.float().contiguous()
-    launches.add_low_rank(u, lora_B, scaling, perm, tiles, out, rank_last=True, block_n=BLOCK_N)
+    launches.add_low_rank(
+        LowRank(u, lora_B, scaling, perm, tiles, out, rank_last=True, block_n=BLOCK_N)
+    )
     return u if save_for_backward else u.new_empty(0, u.shape[1])
 
 
@@ -47,57 +67,90 @@ def backward(
     u: Tensor,
     perm: Tensor,
     segment_offsets: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
+    lora: LoraWeights,
     grad_hidden: Tensor | None,
     needs: list[bool],
     *,
     launches: SharedLaunches = TRITON_SHARED,
 ) -> list[Tensor]:
-    """Add s (dy B) A to ``grad_hidden`` in place; returns those of dA, dB that are needed."""
+    """Add s (dy B) A to ``grad_hidden`` in place; return those of dA and dB that are needed."""
+    lora_A, lora_B, scaling = lora.for_kernels()
     chunk = maps.chunk_rows(perm.numel(), max(lora_A.numel(), lora_B.numel()))
     tiles, chunks = launches.tile_maps(
-        segment_offsets, perm.numel(), _of_adapters(segment_offsets.numel() - 2, BLOCK_M, chunk)
+        segment_offsets, perm.numel(), _adapter_maps(segment_offsets.numel() - 2, BLOCK_M, chunk)
     )
-    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     need_A, need_B = needs
     need_du = grad_hidden is not None or need_A
-    scaling = scaling.float().contiguous()
     together = need_du and need_B and launches.gives_du(lora_A.shape[1], grad_out)
     if need_B:
         matrix = lora_B if together else None
-        grad_B, du = _wgrad(
-            launches, u, grad_out, perm, chunks, scaling, transposed=True, matrix=matrix,
-            tiles=tiles,
-        )  # fmt: skip
+        grad_B, du = launches.wgrad(
+            Wgrad(
+                left=u,
+                right=grad_out,
+                perm=perm,
+                rows=chunks,
+                factors=scaling,
+                top_k=1,
+                transposed=True,
+                right_by_token=True,
+                matrix=matrix,
+                tiles=tiles,
+            )
+        )
     if need_du and not together:
         du = torch.empty(perm.numel(), lora_A.shape[1], dtype=torch.float32, device=perm.device)
         _shrink(launches, grad_out, lora_B, perm, tiles, du, rank_first=False)
     if grad_hidden is not None:
         launches.add_low_rank(
-            du, lora_A, scaling, perm, tiles, grad_hidden, rank_last=False, block_n=BLOCK_N
+            LowRank(du, lora_A, scaling, perm, tiles, grad_hidden, rank_last=False, block_n=BLOCK_N)
         )
     grads = []
     if need_A:
-        grads += _wgrad(launches, du, hidden_states, perm, chunks, scaling, transposed=False)[:1]
+        grad_A, _ = launches.wgrad(
+            Wgrad(
+                left=du,
+                right=hidden_states,
+                perm=perm,
+                rows=chunks,
+                factors=scaling,
+                top_k=1,
+                transposed=False,
+                right_by_token=True,
+            )
+        )
+        grads.append(grad_A)
     if need_B:
         grads.append(grad_B)
     return grads
 
 
-def _of_adapters(num_modalities: int, *blocks: int) -> list[tuple[Groups, int]]:
+def _adapter_maps(num_modalities: int, *blocks: int) -> RequestedMaps:
     return [(maps.by_adapter(1, num_modalities), block) for block in blocks]
 
 
-def _shrink(launches, left: Tensor, matrix: Tensor, perm, tiles, out: Tensor, *, rank_first):
+def _shrink(
+    launches: SharedLaunches,
+    left: Tensor,
+    matrix: Tensor,
+    perm: Tensor,
+    tiles: TileMap,
+    out: Tensor,
+    *,
+    rank_first: bool,
+) -> None:
     launches.shrink(
-        left, matrix, perm, tiles, out, rank_first=rank_first, top_k=1, by_token=True, num_base=1,
-        experts=1, block_k=BLOCK_K,
-    )  # fmt: skip
-
-
-def _wgrad(launches, left: Tensor, right: Tensor, perm, chunks, scaling, **options):
-    return launches.wgrad(
-        left, right, perm, chunks, scaling, top_k=1, right_by_token=True, **options
+        Shrink(
+            left=left,
+            matrix=matrix,
+            perm=perm,
+            tiles=tiles,
+            out=out,
+            rank_first=rank_first,
+            by_token=True,
+            top_k=1,
+            num_base=1,
+            experts=1,
+            block_k=BLOCK_K,
+        )
     )

@@ -1,4 +1,4 @@
-"""``moe_mlp`` by the extension's CUDA kernels, and Triton's for what they do not take."""
+"""``moe_mlp`` by the extension's CUDA kernels where they support it, by Triton's otherwise."""
 
 from functools import partial
 
@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.cuda_kernels import CUDA_SHARED, match_routing_weights, uses_triton_gemm
+from moe_kernels.ops.cuda_launches import CUDA_SHARED, match_routing_weights, uses_triton_gemm
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.ops.moe_mlp.gpu import Layer
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 
-_ADAPTER_BLOCK = 64  # what a block of `shrink` takes at once
+_ADAPTER_BLOCK = 64  # rows that a block of `shrink` takes at once
 
 
 def supports(weights: ExpertWeights) -> bool:
-    """Whether the products are the extension's: of 16-bit weights, in whole vectors of 16 bytes,
-    on a device where they are the faster ones.
+    """Whether the extension multiplies with the experts' weights.
+
+    It does for 16-bit weights in whole vectors of 16 bytes, on devices where its kernels are the
+    faster ones.
     """
     hidden, inter = weights.down_proj.shape[1:]
     return (
@@ -38,46 +41,53 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if _is_aligned(tensor) else tensor.clone()
 
 
-def blocks(rows: int, weights: ExpertWeights) -> tuple[int, int]:
-    """Rows of a tile of one expert, for whoever multiplies them, and of one adapter."""
+def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights) -> tuple[int, int]:
+    """Return the rows of a tile of one expert, as the GEMMs take them, and of one adapter."""
+    of_expert, of_adapter = TRITON_LAYER.tile_rows(tiles, rows, weights)
     if uses_triton_gemm(weights.gate_up_proj.device):
-        return TRITON_LAYER.blocks(rows, weights)
-    if not supports(weights):
-        return TRITON_LAYER.blocks(rows, weights)[0], _ADAPTER_BLOCK
-    # Added experts are left out, as in Triton's choice of tiles.
-    return _native.grouped_gemm_block(rows, weights.gate_up_proj.shape[0]), _ADAPTER_BLOCK
+        return of_expert, of_adapter
+    if supports(weights):
+        # Added experts are left out, as in Triton's choice of tiles.
+        of_expert = _native.grouped_gemm_block(rows, weights.gate_up_proj.shape[0])
+    return of_expert, _ADAPTER_BLOCK
 
 
-def _shared_arguments(
+def _gemm_arguments(
     layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, matrix: str
 ) -> tuple[Tensor | int | None, ...]:
-    """What the native products begin with; ``matrix`` is "A" or "B", which u meets."""
+    """Return the first arguments of the native GEMMs; ``matrix`` is "A" or "B", the factor of u."""
     base, extra, has_extra = layer.stacks(stack)
     low_rank = (None, None, None)
     if u is not None and u.shape[1]:
         low_rank = u, getattr(layer.weights, f"{name}_{matrix}"), layer.lora(name)[2]
     return (
-        _aligned(left), base, _aligned(extra) if has_extra else None, layer.perm,
-        layer.expert_tiles.tiles, layer.segments, *low_rank, layer.expert_tiles.block,
-    )  # fmt: skip
+        _aligned(left),
+        base,
+        _aligned(extra) if has_extra else None,
+        layer.perm,
+        layer.expert_tiles.tiles,
+        layer.segments,
+        *low_rank,
+        layer.expert_tiles.block,
+    )
 
 
 def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """As Triton's."""
+    """See `triton_impl.gate_up`."""
     if not supports(layer.weights):
         return TRITON_LAYER.gate_up(layer, x, u1, save)
-    arguments = _shared_arguments(layer, x, "gate_up_proj", "gate_up", u1, "B")
+    arguments = _gemm_arguments(layer, x, "gate_up_proj", "gate_up", u1, "B")
     return _native.ops().gate_up(*arguments, save)
 
 
 def grouped_gemm(
     layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
 ) -> Tensor:
-    """As Triton's."""
+    """See `triton_impl.grouped_gemm`."""
     if not supports(layer.weights):
         return TRITON_LAYER.grouped_gemm(layer, left, stack, name, u, transposed=transposed)
     matrix = "B" if transposed else "A"
-    arguments = _shared_arguments(layer, left, stack, name, u, matrix)
+    arguments = _gemm_arguments(layer, left, stack, name, u, matrix)
     return _native.ops().grouped_gemm(*arguments, transposed)
 
 
@@ -90,12 +100,12 @@ def act_backward(
     act_of_adapted: bool,
     act_of_added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As Triton's."""
+    """See `triton_impl.act_backward`."""
     if not supports(layer.weights):
         return TRITON_LAYER.act_backward(
             layer, grad_out, pre_act, du2, act_of_adapted=act_of_adapted, act_of_added=act_of_added
         )
-    arguments = _shared_arguments(layer, grad_out, "down_proj", "down", du2, "A")
+    arguments = _gemm_arguments(layer, grad_out, "down_proj", "down", du2, "A")
     d_pre, act, dots = _native.ops().act_backward(
         *arguments,
         match_routing_weights(grad_out, layer.topk_weights),
@@ -107,7 +117,7 @@ def act_backward(
 
 
 def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
-    """As Triton's, which takes rows that are not a multiple of 16 bytes."""
+    """See `triton_impl.combine`, which is used for rows that are not a multiple of 16 bytes."""
     if rows.shape[1] * rows.element_size() % 16:
         return TRITON_LAYER.combine(layer, rows, weighted=weighted)
     weights = match_routing_weights(rows, layer.topk_weights) if weighted else None
@@ -118,12 +128,11 @@ def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
 
 CUDA_LAYER = TRITON_LAYER._replace(
     shared=CUDA_SHARED,
-    blocks=blocks,
+    tile_rows=tile_rows,
     gate_up=gate_up,
     grouped_gemm=grouped_gemm,
     act_backward=act_backward,
     combine=combine,
 )
-forward_maps = partial(gpu.forward_maps, CUDA_LAYER)
 forward = partial(gpu.forward, CUDA_LAYER)
 backward = partial(gpu.backward, CUDA_LAYER)

@@ -1,13 +1,13 @@
-"""``moe_mlp`` on a GPU, out of the launches that a backend gives: no host sync, no float atomics,
-every sum in a fixed order.
+"""GPU forward and backward of ``moe_mlp``, written against a backend's launch table.
+
+There is no host sync and no float atomic, and every sum has a fixed order.
 
 Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
-du2 with dB2 (two where that moves less), dA' with all that follows from it, du1 with
-dB1, the rows of dX and their combine, dA1 and dA2, and one for each weight of the added experts
-that train.
+du2 with dB2 (two where that moves less), dA' with all that follows from it, du1 with dB1, the rows
+of dX and their combine, dA1 and dA2, and one for each weight of the added experts that train.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,23 +15,23 @@ from torch import Tensor
 
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
-from moe_kernels.ops.moe_mlp.weights import ExpertWeights
-from moe_kernels.ops.triton_kernels import SharedLaunches, check_dtype
-from moe_kernels.ops.triton_tile_maps import TileMap
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
+from moe_kernels.ops.triton_launches import SharedLaunches, Shrink, Wgrad, check_dtype
+from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap
 
 
 class LayerLaunches(NamedTuple):
-    """How a backend makes each launch: functions as those of ``triton_impl``.
+    """A backend's launches for ``moe_mlp``; ``triton_impl`` has the functions' descriptions.
 
     Attributes:
-        shared: those of other ops too.
-        blocks: rows of a tile of one expert, and of one adapter, from the number of rows and the
-            weights: shapes, dtype and device alone.
+        shared: launches that other ops use too.
+        tile_rows: rows of a tile of one expert, and of one adapter, from Triton's tiles, the number
+            of rows and the weights: shapes, dtype and device alone.
         gate_up, grouped_gemm, act_backward, combine: the others.
     """
 
     shared: SharedLaunches
-    blocks: Callable[[int, ExpertWeights], tuple[int, int]]
+    tile_rows: Callable[[Tiles, int, ExpertWeights], tuple[int, int]]
     gate_up: Callable[..., tuple[Tensor, Tensor]]
     grouped_gemm: Callable[..., Tensor]
     act_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -39,7 +39,7 @@ class LayerLaunches(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What the launches of one call share."""
+    """Arguments that the launches of one call share."""
 
     shared: SharedLaunches
     topk_weights: Tensor  # (T, K)
@@ -50,8 +50,8 @@ class Layer(NamedTuple):
     tiles: Tiles  # of Triton's kernels
     expert_tiles: TileMap  # of every expert, and of the rows that were not dispatched
     adapted_tiles: TileMap  # of every pair (modality, expert)
-    chunks: TileMap | None  # the same in long tiles; backward alone
-    added: TileMap | None  # of every added expert, a tile each; none of those that are frozen
+    chunks: TileMap | None = None  # the same in long tiles; backward alone
+    added: TileMap | None = None  # of every added expert that trains, a tile each
 
     @property
     def num_base(self) -> int:
@@ -71,48 +71,46 @@ class Layer(NamedTuple):
         return self.weights.down_proj.shape[1:]
 
     def stacks(self, name: str) -> tuple[Tensor, Tensor, bool]:
-        """A frozen stack, the added experts' (or a stand-in), and whether there are any."""
+        """Return a frozen stack, the added experts' (or a stand-in), and whether there are any."""
         base, extra = getattr(self.weights, name), getattr(self.weights, f"extra_{name}")
         present = extra is not None and extra.shape[0] > 0
         return base, extra if present else base, present
 
     def lora(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """lora_A, lora_B and scaling of "gate_up" or "down"; None where there is none."""
+        """Return lora_A, lora_B and scaling of "gate_up" or "down"; None where there is none."""
         return tuple(getattr(self.weights, f"{name}_{part}") for part in ("A", "B", "scaling"))
-
-
-def forward_maps(
-    launches: LayerLaunches, rows: int, weights: ExpertWeights
-) -> list[tuple[maps.Groups, int]]:
-    """The tile maps that :func:`forward` takes: of every expert, and of every pair with an adapter.
-
-    They come with dispatch, since a backend may write them in the launches that sort.
-    """
-    of_expert, of_adapter = launches.blocks(rows, weights)
-    num_base, modalities = weights.gate_up_proj.shape[0], weights.num_modalities
-    return [
-        (maps.by_expert(weights.num_experts, modalities), of_expert),
-        (maps.by_adapter(num_base, modalities), of_adapter),
-    ]
 
 
 def forward(
     launches: LayerLaunches,
     hidden_states: Tensor,
+    topk_ids: Tensor,
     topk_weights: Tensor,
-    perm: Tensor,
-    inv_perm: Tensor,
-    segment_offsets: Tensor,
+    modality_ids: Tensor | None,
     weights: ExpertWeights,
     save_for_backward: bool,
-    *tile_maps: TileMap,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2).
-
-    ``weights`` are in the compute dtype, ``tile_maps`` those of :func:`forward_maps`.
-    """
+) -> tuple[Tensor, Saved]:
+    """Return out (T, H), and what the backward pass needs."""
     check_dtype(hidden_states.dtype)
-    layer = _make_layer(launches, topk_weights, perm, inv_perm, segment_offsets, weights, tile_maps)
+    weights = weights.in_compute_dtype(adapters=False)
+    tiles = choose_tiles(topk_ids.numel(), weights)
+    (perm, inv_perm, _, _, segment_offsets), tile_maps = launches.shared.dispatch_with_maps(
+        topk_ids,
+        weights.num_experts,
+        modality_ids,
+        weights.num_modalities,
+        _forward_maps(launches, tiles, topk_ids.numel(), weights),
+    )
+    layer = Layer(
+        launches.shared,
+        topk_weights,
+        perm,
+        inv_perm,
+        segment_offsets,
+        weights,
+        tiles,
+        *tile_maps,
+    )
     u1 = _shrink_to_u(layer, hidden_states, "gate_up", save_for_backward)
     pre_act, act = launches.gate_up(layer, hidden_states, u1, save_for_backward)
     u2 = _shrink_to_u(layer, act, "down", save_for_backward)
@@ -120,7 +118,7 @@ def forward(
     out = launches.combine(layer, expert_out, weighted=True)
     if not save_for_backward:
         u1, u2 = (u.new_empty(0, u.shape[1]) for u in (u1, u2))
-    return out, pre_act, u1, u2
+    return out, Saved(pre_act, u1, u2, perm, inv_perm, segment_offsets)
 
 
 def backward(
@@ -128,32 +126,34 @@ def backward(
     grad_out: Tensor,
     hidden_states: Tensor,
     topk_weights: Tensor,
-    perm: Tensor,
-    inv_perm: Tensor,
-    segment_offsets: Tensor,
     weights: ExpertWeights,
-    pre_act: Tensor,
-    u1: Tensor,
-    u2: Tensor,
+    saved: Saved,
     needs: list[bool],
     frozen_extra: int = 0,
 ) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in its order; of parameters in float32."""
+    """Return the gradients that ``needs`` asks for, in its order; of parameters in float32."""
     if not any(needs):
         return []
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
-    rows, weights = perm.numel(), weights.in_compute_dtype(adapters=False)
-    tile_maps = _backward_maps(
-        launches, rows, segment_offsets, weights,
-        frozen_extra if need_extra_gate_up or need_extra_down else None,
-    )  # fmt: skip
-    layer = _make_layer(launches, topk_weights, perm, inv_perm, segment_offsets, weights, tile_maps)
-    du2, grad_B2 = _du_and_dB(layer, "down", u2, grad_out, True, need_B2)
-    d_pre, act, dots = launches.act_backward(
-        layer, grad_out, pre_act, du2, act_of_adapted=need_A2, act_of_added=need_extra_down
+    weights = weights.in_compute_dtype(adapters=False)
+    tiles = choose_tiles(saved.perm.numel(), weights)
+    frozen = frozen_extra if need_extra_gate_up or need_extra_down else None
+    layer = Layer(
+        launches.shared,
+        topk_weights,
+        saved.perm,
+        saved.inv_perm,
+        saved.segment_offsets,
+        weights,
+        tiles,
+        *_backward_maps(launches, tiles, saved, weights, frozen),
     )
-    du1, grad_B1 = _du_and_dB(layer, "gate_up", u1, d_pre, need_hidden or need_A1, need_B1)
+    du2, grad_B2 = _du_and_dB(layer, "down", saved.u2, grad_out, True, need_B2)
+    d_pre, act, dots = launches.act_backward(
+        layer, grad_out, saved.pre_act, du2, act_of_adapted=need_A2, act_of_added=need_extra_down
+    )
+    du1, grad_B1 = _du_and_dB(layer, "gate_up", saved.u1, d_pre, need_hidden or need_A1, need_B1)
     grads = []
     if need_hidden:
         d_rows = launches.grouped_gemm(
@@ -177,18 +177,31 @@ def backward(
     return grads
 
 
+def _forward_maps(
+    launches: LayerLaunches, tiles: Tiles, rows: int, weights: ExpertWeights
+) -> RequestedMaps:
+    """Request the maps of every expert, and of every pair with an adapter."""
+    of_expert, of_adapter = launches.tile_rows(tiles, rows, weights)
+    num_base, modalities = weights.gate_up_proj.shape[0], weights.num_modalities
+    return [
+        (maps.by_expert(weights.num_experts, modalities), of_expert),
+        (maps.by_adapter(num_base, modalities), of_adapter),
+    ]
+
+
 def _backward_maps(
     launches: LayerLaunches,
-    rows: int,
-    segment_offsets: Tensor,
+    tiles: Tiles,
+    saved: Saved,
     weights: ExpertWeights,
     frozen_extra: int | None,
 ) -> list[TileMap]:
-    """Those of the forward pass, and the long tiles of sums over rows.
+    """Make the maps of the forward pass, and the long tiles of sums over rows.
 
     ``frozen_extra``: None where no gradient of added experts is needed.
     """
-    requested = forward_maps(launches, rows, weights)
+    rows, segment_offsets = saved.perm.numel(), saved.segment_offsets
+    requested = _forward_maps(launches, tiles, rows, weights)
     pairs, _ = requested[1]
     requested.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
     num_base, segments = weights.gate_up_proj.shape[0], weights.num_modalities + 1
@@ -205,25 +218,17 @@ def _backward_maps(
     return found
 
 
-def _make_layer(
-    launches: LayerLaunches, topk_weights: Tensor, perm: Tensor, inv_perm: Tensor,
-    segment_offsets: Tensor, weights: ExpertWeights, tile_maps: Sequence[TileMap],
-) -> Layer:  # fmt: skip
-    return Layer(
-        launches.shared, topk_weights, perm, inv_perm, segment_offsets, weights,
-        choose_tiles(perm.numel(), weights), *tile_maps, *[None] * (4 - len(tile_maps)),
-    )  # fmt: skip
-
-
 def _largest_sum(weights: ExpertWeights) -> int:
-    """Elements of an expert's largest adapter gradient."""
+    """Return the number of elements of an expert's largest adapter gradient."""
     (hidden, inter), (of_gate_up, of_down) = weights.down_proj.shape[1:], weights.ranks
     return max(1, of_gate_up * max(hidden, 2 * inter), of_down * max(hidden, inter))
 
 
 def _shrink_to_u(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
-    """u = left A^T (T*K, r); (T*K, 0) without adapters. What is saved for backward has zeros where
-    there is no adapter: an op's output is a function of its inputs.
+    """Return u = left A^T (T*K, r); (T*K, 0) without adapters.
+
+    A tensor that is saved for backward has zeros in rows without an adapter: an op's output is a
+    function of its inputs.
     """
     lora_A, _, _ = layer.lora(name)
     if lora_A is None:
@@ -232,30 +237,40 @@ def _shrink_to_u(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
     return _shrink(layer, left, lora_A, out, by_token=name == "gate_up", rank_first=True)
 
 
-def _shrink_to_du(layer: Layer, left: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
-    """du = left B (T*K, r) in float32, adapted rows alone."""
+def _shrink_to_du(layer: Layer, dy: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
+    """Return du = dy B (T*K, r) in float32; only adapted rows are written."""
     rank = lora_B.shape[3]
-    out = torch.empty(layer.num_rows, rank, dtype=torch.float32, device=left.device)
-    return _shrink(layer, left, lora_B, out, by_token=by_token, rank_first=False)
+    out = torch.empty(layer.num_rows, rank, dtype=torch.float32, device=dy.device)
+    return _shrink(layer, dy, lora_B, out, by_token=by_token, rank_first=False)
 
 
 def _shrink(
     layer: Layer, left: Tensor, matrix: Tensor, out: Tensor, *, by_token: bool, rank_first: bool
 ) -> Tensor:
     return layer.shared.shrink(
-        left, matrix, layer.perm, layer.adapted_tiles, out, rank_first=rank_first,
-        top_k=layer.top_k, by_token=by_token, num_base=layer.num_base, experts=matrix.shape[1],
-        block_k=layer.tiles.k,
-    )  # fmt: skip
+        Shrink(
+            left=left,
+            matrix=matrix,
+            perm=layer.perm,
+            tiles=layer.adapted_tiles,
+            out=out,
+            rank_first=rank_first,
+            by_token=by_token,
+            top_k=layer.top_k,
+            num_base=layer.num_base,
+            experts=matrix.shape[1],
+            block_k=layer.tiles.k,
+        )
+    )
 
 
 def _du_and_dB(
     layer: Layer, name: str, u: Tensor, dy: Tensor, need_du: bool, need_B: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """du = dy B (T*K, r) in float32, adapted rows alone, and dB; in one pass over dy where
-    that is cheaper.
+    """Return du = dy B (T*K, r) in float32, written on adapted rows alone, and dB.
 
-    ``dy`` are the rows of d_pre, or grad_out by token for the down projection.
+    Both come from one pass over dy where that is cheaper. ``dy`` are the rows of d_pre, or grad_out
+    by token for the down projection.
     """
     lora_A, lora_B, _ = layer.lora(name)
     if lora_A is None:
@@ -265,9 +280,15 @@ def _du_and_dB(
     grad, du = None, None
     if need_B:
         grad, du = _wgrad(
-            layer, name, u, dy, right_by_token=by_token, transposed=True,
-            matrix=lora_B.flatten(0, 1) if together else None, tiles=layer.adapted_tiles,
-        )  # fmt: skip
+            layer,
+            name,
+            u,
+            dy,
+            right_by_token=by_token,
+            transposed=True,
+            matrix=lora_B.flatten(0, 1) if together else None,
+            tiles=layer.adapted_tiles,
+        )
         grad = grad.view(lora_B.shape)
     if need_du and not together:
         du = _shrink_to_du(layer, dy, lora_B, by_token=by_token)
@@ -275,29 +296,48 @@ def _du_and_dB(
 
 
 def _grad_A(layer: Layer, name: str, du: Tensor, left: Tensor) -> Tensor:
-    """dA in float32, from du and hidden_states, or the activation for the down projection."""
+    """Return dA in float32, from du and hidden_states, or du and the activation for "down"."""
     lora_A, _, _ = layer.lora(name)
     grad, _ = _wgrad(layer, name, du, left, right_by_token=name == "gate_up", transposed=False)
     grad = grad.view(layer.weights.num_modalities, layer.num_base, *lora_A.shape[2:])
     return grad.sum(1, keepdim=True) if lora_A.shape[1] != layer.num_base else grad
 
 
-def _wgrad(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options):
-    """Sums of (s w skinny)^T wide over each adapter's rows; the routing weight w belongs to the
-    down projection's rows alone.
+def _wgrad(
+    layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options
+) -> tuple[Tensor, Tensor | None]:
+    """Return sums of (s w skinny)^T wide over each adapter's rows.
+
+    Only the down projection's rows have the routing weight w.
     """
     return layer.shared.wgrad(
-        skinny, wide, layer.perm, layer.chunks, layer.lora(name)[2], top_k=layer.top_k,
-        weights=layer.topk_weights if name == "down" else None, **options,
-    )  # fmt: skip
+        Wgrad(
+            left=skinny,
+            right=wide,
+            perm=layer.perm,
+            rows=layer.chunks,
+            factors=layer.lora(name)[2],
+            weights=layer.topk_weights if name == "down" else None,
+            top_k=layer.top_k,
+            **options,
+        )
+    )
 
 
 def _extra_gradient(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
-    """sum of (w left)^T right over each added expert's rows; zeros where it has none."""
-    factor = torch.ones(1, dtype=torch.float32, device=left.device)
+    """Return the sum of (w left)^T right over each added expert's rows; zeros without rows."""
     grad, _ = layer.shared.wgrad(
-        left, right, layer.perm, layer.added, factor, transposed=False,
-        top_k=layer.top_k, weights=layer.topk_weights if weighted else None,
-        left_by_token=weighted, right_by_token=not weighted,
-    )  # fmt: skip
+        Wgrad(
+            left=left,
+            right=right,
+            perm=layer.perm,
+            rows=layer.added,
+            factors=torch.ones(1, dtype=torch.float32, device=left.device),
+            weights=layer.topk_weights if weighted else None,
+            top_k=layer.top_k,
+            transposed=False,
+            left_by_token=weighted,
+            right_by_token=not weighted,
+        )
+    )
     return grad

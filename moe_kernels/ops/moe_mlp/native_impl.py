@@ -6,7 +6,7 @@ Adapters go in as they are stored: the kernels round them to the compute dtype a
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
 
 
 def inference(
@@ -29,50 +29,49 @@ def inference(
 
 def forward(
     hidden_states: Tensor,
+    topk_ids: Tensor,
     topk_weights: Tensor,
-    perm: Tensor,
-    inv_perm: Tensor,
-    segment_offsets: Tensor,
+    modality_ids: Tensor | None,
     weights: ExpertWeights,
     save_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2)."""
-    return _native.ops().moe_mlp_forward(
+) -> tuple[Tensor, Saved]:
+    """Return out (T, H), and what the backward pass needs."""
+    num_modalities = weights.num_modalities
+    perm, inv_perm, _, _, segment_offsets = _native.ops().dispatch(
+        topk_ids, weights.num_experts, modality_ids, num_modalities
+    )
+    out, pre_act, u1, u2 = _native.ops().moe_mlp_forward(
         hidden_states,
         topk_weights,
         perm,
         segment_offsets,
         *weights.in_compute_dtype(adapters=False),
-        weights.num_modalities,
+        num_modalities,
         save_for_backward,
     )
+    return out, Saved(pre_act, u1, u2, perm, inv_perm, segment_offsets)
 
 
 def backward(
     grad_out: Tensor,
     hidden_states: Tensor,
     topk_weights: Tensor,
-    perm: Tensor,
-    inv_perm: Tensor,
-    segment_offsets: Tensor,
     weights: ExpertWeights,
-    pre_act: Tensor,
-    u1: Tensor,
-    u2: Tensor,
+    saved: Saved,
     needs: list[bool],
     frozen_extra: int = 0,
 ) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in its order."""
+    """Return the gradients that ``needs`` asks for, in its order."""
     return _native.ops().moe_mlp_backward(
         grad_out,
         hidden_states,
         topk_weights,
-        perm,
-        segment_offsets,
+        saved.perm,
+        saved.segment_offsets,
         *weights.in_compute_dtype(adapters=False),
-        pre_act,
-        u1,
-        u2,
+        saved.pre_act,
+        saved.u1,
+        saved.u2,
         weights.num_modalities,
         needs,
         frozen_extra,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_kernels.ops.dispatch.reference import dispatch
 from moe_kernels.ops.dtypes import acc_dtype
-from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
 
 BLOCK_M = 32
 
@@ -34,14 +35,16 @@ class _Block:
 
 def forward(
     hidden_states: Tensor,
+    topk_ids: Tensor,
     topk_weights: Tensor,
-    perm: Tensor,
-    inv_perm: Tensor,
-    segment_offsets: Tensor,
+    modality_ids: Tensor | None,
     weights: ExpertWeights,
     save_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (T, H), pre_act (T*K, 2I), u1 (T*K, r1), u2 (T*K, r2)."""
+) -> tuple[Tensor, Saved]:
+    """Return out (T, H), and what the backward pass needs."""
+    perm, inv_perm, _, _, segment_offsets = dispatch(
+        topk_ids, weights.num_experts, modality_ids, weights.num_modalities
+    )
     rows, top_k = perm.numel(), topk_weights.shape[1]
     weights = weights.in_compute_dtype()
     acc = acc_dtype(hidden_states.dtype)
@@ -62,20 +65,15 @@ def forward(
     out = _combine(expert_out, inv_perm, segment_offsets, topk_weights).to(hidden_states.dtype)
     if not save_for_backward:
         pre_act, u1, u2 = (t.new_empty(0, t.shape[1]) for t in (pre_act, u1, u2))
-    return out, pre_act, u1, u2
+    return out, Saved(pre_act, u1, u2, perm, inv_perm, segment_offsets)
 
 
 def backward(
     grad_out: Tensor,
     hidden_states: Tensor,
     topk_weights: Tensor,
-    perm: Tensor,
-    inv_perm: Tensor,
-    segment_offsets: Tensor,
     weights: ExpertWeights,
-    pre_act: Tensor,
-    u1: Tensor,
-    u2: Tensor,
+    saved: Saved,
     needs: list[bool],
     frozen_extra: int = 0,
 ) -> list[Tensor]:
@@ -91,6 +89,7 @@ def backward(
     """
     top_k = topk_weights.shape[1]
     weights = weights.in_compute_dtype()
+    pre_act, u1, u2, perm, inv_perm, segment_offsets = saved
     acc = acc_dtype(hidden_states.dtype)
     grads = _Gradients.zeros(hidden_states, topk_weights, perm, weights, needs)
     for block in _blocks(segment_offsets, weights):

@@ -1,4 +1,4 @@
-"""``moe_mlp`` in Triton: the launches that ``gpu`` is made of."""
+"""``moe_mlp`` in Triton: the launches that ``gpu`` is written against."""
 
 from functools import partial
 
@@ -7,26 +7,29 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.ops import triton_kernels as shared
+from moe_kernels.ops import triton_launches as shared
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.ops.moe_mlp import triton_kernels as kernels
 from moe_kernels.ops.moe_mlp.gpu import Layer, LayerLaunches
-from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
+from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+
+
+def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights) -> tuple[int, int]:
+    """Return the rows of a tile of one expert, and of one adapter: the same number."""
+    return tiles.m, tiles.m
 
 
 def _rank(lora_A: Tensor | None) -> dict[str, int]:
     return {"RANK": 0 if lora_A is None else lora_A.shape[2], "BLOCK_R": shared.STEP_R}
 
 
-def _operand(
-    layer: Layer, name: str, block_n: int, *, transposed: bool
-) -> tuple[Tensor | TensorDescriptor, Tensor, dict[str, bool]]:
-    """A frozen stack, the added experts' (or a stand-in), and the kernels' flags for them.
+def _stack(layer: Layer, name: str, block_n: int, *, transposed: bool) -> dict[str, object]:
+    """Return the kernels' arguments for a frozen stack and the added experts' (or a stand-in).
 
-    The stack goes in as a descriptor for the copy engine where there is one and it can: there are
-    no added experts, whose stack would be another descriptor; rows are a multiple of 16 bytes; and
-    where k runs over rows, the next expert's rows never fill a block up.
+    The stack goes in as a descriptor for the copy engine where the device has one and the stack
+    allows it: there are no added experts, whose stack would be another descriptor; rows are a
+    multiple of 16 bytes; and where k runs over rows, the next expert's rows never fill a block up.
     """
     base, extra, has_extra = layer.stacks(name)
     block = (block_n, layer.tiles.k) if transposed else (layer.tiles.k, block_n)
@@ -40,7 +43,19 @@ def _operand(
         and (transposed or base.shape[1] % layer.tiles.k == 0)
     )
     stack = TensorDescriptor.from_tensor(base.flatten(0, 1), list(block)) if tma else base
-    return stack, extra, {"HAS_EXTRA": has_extra, "TMA": tma}
+    return {"w": stack, "extra_ptr": extra, "HAS_EXTRA": has_extra, "TMA": tma}
+
+
+def _routed(layer: Layer) -> dict[str, object]:
+    """Return the kernels' arguments for the tiles and segments of the sorted rows."""
+    return {
+        "tiles_ptr": layer.expert_tiles.tiles,
+        "segments_ptr": layer.segments,
+        "num_tiles": layer.expert_tiles.num_tiles,
+        "num_base": layer.num_base,
+        "num_experts": layer.weights.num_experts,
+        "num_modalities": layer.weights.num_modalities,
+    }
 
 
 def _grid(layer: Layer, width: int, block_n: int) -> tuple[int]:
@@ -49,58 +64,73 @@ def _grid(layer: Layer, width: int, block_n: int) -> tuple[int]:
 
 def _blocks(tiles: Tiles, block_n: int) -> dict[str, int]:
     return {
-        "BLOCK_M": tiles.m, "BLOCK_N": block_n, "BLOCK_K": tiles.k, "GROUP_M": tiles.group,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
-    }  # fmt: skip
-
-
-def blocks(rows: int, weights: ExpertWeights) -> tuple[int, int]:
-    """Rows of a tile of one expert, and of one adapter: the same."""
-    tiles = choose_tiles(rows, weights)
-    return tiles.m, tiles.m
+        "BLOCK_M": tiles.m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": tiles.k,
+        "GROUP_M": tiles.group,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
 
 
 def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """pre_act (T*K, 2I), or no rows unless ``save``, and act (T*K, I)."""
+    """Return pre_act (T*K, 2I), or no rows unless ``save``, and act (T*K, I)."""
     hidden, inter = layer.sizes
     lora_A, lora_B, scaling = layer.lora("gate_up")
-    base, extra, flags = _operand(layer, "gate_up_proj", layer.tiles.n_gated, transposed=True)
+    stack = _stack(layer, "gate_up_proj", layer.tiles.n_gated, transposed=True)
     pre_act = x.new_empty(layer.num_rows if save else 0, 2 * inter)
     act = x.new_empty(layer.num_rows, inter)
     if layer.num_rows == 0:
         return pre_act, act
     kernels.gate_up_kernel[_grid(layer, inter, layer.tiles.n_gated)](
-        x, base, extra, layer.perm, layer.expert_tiles.tiles, layer.segments, u1,
-        extra if lora_B is None else lora_B, layer.topk_weights if scaling is None else scaling,
-        pre_act, act, layer.expert_tiles.num_tiles, layer.num_base, layer.weights.num_experts,
-        layer.weights.num_modalities, hidden, inter, TOP_K=layer.top_k, SAVE=save, **flags,
-        **_rank(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated),
-    )  # fmt: skip
+        x_ptr=x,
+        perm_ptr=layer.perm,
+        u_ptr=u1,
+        b_ptr=stack["extra_ptr"] if lora_B is None else lora_B,
+        scaling_ptr=layer.topk_weights if scaling is None else scaling,
+        pre_ptr=pre_act,
+        act_ptr=act,
+        hidden=hidden,
+        inter=inter,
+        TOP_K=layer.top_k,
+        SAVE=save,
+        **stack,
+        **_routed(layer),
+        **_rank(lora_A),
+        **_blocks(layer.tiles, layer.tiles.n_gated),
+    )
     return pre_act, act
 
 
 def grouped_gemm(
     layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
 ) -> Tensor:
-    """(T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A."""
+    """Return (T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A."""
     lora_A, lora_B, scaling = layer.lora(name)
-    base, extra, flags = _operand(layer, stack, layer.tiles.n, transposed=transposed)
-    size_n, size_k = extra.shape[1:] if transposed else extra.shape[:0:-1]
+    weights = _stack(layer, stack, layer.tiles.n, transposed=transposed)
+    shape = weights["extra_ptr"].shape
+    size_n, size_k = shape[1:] if transposed else shape[:0:-1]
     matrix = lora_B if transposed else lora_A
-    blocks = _rank(lora_A if u is not None else None)
-    strides_v = (1, blocks["RANK"]) if transposed else (size_n, 1)
+    rank = _rank(lora_A if u is not None else None)
     out = left.new_empty(layer.num_rows, size_n)
     if layer.num_rows:
         kernels.grouped_gemm_kernel[_grid(layer, size_n, layer.tiles.n)](
-            left, base, extra, layer.expert_tiles.tiles, layer.segments, left if u is None else u,
-            extra if matrix is None else matrix,
-            layer.topk_weights if scaling is None else scaling, out,
-            layer.expert_tiles.num_tiles, layer.num_base, layer.weights.num_experts,
-            layer.weights.num_modalities, size_k,
-            size_n, 1 if matrix is None else matrix.shape[1], *strides_v, TRANSPOSED=transposed,
-            **flags, **blocks,
+            left_ptr=left,
+            u_ptr=left if u is None else u,
+            v_ptr=weights["extra_ptr"] if matrix is None else matrix,
+            scaling_ptr=layer.topk_weights if scaling is None else scaling,
+            out_ptr=out,
+            size_k=size_k,
+            size_n=size_n,
+            experts_of_v=1 if matrix is None else matrix.shape[1],
+            stride_vr=1 if transposed else size_n,
+            stride_vn=rank["RANK"] if transposed else 1,
+            TRANSPOSED=transposed,
+            **weights,
+            **_routed(layer),
+            **rank,
             **_blocks(layer.tiles, layer.tiles.n),
-        )  # fmt: skip
+        )
     return out
 
 
@@ -113,49 +143,74 @@ def act_backward(
     act_of_adapted: bool,
     act_of_added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_pre (T*K, 2I), act (T*K, I) of the rows that are asked for, and <dA', a> (T, K) in float32,
-    0 of rows that were not dispatched.
+    """Return d_pre (T*K, 2I), act (T*K, I) of the requested rows, and <dA', a> (T, K) in float32.
+
+    <dA', a> is 0 for rows that were not dispatched.
     """
     hidden, inter = layer.sizes
     lora_A, _, scaling = layer.lora("down")
-    base, extra, flags = _operand(layer, "down_proj", layer.tiles.n_gated, transposed=False)
-    rows = layer.num_rows
+    block_n = layer.tiles.n_gated
+    stack = _stack(layer, "down_proj", block_n, transposed=False)
     d_pre = torch.empty_like(pre_act)
-    act = pre_act.new_empty(rows if act_of_adapted or act_of_added else 0, inter)
-    parts = -(-inter // layer.tiles.n_gated)
-    shape = (parts, *layer.topk_weights.shape)
+    act = pre_act.new_empty(layer.num_rows if act_of_adapted or act_of_added else 0, inter)
+    shape = (-(-inter // block_n), *layer.topk_weights.shape)
     dots = torch.zeros(shape, dtype=torch.float32, device=pre_act.device)
     cap = {"maxnreg": layer.tiles.act_registers} if layer.tiles.act_registers else {}
-    if rows:
-        kernels.act_backward_kernel[_grid(layer, inter, layer.tiles.n_gated)](
-            grad_out, base, extra, layer.perm, layer.expert_tiles.tiles, layer.segments,
-            grad_out if du2 is None else du2, extra if lora_A is None else lora_A,
-            layer.topk_weights if scaling is None else scaling, layer.topk_weights, pre_act, d_pre,
-            act, dots, layer.expert_tiles.num_tiles, layer.num_base, layer.weights.num_experts,
-            layer.weights.num_modalities, rows,
-            hidden, inter, 1 if lora_A is None else lora_A.shape[1], TOP_K=layer.top_k,
-            WRITE_ADAPTED=act_of_adapted, WRITE_ADDED=act_of_added, **flags,
-            **_rank(lora_A), **_blocks(layer.tiles, layer.tiles.n_gated), **cap,
-        )  # fmt: skip
+    if layer.num_rows:
+        kernels.act_backward_kernel[_grid(layer, inter, block_n)](
+            grad_ptr=grad_out,
+            perm_ptr=layer.perm,
+            du_ptr=grad_out if du2 is None else du2,
+            a_ptr=stack["extra_ptr"] if lora_A is None else lora_A,
+            scaling_ptr=layer.topk_weights if scaling is None else scaling,
+            weights_ptr=layer.topk_weights,
+            pre_ptr=pre_act,
+            dpre_ptr=d_pre,
+            act_ptr=act,
+            dots_ptr=dots,
+            num_rows=layer.num_rows,
+            hidden=hidden,
+            inter=inter,
+            experts_of_a=1 if lora_A is None else lora_A.shape[1],
+            TOP_K=layer.top_k,
+            WRITE_ADAPTED=act_of_adapted,
+            WRITE_ADDED=act_of_added,
+            **stack,
+            **_routed(layer),
+            **_rank(lora_A),
+            **_blocks(layer.tiles, block_n),
+            **cap,
+        )
     return d_pre, act, dots.sum(0)
 
 
 def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
-    """(T, N) sums over each token's rows; zeros for a token without rows."""
+    """Return (T, N) sums over each token's rows; zeros for a token without rows."""
     tokens, width = layer.topk_weights.shape[0], rows.shape[1]
     out = rows.new_empty(tokens, width)
     block = min(1024, triton.next_power_of_2(width))
     if tokens and width:
         kernels.combine_kernel[(tokens, -(-width // block))](
-            rows, layer.inv_perm, layer.segments[-1:], layer.topk_weights, out, width,
-            TOP_K=layer.top_k, WEIGHTED=weighted, BLOCK_N=block,
-        )  # fmt: skip
+            rows_ptr=rows,
+            inv_perm_ptr=layer.inv_perm,
+            num_rows_ptr=layer.segments[-1:],
+            weights_ptr=layer.topk_weights,
+            out_ptr=out,
+            width=width,
+            TOP_K=layer.top_k,
+            WEIGHTED=weighted,
+            BLOCK_N=block,
+        )
     return out
 
 
 TRITON_LAYER = LayerLaunches(
-    shared.TRITON_SHARED, blocks, gate_up, grouped_gemm, act_backward, combine
+    shared=shared.TRITON_SHARED,
+    tile_rows=tile_rows,
+    gate_up=gate_up,
+    grouped_gemm=grouped_gemm,
+    act_backward=act_backward,
+    combine=combine,
 )
-forward_maps = partial(gpu.forward_maps, TRITON_LAYER)
 forward = partial(gpu.forward, TRITON_LAYER)
 backward = partial(gpu.backward, TRITON_LAYER)

@@ -14,7 +14,7 @@ import torch
 
 from moe_kernels import env
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
-from moe_kernels.ops.triton_kernels import capability
+from moe_kernels.ops.triton_launches import capability
 
 
 class Tiles(NamedTuple):

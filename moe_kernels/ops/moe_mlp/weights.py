@@ -1,12 +1,22 @@
-"""The weights that every implementation of ``moe_mlp`` takes, in one tuple."""
+"""Groups of tensors that every implementation of ``moe_mlp`` takes or returns."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
+# Fields of ExpertWeights that may take a gradient, in the order of the backward op's needs[2:].
+TRAINABLE = (
+    "extra_gate_up_proj",
+    "extra_down_proj",
+    "gate_up_A",
+    "gate_up_B",
+    "down_A",
+    "down_B",
+)
+
 
 def check_frozen_extra(frozen_extra: int, num_extra: int) -> None:
-    """Raise ValueError for what is no number of frozen experts among the added ones."""
+    """Raise ValueError unless ``frozen_extra`` is an integer from 0 to ``num_extra``."""
     if type(frozen_extra) is not int or not 0 <= frozen_extra <= num_extra:
         raise ValueError(f"frozen_extra must be an integer in 0..{num_extra}, got {frozen_extra!r}")
 
@@ -51,15 +61,8 @@ class ExpertWeights(NamedTuple):
         return tuple(0 if a is None else a.shape[2] for a in (self.gate_up_A, self.down_A))
 
     def trainable(self) -> tuple[Tensor | None, ...]:
-        """What may take a gradient, in the order of the backward op's ``needs[2:]``."""
-        return (
-            self.extra_gate_up_proj,
-            self.extra_down_proj,
-            self.gate_up_A,
-            self.gate_up_B,
-            self.down_A,
-            self.down_B,
-        )
+        """Return the fields named in :data:`TRAINABLE`, in its order."""
+        return tuple(getattr(self, name) for name in TRAINABLE)
 
     def in_compute_dtype(self, *, adapters: bool = True) -> "ExpertWeights":
         """Contiguous, with added experts and adapters cast to the base's dtype, scaling to fp32.
@@ -78,3 +81,26 @@ class ExpertWeights(NamedTuple):
             return tensor.to(self.gate_up_proj.dtype).contiguous()
 
         return ExpertWeights(*map(convert, self._fields, self))
+
+
+class Saved(NamedTuple):
+    """Tensors that a forward pass of ``moe_mlp`` keeps for the backward pass.
+
+    The first three have no rows where nothing is saved. Their rows that nothing is computed for
+    are zeros, so that every output of the op is a function of its inputs.
+
+    Attributes:
+        pre_act: (T*K, 2I), gate and up before the activation, in sorted order.
+        u1: (T*K, r1), x A1^T, unscaled.
+        u2: (T*K, r2), a A2^T, unscaled.
+        perm: (T*K,), see :class:`moe_kernels.ops.Dispatch`.
+        inv_perm: (T*K,).
+        segment_offsets: (E*(M+1)+1,).
+    """
+
+    pre_act: Tensor
+    u1: Tensor
+    u2: Tensor
+    perm: Tensor
+    inv_perm: Tensor
+    segment_offsets: Tensor
