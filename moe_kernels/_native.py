@@ -1,8 +1,8 @@
-"""Loads the compiled extension ``moe_kernels._C``, and says why it is not there.
+"""Load the compiled extension ``moe_kernels._C``, or say why it is missing.
 
-Importing this module never fails. The extension is loaded when it is first asked for; before that,
-a note that the build left beside it is compared with the running torch, because a library built
-for another torch can crash the process instead of raising.
+Importing this module never fails. The extension is loaded when it is first needed. Before that, the
+note that the build left beside it is compared with the running torch, because a library built for
+another torch can crash the process instead of raising.
 """
 
 import functools
@@ -22,7 +22,7 @@ _REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --n
 
 
 def _series(version: str) -> str:
-    """The part of a torch version that fixes its binary interface: major.minor."""
+    """Return the part of a torch version that fixes its binary interface: major.minor."""
     return ".".join(version.split(".")[:2])
 
 
@@ -41,7 +41,7 @@ def _note() -> dict[str, str]:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, or why there is none."""
+    """Return the extension, or the reason why there is none."""
     if find_spec("moe_kernels._C") is None:
         return None, (
             "not built: install with a C++ compiler (on Debian, apt install g++) and without "
@@ -65,24 +65,24 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def is_available() -> bool:
-    """Whether the native ops can be called."""
+    """Return whether the native ops can be called."""
     return _load()[0] is not None
 
 
 def why_not() -> str | None:
-    """None where the native ops can be called, else the reason."""
+    """Return None where the native ops can be called, else the reason."""
     return _load()[1]
 
 
 def has_cuda_kernel(op: str) -> bool:
-    """Whether the native op of this name can be called on CUDA tensors."""
+    """Return whether the native op of this name can be called on CUDA tensors."""
     return is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"moe_kernels_native::{op}", "CUDA"
     )
 
 
 def why_no_cuda() -> str | None:
-    """None where the extension has CUDA kernels, else the reason."""
+    """Return None where the extension has CUDA kernels, else the reason."""
     if reason := why_not():
         return f"the extension is missing: {reason}"
     if has_cuda_kernel("dispatch"):
@@ -91,10 +91,12 @@ def why_no_cuda() -> str | None:
     return f"the extension was built without CUDA kernels ({reason})"
 
 
-@functools.cache  # asked at every call of an op
+@functools.cache  # every call of an op asks
 def runs_on(capability: tuple[int, int]) -> bool:
-    """Whether the CUDA kernels were built for a device of this compute capability: for itself, for
-    an earlier one of the same major version, or as PTX for an earlier one.
+    """Return whether the CUDA kernels run on a device of this compute capability.
+
+    They do if they were built for it, for an earlier one of the same major version, or as PTX for
+    an earlier one.
     """
     arch_list = build_info().get("cuda_arch_list", "")
     for major, minor, own, ptx in re.findall(r"(\d+)\.(\d+)(a?)(\+PTX)?", arch_list):
@@ -107,22 +109,22 @@ def runs_on(capability: tuple[int, int]) -> bool:
 
 
 def max_dispatch_keys() -> int:
-    """Pairs of an expert and a modality must be fewer than this in the CUDA dispatch."""
+    """Return the exclusive limit on pairs of an expert and a modality in the CUDA dispatch."""
     return _load()[0].MAX_DISPATCH_KEYS
 
 
 def cuda_limit(name: str) -> int:
-    """MAX_MAPS, MAX_RANK_WITH_DU or COLUMNS_OF_PART, as the CUDA kernels were compiled with it."""
+    """Return MAX_MAPS, MAX_RANK_WITH_DU or COLUMNS_OF_PART of the compiled CUDA kernels."""
     return getattr(_load()[0], name)
 
 
 def grouped_gemm_block(num_rows: int, num_experts: int) -> int:
-    """Rows of a tile of the CUDA products of the experts."""
+    """Return the rows of a tile of the CUDA grouped GEMMs."""
     return _load()[0].grouped_gemm_block_m(num_rows, num_experts)
 
 
 def ops():
-    """``torch.ops.moe_kernels_native``; RuntimeError with the reason where it is not there."""
+    """Return ``torch.ops.moe_kernels_native``, or raise RuntimeError with the reason."""
     extension, reason = _load()
     if extension is None:
         raise RuntimeError(f"the native ops of moe_kernels are not available: {reason}")
@@ -131,7 +133,7 @@ def ops():
 
 
 def build_info() -> dict:
-    """What the extension was built with and what it found here; empty where it is not there."""
+    """Return facts about the extension's build and this CPU; empty without the extension."""
     extension = _load()[0]
     if extension is None:
         return {}

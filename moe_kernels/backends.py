@@ -1,4 +1,4 @@
-"""The backends an op can run on, which of them work here, and how one is chosen.
+"""Backends of the ops: their names, which of them work here, and the choice of one.
 
 An explicit choice never falls back: the op runs on that backend or raises with the reason.
 """
@@ -15,9 +15,9 @@ from moe_kernels import _native, env
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-# What `backend=None` tries, best first, for tensors on a device type.
+# Backends that `backend=None` tries, best first, for tensors on a device type.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# What the backends of GPUs compute in; for others `backend=None` is the reference there.
+# Dtypes of the GPU backends; for other dtypes `backend=None` means the reference on a GPU.
 _ON_GPUS = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
 
@@ -28,17 +28,17 @@ _MODULES = {
     "cuda": "cuda_impl",
 }
 
-# Found once: a search of the path at every call would cost more than a small layer.
+# Searched once: searching the path at every call would cost more than a small layer.
 _HAS_TRITON = find_spec("triton") is not None
 
 
 def available() -> dict[str, str | None]:
-    """Every backend's name -> None where it works on this machine, else the reason why not."""
+    """Map every backend's name to None where it works on this machine, else to the reason."""
     return {name: _why_not(name) for name in NAMES}
 
 
 def _why_not(name: str, index: int | None = None) -> str | None:
-    """Of a name in :data:`NAMES`, on the CUDA device of this index; None: the current one."""
+    """Return why a backend does not work on the CUDA device ``index`` (None: current), or None."""
     if name == "cpu":
         return _native.why_not()
     if name == "triton":
@@ -46,8 +46,8 @@ def _why_not(name: str, index: int | None = None) -> str | None:
     return _why_no_cuda(index) if name == "cuda" else None
 
 
-# A compiled program takes the answer as it was, and could not find it out itself. This is all
-# that torch.compiler.assume_constant_result does, after it has imported the compiler: for seconds.
+# A compiled program uses the answer as a constant, since it cannot trace the search. The line is
+# all that torch.compiler.assume_constant_result does, after importing the compiler for seconds.
 _why_not._dynamo_marked_constant = True
 
 
@@ -78,28 +78,30 @@ def _why_no_cuda(index: int | None) -> str | None:
             "it again with TORCH_CUDA_ARCH_LIST naming that (the kernels need 8.0 or later)"
         )
     if not _HAS_TRITON:
-        return "triton is not installed, whose kernels do what those of the extension do not"
+        return (
+            "triton is not installed, and the extension's kernels do not do everything without it"
+        )
     return None
 
 
 def triton_is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on tensors of any device."""
+    """Return whether Triton's kernels run in its interpreter, on tensors of any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def select(backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend to run on for tensors of ``dtype`` on ``device``.
+    """Choose the backend for tensors of ``dtype`` on ``device``.
 
     Args:
-        backend: a name of :data:`NAMES`: that one or an error. None: the best that works, in an
-            order that the environment variable ``MOE_KERNELS_BACKEND`` can override.
-        device: where the op's tensors are.
-        dtype: what is computed in; None's choice follows it, a name that is given does not.
+        backend: a name of :data:`NAMES` gives that backend or an error. None gives the best that
+            works; the environment variable ``MOE_KERNELS_BACKEND`` overrides the order.
+        device: the device of the op's tensors.
+        dtype: the dtype of the computation; it matters for ``backend=None`` alone.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the backend named does not work here, or not on this device; the reason is
-            in the message.
+        RuntimeError: the named backend does not work here, or not on this device; the message
+            says why.
     """
     backend = backend or env.backend()
     if backend is None:
@@ -120,7 +122,8 @@ def select(backend: str | None, device: torch.device, dtype: torch.dtype = torch
 
 @functools.cache
 def implementation(op: str, backend: str) -> ModuleType:
-    """The module of an op of ``moe_kernels.ops`` for a backend; imported when first asked for, as
-    Triton takes its time.
+    """Import the module of an op of ``moe_kernels.ops`` for a backend.
+
+    It is imported when first needed, since importing Triton is slow.
     """
     return import_module(f"moe_kernels.ops.{op}.{_MODULES[backend]}")

@@ -23,7 +23,7 @@ _VECTORS = "bfloat16 and float16 in sizes that 8 divides, else Triton"
 _LOW_RANK = ", but Triton on sm_90 and sm_10x"
 _PRODUCTS = f" for {_VECTORS}; Triton on sm_90 and sm_10x"
 _PAIRS = " up to 2,399 pairs of an expert and a modality, else Triton"
-# What a layer is made of -> the native op that does it under backend "cuda", and for what.
+# Part of a layer -> the native op that computes it under backend "cuda", and its conditions.
 _CUDA_OPS = {
     "dispatch": ("dispatch", _PAIRS),
     "tile maps": ("tile_maps", _PAIRS),
@@ -53,7 +53,7 @@ def _devices() -> list[str]:
 
 
 def _cuda_ops() -> dict[str, str]:
-    """Whose kernels the backend "cuda" runs."""
+    """Map each part of a layer to the kernels that the backend "cuda" runs for it."""
     return {
         name: f"CUDA{where}" if _native.has_cuda_kernel(op) else "Triton"
         for name, (op, where) in _CUDA_OPS.items()
@@ -61,7 +61,7 @@ def _cuda_ops() -> dict[str, str]:
 
 
 def collect() -> dict:
-    """All that the command prints, as plain data."""
+    """Collect everything that the command prints, as plain data."""
     versions = {name: _version(distribution) for name, distribution in _DISTRIBUTIONS.items()}
     return {
         "versions": {"python": platform.python_version(), "torch CUDA": torch.version.cuda}

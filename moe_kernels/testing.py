@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the tolerance, makers of routing and of inputs, named shapes."""
+"""Parts that tests and benchmarks share: tolerances, makers of routing and inputs, named shapes."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops.lora_weights import LoraWeights
 
-# Relative RMS errors that rounding alone can cause, each about 4 times what correct kernels show.
+# Relative RMS errors that rounding alone can cause: about 4 times the errors of correct kernels.
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 3e-6,
@@ -19,7 +19,7 @@ TOLERANCES = {
 
 
 def working_backends(device: str = "cpu") -> list[str]:
-    """The backends that can be named for tensors on this device, on this machine."""
+    """List the backends that work for tensors on this device, on this machine."""
     working = []
     for name in backends.NAMES:
         try:
@@ -30,9 +30,9 @@ def working_backends(device: str = "cpu") -> list[str]:
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64; inf where it is not finite.
+    """Return ||actual - expected|| / ||expected|| in float64; inf where it is not finite.
 
-    An expected of zeros asks for exact zeros: 0.0 or inf.
+    Where ``expected`` is zeros, the result is 0.0 for exact zeros and inf otherwise.
     """
     actual, expected = actual.detach().double(), expected.detach().double()
     error, size = (actual - expected).norm().item(), expected.norm().item()
@@ -48,10 +48,10 @@ def assert_close(
     """Fail unless shapes are equal and the relative RMS error is within ``TOLERANCES``.
 
     Args:
-        actual: what is checked.
+        actual: the tensor to check.
         expected: the reference, usually float64.
         dtype: the dtype that ``actual`` was computed in; default: its own.
-        name: what to call it in the message.
+        name: the tensor's name in the message.
     """
     if actual.shape != expected.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)} != {tuple(expected.shape)}")
@@ -93,7 +93,7 @@ def make_routing(
     kind: str = "balanced",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``topk_ids`` (T, K) int64 and ``topk_weights`` (T, K) float32 that sum to 1.
+    """Make ``topk_ids`` (T, K) int64 and ``topk_weights`` (T, K) float32 that sum to 1.
 
     Args:
         num_tokens: T.
@@ -126,7 +126,10 @@ def make_modality_ids(
     kind: str = "mixed",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(T,) int64. ``kind``: "mixed" (padding too), "no_padding", "text", "image" or "padding"."""
+    """Make (T,) int64 ids.
+
+    ``kind`` is "mixed" (with padding), "no_padding", "text", "image" or "padding".
+    """
     if kind in ("text", "image", "padding"):
         return torch.full((num_tokens,), {"text": 0, "image": 1, "padding": -1}[kind])
     low = -1 if kind == "mixed" else 0
@@ -148,11 +151,11 @@ class MoeInputs(NamedTuple):
     extra_down_proj: Tensor | None
 
     def keywords(self) -> dict:
-        """The keyword arguments."""
+        """Return the keyword arguments."""
         return {name: getattr(self, name) for name in self._fields[5:]}
 
     def differentiable(self) -> dict[str, Tensor]:
-        """Every tensor that can take a gradient, by name."""
+        """Return every tensor that can take a gradient, by name."""
         loras = [
             (f"{name}.{field}", getattr(lora, field))
             for name in ("gate_up_lora", "down_lora")
@@ -164,7 +167,7 @@ class MoeInputs(NamedTuple):
         return {name: tensor for name, tensor in tensors + loras if tensor is not None}
 
     def to(self, dtype: torch.dtype, *, lora_dtype: torch.dtype | None = None) -> "MoeInputs":
-        """A detached copy with floats cast to ``dtype`` (adapters to ``lora_dtype``)."""
+        """Return a detached copy with floats cast to ``dtype`` (adapters to ``lora_dtype``)."""
 
         def cast(tensor, to):
             return tensor.detach().clone().to(to) if tensor.is_floating_point() else tensor
@@ -195,11 +198,11 @@ def make_moe_inputs(
     shared_a: bool = False,
     ranks: tuple[int, int] | None = None,
 ) -> MoeInputs:
-    """Random float64 inputs of ``moe_mlp`` of unit-size outputs, for ``Shape`` and seed.
+    """Make random float64 inputs of ``moe_mlp`` whose outputs have unit size.
 
     Args:
         shape: sizes.
-        seed: of all randomness.
+        seed: seed of all randomness.
         routing: see :func:`make_routing`.
         modality: see :func:`make_modality_ids`; None: no modality ids.
         num_modalities: M.

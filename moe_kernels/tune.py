@@ -1,13 +1,13 @@
-"""Times the Triton tiles on this machine's GPU and stores the best ones.
+"""Time the Triton tiles on this machine's GPU and store the best ones.
 
     python -m moe_kernels.tune --experts 64 --hidden 2048 --intermediate 1024 --top-k 8
 
 For each number of tokens every candidate runs forward and backward of ``moe_mlp`` on balanced
 routing, with float32 adapters on half the rows; on a GPU as a CUDA graph, which has no gaps between
-launches. Compiling a candidate takes ten to twenty seconds, so a whole table takes long: give
-``--limit`` or fewer ``--tokens`` for less. The file (``MOE_KERNELS_TILES``) holds the fastest by
-the average number of rows of an expert, for this device, dtype and shape, and is used from the next
-process on. Other tiles sum in another order: results keep their accuracy, not their last bits.
+launches. Compiling a candidate takes ten to twenty seconds, so a whole table takes long;
+``--limit`` and fewer ``--tokens`` shorten it. The file (``MOE_KERNELS_TILES``) holds the fastest
+tiles by the average number of rows of an expert, for this device, dtype and shape; the next process
+uses them. Other tiles sum in another order, so results keep their accuracy, not their last bits.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def candidates(rows_per_expert: int, dtype: torch.dtype) -> list[Tiles]:
-    """What is tried: heights near the rows of an expert, and what the compiler is known to take."""
+    """List the tiles to try: heights near the rows of an expert, in sizes that compile."""
     heights = [m for m in (16, 32, 64, 128) if m // 4 <= rows_per_expert] or [16]
     depths = (32,) if dtype == torch.float32 else (32, 64, 128)
     found = [
@@ -45,11 +45,11 @@ def candidates(rows_per_expert: int, dtype: torch.dtype) -> list[Tiles]:
 
 
 def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, limit: int = 0):
-    """The fastest tiles for one shape.
+    """Find the fastest tiles for one shape.
 
     Args:
-        trials: timed runs of each candidate, of which the median counts.
-        limit: try no more than so many candidates; 0: all.
+        trials: timed runs of each candidate; the median counts.
+        limit: most candidates to try; 0: all.
 
     Returns:
         (the fastest, its seconds), or None where no candidate ran.
@@ -68,7 +68,7 @@ def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, lim
                 for name, tensor in _run(inputs, grad_out).items():
                     assert_close(tensor, expected[name], dtype=dtype, name=name)
                 seconds = _seconds(inputs, grad_out, trials)
-        except Exception as error:  # more shared memory or registers than there are, mostly
+        except Exception as error:  # mostly too much shared memory or too many registers
             tqdm.write(f"{tiles}: {type(error).__name__} {str(error)[:100]}")
             continue
         if best is None or seconds < best[1]:
@@ -77,7 +77,7 @@ def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, lim
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> MoeInputs:
-    """Of the dtypes that training has, half the rows image, none padding."""
+    """Make inputs in the dtypes of training: half the rows image, no padding."""
     inputs = make_moe_inputs(shape, modality="no_padding").to(dtype, lora_dtype=torch.float32)
     return _on(inputs, device).requires_grad_()
 
@@ -92,7 +92,7 @@ def _on(inputs: MoeInputs, device: str) -> MoeInputs:
 
 
 def _run(inputs: MoeInputs, grad_out: Tensor) -> dict[str, Tensor]:
-    """The output and every gradient."""
+    """Return the output and every gradient."""
     out = moe_mlp(*inputs[:5], **inputs.keywords(), backend="triton")
     leaves = inputs.differentiable()
     grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
@@ -100,7 +100,7 @@ def _run(inputs: MoeInputs, grad_out: Tensor) -> dict[str, Tensor]:
 
 
 def _seconds(inputs: MoeInputs, grad_out: Tensor, trials: int) -> float:
-    """The median of some runs, which have run before."""
+    """Return the median time of a warm run."""
     if not grad_out.is_cuda:
         return statistics.median(_timed(lambda: _run(inputs, grad_out)) for _ in range(trials))
     graph = torch.cuda.CUDAGraph()
@@ -122,7 +122,7 @@ def _timed(function: Callable[[], object]) -> float:
 
 
 def store(key: str, table: list[tuple[int, Tiles]]) -> None:
-    """Put a table into the file of tuned tiles, whole or not at all."""
+    """Add a table to the file of tuned tiles, atomically."""
     path = env.tiles_path()
     tables = json.loads(path.read_text()) if path.is_file() else {}
     tables[key] = [(least, tiles._asdict()) for least, tiles in sorted(table, reverse=True)]
@@ -137,7 +137,7 @@ def store(key: str, table: list[tuple[int, Tiles]]) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_kernels.tune", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -158,7 +158,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tune every number of tokens that is asked for, and store the table."""
+    """Tune every requested number of tokens, and store the table."""
     given = parse(arguments)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", _DTYPES[given.dtype]
     table = []

@@ -11,7 +11,7 @@ _STD = 0.02
 
 
 class Calibration(nn.Module):
-    """``B GELU(A v)``, what MoExtend adds to the routing of a layer with N experts.
+    """``B GELU(A v)``, MoExtend's term in the routing of a layer with N experts.
 
     A (hidden, N) is small and normal, B (N, hidden) is zero, so that training starts at the router
     as it was. "additive" (the published code): v are the softmax probabilities, to which it is
@@ -44,13 +44,13 @@ class Calibration(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """A normal with standard deviation 0.02, B zero; ``generator`` is one of the CPU."""
+        """Draw A from a normal of standard deviation 0.02 by a CPU generator, and set B to zero."""
         A = self.calibration_A
         A.copy_(torch.randn(A.shape, generator=generator, device="cpu") * _STD)
         nn.init.zeros_(self.calibration_B)
 
     def forward(self, values: Tensor) -> Tensor:
-        """(T, at least N) -> (T, N), of the first N columns and in the dtype of ``values``."""
+        """Map the first N columns of (T, at least N) to (T, N), in the dtype of ``values``."""
         with without_autocast(values.device):
             seen = values[:, : self.calibration_A.shape[1]].to(self.calibration_A.dtype)
             hidden = F.gelu(F.linear(seen, self.calibration_A))
@@ -64,15 +64,15 @@ class AddedExperts(nn.Module):
     """X experts that one extension added to a layer; not initialised, except the calibration.
 
     Parameters: ``gate_up_proj`` (X, 2I, H) and ``down_proj`` (X, H, I) as
-    :func:`moe_kernels.ops.moe_mlp` takes them, ``router_columns`` (X, H), the rows that the router
-    lacks, and those of ``calibration``.
+    :func:`moe_kernels.ops.moe_mlp` takes them, ``router_columns`` (X, H), the new rows of the
+    router, and those of ``calibration``.
 
     Args:
         num_added: X.
         hidden_features: H.
         intermediate_features: I.
         modality_id: of the rows that may choose them; None: all rows.
-        calibration: None, or what recalibrates the routing of these rows.
+        calibration: recalibrates the routing of these rows, or None.
         device: of the parameters.
         dtype: of the parameters.
     """
@@ -110,15 +110,15 @@ class AddedExperts(nn.Module):
 
     @property
     def ffn_trains(self) -> bool:
-        """Whether a gradient is asked of ``gate_up_proj`` or ``down_proj``."""
+        """Return whether ``gate_up_proj`` or ``down_proj`` requires grad."""
         return self.gate_up_proj.requires_grad or self.down_proj.requires_grad
 
     def open_to(self, modality_ids: Tensor) -> Tensor | None:
-        """(T,) -> (T, 1) bool, which rows may choose these experts; None: all of them."""
+        """Map (T,) ids to (T, 1) bool: rows that may choose these experts. None: all rows."""
         return None if self.modality_id is None else (modality_ids == self.modality_id)[:, None]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """(T, H) -> (T, X), by a product of their own: the base's logits keep their bits."""
+        """Map (T, H) to (T, X) in a separate GEMM: the base's logits keep their bits."""
         return F.linear(hidden_states, self.router_columns.to(hidden_states.dtype))
 
     def extra_repr(self) -> str:

@@ -53,13 +53,13 @@ class ModalityLora(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A uniform within 1/sqrt(in) as in ``nn.Linear`` and PEFT, B zero."""
+        """Draw A uniformly within 1/sqrt(in), as ``nn.Linear`` and PEFT do, and set B to zero."""
         bound = self.lora_A.shape[-1] ** -0.5
         nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)
 
     def weights(self) -> LoraWeights:
-        """What the ops take."""
+        """Return the tensors as the ops take them."""
         return LoraWeights(self.lora_A, self.lora_B, self.scaling)
 
     def extra_repr(self) -> str:

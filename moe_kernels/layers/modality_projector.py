@@ -1,4 +1,4 @@
-"""From the features of a frozen encoder to embeddings of a language model."""
+"""Map from a frozen encoder's features to a language model's embeddings."""
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class ModalityProjector(nn.Module):
         return self.layers(features.to(self.layers[0].weight.dtype))
 
     def settings(self) -> dict[str, int]:
-        """What :class:`ModalityProjector` was made with, beside H."""
+        """Return the arguments that :class:`ModalityProjector` was made with, except H."""
         return {
             "in_features": self.in_features,
             "hidden_features": self.hidden_features,

@@ -1,7 +1,7 @@
 """The ops: dispatch, the fused expert MLP and the masked linear layer.
 
-Each folder has the public function in ``api``, its registered ops and their autograd formula in
-``autograd``, the definition in plain torch in ``reference``, and one file for each backend.
+An op's folder has the public function in ``api``, the registered ops and their autograd formula in
+``autograd``, the definition in plain torch in ``reference``, and one file for each other backend.
 """
 
 from moe_kernels.ops.dispatch import Dispatch, dispatch

@@ -86,7 +86,7 @@ def expert_range(topk_ids: Tensor, num_experts: int) -> None:
 
 
 def reads_values(device: torch.device, backend: str) -> bool:
-    """Whether an op checks the values of ids itself.
+    """Return whether an op checks the values of ids itself.
 
     Not on CUDA, where reading them makes the host wait, unless ``MOE_KERNELS_CHECK=1``; nor for the
     backend "cpu", whose native ops check the ids that they sort.

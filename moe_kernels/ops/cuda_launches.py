@@ -27,7 +27,7 @@ TRITON_FROM, TRITON_BELOW = 90, 120
 
 
 def uses_triton_gemm(device: torch.device) -> bool:
-    """Whether the experts' GEMMs and the low-rank passes are Triton's on this device."""
+    """Return whether the experts' GEMMs and the low-rank passes are Triton's on this device."""
     return TRITON_FROM <= capability(device) < TRITON_BELOW
 
 
@@ -83,7 +83,7 @@ def wgrad(given: Wgrad) -> tuple[Tensor, Tensor | None]:
 
 
 def gives_du(rank: int, dy: Tensor) -> bool:
-    """Whether du comes with dB: not in float32, which has no matrix instructions for it."""
+    """Return whether du comes with dB: not in float32, which has no matrix instructions for it."""
     if uses_triton_gemm(dy.device):
         return TRITON_SHARED.gives_du(rank, dy)
     return dy.dtype != torch.float32 and rank <= _native.cuda_limit("MAX_RANK_WITH_DU")

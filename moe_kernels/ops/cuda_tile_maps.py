@@ -10,7 +10,7 @@ from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap
 
 
 def supports_maps(requested: RequestedMaps) -> bool:
-    """Whether one launch can make all these maps."""
+    """Return whether one launch can make all these maps."""
     if len(requested) > _native.cuda_limit("MAX_MAPS"):
         return False
     most = _native.max_dispatch_keys()

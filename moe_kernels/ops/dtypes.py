@@ -1,4 +1,4 @@
-"""Dtypes that the ops compute in, and what holds while they do."""
+"""Dtypes that the ops compute in, and contexts for computing."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,17 +8,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that products of ``dtype`` are accumulated in."""
+    """Return the dtype in which products of ``dtype`` are accumulated."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """No autocast inside: frozen weights must not be recast at every call."""
+    """Turn autocast off: frozen weights must not be cast again at every call."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Launches go to this device: Triton asks which is the current one, not where tensors are."""
+    """Make ``device`` the current one: Triton launches there, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -13,13 +13,13 @@ Fields = TypeVar("Fields", bound=tuple)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether an op on these tensors may be computed without the dispatcher.
+    """Return whether an op on these tensors may be computed without the dispatcher.
 
-    False where something has to see the registered op: tracing and compilation, a dispatch mode of
-    this thread (selective checkpointing, counters of operations), a functorch transform, forward
-    mode differentiation, a tensor's subclass, a meta tensor. Else the way through ``torch.library``
-    has no use, and costs a few tenths of a millisecond a layer, forward and backward: as much as a
-    small layer's GEMM.
+    It is False where something must see the registered op: tracing and compilation, a dispatch
+    mode of this thread (selective checkpointing, counters of operations), a functorch transform,
+    forward mode differentiation, a tensor's subclass, a meta tensor. Elsewhere ``torch.library``
+    would add a few tenths of a millisecond a layer, forward and backward, as much as a small
+    layer's GEMM.
     """
     return (
         not torch.compiler.is_compiling()
@@ -33,9 +33,9 @@ def is_plain(*tensors: Tensor | None) -> bool:
 def plain_function(
     name: str, compute: Callable, setup_context: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
-    """The op ``name`` for plain tensors, by the formulas that are registered for it."""
+    """Build the op ``name`` for plain tensors, from the formulas that are registered for it."""
 
-    # A setup_context of its own would make PyTorch look at the signature at every call.
+    # With a setup_context of its own PyTorch would inspect the signature at every call.
     def forward(ctx, *arguments):
         output = compute(*arguments)
         setup_context(ctx, arguments, output)

@@ -1,4 +1,4 @@
-"""Low-rank weights, one pair for each added modality, and what is checked of them."""
+"""Low-rank weights, one pair for each added modality, and their checks."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,8 @@
 """Triton kernels, and parts of them, that several ops use; ``triton_launches`` launches them.
 
 Rows are in sorted order: p is a row's place, ``perm[p] // TOP_K`` its token. ``tiles_ptr`` are the
-tiles of a map (``triton_tile_maps``). Adapters come in their own dtype and are rounded to that of
-the rows they meet. Counts are not specialised on: a new number of tokens compiles nothing.
+tiles of a map (``triton_tile_maps``). Adapters are read in their own dtype and rounded to that of
+the rows they multiply. Counts are not specialised on: a new number of tokens compiles nothing.
 """
 
 import triton
@@ -13,20 +13,20 @@ from moe_kernels.ops.triton_tile_maps import tile_of
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b; float32 in full precision."""
+    """Return acc + a @ b; float32 in full precision."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def load_rows(ptr, rows, ld, mask_m, offs_k, size_k):
-    """(BLOCK_M, BLOCK_K) of a row-major matrix."""
+    """Load (BLOCK_M, BLOCK_K) of a row-major matrix."""
     mask = mask_m[:, None] & (offs_k < size_k)[None, :]
     return tl.load(ptr + rows[:, None] * ld + offs_k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_operand(ptr, offs_k, size_k, stride_k, offs_n, size_n, stride_n):
-    """(BLOCK_K, BLOCK_N) of a matrix with any strides."""
+    """Load (BLOCK_K, BLOCK_N) of a matrix with any strides."""
     mask = (offs_k < size_k)[:, None] & (offs_n < size_n)[None, :]
     return tl.load(
         ptr + offs_k[:, None] * stride_k + offs_n[None, :] * stride_n, mask=mask, other=0.0
@@ -35,7 +35,7 @@ def load_operand(ptr, offs_k, size_k, stride_k, offs_n, size_n, stride_n):
 
 @triton.jit
 def scaled_rows(u_ptr, scale, rows, mask_m, offs_r, RANK: tl.constexpr, dtype: tl.constexpr):
-    """scale * u (BLOCK_M, BLOCK_R), multiplied in float32 and rounded once."""
+    """Return scale * u (BLOCK_M, BLOCK_R), multiplied in float32 and rounded once."""
     u = load_rows(u_ptr, rows, RANK, mask_m, offs_r, RANK)
     return (u.to(tl.float32) * scale).to(dtype)
 
@@ -60,7 +60,7 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = left M on adapted rows alone."""
+    """Store out = left M on adapted rows alone."""
     pair, first, end = tile_of(tiles_ptr, tl.program_id(0), num_tiles)
     if first >= end:
         return
@@ -114,10 +114,10 @@ def wgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """out[g] = sum over the group's rows of (factor * weight * left)^T right, in row order.
+    """Store out[g] = sum over the group's rows of (factor * weight * left)^T right, in row order.
 
-    The sum over a tile's rows, if the group has several. With WITH_DU also right matrix[g], row by
-    row, of this program's columns: one reading of ``right`` serves both.
+    If the group has several tiles, each tile's sum is a partial sum. With WITH_DU the kernel also
+    stores right matrix[g], row by row, for this program's columns: ``right`` is read once for both.
     """
     tile, pid_h, pid_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group, first, end = tile_of(tiles_ptr, tile, num_tiles)
@@ -171,7 +171,7 @@ def finish_wgrad_kernel(
     size,
     BLOCK_N: tl.constexpr,
 ):
-    """The sums of groups of several tiles, in the order of the tiles; zeros for those of none."""
+    """Sum up groups of several tiles, in the order of the tiles; groups without tiles get zeros."""
     group = tl.program_id(1).to(tl.int64)
     rows = tl.load(groups_ptr + num_groups + group) - tl.load(groups_ptr + group)
     if (rows > 0) & (rows <= chunk):
@@ -197,7 +197,7 @@ def sum_parts_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """out = the sum of the parts, in order, on the rows of the tiles alone."""
+    """Store the sum of the parts, in order, on the rows of the tiles alone."""
     _, first, end = tile_of(tiles_ptr, tl.program_id(0), num_tiles)
     if first >= end:
         return
@@ -228,7 +228,7 @@ def add_low_rank_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out[token] += s u V, in place, on adapted rows alone."""
+    """Add s u V to out[token] in place, on adapted rows alone."""
     modality, first, end = tile_of(tiles_ptr, tl.program_id(0), num_tiles)
     if first >= end:
         return

@@ -23,7 +23,7 @@ MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider o
 MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 MAX_RANK_WITH_DU = 16  # highest rank at which du comes with dB, in parts by columns of dy
-# Triton decides when a kernel is decorated, that is when this module is imported.
+# Triton chooses between compiler and interpreter when a kernel is decorated, so at import.
 INTERPRETED = backends.triton_is_interpreted()
 
 
@@ -123,7 +123,7 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise TypeError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
 
 
-@functools.cache  # asked several times at every call of an op
+@functools.cache  # every call of an op asks several times
 def capability(device: torch.device) -> int:
     """Return the compute capability, 90 for sm_90; the interpreter stands for a Hopper."""
     if INTERPRETED:
@@ -133,7 +133,7 @@ def capability(device: torch.device) -> int:
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether the copy engine can load tiles of a tensor."""
+    """Return whether the copy engine can load tiles of a tensor."""
     return capability(device) >= 90
 
 
@@ -168,7 +168,7 @@ def shrink_warps(block_m: int) -> int:
 
 
 def shrink(given: Shrink) -> Tensor:
-    """Fill the adapted rows of ``given.out`` with left M, and return it."""
+    """Write left M to the adapted rows of ``given.out``, and return it."""
     (num_rows, rank), size_k, tiles = given.out.shape, given.left.shape[1], given.tiles
     block_r = min(rank_block(given.left.dtype), max(16, triton.next_power_of_2(rank)))
     if tiles.num_tiles and num_rows:
@@ -290,7 +290,7 @@ def _finish_wgrad(given: Wgrad, partial: Tensor, out: Tensor) -> None:
 
 
 def du_parts_fit(given: Wgrad, columns: int) -> bool:
-    """Whether du may come with dB: for all rows, one float32 part per ``columns`` columns of dy."""
+    """Return whether du may come with dB: it takes a float32 part for each ``columns`` of dy."""
     parts = -(-given.right.shape[1] // columns)
     return 4 * parts * given.perm.numel() * given.left.shape[1] <= MAX_BYTES_OF_PARTS
 
@@ -359,7 +359,7 @@ def add_low_rank(given: LowRank) -> None:
 
 
 def gives_du(rank: int, dy: Tensor) -> bool:
-    """Whether the parts of du cost less than another reading of dy."""
+    """Return whether the parts of du cost less than another reading of dy."""
     return rank <= MAX_RANK_WITH_DU
 
 

@@ -1,9 +1,9 @@
-"""Which rows each program of a Triton kernel takes, worked out on the device in one launch.
+"""Tile maps: the rows that each program of a Triton kernel takes, found on the device.
 
-A tile is at most ``block`` rows of one group of sorted rows. How many tiles there are follows from
-shapes alone, so the host need not know the counts: a group of c rows has ceil(c / block), which are
-at most num_rows // block + groups together. Those beyond the last have no rows, and their programs
-return at once.
+A tile is at most ``block`` rows of one group of sorted rows, and one launch makes a map. A group of
+c rows has ceil(c / block) tiles; all groups together have at most num_rows // block + groups. That
+bound follows from shapes alone, so the host allocates it without knowing the counts. Tiles beyond
+the last real one have no rows, and their programs return at once.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Groups(NamedTuple):
     """Groups of rows: runs of neighbouring segments of ``segment_offsets``.
 
     Group g begins with segment g % period * stride + g // period + offset, and has ``width``
-    segments. Behind the last segment lie the rows that were not dispatched.
+    segments. The rows that were not dispatched lie behind the last segment.
     """
 
     num: int
@@ -29,18 +29,18 @@ class Groups(NamedTuple):
 
 
 def by_expert(num_experts: int, num_modalities: int) -> Groups:
-    """The rows of each expert; last, those that were not dispatched."""
+    """Group the rows by expert; the last group are the rows that were not dispatched."""
     segments = num_modalities + 1
     return Groups(num_experts + 1, num_experts + 1, segments, 0, segments)
 
 
 def by_adapter(num_base: int, num_modalities: int) -> Groups:
-    """The rows of each pair (added modality m, expert), number (m - 1) * num_base + expert."""
+    """Group the rows by pair (added modality m, expert), number (m - 1) * num_base + expert."""
     return Groups(num_base * num_modalities, num_base, num_modalities + 1, 1, 1)
 
 
 def by_added_expert(first: int, num_added: int, num_modalities: int) -> Groups:
-    """The rows of each added expert, from the id ``first`` on."""
+    """Group the rows by added expert, from the id ``first`` on."""
     segments = num_modalities + 1
     return Groups(num_added, num_added, segments, first * segments, segments)
 
@@ -53,9 +53,9 @@ class TileMap(NamedTuple):
 
     Attributes:
         tiles: (3, n) int64, group, first row and end of each tile.
-        groups: (3, groups) int64, first row and end of each group, and where the partial sums of
-            its tiles begin, if it has several.
-        num_rows: rows of all groups and others.
+        groups: (3, groups) int64, first row and end of each group, and the first partial sum of its
+            tiles, if it has several.
+        num_rows: all sorted rows, in a group or not.
         block: rows of a tile.
     """
 
@@ -66,25 +66,25 @@ class TileMap(NamedTuple):
 
     @property
     def num_tiles(self) -> int:
-        """As many tiles as there can be."""
+        """Upper bound on the number of tiles."""
         return self.tiles.shape[1]
 
     @property
     def num_partials(self) -> int:
-        """As many partial sums as there can be, of groups of several tiles."""
+        """Upper bound on the number of partial sums, of groups of several tiles."""
         return 2 * (self.num_rows // self.block) if self.num_rows > self.block else 0
 
 
 @triton.jit
 def tile_of(tiles_ptr, tile, num_tiles):
-    """Group, first row and end of a tile."""
+    """Load group, first row and end of a tile."""
     group = tl.load(tiles_ptr + tile)
     return group, tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile)
 
 
 @triton.jit
 def _bounds(segments_ptr, group, num_segments, num_rows, period, stride, offset, width):
-    """First row and end of a group, or of several."""
+    """Load first row and end of a group, or of several."""
     segment = group % period * stride + group // period + offset
     first = tl.load(segments_ptr + segment)
     behind = segment + width > num_segments
@@ -92,7 +92,7 @@ def _bounds(segments_ptr, group, num_segments, num_rows, period, stride, offset,
     return first, tl.where(behind, num_rows, end)
 
 
-# One compilation for all shapes: nothing here gains from knowing its arguments.
+# One compilation serves all shapes: the kernel gains nothing from constant arguments.
 @triton.jit(
     do_not_specialize=[
         "num_segments", "num_rows", "num_groups", "num_tiles", "block", "period", "stride",
@@ -115,7 +115,7 @@ def tile_map_kernel(
     BLOCK_G: tl.constexpr,  # at least num_groups
     BLOCK_T: tl.constexpr,
 ):
-    """A group's tiles, behind those of the groups before it; and a share of the empty ones."""
+    """Write one group's tiles, after those of earlier groups, and a share of the empty tiles."""
     this = tl.program_id(0)
     block = block.to(tl.int64)  # times a number of tiles
     groups = tl.arange(0, BLOCK_G)
@@ -152,7 +152,7 @@ def most_tiles(num_rows: int, num_groups: int, block: int) -> int:
 
 
 def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int) -> TileMap:
-    """The tiles of ``block`` rows of some of ``num_rows`` sorted rows."""
+    """Make the map of tiles of ``block`` rows for groups of ``num_rows`` sorted rows."""
     num_tiles = most_tiles(num_rows, groups.num, block)
     made = TileMap(
         segment_offsets.new_empty(3, num_tiles), segment_offsets.new_empty(3, groups.num),
@@ -184,10 +184,10 @@ def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) 
 
 
 def chunk_rows(num_rows: int, size: int) -> int:
-    """Rows of a tile for a sum over rows with ``size`` elements: about 32 tiles in all.
+    """Return the rows of a tile for a sum over rows with ``size`` elements: about 32 tiles in all.
 
-    So one long group does not keep everybody waiting, and few groups give many programs. Fewer
-    where the partial sums, up to two for each tile, would take more than 256 MiB.
+    Then one long group does not delay the launch, and a few groups still give many programs. There
+    are fewer tiles where the partial sums, up to two for each, would take more than 256 MiB.
     """
     tiles = min(32, max(1, 2**25 // size))
     return max(512, triton.next_power_of_2(num_rows // tiles))

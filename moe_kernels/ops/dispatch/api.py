@@ -12,18 +12,18 @@ from moe_kernels.ops.dispatch import autograd  # noqa: F401  (registers the op)
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Routed rows in the order in which the experts take them. All tensors are int64.
+    """Routed rows sorted by expert, then modality. All tensors are int64.
 
-    A row is a pair of token t and slot k, numbered t * K + k. Rows are sorted by expert, then by
-    modality, and keep their order inside each group. Rows of padding (modality -1) lie at the
-    tail, from ``expert_offsets[E]`` on, and belong to no expert.
+    A row is a pair of token t and slot k, numbered t * K + k. Rows keep their order inside each
+    group. Rows of padding (modality -1) lie at the tail, from ``expert_offsets[E]`` on, and belong
+    to no expert.
 
     Attributes:
         perm: (T*K,), ``perm[p]`` is the row at sorted position p.
         inv_perm: (T*K,), the sorted position of each row.
         tokens_per_expert: (E,), rows of each expert.
         expert_offsets: (E+1,), first sorted position of each expert, then the end of the last.
-        segment_offsets: (E*(M+1)+1,), the same for each pair (expert, modality).
+        segment_offsets: (E*(M+1)+1,), likewise for each pair (expert, modality).
     """
 
     perm: Tensor
@@ -44,7 +44,7 @@ def dispatch(
     """Sort routed rows by expert, then modality, with padding at the tail.
 
     Args:
-        topk_ids: (T, K) int64, the experts of each token. The same expert may stand twice.
+        topk_ids: (T, K) int64, the experts of each token. An expert may occur twice.
         num_experts: E. On the CPU an id outside 0..E-1 raises; on CUDA such a row is dropped (it
             lies at the tail), unless ``MOE_KERNELS_CHECK=1`` asks for the check.
         modality_ids: (T,) int, 0 the base modality, 1..M added ones, -1 padding. None: all 0.
@@ -52,7 +52,7 @@ def dispatch(
         backend: see :func:`moe_kernels.backends.select`.
 
     Raises:
-        TypeError: ids that are no tensor, or of another dtype.
+        TypeError: ids that are not a tensor, or have another dtype.
         ValueError: a wrong rank, shape or device, or an id out of range.
     """
     checks.tensors(topk_ids=topk_ids)

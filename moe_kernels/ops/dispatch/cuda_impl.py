@@ -14,7 +14,7 @@ from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap
 
 
 def _supports(num_experts: int, num_modalities: int) -> bool:
-    """Whether a block can count the segments."""
+    """Return whether a block can count the segments."""
     return num_experts * (num_modalities + 1) < _native.max_dispatch_keys()
 
 

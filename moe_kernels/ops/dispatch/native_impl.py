@@ -8,5 +8,5 @@ from moe_kernels import _native
 def dispatch(
     topk_ids: Tensor, num_experts: int, modality_ids: Tensor | None, num_modalities: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Dispatch``, in order, of ``topk_ids`` (T, K) and ``modality_ids`` (T,)."""
+    """Return the fields of ``Dispatch``, in order, for (T, K) and (T,) ids."""
     return _native.ops().dispatch(topk_ids, num_experts, modality_ids, num_modalities)

@@ -7,7 +7,7 @@ from torch import Tensor
 def dispatch(
     topk_ids: Tensor, num_experts: int, modality_ids: Tensor | None, num_modalities: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Dispatch``, in order, of ``topk_ids`` (T, K) and ``modality_ids`` (T,)."""
+    """Return the fields of ``Dispatch``, in order, for (T, K) and (T,) ids."""
     num_tokens, top_k = topk_ids.shape
     groups = num_modalities + 1
     expert = topk_ids.reshape(-1)

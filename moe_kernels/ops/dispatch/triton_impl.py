@@ -1,8 +1,8 @@
-"""``dispatch`` in Triton: a short batch by counting in one launch, a long one by torch's sort.
+"""``dispatch`` in Triton: counting in one launch for a short batch, torch's sort for a long one.
 
-A row's place is the number of rows that come before it. To count them for every row is work that
-grows with the square, but for the batches of decoding it is one small launch instead of the twenty
-of a sort and what follows it.
+A row's place is the number of rows that come before it. Counting them for every row takes work that
+grows with the square of the rows, but a batch of decoding needs one small launch for it, where a
+sort and what follows it need twenty.
 """
 
 import torch
@@ -22,7 +22,7 @@ def _sort_keys(
     topk_ids_ptr, modality_ids_ptr, rows, num_rows, num_experts, num_modalities,
     TOP_K: tl.constexpr, HAS_MODALITIES: tl.constexpr,
 ):  # fmt: skip
-    """segment * num_rows + row: a stable order; rows that are not dispatched come last."""
+    """Return segment * num_rows + row: a stable order; rows that are not dispatched come last."""
     mask = rows < num_rows
     expert = tl.load(topk_ids_ptr + rows, mask=mask, other=-1)
     modality = tl.zeros_like(expert)
@@ -52,7 +52,7 @@ def dispatch_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The places of BLOCK rows; or, in the programs after those, the offsets of BLOCK segments."""
+    """Store the places of BLOCK rows; the last programs store the offsets of BLOCK segments."""
     row_programs = tl.cdiv(num_rows, BLOCK)
     of_rows = tl.program_id(0) < row_programs
     item = tl.where(of_rows, tl.program_id(0), tl.program_id(0) - row_programs) * BLOCK
@@ -90,7 +90,7 @@ def dispatch_kernel(
 def dispatch(
     topk_ids: Tensor, num_experts: int, modality_ids: Tensor | None, num_modalities: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Dispatch``, in order, of ``topk_ids`` (T, K) and ``modality_ids`` (T,)."""
+    """Return the fields of ``Dispatch``, in order, for (T, K) and (T,) ids."""
     rows, num_segments = topk_ids.numel(), num_experts * (num_modalities + 1)
     if not 0 < rows <= MAX_COUNTED:
         return reference.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
@@ -123,6 +123,6 @@ def dispatch_with_maps(
     num_modalities: int,
     requested: RequestedMaps,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[TileMap]]:
-    """:func:`dispatch`, and the tile maps of these groups and rows of a tile."""
+    """Return the fields of :func:`dispatch`, and the requested tile maps."""
     fields = dispatch(topk_ids, num_experts, modality_ids, num_modalities)
     return fields, tile_maps(fields[-1], topk_ids.numel(), requested)

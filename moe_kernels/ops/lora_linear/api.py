@@ -22,7 +22,7 @@ def lora_linear(
     dispatched: LinearDispatch | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``x W^T + b``, plus ``s[m] (x A[m]^T) B[m]^T`` on the rows of modality m >= 1.
+    """Return ``x W^T + b``, plus ``s[m] (x A[m]^T) B[m]^T`` on the rows of modality m >= 1.
 
     Partial LoRA (arXiv 2401.16420) on a frozen linear layer. Rows of the base modality and of
     padding are the base layer's output, whatever the adapters are.
@@ -33,8 +33,8 @@ def lora_linear(
         bias: (out,) or None, frozen.
         lora: ``lora_A`` (M, r, in), ``lora_B`` (M, out, r), in the base's dtype or float32.
         modality_ids: int, of the leading shape of ``hidden_states``, -1..M. None: the base path.
-        dispatched: what :func:`moe_kernels.ops.linear_dispatch` returned for these modality ids and
-            this backend, in place of ``modality_ids``: several layers can share it.
+        dispatched: the result of :func:`moe_kernels.ops.linear_dispatch` for the modality ids and
+            the backend, given instead of ``modality_ids``; several layers can share it.
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
@@ -43,7 +43,7 @@ def lora_linear(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
-        RuntimeError: the backend that was named is not available.
+        RuntimeError: the named backend is not available.
     """
     checks.tensors(hidden_states=hidden_states, weight=weight)
     checks.optional_tensors(bias=bias, modality_ids=modality_ids)

@@ -1,8 +1,8 @@
 """The registered ops ``moe_kernels::lora_linear`` and ``lora_linear_backward``.
 
 The base GEMM is torch's, over all rows, so its bits follow from the shape alone; the low-rank term
-is added in place, on the rows of added modalities only. Saved: hidden_states, u = x A^T (unscaled)
-and the dispatch.
+is added in place, on the rows of added modalities only. Saved for backward are hidden_states,
+u = x A^T (unscaled) and the dispatch.
 """
 
 import torch

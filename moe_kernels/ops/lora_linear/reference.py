@@ -1,6 +1,6 @@
 """The low-rank term of ``lora_linear`` in plain torch, any float dtype: the definition.
 
-It goes over the rows of each modality in blocks, so that no (T, out) update is materialised.
+The rows of each modality are computed in blocks, so that no (T, out) update is materialised.
 """
 
 from collections.abc import Iterator

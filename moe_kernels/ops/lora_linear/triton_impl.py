@@ -1,5 +1,6 @@
-"""The low-rank term of ``lora_linear`` on a GPU: adapted rows alone, no float atomics. The kernels
-are Triton's, or those that another backend gives.
+"""The low-rank term of ``lora_linear`` on a GPU, for adapted rows alone and without float atomics.
+
+The launches are Triton's, or those of another backend's table.
 """
 
 import torch

@@ -29,7 +29,7 @@ def moe_mlp(
     act: str = "silu",
     backend: str | None = None,
 ) -> Tensor:
-    """The weighted sum of each token's experts, with masked low-rank updates.
+    """Return the weighted sum of each token's experts, with masked low-rank updates.
 
     For a token x of modality m, routed to expert e with weight w, the term is w * y with::
 
@@ -37,12 +37,12 @@ def moe_mlp(
         y        = a W_down[e]^T    + s2[m] (a A2[m, e]^T) B2[m, e]^T,      a = silu(gate) * up
 
     and without the second terms for m = 0 (Partial LoRA, arXiv 2401.16420). The output of a row
-    of modality 0 does not depend on any adapter, nor on the other rows, in any bit. A padding row
+    of modality 0 is bitwise independent of every adapter and of the other rows. A padding row
     (modality -1) is not computed; its output is zeros.
 
     Args:
-        hidden_states: (T, H), any of float32, bfloat16, float16, float64; computed in the dtype of
-            the weights.
+        hidden_states: (T, H) in float32, bfloat16, float16 or float64; computed in the dtype of the
+            weights.
         topk_ids: (T, K) int64, experts of each token, of 0..E+X-1.
         topk_weights: (T, K) float, their weights.
         gate_up_proj: (E, 2I, H), rows [gate; up], frozen.
@@ -50,13 +50,14 @@ def moe_mlp(
         modality_ids: (T,) int, -1..M. None: the base path and nothing else.
         gate_up_lora: update of ``gate_up_proj``, in the base's dtype or float32; see
             :class:`LoraWeights`. None: no update.
-        down_lora: the same for ``down_proj``, with a rank of its own.
+        down_lora: update of ``down_proj``, whose rank may differ.
         extra_gate_up_proj: (X, 2I, H), added trainable experts with ids E..E+X-1. No low-rank
             update applies to them.
-        extra_down_proj: (X, H, I), given together with the former.
-        frozen_extra: how many of the added experts, the first ones, are frozen: the gradient of
-            their weights is not computed, and is zeros where the others' exists.
-        act: activation of the gate; only "silu" now.
+        extra_down_proj: (X, H, I), given together with ``extra_gate_up_proj``.
+        frozen_extra: the first so many added experts are frozen. Their gradient is not computed; it
+            is zeros in the tensor that holds the others'.
+        act: activation of the gate. Only "silu" is accepted: the value is checked and has no other
+            effect, since every backend computes SiLU.
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
@@ -66,7 +67,7 @@ def moe_mlp(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
-        RuntimeError: the backend that was named is not available.
+        RuntimeError: the named backend is not available.
     """
     checks.tensors(
         hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights,
@@ -111,7 +112,7 @@ def moe_mlp(
 
 
 def _trains(*loras: LoraWeights | None) -> bool:
-    """Whether a gradient is asked of one of them: of an adapter that no row uses it is zeros."""
+    """Return whether an adapter needs a gradient, which is zeros where no row uses the adapter."""
     tensors = (tensor for lora in loras if lora is not None for tensor in lora[:2])
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

@@ -1,4 +1,4 @@
-"""The registered ops ``moe_kernels::moe_mlp`` and ``moe_mlp_backward``, and what joins them.
+"""The registered ops ``moe_kernels::moe_mlp`` and ``moe_mlp_backward``, and their formula.
 
 Saved for backward are hidden_states, topk_weights, the pre-activation, u1 = x A1^T and
 u2 = a A2^T (unscaled) and the dispatch, all of shapes that do not depend on the routing.

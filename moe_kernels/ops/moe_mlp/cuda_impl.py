@@ -17,7 +17,7 @@ _ADAPTER_BLOCK = 64  # rows that a block of `shrink` takes at once
 
 
 def supports(weights: ExpertWeights) -> bool:
-    """Whether the extension multiplies with the experts' weights.
+    """Return whether the extension multiplies with the experts' weights.
 
     It does for 16-bit weights in whole vectors of 16 bytes, on devices where its kernels are the
     faster ones.

@@ -1,9 +1,9 @@
 """``moe_mlp`` forward and backward in plain torch, any float dtype: the definition.
 
-It works on blocks of BLOCK_M sorted rows of one expert, zero-padded to exactly BLOCK_M in the base
-GEMMs, because a GEMM whose row count is a routed count changes the bits of a row when other rows
-are routed elsewhere. Low-rank terms touch only the rows of their modality. Blocks run in a fixed
-order and sums are accumulated in float32 (float64 for float64).
+The unit of work is a block of BLOCK_M sorted rows of one expert. The base GEMMs are zero-padded to
+exactly BLOCK_M rows, because a GEMM whose row count is a routed count changes the bits of a row
+when other rows are routed elsewhere. Low-rank terms touch only the rows of their modality. Blocks
+run in a fixed order, and sums are accumulated in float32 (float64 for float64).
 """
 
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def backward(
     needs: list[bool],
     frozen_extra: int = 0,
 ) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, in its order; of low-rank weights in float32.
+    """Return the gradients that ``needs`` asks for, in its order; of parameters in float32.
 
     With dO the unweighted gradient of a row's output, w its routing weight and s the scaling::
 
@@ -119,7 +119,7 @@ def backward(
 
 @dataclass
 class _Gradients:
-    """Buffers that the backward fills; None where nothing is asked for."""
+    """Buffers that the backward fills; None where no gradient is needed."""
 
     rows: Tensor  # (T*K, H), gradient of each sorted row's input
     topk_weights: Tensor  # (T*K,), by row
@@ -150,7 +150,7 @@ class _Gradients:
             self.extra_down[index] += d_out.to(acc).T @ weighted_a
 
     def needed(self, inv_perm, segment_offsets, hidden_states, topk_weights, needs):
-        """The list that the backward op returns."""
+        """Return the list that the backward op returns."""
         ones = topk_weights.new_ones(topk_weights.shape, dtype=self.rows.dtype)
         results = [
             _combine(self.rows, inv_perm, segment_offsets, ones) if needs[0] else None,
@@ -189,7 +189,7 @@ def _expert(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
 
 
 def _fixed_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight`` in the accumulation dtype, as a GEMM of exactly BLOCK_M rows."""
+    """Return ``x @ weight`` in the accumulation dtype, as a GEMM of exactly BLOCK_M rows."""
     acc = acc_dtype(weight.dtype)
     padded = x.new_zeros(BLOCK_M, x.shape[1], dtype=acc)
     padded[: x.shape[0]] = x
@@ -202,7 +202,7 @@ def _lora_pair(lora_A: Tensor, lora_B: Tensor, modality: int, expert: int) -> tu
 
 
 def _extend(y, x, block, u_saved, lora_A, lora_B, scaling) -> None:
-    """Add s (x A^T) B^T to the rows of ``y`` (n, out) that have an adapter; keep u = x A^T."""
+    """Add s (x A^T) B^T to the adapted rows of ``y`` (n, out); store u = x A^T."""
     if lora_A is None:
         return
     acc = y.dtype
@@ -241,19 +241,19 @@ def _extend_backward(
 
 
 def _scaled(u: Tensor, scaling: Tensor) -> Tensor:
-    """s * u, multiplied in the accumulation dtype, then rounded as a GEMM operand."""
+    """Return s * u, multiplied in the accumulation dtype, then rounded as a GEMM operand."""
     acc = acc_dtype(u.dtype)
     return (u.to(acc) * scaling.to(acc)).to(u.dtype)
 
 
 def _swiglu(pre_act: Tensor) -> Tensor:
-    """silu(gate) * up of ``pre_act`` (n, 2I), rounded to its dtype."""
+    """Return silu(gate) * up of ``pre_act`` (n, 2I), rounded to its dtype."""
     gate, up = pre_act.to(acc_dtype(pre_act.dtype)).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(pre_act.dtype)
 
 
 def _swiglu_backward(pre_act: Tensor, d_a: Tensor) -> Tensor:
-    """Gradient of the pre-activation (n, 2I) for ``d_a`` (n, I), rounded to its dtype."""
+    """Return the gradient of the pre-activation (n, 2I) for ``d_a`` (n, I), in its dtype."""
     gate, up = pre_act.to(d_a.dtype).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     d_gate = d_a * up * sigmoid * (1 + gate * (1 - sigmoid))
@@ -264,9 +264,10 @@ def _swiglu_backward(pre_act: Tensor, d_a: Tensor) -> Tensor:
 def _combine(
     sorted_rows: Tensor, inv_perm: Tensor, segment_offsets: Tensor, topk_weights: Tensor
 ) -> Tensor:
-    """(T, H): each token's rows times their weights, added in the order of its top-k.
+    """Return (T, H): each token's rows times their weights, added in the order of its top-k.
 
-    Rows at the tail (padding, dropped) were never written: they are left out, not multiplied by 0.
+    Rows at the tail (padding, dropped) were never written, so they are left out instead of being
+    multiplied by 0.
     """
     num_tokens, top_k = topk_weights.shape
     out = sorted_rows.new_zeros(num_tokens, sorted_rows.shape[1])

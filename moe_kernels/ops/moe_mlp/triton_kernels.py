@@ -1,9 +1,9 @@
 """Triton kernels of ``moe_mlp``; ``triton_impl`` launches them, ``ops/triton_kernels`` has others.
 
-Rows of a tile are counted from its first one, in 32 bits; that one, and offsets in stacks, take 64.
-A row's arithmetic depends neither on its place in a tile nor on the other rows. An expert's rows of
-the base modality come first: those of a tile are stored before the low-rank terms of the others are
-added to the same accumulator, since 0 * Inf would poison them.
+Rows of a tile are counted from its first one in 32 bits; the first row, and offsets in stacks,
+take 64. A row's arithmetic depends neither on its place in a tile nor on the other rows. An
+expert's rows of the base modality come first. A tile stores them before it adds the low-rank terms
+of the other rows to the same accumulator, since 0 * Inf would poison them.
 """
 
 # ruff: noqa: SIM102 (Triton's `and` does not look at one side first)
@@ -19,13 +19,13 @@ from moe_kernels.ops.triton_kernels import (
 from moe_kernels.ops.triton_tile_maps import tile_of
 
 _COUNTS = ("num_tiles", "num_base", "num_experts")  # a new one compiles nothing
-# Columns of dA' that its epilogue takes at once: whole sectors of 32 bytes, and few registers.
+# Columns of dA' that its epilogue handles at once: whole sectors of 32 bytes, and few registers.
 _PIECE = tl.constexpr(16)
 
 
 @triton.jit
 def _tile_ids(num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
-    """(m, n) of this program: GROUP_M row tiles share their weights' tiles in the L2."""
+    """Return (m, n) of this program: GROUP_M row tiles share their weights' tiles in the L2."""
     pid = tl.program_id(0)
     per_group = GROUP_M * num_tiles_n
     first = pid // per_group * GROUP_M
@@ -37,9 +37,7 @@ def _tile_ids(num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 def _expert_matrix(
     w, extra_ptr, expert, num_base, size, HAS_EXTRA: tl.constexpr, TMA: tl.constexpr
 ):
-    """Where an expert's matrix begins: in the frozen stack or among the added ones. With TMA the
-    stack's descriptor itself.
-    """
+    """Return a pointer to an expert's matrix, frozen or added; with TMA the stack's descriptor."""
     if TMA:
         return w
     else:
@@ -55,10 +53,10 @@ def _load_weights(
     w, row, k, n, size_k, size_n, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_K, BLOCK_N) at (k, n) of an expert's matrix, stored (size_n, size_k) if TRANSPOSED.
+    """Load (BLOCK_K, BLOCK_N) at (k, n) of an expert's matrix, (size_n, size_k) if TRANSPOSED.
 
-    By the copy engine with TMA, at ``row`` of the stack as one matrix: what it reads beyond the
-    expert's columns n is never stored; beyond k there are zeros, or the blocks fit exactly.
+    With TMA the copy engine loads it, at ``row`` of the stack as one matrix. Columns that it reads
+    beyond the expert's n are never stored; beyond k it reads zeros, or the blocks fit exactly.
     """
     if TMA:
         if TRANSPOSED:
@@ -78,7 +76,7 @@ def _product(
     left_ptr, left_rows, w, row, n, size_k, size_n, mask_m, TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """left W, in float32."""
+    """Return left W in float32."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, size_k, BLOCK_K):
         left = load_rows(left_ptr, left_rows, size_k, mask_m, k + tl.arange(0, BLOCK_K), size_k)
@@ -94,7 +92,7 @@ def _silu_mul(gate, up):
 
 @triton.jit
 def _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK: tl.constexpr):
-    """How many of a tile's ``count`` rows come before the first adapted one."""
+    """Count the rows of a tile that come before the first adapted one, of ``count``."""
     if RANK > 0:
         if expert < num_base:
             end = tl.load(segments_ptr + expert * (num_modalities + 1) + 1)
@@ -108,11 +106,11 @@ def _extend(
     experts_of_v, size_v, stride_vr, stride_vn, offs_n, size_n, num_modalities, to_second,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, dtype: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """acc + s u V on the rows of each modality, V (RANK, size_n) of (modality, expert); if GATED
-    also ``second`` and the V that lies ``to_second`` elements on.
+    """Return acc + s u V on the rows of each modality, V (RANK, size_n) of (modality, expert).
 
-    Rows of the base modality must have been stored; another modality's get 0 * V, which is nothing
-    while V is finite.
+    If GATED, also return ``second`` with the V that lies ``to_second`` elements further on added to
+    it. Rows of the base modality must have been stored before: rows of another modality get 0 * V,
+    which is zero only while V is finite.
     """
     for m in range(1, num_modalities + 1):
         segment = segments_ptr + expert * (num_modalities + 1) + m
@@ -137,7 +135,7 @@ def _extend(
 
 @triton.jit
 def _store_rows(ptr, tile, local, offs_n, width, value, mask_m, size_n):
-    """A tile's part of a row-major matrix of ``width`` columns; offsets within it take 32 bits."""
+    """Store a tile of a row-major matrix of ``width`` columns; offsets within it take 32 bits."""
     mask = mask_m[:, None] & (offs_n < size_n)[None, :]
     to = ptr + tile * width + local[:, None] * width + offs_n[None, :]
     tl.store(to, value.to(ptr.dtype.element_ty), mask=mask)
@@ -145,7 +143,7 @@ def _store_rows(ptr, tile, local, offs_n, width, value, mask_m, size_n):
 
 @triton.jit
 def _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, mask_m, SAVE: tl.constexpr):
-    """act = silu(gate) * up of the rounded pre-activation, and that itself if it is saved."""
+    """Store act = silu(gate) * up of the rounded pre-activation, and the latter if SAVE."""
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     gate, up = gate.to(dtype), up.to(dtype)
     if SAVE:
@@ -157,7 +155,7 @@ def _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, mask_m, 
 
 @triton.jit
 def _halves(acc, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
-    """The first and the other columns of a tile of 2 * HALF."""
+    """Split a tile of 2 * HALF columns in two."""
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
 
 
@@ -166,9 +164,7 @@ def _store_acts(
     pre_ptr, act_ptr, first, local, n, inter, gate, up, mask_m, SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """:func:`_store_act` of one half of the columns after the other: both do not fit into the
-    registers.
-    """
+    """Call :func:`_store_act` for each half of the columns: both at once exceed the registers."""
     HALF: tl.constexpr = BLOCK_N // 2
     gate_left, gate_right = _halves(gate, BLOCK_M, HALF)
     up_left, up_right = _halves(up, BLOCK_M, HALF)
@@ -209,7 +205,7 @@ def gate_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """act = silu(gate) * up, with gate and up = x W^T + s (x A^T) B^T; keeps the pre-activation."""
+    """Store act = silu(gate) * up, with gate and up = x W^T + s u B^T; keep them if SAVE."""
     pid_m, pid_n = _tile_ids(num_tiles, tl.cdiv(inter, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(tiles_ptr, pid_m, num_tiles)
     if first >= end:
@@ -281,7 +277,7 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out = left W + s u V, row by row: the second product forward, d(hidden_states) backward."""
+    """Store out = left W + s u V, row by row: "down" in forward, d(hidden_states) in backward."""
     pid_m, pid_n = _tile_ids(num_tiles, tl.cdiv(size_n, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(tiles_ptr, pid_m, num_tiles)
     if (first >= end) | (expert >= num_experts):
@@ -316,7 +312,7 @@ def _store_act_gradient(
     pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, acc, weight, mask_m, mask_act,
     WRITE_ACT: tl.constexpr,
 ):  # fmt: skip
-    """From acc = dA': d(gate) and d(up) of weight * dA', and a of ``mask_act``; <dA', a>."""
+    """Store d(gate) and d(up) of weight * dA' (``acc``), and a of ``mask_act``; return <dA', a>."""
     dtype: tl.constexpr = dpre_ptr.dtype.element_ty
     mask = mask_m[:, None] & (offs_n < inter)[None, :]
     pre = pre_ptr + first * 2 * inter + local[:, None] * 2 * inter + offs_n[None, :]
@@ -340,8 +336,9 @@ def _store_act_gradients(
     pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, mask_m, mask_act,
     WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The same for a whole tile, one piece of its columns after the other: all at once would not
-    fit into the registers.
+    """Call :func:`_store_act_gradient` for each piece of a tile's columns.
+
+    All columns at once would exceed the registers.
     """
     if BLOCK_N <= _PIECE:
         return _store_act_gradient(
@@ -397,7 +394,7 @@ def act_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """dA' = dO W + s du A; in its epilogue <dA', a>, d(gate) and d(up) of w dA', and a."""
+    """Compute dA' = dO W + s du A; store <dA', a>, d(gate) and d(up) of w dA', and a."""
     pid_m, pid_n = _tile_ids(num_tiles, tl.cdiv(inter, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(tiles_ptr, pid_m, num_tiles)
     if (first >= end) | (expert >= num_experts):
@@ -450,7 +447,7 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out[t] = sum over k of w[t, k] * the row of slot (t, k), in the order of k."""
+    """Store out[t] = sum over k of w[t, k] * the row of slot (t, k), in the order of k."""
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs_n < width

@@ -1,7 +1,8 @@
-"""Which tiles the Triton kernels of ``moe_mlp`` use: a function of shapes, dtype and device alone.
+"""Tiles of the Triton kernels of ``moe_mlp``, chosen by shapes, dtype and device alone.
 
-Never of the routing, so that a row's bits do not follow what else is in the batch. The tables here
-are replaced, for the shapes that ``python -m moe_kernels.tune`` was run on, by what it stored.
+The choice never depends on the routing, so a row's bits do not depend on the rest of the batch. For
+shapes that ``python -m moe_kernels.tune`` has measured, the tiles that it stored replace the tables
+here.
 """
 
 import functools
@@ -18,18 +19,18 @@ from moe_kernels.ops.triton_launches import capability
 
 
 class Tiles(NamedTuple):
-    """The shape of a tile, and how it is run.
+    """Shape and launch settings of a tile.
 
     Attributes:
         m: rows.
-        n: columns of a plain product.
+        n: columns of a GEMM without gate.
         n_gated: columns of gate, and as many of up, where both are held at once.
-        k: depth of a step.
-        group: row tiles that take the same weights one after the other.
-        warps: of a program.
-        stages: of the pipeline of loads.
-        act_registers: of a thread in dA', at most, so that two of its programs share a
-            multiprocessor: one stores while the other multiplies. 0: as many as it takes.
+        k: depth of a step of the sum.
+        group: row tiles that use the same weights one after the other.
+        warps: warps of a program.
+        stages: stages of the pipeline of loads.
+        act_registers: most registers of a thread in the dA' kernel, so that two of its programs
+            share a multiprocessor: one stores while the other multiplies. 0: no limit.
     """
 
     m: int
@@ -44,8 +45,8 @@ class Tiles(NamedTuple):
 
 Table = Sequence[tuple[int, Tiles]]
 
-# By compute capability, from that one on, then by the average number of rows of an expert, from
-# that number on. Few rows want many small programs. Half precision on sm_90: measured on an H100
+# Keyed by the least compute capability, then by the least average number of rows of an expert. Few
+# rows need many small programs. Half precision on sm_90: measured on an H100
 # in bfloat16 (docs/kernels.md, note 5). The others: chosen by what the compiler made of them (`make
 # check-gpu-code`: no spill), not yet by a GPU. On sm_80 a step of 64 takes the last register; on
 # sm_100 wider tiles spill a few. float32 has no matrix instructions: small tiles, small steps.
@@ -62,7 +63,7 @@ _FLOAT32: dict[int, Table] = {
 
 
 def built_in(dtype: torch.dtype, capability: int) -> Table:
-    """The table for a dtype and a compute capability (90 for sm_90)."""
+    """Return the table for a dtype and a compute capability (90 for sm_90)."""
     tables = _FLOAT32 if dtype == torch.float32 else _HALF
     return tables[max((least for least in tables if least <= capability), default=min(tables))]
 
@@ -71,24 +72,24 @@ _forced: Tiles | None = None
 
 
 def choose_tiles(rows: int, weights: ExpertWeights) -> Tiles:
-    """The tiles for ``rows`` pairs of a token and one of its experts."""
+    """Return the tiles for ``rows`` pairs of a token and one of its experts."""
     if _forced is not None:
         return _forced
     stack = weights.gate_up_proj
     table = _table(stack.device, stack.dtype, stack.shape)
-    # Added experts are left out: adding some changes no bit of the rows that do not choose them.
+    # Added experts do not count: adding some changes no bit of the rows that do not choose them.
     average = rows // stack.shape[0]
     return next((tiles for least, tiles in table if average >= least), table[-1][1])
 
 
-@functools.cache  # asked several times at every call of an op
+@functools.cache  # every call of an op asks
 def _table(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> Table:
-    """The tuned table for a frozen stack, or the built-in one."""
+    """Return the tuned table for a frozen stack, or the built-in one."""
     return _stored().get(_key(device, dtype, shape)) or built_in(dtype, capability(device))
 
 
 def key_of(gate_up_proj: torch.Tensor) -> str:
-    """Device, dtype and shape of a frozen stack (E, 2I, H), as the file of tuned tiles has them."""
+    """Return the key of a frozen stack (E, 2I, H) in the file of tuned tiles."""
     return _key(gate_up_proj.device, gate_up_proj.dtype, gate_up_proj.shape)
 
 
@@ -101,7 +102,7 @@ def _key(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
 
 @functools.cache
 def _stored() -> dict[str, Table]:
-    """The tuned tables, by :func:`key_of`: pairs of a least average number of rows and tiles."""
+    """Read the tuned tables, by :func:`key_of`: pairs of a least average of rows, and tiles."""
     path = env.tiles_path()
     if not path.is_file():
         return {}
@@ -113,14 +114,14 @@ def _stored() -> dict[str, Table]:
 
 
 def forget_stored() -> None:
-    """Read the file again when tiles are next chosen."""
+    """Forget the tuned tables: the next choice of tiles reads the file again."""
     _stored.cache_clear()
     _table.cache_clear()
 
 
 @contextmanager
 def force(tiles: Tiles | None) -> Iterator[None]:
-    """These tiles and no others, to time or to test them; None: those that would be chosen."""
+    """Use these tiles in every launch, to time or test them; None: the usual choice."""
     global _forced
     _forced = tiles
     try:
