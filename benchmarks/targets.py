@@ -297,6 +297,7 @@ def _gpu_launches() -> Iterator[Target]:
     low_rank = ("shrink x", "shrink act", "du2, dB2", "du1, dB1", "dA1", "dA2")
     for number, name, kernels, costs, limit in (
         (10, "combine", "combine", ("combine", "combine dX"), 0.85),
+        # Results committed before name the kernels project and outer.
         (11, "low-rank passes", "shrink|wgrad|sum_parts|project|outer", low_rank, 0.8),
     ):
         yield target(
