@@ -1,4 +1,4 @@
-"""The program that measures routing: what it writes, goes on with, and refuses."""
+"""The program that measures routing: results, interruptions, refusals."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def program():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model, and beside it an adapter with held-out sequences: four text, then image tokens."""
+    """Save a model, and an adapter with held-out sequences: four text tokens, then images."""
     folder = tmp_path_factory.mktemp("saved")
     save_byte_tokenizer(folder / "model")
     model = make_model("olmoe", vocab_size=VOCAB)
@@ -210,7 +210,7 @@ def test_says_what_is_wrong_with_sequences(program, saved, tensors, message, tmp
 
 
 def test_says_what_is_wrong_with_the_model(program, saved, tmp_path, capsys):
-    """One that is dense, and one that the adapter was not trained on."""
+    """A dense model is refused, and one that the adapter was not trained on."""
     folder = saved[0]
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1,

@@ -22,7 +22,7 @@ def program():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a tokenizer of bytes, as it would lie on disk."""
+    """Save a tiny model with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("model")
     save_byte_tokenizer(folder)
     overrides = {"vocab_size": 256, "initializer_range": 0.05}
@@ -90,7 +90,7 @@ def test_a_second_run_of_the_program_computes_nothing(program, folder, finished,
 def test_the_program_stopped_while_healing_goes_on(
     program, folder, finished, tmp_path, monkeypatch
 ):
-    """Ctrl-C in the third step of the first healing."""
+    """Interrupt the third step of the first healing."""
     import contextlib
     import threading
 

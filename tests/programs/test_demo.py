@@ -1,4 +1,4 @@
-"""The demo on tiny settings: what it writes, and that an interruption costs nothing."""
+"""The demo on tiny settings: results, repeated runs, interruptions."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def demo():
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny(demo):
-    """Even smaller than --quick."""
+    """Make --quick even smaller."""
     smaller = {"images": 200, "held_out": 50, "num_codes": 16, "samples_per_caption": 2}
     with pytest.MonkeyPatch.context() as patch:
         for name, sizes in (
@@ -32,7 +32,7 @@ def tiny(demo):
 
 @pytest.fixture(scope="module")
 def finished(demo, tmp_path_factory):
-    """The folder of a whole run."""
+    """Return the folder of a whole run."""
     out = tmp_path_factory.mktemp("demo")
     assert demo.main([*OPTIONS, "--out", str(out)]) == 0
     return out
@@ -44,7 +44,7 @@ def stage(out, name):
 
 
 def trained(out):
-    """Every tensor that training produced: the text model's and the adapter's."""
+    """Return every trained tensor: the text model's and the adapter's."""
     return load_file(stage(out, "pretrain") / "model" / "model.safetensors") | load_file(
         stage(out, "teach") / "adapter" / "adapter_model.safetensors"
     )
@@ -111,7 +111,7 @@ def test_a_second_run_computes_nothing_again(demo, finished, monkeypatch):
 
 
 def interrupt(monkeypatch, monitor, step, how):
-    """Calls ``how`` after a training step, once."""
+    """Call ``how`` once, after a training step."""
     original, calls = monitor.on_step_end, []
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -198,7 +198,7 @@ def test_settings_decide_what_is_computed_again(demo, finished, changed, kept):
 
 
 def stage_folders(demo, finished, **changed):
-    """The stages' folders by name; no stage is computed."""
+    """Return the stages' folders by name; no stage is computed."""
     from types import SimpleNamespace
 
     from shared import drawing

@@ -13,7 +13,7 @@ from support.programs import imported, save_byte_tokenizer
 
 @pytest.fixture(scope="module")
 def program():
-    """On 120 of the 5,000 digits."""
+    """Import the program, with 120 of the 5,000 digits."""
     with imported("extend_experts") as module, pytest.MonkeyPatch.context() as patch:
         encoder = sys.modules["shared.encoder"]
         few = encoder.digits().take(np.arange(0, 4800, 40))

@@ -32,7 +32,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """72 pictures of 8x8, a colour each with noise."""
+    """Write 72 pictures of 8x8, each of one colour with noise."""
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     lines = []
     for index in range(72):
@@ -218,7 +218,7 @@ def setup_of(program, command):
 
 
 def test_other_captions_are_another_run(program, command, pictures, tmp_path):
-    """Stages follow what is in the files, not their names."""
+    """Stages depend on the contents of the files, not on their names."""
     changed = tmp_path / "pictures"
     shutil.copytree(pictures, changed)
     listing = changed / "metadata.jsonl"
@@ -233,7 +233,7 @@ def test_other_captions_are_another_run(program, command, pictures, tmp_path):
 
 
 def test_what_a_run_may_be_made_of(program, command, tmp_path):
-    """A VQ-VAE, routers, checkpointing, the default dtype; pictures listed in a CSV file."""
+    """Run a VQ-VAE, routers, checkpointing, the default dtype, pictures listed in a CSV file."""
     from shared.stages import Stages
 
     folder = tmp_path / "pictures"
@@ -261,7 +261,7 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
 
 
 def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, command, tmp_path):
-    """Fitted on noise, given squares of one colour: a few codes are left."""
+    """A tokenizer fitted on noise uses a few codes for squares of one colour."""
     from shared.stages import Stages
 
     noise = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)

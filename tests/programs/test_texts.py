@@ -1,4 +1,4 @@
-"""The texts that come with Python, as the programs take them."""
+"""Texts that come with Python: parts, blocks and refusals."""
 
 import pytest
 from support.programs import imported

@@ -1,4 +1,4 @@
-"""What the tests of the programs under python/ share."""
+"""Import programs of python/ and save a tokenizer, for their tests."""
 
 import contextlib
 import importlib
