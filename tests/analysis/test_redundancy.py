@@ -303,7 +303,7 @@ def test_the_sample_is_of_the_same_tokens_in_every_layer(monkeypatch):
 
 
 def test_the_sample_is_uniform():
-    """Of 60 tokens in 6 forwards 15 are kept, so each is kept about a quarter of the time."""
+    """Sampling keeps 15 of 60 tokens from 6 forwards: each about a quarter of the time."""
     times = torch.zeros(60)
     row_modality = type("", (), {})()
     for seed in range(400):
