@@ -33,8 +33,10 @@ def test_public_names():
         assert getattr(moe_kernels, name) is not None
     assert set(moe_kernels.ops.__all__) == {
         "Dispatch",
+        "LinearDispatch",
         "LoraWeights",
         "dispatch",
+        "linear_dispatch",
         "lora_linear",
         "moe_mlp",
     }
