@@ -73,13 +73,9 @@ class Painter:
 
     @classmethod
     def of(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        token_ids: range,
-        captions: Sequence[str],
-        patched: PatchedModel | None = None,
-    ) -> Painter:
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: range,
+        captions: Sequence[str], patched: PatchedModel | None = None,
+    ) -> Painter:  # fmt: skip
         """Describe a model that has image tokens; token_ids: those of the image tokens."""
         return cls(
             model,
@@ -92,16 +88,10 @@ class Painter:
 
     @classmethod
     def create(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: ModalityLoraConfig,
-        num_codes: int,
-        captions: Sequence[str],
-        *,
-        seed: int,
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        config: ModalityLoraConfig, num_codes: int, captions: Sequence[str], *, seed: int,
         **init: Any,
-    ) -> Painter:
+    ) -> Painter:  # fmt: skip
         """Patch the model and add image tokens; init: keywords of ``add_modality_tokens``."""
         torch.manual_seed(seed)
         patched = patch_model(model, config)
@@ -161,15 +151,9 @@ def compare_text(
 
 
 def measure_model(
-    model: PreTrainedModel,
-    patch: Callable[[PreTrainedModel], Painter],
-    adapter: Path,
-    blocks: torch.Tensor,
-    held_out: TokenizedPictures,
-    *,
-    text_batch: int,
-    image_batch: int,
-) -> tuple[Painter, dict[str, Any]]:
+    model: PreTrainedModel, patch: Callable[[PreTrainedModel], Painter], adapter: Path,
+    blocks: torch.Tensor, held_out: TokenizedPictures, *, text_batch: int, image_batch: int,
+) -> tuple[Painter, dict[str, Any]]:  # fmt: skip
     """Measure a model in three states: unpatched, patched but untrained, with the adapter.
 
     blocks: (blocks, block) token ids of held-out text. Returns the model in its last state, too.
@@ -253,13 +237,10 @@ class CaptionReader:
 
 
 def measure_samples(
-    codes: torch.Tensor,
-    asked: torch.Tensor,
-    train: TokenizedPictures,
-    held_out: TokenizedPictures,
-    decode: Callable[[torch.Tensor], torch.Tensor],
+    codes: torch.Tensor, asked: torch.Tensor, train: TokenizedPictures,
+    held_out: TokenizedPictures, decode: Callable[[torch.Tensor], torch.Tensor],
     reader: CaptionReader | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measure whether drawings show their caption, vary, and are new.
 
     Real pictures are compared as decoded by the tokenizer, as drawings are.

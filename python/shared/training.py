@@ -49,12 +49,9 @@ class Monitor(TrainerCallback):
     """Callback for the progress bar, the held-out loss, and the duration of steps."""
 
     def __init__(
-        self,
-        steps: int,
-        held_out: Callable[[PreTrainedModel], float],
-        workspace: Workspace,
+        self, steps: int, held_out: Callable[[PreTrainedModel], float], workspace: Workspace,
         stop: threading.Event,
-    ):
+    ):  # fmt: skip
         self.held_out, self.workspace, self.stop = held_out, workspace, stop
         self.evaluate_every = math.ceil(steps / 6)
         self.timed_steps, self.timed_seconds = 0, 0.0
@@ -162,15 +159,11 @@ def schedule(
 
 
 def train(
-    model: PreTrainedModel | PatchedModel,
-    dataset: torch.utils.data.Dataset,
-    held_out: Callable[[PreTrainedModel], float],
-    workspace: Workspace,
-    *,
-    collator: Callable | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    model: PreTrainedModel | PatchedModel, dataset: torch.utils.data.Dataset,
+    held_out: Callable[[PreTrainedModel], float], workspace: Workspace, *,
+    collator: Callable | None = None, optimizer: torch.optim.Optimizer | None = None,
     **arguments: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train with transformers' Trainer, from the last complete checkpoint in the workspace.
 
     Args:
