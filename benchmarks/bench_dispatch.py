@@ -1,4 +1,4 @@
-"""Times ``dispatch``, the sort of routed rows by expert and modality.
+"""Times ``dispatch``, which sorts routed rows by expert and modality.
 
 python benchmarks/bench_dispatch.py --tokens 1 1024 16384 --experts 64 --top-k 8
 """
@@ -36,7 +36,7 @@ class Case:
 
 
 class Problem:
-    """Routing and modalities of a case; half the rows image, some padding."""
+    """Routing and modalities of a case, with half of the rows image and some padding."""
 
     def __init__(self, case: Case):
         generator = torch.Generator().manual_seed(case.seed)
@@ -54,7 +54,10 @@ class Problem:
         )  # fmt: skip
 
     def error(self, runner: Runner) -> str | None:
-        """What differs from the reference, or None; another's sort is not checked."""
+        """Describe a difference from the reference, or return None.
+
+        A competitor's sort is not checked.
+        """
         out = runner.forward()
         if not isinstance(out, Dispatch):
             return None
@@ -73,7 +76,7 @@ def _ours(backend: str) -> Callable[[Problem], Runner]:
 
 
 def _transformers(problem: Problem) -> Runner:
-    """What transformers' grouped_mm does for the same end: it sorts by expert alone."""
+    """The sort in transformers' grouped_mm, which is by expert alone."""
     num_experts = problem.case.experts
 
     def forward() -> tuple[Tensor, ...]:
@@ -124,9 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     sweep = (args.tokens, args.experts, args.top_k, args.routing)
     cases = [Case(*values, args.device, args.seed) for values in itertools.product(*sweep)]
-    with progress(cases) as (bar, on_round):
+    with progress(cases) as (all_cases, on_round):
         options = options_of(args, on_round=on_round)
-        records = [run(case, options) for case in bar]
+        records = [run(case, options) for case in all_cases]
     print(dispatch_table(records))
     finish(NAME, args, {"dispatch": records})
 

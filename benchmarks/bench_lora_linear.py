@@ -68,7 +68,7 @@ class Problem:
         )  # fmt: skip
 
     def error(self, runner: Runner) -> str | None:
-        """What differs from float64, on all rows, or None."""
+        """Describe a difference from float64 on any row, or return None."""
         out = runner.forward()
         runner.backward(out, self.grad_out)
         leaves = [t.double().requires_grad_() for t in (self.x, self.lora_A, self.lora_B)]
@@ -78,9 +78,9 @@ class Problem:
         expected = linear(x, self.weight.double()) + update
         expected.backward(self.grad_out.double())
         limit = runner.rounding * TOLERANCES[self.x.dtype]
-        wanted = {"out": expected, "x": x.grad, "lora_A": lora_A.grad, "lora_B": lora_B.grad}
+        references = {"out": expected, "x": x.grad, "lora_A": lora_A.grad, "lora_B": lora_B.grad}
         for name, tensor in ({"out": out} | runner.gradients()).items():
-            error = relative_rms(tensor, wanted[name])
+            error = relative_rms(tensor, references[name])
             if not error <= limit:
                 return f"{name}: relative RMS error {error:.1e} is above {limit:.1e}"
         return None
@@ -104,12 +104,12 @@ def _ours(backend: str) -> Callable[[Problem], Runner]:
 
 
 def _base(problem: Problem) -> Runner:
-    """torch's layer alone: the bound."""
+    """torch's layer alone, as the bound."""
     return problem.runner(lambda x: linear(x, problem.weight), (), "none")
 
 
 def _split(problem: Problem) -> Runner:
-    """Base and update as products of their own; the (T, r) intermediate is masked."""
+    """Separate products for base and update, with a mask on the (T, r) intermediate."""
     dtype = problem.x.dtype
     adapters = tuple(t.to(dtype).requires_grad_() for t in (problem.lora_A, problem.lora_B))
     scaled_mask = problem.modality_ids[:, None].to(dtype) * SCALING
@@ -122,7 +122,7 @@ def _split(problem: Problem) -> Runner:
 
 
 def _peft(problem: Problem) -> Runner:
-    """PEFT's ``Linear`` by its defaults, on all rows."""
+    """PEFT's ``Linear`` with default options, on all rows."""
     holder, case = nn.Module(), problem.case
     holder.q_proj = nn.Linear(case.features, case.features, bias=False, device="meta")
     holder.q_proj.weight = nn.Parameter(problem.weight, requires_grad=False)
@@ -169,9 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     sweep = (args.tokens, args.features, args.rank, args.image_share, args.dtype)
     cases = [Case(*values, args.device, args.seed) for values in itertools.product(*sweep)]
-    with progress(cases) as (bar, on_round):
+    with progress(cases) as (all_cases, on_round):
         options = options_of(args, on_round=on_round)
-        records = [run(case, options) for case in bar]
+        records = [run(case, options) for case in all_cases]
     print(linear_table(records))
     finish(NAME, args, {"training": records})
 

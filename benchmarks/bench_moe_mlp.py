@@ -1,4 +1,4 @@
-"""Times one MoE layer: ours, transformers' experts, PEFT, split LoRA, and the bound.
+"""Times one MoE layer: ours, transformers' experts, PEFT, split LoRA and the lower bound.
 
     python benchmarks/bench_moe_mlp.py                                # one shape, both routings
     python benchmarks/bench_moe_mlp.py --rank 8 16 64 --image-share 0 0.5 1
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 
 def cases(args: Namespace) -> Iterator[Case]:
-    """Those with the same weights follow each other, as these are made once then."""
+    """Yield the cases; those with the same weights are consecutive, so that these are made once."""
     sweep = (
         args.dtype, args.shape, args.experts, args.rank, args.tokens, args.routing,
         args.image_share,
@@ -54,8 +54,9 @@ def cases(args: Namespace) -> Iterator[Case]:
 
 
 def default_providers(mode: str) -> list[str]:
-    """All but the reference, PEFT on other than grouped_mm, whole blocks and, for decode,
-    training's.
+    """Return all providers but the reference, PEFT on anything but grouped_mm and whole blocks.
+
+    For decoding it also leaves out those that only make sense in training, and vice versa.
     """
     training = ("bound", "peft:grouped_mm", "split")
     return [

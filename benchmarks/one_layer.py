@@ -1,4 +1,4 @@
-"""Runs one layer, forward and backward, and nothing else: for profilers and sanitizers.
+"""Runs one layer, forward and backward, for profilers and sanitizers.
 
 compute-sanitizer --tool racecheck python benchmarks/one_layer.py --shape odd
 ncu -k regex:gate_up -c 1 --set full python benchmarks/one_layer.py --shape olmoe --tokens 8192

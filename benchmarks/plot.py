@@ -33,13 +33,13 @@ def _colour(provider: str) -> str:
 
 
 def _ratios(record: Mapping, reference: str, mode: str) -> dict:
-    """Statistics of every provider's time over the reference's, where there is one."""
+    """Statistics of each measured provider's time over the reference's."""
     compared = {name: compare(record, name, reference, mode) for name in record["providers"]}
     return {name: ratio for name, ratio in compared.items() if ratio is not None}
 
 
 def time_figure(records: Sequence[Mapping]) -> Figure:
-    """Forward and backward of each provider as a multiple of the expert GEMMs alone."""
+    """Draw forward and backward of each provider as a multiple of the expert GEMMs alone."""
     rows = (len(records) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(12, 3.2 * rows), squeeze=False)
     for ax, record in zip(axes.flat, records, strict=False):
@@ -65,7 +65,7 @@ def time_figure(records: Sequence[Mapping]) -> Figure:
 
 
 def overhead_figure(records: Sequence[Mapping]) -> Figure:
-    """Ours with adapters over ours without, against image share and rank."""
+    """Draw the cost of our adapters against image share and rank."""
     base_rank, base_share = records[0]["case"]["r"], 0.5
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for ax, key, chosen, label in (
@@ -95,7 +95,7 @@ def overhead_figure(records: Sequence[Mapping]) -> Figure:
 
 
 def decode_figure(records: Sequence[Mapping]) -> Figure:
-    """Each provider's decoding time as a multiple of one reading of the weights."""
+    """Draw each provider's decoding time as a multiple of one reading of the weights."""
     panels: dict[tuple[str, str], list[Mapping]] = {}
     for record in records:
         panels.setdefault((record["case"]["shape"], record["case"]["dtype"]), []).append(record)
@@ -126,17 +126,17 @@ def decode_figure(records: Sequence[Mapping]) -> Figure:
 
 
 def draw(results: Mapping, folder: Path) -> list[Path]:
-    """A file for each figure whose part was measured."""
+    """Write a file for each figure whose section was measured, and return the paths."""
     balanced = [r for r in results.get("training", ()) if r["case"]["routing"] == "balanced"]
     figures = {
         "time": (time_figure, balanced),
         "overhead": (overhead_figure, results.get("overhead")),
         "decode": (decode_figure, results.get("decode")),
     }
-    place = results["environment"]
+    run = results["environment"]
     title = (
-        f"{place['processor']}, {place['threads']} threads, torch {place['versions']['torch']}, "
-        f"commit {(place['commit'] or 'unknown')[:7]}{' with changes' if place['dirty'] else ''}"
+        f"{run['processor']}, {run['threads']} threads, torch {run['versions']['torch']}, "
+        f"commit {(run['commit'] or 'unknown')[:7]}{' with changes' if run['dirty'] else ''}"
     )
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

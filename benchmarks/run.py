@@ -85,21 +85,21 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _refusal(args: argparse.Namespace) -> str | None:
-    """Why the options do not go together, or None."""
+    """Say why the options do not go together, or return None."""
     for name in _OF_GPU if args.device == "cpu" else _OF_CPU:
         if getattr(args, name) is not None:
             return f"--{name} is not an option of --device {args.device}"
     unknown = [name for name in args.only or () if name not in SECTIONS[args.device]]
     if unknown:
-        there = ", ".join(SECTIONS[args.device])
-        return f"--device {args.device} has no section {unknown[0]}; it has {there}"
+        known = ", ".join(SECTIONS[args.device])
+        return f"--device {args.device} has no section {unknown[0]}; it has {known}"
     if args.device == "cuda" and not args.trial and not torch.cuda.is_available():
-        return "there is no CUDA device; --trial runs tiny shapes in Triton's interpreter"
+        return "no CUDA device was found; --trial runs tiny shapes in Triton's interpreter"
     return None
 
 
 def _is_part(args: argparse.Namespace) -> bool:
-    """Whether the results are not those that pages show."""
+    """Return whether the results are only a part of those that pages show."""
     return bool(args.only or args.shapes or args.models or args.trial)
 
 
@@ -127,7 +127,7 @@ def _set_defaults(args: argparse.Namespace) -> None:
 
 
 def run_section(name: str, args: argparse.Namespace, results: dict) -> None:
-    """Run the jobs of a section into ``results``, and write these after each."""
+    """Run the jobs of a section into ``results``, and write these to the file after each job."""
     started = time.perf_counter()
     with progress(list(SECTIONS[args.plan][name](args))) as (jobs, _):
         jobs.set_description(name)
@@ -175,11 +175,11 @@ def show(name: str, results: Mapping) -> None:
         print(name, found)
 
 
-# --- what became of it
+# --- the outcome
 
 
 def failures(results: Mapping) -> Iterator[str]:
-    """What is wrong; a missed target is not."""
+    """Describe everything that is wrong; a missed target is not."""
     for name in results["errors"]:
         yield f"{name}: an error"
     for key, kept in results.get("promises", {}).items():
@@ -198,7 +198,7 @@ def failures(results: Mapping) -> Iterator[str]:
 
 
 def left_out(results: Mapping) -> Iterator[str]:
-    """What was to be found out, and was not."""
+    """Name everything that was requested and not found out."""
     for name, entry in _programs(results):
         if entry["passed"] is None:
             yield f"{name}: {entry['output']}"
@@ -207,7 +207,7 @@ def left_out(results: Mapping) -> Iterator[str]:
 
 
 def _programs(results: Mapping) -> Iterator[tuple[str, Mapping]]:
-    """What ran in a process of its own, and how it ended."""
+    """Yield the programs that ran in processes of their own, and how they ended."""
     for name in ("tests", "counters"):
         if name in results:
             yield name, results[name]

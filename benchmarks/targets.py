@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from lib.added_expert_steps import FULL
+from lib.cases import ADDED_SHARE, DECODE_TOKENS
 from lib.measures import (
     Measure,
     dispatch_speed,
@@ -28,8 +29,6 @@ from lib.providers import (
 from lib.tables import MODES, SHORT_DTYPES, case_title
 from lib.timing import Statistics
 
-DECODE_TOKENS = (1, 8, 64)
-ADDED_SHARE = 0.1  # the added expert's share of all routed rows, on a CPU
 _SPREAD = 0.03  # a median may exceed a limit "within the spread" by so much
 
 
@@ -61,7 +60,7 @@ class Target:
     applies: Callable[[Mapping], bool] = lambda record: True
 
     def met(self, measured: Statistics | None) -> bool | None:
-        """Whether a measured value meets the target; None without a value."""
+        """Return whether a measured value meets the target, or None without a value."""
         if measured is None:
             return None
         if self.within_spread:

@@ -3,8 +3,7 @@
     pytest benchmarks --benchmark-only                               # a small shape
     pytest benchmarks --benchmark-only --moe-shape olmoe -k "ours"   # a real one
 
-They time one provider after another, each alone; ratios are the business of bench_moe_mlp.py, which
-interleaves them.
+They time one provider after another. For ratios use bench_moe_mlp.py, which interleaves them.
 """
 
 import bench_dispatch

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CHECKED = ("moe_kernels", "python/shared", "setup.py")
+CHECKED = ("benchmarks", "moe_kernels", "python/shared", "setup.py", "tests/benchmarks", "tools")
 FILES = sorted(
     file
     for path in map(ROOT.joinpath, CHECKED)

@@ -1,14 +1,17 @@
-"""Compiles every GPU kernel for GPUs that need not be there, and reads what the compilers made.
+"""Compiles every GPU kernel without a GPU, and reads the resources that the compilers report.
 
     python tools/check_gpu_code.py                 # what `make check-gpu-code` runs
     python tools/check_gpu_code.py --dtype fp16    # the other half precision
 
-For each kernel, dtype, tile and way of use that the package has, and each architecture: registers,
-spilled stores, shared memory, programs that fit a multiprocessor, matrix instructions. Fails on a
-spill (of a kernel whose registers are capped: on more than a few), on more shared memory than the
-device has, and on an sm_90 GEMM without warp-group instructions. CUDA kernels are compiled where
-nvcc is found, as setup.py finds it; a warning fails them too, and a product of half precision
-without matrix instructions.
+For each architecture, kernel, dtype, tile and set of compile-time arguments that the package uses,
+it prints registers, spilled stores, shared memory, programs that fit a multiprocessor, and matrix
+instructions.
+
+It fails on a spill (for a kernel whose registers are capped, on more than a few), on more shared
+memory than the device has, and on an sm_90 GEMM without warp-group instructions.
+
+CUDA kernels are compiled where nvcc is found, in the way setup.py finds it. There it also fails on
+a warning, and on a GEMM of half precision without matrix instructions.
 """
 
 import argparse
@@ -46,15 +49,15 @@ DEVICES = {80: (163, 164, 65536), 90: (227, 228, 65536), 100: (227, 228, 65536)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (0, 16, 256)  # no adapters, one step over the rank, and several
 TOP_K = 8
-# A cap on the registers may cost a few stores in the epilogue: a second program is worth more.
+# A cap on registers may cost a few stores in the epilogue; the second program that fits saves more.
 MAX_SPILLS_UNDER_CAP = 32  # Triton 3.6 leaves up to 16, 3.9 up to 27
 CUDA_TARGETS = {80: "80", 90: "90a", 100: "100a"}
 _ROOT = Path(__file__).resolve().parents[1]
 _CUDA = _ROOT / "csrc" / "cuda"
-# HMMA and HGMMA; HFMA2.MMA, with which sm_90 moves constants, is none.
+# HMMA and HGMMA, but not HFMA2.MMA, with which sm_90 moves constants.
 _MATRIX = re.compile(r"(?<![.\w])HG?MMA\b")
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# Pointers not of the compute dtype; adapters are in float32, which takes the most registers.
+# Pointers that are not of the compute dtype. Float32 adapters take the most registers.
 _POINTERS = dict.fromkeys(
     ("perm_ptr", "inv_perm_ptr", "tiles_ptr", "segments_ptr", "groups_ptr", "num_rows_ptr",
      "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr"), "i64",
@@ -70,13 +73,13 @@ _MULTIPLES = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel with one setting of its compile-time arguments."""
+    """A kernel with values of its compile-time arguments."""
 
     function: triton.runtime.JITFunction
     constants: dict[str, object]
     warps: int = 4
     stages: int = 3
-    pointers: dict[str, str] = field(default_factory=dict)  # other than those above
+    pointers: dict[str, str] = field(default_factory=dict)  # that differ from those above
     gemm: bool = True
     registers: int = 0  # of a thread, at most; 0: any number
 
@@ -105,15 +108,21 @@ class Kernel:
         )
 
     @property
+    def tile(self) -> str:
+        """Sizes of the tile, for the table."""
+        names = ("BLOCK_M", "BLOCK_H", "BLOCK_N", "BLOCK_K", "BLOCK_R")
+        return "x".join(str(self.constants[name]) for name in names if name in self.constants)
+
+    @property
     def weights_block(self) -> list[int]:
-        """Of the stack's descriptor: (n, k) where it is stored so, else (k, n)."""
+        """Block of the weights' descriptor, in the order of storage: (n, k) or (k, n)."""
         block = [self.constants["BLOCK_K"], self.constants["BLOCK_N"]]
         by_column = self.function is moe_mlp.gate_up_kernel or self.constants.get("TRANSPOSED")
         return block[::-1] if by_column else block
 
 
 def kernels(tiles: Tiles, rank: int, dtype: str, arch: int) -> Iterator[Kernel]:
-    """Everything that is launched for these tiles and this rank; 0: no adapters."""
+    """Yield every kernel that is launched for these tiles and this rank (0: no adapters)."""
     torch_dtype = DTYPES[dtype]
     by_engine = [False, True] if arch >= 90 and dtype != "fp32" else [False]
     stacks = [{"HAS_EXTRA": True, "TMA": False}] + [
@@ -133,8 +142,9 @@ def kernels(tiles: Tiles, rank: int, dtype: str, arch: int) -> Iterator[Kernel]:
 
 
 def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator[Kernel]:
-    """The products with the experts' weights: as an inference and a training step run them with
-    one modality, whose number the compiler then knows, and training with several.
+    """Yield the GEMMs with the experts' weights, as inference and training launch them.
+
+    With one modality the compiler knows the number of modalities; training also runs with several.
     """
     run = {"warps": tiles.warps, "stages": tiles.stages}
     common = {
@@ -155,7 +165,7 @@ def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator
 
 
 def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Kernel]:
-    """u and du, of the experts and of a projection."""
+    """Yield the kernels of u and du, for experts and for a projection."""
     block_r = min(rank, launches.rank_block(dtype))
     common = {"TOP_K": TOP_K, "RANK": rank, "BLOCK_R": block_r}
     for m, k in {(tiles.m, tiles.k), (linear.BLOCK_M, linear.BLOCK_K)}:
@@ -175,7 +185,7 @@ def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ker
 
 
 def _low_rank_sums(rank: int, dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
-    """Gradients of B, with du where that is one pass, and of A; of both projections."""
+    """Yield the gradients of B, with du where that is one pass, and of A, in both projections."""
     for of_down in (True, False):
         with_du = [False, True] if rank <= launches.MAX_RANK_WITH_DU else [False]
         for du in with_du:
@@ -188,7 +198,7 @@ def _low_rank_sums(rank: int, dtype: torch.dtype, arch: int) -> Iterator[Kernel]
 
 
 def _added_expert_sums(dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
-    """Gradients of both weights of the added experts."""
+    """Yield the gradients of both weights of added experts."""
     for of_down in (True, False):
         yield _sum(
             2048, dtype, arch, WEIGHTED=of_down, LEFT_BY_TOKEN=of_down, RIGHT_BY_TOKEN=not of_down,
@@ -209,7 +219,7 @@ def _sum(
 
 
 def _dispatch_kernels() -> Iterator[Kernel]:
-    for groups in (16, 2048):  # at least as many as there are groups of rows
+    for groups in (16, 2048):  # upper limits on the number of groups of rows
         yield Kernel(tile_map_kernel, {"BLOCK_G": groups, "BLOCK_T": 128}, gemm=False)
     for mask in (True, False):
         constants = {"TOP_K": TOP_K, "HAS_MODALITIES": mask, **dispatch.BLOCKS}
@@ -219,13 +229,13 @@ def _dispatch_kernels() -> Iterator[Kernel]:
 def compile_job(
     arch: int, dtype: str, rank: int, tiles: Tiles, index: int
 ) -> tuple[tuple[str, ...], list[str]]:
-    """:func:`compile_one` of a kernel by its place, since kernels cannot go to another process."""
+    """Call :func:`compile_one` with a kernel by its index: kernels cannot be sent to a process."""
     kernel = list(kernels(tiles, rank, dtype, arch))[index]
     return compile_one(kernel, dtype, arch)
 
 
 def compile_one(kernel: Kernel, dtype: str, arch: int) -> tuple[tuple[str, ...], list[str]]:
-    """A row of the table, and what is wrong."""
+    """Compile a kernel; return its row of the table, and what is wrong."""
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
     if kernel.registers:
         options["maxnreg"] = kernel.registers
@@ -233,7 +243,7 @@ def compile_one(kernel: Kernel, dtype: str, arch: int) -> tuple[tuple[str, ...],
         kernel.source(dtype), target=GPUTarget("cuda", arch, 32), options=options
     )
     registers, spills = _resources(compiled.asm["cubin"])
-    block_kib, sm_kib, sm_registers = DEVICES[arch]
+    _, sm_kib, sm_registers = DEVICES[arch]
     kib = compiled.metadata.shared / 1024
     resident = min(
         2048 // (32 * kernel.warps), sm_registers // (registers * 32 * kernel.warps),
@@ -241,27 +251,30 @@ def compile_one(kernel: Kernel, dtype: str, arch: int) -> tuple[tuple[str, ...],
     )  # fmt: skip
     wide, narrow = (len(re.findall(p, compiled.asm["ptx"])) for p in (
         r"wgmma\.mma_async|tcgen05\.mma", r"mma\.sync"))  # fmt: skip
-    wrong = []
-    if spills > (MAX_SPILLS_UNDER_CAP if kernel.registers else 0):
-        wrong.append(f"{spills} spilled stores")
-    if kib > block_kib:
-        wrong.append(f"{kib:.0f} KiB of shared memory, the device has {block_kib}")
-    rows = kernel.constants.get("BLOCK_M", 0)
-    if arch == 90 and kernel.gemm and dtype != "fp32" and rows >= 64 and not wide:
-        wrong.append("a GEMM without warp-group instructions")
-    shape = "x".join(
-        str(kernel.constants[name])
-        for name in ("BLOCK_M", "BLOCK_H", "BLOCK_N", "BLOCK_K", "BLOCK_R")
-        if name in kernel.constants
-    )
+    wrong = _faults(kernel, dtype, arch, spills=spills, kib=kib, wide=wide)
     name = kernel.function.__name__.removesuffix("_kernel")
     name += " TMA" if kernel.constants.get("TMA") else ""
     cells = (registers, spills, f"{kib:.0f}", resident, wide, narrow, "; ".join(wrong))
-    return (f"sm_{arch}", dtype, name, shape, *map(str, cells)), wrong
+    return (f"sm_{arch}", dtype, name, kernel.tile, *map(str, cells)), wrong
+
+
+def _faults(
+    kernel: Kernel, dtype: str, arch: int, *, spills: int, kib: float, wide: int
+) -> list[str]:
+    """Return what is wrong with a compiled kernel; ``wide`` counts warp-group instructions."""
+    found, block_kib = [], DEVICES[arch][0]
+    if spills > (MAX_SPILLS_UNDER_CAP if kernel.registers else 0):
+        found.append(f"{spills} spilled stores")
+    if kib > block_kib:
+        found.append(f"{kib:.0f} KiB of shared memory, the device has {block_kib}")
+    rows = kernel.constants.get("BLOCK_M", 0)
+    if arch == 90 and kernel.gemm and dtype != "fp32" and rows >= 64 and not wide:
+        found.append("a GEMM without warp-group instructions")
+    return found
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and stores of registers to its own memory."""
+    """Return the registers of a thread, and the number of spilled stores."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -275,7 +288,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def nvcc_command() -> list[str] | None:
-    """How a build here would call nvcc; None where there is none."""
+    """Return the command by which setup.py would call nvcc, or None without nvcc."""
     spec = importlib.util.spec_from_file_location("moe_kernels_setup", _ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
@@ -285,15 +298,16 @@ def nvcc_command() -> list[str] | None:
 
 
 def needs_matrix_instructions(kernel: str) -> bool:
-    """Whether it multiplies in half precision; by its name, also a mangled one."""
+    """Return whether a kernel multiplies in half precision, by its name, plain or mangled."""
     multiplies = r"(?<![a-z_])(grouped_gemm|wgrad|shrink|add_low_rank)_kernel"
     return bool(re.search(multiplies, kernel) and re.search("__half|__nv_bfloat16", kernel))
 
 
 def compile_cuda(nvcc: list[str], source: Path, arch: int) -> tuple[list[tuple[str, ...]], str]:
-    """(kernel, registers, spilled bytes, matrix instructions) of a file; what the compiler says.
+    """Compile a file; return rows of its kernels and the compiler's complaint.
 
-    Shared memory is asked for at launch; the sources bound it by a static_assert.
+    A row is (kernel, registers, spilled bytes, matrix instructions). Shared memory is requested at
+    launch; the sources limit it by a static_assert.
     """
     target = CUDA_TARGETS[arch]
     with tempfile.TemporaryDirectory() as folder:
@@ -311,11 +325,11 @@ def compile_cuda(nvcc: list[str], source: Path, arch: int) -> tuple[list[tuple[s
         (_demangled(mangled), registers, spilled, str(matrix[mangled]))
         for mangled, spilled, registers in re.findall(pattern, entries)
     ]
-    return rows, "" if rows else f"{source.name}: no kernel was found in what the compiler said"
+    return rows, "" if rows else f"{source.name}: the compiler reported no kernel"
 
 
 def _matrix_instructions(path: str) -> dict[str, int]:
-    """Of each kernel of an object file."""
+    """Count the matrix instructions of each kernel in an object file."""
     command = [str(_OBJDUMP), "-sass", path]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     _, *functions = re.split(r"Function : (\w+)", code)
@@ -324,7 +338,7 @@ def _matrix_instructions(path: str) -> dict[str, int]:
 
 
 def _demangled(name: str) -> str:
-    """The kernel's own name, with its template arguments."""
+    """Return the kernel's name with its template arguments."""
     if shutil.which("c++filt") is None:
         return name
     full = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
@@ -333,11 +347,11 @@ def _demangled(name: str) -> str:
 
 
 def check_cuda(archs: list[int]) -> int:
-    """Prints a row for each CUDA kernel; how many went wrong."""
+    """Print a row for each CUDA kernel, and return the number of faults."""
     sources = sorted(_CUDA.glob("*.cu"))
     nvcc = nvcc_command()
     if nvcc is None:
-        print("nvcc was not found: the CUDA kernels were not checked")
+        print("nvcc was not found, so the CUDA kernels were not checked")
         return 0
     rows, wrong = [], 0
     for arch, source in itertools.product(archs, sources):
@@ -355,16 +369,10 @@ def check_cuda(archs: list[int]) -> int:
     return wrong
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", nargs="+", type=int, choices=DEVICES, default=[*DEVICES])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--rank", nargs="+", type=int, default=[*RANKS])
-    given = parser.parse_args(arguments)
+def check_triton(args: argparse.Namespace) -> int:
+    """Print a row for each Triton kernel, and return the number of kernels with faults."""
     jobs = {}
-    for arch, dtype, rank in itertools.product(given.arch, given.dtype, given.rank):
+    for arch, dtype, rank in itertools.product(args.arch, args.dtype, args.rank):
         for _, tiles in built_in(DTYPES[dtype], arch):
             for index, kernel in enumerate(kernels(tiles, rank, dtype, arch)):
                 key = (arch, dtype, kernel.function.__name__, *sorted(kernel.constants.items()))
@@ -377,7 +385,22 @@ def main(arguments: list[str] | None = None) -> int:
     print(markdown(header, [row for row, _ in results]))
     failed = sum(bool(wrong) for _, wrong in results)
     print(f"{len(results)} Triton kernels compiled, {failed} with something wrong")
-    failed += check_cuda(given.arch)
+    return failed
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", type=int, choices=DEVICES, default=[*DEVICES])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--rank", nargs="+", type=int, default=[*RANKS])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    failed = check_triton(args) + check_cuda(args.arch)
     return 1 if failed else 0
 
 

@@ -34,13 +34,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(arguments)
-    for share in given.image_share:
+    args = parse(arguments)
+    for share in args.image_share:
         case = Case.named(
-            given.shape, T=given.tokens, r=given.rank, dtype=given.dtype, image_share=share
+            args.shape, T=args.tokens, r=args.rank, dtype=args.dtype, image_share=share
         )
-        print(f"{given.shape}, T = {given.tokens}, rank {given.rank}, {share:.0%} image rows")
-        print(table(case, given.bandwidth, given.tflops, given.backend))
+        print(f"{args.shape}, T = {args.tokens}, rank {args.rank}, {share:.0%} image rows")
+        print(table(case, args.bandwidth, args.tflops, args.backend))
 
 
 if __name__ == "__main__":

@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# Parts that these programs share with those in python/ are in python/shared.
+# For python/shared, whose parts the programs in python/ use too.
 sys.path.append(str(Path(__file__).parents[2] / "python"))

@@ -1,4 +1,4 @@
-"""The MoE block of a patched OLMoE, its router included: as it is, or with one added expert."""
+"""The MoE block of a patched OLMoE with its router, as it is or with one added expert."""
 
 import torch
 from torch import Tensor
@@ -16,16 +16,15 @@ _CHECKED = 32
 
 
 class Block:
-    """A block on a problem's weights, whose random router chooses by itself.
+    """A block on a problem's weights, with a random router that chooses by itself.
 
-    The first column of its ``hidden_states`` is ones, which the router of the base does not see:
-    there the added expert's row of the router has the one weight, and so every row of the modality
-    chooses that expert.
+    The first column of ``hidden_states`` is ones. The base's router ignores it, and the added
+    expert's router row has its only weight there, so every row of the modality chooses that expert.
 
     Args:
-        problem: for the weights, the hidden states and the modality ids.
+        problem: gives the weights, the hidden states and the modality ids.
         backend: of the op.
-        added: whether there is an added expert.
+        added: whether to add an expert.
     """
 
     def __init__(self, problem: Problem, backend: str, *, added: bool):
@@ -49,27 +48,30 @@ class Block:
 
     @torch.no_grad()
     def error(self, modality_ids: Tensor) -> str | None:
-        """What is wrong: who is sent to the added expert, or the output of a few random tokens."""
+        """Describe what is wrong, or return None.
+
+        It checks which rows go to the added expert, and the output of a few random tokens.
+        """
         out = self.forward(modality_ids)
         _, weights, ids = self.layer.mlp.gate(self.hidden_states)
         num_base, added = self.problem.case.shape.E, added_experts(self.layer)
         open_to = added[0].open_to(modality_ids)[:, 0] if added else modality_ids.new_zeros(())
         if not torch.equal((ids >= num_base).any(1), open_to.expand(len(ids)).bool()):
-            return "other rows than those of the modality are sent to the added expert"
-        some = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:_CHECKED]
-        some = some.to(ids.device)
-        used, ids = ids[some].unique(return_inverse=True)
+            return "rows sent to the added expert are not those of the modality"
+        sample = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:_CHECKED]
+        sample = sample.to(ids.device)
+        used, ids = ids[sample].unique(return_inverse=True)
         expected = moe_mlp(
-            self.hidden_states[some].double(), ids, weights[some].double(),
+            self.hidden_states[sample].double(), ids, weights[sample].double(),
             *(self._weights(name, used) for name in ("gate_up_proj", "down_proj")),
             backend="reference",
         )  # fmt: skip
-        found = relative_rms(out[some], expected)
+        found = relative_rms(out[sample], expected)
         limit = 2 * TOLERANCES[self.problem.case.torch_dtype]
         return None if found <= limit else f"relative RMS error {found:.1e} is above {limit:.1e}"
 
     def _weights(self, name: str, ids: Tensor) -> Tensor:
-        """Those of a few experts in float64, added ones as the op casts them."""
+        """Weights of some experts in float64; added ones are first cast as the op casts them."""
         stack = getattr(self.layer.mlp.experts, name)
         extra = [getattr(each, name).to(stack.dtype) for each in added_experts(self.layer)]
         return torch.stack([_pick(stack, extra, expert) for expert in ids.tolist()]).double()
@@ -80,7 +82,7 @@ def _pick(stack: Tensor, extra: list[Tensor], expert: int) -> Tensor:
 
 
 def _model(problem: Problem) -> OlmoeForCausalLM:
-    """Of one layer, whose block alone has values, beside the embeddings, which say the device."""
+    """Return a model of one layer, of which only the block and the embeddings have values."""
     case, shape = problem.case, problem.case.shape
     config = OlmoeConfig(
         vocab_size=8, hidden_size=shape.H, intermediate_size=shape.I, num_hidden_layers=1,

@@ -85,7 +85,7 @@ class ExpertGemms:
 
 
 def weight_reader(problem: Problem) -> Callable[[], int]:
-    """A function that reads the weights of the experts that are hit, once."""
+    """Return a function that reads the weights of the chosen experts once."""
     function = _library().read_all
     stacks = (problem.inputs.gate_up_proj, problem.inputs.down_proj)
     slices = [stack[expert] for expert in problem.hit_experts.tolist() for stack in stacks]
@@ -96,10 +96,10 @@ def weight_reader(problem: Problem) -> Callable[[], int]:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled loop; kept until its source or the command changes.
+    """Load the compiled loop, which is kept until its source or the command changes.
 
     Raises:
-        OSError: no compiler, or it fails.
+        OSError: the compiler is missing or fails.
     """
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_COMMAND).encode()).hexdigest()[:16]
     path = _BUILD / f"read_bound-{key}.so"

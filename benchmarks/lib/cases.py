@@ -1,4 +1,4 @@
-"""A benchmark case and its inputs, made directly in the dtype that is timed."""
+"""Cases, and their inputs, which are made directly in the dtype that is timed."""
 
 import functools
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_routing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCALING = 2.0  # lora_alpha / r, as with the usual lora_alpha = 2 r
+DECODE_TOKENS = (1, 8, 64)  # the targets for decoding
+ADDED_SHARE = 0.1  # the added expert's share of all routed rows, in its targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Case:
 
     @classmethod
     def named(cls, name: str, *, T=None, E=None, r=None, **settings) -> "Case":
-        """A named shape, with other tokens, experts or rank where given."""
+        """Return a case of a named shape; ``T``, ``E`` and ``r`` replace its own."""
         changes = {key: value for key, value in (("T", T), ("E", E), ("r", r)) if value is not None}
         return cls(name, replace(SHAPES[name], **changes), **settings)
 
@@ -45,7 +47,7 @@ class Case:
 
     @property
     def num_image(self) -> int:
-        """Image rows, half a row rounded up."""
+        """Number of image tokens; half a token is rounded up."""
         return int(self.shape.T * self.image_share + 0.5)
 
     @property
@@ -55,12 +57,12 @@ class Case:
 
     @property
     def expert_bytes(self) -> int:
-        """Weights of one expert."""
+        """Bytes of one expert's weights."""
         return 3 * self.shape.H * self.shape.I * self.torch_dtype.itemsize
 
     @property
     def forward_flops(self) -> int:
-        """Operations of the base's expert GEMMs; a backward to the inputs has as many."""
+        """Operations of the base's expert GEMMs; a backward to the inputs takes as many."""
         return 6 * self.rows * self.shape.H * self.shape.I
 
     def describe(self) -> dict:
@@ -71,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of a case; adapters are float32, of values that the base's dtype holds too."""
+    """The tensors of a case; adapters are float32, with values that the base's dtype can hold."""
 
     case: Case
     inputs: MoeInputs
@@ -79,12 +81,12 @@ class Problem:
 
     @property
     def hit_experts(self) -> Tensor:
-        """Ids of the experts that are used."""
+        """Ids of the experts that some token chose."""
         return self.inputs.topk_ids.unique()
 
     @functools.cached_property
     def added_expert(self) -> tuple[Tensor, Tensor]:
-        """gate_up_proj (1, 2I, H) and down_proj (1, H, I) of one more expert, as adapters are."""
+        """gate_up_proj (1, 2I, H) and down_proj (1, H, I) of one more expert, in float32."""
         generator = torch.Generator().manual_seed(self.case.seed)
         stacks = self.inputs.gate_up_proj, self.inputs.down_proj
         values = (torch.randn(w.shape[1:], generator=generator) / w.shape[2] ** 0.5 for w in stacks)
@@ -99,9 +101,12 @@ class Problem:
 
 
 def make_problem(case: Case, layer: int = 0, weights_of: Problem | None = None) -> Problem:
-    """The inputs of ``case``; every ``layer`` has its own routing and hidden states.
+    """Return the inputs of a case.
 
-    It has its own weights too, unless it takes the ``weights_of`` another one.
+    Args:
+        case: the case.
+        layer: changes routing, hidden states and weights.
+        weights_of: another problem whose weights and adapters to use instead.
     """
     shape, generator = case.shape, torch.Generator().manual_seed(case.seed + layer)
 

@@ -1,4 +1,4 @@
-"""Every provider against float64, on the inputs that are timed; a wrong one gets no speed-up."""
+"""The check of every provider against float64, on the inputs that are timed."""
 
 import functools
 
@@ -16,9 +16,9 @@ _ADDED = ("extra_gate_up_proj", "extra_down_proj")
 class Oracle:
     """float64 results for a few random tokens of a problem.
 
-    A token's output and gradients depend on that token alone, and with a gradient of the output
-    that is zero elsewhere so do the gradients of the adapters. That needs float64 copies of no more
-    than the experts which these tokens use.
+    A token's output and gradients depend on that token alone. So do the gradients of the adapters
+    when the gradient of the output is zero elsewhere. The reference then needs float64 copies of
+    only the experts that these tokens chose.
     """
 
     def __init__(self, problem: Problem, *, num_tokens: int = 32):
@@ -37,7 +37,7 @@ class Oracle:
         return tuple(w[self.experts].double() for w in (inputs.gate_up_proj, inputs.down_proj))
 
     def expected(self, adapted: str, backward: bool) -> dict[str, Tensor]:
-        """The output and, with ``backward``, all gradients; of adapters for the experts used."""
+        """The output and, with ``backward``, all gradients; adapters' for the chosen experts."""
         key = (adapted, backward)
         if key not in self._expected:
             self._expected[key] = self._compute(adapted, backward)
@@ -76,7 +76,7 @@ class Oracle:
         return LoraWeights(*pair, lora.scaling.double())
 
     def error(self, runner: Runner, *, backward: bool = True) -> str | None:
-        """What of a runner's results is wrong, or None; it has run once then."""
+        """Run a runner once, and describe what is wrong with its results, or return None."""
         if runner.check is not None:
             return runner.check()
         limit = runner.rounding * TOLERANCES[self.problem.case.torch_dtype]
@@ -86,7 +86,7 @@ class Oracle:
         return None
 
     def errors(self, runner: Runner, *, backward: bool = True) -> dict[str, float]:
-        """Relative RMS errors of the output and the gradients; none of a runner without output."""
+        """Relative RMS errors of output and gradients; empty for a runner without output."""
         out = runner.forward()
         if backward:
             runner.backward(out, self.grad_out)
@@ -99,7 +99,7 @@ class Oracle:
         }
 
     def _part(self, name: str, tensor: Tensor | None, like: Tensor) -> Tensor:
-        """What of a result is compared; no gradient means zeros."""
+        """The part of a result that is compared; a missing gradient counts as zeros."""
         if tensor is None:
             return torch.zeros_like(like)
         if name in _ADDED:

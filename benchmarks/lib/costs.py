@@ -11,20 +11,20 @@ from typing import NamedTuple
 from lib.cases import Case
 from lib.markdown import markdown
 
-# By backend: the highest rank of which du and dB are one pass over dY, and the columns of dY of a
-# part of du. (float32 is two passes under "cuda", whose products are the extension's here, as they
-# are before sm_90.)
+# By backend: the highest rank for which du and dB are one pass over dY, and the columns of dY in a
+# part of du. Under "cuda", whose grouped GEMMs are the extension's here, as they are before sm_90,
+# float32 takes two passes at every rank.
 PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 
 
 class Cost(NamedTuple):
-    """What one launch takes."""
+    """Operations and bytes of one launch."""
 
     kernel: str
     flops: float
     read: float  # bytes
     written: float
-    avoidable: float = 0.0  # of these: what is read again, and parts that are written and read
+    avoidable: float = 0.0  # bytes read again, and partial sums that are written and read
 
     @property
     def bytes(self) -> float:
@@ -32,12 +32,12 @@ class Cost(NamedTuple):
 
     @property
     def useful_bytes(self) -> float:
-        """What a kernel's speed is judged by: operands and results once, however it works."""
+        """Operands and results once, by which a kernel's speed is judged."""
         return self.bytes - self.avoidable
 
 
 class Sizes(NamedTuple):
-    """Bytes of the tensors of a layer; ``a_`` are the adapted rows' part."""
+    """Bytes of the tensors of a layer; ``a_`` marks the part of the adapted rows."""
 
     x: float  # hidden_states, also out and their gradients
     a_x: float
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(case: Case) -> Sizes:
-    """With every expert hit; adapters are read in the compute dtype."""
+    """Return the sizes when every expert is chosen; adapters are read in the compute dtype."""
     shape, itemsize = case.shape, case.torch_dtype.itemsize
     adapted = case.num_image
     hidden, inter = shape.H * itemsize, shape.I * itemsize
@@ -69,7 +69,7 @@ def sizes_of(case: Case) -> Sizes:
 
 
 def forward(case: Case) -> Iterator[Cost]:
-    """In the order of the launches; the pre-activation is saved."""
+    """Yield the launches of a forward pass that saves the pre-activation, in order."""
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
     yield Cost("shrink x", skinny * shape.H, s.a_x + s.lora_gate_up, s.u)
@@ -85,10 +85,11 @@ def forward(case: Case) -> Iterator[Cost]:
 
 
 def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
-    """Gradients of hidden_states, topk_weights and the adapters, these in float32.
+    """Yield the launches of a backward pass, in order.
 
-    du and dB of a low rank are one pass over dY, which writes du in parts by its columns that are
-    read once; of a higher rank they are two: see :data:`PARTS_OF_DU`.
+    It computes gradients of hidden_states, topk_weights and the adapters, the latter in float32. At
+    a low rank, du and dB are one pass over dY, which writes partial sums of du by its columns; at a
+    higher rank they are two (see :data:`PARTS_OF_DU`).
     """
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
@@ -102,7 +103,7 @@ def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
         written = parts + to_fp32 * s.u + grad
         return Cost(name, flops, read, written, 2 * parts if together else dy)
 
-    # Of adapters that no row uses there are gradients too: zeros, which are written.
+    # Gradients of adapters that no row uses are written too: they are zeros.
     grad_A, grad_B = (4 * shape.E * shape.r * width for width in (shape.H, shape.I))
     yield du_and_dB(
         "du2, dB2", 2 * skinny * shape.H, s.a_x, shape.H, s.lora_down, grad_A
@@ -126,7 +127,7 @@ def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
 
 
 def floor(case: Case, mode: str) -> Cost:
-    """What any implementation that saves the pre-activation has to move."""
+    """The least that any implementation which saves the pre-activation must move."""
     s = sizes_of(case)
     flops = sum(cost.flops for cost in {"forward": forward, "backward": backward}[mode](case))
     weights = s.gate_up + s.down + s.lora_gate_up + s.lora_down
@@ -137,12 +138,12 @@ def floor(case: Case, mode: str) -> Cost:
 
 
 def _flops(case: Case) -> tuple[float, float]:
-    """Operations by column of a product's other side: of all rows, and of the adapted at rank r."""
+    """Operations per column of a product's other side: all rows, and adapted rows at rank r."""
     return 2 * case.rows, 2 * case.num_image * case.shape.K * case.shape.r
 
 
 def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") -> str:
-    """Both passes, ``bandwidth`` in TB/s."""
+    """Tabulate both passes; ``bandwidth`` is in TB/s."""
     rows = []
     for mode, costs in (("forward", [*forward(case)]), ("backward", [*backward(case, backend)])):
         total = Cost(f"all of {mode}", *(sum(c[i] for c in costs) for i in (1, 2, 3)))

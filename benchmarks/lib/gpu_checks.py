@@ -1,4 +1,4 @@
-"""What ``run_gpu.py`` checks before it times anything: tests, sanitizers, promises, accuracy."""
+"""Checks of a GPU backend: tests, sanitizers, promises, accuracy, and counters of ncu."""
 
 import importlib.util
 import os
@@ -22,24 +22,24 @@ from lib.runner import Runner
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import TOLERANCES, MoeInputs
 
-TESTS_SECONDS, TOOL_SECONDS = 120, 60  # at most
+TESTS_SECONDS, TOOL_SECONDS = 120, 60  # limits
 SANITIZERS = {
     "triton": ("memcheck", "racecheck"),
     "cuda": ("memcheck", "racecheck", "initcheck", "synccheck"),
 }
-# Rows of 82 bytes and few of them an expert; whole vectors, and tiles with many rows.
+# The first has rows of 82 bytes and few rows an expert; the second whole vectors and full tiles.
 SANITIZED = (("odd", 37), ("small", 1024))
 PROFILED = "gate_up|act_backward|grouped_gemm"
-# A row's error may be so many times what all of them may have together.
+# A single row's error may exceed the limit of all rows together by this factor.
 ROW_FACTOR = 4
 
 
 def run_tests(args: Namespace) -> dict:
-    """The GPU cases of the test suite, in processes of their own: most of it is compiling."""
+    """Run the GPU cases of the test suite in processes of their own, which mostly compile."""
     tests = result_files.ROOT / "tests"
     path = os.pathsep.join(filter(None, (str(tests), os.environ.get("PYTHONPATH"))))
     several = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    cases = {"triton", args.backend}  # whose kernels are a part of every backend's
+    cases = {"triton", args.backend}  # every backend uses Triton's kernels too
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *several,
         *(str(tests / "gpu" / f"{name}_suite.py") for name in sorted(cases)),
@@ -52,17 +52,18 @@ def run_tests(args: Namespace) -> dict:
 
 
 def sanitize(args: Namespace) -> dict:
-    """What compute-sanitizer says of small layers, forward and backward, by tool and shape; all at
-    once, since a tool keeps a core busy and the GPU idle.
+    """Run compute-sanitizer on small layers, forward and backward, by tool and shape.
+
+    All run at once, since a tool keeps a core busy and the GPU idle.
     """
-    # A caching allocator would lend each tensor a part of a large block.
+    # A caching allocator would give each tensor a part of a large block.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with ThreadPoolExecutor() as pool:
         running = {}
         for shape, tokens in SANITIZED:
             program = [*_one_layer(args, shape), "--tokens", str(tokens)]
             if shutil.which("compute-sanitizer"):
-                _run(program, args, TOOL_SECONDS)  # compiles what is looked at then
+                _run(program, args, TOOL_SECONDS)  # compiles the kernels
             for tool in SANITIZERS[args.backend]:
                 command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *program]
                 job = partial(_run, command, args, TOOL_SECONDS, **alone)
@@ -71,7 +72,7 @@ def sanitize(args: Namespace) -> dict:
 
 
 def profile_counters(args: Namespace) -> dict:
-    """What ncu says of the two large kernels, on the first of the timed layers."""
+    """Run ncu on the two large kernels, on the first of the timed layers."""
     name, tokens, _ = args.layers[0]
     command = [
         "ncu", "--clock-control", "none", "--kernel-name", f"regex:{PROFILED}",
@@ -93,9 +94,10 @@ def _one_layer(args: Namespace, shape: str) -> list[str]:
 
 
 def _run(command: list[str], args: Namespace, seconds: float, **environment: str) -> dict:
-    """Whether a program ended well ("passed"), and the end of what it printed.
+    """Run a program; return whether it "passed", and the end of its "output".
 
-    None where it did not run to its end, with the reason: it is missing, or the time is over.
+    "passed" is None for a program that did not run to its end, and "output" says why: it is missing
+    or its time was over.
     """
     if shutil.which(command[0]) is None:
         return {"passed": None, "output": f"{command[0]} is not on the path"}
@@ -113,20 +115,20 @@ def _run(command: list[str], args: Namespace, seconds: float, **environment: str
 
 
 def layer_case(args: Namespace, name: str, tokens: int, share: float = 0.5) -> Case:
-    """A timed layer."""
+    """Return the case of a timed layer."""
     return Case.named(
         name, T=tokens, dtype=args.dtype, image_share=share, device=args.device, seed=args.seed
     )
 
 
 def ours(args: Namespace, kind: str = "ours") -> str:
-    """The name of one of our providers on the backend that is measured."""
+    """Return the name of our provider of a kind on the measured backend."""
     return f"{kind}:{args.backend}"
 
 
 def measure_accuracy(args: Namespace) -> dict:
-    """Relative RMS errors of every row of every timed layer against the float64 reference, and of
-    the worst row.
+    """Measure relative RMS errors against float64 in every timed layer: of all rows together, and
+    of the worst row.
     """
     limit, errors, worst = TOLERANCES[getattr(torch, args.dtype)], {}, {}
     for name, tokens, share in args.layers:
@@ -146,9 +148,11 @@ def measure_accuracy(args: Namespace) -> dict:
 
 
 def check_promises(args: Namespace) -> dict:
-    """On a layer that is timed: same bits twice; text's bits with NaN in every adapter and with
-    other values and routes of all other rows; a captured graph that gives the bits of the launches,
-    forward and backward, or why it could not be captured.
+    """Check what the package promises of bits, on the first of the timed layers.
+
+    Two runs give the same bits. Text rows keep theirs with NaN in every adapter and with other
+    values and routes in all other rows. A captured graph gives the bits of the launches, forward
+    and backward; if it could not be captured, "graph_capture" says why.
     """
     name, tokens, _ = args.layers[0]
     problem = make_problem(layer_case(args, name, tokens))
@@ -172,10 +176,10 @@ def _with_other_rows(inputs: MoeInputs, text: torch.Tensor) -> MoeInputs:
         pair = (torch.full_like(tensor, float("nan")) for tensor in lora[:2])
         return LoraWeights(*pair, lora.scaling)
 
-    here = text[:, None]
+    is_text = text[:, None]
     return inputs._replace(
-        hidden_states=torch.where(here, inputs.hidden_states, -3 * inputs.hidden_states),
-        topk_ids=torch.where(here, inputs.topk_ids, inputs.topk_ids.flip(1).roll(1, 0)),
+        hidden_states=torch.where(is_text, inputs.hidden_states, -3 * inputs.hidden_states),
+        topk_ids=torch.where(is_text, inputs.topk_ids, inputs.topk_ids.flip(1).roll(1, 0)),
         gate_up_lora=nan(inputs.gate_up_lora), down_lora=nan(inputs.down_lora),
     )  # fmt: skip
 
@@ -205,11 +209,11 @@ def _graph_gives(problem: Problem, args: Namespace) -> bool | str:
 def capture(
     runner: Runner, grad_out: torch.Tensor | None
 ) -> tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor]]:
-    """A forward, and a backward where there is ``grad_out``, as a graph; and what it writes."""
+    """Capture a forward, and with ``grad_out`` a backward; return the graph and what it writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.set_grad_enabled(grad_out is not None):
-        for _ in range(2):  # what is made at first use, on the stream that is captured
+        for _ in range(2):  # what is made at first use is made on the stream that is captured
             _once(runner, grad_out)
         runner.clear()
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Memory above the inputs: measured, and by formula."""
+"""Memory above the inputs, measured and by formula."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from lib.cases import Case
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler says on stderr that it starts
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler reports its start on stderr
 
 
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
-    """The most that torch's allocator held during ``function``, above what it held before."""
+    """Return the most bytes that torch's allocator held during ``function`` above those before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -34,7 +34,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
 
 
 def _allocations(profiler: profile) -> Iterable[int]:
-    """Bytes of each allocation (positive) and release (negative) in the order of time."""
+    """Bytes of each allocation (positive) and release (negative), in the order of time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -44,7 +44,7 @@ def _allocations(profiler: profile) -> Iterable[int]:
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
-    """What autograd keeps for backward, each storage once, without those of ``inputs``."""
+    """Bytes that autograd keeps for backward: each storage once, without those of ``inputs``."""
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     storages: dict[int, int] = {}
 
@@ -55,14 +55,14 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()  # alive until all is counted, so that no address is used twice
+        out = forward()  # alive until the sum is taken, so that no address is reused
     total = sum(storages.values())
     del out
     return total
 
 
 def saved_formula(provider: str, case: Case) -> int | None:
-    """What ``provider`` must keep for backward in tensors of T * K rows; None: no formula.
+    """Bytes that ``provider`` must keep for backward in tensors of T * K rows, if known.
 
     Ours: the pre-activation (2I), u1 and u2 (r each), and the dispatch (two int64). Split LoRA: x
     gathered (H), the pre-activation (2I), silu(gate) and the activation (I each), the expert's

@@ -21,7 +21,7 @@ def time_of(record: Mapping, provider: str, mode: str) -> Statistics | None:
 
 
 def is_right(record: Mapping, provider: str) -> bool:
-    """Whether a provider ran and its results passed the check."""
+    """Return whether a provider ran and its results passed the check."""
     entry = record["providers"].get(provider, {})
     return "error" in entry and entry["error"] is None
 

@@ -1,4 +1,4 @@
-"""Results on disk: where and with what they were measured, written whole or not at all."""
+"""Files of results, with the environment of the run; they are written whole or not at all."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ _RENAMED = {
 
 
 def environment(device: str) -> dict:
-    """Versions, build, processor, threads, commit and the hash of the sources."""
+    """Return versions, build, processor, threads, commit and the hash of the sources."""
     return {
         **info.collect(),
         "device": device,
@@ -40,7 +40,7 @@ def environment(device: str) -> dict:
 
 
 def processor(device: str) -> str:
-    """The name of what was measured."""
+    """Return the name of the CPU or GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -52,7 +52,7 @@ def processor(device: str) -> str:
 
 
 def source_hash() -> str | None:
-    """Of the contents of all files that the numbers depend on; None without git."""
+    """Return a hash of all files that the numbers depend on, or None without git."""
     listed = _git(
         "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_MEASURED,
         _NOT_MEASURED,
@@ -68,7 +68,7 @@ def source_hash() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; empty where there is no git or no repository."""
+    """Return the output of git, or an empty string without git or a repository."""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
@@ -79,7 +79,7 @@ def _git(*arguments: str) -> str:
 
 
 def write(path: Path, data: dict) -> None:
-    """Write JSON; an interruption leaves the old file."""
+    """Write JSON; after an interruption the old file is still whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -90,7 +90,7 @@ def write(path: Path, data: dict) -> None:
 
 
 def read(path: Path) -> dict:
-    """Read a file of results, by today's names."""
+    """Read a file of results, with old names replaced by today's."""
     return json.loads(path.read_text(), object_hook=_by_new_names)
 
 

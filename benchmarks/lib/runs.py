@@ -1,4 +1,4 @@
-"""Runs providers on one case: set-up, check, memory, interleaved rounds; returns plain data."""
+"""Runs of providers on one case: set-up, check, memory and interleaved rounds."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,21 +14,21 @@ from lib.runner import Runner, Unavailable
 from lib.timing import Clock, GpuClock, measure, now
 
 _OURS = ("ours", "block")
-_MAX_LAYERS = 256  # of a toy shape it would take millions to read 600 MB
+_MAX_LAYERS = 256  # a toy shape would need millions to read 600 MB
 
 
 @dataclass(frozen=True)
 class Options:
-    """How much is measured, and what.
+    """The extent of a measurement.
 
     Attributes:
-        rounds: no more than these.
-        min_rounds: of every provider, whatever they cost.
-        max_seconds: for a case's rounds after those.
-        thorough: after ``min_rounds`` only these providers go on; None: all.
+        rounds: at most.
+        min_rounds: of every provider, however long they take.
+        max_seconds: for the rounds of a case after those.
+        thorough: the providers that run in rounds after ``min_rounds``; None: all.
         memory: the providers whose memory is measured.
-        backward: False: forward alone.
-        rotated_bytes: of weights that decoding goes through, so that no cache serves it.
+        backward: whether to run backward.
+        rotated_bytes: bytes of weights that decoding goes through, so that no cache holds them.
         on_round: called after each round.
     """
 
@@ -42,7 +42,7 @@ class Options:
     on_round: Callable[[], None] = lambda: None
 
     def measure(self, steps: Mapping[str, Callable[[], Mapping[str, float]]]) -> dict:
-        """See :func:`lib.timing.measure`."""
+        """Call :func:`lib.timing.measure` with these options."""
         return measure(
             steps, min_rounds=min(self.min_rounds, self.rounds), max_rounds=self.rounds,
             max_seconds=self.max_seconds, thorough=self.thorough, on_round=self.on_round,
@@ -50,11 +50,7 @@ class Options:
 
 
 def run_training(case: Case, providers: Sequence[str], options: Options) -> dict:
-    """Forward and backward of one layer.
-
-    Returns the case and, for each of the "providers", why it is "missing", or its "error" (None: it
-    is right) and the "seconds" of every round by mode.
-    """
+    """Run forward and backward of one layer, and return a record (see :mod:`lib.records`)."""
     problem = make_problem(case)
     oracle = Oracle(problem)
     records, runners = {}, {}
@@ -74,12 +70,13 @@ def run_training(case: Case, providers: Sequence[str], options: Options) -> dict
 
 
 def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
-    """Forward alone under ``no_grad``, through layers whose weights fill ``rotated_bytes``.
+    """Run forward under ``no_grad`` through layers whose weights fill ``rotated_bytes``.
 
-    A sample is the mean of one call for each layer. Every layer has its own routing, and there are
-    enough of them that one round reads ``rotated_bytes``. They have two stacks of weights or more.
-    On a GPU the calls are replayed from a CUDA graph where they can be captured, since launching
-    them takes longer than they do. The record's "captured" says which were.
+    A sample is the mean of one call for each layer. Every layer has its own routing, and one round
+    over all layers reads ``rotated_bytes``. The layers share two stacks of weights or more.
+
+    On a GPU the calls are replayed from a CUDA graph if they can be captured, because launching
+    them takes longer than they do. "captured" in the record says which were.
     """
     layers = _layers(case, options.rotated_bytes)
     oracle = Oracle(layers[0])
@@ -116,9 +113,10 @@ def prepare(
     *,
     ours: bool = False,
 ) -> tuple[dict, list[Runner]]:
-    """The beginning of a provider's record, and its warm runners, or none.
+    """Return the start of a provider's record, and its warm runners.
 
-    What fails is "missing", with the reason; if it is ``ours``, it fails here.
+    A provider that fails has no runners and is "missing", with the reason. One of ``ours`` must
+    not fail: its exception goes on.
     """
     try:
         runners = set_up()
@@ -127,7 +125,7 @@ def prepare(
             runner.forward()
     except Unavailable as reason:
         return {"missing": str(reason)}, []
-    except Exception as failure:  # whatever another's code raises is why there is no number
+    except Exception as failure:  # a competitor's code may raise anything
         if ours:
             raise
         lines = str(failure).splitlines() or [""]
@@ -165,7 +163,7 @@ def _decode(
 
 
 def _capture(runners: Sequence[Runner]) -> Callable[[], None] | None:
-    """All forwards as one CUDA graph; None where they wait for the host."""
+    """Capture all forwards in one CUDA graph; return None if they wait for the host."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -178,7 +176,7 @@ def _capture(runners: Sequence[Runner]) -> Callable[[], None] | None:
 
 
 def _memory(name: str, problem: Problem, runner: Runner) -> dict:
-    """Bytes above the inputs."""
+    """Peak and saved bytes above the inputs."""
     tensors = [t for t in problem.inputs if isinstance(t, torch.Tensor)]
     tensors += [problem.grad_out, *runner.leaves]
     saved = saved_bytes(runner.forward, tensors)
@@ -192,7 +190,7 @@ def _memory(name: str, problem: Problem, runner: Runner) -> dict:
 def timed_training(
     records: dict[str, dict], runners: dict[str, Runner], grad_out: torch.Tensor, options: Options
 ) -> None:
-    """Measure forward and backward of warm runners and put the seconds into their records."""
+    """Time forward and backward of warm runners, and put the seconds into their records."""
     steps = {
         name: functools.partial(_train, runner, grad_out, options.backward)
         for name, runner in runners.items()
@@ -201,13 +199,13 @@ def timed_training(
 
 
 def add_seconds(records: dict[str, dict], samples: dict[str, dict]) -> None:
-    """Put what was measured into the providers' records."""
+    """Put the seconds into the providers' records."""
     for name, modes in samples.items():
         records[name]["seconds"] = modes
 
 
 def _record(layers: Sequence[Problem], records: dict[str, dict]) -> dict:
-    """With the operations of the base's GEMMs and the weights they read, by mode; of one layer."""
+    """Return the record, with one layer's operations and bytes of the base's GEMMs by mode."""
     case = layers[0].case
     hit = sum(len(layer.hit_experts) for layer in layers) / len(layers)
     flops, weights = case.forward_flops, round(hit * case.expert_bytes)

@@ -7,10 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from targets import ADDED_SHARE, DECODE_TOKENS
 
 from lib import added_expert_steps, training_steps
-from lib.cases import DTYPES, Case
+from lib.cases import ADDED_SHARE, DECODE_TOKENS, DTYPES, Case
 from lib.cli import options_of
 from lib.models import MODELS
 from lib.providers import ADDED_KINDS, HF, HF_TRAINING, PEFT, SPLIT, hf_decode

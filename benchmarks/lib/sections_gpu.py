@@ -6,11 +6,10 @@ from functools import partial
 from importlib import import_module
 
 import torch
-from targets import DECODE_TOKENS
 from torch.profiler import ProfilerActivity, profile
 
 from lib import training_steps
-from lib.cases import Problem, make_problem
+from lib.cases import DECODE_TOKENS, Problem, make_problem
 from lib.cli import options_of
 from lib.costs import table as cost_table
 from lib.gpu_checks import (
@@ -161,7 +160,7 @@ def _seconds_in_a_graph(function: Callable[[], object], device: str) -> float:
     """
     if device != "cuda":
         return _median(function, device)
-    function()  # makes what is made at first use
+    function()  # not in the graph: what is made at first use
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(_CALLS_IN_GRAPH):

@@ -1,8 +1,8 @@
-"""Split LoRA on ``grouped_mm``: what the field writes for low-rank updates of fused experts.
+"""Split LoRA on ``grouped_mm``, the usual implementation of low-rank updates of fused experts.
 
-The base's grouped product, then two skinny ones for the update, added to the base's result. Rows
-are sorted by expert once; no gradient of a frozen weight is computed. The mask is applied to the
-(rows, r) intermediate, or only the image rows are gathered and the rest left alone.
+It runs the base's grouped product, then two narrow ones for the update, and adds that to the base's
+result. Rows are sorted by expert once, and no gradient of a frozen weight is computed. Either the
+mask is applied to the (rows, r) intermediate, or only the image rows are gathered.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lib.cases import Problem
 
 
 def pairs_of(problem: Problem) -> dict[str, tuple[Tensor, Tensor]]:
-    """Trainable (E, r, in) and (E, out, r) in the base's dtype, by projection."""
+    """Return trainable (E, r, in) and (E, out, r) in the base's dtype, by projection."""
     dtype = problem.case.torch_dtype
     loras = (problem.inputs.gate_up_lora, problem.inputs.down_lora)
     return {
@@ -28,7 +28,7 @@ def masked(
     hidden_states: Tensor,
     topk_weights: Tensor,
 ) -> Tensor:
-    """The update runs on all rows; the mask makes it zero on text."""
+    """Run the update on all rows, with a mask that makes it zero on text."""
     rows = _Rows(problem)
     is_image = rows.image[:, None].to(hidden_states.dtype)
 
@@ -46,7 +46,7 @@ def gathered(
     hidden_states: Tensor,
     topk_weights: Tensor,
 ) -> Tensor:
-    """The update runs on the image rows only, which are gathered and scattered."""
+    """Gather the image rows, run the update on them, and scatter the result."""
     rows = _Rows(problem)
     image = rows.image.nonzero().squeeze(1)
     offsets = _offsets(rows.experts[image], problem.case.shape.E)
@@ -71,7 +71,7 @@ class _Rows:
 
 
 def _offsets(sorted_experts: Tensor, num_experts: int) -> Tensor:
-    """(E,) int32, the end of each expert's rows."""
+    """Return the end of each expert's rows, (E,) int32."""
     experts = torch.arange(num_experts, device=sorted_experts.device)
     return torch.searchsorted(sorted_experts, experts, right=True).int()
 

@@ -1,4 +1,4 @@
-"""Interleaved rounds, and the statistics of what they measured."""
+"""Interleaved rounds, and statistics over them."""
 
 import functools
 import gc
@@ -34,18 +34,20 @@ def summarize(values: Sequence[float]) -> Statistics:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Statistics:
-    """Of the ratios within each round, in which both ran; a provider that stops early stops last.
+    """Statistics of the ratios within each round in which both ran.
 
-    A round's neighbours in time share the machine's state: their ratio is steadier than a ratio of
-    two medians.
+    Neighbours in time share the state of the machine, so their ratio is steadier than a ratio of
+    two medians. A provider that stops early ran in the first rounds.
     """
     common = min(len(numerator), len(denominator))
     return summarize([numerator[i] / denominator[i] for i in range(common)])
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:
-    """Every name once, rotated by one more in each round and every other round backwards, so that
-    no name always follows the same one.
+    """Return the names in the order of a round.
+
+    The order rotates by one in each round, and every other round is reversed, so that no name
+    always follows the same one.
     """
     start = round_index % len(names)
     rotated = [*names[start:], *names[:start]]
@@ -61,14 +63,14 @@ def measure(
     thorough: Collection[str] | None = None,
     on_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Samples]:
-    """Run every step once in each round; every step must be warm.
+    """Run every step, which must be warm, once in each round.
 
     Args:
-        steps: by name, what runs once and returns seconds by mode.
-        min_rounds: done whatever they cost.
-        max_rounds: no more than these.
-        max_seconds: for the rounds after those; none starts later.
-        thorough: after ``min_rounds`` only these go on; None: all do.
+        steps: by name, functions that run once and return seconds by mode.
+        min_rounds: run however long they take.
+        max_rounds: at most.
+        max_seconds: no round after ``min_rounds`` starts later.
+        thorough: the steps that run after ``min_rounds``; None: all.
         on_round: called after each round.
     """
     results: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
@@ -97,7 +99,7 @@ def measure(
 
 
 class Clock:
-    """Seconds between marks, on the host."""
+    """A clock on the host: seconds between marks."""
 
     def __init__(self):
         self._marks: list[float] = []
@@ -110,11 +112,11 @@ class Clock:
 
 
 class GpuClock:
-    """The same on the GPU, for which the host need not wait in between.
+    """A clock on the GPU: seconds between marks, without a wait of the host in between.
 
-    Before the first mark the GPU clears a buffer larger than its L2, as ``triton.testing.do_bench``
-    has it, so that nobody finds the inputs there. It takes 0.1 ms on an H100: so far the host is
-    ahead at the first mark.
+    Before the first mark the GPU clears a buffer larger than its L2 cache, so that no provider
+    finds the inputs there (as in ``triton.testing.do_bench``). That takes 0.1 ms on an H100, by
+    which the host is ahead at the first mark.
     """
 
     def __init__(self):
@@ -137,7 +139,7 @@ def _larger_than_l2() -> torch.Tensor:
 
 
 def now(device: str) -> float:
-    """Seconds, when all that was launched on the device has ended."""
+    """Wait for the device, and return the time in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

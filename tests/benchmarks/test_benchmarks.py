@@ -387,14 +387,14 @@ def test_the_cost_model(bench, share):
 
 @pytest.mark.parametrize(("rank", "fewer"), [(16, 0.625), (32, 0.75), (64, 1.0)])
 def test_one_pass_over_dY_moves_less(bench, rank, fewer):
-    """Of dY and du alone, at the widths of a layer: 2 + r / 32 bytes an element, not 4."""
+    """dY and du alone take 2 + r / 32 bytes an element, not 4, at the widths of a layer."""
     case = bench.cases.Case.named("olmoe", r=rank, image_share=1.0)
     dY = case.rows * 2 * case.shape.I
     (cost,) = [c for c in bench.costs.backward(case, "cuda") if c.kernel == "du1, dB1"]
-    given = bench.costs.sizes_of(case)
-    moved = cost.bytes - given.lora_gate_up - 2 * 4 * case.shape.E * rank * case.shape.I
-    assert moved - 2 * given.u == pytest.approx(4 * fewer * dY)
-    assert moved - cost.avoidable == pytest.approx(2 * dY + 2 * given.u)  # dY once, and du
+    sizes = bench.costs.sizes_of(case)
+    moved = cost.bytes - sizes.lora_gate_up - 2 * 4 * case.shape.E * rank * case.shape.I
+    assert moved - 2 * sizes.u == pytest.approx(4 * fewer * dY)
+    assert moved - cost.avoidable == pytest.approx(2 * dY + 2 * sizes.u)  # dY once, and du
 
 
 def test_the_cost_model_has_the_parts_of_the_kernels(bench):
