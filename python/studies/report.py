@@ -1,48 +1,153 @@
-"""What the pages of results share: figures out of the JSON, tables, intervals and verdicts."""
+"""Pages of results: prose by hand, and figures, tables and verdicts computed from the JSON.
+
+A marker ``<!-- study:NAME.ARGUMENT... -->`` is filled by a row, a block or a verdict of the study's
+page, called with the results and the arguments; or NAME is a value of the JSON, by its keys. A row
+or verdict fills the cells that follow a label or a claim in a table.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
+from shared import markers
 
-OUTCOMES = HOLDS, FAILS, UNDECIDED = (
-    "**Holds here:**", "**Does not hold here:**", "**Undecided:**",
-)  # fmt: skip
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 Results = dict[str, Any]
 Get = Callable[[Results], float]
+Column = Callable[[Results, str, str], str]  # results, name of a run and of its baseline -> a cell
+
+
+class NotMeasured(LookupError):
+    """The results lack a run that a block needs."""
+
+
+# --- pages
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: str
+    evidence: str
+    p: float | None = None
+
+    @property
+    def cells(self) -> str:
+        p = "" if self.p is None else f"{self.p:.2g}"
+        return " | ".join((self.outcome, self.evidence, p))
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows, blocks and verdicts by the NAME of their markers; ``joint`` sums up the verdicts.
+
+    rows: columns of a run's row; its marker is NAME.RUN or NAME.RUN.BASELINE
+    """
+
+    rows: Mapping[str, Sequence[Column]]
+    blocks: Mapping[str, Callable[..., str]]
+    verdicts: Mapping[str, Callable[..., Verdict]]
+
+    def render(self, page: str, data: Results) -> str:
+        """Return the page with the text between its markers made anew.
+
+        Raises:
+            ValueError: a row, block or verdict has no marker, or a marker is unknown.
+        """
+        names = dict.fromkeys(markers.names(page, "study"))
+        used = {name.split(".")[0] for name in names}
+        known = {*self.rows, *self.blocks, *self.verdicts, *COMMON, "lower", "joint"}
+        if missing := sorted(known - used):
+            raise ValueError(f"the page has no marker for {', '.join(missing)}")
+        verdicts: dict[str, Verdict] = {}
+        texts = {name: self._text(name, data, verdicts) for name in names if name != "joint"}
+        claims = {claim_of(page, name): verdict for name, verdict in verdicts.items()}
+        return markers.fill(page, texts | {"joint": joint(claims)}, "study")
+
+    def _text(self, name: str, data: Results, verdicts: dict[str, Verdict]) -> str:
+        kind, *arguments = name.split(".")
+        blocks, judges = {**COMMON, **self.blocks}, {"lower": lower, **self.verdicts}
+        try:
+            if kind in self.rows:
+                run, baseline = [*arguments, arguments[0]][:2]
+                return " | ".join(column(data, run, baseline) for column in self.rows[kind])
+            if kind in blocks:
+                return blocks[kind](data, *arguments)
+            if kind in judges:
+                verdicts[name] = judges[kind](data, *arguments)
+                return verdicts[name].cells
+        except NotMeasured as missing:
+            return f"*not measured: {missing}*"
+        return _value(data, name)
+
+
+def claim_of(page: str, name: str) -> str:
+    """First cell of the first row of a table that has the marker."""
+    return re.search(rf"^\| (.+?) \| <!-- study:{re.escape(name)} -->", page, re.MULTILINE)[1]
+
+
+def _value(data: Results, path: str) -> str:
+    value: Any = data
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"unknown marker study:{path}: neither a block nor in the results")
+        value = value[key]
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- figures
 
 
+def by_seed(found: Mapping[str, Results]) -> dict[str, Results]:
+    return {seed: found[seed] for seed in sorted(found, key=int)}
+
+
+def seeds_of(data: Results, name: str) -> dict[str, Results]:
+    """Results of a run by seed, in the order of the seeds."""
+    if name not in data["runs"]:
+        raise NotMeasured(f"run {name}")
+    return by_seed(data["runs"][name]["seeds"])
+
+
+def at(*keys: str, scale: float = 1) -> Get:
+    """Return a function that takes a figure out of a result, by its keys."""
+
+    def get(result: Any) -> float:
+        for key in keys:
+            result = result[key]
+        return scale * result
+
+    return get
+
+
 def values(data: Results, name: str, get: Get) -> np.ndarray:
     """One number for each seed, in the order of the seeds."""
-    seeds = data["runs"][name]["seeds"]
-    return np.array([get(seeds[seed]) for seed in sorted(seeds, key=int)], dtype=float)
+    return np.array([get(result) for result in seeds_of(data, name).values()], dtype=float)
 
 
-def test_nll(result: Results) -> float:
-    return result["test_nll"]
+test_nll = at("test_nll")
+
+
+def forgotten(result: Results) -> float:
+    """Change of the text loss by training."""
+    return result["text"]["nll_after_training"] - result["text"]["nll_before_training"]
 
 
 def paired(data: Results, name: str, baseline: str, get: Get = test_nll) -> np.ndarray:
-    """A figure less the baseline's, on the seeds that both have."""
-    first, second = (data["runs"][n]["seeds"] for n in (name, baseline))
-    seeds = sorted(first.keys() & second.keys(), key=int)
-    return np.array([get(first[seed]) - get(second[seed]) for seed in seeds])
+    """Differences to the baseline's figure, on the seeds that both runs have."""
+    ours, theirs = seeds_of(data, name), seeds_of(data, baseline)
+    return np.array([get(ours[seed]) - get(theirs[seed]) for seed in ours if seed in theirs])
 
 
-def present(data: Results, names: Sequence[str]) -> list[str]:
-    return [name for name in names if name in data["runs"]]
-
-
-def parameters(data: Results, name: str) -> str:
-    return f"{values(data, name, lambda result: result['trained_parameters'])[0]:,.0f}"
+def parameters(data: Results, name: str) -> int:
+    return next(iter(seeds_of(data, name).values()))["trained_parameters"]
 
 
 # --- statistics
@@ -58,28 +163,25 @@ def interval(numbers: np.ndarray) -> tuple[float, float, float]:
 
 
 def p_value(numbers: np.ndarray) -> float:
-    """Of a mean of zero, by Student's t, two-sided; 1 with one number."""
+    """Two-sided p of a mean of zero by Student's t; 1 with one number."""
     if len(numbers) < 2 or not numbers.any():
         return 1.0
     return float(stats.ttest_1samp(numbers, 0.0).pvalue)
 
 
 def outcome(low: float, high: float) -> str:
-    """Of a claim that something lies below zero, by its interval."""
+    """Outcome of the claim that something lies below zero, by its interval."""
     return HOLDS if high < 0 else FAILS if low > 0 else UNDECIDED
-
-
-# --- text
 
 
 def mean_and_spread(numbers: np.ndarray, digits: int = 3) -> str:
     """Mean and standard deviation over the seeds that have a number."""
-    there = numbers[np.isfinite(numbers)]
-    if not len(there):
+    known = numbers[np.isfinite(numbers)]
+    if not len(known):
         return "never"
-    spread = f" ± {there.std(ddof=1):.{digits}f}" if len(there) > 1 else ""
-    missing = f" ({len(there)} of {len(numbers)} seeds)" if len(there) < len(numbers) else ""
-    return f"{there.mean():.{digits}f}{spread}{missing}"
+    spread = f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
+    missing = f" ({len(known)} of {len(numbers)} seeds)" if len(known) < len(numbers) else ""
+    return f"{known.mean():.{digits}f}{spread}{missing}"
 
 
 def mean_and_interval(numbers: np.ndarray, digits: int = 3) -> str:
@@ -90,35 +192,54 @@ def mean_and_interval(numbers: np.ndarray, digits: int = 3) -> str:
 
 
 def difference(data: Results, name: str, baseline: str, get: Get = test_nll) -> str:
-    """How far a figure is from the baseline's, seed by seed; nothing for the baseline itself."""
+    """Mean difference to the baseline's figure, seed by seed; empty for the baseline itself."""
     return "" if name == baseline else mean_and_interval(paired(data, name, baseline, get))
 
 
-def verdict(
-    data: Results, name: str, baseline: str, claim: str, get: Get = test_nll,
-    of: str = "test loss, nats a token",
-) -> str:  # fmt: skip
-    """claim: what holds if ``name`` has the lower figure"""
-    return verdict_on(paired(data, name, baseline, get), claim, of)
+# --- verdicts
 
 
-def verdict_on(differences: np.ndarray, claim: str, of: str, *, above: bool = False) -> str:
-    """claim: what holds if the mean of the differences, one a seed, is below zero, or above it"""
-    mean, low, high = interval(differences)
+def judge(measure: str, differences: np.ndarray, *, above: bool = False) -> Verdict:
+    """Judge the claim that differences, one a seed, have a mean below zero, or ``above`` it."""
+    _, low, high = interval(differences)
+    evidence = f"{measure}: {mean_and_interval(differences)}"
     if len(differences) < 2:
-        return f"{UNDECIDED} {claim} ({of}: {mean:+.3f}, one seed)."
-    found = f"{of}: {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-    said = outcome(-high, -low) if above else outcome(low, high)
-    return f"{said} {claim} ({found}, p {p_value(differences):.2g})."
+        return Verdict(UNDECIDED, evidence)
+    found = outcome(-high, -low) if above else outcome(low, high)
+    return Verdict(found, evidence, p_value(differences))
 
 
-def verdicts(data: Results, claims: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Of (run, baseline, claim), where both runs are there."""
-    return [
-        verdict(data, name, baseline, claim)
-        for name, baseline, claim in claims
-        if len(present(data, (name, baseline))) == 2
-    ]
+def lower(data: Results, name: str, baseline: str) -> Verdict:
+    """Judge the claim that a run has a lower test loss than its baseline."""
+    return judge("test loss", paired(data, name, baseline))
+
+
+def joint(claims: Mapping[str, Verdict]) -> str:
+    """The verdicts that stay decided if all of them are to be right together."""
+    tested = {claim: verdict for claim, verdict in claims.items() if verdict.p is not None}
+    decided = sum(verdict.outcome != UNDECIDED for verdict in tested.values())
+    kept = [claim for claim in hold_together(tested) if tested[claim].outcome != UNDECIDED]
+    text = (
+        f"{len(tested)} verdicts have a p, and {decided} of them are decided, each by an interval "
+        f"of its own. If no claim were true, {0.05 * len(tested):.1f} would be decided by chance. "
+        f"With a joint error of at most 5 % (Holm), {len(kept)} stay decided."
+    )
+    rows = [[claim, tested[claim].cells] for claim in kept]
+    head = ["claim", "verdict", "difference (95 % interval)", "p"]
+    return f"{text}\n\n{table(head, rows)}" if kept else text
+
+
+def hold_together(claims: Mapping[str, Verdict], level: float = 0.05) -> list[str]:
+    """Claims that are significant at a joint error of ``level``: Holm's step-down procedure."""
+    ranked, kept = sorted(claims, key=lambda claim: claims[claim].p), []
+    for rank, claim in enumerate(ranked):
+        if claims[claim].p > level / (len(ranked) - rank):
+            break
+        kept.append(claim)
+    return kept
+
+
+# --- tables
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -126,80 +247,75 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def cost_rows(data: Results, names: dict[str, str], first: str) -> list[list[str]]:
-    """Of a training step by method: parameters, tokens a second, its time over that of the method
-    ``first``, and peak MiB.
-    """
-    speeds = {
-        method: np.array([each["tokens_per_second"] for each in rounds])
-        for method, rounds in data["cost"].items()
-    }
-    return [
-        [names[method], f"{rounds[0]['trained_parameters']:,}", mean_and_spread(speeds[method], 0),
-         mean_and_spread(speeds[first] / speeds[method], 2),
-         mean_and_spread(np.array([each["peak_bytes"] for each in rounds]) / 2**20, 0)]
-        for method, rounds in data["cost"].items()
-    ]  # fmt: skip
+def spread(get: Get, digits: int = 3) -> Column:
+    """Column of a figure's mean and standard deviation over seeds."""
+    return lambda data, name, _: mean_and_spread(values(data, name, get), digits)
 
 
-def tuning_section(data: Results) -> str:
-    """The rates that were tried, and whether one at the end of the grid was the best."""
-    tuned = data["tuning"]["choice_nll"]
-    rates = list(dict.fromkeys(rate for losses in tuned.values() for rate in losses))
+def count(get: Get) -> Column:
+    """Column of a count's mean over seeds."""
+
+    def cell(data: Results, name: str, _: str) -> str:
+        numbers = values(data, name, get)
+        return f"{numbers.mean():,.0f}" if numbers.any() else "0"
+
+    return cell
+
+
+def total(data: Results, name: str, _: str) -> str:
+    return f"{parameters(data, name):,}"
+
+
+def cost_row(data: Results, method: str) -> str:
+    """Cost of a training step; the time is relative to that of the first method."""
+    if method not in data["cost"]:
+        raise NotMeasured("the cost of a training step")
+    first, rounds = next(iter(data["cost"].values())), data["cost"][method]
+    speed, base = (np.array([r["tokens_per_second"] for r in each]) for each in (rounds, first))
+    memory = np.array([each["peak_bytes"] for each in rounds]) / 2**20
+    return " | ".join((
+        f"{rounds[0]['trained_parameters']:,}", mean_and_spread(speed, 0),
+        mean_and_spread(base / speed, 2), mean_and_spread(memory, 0),
+    ))  # fmt: skip
+
+
+def tuning_tables(data: Results) -> str:
+    """A table for each list of learning rates, and where the best rate is the first or last."""
+    grids: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
+    for trains, losses in data["tuning"]["choice_nll"].items():
+        grids.setdefault(tuple(losses), {})[trains] = losses
+    return "\n\n".join(_tuning_table(*grid) for grid in grids.items())
+
+
+def _tuning_table(rates: tuple[str, ...], tuned: dict[str, dict[str, float]]) -> str:
+    best = {trains: min(losses, key=losses.get) for trains, losses in tuned.items()}
     rows = [
-        [trains, *(f"**{loss:.3f}**" if loss == min(losses.values()) else f"{loss:.3f}"
-                   for loss in losses.values())]
+        [trains, *(f"**{loss:.3f}**" if rate == best[trains] else f"{loss:.3f}"
+                   for rate, loss in losses.items())]
         for trains, losses in tuned.items()
     ]  # fmt: skip
-    ends = [
-        trains
-        for trains, losses in tuned.items()
-        if min(losses, key=losses.get) in (rates[0], rates[-1])
-    ]
-    said = (
-        f"\n\nThe best was at an end of what was tried for: {'; '.join(ends)}. A better one may "
-        "lie beyond."
-        if ends and len(rates) > 1
-        else ""
+    found = table(["what trains", *(f"lr {rate}" for rate in rates)], rows)
+    ends = [trains for trains, rate in best.items() if rate in (rates[0], rates[-1])]
+    if ends and len(rates) > 1:
+        found += (
+            f"\n\nThe best rate was the lowest or highest that was tried for: {'; '.join(ends)}. A "
+            "better one may lie beyond."
+        )
+    return found
+
+
+def base_model(data: Results) -> str:
+    text = data["budget"]["text"]
+    return (
+        f"{text['layers']} layers, hidden size {text['hidden_size']}, {text['experts']} experts of "
+        f"width {text['intermediate_size']}, {text['experts_per_token']} chosen"
     )
-    return table(["what trains", *(f"lr {rate}" for rate in rates)], rows) + said
 
 
-def all_verdicts(sections: Sequence[str]) -> list[str]:
-    lines = [line for section in sections for line in section.split("\n")]
-    return [line for line in lines if line.startswith(OUTCOMES)]
-
-
-def hold_together(said: Sequence[str], level: float = 0.05) -> list[str]:
-    """Of verdicts with a p, those that are decided with a joint error of at most ``level``: Holm's
-    step-down procedure.
-    """
-    tested = [
-        (float(found[1]), line) for line in said if (found := re.search(r", p (\S+)\)", line))
-    ]
-    ranked, kept = sorted(tested), []
-    for rank, (p, line) in enumerate(ranked):
-        if p > level / (len(ranked) - rank):
-            break
-        kept.append(line)
-    return kept
-
-
-def in_short(sections: Sequence[str]) -> str:
-    """All verdicts, in the order of the sections, by their outcome."""
-    lines = all_verdicts(sections)
-    found = {each: [line for line in lines if line.startswith(each)] for each in OUTCOMES}
-    if not any(found.values()):
-        return ""
-    count = sum(" p " in line for lines in found.values() for line in lines)
-    parts = [
-        "## In short",
-        f"{count} of these verdicts have a p, each by its own 95 % interval: if nothing were true, "
-        f"{0.05 * count:.1f} of them would be decided by chance. Those with p below "
-        f"{0.05 / max(count, 1):.4f} hold for all of them together (Bonferroni).",
-    ]
-    for each, lines in found.items():
-        if lines:
-            listed = "".join(f"\n- {line.removeprefix(each).strip()}" for line in lines)
-            parts.append(f"{each}\n{listed}")
-    return "\n\n".join(parts)
+COMMON: Mapping[str, Callable[..., str]] = {
+    "base": base_model,
+    "rates": tuning_tables,
+    "step": cost_row,
+    "hours": lambda data: f"{data['seconds'] / 3600:.1f}",
+    "versions-used": lambda data: ", ".join(f"{n} {v}" for n, v in data["versions"].items()),
+}

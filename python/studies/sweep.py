@@ -1,4 +1,4 @@
-"""Shared by the programs that write a page of results: runs over seeds, kept on disk, to JSON."""
+"""Runs of a study over seeds: kept on disk, written as JSON, shown on a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,36 +22,41 @@ from shared.files import write_text
 from shared.stages import Stages, Workspace
 
 import moe_kernels
+from studies.report import Page, Results
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+# The pages, and where results go unless --results says otherwise.
+PAGES = RESULTS = Path(__file__).parents[2] / "docs" / "results"
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 1000
-# Other processors and numbers of threads round in another order, which training makes larger.
+# Other processors and numbers of threads round in another order, which training amplifies.
 REMADE = 0.1
+# How many levels of keys have lines of their own in the JSON: there is one run a line.
+_LEVELS = {"runs": 3, "setups": 1, "tuning": 3}
 
 
 @dataclass(frozen=True)
-class Program:
-    """What a program measures.
+class Study:
+    """Runs to make, and how to measure, keep and show them.
 
-    name: of its JSON, page and folder under out/
-    runs: by name, dataclasses with ``trains``, what runs that share a learning rate have in common,
-        and ``lr``, None where that rate is tuned
-    quick_runs: those of --quick and --remake
-    learning_rates: to choose from, or (run) -> those for what trains as it does
-    tuned: the run whose learning rate those like it take
-    ground: (budget, seed, stages) -> what all runs of a seed stand on
-    measure: (ground, run, learning rate, workspace) -> a result, for JSON, with ``choice_nll``,
+    name: of the JSON, the page and the folder under out/
+    runs: by name, dataclasses with ``trains``, the name of a learning rate that runs share, and
+        ``lr``, None where that rate is tuned
+    quick_runs: names of the runs of --quick and --remake
+    learning_rates: rates to choose from, or (run) -> rates
+    tuned: (run) -> the run on which its learning rate is tuned
+    setup: (budget, seed, stages) -> models and data that all runs of a seed share
+    measure: (setup, run, learning rate, workspace) -> a result, for JSON, with ``choice_nll``,
         ``test_nll`` and ``text``
-    tuning_figures: those of a result that are told of each run that chose a learning rate
-    cost: (ground) -> what a training step costs, for JSON
-    core_hours, core_hours_later: what the runs may take, set before they were made, and what was
-        added when some of them were seen
-    write_page: (JSON file, folder)
-    found_before: (ground) -> what there is to tell of a seed before its runs
-    identity: (run) -> what a result depends on beside settings, such as files
-    seeds_of: name of a run -> seeds, where it has not all of them
-    facts: for JSON, beside the results
+    record: (run, result, whether the seed is the first) -> what the JSON keeps of a result
+    cost: (setup) -> cost of a training step, for JSON
+    core_hours, core_hours_later: budget fixed in advance, and what was added after the first runs
+    page: text of the page by marker
+    draw: (results, folder) draws the pictures of the page
+    describe: (setup) -> figures of a seed that hold for all of its runs
+    record_tuning: (result) -> what the JSON keeps of each run that chose a learning rate
+    identity: (run) -> inputs of a result beside its settings, such as files
+    seeds_of: name of a run -> its seeds, where it has fewer than the others
+    facts: further values for the JSON
     """
 
     name: str
@@ -61,17 +66,19 @@ class Program:
     quick_budget: Any
     learning_rates: Sequence[float] | Callable[[Any], Sequence[float]]
     tuned: Callable[[Any], Any]
-    ground: Callable[[Any, int, Stages], Any]
+    setup: Callable[[Any, int, Stages], Any]
     measure: Callable[[Any, Any, float, Workspace], dict[str, Any]]
+    record: Callable[[Any, dict[str, Any], bool], dict[str, Any]]
     cost: Callable[[Any], dict[str, Any]]
     core_hours: float
-    write_page: Callable[[Path, Path], None]
-    found_before: Callable[[Any], dict[str, Any]] | None = None
+    page: Page
+    draw: Callable[[Results, Path], None]
+    describe: Callable[[Any], dict[str, Any]] | None = None
+    record_tuning: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     identity: Callable[[Any], dict[str, Any]] = lambda run: {}
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     core_hours_later: float = 0.0
-    tuning_figures: Sequence[str] = ()
 
     def rates_of(self, run: Any) -> Sequence[float]:
         rates = self.learning_rates
@@ -79,42 +86,43 @@ class Program:
 
 
 class Sweep:
-    """What is missing of a program's runs is computed, in stages."""
+    """Computes the missing runs of a study, in stages."""
 
-    def __init__(self, program: Program, budget: Any, out: Path):
-        self.program, self.budget, self.stages = program, budget, Stages(out / "stages")
-        self.grounds: dict[int, Any] = {}
+    def __init__(self, study: Study, budget: Any, out: Path):
+        self.study, self.budget, self.stages = study, budget, Stages(out / "stages")
+        self._setups: dict[int, Any] = {}
 
-    def ground(self, seed: int) -> Any:
-        if seed not in self.grounds:
-            self.grounds = {seed: self.program.ground(self.budget, seed, self.stages)}
-        return self.grounds[seed]
+    def setup(self, seed: int) -> Any:
+        """Return the seed's setup; only the last one is held."""
+        if seed not in self._setups:
+            self._setups = {seed: self.study.setup(self.budget, seed, self.stages)}
+        return self._setups[seed]
 
     def result(self, name: str, run: Any, seed: int, lr: float) -> dict[str, Any]:
-        inputs = dataclasses.asdict(run) | {"seed": seed, "lr": lr} | self.program.identity(run)
+        inputs = dataclasses.asdict(run) | {"seed": seed, "lr": lr} | self.study.identity(run)
         inputs["budget"] = dataclasses.asdict(self.budget)
-        stage, measure = f"run-{seed}-{name}", self.program.measure
+        stage, measure = f"run-{seed}-{name}", self.study.measure
         finished = self.stages.run(
-            stage, inputs, lambda workspace: measure(self.ground(seed), run, lr, workspace)
+            stage, inputs, lambda workspace: measure(self.setup(seed), run, lr, workspace)
         )
-        return finished.result | {"seconds": finished.seconds}
+        return finished.result | {"seconds": finished.seconds, "lr": lr}
 
-    def found_before(self, seed: int) -> dict[str, Any]:
-        stage, inputs = f"ground-{seed}", {"budget": dataclasses.asdict(self.budget)}
-        tell = self.program.found_before
-        return self.stages.run(stage, inputs, lambda _: tell(self.ground(seed))).result
+    def describe(self, seed: int) -> dict[str, Any]:
+        stage, inputs = f"setup-{seed}", {"budget": dataclasses.asdict(self.budget)}
+        describe = self.study.describe
+        return self.stages.run(stage, inputs, lambda _: describe(self.setup(seed))).result
 
     def tune(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Loss on what is held out to choose by, by what trains and learning rate."""
-        runs = [self.program.runs[name] for name in names]
-        # Of those that share a rate the first decides it.
-        families = {run.trains: self.program.tuned(run) for run in reversed(runs) if run.lr is None}
+        """Loss on the data held out for choices, by what trains and learning rate."""
+        runs = [self.study.runs[name] for name in names]
+        # Of the runs that share a rate, the first decides it.
+        families = {run.trains: self.study.tuned(run) for run in reversed(runs) if run.lr is None}
         tuned = {}
         for trains, run in families.items():
             name = tuning_name(trains)
             tuned[trains] = {
                 f"{lr:g}": self.choice_loss(f"{name}-{lr:g}", run, lr)
-                for lr in self.program.rates_of(run)
+                for lr in self.study.rates_of(run)
             }
         return tuned
 
@@ -126,71 +134,68 @@ class Sweep:
             return math.inf
         return loss if math.isfinite(loss) else math.inf
 
-    def tuning_figures(self, tuned: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """More of the runs that chose, by what trains and learning rate."""
+    def tuning(self, tuned: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """As the JSON holds it: losses, the rates they chose, and figures of these runs."""
+        rates = {trains: float(min(losses, key=losses.get)) for trains, losses in tuned.items()}
+        found = {"seed": TUNING_SEED, "choice_nll": tuned, "learning_rate": rates}
+        if self.study.record_tuning is None:
+            return found
 
-        def told(trains: str, lr: str) -> dict[str, Any]:
-            result = self.stages.results.get(f"run-{TUNING_SEED}-{tuning_name(trains)}-{lr}", {})
-            return {name: result[name] for name in self.program.tuning_figures if name in result}
+        def figures(trains: str, lr: str) -> dict[str, Any]:
+            result = self.stages.results.get(f"run-{TUNING_SEED}-{tuning_name(trains)}-{lr}")
+            return self.study.record_tuning(result) if result else {}
 
-        return {trains: {lr: told(trains, lr) for lr in rates} for trains, rates in tuned.items()}
+        return found | {
+            "figures": {
+                trains: {lr: figures(trains, lr) for lr in losses}
+                for trains, losses in tuned.items()
+            }
+        }
 
     def cost(self) -> dict[str, Any]:
-        """On the tuning seed's base, alone on the machine if the figures are to mean anything."""
+        """Measured on the tuning seed's base, and meaningful on an otherwise idle machine only."""
         inputs = {"budget": dataclasses.asdict(self.budget)}
-        stage = self.stages.run(
-            "cost", inputs, lambda _: self.program.cost(self.ground(TUNING_SEED))
-        )
-        return stage.result
+        cost = self.study.cost
+        return self.stages.run("cost", inputs, lambda _: cost(self.setup(TUNING_SEED))).result
 
-    def everything(self, seeds: Sequence[int], names: Sequence[str], cost: bool) -> dict[str, Any]:
+    def everything(self, seeds: Sequence[int], names: Sequence[str], cost: bool) -> Results:
         """As the JSON holds it."""
-        program = self.program
-        tuned = self.tune(names)
-        rates = {trains: float(min(losses, key=losses.get)) for trains, losses in tuned.items()}
+        study = self.study
+        tuning = self.tuning(self.tune(names))
         runs: dict[str, Any] = {
-            name: {"settings": dataclasses.asdict(program.runs[name]), "seeds": {}}
-            for name in names
+            name: {"settings": dataclasses.asdict(study.runs[name]), "seeds": {}} for name in names
         }
-        grounds = {}
+        setups = {}
         for seed in seeds:
-            if program.found_before is not None:
-                grounds[str(seed)] = self.found_before(seed)
+            if study.describe is not None:
+                setups[str(seed)] = self.describe(seed)
             for name in names:
-                run = program.runs[name]
-                if seed in program.seeds_of.get(name, seeds):
-                    lr = run.lr or rates[run.trains]
+                run = study.runs[name]
+                if seed in study.seeds_of.get(name, seeds):
+                    lr = run.lr or tuning["learning_rate"][run.trains]
                     result = self.result(name, run, seed, lr)
-                    runs[name]["seeds"][str(seed)] = result | {"lr": lr}
+                    runs[name]["seeds"][str(seed)] = study.record(run, result, seed == min(seeds))
         return {
             "cost": self.cost() if cost else {},
             "budget": dataclasses.asdict(self.budget)
-            | {
-                "core_hours": program.core_hours,
-                "core_hours_later": program.core_hours_later,
-            },
-            "tuning": {
-                "seed": TUNING_SEED,
-                "choice_nll": tuned,
-                "learning_rate": rates,
-                **({"figures": self.tuning_figures(tuned)} if program.tuning_figures else {}),
-            },
-            "grounds": grounds,
+            | {"core_hours": study.core_hours, "core_hours_later": study.core_hours_later},
+            "tuning": tuning,
+            "setups": setups,
             "runs": {name: run for name, run in runs.items() if run["seeds"]},
             "seconds": self.seconds(),
             "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
             "threads": torch.get_num_threads(),
             "versions": {m.__name__: m.__version__ for m in (moe_kernels, torch, transformers)},
-            **program.facts,
+            **study.facts,
         }
 
     def seconds(self) -> float:
-        """Of runs and grounds; what they had to make first, such as a base, is part of theirs."""
-        kept = ("run-", "ground-")
+        """Time of runs and setups, with what they had to make first, such as a base."""
+        kept = ("run-", "setup-")
         return sum(s for name, s in self.stages.seconds.items() if name.startswith(kept))
 
-    def remake(self, published: dict[str, Any]) -> None:
-        """Makes some runs of a page again, by its learning rates, and prints both losses.
+    def remake(self, published: Results) -> None:
+        """Repeat some runs of a page at its learning rates, and print both losses.
 
         Raises:
             ValueError: a loss is off by more than REMADE, or text changed where it had not.
@@ -199,16 +204,16 @@ class Sweep:
         listing = Table(
             "run", "loss on the page", "made again", "text logits changed", title=f"seed {seed}"
         )
-        for name in self.program.quick_runs:
-            run = self.program.runs[name]
-            there = published["runs"][name]["seeds"][str(seed)]
-            again = self.result(name, run, seed, there["lr"])
-            losses = there["test_nll"], again["test_nll"]
-            changed, before = (
-                result["text"]["logits_changed_by_training"] for result in (again, there)
+        for name in self.study.quick_runs:
+            run = self.study.runs[name]
+            before = published["runs"][name]["seeds"][str(seed)]
+            again = self.result(name, run, seed, before["lr"])
+            losses = before["test_nll"], again["test_nll"]
+            changed, changed_before = (
+                result["text"]["logits_changed_by_training"] for result in (again, before)
             )
             listing.add_row(name, f"{losses[0]:.4f}", f"{losses[1]:.4f}", f"{changed:,}")
-            if abs(losses[0] - losses[1]) > REMADE or (changed > 0) != (before > 0):
+            if abs(losses[0] - losses[1]) > REMADE or (changed > 0) != (changed_before > 0):
                 off.append(name)
         console.print(listing)
         if off:
@@ -219,65 +224,97 @@ def tuning_name(trains: str) -> str:
     return "tune-" + re.sub("[^a-z0-9]+", "-", trains)
 
 
-def sweep_parser(name: str, description: str, runs: Sequence[str]) -> argparse.ArgumentParser:
+def pick(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: found[name] for name in names}
+
+
+def trained_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+# --- the JSON
+
+
+def to_json(data: Results) -> str:
+    """Return the JSON with one line a run, so that versions of it can be compared line by line."""
+    lines = [f"{json.dumps(key)}: {_lines(data[key], _LEVELS.get(key, 0))}" for key in data]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _lines(value: Any, levels: int) -> str:
+    """JSON with a line for each key of dicts that hold dicts, ``levels`` deep."""
+    nested = isinstance(value, dict) and any(isinstance(v, dict) for v in value.values())
+    if not (levels and nested):
+        return json.dumps(value, separators=(",", ":"))
+    lines = [f"{json.dumps(key)}: {_lines(each, levels - 1)}" for key, each in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+# --- the command line
+
+
+def sweep_parser(name: str, description: str, runs: Iterable[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", help=f"default: {' '.join(map(str, SEEDS))}")
     add("--runs", nargs="+", choices=runs, metavar="NAME", help="default: all")
-    add("--remake", action="store_true", help="a few runs of the page again, to compare")
+    add("--remake", action="store_true", help="repeat a few published runs and compare")
     add("--quick", action="store_true", help="one seed, short, and few runs")
     add("--page", action="store_true", help="write the page from the JSON, run nothing")
-    add("--no-cost", action="store_true", help="without what a step costs, for a busy machine")
+    add("--no-cost", action="store_true", help="skip the cost of a step, for a busy machine")
     add("--results", type=Path, help="folder of JSON and page; default: docs/results")
     add("--out", type=Path, help=f"folder of the runs; default: out/{name}")
     return parser
 
 
-def would_lose(file: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """Runs of a file that these runs and seeds are without."""
-    there = json.loads(file.read_text())["runs"] if file.exists() else {}
+def missing_runs(file: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Runs of a file that are not among these names and seeds."""
+    published = json.loads(file.read_text())["runs"] if file.exists() else {}
     return [
         f"{name} of seed {seed}"
-        for name, run in there.items()
+        for name, run in published.items()
         for seed in run["seeds"]
         if name not in names or int(seed) not in seeds
     ]
 
 
-def run_program(program: Program, given: argparse.Namespace) -> int:
-    """given: of :func:`sweep_parser`; the exit code"""
+def run_study(study: Study, given: argparse.Namespace) -> int:
+    """Run what the options of :func:`sweep_parser` ask for; return the exit code."""
     kind = "-quick" if given.quick else "-remade" if given.remake else ""
-    out = given.out or Path("out") / (program.name + kind)
+    out = given.out or Path("out") / (study.name + kind)
     results = given.results or (out if given.quick else RESULTS)
     seeds = given.seeds or SEEDS[: 1 if given.quick else None]
-    names = given.runs or list(program.quick_runs if given.quick else program.runs)
-    published = results / f"{program.name}.json"
-    if not (given.page or given.remake) and (lost := would_lose(published, names, seeds)):
+    names = given.runs or list(study.quick_runs if given.quick else study.runs)
+    file = results / f"{study.name}.json"
+    if not (given.page or given.remake) and (lost := missing_runs(file, names, seeds)):
+        problem = f"{file} has {lost[0]}, which this command leaves out"
         if given.results:
             console.print(
-                f"error: {published} has {lost[0]}, which this command leaves out; give --results "
-                "another folder",
-                markup=False, soft_wrap=True,
-            )  # fmt: skip
+                f"error: {problem}; give --results another folder", markup=False, soft_wrap=True
+            )
             return 1
-        results = out
-        console.print(
-            f"{published} has {lost[0]}, which this command leaves out: the page goes to {out}",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
-    file = results / f"{program.name}.json"
+        console.print(f"{problem}: the page goes to {out}", markup=False, soft_wrap=True)
+        results, file = out, out / f"{study.name}.json"
 
     def work() -> None:
         if given.remake:
-            published = json.loads(file.read_text())
-            return Sweep(program, program.budget, out).remake(published)
+            return Sweep(study, study.budget, out).remake(json.loads(file.read_text()))
         if not given.page:
-            budget = program.quick_budget if given.quick else program.budget
-            measured = Sweep(program, budget, out).everything(seeds, names, not given.no_cost)
-            write_text(file, json.dumps(measured) + "\n")
-        program.write_page(file, results)
+            budget = study.quick_budget if given.quick else study.budget
+            measured = Sweep(study, budget, out).everything(seeds, names, not given.no_cost)
+            write_text(file, to_json(measured))
+        write_page(study, file, results)
         console.print(f"written to {results}", markup=False)
 
     return exit_code(work)
+
+
+def write_page(study: Study, file: Path, folder: Path) -> None:
+    """Write the page and its pictures from the JSON; its prose is that of docs/results."""
+    data = json.loads(file.read_text())
+    page = (PAGES / f"{study.name}.md").read_text()
+    text = study.page.render(page, data)
+    study.draw(data, folder)
+    write_text(folder / f"{study.name}.md", text)

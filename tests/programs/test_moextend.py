@@ -17,8 +17,10 @@ RESULTS = PROGRAMS.parent / "docs" / "results"
 
 @pytest.fixture(scope="module")
 def program():
-    with imported("moextend") as module:
-        yield module
+    with imported("moextend"):
+        from studies.moextend import study
+
+        yield study
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +28,6 @@ def asking(program):
     from shared import questions
 
     return questions
-
-
-@pytest.fixture(scope="module")
-def page(program):
-    from studies.moextend import page
-
-    return page
 
 
 @pytest.fixture
@@ -63,9 +58,9 @@ def learning(program, monkeypatch):
     """Every training is watched: what trains moves, and nothing else does."""
     from studies.moextend import runs
 
-    def learn(ground, run, extender, *rest):
+    def learn(setup, run, extender, *rest):
         before = {name: p.clone() for name, p in extender.model.named_parameters()}
-        history = original(ground, run, extender, *rest)
+        history = original(setup, run, extender, *rest)
         for name, parameter in extender.model.named_parameters():
             moved = not torch.equal(parameter, before[name])
             assert moved <= parameter.requires_grad, (run, name)
@@ -82,14 +77,14 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
     program, tiny, tmp_path, monkeypatch, learning
 ):
     command = ["--quick", "--seeds", "0", "--runs", *NAMES, "--out", str(tmp_path), "--no-cost"]
-    assert program.main(command) == 0
+    assert program.main("", command) == 0
     data = json.loads((tmp_path / "moextend.json").read_text())
     assert data["runs"].keys() == set(NAMES)
     for run, parameters in learning.items():
         trains = sum(requires for requires, _ in parameters)
         # Biases without a gradient, such as of experts that nobody chose, have no decay either.
         assert trains > 0 and sum(moved for _, moved in parameters) > 0.8 * trains, run
-    check_scores(program, data["grounds"]["0"], tmp_path)
+    check_scores(program, data["setups"]["0"], tmp_path)
     runs = {name: run["seeds"]["0"] for name, run in data["runs"].items()}
     for name, result in runs.items():
         changed = result["text"]["logits_changed_by_training"]
@@ -100,7 +95,9 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
                 name,
                 kind,
             )
-        assert len(result["loss"]) == 3 and math.isfinite(result["test_nll"])
+        assert math.isfinite(result["test_nll"])
+        (stage,) = (tmp_path / "stages").glob(f"run-0-{name}-????????????")
+        assert len(json.loads((stage / "stage.json").read_text())["result"]["loss"]) == 3
     for one, other in (("sequence", "no-gate"), ("lora-sequence", "lora-all-tokens")):
         assert runs[one]["layers"] == runs[other]["layers"]
         assert runs[one]["test_nll"] == pytest.approx(runs[other]["test_nll"], abs=1e-5)
@@ -117,7 +114,7 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
     for figures in data["tuning"]["figures"]["pictures: all tokens"].values():
         assert figures["text"]["logits_changed_by_training"] > 0 and figures["test_nll"] > 0
     text = (tmp_path / "moextend.md").read_text()
-    assert "| gated | 0 |" in text and "**Holds here:** experts behind a gate, masked" in text
+    assert "| gated | 0 |" in text and "<!-- study:text-kept -->holds | 7 runs on" in text
     assert text.count("| lr 0.001 |") == 2 and "\n| pictures: all tokens | 0.003 |" in text
     for name in ("scores", "layers", "trade", "rates"):
         assert (tmp_path / f"moextend-{name}.png").read_bytes().startswith(b"\x89PNG"), name
@@ -126,30 +123,34 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
         raise AssertionError("a finished run was computed again")
 
     monkeypatch.setattr(program, "measure_run", fail)
-    assert program.main(command) == 0
+    assert program.main("", command) == 0
     assert json.loads((tmp_path / "moextend.json").read_text()) == data
 
 
 def check_scores(program, found, folder):
     """Which tokens each score counted."""
     from shared.stages import Stages
-    from studies.moextend.runs import Ground
+    from studies.moextend.runs import Setup
 
-    ground = Ground(program.QUICK, 0, Stages(folder / "stages"))
+    setup = Setup(program.QUICK, 0, Stages(folder / "stages"))
     top_k = program.QUICK.text.experts_per_token
-    asked = ground.held_out["choice"].questions
+    asked = setup.held_out["choice"].questions
     assert len(asked) == 40
     for name, half in (("scores", asked[:20]), ("scores_again", asked[20:])):
         pictures = 16 * sum(len(question.pictures) for question in half)
-        items = [ground.held_out["choice"][asked.index(question)] for question in half]
+        items = [setup.held_out["choice"][asked.index(question)] for question in half]
         tokens = pictures + sum(len(item["input_ids"]) for item in items)
         counted = {"pictures-modality": pictures, "pictures-sequence": tokens}
         counted["code-modality"] = 4 * program.QUICK.code_block
+        assert found[name].keys() == counted.keys()
+        scores = dict(found[name])
         if name == "scores":
             counted |= {"pictures-none": tokens, "code-none": counted["code-modality"]}
-        assert found[name].keys() == counted.keys()
+            # Runs computed these, for the starts of experts without a gate.
+            for task in ("pictures", "code"):
+                scores[f"{task}-none"] = setup.scores(task, "none").to_dict()
         for each, count in counted.items():
-            score = found[name][each]
+            score = scores[each]
             assert score["count"] == ("all" if each.endswith("none") else "modality")
             for counts in (score["before"], score["after"]):
                 assert [sum(row) for row in counts] == [count * top_k] * 2, each
@@ -183,16 +184,17 @@ def test_added_experts_start_by_scores_of_their_own_gate(program, name, gate, co
     from moe_kernels.moextend import ExpertExtender
 
     run, gates = program.RUNS[name], []
-    ground = types.SimpleNamespace(seed=0, scores=scores_that_disagree(gates))
+    setup = types.SimpleNamespace(seed=0, scores=scores_that_disagree(gates))
     modality = "task" if run.task == "code" else "image"
     extender = ExpertExtender(make_model("olmoe", num_hidden_layers=4), (modality,))
-    added = runs.add(ground, run, extender)
+    added = runs.add(setup, run, extender)
     assert gates == [(run.task, gate)]
     assert added == {"layers": (1, 3), "sources": ((copied,), (copied,))}
 
 
 def test_methods_that_are_compared_train_as_many_parameters(program):
     from studies.moextend import runs
+    from studies.sweep import trained_parameters
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     text = program.Budget().text
@@ -202,15 +204,15 @@ def test_methods_that_are_compared_train_as_many_parameters(program):
         num_attention_heads=text.heads, num_key_value_heads=text.heads, pad_token_id=0,
         num_experts_per_tok=text.experts_per_token, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    ground = types.SimpleNamespace(seed=0, scores=lambda task, gate: None)
+    setup = types.SimpleNamespace(seed=0, scores=lambda task, gate: None)
 
     def parameters(**settings):
         # Of code, as questions about pictures have a projector besides, which is frozen.
         run = program.Run(task="code", init="mean", **settings)
         model = OlmoeForCausalLM(config)
-        extender, _ = runs.start(ground, run, model)
-        runs.add(ground, run, extender)
-        return runs.trained_parameters(model)
+        extender, _ = runs.start(setup, run, model)
+        runs.add(setup, run, extender)
+        return trained_parameters(model)
 
     one = parameters(layers="interval")
     for method in ("lora", "all_tokens"):
@@ -432,9 +434,11 @@ def test_alignment_trains_the_projector_and_goes_on_from_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("ours", "says"), [([0.1, 0.2, 0.3], "**Holds here:**"), ([1.1, 1.2, 1.1], "**Does not")]
+    ("ours", "outcome"), [([0.1, 0.2, 0.3], "holds"), ([1.1, 1.2, 1.1], "does not hold")]
 )
-def test_forgetting_has_verdicts_of_its_own(page, ours, says):
+def test_forgetting_has_verdicts_of_its_own(program, ours, outcome):
+    from studies.moextend import verdicts
+
     def run(change):
         return {"text": {"nll_before_training": 4.0, "nll_after_training": 4.0 + change}}
 
@@ -442,8 +446,9 @@ def test_forgetting_has_verdicts_of_its_own(page, ours, says):
         "a": {"seeds": {str(seed): run(change) for seed, change in enumerate(ours)}},
         "b": {"seeds": {str(seed): run(change) for seed, change in enumerate([0.4, 0.6, 0.5])}},
     }
-    found = page.verdict({"runs": runs}, "a", "b", "a forgets less", page.forgotten, "text loss")
-    assert found.startswith(says) and "(text loss: " in found
+    found = verdicts.forgets_less({"runs": runs}, "a", "b")
+    assert found.outcome == outcome
+    assert found.evidence.startswith("difference of changes of text loss: ")
 
 
 def made_up_result(run, rng):
@@ -474,7 +479,7 @@ def made_up_result(run, rng):
     return result
 
 
-def made_up_ground(rng):
+def made_up_setup(rng):
     from moe_kernels.moextend import LayerScores
 
     def scores():
@@ -484,7 +489,7 @@ def made_up_ground(rng):
     names = ("pictures-modality", "pictures-sequence", "code-modality")
     accuracy = {"digit": rng.uniform(), "sum": rng.uniform()}
     return {
-        "scores": {name: scores() for name in (*names, "pictures-none", "code-none")},
+        "scores": {name: scores() for name in names},
         "scores_again": {name: scores() for name in names}, "encoder_accuracy": {"test": 0.9},
         "words": {"accuracy": accuracy}, "words_learnt": 0.98, "code_nll": 5.0,
         "prompts_learnt": {"digit": 40, "sum": 1600}, "test": {"nll": 2.0, "accuracy": accuracy},
@@ -506,51 +511,77 @@ def made_up_data(program, seeds=3):
             trains: {lr: each["test_nll"] for lr, each in rates.items()}
             for trains, rates in figures.items()
         }},
-        "grounds": {str(seed): made_up_ground(rng) for seed in range(seeds)},
+        "setups": {str(seed): made_up_setup(rng) for seed in range(seeds)},
         "runs": {
             name: {"settings": dataclasses.asdict(run),
                    "seeds": {str(seed): made_up_result(run, rng) for seed in range(seeds)}}
             for name, run in runs.items()
         },
-        "seconds": 100.0, "threads": 1, "versions": {"torch": "2"}, "cost": {},
+        "seconds": 100.0, "threads": 1, "versions": {"torch": "2"}, "cost": {
+            method: [{"tokens_per_second": rng.uniform(1, 9), "peak_bytes": 2**21,
+                      "trained_parameters": 100} for _ in range(3)]
+            for method in program.COST_METHODS
+        },
     }  # fmt: skip
 
 
-def test_every_run_and_comparison_is_on_the_page(program, page, tmp_path):
+def test_every_run_and_comparison_is_on_the_page(program, tmp_path):
+    from studies.moextend import figures
+
     data = made_up_data(program)
-    text = page.page(data)
-    for block in text.split("\n\n"):
-        if block.startswith("|"):
+    text = program.PAGE.render((RESULTS / "moextend.md").read_text(), data)
+    for block in re.sub("<!--.*?-->", "", text).split("\n\n"):
+        if block.strip().startswith("|"):
             assert len({line.count("|") for line in block.strip().split("\n")}) == 1, block
     assert "nan" not in text and "inf" not in text.replace("information", "")
-    assert len(set(re.findall(r"^## .*$", text, re.M))) == 11
+    assert "not measured" not in text
     for run in data["runs"]:
         assert f"\n| {run} | 0 |" in text, run
-    assert "leave every text logit the bits" in text.split("## 1.")[1].split("## 2.")[0]
-    for claim in (
-        "two experts in each of the top half learn more than one in every layer",
-        "experts, no gate (as published): text is forgotten",
-        "experts, no gate (as published): adding alone makes text worse",
-        "full fine-tuning, at a low rate: questions in words are forgotten",
-        "masked LoRA by sequence learns more than experts behind a gate by sequence",
-        "full fine-tuning at a low rate learns more than experts behind a gate by sequence",
-        "a better choice for code than one random half",
-        "experts, gate by token: the task is learnt beyond the start",
-    ):
-        assert f" {claim}" in text, claim
+        assert re.search(rf"<!-- study:(text|question|code)\.{run}[. ]", text), run
+    # All that changes text is judged by what it does to text.
+    for kind in ("forgets", "forgets-words"):
+        judged = set(re.findall(rf"<!-- study:{kind}\.(\S+) -->", text))
+        assert judged == {name for name, run in program.RUNS.items() if run.changes_text}
+    assert set(re.findall(r"<!-- study:adding-hurts\.(\S+) -->", text)) == {
+        name for name, run in program.RUNS.items()
+        if run.changes_text and run.method == "extension"
+    }  # fmt: skip
     assert "| pictures: full | 0.0001 |" in text and "| pictures: lora | 0.001 |" not in text
     rates = data["tuning"]["figures"]["pictures: full"]
     rates["0.01"], rates["0.003"]["test_nll"] = {}, float("nan")
-    assert list(page.tried_rates(data)["pictures: full"]) == ["0.0001", "0.0003", "0.001"]
-    page.draw_pictures(data, tmp_path)
+    assert list(figures.tried_rates(data)["pictures: full"]) == ["0.0001", "0.0003", "0.001"]
+    program.draw_pictures(data, tmp_path)
     assert len(list(tmp_path.glob("moextend-*.png"))) == 4
 
 
-def test_one_changed_logit_of_masked_training_is_told(program, page):
+def test_claims_of_the_page_are_those_of_its_comparisons(program):
+    page = (RESULTS / "moextend.md").read_text()
+    for claim, verdict in (
+        ("two experts in each of the top half learn more than one in every layer, at equal "
+         "parameters", "lower.two-experts.layers-all"),
+        ("experts, no gate (as published): text is forgotten", "forgets.published"),
+        ("experts, no gate (as published): adding alone makes text worse",
+         "adding-hurts.published"),
+        ("full fine-tuning, at a low rate: questions in words are forgotten",
+         "forgets-words.full-slow"),
+        ("masked LoRA by sequence learns more than experts behind a gate by sequence",
+         "lower.lora-sequence.sequence"),
+        ("full fine-tuning at a low rate learns more than experts behind a gate by sequence",
+         "lower.full-slow.sequence"),
+        ("on code, the top half by shift learns more than one random half",
+         "lower.code-gated.code-layers-random"),
+        ("experts, gate by token: the task is learnt beyond the start", "learns.gated"),
+    ):  # fmt: skip
+        assert f"| {claim} | <!-- study:{verdict} -->" in page, claim
+
+
+def test_one_changed_logit_of_masked_training_is_told(program):
+    from studies.moextend import verdicts
+
     data = made_up_data(program)
-    assert page.text_verdict(data).startswith("**Holds here:**")
+    assert verdicts.text_kept(data).outcome == "holds"
     data["runs"]["code-lora"]["seeds"]["1"]["plain"]["words"]["logits_changed"] = 1
-    assert page.text_verdict(data).startswith("**Does not hold here:**")
+    assert verdicts.text_kept(data).outcome == "does not hold"
 
 
 def test_random_halves_come_twice_only_after_all_have_come(program):
@@ -564,7 +595,9 @@ def test_random_halves_come_twice_only_after_all_have_come(program):
     assert runs.chosen_layers("top-half", there, 0) == "top-half"
 
 
-def test_random_halves_are_averaged_within_a_seed(page):
+def test_random_halves_are_averaged_within_a_seed(program):
+    from studies.moextend import tables, verdicts
+
     def runs(*losses):
         return {"seeds": {str(seed): {"test_nll": loss} for seed, loss in enumerate(losses)}}
 
@@ -573,14 +606,7 @@ def test_random_halves_are_averaged_within_a_seed(page):
         "layers-random-a": runs(1.1, 2.5, 3.0), "layers-random-b": runs(1.5, 2.1, 3.9),
         "layers-random-c": runs(1.3, 2.3, 3.3),
     }}  # fmt: skip
-    found = page.random_verdict(data)
-    assert found.startswith("**Holds here:**") and "-0.333, 95 % interval -0.477 to -0.190" in found
-    assert "gains more than 0.477" in found and "loses more than 0.000" in found
-
-
-@pytest.mark.skipif(
-    not (RESULTS / "moextend.json").exists(), reason="runs once `make results` has written it"
-)
-def test_the_page_is_the_one_that_the_json_gives(page):
-    data = json.loads((RESULTS / "moextend.json").read_text())
-    assert page.page(data) == (RESULTS / "moextend.md").read_text()
+    found = verdicts.beats_random(data)
+    assert found.outcome == "holds" and "-0.333 (-0.477 to -0.190)" in found.evidence
+    limits = tables.random_limits(data)
+    assert "gains more than 0.477" in limits and "loses more than 0.000" in limits

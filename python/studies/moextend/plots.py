@@ -11,18 +11,29 @@ from shared.files import save_figure
 
 from moe_kernels.moextend import plot_layer_scores
 from studies.moextend.figures import (
-    METHODS,
     SCORED,
-    forgotten,
     layer_scores,
     since_start,
     tried_rates,
 )
-from studies.report import Results, interval, present, values
+from studies.report import Results, forgotten, interval, values
+
+_METHODS = {
+    "gated": "experts, gate by token",
+    "sequence": "experts, gate by sequence",
+    "published": "experts, no gate (as published)",
+    "no-gate": "experts, no gate, our start",
+    "lora": "masked LoRA",
+    "lora-sequence": "masked LoRA by sequence",
+    "lora-all-tokens": "the same LoRA on all tokens",
+    "projector": "the projector goes on alone",
+    "full": "full fine-tuning",
+    "full-slow": "full fine-tuning, at a low rate",
+}
 
 
 def plot_layers(data: Results) -> Figure:
-    """The scores of every seed, by layer, for both tasks."""
+    """Plot the scores of every seed, by layer, for both tasks."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     scored = ("pictures-sequence", "code-modality")
     for panel, name in zip(figure.subplots(1, 2, sharey=True), scored, strict=True):
@@ -35,19 +46,19 @@ def plot_layers(data: Results) -> Figure:
 
 
 def plot_trade(data: Results) -> Figure:
-    """What is learnt against what is forgotten."""
+    """Plot what is learnt against what is forgotten."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     panel = figure.subplots()
     kept = 0
-    for name in present(data, METHODS):
+    for name in (name for name in _METHODS if name in data["runs"]):
         x, y = values(data, name, forgotten), since_start(data, name)
         _, low, high = interval(y)
         ends = [[y.mean() - low], [high - y.mean()]] if np.isfinite(low) else None
         span = [[x.mean() - x.min()], [x.max() - x.mean()]]
-        if not x.any():  # one beside the other, in the strip of what changes no bit
+        if not x.any():  # side by side, in the strip of runs that change no bit
             kept += 1
             x = x - 0.0015 * kept
-        panel.errorbar(x.mean(), y.mean(), ends, span, fmt="o", capsize=3, label=METHODS[name])
+        panel.errorbar(x.mean(), y.mean(), ends, span, fmt="o", capsize=3, label=_METHODS[name])
     _scale_forgetting(panel)
     panel.set_xlim(left=-0.0015 * (kept + 1))
     panel.axvspan(-0.0015 * (kept + 1), -1e-4, color="0.92", zorder=0)
@@ -59,14 +70,14 @@ def plot_trade(data: Results) -> Figure:
 
 
 def _scale_forgetting(panel: Axes) -> None:
-    """From nothing at all to several nats: logarithmic beyond 0.01, linear around zero."""
+    """Scale the axis of forgetting: linear up to 0.01 nats, logarithmic beyond."""
     panel.set_xscale("symlog", linthresh=0.01)
     panel.grid(axis="x", alpha=0.3)
     panel.set(xlabel="change of text loss, nats a token (logarithmic beyond 0.01)")
 
 
 def plot_rates(data: Results) -> Figure:
-    """The trade of learning and forgetting as the learning rate grows, on the tuning seed."""
+    """Plot learning against forgetting at every learning rate, on the tuning seed."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for panel, task in zip(figure.subplots(1, 2), ("pictures", "code"), strict=True):
         for trains, points in tried_rates(data).items():

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.moextend import ExpertExtender, LayerScores
-from studies.redundancy.runs import trained_parameters
+from studies.sweep import trained_parameters
 
 KINDS = ("digit", "sum")
 # Who may choose added experts: tokens of pictures, all tokens of a sequence, or every token. Source
@@ -140,7 +140,7 @@ class Budget:
     held_out_blocks: int = 128
 
 
-class Ground:
+class Setup:
     """What all runs of a seed stand on: text model, encoder, aligned projector, layer scores."""
 
     def __init__(self, budget: Budget, seed: int, stages: Stages):
@@ -300,13 +300,13 @@ class Ground:
         return LayerScores.from_dict(self.stages.run(name, inputs, build).result)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was found before any run."""
-        gates = [(task, gate) for task, each in GATES.items() for gate in each]
+        """Figures that hold for all runs of the seed."""
         found = {
             name: {
-                f"{task}-{gate}": self.scores(task, gate, half).to_dict()
-                for task, gate in gates
-                if half == 0 or gate != "none"
+                f"{task}-{gate}": record_scores(self.scores(task, gate, half))
+                for task, gates in GATES.items()
+                for gate in gates
+                if gate != "none"
             }
             for half, name in enumerate(("scores", "scores_again"))
         }
@@ -328,6 +328,11 @@ class Ground:
         }
 
 
+def record_scores(scores: LayerScores) -> dict[str, Any]:
+    """Keep the counts, from which the scores follow."""
+    return {key: value for key, value in scores.to_dict().items() if key not in ("d", "order")}
+
+
 def without_ids(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """For a model that was not patched."""
     return {name: tensor for name, tensor in batch.items() if name != "modality_ids"}
@@ -344,7 +349,7 @@ def arguments(budget: Budget, batch: int, seed: int) -> dict[str, Any]:
 # --- one run
 
 
-def start(ground: Ground, run: Run, model: PreTrainedModel) -> tuple[ExpertExtender, Viewer | None]:
+def start(setup: Setup, run: Run, model: PreTrainedModel) -> tuple[ExpertExtender, Viewer | None]:
     """The model, patched, with the aligned projector and nothing added yet."""
     name = "image" if run.task == "pictures" else "task"
     whole = (name,) if run.whole_sequences else ()
@@ -355,7 +360,7 @@ def start(ground: Ground, run: Run, model: PreTrainedModel) -> tuple[ExpertExten
             rank_pattern=attention, alpha_pattern={key: 2 * r for key, r in attention.items()},
             sequence_modalities=whole,
         )  # fmt: skip
-        torch.manual_seed(ground.seed)
+        torch.manual_seed(setup.seed)
         patch_model(model, config)
         extender = ExpertExtender(model)
     else:
@@ -364,8 +369,8 @@ def start(ground: Ground, run: Run, model: PreTrainedModel) -> tuple[ExpertExten
         train_base_experts(model)
     if run.task == "code":
         return extender, None
-    weights = ground.projector
-    projector = extender.add_projector(ground.pictures["train"].features.shape[-1])
+    weights = setup.projector
+    projector = extender.add_projector(setup.pictures["train"].features.shape[-1])
     projector.load_state_dict(weights)
     projector.requires_grad_(run.method == "projector")
     return extender, Viewer(extender, whole_sequences=run.whole_sequences)
@@ -376,7 +381,7 @@ def train_base_experts(model: PreTrainedModel) -> None:
     model.set_experts_implementation("grouped_mm")
 
 
-def add(ground: Ground, run: Run, extender: ExpertExtender) -> dict[str, tuple[int, ...]]:
+def add(setup: Setup, run: Run, extender: ExpertExtender) -> dict[str, tuple[int, ...]]:
     """What trains; for JSON, the layers that got experts, and the experts that were copied."""
     if run.method == "all_tokens":
         extender.model.token_modality.fill_(1)
@@ -387,9 +392,9 @@ def add(ground: Ground, run: Run, extender: ExpertExtender) -> dict[str, tuple[i
     if run.method != "extension":
         return {"layers": (), "sources": ()}
     config = extender.extend(
-        chosen_layers(run.layers, extender.layers, ground.seed), run.experts, init=run.init,
+        chosen_layers(run.layers, extender.layers, setup.seed), run.experts, init=run.init,
         modality_gate=run.gate != "none", calibration=run.calibration,
-        scores=ground.scores(run.task, run.gate), seed=ground.seed,
+        scores=setup.scores(run.task, run.gate), seed=setup.seed,
     )  # fmt: skip
     return {
         "layers": tuple(config.experts),
@@ -403,8 +408,8 @@ def chosen_layers(layers: str, there: tuple[int, ...], seed: int) -> str | list[
         return layers
     halves = list(itertools.combinations(there, len(there) // 2))
     order = np.random.default_rng(HALVES_SEED).permutation(len(halves))
-    place = len(DRAWS) * seed + DRAWS.index(layers)
-    return list(halves[order[place % len(halves)]])
+    workspace = len(DRAWS) * seed + DRAWS.index(layers)
+    return list(halves[order[workspace % len(halves)]])
 
 
 @torch.no_grad()
@@ -441,23 +446,23 @@ def compare_plain(before: dict[str, Any], after: dict[str, Any]) -> dict[str, di
     }
 
 
-def measure_run(ground: Ground, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
-    model, tokenizer = ground.load()
-    vocab_size, blocks, plain = model.config.vocab_size, ground.blocks, ground.plain
+def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
+    model, tokenizer = setup.load()
+    vocab_size, blocks, plain = model.config.vocab_size, setup.blocks, setup.plain
     unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    extender, viewer = start(ground, run, model)
+    extender, viewer = start(setup, run, model)
     before = text_logits(model, blocks, vocab_size, TEXT_BATCH)
     plain_before = read(model, plain)
-    result: dict[str, Any] = add(ground, run, extender)
+    result: dict[str, Any] = add(setup, run, extender)
     result["text_nll_at_step_0"] = text_nll(
         text_logits(model, blocks, vocab_size, TEXT_BATCH), blocks
     )
     if run.method == "extension":
-        result["disturbance"] = disturbance(ground, extender, viewer)
-    history = learn(ground, run, extender, viewer, lr, workspace)
+        result["disturbance"] = disturbance(setup, extender, viewer)
+    history = learn(setup, run, extender, viewer, lr, workspace)
     model.eval()
     after = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    grades = {part: grade(ground, extender, viewer, part) for part in ("choice", "test")}
+    grades = {part: grade(setup, extender, viewer, part) for part in ("choice", "test")}
     return result | {
         "trained_parameters": trained_parameters(model),
         "loss": [round(loss, 4) for _, loss in history["loss"]],
@@ -469,51 +474,51 @@ def measure_run(ground: Ground, run: Run, lr: float, workspace: Workspace) -> di
         "text": compare_text(unpatched, before, after, blocks),
         "max_abs_logit_difference_by_patching": float((before - unpatched).abs().max()),
         "plain": compare_plain(plain_before, read(model, plain)),
-        "words": grade_words(model, tokenizer, ground.words),
+        "words": grade_words(model, tokenizer, setup.words),
         "samples_per_second": history["samples_per_second"],
     }
 
 
 def learn(
-    ground: Ground, run: Run, extender: ExpertExtender, viewer: Viewer | None, lr: float,
+    setup: Setup, run: Run, extender: ExpertExtender, viewer: Viewer | None, lr: float,
     workspace: Workspace,
 ) -> dict[str, Any]:  # fmt: skip
-    budget = ground.budget
+    budget = setup.budget
     batch = budget.batch if run.task == "pictures" else budget.code_batch
-    options = arguments(budget, batch, ground.seed)
+    options = arguments(budget, batch, setup.seed)
     options |= {"max_steps": budget.steps, "learning_rate": lr}
     is_full = run.method == "full"
     if viewer is not None:
         # Other questions about the same pictures than those that the projector was aligned by.
-        questions = ground.questions("train", None, seed=10)
+        questions = setup.questions("train", None, seed=10)
         checkpoints = "model" if is_full else "adapter"
         return viewer.learn(
-            questions, ground.progress_batches, workspace, checkpoints=checkpoints, **options
+            questions, setup.progress_batches, workspace, checkpoints=checkpoints, **options
         )
-    held_out = ground.code_batches("choice")[:1]
+    held_out = setup.code_batches("choice")[:1]
     return train(
-        extender.model if is_full else extender.patched, ground.code["train"],
+        extender.model if is_full else extender.patched, setup.code["train"],
         lambda model: mean_nll(model, held_out), workspace, **options,
     )  # fmt: skip
 
 
 def grade(
-    ground: Ground, extender: ExpertExtender, viewer: Viewer | None, part: str
+    setup: Setup, extender: ExpertExtender, viewer: Viewer | None, part: str
 ) -> dict[str, Any]:
     if viewer is not None:
-        return viewer.grade(ground.held_out[part])
-    return {"nll": mean_nll(extender.model, ground.code_batches(part))}
+        return viewer.grade(setup.held_out[part])
+    return {"nll": mean_nll(extender.model, setup.code_batches(part))}
 
 
 def disturbance(
-    ground: Ground, extender: ExpertExtender, viewer: Viewer | None
+    setup: Setup, extender: ExpertExtender, viewer: Viewer | None
 ) -> dict[str, dict[str, Any]]:
     """What copies change before they learn: on text alone, and on tokens of the task."""
-    text = [{"input_ids": ids} for ids in ground.blocks.split(TEXT_BATCH)]
+    text = [{"input_ids": ids} for ids in setup.blocks.split(TEXT_BATCH)]
     if viewer is None:
-        task = ground.code_batches("choice")
+        task = setup.code_batches("choice")
     else:
-        task = joined_batches(viewer, ground.questions("choice", 50), 100)
+        task = joined_batches(viewer, setup.questions("choice", 50), 100)
     name = extender.patched.config.modalities[0]
     return {
         "text": extender.disturbance(text)["text"].to_dict(),

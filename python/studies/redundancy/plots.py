@@ -10,16 +10,16 @@ from shared.files import save_figure
 
 from moe_kernels.analysis import (
     ExpertRedundancy,
-    RoutingStatistics,
     plot_divergence,
     plot_expert_load,
     plot_redundancy,
     plot_specialisation,
 )
 from moe_kernels.imaging import PatchTokenizer
-from studies.report import Results, present, test_nll, values
+from studies.redundancy.figures import routing
+from studies.report import Results, parameters, seeds_of, test_nll, values
 
-RANKS = ("rank-4", "plora", "rank-32", "rank-128")
+_RANKS = ("rank-4", "plora", "rank-32", "rank-128")
 _SINGLE = {
     "rows": "added rows alone", "plora-attention": "attention's adapters alone",
     "plora-experts": "experts' adapters alone", "copy": "a feed-forward network for pictures",
@@ -31,44 +31,39 @@ _SINGLE = {
 
 
 def draw_pictures(data: Results, folder: Path) -> None:
-    if present(data, RANKS):
+    """Draw all pictures of the page whose runs were made."""
+    if set(_RANKS) & data["runs"].keys():
         save_figure(plot_parameters(data), folder / "redundancy-parameters.png")
     if "plora" not in data["runs"]:
         return
-    first = min(data["runs"]["plora"]["seeds"], key=int)
-    result, when = data["runs"]["plora"]["seeds"][first], ("before", "after")
-    looks = [result[f"look_{name}"] for name in when]
-    routing = [RoutingStatistics.from_dict(look["routing"]) for look in looks]
-    for name, statistics in zip(when, routing, strict=True):
-        title = f"Expert load by layer, {name} training, seed {first}"
-        save_figure(
-            plot_expert_load(statistics, title=title), folder / f"redundancy-routing-{name}.png"
-        )
-        title = f"Specialisation of the experts, {name} training, seed {first}"
-        save_figure(
-            plot_specialisation(statistics, title=title),
-            folder / f"redundancy-specialisation-{name}.png",
-        )
-    save_figure(
-        plot_divergence(dict(zip(when, routing, strict=True))),
-        folder / "redundancy-divergence.png",
-    )
-    similar = [ExpertRedundancy.from_dict(look["redundancy"]["image"]) for look in looks]
+    seed, result = next(iter(seeds_of(data, "plora").items()))
+    looks = {when: result[f"look_{when}"] for when in ("before", "after")}
+    statistics = {when: routing(look) for when, look in looks.items()}
+    for when, found in statistics.items():
+        for name, plot, title in (
+            ("routing", plot_expert_load, "Expert load by layer"),
+            ("specialisation", plot_specialisation, "Specialisation of the experts"),
+        ):
+            figure = plot(found, title=f"{title}, {when} training, seed {seed}")
+            save_figure(figure, folder / f"redundancy-{name}-{when}.png")
+    save_figure(plot_divergence(statistics), folder / "redundancy-divergence.png")
+    similar = [ExpertRedundancy.from_dict(look["pairs"]) for look in looks.values()]
     save_figure(plot_redundancy(*similar), folder / "redundancy-similarity.png")
     save_figure(plot_gallery(result["gallery"]), folder / "redundancy-samples.png")
 
 
 def plot_parameters(data: Results) -> Figure:
-    """Image loss against parameters; bars are standard deviations over seeds."""
+    """Plot image loss against parameters; bars are standard deviations over seeds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     panel = figure.subplots()
-    groups = [(present(data, RANKS), "masked LoRA, r 4, 16, 32, 128", "o-")]
+    ranks = [name for name in _RANKS if name in data["runs"]]
+    groups = [(ranks, "masked LoRA, r 4, 16, 32, 128", "o-")]
     groups += [
         ([name], label, "^" if name.startswith("own-rate") else "s")
         for name, label in _SINGLE.items() if name in data["runs"]
     ]  # fmt: skip
     for names, label, style in groups:
-        x = [values(data, name, lambda r: r["trained_parameters"])[0] for name in names]
+        x = [parameters(data, name) for name in names]
         y = [values(data, name, test_nll) for name in names]
         spread = [numbers.std(ddof=1) if len(numbers) > 1 else 0 for numbers in y]
         means = [numbers.mean() for numbers in y]
@@ -79,7 +74,7 @@ def plot_parameters(data: Results) -> Figure:
 
 
 def plot_gallery(gallery: Results) -> Figure:
-    """Captions downwards; real pictures, then at each guidance two drawn and the nearest real."""
+    """Plot pictures by caption: real ones, then those of each guidance beside the nearest real."""
     tokenizer = PatchTokenizer(torch.tensor(gallery["codebook"]), 4, (28, 28))
     captions, blocks = gallery["captions"], [("real, held out", gallery["real"])]
     for guidance, drawn in gallery["guidance"].items():

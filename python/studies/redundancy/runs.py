@@ -41,11 +41,15 @@ from moe_kernels.init.rows import initial_rows
 from moe_kernels.models import initialise_lora
 from moe_kernels.models.tokens import ROWS
 from moe_kernels.moextend import ExpertExtender
+from studies.sweep import trained_parameters
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100
 SCORING_STEPS = 8
 WEIGHT_DECAY = 0.01
 GUIDANCE = (1.0, 2.0, 4.0, 8.0)
+# Starts are compared by the steps until the mean of the last WINDOW training losses, in nats a
+# token, is at most this.
+FIXED_LOSS, WINDOW = {"digits": 1.3, "emoji": 2.5}, 20
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Budget:
     samples_per_caption: int = 10
 
 
-class Data:
+class PictureSplits:
     """Pictures to learn from, to choose learning rates by, and to report; as codes."""
 
     def __init__(self, pictures: CaptionedPictures, budget: Budget, num_codes: int, seed: int):
@@ -166,7 +170,7 @@ class Data:
         return CaptionReader.fit(self.train, self.tokenizer.decode)
 
 
-class Ground:
+class Setup:
     """What all runs of a seed stand on: text models and pictures.
 
     real, emoji: folders of a pretrained Mixture of Experts and of emoji, where there are any
@@ -179,17 +183,17 @@ class Ground:
         self.real, self.emoji = real, emoji
         self.text_settings = dataclasses.replace(budget.text, seed=seed)
 
-    def data(self, name: str) -> Data:
+    def data(self, name: str) -> PictureSplits:
         return self._digits if name == "digits" else self._emoji
 
     @cached_property
-    def _digits(self) -> Data:
-        return Data(digits(), self.budget, self.budget.digit_codes, self.seed)
+    def _digits(self) -> PictureSplits:
+        return PictureSplits(digits(), self.budget, self.budget.digit_codes, self.seed)
 
     @cached_property
-    def _emoji(self) -> Data:
+    def _emoji(self) -> PictureSplits:
         pictures = emoji(self.emoji, self.budget.emoji_size)
-        return Data(pictures, self.budget, self.budget.emoji_codes, self.seed)
+        return PictureSplits(pictures, self.budget, self.budget.emoji_codes, self.seed)
 
     # --- text
 
@@ -285,12 +289,12 @@ def attach_copies(model: PreTrainedModel, neurons: int, first_image_id: int) -> 
     model.register_forward_pre_hook(tell, with_kwargs=True)
 
 
-def prepare(ground: Ground, run: Run, model: PreTrainedModel, tokenizer) -> Painter:
+def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painter:
     """The model with image tokens, and what the method trains set to train."""
-    data = ground.data(run.data)
+    data = setup.data(run.data)
     captions, num_codes = data.train.pictures.names, data.num_codes
     if run.method == "full":
-        torch.manual_seed(ground.seed)
+        torch.manual_seed(setup.seed)
         first = model.config.vocab_size
         size = ImageVocabulary.size(num_codes)
         model.requires_grad_(True).resize_token_embeddings(first + size)
@@ -299,11 +303,11 @@ def prepare(ground: Ground, run: Run, model: PreTrainedModel, tokenizer) -> Pain
         r=run.r, lora_alpha=2 * run.r, target_modules=run.targets, layers_to_transform=run.layers
     )
     painter = Painter.create(
-        model, tokenizer, config, num_codes, captions, seed=ground.seed, **row_start(data, run)
+        model, tokenizer, config, num_codes, captions, seed=setup.seed, **row_start(data, run)
     )
     if run.init_where != "both":
         other = "head" if run.init_where == "embedding" else "embedding"
-        restart_rows(model, other, ground.seed)
+        restart_rows(model, other, setup.seed)
     if run.method == "all_tokens":
         model.token_modality.fill_(1)
     if run.method in ("rows", "copy", "added_experts"):
@@ -312,16 +316,16 @@ def prepare(ground: Ground, run: Run, model: PreTrainedModel, tokenizer) -> Pain
     if run.method == "copy":
         attach_copies(model, run.copy_neurons, painter.vocabulary.first_id)
     if run.method == "added_experts":
-        add_experts(model, run.added_experts, painter.batches(data.train.head(64), 16), ground.seed)
+        add_experts(model, run.added_experts, painter.batches(data.train.head(64), 16), setup.seed)
     if run.lora_init != "zero":
-        text = [{"input_ids": ids} for ids in ground.blocks(tokenizer, run.base)[:8].split(4)]
+        text = [{"input_ids": ids} for ids in setup.blocks(tokenizer, run.base)[:8].split(4)]
         pictures = painter.batches(data.train.head(16), 4)
         rows = [{k: v for k, v in batch.items() if k != "labels"} for batch in pictures]
-        initialise_lora(model, text + rows, lora_init=run.lora_init, seed=ground.seed)
+        initialise_lora(model, text + rows, lora_init=run.lora_init, seed=setup.seed)
     return painter
 
 
-def row_start(data: Data, run: Run) -> dict[str, Any]:
+def row_start(data: PictureSplits, run: Run) -> dict[str, Any]:
     """Keywords of ``add_modality_tokens``."""
     if run.init not in ("gromov_wasserstein", "permuted"):
         return {"init": run.init}
@@ -351,7 +355,7 @@ def add_experts(
     extender.extend(experts_per_layer=dict(enumerate(numbers)), seed=seed)
 
 
-def held_out(data: Data, run: Run) -> tuple[TokenizedPictures, TokenizedPictures]:
+def held_out(data: PictureSplits, run: Run) -> tuple[TokenizedPictures, TokenizedPictures]:
     """Pictures to choose by, and to report; of a real base fewer, as it takes minutes for all."""
     if run.base != "real":
         return data.choice, data.test
@@ -369,17 +373,13 @@ def optimizer_of(model: PreTrainedModel, run: Run, lr: float) -> torch.optim.Opt
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
 
 
-def trained_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def measure_run(ground: Ground, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
-    budget, data, seed = ground.budget, ground.data(run.data), ground.seed
-    model, tokenizer = ground.load(run)
-    vocab_size, blocks = model.config.vocab_size, ground.blocks(tokenizer, run.base)
+def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
+    budget, data, seed = setup.budget, setup.data(run.data), setup.seed
+    model, tokenizer = setup.load(run)
+    vocab_size, blocks = model.config.vocab_size, setup.blocks(tokenizer, run.base)
     steps = run.steps or budget.steps
     unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    painter = prepare(ground, run, model, tokenizer)
+    painter = prepare(setup, run, model, tokenizer)
     before = text_logits(model, blocks, vocab_size, TEXT_BATCH)
     result = {"look_before": look(data, painter, blocks)} if run.look else {}
     learnt = data.train if run.pictures is None else data.train.head(run.pictures)
@@ -412,7 +412,7 @@ def measure_run(ground: Ground, run: Run, lr: float, workspace: Workspace) -> di
     return result
 
 
-def draw_codes(data: Data, painter: Painter, each: int, guidance: float) -> torch.Tensor:
+def draw_codes(data: PictureSplits, painter: Painter, each: int, guidance: float) -> torch.Tensor:
     """``each`` pictures of every caption, as codes."""
     return generate_image_codes(
         painter.model, [ids for ids in painter.caption_ids for _ in range(each)],
@@ -422,7 +422,7 @@ def draw_codes(data: Data, painter: Painter, each: int, guidance: float) -> torc
     )  # fmt: skip
 
 
-def gallery(data: Data, painter: Painter) -> dict[str, Any]:
+def gallery(data: PictureSplits, painter: Painter) -> dict[str, Any]:
     """Two pictures a caption at each guidance, as codes beside those of the nearest real one."""
     decode, real = data.tokenizer.decode, data.train.codes
     drawn = {}
@@ -447,7 +447,7 @@ def gallery(data: Data, painter: Painter) -> dict[str, Any]:
     }
 
 
-def draw(data: Data, painter: Painter) -> dict[str, Any]:
+def draw(data: PictureSplits, painter: Painter) -> dict[str, Any]:
     each = data.budget.samples_per_caption
     codes = draw_codes(data, painter, each, guidance=1.0)
     asked = torch.arange(len(painter.caption_ids)).repeat_interleave(each)
@@ -458,7 +458,7 @@ def draw(data: Data, painter: Painter) -> dict[str, Any]:
     return measured
 
 
-def look(data: Data, painter: Painter, blocks: torch.Tensor) -> dict[str, Any]:
+def look(data: PictureSplits, painter: Painter, blocks: torch.Tensor) -> dict[str, Any]:
     """Routing, and how alike experts are on text and on pictures."""
     few = data.test.head(100)
     pictures = [
