@@ -61,7 +61,7 @@ class Page:
         """
         names = dict.fromkeys(markers.names(page, "study"))
         used = {name.split(".")[0] for name in names}
-        known = {*self.rows, *self.blocks, *self.verdicts, *COMMON, "lower", "joint"}
+        known = {*self.rows, *self.blocks, *self.verdicts, *COMMON, *JUDGES, "joint"}
         if missing := sorted(known - used):
             raise ValueError(f"the page has no marker for {', '.join(missing)}")
         verdicts: dict[str, Verdict] = {}
@@ -71,7 +71,7 @@ class Page:
 
     def _text(self, name: str, data: Results, verdicts: dict[str, Verdict]) -> str:
         kind, *arguments = name.split(".")
-        blocks, judges = {**COMMON, **self.blocks}, {"lower": lower, **self.verdicts}
+        blocks, judges = {**COMMON, **self.blocks}, {**JUDGES, **self.verdicts}
         try:
             if kind in self.rows:
                 run, baseline = [*arguments, arguments[0]][:2]
@@ -212,6 +212,14 @@ def judge(measure: str, differences: np.ndarray, *, above: bool = False) -> Verd
 def lower(data: Results, name: str, baseline: str) -> Verdict:
     """Judge the claim that a run has a lower test loss than its baseline."""
     return judge("test loss", paired(data, name, baseline))
+
+
+def forgets(data: Results, name: str) -> Verdict:
+    """Judge the claim that training a run raises the text loss."""
+    return judge("change of text loss", values(data, name, forgotten), above=True)
+
+
+JUDGES = {"lower": lower, "forgets": forgets}
 
 
 def joint(claims: Mapping[str, Verdict]) -> str:

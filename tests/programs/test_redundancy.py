@@ -149,6 +149,7 @@ PAGE = """# Title
 |---|---|---|---|
 | a learns more than b | <!-- study:lower.a.b --><!-- /study:lower.a.b --> |
 | c learns more than b | <!-- study:lower.c.b -->stale<!-- /study:lower.c.b --> |
+| c forgets | <!-- study:forgets.c --><!-- /study:forgets.c --> |
 
 A base of <!-- study:base --><!-- /study:base -->, <!-- study:seeds --><!-- /study:seeds --> seeds.
 

@@ -9,11 +9,6 @@ from studies.moextend.runs import DRAWS, KINDS
 from studies.report import Get, NotMeasured, Results, by_seed, forgotten, paired, seeds_of, test_nll
 
 RANDOM = tuple(f"layers-{draw}" for draw in DRAWS)
-SCORED = {
-    "pictures-modality": "pictures, gate by token",
-    "pictures-sequence": "pictures, gate by sequence",
-    "code-modality": "code",
-}
 
 
 def words(result: Results) -> float:

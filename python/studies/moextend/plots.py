@@ -10,12 +10,7 @@ from matplotlib.figure import Figure
 from shared.files import save_figure
 
 from moe_kernels.moextend import plot_layer_scores
-from studies.moextend.figures import (
-    SCORED,
-    layer_scores,
-    since_start,
-    tried_rates,
-)
+from studies.moextend.figures import layer_scores, since_start, tried_rates
 from studies.report import Results, forgotten, interval, values
 
 _METHODS = {
@@ -35,12 +30,14 @@ _METHODS = {
 def plot_layers(data: Results) -> Figure:
     """Plot the scores of every seed, by layer, for both tasks."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    scored = ("pictures-sequence", "code-modality")
-    for panel, name in zip(figure.subplots(1, 2, sharey=True), scored, strict=True):
+    scored = {"pictures-sequence": "pictures, gate by sequence", "code-modality": "code"}
+    for panel, (name, title) in zip(
+        figure.subplots(1, 2, sharey=True), scored.items(), strict=True
+    ):
         d = np.array([scores.d.tolist() for scores in layer_scores(data, name)])
         panel.plot(d.T, "o-", color="0.7", markersize=4, linewidth=0.8)
         panel.plot(d.mean(0), "_", color="tab:orange", markersize=20, markeredgewidth=2)
-        panel.set(title=f"{SCORED[name]}: each seed, and the mean", xlabel="layer")
+        panel.set(title=f"{title}: each seed, and the mean", xlabel="layer")
     figure.axes[0].set(ylabel="score d", ylim=(0, None))  # shared, when both are drawn
     return figure
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from moe_kernels.moextend import LayerScores
 from studies.moextend import figures
-from studies.moextend.figures import RANDOM, SCORED, tried_rates
+from studies.moextend.figures import RANDOM, tried_rates
 from studies.moextend.runs import KINDS, LORA_RANKS
 from studies.moextend.verdicts import VERDICTS
 from studies.report import (
@@ -22,7 +22,6 @@ from studies.report import (
     count,
     difference,
     forgotten,
-    interval,
     mean_and_interval,
     mean_and_spread,
     paired,
@@ -118,17 +117,6 @@ def rates_table(data: Results) -> str:
     return table(["what trains", "lr", "test loss on the task", "change of text loss"], rows)
 
 
-def random_limits(data: Results) -> str:
-    apart = figures.random_differences(data)
-    _, low, high = interval(apart)
-    if len(apart) < 2:
-        raise NotMeasured("a second seed of random halves")
-    return (
-        "The interval against random halves rules out that choosing by shift gains more than "
-        f"{max(0.0, -low):.3f} nats a token, or loses more than {max(0.0, high):.3f}."
-    )
-
-
 def listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
@@ -151,24 +139,17 @@ def top_half(scores: LayerScores) -> set[int]:
     return set(scores.order[: max(1, len(scores.layers) // 2)])
 
 
-def agreement_table(data: Results) -> str:
+def agreement_row(data: Results, scored: str) -> str:
     """Are a seed's scores the same by other questions, and do seeds agree?"""
-    rows = []
-    for scored, label in SCORED.items():
-        scores = figures.layer_scores(data, scored)
-        twice = list(zip(scores, figures.layer_scores(data, scored, "scores_again"), strict=True))
-        pairs = [rank_correlation(a, b) for a, b in combinations(scores, 2)]
-        rows.append([
-            label, "; ".join(listed(sorted(top_half(each))) for each in scores),
-            mean_and_spread(np.array([rank_correlation(*each) for each in twice]), 2),
-            "; ".join(str(len(top_half(a) & top_half(b))) for a, b in twice),
-            f"{np.mean(pairs):+.2f}" if pairs else "",
-        ])  # fmt: skip
-    head = [
-        "task and gate", "top half, seed by seed", "rank correlation of a seed's two scores",
-        "layers that both top halves have", "mean rank correlation between seeds",
-    ]  # fmt: skip
-    return table(head, rows)
+    scores, again = (figures.layer_scores(data, scored, n) for n in ("scores", "scores_again"))
+    twice = list(zip(scores, again, strict=True))
+    pairs = [rank_correlation(a, b) for a, b in combinations(scores, 2)]
+    return " | ".join((
+        "; ".join(listed(sorted(top_half(each))) for each in scores),
+        mean_and_spread(np.array([rank_correlation(*each) for each in twice]), 2),
+        "; ".join(str(len(top_half(a) & top_half(b))) for a, b in twice),
+        f"{np.mean(pairs):+.2f}" if pairs else "",
+    ))  # fmt: skip
 
 
 def runs_table(data: Results) -> str:
@@ -206,9 +187,8 @@ def logits(data: Results) -> str:
 BLOCKS = {
     "trade": trade_line,
     "rates-tried": rates_table,
-    "random-limits": random_limits,
     "overlaps": overlaps_table,
-    "agreement": agreement_table,
+    "agreement": agreement_row,
     "every-run": runs_table,
     "figure": setup_figure,
     "percent": lambda data, *keys: setup_figure(data, "1", *keys, scale=100),

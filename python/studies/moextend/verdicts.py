@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from studies.moextend.figures import at_step_0, random_differences, since_start, words_lost
+from studies.moextend import figures
 from studies.report import (
     FAILS,
     HOLDS,
@@ -46,36 +46,16 @@ def text_kept(data: Results) -> Verdict:
     return Verdict(FAILS if changed else HOLDS, evidence)
 
 
-def adding_hurts(data: Results, name: str) -> Verdict:
-    return judge("change of text loss at step 0", values(data, name, at_step_0), above=True)
-
-
-def forgets(data: Results, name: str) -> Verdict:
-    return judge("change of text loss", values(data, name, forgotten), above=True)
-
-
-def forgets_words(data: Results, name: str) -> Verdict:
-    return judge("no longer right, percentage points", words_lost(data, name), above=True)
-
-
-def forgets_less(data: Results, name: str, baseline: str) -> Verdict:
-    return judge("difference of changes of text loss", paired(data, name, baseline, forgotten))
-
-
-def learns(data: Results, name: str) -> Verdict:
-    return judge("test loss less the aligned projector's", since_start(data, name))
-
-
-def beats_random(data: Results) -> Verdict:
-    return judge("test loss less the mean of a seed's random halves", random_differences(data))
-
-
 VERDICTS: dict[str, Callable[..., Verdict]] = {
     "text-kept": text_kept,
-    "adding-hurts": adding_hurts,
-    "forgets": forgets,
-    "forgets-words": forgets_words,
-    "forgets-less": forgets_less,
-    "learns": learns,
-    "beats-random": beats_random,
-}
+    "adding-hurts": lambda data, name: judge(
+        "change of text loss at step 0", values(data, name, figures.at_step_0), above=True),
+    "forgets-words": lambda data, name: judge(
+        "no longer right, percentage points", figures.words_lost(data, name), above=True),
+    "forgets-less": lambda data, *pair: judge(
+        "difference of changes of text loss", paired(data, *pair, forgotten)),
+    "learns": lambda data, name: judge(
+        "test loss less the aligned projector's", figures.since_start(data, name)),
+    "beats-random": lambda data: judge(
+        "test loss less the mean of a seed's random halves", figures.random_differences(data)),
+}  # fmt: skip

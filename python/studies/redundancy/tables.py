@@ -106,14 +106,11 @@ def layer_row(data: Results, layer: str) -> str:
     return " | ".join(mean_and_spread(column) for column in columns)
 
 
-def between_layers(data: Results) -> str:
-    alike = figures.layer_similarity(data, "text")
-    found, p = joint_rank_correlation(alike, -figures.layer_losses(data))
-    return (
-        "Between layers, similarity on text and low loss have a mean rank correlation of "
-        f"{found:+.2f} over seeds; {100 * p:.0f} % of all orders of the layers, common to the "
-        "seeds, give as much."
-    )
+def between_layers(data: Results, of: str) -> str:
+    """Rank "correlation" of similarity with low loss; "share" of orders with as high a one."""
+    alike, losses = figures.layer_similarity(data, "text"), figures.layer_losses(data)
+    found, share = joint_rank_correlation(alike, -losses)
+    return f"{found:+.2f}" if of == "correlation" else f"{100 * share:.0f} %"
 
 
 def routing_row(data: Results, when: str) -> str:

@@ -159,15 +159,9 @@ def best_start(data: Results) -> str:
     return "**No Gromov-Wasserstein start beats all of its controls in loss or in steps.**"
 
 
-def loads_part(data: Results) -> Verdict:
-    before, after = (figures.divergence(figures.looks(data, when)) for when in ("before", "after"))
-    return judge("mean divergence of layers before less after, bits", before - after)
-
-
-def outputs_part(data: Results) -> Verdict:
-    before, after = (figures.looks(data, when) for when in ("before", "after"))
-    change = figures.similarity(after, "image") - figures.similarity(before, "image")
-    return judge("CKA", change)
+def change(data: Results, get: Callable[[Sequence[Results]], np.ndarray]) -> np.ndarray:
+    """Change by training of a figure of routing or similarity, one number a seed."""
+    return get(figures.looks(data, "after")) - get(figures.looks(data, "before"))
 
 
 VERDICTS: dict[str, Callable[..., Verdict]] = {
@@ -175,6 +169,8 @@ VERDICTS: dict[str, Callable[..., Verdict]] = {
     "alike-layers": layer_verdict,
     "source": source_verdict,
     "start": start_verdict,
-    "loads-part": loads_part,
-    "outputs-part": outputs_part,
-}
+    "loads-part": lambda data: judge(
+        "mean divergence of layers before less after, bits", -change(data, figures.divergence)),
+    "outputs-part": lambda data: judge(
+        "CKA", change(data, lambda looks: figures.similarity(looks, "image"))),
+}  # fmt: skip
