@@ -87,8 +87,11 @@ class Page:
 
 
 def claim_of(page: str, name: str) -> str:
-    """First cell of the first row of a table that has the marker."""
-    return re.search(rf"^\| (.+?) \| <!-- study:{re.escape(name)} -->", page, re.MULTILINE)[1]
+    """First cell of the first row of a table whose second cell begins with the marker."""
+    found = re.search(rf"^\| (.+?) \| <!-- study:{re.escape(name)} -->", page, re.MULTILINE)
+    if not found:
+        raise ValueError(f"study:{name} stands in no row of a table, after its claim")
+    return found[1]
 
 
 def _value(data: Results, path: str) -> str:

@@ -1,8 +1,8 @@
-"""What a training step costs: one method in a process of its own, so that its peak memory is its.
+"""Cost of a training step, each method in a process of its own for the sake of its peak memory.
 
     PYTHONPATH=python python -m studies.step_cost plora MODEL_FOLDER    # prints one line of JSON
 
-redundancy.py runs it for each method in turn, several times.
+redundancy.py runs this module for each method in turn, in several rounds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure_cost(
 
 
 def cost_of(method: str, folder: Path) -> dict[str, Any]:
-    """Tokens a second, peak memory above that of the loaded model, parameters that train."""
+    """Measure tokens a second, peak memory above the loaded model's, and trained parameters."""
     model, _ = load_text_model(folder, "cpu")
     loaded = reset_peak()
     model, first_id = _PREPARE[method](model)
@@ -63,9 +63,9 @@ def cost_of(method: str, folder: Path) -> dict[str, Any]:
 def cost_of_steps(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], loaded: int
 ) -> dict[str, Any]:
-    """loaded: bytes that the process had when the model was there and nothing else"""
+    """Time steps; loaded: bytes of the process when it held the model and nothing else"""
     parameters = [p for p in model.train().parameters() if p.requires_grad]
-    # The Trainer's default; the other one costs most where most trains.
+    # Fused is the Trainer's default; unfused costs full fine-tuning most.
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     for step in range(WARM_UP + STEPS):
         if step == WARM_UP:
@@ -81,16 +81,16 @@ def cost_of_steps(
 
 
 def reset_peak() -> int:
-    """Resident bytes now, where :func:`peak_bytes` starts anew (Linux).
+    """Return the resident bytes, and make :func:`peak_bytes` start from them (Linux).
 
-    The peak of ``getrusage`` would not do: a process takes over that of the one that started it.
+    ``getrusage`` does not serve: a process inherits the peak of the one that started it.
     """
     Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
 
 
 def peak_bytes() -> int:
-    """The most resident bytes since :func:`reset_peak`."""
+    """Return the most resident bytes since :func:`reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 

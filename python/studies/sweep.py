@@ -30,7 +30,7 @@ SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 1000
 # Other processors and numbers of threads round in another order, which training amplifies.
 REMADE = 0.1
-# How many levels of keys have lines of their own in the JSON: there is one run a line.
+# Levels of keys that have lines of their own in the JSON, so that there is one run a line.
 _LEVELS = {"runs": 3, "setups": 1, "tuning": 3}
 
 
@@ -217,7 +217,10 @@ class Sweep:
                 off.append(name)
         console.print(listing)
         if off:
-            raise ValueError(f"{', '.join(off)}: not what the page says, to {REMADE} nats a token")
+            raise ValueError(
+                f"{', '.join(off)}: the loss is off the page's by more than {REMADE} nats a token, "
+                "or text changed where it had not"
+            )
 
 
 def tuning_name(trains: str) -> str:

@@ -6,9 +6,20 @@ import numpy as np
 
 from moe_kernels.moextend import LayerScores
 from studies.moextend.runs import DRAWS, KINDS
-from studies.report import Get, NotMeasured, Results, by_seed, forgotten, paired, seeds_of, test_nll
+from studies.report import (
+    Get,
+    NotMeasured,
+    Results,
+    at,
+    by_seed,
+    forgotten,
+    paired,
+    seeds_of,
+    test_nll,
+)
 
 RANDOM = tuple(f"layers-{draw}" for draw in DRAWS)
+changed_logits = at("text", "logits_changed_by_training")
 
 
 def words(result: Results) -> float:
@@ -16,16 +27,12 @@ def words(result: Results) -> float:
     return 100 * float(np.mean([result["words"]["accuracy"][kind] for kind in KINDS]))
 
 
-def changed_logits(result: Results) -> float:
-    return result["text"]["logits_changed_by_training"]
-
-
 def at_step_0(result: Results) -> float:
     return result["text_nll_at_step_0"] - result["text"]["nll_before_training"]
 
 
 def setups(data: Results, get: Get) -> np.ndarray:
-    """One number for each seed, of what holds for all of its runs."""
+    """One number for each seed, out of the figures that hold for all of its runs."""
     return np.array([get(setup) for setup in by_seed(data["setups"]).values()])
 
 

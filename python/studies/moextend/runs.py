@@ -1,4 +1,4 @@
-"""One training of one small model with added experts, and what moextend.py wants to know of it."""
+"""Runs of the MoExtend study: what each trains, on what, and how it is measured."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ from moe_kernels.moextend import ExpertExtender, LayerScores
 from studies.sweep import trained_parameters
 
 KINDS = ("digit", "sum")
-# Who may choose added experts: tokens of pictures, all tokens of a sequence, or every token. Source
-# code has the task's id at every token, so that the first two are one.
+# Tokens that may choose added experts: those of pictures, all of a sequence, or every token. Source
+# code has the task's id at every token, so the first two are the same.
 GATES = {"pictures": ("modality", "sequence", "none"), "code": ("modality", "none")}
 TEXT_BATCH = 32
-# The order in which random halves of the layers are handed out, the same for all runs.
+# Seed of the order in which random halves of the layers are drawn, the same for all runs.
 HALVES_SEED, DRAWS = 2408, ("random-a", "random-b", "random-c")
-# Ranks whose updates have about as many parameters as an expert in every second layer.
+# Low-rank updates of these ranks have about as many parameters as one expert in half of the layers.
 LORA_RANKS = {"experts": 1, "attention": 5}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, from an aligned model.
+    """Settings of one training, which starts from an aligned model.
 
     task: "pictures" (questions about digits) or "code" (source code as a task of text)
     method: "extension" (added experts, their router columns, calibration), "projector" (it goes on
         alone), "full" (the whole language model), "lora" (low-rank updates on the task's tokens),
         "all_tokens" (the same on every token)
-    gate: who may choose added experts, or gets low-rank updates: "modality" (tokens of pictures),
-        "sequence" (all tokens of a sequence of the task), "none" (every token, as published)
-    layers: of ``ExpertExtender.extend``, or one of DRAWS
-    lr: None: the one that was tuned
+    gate: tokens that may choose added experts, or get low-rank updates: "modality" (those of
+        pictures), "sequence" (all of a sequence of the task), "none" (every token, as published)
+    layers: those of ``ExpertExtender.extend``, or one of DRAWS
+    lr: None: the tuned one
     """
 
     task: str = "pictures"
@@ -75,23 +75,23 @@ class Run:
 
     @property
     def whole_sequences(self) -> bool:
-        """Whether a sequence's tokens all have the modality; without a gate it is only a name."""
+        """Do all tokens of a sequence have the modality? Without a gate it is only a name."""
         return self.task == "code" or self.gate != "modality"
 
     @property
     def changes_text(self) -> bool:
-        """Whether what trains works on text without ids, too."""
+        """Does training reach text without ids?"""
         if self.method == "extension":
             return self.gate == "none"
         return self.method in ("full", "all_tokens")
 
     @property
     def decides(self) -> Run:
-        """The run on which the learning rate is tuned.
+        """Run on which the learning rate is tuned.
 
-        One that computes the same on the task, where there is one: all tokens of a sequence have
-        the task's modality, or there is no gate. Else itself, on layers that no score chose, so
-        that no choice of layers has a rate of its own.
+        It is a run that computes the same on the task, if there is one: a gate by sequence and no
+        gate do. Else it is the run itself, on layers that no score chose, so that no choice of
+        layers has a rate of its own.
         """
         run = dataclasses.replace(self, lr=None)
         if run.method == "lora" and run.whole_sequences:
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def trains(self) -> str:
-        """Runs that share a learning rate."""
+        """Name of the learning rate that runs share."""
         run = self.decides
         gates = {"modality": "gated", "sequence": "gated by sequence", "none": "as published"}
         what = run.method.replace("_", " ")
@@ -124,7 +124,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long everything trains; the same for all runs of a sweep."""
+    """Sizes and lengths that all runs of a sweep share."""
 
     text: TextModelSettings = TextModelSettings(layers=6, text_steps=800)
     word_questions: int = 30_000
@@ -141,7 +141,7 @@ class Budget:
 
 
 class Setup:
-    """What all runs of a seed stand on: text model, encoder, aligned projector, layer scores."""
+    """Text model, encoder, aligned projector and layer scores that all runs of a seed share."""
 
     def __init__(self, budget: Budget, seed: int, stages: Stages):
         self.budget, self.seed, self.stages = budget, seed, stages
@@ -155,7 +155,7 @@ class Setup:
 
     @cached_property
     def folder(self) -> Path:
-        """Of the base, which knows documentation and questions in words."""
+        """Folder of the base, which learnt documentation and questions in words."""
         settings, count = self.text_settings, self.budget.word_questions
         words = as_text(self.learnt_words)
         return self.stages.run(
@@ -176,7 +176,7 @@ class Setup:
 
     @cached_property
     def learnt_words(self) -> list[WordQuestion]:
-        """What the base learnt; sums are the harder ones."""
+        """Questions in words that the base learns; two thirds are sums, which are harder."""
         return ask_words(DIGITS, (*KINDS, "sum"), self.budget.word_questions, self.seed)
 
     @cached_property
@@ -185,7 +185,7 @@ class Setup:
 
     @cached_property
     def code(self) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """Items by part: blocks of source code, with the task's id at every token."""
+        """Blocks of source code by part, with the task's id at every token."""
         block, count = self.budget.code_block, self.budget.held_out_blocks
         items = {}
         for part, text in source_code().items():
@@ -207,7 +207,7 @@ class Setup:
 
     @property
     def plain(self) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """Batches of text without ids, by what it is: all that a gate should leave as it was."""
+        """Batches of text without ids, by kind, which a gate must leave bit-identical."""
         words = [encode(self.tokenizer, each.prompt, each.answer) for each in self.words]
         return {
             "code": [without_ids(batch) for batch in self.code_batches("test")],
@@ -228,7 +228,7 @@ class Setup:
         ).folder)  # fmt: skip
 
     def questions(self, part: str, count: int | None, seed: int = 0) -> QuestionSet:
-        """``count`` of each kind about the pictures of a part, in turn; None: as many as those."""
+        """Ask ``count`` questions of each kind about a part's pictures, in turn; None: one each."""
         pictures = self.pictures[part]
         asked = [ask(pictures, kind, count, self.seed + seed + i) for i, kind in enumerate(KINDS)]
         mixed = [question for group in zip(*asked, strict=True) for question in group]
@@ -241,12 +241,12 @@ class Setup:
 
     @property
     def progress_batches(self) -> list[dict[str, torch.Tensor]]:
-        """Few of both kinds, for the curve of the held-out loss."""
+        """A few questions of both kinds, for the held-out loss during training."""
         return self.questions("choice", min(50, self.budget.held_out_questions), 20).batches(100)
 
     @cached_property
     def projector(self) -> dict[str, torch.Tensor]:
-        """The aligned one's weights."""
+        """Weights of the aligned projector."""
 
         def build(workspace: Workspace) -> dict[str, Any]:
             model, tokenizer = self.load()
@@ -270,7 +270,7 @@ class Setup:
         return extender.projector().state_dict()
 
     def score_batches(self, viewer: Viewer | None, half: int) -> list[dict[str, torch.Tensor]]:
-        """What layers are scored by: one half (0 or 1) of what is held out to choose."""
+        """Return one half (0 or 1) of the data held out for choices, to score layers by."""
         size = self.budget.batch
         if viewer is None:
             names, items = ("input_ids", "labels", "modality_ids"), self.code["choice"]
@@ -286,7 +286,7 @@ class Setup:
         return joined_batches(viewer, dataclasses.replace(held_out, questions=asked), size)
 
     def scores(self, task: str, gate: str, half: int = 0) -> LayerScores:
-        """Of the layers, by the tokens that may choose added experts behind this gate."""
+        """Score the layers by the tokens that may choose added experts behind this gate."""
 
         def build(workspace: Workspace) -> dict[str, Any]:
             extender, viewer = start(self, Run(task, gate=gate), self.load()[0])
@@ -334,12 +334,12 @@ def record_scores(scores: LayerScores) -> dict[str, Any]:
 
 
 def without_ids(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """For a model that was not patched."""
+    """Return a batch for a model that was not patched."""
     return {name: tensor for name, tensor in batch.items() if name != "modality_ids"}
 
 
 def arguments(budget: Budget, batch: int, seed: int) -> dict[str, Any]:
-    """Of the Trainer, the same for all that train here."""
+    """Return the Trainer's arguments that all trainings here share."""
     return dict(
         per_device_train_batch_size=batch, weight_decay=0.01, warmup_steps=budget.steps // 15,
         seed=seed, use_cpu=True, logging_steps=1, save_steps=10**9,
@@ -350,7 +350,7 @@ def arguments(budget: Budget, batch: int, seed: int) -> dict[str, Any]:
 
 
 def start(setup: Setup, run: Run, model: PreTrainedModel) -> tuple[ExpertExtender, Viewer | None]:
-    """The model, patched, with the aligned projector and nothing added yet."""
+    """Patch the model, with the aligned projector and nothing added yet."""
     name = "image" if run.task == "pictures" else "task"
     whole = (name,) if run.whole_sequences else ()
     if run.method in ("lora", "all_tokens"):
@@ -377,12 +377,12 @@ def start(setup: Setup, run: Run, model: PreTrainedModel) -> tuple[ExpertExtende
 
 
 def train_base_experts(model: PreTrainedModel) -> None:
-    """Gives a patched model transformers' own experts, since ours give the base's no gradient."""
+    """Give a patched model transformers' experts: ours compute no gradient of the base's."""
     model.set_experts_implementation("grouped_mm")
 
 
 def add(setup: Setup, run: Run, extender: ExpertExtender) -> dict[str, tuple[int, ...]]:
-    """What trains; for JSON, the layers that got experts, and the experts that were copied."""
+    """Add what trains; return the layers that got experts and the experts that were copied."""
     if run.method == "all_tokens":
         extender.model.token_modality.fill_(1)
     if run.method == "full":
@@ -402,19 +402,19 @@ def add(setup: Setup, run: Run, extender: ExpertExtender) -> dict[str, tuple[int
     }
 
 
-def chosen_layers(layers: str, there: tuple[int, ...], seed: int) -> str | list[int]:
-    """As ``extend`` takes them; no random half comes twice before all have come."""
+def chosen_layers(layers: str, present: tuple[int, ...], seed: int) -> str | list[int]:
+    """Return the ``layers`` of ``extend``; random halves repeat only after all have come."""
     if layers not in DRAWS:
         return layers
-    halves = list(itertools.combinations(there, len(there) // 2))
+    halves = list(itertools.combinations(present, len(present) // 2))
     order = np.random.default_rng(HALVES_SEED).permutation(len(halves))
-    workspace = len(DRAWS) * seed + DRAWS.index(layers)
-    return list(halves[order[workspace % len(halves)]])
+    position = len(DRAWS) * seed + DRAWS.index(layers)
+    return list(halves[order[position % len(halves)]])
 
 
 @torch.no_grad()
 def read(model: PreTrainedModel, texts: dict[str, list[dict[str, torch.Tensor]]]) -> dict[str, Any]:
-    """By text, the logits (tokens, V) of its real tokens, and the nats a token with a label."""
+    """Return, by text, the logits (tokens, V) of real tokens, and the nats a labelled token."""
     found = {}
     for name, batches in texts.items():
         logits, nll, count = [], 0.0, 0
@@ -434,7 +434,7 @@ def read(model: PreTrainedModel, texts: dict[str, list[dict[str, torch.Tensor]]]
 
 
 def compare_plain(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of two results of :func:`read`."""
+    """Compare two results of :func:`read`."""
     return {
         name: {
             "tokens": len(logits),
@@ -489,7 +489,7 @@ def learn(
     options |= {"max_steps": budget.steps, "learning_rate": lr}
     is_full = run.method == "full"
     if viewer is not None:
-        # Other questions about the same pictures than those that the projector was aligned by.
+        # The projector was aligned by other questions about the same pictures.
         questions = setup.questions("train", None, seed=10)
         checkpoints = "model" if is_full else "adapter"
         return viewer.learn(
@@ -513,7 +513,7 @@ def grade(
 def disturbance(
     setup: Setup, extender: ExpertExtender, viewer: Viewer | None
 ) -> dict[str, dict[str, Any]]:
-    """What copies change before they learn: on text alone, and on tokens of the task."""
+    """Measure what copies change before they learn, on text alone and on tokens of the task."""
     text = [{"input_ids": ids} for ids in setup.blocks.split(TEXT_BATCH)]
     if viewer is None:
         task = setup.code_batches("choice")

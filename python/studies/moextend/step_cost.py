@@ -1,8 +1,8 @@
-"""What a training step costs with added experts: one method in a process of its own.
+"""Cost of a training step with added experts, each method in a process of its own.
 
     PYTHONPATH=python python -m studies.moextend.step_cost gated MODEL_FOLDER
 
-It prints one line of JSON. moextend.py runs it for each method in turn, several times.
+It prints one line of JSON. moextend.py runs it for each method in turn, in several rounds.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moe_kernels.moextend import ExpertExtender, join_features_and_text
 from studies.moextend.runs import train_base_experts
 from studies.step_cost import BATCH, cost_of_steps, reset_peak
 
-# The first one is what the others are compared with.
+# The others are compared with the first one.
 METHODS = ("gated", "published", "experts", "full")
 FEATURES, TEXT = 32, 16
 
 
 def cost_of(method: str, folder: Path) -> dict[str, Any]:
-    """Tokens a second, peak memory above that of the loaded model, parameters that train."""
+    """Measure tokens a second, peak memory above the loaded model's, and trained parameters."""
     model, _ = load_text_model(folder, "cpu")
     loaded = reset_peak()
     extender = ExpertExtender(model)
@@ -34,14 +34,14 @@ def cost_of(method: str, folder: Path) -> dict[str, Any]:
     else:
         train_base_experts(model)
     if method == "experts":
-        # All experts, and the routers, of the layers that would get new ones.
+        # All experts and routers of the layers that would get new experts.
         for layer in model.model.layers[::2]:
             layer.mlp.requires_grad_(True)
     elif method == "full":
         model.requires_grad_(True)
     hidden, vocab = model.config.hidden_size, model.config.vocab_size
     with torch.no_grad():
-        # Projected already: the projector is frozen by then.
+        # Features come projected, as the projector is frozen by then.
         batch = join_features_and_text(
             model, torch.randn(BATCH, FEATURES, hidden), torch.randint(1, vocab, (BATCH, TEXT))
         )

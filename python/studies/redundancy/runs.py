@@ -1,4 +1,4 @@
-"""One training of one small model, and everything that redundancy.py wants to know of it."""
+"""Runs of the redundancy study: what each trains, on what, and how it is measured."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FIXED_LOSS, WINDOW = {"digits": 1.3, "emoji": 2.5}, 20
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, and how.
+    """Settings of one training.
 
     base: "olmoe"; "ExK", the dense parent as E experts of which K serve a token, healed; or "real",
         a pretrained Mixture of Experts
@@ -63,13 +63,14 @@ class Run:
         "full" (everything trains), "rows" (added rows alone), "copy" (a feed-forward network for
         image tokens beside each layer's experts, started from their first neurons),
         "added_experts" (MoExtend's: whole experts that image tokens alone may choose)
-    init_where: whose added rows start by ``init``, "both", "embedding" or "head"; the others start
-        as "normal"
+    init_where: added rows that start by ``init``: "both", "embedding" or "head"; others start as
+        "normal"
     copy_neurons: width of the copy
-    added_experts: how many each layer gets
-    pictures: how many to learn from; None: all
-    steps, lr: None: the sweep's, and the one that was tuned
-    dtype: of a real base
+    added_experts: number of added experts by layer
+    pictures: number of pictures to learn from; None: all
+    steps: None: the budget's
+    lr: None: the tuned one
+    dtype: data type of a "real" base
     """
 
     base: str = "olmoe"
@@ -95,14 +96,14 @@ class Run:
 
     @property
     def trains(self) -> str:
-        """Runs that share a learning rate."""
+        """Name of the learning rate that runs share."""
         method = self.method.replace("_", " ")
         return f"{method}, {' and '.join(self.targets)}" if method == "plora" else method
 
 
 @dataclass(frozen=True)
 class OwnRateRun(Run):
-    """Added rows learn at a rate of their own, the best of those that were tried for rows alone."""
+    """Run whose added rows have their own rate: the best that was tried for rows alone."""
 
     row_lr: float = 2e-2
 
@@ -113,7 +114,7 @@ class OwnRateRun(Run):
 
 @dataclass(frozen=True)
 class Budget:
-    """How long everything trains; the same for all runs of a sweep."""
+    """Sizes and lengths that all runs of a sweep share."""
 
     text: TextModelSettings = TextModelSettings()
     dense_neurons: int = 1024
@@ -133,7 +134,7 @@ class Budget:
 
 
 class PictureSplits:
-    """Pictures to learn from, to choose learning rates by, and to report; as codes."""
+    """Pictures for training, for choosing learning rates and for reporting, as codes."""
 
     def __init__(self, pictures: CaptionedPictures, budget: Budget, num_codes: int, seed: int):
         self.pictures, self.budget = pictures, budget
@@ -171,9 +172,9 @@ class PictureSplits:
 
 
 class Setup:
-    """What all runs of a seed stand on: text models and pictures.
+    """Text models and pictures that all runs of a seed share.
 
-    real, emoji: folders of a pretrained Mixture of Experts and of emoji, where there are any
+    real, emoji: folders of a pretrained Mixture of Experts and of emoji; None: there are none
     """
 
     def __init__(
@@ -231,7 +232,7 @@ class Setup:
         return self.stages.run(f"{name}-{self.seed}", inputs, build).folder
 
     def folder(self, base: str) -> Path:
-        """Of a base, made if it is not there."""
+        """Return the folder of a base, which is trained or converted if need be."""
         is_olmoe = base == "olmoe"
         return self._pretrained(self.text_settings, base) if is_olmoe else self._converted(base)
 
@@ -242,7 +243,7 @@ class Setup:
         return load_text_model(self.folder(run.base), "cpu")
 
     def blocks(self, tokenizer: PreTrainedTokenizerBase, base: str) -> torch.Tensor:
-        """Of a real base fewer, as its logits are forty times as many."""
+        """Return held-out text; a real base reads less, as its logits are forty times as many."""
         count = self.budget.real_text_blocks if base == "real" else self.budget.text_blocks
         return text_blocks(tokenizer, documentation()["test"], 128, 128)[:count]
 
@@ -272,7 +273,7 @@ class FeedForwardCopy(nn.Module):
 
 
 def attach_copies(model: PreTrainedModel, neurons: int, first_image_id: int) -> None:
-    """Image tokens of every later forward go through a copy of their own in each layer, too."""
+    """Give each layer a feed-forward network that every later forward applies to image tokens."""
     copies = []
     for layer in model.model.layers:
         layer.mlp.image_copy = copy = FeedForwardCopy(layer.mlp.experts, neurons)
@@ -290,7 +291,7 @@ def attach_copies(model: PreTrainedModel, neurons: int, first_image_id: int) -> 
 
 
 def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painter:
-    """The model with image tokens, and what the method trains set to train."""
+    """Add image tokens to the model, and make trainable what the method trains."""
     data = setup.data(run.data)
     captions, num_codes = data.train.pictures.names, data.num_codes
     if run.method == "full":
@@ -326,7 +327,7 @@ def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painte
 
 
 def row_start(data: PictureSplits, run: Run) -> dict[str, Any]:
-    """Keywords of ``add_modality_tokens``."""
+    """Return the keywords of ``add_modality_tokens`` that say how added rows start."""
     if run.init not in ("gromov_wasserstein", "permuted"):
         return {"init": run.init}
     return {
@@ -337,7 +338,7 @@ def row_start(data: PictureSplits, run: Run) -> dict[str, Any]:
 
 
 def restart_rows(model: PreTrainedModel, where: str, seed: int) -> None:
-    """Added rows of "embedding" or "head" as they start by "normal"."""
+    """Restart the added rows of "embedding" or "head" as "normal" does."""
     is_head = where == "head"
     module = model.get_output_embeddings() if is_head else model.get_input_embeddings()
     rows = getattr(module, ROWS)["image"]
@@ -356,14 +357,14 @@ def add_experts(
 
 
 def held_out(data: PictureSplits, run: Run) -> tuple[TokenizedPictures, TokenizedPictures]:
-    """Pictures to choose by, and to report; of a real base fewer, as it takes minutes for all."""
+    """Return pictures to choose by and to report; fewer for a real base, which is slow."""
     if run.base != "real":
         return data.choice, data.test
     return data.choice.head(data.budget.batch), data.test.head(data.budget.real_pictures)
 
 
 def optimizer_of(model: PreTrainedModel, run: Run, lr: float) -> torch.optim.Optimizer | None:
-    """With two learning rates where a run has them; None: the Trainer's."""
+    """Return an optimizer with two learning rates for a run that has them, else None."""
     if not isinstance(run, OwnRateRun):
         return None
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -413,7 +414,7 @@ def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict
 
 
 def draw_codes(data: PictureSplits, painter: Painter, each: int, guidance: float) -> torch.Tensor:
-    """``each`` pictures of every caption, as codes."""
+    """Draw ``each`` pictures of every caption, as codes."""
     return generate_image_codes(
         painter.model, [ids for ids in painter.caption_ids for _ in range(each)],
         painter.vocabulary, data.tokenizer.tokens_per_image, guidance_scale=guidance,
@@ -423,7 +424,7 @@ def draw_codes(data: PictureSplits, painter: Painter, each: int, guidance: float
 
 
 def gallery(data: PictureSplits, painter: Painter) -> dict[str, Any]:
-    """Two pictures a caption at each guidance, as codes beside those of the nearest real one."""
+    """Draw two pictures a caption at each guidance, beside the nearest training pictures."""
     decode, real = data.tokenizer.decode, data.train.codes
     drawn = {}
     for guidance in GUIDANCE:
@@ -459,7 +460,7 @@ def draw(data: PictureSplits, painter: Painter) -> dict[str, Any]:
 
 
 def look(data: PictureSplits, painter: Painter, blocks: torch.Tensor) -> dict[str, Any]:
-    """Routing, and how alike experts are on text and on pictures."""
+    """Record routing, and the similarity of experts on text and on pictures."""
     few = data.test.head(100)
     pictures = [
         {name: tensor for name, tensor in batch.items() if name != "labels"}

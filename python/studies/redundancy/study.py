@@ -29,13 +29,13 @@ from studies.sweep import SEEDS, Study, pick, run_study, sweep_parser
 
 NAME = "redundancy"
 EMOJI_SEEDS, REAL_SEEDS, REAL_STEPS = (0, 1, 2), (0, 1), 80
-# What the runs may take, set before they were made.
+# Budget fixed in advance, and what was added after the first seed.
 CORE_HOURS, CORE_HOURS_LATER = 3.5, 0.5
 LEARNING_RATES = (1e-3, 3e-3, 8e-3, 2e-2)
-# At equal trained parameters: 16 experts at rank 8, 8 at rank 11 and the whole at rank 16 train
-# 57,344, 56,320 and 57,344 numbers a layer, a copy of 149 neurons 57,216. On the OLMoE, rank 16
-# trains 114,688, a copy of 298 neurons 114,432, and 19 experts in four layers with their
-# calibrations 118,008 in the mean.
+# Runs that are compared have about as many trained parameters a layer. Of the dense parent: 57,344
+# (16 experts at rank 8), 56,320 (8 at rank 11), 57,344 (the whole at rank 16) and 57,216 (a copy of
+# 149 neurons). Of the OLMoE: 114,688 (rank 16), 114,432 (a copy of 298 neurons), and a mean of
+# 118,008 (19 added experts in four layers, with their calibrations).
 RUNS = {
     "plora": Run(samples=True, look=True),
     "plora-attention": Run(targets=("attention",), samples=True),
@@ -54,7 +54,7 @@ RUNS = {
     "source-8x6": OwnRateRun(base="8x6", targets=("experts",), r=11),
     "source-16x4": OwnRateRun(base="16x4", targets=("experts",), r=8),
     "source-copy": OwnRateRun(base="2x2", method="copy", copy_neurons=149),
-    # At one rate, on one seed: they showed that rows need their own.
+    # One rate and one seed: these showed that added rows need a rate of their own.
     "shared-rate-dense": Run(base="2x2", targets=("experts",), r=16),
     "shared-rate-8x6": Run(base="8x6", targets=("experts",), r=11),
     "shared-rate-16x4": Run(base="16x4", targets=("experts",), r=8),
@@ -83,7 +83,8 @@ RUNS = {
     "emoji-full": Run(data="emoji", method="full"),
     "emoji-gromov_wasserstein": Run(data="emoji", init="gromov_wasserstein"),
     "emoji-permuted": Run(data="emoji", init="permuted"),
-    # Learning rates not tuned: that would take longer than the runs. In float32 what trains whole.
+    # Learning rates are not tuned, which would take longer than the runs. Full fine-tuning needs
+    # float32.
     "real-plora": Run(base="real", steps=REAL_STEPS, lr=1e-3),
     "real-rows": Run(base="real", method="rows", steps=REAL_STEPS, lr=1e-2),
     "real-all-tokens": Run(base="real", method="all_tokens", steps=REAL_STEPS, lr=1e-3),
