@@ -1,8 +1,8 @@
 """Pages of results: prose by hand, and figures, tables and verdicts computed from the JSON.
 
-A marker ``<!-- study:NAME.ARGUMENT... -->`` is filled by a row, a block or a verdict of the study's
-page, called with the results and the arguments; or NAME is a value of the JSON, by its keys. A row
-or verdict fills the cells that follow a label or a claim in a table.
+A marker ``<!-- study:NAME.ARGUMENT... -->`` is filled by the block NAME, which is called with the
+results and the arguments, or by the value of the JSON with these keys. A run's row, or a verdict,
+fills the cells that follow its label or claim in a table.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 Results = dict[str, Any]
 Get = Callable[[Results], float]
 Column = Callable[[Results, str, str], str]  # results, name of a run and of its baseline -> a cell
+Block = Callable[..., "str | Verdict"]  # results, arguments -> text
 
 
 class NotMeasured(LookupError):
@@ -36,54 +37,36 @@ class Verdict:
     evidence: str
     p: float | None = None
 
-    @property
-    def cells(self) -> str:
+    def __str__(self) -> str:
         p = "" if self.p is None else f"{self.p:.2g}"
         return " | ".join((self.outcome, self.evidence, p))
 
 
-@dataclass(frozen=True)
-class Page:
-    """Rows, blocks and verdicts by the NAME of their markers; ``joint`` sums up the verdicts.
+def render(page: str, data: Results, blocks: Mapping[str, Block]) -> str:
+    """Return the page with the text between its markers made anew.
 
-    rows: columns of a run's row; its marker is NAME.RUN or NAME.RUN.BASELINE
+    ``joint`` sums up the page's verdicts.
+
+    Raises:
+        ValueError: a block has no marker, or a marker is neither a block nor a value.
     """
+    blocks, names = {**COMMON, **blocks}, dict.fromkeys(markers.names(page, "study"))
+    if missing := sorted({*blocks, "joint"} - {name.split(".")[0] for name in names}):
+        raise ValueError(f"the page has no marker for {', '.join(missing)}")
+    found = {name: _call(name, data, blocks) for name in names if name != "joint"}
+    claims = {claim_of(page, name): v for name, v in found.items() if isinstance(v, Verdict)}
+    texts = {name: str(text) for name, text in found.items()}
+    return markers.fill(page, texts | {"joint": joint(claims)}, "study")
 
-    rows: Mapping[str, Sequence[Column]]
-    blocks: Mapping[str, Callable[..., str]]
-    verdicts: Mapping[str, Callable[..., Verdict]]
 
-    def render(self, page: str, data: Results) -> str:
-        """Return the page with the text between its markers made anew.
-
-        Raises:
-            ValueError: a row, block or verdict has no marker, or a marker is unknown.
-        """
-        names = dict.fromkeys(markers.names(page, "study"))
-        used = {name.split(".")[0] for name in names}
-        known = {*self.rows, *self.blocks, *self.verdicts, *COMMON, *JUDGES, "joint"}
-        if missing := sorted(known - used):
-            raise ValueError(f"the page has no marker for {', '.join(missing)}")
-        verdicts: dict[str, Verdict] = {}
-        texts = {name: self._text(name, data, verdicts) for name in names if name != "joint"}
-        claims = {claim_of(page, name): verdict for name, verdict in verdicts.items()}
-        return markers.fill(page, texts | {"joint": joint(claims)}, "study")
-
-    def _text(self, name: str, data: Results, verdicts: dict[str, Verdict]) -> str:
-        kind, *arguments = name.split(".")
-        blocks, judges = {**COMMON, **self.blocks}, {**JUDGES, **self.verdicts}
-        try:
-            if kind in self.rows:
-                run, baseline = [*arguments, arguments[0]][:2]
-                return " | ".join(column(data, run, baseline) for column in self.rows[kind])
-            if kind in blocks:
-                return blocks[kind](data, *arguments)
-            if kind in judges:
-                verdicts[name] = judges[kind](data, *arguments)
-                return verdicts[name].cells
-        except NotMeasured as missing:
-            return f"*not measured: {missing}*"
+def _call(name: str, data: Results, blocks: Mapping[str, Block]) -> str | Verdict:
+    kind, *arguments = name.split(".")
+    if kind not in blocks:
         return _value(data, name)
+    try:
+        return blocks[kind](data, *arguments)
+    except NotMeasured as missing:
+        return f"*not measured: {missing}*"
 
 
 def claim_of(page: str, name: str) -> str:
@@ -222,9 +205,6 @@ def forgets(data: Results, name: str) -> Verdict:
     return judge("change of text loss", values(data, name, forgotten), above=True)
 
 
-JUDGES = {"lower": lower, "forgets": forgets}
-
-
 def joint(claims: Mapping[str, Verdict]) -> str:
     """The verdicts that stay decided if all of them are to be right together."""
     tested = {claim: verdict for claim, verdict in claims.items() if verdict.p is not None}
@@ -235,7 +215,7 @@ def joint(claims: Mapping[str, Verdict]) -> str:
         f"of its own. If no claim were true, {0.05 * len(tested):.1f} would be decided by chance. "
         f"With a joint error of at most 5 % (Holm), {len(kept)} stay decided."
     )
-    rows = [[claim, tested[claim].cells] for claim in kept]
+    rows = [[claim, str(tested[claim])] for claim in kept]
     head = ["claim", "verdict", "difference (95 % interval)", "p"]
     return f"{text}\n\n{table(head, rows)}" if kept else text
 
@@ -256,6 +236,13 @@ def hold_together(claims: Mapping[str, Verdict], level: float = 0.05) -> list[st
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def row(*columns: Column) -> Block:
+    """Block of a run's row; columns that compare take its second argument, a baseline."""
+    return lambda data, run, baseline="": " | ".join(
+        column(data, run, baseline or run) for column in columns
+    )
 
 
 def spread(get: Get, digits: int = 3) -> Column:
@@ -323,7 +310,9 @@ def base_model(data: Results) -> str:
     )
 
 
-COMMON: Mapping[str, Callable[..., str]] = {
+COMMON: Mapping[str, Block] = {
+    "lower": lower,
+    "forgets": forgets,
     "base": base_model,
     "rates": tuning_tables,
     "step": cost_row,

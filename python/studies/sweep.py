@@ -22,7 +22,7 @@ from shared.files import write_text
 from shared.stages import Stages, Workspace
 
 import moe_kernels
-from studies.report import Page, Results
+from studies.report import Block, Results, render
 
 # The pages, and where results go unless --results says otherwise.
 PAGES = RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -50,7 +50,7 @@ class Study:
     record: (run, result, whether the seed is the first) -> what the JSON keeps of a result
     cost: (setup) -> cost of a training step, for JSON
     core_hours, core_hours_later: budget fixed in advance, and what was added after the first runs
-    page: text of the page by marker
+    blocks: of the page, by the name of their markers
     draw: (results, folder) draws the pictures of the page
     describe: (setup) -> figures of a seed that hold for all of its runs
     record_tuning: (result) -> what the JSON keeps of each run that chose a learning rate
@@ -71,7 +71,7 @@ class Study:
     record: Callable[[Any, dict[str, Any], bool], dict[str, Any]]
     cost: Callable[[Any], dict[str, Any]]
     core_hours: float
-    page: Page
+    blocks: Mapping[str, Block]
     draw: Callable[[Results, Path], None]
     describe: Callable[[Any], dict[str, Any]] | None = None
     record_tuning: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -318,6 +318,6 @@ def write_page(study: Study, file: Path, folder: Path) -> None:
     """Write the page and its pictures from the JSON; its prose is that of docs/results."""
     data = json.loads(file.read_text())
     page = (PAGES / f"{study.name}.md").read_text()
-    text = study.page.render(page, data)
+    text = render(page, data, study.blocks)
     study.draw(data, folder)
     write_text(folder / f"{study.name}.md", text)

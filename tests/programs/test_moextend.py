@@ -526,10 +526,11 @@ def made_up_data(program, seeds=3):
 
 
 def test_every_run_and_comparison_is_on_the_page(program, tmp_path):
+    from studies import report
     from studies.moextend import figures
 
     data = made_up_data(program)
-    text = program.PAGE.render((RESULTS / "moextend.md").read_text(), data)
+    text = report.render((RESULTS / "moextend.md").read_text(), data, program.BLOCKS)
     for block in re.sub("<!--.*?-->", "", text).split("\n\n"):
         if block.strip().startswith("|"):
             assert len({line.count("|") for line in block.strip().split("\n")}) == 1, block

@@ -11,7 +11,7 @@ from shared.text_model import TextModelSettings
 from studies.moextend.plots import draw_pictures
 from studies.moextend.runs import DRAWS, Budget, Run, Setup, measure_run
 from studies.moextend.step_cost import METHODS as COST_METHODS
-from studies.moextend.tables import PAGE
+from studies.moextend.tables import BLOCKS
 from studies.step_cost import measure_cost
 from studies.sweep import Study, pick, run_study, sweep_parser
 
@@ -107,7 +107,7 @@ def study() -> Study:
     return Study(
         name=NAME, runs=RUNS, quick_runs=QUICK_RUNS, budget=Budget(), quick_budget=QUICK,
         learning_rates=learning_rates, tuned=lambda run: run.decides, setup=Setup,
-        measure=measure_run, record=record, core_hours=CORE_HOURS, page=PAGE,
+        measure=measure_run, record=record, core_hours=CORE_HOURS, blocks=BLOCKS,
         draw=draw_pictures, describe=Setup.to_dict, record_tuning=record_tuning,
         cost=lambda setup: measure_cost(setup.folder, "studies.moextend.step_cost", COST_METHODS),
     )  # fmt: skip

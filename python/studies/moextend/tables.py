@@ -14,9 +14,9 @@ from studies.moextend.figures import RANDOM, tried_rates
 from studies.moextend.runs import KINDS, LORA_RANKS
 from studies.moextend.verdicts import VERDICTS
 from studies.report import (
+    Block,
     Column,
     NotMeasured,
-    Page,
     Results,
     at,
     count,
@@ -26,6 +26,7 @@ from studies.report import (
     mean_and_spread,
     paired,
     parameters,
+    row,
     seeds_of,
     spread,
     table,
@@ -68,18 +69,6 @@ def disturbed(rows: str) -> list[Column]:
 
 def change_since_start(data: Results, name: str, _: str) -> str:
     return mean_and_spread(figures.since_start(data, name))
-
-
-ROWS = {
-    "text": (
-        spread(at("text", "nll_before_training")), patching, spread(figures.at_step_0),
-        spread(forgotten), count(figures.changed_logits),
-    ),
-    "plain": (*plain("code"), *plain("words"), spread(figures.words, 1)),
-    "question": (sized, *KINDS_RIGHT, spread(test_nll), difference),
-    "code": (sized, spread(test_nll), change_since_start, spread(forgotten)),
-    "disturbance": (*disturbed("text"), *disturbed("task")),
-}  # fmt: skip
 
 
 # --- tables and lists
@@ -184,7 +173,16 @@ def logits(data: Results) -> str:
     return f"{first['text']['held_out_tokens'] * data['budget']['text']['vocab_size']:,}"
 
 
-BLOCKS = {
+BLOCKS: dict[str, Block] = {
+    **VERDICTS,
+    "text": row(
+        spread(at("text", "nll_before_training")), patching, spread(figures.at_step_0),
+        spread(forgotten), count(figures.changed_logits),
+    ),
+    "plain": row(*plain("code"), *plain("words"), spread(figures.words, 1)),
+    "question": row(sized, *KINDS_RIGHT, spread(test_nll), difference),
+    "code": row(sized, spread(test_nll), change_since_start, spread(forgotten)),
+    "disturbance": row(*disturbed("text"), *disturbed("task")),
     "trade": trade_line,
     "rates-tried": rates_table,
     "overlaps": overlaps_table,
@@ -200,5 +198,4 @@ BLOCKS = {
     "tested": lambda data: str(data["budget"]["encoder"]["held_out"] // 2),
     "lora-rank": lambda data, of: str(LORA_RANKS[of]),
     "logits": logits,
-}
-PAGE = Page(ROWS, BLOCKS, VERDICTS)
+}  # fmt: skip

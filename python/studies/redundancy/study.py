@@ -23,7 +23,7 @@ from studies.redundancy.runs import (
     Setup,
     measure_run,
 )
-from studies.redundancy.tables import PAGE
+from studies.redundancy.tables import BLOCKS
 from studies.step_cost import measure_cost
 from studies.sweep import SEEDS, Study, pick, run_study, sweep_parser
 
@@ -136,7 +136,7 @@ def study(real: Path | None, real_name: str, emoji: Path | None) -> Study:
         learning_rates=LEARNING_RATES, tuned=tuned, measure=measure_run, record=record,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, real, emoji),
         cost=lambda setup: measure_cost(setup.folder("olmoe")), core_hours=CORE_HOURS,
-        core_hours_later=CORE_HOURS_LATER, page=PAGE, draw=draw_pictures,
+        core_hours_later=CORE_HOURS_LATER, blocks=BLOCKS, draw=draw_pictures,
         identity=identity, seeds_of={
             **{name: EMOJI_SEEDS for name, run in RUNS.items() if run.data == "emoji"},
             **{name: REAL_SEEDS for name, run in RUNS.items() if run.base == "real"},

@@ -9,8 +9,8 @@ from studies.redundancy import figures
 from studies.redundancy.runs import FIXED_LOSS, WINDOW
 from studies.redundancy.verdicts import VERDICTS, best_start, is_masked, joint_rank_correlation
 from studies.report import (
+    Block,
     NotMeasured,
-    Page,
     Results,
     at,
     count,
@@ -21,6 +21,7 @@ from studies.report import (
     mean_and_spread,
     paired,
     parameters,
+    row,
     seeds_of,
     spread,
     table,
@@ -71,29 +72,6 @@ def gradient_ratio(data: Results, name: str, baseline: str) -> str:
 
 MODALITIES = ("text", "image")
 LOSS = (spread(test_nll), difference)
-ROWS = {
-    "text": (
-        seeds, *(spread(at("text", f"nll_{when}"))
-                 for when in ("unpatched", "before_training", "after_training")),
-        spread(forgotten), count(at("text", "logits_changed_by_training")), rounding,
-    ),
-    "method": (
-        total, share, *LOSS, spread(at("samples", "read_as_their_caption", scale=100), 1),
-        spread(at("samples", "pairwise_distance", "generated"), 2),
-        spread(at("samples", "nearest_training_distance", "generated"), 2),
-    ),
-    "held-out": (
-        spread(at("samples", "classifier_held_out_accuracy", "tokenized", scale=100), 1),
-        spread(at("samples", "pairwise_distance", "held_out_real"), 2),
-        spread(at("samples", "nearest_training_distance", "held_out_real"), 2),
-    ),
-    "loss": (total, *LOSS),
-    "source-row": (total, met, spread(at("text", "nll_unpatched")), *LOSS),
-    "start-row": (
-        spread(figures.steps, 0), slower, failures, *LOSS,
-        spread(at("largest_gradient_norm"), 1), gradient_ratio,
-    ),
-}  # fmt: skip
 
 
 # --- rows that are not of one run
@@ -179,7 +157,29 @@ def experts(data: Results) -> str:
     return str(int(figures.routing(figures.looks(data, "after")[0]).exists().sum()))
 
 
-BLOCKS = {
+BLOCKS: dict[str, Block] = {
+    **VERDICTS,
+    "text": row(
+        seeds, *(spread(at("text", f"nll_{when}"))
+                 for when in ("unpatched", "before_training", "after_training")),
+        spread(forgotten), count(at("text", "logits_changed_by_training")), rounding,
+    ),
+    "method": row(
+        total, share, *LOSS, spread(at("samples", "read_as_their_caption", scale=100), 1),
+        spread(at("samples", "pairwise_distance", "generated"), 2),
+        spread(at("samples", "nearest_training_distance", "generated"), 2),
+    ),
+    "held-out": row(
+        spread(at("samples", "classifier_held_out_accuracy", "tokenized", scale=100), 1),
+        spread(at("samples", "pairwise_distance", "held_out_real"), 2),
+        spread(at("samples", "nearest_training_distance", "held_out_real"), 2),
+    ),
+    "loss": row(total, *LOSS),
+    "source-row": row(total, met, spread(at("text", "nll_unpatched")), *LOSS),
+    "start-row": row(
+        spread(figures.steps, 0), slower, failures, *LOSS,
+        spread(at("largest_gradient_norm"), 1), gradient_ratio,
+    ),
     "layer": layer_row,
     "between-layers": between_layers,
     "best-start": best_start,
@@ -195,5 +195,4 @@ BLOCKS = {
     "fixed-loss": lambda data, of: str(FIXED_LOSS[of]),
     "window": lambda data: str(WINDOW),
     "experts": experts,
-}
-PAGE = Page(ROWS, BLOCKS, VERDICTS)
+}  # fmt: skip
