@@ -1,4 +1,4 @@
-// Checks that every op makes before it touches memory. The Python side gives friendlier errors;
+// Checks that every op makes before it touches memory. Python's checks have friendlier messages;
 // these keep a direct call through torch.ops from reading out of bounds.
 #pragma once
 
@@ -31,14 +31,14 @@ inline void check_layout(const at::Tensor& tensor, const char* name, at::ScalarT
   TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
-// Of an op on the CPU.
+// Checks a tensor of an op on the CPU.
 inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
   TORCH_CHECK(tensor.defined() && tensor.is_cpu(), name, " must be a CPU tensor");
   check_layout(tensor, name, dtype, sizes);
 }
 
-// Of an op on any device, that of its first tensor.
+// Checks a tensor of an op on any device: it must be on the device of the op's first tensor.
 inline void check_like(const at::Tensor& first, const at::Tensor& tensor, const char* name,
                        at::ScalarType dtype, std::initializer_list<int64_t> sizes) {
   TORCH_CHECK(tensor.device() == first.device(), name, " must be on ", first.device(), ", is on ",
@@ -84,7 +84,7 @@ inline void check_topk_ids(const at::Tensor& topk_ids, int64_t num_experts) {
                     ", got ", *low, "..", *high);
 }
 
-// Within each segment the rows are in the order of their slots.
+// Checks that the rows of each segment are in the order of their slots.
 inline void check_ascending(const at::Tensor& perm, const char* name, const at::Tensor& offsets) {
   const int64_t* values = perm.const_data_ptr<int64_t>();
   const int64_t* bounds = offsets.const_data_ptr<int64_t>();

@@ -25,8 +25,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
     int64_t num_modalities, bool save_for_backward);
 
-// dispatch and moe_mlp_forward in one call, from tensors of any layout, without what a backward
-// needs; ids out of range raise. num_modalities follows from the adapters.
+// dispatch and moe_mlp_forward in one call, for tensors of any layout, keeping nothing for a
+// backward pass. num_modalities follows from the adapters.
 at::Tensor moe_mlp_inference(
     const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
     const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
@@ -40,7 +40,7 @@ at::Tensor moe_mlp_inference(
 
 // needs: hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_lora_A,
 // gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order.
-// Those of the first frozen_extra added experts are not computed: zeros.
+// Gradients of the first frozen_extra added experts are not computed: zeros.
 std::vector<at::Tensor> moe_mlp_backward(
     const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& topk_weights,
     const at::Tensor& perm, const at::Tensor& segment_offsets,
@@ -68,22 +68,23 @@ std::vector<at::Tensor> lora_linear_backward(
 
 }  // namespace moe_kernels::cpu
 
-// The ops of the backend "cuda", each by its signature.
+// Signatures of the ops of the backend "cuda".
 namespace moe_kernels {
 
-// As cpu::dispatch, but ids out of range go to the tail: the host is not asked to wait for a check.
+// Like cpu::dispatch, but rows with ids out of range go to the tail: a check would make the host
+// wait.
 using DispatchOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities);
 
-// `dispatch`, and the maps of its segments (see below) in the same launches.
+// Like `dispatch`, and writes the maps of its segments (see below) in the same launches.
 using DispatchWithMapsOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                       std::vector<at::Tensor>>(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities, at::IntArrayRef blocks, at::IntArrayRef groups);
 
-// For each map of `blocks` rows a tile: tiles (3, n) and groups (3, g), as csrc/cuda/tiles.h says;
-// of `groups`, five numbers each: num, period, stride, offset and width.
+// Returns tiles (3, n) and groups (3, g) for each map, see csrc/cuda/tiles.h. `blocks` has the rows
+// of a tile of each map; `groups` has five numbers for each: num, period, stride, offset and width.
 using TileMapsOp = std::vector<at::Tensor>(const at::Tensor& segment_offsets, int64_t num_rows,
                                            at::IntArrayRef blocks, at::IntArrayRef groups);
 
@@ -116,8 +117,8 @@ using AddLowRankOp = void(const at::Tensor& out, const at::Tensor& u, const at::
                           const at::Tensor& scaling, const at::Tensor& perm,
                           const at::Tensor& tiles, bool rank_last);
 
-// The products of routed rows and their experts' weights: see csrc/cuda/grouped_gemm.h. `tiles` are
-// of experts, in `block_m` rows; u, v and scaling are given together or not at all.
+// The grouped GEMMs of routed rows and their experts' weights: see csrc/cuda/grouped_gemm.h.
+// `tiles` are of experts, in `block_m` rows; u, v and scaling are given together or not at all.
 using GateUpOp = std::tuple<at::Tensor, at::Tensor>(  // pre_act (no rows unless `save`), act
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
@@ -137,8 +138,8 @@ using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre,
     const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
     const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added);
 
-// An op's checks and the tensors that it returns, not yet filled, on any device: all that is done
-// with meta tensors, and where the op on CUDA begins.
+// Each op's checks and the tensors that it returns, not yet filled, on any device. An op on meta
+// tensors does nothing else, and an op on CUDA begins with it.
 namespace outputs {
 DispatchOp dispatch;
 DispatchWithMapsOp dispatch_with_maps;

@@ -1,5 +1,5 @@
-// Checks and outputs of the ops of the backend "cuda". Nothing here needs CUDA, so that every build
-// has the ops' meta kernels, and tests see the refusals without a GPU.
+// Checks and outputs of the ops of the backend "cuda". Nothing here needs CUDA, so every build has
+// the ops' meta kernels, and tests see the refusals without a GPU.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -32,7 +32,7 @@ void check_half_or_float(const at::Tensor& tensor, const char* name) {
               " must be float32, bfloat16 or float16, is ", dtype);
 }
 
-// Kernels load 16 bytes at once. Of a tensor without memory only the rows' length can be told.
+// Kernels load 16 bytes at once. A tensor without memory has only its rows' length checked.
 void check_vectors(const at::Tensor& tensor, const char* name) {
   const bool aligned =
       tensor.is_meta() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
@@ -40,7 +40,7 @@ void check_vectors(const at::Tensor& tensor, const char* name) {
               " must begin at, and have rows of, a multiple of 16 bytes");
 }
 
-// Arguments that the products of the experts share.
+// Arguments that the grouped GEMMs share.
 struct Experts {
   const at::Tensor &left, &stack;
   const std::optional<at::Tensor>& extra;
@@ -54,21 +54,21 @@ void check_groups(at::IntArrayRef numbers, size_t map, int64_t num_segments) {
   const int64_t num = groups[0], period = groups[1], stride = groups[2], offset = groups[3];
   bool valid = num >= 0 && num <= cuda::kMaxKeys && (num == 0 || period >= 1);
   for (const int64_t number : groups) valid &= number >= 0 && number < kMaxInt;
-  // The farthest in a period, and the farthest period: no group begins behind the last segment.
+  // The last group of a period, in the last period, must not begin behind the last segment.
   valid = valid && (num == 0 || (std::min(num, period) - 1) * stride + (num - 1) / period + offset <=
                                     num_segments);
   TORCH_CHECK(valid, "groups of map ", map, " must be at most ", cuda::kMaxKeys,
               ", and begin with segments of 0..", num_segments, "; they are ", groups);
 }
 
-// float32, or the dtype of the rows that it meets.
+// Checks that `tensor` is float32 or has the dtype of the rows that it multiplies.
 void check_float_or_like(const at::Tensor& rows, const at::Tensor& tensor, const char* name,
                          std::initializer_list<int64_t> sizes) {
   const bool wide = tensor.scalar_type() == at::kFloat;
   check_like(rows, tensor, name, wide ? at::kFloat : rows.scalar_type(), sizes);
 }
 
-// The number of sorted rows that `perm` is of, each of a token and one of its top_k experts.
+// Returns the number of sorted rows in `perm`, each of a token and one of its top_k experts.
 int64_t check_perm(const at::Tensor& first, const at::Tensor& perm, int64_t top_k) {
   check_like(first, perm, "perm", at::kLong, {-1});
   TORCH_CHECK(top_k >= 1 && perm.numel() % top_k == 0 && perm.numel() < kMaxInt,
@@ -76,7 +76,7 @@ int64_t check_perm(const at::Tensor& first, const at::Tensor& perm, int64_t top_
   return perm.numel();
 }
 
-// The number of modalities of (..., height, width), of which there are `experts` for each.
+// Returns the number of modalities of (..., height, width), with `experts` matrices for each.
 int64_t check_matrices(const at::Tensor& rows, const at::Tensor& matrix, int64_t height,
                        int64_t width, int64_t experts) {
   TORCH_CHECK(matrix.dim() >= 2 && matrix.size(-2) == height && matrix.size(-1) == width,
@@ -93,7 +93,7 @@ int64_t check_matrices(const at::Tensor& rows, const at::Tensor& matrix, int64_t
   return matrices / experts;
 }
 
-// What one pass gives both the sums and right times the matrix of.
+// Checks the operands of a pass that returns du = right times the matrix beside the sums.
 void check_du(const at::Tensor& left, const at::Tensor& right, const at::Tensor& matrix,
               int64_t num_groups) {
   TORCH_CHECK(right.scalar_type() != at::kFloat && left.scalar_type() == right.scalar_type() &&
@@ -109,7 +109,7 @@ int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
   return tensor ? tensor->size(dim) : 0;
 }
 
-// (experts, height, width), the frozen ones and then the added ones.
+// Checks the stacks (experts, height, width) of the frozen and of the added experts.
 void check_stacks(const Experts& given, int64_t height, int64_t width) {
   const at::ScalarType dtype = given.left.scalar_type();
   check_like(given.left, given.stack, "stack", dtype, {-1, height, width});
@@ -120,7 +120,7 @@ void check_stacks(const Experts& given, int64_t height, int64_t width) {
   check_vectors(*given.extra, "extra");
 }
 
-// v ends with (height, width), one of which is the rank.
+// Checks the low-rank operands; v ends with (height, width), one of which is the rank.
 void check_low_rank(const Experts& given, at::ScalarType u_dtype, int64_t num_modalities,
                     int64_t height, int64_t width) {
   TORCH_CHECK(given.u.has_value() == given.v.has_value() &&
@@ -135,8 +135,8 @@ void check_low_rank(const Experts& given, at::ScalarType u_dtype, int64_t num_mo
               given.stack.size(0), " experts, or of 1 that all share, is of ", experts);
 }
 
-// Of left W, or left W^T if `transposed`, with size_n columns in the output; `gated`: twice as many
-// in the stack.
+// Checks left W, or left W^T if `transposed`, with size_n columns in the output; if `gated`, the
+// stack has twice as many.
 void check_experts(const Experts& given, bool by_token, bool transposed, bool gated,
                    int64_t size_n) {
   const int64_t rows = given.perm.numel(), size_k = given.left.size(-1);
@@ -214,7 +214,7 @@ dispatch_with_maps(const at::Tensor& topk_ids, int64_t num_experts,
                    at::IntArrayRef blocks, at::IntArrayRef groups) {
   const auto fields = dispatch(topk_ids, num_experts, modality_ids, num_modalities);
   const at::Tensor& segment_offsets = std::get<4>(fields);
-  // Of CUDA alone, whose `dispatch` is this one without maps; the CPU's takes more.
+  // This limit is CUDA's, whose `dispatch` is this op without maps; the CPU's has a higher one.
   TORCH_CHECK(segment_offsets.numel() <= cuda::kMaxKeys, "dispatch on CUDA takes fewer than ",
               cuda::kMaxKeys, " pairs of an expert and a modality, there are ",
               segment_offsets.numel() - 1);
@@ -283,7 +283,7 @@ std::tuple<at::Tensor, at::Tensor> wgrad(const at::Tensor& left, const at::Tenso
               "factors must be one for each of as many neighbouring groups, there are ",
               factors.numel(), " for ", num_groups);
   if (matrix) check_du(left, right, *matrix, num_groups);
-  // Blocks of the second pass: for 1,024 elements of a sum, and of a tile of du.
+  // Blocks of the second pass: one for 1,024 elements of a sum, or of a tile of du.
   TORCH_CHECK(num_groups * (height * width / 1024 + 1) +
                       (matrix ? tiles.size(1) * (std::min(chunk, rows) * height / 1024 + 1) : 0) <
                   kMaxInt,

@@ -1,5 +1,5 @@
-// The one place where op schemas are written, and the Python module moe_kernels._C: facts about this
-// build and this CPU, and the switch that fills new memory with NaN, with the means to test it.
+// The only definition of the op schemas, and the Python module moe_kernels._C: facts about this
+// build and this CPU, and the switch that fills new memory with NaN, with a function to test it.
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -145,7 +145,7 @@ py::dict build_info() {
   return info;
 }
 
-// An element of memory as the ops get it: NaN where poison is on.
+// Returns an element of newly allocated memory: NaN where poison is on.
 double fresh_value() { return moe_kernels::cpu::empty({1}, at::kFloat).item<double>(); }
 
 }  // namespace

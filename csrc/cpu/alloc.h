@@ -1,12 +1,12 @@
-// The one place where the CPU ops obtain memory.
+// Memory of the CPU ops: all of it is allocated here.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace moe_kernels::cpu {
 
-// With poison on, new memory is filled with NaN or, for integers, with -(2^62), so that an element
-// that nobody wrote shows in a test.
+// With poison on, new memory is filled with NaN or, for integers, with -(2^62), so that an
+// unwritten element shows in a test.
 void set_poison(bool on);
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);

@@ -10,16 +10,19 @@ namespace {
 
 constexpr int64_t kMaxSegments = int64_t{1} << 32;
 
-// The place of a row in the sorted order: by expert, then by modality; -1 for the tail.
+// Sort key of a row: by expert, then by modality; -1 for the tail.
 struct Keys {
   const int64_t* topk_ids;
   const int64_t* modality_ids;  // null: every row is text
   int64_t top_k;
+  int64_t num_experts;
   int64_t num_modalities;
 
   int64_t operator()(int64_t slot) const {
+    const int64_t expert = topk_ids[slot];
     const int64_t modality = modality_ids ? modality_ids[slot / top_k] : 0;
-    return modality < 0 ? -1 : topk_ids[slot] * (num_modalities + 1) + modality;
+    if (modality < 0 || expert < 0 || expert >= num_experts) return -1;
+    return expert * (num_modalities + 1) + modality;
   }
 };
 
@@ -32,21 +35,21 @@ void check_modality_ids(const at::Tensor& modality_ids, int64_t num_modalities) 
                     " added), got ", *low, "..", *high);
 }
 
-// offsets[key] = number of slots with a smaller key.
-void count_segments(const Keys& keys, int64_t num_slots, int64_t* offsets, int64_t num_segments) {
+// offsets[key] = number of rows with a smaller key.
+void count_segments(const Keys& keys, int64_t num_rows, int64_t* offsets, int64_t num_segments) {
   std::fill(offsets, offsets + num_segments + 1, 0);
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
+  for (int64_t slot = 0; slot < num_rows; ++slot) {
     const int64_t key = keys(slot);
     if (key >= 0) ++offsets[key + 1];
   }
   for (int64_t s = 0; s < num_segments; ++s) offsets[s + 1] += offsets[s];
 }
 
-void place_slots(const Keys& keys, int64_t num_slots, const int64_t* offsets, int64_t num_segments,
-                 int64_t* perm, int64_t* inv_perm) {
+void place_rows(const Keys& keys, int64_t num_rows, const int64_t* offsets, int64_t num_segments,
+                int64_t* perm, int64_t* inv_perm) {
   std::vector<int64_t> next(offsets, offsets + num_segments);
   int64_t tail = offsets[num_segments];
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
+  for (int64_t slot = 0; slot < num_rows; ++slot) {
     const int64_t key = keys(slot);
     const int64_t p = key >= 0 ? next[key]++ : tail++;
     perm[p] = slot;
@@ -59,8 +62,8 @@ void place_slots(const Keys& keys, int64_t num_slots, const int64_t* offsets, in
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
     const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
     int64_t num_modalities) {
+  check_tensor(topk_ids, "topk_ids", at::kLong, {-1, -1});
   TORCH_CHECK(num_experts >= 1, "num_experts must be positive, is ", num_experts);
-  check_topk_ids(topk_ids, num_experts);
   int64_t num_segments = 0;
   TORCH_CHECK(num_modalities >= 0 && num_modalities < kMaxSegments &&
                   !__builtin_mul_overflow(num_experts, num_modalities + 1, &num_segments) &&
@@ -75,18 +78,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
   }
   const Keys keys{topk_ids.const_data_ptr<int64_t>(),
                   modality_ids ? modality_ids->const_data_ptr<int64_t>() : nullptr, top_k,
-                  num_modalities};
-  const int64_t num_slots = num_tokens * top_k;
+                  num_experts, num_modalities};
+  const int64_t num_rows = num_tokens * top_k;
 
-  at::Tensor perm = empty({num_slots}, at::kLong);
-  at::Tensor inv_perm = empty({num_slots}, at::kLong);
+  at::Tensor perm = empty({num_rows}, at::kLong);
+  at::Tensor inv_perm = empty({num_rows}, at::kLong);
   at::Tensor tokens_per_expert = empty({num_experts}, at::kLong);
   at::Tensor expert_offsets = empty({num_experts + 1}, at::kLong);
   at::Tensor segment_offsets = empty({num_segments + 1}, at::kLong);
   int64_t* segments = segment_offsets.mutable_data_ptr<int64_t>();
-  count_segments(keys, num_slots, segments, num_segments);
-  place_slots(keys, num_slots, segments, num_segments, perm.mutable_data_ptr<int64_t>(),
-              inv_perm.mutable_data_ptr<int64_t>());
+  count_segments(keys, num_rows, segments, num_segments);
+  place_rows(keys, num_rows, segments, num_segments, perm.mutable_data_ptr<int64_t>(),
+             inv_perm.mutable_data_ptr<int64_t>());
 
   int64_t* experts = expert_offsets.mutable_data_ptr<int64_t>();
   for (int64_t e = 0; e <= num_experts; ++e) experts[e] = segments[e * (num_modalities + 1)];

@@ -27,7 +27,7 @@ std::optional<bool> brgemm_wanted;
 bool level_chosen = false;
 
 #ifdef MOE_HAS_X86_LEVELS
-// For what clang 14's __builtin_cpu_supports has no name.
+// Features that clang 14's __builtin_cpu_supports has no name for.
 bool f16c_by_cpuid() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
@@ -48,7 +48,7 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && avx512_bf16_by_cpuid(); }
 
-// The system must also let a process use the tiles; init_amx asks it.
+// The system must also permit a process to use the tiles; init_amx asks it.
 bool has_amx_bf16() {
   static const bool has = [] {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -70,7 +70,7 @@ Level widest_level() {
   return level;
 }
 
-// PyTorch's own variable, so that one setting moves both to the same level.
+// PyTorch's own variable, so that one setting puts both on the same level.
 bool capped_to(const char* capability) {
   const char* value = std::getenv("ATEN_CPU_CAPABILITY");
   return value != nullptr && std::strcmp(value, capability) == 0;
@@ -92,7 +92,7 @@ Level choose_level() {
   return {"baseline", baseline::tables};
 }
 
-// Chosen once: a level that changed within a process would change bits.
+// Chosen once: a change of level within a process would change bits.
 const Level& level() {
   static const Level chosen = choose_level();
   return chosen;

@@ -1,14 +1,15 @@
 // The GEMM engine of the CPU backend.
 //
-// Every element of C is a sum of chains of fused multiply-adds over k, broken at the same fixed
-// steps whatever the number of rows in the call, the row's place among them, or the values of the
-// others (and where brgemm does it, in the order of one kernel of a fixed number of rows). That is what makes a text row's output a function of that row alone: library GEMMs choose
-// their kernel, and so their order of summation, by the number of rows.
+// Every element of C is a sum of chains of fused multiply-adds over k, broken at fixed steps,
+// independent of the number of rows in the call, the row's place among them and the values of the
+// others. (brgemm uses the order of one kernel with a fixed number of rows.) Hence a text row's
+// output is a function of that row alone: library GEMMs choose their kernel, and so their order of
+// summation, by the number of rows.
 //
 // A is read through one pointer per row, so gathered rows need no copy. B is packed by panels of
 // one or two vectors of columns into scratch memory that lives as long as the work item; where few
-// rows meet each weight (tile_direct) it is read as it lies, each lane of a vector being a chain
-// over its own values of k.
+// rows use each weight (tile_direct) it is read without packing, and each lane of a vector is a
+// chain over its own values of k.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -27,12 +28,12 @@ namespace moe_kernels::cpu {
 template <typename scalar_t>
 using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-// Elements between rows copied to scratch: an odd number of cache lines, so that rows never share
-// a set.
+// Elements between rows copied to scratch: an odd number of cache lines, so that rows never share a
+// cache set.
 inline int64_t scratch_stride(int64_t K) { return (K + 15) / 16 / 2 * 32 + 16; }
 
-// Rows of B (K, n) that are packed for all panels of a work item before the next ones: each row is
-// then read in one stretch. Even, for the pairs of bf16.
+// Rows of B (K, n) that are packed for all panels of a work item before the next rows, so that each
+// row is read in one stretch. Even, for the pairs of bf16.
 constexpr int64_t kPackRows = 16;
 
 // One instruction set's kernels for operands stored as scalar_t.
@@ -40,17 +41,17 @@ template <typename scalar_t>
 struct Kernels {
   using acc_t = acc_type<scalar_t>;
 
-  int max_rows;        // of C in one call
+  int max_rows;        // rows of C in one call
   int vector;          // acc_t elements in one vector
   int k_multiple;      // K is padded to this in a panel (2: pairs of bf16)
-  int element_bytes;   // of a packed element
+  int element_bytes;   // size of a packed element
 
   // panel (K, nv * vector) from columns [0, n) of B = W^T, W (n, K) with row stride ld.
   void (*pack_transposed)(const scalar_t* w, int64_t ld, int64_t n, int64_t K, int nv, void* panel);
   // The same from B (K, n) with row stride ld.
   void (*pack)(const scalar_t* b, int64_t ld, int64_t n, int64_t K, int nv, void* panel);
-  // The same from K gathered rows, columns [column, column + n); `total` rows are there to be read
-  // ahead.
+  // The same from K gathered rows, columns [column, column + n); `total` rows exist for
+  // prefetching.
   void (*pack_rows)(const scalar_t* const* rows, int64_t column, int64_t n, int64_t K,
                     int64_t total, int nv, void* panel);
   // Operand A of tile_kmajor from left (K, n), both with ld elements between values of k.
@@ -61,10 +62,10 @@ struct Kernels {
   // scratch: max_rows * scratch_stride(K) elements, for rows that are copied or widened first.
   void (*tile)(int m, int64_t K, const scalar_t* const* rows, const void* panels, int num_panels,
                int nv, acc_t* c, int64_t ldc, bool accumulate, acc_t* scratch);
-  // C += A @ panels, A as pack_left left it: from its column a on, lda between values of k.
+  // C += A @ panels, A as packed by pack_left: from its column a on, lda between values of k.
   void (*tile_kmajor)(int m, int64_t K, const void* a, int64_t lda, const void* panels,
                       int num_panels, int nv, acc_t* c, int64_t ldc);
-  // C (m, n) = A @ W^T from W (n, K) as it lies, with row stride ld; m <= max_rows. Writes up to
+  // C (m, n) = A @ W^T from unpacked W (n, K), with row stride ld; m <= max_rows. Writes up to
   // three columns beyond n. next: the rows that will be read after these, or null.
   void (*tile_direct)(int m, int64_t K, const scalar_t* const* rows, const scalar_t* w, int64_t ld,
                       int64_t n, const scalar_t* next, acc_t* c, int64_t ldc);
@@ -89,12 +90,12 @@ struct Kernels {
   }
 };
 
-// The kernels for the CPU that this process runs on.
+// Returns the kernels for the CPU that this process runs on.
 template <typename scalar_t>
 const Kernels<scalar_t>& kernels();
 
-// Whether bf16 goes through brgemm on a CPU with bf16 dot products, which is otherwise so where it
-// has AMX. Raises once the kernels have been chosen.
+// Sets whether bf16 goes through brgemm on a CPU with bf16 dot products; by default it does on a
+// CPU with AMX. Raises once the kernels have been chosen.
 void prefer_brgemm(bool on);
 
 // Names for moe_kernels._C.cpu_features(): what the CPU has, and which kernels were chosen.

@@ -1,7 +1,7 @@
 #include "gemm_tables.h"
 
 #ifdef MOE_HAS_X86_LEVELS
-#ifndef __clang__  // GCC 12 warns of its own header, where it is inlined
+#ifndef __clang__  // GCC 12 warns about its own header where it is inlined
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>

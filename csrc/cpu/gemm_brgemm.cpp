@@ -1,9 +1,9 @@
-// bf16 products by PyTorch's brgemm, for CPUs with AMX: tiles do many times the arithmetic of vector
-// registers. Panels (K / 2, N, 2) are what it takes, so all else stays as it is on AVX-512 with
+// bf16 GEMMs by PyTorch's brgemm, for CPUs with AMX, whose tiles do many times the arithmetic of
+// vector registers. brgemm takes panels (K / 2, N, 2), so everything else is as on AVX-512 with
 // bf16 dot products.
 //
-// A product that text rows go through always has kRows rows, zeros filling it up: brgemm generates a
-// kernel for every number of rows, and a row's bits must not hang on which of them it meets.
+// A GEMM that has text rows always has kRows rows, filled up with zeros. brgemm generates a kernel
+// for every number of rows, and a row's bits must not depend on which of them is used.
 #include "gemm_tables.h"
 
 #ifdef MOE_HAS_BRGEMM
@@ -14,7 +14,7 @@ namespace {
 
 using Bf16 = c10::BFloat16;
 
-constexpr int kRows = 32;  // two tile registers high
+constexpr int kRows = 32;  // height of two tile registers
 
 // Rows of an operand as one matrix.
 struct Left {
@@ -22,8 +22,8 @@ struct Left {
   int64_t ld;
 };
 
-// `count` rows, of which m are given and the others zeros. Rows that follow one another need no
-// copy; an odd K is padded.
+// Returns `count` rows, of which m are given and the others are zeros. Adjacent rows need no copy;
+// an odd K is padded.
 Left left_operand(int m, int count, int64_t K, const Bf16* const* rows, Bf16* scratch) {
   bool adjacent = K % 2 == 0 && m == count;
   for (int i = 1; adjacent && i < m; ++i) adjacent = rows[i] == rows[i - 1] + K;
@@ -37,14 +37,14 @@ Left left_operand(int m, int count, int64_t K, const Bf16* const* rows, Bf16* sc
   return {scratch, ld};
 }
 
-// The layout of the tile registers is this thread's; what oneDNN runs next must not find it.
+// Resets the tile registers' layout, which belongs to the thread: oneDNN must not find ours later.
 struct ReleaseTiles {
   ~ReleaseTiles() { at::native::cpublas::brgemm_release(); }
 };
 
 void tile(int m, int64_t K, const Bf16* const* rows, const void* panels, int num_panels, int nv,
           float* c, int64_t ldc, bool accumulate, float* scratch) {
-  // What is added to is rows with an adapter, and beyond them there may be others.
+  // Accumulation is for rows with an adapter, and other rows may lie beyond them.
   const int count = accumulate ? m : kRows;
   const Left left = left_operand(m, count, K, rows, reinterpret_cast<Bf16*>(scratch));
   const int64_t width = nv * avx512_bf16::tables.bf16.vector, padded = K + K % 2;
@@ -73,7 +73,7 @@ bool works() {
   try {
     const ReleaseTiles release;
     at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, a, b, c);
-  } catch (const c10::Error&) {  // oneDNN is switched off, or held to a smaller instruction set
+  } catch (const c10::Error&) {  // oneDNN is switched off, or limited to a smaller instruction set
     return false;
   }
   return true;

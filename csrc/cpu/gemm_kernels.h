@@ -1,4 +1,4 @@
-// The kernels themselves, written once with vector extensions. Each gemm_<level>.cpp sets the
+// The kernels, written once with vector extensions. Each gemm_<level>.cpp sets the
 // target, MOE_LEVEL (0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 dot products) and
 // MOE_NAMESPACE, and includes this file last: nothing from a standard header may be compiled for
 // the wider target, or the linker could pick that copy for a smaller machine.

@@ -1,4 +1,4 @@
-// What each gemm_<level>.cpp defines and gemm.cpp chooses from.
+// Tables of kernels: each gemm_<level>.cpp defines one, and gemm.cpp chooses among them.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -32,7 +32,7 @@ extern const KernelTables tables;
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
 #define MOE_HAS_BRGEMM 1
 namespace brgemm {
-bool works();  // here and now
+bool works();  // on this CPU, in this process
 const Kernels<c10::BFloat16>& table();
 }
 #endif

@@ -1,4 +1,4 @@
-// What the ops share about low-rank adapters and their gradients.
+// Low-rank adapters and their gradients, shared by the ops.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,14 +29,14 @@ struct Lora {
   }
 };
 
-// Whether an adapter is stored in the accumulation's type rather than in the operands'.
+// Returns whether an adapter is stored in the accumulation's type rather than in the operands'.
 template <typename scalar_t>
 bool is_wide(const at::Tensor& adapter) {
   return adapter.scalar_type() != c10::CppTypeToScalarType<scalar_t>::value;
 }
 
-// The gradients that a parameter needs one sum of: per modality and expert, or per modality with
-// the experts in order (shared).
+// Groups of rows whose sums are a parameter's gradients: per modality and expert, or per modality
+// with the experts in order (shared).
 // Group g belongs to modality g / (number of groups / number of modalities) + 1.
 inline std::vector<GradientGroup> adapter_groups(const Segments& segments, int64_t num_experts,
                                                  bool shared) {

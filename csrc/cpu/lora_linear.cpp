@@ -1,5 +1,5 @@
-// Adapters of a plain linear layer: its output is there already, computed by the caller; only rows
-// with a modality are touched.
+// Adapters of a linear layer. The caller has computed the layer's output; only rows with a modality
+// are changed.
 #include <ATen/Dispatch.h>
 
 #include "../ops.h"
@@ -70,9 +70,9 @@ class LoraLinear {
     const at::Tensor scaled = allocate({in_.tokens(), r});
     scalar_t* scaled_u = scaled.mutable_data_ptr<scalar_t>();
     scalar_t* saved_u = save ? u.mutable_data_ptr<scalar_t>() : scaled_u;
-    project_rows<scalar_t>(
-        blocks_, lora_.in, r, [&](int64_t p) { return hidden_ + perm_[p] * lora_.in; },
-        lora_.A.t(), [&](int64_t p, const RowBlock& block, acc_t* values) {
+    shrink_rows<scalar_t>(
+        blocks_, lora_.in, r, [&](int64_t p) { return hidden_ + perm_[p] * lora_.in; }, lora_.A.t(),
+        [&](int64_t p, const RowBlock& block, acc_t* values) {
           kernel.store(values, acc_t(1), saved_u + p * r, r);
           kernel.load(saved_u + p * r, acc_t(1), values, r);
           kernel.store(values, lora_.scale(block.modality), scaled_u + p * r, r);
@@ -158,7 +158,7 @@ class LoraLinear {
     scaled = allocate({in_.tokens(), r});
     acc_t* exact = du.mutable_data_ptr<acc_t>();
     scalar_t* rounded = scaled.mutable_data_ptr<scalar_t>();
-    project_rows<scalar_t>(
+    shrink_rows<scalar_t>(
         blocks_, lora_.out, r, [&](int64_t p) { return grad_out + perm_[p] * lora_.out; }, lora_.B,
         [&](int64_t p, const RowBlock& block, acc_t* values) {
           std::copy(values, values + r, exact + p * r);
@@ -169,7 +169,7 @@ class LoraLinear {
   // dA = sum of (s du)^T x
   at::Tensor A_gradient(const acc_t* du) const {
     at::Tensor grad = allocate_acc(in_.lora_A.sizes());
-    outer_products<scalar_t>(
+    wgrad<scalar_t>(
         adapter_groups(segments_, 1, false), lora_.rank, lora_.in,
         [&](const OuterItem& item, int64_t p, acc_t* dst) {
           kernels<acc_t>().load(du + p * lora_.rank + item.row, lora_.scale(item.group + 1), dst,
@@ -183,7 +183,7 @@ class LoraLinear {
   // dB = sum of dY^T (s u)
   at::Tensor B_gradient(const scalar_t* grad_out, const scalar_t* u) const {
     at::Tensor grad = allocate_acc(in_.lora_B.sizes());
-    outer_products<scalar_t>(
+    wgrad<scalar_t>(
         adapter_groups(segments_, 1, false), lora_.rank, lora_.out,
         [&](const OuterItem& item, int64_t p, acc_t* dst) {
           kernels<scalar_t>().load(u + p * lora_.rank + item.row, lora_.scale(item.group + 1), dst,

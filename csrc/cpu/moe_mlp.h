@@ -1,5 +1,5 @@
-// What the forward and the backward of the MoE MLP share: arguments, their checks, and the sum
-// over a token's experts.
+// Parts that forward and backward of the MoE MLP share: arguments, their checks, and the sum over a
+// token's experts.
 #pragma once
 
 #include <string>
@@ -74,7 +74,7 @@ const scalar_t* data_or_null(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<scalar_t>() : nullptr;
 }
 
-// The inputs as the kernels read them.
+// Inputs in the form that the kernels read.
 template <typename scalar_t>
 struct MoeMlp {
   using acc_t = acc_type<scalar_t>;

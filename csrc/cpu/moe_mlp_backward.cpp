@@ -1,5 +1,5 @@
-// Notation of the comments: dO is grad_out's row of a slot, unweighted; dA' = d(loss)/d(act) before
-// the slot's router weight w; a, u1, u2 as in the forward.
+// Notation: dO is grad_out's row of a slot, unweighted; dA' = d(loss)/d(act) before the slot's
+// router weight w; a, u1 and u2 as in the forward.
 #include <ATen/Dispatch.h>
 
 #include "moe_mlp.h"
@@ -71,8 +71,8 @@ class Backward {
 
   const scalar_t* grad_row(int64_t p) const { return grad_out_ + mlp_.token(p) * size_.hidden; }
 
-  // Which rows each expert must take through d(act): all when something outside the adapters is
-  // asked for, else only those whose parameters train.
+  // Chooses the rows of each expert that need d(act): all if a gradient outside the adapters is
+  // needed, else only rows whose parameters train.
   void plan_work() {
     const bool all = needs_.hidden || needs_.weights;
     if (needs_.hidden || needs_.gate_up_lora() || needs_.extra_gate_up) {
@@ -101,8 +101,8 @@ class Backward {
     }
   }
 
-  // result = row @ stack for adapted rows, in acc_t, and scale * result rounded, which is what the
-  // extension multiplies.
+  // result = row @ stack for adapted rows, in acc_t, and scale * result rounded, the operand of the
+  // extension.
   template <typename Row>
   void project(const Lora<scalar_t>& lora, int64_t K, const Row& row, at::Tensor& result,
                at::Tensor& scaled) const {
@@ -112,11 +112,11 @@ class Backward {
     scaled = allocate({size_.slots(), r});
     acc_t* du = result.mutable_data_ptr<acc_t>();
     scalar_t* scaled_du = scaled.mutable_data_ptr<scalar_t>();
-    project_rows<scalar_t>(adapted_, K, r, row, lora.B,
-                           [&](int64_t p, const RowBlock& block, acc_t* values) {
-                             std::copy(values, values + r, du + p * r);
-                             kernel.store(values, lora.scale(block.modality), scaled_du + p * r, r);
-                           });
+    shrink_rows<scalar_t>(adapted_, K, r, row, lora.B,
+                          [&](int64_t p, const RowBlock& block, acc_t* values) {
+                            std::copy(values, values + r, du + p * r);
+                            kernel.store(values, lora.scale(block.modality), scaled_du + p * r, r);
+                          });
   }
 
   // du2 = dO B2
@@ -167,7 +167,7 @@ class Backward {
     return dot;
   }
 
-  // a, recomputed from the pre-activation, of the rows that need it without d(act).
+  // Recomputes a from the pre-activation, for rows that need it without d(act).
   void recompute_act() {
     const auto& kernel = kernels<scalar_t>();
     const int64_t I = size_.inter, bytes = 2 * Scratch::bytes<acc_t>(I);
@@ -277,7 +277,7 @@ class Backward {
     const int64_t width = is_B ? lora.out : lora.in;
     const auto groups = adapter_groups(mlp_.segments, size_.experts,
                                        !is_B && parameter.size(1) == 1);
-    outer_products<scalar_t>(
+    wgrad<scalar_t>(
         groups, lora.rank, width,
         [&](const OuterItem& item, int64_t p, acc_t* dst) {
           left(p, item.row, item.num_rows, lora.scale(modality_of(item, groups)), dst);
@@ -307,7 +307,7 @@ class Backward {
         [&](int64_t p) { return act_ + p * size_.inter; });
   }
 
-  // Zeros for the frozen ones, as for an expert without rows.
+  // Frozen experts get zeros, like an expert without rows.
   template <typename Left, typename Right>
   at::Tensor extra_gradient(const at::Tensor& parameter, const Left& left, const Right& right) {
     at::Tensor grad = allocate(parameter.sizes());
@@ -317,15 +317,15 @@ class Backward {
     for (int64_t x = frozen_extra_; x < size_.extra; ++x) {
       groups[x].rows.push_back(mlp_.segments.expert(size_.experts + x));
     }
-    outer_products<scalar_t>(groups, height, width, left, right,
-                             [&](const OuterItem& item, const acc_t* values, int64_t ld) {
-                               for (int64_t i = 0; i < item.num_rows; ++i) {
-                                 const int64_t row = item.group * height + item.row + i;
-                                 kernels<scalar_t>().store(values + i * ld, acc_t(1),
-                                                           data + row * width + item.column,
-                                                           item.num_columns);
-                               }
-                             });
+    wgrad<scalar_t>(groups, height, width, left, right,
+                    [&](const OuterItem& item, const acc_t* values, int64_t ld) {
+                      for (int64_t i = 0; i < item.num_rows; ++i) {
+                        const int64_t row = item.group * height + item.row + i;
+                        kernels<scalar_t>().store(values + i * ld, acc_t(1),
+                                                  data + row * width + item.column,
+                                                  item.num_columns);
+                      }
+                    });
     return grad;
   }
 
@@ -341,7 +341,7 @@ class Backward {
   std::vector<RowBlock> adapted_;
   std::vector<RowBlock> act_rows_;
   std::vector<RowBlock> act_only_rows_;
-  ColumnPlan act_plan_;  // whatever the threads: its items are terms of <dA', a>
+  ColumnPlan act_plan_;          // independent of threads: its items are terms of <dA', a>
   at::Tensor du1_, scaled_du1_;  // (T*K, r1), adapted rows
   at::Tensor du2_, scaled_du2_;  // (T*K, r2), adapted rows
   at::Tensor dpre_tensor_, act_tensor_, dots_tensor_;

@@ -5,7 +5,7 @@
 namespace moe_kernels::cpu {
 namespace {
 
-// Rows of an expert, on average, up to which its weights are not packed.
+// Average number of rows of an expert up to which its weights are not packed.
 constexpr int64_t kDirectRows = 16;
 
 template <typename scalar_t>
@@ -36,7 +36,7 @@ class Forward {
   }
 
  private:
-  // Saved rows that nothing is computed for are zeros: each output is a function of the inputs.
+  // Saved rows without a result are zeros: each output is a function of the inputs.
   void clear_unused() const {
     const int64_t total = size_.slots();
     zero_rows(pre_act_, mlp_.segments.num_rows(), total);
@@ -50,8 +50,8 @@ class Forward {
     return empty(sizes, MoeMlp<scalar_t>::kType);
   }
 
-  // u = row A^T, rounded and kept in `saved`; returns scale * u, rounded once more, which is what
-  // meets B.
+  // Stores u = row A^T, rounded, in `saved`; returns scale * u, rounded once more: the operand of
+  // B.
   template <typename Row>
   at::Tensor shrink(const Lora<scalar_t>& lora, const Row& row, at::Tensor& saved) const {
     const auto& kernel = kernels<scalar_t>();
@@ -67,7 +67,7 @@ class Forward {
     if (direct()) {
       project_few_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
     } else {
-      project_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
+      shrink_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
     }
     return scaled;
   }
@@ -87,8 +87,8 @@ class Forward {
     at::Tensor act = allocate({size_.slots(), I});
     scalar_t* act_data = act.mutable_data_ptr<scalar_t>();
     scalar_t* pre = save_ ? pre_act_.mutable_data_ptr<scalar_t>() : nullptr;
-    // How columns are grouped into items follows from counts and threads; how an element is summed
-    // does not.
+    // The grouping of columns into items depends on counts and threads; the sum of an element does
+    // not.
     const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(2 * I, size_.hidden, true),
                                               static_cast<int64_t>(blocks_.size()));
     const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, plan, extension, direct()};
@@ -109,7 +109,7 @@ class Forward {
     return act;
   }
 
-  // The weighted sum of the experts' outputs.
+  // Computes the weighted sum of the experts' outputs.
   void down(const scalar_t* act) {
     const auto row = [&](int64_t p) { return act + p * size_.inter; };
     at::Tensor scaled;
@@ -126,8 +126,9 @@ class Forward {
         [&](int64_t p) { return mlp_.weight(p); }, out_.mutable_data_ptr<scalar_t>());
   }
 
-  // With few rows an expert, reading the weights is what takes the time. Of the shapes alone, added
-  // experts left out: adding some changes no bit of the rows that do not choose them.
+  // Reads weights without packing: with few rows per expert, reading them takes most of the time.
+  // Depends on shapes alone, without added experts: adding some changes no bit of the rows that do
+  // not choose them.
   bool direct() const { return size_.slots() <= kDirectRows * size_.experts; }
 
   MoeMlp<scalar_t> mlp_;
@@ -144,7 +145,7 @@ OptionalTensor contiguous(const OptionalTensor& tensor,
   return tensor->to(dtype.value_or(tensor->scalar_type())).contiguous();
 }
 
-// An adapter's first size, (M, ...); 0 without one.
+// Returns an adapter's first size, (M, ...); 0 without one.
 int64_t modalities_of(const OptionalTensor& gate_up_lora_A, const OptionalTensor& down_lora_A) {
   const OptionalTensor& lora_A = gate_up_lora_A ? gate_up_lora_A : down_lora_A;
   return lora_A && lora_A->dim() > 0 ? lora_A->size(0) : 0;
@@ -197,8 +198,9 @@ at::Tensor moe_mlp_inference(
   const int64_t num_modalities = modalities_of(gate_up_lora_A, down_lora_A);
   const int64_t num_experts =
       gate_up_proj.size(0) + (extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0);
-  const auto sorted =
-      dispatch(topk_ids.contiguous(), num_experts, contiguous(modality_ids), num_modalities);
+  const at::Tensor ids = topk_ids.contiguous();
+  check_topk_ids(ids, num_experts);
+  const auto sorted = dispatch(ids, num_experts, contiguous(modality_ids), num_modalities);
   return std::get<0>(moe_mlp_forward(
       hidden_states.to(dtype).contiguous(), topk_weights.contiguous(), std::get<0>(sorted),
       std::get<4>(sorted), gate_up_proj.contiguous(), down_proj.contiguous(),

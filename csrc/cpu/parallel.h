@@ -11,8 +11,8 @@
 namespace moe_kernels::cpu {
 
 // Calls f(item, scratch) for every item in [0, count). Items differ in size, so each thread takes
-// the next one when it is free; an item writes only what is its own, so which thread runs it
-// changes nothing. scratch: bytes_per_thread of 64-byte aligned memory, its contents arbitrary.
+// the next one when it is free. An item writes only its own results, so the thread that runs it
+// does not matter. scratch: bytes_per_thread of 64-byte aligned memory, its contents arbitrary.
 template <typename F>
 void for_each_item(int64_t count, int64_t bytes_per_thread, const F& f) {
   if (count == 0) return;

@@ -1,6 +1,6 @@
-// The three shapes of matrix product that the ops are made of, over rows in sorted order:
-// project_rows (skinny, adapted rows only), expert_products (base weight plus its low-rank
-// extension in one accumulator) and outer_products (parameter gradients).
+// The three kinds of matrix product that the ops consist of, over rows in sorted order:
+// shrink_rows (skinny, adapted rows only), expert_products (base weight plus its low-rank
+// extension in one accumulator) and wgrad (parameter gradients).
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 
 namespace moe_kernels::cpu {
 
-// Rows of one expert per work item: enough to make packing the weight cheap beside the product.
+// Rows of one expert per work item: enough to make packing the weight cheap relative to the
+// product.
 constexpr int64_t kRowsPerItem = 768;
 // Rows per item of a skinny product, whose weight is small.
 constexpr int64_t kRowsPerProjection = 192;
@@ -31,7 +32,7 @@ struct Matrix {
   int64_t ld;
   bool transposed;
 
-  // The matrix without its first k rows.
+  // Returns the matrix without its first k rows.
   Matrix rows_from(int64_t k) const { return {data + (transposed ? k : k * ld), ld, transposed}; }
 
   void pack(int64_t column, int64_t n, int64_t K, int nv, void* panel) const {
@@ -43,7 +44,7 @@ struct Matrix {
   }
 };
 
-// An adapter's matrix, which may be stored in acc_t: then it is rounded as it is packed.
+// An adapter's matrix. It may be stored in acc_t; then packing rounds it.
 template <typename scalar_t>
 struct AdapterMatrix {
   const void* data;
@@ -51,7 +52,7 @@ struct AdapterMatrix {
   bool transposed;
   bool wide;
 
-  // Its columns [column, column + n) of K values in scalar_t; scratch: n * K elements.
+  // Returns columns [column, column + n) of K values in scalar_t; scratch: n * K elements.
   Matrix<scalar_t> narrow(int64_t column, int64_t n, int64_t K, scalar_t* scratch) const {
     using acc_t = acc_type<scalar_t>;
     const int64_t offset = column * (transposed ? ld : 1);
@@ -109,13 +110,13 @@ struct ItemColumns {
   }
 };
 
-// How the columns of a product are cut: adjacent panels, or adjacent panels of the first half
-// followed by the same ones of the second half (gate and up).
+// Division of a product's columns: adjacent panels, or adjacent panels of the first half followed
+// by the same panels of the second half (gate and up).
 struct ColumnPlan {
   int64_t num_columns;
   bool paired_halves;
-  int64_t width;   // of a panel
-  int64_t panels;  // of an item
+  int64_t width;   // columns of a panel
+  int64_t panels;  // panels of an item
 
   int64_t parts() const { return paired_halves ? 2 : 1; }
   int64_t item_width() const { return panels * width; }
@@ -156,7 +157,7 @@ PanelShape panel_shape(int64_t num_columns) {
   return {nv, width, (num_columns + width - 1) / width};
 }
 
-// Calls f(p, m) for the register tiles of the rows: as even as the kernels' limit allows.
+// Calls f(p, m) for the register tiles of the rows, as even as the kernels' limit allows.
 template <typename F>
 void for_each_tile(RowRange rows, int64_t max_rows, const F& f) {
   const int64_t tiles = (rows.size() + max_rows - 1) / max_rows;
@@ -193,7 +194,7 @@ struct Tile {
                              c + first * ldc, ldc, accumulate, wide);
   }
 
-  // Rows [0, m) = row(0..m) @ W^T, panel by panel, from the weight as it lies.
+  // Rows [0, m) = row(0..m) @ W^T, panel by panel, from the unpacked weight.
   template <typename Row>
   void multiply_direct(int m, int64_t K, const Row& row, const Matrix<scalar_t>& weight,
                        const ItemColumns& columns, int64_t width) {
@@ -212,11 +213,11 @@ struct Tile {
   int64_t ldc;
 };
 
-// store(p, block, values) gets row(p) (K,) @ stack.at(expert, modality) (K, N), for all rows of
-// the blocks.
+// Calls store(p, block, values) with row(p) (K,) @ stack.at(expert, modality) (K, N), for all rows
+// of the blocks.
 template <typename scalar_t, typename Row, typename Store>
-void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
-                  const AdapterStack<scalar_t>& stack, const Store& store) {
+void shrink_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
+                 const AdapterStack<scalar_t>& stack, const Store& store) {
   const auto& kernel = kernels<scalar_t>();
   const PanelShape panels = panel_shape<scalar_t>(N);
   const int64_t panel_bytes = kernel.panel_bytes(K, panels.nv);
@@ -244,7 +245,7 @@ void project_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, con
   });
 }
 
-// The same for few rows, where packing would cost more than the products; the stack must be
+// Does the same for few rows, where packing would cost more than the products; the stack must be
 // transposed.
 template <typename scalar_t, typename Row, typename Store>
 void project_few_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
@@ -267,7 +268,8 @@ void project_few_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N,
   });
 }
 
-// The plan with narrower items where `blocks` of rows times its items would leave threads idle.
+// Returns a plan with narrower items where `blocks` of rows times its items would leave threads
+// idle.
 inline ColumnPlan occupying_threads(ColumnPlan plan, int64_t blocks) {
   while (plan.panels > kMinPanels && blocks * plan.num_items() < 4 * at::get_num_threads()) {
     plan.panels -= 2;
@@ -292,7 +294,7 @@ struct ExpertProduct {
   int64_t K;
   ColumnPlan plan;
   Extension<scalar_t> extension;
-  bool direct = false;  // read the weights as they lie; they must be transposed
+  bool direct = false;  // read the weights unpacked; they must be transposed
 
   int64_t max_depth() const { return std::max(K, extension.rank); }
 };
@@ -335,8 +337,9 @@ class ItemPanels {
     }
   }
 
-  // Rows [p, p + m): the base product, then the extension on each modality's own rows. Text rows
-  // are left out of it, not multiplied by zero: an adapter may hold NaN or Inf.
+  // Computes rows [p, p + m): the base product, then the extension on each modality's own rows.
+  // Text rows are left out of the extension, not multiplied by zero: an adapter may hold NaN or
+  // Inf.
   template <typename Row>
   void multiply(Tile<scalar_t>& tile, int64_t p, int m, int64_t expert, const Row& row) const {
     const auto base_row = [&](int i) { return row(p + i); };
@@ -385,8 +388,8 @@ class ItemPanels {
   ItemColumns columns_;
 };
 
-// epilogue(p, m, item, columns, c, ldc) gets rows [p, p + m) of the product, panel i of the
-// columns at c + i * plan.width.
+// Calls epilogue(p, m, item, columns, c, ldc) with rows [p, p + m) of the product; panel i of the
+// columns is at c + i * plan.width.
 template <typename scalar_t, typename Row, typename Base, typename Epilogue>
 void expert_products(const ExpertProduct<scalar_t>& product, const std::vector<RowBlock>& blocks,
                      const Row& row, const Base& base, const Epilogue& epilogue) {
@@ -566,8 +569,8 @@ class OuterAccumulator {
 // left(item, p, dst) writes the item's part of row p; write(item, values, ld) takes a finished
 // rectangle, zeros for a group without rows. Each element is summed by one thread, in row order.
 template <typename scalar_t, typename Left, typename Right, typename Write>
-void outer_products(const std::vector<GradientGroup>& groups, int64_t height, int64_t width,
-                    const Left& left, const Right& right, const Write& write) {
+void wgrad(const std::vector<GradientGroup>& groups, int64_t height, int64_t width,
+           const Left& left, const Right& right, const Write& write) {
   const PanelShape shape = panel_shape<scalar_t>(width);
   const int64_t step = kOuterPanels * shape.width;
   std::vector<OuterItem> items;

@@ -1,4 +1,4 @@
-// Where the rows of each expert and modality lie in the sorted order.
+// Positions of each expert's and modality's rows in the sorted order.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Segments {
     return offsets[expert * (num_modalities + 1) + modality];
   }
   RowRange expert(int64_t e) const { return {at(e, 0), at(e + 1, 0)}; }
-  // The rows with any adapter: they follow the expert's text rows.
+  // Returns the rows with any adapter, which follow the expert's text rows.
   RowRange adapted(int64_t e) const { return {at(e, std::min<int64_t>(1, num_modalities + 1)),
                                               at(e + 1, 0)}; }
   RowRange modality(int64_t e, int64_t m) const { return {at(e, m), at(e, m + 1)}; }
@@ -57,7 +57,7 @@ void for_each_unadapted(const Segments& segments, int64_t num_adapted, int64_t t
   fn(begin, total);
 }
 
-// Which slot, and so which token, each row in sorted order is.
+// Slot, and so token, of each row in sorted order.
 struct SlotOrder {
   const int64_t* perm;  // ascending within a segment
   int64_t top_k;

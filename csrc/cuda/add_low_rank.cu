@@ -1,4 +1,4 @@
-// s u V onto adapted rows: these are read and written once, 16 bytes a thread and access.
+// Adds s u V to adapted rows, which are read and written once, 16 bytes per thread and access.
 #include "add_low_rank.h"
 
 #include "grouped_gemm_mainloop.h"
@@ -6,7 +6,7 @@
 namespace moe_kernels::cuda {
 namespace {
 
-constexpr int kRows = 32;  // of a block at a time
+constexpr int kRows = 32;  // rows of a block at a time
 
 // Calls visit(half, j, place, present) for the eight columns of `out` that this thread moves of
 // each row and of fragments j to j + 3, see transpose_quad.
@@ -61,7 +61,7 @@ __device__ void add_to_rows(const AddLowRank& given, const ExpertTile& tile, int
   });
 }
 
-// Four blocks a multiprocessor: left to itself, the compiler takes too few registers and spills.
+// Four blocks per multiprocessor: without the bound the compiler uses too few registers and spills.
 template <typename Loop, typename V>
 __global__ void __launch_bounds__(Loop::kThreads, 4) add_low_rank_kernel(AddLowRank given) {
   const Tile of_map = tile_of(given.tiles, blockIdx.x, given.num_tiles);

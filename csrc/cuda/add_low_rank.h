@@ -24,12 +24,12 @@ struct AddLowRank {
   bool rank_last;
 };
 
-// Whether the launch below takes these: bfloat16 or float16, a width that is a multiple of 8.
-// Besides, out must be aligned to 16 bytes.
+// Returns whether the launch below supports these: bfloat16 or float16, and a width that is a
+// multiple of 8. Moreover, out must be aligned to 16 bytes.
 bool add_low_rank_supports(Scalar out, int64_t width);
 
-// out[token] += s u V on the rows of the tiles alone; s u is rounded to out's dtype, and so is v,
-// which is float32 or of out's dtype.
+// Adds s u V to out[token] on the rows of the tiles alone. s u is rounded to out's dtype, and so is
+// v, which is float32 or of out's dtype.
 cudaError_t launch_add_low_rank(const AddLowRank& given, Scalar out, Scalar v, cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

@@ -7,13 +7,13 @@
 namespace moe_kernels::cuda {
 
 // All threads of the block call it; it begins and ends with a barrier. `of_warps` is scratch in
-// shared memory, an entry for each warp.
+// shared memory with an entry for each warp.
 template <int kThreads>
 __device__ void exclusive_scan(int* values, int size, int* of_warps) {
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int mine = scan_sum(values, size, threadIdx.x, kThreads);
-  int before = mine;  // and those of the lanes before this one
+  int before = mine;  // plus those of earlier lanes
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const int others = __shfl_up_sync(0xffffffffu, before, lanes);
     if (lane >= lanes) before += others;

@@ -1,4 +1,4 @@
-// The weighted sum of each token's rows: reads every row once, 16 bytes a thread and access.
+// Weighted sum of each token's rows. Every row is read once, 16 bytes per thread and access.
 #include "combine.h"
 #include "device.h"
 
@@ -6,9 +6,9 @@ namespace moe_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAhead = 4;  // rows that are on their way at once
+constexpr int kAhead = 4;  // rows being loaded at once
 
-// Several tokens a block where rows are short: a thread has one vector of one token.
+// A thread has one vector of one token, so a block has several tokens where rows are short.
 template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Combine given) {
   using Vec = Vector<T>;

@@ -1,9 +1,9 @@
 // The stable counting sort of dispatch, as functions of a thread's number.
 //
-// Everything that computes an index is here, for the device and for the host: the kernels
-// (dispatch.cu) call each function from all threads of a block, with a barrier in between; a test
-// calls them with one thread. Rows are cut into contiguous parts, one for each warp of each block,
-// so that a row's place follows from the counts of the parts before it, whatever runs first.
+// All index arithmetic is here, for the device and for the host. The kernels (dispatch.cu) call
+// each function from all threads of a block, with a barrier in between; a test calls them with one
+// thread. Rows are cut into contiguous parts, one for each warp of each block, so that a row's
+// place follows from the counts of the parts before it, in whatever order the warps run.
 #pragma once
 
 #include "host_device.h"
@@ -53,8 +53,8 @@ inline Sort make_sort(const int64_t* topk_ids, const int64_t* modality_ids, int 
           num_experts, num_modalities, rows_of_warp, num_blocks};
 }
 
-// Of each of this thread's keys: rows in the blocks before `block`, and rows in all blocks. A sum
-// waits for no load but those that are asked for together.
+// For each of this thread's keys: rows in the blocks before `block`, and rows in all blocks. The
+// loads of several blocks are issued together, so that a sum waits once for all of them.
 MOE_HOST_DEVICE void sum_blocks(const Sort& sort, const int* counts, int block, int thread,
                                 int num_threads, int* before, int* total) {
   constexpr int kAtOnce = 16;
@@ -77,7 +77,7 @@ MOE_HOST_DEVICE void sum_blocks(const Sort& sort, const int* counts, int block, 
   }
 }
 
-// Rows of a key in each warp become the place of the warp's first row of that key.
+// Replaces the rows of a key in each warp by the place of the warp's first row of that key.
 MOE_HOST_DEVICE void place_warps(const Sort& sort, const int* starts, const int* before, int thread,
                                  int num_threads, int* of_warps) {
   for (int key = thread; key < sort.num_keys(); key += num_threads) {
@@ -91,7 +91,7 @@ MOE_HOST_DEVICE void place_warps(const Sort& sort, const int* starts, const int*
   }
 }
 
-// segment_offsets, expert_offsets and tokens_per_expert from the keys' starts.
+// Writes segment_offsets, expert_offsets and tokens_per_expert from the keys' starts.
 MOE_HOST_DEVICE void write_offsets(const Sort& sort, const int* starts, int thread, int num_threads,
                                    int64_t* segment_offsets, int64_t* expert_offsets,
                                    int64_t* tokens_per_expert) {

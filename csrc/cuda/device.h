@@ -1,7 +1,8 @@
-// What the kernels ask of the hardware, each in one thin function, and how they are launched.
+// Thin wrappers of the hardware instructions that the kernels use, and of launches.
 //
-// Compiled for the host alone, as the tests do, the same functions come from cuda_on_host.h, which
-// plays the device. Hence no CUTLASS: nothing to install for a build, and all code can run there.
+// When tests compile the kernels for the host, cuda_on_host.h provides the same functions and
+// stands in for the device. CUTLASS could not run there, and would have to be installed for a
+// build.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,8 +35,8 @@ __device__ __forceinline__ float sigmoid(float value) {
   return __fdividef(1.0f, 1.0f + __expf(-value));
 }
 
-// 16 bytes into shared memory, past the registers and the L1; zeros if they are not `present`, and
-// then the address is not looked at.
+// Copies 16 bytes to shared memory, bypassing registers and L1. Unless `present` it writes zeros
+// and does not read the address.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                "l"(global), "r"(present ? 16 : 0)
@@ -46,13 +47,14 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
-// Waits until at most kGroups of this thread's committed groups are under way.
+// Waits until at most kGroups of this thread's committed groups are incomplete.
 template <int kGroups>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
 }
 
-// Four matrices of 8 x 8 two-byte elements: lane 8 i + j has the address of row j of matrix i.
+// Loads four matrices of 8 x 8 two-byte elements: lane 8 i + j has the address of row j of matrix
+// i.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -90,7 +92,7 @@ __device__ __forceinline__ void multiply<__half>(float (&acc)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The first 48 KiB of shared memory need no asking.
+// The first 48 KiB of shared memory need no attribute.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
@@ -124,7 +126,7 @@ __device__ inline __nv_bfloat16 from_float(float value) {
   return __float2bfloat16_rn(value);
 }
 
-// Two neighbours in a fragment's register, the first in the lower half.
+// Packs two neighbours into a fragment's register, the first in the lower half.
 __device__ inline uint32_t packed(float first, float second, __half) {
   const __half2 pair = __floats2half2_rn(first, second);
   return *reinterpret_cast<const uint32_t*>(&pair);
@@ -149,15 +151,15 @@ __device__ inline float2 unpack(uint32_t pair) {
   return unpacked(pair, T());
 }
 
-// What one access moves.
+// The elements that one access moves.
 template <typename T>
 struct alignas(16) Vector {
   static constexpr int kSize = 16 / sizeof(T);
   T values[kSize];
 };
 
-// Elements k, k + 1, ... of a row of `size`; zeros beyond it. `aligned`: all rows begin at a
-// multiple of 16 bytes and have whole vectors, as `k` does.
+// Loads elements k, k + 1, ... of a row of `size`; zeros beyond it. `aligned`: all rows begin at a
+// multiple of 16 bytes and consist of whole vectors, and so does k.
 template <typename T>
 __device__ inline Vector<T> load_vector(const T* row, int k, int size, bool aligned) {
   Vector<T> out = {};
@@ -170,7 +172,7 @@ __device__ inline Vector<T> load_vector(const T* row, int k, int size, bool alig
   return out;
 }
 
-// Group, first row and end of a tile of a map (3, num_tiles).
+// Loads group, first row and end of a tile of a map (3, num_tiles).
 struct Tile {
   int64_t group;
   int64_t first;
@@ -181,7 +183,7 @@ __device__ inline Tile tile_of(const int64_t* tiles, int tile, int num_tiles) {
   return {tiles[tile], tiles[num_tiles + tile], tiles[2 * num_tiles + tile]};
 }
 
-// The token of a sorted row. There are fewer than 2^31 rows; a division of 64 bits is slow.
+// Returns the token of a sorted row. There are fewer than 2^31 rows, and 64-bit division is slow.
 __device__ inline int token_of(const int64_t* perm, int64_t row, int top_k) {
   return static_cast<int>(perm[row]) / top_k;
 }

@@ -1,5 +1,6 @@
-// dispatch on CUDA: two launches, no atomics on global memory, no wait for the host. The second has
-// blocks of its own for the tile maps, which find the segments as those of the sort do.
+// dispatch on CUDA: two launches, no atomics on global memory, no host synchronisation. In the
+// second launch further blocks write the tile maps; they find the segments as the blocks of the
+// sort do.
 #include "dispatch.h"
 
 #include <algorithm>
@@ -12,8 +13,8 @@ namespace {
 constexpr int kThreads = 32 * kWarpsOfSort;
 static_assert(kThreads == kThreadsOfMaps);
 
-// Shared memory of a block of the second launch: the keys' starts, and what it sorts or writes maps
-// with.
+// Shared memory of a block of the second launch: the keys' starts, and scratch for sorting or for
+// writing maps.
 constexpr size_t bytes_of_place(int keys, int ints_of_maps) {
   const int ints_of_sort = kWarpsOfSort + (1 + kWarpsOfSort) * keys;
   return sizeof(int) * (keys + std::max(ints_of_sort, ints_of_maps));
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Sort sort, int* counts)
   }
 }
 
-// The places of a warp's rows: those of equal keys in the order of the rows.
+// Places of a warp's rows; rows with equal keys keep their order.
 __device__ void place_rows(const Sort& sort, int* place_of_key, int64_t* perm, int64_t* inv_perm) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int end = sort.first_row(blockIdx.x, warp + 1);
@@ -57,7 +58,7 @@ __device__ void place_rows(const Sort& sort, int* place_of_key, int64_t* perm, i
   }
 }
 
-// Where each key's rows begin, and how many of them are in blocks before this one.
+// Finds each key's first row, and how many of its rows are in blocks before this one.
 __device__ void find_starts(const Sort& sort, const int* counts, int* starts, int* before,
                             int* scratch) {
   sum_blocks(sort, counts, blockIdx.x, threadIdx.x, kThreads, before, starts);

@@ -16,8 +16,8 @@ struct DispatchOut {
   int64_t* segment_offsets;    // (E * (M + 1) + 1)
 };
 
-// The sort, and every map of its segments, in two launches. `counts` is scratch: sort.num_blocks *
-// sort.num_keys() ints.
+// Sorts, and writes every map of the segments, in two launches. `counts` is scratch of
+// sort.num_blocks * sort.num_keys() ints.
 cudaError_t launch_dispatch(const Sort& sort, int* counts, const DispatchOut& out,
                             const TileMaps& maps, cudaStream_t stream);
 

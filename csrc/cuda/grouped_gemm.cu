@@ -1,5 +1,5 @@
-// Products of routed rows and their experts' weights. One kernel; what it multiplies and what it
-// makes of the sums is the epilogue's.
+// GEMMs of routed rows and their experts' weights. One kernel serves all of them; its epilogue type
+// says what is multiplied and how the sums are stored.
 #include "grouped_gemm.h"
 
 #include "grouped_gemm_mainloop.h"
@@ -7,17 +7,17 @@
 namespace moe_kernels::cuda {
 namespace {
 
-constexpr int kGroupM = 8;  // row tiles that take the same weights one after the other
+constexpr int kGroupM = 8;  // row tiles that use the same weights one after the other
 
 // act = silu(gate) * up, and the pre-activation if it is saved.
 template <typename T>
 struct GateUp {
   static constexpr bool kTransposed = true, kGated = true, kByToken = true;
-  static constexpr bool kAllRows = true;  // those not dispatched too: zeros
+  static constexpr bool kAllRows = true;  // rows that were not dispatched get zeros
   T* pre;  // (T * K, 2 * size_n), or null
   T* act;  // (T * K, size_n)
 
-  // Of the rows from low to high of a tile.
+  // Stores the rows from low to high of a tile.
   template <typename Loop>
   __device__ void store(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile, int low,
                         int high) const {
@@ -53,7 +53,7 @@ struct GateUp {
   }
 };
 
-// The rows themselves.
+// Stores the sums as rows.
 template <typename T, bool kTransposed_>
 struct Rows {
   static constexpr bool kTransposed = kTransposed_, kGated = false, kByToken = false;
@@ -100,14 +100,14 @@ struct ActGradient {
   }
 };
 
-// From dA': the gradient of the pre-activation, a, and <dA', a>.
+// Computes the gradient of the pre-activation, a, and <dA', a> from dA'.
 template <typename T>
 struct ActGradients {
   static constexpr bool kTransposed = false, kGated = false, kByToken = true;
   static constexpr bool kAllRows = false;
   ActBackward with;
 
-  // Of 32 columns of a row from fragment j on; returns the part of <dA', a> that this lane has.
+  // Handles 32 columns of a row from fragment j on; returns this lane's part of <dA', a>.
   template <typename Loop>
   __device__ float columns(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile,
                            int i, int half, int j, bool present, bool keep_act,
@@ -133,7 +133,7 @@ struct ActGradients {
       up[e] = pack<T>(first.up, second.up);
       act[e] = pack<T>(first.act, second.act);
       const float2 a = unpack<T>(act[e]);
-      // Beyond the last column a is 0, but not so 0 * Inf.
+      // Beyond the last column a is 0, but 0 * Inf is not.
       if (tile.column + loop.column_of(j + e) < size_n) {
         dot += d_act[0] * a.x + d_act[1] * a.y;
       }
@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
              matrix_of<typename Loop::T>(given, tile.expert, Epilogue::kGated ? 2 * size : size),
              Epilogue::kByToken);
   }
-  // 0 * Inf would poison the rows of the base modality: they go first. Two calls, not a loop, from
-  // which the compiler would take more addresses than there are registers.
+  // Rows of the base modality are stored first, since 0 * Inf would poison them. Two calls instead
+  // of a loop: for a loop the compiler keeps more addresses than there are registers.
   if (tile.base > 0) epilogue.store(loop, given, tile, 0, tile.base);
   if (tile.base == tile.count) return;
   if (v_is_float) {

@@ -1,5 +1,5 @@
-// Launches of the products of routed rows and their experts' weights, with all that belongs into
-// their epilogues; no torch header, so that nvcc checks them alone.
+// Launches of the grouped GEMMs of routed rows and their experts' weights, epilogues included; no
+// torch header, so that nvcc checks them alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,8 +10,8 @@
 
 namespace moe_kernels::cuda {
 
-// left W + s u V, row by row. u is of the compute dtype in the two products of the forward pass,
-// float32 in those of the backward pass; v is float32 or of the compute dtype.
+// Operands of left W + s u V, row by row. u has the compute dtype in the two GEMMs of the forward
+// pass and is float32 in those of the backward pass; v is float32 or of the compute dtype.
 struct GroupedGemm {
   const void* left;   // (T, size_k) where rows go by token, else (T * K, size_k)
   const void* stack;  // (num_base, ...), the frozen experts
@@ -37,7 +37,7 @@ struct ActBackward {
   const void* weights;  // (T, K), float32 or of the compute dtype
   const void* pre;      // (T * K, 2 * size_n), the pre-activation
   void* d_pre;          // (T * K, 2 * size_n)
-  void* act;            // (T * K, size_n); of the rows that are asked for
+  void* act;            // (T * K, size_n); only requested rows are written
   float* dots;          // (grouped_gemm_parts(size_n), num_rows), <dA', a> by token and slot
   int64_t num_rows;     // T * K
   bool weights_are_float;
@@ -45,9 +45,9 @@ struct ActBackward {
   bool act_of_added;    // rows of added experts
 };
 
-// act = silu(gate) * up of (gate, up) = x W^T + s u B^T, and these, rounded, if pre is not null;
-// zeros for rows that were not dispatched.
-// left: x by token (size_k hidden); stack (E, 2 * size_n, size_k); v = B (M, E, 2 * size_n, rank).
+// Computes act = silu(gate) * up of (gate, up) = x W^T + s u B^T, and stores gate and up, rounded,
+// if pre is not null. Rows that were not dispatched get zeros. left: x by token (size_k hidden);
+// stack (E, 2 * size_n, size_k); v = B (M, E, 2 * size_n, rank).
 cudaError_t launch_gate_up(const GroupedGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
                            int block_m, cudaStream_t stream);
 
@@ -61,9 +61,9 @@ cudaError_t launch_down(const GroupedGemm& gemm, void* out, Scalar dtype, Scalar
 cudaError_t launch_d_rows(const GroupedGemm& gemm, void* out, Scalar dtype, Scalar v, int block_m,
                           cudaStream_t stream);
 
-// dA' = dO W + s u A, u in float32; of weight * dA' the gradient of the pre-activation, <dA', a>
-// and a = silu(gate) * up of the rounded pre-activation where it is asked for; rows that were not
-// dispatched are not written.
+// Computes dA' = dO W + s u A, u in float32. It stores <dA', a>, the gradient of the pre-activation
+// for weight * dA', and on requested rows a = silu(gate) * up of the rounded pre-activation. Rows
+// that were not dispatched are not written.
 // left: dO by token; stack (E, size_k, size_n); v = A (M, E or 1, rank, size_n).
 cudaError_t launch_act_backward(const GroupedGemm& gemm, const ActBackward& act, Scalar dtype,
                                 Scalar v, int block_m, cudaStream_t stream);

@@ -1,10 +1,11 @@
-// A tile of left W + s u V on tensor cores: asynchronous copies several steps of k ahead into
-// shared memory, where the 16-byte chunks of a row lie in another order in each of 8 rows, so that
-// eight rows of one chunk come from different banks.
+// A tile of left W + s u V on tensor cores. Asynchronous copies run several steps of k ahead into
+// shared memory. There the 16-byte chunks of a row are in a different order in each of 8 rows, so
+// that eight rows of one chunk come from different banks.
 //
-// A block has kBlockM rows of one expert and 128 columns; a warp 64 of these. Gated, they are 64
-// columns of gate and the same of up, both of a column in the same thread. k runs in the same order
-// whatever is in the tile, and a row's arithmetic does not depend on its place.
+// A block has kBlockM rows of one expert and 128 columns; a warp has 64 of the columns. If gated,
+// they are 64 columns of gate and the same columns of up, and one thread holds both values of a
+// column. The order of k is the same for every tile, and a row's arithmetic does not depend on its
+// place.
 #pragma once
 
 #include <type_traits>
@@ -27,7 +28,8 @@ struct ExpertTile {
   int part;       // number of the columns' tile
 };
 
-// Four neighbours of a row of `size` from k on, zeros beyond it. `vectors`: rows have whole ones.
+// Loads four neighbours of a row of `size` from k on, zeros beyond it. `vectors`: rows consist of
+// whole vectors.
 __device__ inline float4 four(const float* row, int k, int size, bool vectors) {
   if (vectors && k < size) return *reinterpret_cast<const float4*>(row + k);
   return {k < size ? row[k] : 0.0f, k + 1 < size ? row[k + 1] : 0.0f,
@@ -55,10 +57,10 @@ struct Mainloop {
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kTilesM = kBlockM / (16 * kWarpsM);
   static constexpr int kStages = kBlockM == 16 ? 4 : 3;
-  static constexpr int kResident = kBlockM == 128 ? 2 : 3;  // blocks of a multiprocessor
-  static constexpr int kChunks = kBlockK / 8;  // of 16 bytes in a row
+  static constexpr int kResident = kBlockM == 128 ? 2 : 3;  // blocks per multiprocessor
+  static constexpr int kChunks = kBlockK / 8;               // chunks of 16 bytes in a row
   static constexpr int kRowsAtOnce = kThreads / kChunks;
-  static constexpr int kLeftRows = kBlockM / kRowsAtOnce;  // whose chunk a thread copies
+  static constexpr int kLeftRows = kBlockM / kRowsAtOnce;  // rows of which a thread copies a chunk
   static constexpr int kColumns = kGated ? kBlockN / 2 : kBlockN;  // of the output
   static constexpr int kWarpColumns = kColumns / kWarpsN;
 
@@ -74,28 +76,29 @@ struct Mainloop {
   static __device__ int lane() { return threadIdx.x % 32; }
   static __device__ Stage* stages() { return reinterpret_cast<Stage*>(shared_memory()); }
 
-  // Row of the tile of acc[i][.][2 * half] and the next.
+  // Row of the tile that acc[i][.][2 * half] and the next element belong to.
   static __device__ int row_of(int i, int half) {
     return (warp_m() * kTilesM + i) * 16 + half * 8 + lane() / 4;
   }
-  // How many rows below row_of(0, 0) that is.
+  // Distance of that row from row_of(0, 0).
   static __device__ int below(int i, int half) { return 16 * i + 8 * half; }
   // First column of the output of fragment j.
   static __device__ int column_of(int j) {
     return warp_n() * kWarpColumns + j % (kWarpColumns / 8) * 8;
   }
-  // Where the eight columns begin that this thread stores of row_of(0, 0), see transpose_quad, in a
-  // matrix of rows of `width`. The others are a part further on that all threads share.
+  // Offset of the eight columns that this thread stores of row_of(0, 0), see transpose_quad, in a
+  // matrix of rows of `width`. Its other columns are further on by an offset that all threads
+  // share.
   static __device__ int64_t own(const ExpertTile& tile, int width) {
     return (tile.first + row_of(0, 0)) * width + tile.column + column_of(lane() % 4);
   }
-  // Column of the output in a column of the shared tile, and whether it is one of up.
+  // Column of the output for a column of the shared tile, and whether it belongs to up.
   static __device__ int stored_column(int at) {
     return kGated ? at / 64 * 32 + at % 32 : at;
   }
   static __device__ bool is_up(int at) { return kGated && at / 32 % 2 == 1; }
 
-  // Rows of left that this thread copies; some row for those beyond the end.
+  // Finds the rows of left that this thread copies; beyond the end any row does.
   static __device__ void find_rows(const GroupedGemm& given, const ExpertTile& tile, bool by_token,
                                    int (&rows)[kLeftRows]) {
 #pragma unroll
@@ -119,7 +122,7 @@ struct Mainloop {
     }
   }
 
-  // Addresses are a thread's own plus a part that all threads share, which costs no registers.
+  // An address is a thread's own part plus one that all threads share, which needs no registers.
   static __device__ void load_right(const GroupedGemm& given, const T* matrix, int column, int k,
                                     T* to) {
     if constexpr (kTransposed) {
@@ -148,7 +151,7 @@ struct Mainloop {
     }
   }
 
-  // 16 steps of k, the `step`-th of a stage.
+  // Multiplies 16 steps of k, the `step`-th of a stage.
   __device__ void multiply_step(const Stage& stage, int step) {
     uint32_t a[kTilesM][4], b[kTilesN / 2][4];
     const int in = lane();
@@ -177,7 +180,7 @@ struct Mainloop {
     }
   }
 
-  // acc = left W.
+  // Computes acc = left W.
   __device__ void run(const GroupedGemm& given, const ExpertTile& tile, const T* matrix,
                       bool by_token) {
     int rows[kLeftRows];
@@ -204,13 +207,13 @@ struct Mainloop {
     }
   }
 
-  // Fragment j of V for 16 steps of the rank from r on. The four lanes of a column hold four
+  // Loads fragment j of V for 16 steps of the rank from r on. The four lanes of a column hold four
   // neighbours each, and so do those of a row of u: the order within a sum is free.
   template <typename V>
   static __device__ void load_v(const GroupedGemm& given, const V* v, int column, int r, int j,
                                 bool vectors, uint32_t (&b)[2]) {
     const int from = r + lane() % 4 * 4, n = column + column_of(0) + lane() / 4;
-    // What all threads share costs no registers.
+    // A part that all threads share needs no registers.
     const int on = j % (kWarpColumns / 8) * 8;
     const int row = on + (j * 8 < kWarpColumns ? 0 : given.size_n);
     const int64_t ld = given.size_n;
@@ -231,7 +234,7 @@ struct Mainloop {
     b[1] = pack<T>(values.z, values.w);
   }
 
-  // s u of the rows from low to high of the tile, zeros elsewhere.
+  // Loads s u of the tile's rows from low to high, zeros elsewhere.
   static __device__ void load_u(const GroupedGemm& given, const U* u, float scale, int i, int r,
                                 int low, int high, bool vectors, uint32_t (&a)[4]) {
     const int from = r + lane() % 4 * 4;
@@ -248,7 +251,7 @@ struct Mainloop {
     }
   }
 
-  // acc += s u V on the rows from low to high, of one modality.
+  // Adds s u V to the rows from low to high, of one modality.
   template <typename V>
   __device__ void add_modality(const GroupedGemm& given, const ExpertTile& tile, const U* u,
                                const V* v, float scale, int low, int high, bool vectors) {
@@ -267,8 +270,8 @@ struct Mainloop {
     }
   }
 
-  // acc += s u V, one pass for each modality of the tile. Rows of the base modality must have been
-  // stored; another modality's get 0 * V, which is nothing while V is finite.
+  // Adds s u V, in one pass for each modality of the tile. Rows of the base modality must have been
+  // stored before: rows of another modality get 0 * V, which is zero only while V is finite.
   template <typename V>
   __device__ void extend(const GroupedGemm& given, const ExpertTile& tile) {
     const int64_t size = static_cast<int64_t>(given.rank) * given.size_n * (kGated ? 2 : 1);
@@ -289,8 +292,8 @@ struct Mainloop {
   }
 };
 
-// Words of a 4 x 4 matrix of the four lanes that share a fragment's row: word j of lane c goes to
-// word c of lane j. What was two columns of each of four fragments is then eight neighbours.
+// Transposes the 4 x 4 words of the four lanes that share a fragment's row: word j of lane c goes
+// to word c of lane j. Two columns of each of four fragments become eight neighbours.
 __device__ inline void transpose_quad(uint32_t (&words)[4]) {
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {

@@ -1,5 +1,5 @@
-// Which products of the experts the kernels take, and how they cut them into tiles: functions of
-// shapes alone, so that a row's bits do not follow the routing. Nothing here needs CUDA.
+// Shapes that the grouped GEMMs support, and their tiles: functions of shapes alone, so that a
+// row's bits do not depend on the routing. Nothing here needs CUDA.
 #pragma once
 
 #include <cstdint>
@@ -17,14 +17,14 @@ inline int grouped_gemm_block_m(int64_t num_rows, int64_t num_experts) {
   return average >= 256 ? 128 : average >= 32 ? 64 : 16;
 }
 
-// Blocks of columns of launch_act_backward: `dots` has a part for each.
+// Blocks of columns of launch_act_backward; `dots` has a part for each.
 inline int grouped_gemm_parts(int64_t size_n) {
   return static_cast<int>((size_n + kBlockN - 1) / kBlockN);
 }
 
-// Whether the launches take these: bfloat16 or float16, sizes that are multiples of 8, and an
-// expert's matrix of less than 2^31 elements. Left, stack, extra and outputs must be aligned to 16
-// bytes besides.
+// Returns whether the launches support these: bfloat16 or float16, sizes that are multiples of 8,
+// and an expert's matrix of less than 2^31 elements. Moreover, left, stack, extra and outputs must
+// be aligned to 16 bytes.
 inline bool grouped_gemm_supports(Scalar dtype, int64_t size_k, int64_t size_n) {
   return dtype != Scalar::kFloat && size_k % 8 == 0 && size_n % 8 == 0 &&
          2 * size_k * size_n <= std::numeric_limits<int>::max();

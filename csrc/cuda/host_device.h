@@ -1,4 +1,4 @@
-// What kernels share with what is compiled for the host: index arithmetic, and limits.
+// Index arithmetic and limits, for kernels and for the host.
 #pragma once
 
 #include <cstddef>
@@ -14,21 +14,22 @@
 
 namespace moe_kernels::cuda {
 
-// What a block can have from sm_80 on: the least of them, sm_86 and sm_89, give 99 KiB.
+// Shared memory of a block from sm_80 on: sm_86 and sm_89 have the least, 99 KiB.
 constexpr size_t kMaxSharedBytes = 99 * 1024;
 
-// Most segments, and one more for the rows that were not dispatched. A block of dispatch counts
-// them for each of its warps in shared memory. That is 512 experts with three added modalities, or 128 with seventeen.
+// Limit on segments, plus one for the rows that were not dispatched. A block of dispatch counts
+// them for each of its warps in shared memory. It allows 512 experts with three added modalities,
+// or 128 with seventeen.
 constexpr int kMaxKeys = 2400;
 
-// Highest rank of which one pass over dY gives both dU and dB: more does not pay, and would not fit
-// into the registers.
+// Highest rank at which one pass over dY gives both du and dB: above it the pass does not pay, and
+// its sums do not fit into the registers.
 constexpr int kMaxRankWithDu = 32;
 
-// Columns of dY of which a part of dU is the sum.
+// Columns of dY that are summed in one part of du.
 constexpr int kColumnsOfPart = 256;
 
-// The part of `size` items that a thread scans, contiguous.
+// First of the contiguous items, of `size`, that a thread scans.
 MOE_HOST_DEVICE int scan_begin(int size, int thread, int num_threads) {
   return static_cast<int>(static_cast<int64_t>(size) * thread / num_threads);
 }
@@ -42,7 +43,7 @@ MOE_HOST_DEVICE int scan_sum(const int* values, int size, int thread, int num_th
   return sum;
 }
 
-// values[i] becomes the sum of those before it, plus `before` of this thread's part.
+// Replaces values[i] by the sum of the thread's earlier values plus `before`.
 MOE_HOST_DEVICE void scan_part(int* values, int size, int before, int thread, int num_threads) {
   for (int i = scan_begin(size, thread, num_threads);
        i < scan_begin(size, thread + 1, num_threads); ++i) {

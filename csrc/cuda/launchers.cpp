@@ -1,5 +1,5 @@
-// The CUDA kernels as ops: launches and streams. Only here do torch and CUDA meet. Checks and outputs
-// are csrc/outputs.cpp's: all tensors are contiguous, and on one device.
+// The CUDA kernels as ops: launches and streams. This is the only file that includes both torch and
+// CUDA. csrc/outputs.cpp checks that all tensors are contiguous and on one device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -37,7 +37,7 @@ Scalar scalar_of(const std::optional<at::Tensor>& tensor) {
   return tensor ? scalar_of(*tensor) : Scalar::kFloat;
 }
 
-// What the products of the experts share; sizes are theirs.
+// Fills in the arguments that the grouped GEMMs share.
 GroupedGemm make_gemm(const at::Tensor& left, const at::Tensor& stack,
                       const std::optional<at::Tensor>& extra, const at::Tensor& perm,
                       const at::Tensor& tiles, const at::Tensor& segment_offsets,
@@ -67,7 +67,7 @@ GroupedGemm make_gemm(const at::Tensor& left, const at::Tensor& stack,
   };
 }
 
-// Those that have groups; `made` has the tiles and the groups of each in turn.
+// Builds the maps that have groups; `made` has the tiles and the groups of each in turn.
 TileMaps maps_of(const std::vector<at::Tensor>& made, at::IntArrayRef blocks,
                  at::IntArrayRef groups) {
   TileMaps maps{.num_maps = 0, .maps = {}};

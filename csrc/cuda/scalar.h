@@ -1,4 +1,4 @@
-// The dtypes that the CUDA kernels know.
+// Dtypes of the CUDA kernels.
 #pragma once
 
 namespace moe_kernels::cuda {

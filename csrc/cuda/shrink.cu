@@ -1,9 +1,9 @@
-// Products of adapted rows and a low-rank matrix: every row is read once, into the registers.
+// Shrink: GEMMs of adapted rows and a low-rank matrix. Every row is read once, into registers.
 //
-// The four lanes that share a row of a fragment take 16 bytes of it each, so 64 neighbouring ones
-// together. Tensor cores want other columns in these lanes; since a sum over k may number k as it
-// likes, both operands simply take k in the order in which the lanes hold it. No shared memory, no
-// barrier before the end; the warps of a block share rows and split k.
+// The four lanes that share a row of a fragment load 16 bytes of it each, 64 neighbouring bytes
+// together. Tensor cores expect other columns in these lanes. Since the order of k within a sum is
+// free, both operands use the order in which the lanes hold it, and need no shared memory. The
+// warps of a block share rows and split k; the only barrier is at the end.
 #include "shrink.h"
 
 #include <type_traits>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kRowsOfWarp = 32;
 constexpr int kRowWarps = 2;
-constexpr int kSlices = 4;  // of k
+constexpr int kSlices = 4;  // slices of k
 constexpr int kRows = kRowsOfWarp * kRowWarps;
 constexpr int kThreads = 32 * kRowWarps * kSlices;
 
@@ -34,7 +34,7 @@ __device__ T rounded(M value) {
   }
 }
 
-// What a lane reads of the matrix: kColumns neighbouring columns from `column` on.
+// A lane's part of the matrix: kColumns neighbouring columns from `column` on.
 template <typename T, typename M, int kColumns, bool kRankFirst>
 struct Columns {
   static constexpr int kVector = Vector<T>::kSize;
@@ -43,8 +43,8 @@ struct Columns {
   int size_k;
   int rank;
 
-  // Elements k, k + 1, ... of each column. kFast: all of them are there, or of columns that nobody
-  // stores, and aligned.
+  // Loads elements k, k + 1, ... of each column. kFast: they are aligned, and exist or belong to
+  // columns that are not stored.
   template <bool kFast>
   __device__ void load(int k, Vector<T> (&out)[kColumns]) const {
     if constexpr (!kFast) {
@@ -84,7 +84,7 @@ struct Columns {
 };
 
 // Sums of a warp: 32 rows, 8 * kTiles columns. Two-byte elements: fragments of the tensor cores,
-// whose column p of fragment j is column kTiles * p + j: a lane's lie side by side.
+// whose column p of fragment j is column kTiles * p + j, so that a lane's columns are adjacent.
 template <typename T, int kTiles>
 struct Sums {
   static constexpr int kColumns = 8 * kTiles;
@@ -111,7 +111,7 @@ struct Sums {
     }
   }
 
-  // To (32, kColumns).
+  // Stores to (32, kColumns).
   __device__ void store(float* to) const {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -128,7 +128,7 @@ struct Sums {
   }
 };
 
-// float32 has no tensor cores: a lane sums its own k of four rows, and of all columns.
+// float32 has no tensor cores: a lane sums its own k, for four rows and all columns.
 template <int kTiles>
 struct Sums<float, kTiles> {
   static constexpr int kColumns = 8 * kTiles;
@@ -163,8 +163,8 @@ struct Sums<float, kTiles> {
   }
 };
 
-// Rows of a warp: row lane / 4 of each group of 8; those beyond the end, which nobody stores, are
-// the tile's first.
+// Rows of a warp: row lane / 4 of each group of 8. Rows beyond the end read the tile's first row
+// and are not stored.
 template <typename T>
 __device__ void find_rows(const Shrink& given, int64_t first, int64_t end, const T* (&rows)[4]) {
   const int local = threadIdx.x / 32 % kRowWarps * kRowsOfWarp + threadIdx.x % 32 / 4;
@@ -176,8 +176,8 @@ __device__ void find_rows(const Shrink& given, int64_t first, int64_t end, const
   }
 }
 
-// Sums of the rows from `first`, over this warp's slice of k, to (kRows, columns). Two steps of
-// four vectors at once, where there are registers for it: the loads of their rows go together.
+// Sums the rows from `first` over this warp's slice of k, to (kRows, columns). Two steps of four
+// vectors run at once where registers suffice, so that the loads of their rows overlap.
 template <typename T, int kTiles, bool kFast, typename Columns>
 __device__ void sum_slice(const Shrink& given, const Columns& columns, int64_t first, int64_t end,
                           float* to) {
@@ -222,7 +222,7 @@ __device__ void add_slices(const float* sums, const Shrink& given, int64_t first
   }
 }
 
-// Blocks of a multiprocessor, by what their sums take of the registers.
+// Blocks per multiprocessor, limited by the registers of their sums.
 template <typename T, int kTiles>
 constexpr int kResident = sizeof(T) == 2 && kTiles == 2 ? 2 : 1;
 
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, kTiles>))
 
 template <typename T, typename M, int kTiles>
 cudaError_t launch_columns(const Shrink& given, bool out_is_float, cudaStream_t stream) {
-  // Whole vectors of k, and of a lane's columns.
+  // k and a lane's columns are whole vectors.
   const bool fast = given.size_k % Vector<T>::kSize == 0 && is_aligned(given.left) &&
                     is_aligned(given.matrix) && given.rank % Sums<T, kTiles>::kOfLane == 0;
   const auto kernel =
@@ -285,7 +285,7 @@ cudaError_t launch_shrink(const Shrink& shrink, Scalar left, Scalar matrix, Scal
   }
   if (shrink.num_tiles == 0 || shrink.rank == 0) return cudaSuccess;
   switch (left) {
-    case Scalar::kFloat:  // more sums than these do not fit into the registers
+    case Scalar::kFloat:  // more sums than these would not fit into the registers
       return launch_columns<float, float, 2>(shrink, true, stream);
     case Scalar::kHalf:
       return matrix_is_float ? launch_half<__half, float>(shrink, out_is_float, stream)

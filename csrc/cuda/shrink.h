@@ -1,4 +1,4 @@
-// Launch of the products of adapted rows and a low-rank matrix; no torch header, so that nvcc
+// Launch of the shrink GEMMs of adapted rows and a low-rank matrix; no torch header, so that nvcc
 // checks it alone.
 #pragma once
 
@@ -26,7 +26,7 @@ struct Shrink {
   bool rank_first;
 };
 
-// out = left M on the rows of the tiles alone: those of other rows are not written.
+// Computes out = left M on the rows of the tiles alone; other rows are not written.
 //
 // `matrix` is float32 or of left's dtype, and rounded to that; `out` float32 or of left's dtype.
 // Any sizes and alignments; 16-byte rows (and pointers) are read 16 bytes at a time.

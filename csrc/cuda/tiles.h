@@ -1,19 +1,20 @@
-// Tile maps: which rows each tile of a grouped GEMM takes, as functions of a thread's number, for the
+// Tile maps, the rows of each tile of a grouped GEMM, as functions of a thread's number, for the
 // device and for the host.
 //
 // A tile is at most `block` rows of one group of sorted rows. A group of c rows has ceil(c / block)
-// tiles, at most num_rows / block + groups of them together: so many are written, and those beyond
-// the last have no rows. moe_kernels/ops/triton_tile_maps.py makes the same maps in Triton.
+// tiles; all groups together have at most num_rows / block + groups. That many are written, and
+// tiles beyond the last real one have no rows. moe_kernels/ops/triton_tile_maps.py makes the same
+// maps in Triton.
 #pragma once
 
 #include "host_device.h"
 
 namespace moe_kernels::cuda {
 
-constexpr int kMaxMaps = 4;  // of one launch
+constexpr int kMaxMaps = 4;  // most maps of one launch
 
 // Runs of neighbouring segments: group g begins with segment g % period * stride + g / period +
-// offset and has `width` of them. Behind the last segment lie the rows that were not dispatched.
+// offset and has `width` of them. The rows that were not dispatched lie behind the last segment.
 struct Groups {
   int num, period, stride, offset, width;
 
@@ -35,7 +36,7 @@ struct TileMaps {
   TileMap maps[kMaxMaps];
 };
 
-// Where the segments begin: in global memory as 64 bits, in a block of dispatch as 32.
+// Offsets of the segments: 64-bit in global memory, 32-bit in a block of dispatch.
 template <typename Offset>
 struct Segments {
   const Offset* offsets;  // (num + 1)
@@ -55,7 +56,7 @@ inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t block) {
   return num_groups == 0 ? 0 : num_rows / block + num_groups;
 }
 
-// Tiles of each group, and those of them that write partial sums; both are then scanned.
+// Counts the tiles of each group, and its partial sums; both are then scanned.
 template <typename Offset>
 MOE_HOST_DEVICE void count_tiles(const Segments<Offset>& segments, const TileMap& map, int thread,
                                  int num_threads, int* tiles, int* partials) {
@@ -77,7 +78,7 @@ MOE_HOST_DEVICE void write_groups(const Segments<Offset>& segments, const TileMa
   }
 }
 
-// The last group whose first tile is not after `tile`: those in between have none.
+// Finds the last group whose first tile is not after `tile`; groups in between have no tiles.
 MOE_HOST_DEVICE int group_of_tile(const int* first_tiles, int num_groups, int tile) {
   int low = 0, high = num_groups;
   while (high - low > 1) {

@@ -1,10 +1,11 @@
-// Sums of outer products over rows, and the rows times a matrix: reads the wide operand once, by
-// asynchronous copies, several steps of rows ahead.
+// Wgrad: sums of outer products over rows, with du = rows times a matrix. The wide operand is read
+// once, by asynchronous copies several steps of rows ahead.
 //
-// A block takes 128 columns of `right` and up to 64 of `left` through one tile of rows; 256 and up
-// to 32 where it also multiplies `right` by its columns of `matrix`. Which rows a step has is written
-// down one step before its copies start; their entries of `perm` and `weights`, which are found by
-// these, are loaded two steps and one step before that, so that nobody waits for either.
+// A block handles 128 columns of `right` and up to 64 of `left` for one tile of rows; 256 and up to
+// 32 where it also multiplies `right` by its columns of `matrix`. The rows of a step are written to
+// shared memory one step before its copies start. Their entries of `perm` are loaded two steps
+// before that, and the `weights` that these point to one step before, so that no load is waited
+// for.
 #include "wgrad.h"
 
 #include <type_traits>
@@ -14,11 +15,11 @@
 namespace moe_kernels::cuda {
 namespace {
 
-constexpr int kStages = 3;          // steps of rows under way or in use
-constexpr int kMaxFinished = 1024;  // elements of a block of the second pass
+constexpr int kStages = 3;          // steps of rows being loaded or in use
+constexpr int kMaxFinished = 1024;  // elements per block of the second pass
 constexpr int kFinishThreads = 128;
 
-// What a block takes at once, of which dtypes. A warp has 32 columns of right.
+// Sizes and dtypes of a block's work. A warp has 32 columns of right.
 template <typename L, typename R, typename W, int kHeight_, int kWidth_>
 struct Shape {
   using Left = L;
@@ -28,21 +29,21 @@ struct Shape {
   static constexpr int kWidth = kWidth_;
   static constexpr int kThreads = kWidth;
   static constexpr int kRows = sizeof(R) == 2 ? 32 : 16;
-  // The four lanes of a fragment read rows 2 apart: these then lie in different banks.
+  // The four lanes of a fragment read rows 2 apart; with this stride they lie in different banks.
   static constexpr int kStride = kHeight + 16 / sizeof(L);
 };
 
-// One step's rows in shared memory.
+// The rows of one step in shared memory.
 template <typename S>
 struct alignas(16) Stage {
   typename S::Right right[S::kRows * S::kWidth];  // chunks of 16 bytes in another order in each row
   typename S::Left left[S::kRows * S::kStride];
 };
 
-// Eight rows of one chunk then lie in different banks.
+// Chunk of a row after swizzling: eight rows of one chunk then lie in different banks.
 __device__ inline int swizzled(int row, int chunk) { return chunk ^ (row & 7); }
 
-// Where a row of a step is read, and its factor; -1: beyond the end.
+// Position of a step's row in both operands, -1 beyond the end, and its factor.
 struct Row {
   int left;
   int right;
@@ -63,13 +64,13 @@ struct Block {
   Stage<S> stages[kStages];
   Row rows[kStages + 1][kRows];
 
-  // Of this thread's row of a step: its entry of perm, -1 beyond the end.
+  // Entry of perm for this thread's row of a step, -1 beyond the end.
   static __device__ int slot_of(const Wgrad& given, int step, int64_t first, int64_t end) {
     const int64_t place = first + static_cast<int64_t>(step) * kRows + threadIdx.x;
     return threadIdx.x < kRows && place < end ? static_cast<int>(given.perm[place]) : -1;
   }
 
-  // As it is in memory: to convert it would be to wait for it.
+  // Returned as stored: a conversion would wait for the load.
   static __device__ Weight weight_of(const Wgrad& given, int slot) {
     const auto* weights = static_cast<const Weight*>(given.weights);
     return slot < 0 || weights == nullptr ? from_float<Weight>(1.0f) : weights[slot];
@@ -129,7 +130,7 @@ __device__ float* place_of(float* out, const T& given, int h, int w) {
                                  : static_cast<int64_t>(h) * given.width + w);
 }
 
-// Sums of a warp: 32 columns of right by kHeight of left, as fragments of the tensor cores.
+// Sums of a warp: 32 columns of right by kHeight of left, as tensor-core fragments.
 template <typename S, typename R = typename S::Right>
 struct Sums {
   static constexpr int kTiles = S::kHeight / 8;
@@ -214,15 +215,15 @@ struct Sums<S, float> {
   }
 };
 
-// The rows of a step times the group's matrix. A warp has a fragment (16, 8) of the product, over a
-// slice of the block's columns; the slices are added a step later, when all of them are there.
+// du of one step: its rows times the group's matrix. A warp has a fragment (16, 8) of the result
+// for a slice of the block's columns; the slices are added a step later, when all are complete.
 template <typename S>
 struct DuOfStep {
   using R = typename S::Right;
   static constexpr int kRowTiles = S::kRows / 16;
   static constexpr int kFragments = kRowTiles * (S::kHeight / 8);
   static constexpr int kSlices = S::kThreads / 32 / kFragments;
-  static constexpr int kColumns = S::kWidth / kSlices;  // of a slice
+  static constexpr int kColumns = S::kWidth / kSlices;  // columns of a slice
   static_assert(kSlices * kFragments * 32 == S::kThreads);
   struct Shared {
     float slices[2][kSlices][S::kRows][S::kHeight];
@@ -233,7 +234,7 @@ struct DuOfStep {
   static __device__ int row_tile() { return threadIdx.x / 32 % kRowTiles * 16; }
   static __device__ int rank_tile() { return threadIdx.x / 32 % kFragments / kRowTiles * 8; }
 
-  // Of the (width, height) of the group, the block's columns from `width` on; M: its dtype.
+  // Loads the block's columns, from `width` on, of the group's (width, height); M: its dtype.
   template <typename M>
   __device__ void load(const Wgrad& given, int64_t group, int width) {
     const auto* of_group =
@@ -257,7 +258,7 @@ struct DuOfStep {
 
   __device__ void multiply_step(const R* right, int step, Shared& shared) {
     const int lane = threadIdx.x % 32, row = row_tile() + lane % 16;
-    float acc[2][4] = {};  // of every other k: half as long a chain of sums that wait for each other
+    float acc[2][4] = {};  // one for every other k: halves the chain of dependent sums
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       const int chunk = slice() * (kColumns / 8) + 2 * k + lane / 16;
@@ -272,7 +273,7 @@ struct DuOfStep {
     }
   }
 
-  // Of a step's rows, of which the tile has those from `first` to `end`; behind a barrier.
+  // Stores a step's rows, if they lie between the tile's `first` and `end`; after a barrier.
   static __device__ void store(const Wgrad& given, const Shared& shared, int step, int64_t first,
                                int64_t end) {
     for (int i = threadIdx.x; i < S::kRows * S::kHeight; i += S::kThreads) {
@@ -287,7 +288,7 @@ struct DuOfStep {
   }
 };
 
-// Without a matrix: nothing.
+// Stands in for DuOfStep where there is no matrix.
 template <typename S>
 struct NoDu {
   struct Shared {};
@@ -296,7 +297,7 @@ struct NoDu {
   static __device__ void store(const Wgrad&, const Shared&, int, int64_t, int64_t) {}
 };
 
-// Where a tile's sums go: a group of several tiles has a partial sum for each.
+// Destination of a tile's sums: a group of several tiles has a partial sum for each.
 __device__ float* sums_of(const Wgrad& given, const Tile& tile) {
   const int64_t low = given.groups[tile.group], high = given.groups[given.num_groups + tile.group];
   const int64_t size = static_cast<int64_t>(given.height) * given.width;
@@ -357,7 +358,7 @@ __global__ void __launch_bounds__(S::kThreads) wgrad_kernel(Wgrad given, Vectors
   }
 }
 
-// A share of the sums of a group of several tiles, in the order of the tiles; zeros for one of none.
+// Adds a share of the partial sums of a group, in the order of the tiles; zeros without tiles.
 __device__ void finish_sums(const Wgrad& given, int64_t group, int64_t share) {
   const int64_t rows = given.groups[given.num_groups + group] - given.groups[group];
   if (rows > 0 && rows <= given.chunk) return;
@@ -373,7 +374,7 @@ __device__ void finish_sums(const Wgrad& given, int64_t group, int64_t share) {
   }
 }
 
-// A share of the products of a tile's rows: the parts, in order.
+// Adds the parts of a share of du of a tile's rows, in order.
 __device__ void finish_du(const Wgrad& given, const Tile& tile, int64_t share) {
   const int64_t first = tile.first * given.height + share * kMaxFinished;
   const int64_t rest = tile.end * given.height, all = given.num_rows * given.height;
@@ -387,7 +388,7 @@ __device__ void finish_du(const Wgrad& given, const Tile& tile, int64_t share) {
   }
 }
 
-// Blocks of each group's sums, and then of each tile's products.
+// First come the blocks of each group's sums, then those of each tile's du.
 __global__ void __launch_bounds__(kFinishThreads)
     finish_wgrad_kernel(Wgrad given, int of_group, int of_tile) {
   const int of_sums = given.num_groups * of_group, block = blockIdx.x;
@@ -441,7 +442,7 @@ cudaError_t launch_with_matrix(const Wgrad& given, cudaStream_t stream) {
              : launch_tiles<Shape<R, R, W, 16, kColumnsOfPart>, M>(given, stream);
 }
 
-// What is float32, or else of right's dtype.
+// Whether an operand is float32; otherwise it has right's dtype.
 struct Floats {
   bool left;
   bool matrix;

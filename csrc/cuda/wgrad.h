@@ -1,5 +1,5 @@
-// Launches of the sums of outer products over each group's rows, which are the gradients of low-rank
-// matrices, with du beside dB; no torch header, so that nvcc checks it alone.
+// Launch of wgrad: sums of outer products over each group's rows, which are gradients of low-rank
+// and added weights, with du beside dB; no torch header, so that nvcc checks it alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 
 namespace moe_kernels::cuda {
 
-// Parts of `du` of which each is the sum over its own columns of right.
+// Number of parts of `du`, each the sum over its own columns of right.
 MOE_HOST_DEVICE int wgrad_parts(int width) { return (width + kColumnsOfPart - 1) / kColumnsOfPart; }
 
 struct Wgrad {
@@ -40,11 +40,11 @@ struct Wgrad {
   bool right_by_token;
 };
 
-// out[g] = sum over the group's rows, in order, of (factor * weight * left)^T right; zeros for a
-// group without rows. A group of several tiles is summed by tiles, and these in order.
+// Computes out[g] = sum over the group's rows, in order, of (factor * weight * left)^T right; zeros
+// for a group without rows. The rows of each tile are summed first, then the tiles, in order.
 //
-// With a matrix also du = right matrix[g] on the rows of the groups alone, with the same
-// reading of `right`; height is at most kMaxRankWithDu then, and right of two bytes.
+// With a matrix it also computes du = right matrix[g] on the rows of the groups alone, reading
+// `right` once for both. Then height is at most kMaxRankWithDu, and right has two-byte elements.
 //
 // `left` (without a matrix), `weights` and `matrix` are float32 or of right's dtype; factor *
 // weight * left and the matrix are rounded to that. Any sizes and alignments; 16-byte rows (and

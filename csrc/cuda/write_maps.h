@@ -1,5 +1,5 @@
-// Tile maps as blocks write them: those of a launch of their own (tile_maps.cu), or of dispatch's
-// second (dispatch.cu); for .cu files.
+// Writes tile maps by blocks, in a separate launch (tile_maps.cu) or in dispatch's second launch
+// (dispatch.cu); for .cu files.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace moe_kernels::cuda {
 
 constexpr int kThreadsOfMaps = 256;
 
-// Blocks for each map: each scans all groups, and writes a share of the tiles.
+// Blocks for each map. Each block scans all groups and writes a share of the tiles.
 inline int blocks_of_map(const TileMaps& given) {
   constexpr int kTilesOfBlock = 4 * kThreadsOfMaps, kMaxBlocks = 16;
   int tiles = 1;
@@ -19,7 +19,7 @@ inline int blocks_of_map(const TileMaps& given) {
   return std::min(kMaxBlocks, ceil_div(tiles, kTilesOfBlock));
 }
 
-// Shared memory that a block scans in, for a map of so many groups.
+// Ints of shared memory in which a block scans a map of so many groups.
 constexpr int ints_of_map(int groups) { return 2 * groups + kThreadsOfMaps / 32; }
 
 inline int ints_of_maps(const TileMaps& given) {
@@ -28,8 +28,8 @@ inline int ints_of_maps(const TileMaps& given) {
   return ints_of_map(groups);
 }
 
-// All threads of the block call it, which is number `block` of `num_blocks` for this map. It begins
-// without a barrier: the offsets are to be there.
+// All threads of block number `block` of `num_blocks` for this map call it. It begins without a
+// barrier, so the offsets must have been written before.
 template <typename Offset>
 __device__ void write_map(const Segments<Offset>& segments, const TileMap& map, int block,
                           int num_blocks, int* tiles) {

@@ -85,10 +85,22 @@ def expert_range(topk_ids: Tensor, num_experts: int) -> None:
         raise ValueError(f"topk_ids must be in 0..{num_experts - 1}, got {low}..{high}")
 
 
-def reads_values(device: torch.device, backend: str) -> bool:
-    """Return whether an op checks the values of ids itself.
+def id_ranges(
+    topk_ids: Tensor | None,
+    num_experts: int,
+    modality_ids: Tensor | None,
+    num_modalities: int,
+    backend: str,
+) -> None:
+    """Raise ValueError unless all ids are in range; None is not checked.
 
-    Not on CUDA, where reading them makes the host wait, unless ``MOE_KERNELS_CHECK=1``; nor for the
-    backend "cpu", whose native ops check the ids that they sort.
+    Values are not read on CUDA, where that makes the host wait, unless ``MOE_KERNELS_CHECK=1``. The
+    backend "cpu" checks modality ids itself as it sorts.
     """
-    return backend != "cpu" and (device.type == "cpu" or env.check_values())
+    device = (modality_ids if topk_ids is None else topk_ids).device
+    if device.type != "cpu" and not env.check_values():
+        return
+    if topk_ids is not None:
+        expert_range(topk_ids, num_experts)
+    if modality_ids is not None and backend != "cpu":
+        modality_range(modality_ids, num_modalities)

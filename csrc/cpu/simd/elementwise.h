@@ -1,4 +1,4 @@
-// What runs between the products, a row at a time.
+// Elementwise work between the products, a row at a time.
 
 // dst[i] += scale[i] * row i of c, for m rows of n elements.
 template <typename acc_t>
@@ -57,7 +57,7 @@ void swiglu(const acc_type<scalar_t>* gate, const acc_type<scalar_t>* up, scalar
   });
 }
 
-// Adds by halves: a fixed order.
+// Adds by halves, in a fixed order.
 template <typename acc_t>
 inline acc_t sum_lanes(Vector<acc_t> x) {
   acc_t lanes[VectorOf<acc_t>::size];

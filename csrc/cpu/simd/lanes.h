@@ -1,4 +1,4 @@
-// Vectors, and how each stored type goes in and out of them.
+// Vectors, and the conversion of each stored type to and from them.
 
 template <typename T>
 struct VectorOf {
@@ -20,7 +20,8 @@ inline void store_vector(void* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-// Asks the second-level cache for what lies `elements` further, which may be beyond the array.
+// Prefetches what lies `elements` further, which may be beyond the array, into the second-level
+// cache.
 template <typename T>
 inline void prefetch(const T* p, int64_t elements) {
   const auto address = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(elements) * sizeof(T);
@@ -114,7 +115,7 @@ struct Lanes<c10::Half> {
 #endif
 };
 
-// x as it is after being stored and read again.
+// Returns x as it is after being stored and read again.
 template <typename scalar_t>
 inline Vector<acc_type<scalar_t>> rounded(Vector<acc_type<scalar_t>> x) {
   if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {

@@ -4,7 +4,7 @@
 // Even, for the pairs of bf16.
 constexpr int64_t kChain = 256;
 
-// Operand A as the products read it: one pointer per row, or k-major.
+// Operand A in the form that the products read: one pointer per row, or k-major.
 template <typename acc_t>
 struct RowsOperand {
   const acc_t* const* rows;
@@ -248,9 +248,9 @@ struct Dot<c10::BFloat16> {
 #endif
 
 constexpr int kDotColumns = 4;
-constexpr int64_t kDotAhead = 16;  // rows of W that are asked for before they are read
+constexpr int64_t kDotAhead = 16;  // rows of W that are prefetched before they are read
 constexpr int64_t kDotStreamedBytes = 16 * 1024;  // half of a usual first-level cache
-constexpr int kDotRows = MOE_LEVEL >= 2 ? 4 : 2;  // as many as leave the sums in registers
+constexpr int kDotRows = MOE_LEVEL >= 2 ? 4 : 2;  // the most that keep the sums in registers
 
 // The sums over the lanes of four vectors.
 template <typename acc_t>
@@ -336,7 +336,7 @@ void tile_direct(int m, int64_t K, const scalar_t* const* rows, const scalar_t* 
     const scalar_t* columns[kDotColumns];
     for (int64_t i = 0; i < kDotColumns; ++i) columns[i] = w + (j + i < n ? j + i : n - 1) * ld;
     const int64_t later = j + kDotAhead;
-    const scalar_t* ahead = columns[0];  // nothing follows: these are there already
+    const scalar_t* ahead = columns[0];  // nothing follows: these are in the cache already
     if (later < n) ahead = w + later * ld;
     if (later >= n && next) ahead = next + (later - n) * ld;
     for (int i = 0; i < m; i += kDotRows) {

@@ -1,5 +1,5 @@
-// Operand B into panels. What is read next is asked for early, into the second-level cache: rows lie
-// too far apart for the hardware to see that they are read in step, and share sets of the first one.
+// Packs operand B into panels. The data needed next are prefetched into the second-level cache:
+// rows are too far apart for the hardware's prefetcher, and share sets of the first-level cache.
 
 // Exchanges the elements of a whose index has bit S with those of b whose index has not.
 #ifdef __clang__
@@ -141,7 +141,7 @@ void pack_transposed_bf16(const c10::BFloat16* w, int64_t ld, int64_t n, int64_t
 }
 
 // One row of pairs of a panel of `width` columns: even[j] in the low half, odd[j] in the high one.
-// A row that is not there is null.
+// A missing row is null.
 inline void pack_pair(const c10::BFloat16* even, const c10::BFloat16* odd, int64_t n,
                       int64_t width, uint32_t* dst) {
   constexpr int L = VectorOf<uint32_t>::size;

@@ -17,10 +17,7 @@ def dispatch_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moe_kernels.ops.dispatch`."""
-    if checks.reads_values(topk_ids.device, backend):
-        checks.expert_range(topk_ids, num_experts)
-        if modality_ids is not None:
-            checks.modality_range(modality_ids, num_modalities)
+    checks.id_ranges(topk_ids, num_experts, modality_ids, num_modalities, backend)
     with on_device(topk_ids.device):
         return backends.implementation("dispatch", backend).dispatch(
             topk_ids.contiguous(),

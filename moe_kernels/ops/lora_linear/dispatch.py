@@ -69,8 +69,7 @@ def _linear_dispatch(
     modality_ids: Tensor, num_modalities: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of :class:`LinearDispatch`."""
-    if checks.reads_values(modality_ids.device, backend):
-        checks.modality_range(modality_ids, num_modalities)
+    checks.id_ranges(None, 0, modality_ids, num_modalities, backend)
     with on_device(modality_ids.device):
         return tuple(
             backends.implementation("lora_linear", backend).dispatch(

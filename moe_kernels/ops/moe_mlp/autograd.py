@@ -37,10 +37,7 @@ def _moe_mlp(
     """Return out (T, H) and the fields of ``Saved``. Only the backward uses ``frozen_extra``."""
     weights = select(ExpertWeights, locals())
     check_frozen_extra(frozen_extra, weights.num_extra)
-    if checks.reads_values(topk_ids.device, backend):
-        checks.expert_range(topk_ids, weights.num_experts)
-        if modality_ids is not None:
-            checks.modality_range(modality_ids, weights.num_modalities)
+    checks.id_ranges(topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         out, saved = backends.implementation("moe_mlp", backend).forward(
             hidden_states.contiguous(),
