@@ -135,7 +135,7 @@ class Sweep:
         return loss if math.isfinite(loss) else math.inf
 
     def tuning(self, tuned: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """As the JSON holds it: losses, the rates they chose, and figures of these runs."""
+        """Return the JSON's entry on tuning: losses, the chosen rates, and figures of the runs."""
         rates = {trains: float(min(losses, key=losses.get)) for trains, losses in tuned.items()}
         found = {"seed": TUNING_SEED, "choice_nll": tuned, "learning_rate": rates}
         if self.study.record_tuning is None:
@@ -159,7 +159,7 @@ class Sweep:
         return self.stages.run("cost", inputs, lambda _: cost(self.setup(TUNING_SEED))).result
 
     def everything(self, seeds: Sequence[int], names: Sequence[str], cost: bool) -> Results:
-        """As the JSON holds it."""
+        """Return the results in the form that the JSON stores."""
         study = self.study
         tuning = self.tuning(self.tune(names))
         runs: dict[str, Any] = {

@@ -75,7 +75,7 @@ def change_since_start(data: Results, name: str, _: str) -> str:
 
 
 def trade_line(data: Results) -> str:
-    """What learns more and forgets less than experts as published do where these learn most."""
+    """List what learns more and forgets less than experts as published, where these learn most."""
     lines = []
     for ours, points in tried_rates(data).items():
         task, kind = ours.split(": ", 1)
