@@ -86,7 +86,7 @@ class Study:
 
 
 class Sweep:
-    """Computes the missing runs of a study, in stages."""
+    """Runs of a study, of which the missing ones are computed, in stages."""
 
     def __init__(self, study: Study, budget: Any, out: Path):
         self.study, self.budget, self.stages = study, budget, Stages(out / "stages")
@@ -127,7 +127,7 @@ class Sweep:
         return tuned
 
     def choice_loss(self, name: str, run: Any, lr: float) -> float:
-        """Infinite where a learning rate is too high to train at all."""
+        """Return the loss at a learning rate; infinite where it is too high to train at all."""
         try:
             loss = self.result(name, run, TUNING_SEED, lr)["choice_nll"]
         except FloatingPointError:
@@ -135,7 +135,7 @@ class Sweep:
         return loss if math.isfinite(loss) else math.inf
 
     def tuning(self, tuned: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Return the JSON's entry on tuning: losses, the chosen rates, and figures of the runs."""
+        """Return what the JSON holds of tuning: losses, the rates they chose, and figures."""
         rates = {trains: float(min(losses, key=losses.get)) for trains, losses in tuned.items()}
         found = {"seed": TUNING_SEED, "choice_nll": tuned, "learning_rate": rates}
         if self.study.record_tuning is None:
@@ -153,13 +153,13 @@ class Sweep:
         }
 
     def cost(self) -> dict[str, Any]:
-        """Measured on the tuning seed's base, and meaningful on an otherwise idle machine only."""
+        """Measure a step on the tuning seed's base; only an idle machine gives true figures."""
         inputs = {"budget": dataclasses.asdict(self.budget)}
         cost = self.study.cost
         return self.stages.run("cost", inputs, lambda _: cost(self.setup(TUNING_SEED))).result
 
     def everything(self, seeds: Sequence[int], names: Sequence[str], cost: bool) -> Results:
-        """Return the results in the form that the JSON stores."""
+        """Run what is missing and return the results as the JSON holds them."""
         study = self.study
         tuning = self.tuning(self.tune(names))
         runs: dict[str, Any] = {

@@ -75,12 +75,12 @@ class Run:
 
     @property
     def whole_sequences(self) -> bool:
-        """Do all tokens of a sequence have the modality? Without a gate it is only a name."""
+        """True if all tokens of a sequence have the modality, which without a gate is a name."""
         return self.task == "code" or self.gate != "modality"
 
     @property
     def changes_text(self) -> bool:
-        """Does training reach text without ids?"""
+        """True if training reaches text without ids."""
         if self.method == "extension":
             return self.gate == "none"
         return self.method in ("full", "all_tokens")

@@ -129,7 +129,7 @@ def top_half(scores: LayerScores) -> set[int]:
 
 
 def agreement_row(data: Results, scored: str) -> str:
-    """Are a seed's scores the same by other questions, and do seeds agree?"""
+    """Agreement of a seed's two scores, by different questions, and of different seeds."""
     scores, again = (figures.layer_scores(data, scored, n) for n in ("scores", "scores_again"))
     twice = list(zip(scores, again, strict=True))
     pairs = [rank_correlation(a, b) for a, b in combinations(scores, 2)]

@@ -20,7 +20,7 @@ from studies.report import (
 
 
 def is_masked(settings: dict[str, Any]) -> bool:
-    """Is text without ids out of reach for what trained?"""
+    """Return whether training cannot reach text without ids."""
     if settings["method"] == "extension":
         return settings["gate"] != "none"
     return settings["method"] in ("lora", "projector")

@@ -39,7 +39,7 @@ SOURCE = {
 
 
 def is_masked(settings: dict[str, Any]) -> bool:
-    """Does training leave text alone?"""
+    """Return whether a run trains on image tokens alone."""
     return settings["method"] not in ("all_tokens", "full")
 
 
