@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from support.model_zoo import (
+    FAMILIES,
     VOCAB,
     assert_same_snapshot,
     make_model,
@@ -24,7 +25,7 @@ from moe_kernels.models import peft_format
 from moe_kernels.models.parts import find_experts
 from moe_kernels.testing import assert_close, make_routing, relative_rms
 
-FAMILY = pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "qwen2_moe"])
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 R, ALPHA = 3, 4.5
@@ -63,9 +64,7 @@ def pair(request, tmp_path):
     return peft, patched
 
 
-BOTH = pytest.mark.parametrize(
-    "pair", ["mixtral", "olmoe", "qwen3_moe", "qwen2_moe"], indirect=True
-)
+BOTH = pytest.mark.parametrize("pair", FAMILIES, indirect=True)
 
 
 def in_peft_layout(patched, tensor_of):
