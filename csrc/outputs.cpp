@@ -194,7 +194,8 @@ std::vector<at::Tensor> tile_maps(const at::Tensor& segment_offsets, int64_t num
   TORCH_CHECK(num_segments >= 0 && num_segments < kMaxInt && num_rows >= 0 && num_rows < kMaxInt,
               "segment_offsets must have an entry, and there must be fewer than 2^31 rows");
   TORCH_CHECK(blocks.size() <= cuda::kMaxMaps && groups.size() == 5 * blocks.size(),
-              "there must be at most ", cuda::kMaxMaps, " maps, and five numbers in groups for each");
+              "there must be at most ", cuda::kMaxMaps,
+              " maps, and five numbers in groups for each");
   std::vector<at::Tensor> made;
   for (size_t map = 0; map < blocks.size(); ++map) {
     check_groups(groups, map, num_segments);

@@ -238,7 +238,8 @@ struct DuOfStep {
   template <typename M>
   __device__ void load(const Wgrad& given, int64_t group, int width) {
     const auto* of_group =
-        static_cast<const M*>(given.matrix) + group * given.width * static_cast<int64_t>(given.height);
+        static_cast<const M*>(given.matrix) +
+        group * given.width * static_cast<int64_t>(given.height);
     const int n = rank_tile() + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
