@@ -1,8 +1,8 @@
-"""Measures what the package promises about speed and memory, and says which targets are met.
+"""Measure speed and memory against their targets, on a CPU or a GPU.
 
     python benchmarks/run.py --device cpu                      # what `make bench` runs
     python benchmarks/run.py --device cpu --only decode        # a part, into out/bench/
-    python benchmarks/run.py --device cuda --backend cuda      # on a GPU, under 9 minutes
+    python benchmarks/run.py --device cuda                     # on a GPU, under 9 minutes
     TRITON_INTERPRET=1 python benchmarks/run.py --device cuda --trial    # without one
 
 A run on a GPU first checks the backend. An error is recorded, and the rest still runs. The file of
@@ -15,6 +15,7 @@ See benchmarks/README.md for the sections, and benchmarks/targets.py for the tar
 import argparse
 import gc
 import os
+import re
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ from lib.tables import added_steps_table, providers_table, steps_table
 from lib.target_tables import targets_table
 from targets import judge
 
+from moe_kernels import backends
 from moe_kernels.testing import SHAPES
 
 SECTIONS = {"cpu": sections_cpu.SECTIONS, "cuda": sections_gpu.SECTIONS}
@@ -49,7 +51,7 @@ _OF_CPU, _OF_GPU = ("shapes", "models"), ("backend",)  # options of one device a
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         __doc__, dtypes=False, rounds=None, max_seconds=None,
-        output="benchmarks/results/cpu.json or gpu-<backend>.json; out/bench/ for a part",
+        output="benchmarks/results/cpu.json or gpu-<card>.json; out/bench/ for a part",
     )  # fmt: skip
     add_rotation(parser)
     parser.set_defaults(rotate_mb=None)
@@ -60,11 +62,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     is_part = _is_part(args)
     _set_defaults(args)
     if not args.output:
-        name = args.plan if args.plan == "cpu" else f"gpu-{args.backend}"
+        name = "cpu" if args.plan == "cpu" else _name_of_gpu_run(args.backend)
         kind = "-trial" if args.trial else "-part" if is_part else ""
         folder = Path("out/bench") if kind else result_files.RESULTS
         args.output = folder / f"{name}{kind}.json"
     return args
+
+
+def _name_of_gpu_run(backend: str) -> str:
+    """Return "gpu-h100" for the default backend on an H100, or "gpu-h100-triton" for another."""
+    if not torch.cuda.is_available():
+        return f"gpu-{backend}"
+    device = torch.cuda.get_device_name()
+    model = re.search(r"\b[A-Z]+\d+\w*", device)
+    name = "gpu-" + (model[0] if model else device.replace(" ", "-")).lower()
+    return name if backend == _default_gpu_backend() else f"{name}-{backend}"
+
+
+def _default_gpu_backend() -> str:
+    """Return the backend that the ops choose on this GPU; without one, that of the interpreter."""
+    if not torch.cuda.is_available():
+        return "triton"
+    return backends.select(None, torch.device("cuda"), torch.bfloat16)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +100,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, help="on a CPU (default: demo olmoe)"
     )
-    parser.add_argument("--backend", choices=("triton", "cuda"), help="on a GPU (default: triton)")
+    parser.add_argument(
+        "--backend", choices=("triton", "cuda"), help="on a GPU (default: that of the ops)"
+    )
 
 
 def _refusal(args: argparse.Namespace) -> str | None:
@@ -116,7 +137,7 @@ def _set_defaults(args: argparse.Namespace) -> None:
         args.shapes = args.shapes or (["small"] if args.trial else ["one_layer", "olmoe"])
         args.models = args.models or (["tiny"] if args.trial else ["demo", "olmoe"])
     else:
-        args.backend = args.backend or "triton"
+        args.backend = args.backend or _default_gpu_backend()
         args.dtype = "float32" if args.trial else "bfloat16"
         args.layers = sections_gpu.TRIAL_LAYERS if args.trial else sections_gpu.LAYERS
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,7 +28,7 @@ _LAYOUT = {
 }
 
 
-def unsupported(experts: nn.Module) -> list[str]:
+def expert_problems(experts: nn.Module) -> list[str]:
     """List the properties of an experts module that the kernels do not support."""
     reasons = []
     for attribute, (supported, meaning) in _LAYOUT.items():

@@ -209,7 +209,7 @@ def _check_kind(model: nn.Module, name: str) -> None:
         raise TypeError(f"patch_model needs a transformers model, got {name}")
     if is_patched(model):
         raise ValueError(f"this {name} is already patched: unpatch() it first")
-    if reason := quantisation.unsupported(model):
+    if reason := quantisation.quantisation_problem(model):
         raise ValueError(f"{name} {reason}")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not supported: it has no language-model head")
@@ -239,7 +239,7 @@ def _layer_problems(parts: LayerParts, targets: tuple[str, ...], find: RoutingFi
         return ["no self_attn"]
     reasons = []
     if parts.experts is not None:
-        reasons += experts.unsupported(parts.experts)
+        reasons += experts.expert_problems(parts.experts)
         if "router" in targets and (problem := routers.problem(parts, find)):
             reasons.append(f'{problem} (leave "router" out of target_modules)')
     if "attention" in targets:

@@ -14,7 +14,7 @@ _MODEL_FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
 _CONFIG_FLAGS = ("quantization_config", "_is_quantized")
 
 
-def unsupported(model: PreTrainedModel) -> str | None:
+def quantisation_problem(model: PreTrainedModel) -> str | None:
     """Return why a model counts as quantised, with the method's name, or None."""
     method = getattr(model, "quantization_method", None)
     if not getattr(model, "is_quantized", False) and method is None:

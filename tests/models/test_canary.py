@@ -11,7 +11,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_kernels.models.experts import unsupported
+from moe_kernels.models.experts import expert_problems
 from moe_kernels.models.parts import find_experts
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +43,7 @@ def test_attributes_of_the_experts(model):
     for name in ("has_post_expert_norm", "_is_expert_parallel"):  # the oldest versions lack them
         assert getattr(experts, name, False) is False
     assert type(experts)._apply_gate is moe._default_apply_gate
-    assert unsupported(experts) == []
+    assert expert_problems(experts) == []
 
 
 @FAMILY

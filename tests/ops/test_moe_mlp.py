@@ -1,5 +1,7 @@
 """``moe_mlp``: the reference's gradients, backends against it, hard cases, bad input."""
 
+import itertools
+
 import pytest
 import torch
 from support.moe_mlp import VARIANTS, call, check_frozen_extra, run
@@ -14,7 +16,36 @@ NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
 )
 
-# Mixed modalities with padding, an empty expert, the same expert twice, added experts.
+
+def definition(inputs):
+    """Return what ``moe_mlp`` means, one token and one of its experts at a time."""
+    x, ids, weights, gate_up, down, modality, gate_up_lora, down_lora, *extra = inputs
+    stacks = [gate_up, down]
+    if extra[0] is not None:
+        stacks = [torch.cat(pair) for pair in zip(stacks, extra, strict=True)]
+
+    def project(row, stack, lora, expert, m):
+        out = stacks[stack][expert] @ row
+        if lora is None or m < 1 or expert >= gate_up.shape[0]:  # added experts have no adapters
+            return out
+        lora_A = lora.lora_A[m - 1].expand(gate_up.shape[0], -1, -1)[expert]
+        return out + lora.scaling[m - 1] * lora.lora_B[m - 1, expert] @ (lora_A @ row)
+
+    out = torch.zeros_like(x)
+    for t, k in itertools.product(*map(range, ids.shape)):
+        m = 0 if modality is None else int(modality[t])
+        if m < 0:  # padding
+            continue
+        gate, up = project(x[t], 0, gate_up_lora, ids[t, k], m).chunk(2)
+        act = torch.nn.functional.silu(gate) * up
+        out[t] += weights[t, k] * project(act, 1, down_lora, ids[t, k], m)
+    return out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_is_the_definition(variant):
+    inputs = make_moe_inputs(SHAPES["tiny"], seed=5, **VARIANTS[variant])
+    testing.assert_close(call(inputs, "reference"), definition(inputs))
 
 
 # These are checked with the full numerical Jacobian, the others with a random projection of it.

@@ -4,6 +4,7 @@ import torch
 
 from moe_kernels import ops
 
+# Mixed modalities with padding, an empty expert, the same expert twice, added experts.
 VARIANTS = {
     "one_modality": {},
     "two_modalities": {"num_modalities": 2},

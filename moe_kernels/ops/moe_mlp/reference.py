@@ -3,7 +3,8 @@
 The unit of work is a block of BLOCK_M sorted rows of one expert. The base GEMMs are zero-padded to
 exactly BLOCK_M rows, because a GEMM whose row count is a routed count changes the bits of a row
 when other rows are routed elsewhere. Low-rank terms touch only the rows of their modality. Blocks
-run in a fixed order, and sums are accumulated in float32 (float64 for float64).
+run in a fixed order, and sums are accumulated in float32 (float64 for float64). The same without
+blocks, one token at a time, is ``definition`` in tests/ops/test_moe_mlp.py.
 """
 
 from collections.abc import Iterator
