@@ -125,5 +125,14 @@ def implementation(op: str, backend: str) -> ModuleType:
     """Import the module of an op of ``moe_kernels.ops`` for a backend.
 
     It is imported when first needed, since importing Triton is slow.
+
+    Raises:
+        NotImplementedError: the backend does not have the op.
     """
-    return import_module(f"moe_kernels.ops.{op}.{_MODULES[backend]}")
+    name = f"moe_kernels.ops.{op}.{_MODULES[backend]}"
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # something that the backend itself imports
+            raise
+        raise NotImplementedError(f"backend {backend!r} does not have the op {op!r}") from error

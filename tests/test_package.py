@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import moe_kernels
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +55,11 @@ def test_the_old_name_of_moextend_warns_and_is_the_same():
         "assert extension.ExpertExtender is moextend.ExpertExtender\n"
         "assert extension.__all__ == moextend.__all__"
     )
+
+
+def test_a_backend_without_an_op_says_so():
+    with pytest.raises(NotImplementedError, match="backend 'cpu' does not have the op 'scale'"):
+        moe_kernels.backends.implementation("scale", "cpu")
 
 
 def test_info_page():
