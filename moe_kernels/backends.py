@@ -133,6 +133,6 @@ def implementation(op: str, backend: str) -> ModuleType:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:  # something that the backend itself imports
+        if error.name not in (name, name.rpartition(".")[0]):  # an import of the backend's own
             raise
         raise NotImplementedError(f"backend {backend!r} does not have the op {op!r}") from error
