@@ -11,15 +11,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
 from scipy import stats
 from shared import markers
 
+SETUP = "setup"
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 Results = dict[str, Any]
-Get = Callable[[Results], float]
+Get = Callable[[Results], Any] | str  # a function of a result, or its keys, joined by dots
 Column = Callable[[Results, str, str], str]  # results, name of a run and of its baseline -> a cell
 Block = Callable[..., "str | Verdict"]  # results, arguments -> text
 
@@ -33,6 +36,8 @@ class NotMeasured(LookupError):
 
 @dataclass(frozen=True)
 class Verdict:
+    """Outcome of a claim, what it rests on, and its p where a test was made."""
+
     outcome: str
     evidence: str
     p: float | None = None
@@ -78,11 +83,11 @@ def claim_of(page: str, name: str) -> str:
 
 
 def _value(data: Results, path: str) -> str:
-    value: Any = data
-    for key in path.split("."):
-        if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"unknown marker study:{path}: neither a block nor in the results")
-        value = value[key]
+    try:
+        value = figure(data, path)
+    except (KeyError, TypeError) as error:
+        problem = f"unknown marker study:{path}: neither a block nor in the results"
+        raise ValueError(problem) from error
     if isinstance(value, int) and value >= 10_000:
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -91,34 +96,33 @@ def _value(data: Results, path: str) -> str:
 # --- figures
 
 
-def by_seed(found: Mapping[str, Results]) -> dict[str, Results]:
+def seeds_of(data: Results, name: str) -> dict[str, Results]:
+    """Results of a run, or of the SETUP of all runs, by seed, in the order of the seeds."""
+    if name not in (SETUP, *data["runs"]):
+        raise NotMeasured(f"run {name}")
+    found = data["setups"] if name == SETUP else data["runs"][name]["seeds"]
     return {seed: found[seed] for seed in sorted(found, key=int)}
 
 
-def seeds_of(data: Results, name: str) -> dict[str, Results]:
-    """Results of a run by seed, in the order of the seeds."""
-    if name not in data["runs"]:
-        raise NotMeasured(f"run {name}")
-    return by_seed(data["runs"][name]["seeds"])
+def results_of(data: Results, chosen: Callable[[dict[str, Any]], bool]) -> list[Results]:
+    """Results of all runs whose settings are chosen."""
+    runs = [run for run in data["runs"].values() if chosen(run["settings"])]
+    return [result for run in runs for result in run["seeds"].values()]
 
 
-def at(*keys: str, scale: float = 1) -> Get:
-    """Return a function that takes a figure out of a result, by its keys."""
+def figure(result: Results, get: Get) -> Any:
+    """Take a figure out of a result.
 
-    def get(result: Any) -> float:
-        for key in keys:
-            result = result[key]
-        return scale * result
-
-    return get
+    Raises:
+        KeyError: the result lacks one of the keys.
+    """
+    return get(result) if callable(get) else reduce(getitem, get.split("."), result)
 
 
 def values(data: Results, name: str, get: Get) -> np.ndarray:
     """One number for each seed, in the order of the seeds."""
-    return np.array([get(result) for result in seeds_of(data, name).values()], dtype=float)
-
-
-test_nll = at("test_nll")
+    found = seeds_of(data, name).values()
+    return np.array([figure(result, get) for result in found], dtype=float)
 
 
 def forgotten(result: Results) -> float:
@@ -126,10 +130,11 @@ def forgotten(result: Results) -> float:
     return result["text"]["nll_after_training"] - result["text"]["nll_before_training"]
 
 
-def paired(data: Results, name: str, baseline: str, get: Get = test_nll) -> np.ndarray:
+def paired(data: Results, name: str, baseline: str, get: Get = "test_nll") -> np.ndarray:
     """Differences to the baseline's figure, on the seeds that both runs have."""
     ours, theirs = seeds_of(data, name), seeds_of(data, baseline)
-    return np.array([get(ours[seed]) - get(theirs[seed]) for seed in ours if seed in theirs])
+    both = [seed for seed in ours if seed in theirs]
+    return np.array([figure(ours[seed], get) - figure(theirs[seed], get) for seed in both])
 
 
 def parameters(data: Results, name: str) -> int:
@@ -148,15 +153,9 @@ def interval(numbers: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def p_value(numbers: np.ndarray) -> float:
-    """Two-sided p of a mean of zero by Student's t; 1 with one number."""
-    if len(numbers) < 2 or not numbers.any():
-        return 1.0
-    return float(stats.ttest_1samp(numbers, 0.0).pvalue)
-
-
-def outcome(low: float, high: float) -> str:
-    """Outcome of the claim that something lies below zero, by its interval."""
+def outcome(differences: np.ndarray) -> str:
+    """Outcome of the claim that differences have a mean below zero, by its interval."""
+    _, low, high = interval(differences)
     return HOLDS if high < 0 else FAILS if low > 0 else UNDECIDED
 
 
@@ -177,32 +176,34 @@ def mean_and_interval(numbers: np.ndarray, digits: int = 3) -> str:
     return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
-def difference(data: Results, name: str, baseline: str, get: Get = test_nll) -> str:
-    """Mean difference to the baseline's figure, seed by seed; empty for the baseline itself."""
-    return "" if name == baseline else mean_and_interval(paired(data, name, baseline, get))
-
-
 # --- verdicts
 
 
-def judge(measure: str, differences: np.ndarray, *, above: bool = False) -> Verdict:
-    """Judge the claim that differences, one a seed, have a mean below zero, or ``above`` it."""
-    _, low, high = interval(differences)
-    evidence = f"{measure}: {mean_and_interval(differences)}"
-    if len(differences) < 2:
-        return Verdict(UNDECIDED, evidence)
-    found = outcome(-high, -low) if above else outcome(low, high)
-    return Verdict(found, evidence, p_value(differences))
+def verdict_on(
+    measure: str, differences: Callable[..., np.ndarray], *, above: bool = False
+) -> Callable[..., Verdict]:
+    """Block on the claim that differences, one a seed, have a mean below zero, or ``above`` it.
+
+    Its p is two-sided, by Student's t; with one seed there is none.
+    """
+
+    def judge(data: Results, *names: str) -> Verdict:
+        numbers = differences(data, *names)
+        evidence = f"{measure}: {mean_and_interval(numbers)}"
+        if len(numbers) < 2:
+            return Verdict(UNDECIDED, evidence)
+        p = float(stats.ttest_1samp(numbers, 0.0).pvalue) if numbers.any() else 1.0
+        return Verdict(outcome(-numbers if above else numbers), evidence, p)
+
+    return judge
 
 
-def lower(data: Results, name: str, baseline: str) -> Verdict:
-    """Judge the claim that a run has a lower test loss than its baseline."""
-    return judge("test loss", paired(data, name, baseline))
+lower = verdict_on("test loss", paired)
 
 
-def forgets(data: Results, name: str) -> Verdict:
-    """Judge the claim that training a run raises the text loss."""
-    return judge("change of text loss", values(data, name, forgotten), above=True)
+def unchanged(tested: str, changed: int) -> Verdict:
+    """Judge the claim that none of the logits that were ``tested`` changed."""
+    return Verdict(FAILS if changed else HOLDS, f"{tested}; {changed:,} logits changed")
 
 
 def joint(claims: Mapping[str, Verdict]) -> str:
@@ -245,23 +246,45 @@ def row(*columns: Column) -> Block:
     )
 
 
-def spread(get: Get, digits: int = 3) -> Column:
+def column(get: Get, show: Callable[[np.ndarray], str]) -> Column:
+    """Column that shows a figure's numbers, one a seed."""
+    return lambda data, name, _: show(values(data, name, get))
+
+
+def spread(get: Get, digits: int = 3, scale: float = 1) -> Column:
     """Column of a figure's mean and standard deviation over seeds."""
-    return lambda data, name, _: mean_and_spread(values(data, name, get), digits)
+    return column(get, lambda numbers: mean_and_spread(scale * numbers, digits))
 
 
 def count(get: Get) -> Column:
     """Column of a count's mean over seeds."""
-
-    def cell(data: Results, name: str, _: str) -> str:
-        numbers = values(data, name, get)
-        return f"{numbers.mean():,.0f}" if numbers.any() else "0"
-
-    return cell
+    return column(get, lambda numbers: f"{numbers.mean():,.0f}")
 
 
 def total(data: Results, name: str, _: str) -> str:
     return f"{parameters(data, name):,}"
+
+
+def difference(data: Results, name: str, baseline: str) -> str:
+    """Mean difference to the baseline's test loss, seed by seed; empty for the baseline itself."""
+    return "" if name == baseline else mean_and_interval(paired(data, name, baseline))
+
+
+def runs_table(columns: Mapping[str, tuple[Get, str]]) -> Block:
+    """Block of a table with a line for each run and seed.
+
+    columns: by their heading, a figure and its format
+    """
+
+    def block(data: Results) -> str:
+        rows = [
+            [name, seed, *(format(figure(result, get), how) for get, how in columns.values())]
+            for name in data["runs"]
+            for seed, result in seeds_of(data, name).items()
+        ]
+        return table(["run", "seed", *columns], rows)
+
+    return block
 
 
 def cost_row(data: Results, method: str) -> str:
@@ -312,7 +335,7 @@ def base_model(data: Results) -> str:
 
 COMMON: Mapping[str, Block] = {
     "lower": lower,
-    "forgets": forgets,
+    "forgets": verdict_on("change of text loss", partial(values, get=forgotten), above=True),
     "base": base_model,
     "rates": tuning_tables,
     "step": cost_row,

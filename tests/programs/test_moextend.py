@@ -527,7 +527,7 @@ def made_up_data(program, seeds=3):
 
 def test_every_run_and_comparison_is_on_the_page(program, tmp_path):
     from studies import report
-    from studies.moextend import figures
+    from studies.moextend import verdicts
 
     data = made_up_data(program)
     text = report.render((RESULTS / "moextend.md").read_text(), data, program.BLOCKS)
@@ -550,7 +550,7 @@ def test_every_run_and_comparison_is_on_the_page(program, tmp_path):
     assert "| pictures: full | 0.0001 |" in text and "| pictures: lora | 0.001 |" not in text
     rates = data["tuning"]["figures"]["pictures: full"]
     rates["0.01"], rates["0.003"]["test_nll"] = {}, float("nan")
-    assert list(figures.tried_rates(data)["pictures: full"]) == ["0.0001", "0.0003", "0.001"]
+    assert list(verdicts.tried_rates(data)["pictures: full"]) == ["0.0001", "0.0003", "0.001"]
     program.draw_pictures(data, tmp_path)
     assert len(list(tmp_path.glob("moextend-*.png"))) == 4
 

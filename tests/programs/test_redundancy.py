@@ -123,18 +123,18 @@ def test_one_seed_decides_nothing(report):
 
 
 def test_steps_to_a_fixed_loss_are_of_the_running_mean(program):
-    from studies.redundancy import figures
+    from studies.redundancy import verdicts
 
     window, loss = program.WINDOW, program.FIXED_LOSS["digits"]
     high, low = loss + 1, loss - 1
     # The mean is at the loss once half of the window is low.
     steps = program.steps_to_fixed_loss([high] * 100 + [low] * 100, loss)
     assert steps == 100 + window / 2
-    assert figures.steps({"steps_to_fixed_loss": steps, "test_nll": low}) == steps
+    assert verdicts.steps({"steps_to_fixed_loss": steps, "test_nll": low}) == steps
     assert program.steps_to_fixed_loss([high] * 100, loss) is None
-    assert math.isnan(figures.steps({"steps_to_fixed_loss": None, "test_nll": high}))
+    assert math.isnan(verdicts.steps({"steps_to_fixed_loss": None, "test_nll": high}))
     # A run that diverged has failed, wherever it was before.
-    assert math.isnan(figures.steps({"steps_to_fixed_loss": steps, "test_nll": math.nan}))
+    assert math.isnan(verdicts.steps({"steps_to_fixed_loss": steps, "test_nll": math.nan}))
 
 
 def test_differences_are_over_the_seeds_that_both_runs_have(report):
@@ -223,7 +223,7 @@ def test_similarity_of_layers_is_told_from_depth(program):
 
 
 def test_every_run_is_compared_on_the_page_and_every_run_on_the_page_is_made(program):
-    from studies.redundancy import figures
+    from studies.redundancy import verdicts
 
     page = (RESULTS / "redundancy.md").read_text()
     rows = "text|method|loss|source-row|start-row"
@@ -235,8 +235,8 @@ def test_every_run_is_compared_on_the_page_and_every_run_on_the_page_is_made(pro
     assert named | layers | shared_rate == program.RUNS.keys()
     starts = set(re.findall(r"<!-- study:start\.(\w+\.[\w-]+) -->", page))
     assert starts == {
-        f"{where}.{name}" for where, names in figures.STARTS.items() for name in names
-        if figures.GW in name
+        f"{where}.{name}" for where, names in verdicts.STARTS.items() for name in names
+        if verdicts.GW in name
     }  # fmt: skip
     assert set(program.QUICK_RUNS) <= program.RUNS.keys()
 

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from shared.files import save_figure
 
 from moe_kernels.moextend import plot_layer_scores
-from studies.moextend.figures import layer_scores, since_start, tried_rates
-from studies.report import Results, forgotten, interval, values
+from studies import report
+from studies.moextend.verdicts import layer_scores, since_start, tried_rates
+from studies.report import Results
 
 _METHODS = {
     "gated": "experts, gate by token",
@@ -48,8 +49,8 @@ def plot_trade(data: Results) -> Figure:
     panel = figure.subplots()
     kept = 0
     for name in (name for name in _METHODS if name in data["runs"]):
-        x, y = values(data, name, forgotten), since_start(data, name)
-        _, low, high = interval(y)
+        x, y = report.values(data, name, report.forgotten), since_start(data, name)
+        _, low, high = report.interval(y)
         ends = [[y.mean() - low], [high - y.mean()]] if np.isfinite(low) else None
         span = [[x.mean() - x.min()], [x.max() - x.mean()]]
         if not x.any():  # side by side, in the strip of runs that change no bit

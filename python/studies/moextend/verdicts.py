@@ -1,61 +1,96 @@
-"""Verdicts on MoExtend (arXiv 2408.03511), computed from the JSON of moextend.py."""
+"""Figures out of the JSON of moextend.py, and verdicts on MoExtend (arXiv 2408.03511)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import numpy as np
 
-from studies.moextend import figures
-from studies.report import (
-    FAILS,
-    HOLDS,
-    NotMeasured,
-    Results,
-    Verdict,
-    forgotten,
-    judge,
-    paired,
-    values,
-)
+from moe_kernels.moextend import LayerScores
+from studies import report
+from studies.moextend.runs import DRAWS, KINDS, Run
+from studies.report import SETUP, Block, NotMeasured, Results, Verdict
+
+RANDOM = tuple(f"layers-{draw}" for draw in DRAWS)
 
 
-def is_masked(settings: dict[str, Any]) -> bool:
-    """Return whether training cannot reach text without ids."""
-    if settings["method"] == "extension":
-        return settings["gate"] != "none"
-    return settings["method"] in ("lora", "projector")
+def words(result: Results) -> float:
+    """Questions in words, without pictures: per cent right, over both kinds alike."""
+    return 100 * float(np.mean([result["words"]["accuracy"][kind] for kind in KINDS]))
+
+
+def at_step_0(result: Results) -> float:
+    return result["text_nll_at_step_0"] - result["text"]["nll_before_training"]
+
+
+def since_start(data: Results, name: str) -> np.ndarray:
+    """Change of the loss on the task since the aligned projector, or since the base, of code."""
+    is_code = data["runs"][name]["settings"]["task"] == "code"
+    start = "code_nll" if is_code else "test.nll"
+    return np.array([
+        result["test_nll"] - report.figure(data["setups"][seed], start)
+        for seed, result in report.seeds_of(data, name).items()
+    ])  # fmt: skip
+
+
+def layer_scores(data: Results, scored: str, found: str = "scores") -> list[LayerScores]:
+    """Seed by seed; scored: task and gate, such as "code-modality"."""
+    setups = report.seeds_of(data, SETUP).values()
+    return [LayerScores.from_dict(setup[found][scored]) for setup in setups]
+
+
+def tried_rates(data: Results) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return change of text loss and test loss, by what trains and learning rate, of all that
+    changes text.
+    """
+    found = {}
+    for trains, rates in data["tuning"]["figures"].items():
+        # A rate that is too high to train at all leaves none, or no numbers.
+        made = {lr: result for lr, result in rates.items() if "text" in result}
+        points = {lr: (report.forgotten(each), each["test_nll"]) for lr, each in made.items()}
+        finite = {lr: point for lr, point in points.items() if np.isfinite(point).all()}
+        if any(made[lr]["text"]["logits_changed_by_training"] for lr in finite):
+            found[trains] = finite
+    return found
+
+
+def random_differences(data: Results) -> np.ndarray:
+    """Loss of the top half by shift less the mean of a seed's random halves, one a seed."""
+    made = [name for name in RANDOM if name in data["runs"]]
+    if not made:
+        raise NotMeasured("random halves")
+    return np.mean([report.paired(data, "sequence", name) for name in made], axis=0)
+
+
+# --- verdicts
 
 
 def text_kept(data: Results) -> Verdict:
-    masked = [
-        result
-        for run in data["runs"].values()
-        if is_masked(run["settings"])
-        for result in run["seeds"].values()
-    ]
+    masked = report.results_of(data, lambda settings: not Run(**settings).changes_text)
     if not masked:
         raise NotMeasured("runs that keep text")
+    plain = [each for result in masked for each in result["plain"].values()]
     tokens = sum(result["text"]["held_out_tokens"] for result in masked)
+    tokens += sum(each["tokens"] for each in plain)
     changed = sum(result["text"]["logits_changed_by_training"] for result in masked)
-    for each in (each for result in masked for each in result["plain"].values()):
-        tokens, changed = tokens + each["tokens"], changed + each["logits_changed"]
-    evidence = (
+    changed += sum(each["logits_changed"] for each in plain)
+    tested = (
         f"{len(masked)} runs on {tokens // len(masked):,} tokens of documentation, code and "
-        f"questions without ids each; {changed:,} logits changed"
+        "questions without ids each"
     )
-    return Verdict(FAILS if changed else HOLDS, evidence)
+    return report.unchanged(tested, changed)
 
 
-VERDICTS: dict[str, Callable[..., Verdict]] = {
+VERDICTS: dict[str, Block] = {
     "text-kept": text_kept,
-    "adding-hurts": lambda data, name: judge(
-        "change of text loss at step 0", values(data, name, figures.at_step_0), above=True),
-    "forgets-words": lambda data, name: judge(
-        "no longer right, percentage points", figures.words_lost(data, name), above=True),
-    "forgets-less": lambda data, *pair: judge(
-        "difference of changes of text loss", paired(data, *pair, forgotten)),
-    "learns": lambda data, name: judge(
-        "test loss less the aligned projector's", figures.since_start(data, name)),
-    "beats-random": lambda data: judge(
-        "test loss less the mean of a seed's random halves", figures.random_differences(data)),
+    "adding-hurts": report.verdict_on(
+        "change of text loss at step 0",
+        lambda data, name: report.values(data, name, at_step_0), above=True),
+    "forgets-words": report.verdict_on(
+        "no longer right, percentage points",
+        lambda data, name: report.paired(data, SETUP, name, words), above=True),
+    "forgets-less": report.verdict_on(
+        "difference of changes of text loss",
+        lambda data, *pair: report.paired(data, *pair, report.forgotten)),
+    "learns": report.verdict_on("test loss less the aligned projector's", since_start),
+    "beats-random": report.verdict_on(
+        "test loss less the mean of a seed's random halves", random_differences),
 }  # fmt: skip

@@ -10,14 +10,15 @@ from shared.files import save_figure
 
 from moe_kernels.analysis import (
     ExpertRedundancy,
+    RoutingStatistics,
     plot_divergence,
     plot_expert_load,
     plot_redundancy,
     plot_specialisation,
 )
 from moe_kernels.imaging import PatchTokenizer
-from studies.redundancy.figures import routing
-from studies.report import Results, parameters, seeds_of, test_nll, values
+from studies import report
+from studies.report import Results
 
 _RANKS = ("rank-4", "plora", "rank-32", "rank-128")
 _SINGLE = {
@@ -36,9 +37,11 @@ def draw_pictures(data: Results, folder: Path) -> None:
         save_figure(plot_parameters(data), folder / "redundancy-parameters.png")
     if "plora" not in data["runs"]:
         return
-    seed, result = next(iter(seeds_of(data, "plora").items()))
+    seed, result = next(iter(report.seeds_of(data, "plora").items()))
     looks = {when: result[f"look_{when}"] for when in ("before", "after")}
-    statistics = {when: routing(look) for when, look in looks.items()}
+    statistics = {
+        when: RoutingStatistics.from_dict(look["routing"]) for when, look in looks.items()
+    }
     for when, found in statistics.items():
         for name, plot, title in (
             ("routing", plot_expert_load, "Expert load by layer"),
@@ -63,8 +66,8 @@ def plot_parameters(data: Results) -> Figure:
         for name, label in _SINGLE.items() if name in data["runs"]
     ]  # fmt: skip
     for names, label, style in groups:
-        x = [parameters(data, name) for name in names]
-        y = [values(data, name, test_nll) for name in names]
+        x = [report.parameters(data, name) for name in names]
+        y = [report.values(data, name, "test_nll") for name in names]
         spread = [numbers.std(ddof=1) if len(numbers) > 1 else 0 for numbers in y]
         means = [numbers.mean() for numbers in y]
         panel.errorbar(x, means, spread, fmt=style, label=label, capsize=3)

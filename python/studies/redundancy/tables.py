@@ -5,47 +5,31 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from studies.redundancy import figures
+from studies import report
+from studies.redundancy import verdicts
 from studies.redundancy.runs import FIXED_LOSS, WINDOW
-from studies.redundancy.verdicts import VERDICTS, best_start, is_masked, joint_rank_correlation
-from studies.report import (
-    Block,
-    NotMeasured,
-    Results,
-    at,
-    count,
-    difference,
-    forgotten,
-    interval,
-    mean_and_interval,
-    mean_and_spread,
-    paired,
-    parameters,
-    row,
-    seeds_of,
-    spread,
-    table,
-    test_nll,
-    total,
-    values,
-)
+from studies.report import Block, NotMeasured, Results, mean_and_spread, spread
+
+MODALITIES = ("text", "image")
+
+# --- columns of a run
 
 
 def seeds(data: Results, name: str, _: str = "") -> str:
-    return str(len(seeds_of(data, name)))
+    return str(len(report.seeds_of(data, name)))
 
 
 def rounding(data: Results, name: str, _: str) -> str:
     """Median difference of a logit to the unpatched model, where text is as it was."""
-    found = values(data, name, at("text", "median_logit_difference_to_unpatched")).mean()
-    return f"{found:.1g}" if is_masked(data["runs"][name]["settings"]) else ""
+    found = report.values(data, name, "text.median_logit_difference_to_unpatched").mean()
+    return f"{found:.1g}" if verdicts.is_masked(data["runs"][name]["settings"]) else ""
 
 
 def share(data: Results, name: str, _: str) -> str:
     """Share of the parameters that full fine-tuning trains."""
     if "full" not in data["runs"]:
         return ""
-    return f"{100 * parameters(data, name) / parameters(data, 'full'):.1f} %"
+    return f"{100 * report.parameters(data, name) / report.parameters(data, 'full'):.1f} %"
 
 
 def met(data: Results, name: str, _: str) -> str:
@@ -56,22 +40,15 @@ def met(data: Results, name: str, _: str) -> str:
 
 
 def slower(data: Results, name: str, baseline: str) -> str:
-    apart = paired(data, name, baseline, figures.steps)
+    apart = report.paired(data, name, baseline, verdicts.steps)
     apart = apart[np.isfinite(apart)]
-    return "" if name == baseline or not len(apart) else mean_and_interval(apart, 0)
-
-
-def failures(data: Results, name: str, _: str) -> str:
-    return str(int(np.isnan(values(data, name, figures.steps)).sum()))
+    return "" if name == baseline or not len(apart) else report.mean_and_interval(apart, 0)
 
 
 def gradient_ratio(data: Results, name: str, baseline: str) -> str:
-    ratio = np.exp(interval(paired(data, name, baseline, figures.log_gradient)))
+    apart = report.paired(data, name, baseline, verdicts.log_gradient)
+    ratio = np.exp(report.interval(apart))
     return "" if name == baseline else f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
-
-
-MODALITIES = ("text", "image")
-LOSS = (spread(test_nll), difference)
 
 
 # --- rows that are not of one run
@@ -79,32 +56,35 @@ LOSS = (spread(test_nll), difference)
 
 def layer_row(data: Results, layer: str) -> str:
     """Similarity of a layer's experts before training, and the loss where it is adapted alone."""
-    alike = (figures.layer_similarity(data, modality)[:, int(layer)] for modality in MODALITIES)
-    columns = (*alike, values(data, f"layer-{layer}", test_nll))
+    alike = (verdicts.layer_similarity(data, modality)[:, int(layer)] for modality in MODALITIES)
+    columns = (*alike, report.values(data, f"layer-{layer}", "test_nll"))
     return " | ".join(mean_and_spread(column) for column in columns)
 
 
 def between_layers(data: Results, of: str) -> str:
     """Rank "correlation" of similarity with low loss; "share" of orders with as high a one."""
-    alike, losses = figures.layer_similarity(data, "text"), figures.layer_losses(data)
-    found, share = joint_rank_correlation(alike, -losses)
+    alike, losses = verdicts.layer_similarity(data, "text"), verdicts.layer_losses(data)
+    found, share = verdicts.joint_rank_correlation(alike, -losses)
     return f"{found:+.2f}" if of == "correlation" else f"{100 * share:.0f} %"
 
 
 def routing_row(data: Results, when: str) -> str:
-    looks = figures.looks(data, when)
-    kinds = [figures.routing(look).expert_kinds("text", "image") for look in looks]
+    kinds = [each.expert_kinds("text", "image") for each in verdicts.routings(data, when)]
+    numbers = (
+        np.array([float(getattr(each, kind).sum()) for each in kinds])
+        for kind in ("only_first", "only_second", "agnostic", "unused")
+    )
+    alike = (verdicts.similarity(data, modality, when) for modality in MODALITIES)
     return " | ".join((
-        mean_and_spread(figures.divergence(looks)),
-        *(mean_and_spread(np.array([float(getattr(k, kind).sum()) for k in kinds]), 1)
-          for kind in ("only_first", "only_second", "agnostic", "unused")),
-        *(mean_and_spread(figures.similarity(looks, modality)) for modality in MODALITIES),
+        mean_and_spread(verdicts.divergence(data, when)),
+        *(mean_and_spread(each, 1) for each in numbers),
+        *(mean_and_spread(each) for each in alike),
     ))  # fmt: skip
 
 
 def kinds_row(data: Results, layer: str) -> str:
     """Numbers of a layer's experts that serve one modality alone, or none, in the first seed."""
-    statistics = figures.routing(figures.looks(data, "after")[0])
+    statistics = verdicts.routings(data, "after")[0]
     unused = statistics.unused("text", "image")
     share = statistics.specialisation("text", "image").masked_fill(unused, torch.nan)
     kinds = (kind[int(layer)].nonzero().flatten() for kind in (share <= 0.1, share >= 0.9, unused))
@@ -113,21 +93,8 @@ def kinds_row(data: Results, layer: str) -> str:
 
 def guidance_row(data: Results, guidance: str) -> str:
     """Shares of the samples that are read as their caption, and that copy a training picture."""
-    keys = (("guidance", guidance, key) for key in ("read", "copies"))
-    return " | ".join(
-        mean_and_spread(values(data, "plora", at(*each, scale=100)), 1) for each in keys
-    )
-
-
-def runs_table(data: Results) -> str:
-    rows = [
-        [name, seed, f"{result['lr']:g}", f"{result['trained_parameters']:,}",
-         f"{test_nll(result):.3f}", f"{forgotten(result):+.4f}", f"{result['seconds']:.0f}"]
-        for name in data["runs"]
-        for seed, result in seeds_of(data, name).items()
-    ]  # fmt: skip
-    head = ["run", "seed", "lr", "parameters", "image loss", "change of text loss", "seconds"]
-    return table(head, rows)
+    shares = (spread(f"guidance.{guidance}.{key}", 1, scale=100) for key in ("read", "copies"))
+    return report.row(*shares)(data, "plora")
 
 
 # --- values within sentences
@@ -144,7 +111,7 @@ def real_model(data: Results) -> str:
 
 
 def setting(data: Results, name: str, key: str) -> str:
-    seeds_of(data, name)
+    report.seeds_of(data, name)
     return f"{data['runs'][name]['settings'][key]:g}"
 
 
@@ -153,40 +120,44 @@ def budget_kept(data: Results) -> str:
     return "within the budget" if data["seconds"] <= 3600 * hours else "beyond the budget"
 
 
-def experts(data: Results) -> str:
-    return str(int(figures.routing(figures.looks(data, "after")[0]).exists().sum()))
-
-
+LOSS = (spread("test_nll"), report.difference)
 BLOCKS: dict[str, Block] = {
-    **VERDICTS,
-    "text": row(
-        seeds, *(spread(at("text", f"nll_{when}"))
-                 for when in ("unpatched", "before_training", "after_training")),
-        spread(forgotten), count(at("text", "logits_changed_by_training")), rounding,
+    **verdicts.VERDICTS,
+    "text": report.row(
+        seeds, spread("text.nll_unpatched"), spread("text.nll_before_training"),
+        spread("text.nll_after_training"), spread(report.forgotten),
+        report.count("text.logits_changed_by_training"), rounding,
     ),
-    "method": row(
-        total, share, *LOSS, spread(at("samples", "read_as_their_caption", scale=100), 1),
-        spread(at("samples", "pairwise_distance", "generated"), 2),
-        spread(at("samples", "nearest_training_distance", "generated"), 2),
+    "method": report.row(
+        report.total, share, *LOSS, spread("samples.read_as_their_caption", 1, scale=100),
+        spread("samples.pairwise_distance.generated", 2),
+        spread("samples.nearest_training_distance.generated", 2),
     ),
-    "held-out": row(
-        spread(at("samples", "classifier_held_out_accuracy", "tokenized", scale=100), 1),
-        spread(at("samples", "pairwise_distance", "held_out_real"), 2),
-        spread(at("samples", "nearest_training_distance", "held_out_real"), 2),
+    "held-out": report.row(
+        spread("samples.classifier_held_out_accuracy.tokenized", 1, scale=100),
+        spread("samples.pairwise_distance.held_out_real", 2),
+        spread("samples.nearest_training_distance.held_out_real", 2),
     ),
-    "loss": row(total, *LOSS),
-    "source-row": row(total, met, spread(at("text", "nll_unpatched")), *LOSS),
-    "start-row": row(
-        spread(figures.steps, 0), slower, failures, *LOSS,
-        spread(at("largest_gradient_norm"), 1), gradient_ratio,
+    "loss": report.row(report.total, *LOSS),
+    "source-row": report.row(report.total, met, spread("text.nll_unpatched"), *LOSS),
+    "start-row": report.row(
+        spread(verdicts.steps, 0), slower,
+        report.column(verdicts.steps, lambda numbers: str(np.isnan(numbers).sum())), *LOSS,
+        spread("largest_gradient_norm", 1), gradient_ratio,
     ),
     "layer": layer_row,
     "between-layers": between_layers,
-    "best-start": best_start,
+    "best-start": verdicts.best_start,
     "routing": routing_row,
     "kinds": kinds_row,
     "guidance": guidance_row,
-    "every-run": runs_table,
+    "every-run": report.runs_table({
+        "lr": ("lr", "g"),
+        "parameters": ("trained_parameters", ","),
+        "image loss": ("test_nll", ".3f"),
+        "change of text loss": (report.forgotten, "+.4f"),
+        "seconds": ("seconds", ".0f"),
+    }),
     "real-model": real_model,
     "setting": setting,
     "seeds": seeds,
@@ -194,5 +165,5 @@ BLOCKS: dict[str, Block] = {
     "budget-kept": budget_kept,
     "fixed-loss": lambda data, of: str(FIXED_LOSS[of]),
     "window": lambda data: str(WINDOW),
-    "experts": experts,
+    "experts": lambda data: str(int(verdicts.routings(data, "after")[0].exists().sum())),
 }  # fmt: skip

@@ -1,33 +1,31 @@
-"""Verdicts on the claims of arXiv 2503.22517, computed from the JSON of redundancy.py."""
+"""Figures out of the JSON of redundancy.py, and verdicts on the claims of arXiv 2503.22517."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from studies.redundancy import figures
-from studies.redundancy.figures import GW, STARTS
-from studies.report import (
-    FAILS,
-    HOLDS,
-    UNDECIDED,
-    NotMeasured,
-    Results,
-    Verdict,
-    interval,
-    judge,
-    lower,
-    outcome,
-    paired,
-    test_nll,
-)
+from moe_kernels.analysis import RoutingStatistics
+from studies import report
+from studies.report import FAILS, HOLDS, UNDECIDED, Block, NotMeasured, Results, Verdict
 
+GW = "gromov_wasserstein"
+_CONTROLS = ("plora", "init-gaussian", "init-mean", "init-permuted")
+_VARIANTS = ("cosine", "euclidean", "exact", "embedding", "head")
+# Runs that differ in their start; those named after GW are compared with the others.
+STARTS = {
+    "rows": (*_CONTROLS, f"init-{GW}"),
+    "variants": (*_CONTROLS, *(f"init-{GW}-{variant}" for variant in _VARIANTS)),
+    "few": ("few-normal", "few-gaussian", "few-permuted", f"few-{GW}"),
+    "emoji": ("emoji-plora", "emoji-permuted", f"emoji-{GW}"),
+    "adapters": ("plora", "lora-permuted", f"lora-{GW}"),
+}
 # What must hold for redundancy of the experts to be the source.
 SOURCE = {
     "Mixtures of Experts reach a lower loss than their dense parent":
@@ -38,21 +36,58 @@ SOURCE = {
 }  # fmt: skip
 
 
+def steps(result: Results) -> float:
+    """Steps to the fixed loss; NaN where it was not reached or training diverged later."""
+    found = result["steps_to_fixed_loss"]
+    return found if found is not None and math.isfinite(result["test_nll"]) else math.nan
+
+
+def log_gradient(result: Results) -> float:
+    return math.log(result["largest_gradient_norm"])
+
+
+def routings(data: Results, when: str) -> list[RoutingStatistics]:
+    """Routing "before" or "after" training, one a seed."""
+    results = report.seeds_of(data, "plora").values()
+    return [RoutingStatistics.from_dict(result[f"look_{when}"]["routing"]) for result in results]
+
+
+def divergence(data: Results, when: str) -> np.ndarray:
+    """Divergence of text and image loads in bits, the mean of layers, one number a seed."""
+    found = [routing.divergence("text", "image").mean() for routing in routings(data, when)]
+    return np.array(found, dtype=float)
+
+
+def layer_similarity(data: Results, modality: str, when: str = "before") -> np.ndarray:
+    """Similarity of experts, the mean of pairs, (seeds, layers)."""
+    results = report.seeds_of(data, "plora").values()
+    return np.array([result[f"look_{when}"]["similarity"][modality] for result in results])
+
+
+def similarity(data: Results, modality: str, when: str) -> np.ndarray:
+    """Similarity of experts, the mean of pairs and layers, one number a seed."""
+    return np.nanmean(layer_similarity(data, modality, when), axis=1)
+
+
+def layer_losses(data: Results) -> np.ndarray:
+    """Image loss where one layer was adapted alone, (seeds, layers)."""
+    layers = range(layer_similarity(data, "text").shape[1])
+    return np.array([report.values(data, f"layer-{layer}", "test_nll") for layer in layers]).T
+
+
+# --- is text kept?
+
+
 def is_masked(settings: dict[str, Any]) -> bool:
     """Return whether a run trains on image tokens alone."""
     return settings["method"] not in ("all_tokens", "full")
 
 
 def text_kept(data: Results) -> Verdict:
-    masked = [
-        result["text"]
-        for run in data["runs"].values() if is_masked(run["settings"])
-        for result in run["seeds"].values()
-    ]  # fmt: skip
+    masked = [result["text"] for result in report.results_of(data, is_masked)]
     tokens = " or ".join(f"{n:,}" for n in sorted({text["held_out_tokens"] for text in masked}))
     changed = sum(text["logits_changed_by_training"] for text in masked)
-    evidence = f"{len(masked)} runs, each on {tokens} text tokens; {changed:,} logits changed"
-    return Verdict(FAILS if changed else HOLDS, evidence)
+    return report.unchanged(f"{len(masked)} runs, each on {tokens} text tokens", changed)
 
 
 # --- is redundancy the source?
@@ -60,8 +95,8 @@ def text_kept(data: Results) -> Verdict:
 
 def layer_verdict(data: Results) -> Verdict:
     """Judge by what is left of similarity and loss without the means of layers and seeds."""
-    alike = figures.layer_similarity(data, "text")
-    within, p = residual_correlation(alike, -figures.layer_losses(data))
+    alike = layer_similarity(data, "text")
+    within, p = residual_correlation(alike, -layer_losses(data))
     found = UNDECIDED if p >= 0.05 else HOLDS if within > 0 else FAILS
     return Verdict(found, f"correlation {within:+.2f}; p by permutation within seeds", p)
 
@@ -69,7 +104,8 @@ def layer_verdict(data: Results) -> Verdict:
 def source_verdict(data: Results) -> Verdict:
     """One verdict on the whole question: it holds only if every part does."""
     parts = {
-        claim: [lower(data, *pair).outcome for pair in pairs] for claim, pairs in SOURCE.items()
+        claim: [report.lower(data, *pair).outcome for pair in pairs]
+        for claim, pairs in SOURCE.items()
     }
     with contextlib.suppress(NotMeasured):
         parts["layers whose experts are more alike gain more"] = [layer_verdict(data).outcome]
@@ -137,10 +173,10 @@ def start_outcomes(data: Results, where: str, name: str) -> dict[str, list[str]]
     if not controls:
         raise NotMeasured("controls")
     measures = {
-        "loss": test_nll, "steps": figures.steps, "largest gradient": figures.log_gradient,
+        "loss": "test_nll", "steps": steps, "largest gradient": log_gradient,
     }  # fmt: skip
     return {
-        measure: [outcome(*interval(paired(data, name, control, get))[1:]) for control in controls]
+        measure: [report.outcome(report.paired(data, name, control, get)) for control in controls]
         for measure, get in measures.items()
     }
 
@@ -159,18 +195,17 @@ def best_start(data: Results) -> str:
     return "**No Gromov-Wasserstein start beats all of its controls in loss or in steps.**"
 
 
-def change(data: Results, get: Callable[[Sequence[Results]], np.ndarray]) -> np.ndarray:
-    """Change by training of a figure of routing or similarity, one number a seed."""
-    return get(figures.looks(data, "after")) - get(figures.looks(data, "before"))
-
-
-VERDICTS: dict[str, Callable[..., Verdict]] = {
+VERDICTS: dict[str, Block] = {
     "text-kept": text_kept,
     "alike-layers": layer_verdict,
     "source": source_verdict,
     "start": start_verdict,
-    "loads-part": lambda data: judge(
-        "mean divergence of layers before less after, bits", -change(data, figures.divergence)),
-    "outputs-part": lambda data: judge(
-        "CKA", change(data, lambda looks: figures.similarity(looks, "image"))),
-}  # fmt: skip
+    "loads-part": report.verdict_on(
+        "mean divergence of layers before less after, bits",
+        lambda data: divergence(data, "before") - divergence(data, "after"),
+    ),
+    "outputs-part": report.verdict_on(
+        "CKA",
+        lambda data: similarity(data, "image", "after") - similarity(data, "image", "before"),
+    ),
+}
