@@ -16,7 +16,12 @@ not reported.
 
 import sys
 
-from studies.moextend.study import main
+from studies.moextend import study
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return study.main(__doc__, arguments)
+
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(main())

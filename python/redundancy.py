@@ -19,7 +19,12 @@ pictures that are not reported.
 
 import sys
 
-from studies.redundancy.study import main
+from studies.redundancy import study
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return study.main(__doc__, arguments)
+
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__))
+    sys.exit(main())

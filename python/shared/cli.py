@@ -27,8 +27,8 @@ def option(default: Any, help: str, **arguments: Any) -> Any:
     Args:
         default: `dataclasses.MISSING` for a required option
         arguments: of `argparse.ArgumentParser.add_argument`, and what :class:`Options` checks:
-            `at_least` and `above`, limits of numbers; `is_file`, for paths. `positional` options
-            are given without their name.
+            `at_least` and `above`, limits of numbers; `is_file` and `is_folder`, for paths.
+            `positional` options are given without their name.
     """
     metadata = {"help": help, **arguments}
     if isinstance(default, list):
@@ -50,7 +50,7 @@ class Options:
         """Check the limits.
 
         Raises:
-            ValueError: a value is outside its limits, or a file does not exist.
+            ValueError: a value is outside its limits, or a file or folder does not exist.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -73,6 +73,8 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} must be above {limits['above']}")
     if limits.get("is_file") and not Path(value).is_file():
         raise ValueError(f"{name}: {value} is not a file")
+    if limits.get("is_folder") and not Path(value).is_dir():
+        raise ValueError(f"{name}: there is no folder {value}")
 
 
 class OptionParser(HfArgumentParser):
@@ -105,7 +107,7 @@ class OptionParser(HfArgumentParser):
         if self._group is None:  # --help
             return super().add_argument(*names, **arguments)
         name, default = names[-1], arguments.get("default")
-        for check in ("at_least", "above", "is_file"):
+        for check in ("at_least", "above", "is_file", "is_folder"):
             arguments.pop(check, None)
         if "const" in arguments:
             arguments = {"action": "store_true", "help": arguments["help"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
-from shared.cli import console, exit_code
+from shared.cli import Options, console, exit_code, option
 from shared.files import write_text
 from shared.stages import Stages, Workspace
 
@@ -256,20 +255,25 @@ def _lines(value: Any, levels: int) -> str:
 # --- the command line
 
 
-def sweep_parser(name: str, description: str, runs: Iterable[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--seeds", type=int, nargs="+", help=f"default: {' '.join(map(str, SEEDS))}")
-    add("--runs", nargs="+", choices=runs, metavar="NAME", help="default: all")
-    add("--remake", action="store_true", help="repeat a few published runs and compare")
-    add("--quick", action="store_true", help="one seed, short, and few runs")
-    add("--page", action="store_true", help="write the page from the JSON, run nothing")
-    add("--no-cost", action="store_true", help="skip the cost of a step, for a busy machine")
-    add("--results", type=Path, help="folder of JSON and page; default: docs/results")
-    add("--out", type=Path, help=f"folder of the runs; default: out/{name}")
-    return parser
+def runs_option(runs: Iterable[str]) -> Any:
+    """Return the option --runs of a study with runs of these names."""
+    return option(None, "default: all", metavar="NAME", choices=list(runs))
+
+
+@dataclass(kw_only=True)
+class SweepOptions(Options):
+    """Sweep.
+
+    A study adds ``runs``, made by :func:`runs_option`.
+    """
+
+    seeds: list[int] | None = option(None, f"default: {' '.join(map(str, SEEDS))}")
+    remake: bool = option(False, "repeat a few published runs and compare")
+    quick: bool = option(False, "one seed, short, and few runs")
+    page: bool = option(False, "write the page from the JSON, run nothing")
+    no_cost: bool = option(False, "skip the cost of a step, for a busy machine")
+    results: Path | None = option(None, "folder of JSON and page; default: docs/results")
+    out: Path | None = option(None, "folder of the runs; default: out/ and the name of the study")
 
 
 def missing_runs(file: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -283,8 +287,8 @@ def missing_runs(file: Path, names: Sequence[str], seeds: Sequence[int]) -> list
     ]
 
 
-def run_study(study: Study, given: argparse.Namespace) -> int:
-    """Run what the options of :func:`sweep_parser` ask for; return the exit code."""
+def run_study(study: Study, given: SweepOptions) -> int:
+    """Run what the options ask for; return the exit code."""
     kind = "-quick" if given.quick else "-remade" if given.remake else ""
     out = given.out or Path("out") / (study.name + kind)
     results = given.results or (out if given.quick else RESULTS)

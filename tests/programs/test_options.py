@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 from support.programs import PROGRAMS, imported
@@ -13,6 +15,8 @@ DECLARED = {
     "estimate_memory": "EstimateOptions",
     "extend_experts": "ExtendOptions",
     "generate_images": "DrawOptions",
+    "moextend": "study.MoExtendOptions",
+    "redundancy": "study.RedundancyOptions",
     "train_text_to_image": "TextToImageOptions",
 }
 
@@ -22,7 +26,7 @@ def test_help_explains_every_option(name, capsys):
     with imported(name) as program:
         with pytest.raises(SystemExit) as stop:
             program.main(["--help"])
-        fields = dataclasses.fields(getattr(program, DECLARED[name]))
+        fields = dataclasses.fields(attrgetter(DECLARED[name])(program))
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"python python/{name}.py" in text, "no example of a call"
@@ -35,9 +39,26 @@ def test_help_explains_every_option(name, capsys):
 
 def test_options_are_declared_as_fields_alone():
     programs = [PROGRAMS / f"{name}.py" for name in DECLARED]
-    for path in (*programs, *PROGRAMS.glob("shared/**/*.py")):
+    for path in (*programs, *PROGRAMS.glob("s*/**/*.py")):
         if path != PROGRAMS / "shared" / "cli.py":
             assert not re.search(r"argparse|add_argument", path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("moextend", ["--runs", "gated", "nothing"], "invalid choice: 'nothing'"),
+        ("moextend", ["--seeds", "one"], "--seeds"),
+        ("moextend", ["--emoji", "."], "unrecognized arguments"),
+        ("redundancy", ["--runs", "emoji-plora"], "['emoji-plora'] need --real or --emoji"),
+        ("redundancy", ["--real", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_studies_refuse_what_they_cannot_run(name, arguments, message, capsys):
+    with imported(name) as program, pytest.raises(SystemExit) as stop:
+        program.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +83,8 @@ def options(cli):
         model: str = cli.option(dataclasses.MISSING, "a folder", positional=True)
         quick: bool = cli.option(False, "a short run")
         text_file: str | None = cli.option(None, "a text", is_file=True)
+        seeds: list[int] | None = cli.option(None, "seeds of the runs", at_least=0)
+        pictures: Path | None = cli.option(None, "a folder", is_folder=True)
         steps: int = cli.option(7, "training steps", at_least=1)
         fixed: int = 3
 
@@ -71,6 +94,9 @@ def options(cli):
 def test_defaults_lists_flags_and_positions(cli, options):
     given = cli.parse(options, ["folder", "--rates", "1", "2"], "")
     assert given == options(model="folder", rates=[1.0, 2.0], steps=7, fixed=3)
+    assert given.seeds is None and given.pictures is None
+    given = cli.parse(options, ["folder", "--seeds", "3", "4", "--pictures", "."], "")
+    assert given.seeds == [3, 4] and given.pictures == Path(".")
     given = cli.parse(options, ["--quick", "folder"], "")
     assert given.quick and given.model == "folder" and given.rates == [0.5, 1.0]
     assert given.of(options.__mro__[1]) == {"steps": 7, "rates": [0.5, 1.0]}
@@ -93,6 +119,8 @@ def test_quick_changes_defaults_alone(cli, options):
         (["folder", "--rates", "1", "nan"], "--rates must be above 0"),
         (["folder", "--rates", "inf"], "--rates must be above 0"),
         (["folder", "--text-file", "nowhere"], "--text-file: nowhere is not a file"),
+        (["folder", "--seeds", "0", "-1"], "--seeds must be at least 0"),
+        (["folder", "--pictures", "nowhere"], "--pictures: there is no folder nowhere"),
     ],
 )
 def test_refusals_end_with_code_2(cli, options, arguments, message, capsys):

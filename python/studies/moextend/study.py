@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from shared.cli import parse
 from shared.encoder import EncoderSettings
 from shared.text_model import TextModelSettings
 
@@ -13,9 +14,8 @@ from studies.moextend.runs import DRAWS, Budget, Run, Setup, measure_run
 from studies.moextend.step_cost import METHODS as COST_METHODS
 from studies.moextend.tables import BLOCKS
 from studies.step_cost import measure_cost
-from studies.sweep import Study, pick, run_study, sweep_parser
+from studies.sweep import Study, SweepOptions, pick, run_study, runs_option
 
-NAME = "moextend"
 # Budget fixed in advance: 29 runs on each of five seeds and 63 more to choose learning rates, at 20
 # to 30 seconds each, and five minutes for the setup of each of six seeds.
 CORE_HOURS = 2.5
@@ -105,7 +105,7 @@ def record_tuning(result: dict[str, Any]) -> dict[str, Any]:
 
 def study() -> Study:
     return Study(
-        name=NAME, runs=RUNS, quick_runs=QUICK_RUNS, budget=Budget(), quick_budget=QUICK,
+        name="moextend", runs=RUNS, quick_runs=QUICK_RUNS, budget=Budget(), quick_budget=QUICK,
         learning_rates=learning_rates, tuned=lambda run: run.decides, setup=Setup,
         measure=measure_run, record=record, core_hours=CORE_HOURS, blocks=BLOCKS,
         draw=draw_pictures, describe=Setup.to_dict, record_tuning=record_tuning,
@@ -113,5 +113,12 @@ def study() -> Study:
     )  # fmt: skip
 
 
+@dataclass(kw_only=True)
+class MoExtendOptions(SweepOptions):
+    """Study."""
+
+    runs: list[str] | None = runs_option(RUNS)
+
+
 def main(description: str, arguments: list[str] | None = None) -> int:
-    return run_study(study(), sweep_parser(NAME, description, RUNS).parse_args(arguments))
+    return run_study(study(), parse(MoExtendOptions, arguments, description))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared.cli import option, parse
 from shared.models import count_experts
 from shared.stages import model_identity
 from shared.text_model import TextModelSettings
@@ -25,9 +27,8 @@ from studies.redundancy.runs import (
 )
 from studies.redundancy.tables import BLOCKS
 from studies.step_cost import measure_cost
-from studies.sweep import SEEDS, Study, pick, run_study, sweep_parser
+from studies.sweep import SEEDS, Study, SweepOptions, pick, run_study, runs_option
 
-NAME = "redundancy"
 EMOJI_SEEDS, REAL_SEEDS, REAL_STEPS = (0, 1, 2), (0, 1), 80
 # Budget fixed in advance, and what was added after the first seed.
 CORE_HOURS, CORE_HOURS_LATER = 3.5, 0.5
@@ -117,12 +118,16 @@ def describe_model(folder: Path, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def study(real: Path | None, real_name: str, emoji: Path | None) -> Study:
-    """real, emoji: as in :class:`Setup`; runs that need an absent one are left out"""
-    runs = {
+def runs_with(real: Path | None, emoji: Path | None) -> dict[str, Run]:
+    """Return the runs without those that need an absent model or absent emoji."""
+    return {
         name: run for name, run in RUNS.items()
         if (real or run.base != "real") and (emoji or run.data != "emoji")
     }  # fmt: skip
+
+
+def study(real: Path | None, real_name: str, emoji: Path | None) -> Study:
+    """real, emoji: as in :class:`Setup`; runs that need an absent one are left out"""
 
     def identity(run: Run) -> dict[str, Any]:
         inputs = {
@@ -132,8 +137,9 @@ def study(real: Path | None, real_name: str, emoji: Path | None) -> Study:
         return {name: model_identity(str(folder)) for name, folder in inputs.items() if folder}
 
     return Study(
-        name=NAME, runs=runs, quick_runs=QUICK_RUNS, budget=Budget(), quick_budget=QUICK,
-        learning_rates=LEARNING_RATES, tuned=tuned, measure=measure_run, record=record,
+        name="redundancy", runs=runs_with(real, emoji), quick_runs=QUICK_RUNS,
+        budget=Budget(), quick_budget=QUICK, learning_rates=LEARNING_RATES, tuned=tuned,
+        measure=measure_run, record=record,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, real, emoji),
         cost=lambda setup: measure_cost(setup.folder("olmoe")), core_hours=CORE_HOURS,
         core_hours_later=CORE_HOURS_LATER, blocks=BLOCKS, draw=draw_pictures,
@@ -217,17 +223,24 @@ def grade_gallery(drawn: dict[str, Any], captions: int) -> dict[str, float]:
 # --- the program
 
 
+@dataclass(kw_only=True)
+class RedundancyOptions(SweepOptions):
+    """Study."""
+
+    runs: list[str] | None = runs_option(RUNS)
+    emoji: Path | None = option(None, "also learn these pictures", metavar="FOLDER", is_folder=True)
+    real: Path | None = option(None, "also teach this model", metavar="MODEL", is_folder=True)
+    real_name: str | None = option(
+        None, "its name on the page; default: its folder", metavar="NAME"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        made = runs_with(self.real, self.emoji)
+        if missing := [name for name in self.runs or () if name not in made]:
+            raise ValueError(f"runs {missing} need --real or --emoji")
+
+
 def main(description: str, arguments: list[str] | None = None) -> int:
-    parser = sweep_parser(NAME, description, RUNS)
-    add = parser.add_argument
-    add("--emoji", type=Path, metavar="FOLDER", help="also learn these pictures")
-    add("--real", type=Path, metavar="MODEL", help="also teach this model")
-    add("--real-name", metavar="NAME", help="its name on the page; default: its folder")
-    given = parser.parse_args(arguments)
-    for folder in filter(None, (given.real, given.emoji)):
-        if not folder.is_dir():
-            parser.error(f"there is no folder {folder}")
-    made = study(given.real, given.real_name or str(given.real), given.emoji)
-    if missing := [name for name in given.runs or () if name not in made.runs]:
-        parser.error(f"runs {missing} need --real or --emoji")
-    return run_study(made, given)
+    given = parse(RedundancyOptions, arguments, description)
+    return run_study(study(given.real, given.real_name or str(given.real), given.emoji), given)
