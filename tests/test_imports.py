@@ -1,4 +1,4 @@
-"""The imports inside the package: no circles, and arrows that point down only.
+"""Imports inside the package and between programs: no circles, and arrows that point down only.
 
 Every import statement counts, wherever it stands: one inside a function or behind TYPE_CHECKING is
 the usual way to hide a circle. Names that are imported from strings (``import_module``) are not
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 PACKAGE = "moe_kernels"
 ROOT = Path(__file__).parent.parent / PACKAGE
@@ -39,6 +41,9 @@ BELOW = {
 # (importer, imported, where): imports that are not made when the module is loaded.
 LATE = {(PACKAGE, f"{PACKAGE}.models", "TYPE_CHECKING")}
 
+# folder beside the package -> its room of shared parts, which imports nothing else of the folder
+SHARED = {"python": "shared", "benchmarks": "lib", "tests": "support"}
+
 
 class Import(NamedTuple):
     """One import of a module of the package by another.
@@ -51,17 +56,17 @@ class Import(NamedTuple):
     where: str
 
 
-def module_files(root: Path) -> dict[str, Path]:
-    """Map each module's dotted name to its file."""
+def module_files(root: Path, package: str | None = PACKAGE) -> dict[str, Path]:
+    """Map each module's dotted name to its file; ``package`` None: ``root`` is on the path."""
     files = {}
     for path in sorted(root.rglob("*.py")):
-        parts = [PACKAGE, *path.relative_to(root).with_suffix("").parts]
+        parts = [*filter(None, [package]), *path.relative_to(root).with_suffix("").parts]
         files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return files
 
 
-def read_imports(root: Path) -> set[Import]:
-    files = module_files(root)
+def read_imports(root: Path, package: str | None = PACKAGE) -> set[Import]:
+    files = module_files(root, package)
     return {
         Import(name, imported, where)
         for name, path in files.items()
@@ -83,14 +88,13 @@ def import_nodes(tree: ast.AST, where: str) -> Iterator[tuple[ast.Import | ast.I
 
 
 def imported_modules(node: ast.Import | ast.ImportFrom, files: dict[str, Path]) -> list[str]:
-    """List the package's modules that a statement names; ``from a import b`` may name a.b."""
+    """List those of ``files`` that a statement names; ``from a import b`` may name a.b."""
     if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
+        return [alias.name for alias in node.names if alias.name in files]
     assert node.level == 0, f"relative import of {node.module}"
-    if node.module.split(".")[0] != PACKAGE:
-        return []
     submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-    return [name if name in files else node.module for name in submodules]
+    named = [name if name in files else node.module for name in submodules]
+    return [name for name in named if name in files]
 
 
 def circles(imports: set[Import]) -> list[list[str]]:
@@ -149,6 +153,14 @@ def test_arrows_point_down():
 
 def test_imports_stand_at_the_top_of_their_module():
     assert late(read_imports(ROOT)) == LATE
+
+
+@pytest.mark.parametrize(("folder", "shared"), SHARED.items())
+def test_programs_and_tests_have_no_circles(folder, shared):
+    imports = read_imports(ROOT.parent / folder, None)
+    assert circles(imports) == []
+    below = {i.imported for i in imports if i.importer.split(".")[0] == shared}
+    assert {name.split(".")[0] for name in below} == {shared}
 
 
 def test_the_reader_sees_circles_and_arrows_up(tmp_path):
