@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
+from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.analysis import (
     ExpertRedundancy,
     RoutingRecorder,
@@ -166,18 +166,15 @@ class Subject:
     def __init__(self, options: RoutingOptions, text: Tensor, sequences: dict[str, Tensor]):
         self.options = options
         self.model = load_causal_lm(options.model, options.dtype, options.device)
-        self.patched = self._patch() if options.adapter else None
+        self.patched = None
+        if options.adapter:
+            config = ModalityLoraConfig.from_adapter(options.adapter, options.backend)
+            self.patched = patch_model(self.model, config)
+            self.patched.load_adapter(options.adapter)
         RoutingRecorder(self.model)  # raises if there is no router
         self._check_ids(text, sequences)
         self.text = self._batches({"input_ids": text})
         self.sequences = self._batches(sequences)
-
-    def _patch(self) -> PatchedModel:
-        folder = self.options.adapter
-        config = ModalityLoraConfig.from_adapter(folder, backend=self.options.backend)
-        patched = patch_model(self.model, config)
-        patched.load_adapter(folder)
-        return patched
 
     def _check_ids(self, text: Tensor, sequences: dict[str, Tensor]) -> None:
         known = self.model.config.vocab_size
@@ -202,15 +199,12 @@ class Subject:
         return modality_by_token_id(ranges)(input_ids)
 
     def _batches(self, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-        parts = {
-            name: tensor.to(self.model.device).split(self.options.batch)
-            for name, tensor in tensors.items()
-        }
-        # Only routing is measured: no logits, no cache.
-        return [
-            dict(zip(parts, batch, strict=True)) | {"logits_to_keep": 1, "use_cache": False}
-            for batch in zip(*parts.values(), strict=True)
+        parts = [
+            tensor.to(self.model.device).split(self.options.batch) for tensor in tensors.values()
         ]
+        # Only routing is measured: no logits, no cache.
+        common = {"logits_to_keep": 1, "use_cache": False}
+        return [dict(zip(tensors, rows, strict=True)) | common for rows in zip(*parts, strict=True)]
 
     def in_state(self, state: str) -> contextlib.AbstractContextManager:
         off = self.patched is not None and state == "before"
@@ -228,7 +222,7 @@ class Subject:
                 self.model(**batch)
         return recorder.statistics()
 
-    def redundancy(self, state: str, modality: str, *, adapted: bool = True) -> ExpertRedundancy:
+    def redundancy(self, state: str, modality: str, adapted: bool) -> ExpertRedundancy:
         batches = self.text if modality == "text" else self.sequences
         with self.in_state(state):
             return expert_redundancy(
@@ -273,27 +267,26 @@ def measure_routing(setup: Setup, stages: Stages, state: str) -> RoutingStatisti
 
 
 def measure_redundancy(
-    setup: Setup, stages: Stages, name: str, state: str, modality: str, adapted: bool = True
+    setup: Setup, stages: Stages, name: str, state: str, modality: str, adapted: bool
 ) -> ExpertRedundancy:
     inputs = setup.inputs | setup.options.pick("metric", "max_tokens", "seed")
     stage = stages.run(
         f"redundancy-{name}", inputs,
-        lambda _: setup.subject.redundancy(state, modality, adapted=adapted).to_dict(),
+        lambda _: setup.subject.redundancy(state, modality, adapted).to_dict(),
     )  # fmt: skip
     return ExpertRedundancy.from_dict(stage.result)
 
 
 def measure_redundancies(setup: Setup, stages: Stages) -> dict[str, ExpertRedundancy]:
     """Compare experts on text, on which adapters do not act, and on the modality by state."""
-    redundancy = {"text": measure_redundancy(setup, stages, "text", "before", "text")}
+    compared = {"text": ("before", "text", True)}
     if modality := setup.options.modality:
-        for state, name, adapted in (
-            ("before", f"{modality}_before", True),
-            ("after", f"{modality}_after", True),
-            ("after", f"{modality}_after_base_experts", False),
-        ):
-            redundancy[name] = measure_redundancy(setup, stages, name, state, modality, adapted)
-    return redundancy
+        compared |= {
+            f"{modality}_before": ("before", modality, True),
+            f"{modality}_after": ("after", modality, True),
+            f"{modality}_after_base_experts": ("after", modality, False),
+        }
+    return {name: measure_redundancy(setup, stages, name, *each) for name, each in compared.items()}
 
 
 def run(options: RoutingOptions) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from shared.files import replacing, write_json, write_text
 from shared.models import count_experts, load_causal_lm
 from shared.options import RunOptions, out_folder, text_file
 from shared.stages import Stage, Stages, Workspace, digest, model_identity
+from shared.tables import markdown_table
 from shared.texts import documentation, spread, text_blocks, without_shared_paragraphs
 from shared.training import stop_after_step
 from transformers import (
@@ -173,19 +175,6 @@ def load_dense(options: ConvertOptions) -> PreTrainedModel:
     return model.to(options.device).eval()
 
 
-def load_moe(folder: Path, options: ConvertOptions) -> PreTrainedModel:
-    return load_causal_lm(folder / "model", torch.float32, options.device)
-
-
-def save_moe(model: PreTrainedModel, options: ConvertOptions, workspace: Workspace) -> None:
-    model.save_pretrained(workspace.folder / "model")
-    load_tokenizer(options).save_pretrained(workspace.folder / "model")
-
-
-def measure(model: PreTrainedModel, blocks: dict[str, torch.Tensor], batch: int) -> dict[str, Any]:
-    return {part: perplexity(model, blocks[part].split(batch)) for part in ("choice", "test")}
-
-
 # --- stages
 
 
@@ -195,6 +184,20 @@ class Setup:
 
     options: ConvertOptions
     blocks: dict[str, torch.Tensor]
+
+    def batches(self, part: str) -> Sequence[torch.Tensor]:
+        return self.blocks[part].split(self.options.batch)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the perplexity on choice and test text."""
+        return {part: perplexity(model, self.batches(part)) for part in ("choice", "test")}
+
+    def keep(self, moe: PreTrainedModel, workspace: Workspace) -> dict[str, Any]:
+        """Measure and save a model, with its tokenizer."""
+        measured = self.measure(moe)
+        moe.save_pretrained(workspace.folder / "model")
+        load_tokenizer(self.options).save_pretrained(workspace.folder / "model")
+        return {"perplexity": measured}
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def measure_dense(setup: Setup, stages: Stages) -> Stage:
     def build(workspace: Workspace) -> dict[str, Any]:
         model = load_dense(setup.options)
         return {
-            "perplexity": measure(model, setup.blocks, setup.options.batch),
+            "perplexity": setup.measure(model),
             "class": type(model).__name__,
             "intermediate_size": model.config.intermediate_size,
         }
@@ -222,13 +225,10 @@ def convert(setup: Setup, stages: Stages, conversion: Conversion) -> Stage:
     def build(workspace: Workspace) -> dict[str, Any]:
         moe = dense_to_moe(
             load_dense(options), conversion.num_experts, conversion.top_k, conversion.split,
-            shared_expert=options.shared_expert,
-            calibration=setup.blocks["heal"].split(options.batch),
+            shared_expert=options.shared_expert, calibration=setup.batches("heal"),
             calibration_tokens=options.calibration_tokens, seed=options.seed,
         )  # fmt: skip
-        measured = measure(moe, setup.blocks, options.batch)
-        save_moe(moe, options, workspace)
-        return {"perplexity": measured, "class": type(moe).__name__}
+        return setup.keep(moe, workspace) | {"class": type(moe).__name__}
 
     inputs = setup.inputs | dataclasses.asdict(conversion)
     inputs |= options.pick("calibration_tokens", "shared_expert")
@@ -241,17 +241,16 @@ def heal_conversion(
     options = setup.options
 
     def build(workspace: Workspace) -> dict[str, Any]:
-        moe = load_moe(converted.folder, options)
+        moe = load_causal_lm(converted.folder / "model", torch.float32, options.device)
         with stop_after_step() as stop:
             report = heal(
-                moe, load_dense(options), setup.blocks["heal"].split(options.batch),
+                moe, load_dense(options), setup.batches("heal"),
                 steps=options.heal_steps, train=options.train, lr=lr, seed=options.seed,
                 checkpoint=workspace.folder / "checkpoint", save_every=50, stop=stop.is_set,
             )  # fmt: skip
-        measured = measure(moe, setup.blocks, options.batch)
-        save_moe(moe, options, workspace)
+        kept = setup.keep(moe, workspace)
         shutil.rmtree(workspace.folder / "checkpoint")
-        return {"perplexity": measured, "lr": lr, **dataclasses.asdict(report)}
+        return kept | {"lr": lr, **dataclasses.asdict(report)}
 
     inputs = options.pick("heal_steps", "train") | {"lr": lr}
     return stages.run(f"heal-{conversion.name}-{lr:g}", inputs, build, after=[converted])
@@ -284,19 +283,16 @@ def row(setup: Setup, stages: Stages, conversion: Conversion) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """Return a Markdown table of perplexities on the test text."""
     shared, d_ff = report["settings"]["shared_expert"], report["dense"]["intermediate_size"]
-    lines = [
-        "| E | k | split | neurons a token | before healing | after healing |",
-        "|---|---|---|---|---|---|",
-        f"| dense | | | 100 % | {report['dense']['perplexity']['test']:.2f} | |",
-    ]
+    head = ("E", "k", "split", "neurons a token", "before healing", "after healing")
+    rows = [("dense", "", "", "100 %", f"{report['dense']['perplexity']['test']:.2f}", "")]
     for row in report["conversions"]:
-        share = (shared + (d_ff - shared) * row["top_k"] / row["num_experts"]) / d_ff
-        after = f"{row['after']['test']:.2f}" if "after" in row else ""
-        lines.append(
-            f"| {row['num_experts']} | {row['top_k']} | {row['split']} | {share:.0%} "
-            f"| {row['before']['test']:.2f} | {after} |".replace("%", " %")
+        experts, top_k = row["num_experts"], row["top_k"]
+        share = (shared + (d_ff - shared) * top_k / experts) / d_ff
+        before, after = (
+            f"{row[state]['test']:.2f}" if state in row else "" for state in ("before", "after")
         )
-    return "\n".join(lines) + "\n"
+        rows.append((str(experts), str(top_k), row["split"], f"{100 * share:.0f} %", before, after))
+    return markdown_table(head, rows) + "\n"
 
 
 def write_results(setup: Setup, stages: Stages, rows: list[dict[str, Any]], dense: Stage) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from shared.cli import Options, exit_code, option, parse
+from shared.tables import markdown_table
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -67,15 +68,16 @@ def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, flo
 def run(options: EstimateOptions) -> None:
     name = options.model
     models = {name: AutoConfig.from_pretrained(name)} if name else MODELS
-    print("| model | base weights | trained (experts + attention) | trained (attention) |")
-    print("|---|---|---|---|")
+    head = ("model", "base weights", "trained (experts + attention)", "trained (attention)")
+    rows = []
     for name, config in models.items():
         cells = []
         for targets in (("experts", "attention"), ("attention",)):
             lora = ModalityLoraConfig(r=options.r, target_modules=targets)
             result = estimate(config, lora, options.num_tokens)
             cells.append(f"{result['trained']:.0f} M, {result['gib']:.0f} GiB")
-        print(f"| {name} | {result['base']:.1f} B | {cells[0]} | {cells[1]} |")
+        rows.append((name, f"{result['base']:.1f} B", *cells))
+    print(markdown_table(head, rows))
 
 
 def main(arguments: list[str] | None = None) -> int:

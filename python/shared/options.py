@@ -48,12 +48,9 @@ class BackendOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.backend = self.select_backend()
-
-    def select_backend(self) -> str:
         device = torch.empty(0, device=self.device).device
         try:
-            return moe_kernels.backends.select(self.backend, device)
+            self.backend = moe_kernels.backends.select(self.backend, device)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--backend on {self.device}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,14 +16,7 @@ def documentation() -> dict[str, str]:
     """Return Python's own documentation by part: two of ten topics are for choice and test."""
     from pydoc_data.topics import topics
 
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for index, name in enumerate(sorted(topics)):
-        part = {0: "test", 5: "choice"}.get(index % 10, "train")
-        parts[part] += topics[name].split("\n\n")
-    # Topics quote each other.
-    return without_shared_paragraphs(
-        {part: "\n\n".join(paragraphs) for part, paragraphs in parts.items()}
-    )
+    return _by_part(topics[name] for name in sorted(topics))
 
 
 def held_out_text(file: str | None) -> str:
@@ -32,11 +26,16 @@ def held_out_text(file: str | None) -> str:
 
 def source_code() -> dict[str, str]:
     """Return the standard library's top-level modules by part, each module in one part."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return _by_part(path.read_text(encoding="utf-8", errors="replace") for path in modules)
+
+
+def _by_part(texts: Iterable[str]) -> dict[str, str]:
+    """Join texts by part, without the paragraphs that they quote from each other."""
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for index, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))):
-        part = {0: "test", 5: "choice"}.get(index % 10, "train")
-        parts[part].append(path.read_text(encoding="utf-8", errors="replace"))
-    return without_shared_paragraphs({part: "\n\n".join(texts) for part, texts in parts.items()})
+    for index, text in enumerate(texts):
+        parts[{0: "test", 5: "choice"}.get(index % 10, "train")].append(text)
+    return without_shared_paragraphs({part: "\n\n".join(each) for part, each in parts.items()})
 
 
 def without_shared_paragraphs(texts: dict[str, str]) -> dict[str, str]:

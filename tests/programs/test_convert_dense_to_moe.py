@@ -81,7 +81,7 @@ def test_a_second_run_of_the_program_computes_nothing(program, folder, finished,
         raise AssertionError("a finished stage was built again")
 
     before = (finished / "report.json").read_text()
-    for name in ("load_dense", "load_moe", "measure"):
+    for name in ("load_dense", "load_causal_lm", "perplexity"):
         monkeypatch.setattr(program, name, fail)
     assert program.main([str(folder), *OPTIONS, "--out", str(finished)]) == 0
     assert (finished / "report.json").read_text() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from moe_kernels.analysis import (
     plot_specialisation,
 )
 from shared.cli import console
+
+_LABELS = {"entropy_nats": "router entropy, nats", "highest_load": "highest load"}
 
 
 def describe(
@@ -45,29 +48,23 @@ def describe(
 
 def figures(statistics: RoutingStatistics, modality: str | None) -> dict[str, Any]:
     """Return figures of the routing, each by layer."""
-    entropy = statistics.entropy()
-    found = {
-        "entropy_nats": {
-            name: entropy[:, statistics.modalities.index(name)].tolist()
-            for name in statistics.seen()
-        },
-        "highest_load": {
-            name: (load * torch.tensor(statistics.num_experts)).tolist()
-            for name, load in zip(
-                statistics.modalities, statistics.load().amax(-1).unbind(1), strict=True
-            )
+    experts = torch.tensor(statistics.num_experts)[:, None]
+    found: dict[str, Any] = {
+        kind: {
+            name: by_layer.tolist()
+            for name, by_layer in zip(statistics.modalities, values.unbind(1), strict=True)
             if name in statistics.seen()
-        },
+        }
+        for kind, values in (
+            ("entropy_nats", statistics.entropy()),
+            ("highest_load", statistics.load().amax(-1) * experts),
+        )
     }
     if modality:
-        kinds = statistics.expert_kinds("text", modality)
+        kinds = dataclasses.asdict(statistics.expert_kinds("text", modality))
+        names = {"only_first": "text_only", "only_second": f"{modality}_only"}
         found["jensen_shannon_divergence_bits"] = statistics.divergence("text", modality).tolist()
-        found["experts"] = {
-            "text_only": kinds.only_first.tolist(),
-            f"{modality}_only": kinds.only_second.tolist(),
-            "agnostic": kinds.agnostic.tolist(),
-            "unused": kinds.unused.tolist(),
-        }
+        found["experts"] = {names.get(k, k): counts.tolist() for k, counts in kinds.items()}
     return found
 
 
@@ -103,29 +100,35 @@ def summarize(report: dict[str, Any], modality: str | None) -> None:
     table.add_column("mean over layers; experts in all")
     for state in states:
         table.add_column(state if modality else "text", justify="right")
-    for kind, label in (("entropy_nats", "router entropy, nats"), ("highest_load", "highest load")):
-        for name in states["before"][kind]:
-            cells = (f"{mean(found[kind][name]):.3f}" for found in states.values())
-            table.add_row(f"{label}, {name}", *cells)
-    if modality:
-        key = "jensen_shannon_divergence_bits"
-        table.add_row("divergence, bits", *(f"{mean(found[key]):.3f}" for found in states.values()))
-        for kind in states["before"]["experts"]:
-            cells = (str(sum(found["experts"][kind])) for found in states.values())
-            table.add_row(f"experts: {kind.replace('_', ' ')}", *cells)
-    redundancy = {
-        name: f"{mean(found['mean']):.3f}" for name, found in report["redundancy"].items()
-    }
-    table.add_row("redundancy, text", *[redundancy["text"]] * len(states))
-    if modality:
-        table.add_row(
-            f"redundancy, {modality}", *(redundancy[f"{modality}_{state}"] for state in states)
-        )
+    for label, values in rows_of(states, report["redundancy"], modality).items():
+        table.add_row(label, *values)
     console.print(table)
     if not report.get("text_routing_unchanged", True):
         console.print("[red]error: the adapters changed the routing of text[/]")
 
 
-def mean(values: list[float | None]) -> float:
+def rows_of(
+    states: dict[str, Any], redundancy: dict[str, Any], modality: str | None
+) -> dict[str, list[str]]:
+    """Return the table's rows: by label, a cell for each state."""
+    rows = {
+        f"{label}, {name}": [mean(found[kind][name]) for found in states.values()]
+        for kind, label in _LABELS.items()
+        for name in states["before"][kind]
+    }
+    if modality:
+        key = "jensen_shannon_divergence_bits"
+        rows["divergence, bits"] = [mean(found[key]) for found in states.values()]
+        for kind in states["before"]["experts"]:
+            counts = [str(sum(found["experts"][kind])) for found in states.values()]
+            rows[f"experts: {kind.replace('_', ' ')}"] = counts
+    rows["redundancy, text"] = [mean(redundancy["text"]["mean"])] * len(states)
+    if modality:
+        names = [f"{modality}_{state}" for state in states]
+        rows[f"redundancy, {modality}"] = [mean(redundancy[name]["mean"]) for name in names]
+    return rows
+
+
+def mean(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else float("nan")
+    return f"{sum(known) / len(known):.3f}" if known else "nan"
