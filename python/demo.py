@@ -26,21 +26,12 @@ import numpy as np
 import sklearn
 import tokenizers
 from shared.cli import exit_code, option, parse
-from shared.drawing import (
-    PictureTokens,
-    Setup,
-    TextToImageOptions,
-    draw,
-    measure,
-    taught_painter,
-    teach,
-    tokenize,
-)
+from shared.drawing import Setup, TextToImageOptions, run_stages
 from shared.files import write_json
 from shared.options import BackendOptions, out_folder
 from shared.reports.demo import draw_figures, summarize
 from shared.stages import Stage, Stages, Workspace
-from shared.text_model import TextModelSettings, pretrain
+from shared.text_model import QUICK_TEXT_MODEL, TextModelSettings, pretrain
 from shared.text_to_image import record_routing
 from shared.texts import documentation
 from transformers import PreTrainedTokenizerBase
@@ -51,10 +42,6 @@ DRAWING = {
     "held_out": 500, "num_codes": 64, "lora_alpha": 32.0, "lr": 4e-3, "caption_dropout": 0.0,
     "samples_per_caption": 20, "guidance": [1.0], "text_tokens": 10**9, "dtype": "float32",
     "text_batch": 32, "image_batch": 100, "drawing_batch": 200, "curve_pictures": 200,
-}  # fmt: skip
-QUICK_TEXT_MODEL = {
-    "vocab_size": 320, "hidden_size": 64, "layers": 2, "experts": 8, "experts_per_token": 2,
-    "intermediate_size": 32, "text_steps": 20, "text_block": 64,
 }  # fmt: skip
 QUICK_DRAWING = {
     "images": 500, "held_out": 100, "num_codes": 32, "r": 4, "lora_alpha": 8.0, "batch": 8,
@@ -91,15 +78,17 @@ def learn_text(options: DemoOptions, stages: Stages) -> Stage:
     )
 
 
-def measure_routing(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) -> Stage:
+def measure_routing(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Count the experts that text and pictures go to."""
     batches = setup.options.pick("text_batch", "image_batch")
+    held_out = setup.tokens.held_out
+    return record_routing(setup.painter, setup.blocks, held_out, **batches).to_dict()
 
-    def build(workspace: Workspace) -> dict[str, Any]:
-        painter = taught_painter(setup, tokens, taught)
-        return record_routing(painter, setup.blocks, tokens.held_out, **batches).to_dict()
 
-    return stages.run("routing", batches, build, after=[taught])
+def run_all_stages(setup: Setup) -> None:
+    run_stages(setup)
+    batches = setup.options.pick("text_batch", "image_batch")
+    setup.run("routing", measure_routing, batches, after="teach")
 
 
 def bits_per_byte(nll: float, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
@@ -108,9 +97,10 @@ def bits_per_byte(nll: float, tokenizer: PreTrainedTokenizerBase, text: str) -> 
     return nll * tokens / len(text.encode()) / math.log(2)
 
 
-def describe(setup: Setup, routing: RoutingStatistics, stages: Stages) -> dict[str, Any]:
+def describe(setup: Setup, routing: RoutingStatistics) -> dict[str, Any]:
     """Return the content of report.json: every figure that was measured."""
-    results, described = stages.results, stages.describe(setup.options)
+    stages, results = setup.stages, setup.results
+    described = stages.describe(setup.options)
     text = results["measure"]["text"]
     bits = bits_per_byte(text["nll_after_training"], setup.tokenizer, documentation()["test"])
     more = {module.__name__: module.__version__ for module in (tokenizers, np, sklearn)}
@@ -138,15 +128,11 @@ def describe(setup: Setup, routing: RoutingStatistics, stages: Stages) -> dict[s
 def run(options: DemoOptions) -> None:
     stages = Stages(options.out / "stages")
     text = learn_text(options, stages)
-    setup = Setup.load(options.drawing(text.folder / "model"))
-    tokens = tokenize(setup, stages)
-    taught = teach(setup, tokens, stages)
-    measure(setup, tokens, taught, stages)
-    draw(setup, tokens, taught, stages)
-    routed = measure_routing(setup, tokens, taught, stages)
-    routing = RoutingStatistics.from_dict(routed.result)
-    report = describe(setup, routing, stages)
-    draw_figures(report, stages.results, tokens, routing, options.out)
+    setup = Setup.load(options.drawing(text.folder / "model"), stages)
+    run_all_stages(setup)
+    routing = RoutingStatistics.from_dict(setup.results["routing"])
+    report = describe(setup, routing)
+    draw_figures(report, setup, routing, options.out)
     write_json(options.out / "report.json", report)
     summarize(report, options.out)
 

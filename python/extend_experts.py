@@ -48,10 +48,15 @@ from shared.models import count_experts, load_causal_lm, require_experts
 from shared.options import ModelOptions, TextOptions, out_folder
 from shared.pictures import CaptionedPictures
 from shared.reports.extend_experts import write_pages
-from shared.stages import Stage, Stages, Workspace, digest, model_identity
-from shared.text_model import TextModelSettings, pretrain, start_text_model, train_text_tokenizer
+from shared.stages import Stages, StageSetup, Workspace, digest, model_identity
+from shared.text_model import (
+    QUICK_TEXT_MODEL,
+    TextModelSettings,
+    pretrain,
+    start_text_model,
+    train_text_tokenizer,
+)
 from shared.text_to_image import compare_text, text_logits
-from shared.training import schedule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -193,9 +198,11 @@ class ExtendOptions(
         return {"modalities": (MODALITY,), "sequence_modalities": whole, "backend": self.backend}
 
     def schedule(self, steps: int, lr: float) -> dict[str, Any]:
-        return schedule(
-            steps, self.batch, lr, warmup_steps=steps // 15, seed=self.seed, device=self.device
-        )
+        """Arguments of a training."""
+        return dict(
+            max_steps=steps, per_device_train_batch_size=self.batch, learning_rate=lr,
+            warmup_steps=steps // 15, seed=self.seed, use_cpu=self.device == "cpu",
+        )  # fmt: skip
 
 
 def _whole_numbers(option: str, values: list[str], names: tuple[str, ...]) -> tuple[int, ...]:
@@ -207,10 +214,7 @@ def _whole_numbers(option: str, values: list[str], names: tuple[str, ...]) -> tu
 QUICK = {
     "encoder_steps": 60, "align_steps": 20, "score_steps": 4, "steps": 20, "test_questions": 40,
     "text_tokens": 512, "held_out": 200, "text_steps": 20,
-    "text_model": TextModelSettings(
-        vocab_size=320, hidden_size=64, layers=2, experts=8, experts_per_token=2,
-        intermediate_size=32, text_block=64,
-    ),
+    "text_model": TextModelSettings(**QUICK_TEXT_MODEL),
 }  # fmt: skip
 
 
@@ -252,30 +256,25 @@ def find_base(options: ExtendOptions, stages: Stages, names: tuple[str, ...]) ->
     return str(stage.folder / "model")
 
 
-def train_picture_encoder(options: ExtendOptions, stages: Stages) -> Stage:
-    inputs = dataclasses.asdict(options.encoder)
-    if options.encoder.emoji is not None:
-        inputs["emoji"] = model_identity(options.encoder.emoji)
-    return stages.run(
-        "encoder", inputs, lambda workspace: train_encoder(options.encoder, workspace)
-    )
-
-
 # --- what the stages use
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Base model, held-out text and encoded pictures.
+class Setup(StageSetup):
+    """Options, base model, held-out text, and the stages that are finished.
 
     blocks: (blocks, block) token ids of held-out text
     """
 
     options: ExtendOptions
+    stages: Stages
     base: str
     tokenizer: PreTrainedTokenizerBase
     blocks: torch.Tensor
-    encoded: dict[str, EncodedPictures]
+
+    @cached_property
+    def encoded(self) -> dict[str, EncodedPictures]:
+        return load_encoded(self.folder("encoder"))
 
     def ask(self, part: str, count: int | None, seed: int = 0) -> questions.QuestionSet:
         """Return ``count`` questions of each task; None: as many as pictures."""
@@ -301,7 +300,7 @@ class Setup:
     @cached_property
     def longest_answer(self) -> int:
         """Tokens of the longest shown answer, with the end of the line."""
-        labels = [self.shown[index]["labels"] for index in range(len(self.shown))]
+        labels = [item["labels"] for item in self.shown]
         return max(len(each) - each.count(IGNORE_INDEX) for each in labels)
 
     @property
@@ -312,11 +311,12 @@ class Setup:
     def load_base(self) -> PreTrainedModel:
         return load_causal_lm(self.base, self.options.dtype, self.options.device)
 
-    def load_viewer(self, adapter: Path | None = None) -> questions.Viewer:
-        """Load the base, patched by the options; or by an adapter's own files."""
+    def load_viewer(self, stage: str | None = None) -> questions.Viewer:
+        """Load the base, patched by the options; or by the files of a stage's adapter."""
         model = self.load_base()
-        if adapter is None:
+        if stage is None:
             return self.viewer(ExpertExtender(model, **self.options.patching))
+        adapter = self.folder(stage) / "adapter"
         config = ModalityLoraConfig.from_adapter(adapter, self.options.backend)
         patch_model(model, config).load_adapter(adapter)
         return self.viewer(ExpertExtender(model))
@@ -338,106 +338,67 @@ class Setup:
         pictures = viewer.extender.disturbance(questions.joined_batches(viewer, self.test, 50))
         return {"text": text["text"].to_dict(), "pictures": pictures[MODALITY].to_dict()}
 
-    # Inputs of stages.
 
-    @property
-    def aligned_inputs(self) -> dict[str, Any]:
-        inputs = self.options.pick("dtype", "device", "backend", "seed", "tasks", "batch")
-        # The gate decides which rows have the pictures' modality, and adapters' files say so.
-        return inputs | {"base": model_identity(self.base), "gate": self.options.gate}
-
-    @property
-    def test_inputs(self) -> dict[str, Any]:
-        return self.options.of(TestOptions)
-
-    @property
-    def text_inputs(self) -> dict[str, Any]:
-        return {"text": digest(self.blocks)}
+# --- stages: each returns its result, as JSON
 
 
-# --- stages
+def train_picture_encoder(setup: Setup, workspace: Workspace) -> dict[str, Any]:
+    return train_encoder(setup.options.encoder, workspace)
 
 
-def measure_start(setup: Setup, stages: Stages, encoder: Stage) -> Stage:
+def measure_start(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Grade the model with a projector that has not learnt."""
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        viewer = setup.load_viewer()
-        torch.manual_seed(setup.options.seed)
-        viewer.extender.add_projector(setup.test.pictures.features.shape[-1], modality=MODALITY)
-        return setup.grade(viewer)
-
-    return stages.run("start", setup.aligned_inputs | setup.test_inputs, build, after=[encoder])
+    viewer = setup.load_viewer()
+    torch.manual_seed(setup.options.seed)
+    viewer.extender.add_projector(setup.test.pictures.features.shape[-1], modality=MODALITY)
+    return setup.grade(viewer)
 
 
-def align_projector(setup: Setup, stages: Stages, encoder: Stage) -> Stage:
+def align_projector(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     options = setup.options
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        history = questions.align(
-            setup.load_viewer(), setup.ask("train", None), setup.curve_batches, workspace,
-            **options.schedule(options.align_steps, options.align_lr),
-        )  # fmt: skip
-        return {"history": history}
-
-    inputs = setup.aligned_inputs | options.pick("align_steps", "align_lr")
-    return stages.run("align", inputs, build, after=[encoder])
-
-
-def measure_aligned(setup: Setup, stages: Stages, aligned: Stage) -> Stage:
-    return stages.run(
-        "aligned", setup.test_inputs,
-        lambda workspace: setup.grade(setup.load_viewer(aligned.folder / "adapter")),
-        after=[aligned],
+    history = questions.align(
+        setup.load_viewer(), setup.ask("train", None), setup.curve_batches, workspace,
+        **options.schedule(options.align_steps, options.align_lr),
     )  # fmt: skip
+    return {"history": history}
 
 
-def score(setup: Setup, stages: Stages, aligned: Stage) -> Stage:
+def measure_aligned(setup: Setup, workspace: Workspace) -> dict[str, Any]:
+    return setup.grade(setup.load_viewer("align"))
+
+
+def score(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Score the layers on questions that the projector did not learn from."""
-    options = setup.options
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        viewer = setup.load_viewer(aligned.folder / "adapter")
-        count = min(options.score_steps * options.batch, len(setup.encoded["choice"]))
-        asked = setup.ask("choice", count, 40)
-        generator = torch.Generator().manual_seed(options.seed)
-        order = torch.randperm(len(asked), generator=generator).tolist()
-        mixed = [asked.questions[index] for index in order]
-        batches = questions.joined_batches(
-            viewer, dataclasses.replace(asked, questions=mixed), options.batch
-        )
-        return viewer.extender.score_layers(
-            batches, options.score_steps, modality=MODALITY, lr=options.score_lr,
-            count=options.count,
-        ).to_dict()  # fmt: skip
-
-    inputs = options.pick("score_steps", "score_lr") | {"count": options.count}
-    return stages.run("score", inputs, build, after=[aligned])
+    options, viewer = setup.options, setup.load_viewer("align")
+    count = min(options.score_steps * options.batch, len(setup.encoded["choice"]))
+    asked = setup.ask("choice", count, 40)
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(asked), generator=generator).tolist()
+    mixed = dataclasses.replace(asked, questions=[asked.questions[index] for index in order])
+    return viewer.extender.score_layers(
+        questions.joined_batches(viewer, mixed, options.batch), options.score_steps,
+        modality=MODALITY, lr=options.score_lr, count=options.count,
+    ).to_dict()  # fmt: skip
 
 
-def add_experts(setup: Setup, aligned: Stage, scored: Stage) -> questions.Viewer:
+def add_experts(setup: Setup) -> questions.Viewer:
     """Return the aligned model with added experts that have not learnt."""
-    viewer = setup.load_viewer(aligned.folder / "adapter")
-    scores = LayerScores.from_dict(scored.result)
+    viewer = setup.load_viewer("align")
+    scores = LayerScores.from_dict(setup.results["score"])
     viewer.extender.extend(**setup.options.extension, scores=scores)
     return viewer
 
 
-def extend(setup: Setup, stages: Stages, aligned: Stage, scored: Stage) -> Stage:
+def extend(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Measure what the added experts change before they learn."""
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        viewer = add_experts(setup, aligned, scored)
-        (config,) = viewer.extender.patched.extensions
-        return {
-            "extension": config.to_dict(),
-            "parameters": count_parameters(viewer.extender),
-            "disturbance": setup.disturbance(viewer),
-            **setup.grade(viewer),
-        }
-
-    inputs = setup.options.of(ExtensionOptions) | setup.test_inputs | setup.text_inputs
-    return stages.run("extend", inputs, build, after=[scored])
+    viewer = add_experts(setup)
+    (config,) = viewer.extender.patched.extensions
+    return {
+        "extension": config.to_dict(),
+        "parameters": count_parameters(viewer.extender),
+        "disturbance": setup.disturbance(viewer),
+        **setup.grade(viewer),
+    }
 
 
 def count_parameters(extender: ExpertExtender) -> dict[str, Any]:
@@ -449,47 +410,58 @@ def count_parameters(extender: ExpertExtender) -> dict[str, Any]:
     return {"base": base, "projector": projector, "added": added, "share": added / base}
 
 
-def tune(setup: Setup, stages: Stages, aligned: Stage, scored: Stage) -> Stage:
+def tune(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     options = setup.options
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        history = questions.fine_tune(
-            add_experts(setup, aligned, scored), setup.ask("train", None, 60),
-            setup.curve_batches, workspace, **options.schedule(options.steps, options.lr),
-        )  # fmt: skip
-        return {"history": history}
-
-    return stages.run(
-        "tune", options.of(ExtensionOptions) | options.pick("steps", "lr"), build, after=[scored]
-    )
+    history = questions.fine_tune(
+        add_experts(setup), setup.ask("train", None, 60), setup.curve_batches, workspace,
+        **options.schedule(options.steps, options.lr),
+    )  # fmt: skip
+    return {"history": history}
 
 
-def measure(setup: Setup, stages: Stages, tuned: Stage) -> Stage:
+def measure(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Measure the plain base, patched, and with the adapter loaded from its file."""
-    adapter = tuned.folder / "adapter"
+    model, adapter = setup.load_base(), setup.folder("tune") / "adapter"
 
-    def build(workspace: Workspace) -> dict[str, Any]:
-        model = setup.load_base()
+    def logits() -> torch.Tensor:
+        return text_logits(model, setup.blocks, model.config.vocab_size, _TEXT_BATCH)
 
-        def logits() -> torch.Tensor:
-            return text_logits(model, setup.blocks, model.config.vocab_size, _TEXT_BATCH)
+    unpatched = logits()
+    patched = patch_model(model, ModalityLoraConfig.from_adapter(adapter, setup.options.backend))
+    before = logits()
+    patched.load_adapter(adapter)
+    viewer = setup.viewer(ExpertExtender(model))
+    with viewer.extender.disabled():
+        off = viewer.grade(setup.test)
+    return {
+        "text": compare_text(unpatched, before, logits(), setup.blocks),
+        "disturbance": setup.disturbance(viewer),
+        "experts_off": off,
+        **setup.grade(viewer),
+    }
 
-        unpatched = logits()
-        config = ModalityLoraConfig.from_adapter(adapter, setup.options.backend)
-        patched = patch_model(model, config)
-        before = logits()
-        patched.load_adapter(adapter)
-        viewer = setup.viewer(ExpertExtender(model))
-        with viewer.extender.disabled():
-            off = viewer.grade(setup.test)
-        return {
-            "text": compare_text(unpatched, before, logits(), setup.blocks),
-            "disturbance": setup.disturbance(viewer),
-            "experts_off": off,
-            **setup.grade(viewer),
-        }
 
-    return stages.run("measure", setup.test_inputs | setup.text_inputs, build, after=[tuned])
+def run_stages(setup: Setup) -> None:
+    """Run every stage, keyed by what its result depends on."""
+    options = setup.options
+    pictures = dataclasses.asdict(options.encoder)
+    if options.encoder.emoji is not None:
+        pictures["emoji"] = model_identity(options.encoder.emoji)
+    base = options.pick("dtype", "device", "backend", "seed", "tasks", "batch")
+    # The gate decides which rows have the pictures' modality, and adapters' files say so.
+    base |= {"base": model_identity(setup.base), "gate": options.gate}
+    aligning = options.pick("align_steps", "align_lr")
+    scoring = options.pick("score_steps", "score_lr") | {"count": options.count}
+    added, test = options.of(ExtensionOptions), options.of(TestOptions)
+    text = {"text": digest(setup.blocks)}
+    setup.run("encoder", train_picture_encoder, pictures)
+    setup.run("start", measure_start, base | test, after="encoder")
+    setup.run("align", align_projector, base | aligning, after="encoder")
+    setup.run("aligned", measure_aligned, test, after="align")
+    setup.run("score", score, scoring, after="align")
+    setup.run("extend", extend, added | test | text, after="score")
+    setup.run("tune", tune, added | options.pick("steps", "lr"), after="score")
+    setup.run("measure", measure, test | text, after="tune")
 
 
 # --- results
@@ -526,9 +498,9 @@ def shown_answers(setup: Setup, results: dict[str, Any]) -> list[dict[str, Any]]
     ]
 
 
-def describe(setup: Setup, stages: Stages) -> dict[str, Any]:
+def describe(setup: Setup) -> dict[str, Any]:
     """Return the content of report.json."""
-    results = stages.results
+    results = setup.results
     scores = LayerScores.from_dict(results["score"])
     return {
         "parameters": results["extend"]["parameters"],
@@ -544,22 +516,20 @@ def describe(setup: Setup, stages: Stages) -> dict[str, Any]:
         "training": {name: results[name]["history"] for name in ("align", "tune")},
         "shown": shown_answers(setup, results),
         "base": setup.base,
-        **stages.describe(setup.options),
+        **setup.stages.describe(setup.options),
     }
 
 
-def write_results(
-    setup: Setup, stages: Stages, encoder: Stage, tuned: Stage, pictures: CaptionedPictures
-) -> None:
+def write_results(setup: Setup, pictures: CaptionedPictures) -> None:
     """Write everything under --out; pictures: those of the test questions."""
     out = setup.options.out
-    copy_whole(tuned.folder / "adapter", out / "adapter")
+    copy_whole(setup.folder("tune") / "adapter", out / "adapter")
     for name in ("encoder.json", "encoder.safetensors"):
         with replacing(out / "encoder" / name) as temporary:
-            shutil.copyfile(encoder.folder / name, temporary)
-    report = describe(setup, stages)
+            shutil.copyfile(setup.folder("encoder") / name, temporary)
+    report = describe(setup)
     write_json(out / "report.json", report)
-    scores = LayerScores.from_dict(stages.results["score"])
+    scores = LayerScores.from_dict(setup.results["score"])
     write_pages(report, scores, pictures.images, out)
 
 
@@ -570,16 +540,9 @@ def run(options: ExtendOptions) -> None:
     base = find_base(options, stages, pictures["train"].names)
     tokenizer = AutoTokenizer.from_pretrained(base)
     blocks = options.text_blocks(tokenizer)  # refuse a text that is too short before any stage
-    encoder = train_picture_encoder(options, stages)
-    setup = Setup(options, base, tokenizer, blocks, load_encoded(encoder.folder))
-    measure_start(setup, stages, encoder)
-    aligned = align_projector(setup, stages, encoder)
-    measure_aligned(setup, stages, aligned)
-    scored = score(setup, stages, aligned)
-    extend(setup, stages, aligned, scored)
-    tuned = tune(setup, stages, aligned, scored)
-    measure(setup, stages, tuned)
-    write_results(setup, stages, encoder, tuned, pictures["test"])
+    setup = Setup(options, stages, base, tokenizer, blocks)
+    run_stages(setup)
+    write_results(setup, pictures["test"])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.progress import track
@@ -26,10 +26,11 @@ from shared.files import replacing, save_figure, write_json
 from shared.models import load_causal_lm
 from shared.options import ModelOptions, out_folder
 from shared.stages import model_identity
+from shared.training import in_batches
 from transformers import AutoTokenizer
 
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.imaging import generate_images, load_image_tokenizer
+from moe_kernels.imaging import SampleRow, generate_images, load_image_tokenizer, plot_samples
 
 
 @dataclass(kw_only=True)
@@ -71,7 +72,7 @@ class DrawOptions(SamplingOptions, ModelOptions):
 def load(options: DrawOptions):
     """Return the taught model, its text tokenizer, and the image tokenizer."""
     adapter = options.run / "adapter"
-    config = ModalityLoraConfig.from_adapter(adapter, backend=options.backend)
+    config = ModalityLoraConfig.from_adapter(adapter, options.backend)
     image_tokenizer = load_image_tokenizer(options.run / "image_tokenizer")
     model = load_causal_lm(options.model, options.dtype, options.device)
     patch_model(model, config).load_adapter(adapter)
@@ -103,11 +104,6 @@ def check_folder(out: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds pictures of other settings: give another --out")
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        picture.save(temporary, format="png")
-
-
 def draw_missing(
     options: DrawOptions, captions: list[str], paths: list[list[Path]], settings: dict[str, Any]
 ) -> None:
@@ -116,8 +112,7 @@ def draw_missing(
     pictures = [(caption, path) for caption, files in captioned for path in files]
     # Batches are the same in every run, each with its own seed, so that a picture does not depend
     # on the pictures that existed already.
-    starts = range(0, len(pictures), options.batch)
-    batches = [pictures[start : start + options.batch] for start in starts]
+    batches = in_batches(pictures, options.batch)
     missing = [i for i, b in enumerate(batches) if not all(path.is_file() for _, path in b)]
     if not missing:
         return
@@ -131,20 +126,18 @@ def draw_missing(
             batch_size=options.batch, seed=options.seed + index,
         )  # fmt: skip
         for picture, (_, path) in zip(drawn, batches[index], strict=True):
-            save_picture(picture, path)
+            with replacing(path) as temporary:
+                picture.save(temporary, format="png")
 
 
 def overview(captions: list[str], paths: list[list[Path]]) -> Figure:
-    """Return a figure with a line for each caption."""
-    columns = max(map(len, paths))
-    figure = Figure(figsize=(2.5 + 0.8 * columns, 0.85 * len(captions)), layout="constrained")
-    panels = figure.subplots(len(captions), columns, squeeze=False)
-    for caption, row, files in zip(captions, panels, paths, strict=True):
-        for panel, file in zip(row, files, strict=True):
-            panel.imshow(np.asarray(Image.open(file)), cmap="gray_r")
-            panel.set(xticks=[], yticks=[])
-        row[0].set_ylabel(caption, rotation=0, ha="right", va="center")
-    return figure
+    """Return a figure with a line for each caption; long captions are wrapped, then shortened."""
+    texts = [textwrap.shorten(caption, 80, placeholder="...") for caption in captions]
+    rows = [
+        SampleRow(textwrap.fill(text, 30), [Image.open(file) for file in files], real=[])
+        for text, files in zip(texts, paths, strict=True)
+    ]
+    return plot_samples(rows, "Pictures for captions")
 
 
 def run(options: DrawOptions) -> None:

@@ -24,68 +24,59 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from shared.cli import exit_code, parse
-from shared.drawing import (
-    PictureTokens,
-    Setup,
-    TextToImageOptions,
-    draw,
-    measure,
-    taught_painter,
-    teach,
-    tokenize,
-)
+from shared.drawing import Setup, TextToImageOptions, run_stages
 from shared.files import copy_whole, replacing, save_figure, write_json
 from shared.reports.losses import plot_losses
 from shared.reports.text_to_image import plot_drawings, summarize
-from shared.stages import Stage, Stages
-from shared.text_to_image import Painter
+from shared.stages import Stages
 
 
-def save_held_out(painter: Painter, tokens: PictureTokens, path: Path) -> None:
+def save_held_out(setup: Setup, path: Path) -> None:
     """Write the held-out pictures as sequences: input_ids and attention_mask, (N, S) int64."""
-    (batch,) = painter.batches(tokens.held_out, len(tokens.held_out))
+    held_out = setup.tokens.held_out
+    (batch,) = setup.painter.batches(held_out, len(held_out))
     del batch["labels"]
     with replacing(path) as temporary:
         save_file(batch, temporary)
 
 
-def write_results(
-    setup: Setup, tokens: PictureTokens, taught: Stage, measured: Stage, drawn: Stage,
-    stages: Stages,
-) -> None:  # fmt: skip
-    options, out, history = setup.options, setup.options.out, taught.result["history"]
-    copy_whole(taught.folder / "adapter", out / "adapter")
+def plot_samples(setup: Setup, guidance: str) -> Figure:
+    drawn, title = setup.results["draw"], f"guidance {guidance}"
+    codes, samples = drawn["codes"][guidance], drawn["samples"][guidance]
+    if "read_as_their_caption" in samples:
+        title += f": {samples['read_as_their_caption']:.1%} read as their caption"
+    return plot_drawings(codes, samples, setup.labels, setup.tokens, title, nearest=True)
+
+
+def write_results(setup: Setup) -> None:
+    out, tokens, results = setup.options.out, setup.tokens, setup.results
+    samples, history = results["draw"]["samples"], results["teach"]["history"]
+    copy_whole(setup.folder("teach") / "adapter", out / "adapter")
     tokens.tokenizer.save(out / "image_tokenizer")
-    save_held_out(taught_painter(setup, tokens, taught), tokens, out / "held_out.safetensors")
-    for guidance, samples in drawn.result["samples"].items():
-        title, codes = f"guidance {guidance}", drawn.result["codes"][guidance]
-        if "read_as_their_caption" in samples:
-            title += f": {samples['read_as_their_caption']:.1%} read as their caption"
-        figure = plot_drawings(codes, samples, setup.labels, tokens, title, nearest=True)
-        save_figure(figure, out / f"samples-guidance-{guidance}.png")
+    save_held_out(setup, out / "held_out.safetensors")
+    for guidance in samples:
+        save_figure(plot_samples(setup, guidance), out / f"samples-guidance-{guidance}.png")
     curve = plot_losses({"text to image": history}, "nats an image token")
     save_figure(curve, out / "training.png")
     report = {
-        **measured.result,
-        "image_tokenizer": tokens.stage.result,
-        "samples": drawn.result["samples"],
+        **results["measure"],
+        "image_tokenizer": results["tokenize"],
+        "samples": samples,
         "training": history,
         "captions": [tokens.captions[label] for label in setup.labels],
-        **stages.describe(options),
+        **setup.stages.describe(setup.options),
     }
     write_json(out / "report.json", report)
     summarize(report, out)
 
 
 def run(options: TextToImageOptions) -> None:
-    setup, stages = Setup.load(options), Stages(options.out / "stages")
-    tokens = tokenize(setup, stages)
-    taught = teach(setup, tokens, stages)
-    measured = measure(setup, tokens, taught, stages)
-    drawn = draw(setup, tokens, taught, stages)
-    write_results(setup, tokens, taught, measured, drawn, stages)
+    setup = Setup.load(options, Stages(options.out / "stages"))
+    run_stages(setup)
+    write_results(setup)
 
 
 def main(arguments: list[str] | None = None) -> int:

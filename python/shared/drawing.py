@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import MISSING, dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from shared.cli import Options, option
 from shared.models import load_causal_lm, require_experts
 from shared.options import ModelOptions, TextOptions, out_folder
 from shared.pictures import CaptionedPictures
-from shared.stages import Stage, Stages, Workspace, digest, model_identity
+from shared.stages import Stages, StageSetup, Workspace, digest, model_identity
 from shared.text_to_image import (
     CaptionReader,
     Painter,
@@ -27,7 +28,7 @@ from shared.text_to_image import (
     measure_model,
     measure_samples,
 )
-from shared.training import mean_nll, schedule, train
+from shared.training import mean_nll, train
 
 ROW_INITS = ("normal", "gaussian", "mean", "gromov_wasserstein", "permuted")
 TARGET_MODULES = ("experts", "attention", "router")
@@ -152,24 +153,23 @@ class TextToImageOptions(
 
 
 @dataclass
-class Setup:
-    """Options, pictures and text of a run.
+class Setup(StageSetup):
+    """Options, finished stages, pictures and text of a run.
 
     blocks: (blocks, block) token ids of held-out text
     labels: numbers of the captions to draw
-    painter: the model with the trained adapter, once a stage has loaded it
     """
 
     options: TextToImageOptions
+    stages: Stages
     train: CaptionedPictures
     held_out: CaptionedPictures
     tokenizer: PreTrainedTokenizerBase
     blocks: torch.Tensor
     labels: list[int]
-    painter: Painter | None = None
 
     @classmethod
-    def load(cls, options: TextToImageOptions) -> Setup:
+    def load(cls, options: TextToImageOptions, stages: Stages) -> Setup:
         """Load everything but models.
 
         Raises:
@@ -182,7 +182,22 @@ class Setup:
         train, held_out = options.load_pictures()
         labels = choose_labels(train, options.captions)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        return cls(options, train, held_out, tokenizer, options.text_blocks(tokenizer), labels)
+        blocks = options.text_blocks(tokenizer)
+        return cls(options, stages, train, held_out, tokenizer, blocks, labels)
+
+    @cached_property
+    def tokens(self) -> PictureTokens:
+        """The fitted image tokenizer, and the encoded pictures."""
+        tokenizer = imaging.load_image_tokenizer(self.folder("tokenize") / "image_tokenizer")
+        parts = (TokenizedPictures.encode(tokenizer, part) for part in (self.train, self.held_out))
+        return PictureTokens(tokenizer, *parts)
+
+    @cached_property
+    def painter(self) -> Painter:
+        """The model with the trained adapter."""
+        painter = patch(self, self.load_base())
+        painter.patched.load_adapter(self.folder("teach") / "adapter")
+        return painter
 
     def load_base(self) -> PreTrainedModel:
         return load_causal_lm(self.options.model, self.options.dtype, self.options.device)
@@ -202,9 +217,8 @@ def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class PictureTokens:
-    """The finished stage of the image tokenizer, the tokenizer, and the encoded pictures."""
+    """The image tokenizer, and the encoded pictures."""
 
-    stage: Stage
     tokenizer: imaging.ImageTokenizer
     train: TokenizedPictures
     held_out: TokenizedPictures
@@ -229,32 +243,25 @@ def tokenizer_inputs(setup: Setup) -> dict[str, Any]:
     return inputs | digests | {"captions": setup.train.names}
 
 
-def tokenize(setup: Setup, stages: Stages) -> PictureTokens:
-    """Fit the image tokenizer, or copy a fitted one, and encode the pictures."""
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        try:
-            tokenizer = fit_tokenizer(setup.options, setup.train.images)
-        except imaging.FittingError as error:
-            kept = setup.options.out / "image_tokenizer-last-good"
-            error.last_good.save(kept)
-            message = f"{error}; the last good one is in {kept} (--tokenizer); or lower --vq-lr"
-            raise FloatingPointError(message) from error
-        tokenizer.save(workspace.folder / "image_tokenizer")
-        usage = tokenizer.codebook_usage(tokenizer.encode(setup.train.images))
-        # Fitting warns by itself, but a tokenizer fitted elsewhere has not seen these pictures.
-        imaging.warn_if_collapsed(usage)
-        return {
-            "codes": tokenizer.num_codes,
-            "codes_used": int((usage > 0).sum()),
-            "tokens_per_image": tokenizer.tokens_per_image,
-            "held_out_mean_squared_error": tokenizer.reconstruction_error(setup.held_out.images),
-        }
-
-    stage = stages.run("tokenize", tokenizer_inputs(setup), build)
-    tokenizer = imaging.load_image_tokenizer(stage.folder / "image_tokenizer")
-    parts = (TokenizedPictures.encode(tokenizer, part) for part in (setup.train, setup.held_out))
-    return PictureTokens(stage, tokenizer, *parts)
+def tokenize(setup: Setup, workspace: Workspace) -> dict[str, Any]:
+    """Fit the image tokenizer, or copy a fitted one."""
+    try:
+        tokenizer = fit_tokenizer(setup.options, setup.train.images)
+    except imaging.FittingError as error:
+        kept = setup.options.out / "image_tokenizer-last-good"
+        error.last_good.save(kept)
+        message = f"{error}; the last good one is in {kept} (--tokenizer); or lower --vq-lr"
+        raise FloatingPointError(message) from error
+    tokenizer.save(workspace.folder / "image_tokenizer")
+    usage = tokenizer.codebook_usage(tokenizer.encode(setup.train.images))
+    # Fitting warns by itself, but a tokenizer fitted elsewhere has not seen these pictures.
+    imaging.warn_if_collapsed(usage)
+    return {
+        "codes": tokenizer.num_codes,
+        "codes_used": int((usage > 0).sum()),
+        "tokens_per_image": tokenizer.tokens_per_image,
+        "held_out_mean_squared_error": tokenizer.reconstruction_error(setup.held_out.images),
+    }
 
 
 def fit_tokenizer(options: TextToImageOptions, images: np.ndarray) -> imaging.ImageTokenizer:
@@ -272,9 +279,9 @@ def fit_tokenizer(options: TextToImageOptions, images: np.ndarray) -> imaging.Im
 # --- teaching
 
 
-def patch(setup: Setup, tokens: PictureTokens, model: PreTrainedModel) -> Painter:
+def patch(setup: Setup, model: PreTrainedModel) -> Painter:
     """Patch the model, add the image tokens, and initialise both by the options."""
-    options, init = setup.options, {"init": setup.options.init}
+    options, tokens, init = setup.options, setup.tokens, {"init": setup.options.init}
     if options.init in COUPLED_INITS:
         usage = tokens.tokenizer.codebook_usage(tokens.train.codes)
         init |= {
@@ -309,97 +316,77 @@ def adapter_inputs(setup: Setup) -> dict[str, Any]:
     return inputs | ({} if options.lora_init == "zero" else {"text": digest(setup.blocks)})
 
 
-def teach(setup: Setup, tokens: PictureTokens, stages: Stages) -> Stage:
+def teach(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Train the adapters and the added rows on captioned pictures."""
-    options = setup.options
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        painter = patch(setup, tokens, setup.load_base())
-        held_out = painter.batches(
-            tokens.held_out.head(options.curve_pictures), options.image_batch
-        )
-        if options.gradient_checkpointing:
-            painter.model.gradient_checkpointing_enable()
-        history = train(
-            painter.patched, painter.dataset(tokens.train, options.caption_dropout, options.seed),
-            lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
-            gradient_accumulation_steps=options.gradient_accumulation,
-            **schedule(
-                options.steps, options.batch, options.lr, warmup_steps=options.steps // 20,
-                seed=options.seed, device=options.device,
-            ),
-        )  # fmt: skip
-        painter.patched.save_adapter(workspace.folder / "adapter")
-        caption = np.mean([len(ids) for ids in painter.caption_ids])
-        length = caption + tokens.train.codes.shape[1] + 2
-        return {"history": history, "tokens_per_second": history["samples_per_second"] * length}
-
-    return stages.run("teach", adapter_inputs(setup), build, after=[tokens.stage])
-
-
-def taught_painter(setup: Setup, tokens: PictureTokens, taught: Stage) -> Painter:
-    """Return the model with the trained adapter, loaded unless a stage has left it."""
-    if setup.painter is None:
-        setup.painter = patch(setup, tokens, setup.load_base())
-        setup.painter.patched.load_adapter(taught.folder / "adapter")
-    return setup.painter
+    options, tokens = setup.options, setup.tokens
+    painter = patch(setup, setup.load_base())
+    held_out = painter.batches(tokens.held_out.head(options.curve_pictures), options.image_batch)
+    if options.gradient_checkpointing:
+        painter.model.gradient_checkpointing_enable()
+    history = train(
+        painter.patched, painter.dataset(tokens.train, options.caption_dropout, options.seed),
+        lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
+        max_steps=options.steps, per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.gradient_accumulation, learning_rate=options.lr,
+        warmup_steps=options.steps // 20, seed=options.seed, use_cpu=options.device == "cpu",
+    )  # fmt: skip
+    painter.patched.save_adapter(workspace.folder / "adapter")
+    caption = np.mean([len(ids) for ids in painter.caption_ids])
+    length = caption + tokens.train.codes.shape[1] + 2
+    return {"history": history, "tokens_per_second": history["samples_per_second"] * length}
 
 
 # --- measuring
 
 
-def measure(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) -> Stage:
+def measure(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Compare text bit by bit, and the loss of held-out pictures."""
-    batches = setup.options.pick("text_batch", "image_batch")
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        setup.painter, measured = measure_model(
-            setup.load_base(), lambda model: patch(setup, tokens, model),
-            taught.folder / "adapter", setup.blocks, tokens.held_out, **batches,
-        )  # fmt: skip
-        return measured
-
-    return stages.run("measure", batches | {"text": digest(setup.blocks)}, build, after=[taught])
+    setup.painter, measured = measure_model(
+        setup.load_base(), lambda model: patch(setup, model), setup.folder("teach") / "adapter",
+        setup.blocks, setup.tokens.held_out, **setup.options.pick("text_batch", "image_batch"),
+    )  # fmt: skip
+    return measured
 
 
-def draw(setup: Setup, tokens: PictureTokens, taught: Stage, stages: Stages) -> Stage:
+def draw(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Draw each caption, and measure the drawings; the result has both by guidance."""
-    options = setup.options
-
-    def build(workspace: Workspace) -> dict[str, Any]:
-        decode = tokens.tokenizer.decode
-        labels = torch.tensor(setup.labels).repeat_interleave(options.samples_per_caption)
-        started = time.perf_counter()
-        drawn = {
-            f"{guidance:g}": draw_codes(setup, tokens, taught, labels.tolist(), guidance)
-            for guidance in options.guidance
-        }
-        seconds = time.perf_counter() - started
-        reader = CaptionReader.fit(tokens.train, decode)
-        return {
-            "samples": {
-                guidance: measure_samples(
-                    codes, labels, tokens.train, tokens.held_out, decode, reader
-                )
-                for guidance, codes in drawn.items()
-            },
-            "codes": {guidance: codes.tolist() for guidance, codes in drawn.items()},
-            "tokens_per_second": sum(codes.numel() for codes in drawn.values()) / seconds,
-        }
-
-    inputs = options.of(DrawingOptions) | options.pick("drawing_batch")
-    return stages.run("draw", inputs, build, after=[taught])
+    options, tokens, decode = setup.options, setup.tokens, setup.tokens.tokenizer.decode
+    labels = torch.tensor(setup.labels).repeat_interleave(options.samples_per_caption)
+    started = time.perf_counter()
+    drawn = {f"{scale:g}": draw_codes(setup, labels.tolist(), scale) for scale in options.guidance}
+    seconds = time.perf_counter() - started
+    reader = CaptionReader.fit(tokens.train, decode)
+    return {
+        "samples": {
+            scale: measure_samples(codes, labels, tokens.train, tokens.held_out, decode, reader)
+            for scale, codes in drawn.items()
+        },
+        "codes": {scale: codes.tolist() for scale, codes in drawn.items()},
+        "tokens_per_second": sum(codes.numel() for codes in drawn.values()) / seconds,
+    }
 
 
-def draw_codes(
-    setup: Setup, tokens: PictureTokens, taught: Stage, labels: list[int], guidance: float
-) -> torch.Tensor:
+def draw_codes(setup: Setup, labels: list[int], guidance: float) -> torch.Tensor:
     """Return (N, tokens) codes: a drawing for each caption's number."""
-    painter, options = taught_painter(setup, tokens, taught), setup.options
+    painter, options = setup.painter, setup.options
     return imaging.generate_image_codes(
         painter.model, [painter.caption_ids[label] for label in labels], painter.vocabulary,
-        tokens.tokenizer.tokens_per_image, guidance_scale=guidance,
+        setup.tokens.tokenizer.tokens_per_image, guidance_scale=guidance,
         pad_token_id=painter.collator.pad_token_id, empty_caption=painter.empty_caption,
         temperature=options.temperature, batch_size=options.drawing_batch, seed=options.seed,
         progress=True,
     )  # fmt: skip
+
+
+# --- all stages
+
+
+def run_stages(setup: Setup) -> None:
+    """Run every stage, keyed by what its result depends on."""
+    options = setup.options
+    batches = options.pick("text_batch", "image_batch")
+    drawing = options.of(DrawingOptions) | options.pick("drawing_batch")
+    setup.run("tokenize", tokenize, tokenizer_inputs(setup))
+    setup.run("teach", teach, adapter_inputs(setup), after="tokenize")
+    setup.run("measure", measure, batches | {"text": digest(setup.blocks)}, after="teach")
+    setup.run("draw", draw, drawing, after="teach")

@@ -17,7 +17,7 @@ from moe_kernels.moextend import ExpertExtender, join_features_and_text
 from shared.encoder import EncodedPictures
 from shared.pictures import DIGITS
 from shared.stages import Workspace
-from shared.training import mean_nll, train
+from shared.training import in_batches, mean_nll, train
 
 NUMBERS = (
     *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
@@ -117,50 +117,41 @@ def collate_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, A
     }
 
 
-class Grades:
-    """Running loss of answers, and share of right answers by kind of question.
+@torch.no_grad()
+def grade(model: PreTrainedModel, batches: Iterable[Batch], kinds: Iterable[str]) -> dict[str, Any]:
+    """Return the loss of answers in nats a token, and the accuracy by kind of question.
 
     An answer is right if each of its tokens, and the end of the line, is the likeliest token after
     those before it. Greedy generation writes exactly such answers.
+
+    Args:
+        batches: arguments of the model, with labels
+        kinds: those of the questions, in order
     """
-
-    def __init__(self):
-        self.nll, self.tokens, self.right = 0.0, 0, []
-
-    def add(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Add a batch: arguments of the model, with labels."""
-        batch = dict(batch)
+    model.eval()
+    nll, tokens, right = 0.0, 0, []
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
-        self.nll += float(
-            F.cross_entropy(logits.mT, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        )
-        self.tokens += int((labels != IGNORE_INDEX).sum())
-        self.right += ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
-
-    def result(self, kinds: Iterable[str]) -> dict[str, Any]:
-        """Return nll in nats a token, and accuracy by kind; kinds: of the questions, in order."""
-        by_kind: dict[str, list[bool]] = {}
-        for kind, is_right in zip(kinds, self.right, strict=True):
-            by_kind.setdefault(kind, []).append(is_right)
-        accuracy = {kind: float(np.mean(each)) for kind, each in by_kind.items()}
-        return {"nll": self.nll / self.tokens, "accuracy": accuracy}
+        nll += float(F.cross_entropy(logits.mT, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
+        tokens += int((labels != IGNORE_INDEX).sum())
+        right += ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
+    by_kind: dict[str, list[bool]] = {}
+    for kind, is_right in zip(kinds, right, strict=True):
+        by_kind.setdefault(kind, []).append(is_right)
+    accuracy = {kind: float(np.mean(each)) for kind, each in by_kind.items()}
+    return {"nll": nll / tokens, "accuracy": accuracy}
 
 
-@torch.no_grad()
 def grade_words(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[WordQuestion],
     size: int = 100,
 ) -> dict[str, Any]:  # fmt: skip
-    """Grade a model, patched or not, on questions about words; see :class:`Grades`."""
-    model.eval()
-    grades = Grades()
-    for start in range(0, len(questions), size):
-        some = questions[start : start + size]
-        items = [encode(tokenizer, each.prompt, each.answer) for each in some]
-        batch = collate_text(tokenizer, items)
-        grades.add(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-    return grades.result(each.kind for each in questions)
+    """Grade a model, patched or not, on questions about words; see :func:`grade`."""
+    items = [encode(tokenizer, each.prompt, each.answer) for each in questions]
+    batches = [collate_text(tokenizer, some) for some in in_batches(items, size)]
+    return grade(model, batches, [each.kind for each in questions])
 
 
 @dataclass(frozen=True)
@@ -182,7 +173,6 @@ class QuestionSet:
 
     def collate(self, items: Sequence[dict[str, Any]]) -> Batch:
         """Return features (B, N, d) and feature_mask; input_ids, attention_mask, labels (B, S)."""
-
         features = [item["features"] for item in items]
         return collate_text(self.tokenizer, items) | {
             "features": pad(features, 0.0),
@@ -190,8 +180,7 @@ class QuestionSet:
         }
 
     def batches(self, size: int) -> list[Batch]:
-        items = [self[index] for index in range(len(self))]
-        return [self.collate(items[start : start + size]) for start in range(0, len(self), size)]
+        return [self.collate(items) for items in in_batches(list(self), size)]
 
     def most_common_answer(self) -> dict[str, float]:
         """Return by kind the accuracy of always giving the commonest answer."""
@@ -268,14 +257,10 @@ class Viewer:
         finally:
             hook.remove()
 
-    @torch.no_grad()
     def grade(self, questions: QuestionSet, size: int = 100) -> dict[str, Any]:
-        """Return the result of :class:`Grades`."""
-        self.model.eval()
-        grades = Grades()
-        for batch in questions.batches(size):
-            grades.add(self.model, self.join(batch))
-        return grades.result(each.kind for each in questions.questions)
+        """Return the result of :func:`grade`."""
+        kinds = [each.kind for each in questions.questions]
+        return grade(self.model, map(self.join, questions.batches(size)), kinds)
 
     @torch.no_grad()
     def answer(self, questions: QuestionSet, size: int = 100, max_new_tokens: int = 8) -> list[str]:
@@ -284,8 +269,7 @@ class Viewer:
         tokenizer = questions.tokenizer
         end = tokenizer(END, add_special_tokens=False).input_ids[-1]
         written: list[str] = []
-        for start in range(0, len(questions), size):
-            items = [questions[i] for i in range(start, min(start + size, len(questions)))]
+        for items in in_batches(list(questions), size):
             for item in items:
                 prompt = item["labels"].count(IGNORE_INDEX)
                 item.update({name: item[name][:prompt] for name in ("input_ids", "labels")})
@@ -311,13 +295,10 @@ def align(
     **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Add a projector unless present, and train it alone; saved in ``workspace``/adapter."""
-    extender = viewer.extender
-    in_features = questions.pictures.features.shape[-1]
     torch.manual_seed(arguments["seed"])
-    extender.add_projector(in_features, modality=viewer.modality)
-    history = viewer.learn(questions, held_out, workspace, **arguments)
-    extender.patched.save_adapter(workspace.folder / "adapter")
-    return history
+    in_features = questions.pictures.features.shape[-1]
+    viewer.extender.add_projector(in_features, modality=viewer.modality)
+    return fine_tune(viewer, questions, held_out, workspace, **arguments)
 
 
 @torch.no_grad()
@@ -333,7 +314,7 @@ def fine_tune(
     workspace: Workspace,
     **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train the added experts; saved in ``workspace``/adapter."""
+    """Train what was added; saved in ``workspace``/adapter."""
     history = viewer.learn(questions, held_out, workspace, **arguments)
     viewer.extender.patched.save_adapter(workspace.folder / "adapter")
     return history

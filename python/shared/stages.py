@@ -33,10 +33,6 @@ class Workspace:
         self._earlier = float(self._file.read_text()) if self._file.exists() else 0.0
 
     @property
-    def results(self) -> dict[str, dict[str, Any]]:
-        return {name: stage.result for name, stage in self.finished.items()}
-
-    @property
     def seconds(self) -> float:
         return self._earlier + time.perf_counter() - self._started
 
@@ -113,6 +109,27 @@ class Stages:
         stages = [stage.folder.name for stage in after]
         key = json.dumps([name, CACHE_VERSION, inputs, stages, versions()], sort_keys=True)
         return self.root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+class StageSetup:
+    """Base class for what the stages of a program share: each is built with it and a workspace."""
+
+    stages: Stages
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        return self.stages.results
+
+    def folder(self, stage: str) -> Path:
+        return self.stages.finished[stage].folder
+
+    def run(
+        self, name: str, build: Callable[[Any, Workspace], dict[str, Any]],
+        inputs: dict[str, Any], after: str | None = None,
+    ) -> None:  # fmt: skip
+        """Run a stage, see :meth:`Stages.run`; after: name of the stage that it depends on."""
+        before = [self.stages.finished[after]] if after else []
+        self.stages.run(name, inputs, lambda workspace: build(self, workspace), before)
 
 
 def _build(

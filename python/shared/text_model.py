@@ -5,6 +5,7 @@ Programs start from it when no pretrained model is given.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,15 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     OlmoeConfig,
-    OlmoeForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from shared.stages import Workspace
 from shared.texts import documentation, text_blocks
-from shared.training import last_checkpoint, mean_nll, schedule, train
+from shared.training import last_checkpoint, mean_nll, train
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,42 @@ class TextModelSettings:
     text_learning_rate: float = 2e-3
 
 
+# Sizes for trials.
+QUICK_TEXT_MODEL = {
+    "vocab_size": 320, "hidden_size": 64, "layers": 2, "experts": 8, "experts_per_token": 2,
+    "intermediate_size": 32, "text_steps": 20, "text_block": 64,
+}  # fmt: skip
+
+
 def train_text_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        [text],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<pad>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+        [text], vocab_size, min_frequency=0, special_tokens=["<pad>"], show_progress=False
     )
+    bpe = tokenizers.Tokenizer.from_str(bpe.to_str())
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>")
 
 
-def text_batches(blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": ids, "labels": ids} for ids in blocks.split(32)]
+def labelled(rows: Iterable[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def text_config(
+    settings: TextModelSettings, tokenizer: PreTrainedTokenizerFast
+) -> PretrainedConfig:
+    sizes = dict(
+        vocab_size=len(tokenizer), hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
+        max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    if not settings.experts:
+        return LlamaConfig(**sizes)
+    return OlmoeConfig(
+        num_experts=settings.experts, num_experts_per_tok=settings.experts_per_token,
+        norm_topk_prob=True, **sizes,
+    )  # fmt: skip
 
 
 def start_text_model(
@@ -74,21 +92,7 @@ def start_text_model(
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
     else:
         torch.manual_seed(settings.seed)
-        common = dict(
-            vocab_size=len(tokenizer), hidden_size=settings.hidden_size,
-            intermediate_size=settings.intermediate_size, num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
-            max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-        if settings.experts:
-            config = OlmoeConfig(
-                num_experts=settings.experts, num_experts_per_tok=settings.experts_per_token,
-                norm_topk_prob=True, **common,
-            )  # fmt: skip
-            model = OlmoeForCausalLM(config)
-        else:
-            model = LlamaForCausalLM(LlamaConfig(**common))
+        model = AutoModelForCausalLM.from_config(text_config(settings, tokenizer))
     if settings.experts:
         model.set_experts_implementation("grouped_mm")
         # This adds the balance loss, so that no expert stays idle.
@@ -104,16 +108,13 @@ def pretrain(settings: TextModelSettings, workspace: Workspace, more: str = "") 
     blocks = text_blocks(tokenizer, texts["train"], block, block // 4)
     if more:
         blocks = torch.cat([blocks, text_blocks(tokenizer, more, block, block)])
-    held_out = text_batches(text_blocks(tokenizer, texts["test"], block, block))
+    held_out = labelled(text_blocks(tokenizer, texts["test"], block, block).split(32))
     model = start_text_model(settings, tokenizer, last_checkpoint(workspace))
     history = train(
-        model, [{"input_ids": ids, "labels": ids} for ids in blocks],
-        lambda model: mean_nll(model, held_out), workspace,
-        **schedule(
-            settings.text_steps, settings.text_batch, settings.text_learning_rate,
-            warmup_steps=settings.text_steps // 10, weight_decay=0.1, seed=settings.seed,
-            device=settings.device,
-        ),
+        model, labelled(blocks), lambda model: mean_nll(model, held_out), workspace,
+        max_steps=settings.text_steps, per_device_train_batch_size=settings.text_batch,
+        learning_rate=settings.text_learning_rate, warmup_steps=settings.text_steps // 10,
+        weight_decay=0.1, seed=settings.seed, use_cpu=settings.device == "cpu",
     )  # fmt: skip
     if settings.experts:
         model.config.output_router_logits = False

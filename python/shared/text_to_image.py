@@ -11,12 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_kernels import (
-    ModalityLoraConfig,
-    PatchedModel,
-    add_modality_tokens,
-    patch_model,
-)
+from moe_kernels import ModalityLoraConfig, PatchedModel, add_modality_tokens, patch_model
 from moe_kernels.analysis import RoutingRecorder, RoutingStatistics, modality_by_token_id
 from moe_kernels.imaging import (
     CaptionedImages,
@@ -30,7 +25,7 @@ from moe_kernels.imaging import (
     padding_id,
 )
 from shared.pictures import CaptionedPictures
-from shared.training import mean_nll
+from shared.training import in_batches, mean_nll
 
 # Real pictures that every caption needs before a classifier is trained to read them.
 _PICTURES_TO_READ = 10
@@ -60,31 +55,18 @@ class TokenizedPictures:
         return len(self.codes)
 
 
-@dataclass
 class Painter:
     """A text model with image tokens, patched or not, and the ids of its captions."""
 
-    model: PreTrainedModel
-    vocabulary: ImageVocabulary
-    collator: ImageCollator
-    caption_ids: list[list[int]]
-    empty_caption: list[int]
-    patched: PatchedModel | None = None
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: range,
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: range,
         captions: Sequence[str], patched: PatchedModel | None = None,
-    ) -> Painter:  # fmt: skip
-        """Describe a model that has image tokens; token_ids: those of the image tokens."""
-        return cls(
-            model,
-            ImageVocabulary.from_token_ids(token_ids),
-            ImageCollator(padding_id(tokenizer)),
-            [caption_ids(tokenizer, text) for text in captions],
-            caption_ids(tokenizer, ""),
-            patched,
-        )
+    ):  # fmt: skip
+        self.model, self.patched = model, patched
+        self.vocabulary = ImageVocabulary.from_token_ids(token_ids)
+        self.collator = ImageCollator(padding_id(tokenizer))
+        self.caption_ids = [caption_ids(tokenizer, text) for text in captions]
+        self.empty_caption = caption_ids(tokenizer, "")
 
     @classmethod
     def create(
@@ -96,7 +78,7 @@ class Painter:
         torch.manual_seed(seed)
         patched = patch_model(model, config)
         token_ids = add_modality_tokens(model, "image", ImageVocabulary.size(num_codes), **init)
-        return cls.of(model, tokenizer, token_ids, captions, patched)
+        return cls(model, tokenizer, token_ids, captions, patched)
 
     def dataset(
         self, pictures: TokenizedPictures, caption_dropout: float = 0.0, seed: int = 0
@@ -108,10 +90,7 @@ class Painter:
         )  # fmt: skip
 
     def batches(self, pictures: TokenizedPictures, size: int) -> list[dict[str, torch.Tensor]]:
-        samples = list(self.dataset(pictures))
-        return [
-            self.collator(samples[start : start + size]) for start in range(0, len(samples), size)
-        ]
+        return [self.collator(some) for some in in_batches(list(self.dataset(pictures)), size)]
 
 
 @torch.no_grad()
@@ -251,23 +230,17 @@ def measure_samples(
         reader: None to leave out reading
     """
     generated, real, real_held_out = map(decode, (codes, train.codes, held_out.codes))
-    near, near_real = nearest_distances(generated, real), nearest_distances(real_held_out, real)
-    truth = torch.from_numpy(held_out.labels)
+    compared = {"generated": generated, "held_out_real": real_held_out}
+    near = {name: nearest_distances(images, real) for name, images in compared.items()}
+    labels = {"generated": asked, "held_out_real": torch.from_numpy(held_out.labels)}
     measured = {
         "count": len(codes),
         "distinct": count_distinct(codes),
         "pairwise_distance": {
-            "generated": mean_pairwise_distance(generated, asked),
-            "held_out_real": mean_pairwise_distance(real_held_out, truth),
+            name: mean_pairwise_distance(images, labels[name]) for name, images in compared.items()
         },
-        "nearest_training_distance": {
-            "generated": float(near.mean()),
-            "held_out_real": float(near_real.mean()),
-        },
-        "copies_of_a_training_image": {
-            "generated": int((near == 0).sum()),
-            "held_out_real": int((near_real == 0).sum()),
-        },
+        "nearest_training_distance": {name: float(each.mean()) for name, each in near.items()},
+        "copies_of_a_training_image": {name: int((each == 0).sum()) for name, each in near.items()},
     }
     return measured if reader is None else measured | read_samples(codes, asked, held_out, reader)
 

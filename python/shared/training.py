@@ -8,15 +8,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from moe_kernels import PatchedModel
 from moe_kernels.imaging import IGNORE_INDEX
@@ -116,17 +116,12 @@ class CheckedTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _stop(self, reason: str):
+        last = get_last_checkpoint(self.args.output_dir)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise FloatingPointError(
-            f"training stopped at step {self.state.global_step + 1}: {reason}; "
-            f"{self._last_good()}; lower the learning rate (which starts a new run)"
+            f"training stopped at step {self.state.global_step + 1}: {reason}; {kept}; "
+            "lower the learning rate (which starts a new run)"
         )
-
-    def _last_good(self) -> str:
-        checkpoints = Path(self.args.output_dir).glob("checkpoint-*")
-        steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in checkpoints)
-        if not steps:
-            return "there is no checkpoint yet"
-        return f"the last good checkpoint is {self.args.output_dir}/checkpoint-{steps[-1]}"
 
 
 class AdapterTrainer(CheckedTrainer):
@@ -146,18 +141,6 @@ class AdapterTrainer(CheckedTrainer):
         self.patched.load_adapter(resume_from_checkpoint)
 
 
-def schedule(
-    steps: int, batch: int, learning_rate: float, *, warmup_steps: int, seed: int, device: str,
-    weight_decay: float = 0.01,
-) -> dict[str, Any]:  # fmt: skip
-    """Return these settings as arguments of :func:`train`."""
-    return {
-        "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "warmup_steps": warmup_steps, "seed": seed,
-        "use_cpu": device == "cpu",
-    }  # fmt: skip
-
-
 def train(
     model: PreTrainedModel | PatchedModel, dataset: torch.utils.data.Dataset,
     held_out: Callable[[PreTrainedModel], float], workspace: Workspace, *,
@@ -169,7 +152,7 @@ def train(
     Args:
         held_out: returns the held-out loss of a model; computed seven times
         optimizer: replaces the Trainer's, for several learning rates
-        arguments: of `TrainingArguments`; see :func:`schedule`
+        arguments: of `TrainingArguments`
 
     Returns:
         [step, value] pairs of loss, held_out and grad_norm; and samples_per_second.
@@ -180,8 +163,8 @@ def train(
     """
     defaults = dict(
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
-        adam_beta2=0.95, max_grad_norm=1.0, logging_steps=5, save_steps=50, save_total_limit=2,
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        adam_beta2=0.95, weight_decay=0.01, max_grad_norm=1.0, logging_steps=5, save_steps=50,
+        save_total_limit=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(workspace.folder / "checkpoints"), **defaults | arguments
@@ -220,6 +203,10 @@ def last_checkpoint(workspace: Workspace) -> str | None:
         except (OSError, ValueError, KeyError):
             shutil.rmtree(checkpoint, ignore_errors=True)
     return str(max(whole)[1]) if whole else None
+
+
+def in_batches(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @torch.no_grad()

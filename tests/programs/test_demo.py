@@ -199,8 +199,6 @@ def test_settings_decide_what_is_computed_again(demo, finished, changed, kept):
 
 def stage_folders(demo, finished, **changed):
     """Return the stages' folders by name; no stage is computed."""
-    from types import SimpleNamespace
-
     from shared import drawing
     from shared.stages import Stage, Stages
 
@@ -215,12 +213,7 @@ def stage_folders(demo, finished, **changed):
     demo.learn_text(options, stages)
     settings = options.drawing(stage(finished, "pretrain") / "model")
     settings = dataclasses.replace(settings, **changed)
-    setup = drawing.Setup.load(settings)
-    fake = SimpleNamespace(stage=stages.run("tokenize", drawing.tokenizer_inputs(setup), None))
-    taught = drawing.teach(setup, fake, stages)
-    drawing.measure(setup, fake, taught, stages)
-    drawing.draw(setup, fake, taught, stages)
-    demo.measure_routing(setup, fake, taught, stages)
+    demo.run_all_stages(drawing.Setup.load(settings, stages))
     return {name: each.folder for name, each in stages.finished.items()}
 
 

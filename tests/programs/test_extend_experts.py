@@ -233,7 +233,7 @@ def test_refuses_options_before_any_work(program, command, options, message, tmp
     ("options", "message"),
     [
         (["--layers", "0", "7"], "layers [7] cannot be extended"),
-        (["--layers", "1", "1"], "a layer stands twice"),
+        (["--layers", "1", "1"], "layers has an index twice"),
         (["--init", "99"], "not 99"),
         (["--data", "emoji:."], "npm pack"),
         (["--held-out", "120"], "cannot be held out"),

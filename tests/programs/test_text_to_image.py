@@ -213,8 +213,11 @@ def test_says_what_is_wrong_with_the_data(program, command, options, message, tm
     assert not list(tmp_path.glob("out/stages/*"))
 
 
-def setup_of(program, command):
-    return program.Setup.load(program.parse(program.TextToImageOptions, command, ""))
+def setup_of(program, command, folder):
+    from shared.stages import Stages
+
+    options = program.parse(program.TextToImageOptions, command, "")
+    return program.Setup.load(options, Stages(folder))
 
 
 def test_other_captions_are_another_run(program, command, pictures, tmp_path):
@@ -227,14 +230,15 @@ def test_other_captions_are_another_run(program, command, pictures, tmp_path):
     from shared import drawing
 
     def inputs(folder):
-        return drawing.tokenizer_inputs(setup_of(program, [*command, "--data", str(folder)]))
+        setup = setup_of(program, [*command, "--data", str(folder)], tmp_path)
+        return drawing.tokenizer_inputs(setup)
 
     assert inputs(pictures) == inputs(pictures) != inputs(changed)
 
 
 def test_what_a_run_may_be_made_of(program, command, tmp_path):
     """Run a VQ-VAE, routers, checkpointing, the default dtype, pictures listed in a CSV file."""
-    from shared.stages import Stages
+    from shared.drawing import tokenize
 
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -256,20 +260,21 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
     assert report["text"]["logits_changed_by_training"] == 0
     assert "read" not in report["samples"]["1"], "a classifier that learnt from four pictures"
     again = [*command, *data, "--tokenizer", str(tmp_path / "out" / "image_tokenizer")]
-    fitted = program.tokenize(setup_of(program, again), Stages(tmp_path / "other"))
-    assert fitted.tokenizer.num_codes == report["image_tokenizer"]["codes"]
+    setup = setup_of(program, again, tmp_path / "other")
+    setup.run("tokenize", tokenize, {})
+    assert setup.tokens.tokenizer.num_codes == report["image_tokenizer"]["codes"]
 
 
 def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, command, tmp_path):
     """A tokenizer fitted on noise uses a few codes for squares of one colour."""
-    from shared.stages import Stages
+    from shared.drawing import tokenize
 
     noise = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)
     PatchTokenizer.fit(noise, num_codes=128).save(tmp_path / "fitted")
     extra = ["--tokenizer", str(tmp_path / "fitted")]
-    setup = setup_of(program, [*command, *extra])
+    setup = setup_of(program, [*command, *extra], tmp_path / "out")
     with pytest.warns(UserWarning, match=r"of 128 codes are in use"):
-        program.tokenize(setup, Stages(tmp_path / "out"))
+        setup.run("tokenize", tokenize, {})
 
 
 def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(

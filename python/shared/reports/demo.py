@@ -5,23 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from moe_kernels.analysis import RoutingStatistics, plot_expert_load
 from shared.cli import console
-from shared.drawing import PictureTokens
+from shared.drawing import Setup
 from shared.files import save_figure
 from shared.reports.losses import plot_losses
 from shared.reports.text_to_image import plot_drawings, training_rows
+from shared.tables import print_rows
 
 RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
 
 
 def draw_figures(
-    report: dict[str, Any], results: dict[str, Any], tokens: PictureTokens,
-    routing: RoutingStatistics, out: Path,
-) -> None:  # fmt: skip
-    """Write samples.png, training.png and routing.png; results: by stage."""
+    report: dict[str, Any], setup: Setup, routing: RoutingStatistics, out: Path
+) -> None:
+    """Write samples.png, training.png and routing.png."""
+    results, tokens = setup.results, setup.tokens
     samples, change = report["samples"], report["text"]["max_abs_logit_difference_by_training"]
     accuracy = samples["classifier_held_out_accuracy"]["tokenized"]
     title = (
@@ -45,34 +44,22 @@ def summarize(report: dict[str, Any], out: Path) -> None:
     text, samples = report["text"], report["samples"]
     accuracy, spread = samples["classifier_held_out_accuracy"], samples["pairwise_distance"]
     near, count = samples["nearest_training_distance"], samples["count"]
-    table = Table(title="Digits from a text model", show_header=False, show_lines=True)
-    for row in training_rows(report):
-        table.add_row(*row)
-    table.add_row(
-        "largest change of a text logit",
+    more = {
+        "largest change of a text logit":
         f"{text['max_abs_logit_difference_by_training']} by training; against the unpatched model "
         f"(rounding) {text['max_abs_logit_difference_to_unpatched']:.1e}, "
         f"median {text['median_logit_difference_to_unpatched']:.1e}",
-    )
-    table.add_row(
-        "pictures read as their caption",
+        "pictures read as their caption":
         f"{samples['read_as_their_caption']:.1%} of {count}; the classifier on held-out digits: "
         f"{accuracy['tokenized']:.1%} (raw {accuracy['raw']:.1%})",
-    )
-    table.add_row(
-        "diversity",
+        "diversity":
         f"{samples['distinct']} of {count} distinct; distance within a caption "
         f"{spread['generated']:.2f} (real {spread['held_out_real']:.2f})",
-    )
-    table.add_row(
-        "nearest training picture",
+        "nearest training picture":
         f"distance {near['generated']:.2f} (held-out real {near['held_out_real']:.2f}), "
         f"{samples['copies_of_a_training_image']['generated']} copies",
-    )
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items())
-    table.add_row("seconds", seconds)
-    table.add_row(
-        "backend", f"{report['backend']} on {report['device']}, {report['threads']} threads"
-    )
-    console.print(table)
+        "seconds": ", ".join(f"{name} {value:.0f}" for name, value in report["seconds"].items()),
+        "backend": f"{report['backend']} on {report['device']}, {report['threads']} threads",
+    }  # fmt: skip
+    print_rows(training_rows(report) | more, "Digits from a text model")
     console.print("written: " + ", ".join(str(out / name) for name in RESULTS))

@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from moe_kernels.moextend import LayerScores, plot_layer_scores
 from shared.cli import console
 from shared.files import save_figure, write_text
 from shared.reports.losses import plot_losses
+from shared.tables import markdown_table, print_rows, text_rows
 
 _COLUMNS = 4
 _RIGHT, _WRONG = "tab:green", "tab:red"
+_STATES = {"projector alone": "aligned", "with experts": "tuned"}  # whose answers are shown
 
 _PAGE = """# Added experts: {title}
 
-| | |
-|---|---|
-{rows}
+{figures}
 
 ## Answers to questions about held-out pictures
 
-{count} questions of each task. An answer is right if greedy generation writes all of it.
+{report[answers][count]} questions of each task. An answer is right if greedy generation writes all
+of it.
 
 {answers}
 
@@ -45,14 +45,14 @@ _PAGE = """# Added experts: {title}
 
 ## Loading
 
-The base is `{base}`. To load the extended model:
+The base is `{report[base]}`. To load the extended model:
 
 ```python
 from transformers import AutoModelForCausalLM
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.moextend import ExpertExtender
 
-model = AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r})
+model = AutoModelForCausalLM.from_pretrained({report[base]!r}, dtype={report[settings][dtype]!r})
 patched = patch_model(model, ModalityLoraConfig.from_adapter({adapter!r}))
 patched.load_adapter({adapter!r})
 projector = ExpertExtender(model).projector()    # saved with the adapter
@@ -77,13 +77,9 @@ def write_pages(
         "alignment: the projector": report["training"]["align"],
         "fine-tuning: the added experts": report["training"]["tune"],
     }
-    figure = plot_losses(histories, "nats a token of the answers")
-    save_figure(figure, out / "training.png")
+    save_figure(plot_losses(histories, "nats a token of the answers"), out / "training.png")
     write_text(out / "report.md", page(report, out))
-    table = Table(show_header=False, show_lines=True)
-    for row in (*rows_of(report), ("answers right", _states(report))):
-        table.add_row(*row)
-    console.print(table)
+    print_rows(figures(report) | {"answers right": _states(report)})
     console.print(f"written to {out}; report.md has all figures", markup=False, soft_wrap=True)
 
 
@@ -106,58 +102,39 @@ def plot_answers(shown: list[dict[str, Any]], pictures: np.ndarray) -> Figure:
 def _draw_question(panel: Axes, each: dict[str, Any], pictures: np.ndarray) -> None:
     panel.imshow(np.concatenate(list(pictures[each["pictures"]]), axis=1), cmap="gray_r")
     panel.set_title(each["question"], fontsize=10)
-    lines = (("projector alone", "aligned"), ("with experts", "tuned"))
-    for number, (label, state) in enumerate(lines):
+    below = {"transform": panel.transAxes, "ha": "center", "va": "top"}
+    for y, (label, state) in zip((-0.04, -0.15), _STATES.items(), strict=True):
         written = textwrap.shorten(each[state] or "(nothing)", 28, placeholder="...")
         colour = _RIGHT if each[state] == each["answer"] else _WRONG
-        panel.text(
-            0.5, -0.04 - 0.11 * number, f"{label}: {written}", color=colour, fontsize=10,
-            transform=panel.transAxes, ha="center", va="top",
-        )  # fmt: skip
-    panel.text(
-        0.5, -0.26, f"right: {each['answer']}", fontsize=8, color="0.4",
-        transform=panel.transAxes, ha="center", va="top",
-    )  # fmt: skip
+        panel.text(0.5, y, f"{label}: {written}", color=colour, fontsize=10, **below)
+    panel.text(0.5, -0.26, f"right: {each['answer']}", fontsize=8, color="0.4", **below)
 
 
 # --- text
 
 
-def rows_of(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the table's rows: a name, and its figures."""
-    parameters, text = report["parameters"], report["text"]
-    encoder, disturbance = report["encoder"], report["disturbance"]
-    step_0, tuned = disturbance["step_0"], disturbance["tuned"]
-    changed = text["logits_changed_by_training"]
-    return [
-        (
-            "parameters trained by fine-tuning",
-            f"{parameters['added']:,}: {parameters['share']:.2%} of the base's "
-            f"{parameters['base']:,}; the projector has {parameters['projector']:,}",
-        ),
-        (
-            "held-out text, nats a token",
-            f"{text['nll_before_training']:.6f} before, {text['nll_after_training']:.6f} after",
-        ),
-        ("text logits that changed", f"{changed:,}"),
-        *(
-            (
-                f"step 0: {rows}",
-                f"{each['output_change']:.2%} change of the logits, {each['changed_rows']:.1%} of "
-                f"rows changed, {each['rerouted_rows']:.1%} sent to other experts",
-            )
+def figures(report: dict[str, Any]) -> dict[str, str]:
+    """Return the rows of the table of figures."""
+    parameters, encoder = report["parameters"], report["encoder"]
+    step_0, tuned = report["disturbance"]["step_0"], report["disturbance"]["tuned"]["text"]
+    return {
+        "parameters trained by fine-tuning":
+        f"{parameters['added']:,}: {parameters['share']:.2%} of the base's "
+        f"{parameters['base']:,}; the projector has {parameters['projector']:,}",
+        **text_rows(report["text"]),
+        **{
+            f"step 0: {rows}": f"{_change(each)}, {each['rerouted_rows']:.1%} sent to other experts"
             for rows, each in step_0.items()
-        ),
-        (
-            "tuned: text",
-            f"{tuned['text']['output_change']:.2%} change of the logits, "
-            f"{tuned['text']['changed_rows']:.1%} of rows changed",
-        ),
-        (
-            "the encoder alone, on held-out pictures",
-            f"{encoder['accuracy']['test']:.1%} named correctly",
-        ),
-    ]
+        },
+        "tuned: text": _change(tuned),
+        "the encoder alone, on held-out pictures":
+        f"{encoder['accuracy']['test']:.1%} named correctly",
+    }  # fmt: skip
+
+
+def _change(disturbance: dict[str, float]) -> str:
+    change, rows = disturbance["output_change"], disturbance["changed_rows"]
+    return f"{change:.2%} change of the logits, {rows:.1%} of rows changed"
 
 
 def _states(report: dict[str, Any]) -> str:
@@ -170,41 +147,45 @@ def _states(report: dict[str, Any]) -> str:
 def page(report: dict[str, Any], out: Path) -> str:
     """Return the text of report.md."""
     settings = report["settings"]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in rows_of(report))
     return _PAGE.format(
         title=f"{settings['data']}, {', '.join(settings['tasks'])}",
-        rows=rows,
-        count=report["answers"]["count"],
+        figures=markdown_table(("", ""), figures(report).items()),
         answers=answers_table(report["answers"]),
         experts=experts_table(report),
-        base=report["base"],
-        dtype=settings["dtype"],
+        report=report,
         adapter=str(out / "adapter"),
         encoder=str(out / "encoder"),
     )
 
 
 def answers_table(answers: dict[str, Any]) -> str:
-    tasks = list(answers["commonest_answer"])
-    lines = [f"| | {' | '.join(tasks)} | nats a token |", "|---" * (len(tasks) + 2) + "|"]
-    for state, each in answers["states"].items():
-        shares = " | ".join(f"{each['accuracy'][task]:.1%}" for task in tasks)
-        lines.append(f"| {state} | {shares} | {each['nll']:.3f} |")
-    shares = " | ".join(f"{answers['commonest_answer'][task]:.1%}" for task in tasks)
-    lines.append(f"| always the commonest answer | {shares} | |")
-    return "\n".join(lines)
+    """Return a Markdown table of accuracy by task, and loss."""
+    commonest = answers["commonest_answer"]
+
+    def shares(accuracy: dict[str, float]) -> list[str]:
+        return [f"{accuracy[task]:.1%}" for task in commonest]
+
+    rows = [
+        [state, *shares(each["accuracy"]), f"{each['nll']:.3f}"]
+        for state, each in answers["states"].items()
+    ]
+    rows.append(["always the commonest answer", *shares(commonest), ""])
+    return markdown_table(["", *commonest, "nats a token"], rows)
 
 
 def experts_table(report: dict[str, Any]) -> str:
     """Return a Markdown table of the extended layers."""
     extension, scores = report["extension"], report["scores"]
-    sources = extension["sources"] or {}
-    lines = ["| layer | score d | added experts | copies of |", "|---|---|---|---|"]
-    for layer, number in extension["experts"].items():
-        copied = ", ".join(map(str, sources.get(layer, ()))) or extension["init"]
-        lines.append(f"| {layer} | {scores[int(layer)]:.4f} | {number} | {copied} |")
-    gate = extension["modality"]
-    rows = f"rows of the modality {gate!r}" if gate else "all rows (no gate)"
+    sources, gate = extension["sources"] or {}, extension["modality"]
+    rows = [
+        (
+            str(layer), f"{scores[int(layer)]:.4f}", str(number),
+            ", ".join(map(str, sources.get(layer, ()))) or extension["init"],
+        )
+        for layer, number in extension["experts"].items()
+    ]  # fmt: skip
+    table = markdown_table(("layer", "score d", "added experts", "copies of"), rows)
+    available = f"rows of the modality {gate!r}" if gate else "all rows (no gate)"
     calibration = extension["calibration"] or "none"
-    last = f"Available to {rows}, which the scores count; calibration: {calibration}."
-    return "\n".join([*lines, "", last])
+    last = f"Available to {available}, which the scores count; calibration: {calibration}."
+    return f"{table}\n\n{last}"

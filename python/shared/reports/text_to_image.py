@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from moe_kernels import imaging
 from shared.cli import console
 from shared.drawing import PictureTokens
+from shared.tables import print_rows, text_rows
 
 
 def plot_drawings(
@@ -56,36 +56,29 @@ def _real_pictures(tokens: PictureTokens, label: int, count: int) -> tuple[torch
     raise AssertionError("every caption to draw has a training picture")
 
 
-def training_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+def training_rows(report: dict[str, Any]) -> dict[str, str]:
     """Return table rows of what training did to text and to held-out pictures."""
-    parameters, text, image = report["parameters"], report["text"], report["image"]
-    before, after = text["nll_before_training"], text["nll_after_training"]
-    return [
-        ("parameters trained", f"{parameters['trained']:,} ({parameters['share']:.2%})"),
-        ("text, held out: nats a token", f"{before:.6f} before, {after:.6f} after"),
-        ("text logits changed by training", f"{text['logits_changed_by_training']:,}"),
-        (
-            "image, held out: nats a token",
-            f"{image['nll_start']:.3f} before, {image['nll_end']:.3f} after, "
-            f"{image['nll_adapters_off']:.3f} with the adapters off",
-        ),
-    ]
+    parameters, image = report["parameters"], report["image"]
+    return {
+        "parameters trained": f"{parameters['trained']:,} ({parameters['share']:.2%})",
+        **text_rows(report["text"]),
+        "image, held out: nats a token":
+        f"{image['nll_start']:.3f} before, {image['nll_end']:.3f} after, "
+        f"{image['nll_adapters_off']:.3f} with the adapters off",
+    }  # fmt: skip
 
 
 def summarize(report: dict[str, Any], out: Path) -> None:
     """Print a table of the results."""
-    table = Table(show_header=False, show_lines=True)
-    for row in training_rows(report):
-        table.add_row(*row)
+    rows = training_rows(report)
     for guidance, samples in report["samples"].items():
         near = samples["nearest_training_distance"]
         read = samples.get("read_as_their_caption")
         reads = f"{read:.1%} read as their caption, " if read is not None else ""
-        table.add_row(
-            f"pictures, guidance {guidance}",
+        rows[f"pictures, guidance {guidance}"] = (
             f"{reads}{samples['distinct']} of {samples['count']} distinct, "
             f"nearest training picture at {near['generated']:.2f} "
-            f"(held-out real {near['held_out_real']:.2f})",
+            f"(held-out real {near['held_out_real']:.2f})"
         )
-    console.print(table)
+    print_rows(rows)
     console.print(f"written to {out}", markup=False, soft_wrap=True)

@@ -299,7 +299,7 @@ def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painte
         first = model.config.vocab_size
         size = ImageVocabulary.size(num_codes)
         model.requires_grad_(True).resize_token_embeddings(first + size)
-        return Painter.of(model, tokenizer, range(first, first + size), captions)
+        return Painter(model, tokenizer, range(first, first + size), captions)
     config = ModalityLoraConfig(
         r=run.r, lora_alpha=2 * run.r, target_modules=run.targets, layers_to_transform=run.layers
     )
