@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import getitem
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 from shared import markers
+from shared.tables import markdown_table as table
 
 SETUP = "setup"
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
@@ -232,11 +233,6 @@ def hold_together(claims: Mapping[str, Verdict], level: float = 0.05) -> list[st
 
 
 # --- tables
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def row(*columns: Column) -> Block:
