@@ -1,7 +1,8 @@
 """Times and ratios in a record: the plain data that a run keeps of one case.
 
 A record has a "case" and "providers": for each of these why it is "missing", or its "error" (None
-where its results are right) and the "seconds" of every round by mode.
+where its results are right) and the "seconds" of every round by mode. The mode "both" is not kept:
+it is the sum of "forward" and "backward".
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,11 @@ from lib.timing import Statistics, ratio, summarize
 
 def seconds(record: Mapping, provider: str, mode: str) -> list[float]:
     """The rounds of a provider; empty where it is missing or was not measured."""
-    return record["providers"].get(provider, {}).get("seconds", {}).get(mode, [])
+    kept = record["providers"].get(provider, {}).get("seconds", {})
+    if mode == "both":
+        passes = (kept.get(name, []) for name in ("forward", "backward"))
+        return [sum(pair) for pair in zip(*passes, strict=False)]
+    return kept.get(mode, [])
 
 
 def time_of(record: Mapping, provider: str, mode: str) -> Statistics | None:

@@ -16,14 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 _MEASURED = ("csrc", "moe_kernels", "benchmarks", "setup.py", "pyproject.toml")
 _NOT_MEASURED = ":(exclude)benchmarks/results"
-# Keys and names in files that were measured before these were renamed.
-_RENAMED = {
-    "bars": "targets", "what": "name", "by_p20": "within_spread",
-    "speed of the base over the fastest peer's, forward":
-        "speed of the base over the fastest competitor's, forward",
-    "speed of the base over the fastest peer's, both":
-        "speed of the base over the fastest competitor's, both",
-}  # fmt: skip
 
 
 def environment(device: str) -> dict:
@@ -79,23 +71,27 @@ def _git(*arguments: str) -> str:
 
 
 def write(path: Path, data: dict) -> None:
-    """Write JSON; after an interruption the old file is still whole."""
+    """Write JSON with a line for each record; after an interruption the old file is still whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        entries = (f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items())
+        partial.write_text("{\n" + ",\n".join(entries) + "\n}\n")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _lines(value: object) -> str:
+    """Format a section: a list of records one a line, anything else on one line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(map(_line, value)) + "\n]"
+    return _line(value)
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
 def read(path: Path) -> dict:
-    """Read a file of results, with old names replaced by today's."""
-    return json.loads(path.read_text(), object_hook=_by_new_names)
-
-
-def _by_new_names(data: dict) -> dict:
-    return {
-        _RENAMED.get(key, key): _RENAMED.get(value, value) if isinstance(value, str) else value
-        for key, value in data.items()
-    }
+    return json.loads(path.read_text())

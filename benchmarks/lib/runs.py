@@ -143,11 +143,8 @@ def _train(runner: Runner, grad_out: torch.Tensor, backward: bool) -> dict[str, 
     if backward:
         runner.backward(out, grad_out)
         clock.mark()
-    forward, *rest = clock.seconds()
     runner.clear()
-    if not backward:
-        return {"forward": forward}
-    return {"forward": forward, "backward": rest[0], "both": forward + rest[0]}
+    return dict(zip(("forward", "backward"), clock.seconds(), strict=False))
 
 
 def _decode(

@@ -27,6 +27,15 @@ class Statistics:
         """Statistics of one value."""
         return cls(value, value, value, 1)
 
+    def rounded(self) -> "Statistics":
+        """The same, with as many digits as a file of results keeps."""
+        return Statistics(*map(rounded, (self.median, self.p20, self.p80)), self.count)
+
+
+def rounded(value: float) -> float:
+    """The value with seven digits: a measurement repeats to two or three."""
+    return float(f"{value:.7g}")
+
 
 def summarize(values: Sequence[float]) -> Statistics:
     p20, median, p80 = np.percentile(values, (20, 50, 80)).tolist()
@@ -89,7 +98,7 @@ def measure(
                 break
             for name in order(names, index):
                 for mode, seconds in steps[name]().items():
-                    results[name].setdefault(mode, []).append(seconds)
+                    results[name].setdefault(mode, []).append(rounded(seconds))
             gc.collect()
             on_round()
     finally:
