@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from lib.cli import finish, make_sweep_parser, options_of, progress
-from lib.runner import Runner, Unavailable
+from lib.pages.tables import dispatch_table
+from lib.providers.runner import Runner, Unavailable
 from lib.runs import Options, add_seconds, prepare
-from lib.tables import dispatch_table
 from lib.timing import now
 from torch import Tensor
 

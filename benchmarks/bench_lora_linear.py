@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 import torch
 from lib.cases import DTYPES, SCALING
 from lib.cli import finish, make_sweep_parser, options_of, progress
-from lib.runner import Runner, Unavailable
+from lib.pages.tables import linear_table
+from lib.providers.runner import Runner, Unavailable
 from lib.runs import Options, prepare, timed_training
-from lib.tables import linear_table
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import linear

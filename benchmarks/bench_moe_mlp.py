@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 from lib.cases import Case
 from lib.cli import add_rotation, finish, make_sweep_parser, options_of, progress
+from lib.pages.tables import providers_table
 from lib.providers import provider_names
 from lib.runs import run_decode, run_training
-from lib.tables import providers_table
 
 from moe_kernels.testing import SHAPES
 

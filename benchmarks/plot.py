@@ -11,9 +11,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 from lib import result_files
-from lib.page_blocks_cpu import overhead_pair
+from lib.pages.cpu import overhead_pair
+from lib.pages.tables import case_title
 from lib.records import compare
-from lib.tables import case_title
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 

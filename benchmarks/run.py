@@ -27,9 +27,8 @@ import torch
 from lib import result_files, sections_cpu, sections_gpu
 from lib.cases import forget_weights
 from lib.cli import add_rotation, make_parser, progress, write_results
-from lib.models import MODELS
-from lib.tables import added_steps_table, providers_table, steps_table
-from lib.target_tables import targets_table
+from lib.pages.tables import added_steps_table, providers_table, steps_table, targets_table
+from lib.steps import MODELS
 from targets import judge
 
 from moe_kernels import backends

@@ -5,36 +5,36 @@ python benchmarks/tables.py
 
 from collections.abc import Callable, Mapping
 
-from lib import page_blocks, page_blocks_cpu, page_blocks_gpu, page_blocks_readme, result_files
-from lib.tables import steps_table
-from lib.target_tables import summary, targets_table
+from lib import pages, result_files
+from lib.pages import cpu, gpu, readme
+from lib.pages.tables import steps_table, summary, targets_table
 from shared import markers
 
 # The pages that show each file of results.
 PAGES = {
-    page_blocks_cpu.RESULTS: ("README.md", "docs/results/cpu.md"),
-    page_blocks_gpu.RESULTS: ("docs/results/gpu.md",),
+    cpu.RESULTS: ("README.md", "docs/results/cpu.md"),
+    gpu.RESULTS: ("docs/results/gpu.md",),
 }
 
 # What stands between the markers <!-- bench:NAME --> of a page, out of its results.
 BLOCKS: dict[str, Callable[[Mapping], str]] = {
-    "machine": page_blocks.machine,
-    "speed": page_blocks_readme.speed,
+    "machine": pages.machine,
+    "speed": readme.speed,
     "targets": lambda results: summary(results["targets"]),
     "all_targets": lambda results: targets_table(results["targets"]),
-    "training": page_blocks.training,
-    "decode": page_blocks.decode,
+    "training": pages.training,
+    "decode": pages.decode,
     "steps": lambda results: steps_table(results["steps"]),
-    "targets_twice": page_blocks_cpu.targets_twice,
-    "overhead": page_blocks_cpu.overhead,
-    "adapters": page_blocks_cpu.adapters,
-    "floors": page_blocks_cpu.floors,
-    "decode_gap": page_blocks_cpu.decode_gap,
-    "added": page_blocks_cpu.added,
-    "gpu_layers": page_blocks_gpu.layers,
-    "gpu_ceilings": page_blocks_gpu.ceilings,
-    "gpu_rates": page_blocks_gpu.rates,
-    "gpu_kernels": page_blocks_gpu.kernels,
+    "targets_twice": cpu.targets_twice,
+    "overhead": cpu.overhead,
+    "adapters": cpu.adapters,
+    "floors": cpu.floors,
+    "decode_gap": cpu.decode_gap,
+    "added": cpu.added,
+    "gpu_layers": gpu.layers,
+    "gpu_ceilings": gpu.ceilings,
+    "gpu_rates": gpu.rates,
+    "gpu_kernels": gpu.kernels,
 }
 
 
@@ -50,9 +50,9 @@ def render(page: str, results: Mapping) -> str:
 
 
 def main() -> None:
-    for name, pages in PAGES.items():
+    for name, shown_on in PAGES.items():
         results = result_files.read(result_files.RESULTS / name)
-        for page in pages:
+        for page in shown_on:
             path = result_files.ROOT / page
             path.write_text(render(path.read_text(), results))
             print(f"wrote the tables of {page}")

@@ -4,18 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from lib.added_expert_steps import FULL
 from lib.cases import ADDED_SHARE, DECODE_TOKENS
-from lib.measures import (
-    Measure,
-    dispatch_speed,
-    dispatch_time,
-    memory_ratio,
-    over_reading_at_copy_rate,
-    share_of_copy_rate,
-    tflops,
-    time_ratio,
-)
+from lib.pages.tables import MODES, SHORT_DTYPES, case_title
 from lib.providers import (
     ADDED_KINDS,
     BASE_COMPETITORS,
@@ -26,7 +16,17 @@ from lib.providers import (
     SPLITS,
     hf_decode,
 )
-from lib.tables import MODES, SHORT_DTYPES, case_title
+from lib.records import (
+    Measure,
+    dispatch_speed,
+    dispatch_time,
+    memory_ratio,
+    over_reading_at_copy_rate,
+    share_of_copy_rate,
+    tflops,
+    time_ratio,
+)
+from lib.steps.added_experts import FULL
 from lib.timing import Statistics
 
 _SPREAD = 0.03  # a median may exceed a limit "within the spread" by so much

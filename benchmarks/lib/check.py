@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lib.cases import Problem
-from lib.runner import Runner
+from lib.providers.runner import Runner
 from moe_kernels.ops import LoraWeights, moe_mlp
 from moe_kernels.testing import TOLERANCES, relative_rms
 

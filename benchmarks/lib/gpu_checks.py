@@ -18,7 +18,7 @@ from lib import result_files
 from lib.cases import Case, Problem, make_problem
 from lib.check import Oracle
 from lib.providers import set_up_provider
-from lib.runner import Runner
+from lib.providers.runner import Runner
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import TOLERANCES, MoeInputs
 

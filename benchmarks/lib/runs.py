@@ -10,7 +10,7 @@ from lib.cases import Case, Problem, make_problem
 from lib.check import Oracle
 from lib.memory import peak_bytes, saved_bytes, saved_formula
 from lib.providers import set_up_provider
-from lib.runner import Runner, Unavailable
+from lib.providers.runner import Runner, Unavailable
 from lib.timing import Clock, GpuClock, measure, now
 
 _OURS = ("ours", "block")

@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 
-from lib import added_expert_steps, training_steps
 from lib.cases import ADDED_SHARE, DECODE_TOKENS, DTYPES, Case
 from lib.cli import options_of
-from lib.models import MODELS
 from lib.providers import ADDED_KINDS, HF, HF_TRAINING, PEFT, SPLIT, hf_decode
 from lib.runs import Options, run_decode, run_training
+from lib.steps import MODELS
+from lib.steps.added_experts import run as run_added_steps
+from lib.steps.training import run as run_steps
 from moe_kernels import backends
 from moe_kernels.testing import SHAPES
 
@@ -76,7 +77,7 @@ def overhead(args: Namespace) -> Jobs:
 
 def steps(args: Namespace) -> Jobs:
     """Training steps of whole models with adapters."""
-    return _model_jobs(training_steps.run, args)
+    return _model_jobs(run_steps, args)
 
 
 def added(args: Namespace) -> Jobs:
@@ -89,7 +90,7 @@ def added(args: Namespace) -> Jobs:
 
 def added_steps(args: Namespace) -> Jobs:
     """Training steps of whole models with added experts."""
-    return _model_jobs(added_expert_steps.run, args)
+    return _model_jobs(run_added_steps, args)
 
 
 SECTIONS: dict[str, Callable[[Namespace], Jobs]] = {

@@ -8,7 +8,6 @@ from importlib import import_module
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lib import training_steps
 from lib.cases import DECODE_TOKENS, Problem, make_problem
 from lib.cli import options_of
 from lib.costs import table as cost_table
@@ -23,9 +22,10 @@ from lib.gpu_checks import (
     sanitize,
 )
 from lib.markdown import markdown
-from lib.models import MODELS
 from lib.providers import BASE_COMPETITORS, HF, PEFT, SPLIT, SPLITS, set_up_provider
 from lib.runs import run_decode, run_training
+from lib.steps import MODELS
+from lib.steps.training import run as run_steps
 from lib.timing import now
 from moe_kernels.ops import dispatch
 from moe_kernels.testing import MoeInputs
@@ -98,7 +98,7 @@ def measure_steps(args: Namespace) -> Jobs:
     """Training steps of a whole model."""
     model = MODELS["tiny" if args.trial else "olmoe-1b-7b"]
     options = options_of(args, rounds=5, min_rounds=2)
-    yield partial(training_steps.run, model, options, args.device, args.seed, args.backend)
+    yield partial(run_steps, model, options, args.device, args.seed, args.backend)
 
 
 def measure_kernels(args: Namespace) -> dict:

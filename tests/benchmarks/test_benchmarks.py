@@ -20,14 +20,11 @@ for _needed in ("peft", "matplotlib"):
 ROOT = Path(__file__).parents[2]
 FOLDERS = (str(ROOT / "benchmarks"), str(ROOT / "tools"))
 LIB = (
-    "added_expert_steps", "blocks", "bounds", "cases", "check", "competitors", "costs",
-    "gpu_checks", "memory", "models", "ours", "page_blocks_cpu", "page_blocks_gpu", "providers",
-    "records", "result_files", "runs", "sections_cpu", "sections_gpu", "tables", "timing",
+    "cases", "costs", "gpu_checks", "memory", "pages.cpu", "pages.tables", "providers",
+    "providers.bounds", "providers.competitors", "providers.ours", "records", "result_files",
+    "runs", "sections_cpu", "sections_gpu", "steps", "steps.added_experts", "timing",
 )  # fmt: skip
-PROGRAMS = (
-    "bench_added_experts", "bench_dispatch", "bench_lora_linear", "bench_moe_mlp",
-    "bench_training_step", "plot", "run", "targets",
-)  # fmt: skip
+PROGRAMS = ("bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "plot", "run", "targets")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +33,9 @@ def bench():
     before = [*sys.path]
     sys.path[:0] = FOLDERS
     try:
-        lib = {name: importlib.import_module(f"lib.{name}") for name in LIB}
+        lib = {name.split(".")[-1]: importlib.import_module(f"lib.{name}") for name in LIB}
         programs = {name: importlib.import_module(name) for name in PROGRAMS}
-        pages = importlib.import_module("tables")  # lib.tables has the same name
+        pages = importlib.import_module("tables")  # lib.pages.tables has the same name
         yield SimpleNamespace(**lib, **programs, pages=pages)
     finally:
         sys.path[:] = before
@@ -205,8 +202,6 @@ def test_the_programs_run(bench, tmp_path):
     shared = ["--device", "cpu", "--rounds", "1", "--output", str(path)]
     bench.bench_dispatch.main(["--tokens", "8", *shared])
     bench.bench_lora_linear.main(["--tokens", "8", "--features", "16", "--rank", "2", *shared])
-    bench.bench_training_step.main(["--model", "tiny", *shared])
-    bench.bench_added_experts.main(["--model", "tiny", *shared])
     bench.bench_moe_mlp.main(["--shape", "tiny", "--providers", "bound", "hf:eager", *shared])
     assert bench.run.main(["--trial", "--rotate-mb", "1", *shared]) == 0
     results = json.loads(path.read_text())
@@ -234,7 +229,7 @@ def test_only_a_whole_run_replaces_the_results_of_the_pages(bench):
         return bench.run.parse([*arguments]).output
 
     results = bench.result_files.RESULTS
-    assert written("--device", "cpu") == results / bench.page_blocks_cpu.RESULTS
+    assert written("--device", "cpu") == results / bench.cpu.RESULTS
     for part in (["--only", "steps"], ["--shapes", "small"], ["--models", "tiny"]):
         assert written("--device", "cpu", *part) == Path("out/bench/cpu-part.json")
     assert written("--device", "cpu", "--trial") == Path("out/bench/cpu-trial.json")
@@ -301,7 +296,7 @@ def test_an_added_expert_that_computes_wrongly_meets_no_target(bench, monkeypatc
 def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, dtype):
     problem = bench.cases.make_problem(replace(case, dtype=dtype))
     set_up, ids = bench.providers.set_up_provider, problem.inputs.modality_ids
-    block = bench.blocks.Block(problem, "reference", added=True)
+    block = bench.ours.Block(problem, "reference", added=True)
     assert block.error(ids) is None and block.error(torch.zeros_like(ids)) is None
     _, _, chosen = block.layer.mlp.gate(block.hidden_states)  # after a call on text alone
     assert (chosen < case.shape.E).all() and 0 < ids.sum() < len(ids)
@@ -313,7 +308,7 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
         assert runner.check() is None and len(runner.leaves) == 1 + trained
         assert all(leaf.grad is not None for leaf in runner.leaves)
 
-    monkeypatch.setattr(bench.blocks, "_ADDED_LOGIT", -9.0)
+    monkeypatch.setattr(bench.ours, "_ADDED_LOGIT", -9.0)
     unused = set_up("block_added:reference", problem)
     assert "sent to the added expert" in unused.check()
     forward = block.forward
@@ -322,8 +317,8 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
 
 
 def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
-    program, options = bench.added_expert_steps, bench.runs.Options(rounds=1)
-    tiny = bench.models.MODELS["tiny"]
+    program, options = bench.added_experts, bench.runs.Options(rounds=1)
+    tiny = bench.steps.MODELS["tiny"]
     record = program.run(tiny, options)
     assert record["providers"]["ours"]["error"] is None and len(record["extended"]) == 1
     trained = {name: entry["trained"] for name, entry in record["providers"].items()}
@@ -331,12 +326,12 @@ def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):
     assert trained["full:eager"] == tiny.layers * tiny.experts * (experts + tiny.hidden_size)
     calibration = 2 * 16 * (tiny.experts + 1)
     assert trained["ours"] == experts + tiny.hidden_size + calibration
-    assert "full:eager" in program._too_slow(bench.models.MODELS["olmoe"])
+    assert "full:eager" in program._too_slow(bench.steps.MODELS["olmoe"])
 
 
 @pytest.mark.parametrize("what", ["another model", "text", "unused"])
 def test_steps_with_added_experts_that_are_wrong_meet_no_target(bench, monkeypatch, what):
-    program, options = bench.added_expert_steps, bench.runs.Options(rounds=1)
+    program, options = bench.added_experts, bench.runs.Options(rounds=1)
     extend, text_logits, shut = program._extend, program._text_logits, ExitStack()
 
     def disturbed(extender, *batch):
@@ -351,7 +346,7 @@ def test_steps_with_added_experts_that_are_wrong_meet_no_target(bench, monkeypat
     if what == "another model":
         monkeypatch.setattr(program, "_text_logits", lambda *args: text_logits(*args) * 1.01)
     with shut:
-        record = program.run(bench.models.MODELS["tiny"], options)
+        record = program.run(bench.steps.MODELS["tiny"], options)
     wrong = {"another model": "relative RMS", "text": "text logits", "unused": "no image row"}
     assert wrong[what] in record["providers"]["ours"]["error"]
     (verdict,) = bench.targets.judge({"added_steps": [record]}, "cpu")
@@ -363,7 +358,7 @@ def test_pages_of_results_older_than_added_experts(bench, monkeypatch, tmp_path)
     monkeypatch.setattr(bench.result_files, "RESULTS", tmp_path)
     assert bench.pages.BLOCKS["added"]({}) == "Not measured yet.\n"
     arguments = ["--only", "added", "added_steps", "--shapes", "small", "--models", "tiny"]
-    path = tmp_path / bench.page_blocks_cpu.ADDED_ALONE
+    path = tmp_path / bench.cpu.ADDED_ALONE
     bench.run.main([*arguments, "--device", "cpu", "--rounds", "1", "--output", str(path)])
     shown = bench.pages.BLOCKS["added"]({})
     assert "13. training tokens/s" in shown and "small fp32 balanced" in shown

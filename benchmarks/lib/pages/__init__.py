@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from lib.markdown import markdown
+from lib.pages.tables import SHORT_DTYPES
 from lib.records import time_of
-from lib.tables import SHORT_DTYPES
 
 
 def grid(

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from lib import result_files
 from lib.markdown import markdown
-from lib.page_blocks import machine, milliseconds
+from lib.pages import machine, milliseconds
+from lib.pages.tables import MODES, added_steps_table, case_title, interval, summary, summary_of_two
 from lib.providers import ADDED_KINDS, HF_TRAINING
 from lib.records import compare, fastest, measured_backend, time_of
-from lib.tables import MODES, added_steps_table, case_title, interval
-from lib.target_tables import summary, summary_of_two
 
 RESULTS = "cpu.json"
 AGAIN = "cpu-again.json"  # a second run of the same sources

@@ -1,4 +1,11 @@
-"""Training steps of whole models: ours, transformers with PEFT, and two bounds."""
+"""Training steps of whole models: ours, transformers with PEFT, and two bounds.
+
+A step is forward, backward and AdamW on the same batch. Our model and PEFT's have the same weights,
+and adapters of the same values on the experts and on q, k, v and o. PEFT cannot mask, so it adapts
+all tokens; it runs on transformers' "grouped_mm". Two more steps bound the time: "rest" is the
+model without experts and adapters, and "bound" adds the GEMMs of the frozen experts, by torch.mm
+with balanced routing.
+"""
 
 import copy
 import tempfile
@@ -10,12 +17,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.bounds import ExpertGemms
 from lib.cases import make_problem
 from lib.memory import peak_bytes
-from lib.models import LIMITS, Settings, make_batch, make_model, time_step
 from lib.providers import PEFT
+from lib.providers.bounds import ExpertGemms
 from lib.runs import Options
+from lib.steps import LIMITS, Settings, make_batch, make_model, time_step
 from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
 from moe_kernels.models.peft_format import load_peft_adapter
 from moe_kernels.testing import relative_rms

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lib.cases import Problem
-from lib.runner import Runner, Unavailable
+from lib.providers.runner import Runner, Unavailable
 
 _SOURCE = Path(__file__).with_name("read_bound.cpp")
-_BUILD = Path(__file__).parents[1] / ".build"
+_BUILD = Path(__file__).parents[2] / ".build"
 _COMMAND = shlex.split(os.environ.get("CXX", "c++")) + [
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip

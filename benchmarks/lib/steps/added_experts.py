@@ -1,4 +1,15 @@
-"""Training steps of whole models: ours with added experts, transformers' with all experts."""
+"""Training steps of whole models: ours with added experts, transformers' with all experts.
+
+"ours" is the patched model as MoExtend trains it. Half of the layers, chosen by their scores, have
+one more expert: a copy of the one that is selected most, which image rows alone may choose. These
+experts, their router rows and calibrations train, in float32 even on a base in bfloat16.
+
+"full" is transformers' own model on each of its implementations, where all experts and routers
+train. Attention, embeddings and head are frozen there too; weights and moments have the base's
+dtype. There is no "full" of ours, since moe_kernels keeps the base's experts frozen.
+
+Both use torch's fused AdamW, which is several times as fast as the default on large weights.
+"""
 
 import copy
 from collections.abc import Callable
@@ -9,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.memory import peak_bytes
-from lib.models import LIMITS, Settings, make_batch, make_model, time_step
 from lib.providers import HF_TRAINING
 from lib.runs import Options
+from lib.steps import LIMITS, Settings, make_batch, make_model, time_step
 from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms

@@ -9,13 +9,12 @@ from types import ModuleType
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import grouped_mm, silu
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from lib import split_lora
 from lib.cases import SCALING, Problem
-from lib.runner import Leaves, Runner, Unavailable
+from lib.providers.runner import Leaves, Runner, Unavailable
 from moe_kernels.models import peft_format
 
 # batched_mm copies the weights of every row's expert.
@@ -91,13 +90,19 @@ def peft(problem: Problem, implementation: str) -> Runner:
 
 
 def split(problem: Problem, variant: str) -> Runner:
-    """Split LoRA on ``grouped_mm``: "masked", "gathered", or "compiled", which is masked too."""
-    function = split_lora.gathered if variant == "gathered" else split_lora.masked
+    """Split LoRA on ``grouped_mm``, the usual implementation of low-rank updates of fused experts.
+
+    It runs the base's grouped product, then two narrow ones for the update, and adds that to the
+    base's result. Rows are sorted by expert once, and no gradient of a frozen weight is computed.
+    The variant is "masked", where a mask is applied to the (rows, r) intermediate, "gathered",
+    where only the image rows are gathered, or "compiled", which is masked too.
+    """
+    function = _split_gathered if variant == "gathered" else _split_masked
     if variant == "compiled":
         if problem.case.dtype == "float32":
             raise Unavailable("torch.compile has no grouped_mm in float32")
         function = torch.compile(function)
-    leaves, pairs = Leaves.of(problem), split_lora.pairs_of(problem)
+    leaves, pairs = Leaves.of(problem), _split_pairs(problem)
     for name, (a, b) in pairs.items():
         leaves.add_lora(name, a, b)
 
@@ -105,6 +110,84 @@ def split(problem: Problem, variant: str) -> Runner:
         lambda: function(problem, pairs, leaves.hidden_states, leaves.topk_weights),
         lambda name, grad: grad[None], adapted="image", rounding=2,
     )  # fmt: skip
+
+
+def _split_pairs(problem: Problem) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return trainable (E, r, in) and (E, out, r) in the base's dtype, by projection."""
+    dtype = problem.case.torch_dtype
+    loras = (problem.inputs.gate_up_lora, problem.inputs.down_lora)
+    return {
+        name: tuple(tensor[0].to(dtype).requires_grad_() for tensor in lora[:2])
+        for name, lora in zip(("gate_up_lora", "down_lora"), loras, strict=True)
+    }
+
+
+def _split_masked(
+    problem: Problem,
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+) -> Tensor:
+    """Run the update on all rows, with a mask that makes it zero on text."""
+    rows = _SortedRows(problem)
+    is_image = rows.image[:, None].to(hidden_states.dtype)
+
+    def project(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor):
+        u = grouped_mm(x, lora_A.mT, offs=rows.offsets) * (is_image * scaling.to(x.dtype))
+        update = grouped_mm(u, lora_B.mT, offs=rows.offsets)
+        return grouped_mm(x, weight.mT, offs=rows.offsets).add_(update)
+
+    return _split_experts(problem, pairs, hidden_states, topk_weights, rows, project)
+
+
+def _split_gathered(
+    problem: Problem,
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+) -> Tensor:
+    """Gather the image rows, run the update on them, and scatter the result."""
+    rows = _SortedRows(problem)
+    image = rows.image.nonzero().squeeze(1)
+    offsets = _offsets(rows.experts[image], problem.case.shape.E)
+
+    def project(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor):
+        u = grouped_mm(x[image], lora_A.mT, offs=offsets) * scaling.to(x.dtype)
+        update = grouped_mm(u, lora_B.mT, offs=offsets)
+        return grouped_mm(x, weight.mT, offs=rows.offsets).index_add_(0, image, update)
+
+    return _split_experts(problem, pairs, hidden_states, topk_weights, rows, project)
+
+
+class _SortedRows:
+    """Rows sorted by expert."""
+
+    def __init__(self, problem: Problem):
+        inputs, shape = problem.inputs, problem.case.shape
+        self.experts, self.perm = inputs.topk_ids.reshape(-1).sort()
+        self.tokens = self.perm // shape.K
+        self.image = inputs.modality_ids[self.tokens] == 1
+        self.offsets = _offsets(self.experts, shape.E)
+
+
+def _offsets(sorted_experts: Tensor, num_experts: int) -> Tensor:
+    """Return the end of each expert's rows, (E,) int32."""
+    experts = torch.arange(num_experts, device=sorted_experts.device)
+    return torch.searchsorted(sorted_experts, experts, right=True).int()
+
+
+def _split_experts(problem, pairs, hidden_states, topk_weights, rows, project) -> Tensor:
+    inputs, (num_tokens, top_k) = problem.inputs, topk_weights.shape
+    x = hidden_states[rows.tokens]
+    pre = project(
+        x, inputs.gate_up_proj, *pairs["gate_up_lora"], inputs.gate_up_lora.scaling
+    )  # (rows, 2I)
+    gate, up = pre.chunk(2, dim=-1)
+    y = project(silu(gate) * up, inputs.down_proj, *pairs["down_lora"], inputs.down_lora.scaling)
+    y = y * topk_weights.reshape(-1)[rows.perm, None]
+    inverse = torch.empty_like(rows.perm)
+    inverse[rows.perm] = torch.arange(rows.perm.numel(), device=rows.perm.device)
+    return y[inverse].view(num_tokens, top_k, -1).sum(1)
 
 
 def liger(problem: Problem, _: str) -> Runner:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lib import bounds, competitors, ours
 from lib.cases import Problem
-from lib.runner import Runner
+from lib.providers import bounds, competitors, ours
+from lib.providers.runner import Runner
 from moe_kernels import backends
 
 GROUPED, PEFT = "hf:grouped_mm", "peft:grouped_mm"

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lib import page_blocks_cpu, page_blocks_gpu, result_files
+from lib import result_files
 from lib.markdown import markdown
-from lib.page_blocks import common_rounds, machine
+from lib.pages import common_rounds, cpu, gpu, machine
+from lib.pages.tables import interval
 from lib.providers import PEFT, SPLIT
 from lib.records import compare, time_of
-from lib.tables import interval
 
 _GPU, _CPU = "H100", "CPU"
-_FILES = {_GPU: page_blocks_gpu.RESULTS, _CPU: page_blocks_cpu.RESULTS}
+_FILES = {_GPU: gpu.RESULTS, _CPU: cpu.RESULTS}
 _COMMANDS = {
     _GPU: "`python benchmarks/run.py --backend cuda`",
     _CPU: "`make bench`",

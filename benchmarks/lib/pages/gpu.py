@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from lib.markdown import markdown
-from lib.page_blocks import common_rounds, grid, milliseconds
+from lib.pages import common_rounds, grid, milliseconds
 from lib.records import measured_backend, time_of
 
 RESULTS = "gpu-h100.json"
