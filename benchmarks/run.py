@@ -41,7 +41,7 @@ _DEFAULTS = {
     "cpu": {"rounds": 10, "max_seconds": 2.0, "deadline": None, "rotate_mb": 600},
     "cuda": {"rounds": 20, "max_seconds": 4.0, "deadline": 480.0, "rotate_mb": 600},
 }
-_OF_CPU, _OF_GPU = ("shapes", "models"), ("backend",)  # options of one device alone
+_CPU_OPTIONS, _GPU_OPTIONS = ("shapes", "models"), ("backend",)
 
 
 # --- the options
@@ -106,7 +106,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _refusal(args: argparse.Namespace) -> str | None:
     """Say why the options do not go together, or return None."""
-    for name in _OF_GPU if args.device == "cpu" else _OF_CPU:
+    for name in _GPU_OPTIONS if args.device == "cpu" else _CPU_OPTIONS:
         if getattr(args, name) is not None:
             return f"--{name} is not an option of --device {args.device}"
     unknown = [name for name in args.only or () if name not in SECTIONS[args.device]]
@@ -126,8 +126,8 @@ def _is_part(args: argparse.Namespace) -> bool:
 def _set_defaults(args: argparse.Namespace) -> None:
     """Fill in what depends on the device; afterwards ``device`` is where the tensors are."""
     args.plan = args.device
-    of_trial = {"rounds": 2, "rotate_mb": 4} if args.trial else {}
-    for name, value in (_DEFAULTS[args.plan] | of_trial).items():
+    trial_defaults = {"rounds": 2, "rotate_mb": 4} if args.trial else {}
+    for name, value in (_DEFAULTS[args.plan] | trial_defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.only = args.only or [*SECTIONS[args.plan]]
@@ -164,11 +164,11 @@ def run_section(name: str, args: argparse.Namespace, results: dict) -> None:
 def _attempt(name: str, job: Callable[[], dict], results: dict) -> None:
     """Put the result of a job, or its error, into ``results``; leave no memory behind."""
     try:
-        found = job()
+        record = job()
         if name in LISTS:
-            results.setdefault(name, []).append(found)
+            results.setdefault(name, []).append(record)
         else:
-            results[name] = found
+            results[name] = record
     except Exception:
         results["errors"].setdefault(name, []).append(traceback.format_exc())
         print(results["errors"][name][-1], file=sys.stderr)
@@ -180,19 +180,19 @@ def _attempt(name: str, job: Callable[[], dict], results: dict) -> None:
 
 
 def show(name: str, results: Mapping) -> None:
-    """Print what a section found."""
-    found = results.get(name)
-    if found is None or name == "kernels":  # which are printed as they are measured
+    """Print the results of a section."""
+    section = results.get(name)
+    if section is None or name == "kernels":  # which are printed as they are measured
         return
     if name == "steps":
-        print(steps_table(found))
+        print(steps_table(section))
     elif name == "added_steps":
-        print(added_steps_table(found))
+        print(added_steps_table(section))
     elif name in LISTS:
-        for record in found:
+        for record in section:
             print(providers_table(record, "decode" if name == "decode" else "both"))
     else:
-        print(name, found)
+        print(name, section)
 
 
 # --- the outcome
@@ -218,7 +218,7 @@ def failures(results: Mapping) -> Iterator[str]:
 
 
 def left_out(results: Mapping) -> Iterator[str]:
-    """Name everything that was requested and not found out."""
+    """Name everything that was requested and not measured."""
     for name, entry in _programs(results):
         if entry["passed"] is None:
             yield f"{name}: {entry['output']}"
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"wrote {args.output}")
     wrong, missing = list(failures(results)), list(left_out(results))
     print("\n".join(wrong) or "nothing that was checked is wrong")
-    print("\n".join(f"not found out: {question}" for question in missing))
+    print("\n".join(f"not measured: {section}" for section in missing))
     return 1 if wrong else 2 if missing else 0
 
 

@@ -262,15 +262,15 @@ def _faults(
     kernel: Kernel, dtype: str, arch: int, *, spills: int, kib: float, wide: int
 ) -> list[str]:
     """Return what is wrong with a compiled kernel; ``wide`` counts warp-group instructions."""
-    found, block_kib = [], DEVICES[arch][0]
+    faults, block_kib = [], DEVICES[arch][0]
     if spills > (MAX_SPILLS_UNDER_CAP if kernel.registers else 0):
-        found.append(f"{spills} spilled stores")
+        faults.append(f"{spills} spilled stores")
     if kib > block_kib:
-        found.append(f"{kib:.0f} KiB of shared memory, the device has {block_kib}")
+        faults.append(f"{kib:.0f} KiB of shared memory, the device has {block_kib}")
     rows = kernel.constants.get("BLOCK_M", 0)
     if arch == 90 and kernel.gemm and dtype != "fp32" and rows >= 64 and not wide:
-        found.append("a GEMM without warp-group instructions")
-    return found
+        faults.append("a GEMM without warp-group instructions")
+    return faults
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -355,13 +355,14 @@ def check_cuda(archs: list[int]) -> int:
         return 0
     rows, wrong = [], 0
     for arch, source in itertools.product(archs, sources):
-        found, complaint = compile_cuda(nvcc, source, arch)
-        wrong += bool(complaint) + sum(row[2] != "0" for row in found)
-        without = [row[0] for row in found if row[3] == "0" and needs_matrix_instructions(row[0])]
+        compiled, complaint = compile_cuda(nvcc, source, arch)
+        wrong += bool(complaint) + sum(row[2] != "0" for row in compiled)
+        names = [row[0] for row in compiled if row[3] == "0"]
+        without = list(filter(needs_matrix_instructions, names))
         if without:
             complaint = f"without matrix instructions: {', '.join(without)}"
             wrong += len(without)
-        rows += [(f"sm_{CUDA_TARGETS[arch]}", source.name, *row) for row in found]
+        rows += [(f"sm_{CUDA_TARGETS[arch]}", source.name, *row) for row in compiled]
         if complaint:
             print(complaint)
     header = ("device", "file", "kernel", "registers", "spilled bytes", "matrix")

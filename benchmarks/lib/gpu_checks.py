@@ -142,7 +142,7 @@ def measure_accuracy(args: Namespace) -> dict:
         worst[label] = ((out - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
     return {
         "limit": limit, "errors": errors, "worst_row": worst,
-        "passed": all(error <= limit for found in errors.values() for error in found.values())
+        "passed": all(error <= limit for layer in errors.values() for error in layer.values())
         and all(error <= ROW_FACTOR * limit for error in worst.values()),
     }  # fmt: skip
 
@@ -167,7 +167,7 @@ def check_promises(args: Namespace) -> dict:
         "same_bits_twice": all(torch.equal(first[key], second[key]) for key in first),
         "text_bits": all(torch.equal(first[key][text], changed[key][text]) for key in keys),
         "other_rows_changed": not torch.equal(first["out"], changed["out"]),
-        "graph_capture": _graph_gives(problem, args) if args.device == "cuda" else None,
+        "graph_capture": _graph_keeps_bits(problem, args) if args.device == "cuda" else None,
     }
 
 
@@ -192,16 +192,17 @@ def _results(runner: Runner, grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
     return results
 
 
-def _graph_gives(problem: Problem, args: Namespace) -> bool | str:
+def _graph_keeps_bits(problem: Problem, args: Namespace) -> bool | str:
+    """Return whether a captured graph gives the bits of the launches, or why it is not captured."""
     try:
         runner = set_up_provider(ours(args), problem)
         expected = _results(runner, problem.grad_out)
-        graph, found = capture(runner, problem.grad_out)
-        for tensor in found.values():
+        graph, results = capture(runner, problem.grad_out)
+        for tensor in results.values():
             tensor.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        return all(torch.equal(found[name], expected[name]) for name in expected)
+        return all(torch.equal(results[name], expected[name]) for name in expected)
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
 
@@ -218,9 +219,9 @@ def capture(
         runner.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            found = _once(runner, grad_out)
+            results = _once(runner, grad_out)
     torch.cuda.current_stream().wait_stream(stream)
-    return graph, found
+    return graph, results
 
 
 def _once(runner: Runner, grad_out: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ LAYERS = (
     ("olmoe", 32768, 0.25),
 )  # fmt: skip
 TRIAL_LAYERS = (("tiny", 24, 0.25), ("tiny", 24, 1.0))
-_SLOW = {"hf:eager", "liger"}  # never the fastest: a few rounds of them tell enough
+_SLOW = {"hf:eager", "liger"}  # never the fastest: a few rounds of them are enough
 _CALLS_IN_GRAPH = 20
 
 
@@ -180,7 +180,7 @@ def measure_graphs(args: Namespace) -> dict:
     """Milliseconds of the base in a replayed CUDA graph, without gaps between launches: forward,
     and forward and backward.
     """
-    found = {}
+    layers = {}
     for name, tokens, share in args.layers:
         problem = make_problem(layer_case(args, name, tokens, share))
         runner = set_up_provider(ours(args, "ours_base"), problem)
@@ -190,8 +190,8 @@ def measure_graphs(args: Namespace) -> dict:
             times[mode] = 1e3 * _median(graph.replay, args.device)
             del graph
             runner.clear()
-        found[f"{name} T={tokens}"] = times
-    return found
+        layers[f"{name} T={tokens}"] = times
+    return layers
 
 
 def _once(function: Callable[[Namespace], dict]) -> Callable[[Namespace], Jobs]:

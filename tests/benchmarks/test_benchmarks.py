@@ -255,7 +255,7 @@ def test_nothing_starts_after_the_deadline(bench, tmp_path, capsys):
     path = tmp_path / "part.json"
     arguments = ["--device", "cpu", "--trial", "--deadline", "-1", "--output", str(path)]
     assert bench.run.main([*arguments, "--only", "steps"]) == 2
-    assert "not found out: steps 0: no time was left" in capsys.readouterr().out
+    assert "not measured: steps 0: no time was left" in capsys.readouterr().out
 
 
 def test_an_added_expert_that_computes_wrongly_meets_no_target(bench, monkeypatch):

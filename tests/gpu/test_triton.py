@@ -51,7 +51,7 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr  # left out is what needs a GPU's tools
-    assert "not found out: memcheck odd: compute-sanitizer is not on the path" in result.stdout
+    assert "not measured: memcheck odd: compute-sanitizer is not on the path" in result.stdout
     results = json.loads(path.read_text())
     assert (
         results["errors"] == {}

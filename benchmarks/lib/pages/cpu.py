@@ -13,7 +13,7 @@ from lib.records import compare, fastest, measured_backend, time_of
 RESULTS = "cpu.json"
 AGAIN = "cpu-again.json"  # a second run of the same sources
 ADDED_ALONE = "cpu-added.json"  # added experts alone, where RESULTS is older than they
-_TARGETS_OF_ADDED = (12, 13)
+_ADDED_TARGETS = (12, 13)
 
 
 def targets_twice(results: Mapping) -> str:
@@ -58,7 +58,7 @@ def floors(results: Mapping) -> str:
     for record in results["training"]:
         base = measured_backend(record, "ours_base")
         competitor = fastest(record, HF_TRAINING, "both")
-        ratios = (interval(compare(record, each, "bound", "both")) for each in (base, competitor))
+        ratios = (interval(compare(record, name, "bound", "both")) for name in (base, competitor))
         gemms = milliseconds(record, "bound", "both")
         rows.append((case_title(record["case"]), gemms, *ratios, competitor or ""))
     header = (
@@ -110,13 +110,13 @@ def _gemm_rates(records: Sequence[Mapping]) -> dict[tuple[str, str], float]:
 
 def added(results: Mapping) -> str:
     """Targets, ops, blocks and steps of added experts, out of this run or a run of them alone."""
-    found = _run_with_added(results)
-    if found is None:
+    run = _run_with_added(results)
+    if run is None:
         return "Not measured yet.\n"
-    verdicts = [v for v in found["targets"] if v["number"] in _TARGETS_OF_ADDED]
-    parts = [summary(verdicts), _added_layers(found), added_steps_table(found["added_steps"])]
-    if found is not results:  # which the page describes elsewhere
-        parts[0] = f"{machine(found)}\n{parts[0]}"
+    verdicts = [v for v in run["targets"] if v["number"] in _ADDED_TARGETS]
+    parts = [summary(verdicts), _added_layers(run), added_steps_table(run["added_steps"])]
+    if run is not results:  # which the page describes elsewhere
+        parts[0] = f"{machine(run)}\n{parts[0]}"
     return "\n".join(parts)
 
 

@@ -27,10 +27,10 @@ def _title(record: Mapping) -> str:
 
 def ceilings(results: Mapping) -> str:
     """The rates of a copy and of a large product."""
-    found = results["ceilings"]
+    measured = results["ceilings"]
     return (
-        f"A copy moves {found['copy_TBps']:.2f} TB/s, read and written; a product of "
-        f"{found['gemm_size']:,} runs at {found['gemm_TFLOPps']:.0f} TFLOP/s.\n"
+        f"A copy moves {measured['copy_TBps']:.2f} TB/s, read and written; a product of "
+        f"{measured['gemm_size']:,} runs at {measured['gemm_TFLOPps']:.0f} TFLOP/s.\n"
     )
 
 

@@ -253,10 +253,10 @@ def _scattermoe_pair(problem: Problem, name: str) -> list[Tensor]:
 @functools.cache
 def _scattermoe_kernels() -> ModuleType:
     """Import the kernels' package alone: the packages around it need all of axolotl."""
-    found = importlib.util.find_spec("axolotl")
-    if found is None:
+    axolotl = importlib.util.find_spec("axolotl")
+    if axolotl is None:
         raise Unavailable("axolotl is not installed (its wheel without its requirements will do)")
-    folder = Path(found.origin).parent / "integrations" / "kernels" / "libs" / "scattermoe_lora"
+    folder = Path(axolotl.origin).parent / "integrations" / "kernels" / "libs" / "scattermoe_lora"
     if not folder.is_dir():
         raise Unavailable("this axolotl has no scattermoe_lora")
     spec = importlib.util.spec_from_file_location(

@@ -168,14 +168,14 @@ class Block:
             *(self._weights(name, used) for name in ("gate_up_proj", "down_proj")),
             backend="reference",
         )  # fmt: skip
-        found = relative_rms(out[sample], expected)
+        error = relative_rms(out[sample], expected)
         limit = 2 * TOLERANCES[self.problem.case.torch_dtype]
-        return None if found <= limit else f"relative RMS error {found:.1e} is above {limit:.1e}"
+        return None if error <= limit else f"relative RMS error {error:.1e} is above {limit:.1e}"
 
     def _weights(self, name: str, ids: Tensor) -> Tensor:
         """Weights of some experts in float64; added ones are first cast as the op casts them."""
         stack = getattr(self.layer.mlp.experts, name)
-        extra = [getattr(each, name).to(stack.dtype) for each in added_experts(self.layer)]
+        extra = [getattr(group, name).to(stack.dtype) for group in added_experts(self.layer)]
         return torch.stack([_pick(stack, extra, expert) for expert in ids.tolist()]).double()
 
 
