@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from lib.cli import finish, make_sweep_parser, options_of, progress
+from lib.cli import finish, make_sweep_parser, run_cases
 from lib.pages.tables import dispatch_table
-from lib.providers.runner import Runner, Unavailable
+from lib.providers.ours import refuse_absent
+from lib.providers.runner import Runner
 from lib.runs import Options, add_seconds, prepare
 from lib.timing import now
 from torch import Tensor
@@ -68,8 +69,7 @@ class Problem:
 
 def _ours(backend: str) -> Callable[[Problem], Runner]:
     def set_up(problem: Problem) -> Runner:
-        if reason := backends.available()[backend]:
-            raise Unavailable(reason)
+        refuse_absent(backend)
         return Runner(functools.partial(problem.dispatch, backend))
 
     return set_up
@@ -127,9 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     sweep = (args.tokens, args.experts, args.top_k, args.routing)
     cases = [Case(*values, args.device, args.seed) for values in itertools.product(*sweep)]
-    with progress(cases) as (all_cases, on_round):
-        options = options_of(args, on_round=on_round)
-        records = [run(case, options) for case in all_cases]
+    records = run_cases(args, cases, run)
     print(dispatch_table(records))
     finish(NAME, args, {"dispatch": records})
 

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 from lib.cases import DTYPES, SCALING
-from lib.cli import finish, make_sweep_parser, options_of, progress
+from lib.cli import finish, make_sweep_parser, run_cases
 from lib.pages.tables import linear_table
-from lib.providers.runner import Runner, Unavailable
+from lib.providers.ours import refuse_absent
+from lib.providers.runner import Runner
 from lib.runs import Options, prepare, timed_training
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -88,9 +89,7 @@ class Problem:
 
 def _ours(backend: str) -> Callable[[Problem], Runner]:
     def set_up(problem: Problem) -> Runner:
-        reason = backends.available()[backend]
-        if reason is not None:
-            raise Unavailable(reason)
+        refuse_absent(backend)
         adapters = tuple(t[None].requires_grad_() for t in (problem.lora_A, problem.lora_B))
         scaling = torch.tensor([SCALING], device=problem.case.device)
         lora, ids = LoraWeights(*adapters, scaling), problem.modality_ids
@@ -169,9 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     sweep = (args.tokens, args.features, args.rank, args.image_share, args.dtype)
     cases = [Case(*values, args.device, args.seed) for values in itertools.product(*sweep)]
-    with progress(cases) as (all_cases, on_round):
-        options = options_of(args, on_round=on_round)
-        records = [run(case, options) for case in all_cases]
+    records = run_cases(args, cases, run)
     print(linear_table(records))
     finish(NAME, args, {"training": records})
 

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from lib.cases import Case
-from lib.cli import add_rotation, finish, make_sweep_parser, options_of, progress
+from lib.cli import add_rotation, finish, make_sweep_parser, run_cases
 from lib.pages.tables import providers_table
 from lib.providers import provider_names
 from lib.runs import run_decode, run_training
@@ -73,17 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     providers = args.providers or default_providers(args.mode)
     run = run_decode if args.mode == "decode" else run_training
-    records = []
-    with progress(list(cases(args))) as (all_cases, on_round):
-        options = options_of(
-            args,
-            memory=providers,
-            backward=args.mode != "forward",
-            rotated_bytes=args.rotate_mb * 10**6,
-            on_round=on_round,
-        )
-        for case in all_cases:
-            records.append(run(case, providers, options))
+    records = run_cases(
+        args, list(cases(args)), lambda case, options: run(case, providers, options),
+        memory=providers, backward=args.mode != "forward", rotated_bytes=args.rotate_mb * 10**6,
+    )  # fmt: skip
     for record in records:
         print(providers_table(record, args.mode))
     finish(NAME, args, {"training" if args.mode != "decode" else "decode": records})

@@ -82,6 +82,16 @@ def progress(items: Sequence[Any]) -> Iterator[tuple[Iterable[Any], Callable[[],
         yield bar, on_round
 
 
+def run_cases(
+    args: argparse.Namespace, cases: Sequence[Any], run: Callable[[Any, Options], dict],
+    **settings: Any,
+) -> list[dict]:  # fmt: skip
+    """Run every case and return the records."""
+    with progress(cases) as (remaining, on_round):
+        options = options_of(args, on_round=on_round, **settings)
+        return [run(case, options) for case in remaining]
+
+
 def write_results(args: argparse.Namespace, path: Path, data: dict) -> None:
     """Write what was measured, with the environment and the options."""
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "ends")}

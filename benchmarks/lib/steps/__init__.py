@@ -1,19 +1,21 @@
 """Whole models whose training steps are timed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from lib.cases import DTYPES, Case
+from lib.memory import peak_bytes
+from lib.runs import Options
 from lib.timing import now
-from moe_kernels.testing import Shape
+from moe_kernels.testing import Shape, relative_rms
 
 # Relative RMS between the logits of two models. In bfloat16 a router at a tie may choose another
 # expert.
-LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
+_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -108,3 +110,36 @@ def time_step(
         return {"step": now(device) - started}
 
     return step
+
+
+def logits_error(actual: Tensor, expected: Tensor, dtype: str) -> str | None:
+    """Describe a difference between the logits of two models of a dtype, or return None."""
+    error, limit = relative_rms(actual, expected), _LIMITS[dtype]
+    return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"
+
+
+def measure_steps(
+    settings: Settings, steps: Mapping[str, Callable[[], dict[str, float]]], options: Options,
+    device: str, seed: int, *, error: str | None, peak: bool,
+) -> dict:  # fmt: skip
+    """Return a record as :func:`lib.runs.run_training` does, with the mode "step".
+
+    Args:
+        error: what is wrong with "ours", or None.
+        peak: whether to measure the "peak" bytes of a step above those before it.
+    """
+    for step in steps.values():
+        step()  # the optimizer makes its state
+    peaks = {name: peak_bytes(step, device) if peak else None for name, step in steps.items()}
+    samples = options.measure(steps)
+    return {
+        "case": asdict(settings) | {"tokens": settings.tokens, "device": device, "seed": seed},
+        "providers": {
+            name: {
+                "error": error if name == "ours" else None,
+                "seconds": samples[name],
+                "peak": peaks[name],
+            }
+            for name in steps
+        },
+    }

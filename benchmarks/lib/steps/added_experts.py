@@ -13,19 +13,16 @@ Both use torch's fused AdamW, which is several times as fast as the default on l
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.memory import peak_bytes
 from lib.providers import HF_TRAINING
 from lib.runs import Options
-from lib.steps import LIMITS, Settings, make_batch, make_model, time_step
+from lib.steps import Settings, logits_error, make_batch, make_model, measure_steps, time_step
 from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.moextend import ExpertExtender
-from moe_kernels.testing import relative_rms
 
 FULL = tuple(name.replace("hf:", "full:") for name in HF_TRAINING)
 # The backward of "eager" makes a gradient of a layer's whole stack for every expert.
@@ -46,7 +43,7 @@ def run(
     ids, mask = make_batch(settings, device)
     backend = backend if device == "cuda" else None
     extender = ExpertExtender(copy.deepcopy(full), ("image",), backend=backend)
-    error = _extend_checked(extender, full, ids, mask, LIMITS[settings.dtype])
+    error = _extend_checked(extender, full, ids, mask, settings.dtype)
     missing = _too_slow(settings)
     trained = {"ours": list(extender.patched.trainable_parameters())}
     trained |= dict.fromkeys((n for n in FULL if n not in missing), _train_all_experts(full))
@@ -57,28 +54,15 @@ def run(
         ),
         **_full_steps(full, [name for name in trained if name != "ours"], device, ids),
     }  # fmt: skip
-    for step in steps.values():
-        step()  # the optimizer makes its state
-    peak = {name: peak_bytes(step, device) for name, step in steps.items()}
-    samples = options.measure(steps)
-    return {
-        "case": asdict(settings) | {"tokens": settings.tokens, "device": device, "seed": seed},
-        "extended": sorted(extender.patched.extensions[0].experts),
-        "providers": {
-            name: {
-                "error": error if name == "ours" else None,
-                "seconds": samples[name],
-                "trained": sum(parameter.numel() for parameter in trained[name]),
-                "peak": peak[name],
-            }
-            for name in steps
-        }
-        | missing,
-    }
+    record = measure_steps(settings, steps, options, device, seed, error=error, peak=True)
+    for name, entry in record["providers"].items():
+        entry["trained"] = sum(parameter.numel() for parameter in trained[name])
+    record["providers"] |= missing
+    return record | {"extended": sorted(extender.patched.extensions[0].experts)}
 
 
 def _extend_checked(
-    extender: ExpertExtender, full: PreTrainedModel, ids: Tensor, mask: Tensor, limit: float
+    extender: ExpertExtender, full: PreTrainedModel, ids: Tensor, mask: Tensor, dtype: str
 ) -> str | None:
     """Extend the model, and describe what is wrong with it before or after, or return None.
 
@@ -86,7 +70,8 @@ def _extend_checked(
     """
     part, part_mask = ids[:4, :256], mask[:4, :256]
     before = _text_logits(extender.model, part)
-    error = _error_before(before, full, part, limit)
+    with torch.no_grad():
+        error = logits_error(before, full(input_ids=part).logits, dtype)
     _extend(extender, ids, mask)
     return error or _error_after(extender, before, part, part_mask)
 
@@ -100,13 +85,6 @@ def _extend(extender: ExpertExtender, ids: Tensor, mask: Tensor) -> None:
 @torch.no_grad()
 def _text_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, modality_ids=torch.zeros_like(ids)).logits
-
-
-@torch.no_grad()
-def _error_before(text: Tensor, full: PreTrainedModel, ids: Tensor, limit: float) -> str | None:
-    """Describe a difference between the patched model and transformers', or return None."""
-    error = relative_rms(text, full(input_ids=ids).logits)
-    return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ with balanced routing.
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.cases import make_problem
-from lib.memory import peak_bytes
 from lib.providers import PEFT
 from lib.providers.bounds import ExpertGemms
 from lib.runs import Options
-from lib.steps import LIMITS, Settings, make_batch, make_model, time_step
+from lib.steps import Settings, logits_error, make_batch, make_model, measure_steps, time_step
 from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
 from moe_kernels.models.peft_format import load_peft_adapter
-from moe_kernels.testing import relative_rms
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -53,22 +51,9 @@ def run(
     }  # fmt: skip
     if device == "cpu":  # on a GPU they would not fit beside the other two
         steps |= _bounds(settings, device, ids)
-    for step in steps.values():
-        step()  # the optimizer makes its state
-    # On a CPU peak_bytes uses the profiler, which takes minutes over thousands of allocations.
-    peak = {name: peak_bytes(step, device) for name, step in steps.items() if device == "cuda"}
-    samples = options.measure(steps)
-    return {
-        "case": asdict(settings) | {"tokens": settings.tokens, "device": device, "seed": seed},
-        "providers": {
-            name: {
-                "error": error if name == "ours" else None,
-                "seconds": samples[name],
-                "peak": peak.get(name),
-            }
-            for name in steps
-        },
-    }
+    # On a CPU the peak is found by the profiler, which takes minutes over thousands of allocations.
+    peak = device == "cuda"
+    return measure_steps(settings, steps, options, device, seed, error=error, peak=peak)
 
 
 def _with_peft(model: PreTrainedModel, settings: Settings) -> PeftModel:
@@ -105,8 +90,7 @@ def _error(ours: PatchedModel, peft: PeftModel, ids: Tensor, settings: Settings)
     """
     ids = ids[:4, :256]
     actual = ours.model(input_ids=ids, modality_ids=torch.ones_like(ids)).logits
-    error, limit = relative_rms(actual, peft(input_ids=ids).logits), LIMITS[settings.dtype]
-    return None if error <= limit else f"logits: relative RMS {error:.1e} is above {limit:.1e}"
+    return logits_error(actual, peft(input_ids=ids).logits, settings.dtype)
 
 
 class _BareGemms(torch.autograd.Function):
