@@ -19,14 +19,21 @@ def python(code):
     return result.stdout
 
 
-def test_import_is_lean():
+@pytest.mark.parametrize(
+    ("imported", "heavy"),
+    [
+        ("", {"transformers", "triton", "ot", "matplotlib", "sklearn", "peft", "accelerate"}),
+        (", moe_kernels.imaging, moe_kernels.analysis", {"matplotlib", "sklearn"}),
+    ],
+    ids=["package", "imaging and analysis"],
+)
+def test_import_is_lean(imported, heavy):
     loaded = python(
         "import sys, torch; before = set(sys.modules)\n"
-        "import moe_kernels, torch\n"
+        f"import moe_kernels, torch{imported}\n"
         "assert not torch.cuda.is_initialized()\n"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
-    heavy = {"transformers", "triton", "ot", "matplotlib", "sklearn", "peft", "accelerate"}
     assert not heavy & set(loaded.split())
 
 

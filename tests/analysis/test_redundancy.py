@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.mixed_batches import IMAGE, mixed_batches, patched_model
-from support.model_zoo import FAMILIES, VOCAB, make_model, randomise, token_ids
+from support.model_zoo import FAMILY, VOCAB, hooks_of, make_model, randomise, token_ids
 from torch.nn import functional as F
 
 from moe_kernels.analysis import (
@@ -194,7 +194,7 @@ def assert_similar(actual, expected):
 
 
 @pytest.mark.parametrize("metric", module.METRICS)
-@pytest.mark.parametrize("family", FAMILIES)
+@FAMILY
 def test_plain_models_on_text(family, metric):
     model = make_model(family, vocab_size=IMAGE.stop)
     modality_of = modality_by_token_id({"image": IMAGE})
@@ -350,7 +350,7 @@ def test_the_model_is_as_it_was(fails):
     experts = model.model.layers[0].mlp.experts
     context = experts.__dict__["_modality_context"]
     batches = mixed_batches()
-    hooks = {m: (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()}
+    hooks = hooks_of(model)
     if fails:
         with pytest.raises(ValueError, match="is unknown: without input_ids"):
             expert_redundancy(model, [*batches, {}], modality="image")
@@ -358,8 +358,7 @@ def test_the_model_is_as_it_was(fails):
         expert_redundancy(model, batches, modality="image")
     assert model.training and all(layer.training for layer in model.model.layers)
     assert context.modality_ids.shape == (3, 9)  # that of the last forward
-    for m, counts in hooks.items():
-        assert (len(m._forward_hooks), len(m._forward_pre_hooks)) == counts
+    assert hooks_of(model) == hooks
 
 
 def test_refusals():

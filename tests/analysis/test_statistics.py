@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support.mixed_batches import IMAGE, mixed_batch, patched_model
-from support.model_zoo import FAMILIES, VOCAB, make_model, token_ids
+from support.model_zoo import FAMILY, VOCAB, hooks_of, make_model, token_ids
 
 from moe_kernels.analysis import (
     RoutingRecorder,
@@ -29,7 +29,7 @@ def record(model, *, modality_of=None, **inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
-@pytest.mark.parametrize("family", FAMILIES)
+@FAMILY
 def test_counts_are_those_of_the_routers(family, patched, dtype):
     if patched:
         model, modality_of = patched_model(family, dtype=dtype)[0], None
@@ -210,13 +210,6 @@ def test_hooks_leave_with_the_recorder():
         open_.statistics()
 
 
-def hooks_of(model):
-    return {
-        name: (len(module._forward_hooks), len(module._forward_pre_hooks))
-        for name, module in model.named_modules()
-    }
-
-
 def test_a_copy_made_meanwhile_is_not_counted():
     model = patched_model()[0]
     ids, _ = mixed_batch().values()
@@ -279,14 +272,20 @@ def test_counting_never_waits_for_the_device(monkeypatch):
     assert it.statistics().rows.tolist() == [[1, 2]]
 
 
+def made(counts, rows, *num_experts, layers=("a", "b"), entropy=None):
+    """Return statistics from counts (layers, 2, experts) and rows (layers, 2)."""
+    counts, rows = torch.tensor(counts), torch.tensor(rows)
+    entropy = torch.zeros(rows.shape) if entropy is None else torch.tensor(entropy)
+    return RoutingStatistics(
+        ("text", "image"), layers, counts, rows, entropy.double(), *num_experts
+    )
+
+
 @pytest.fixture
 def statistics():
     """Return statistics of four experts in one layer: text only, image only, both, unused."""
-    counts = torch.tensor([[[60, 0, 40, 0], [0, 30, 10, 0]]])
-    rows = torch.tensor([[50, 20]])
-    return RoutingStatistics(
-        ("text", "image"), ("layer",), counts, rows, torch.tensor([[50.0, 0.0]]).double()
-    )
+    counts = [[[60, 0, 40, 0], [0, 30, 10, 0]]]
+    return made(counts, [[50, 20]], layers=("layer",), entropy=[[50.0, 0.0]])
 
 
 def test_metrics_on_counts_known_by_hand(statistics):
@@ -311,19 +310,13 @@ def test_metrics_on_counts_known_by_hand(statistics):
 
 
 def test_disjoint_experts_diverge_by_one_bit():
-    counts = torch.tensor([[[5, 0], [0, 3]], [[0, 0], [1, 1]]])
-    statistics = RoutingStatistics(
-        ("text", "image"), ("a", "b"), counts, torch.ones(2, 2).long(), torch.zeros(2, 2).double()
-    )
+    statistics = made([[[5, 0], [0, 3]], [[0, 0], [1, 1]]], [[1, 1], [1, 1]])
     assert statistics.divergence("text", "image")[0] == 1
     assert statistics.load()[1, 0].tolist() == [0, 0]
 
 
 def test_a_modality_that_was_never_seen_is_not_compared():
-    statistics = RoutingStatistics(
-        ("text", "image"), ("a",), torch.tensor([[[5, 3], [0, 0]]]), torch.tensor([[8, 0]]),
-        torch.zeros(1, 2).double(),
-    )  # fmt: skip
+    statistics = made([[[5, 3], [0, 0]]], [[8, 0]], layers=("a",))
     assert statistics.seen() == ("text",)
     for compare in ("divergence", "specialisation", "expert_kinds"):
         with pytest.raises(ValueError, match="no row of modality 'image' was recorded"):
@@ -332,10 +325,8 @@ def test_a_modality_that_was_never_seen_is_not_compared():
 
 def test_layers_of_different_sizes():
     """Layers differ in their number of experts when only some of them were extended."""
-    counts = torch.tensor([[[5, 5, 0, 0], [0, 10, 0, 0]], [[1, 1, 1, 1], [0, 2, 2, 4]]])
-    statistics = RoutingStatistics(
-        ("text", "image"), ("a", "b"), counts, counts.sum(-1), torch.zeros(2, 2).double(), (2, 4)
-    )
+    counts = [[[5, 5, 0, 0], [0, 10, 0, 0]], [[1, 1, 1, 1], [0, 2, 2, 4]]]
+    statistics = made(counts, [[10, 10], [4, 8]], (2, 4))
     kinds = vars(statistics.expert_kinds("text", "image"))
     counted = torch.stack(list(kinds.values()))
     assert counted.sum(0).tolist() == [2, 4]

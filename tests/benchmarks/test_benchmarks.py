@@ -29,7 +29,7 @@ PROGRAMS = ("bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "plot", "run
 
 @pytest.fixture(scope="module")
 def bench():
-    """The programs' modules; their folders are on the path only here, as when they are run."""
+    """Import the programs as modules; their folders are on the path only meanwhile."""
     before = [*sys.path]
     sys.path[:0] = FOLDERS
     try:
@@ -259,7 +259,7 @@ def test_nothing_starts_after_the_deadline(bench, tmp_path, capsys):
 
 
 def test_an_added_expert_that_computes_wrongly_meets_no_target(bench, monkeypatch):
-    """Its target is 1 + s of the base's time, s its share of the rows."""
+    """The target is (1 + s) times the base's time, where s is the added expert's share of rows."""
     share = bench.targets.ADDED_SHARE
     arguments = ["--shapes", "small", "--device", "cpu", "--only", "added", "--rounds", "1"]
     measure = next(bench.sections_cpu.added(bench.run.parse(arguments)))
@@ -354,7 +354,7 @@ def test_steps_with_added_experts_that_are_wrong_meet_no_target(bench, monkeypat
 
 
 def test_pages_of_results_older_than_added_experts(bench, monkeypatch, tmp_path):
-    """Say so, or show a run of that part alone."""
+    """A page says that added experts were not measured, or shows a run of that part alone."""
     monkeypatch.setattr(bench.result_files, "RESULTS", tmp_path)
     assert bench.pages.BLOCKS["added"]({}) == "Not measured yet.\n"
     arguments = ["--only", "added", "added_steps", "--shapes", "small", "--models", "tiny"]
@@ -367,7 +367,7 @@ def test_pages_of_results_older_than_added_experts(bench, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_cost_model(bench, share):
-    """Without image it has the operations of the base's GEMMs, and never less than the floor."""
+    """Without image rows only the base's GEMMs are counted; no count is below the floor."""
     model, case = bench.costs, bench.cases.Case.named("olmoe", image_share=share)
     for mode in ("forward", "backward"):
         costs, floor = [*getattr(model, mode)(case)], model.floor(case, mode)
@@ -469,7 +469,7 @@ def test_the_pages_tables_are_those_of_the_results(bench):
 
 
 def test_a_call_in_a_graph(bench, monkeypatch):
-    """The time of a replay, by the calls that were captured after one that was not."""
+    """The time is that of a replay over the captured calls; the first call is not captured."""
     sections, calls = bench.sections_gpu, []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext(calls.append("graph")))
@@ -480,7 +480,7 @@ def test_a_call_in_a_graph(bench, monkeypatch):
 
 
 def test_targets_of_the_cuda_launches(bench):
-    """combine moved 2 of 3 TB/s; parts of du are no work that was asked for."""
+    """combine moves 2 of 3 TB/s; bytes of partial sums of du do not count as useful work."""
     args = bench.run.parse(["--trial", "--device", "cuda", "--backend", "cuda"])
     case = bench.gpu_checks.layer_case(args, *args.layers[0])
     costs = [*bench.costs.forward(case), *bench.costs.backward(case, "cuda")]

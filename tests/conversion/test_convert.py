@@ -17,11 +17,7 @@ from support.dense_zoo import (
 )
 from support.model_zoo import make_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from moe_kernels import patch_model
 from moe_kernels.conversion import balanced_kmeans, dense_to_moe, random_labels

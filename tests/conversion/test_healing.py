@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.dense_zoo import CALIBRATION, VOCAB, logits, make_dense, same_state, token_ids
+from support.dense_zoo import CALIBRATION, logits, make_dense, same_state, token_ids
+from support.model_zoo import VOCAB
 
 from moe_kernels.conversion import dense_to_moe, heal, perplexity
 from moe_kernels.conversion import healing as healing_module

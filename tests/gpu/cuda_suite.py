@@ -1,8 +1,8 @@
 """The cases of ``triton_suite.py`` on the backend "cuda"; ``test_cuda.py`` runs them.
 
-Without a GPU, the CUDA ops are done on the CPU by plain torch, and Triton is interpreted: what is
-seen is whether the layers ask the ops for the right things. Or, where CUDA_KERNELS_ON_HOST names a
-library of them, by the kernels themselves.
+Without a GPU, plain torch computes the CUDA ops on the CPU and Triton is interpreted, so the tests
+check that the layers call the ops with the right arguments. If CUDA_KERNELS_ON_HOST names a library
+of the kernels compiled for the CPU, these compute the ops.
 """
 
 import os
@@ -12,7 +12,6 @@ import pytest
 import torch
 from gpu.triton_suite import (  # noqa: F401  (collected here)
     DEVICE,
-    ON_GPU,
     check,
     on_device,
     test_a_captured_graph_gives_the_same_bits,
@@ -28,10 +27,11 @@ from gpu.triton_suite import (  # noqa: F401  (collected here)
     test_the_same_bits_twice,
 )
 from support import cuda_stand_ins
+from support.devices import NEEDS_CUDA, ON_GPU
 from support.moe_mlp import VARIANTS, call
 from support.registered_ops import make, results, same
 
-if ON_GPU:  # without one they would say the same again, slowly
+if ON_GPU:  # without a GPU they would repeat the tests of the Triton backend, slowly
     from gpu.triton_suite import (  # noqa: F401
         test_a_graph_is_walked_twice,
         test_a_route_may_flip_at_recompute,
@@ -65,8 +65,9 @@ else:
 
 @pytest.fixture(autouse=True)
 def cuda_for_triton(monkeypatch):
-    """The cases name "triton", which can be named without a GPU too. The extension's products are
-    looked at on every device.
+    """Run "cuda" where a case names "triton", which works without a GPU too.
+
+    The extension multiplies on every device, whatever the number of rows.
     """
     monkeypatch.setattr(cuda_launches, "TRITON_FROM", 1000)
     implementation = backends.implementation
@@ -79,7 +80,7 @@ def cuda_for_triton(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(name, arguments) of every call of a native op."""
+    """Record (name, arguments) of every call of a native op."""
     made = []
 
     class Recorded:
@@ -93,7 +94,7 @@ def calls(monkeypatch):
 
 
 def layer(shape, dtype=torch.float32, **variant):
-    """The output and the gradients of a layer."""
+    """Return the output and the gradients of a layer."""
     inputs = on_device(make_moe_inputs(shape, **variant).to(dtype)).requires_grad_()
     out = call(inputs, "triton")
     return out, *torch.autograd.grad(out.sum(), list(inputs.differentiable().values()))
@@ -114,7 +115,7 @@ OTHERS = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "options"), OTHERS, ids=str)
 def test_half_precision_of_other_shapes(monkeypatch, dtype, shape, options):
-    """Blocks of every size, and a group of several partial sums."""
+    """Cover blocks of every size, and a group of several partial sums."""
     monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
     check(dtype, shape, seed=7, **options)
 
@@ -122,13 +123,13 @@ def test_half_precision_of_other_shapes(monkeypatch, dtype, shape, options):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_matches_the_reference(monkeypatch, dtype, variant):
-    """No product is left to Triton, whose interpreter is wrong in bfloat16."""
+    """Triton, whose interpreter is wrong in bfloat16, computes no product here."""
     monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
     check(dtype, VECTORS, seed=len(variant), **VARIANTS[variant])
 
 
 def lora_linear_inputs(tokens, rank, dtype):
-    """Rows, A, B, W and a gradient; modality ids."""
+    """Return rows, A, B, W and a gradient; and modality ids."""
     generator = torch.Generator().manual_seed(tokens)
     sizes = (tokens, 48), (2, rank, 48), (2, 136, rank), (136, 48), (tokens, 136)
     tensors = [torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in sizes]
@@ -136,7 +137,7 @@ def lora_linear_inputs(tokens, rank, dtype):
 
 
 def lora_linear_results(dtype, backend, tensors, ids):
-    """The output and the gradients."""
+    """Return the output and the gradients."""
     *leaves, weight, grad_out = (tensor.to(dtype) for tensor in tensors)
     x, a, b = (leaf.detach().requires_grad_() for leaf in leaves)
     lora = LoraWeights(a, b, torch.tensor([2.0, 0.5], device=DEVICE))
@@ -153,13 +154,13 @@ def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
     names = [name for name, _ in calls]
     assert names.count("add_low_rank") == 2 and names.count("shrink") == (2 if rank > 32 else 1)
     expected = lora_linear_results(torch.float64, "reference", *inputs)
-    for tensor, wanted in zip(actual, expected, strict=True):
-        assert_close(tensor, wanted, dtype=dtype)
+    for tensor, reference in zip(actual, expected, strict=True):
+        assert_close(tensor, reference, dtype=dtype)
 
 
 @pytest.mark.parametrize("most", [2**28, 0])
 def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most):
-    """du is then a pass of its own, twice in a layer."""
+    """A pass of its own then computes du, twice in a layer."""
     monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
     monkeypatch.setattr(triton_launches, "MAX_BYTES_OF_PARTS", most)
     shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
@@ -168,7 +169,7 @@ def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most
     assert (names.count("shrink"), names.count("wgrad")) == (2 if most else 4, 4)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+@NEEDS_CUDA
 @pytest.mark.parametrize("tokens", [40, 400, 4000])  # tiles of 16, 64 and 128 rows
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_tile_matches_the_reference(dtype, tokens):
@@ -214,7 +215,7 @@ def test_what_an_op_does_not_take_goes_to_triton(calls, monkeypatch, odd, missin
 
 @pytest.mark.parametrize("odd", ["hidden_states", "topk_weights"])
 def test_inputs_are_made_to_fit(odd):
-    """Tokens that do not begin at a multiple of 16 bytes, weights of another dtype: no new bits."""
+    """Unaligned tokens and weights of another dtype give the same bits."""
     inputs = make_moe_inputs(VECTORS).to(torch.float16)
     inputs = inputs._replace(topk_weights=inputs.topk_weights.bfloat16().float())
     inputs = on_device(inputs)
@@ -239,9 +240,9 @@ def test_it_compiles_into_one_graph_with_the_same_bits():
 
 
 def test_opcheck(calls):
-    """Every call of both layers: the schema, and shapes and refusals on fake tensors."""
+    """Check schema, shapes and refusals on fake tensors, for every call of both layers."""
     layer(VECTORS, torch.float16, num_extra=1)
-    layer(replace(VECTORS, r=40), torch.float16)  # du in a pass of its own
+    layer(replace(VECTORS, r=40), torch.float16)  # a pass of its own computes du
     lora_linear_results(torch.float16, "triton", *lora_linear_inputs(70, 5, torch.float16))
     assert {name for name, _ in calls} == ALL | {"add_low_rank"}
     for name, arguments in calls:
@@ -252,7 +253,7 @@ def test_opcheck(calls):
 
 
 def outcome(name, arguments):
-    """What an op returns or fills, without rows that it does not write."""
+    """Return the tensors that an op returns or fills, without the rows that it does not write."""
     if name == "shrink":
         arguments[0].zero_()
     returned = getattr(OPS, name)(*arguments)
@@ -277,7 +278,7 @@ def outcome(name, arguments):
 
 
 def rows_with_act(arguments):
-    """Of which act_backward writes the activation: with an adapter, or of an added expert."""
+    """Return the rows whose activation act_backward writes: adapted or of an added expert."""
     stack, segments, scaling = arguments[1], arguments[5].tolist(), arguments[8]
     period = 1 + len(scaling)
     of_base = range(0, len(stack) * period, period)
@@ -285,7 +286,7 @@ def rows_with_act(arguments):
     return [row for row in range(segments[-1]) if row not in without]
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU")
+@NEEDS_CUDA
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_call_gives_on_the_gpu_what_it_gives_on_the_cpu(calls, dtype):
     layer(SHAPES["small"], dtype, num_extra=1, num_modalities=2)

@@ -2,19 +2,17 @@
 
 import ctypes
 import itertools
-import os
-import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from support.host_kernels import COMPILER, HOST, tile_map
+from support.segments import Segments
 
 from moe_kernels.ops.dispatch import reference
 
-SOURCE = Path(__file__).parents[1] / "support" / "host" / "counting_sort_host.cpp"
-COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+SOURCE = HOST / "counting_sort_host.cpp"
 
 pytestmark = pytest.mark.skipif(
     shutil.which(COMPILER[0]) is None, reason="needs a C++ compiler: install one"
@@ -30,7 +28,7 @@ def library(tmp_path_factory):
 
 
 def ids(num_tokens, top_k, num_experts, num_modalities, *, skew, generator):
-    """Experts, and modalities -1..M or none; a few ids are out of range."""
+    """Return experts, and modalities -1..M or none; a few ids are out of range."""
     experts = torch.randint(0, num_experts, (num_tokens, top_k), generator=generator)
     if skew:
         experts = experts * experts // num_experts
@@ -73,47 +71,28 @@ def test_it_sorts_as_the_reference(library, case, threads):
         threads, *map(pointer, fields),
     )  # fmt: skip
     assert blocks <= 128 and (tokens * top_k <= 256) == (blocks == 1)
-    for actual, wanted in zip(fields, expected, strict=True):
-        assert torch.equal(actual, wanted)
+    for actual, expected_field in zip(fields, expected, strict=True):
+        assert torch.equal(actual, expected_field)
 
 
 @pytest.mark.parametrize("threads", [1, 7, 256])
 @pytest.mark.parametrize("block", [1, 16, 300, 2**30])
 @pytest.mark.parametrize("kind", ["experts", "adapters", "added experts"])
 def test_tile_maps(library, kind, block, threads):
-    """In the same order and with the same padding as Triton's: see test_tile_maps there."""
-    generator = torch.Generator().manual_seed(threads)
-    base, extra, modalities, padding = 5, 2, 3, 11
-    segments = modalities + 1
-    counts = torch.randint(0, 40, ((base + extra) * segments,), generator=generator)
-    counts *= torch.rand(counts.shape, generator=generator) < 0.7
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    num_rows = int(offsets[-1]) + padding
-    of_experts = [*offsets[::segments].tolist(), num_rows]
-    of_experts = list(zip(of_experts, of_experts[1:], strict=False))
-    pairs = [e * segments + m for m in range(1, segments) for e in range(base)]
+    """Tile maps have the order and the padding of Triton's (``triton_suite.test_tile_maps``)."""
+    segments = Segments(threads)
+    base, extra, period, offsets = segments.base, segments.extra, 4, segments.offsets
+    experts, pairs, num_rows = segments.experts, segments.pairs, segments.rows
     bounds, groups = {
-        "experts": (of_experts, (len(of_experts), len(of_experts), segments, 0, segments)),
-        "adapters": (
-            [offsets[i : i + 2].tolist() for i in pairs], (len(pairs), base, segments, 1, 1)
-        ),
-        "added experts": (
-            of_experts[base:-1], (extra, extra, segments, base * segments, segments)
-        ),
-    }[kind]  # fmt: skip
+        "experts": (experts, (len(experts), len(experts), period, 0, period)),
+        "adapters": (pairs, (len(pairs), base, period, 1, 1)),
+        "added experts": (segments.added, (extra, extra, period, base * period, period)),
+    }[kind]
     tiles = unwritten(3, library.num_tiles(num_rows, len(bounds), block))
     rows = unwritten(3, len(bounds))
     library.run_tile_map(
         pointer(offsets), offsets.numel() - 1, num_rows, block, *groups, threads, pointer(tiles),
         pointer(rows),
     )  # fmt: skip
-    there = [
-        [group, first, min(first + block, end)]
-        for group, (begin, end) in enumerate(bounds)
-        for first in range(begin, end, block)
-    ]
-    assert tiles.T.tolist() == there + [[0, 0, 0]] * (tiles.shape[1] - len(there))
-    several = [-(-(end - begin) // block) for begin, end in bounds]
-    several = [count if count > 1 else 0 for count in several]
-    slots = [sum(several[:group]) for group in range(len(bounds))]
-    assert rows.T.tolist() == [[*b, slot] for b, slot in zip(bounds, slots, strict=True)]
+    expected_tiles, expected_rows = tile_map(bounds, num_rows, block)
+    assert torch.equal(tiles, expected_tiles) and torch.equal(rows, expected_rows)

@@ -1,22 +1,17 @@
 """Backend "cuda": what it needs, its ops on tensors without memory, and ``cuda_suite.py``."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from support import host_kernels
+from support.devices import NEEDS_TRITON
 from support.processes import run_pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_kernels import _native, backends, info
 
 NEEDS_EXTENSION = pytest.mark.skipif(not _native.is_available(), reason=f"{_native.why_not()}")
-
-
-NEEDS_TRITON = pytest.mark.skipif(
-    find_spec("triton") is None, reason="needs triton, which the test extra installs on Linux"
-)
 CASES = str(Path(__file__).with_name("cuda_suite.py"))
 
 
@@ -27,15 +22,18 @@ CASES = str(Path(__file__).with_name("cuda_suite.py"))
 )
 def test_layers(selected):
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    run_pytest(CASES, "-k", selected, may_skip=True, **environment)  # what is of a GPU or not
+    # Tests of one kind of device are skipped on the other.
+    run_pytest(CASES, "-k", selected, may_skip=True, **environment)
 
 
 @NEEDS_EXTENSION
 @NEEDS_TRITON
 @pytest.mark.skipif(host_kernels.missing() is not None, reason=str(host_kernels.missing()))
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU: run on a machine without one")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="imitates a GPU: run on a machine without one"
+)
 def test_layers_by_the_kernels_on_the_host(tmp_path):
-    """Layers, launchers and kernels as they are; only the device is played."""
+    """Run layers, launchers and kernels unchanged; only the device is imitated."""
     library = str(host_kernels.build_ops(tmp_path))
     selected = "half_precision or lora_linear or native_ops or opcheck or made_to_fit"
     run_pytest(CASES, "-k", selected, TRITON_INTERPRET="1", CUDA_KERNELS_ON_HOST=library)
@@ -43,7 +41,7 @@ def test_layers_by_the_kernels_on_the_host(tmp_path):
 
 @pytest.fixture
 def works(monkeypatch):
-    """A machine that has everything."""
+    """Imitate a machine that has everything."""
     monkeypatch.setattr(_native, "why_not", lambda: None)
     monkeypatch.setattr(_native, "has_cuda_kernel", lambda op: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -116,7 +114,7 @@ def test_the_info_page_says_whose_kernels_run(works, capsys):
 
 
 def test_a_build_with_cuda_has_every_op():
-    """A build without CUDA has none."""
+    """A build without CUDA has no CUDA kernel of any op."""
     expected = bool(_native.build_info().get("cuda_arch_list"))
     names = {name for name, _ in info._CUDA_OPS.values()} | {"dispatch_with_maps"}
     assert names == {*CALLS}
@@ -139,13 +137,13 @@ def halves(*size):
 
 
 def products(left, stack, extra, u, v):
-    """What the products of the experts begin with."""
+    """Return the arguments with which the products of the experts begin."""
     return (
         left, stack, extra, integers(20), integers(3, 6), integers(9), u, v, empty(1), 16
     )  # fmt: skip
 
 
-# Ten tokens, two experts each of four, one of which is added; one added modality.
+# Ten tokens that choose two of four experts each; one expert and one modality are added.
 CALLS = {
     "gate_up": (
         (*products(halves(10, 16), halves(3, 48, 16), halves(1, 48, 16), halves(20, 5),
@@ -267,7 +265,7 @@ REFUSALS = [
 
 @NEEDS_EXTENSION
 def test_dispatch_takes_as_many_pairs_as_a_block_counts():
-    """On CUDA; the CPU's, which has the same op, takes more."""
+    """The limit holds on CUDA only; the CPU op of the same name accepts more pairs."""
     ops, ids = _native.ops(), integers(10, 2)
     assert ops.dispatch_with_maps(ids, 1, None, 2398, [], [])[4].numel() == 2400
     assert ops.dispatch(ids, 4, None, 599)[4].numel() == 2401

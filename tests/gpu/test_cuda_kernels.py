@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host, against float64."""
+"""The CUDA kernels, compiled for the CPU, against float64."""
 
 import ctypes
 
@@ -7,11 +7,7 @@ import torch
 from support import host_kernels as cuda
 
 from moe_kernels.ops.dispatch import reference
-from moe_kernels.testing import (
-    assert_close,
-    make_modality_ids,
-    make_routing,
-)
+from moe_kernels.testing import assert_close, make_modality_ids, make_routing
 
 pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 NAN = float("nan")
@@ -24,8 +20,9 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(params=["ascending", "descending"])
 def library(compiled, request):
-    """Threads and blocks in one order, copies late, or in the other, copies early: a missing
-    barrier shows in one of them.
+    """Run threads and blocks in one order with late copies, or in the other with early copies.
+
+    A missing barrier shows in one of the two.
     """
     descending = request.param == "descending"
     compiled.set_order(descending, descending)
@@ -55,12 +52,12 @@ class Routed:
         )
 
     def experts(self):
-        """(first row, end) of each expert, and of the rows not dispatched."""
+        """Return (first row, end) of each expert, and of the rows that are not dispatched."""
         offsets = [*self.offsets.tolist(), self.rows]
         return list(zip(offsets, offsets[1:], strict=False))
 
     def pairs(self):
-        """(first row, end) of each pair (modality, expert) with an adapter."""
+        """Return (first row, end) of each pair (modality, expert) with an adapter."""
         segments, groups = self.segments.tolist(), self.num_modalities + 1
         return [
             (segments[e * groups + m], segments[e * groups + m + 1])
@@ -72,7 +69,7 @@ class Routed:
         return (torch.randn(*size, generator=self.generator) / fan_in**0.5).to(dtype)
 
     def adapted(self):
-        """(rows,) whether a row has an adapter."""
+        """Return a mask (rows,) of the sorted rows that have an adapter."""
         mask = torch.zeros(self.rows, dtype=torch.bool)
         for first, end in self.pairs():
             mask[first:end] = True
@@ -87,7 +84,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def check(actual, expected, dtype):
-    """Relative RMS, and no single element far off."""
+    """Check the relative RMS error, and that no single element is far off."""
     assert_close(actual, expected, dtype=dtype)
     if expected.numel():
         limit = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}[dtype]
@@ -130,14 +127,14 @@ def test_dispatch_without_modality_ids(library, tokens, modalities):
 
 
 def unwritten(kind, expected):
-    """Tensors of the expected shapes, and a structure of them."""
+    """Return unwritten tensors of the expected shapes, and a structure that points to them."""
     out = [torch.full(part.shape, -(2**40)) for part in expected]
     names = [name for name, _ in kind._fields_]
     return out, cuda.structure(kind, **dict(zip(names, out, strict=True)))
 
 
 def check_dispatch(library, routed, block):
-    """With the maps of dispatch's own launch, and of one of theirs."""
+    """Check a dispatch with tile maps, which it makes itself or which follow in another launch."""
     experts, modalities = routed.num_experts, routed.num_modalities
     fields = reference.dispatch(routed.ids, experts, routed.modality_ids, modalities)
     maps = [
@@ -148,12 +145,12 @@ def check_dispatch(library, routed, block):
     sizes = routed.rows, routed.top_k, experts, modalities, block
     for with_maps in (True, False):
         out, given = unwritten(cuda.DispatchOut, fields)
-        made, wanted = unwritten(cuda.Maps, maps)
-        asked, launches = wanted if with_maps else None, library.launches()
-        cuda.call(library.dispatch, given, asked, routed.ids, routed.modality_ids, *sizes)
+        made, structure = unwritten(cuda.Maps, maps)
+        own_maps, launches = structure if with_maps else None, library.launches()
+        cuda.call(library.dispatch, given, own_maps, routed.ids, routed.modality_ids, *sizes)
         assert library.launches() == launches + 2
         if not with_maps:
-            cuda.call(library.tile_maps, wanted, out[-1], *sizes[:1], *sizes[2:])
+            cuda.call(library.tile_maps, structure, out[-1], *sizes[:1], *sizes[2:])
         for actual, expected in zip((*out, *made), (*fields, *maps), strict=True):
             assert torch.equal(actual, expected)
 
@@ -246,7 +243,7 @@ def test_shrink_on_any_routing(library, kind, tokens):
 
 def wgrad(library, routed, left, right, factors, weights, out, *, chunk, transposed, left_by_token,
           right_by_token, matrix=None):  # fmt: skip
-    """Fills ``out``; with a matrix returns right matrix, NaN elsewhere."""
+    """Fill ``out``; with a matrix, return right @ matrix, which is NaN in other rows."""
     tiles, groups = cuda.tile_map(routed.pairs(), routed.rows, chunk)
     partials = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
     height, width = left.shape[1], right.shape[1]
@@ -362,7 +359,7 @@ def test_wgrad_gives_du_with_dB(library, dtype, rank, width, chunk):
     ],
 )  # fmt: skip
 def test_wgrad_in_many_steps_and_several_blocks_of_columns(library, rank, width, chunk, with_du):
-    """A tile's steps go around the stages, and du's slices around their two halves."""
+    """A tile has more steps than stages, and du more slices than its two halves hold."""
     check_wgrad(
         library, (400, 1, 1, 1), rank, width, torch.bfloat16, left_dtype=torch.bfloat16,
         weights_dtype=torch.float32, transposed=True, left_by_token=False, right_by_token=False,
@@ -416,7 +413,7 @@ def test_add_low_rank_touches_adapted_rows_alone(library, dtype, rank_last, case
 
 
 class Product:
-    """left W + s u V of one kernel, with random operands; ``transposed``: of the forward pass."""
+    """Random operands of a kernel that computes left W + s u V, transposed in a forward pass."""
 
     def __init__(self, routed, size_k, size_n, rank, dtype, v_dtype, *, transposed, gated=False,
                  by_token=False, shared=False):  # fmt: skip
@@ -452,18 +449,18 @@ class Product:
         cuda.call(function, given, *outputs, self.dtype, self.v.dtype, block_m)
 
     def rows_with_low_rank(self):
-        """(rows,) by place."""
+        """Return a mask (rows,) of the sorted rows with a low-rank term."""
         return self.routed.adapted() & (self.rank > 0)
 
     def rows_of_added_experts(self):
-        """(rows,) by place."""
+        """Return a mask (rows,) of the sorted rows of added experts."""
         rows = torch.zeros(self.routed.rows, dtype=torch.bool)
         for first, end in self.routed.experts()[self.routed.num_base : -1]:
             rows[first:end] = True
         return rows
 
     def expected(self):
-        """(rows, width) in float64; NaN for rows that were not dispatched."""
+        """Return (rows, width) in float64, with NaN for rows that were not dispatched."""
         routed, transposed = self.routed, self.transposed
         rows = self.left[routed.perm // routed.top_k] if self.by_token else self.left
         stack = torch.cat([self.stack, self.extra]).double()
@@ -537,10 +534,10 @@ def test_gate_up_and_its_activation(library, dtype, case):
     *operands, block = case_of(case, dtype, 1)
     product = Product(*operands, transposed=True, gated=True, by_token=True)
     pre, act = run_gate_up(library, product, block)
-    there = slice(0, product.routed.offsets[-1])
-    check(pre[there], product.expected()[there], dtype)
-    check(act[there], swiglu(pre[there]), dtype)
-    assert not pre[there.stop :].any() and not act[there.stop :].any()
+    dispatched = slice(0, product.routed.offsets[-1])
+    check(pre[dispatched], product.expected()[dispatched], dtype)
+    check(act[dispatched], swiglu(pre[dispatched]), dtype)
+    assert not pre[dispatched.stop :].any() and not act[dispatched.stop :].any()
     unsaved, again = run_gate_up(library, product, block, save=False)
     assert unsaved.isnan().all() and torch.equal(act, again)
 
@@ -578,10 +575,10 @@ def test_gradient_of_the_activation(library, dtype, case):
     weighted = d_act * weights.flatten()[slots].double()[:, None]
     (gradient,) = torch.autograd.grad(expected, of_pre, weighted)
     adapted, added = product.rows_with_low_rank(), product.rows_of_added_experts()
-    wanted = adapted | added
-    check(act[wanted], expected.detach()[wanted[:last]], dtype)
+    saved = adapted | added
+    check(act[saved], expected.detach()[saved[:last]], dtype)
     check(d_pre[:last], gradient, dtype)
-    assert act[~wanted].isnan().all() and d_pre[last:].isnan().all()
+    assert act[~saved].isnan().all() and d_pre[last:].isnan().all()
     of_slots = torch.zeros(routed.rows, dtype=torch.float64)
     of_slots[slots] = (d_act * expected.detach().to(dtype).double()).sum(1)
     assert_close(dots.sum(0), of_slots, dtype=dtype)
@@ -592,7 +589,7 @@ def test_gradient_of_the_activation(library, dtype, case):
 
 
 def text_rows(routed):
-    """Rows of the base modality, by place; and the slots in them."""
+    """Return the positions of the text rows in sorted order, and their slots."""
     places = torch.arange(routed.rows)[: routed.offsets[-1]]
     places = places[routed.modality_ids[routed.perm[places] // routed.top_k] == 0]
     return places, routed.perm[places]

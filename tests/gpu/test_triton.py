@@ -1,14 +1,13 @@
-"""Runs ``triton_suite.py`` in processes of their own."""
+"""Run ``triton_suite.py`` in processes of its own."""
 
 import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from support.devices import NEEDS_TRITON, ON_GPU
 from support.processes import run_pytest
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "run.py"
@@ -20,24 +19,19 @@ _SHARES = (
 SHARES = (*_SHARES, f"not ({' or '.join(_SHARES)})")  # about as long as each other
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is None, reason="needs triton, which the test extra installs on Linux"
-)
+@NEEDS_TRITON
 @pytest.mark.parametrize("selected", SHARES)
 def test_kernels(selected):
-    environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    environment = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
     cases = Path(__file__).with_name("triton_suite.py")
-    run_pytest(str(cases), "-k", selected, may_skip=True, **environment)  # what is of a GPU or not
+    # Tests of one kind of device are skipped on the other.
+    run_pytest(str(cases), "-k", selected, may_skip=True, **environment)
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is None, reason="needs triton, which the test extra installs on Linux"
-)
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="of the interpreter: run on a machine without a GPU"
-)
+@NEEDS_TRITON
+@pytest.mark.skipif(ON_GPU, reason="of the interpreter: run on a machine without a GPU")
 def test_the_gpu_program_runs_on_a_small_case(tmp_path):
-    """All sections but the tests, which run above; every target of these sections is judged."""
+    """Run all sections but the tests, which run above; every target of the sections is judged."""
     for needed in ("peft", "matplotlib"):
         pytest.importorskip(needed)
     path = tmp_path / "gpu.json"
@@ -50,17 +44,14 @@ def test_the_gpu_program_runs_on_a_small_case(tmp_path):
         [sys.executable, str(PROGRAM), *command, "--output", str(path), "--only", *sections],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
-    assert result.returncode == 2, result.stderr  # left out is what needs a GPU's tools
+    assert result.returncode == 2, result.stderr  # checks that need a GPU's tools were left out
     assert "not measured: memcheck odd: compute-sanitizer is not on the path" in result.stdout
     results = json.loads(path.read_text())
-    assert (
-        results["errors"] == {}
-        and results["skipped"] == []
-        and set(results["seconds"]) == set(sections)
-    )
+    assert results["errors"] == {} and results["skipped"] == []
+    assert set(results["seconds"]) == set(sections)
     promises = results["promises"]
     assert promises.pop("graph_capture") is None and set(promises.values()) == {True}
     assert results["accuracy"]["passed"]
     numbers = {verdict["number"] for verdict in results["targets"]}
-    assert numbers == {2, 3, 4, 5, 6, 7, 8}  # 1 is of another shape
+    assert numbers == {2, 3, 4, 5, 6, 7, 8}  # target 1 judges another shape
     assert results["kernels"]["kernels"]

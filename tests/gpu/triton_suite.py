@@ -10,9 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.moe_mlp import VARIANTS, call, check_frozen_extra, run
+from support import moe_mlp as moe_mlp_inputs
+from support.devices import NEEDS_CUDA, ON_GPU
+from support.host_kernels import tile_map
+from support.moe_mlp import VARIANTS, call, check_frozen_extra, run, strided
 from support.patched_models import check_compiles
 from support.registered_ops import make, results, same
+from support.segments import Segments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -35,7 +39,6 @@ from moe_kernels.testing import (
     make_routing,
 )
 
-ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter would take hours.
 LONG = [
@@ -48,12 +51,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
 
 def on_device(inputs, device=DEVICE):
-    def move(value):
-        if isinstance(value, LoraWeights):
-            return LoraWeights(*map(move, value))
-        return None if value is None else value.to(device)
-
-    return type(inputs)(*map(move, inputs))
+    return moe_mlp_inputs.on_device(inputs, device)
 
 
 def check(dtype, shape, seed=0, **variant):
@@ -96,7 +94,7 @@ def test_shapes(shape):
 
 
 def test_where_the_parts_of_du_are_large(monkeypatch):
-    """du is then a pass of its own, twice in a layer."""
+    """A pass of its own then computes du, twice in a layer."""
     launched, shrink = [], triton_launches.shrink
     monkeypatch.setattr(
         triton_launches,
@@ -111,7 +109,7 @@ def test_where_the_parts_of_du_are_large(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_shapes(seed):
-    """Sizes, rank, routing, mask and dtype drawn at random."""
+    """Draw sizes, rank, routing, mask and dtype at random."""
     draw = random.Random(seed)
     experts = draw.randint(1, 9)
     shape = Shape(
@@ -127,7 +125,7 @@ def test_random_shapes(seed):
 
 
 def test_stacks_of_more_than_2_to_the_31_elements():
-    """Their last expert's rows; of the memory no more is touched than the experts' that are hit."""
+    """Rows of the last expert are right; only the memory of the chosen experts is touched."""
     experts, hidden, inter, top_k = 32, 65_600, 512, 1
     assert experts * hidden * inter * 2 > 2**31
     dtype = torch.float16
@@ -151,7 +149,7 @@ def test_stacks_of_more_than_2_to_the_31_elements():
 
     local = torch.searchsorted(used, ids)
     expected = results(torch.float64, local, [stack[used] for stack in stacks], "reference")
-    # The interpreter takes its time for every step, whatever the step's size.
+    # The interpreter is slow for every step, whatever the step's size, so take large ones.
     with triton_tiles.force(None if ON_GPU else Tiles(16, 2048, 512, 512, 8, 4, 2)):
         actual = results(dtype, ids, stacks, "triton")
     for found, wanted in zip(actual, expected, strict=True):
@@ -189,42 +187,30 @@ def test_dispatch(routing, tokens, top_k, modalities):
     expected = reference.dispatch(ids, experts, modality, modalities)
     arguments = ids.to(DEVICE), experts, None if modality is None else modality.to(DEVICE)
     actual = triton_dispatch.dispatch(*arguments, modalities)
-    for field, wanted in zip(actual, expected, strict=True):
-        assert torch.equal(field.cpu(), wanted)
+    for field, expected_field in zip(actual, expected, strict=True):
+        assert torch.equal(field.cpu(), expected_field)
 
 
 @pytest.mark.parametrize("block", [1, 16, 300])
 @pytest.mark.parametrize("seed", range(3))
 def test_tile_maps(block, seed):
-    generator = torch.Generator().manual_seed(seed)
-    base, extra, modalities, padding = 5, 2, 3, 11
-    counts = torch.randint(0, 40, ((base + extra) * (modalities + 1),), generator=generator)
-    counts *= torch.rand(counts.shape, generator=generator) < 0.7
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    rows = int(offsets[-1]) + padding
-    by_expert = offsets[:: modalities + 1].tolist()
-    pairs = [e * (modalities + 1) + m for m in range(1, modalities + 1) for e in range(base)]
-    experts = list(zip(by_expert, [*by_expert[1:], rows], strict=True))
-    for groups, wanted in (
-        (maps.by_expert(base + extra, modalities), experts),
-        (maps.by_adapter(base, modalities), [offsets[i : i + 2].tolist() for i in pairs]),
-        (maps.by_added_expert(base, extra, modalities), experts[base : base + extra]),
+    segments = Segments(seed)
+    base, extra, modalities = segments.base, segments.extra, segments.modalities
+    for groups, bounds in (
+        (maps.by_expert(base + extra, modalities), segments.experts),
+        (maps.by_adapter(base, modalities), segments.pairs),
+        (maps.by_added_expert(base, extra, modalities), segments.added),
     ):
-        found = maps.tile_map(offsets.to(DEVICE), groups, rows, block)
-        tiles = [
-            [group, first, min(first + block, end)]
-            for group, (begin, end) in enumerate(wanted)
-            for first in range(begin, end, block)
-        ]
-        assert len(tiles) <= found.num_tiles
-        filled, empty = found.tiles.T.split([len(tiles), found.num_tiles - len(tiles)])
-        assert filled.tolist() == tiles
+        found = maps.tile_map(segments.offsets.to(DEVICE), groups, segments.rows, block)
+        tiles, rows_of_groups = tile_map(bounds, segments.rows, block)
+        num = int((tiles[1] < tiles[2]).sum())
+        assert num <= found.num_tiles
+        filled, empty = found.tiles.T.split([num, found.num_tiles - num])
+        assert filled.tolist() == tiles.T[:num].tolist()
         assert (empty[:, 1] >= empty[:, 2]).all()
-        several = [max(0, end - begin - 1) // block for begin, end in wanted]
-        several = [more + 1 if more else 0 for more in several]
-        partials = [sum(several[:group]) for group in range(len(wanted))]
-        assert found.groups.T.tolist() == [[*w, s] for w, s in zip(wanted, partials, strict=True)]
-        assert sum(several) <= found.num_partials
+        assert found.groups.tolist() == rows_of_groups.tolist()
+        counts = [-(-(end - first) // block) for first, end in bounds]
+        assert sum(count for count in counts if count > 1) <= found.num_partials
 
 
 def test_the_first_added_experts_may_be_frozen(filled_memory):
@@ -253,13 +239,7 @@ def test_padding_is_never_read_and_unwritten_memory_shows(filled_memory):
 
 def test_inputs_of_any_layout():
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32))
-
-    def strided(value):
-        if isinstance(value, LoraWeights):
-            return LoraWeights(*map(strided, value))
-        return None if value is None else value.transpose(0, -1).contiguous().transpose(0, -1)
-
-    odd = type(inputs)(*map(strided, inputs))
+    odd = strided(inputs)
     assert not odd.gate_up_proj.is_contiguous() and not odd.down_lora.lora_A.is_contiguous()
     assert torch.equal(call(odd, "triton"), call(inputs, "triton"))
 
@@ -282,7 +262,7 @@ def test_a_graph_is_walked_twice():
 
 
 def test_a_route_may_flip_at_recompute():
-    """What is saved for backward has shapes that do not depend on the routing."""
+    """The shapes of tensors saved for backward do not depend on the routing."""
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32)).requires_grad_()
     routes = [inputs.topk_ids, torch.zeros_like(inputs.topk_ids)]
 
@@ -290,13 +270,13 @@ def test_a_route_may_flip_at_recompute():
         return call(inputs._replace(hidden_states=x, topk_ids=routes.pop(0)), "triton")
 
     checkpoint(layer, inputs.hidden_states, use_reentrant=False).sum().backward()
-    assert routes == []  # both were taken
+    assert routes == []  # the recompute took the second route
     assert inputs.hidden_states.grad.isfinite().all() and inputs.hidden_states.grad.any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
 def test_text_rows_do_not_see_adapters(value):
-    """Nor do rows of one modality see another's, while they are finite."""
+    """Rows of one modality do not see another's adapters either, while these are finite."""
     inputs = make_moe_inputs(SHAPES["tiny"], num_modalities=2).to(torch.float32)
     inputs = on_device(inputs)
     grad_out = torch.randn_like(inputs.hidden_states)
@@ -323,7 +303,7 @@ def test_text_rows_do_not_see_adapters(value):
 @pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[2:]], ids=str)
 @pytest.mark.parametrize("seed", range(3 if ON_GPU else 1))
 def test_text_bits_at_a_size_that_shows(dtype, seed, tiles):
-    """Other rows' values, modality and routing change, and with them every count."""
+    """Values, modality and routing of the other rows change, and so does every count."""
     inputs = make_moe_inputs(replace(SHAPES["bits"], T=200 if ON_GPU else 64), seed=seed).to(dtype)
     text = inputs.modality_ids == 0
     flipped = inputs.topk_ids.flip(1).roll(1, 0)
@@ -446,7 +426,7 @@ class NoSync(TorchDispatchMode):
 
 @pytest.fixture
 def no_values(monkeypatch):
-    """Our code may not look at a tensor's values; the interpreter may."""
+    """Refuse our code, but not the interpreter, a look at a tensor's values."""
 
     def refuse(method):
         def refused(self, *args, **kwargs):
@@ -474,14 +454,8 @@ def test_the_host_never_waits(tokens, no_values):
         triton_moe_mlp.backward(grad_out, x, topk_weights, weights, saved, [True] * 8)
 
 
-NEEDS_GPU = pytest.mark.skipif(
-    not ON_GPU, reason="needs a CUDA device: run on a machine with a GPU"
-)
-
-
-@NEEDS_GPU
+@NEEDS_CUDA
 def test_a_captured_graph_gives_the_same_bits():
-    """Forward and backward."""
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
     grad_out = torch.randn_like(inputs.hidden_states)
     # A graph that is kept would keep the leaves' part in backward on this stream.
@@ -500,7 +474,7 @@ def test_a_captured_graph_gives_the_same_bits():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@NEEDS_GPU
+@NEEDS_CUDA
 def test_inductor_takes_the_op():
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
 
@@ -519,9 +493,9 @@ def test_inductor_takes_the_op():
 )
 def test_tensors_may_be_on_another_device_than_the_current():
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.bfloat16))
-    there = on_device(inputs, "cuda:1")
+    elsewhere = on_device(inputs, "cuda:1")
     with torch.cuda.device(0):
-        assert torch.equal(call(there, "triton").cpu(), call(inputs, "triton").cpu())
+        assert torch.equal(call(elsewhere, "triton").cpu(), call(inputs, "triton").cpu())
 
 
 def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
@@ -538,7 +512,7 @@ def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
     assert triton_tiles.choose_tiles(0, weights) == before
     assert triton_tiles.choose_tiles(100 * shape.E, weights) == best
     tune.store("another", [(0, best)])
-    assert triton_tiles.choose_tiles(0, weights) == before  # still there
+    assert triton_tiles.choose_tiles(0, weights) == before  # kept beside the new entry
     (tmp_path / "new" / "tiles.json").write_text("[")
     triton_tiles.forget_stored()
     with pytest.raises(ValueError, match="delete it"):

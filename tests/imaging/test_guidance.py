@@ -5,10 +5,10 @@ Logits are compared in float64, so that the different call shapes of the cache o
 
 import pytest
 import torch
-from support.model_zoo import PAD, VOCAB, make_model, randomise
+from support.model_zoo import PAD, VOCAB
+from support.patched_models import patched_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from moe_kernels import add_modality_tokens, patch_model
 from moe_kernels.imaging import (
     ImageGuidanceProcessor,
     ImageTokensProcessor,
@@ -24,17 +24,20 @@ EMPTY = [1, 2]
 VOCABULARY = ImageVocabulary(VOCAB, CODES)
 
 
-def make_painter(family="olmoe", **options):
-    model = make_model(family, dtype=torch.float64, **options)
-    patched = patch_model(model)
-    assert add_modality_tokens(model, "image", ImageVocabulary.size(CODES)) == VOCABULARY.token_ids
-    randomise(patched, scale=0.5)
+def make_painter(family="olmoe"):
+    size = ImageVocabulary.size(CODES)
+    model, patched = patched_model(family, num_tokens=size, scale=0.5, dtype=torch.float64)
+    assert patched.modality_token_ids("image") == VOCABULARY.token_ids
     return model, patched
 
 
 @pytest.fixture(scope="module")
 def painter():
     return make_painter()
+
+
+def draw(model, captions=CAPTIONS, **options):
+    return generate_image_codes(model, captions, VOCABULARY, TOKENS, pad_token_id=PAD, **options)
 
 
 @torch.no_grad()
@@ -80,11 +83,9 @@ def processor_for(model, scale=SCALE, **options):
 def test_pictures_are_those_of_two_forwards_without_a_cache(family, empty_caption):
     """Greedy generation in a batch with left padding gives the same pictures."""
     model, _ = make_painter(family)
-    codes = generate_image_codes(
-        model, CAPTIONS, VOCABULARY, TOKENS, pad_token_id=PAD, guidance_scale=SCALE,
-        empty_caption=empty_caption, top_k=1,
-    )  # fmt: skip
-    unguided = generate_image_codes(model, CAPTIONS, VOCABULARY, TOKENS, pad_token_id=PAD, top_k=1)
+    guidance = {"guidance_scale": SCALE, "empty_caption": empty_caption}
+    codes = draw(model, **guidance, top_k=1)
+    unguided = draw(model, top_k=1)
     assert not torch.equal(codes, unguided)
     allowed = list(VOCABULARY.code_ids)
     for caption, row in zip(CAPTIONS, codes, strict=True):
@@ -170,17 +171,13 @@ def count_forwards(model):
 
 def test_one_is_the_conditional_picture_without_a_second_forward(painter):
     model, _ = painter
-    options = {"pad_token_id": PAD, "seed": 3, "batch_size": 2}
+    options = {"seed": 3, "batch_size": 2}
     calls, handle = count_forwards(model)
-    plain = generate_image_codes(model, CAPTIONS, VOCABULARY, TOKENS, **options)
+    plain = draw(model, **options)
     once = len(calls)
-    one = generate_image_codes(
-        model, CAPTIONS, VOCABULARY, TOKENS, guidance_scale=1, empty_caption=EMPTY, **options
-    )
+    one = draw(model, guidance_scale=1, empty_caption=EMPTY, **options)
     assert len(calls) == 2 * once
-    guided = generate_image_codes(
-        model, CAPTIONS, VOCABULARY, TOKENS, guidance_scale=4, empty_caption=EMPTY, **options
-    )
+    guided = draw(model, guidance_scale=4, empty_caption=EMPTY, **options)
     assert len(calls) == 4 * once
     handle.remove()
     assert torch.equal(plain, one)
@@ -193,11 +190,8 @@ def test_one_is_the_conditional_picture_without_a_second_forward(painter):
 
 def test_zero_is_the_picture_without_a_caption(painter):
     model, _ = painter
-    options = {"pad_token_id": PAD, "top_k": 1}
-    unconditional = generate_image_codes(model, [EMPTY], VOCABULARY, TOKENS, **options)
-    zero = generate_image_codes(
-        model, CAPTIONS, VOCABULARY, TOKENS, guidance_scale=0, empty_caption=EMPTY, **options
-    )
+    unconditional = draw(model, [EMPTY], top_k=1)
+    zero = draw(model, guidance_scale=0, empty_caption=EMPTY, top_k=1)
     assert torch.equal(zero, unconditional.expand(3, -1))
 
 

@@ -1,15 +1,13 @@
 """Images as tokens: codebook, sequence layout, the token constraint, sampling."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from support.model_zoo import PAD, VOCAB, make_model, randomise
+from support.model_zoo import PAD, VOCAB
+from support.patched_models import patched_model
 
-from moe_kernels import add_modality_tokens, patch_model
 from moe_kernels.imaging import (
     IGNORE_INDEX,
     CaptionedImages,
@@ -47,6 +45,11 @@ def pictures(count=40, height=8, width=12, channels=None, seed=0):
 # --- tokenizer
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return PatchTokenizer.fit(pictures(), num_codes=16)
+
+
 @pytest.mark.parametrize("channels", [None, 1, 3])
 def test_codes_are_the_nearest_entries_in_raster_order(channels):
     images = pictures(channels=channels)
@@ -77,9 +80,8 @@ def test_more_codes_reconstruct_better_and_all_are_used():
     assert (usage > 0).all()
 
 
-def test_uint8_and_float_pictures_are_the_same():
+def test_uint8_and_float_pictures_are_the_same(tokenizer):
     images = pictures()
-    tokenizer = PatchTokenizer.fit(images, num_codes=16)
     codes = tokenizer.encode(images)
     assert torch.equal(codes, tokenizer.encode(torch.from_numpy(images)))
     assert torch.equal(codes, tokenizer.encode(images / 255.0))
@@ -91,9 +93,7 @@ def test_fit_is_repeatable_and_subsamples_patches():
     assert torch.equal(first.codebook, second.codebook)
 
 
-def test_save_and_load(tmp_path):
-    images = pictures()
-    tokenizer = PatchTokenizer.fit(images, num_codes=16)
+def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer")
     loaded = PatchTokenizer.load(tmp_path / "tokenizer")
     assert torch.equal(loaded.codebook, tokenizer.codebook)
@@ -104,9 +104,7 @@ def test_save_and_load(tmp_path):
     ]
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    images = pictures()
-    tokenizer = PatchTokenizer.fit(images, num_codes=16)
+def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
     tokenizer.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -117,12 +115,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("moe_kernels.imaging.tokenizer.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        PatchTokenizer.fit(images, num_codes=8).save(tmp_path)
+        PatchTokenizer.fit(pictures(), num_codes=8).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_load_refuses_another_format(tmp_path):
-    PatchTokenizer.fit(pictures(), num_codes=16).save(tmp_path)
+def test_load_refuses_another_format(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"type": "vqvae"}))
     with pytest.raises(ValueError, match="vqvae"):
@@ -148,8 +146,7 @@ def test_fit_refuses(images, error, message):
         PatchTokenizer.fit(images, num_codes=16)
 
 
-def test_encode_and_decode_refuse_what_does_not_fit():
-    tokenizer = PatchTokenizer.fit(pictures(), num_codes=16)
+def test_encode_and_decode_refuse_what_does_not_fit(tokenizer):
     with pytest.raises(ValueError, match=r"\(8, 12\)"):
         tokenizer.encode(pictures(height=12))
     with pytest.raises(ValueError, match="integers"):
@@ -285,11 +282,8 @@ def test_suppressed_image_tokens_are_an_error_and_no_text(vocabulary):
 
 @pytest.fixture(scope="module")
 def painter():
-    model = make_model("olmoe")
-    patched = patch_model(model)
-    token_ids = add_modality_tokens(model, "image", ImageVocabulary.size(CODES))
-    randomise(patched, scale=0.5)
-    return model, ImageVocabulary.from_token_ids(token_ids)
+    model, patched = patched_model("olmoe", num_tokens=ImageVocabulary.size(CODES), scale=0.5)
+    return model, ImageVocabulary.from_token_ids(patched.modality_token_ids("image"))
 
 
 def draw(painter, captions, **options):
@@ -399,15 +393,3 @@ def test_to_pil(channels):
         assert (np.stack(drawn).reshape(images.shape) == images).all()
     with pytest.raises(ValueError, match="1 or 3 channels"):
         to_pil(pictures(1, channels=4))
-
-
-def test_the_package_imports_without_the_heavy_libraries():
-    heavy = ("sklearn", "matplotlib", "transformers")
-    code = f"import sys, moe_kernels; sys.exit(any(name in sys.modules for name in {heavy}))"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    heavy = ("sklearn", "matplotlib")
-    code = (
-        "import sys, moe_kernels.imaging, moe_kernels.analysis; "
-        f"sys.exit(any(name in sys.modules for name in {heavy}))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

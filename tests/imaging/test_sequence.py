@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.model_zoo import PAD, VOCAB, make_model, randomise, token_ids
+from support.model_zoo import LARGE, PAD, VOCAB, make_model, token_ids
+from support.patched_models import patched_model
 from support.text_tokenizer import make_tokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -182,11 +183,7 @@ class Favour(LogitsProcessor):
 
 @pytest.fixture(scope="module")
 def painter():
-    model = make_model("olmoe")
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", ImageVocabulary.size(CODES))
-    randomise(patched, scale=0.5)
-    return model
+    return patched_model("olmoe", num_tokens=ImageVocabulary.size(CODES), scale=0.5)[0]
 
 
 def test_every_picture_in_a_generated_text_has_the_right_number_of_codes(painter):
@@ -210,10 +207,7 @@ def test_every_picture_in_a_generated_text_has_the_right_number_of_codes(painter
 
 def test_text_keeps_its_bits_when_pictures_in_a_text_are_learnt():
     """Text keeps its bits, alone and before a picture, at a size that would show a change."""
-    model = make_model(
-        "mixtral", hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-        intermediate_size=128, initializer_range=0.05,
-    )  # fmt: skip
+    model = make_model("mixtral", intermediate_size=128, **LARGE)
     patched = patch_model(model)
     add_modality_tokens(model, "image", ImageVocabulary.size(CODES))
     generator = torch.Generator().manual_seed(4)

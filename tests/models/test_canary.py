@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from support.model_zoo import FAMILIES, make_model, token_ids
+from support.model_zoo import FAMILY, make_model, token_ids
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_kernels.models.experts import expert_problems
 from moe_kernels.models.parts import find_experts
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 E, H, INTER, K = 4, 32, 24, 2
 
 

@@ -1,35 +1,24 @@
-"""What a layer keeps for one forward: sorted once for all its linear modules, never for longer."""
-
-from collections import Counter
+"""The rows that a layer sorts once in a forward for all its linear modules, and then forgets."""
 
 import pytest
 import torch
-from support.model_zoo import make_model, randomise, token_ids
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.model_zoo import token_ids
+from support.patched_models import patched_model
+from support.registered_ops import Calls
 
-from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels import ModalityLoraConfig
 
 LAYERS = 2
 
 
-class Calls(TorchDispatchMode):
-    """Counts calls of the registered ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "moe_kernels":
-            self.counts[func._schema.name.removeprefix("moe_kernels::")] += 1
-        return func(*args, **(kwargs or {}))
+CHECKPOINTING = pytest.mark.parametrize(
+    "checkpointing", [None, True, False], ids=["none", "reentrant", "not"]
+)
 
 
 def make(checkpointing=None):
-    model = make_model("olmoe")
-    targets = ("experts", "attention", "router")
-    patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=targets))
-    randomise(patched)
+    config = ModalityLoraConfig(r=4, target_modules=("experts", "attention", "router"))
+    model, patched = patched_model("olmoe", config)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
@@ -38,33 +27,33 @@ def make(checkpointing=None):
 
 
 def batches():
-    """Ids and two masks that differ."""
+    """Return ids and two masks that differ."""
     ids = token_ids(2, 12)
     first = (ids % 3 == 0).long()
     return ids, (first, 1 - first)
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
+@CHECKPOINTING
 def test_a_layer_sorts_its_rows_once_a_forward(checkpointing):
     model, _ = make(checkpointing)
     ids, (mask, _) = batches()
     with Calls() as calls:
         loss = model(ids, modality_ids=mask, labels=ids).loss
-    assert calls.counts["linear_dispatch"] == LAYERS
-    assert calls.counts["lora_linear"] == 5 * LAYERS  # q, k, v, o and the router
+    assert calls.names.count("linear_dispatch") == LAYERS
+    assert calls.names.count("lora_linear") == 5 * LAYERS  # q, k, v, o and the router
     with Calls() as calls:
         loss.backward()
     again = 0 if checkpointing is None else LAYERS
-    assert calls.counts["linear_dispatch"] == again
-    assert calls.counts["lora_linear_backward"] == 5 * LAYERS
+    assert calls.names.count("linear_dispatch") == again
+    assert calls.names.count("lora_linear_backward") == 5 * LAYERS
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
+@CHECKPOINTING
 def test_two_forwards_before_one_backward(checkpointing):
     """Each backward has the rows of its own forward."""
     model, patched = make(checkpointing)
     ids, masks = batches()
-    parameters = [p for p in patched.trainable_parameters()]
+    parameters = list(patched.trainable_parameters())
 
     def gradients(*losses):
         for parameter in parameters:

@@ -7,19 +7,18 @@ import sys
 from pathlib import Path
 
 import torch
-from support.model_zoo import VOCAB, make_model, randomise, token_ids
+from support.model_zoo import VOCAB, token_ids
+from support.patched_models import patched_model
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels import ModalityLoraConfig
 
 IMAGE = 8
 
 
 def make_patched():
-    model = make_model("mixtral").train()
     config = ModalityLoraConfig(r=4, target_modules=("experts", "attention", "router"))
-    patched = patch_model(model, config)
-    add_modality_tokens(model, "image", IMAGE)
-    randomise(patched)
+    model, patched = patched_model("mixtral", config, num_tokens=IMAGE)
+    model.train()
     return patched
 
 

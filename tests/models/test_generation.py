@@ -7,12 +7,12 @@ import copy
 
 import pytest
 import torch
-from support.model_zoo import FAMILIES, VOCAB, make_model, randomise, token_ids
+from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids
+from support.patched_models import greedy, patched_model
 from transformers import GenerationConfig
 
 from moe_kernels import add_modality_tokens, patch_model
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 NUM_IMAGE_TOKENS = 40
 NEW = 8
 
@@ -24,11 +24,8 @@ def model():
 
 def make_patched(family):
     """Patch a model; its adapters and image tokens are large and many enough to be generated."""
-    model = make_model(family, dtype=torch.float64)
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", NUM_IMAGE_TOKENS)
-    randomise(patched, scale=0.5)
-    return model
+    options = {"num_tokens": NUM_IMAGE_TOKENS, "scale": 0.5, "dtype": torch.float64}
+    return patched_model(family, **options)[0]
 
 
 def generate(model, ids=None, **kwargs):
@@ -43,13 +40,25 @@ def prompt(batch=2, length=6, **kwargs):
     return {"ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def by_hand(model, ids, **kwargs):
-    """Decode greedily with one full forward a token."""
-    for _ in range(NEW):
-        with torch.no_grad():
-            logits = model(ids, **kwargs).logits[:, -1]
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-    return ids[:, -NEW:]
+def declared_prompt(*size):
+    """Return a prompt, and modality ids (B, S) that call its text an image and its images text."""
+    inputs = prompt(*size)
+    return inputs, 1 - (inputs["ids"] >= VOCAB).long()
+
+
+def by_hand(model, ids):
+    return greedy(model, ids, NEW)[:, -NEW:]
+
+
+def by_hand_declared(model, ids):
+    """Decode with the opposite modality at the prompt; a new token's follows from its id."""
+    length = ids.shape[1]
+
+    def modality_of(ids):
+        image = (ids >= VOCAB).long()
+        return torch.cat([1 - image[:, :length], image[:, length:]], dim=1)
+
+    return greedy(model, ids, NEW, modality_of)[:, -NEW:]
 
 
 @FAMILY
@@ -82,7 +91,7 @@ def test_left_padding(family):
 def test_from_embeddings(family):
     model = make_patched(family)
     inputs = prompt()
-    ids, mask = inputs["ids"], inputs["attention_mask"]
+    ids, mask = inputs.values()
     embeds = model.get_input_embeddings()(ids)
     modality_ids = (ids >= VOCAB).long()
     kwargs = {"inputs_embeds": embeds, "attention_mask": mask, "modality_ids": modality_ids}
@@ -93,40 +102,27 @@ def test_from_embeddings(family):
 
 def test_given_modality_ids_hold_for_the_prompt_only(model):
     """Text tokens may be declared an image; a generated token's modality follows from its id."""
-    inputs = prompt()
+    inputs, declared = declared_prompt()
     ids = inputs["ids"]
-    declared = 1 - (ids >= VOCAB).long()
     assert not torch.equal(generate(model, **inputs), by_hand_declared(model, ids))
     for use_cache in (True, False):
         actual = generate(model, **inputs, modality_ids=declared, use_cache=use_cache)
         assert torch.equal(actual, by_hand_declared(model, ids))
 
 
-def by_hand_declared(model, ids):
-    modality_ids = 1 - (ids >= VOCAB).long()
-    for _ in range(NEW):
-        with torch.no_grad():
-            new = model(ids, modality_ids=modality_ids).logits[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, new], dim=1)
-        modality_ids = torch.cat([modality_ids, (new >= VOCAB).long()], dim=1)
-    return ids[:, -NEW:]
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_prompt_of_one_token_with_given_modality(model, use_cache):
     """The prompt's modality ids, though of a new token's shape, do not apply to the new token."""
-    inputs = prompt(3, 1)
-    modality_ids = 1 - (inputs["ids"] >= VOCAB).long()
-    actual = generate(model, **inputs, modality_ids=modality_ids, use_cache=use_cache)
+    inputs, declared = declared_prompt(3, 1)
+    actual = generate(model, **inputs, modality_ids=declared, use_cache=use_cache)
     assert torch.equal(actual, by_hand_declared(model, inputs["ids"]))
     assert not torch.equal(actual, generate(model, **inputs))
 
 
 def test_given_modality_ids_with_a_cache_of_ones_own(model):
     """generate() continues from a cache of the first tokens of the prompt."""
-    inputs = prompt()
+    inputs, declared = declared_prompt()
     ids = inputs["ids"]
-    declared = 1 - (ids >= VOCAB).long()
     with torch.no_grad():
         cache = model(ids[:, :4], modality_ids=declared[:, :4], use_cache=True).past_key_values
     actual = generate(model, **inputs, modality_ids=declared, past_key_values=cache)
@@ -137,8 +133,7 @@ def test_given_modality_ids_with_a_cache_of_ones_own(model):
     "option", [{"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}], ids=str
 )
 def test_given_modality_ids_in_pieces(model, option):
-    inputs = prompt(1, 12)
-    declared = 1 - (inputs["ids"] >= VOCAB).long()
+    inputs, declared = declared_prompt(1, 12)
     actual = generate(model, **inputs, modality_ids=declared, **option)
     assert torch.equal(actual, by_hand_declared(model, inputs["ids"]))
 
@@ -191,7 +186,7 @@ def test_guidance_through_the_unconditional_branch(model):
 def test_text_generation_makes_no_image_tokens(family):
     model = make_patched(family)
     inputs = prompt()
-    ids, mask = inputs["ids"], inputs["attention_mask"]
+    ids, mask = inputs.values()
     assert (generate(model, **inputs) >= VOCAB).any()
     text = {"attention_mask": mask, "max_new_tokens": 16}
     torch.manual_seed(0)

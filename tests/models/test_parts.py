@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from support.model_zoo import FAMILIES, make_model
+from support.model_zoo import FAMILY, make_model
 from torch import nn
 
 from moe_kernels import ModalityLoraConfig, patch_model
@@ -11,8 +11,6 @@ from moe_kernels.models import routers
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_moe_blocks, find_parts
 from moe_kernels.moextend import ExpertExtender
-
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 @FAMILY

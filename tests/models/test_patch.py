@@ -4,23 +4,21 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.model_zoo import (
-    FAMILIES,
+    FAMILY,
+    OTHERS,
     VOCAB,
     assert_same_snapshot,
     make_model,
+    make_other,
     randomise,
     refused,
     snapshot,
     token_ids,
+    unchanged,
 )
-from support.patched_models import check_compiles, merge
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    MixtralForCausalLM,
-)
+from support.patched_models import assert_saved, check_compiles, merge, patched_model
+from transformers import MixtralForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import patch as patch_module
@@ -28,7 +26,6 @@ from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_experts
 from moe_kernels.testing import TOLERANCES, assert_close, make_routing, relative_rms
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 # Factor by which a model exceeds the rounding of its layers.
 LOOSE = 10
 
@@ -54,6 +51,16 @@ def run(model, ids, mask, **kwargs):
     return out.logits.detach(), out.loss.detach(), grad
 
 
+def text_and_base(model, side):
+    """Return (name, value as text of the patched model, value of the base) for real rows."""
+    ids, mask = token_ids(3, 12), padding_mask(side)
+    expected = run(model, ids, mask)
+    randomise(patch_model(model))
+    actual = run(model, ids, mask, modality_ids=torch.zeros_like(ids))
+    names, rows = ("logits", "loss", "gradient of the embeddings"), (mask.bool(), ..., mask.bool())
+    return [(n, a[r], e[r]) for n, a, e, r in zip(names, actual, expected, rows, strict=True)]
+
+
 # --- against the unpatched model
 
 
@@ -61,42 +68,22 @@ def run(model, ids, mask, **kwargs):
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_text_is_the_base(family, experts, side):
-    model = make_model(family, experts=experts)
-    ids, mask = token_ids(3, 12), padding_mask(side)
-    expected = run(model, ids, mask)
-    randomise(patch_model(model))
-    actual = run(model, ids, mask, modality_ids=torch.zeros_like(ids))
-    real = mask.bool()
-    close(actual[0][real], expected[0][real], "logits")
-    close(actual[1], expected[1], "loss")
-    close(actual[2][real], expected[2][real], "gradient of the embeddings")
+    for name, actual, expected in text_and_base(make_model(family, experts=experts), side):
+        close(actual, expected, name)
 
 
 @FAMILY
 def test_text_is_the_base_in_float64(family):
-    model = make_model(family, dtype=torch.float64)
-    ids, mask = token_ids(3, 12), padding_mask("left")
-    expected = run(model, ids, mask)
-    randomise(patch_model(model))
-    actual = run(model, ids, mask, modality_ids=torch.zeros_like(ids))
-    real = mask.bool()
     # Norms, the router's softmax and the loss compute in float32 in a float64 model too.
-    for name, ours, theirs in (
-        ("logits", actual[0][real], expected[0][real]),
-        ("loss", actual[1], expected[1]),
-        ("gradient of the embeddings", actual[2][real], expected[2][real]),
-    ):
+    for name, ours, theirs in text_and_base(make_model(family, dtype=torch.float64), "left"):
         assert relative_rms(ours, theirs) < 1e-7, name
 
 
 @FAMILY
 def test_the_modality_follows_from_the_token_ids(family):
-    model = make_model(family)
-    patched = patch_model(model)
-    image = add_modality_tokens(model, "image", 5)
-    randomise(patched)
+    model, _ = patched_model(family, num_tokens=5)
     ids = token_ids(2, 10, vocab=VOCAB + 5)
-    ids[0, 3:6] = image[1]
+    ids[0, 3:6] = VOCAB + 1
     with torch.no_grad():
         derived = model(ids).logits
         given = model(ids, modality_ids=(ids >= VOCAB).int()).logits
@@ -140,10 +127,8 @@ def test_fresh_adapters_are_the_base(family):
 
 @FAMILY
 def test_adapters_off_are_the_base(family):
-    model = make_model(family)
+    model, patched = patched_model(family)
     ids = token_ids(2, 16)
-    patched = patch_model(model)
-    randomise(patched)
     image = torch.ones_like(ids)
     with torch.no_grad():
         text = model(ids).logits
@@ -161,9 +146,8 @@ def test_adapters_off_are_the_base(family):
     "targets", [("experts",), ("attention",), ("router",), ("experts", "attention", "router")]
 )
 def test_all_tokens_in_the_modality_are_the_merged_weights(family, targets):
-    model = make_model(family)
-    patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=6, target_modules=targets))
-    randomise(patched)
+    config = ModalityLoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    model, patched = patched_model(family, config)
     merged = merge(model, patched)
     ids, mask = token_ids(3, 12), padding_mask("left")
     expected = run(merged, ids, mask)
@@ -217,50 +201,25 @@ def test_a_balance_loss_and_long_vocabulary(family="mixtral"):
     close(actual.loss, expected.loss, "loss")
 
 
-OTHERS = {
-    "deepseek_v3": {
-        "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
-        "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
-    },
-    "glm4_moe": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
-    "granitemoe": {"num_local_experts": 4},
-    "minimax_m2": {"num_local_experts": 4, "head_dim": 8},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_the_experts_of_other_families(model_type, tmp_path):
     """The layout decides, not the class: a short check of other models with the interface."""
-    sizes = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24, "initializer_range": 0.2, "pad_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **sizes | OTHERS[model_type])
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.set_experts_implementation("eager")
-    before, ids = snapshot(model), token_ids(2, 10)
-    expected = model(ids).logits
-    patched = patch_model(model, ModalityLoraConfig(target_modules=("experts",)))
-    add_modality_tokens(model, "image", 5)
-    randomise(patched)
-    close(model(ids).logits[..., :VOCAB], expected, "logits")
-    image = model(ids, modality_ids=torch.ones_like(ids)).logits[..., :VOCAB]
-    assert relative_rms(image, expected) > 0.1
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert {name for name, _ in patched.named_trainable_parameters()} <= set(saved)
-    patched.unpatch()
-    assert_same_snapshot(snapshot(model), before)
+    model, ids = make_other(model_type), token_ids(2, 10)
+    with unchanged(model):
+        expected = model(ids).logits
+        patched = patch_model(model, ModalityLoraConfig(target_modules=("experts",)))
+        add_modality_tokens(model, "image", 5)
+        randomise(patched)
+        close(model(ids).logits[..., :VOCAB], expected, "logits")
+        image = model(ids, modality_ids=torch.ones_like(ids)).logits[..., :VOCAB]
+        assert relative_rms(image, expected) > 0.1
+        assert_saved(patched, tmp_path)
+        patched.unpatch()
 
 
 def test_attention_of_another_kind():
-    settings = OTHERS["deepseek_v3"] | {"vocab_size": VOCAB, "hidden_size": 32, "pad_token_id": 0}
-    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "moe_intermediate_size": 8}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **settings))
-    refused(model, ValueError, 'no self_attn.q_proj .leave "attention" out of target_modules.')
+    match = 'no self_attn.q_proj .leave "attention" out of target_modules.'
+    refused(make_other("deepseek_v3"), ValueError, match)
 
 
 # --- undo
@@ -271,16 +230,16 @@ def test_unpatch_is_exact(family):
     model = make_model(family).train()
     model.get_input_embeddings().weight.requires_grad_(False)  # a flag that is not the default
     config, config_object = copy.deepcopy(model.config), model.config
-    before, ids = snapshot(model), token_ids(2, 16)
+    ids = token_ids(2, 16)
     expected = model(ids).logits
     for _ in range(2):
-        patched = patch_model(model)
-        add_modality_tokens(model, "image", 5)
-        randomise(patched)
-        loss = model(token_ids(2, 16, vocab=VOCAB + 5), labels=ids).loss
-        loss.backward()
-        assert patched.unpatch() is model
-        assert_same_snapshot(snapshot(model), before)
+        with unchanged(model):
+            patched = patch_model(model)
+            add_modality_tokens(model, "image", 5)
+            randomise(patched)
+            loss = model(token_ids(2, 16, vocab=VOCAB + 5), labels=ids).loss
+            loss.backward()
+            assert patched.unpatch() is model
         assert model.config is config_object
         assert model.config == config
         assert all(module.config is config_object for module in find_configs(model))
@@ -294,14 +253,11 @@ def find_configs(model):
 
 @FAMILY
 def test_another_instance_is_untouched(family):
-    model, other = make_model(family), make_model(family)
-    before, ids = snapshot(other), token_ids(2, 16)
+    other, ids = make_model(family), token_ids(2, 16)
     expected = other(ids).logits
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", 5)
-    randomise(patched)
-    model(token_ids(2, 16, vocab=VOCAB + 5))
-    assert_same_snapshot(snapshot(other), before)
+    with unchanged(other):
+        model, _ = patched_model(family, num_tokens=5)
+        model(token_ids(2, 16, vocab=VOCAB + 5))
     assert torch.equal(other(ids).logits, expected)
     assert type(other).forward is type(model).forward
 
@@ -310,20 +266,16 @@ def test_models_that_share_a_configuration(family="olmoe"):
     """Patching one model must change neither experts nor vocabulary of the other."""
     model = make_model(family)
     other = type(model)(model.config).eval()
-    before = snapshot(other)
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", 5)
-    assert_same_snapshot(snapshot(other), before)
+    with unchanged(other):
+        patched = patch_model(model)
+        add_modality_tokens(model, "image", 5)
     patched.unpatch()
     assert model.config is other.config
 
 
 @FAMILY
 def test_a_deepcopy_is_independent(family):
-    model = make_model(family)
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", 5)
-    randomise(patched)
+    model, patched = patched_model(family, num_tokens=5)
     ids = token_ids(2, 16, vocab=VOCAB + 5)
     text, image = torch.zeros_like(ids), torch.ones_like(ids)
     with torch.no_grad():
@@ -352,17 +304,14 @@ def test_a_handle_works_once():
     old = patch_model(model)
     old.unpatch()
     new = patch_model(model)
-    before = snapshot(model)
     for call in (old.unpatch, lambda: old.save_adapter("x"), lambda: old.load_adapter("x")):
-        with pytest.raises(ValueError, match="unpatched"):
+        with unchanged(model), pytest.raises(ValueError, match="unpatched"):
             call()
-    assert_same_snapshot(snapshot(model), before)
     new.unpatch()
 
 
 def test_a_patch_that_stops_half_way_is_undone(monkeypatch):
     model = make_model("mixtral")
-    before = snapshot(model)
     make_lora, calls = patch_module._make_lora, []
 
     def out_of_memory(*args):
@@ -372,12 +321,11 @@ def test_a_patch_that_stops_half_way_is_undone(monkeypatch):
         return make_lora(*args)
 
     monkeypatch.setattr(patch_module, "_make_lora", out_of_memory)
-    with pytest.raises(MemoryError):
-        patch_model(model)
-    assert_same_snapshot(snapshot(model), before)
-    monkeypatch.undo()
-    patch_model(model).unpatch()
-    assert_same_snapshot(snapshot(model), before)
+    with unchanged(model):
+        with unchanged(model), pytest.raises(MemoryError):
+            patch_model(model)
+        monkeypatch.undo()
+        patch_model(model).unpatch()
 
 
 # --- what trains
@@ -386,15 +334,9 @@ def test_a_patch_that_stops_half_way_is_undone(monkeypatch):
 @FAMILY
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_transformers_saves_our_parameters_as_they_are(family, tied, tmp_path):
-    """transformers splits and renames experts on saving; a look-alike would be lost on resume."""
-    model = make_model(family, tie_word_embeddings=tied)
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", 5)
-    randomise(patched)
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    for name, parameter in patched.named_trainable_parameters():
-        assert torch.equal(saved[name], parameter), name
+    """A parameter that transformers renames as an expert's on saving would be lost on resume."""
+    _, patched = patched_model(family, num_tokens=5, tie_word_embeddings=tied)
+    assert_saved(patched, tmp_path)
 
 
 @FAMILY
@@ -428,9 +370,8 @@ def test_an_all_text_batch_has_a_loss_that_requires_grad(family):
 
 def test_two_modalities():
     """Each modality has its own adapters, which only its rows use."""
-    model = make_model("mixtral")
-    patched = patch_model(model, ModalityLoraConfig(r=4, modalities=("image", "sound")))
-    randomise(patched)
+    config = ModalityLoraConfig(r=4, modalities=("image", "sound"))
+    model, patched = patched_model("mixtral", config)
     ids = token_ids(1, 12)
     masks = [torch.full_like(ids, m) for m in range(3)]
     with torch.no_grad():
@@ -447,15 +388,13 @@ def test_ranks_by_projection_and_a_shared_A():
     config = ModalityLoraConfig(
         r=4, rank_pattern={"down_proj": 2, "q_proj": 3}, alpha_pattern={"q_proj": 3}, shared_A=True
     )
-    model = make_model("mixtral")
-    patched = patch_model(model, config)
+    model, patched = patched_model("mixtral", config)
     lora = model.model.layers[0].modality_lora
     assert lora["gate_up_proj"].lora_A.shape == (1, 1, 4, 32)
     assert lora["gate_up_proj"].lora_B.shape == (1, 4, 48, 4)
     assert lora["down_proj"].lora_A.shape == (1, 1, 2, 24)
     assert lora["q_proj"].lora_A.shape == (1, 3, 32)
     assert lora["q_proj"].scaling.tolist() == [1.0]
-    randomise(patched)
     ids = token_ids(1, 12)
     with torch.no_grad():
         expected = merge(model, patched)(ids).logits
@@ -506,10 +445,8 @@ def test_a_subclass_that_a_script_defines():
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
 def test_adapters_off_hold_for_the_backward_of_their_forward(checkpointing):
     """Backward runs after the context; its recompute must still run without adapters."""
-    model = make_model("olmoe").train()
-    patched = patch_model(model)
-    add_modality_tokens(model, "image", 8)
-    randomise(patched)
+    model, patched = patched_model("olmoe", num_tokens=8)
+    model.train()
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     ids = VOCAB + token_ids(2, 9, vocab=8)

@@ -1,33 +1,22 @@
 """Rank and alpha by layer and module, and adapters in some layers only, by PEFT's rules."""
 
 import copy
-import json
 import random
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
-from support.model_zoo import (
-    FAMILIES,
-    VOCAB,
-    assert_same_snapshot,
-    make_model,
-    randomise,
-    snapshot,
-    token_ids,
-)
+from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids, unchanged
+from support.saved_adapters import rewrite
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, initialise_lora, patch_model
 from moe_kernels.models import peft_format
 from moe_kernels.models.config import look_up
 from moe_kernels.testing import relative_rms
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ALL = ("experts", "attention", "router")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-WEIGHTS = "adapter_model.safetensors"
 
 # Layers and modules that overlap: the first key that fits counts.
 RANKS = {
@@ -183,16 +172,15 @@ def test_some_layers_under_checkpointing(layers, reentrant):
 
 def test_everything_is_undone():
     model = make_model("qwen2_moe")
-    before = snapshot(model)
     config = ModalityLoraConfig(
         r=3, target_modules=ALL, layers_to_transform=(0,), rank_pattern=RANKS
     )
-    patched = patch_model(model, config)
-    add_modality_tokens(model, "image", 3)
-    randomise(patched)
-    copy.deepcopy(model)(token_ids(1, 5), modality_ids=torch.ones(1, 5, dtype=torch.long))
-    patched.unpatch()
-    assert_same_snapshot(snapshot(model), before)
+    with unchanged(model):
+        patched = patch_model(model, config)
+        add_modality_tokens(model, "image", 3)
+        randomise(patched)
+        copy.deepcopy(model)(token_ids(1, 5), modality_ids=torch.ones(1, 5, dtype=torch.long))
+        patched.unpatch()
 
 
 def test_a_start_from_layer_inputs():
@@ -249,26 +237,15 @@ def test_an_adapter_of_other_layers_or_patterns(ours, match, tmp_path):
     theirs = {"alpha_pattern": {"q_proj": 1, ".*q_proj": 2}, "layers_to_transform": (1,)}
     saved_adapter(tmp_path, **theirs)
     patched = make_patched(dtype=torch.float32, **theirs | ours)
-    before = snapshot(patched.model)
-    with pytest.raises(ValueError, match=match):
+    with unchanged(patched.model), pytest.raises(ValueError, match=match):
         patched.load_adapter(tmp_path)
-    assert_same_snapshot(snapshot(patched.model), before)
-
-
-def rewrite_settings(folder, change):
-    from safetensors import safe_open
-
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        header = json.loads(file.metadata()["adapter_config"])
-    change(header["lora"])
-    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"adapter_config": json.dumps(header)})
 
 
 def test_an_adapter_of_an_older_version(tmp_path):
     """Settings that the file lacks keep their defaults."""
     settings = {"target_modules": ALL[:2], "rank_pattern": {"down_proj": 2}}
     patched = saved_adapter(tmp_path, **settings)
-    rewrite_settings(tmp_path, lambda lora: lora.pop("layers_to_transform"))
+    rewrite(tmp_path, lambda header: header["lora"].pop("layers_to_transform"))
     assert ModalityLoraConfig.from_adapter(tmp_path) == patched.config
     fresh = make_patched(dtype=torch.float32, **settings)
     fresh.load_adapter(tmp_path)
@@ -280,7 +257,7 @@ def test_an_adapter_of_an_older_version(tmp_path):
 
 def test_an_adapter_of_a_newer_version(tmp_path):
     patched = saved_adapter(tmp_path)
-    rewrite_settings(tmp_path, lambda lora: lora.update(dropout=0.1))
+    rewrite(tmp_path, lambda header: header["lora"].update(dropout=0.1))
     for read in (lambda: ModalityLoraConfig.from_adapter(tmp_path),
                  lambda: patched.load_adapter(tmp_path)):  # fmt: skip
         with pytest.raises(ValueError, match="does not know the setting dropout"):

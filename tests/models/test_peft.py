@@ -10,43 +10,49 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
-from support.model_zoo import (
-    FAMILIES,
-    VOCAB,
-    assert_same_snapshot,
-    make_model,
-    randomise,
-    snapshot,
-    token_ids,
-)
+from support.model_zoo import FAMILIES, FAMILY, VOCAB, make_model, randomise, token_ids, unchanged
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import peft_format
 from moe_kernels.models.parts import find_experts
 from moe_kernels.testing import assert_close, make_routing, relative_rms
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 R, ALPHA = 3, 4.5
 
 
-def make_peft(family, *, attention=True, dtype=torch.float64, **kwargs):
+def make_peft(family, *, attention=True, dtype=torch.float64, **settings):
     """Make PEFT's model with random adapters."""
     config = LoraConfig(
         r=R,
         lora_alpha=ALPHA,
         target_modules=list(ATTENTION) if attention else [],
         target_parameters=list(EXPERTS),
-        **kwargs,
     )
-    peft = get_peft_model(make_model(family, dtype=dtype), config)
+    peft = get_peft_model(make_model(family, dtype=dtype, **settings), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return peft.eval()
+
+
+def image_logits(model):
+    """Return the logits of text tokens, all of them in the modality."""
+    ids = token_ids(2, 12)
+    with torch.no_grad():
+        return model(ids, modality_ids=torch.ones_like(ids)).logits
+
+
+def text_logits(model):
+    with torch.no_grad():
+        return model.eval()(token_ids(2, 12)).logits
+
+
+def load_peft(family, folder):
+    return PeftModel.from_pretrained(make_model(family, dtype=torch.float64), folder)
 
 
 def make_patched(family, *, attention=True, dtype=torch.float64, **kwargs):
@@ -152,7 +158,7 @@ def test_our_file_loads_in_peft(family, tmp_path):
     patched = make_patched(family)
     randomise(patched)
     peft_format.save_peft_adapter(patched, "image", tmp_path)
-    peft = PeftModel.from_pretrained(make_model(family, dtype=torch.float64), tmp_path).eval()
+    peft = load_peft(family, tmp_path).eval()
     ids = token_ids(3, 20)
     with torch.no_grad():
         ours = patched.model(ids, modality_ids=torch.ones_like(ids)).logits
@@ -183,15 +189,10 @@ def test_experts_alone(tmp_path):
     peft, patched = make_peft("mixtral", attention=False), make_patched("mixtral", attention=False)
     peft.save_pretrained(tmp_path / "theirs")
     peft_format.load_peft_adapter(patched, "image", tmp_path / "theirs")
-    ids = token_ids(2, 12)
-    with torch.no_grad():
-        ours = patched.model(ids, modality_ids=torch.ones_like(ids)).logits
-        assert relative_rms(ours, peft(ids).logits) < 1e-6
-        peft_format.save_peft_adapter(patched, "image", tmp_path / "ours")
-        again = PeftModel.from_pretrained(
-            make_model("mixtral", dtype=torch.float64), tmp_path / "ours"
-        )
-        assert relative_rms(again(ids).logits, ours) < 1e-6
+    ours = image_logits(patched.model)
+    assert relative_rms(ours, text_logits(peft)) < 1e-6
+    peft_format.save_peft_adapter(patched, "image", tmp_path / "ours")
+    assert relative_rms(text_logits(load_peft("mixtral", tmp_path / "ours")), ours) < 1e-6
 
 
 def test_ranks_by_projection_and_a_shared_A(tmp_path):
@@ -203,16 +204,11 @@ def test_ranks_by_projection_and_a_shared_A(tmp_path):
     patched = make_patched("olmoe", shared_A=True, **patterns)
     randomise(patched)
     peft_format.save_peft_adapter(patched, "image", tmp_path)
-    peft = PeftModel.from_pretrained(make_model("olmoe", dtype=torch.float64), tmp_path).eval()
-    ids = token_ids(2, 12)
-    with torch.no_grad():
-        ours = patched.model(ids, modality_ids=torch.ones_like(ids)).logits
-        assert relative_rms(ours, peft(ids).logits) < 1e-6
+    ours = image_logits(patched.model)
+    assert relative_rms(ours, text_logits(load_peft("olmoe", tmp_path))) < 1e-6
     unshared = make_patched("olmoe", **patterns)
     peft_format.load_peft_adapter(unshared, "image", tmp_path)
-    with torch.no_grad():
-        again = unshared.model(ids, modality_ids=torch.ones_like(ids)).logits
-    assert relative_rms(again, ours) < 1e-6
+    assert relative_rms(image_logits(unshared.model), ours) < 1e-6
 
 
 def test_one_of_two_modalities(tmp_path):
@@ -273,10 +269,8 @@ def test_options_that_we_do_not_have(changes, match, tmp_path):
     make_peft("mixtral").save_pretrained(tmp_path)
     edit(tmp_path, **changes)
     patched = make_patched("mixtral")
-    before = snapshot(patched.model)
-    with pytest.raises(ValueError, match=match):
+    with unchanged(patched.model), pytest.raises(ValueError, match=match):
         peft_format.load_peft_adapter(patched, "image", tmp_path)
-    assert_same_snapshot(snapshot(patched.model), before)
 
 
 def test_another_set_of_projections(tmp_path):
@@ -287,25 +281,15 @@ def test_another_set_of_projections(tmp_path):
         (True, "experts", "the adapter lacks .*q_proj.lora_A"),
     ):
         patched = make_patched("mixtral", attention=attention)
-        before = snapshot(patched.model)
-        with pytest.raises(ValueError, match=match):
+        with unchanged(patched.model), pytest.raises(ValueError, match=match):
             peft_format.load_peft_adapter(patched, "image", tmp_path / folder)
-        assert_same_snapshot(snapshot(patched.model), before)
 
 
 def test_an_adapter_of_another_model(tmp_path):
-    model = get_peft_model(
-        make_model("mixtral", num_local_experts=6),
-        LoraConfig(
-            r=R, lora_alpha=ALPHA, target_modules=list(ATTENTION), target_parameters=EXPERTS
-        ),
-    )
-    model.save_pretrained(tmp_path)
+    make_peft("mixtral", dtype=torch.float32, num_local_experts=6).save_pretrained(tmp_path)
     patched = make_patched("mixtral")
-    before = snapshot(patched.model)
-    with pytest.raises(ValueError, match=r"experts.* does not fit"):
+    with unchanged(patched.model), pytest.raises(ValueError, match=r"experts.* does not fit"):
         peft_format.load_peft_adapter(patched, "image", tmp_path)
-    assert_same_snapshot(snapshot(patched.model), before)
 
 
 def test_what_peft_cannot_hold(tmp_path):

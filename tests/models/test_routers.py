@@ -4,22 +4,26 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from support.added_experts import mixed, routed
 from support.model_zoo import (
-    FAMILIES,
+    FAMILY,
+    LARGE,
     VOCAB,
     assert_same_snapshot,
     fill,
     make_model,
+    make_other,
     randomise,
     refused,
     snapshot,
     token_ids,
+    unchanged,
 )
-from support.patched_models import merge
+from support.patched_models import assert_saved, check_generation, merge, patched_model
+from support.registered_ops import same
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models.handle import get_patched
@@ -27,36 +31,13 @@ from moe_kernels.models.parts import parts_of
 from moe_kernels.models.routers import Routing, find_routing, route
 from moe_kernels.testing import assert_close, relative_rms, working_backends
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 BACKENDS = pytest.mark.parametrize("backend", working_backends())
 ALONE, ALL = ("router",), ("experts", "attention", "router")
 
 
-def make_patched(family="mixtral", targets=ALONE, *, scale=0.3, **model_settings):
-    model = make_model(family, **model_settings)
-    patched = patch_model(model, ModalityLoraConfig(r=4, lora_alpha=6, target_modules=targets))
-    randomise(patched, scale=scale)
-    return patched
-
-
-def routed(model, ids, modality_ids=None, **kwargs):
-    """Return (logits, scores, indices) of the first layer's router, and its input."""
-    seen = []
-    router = parts_of(model.model.layers[0]).router
-    hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
-    with torch.no_grad():
-        model(ids, modality_ids=modality_ids, **kwargs)
-    hook.remove()
-    return seen[-1]
-
-
-def mixed(batch=2, length=12):
-    """Make ids and modality ids: text, the modality, and padding at the start of the first row."""
-    ids = token_ids(batch, length)
-    modality_ids = (token_ids(batch, length, seed=3) % 2).long()
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    return {"input_ids": ids, "modality_ids": modality_ids, "attention_mask": mask}
+def make_patched(family="mixtral", targets=ALONE, **options):
+    config = ModalityLoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    return patched_model(family, config, **options)[1]
 
 
 # --- what a router's class does after its logits
@@ -75,9 +56,8 @@ EXPECTED = {
 def test_routing_is_found_by_trying(family, dtype):
     model = make_model(family, dtype=dtype)
     router = parts_of(model.model.layers[0]).router
-    before = snapshot(model)
-    assert find_routing(router) == EXPECTED[family]
-    assert_same_snapshot(snapshot(model), before)
+    with unchanged(model):
+        assert find_routing(router) == EXPECTED[family]
     rows = torch.randn(50, 32).to(dtype)
     logits, *expected = router(rows)
     for ours, theirs in zip(route(logits, EXPECTED[family]), expected, strict=True):
@@ -112,31 +92,17 @@ def test_without_values():
 
 
 OTHERS = {
-    "granitemoe": ({"num_local_experts": 4}, "GraniteMoeTopKRouter"),
-    "minimax_m2": (
-        {"num_local_experts": 4, "head_dim": 8},
-        "MiniMaxM2TopKRouter does not run on rows alone: .*e_score_correction_bias",
-    ),
-    "glm4_moe": (
-        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 8,
-         "first_k_dense_replace": 0},
-        "Glm4MoeTopkRouter",
-    ),
-}  # fmt: skip
+    "granitemoe": ({}, "GraniteMoeTopKRouter"),
+    "minimax_m2": ({}, "MiniMaxM2TopKRouter does not run on rows alone: .*e_score_correction_bias"),
+    "glm4_moe": ({"first_k_dense_replace": 0}, "Glm4MoeTopkRouter"),
+}
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_routers_of_other_families(model_type):
     """Unsupported routers are refused by name; the experts alone can be adapted."""
     settings, match = OTHERS[model_type]
-    sizes = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24, "pad_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **sizes | settings)
-    model = AutoModelForCausalLM.from_config(config)
+    model = make_other(model_type, num_hidden_layers=1, **settings)
     config = ModalityLoraConfig(target_modules=("experts", "router"))
     match = rf'layer 0: .*({match}).*leave "router" out of target_modules'
     refused(model, ValueError, match, config)
@@ -206,7 +172,7 @@ def test_logits_scores_and_indices(family):
     """Text and padding rows have the bits of W h; rows of the modality add s B A h."""
     patched = make_patched(family)
     model, inputs = patched.model, mixed()
-    logits, scores, indices, rows = routed(model, inputs.pop("input_ids"), **inputs)
+    logits, scores, indices, rows = routed(model, **inputs)
     lora, router = (
         model.model.layers[0].modality_lora["gate"],
         parts_of(model.model.layers[0]).router,
@@ -260,7 +226,7 @@ def test_image_rows_change_experts(family):
     ids = token_ids(4, 16)
     ids[:, 8:] = image[0] + ids[:, 8:] % 8
     rows = (torch.arange(16) >= 8).repeat(4)
-    text, before = routed(model, ids[:, :8]), routed(model, ids)
+    text, before = routed(model, input_ids=ids[:, :8]), routed(model, input_ids=ids)
     rarest = before[2][rows].flatten().bincount(minlength=4).argmin()
     optimiser = torch.optim.Adam(patched.trainable_parameters(), lr=0.02)
     for _ in range(10):
@@ -269,10 +235,10 @@ def test_image_rows_change_experts(family):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    after = routed(model, ids)
+    after = routed(model, input_ids=ids)
     share = [(seen[2][rows] == rarest).any(-1).float().mean() for seen in (before, after)]
     assert share[0] < 0.6 and share[1] > 0.9
-    assert all(torch.equal(a, b) for a, b in zip(routed(model, ids[:, :8]), text, strict=True))
+    assert same(routed(model, input_ids=ids[:, :8]), text)
 
 
 @FAMILY
@@ -282,7 +248,8 @@ def test_the_balance_loss_sees_the_adapted_logits(family):
     model, ids = patched.model, token_ids(2, 10)
     settings = {"labels": ids, "output_router_logits": True}
     out = model(ids, modality_ids=torch.ones_like(ids), **settings)
-    assert torch.equal(out.router_logits[0], routed(model, ids, torch.ones_like(ids))[0])
+    image = {"input_ids": ids, "modality_ids": torch.ones_like(ids)}
+    assert torch.equal(out.router_logits[0], routed(model, **image)[0])
     plain = model(ids, **settings)
     assert not torch.equal(out.router_logits[0], plain.router_logits[0])
     assert out.aux_loss != plain.aux_loss
@@ -297,11 +264,6 @@ def test_the_balance_loss_sees_the_adapted_logits(family):
 
 # --- text bits
 
-LARGE = {
-    "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    "initializer_range": 0.05, "num_hidden_layers": 1,
-}  # fmt: skip
-
 
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -315,7 +277,7 @@ LARGE = {
 )
 def test_text_keeps_its_bits(backend, dtype, length, family, own):
     """Text keeps its bits after steps and with huge or NaN weights, beside or before a picture."""
-    model = make_model(family, dtype=dtype, **LARGE, **own)
+    model = make_model(family, dtype=dtype, **LARGE, num_hidden_layers=1, **own)
     config = ModalityLoraConfig(r=4, target_modules=ALL, backend=backend)
     patched = patch_model(model, config)
     add_modality_tokens(model, "image", 16)
@@ -325,9 +287,6 @@ def test_text_keeps_its_bits(backend, dtype, length, family, own):
         with torch.no_grad():
             out = model(ids, output_router_logits=True)
         return out.logits[0, :count, :VOCAB], out.router_logits[0][:count]
-
-    def same(actual, expected):
-        return all(torch.equal(a, e[: len(a)]) for a, e in zip(actual, expected, strict=True))
 
     expected = text(ids)
     ids[1] = VOCAB + ids[1] % 16
@@ -341,7 +300,7 @@ def test_text_keeps_its_bits(backend, dtype, length, family, own):
     # A product of so few text rows alone would use another kernel.
     few = ids.clone()
     few[0, 3:] = VOCAB + few[0, 3:] % 16
-    assert same(text(few, 3), expected)
+    assert same(text(few, 3), [e[:3] for e in expected])
     for change in (
         lambda: None,
         lambda: randomise(patched, scale=1e18, seed=7),
@@ -389,30 +348,17 @@ def test_two_forwards_before_one_backward():
 
 @FAMILY
 def test_generation_with_a_cache(family):
-    patched = make_patched(family, ALL, dtype=torch.float64, scale=0.5)
-    model = patched.model
-    add_modality_tokens(model, "image", 40)
-    randomise(patched, scale=0.5)
-    ids = token_ids(2, 6, vocab=VOCAB + 40)
-    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": []}
-    settings["attention_mask"] = torch.ones_like(ids)
-    expected = ids
-    for _ in range(6):
-        with torch.no_grad():
-            following = model(expected).logits[:, -1].argmax(-1, keepdim=True)
-        expected = torch.cat([expected, following], dim=1)
-    assert (expected[:, 6:] >= VOCAB).any()
-    assert torch.equal(model.generate(ids, **settings), expected)
-    assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
+    patched = make_patched(family, ALL, dtype=torch.float64, num_tokens=40, scale=0.5)
+    check_generation(patched.model, 40)
 
 
 @FAMILY
 def test_adapters_off(family):
     patched, ids = make_patched(family), token_ids(2, 12)
-    image = torch.ones_like(ids)
-    text, on = routed(patched.model, ids), routed(patched.model, ids, image)
+    image = {"input_ids": ids, "modality_ids": torch.ones_like(ids)}
+    text, on = routed(patched.model, input_ids=ids), routed(patched.model, **image)
     with patched.adapters_disabled():
-        off = routed(patched.model, ids, image)
+        off = routed(patched.model, **image)
     assert torch.equal(off[0], text[0]) and not torch.equal(on[0], text[0])
 
 
@@ -421,11 +367,12 @@ def test_half_precision(family):
     """Adapters are float32; scores and logits have the dtypes of the class."""
     model = make_model(family, dtype=torch.bfloat16)
     ids = token_ids(2, 8)
-    plain = routed(model, ids)
+    plain = routed(model, input_ids=ids)
     patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=ALONE))
     randomise(patched)
     assert {p.dtype for p in patched.trainable_parameters()} == {torch.float32}
-    text, image = routed(model, ids), routed(model, ids, torch.ones_like(ids))
+    text = routed(model, input_ids=ids)
+    image = routed(model, input_ids=ids, modality_ids=torch.ones_like(ids))
     assert [t.dtype for t in image] == [t.dtype for t in plain]
     assert torch.equal(text[0], plain[0]) and torch.equal(text[2], plain[2])
     model(ids, labels=ids, modality_ids=torch.ones_like(ids)).loss.backward()
@@ -445,7 +392,7 @@ def test_autocast():
 def test_saved_loaded_copied_and_undone(family, tmp_path):
     model = make_model(family)
     before, ids = snapshot(model), token_ids(2, 12)
-    plain = routed(model, ids)
+    plain = routed(model, input_ids=ids)
     config = ModalityLoraConfig(r=4, target_modules=ALL)
     patched = patch_model(model, config)
     add_modality_tokens(model, "image", 3)
@@ -463,12 +410,8 @@ def test_saved_loaded_copied_and_undone(family, tmp_path):
             assert torch.equal(other(ids, modality_ids=image).logits, expected)
         assert not torch.equal(model(ids, modality_ids=image).logits, expected)
     get_patched(twin).unpatch()
-    # On saving, transformers renames parameters that look like base weights.
-    model.save_pretrained(tmp_path / "model")
-    saved = load_file(tmp_path / "model" / "model.safetensors")
-    for name, parameter in patched.named_trainable_parameters():
-        assert torch.equal(saved[name], parameter), name
+    assert_saved(patched, tmp_path / "model")
     patched.unpatch()
     assert_same_snapshot(snapshot(model), before)
     assert_same_snapshot(snapshot(twin), before)
-    assert all(torch.equal(a, b) for a, b in zip(routed(model, ids), plain, strict=True))
+    assert same(routed(model, input_ids=ids), plain)

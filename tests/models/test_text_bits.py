@@ -7,20 +7,14 @@ whose row count is a routed count.
 
 import pytest
 import torch
-from support.model_zoo import VOCAB, fill, make_model, randomise, token_ids
+from support.model_zoo import LARGE, VOCAB, fill, make_model, randomise, token_ids
+from support.registered_ops import same
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.testing import working_backends
 
 WORKING = working_backends()
 NUM_IMAGE_TOKENS = 16
-SIZES = {
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "initializer_range": 0.05,
-}
 
 BACKENDS = pytest.mark.parametrize("backend", WORKING)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -31,7 +25,7 @@ SEEDS = pytest.mark.parametrize("seed", range(2))
 def make_patched(backend, dtype, seed, family="mixtral"):
     own = {"intermediate_size": 256} if family == "mixtral" else {"moe_intermediate_size": 256}
     experts = {"num_local_experts": 8} if family == "mixtral" else {"num_experts": 8}
-    model = make_model(family, seed=seed, dtype=dtype, **SIZES, **own, **experts)
+    model = make_model(family, seed=seed, dtype=dtype, **LARGE, **own, **experts)
     patched = patch_model(model, ModalityLoraConfig(backend=backend))
     add_modality_tokens(model, "image", NUM_IMAGE_TOKENS)
     randomise(patched, scale=0.05, seed=seed)
@@ -84,7 +78,7 @@ def test_any_adapters_at_a_number_of_threads(backend, dtype, threads, thread_cou
 @BACKENDS
 @DTYPES
 def test_adding_tokens(backend, dtype):
-    model = make_model("mixtral", dtype=dtype, intermediate_size=256, **SIZES)
+    model = make_model("mixtral", dtype=dtype, intermediate_size=256, **LARGE)
     patched = patch_model(model, ModalityLoraConfig(backend=backend, modalities=("image", "sound")))
     ids = token_ids(2, 64)
     expected = text_logits(model, ids)
@@ -148,7 +142,7 @@ def test_padding_beside_pictures(backend, dtype):
     expected = logits()
     ids[1] = image_ids(1, 64, 0)
     fill(patched, float("nan"))
-    assert all(torch.equal(a, b) for a, b in zip(logits(), expected, strict=True))
+    assert same(logits(), expected)
 
 
 @BACKENDS

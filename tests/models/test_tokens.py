@@ -4,15 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.model_zoo import (
-    FAMILIES,
-    VOCAB,
-    assert_same_snapshot,
-    make_model,
-    randomise,
-    snapshot,
-    token_ids,
-)
+from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids, unchanged
+from support.patched_models import patched_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.testing import assert_close
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
@@ -32,9 +24,8 @@ def make_tokenizer(size=VOCAB, ids=None):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
-def make_patched(family="mixtral", modalities=("image",), **kwargs):
-    model = make_model(family, **kwargs)
-    return model, patch_model(model, ModalityLoraConfig(r=4, modalities=modalities))
+def make_patched(family="mixtral", modalities=("image",), **options):
+    return patched_model(family, ModalityLoraConfig(r=4, modalities=modalities), **options)
 
 
 # --- rows and head
@@ -76,9 +67,7 @@ def test_rows_and_head(family, tied):
 @TIED
 def test_gradients_of_the_rows(family, tied):
     """Gradients of added rows are those of rows in a plain resized model."""
-    model, patched = make_patched(family, tie_word_embeddings=tied)
-    add_modality_tokens(model, "image", 5)
-    randomise(patched)
+    model, patched = make_patched(family, num_tokens=5, tie_word_embeddings=tied)
     rows = [p for name, p in patched.named_trainable_parameters() if "added_rows" in name]
     joined = [torch.cat([model.get_input_embeddings().weight, rows[0]])]
     if not tied:
@@ -103,9 +92,7 @@ def test_gradients_of_the_rows(family, tied):
 
 
 def test_the_loss_spans_text_and_image_tokens():
-    model, patched = make_patched()
-    add_modality_tokens(model, "image", 5)
-    randomise(patched)
+    model, _ = make_patched(num_tokens=5)
     ids = token_ids(2, 12, vocab=VOCAB + 5)
     assert (ids >= VOCAB).any()
     out = model(ids, labels=ids)
@@ -145,8 +132,7 @@ def test_text_generation_keeps_what_was_suppressed_before():
 
 def test_dtypes_of_the_rows():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        model, patched = make_patched(dtype=dtype)
-        add_modality_tokens(model, "image", 2)
+        model, patched = make_patched(dtype=dtype, num_tokens=2)
         row_dtype = torch.float32 if dtype.itemsize == 2 else dtype
         assert {p.dtype for p in patched.trainable_parameters()} == {row_dtype}
         assert model.get_input_embeddings()(torch.tensor([[1, VOCAB]])).dtype == dtype
@@ -156,11 +142,10 @@ def test_dtypes_of_the_rows():
 def test_a_resized_model_keeps_its_sizes():
     model = make_model("olmoe")
     model.resize_token_embeddings(VOCAB + 16)
-    before = snapshot(model)
-    patched = patch_model(model)
-    assert add_modality_tokens(model, "image", 5) == range(VOCAB + 16, VOCAB + 21)
-    patched.unpatch()
-    assert_same_snapshot(snapshot(model), before)
+    with unchanged(model):
+        patched = patch_model(model)
+        assert add_modality_tokens(model, "image", 5) == range(VOCAB + 16, VOCAB + 21)
+        patched.unpatch()
 
 
 # --- inits
@@ -229,10 +214,9 @@ def with_names(size, names):
 )
 def test_a_tokenizer_that_cannot_keep_step(tokenizer, match):
     model, _ = make_patched()
-    before, vocabulary = snapshot(model), copy.deepcopy(tokenizer.get_vocab())
-    with pytest.raises(ValueError, match=match):
+    vocabulary = copy.deepcopy(tokenizer.get_vocab())
+    with unchanged(model), pytest.raises(ValueError, match=match):
         add_modality_tokens(model, "image", 4, tokenizer=tokenizer)
-    assert_same_snapshot(snapshot(model), before)
     assert tokenizer.get_vocab() == vocabulary
     add_modality_tokens(model, "image", 4)
 
@@ -252,20 +236,19 @@ def test_a_tokenizer_that_cannot_keep_step(tokenizer, match):
 def test_bad_arguments(args, kwargs, match):
     model, _ = make_patched()
     tokenizer = make_tokenizer()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match):
+    with unchanged(model), pytest.raises(ValueError, match=match):
         add_modality_tokens(model, *args, tokenizer=tokenizer, **kwargs)
-    assert_same_snapshot(snapshot(model), before)
     assert len(tokenizer) == VOCAB
 
 
 def test_tokens_of_a_modality_are_added_once():
     model, _ = make_patched()
     add_modality_tokens(model, "image", 4)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="has tokens of modality 'image' already"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="has tokens of modality 'image' already"),
+    ):
         add_modality_tokens(model, "image", 4)
-    assert_same_snapshot(snapshot(model), before)
 
 
 def test_a_model_that_is_not_patched():

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.added_experts import extended, kinds, mixed, routed
+from support.added_experts import extended, kinds, logits, mixed, routed
 from support.model_zoo import (
-    FAMILIES,
+    FAMILY,
+    LARGE,
     VOCAB,
     assert_same_snapshot,
     fill,
@@ -17,7 +17,10 @@ from support.model_zoo import (
     randomise,
     snapshot,
     token_ids,
+    unchanged,
 )
+from support.patched_models import assert_saved, check_generation, greedy, patched_model
+from support.registered_ops import same
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,14 +32,8 @@ from moe_kernels.models.routers import find_routing, route
 from moe_kernels.moextend import ExpertExtender, ExtensionConfig
 from moe_kernels.testing import assert_close, relative_rms, working_backends
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 BACKENDS = pytest.mark.parametrize("backend", working_backends())
 CALIBRATIONS = pytest.mark.parametrize("calibration", ["additive", "multiplicative", None])
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 # --- routing
@@ -50,7 +47,7 @@ def test_routing_row_by_row(family, calibration):
     randomise(extender.patched)
     model, inputs = extender.model, mixed()
     text, image = kinds(inputs)
-    wide, scores, indices, rows = routed(model, inputs)
+    wide, scores, indices, rows = routed(model, **inputs)
     router, (added,) = parts_of(model.model.layers[0]).router, added_experts(model.model.layers[0])
     routing = router.__dict__["_routing"]
     own = F.linear(rows, router.weight)
@@ -91,10 +88,7 @@ def by_hand(wide, routing, calibration):
 def test_a_calibration_starts_as_the_identity(calibration):
     plain = extended("olmoe", calibration=None, init="mean")
     other = extended("olmoe", calibration=calibration, init="mean")
-    for ours, theirs in zip(
-        routed(plain.model, mixed()), routed(other.model, mixed()), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    assert same(routed(plain.model, **mixed()), routed(other.model, **mixed()))
 
 
 @FAMILY
@@ -133,9 +127,9 @@ def test_copies_tie_with_their_source_without_a_gate():
     inputs = mixed()
     real = sum(kinds(inputs)).bool()
     model = extender.model
-    _, _, indices, _ = routed(model, inputs)
+    _, _, indices, _ = routed(model, **inputs)
     with extender.disabled():
-        before = routed(model, inputs)[2]
+        before = routed(model, **inputs)[2]
     first = before[:, 0] == 0  # expert 0 was copied
     assert (first & real).any()
     assert torch.equal(indices[first].sort(-1).values, torch.tensor([0, 4]).expand(first.sum(), 2))
@@ -144,11 +138,6 @@ def test_copies_tie_with_their_source_without_a_gate():
 
 
 # --- text bits
-
-LARGE = {
-    "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    "initializer_range": 0.05, "num_hidden_layers": 1,
-}  # fmt: skip
 
 
 @BACKENDS
@@ -162,7 +151,7 @@ LARGE = {
 )
 def test_text_keeps_its_bits(backend, dtype, length, family, own):
     """Text keeps the bits from before the extension after steps, with large weights and NaN."""
-    model = make_model(family, dtype=dtype, **LARGE, **own)
+    model = make_model(family, dtype=dtype, **LARGE, num_hidden_layers=1, **own)
     ids = token_ids(2, length)
     extender = ExpertExtender(model, backend=backend)
     modality_ids = torch.zeros_like(ids)
@@ -175,7 +164,7 @@ def test_text_keeps_its_bits(backend, dtype, length, family, own):
 
     expected = text()
     extender.extend("all", 3, init=0)
-    assert all(torch.equal(a, b) for a, b in zip(text(), expected, strict=True))
+    assert same(text(), expected)
     modality_ids[1] = 1
     optimiser = torch.optim.SGD(extender.patched.trainable_parameters(), lr=10.0)
     for _ in range(2):
@@ -189,7 +178,7 @@ def test_text_keeps_its_bits(backend, dtype, length, family, own):
         lambda: fill(extender.patched, float("nan")),
     ):
         change()
-        assert all(torch.equal(a, b) for a, b in zip(text(), expected, strict=True))
+        assert same(text(), expected)
     with torch.no_grad():
         assert model(ids, modality_ids=modality_ids).logits[1].isnan().any()
 
@@ -221,11 +210,10 @@ def of_three_kinds(model):
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_each_kind_keeps_its_bits_beside_the_others(family, calibration, low_rank):
     """Extensions of two modalities, in equal and different layers, keep each other's bits."""
-    model = make_model(family, hidden_size=128, num_hidden_layers=3)
     targets = ("experts", "attention", "router") if low_rank else ()
     modalities = {"modalities": ("image", "task"), "sequence_modalities": ("task",)}
-    patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=targets, **modalities))
-    randomise(patched)
+    config = ModalityLoraConfig(r=4, target_modules=targets, **modalities)
+    model, patched = patched_model(family, config, hidden_size=128, num_hidden_layers=3)
     steps = [of_three_kinds(model)]
     extender = ExpertExtender(model)
     options = {"calibration": calibration, "freeze_earlier": False}
@@ -278,8 +266,8 @@ def test_text_alone_gives_no_gradient_but_a_loss_that_has_one():
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gradient_of_text_keeps_its_bits(backend, dtype):
-    model = make_model("mixtral", dtype=dtype, **LARGE, intermediate_size=64, num_local_experts=8)
-    check_the_gradient_of_text(model, 64, backend, "additive")
+    sizes = LARGE | {"num_hidden_layers": 1, "intermediate_size": 64, "num_local_experts": 8}
+    check_the_gradient_of_text(make_model("mixtral", dtype=dtype, **sizes), 64, backend, "additive")
 
 
 @FAMILY
@@ -324,7 +312,7 @@ def test_rows_learn_to_use_the_added_expert(family):
     model, inputs = extender.model, mixed(4, 16)
     inputs["attention_mask"][:] = 1
     text, image = kinds(inputs)
-    before = routed(model, inputs)[2]
+    before = routed(model, **inputs)[2]
     labels = inputs["input_ids"].masked_fill(inputs["modality_ids"] == 0, -100)
 
     def loss():
@@ -341,7 +329,7 @@ def test_rows_learn_to_use_the_added_expert(family):
         with extender.disabled():
             without = loss().item()
     assert last < first - 0.5 and last < without - 0.5
-    after = routed(model, inputs)[2]
+    after = routed(model, **inputs)[2]
     assert (after[image] == 4).sum() > (before[image] == 4).sum()
     assert torch.equal(after[text], before[text])
 
@@ -404,7 +392,7 @@ def test_a_second_extension_leaves_the_first_as_it_is(family):
     for name, parameter in first.items():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
     assert all(p.grad.any() for p in trainable.values())
-    assert (routed(model, inputs)[2] == 6).any()
+    assert (routed(model, **inputs)[2] == 6).any()
     extender.extend([0], init=0, freeze_earlier=False)
     assert set(trainable) < set(dict(extender.patched.named_trainable_parameters()))
 
@@ -432,7 +420,7 @@ def test_no_gradient_of_a_frozen_extension_is_computed(backend, freeze, monkeypa
     for each in added_experts(extender.model.model.layers[0]):
         nn.init.normal_(each.router_columns)
     inputs = mixed(4, 32)
-    assert torch.isin(torch.arange(4, 7), routed(extender.model, inputs)[2]).all()
+    assert torch.isin(torch.arange(4, 7), routed(extender.model, **inputs)[2]).all()
     found = joined_gradients(monkeypatch)
     extender.model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert len(found) == 2
@@ -446,12 +434,12 @@ def test_each_modality_has_its_own_experts():
     extender = extended("qwen3_moe", modalities=("image", "task"), modality="image")
     randomise(extender.patched)
     model, image, task = extender.model, mixed(), mixed(modality=2)
-    before = [routed(model, inputs) for inputs in (image, task)]
+    before = [routed(model, **inputs) for inputs in (image, task)]
     extender.extend("all", 2, init=1, modality="task")
     randomise(extender.patched, seed=5)
     for inputs, (_, scores, indices, _), rerouted in zip((image, task), before, (False, True),
                                                         strict=True):  # fmt: skip
-        new = routed(model, inputs)
+        new = routed(model, **inputs)
         text, own = kinds(inputs)
         assert torch.equal(new[1][text], scores[text]) and torch.equal(new[2][text], indices[text])
         assert torch.equal(new[2][own], indices[own]) != rerouted
@@ -465,19 +453,16 @@ def test_each_modality_has_its_own_experts():
 @FAMILY
 def test_with_low_rank_updates_everywhere(family):
     """With pairs on experts, attention and router, everything trains and text keeps its bits."""
-    model = make_model(family)
-    targets = ("experts", "attention", "router")
-    patched = patch_model(model, ModalityLoraConfig(r=4, target_modules=targets))
-    add_modality_tokens(model, "image", 3)
-    randomise(patched)
+    config = ModalityLoraConfig(r=4, target_modules=("experts", "attention", "router"))
+    model, patched = patched_model(family, config, num_tokens=3)
     inputs = mixed()
     text, image = kinds(inputs)
-    plain, text_ids = routed(model, inputs), {"input_ids": inputs["input_ids"]}
+    plain, text_ids = routed(model, **inputs), {"input_ids": inputs["input_ids"]}
     expected = logits(model, text_ids)[..., :VOCAB]
     extender = ExpertExtender(model)
     assert extender.patched is patched
     extender.extend([0], 2, init=0)
-    new = routed(model, inputs)
+    new = routed(model, **inputs)
     assert torch.equal(new[0][:, :4], plain[0])
     randomise(patched, seed=7)
     assert torch.equal(logits(model, text_ids)[..., :VOCAB], expected)
@@ -486,7 +471,7 @@ def test_with_low_rank_updates_everywhere(family):
         used = "added_rows" not in name or "lm_head" in name
         assert parameter.grad is not None and (parameter.grad.any() or not used), name
     with patched.adapters_disabled():
-        off = routed(model, inputs)
+        off = routed(model, **inputs)
     assert (off[2] < 4).all()
 
 
@@ -494,7 +479,7 @@ def test_without_a_gate_a_balance_of_all_rows():
     extender = extended("mixtral", modality_gate=False)
     randomise(extender.patched)
     text, image = kinds(mixed())
-    new, _, indices, _ = routed(extender.model, mixed())
+    new, _, indices, _ = routed(extender.model, **mixed())
     assert new.isfinite().all()
     assert (indices[text] == 4).any() and (indices[image] == 4).any()
     with pytest.raises(ValueError, match="cannot stand beside one with a gate"):
@@ -532,19 +517,9 @@ def test_the_balance_loss_is_the_bases(family, gate):
 @FAMILY
 def test_generation_with_a_cache(family):
     extender = extended(family, model={"dtype": torch.float64})
-    model = extender.model
-    add_modality_tokens(model, "image", 40)
+    add_modality_tokens(extender.model, "image", 40)
     randomise(extender.patched, scale=0.5)
-    ids = token_ids(2, 6, vocab=VOCAB + 40)
-    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": []}
-    settings["attention_mask"] = torch.ones_like(ids)
-    expected = ids
-    for _ in range(6):
-        following = logits(model, {"input_ids": expected})[:, -1].argmax(-1, keepdim=True)
-        expected = torch.cat([expected, following], dim=1)
-    assert (expected[:, 6:] >= VOCAB).any()
-    assert torch.equal(model.generate(ids, **settings), expected)
-    assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
+    check_generation(extender.model, 40)
 
 
 def task_model(**options):
@@ -565,12 +540,7 @@ def test_a_task_of_text(cache):
         base = logits(model, {"input_ids": ids})
     out = logits(model, {"input_ids": ids, "modality_ids": tasks})
     assert torch.equal(out[1], base[1]) and not torch.equal(out[0], base[0])
-    expected = ids
-    for _ in range(5):
-        wide = tasks[:, :1].expand(expected.shape)
-        inputs = {"input_ids": expected, "modality_ids": wide}
-        following = logits(model, inputs)[:, -1].argmax(-1, keepdim=True)
-        expected = torch.cat([expected, following], dim=1)
+    expected = greedy(model, ids, 5, lambda ids: tasks[:, :1].expand(ids.shape))
     settings = {"max_new_tokens": 5, "do_sample": False, "use_cache": cache}
     settings["attention_mask"] = torch.ones_like(ids)
     actual = model.generate(ids, modality_ids=tasks, **settings)
@@ -597,11 +567,7 @@ def test_copied_saved_and_undone(family, gate, tmp_path):
     assert torch.equal(logits(twin, inputs), expected)
     assert not torch.equal(logits(model, inputs), expected)
     get_patched(twin).unpatch()
-    # On saving, transformers renames parameters that look like base weights.
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    for name, parameter in extender.patched.named_trainable_parameters():
-        assert torch.equal(saved[name], parameter), name
+    assert_saved(extender.patched, tmp_path)
     extender.patched.unpatch()
     assert_same_snapshot(snapshot(model), before)
     assert_same_snapshot(snapshot(twin), before)
@@ -641,7 +607,7 @@ def test_a_seed_gives_the_same_start():
         torch.manual_seed(len(starts))
         extender = extended("mixtral", init="random", seed=seed)
         starts.append([p.clone() for p in extender.patched.trainable_parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*starts[:2], strict=True))
+    assert same(*starts[:2])
     assert not torch.equal(starts[0][0], starts[2][0])
 
 
@@ -712,10 +678,8 @@ def test_integers_of_numpy():
 def test_what_cannot_be_extended(options, match):
     model = make_model("mixtral")
     extender = ExpertExtender(model)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match):
+    with unchanged(model), pytest.raises(ValueError, match=match):
         extender.extend(**{"layers": "all", "init": 0} | options)
-    assert_same_snapshot(snapshot(model), before)
     assert not extender.patched.extensions
 
 
@@ -751,7 +715,6 @@ def test_a_model_that_is_not_patched_any_more(again):
     extender.patched.unpatch()
     if again:
         ExpertExtender(model, ("task",))
-    before = snapshot(model)
     for call in (
         lambda: extender.extend("all", init=0),
         lambda: extender.score_layers([mixed()], 1, progress=False),
@@ -759,9 +722,8 @@ def test_a_model_that_is_not_patched_any_more(again):
         lambda: extender.disturbance([mixed()]),
         lambda: extender.disabled().__enter__(),
     ):
-        with pytest.raises(ValueError, match="this handle was unpatched"):
+        with unchanged(model), pytest.raises(ValueError, match="this handle was unpatched"):
             call()
-    assert_same_snapshot(snapshot(model), before)
 
 
 def test_a_router_that_is_not_supported():
@@ -798,8 +760,8 @@ def test_disturbance_at_step_0():
     # One batch, computed by hand.
     model = published.model
     with published.disabled():
-        before, expected = routed(model, text[0]), logits(model, text[0])
-    after, actual = routed(model, text[0]), logits(model, text[0])
+        before, expected = routed(model, **text[0]), logits(model, text[0])
+    after, actual = routed(model, **text[0]), logits(model, text[0])
     one = published.disturbance(text[:1])["text"]
     assert one.output_change == pytest.approx(relative_rms(actual, expected), rel=1e-5)
     changed = [set(a) != set(b) for a, b in zip(after[2].tolist(), before[2].tolist(), strict=True)]
@@ -845,14 +807,14 @@ def test_disabled_within_itself():
 def test_what_changes_while_all_is_disabled():
     """Experts added while disabled stay off until the end; unpatch() removes everything."""
     model = make_model("mixtral")
-    before, inputs = snapshot(model), mixed()
-    extender = ExpertExtender(model)
-    expected = logits(model, inputs)
-    with extender.disabled():
-        extender.extend("all", init=0)
-        randomise(extender.patched)
-        assert torch.equal(logits(model, inputs), expected)
-    assert not torch.equal(logits(model, inputs), expected)
-    with extender.disabled():
-        extender.patched.unpatch()
-    assert_same_snapshot(snapshot(model), before)
+    inputs = mixed()
+    with unchanged(model):
+        extender = ExpertExtender(model)
+        expected = logits(model, inputs)
+        with extender.disabled():
+            extender.extend("all", init=0)
+            randomise(extender.patched)
+            assert torch.equal(logits(model, inputs), expected)
+        assert not torch.equal(logits(model, inputs), expected)
+        with extender.disabled():
+            extender.patched.unpatch()

@@ -4,17 +4,19 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from support.added_experts import extended, mixed
+from support.added_experts import extended, logits, mixed
 from support.model_zoo import (
-    FAMILIES,
+    FAMILY,
     assert_same_snapshot,
     make_model,
     randomise,
     snapshot,
     token_ids,
+    unchanged,
 )
+from support.patched_models import patched_model
+from support.registered_ops import same
+from support.saved_adapters import read, rewrite
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -23,15 +25,6 @@ from moe_kernels.models.adapters import named_adapter_parameters
 from moe_kernels.models.peft_format import save_peft_adapter
 from moe_kernels.moextend import ExpertExtender, ModalityProjector, join_features_and_text
 from moe_kernels.testing import relative_rms
-
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
-WEIGHTS = "adapter_model.safetensors"
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
-
 
 # --- projector
 
@@ -126,7 +119,6 @@ def test_features_among_text(side):
 def test_what_is_joined_reaches_the_model():
     """Joined inputs equal the embeddings of one sequence of tokens; given labels are kept."""
     model = make_model("mixtral", dtype=torch.float64)
-    image = None
     extender = ExpertExtender(model)
     image = add_modality_tokens(model, "image", 4)
     extender.extend("all", init=0)
@@ -206,9 +198,7 @@ def test_the_same_bits_back(family, tmp_path):
     patched.save_adapter(tmp_path)
     fresh = patch_model(make_model(family), ModalityLoraConfig.from_adapter(tmp_path))
     fresh.load_adapter(tmp_path)
-    assert all(
-        torch.equal(logits(fresh.model, i), e) for i, e in zip(inputs, expected, strict=True)
-    )
+    assert same([logits(fresh.model, each) for each in inputs], expected)
     assert_same_snapshot(snapshot(fresh.model), state)
     assert fresh.extensions == patched.extensions
     assert [n for n, _ in fresh.named_trainable_parameters()] == [
@@ -245,7 +235,7 @@ def test_what_was_frozen_is_frozen_again(already_present, tmp_path):
     other.load_adapter(tmp_path)
     assert_same_snapshot(snapshot(other.model), state)
     # Files of earlier versions lack this entry.
-    rewrite_header(tmp_path, lambda header: header.pop("frozen"))
+    rewrite(tmp_path, lambda header: header.pop("frozen"))
     for parameter in list(other.trainable_parameters())[::2]:
         parameter.requires_grad_(False)
     state = snapshot(other.model)
@@ -278,15 +268,11 @@ def test_a_trainer_resumes(tmp_path):
 
 def test_what_the_files_say(tmp_path):
     everything().save_adapter(tmp_path)
-    with safe_open(tmp_path / WEIGHTS, "pt") as file:
-        header, names = json.loads(file.metadata()["adapter_config"]), set(file.keys())
+    header, names = read(tmp_path)
     assert header == json.loads((tmp_path / "adapter_config.json").read_text())
     one, two = header["extensions"]
-    assert (
-        one["experts"] == {"0": 2}
-        and one["modality"] == "image"
-        and one["sources"] == {"0": [0, 0]}
-    )
+    assert one["experts"] == {"0": 2} and one["sources"] == {"0": [0, 0]}
+    assert one["modality"] == "image"
     assert two["experts"] == {"0": 1} and two["modality"] == "task" and two["init"] == "mean"
     assert header["projectors"]["image"]["in_features"] == 5
     prefix = "model.layers.0.modality_extension"
@@ -297,18 +283,8 @@ def test_what_the_files_say(tmp_path):
     assert f"{prefix}.1.down_proj" not in header["frozen"]
 
 
-def rewrite_header(folder, change, tensors=None):
-    """Change an adapter's header and, if given, its tensors."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        header = json.loads(file.metadata()["adapter_config"])
-    change(header)
-    tensors = load_file(folder / WEIGHTS) if tensors is None else tensors
-    save_file(tensors, folder / WEIGHTS, {"adapter_config": json.dumps(header)})
-
-
 def test_an_old_adapter_loads_as_before(tmp_path):
-    patched = patch_model(make_model("mixtral"), ModalityLoraConfig(r=2))
-    randomise(patched)
+    _, patched = patched_model("mixtral", ModalityLoraConfig(r=2))
     patched.save_adapter(tmp_path)
 
     def as_before(header):
@@ -316,7 +292,7 @@ def test_an_old_adapter_loads_as_before(tmp_path):
             assert not header.pop(key)
         del header["lora"]["sequence_modalities"]
 
-    rewrite_header(tmp_path, as_before)
+    rewrite(tmp_path, as_before)
     fresh = patch_model(make_model("mixtral"), ModalityLoraConfig.from_adapter(tmp_path))
     fresh.load_adapter(tmp_path)
     assert torch.equal(logits(fresh.model, mixed()), logits(patched.model, mixed()))
@@ -348,10 +324,8 @@ def test_an_adapter_that_does_not_fit(change, match, tmp_path):
         extender.extend(change.pop("layers", "all"), init=0, **change)
     if size:
         extender.add_projector(size)
-    before = snapshot(extender.model)
-    with pytest.raises(ValueError, match=match):
+    with unchanged(extender.model), pytest.raises(ValueError, match=match):
         extender.patched.load_adapter(tmp_path)
-    assert_same_snapshot(snapshot(extender.model), before)
 
 
 @pytest.mark.parametrize("already_present", [False, True])
@@ -369,16 +343,15 @@ def test_a_base_that_routes_otherwise(change, match, already_present, tmp_path):
     extender = ExpertExtender(make_model("olmoe", **change))
     if already_present:
         extender.extend("all", init=0)
-    before = snapshot(extender.model)
     if match is None:
         extender.patched.load_adapter(tmp_path)
         return
-    with pytest.raises(ValueError, match=f"routes differently.*{match}"):
+    match = f"routes differently.*{match}"
+    with unchanged(extender.model), pytest.raises(ValueError, match=match):
         extender.patched.load_adapter(tmp_path)
-    assert_same_snapshot(snapshot(extender.model), before)
     assert len(extender.patched.extensions) == already_present
     # Files of earlier versions lack this entry.
-    rewrite_header(tmp_path, lambda header: header.pop("routing"))
+    rewrite(tmp_path, lambda header: header.pop("routing"))
     extender.patched.load_adapter(tmp_path)
     assert len(extender.patched.extensions) == 1
 
@@ -386,33 +359,32 @@ def test_a_base_that_routes_otherwise(change, match, already_present, tmp_path):
 def test_a_base_that_chooses_more_experts_than_it_has(tmp_path):
     extended("olmoe").patched.save_adapter(tmp_path)
     extender = ExpertExtender(make_model("olmoe", num_experts_per_tok=9))
-    before = snapshot(extender.model)
-    with pytest.raises(ValueError, match="layer 0 cannot be extended: .*chooses 9 experts of 4"):
+    with (
+        unchanged(extender.model),
+        pytest.raises(ValueError, match="layer 0 cannot be extended: .*chooses 9 experts of 4"),
+    ):
         extender.patched.load_adapter(tmp_path)
-    assert_same_snapshot(snapshot(extender.model), before)
 
 
 @pytest.mark.parametrize("what", ["lost", "shape", "layer"])
 def test_a_file_that_is_not_whole(what, tmp_path):
     """The whole file is checked before anything is added to the model."""
     extended("olmoe").patched.save_adapter(tmp_path)
-    tensors, name = load_file(tmp_path / WEIGHTS), "model.layers.1.modality_extension.0.down_proj"
-    if what == "lost":
-        del tensors[name]
-    elif what == "shape":
+    name = "model.layers.1.modality_extension.0.down_proj"
+
+    def shorten(tensors):
         tensors[name] = tensors[name][..., :-1].clone()
 
-    def change(header):
-        if what == "layer":
-            header["extensions"][0]["experts"] = {"0": 1, "7": 1}
-
-    rewrite_header(tmp_path, change, tensors)
+    change_header, change_tensors = {
+        "lost": (None, lambda tensors: tensors.pop(name)),
+        "shape": (None, shorten),
+        "layer": (lambda h: h["extensions"][0].update(experts={"0": 1, "7": 1}), None),
+    }[what]
+    rewrite(tmp_path, change_header, change_tensors)
     patched = patch_model(make_model("olmoe"), ModalityLoraConfig.from_adapter(tmp_path))
-    before = snapshot(patched.model)
     match = {"lost": "lacks 1 tensors", "shape": "has shape", "layer": r"layers \[7\]"}[what]
-    with pytest.raises(ValueError, match=match):
+    with unchanged(patched.model), pytest.raises(ValueError, match=match):
         patched.load_adapter(tmp_path)
-    assert_same_snapshot(snapshot(patched.model), before)
     assert not patched.extensions
 
 

@@ -6,20 +6,12 @@ import json
 import pytest
 import torch
 from support.added_experts import extended, mixed
-from support.model_zoo import (
-    FAMILIES,
-    assert_same_snapshot,
-    make_model,
-    randomise,
-    snapshot,
-    token_ids,
-)
+from support.model_zoo import FAMILY, make_model, randomise, token_ids, unchanged
+from support.patched_models import patched_model
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels import ModalityLoraConfig, add_modality_tokens
 from moe_kernels.models.parts import parts_of
 from moe_kernels.moextend import ExpertExtender, LayerScores, plot_layer_scores
-
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def batches(count=3):
@@ -91,17 +83,15 @@ def test_nothing_of_the_model_changes(kind):
     model = make_model("olmoe")
     if kind == "all adapters":
         targets = ("experts", "attention", "router")
-        patched = patch_model(model, ModalityLoraConfig(r=2, target_modules=targets))
-        randomise(patched)
+        model, _ = patched_model("olmoe", ModalityLoraConfig(r=2, target_modules=targets))
     extender = ExpertExtender(model)
     if kind == "extended":
         extender.extend(None, {0: 1, 1: 2}, init=0)
         randomise(extender.patched)
     model.train()
     model.model.layers[0].eval()
-    before = snapshot(model)
-    scores = extender.score_layers(batches(), 4, lr=0.1, progress=False)
-    assert_same_snapshot(snapshot(model), before)
+    with unchanged(model):
+        scores = extender.score_layers(batches(), 4, lr=0.1, progress=False)
     assert model.training and not model.model.layers[0].training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert extender.scores is scores and (scores.d > 0).all()
@@ -112,11 +102,9 @@ def test_nothing_of_the_model_changes(kind):
 
 def test_a_stop_half_way_leaves_the_model_as_it_was():
     extender = ExpertExtender(make_model("mixtral"))
-    before = snapshot(extender.model)
     data = [mixed(), mixed() | {"labels": torch.full((2, 12), -100)}]  # a loss of NaN
-    with pytest.raises(RuntimeError, match="the loss became nan"):
+    with unchanged(extender.model), pytest.raises(RuntimeError, match="the loss became nan"):
         extender.score_layers(data, 2, progress=False)
-    assert_same_snapshot(snapshot(extender.model), before)
     assert extender.scores is None
 
 
@@ -136,12 +124,11 @@ def test_within_autocast_the_routers_learn_too(family):
 
 def test_within_no_grad_and_inference_mode():
     extender = ExpertExtender(make_model("mixtral"))
-    before = snapshot(extender.model)
-    with torch.no_grad():
+    with unchanged(extender.model), torch.no_grad():
         assert (extender.score_layers(batches(), 3, lr=0.05, progress=False).d > 0).all()
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of torch.inference"):
+    refusal = pytest.raises(RuntimeError, match="outside of torch.inference")
+    with unchanged(extender.model), torch.inference_mode(), refusal:
         extender.score_layers(batches(), 3, progress=False)
-    assert_same_snapshot(snapshot(extender.model), before)
 
 
 def test_scores_by_hand():
@@ -221,14 +208,13 @@ def test_scores_know_what_they_are_of(saved):
         scores = given["scores"] = LayerScores.from_dict(values)
         assert (scores.modality, scores.count) == ("image", "all")
         extender.scores = None
-    before = snapshot(extender.model)
     for options in (
         {}, {"layers": "top-half", "init": 0}, {"layers": [0]}, {"modality_gate": False},
         {"layers": [0], "init": "most_selected_tuned"},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="the scores are of modality 'image'.* for 'task'"):
+        match = "the scores are of modality 'image'.* for 'task'"
+        with unchanged(extender.model), pytest.raises(ValueError, match=match):
             extender.extend(modality="task", **options, **given)
-    assert_same_snapshot(snapshot(extender.model), before)
     assert extender.extend([0], init=1, modality="task", **given).modality == "task"
     assert extender.extend(modality="image", **given).modality == "image"
     if saved:

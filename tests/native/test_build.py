@@ -320,30 +320,24 @@ def python(tmp_path):
     return folder / "bin" / "python"
 
 
-def pip_install(python, *arguments, **variables):
-    command = [python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
-    return subprocess.run(
-        [*command, "--ignore-installed", "--disable-pip-version-check", *arguments],
-        env=clean_environment(python) | variables,
-        cwd=python.parent,
-        capture_output=True,
-        text=True,
-    )
-
-
-def clean_environment(python):
+def run(python, *arguments, **variables):
+    """Run Python in an environment without our variables, except those given."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_KERNELS_", "PYTHONPATH"))}
-    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = {"cwd": python.parent, "capture_output": True, "text": True}
+    return subprocess.run([python, *arguments], env=kept | variables, **options)
+
+
+def pip_install(python, *arguments, **variables):
+    """Return the exit status of pip, and all that it printed."""
+    options = ("-v", "--no-build-isolation", "--no-deps", "--ignore-installed")
+    command = ("-m", "pip", "install", *options, "--disable-pip-version-check")
+    result = run(python, *command, *arguments, **variables)
+    return result.returncode, result.stdout + result.stderr
 
 
 def report(python):
-    result = subprocess.run(
-        [python, "-c", REPORT],
-        env=clean_environment(python),
-        cwd=python.parent,
-        capture_output=True,
-        text=True,
-    )
+    result = run(python, "-c", REPORT)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -370,15 +364,8 @@ def test_max_jobs_limits_the_compilations(setup_module, source, tmp_path):
 
 @pytest.mark.slow
 def test_sdist_installs(source, python):
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--sdist",
-        "--no-isolation",
-        "--outdir",
-        source / "out",
-    ]
+    options = ["--sdist", "--no-isolation", "--outdir", source / "out"]
+    command = [sys.executable, "-m", "build", *options]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (archive,) = (source / "out").glob("*.tar.gz")
     with tarfile.open(archive) as files:
@@ -387,11 +374,10 @@ def test_sdist_installs(source, python):
     expected |= {"tools/draw_figures.py"}
     assert expected <= names
     assert archive.stat().st_size < 2**21
-    result = pip_install(python, archive)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "csrc/cpu" not in "\n".join(
-        line for line in (result.stdout + result.stderr).splitlines() if "warning:" in line
-    )
+    status, output = pip_install(python, archive)
+    assert status == 0, output
+    warnings = [line for line in output.splitlines() if "warning:" in line]
+    assert not any("csrc/cpu" in line for line in warnings)
     found = report(python)
     assert found["why_not"] is None and found["used"]
     assert "site-packages" in found["file"]
@@ -400,8 +386,8 @@ def test_sdist_installs(source, python):
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [True, False])
 def test_install_from_the_source_tree(source, python, editable):
-    result = pip_install(python, *["-e"] * editable, source)
-    assert result.returncode == 0, result.stdout + result.stderr
+    status, output = pip_install(python, *["-e"] * editable, source)
+    assert status == 0, output
     found = report(python)
     assert found["why_not"] is None and found["used"]
     assert found["file"].startswith(str(source)) is editable
@@ -418,9 +404,8 @@ def test_pure_python(source, python, reason):
         "CXX": {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"},
         "PATH": {"PATH": str(python.parent), "CC": "/nonexistent/cc"},
     }[reason]
-    result = pip_install(python, source, **variables)
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output
+    status, output = pip_install(python, source, **variables)
+    assert status == 0, output
     assert "installing as pure Python" in output
     assert ("no working C++20 compiler" in output) == (reason != "flag")
     found = report(python)
@@ -429,17 +414,16 @@ def test_pure_python(source, python, reason):
 
 @pytest.mark.slow
 def test_forced_cuda_fails_where_it_cannot_be_built(source, python):
-    result = pip_install(python, source, MOE_KERNELS_FORCE_CUDA="1", PATH=str(python.parent))
-    assert result.returncode != 0
-    assert "MOE_KERNELS_FORCE_CUDA is set, but" in result.stdout + result.stderr
+    variables = {"MOE_KERNELS_FORCE_CUDA": "1", "PATH": str(python.parent)}
+    status, output = pip_install(python, source, **variables)
+    assert status != 0 and "MOE_KERNELS_FORCE_CUDA is set, but" in output
 
 
 @pytest.mark.slow
 def test_a_compile_error_is_loud(source, python):
     (source / "csrc" / "cpu" / "alloc.cpp").write_text("#error broken on purpose\n")
-    result = pip_install(python, source)
-    assert result.returncode != 0
-    assert "broken on purpose" in result.stdout + result.stderr
+    status, output = pip_install(python, source)
+    assert status != 0 and "broken on purpose" in output
 
 
 @pytest.mark.slow

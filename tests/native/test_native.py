@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.processes import run_pytest
+from support.registered_ops import same
 
 from moe_kernels import _native
 
@@ -37,54 +38,27 @@ class Problem:
         num_experts = self.experts[0].shape[0]
         return _native.ops().dispatch(self.topk_ids, num_experts, self.modality_ids, 1)
 
-    def forward(self, save=True):
+    def arguments(self):
+        """Return the arguments that forward and backward share."""
         perm, _, _, _, segment_offsets = self.dispatch()
-        return _native.ops().moe_mlp_forward(
-            self.hidden_states,
-            self.topk_weights,
-            perm,
-            segment_offsets,
-            *self.experts,
-            None,
-            None,
-            *self.gate_up_lora,
-            *self.down_lora,
-            1,
-            save,
-        )
+        routed = (self.hidden_states, self.topk_weights, perm, segment_offsets)
+        return [*routed, *self.experts, None, None, *self.gate_up_lora, *self.down_lora]
+
+    def forward(self, save=True, num_modalities=1, arguments=None):
+        arguments = self.arguments() if arguments is None else arguments
+        return _native.ops().moe_mlp_forward(*arguments, num_modalities, save)
 
     def inference(self, extra=(None, None)):
+        routed = (self.hidden_states, self.topk_ids, self.topk_weights)
+        loras = (*self.gate_up_lora, *self.down_lora)
         return _native.ops().moe_mlp_inference(
-            self.hidden_states,
-            self.topk_ids,
-            self.topk_weights,
-            *self.experts,
-            self.modality_ids,
-            *extra,
-            *self.gate_up_lora,
-            *self.down_lora,
+            *routed, *self.experts, self.modality_ids, *extra, *loras
         )
 
     def backward(self, grad_out, needs=ALL_NEEDS, frozen_extra=0):
-        perm, _, _, _, segment_offsets = self.dispatch()
-        _, pre_act, u1, u2 = self.forward()
+        saved = self.forward()[1:]
         return _native.ops().moe_mlp_backward(
-            grad_out,
-            self.hidden_states,
-            self.topk_weights,
-            perm,
-            segment_offsets,
-            *self.experts,
-            None,
-            None,
-            *self.gate_up_lora,
-            *self.down_lora,
-            pre_act,
-            u1,
-            u2,
-            1,
-            needs,
-            frozen_extra,
+            grad_out, *self.arguments(), *saved, 1, needs, frozen_extra
         )
 
     def with_adapters(self, value):
@@ -128,11 +102,13 @@ def make_problem(dtype, *, tokens=200, hidden=512, inter=128, experts=4, top_k=2
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def threads(request, thread_count):
+    thread_count(request.param)
+
+
+@pytest.fixture
+def tiny():
+    return make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,18 +141,14 @@ def test_a_text_row_does_not_see_other_rows(dtype, tokens, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [8, 200, 1100], ids=["unpacked", "packed", "cut into ranges"])
-def test_thread_count_changes_no_bit(dtype, tokens):
+def test_thread_count_changes_no_bit(dtype, tokens, thread_count):
     problem = make_problem(dtype, tokens=tokens)
     grad_out = torch.randn(problem.hidden_states.shape).to(dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 64):
-            torch.set_num_threads(count)
-            results.append([problem.forward()[0], *problem.backward(grad_out)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    results = []
+    for count in (1, 2, 3, 64):
+        thread_count(count)
+        results.append([problem.forward()[0], *problem.backward(grad_out)])
+    assert all(same(results[0], other) for other in results[1:])
 
 
 def relative_error(actual, expected):
@@ -277,11 +249,8 @@ def test_everything_that_counts_is_written(poison, dtype):
 def test_saved_tensors_have_fixed_shapes():
     problem = make_problem(torch.float32)
     slots = problem.topk_ids.numel()
-    assert [saved.shape for saved in problem.forward()[1:]] == [
-        (slots, 256),
-        (slots, 16),
-        (slots, 16),
-    ]
+    shapes = [(slots, 256), (slots, 16), (slots, 16)]
+    assert [saved.shape for saved in problem.forward()[1:]] == shapes
     out, *saved = problem.forward(save=False)
     assert torch.equal(out, problem.forward()[0])
     assert torch.equal(out, problem.inference())
@@ -352,66 +321,50 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(case):
+def test_refuses(tiny, case):
     changes, message = REFUSED[case]
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
     with pytest.raises(RuntimeError, match=message):
-        replace(problem, **changes).forward()
+        replace(tiny, **changes).forward()
 
 
 @pytest.mark.parametrize("ids", [-1, 4])
-def test_inference_refuses_experts_that_are_not_there(ids):
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
-    problem.topk_ids[3, 1] = ids
+def test_inference_refuses_experts_that_are_not_there(tiny, ids):
+    tiny.topk_ids[3, 1] = ids
     with pytest.raises(ValueError, match=r"topk_ids must be in 0\.\.3, got"):
-        problem.inference()
+        tiny.inference()
 
 
-def test_inference_refuses_weights_of_another_rank():
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+def test_inference_refuses_weights_of_another_rank(tiny):
     with pytest.raises(RuntimeError, match="gate_up_proj must have shape"):
-        replace(problem, experts=(torch.ones(32), torch.ones(32))).inference()
+        replace(tiny, experts=(torch.ones(32), torch.ones(32))).inference()
     extra = (torch.tensor(1.0), torch.tensor(1.0))
     with pytest.raises(RuntimeError, match="extra_gate_up_proj must have shape"):
-        problem.inference(extra)
+        tiny.inference(extra)
 
 
-def test_refuses_rows_out_of_order():
+def test_refuses_rows_out_of_order(tiny):
     """The combine step finds a token's rows by their order within a segment, so it must ascend."""
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
-    perm, _, _, _, segment_offsets = problem.dispatch()
+    _, _, perm, segment_offsets, *_ = arguments = tiny.arguments()
     first = int((segment_offsets.diff() > 1).nonzero()[0])
     start = int(segment_offsets[first])
     perm[[start, start + 1]] = perm[[start + 1, start]]
-    arguments = (problem.hidden_states, problem.topk_weights, perm, segment_offsets)
     with pytest.raises(RuntimeError, match="perm must ascend within each segment"):
-        _native.ops().moe_mlp_forward(
-            *arguments, *problem.experts, None, None, *problem.gate_up_lora, *problem.down_lora,
-            1, False,
-        )  # fmt: skip
+        tiny.forward(save=False, arguments=arguments)
 
 
 @pytest.mark.parametrize("num_modalities", [-1, 2**62 - 1, 2**63 - 1])
-def test_refuses_a_number_of_modalities_that_overflows(num_modalities):
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
-    perm, _, _, _, _ = problem.dispatch()
-    none = [None] * 6
+def test_refuses_a_number_of_modalities_that_overflows(tiny, num_modalities):
+    arguments = [*tiny.arguments()[:3], torch.zeros(1, dtype=torch.long), *tiny.experts]
+    arguments += [None] * 8
     with pytest.raises(RuntimeError, match="num_modalities must be between 0"):
-        _native.ops().moe_mlp_forward(
-            problem.hidden_states, problem.topk_weights, perm, torch.zeros(1, dtype=torch.long),
-            *problem.experts, None, None, *none, num_modalities, False,
-        )  # fmt: skip
+        tiny.forward(save=False, num_modalities=num_modalities, arguments=arguments)
 
 
-def test_refuses_a_slot_twice():
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
-    perm, _, _, _, segment_offsets = problem.dispatch()
-    perm[0] = perm[-1]
+def test_refuses_a_slot_twice(tiny):
+    arguments = tiny.arguments()
+    arguments[2][0] = arguments[2][-1]
     with pytest.raises(RuntimeError, match="perm must be a permutation"):
-        _native.ops().moe_mlp_forward(
-            problem.hidden_states, problem.topk_weights, perm, segment_offsets, *problem.experts,
-            None, None, *problem.gate_up_lora, *problem.down_lora, 1, False,
-        )  # fmt: skip
+        tiny.forward(save=False, arguments=arguments)
 
 
 def test_lora_linear_refuses_a_weight_without_columns():
@@ -445,10 +398,9 @@ def test_dispatch_refuses_a_number_of_segments_that_overflows():
     ],
     ids=["ids", "dtype", "modalities"],
 )
-def test_inference_refuses(changes, message):
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+def test_inference_refuses(tiny, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        replace(problem, **changes).inference()
+        replace(tiny, **changes).inference()
 
 
 def test_dispatch_refuses_an_unknown_modality():
@@ -456,12 +408,11 @@ def test_dispatch_refuses_an_unknown_modality():
         _native.ops().dispatch(torch.zeros(2, 1, dtype=torch.long), 1, torch.tensor([0, 3]), 2)
 
 
-def test_refuses_gradients_of_what_is_not_there():
-    problem = make_problem(torch.float32, tokens=8, hidden=32, inter=16, rank=4)
+def test_refuses_gradients_of_what_is_not_there(tiny):
     with pytest.raises(RuntimeError, match="extra experts, but there are none"):
-        problem.backward(torch.ones(8, 32), [i == 2 for i in range(8)])
+        tiny.backward(torch.ones(8, 32), [i == 2 for i in range(8)])
     with pytest.raises(RuntimeError, match=r"frozen_extra must be in 0\.\.0, is 1"):
-        problem.backward(torch.ones(8, 32), frozen_extra=1)
+        tiny.backward(torch.ones(8, 32), frozen_extra=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,14 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from support.devices import NEEDS_CUDA
 
 from moe_kernels import ops
 from moe_kernels.testing import make_modality_ids, make_routing, working_backends
 
 WORKING = working_backends()
-NEEDS_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
-)
 
 
 @pytest.mark.parametrize("backend", WORKING)

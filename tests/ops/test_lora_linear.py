@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from support.devices import NEEDS_CUDA
 
 from moe_kernels import ops, testing
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import make_modality_ids
 
 WORKING = testing.working_backends()
-NEEDS_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
-)
 
 
 def make(num_tokens=11, inner=7, out=5, rank=3, modality="mixed", num_modalities=2, bias=True):
@@ -41,14 +39,9 @@ def run(args, dtype, lora_dtype, backend, grad_out):
     )
     bias = None if bias is None else bias.to(dtype)
     leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    out = ops.lora_linear(
-        leaves[0],
-        weight,
-        bias,
-        LoraWeights(*leaves[1:], lora.scaling),
-        modality_ids=modality_ids,
-        backend=backend,
-    )
+    lora = LoraWeights(*leaves[1:], lora.scaling)
+    options = {"modality_ids": modality_ids, "backend": backend}
+    out = ops.lora_linear(leaves[0], weight, bias, lora, **options)
     return [out, *torch.autograd.grad(out, leaves, grad_out.to(dtype))]
 
 
@@ -58,14 +51,8 @@ def test_gradcheck(backend, modality):
     x, weight, bias, lora, modality_ids = make(num_tokens=6, inner=4, out=3, modality=modality)
 
     def function(x, a, b):
-        return ops.lora_linear(
-            x,
-            weight,
-            bias,
-            LoraWeights(a, b, lora.scaling),
-            modality_ids=modality_ids,
-            backend=backend,
-        )
+        pair, options = LoraWeights(a, b, lora.scaling), {"modality_ids": modality_ids}
+        return ops.lora_linear(x, weight, bias, pair, **options, backend=backend)
 
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in (x, *lora[:2])])
 
@@ -224,14 +211,8 @@ def test_text_rows_keep_their_bits(backend, dtype):
 def test_leading_dimensions_and_unwritten_memory(backend, filled_memory):
     x, weight, bias, lora, modality_ids = make(12)
     flat = ops.lora_linear(x, weight, bias, lora, modality_ids=modality_ids, backend=backend)
-    out = ops.lora_linear(
-        x.view(3, 4, -1),
-        weight,
-        bias,
-        lora,
-        modality_ids=modality_ids.view(3, 4).int(),
-        backend=backend,
-    )
+    x, modality_ids = x.view(3, 4, -1), modality_ids.view(3, 4).int()
+    out = ops.lora_linear(x, weight, bias, lora, modality_ids=modality_ids, backend=backend)
     assert torch.equal(out, flat.view(3, 4, -1))
     assert out.isfinite().all()
 
@@ -239,7 +220,7 @@ def test_leading_dimensions_and_unwritten_memory(backend, filled_memory):
 @pytest.mark.parametrize("backend", WORKING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_that_share_a_dispatch_keep_their_bits(backend, dtype):
-    """Two layers of other widths on the same tokens."""
+    """Two layers of different widths on the same tokens share one dispatch."""
     for inner, out in ((40, 24), (24, 72)):
         x, weight, bias, lora, modality_ids = make(37, inner, out)
         x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
@@ -315,18 +296,12 @@ def test_bad_input_is_refused():
         ({"bias": bias.to("meta")}, ValueError, "^bias must be on cpu"),
         ({"modality_ids": modality_ids.to("meta")}, ValueError, "^modality_ids must be on cpu"),
         *(
-            (
-                {"lora": lora._replace(**{field: tensor.to("meta")})}, ValueError,
-                f"^lora.{field} must be on cpu",
-            )
+            ({"lora": lora._replace(**{field: value})}, error, f"^lora.{field} must be {message}")
             for field, tensor in lora._asdict().items()
-        ),
-        *(
-            (
-                {"lora": lora._replace(**{field: None})}, TypeError,
-                f"^lora.{field} must be a tensor, got NoneType",
+            for value, error, message in (
+                (tensor.to("meta"), ValueError, "on cpu"),
+                (None, TypeError, "a tensor, got NoneType"),
             )
-            for field in lora._fields
         ),
     ]  # fmt: skip
     for changes, error, message in cases:

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from support.moe_mlp import VARIANTS, call, check_frozen_extra, run
+from support.devices import NEEDS_CUDA
+from support.moe_mlp import VARIANTS, call, check_frozen_extra, on_device, run, strided
 
 from moe_kernels import _native, backends, ops, testing
 from moe_kernels.ops import LoraWeights
@@ -12,9 +13,6 @@ from moe_kernels.ops.moe_mlp import reference
 from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_moe_inputs
 
 WORKING = testing.working_backends()
-NEEDS_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device: run on a machine with a GPU"
-)
 
 
 def definition(inputs):
@@ -222,16 +220,7 @@ def test_few_tokens(backend, num_tokens):
 def test_non_contiguous_inputs(backend):
     inputs = make_moe_inputs(SHAPES["odd"]).to(torch.float32)
     expected = call(inputs, backend)
-
-    def strided(tensor):
-        return None if tensor is None else tensor.transpose(0, -1).contiguous().transpose(0, -1)
-
-    fields = {}
-    for name, value in inputs._asdict().items():
-        fields[name] = (
-            LoraWeights(*map(strided, value)) if isinstance(value, LoraWeights) else strided(value)
-        )
-    odd = inputs._replace(**fields)
+    odd = strided(inputs)
     assert not odd.gate_up_proj.is_contiguous()
     assert torch.equal(call(odd, backend), expected)
 
@@ -415,10 +404,6 @@ def with_field(field, change):
     return lambda lora: lora._replace(**{field: change(getattr(lora, field))})
 
 
-def not_a_lora(lora):
-    return tuple(lora)
-
-
 def on_meta(tensor):
     return tensor.to("meta")
 
@@ -448,57 +433,10 @@ BAD = {
     "mask float": ({"modality_ids": lambda t: t.float()}, TypeError, "modality_ids must be int64"),
     "mask shape": ({"modality_ids": lambda t: t[1:]}, ValueError, "modality_ids must have shape"),
     "mask high": ({"modality_ids": lambda t: t * 2}, ValueError, "modality_ids must be in"),
-    "A rank": (
-        {"gate_up_lora": with_field("lora_A", lambda t: t[0])}, ValueError, "lora_A must have 4",
-    ),
-    "A in": (
-        {"down_lora": with_field("lora_A", lambda t: t[..., 1:])}, ValueError, r"down_lora.lora_A",
-    ),
-    "A experts": (
-        {"down_lora": with_field("lora_A", lambda t: t[:, :2])}, ValueError, r"down_lora.lora_A",
-    ),
-    "A dtype": (
-        {"down_lora": with_field("lora_A", lambda t: t.half())}, TypeError, "must be float32",
-    ),
-    "A none": (
-        {"down_lora": with_field("lora_A", lambda _: None)}, TypeError,
-        "down_lora.lora_A must be a tensor, got NoneType",
-    ),
-    "B rank": (
-        {"gate_up_lora": with_field("lora_B", lambda t: t[0])}, ValueError, "lora_B must have 4",
-    ),
-    "B dtype": (
-        {"gate_up_lora": with_field("lora_B", lambda t: t.half())}, TypeError,
-        "gate_up_lora.lora_B must be float32",
-    ),
     "A and B dtypes differ": (
         {"gate_up_proj": lambda t: t.bfloat16(), "down_proj": lambda t: t.bfloat16(),
          "gate_up_lora": with_field("lora_B", lambda t: t.bfloat16())},
         TypeError, "lora_A is torch.float32 but lora_B torch.bfloat16",
-    ),
-    "B shape": (
-        {"down_lora": with_field("lora_B", lambda t: t[:, 1:])}, ValueError, r"down_lora.lora_B",
-    ),
-    "scaling shape": (
-        {"down_lora": with_field("scaling", lambda t: t[None])}, ValueError, "scaling must have",
-    ),
-    "scaling int": (
-        {"down_lora": with_field("scaling", lambda t: t.long())}, TypeError,
-        "down_lora.scaling must be float32",
-    ),
-    "scaling grad": (
-        {"down_lora": with_field("scaling", lambda t: t.requires_grad_())}, ValueError,
-        "down_lora.scaling requires grad, but scaling is a constant",
-    ),
-    "scaling number": (
-        {"down_lora": with_field("scaling", lambda _: 2.0)}, TypeError,
-        "down_lora.scaling must be a tensor, got float",
-    ),
-    "gate_up_lora tuple": (
-        {"gate_up_lora": not_a_lora}, TypeError, "gate_up_lora must be a LoraWeights, got tuple",
-    ),
-    "down_lora tuple": (
-        {"down_lora": not_a_lora}, TypeError, "down_lora must be a LoraWeights, got tuple",
     ),
     "modalities differ": (
         {"down_lora": lambda _: make_moe_inputs(
@@ -518,6 +456,29 @@ BAD = {
     "extra dtype": ({"extra_down_proj": lambda t: t.half()}, TypeError, "extra_down_proj must be"),
 }  # fmt: skip
 
+BAD |= {
+    name: ({lora: with_field(field, change)}, error, message)
+    for name, lora, field, change, error, message in (
+        ("A rank", "gate_up_lora", "lora_A", lambda t: t[0], ValueError, "lora_A must have 4"),
+        ("A in", "down_lora", "lora_A", lambda t: t[..., 1:], ValueError, r"down_lora.lora_A"),
+        ("A experts", "down_lora", "lora_A", lambda t: t[:, :2], ValueError, r"down_lora.lora_A"),
+        ("A dtype", "down_lora", "lora_A", lambda t: t.half(), TypeError, "must be float32"),
+        ("A none", "down_lora", "lora_A", lambda _: None, TypeError,
+         "down_lora.lora_A must be a tensor, got NoneType"),
+        ("B rank", "gate_up_lora", "lora_B", lambda t: t[0], ValueError, "lora_B must have 4"),
+        ("B dtype", "gate_up_lora", "lora_B", lambda t: t.half(), TypeError,
+         "gate_up_lora.lora_B must be float32"),
+        ("B shape", "down_lora", "lora_B", lambda t: t[:, 1:], ValueError, r"down_lora.lora_B"),
+        ("scaling shape", "down_lora", "scaling", lambda t: t[None], ValueError,
+         "scaling must have"),
+        ("scaling int", "down_lora", "scaling", lambda t: t.long(), TypeError,
+         "down_lora.scaling must be float32"),
+        ("scaling grad", "down_lora", "scaling", lambda t: t.requires_grad_(), ValueError,
+         "down_lora.scaling requires grad, but scaling is a constant"),
+        ("scaling number", "down_lora", "scaling", lambda _: 2.0, TypeError,
+         "down_lora.scaling must be a tensor, got float"),
+    )
+}  # fmt: skip
 TENSORS = (*MoeInputs._fields[:6], "extra_gate_up_proj", "extra_down_proj")
 BAD |= {
     f"{name} list": ({name: lambda t: t.tolist()}, TypeError, f"^{name} must be a tensor, got list")
@@ -527,13 +488,11 @@ BAD |= {
     f"{name} device": ({name: on_meta}, ValueError, f"^{name} must be on cpu, got meta")
     for name in TENSORS[1:]
 }
-BAD |= {
-    f"{lora}.{field} device": (
-        {lora: with_field(field, on_meta)}, ValueError, f"^{lora}.{field} must be on cpu",
-    )
-    for lora in ("gate_up_lora", "down_lora")
-    for field in LoraWeights._fields
-}  # fmt: skip
+for lora in ("gate_up_lora", "down_lora"):
+    BAD[f"{lora} tuple"] = {lora: tuple}, TypeError, f"{lora} must be a LoraWeights, got tuple"
+    for field in LoraWeights._fields:
+        change = {lora: with_field(field, on_meta)}
+        BAD[f"{lora}.{field} device"] = change, ValueError, f"^{lora}.{field} must be on cpu"
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -558,14 +517,9 @@ def test_bad_names_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["two_modalities", "added_experts", "no_mask"])
 def test_on_cuda(backend, dtype, variant):
-    def move(value):
-        if isinstance(value, LoraWeights):
-            return LoraWeights(*map(move, value))
-        return None if value is None else value.cuda()
-
     low = make_moe_inputs(SHAPES["small"], **VARIANTS[variant]).to(dtype)
     grad_out = torch.randn(low.hidden_states.shape).to(dtype)
     expected = run(low.to(torch.float64), "reference", grad_out)
-    for name, actual in run(MoeInputs(*map(move, low)), backend, grad_out.cuda()).items():
+    for name, actual in run(on_device(low, "cuda"), backend, grad_out.cuda()).items():
         assert actual.is_cuda, name
         testing.assert_close(actual.cpu(), expected[name], dtype=dtype, name=name)

@@ -5,35 +5,20 @@ from functools import partial
 
 import pytest
 import torch
-from support.registered_ops import make, results, same
+from support.registered_ops import Calls, make, results, same
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_kernels import ops
 from moe_kernels.testing import working_backends
 
-WORKING = working_backends()
 pytestmark = [
-    pytest.mark.parametrize("backend", WORKING),
+    pytest.mark.parametrize("backend", working_backends()),
     pytest.mark.parametrize("op", ["moe_mlp", "lora_linear"]),
 ]
 
 
 BEFORE = {"moe_mlp": [], "lora_linear": ["linear_dispatch"]}  # ops that come before the op
-
-
-class Calls(TorchDispatchMode):
-    """Records the names of the registered ops that reach the dispatcher."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "moe_kernels":
-            self.names.append(func._schema.name.removeprefix("moe_kernels::"))
-        return func(*args, **(kwargs or {}))
 
 
 class Subclass(torch.Tensor):

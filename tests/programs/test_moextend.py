@@ -128,7 +128,7 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
 
 
 def check_scores(program, found, folder):
-    """Which tokens each score counted."""
+    """Check which tokens each score counted."""
     from shared.stages import Stages
     from studies.moextend.runs import Setup
 
@@ -452,7 +452,7 @@ def test_forgetting_has_verdicts_of_its_own(program, ours, outcome):
 
 
 def made_up_result(run, rng):
-    """As a run leaves it, with figures of no meaning."""
+    """Return a record as a run leaves it, with meaningless figures."""
     changed = 7 * run.changes_text
     nll = {"nll": rng.uniform(1, 2)}
     if run.task == "pictures":

@@ -25,10 +25,15 @@ def extended(family="mixtral", *, layers="all", init=0, model=None, **options):
     return extender
 
 
-def routed(model, inputs, layer=0):
-    """Return (logits, scores, indices) of a layer's router, and its input."""
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def routed(model, **inputs):
+    """Return (logits, scores, indices) of the first layer's router, and its input."""
     seen = []
-    router = parts_of(model.model.layers[layer]).router
+    router = parts_of(model.model.layers[0]).router
     hook = router.register_forward_hook(lambda m, args, out: seen.append((*out, args[0])))
     with torch.no_grad():
         model(**inputs)

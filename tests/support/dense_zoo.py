@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
+from support import model_zoo
+from support.model_zoo import COMMON, randomise_vectors
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,20 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-VOCAB, D_FF = 48, 48
-_COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": D_FF,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+D_FF = 48
 _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
@@ -62,16 +50,14 @@ EVERY_CASE = pytest.mark.parametrize(("family", "shared"), CASES)
 def make_dense(family="llama", *, dtype=torch.float64, seed=0, **overrides):
     model_class, config_class, settings, *_ = DENSE[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**_COMMON, **settings, **overrides}))
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # biases that are not zero, and norms that are not one
-            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    sizes = {"intermediate_size": D_FF, "max_position_embeddings": 64}
+    model = model_class(config_class(**COMMON | sizes | settings | overrides))
+    randomise_vectors(model, std=0.2)
     return model.to(dtype).eval()
 
 
 def token_ids(batch=3, length=20, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, VOCAB, (batch, length), generator=generator)
+    return model_zoo.token_ids(batch, length, seed=seed)
 
 
 CALIBRATION = [token_ids(4, 32, seed=1), token_ids(4, 32, seed=2)]

@@ -1,20 +1,14 @@
 """A patched model with image tokens, and batches of text and image tokens for it."""
 
 import torch
-from support.model_zoo import PAD, VOCAB, make_model, randomise, token_ids
-
-from moe_kernels import add_modality_tokens, patch_model
+from support import patched_models
+from support.model_zoo import PAD, VOCAB, token_ids
 
 IMAGE = range(VOCAB, VOCAB + 10)
 
 
 def patched_model(family="olmoe", **options):
-    """Return a model with image tokens and random adapters, and its handle."""
-    model = make_model(family, **options)
-    patched = patch_model(model)
-    assert add_modality_tokens(model, "image", len(IMAGE)) == IMAGE
-    randomise(patched)
-    return model, patched
+    return patched_models.patched_model(family, num_tokens=len(IMAGE), **options)
 
 
 def mixed_batch(seed=0, *, num_text=5, num_image=4):

@@ -1,9 +1,13 @@
 """Tiny random Hugging Face models of every family that is tested."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -20,14 +24,13 @@ from moe_kernels import patch_model
 VOCAB = 48
 PAD = 0
 
-_COMMON = {
+# Settings of every tiny model, dense ones included.
+COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
     "initializer_range": 0.2,
     "pad_token_id": PAD,
     "bos_token_id": 1,
@@ -67,6 +70,23 @@ FAMILIES: dict[str, tuple[type, type, dict]] = {
         },
     ),
 }
+# name -> own settings, for families whose experts are supported but not their routers or attention
+OTHERS = {
+    "deepseek_v3": {
+        "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    },
+    "glm4_moe": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 4},
+    "minimax_m2": {"num_local_experts": 4, "head_dim": 8},
+}  # fmt: skip
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+# Settings of a model in which a GEMM over routed rows would change bits.
+LARGE = {
+    "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    "initializer_range": 0.05,
+}  # fmt: skip
 
 
 def make_model(
@@ -80,26 +100,40 @@ def make_model(
 ) -> PreTrainedModel:
     """Make a model in eval mode; the same seed gives the same weights.
 
-    Biases and norms are random too, so that a path that omits one fails.
-
     Args:
         family: a name of ``FAMILIES``.
-        seed: of the weights.
-        dtype: of the weights.
+        seed: seed of the weights.
+        dtype: dtype of the weights.
         experts: transformers' own experts implementation.
         attention: transformers' attention implementation.
         **overrides: settings of the model's configuration.
     """
     model_class, config_class, own = FAMILIES[family]
-    config = config_class(**{**_COMMON, **own, **overrides})
+    sizes = {"num_experts_per_tok": 2, "max_position_embeddings": 512}
+    config = config_class(**COMMON | sizes | own | overrides)
     config._attn_implementation = attention
     torch.manual_seed(seed)
     model = model_class(config)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+    randomise_vectors(model, std=0.1)
     model.set_experts_implementation(experts)
     return model.to(dtype).eval()
+
+
+def make_other(family: str, **overrides) -> PreTrainedModel:
+    """Make a model of one of ``OTHERS`` in eval mode."""
+    sizes = {"intermediate_size": 24, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **COMMON | sizes | OTHERS[family] | overrides)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def randomise_vectors(model: nn.Module, std: float) -> None:
+    """Make biases and norms random, so that a path that omits one fails."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
 
 
 def randomise(patched, *, scale: float = 0.3, seed: int = 1) -> None:
@@ -124,6 +158,14 @@ def token_ids(batch: int, length: int, *, seed: int = 0, vocab: int = VOCAB) -> 
     return torch.randint(1, vocab, (batch, length), generator=generator)
 
 
+def hooks_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the number of forward hooks and forward pre-hooks of every module."""
+    return {
+        name: (len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    }
+
+
 def snapshot(model: nn.Module) -> dict:
     """Copy everything that patching may touch, for :func:`assert_same_snapshot`."""
     return {
@@ -131,10 +173,7 @@ def snapshot(model: nn.Module) -> dict:
         "buffers": sorted(name for name, _ in model.named_buffers()),
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
-        "hooks": {
-            name: (len(module._forward_hooks), len(module._forward_pre_hooks))
-            for name, module in model.named_modules()
-        },
+        "hooks": hooks_of(model),
         "non_persistent": {
             name: sorted(module._non_persistent_buffers_set)
             for name, module in model.named_modules()
@@ -159,9 +198,16 @@ def assert_same_snapshot(actual: dict, expected: dict) -> None:
         assert torch.equal(actual["state"][name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
 
 
+@contextlib.contextmanager
+def unchanged(model: nn.Module):
+    """Fail unless the model leaves the block as it entered it, tensors bit for bit."""
+    before = snapshot(model)
+    yield
+    assert_same_snapshot(snapshot(model), before)
+
+
 def refused(model, error, match, config=None):
-    before = snapshot(model) if hasattr(model, "generation_config") else None
-    with pytest.raises(error, match=match):
+    transformers_model = hasattr(model, "generation_config")
+    context = unchanged(model) if transformers_model else contextlib.nullcontext()
+    with context, pytest.raises(error, match=match):
         patch_model(model, config)
-    if before is not None:
-        assert_same_snapshot(snapshot(model), before)

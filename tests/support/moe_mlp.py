@@ -3,6 +3,7 @@
 import torch
 
 from moe_kernels import ops
+from moe_kernels.ops import LoraWeights
 
 # Mixed modalities with padding, an empty expert, the same expert twice, added experts.
 VARIANTS = {
@@ -23,6 +24,28 @@ VARIANTS = {
     "repeated": {"routing": "repeated"},
     "half_empty": {"routing": "half_empty", "num_extra": 1},
 }
+
+
+def on_device(inputs, device):
+    """Return inputs whose tensors are on a device; None stays None."""
+
+    def move(value):
+        if isinstance(value, LoraWeights):
+            return LoraWeights(*map(move, value))
+        return None if value is None else value.to(device)
+
+    return type(inputs)(*map(move, inputs))
+
+
+def strided(inputs):
+    """Return equal inputs whose tensors are not contiguous."""
+
+    def transposed(value):
+        if isinstance(value, LoraWeights):
+            return LoraWeights(*map(transposed, value))
+        return None if value is None else value.transpose(0, -1).contiguous().transpose(0, -1)
+
+    return type(inputs)(*map(transposed, inputs))
 
 
 def call(inputs, backend, **options):

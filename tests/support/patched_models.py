@@ -1,14 +1,58 @@
-"""Patched models compared with merged weights and with their compiled form."""
+"""Patched models with random adapters, and checks of what they compute, generate and save."""
 
 import copy
 
 import torch
-from support.model_zoo import make_model, randomise, token_ids
+from safetensors.torch import load_file
+from support.model_zoo import VOCAB, make_model, randomise, token_ids
 
-from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models.handle import get_patched
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms
+
+
+def patched_model(family="mixtral", config=None, *, num_tokens=0, scale=0.3, **settings):
+    """Return a model with image tokens and random adapters, and its handle."""
+    model = make_model(family, **settings)
+    patched = patch_model(model, config)
+    if num_tokens:
+        first = model.config.vocab_size
+        added = add_modality_tokens(model, "image", num_tokens)
+        assert added == range(first, first + num_tokens)
+    randomise(patched, scale=scale)
+    return model, patched
+
+
+def assert_saved(patched, folder):
+    """Check that transformers saves the trainable parameters under their own names.
+
+    On saving, transformers splits and renames parameters that look like weights of experts.
+    """
+    patched.model.save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")
+    for name, parameter in patched.named_trainable_parameters():
+        assert torch.equal(saved[name], parameter), name
+
+
+@torch.no_grad()
+def greedy(model, ids, steps, modality_of=lambda ids: None):
+    """Return ids and the tokens that follow, each of them by one forward without a cache."""
+    for _ in range(steps):
+        logits = model(ids, modality_ids=modality_of(ids)).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def check_generation(model, num_tokens):
+    """Check that generate() gives the tokens of full forwards, with and without a cache."""
+    ids = token_ids(2, 6, vocab=VOCAB + num_tokens)
+    settings = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": []}
+    settings["attention_mask"] = torch.ones_like(ids)
+    expected = greedy(model, ids, 6)
+    assert (expected[:, 6:] >= VOCAB).any()
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
 
 
 def merge(model, patched):

@@ -12,7 +12,7 @@ PROGRAMS = Path(__file__).parents[2] / "python"
 
 @contextlib.contextmanager
 def imported(name):
-    """A program as a module; its folder is on the path only here, as when it is run."""
+    """Import a program as a module; its folder is on the path only meanwhile."""
     for needed in ("mlxtend", "sklearn", "matplotlib", "rich", "accelerate", "tokenizers"):
         pytest.importorskip(needed)
     sys.path.insert(0, str(PROGRAMS))
@@ -27,7 +27,7 @@ def imported(name):
 
 
 def save_byte_tokenizer(folder):
-    """A tokenizer whose 256 tokens are the bytes; the first of them pads."""
+    """Save a tokenizer whose 256 tokens are the bytes; the first of them pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -3,10 +3,24 @@
 from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import ops
 from moe_kernels.ops import LoraWeights
 from moe_kernels.testing import SHAPES, make_moe_inputs
+
+
+class Calls(TorchDispatchMode):
+    """Records the names of the registered ops that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moe_kernels":
+            self.names.append(func._schema.name.removeprefix("moe_kernels::"))
+        return func(*args, **(kwargs or {}))
 
 
 def make(op, backend):
