@@ -41,7 +41,7 @@ class Study:
     runs: by name, dataclasses with ``trains``, the name of a learning rate that runs share, and
         ``lr``, None where that rate is tuned
     quick_runs: names of the runs of --quick and --remake
-    learning_rates: rates to choose from, or (run) -> rates
+    learning_rates: (run) -> rates to choose from
     tuned: (run) -> the run on which its learning rate is tuned
     setup: (budget, seed, stages) -> models and data that all runs of a seed share
     measure: (setup, run, learning rate, workspace) -> a result, for JSON, with ``choice_nll``,
@@ -63,7 +63,7 @@ class Study:
     quick_runs: Sequence[str]
     budget: Any
     quick_budget: Any
-    learning_rates: Sequence[float] | Callable[[Any], Sequence[float]]
+    learning_rates: Callable[[Any], Sequence[float]]
     tuned: Callable[[Any], Any]
     setup: Callable[[Any, int, Stages], Any]
     measure: Callable[[Any, Any, float, Workspace], dict[str, Any]]
@@ -78,10 +78,6 @@ class Study:
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     core_hours_later: float = 0.0
-
-    def rates_of(self, run: Any) -> Sequence[float]:
-        rates = self.learning_rates
-        return rates(run) if callable(rates) else rates
 
 
 class Sweep:
@@ -121,7 +117,7 @@ class Sweep:
             name = tuning_name(trains)
             tuned[trains] = {
                 f"{lr:g}": self.choice_loss(f"{name}-{lr:g}", run, lr)
-                for lr in self.study.rates_of(run)
+                for lr in self.study.learning_rates(run)
             }
         return tuned
 
@@ -228,6 +224,23 @@ def tuning_name(trains: str) -> str:
 
 def pick(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: found[name] for name in names}
+
+
+def training_arguments(
+    steps: int, batch: int, lr: float, *, warmup_steps: int, seed: int
+) -> dict[str, Any]:
+    """Return the arguments of :func:`shared.training.train` that all runs share."""
+    return {
+        "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr,
+        "weight_decay": 0.01, "warmup_steps": warmup_steps, "seed": seed, "use_cpu": True,
+        "logging_steps": 1, "save_steps": 10**9,
+    }  # fmt: skip
+
+
+def record_training(model: torch.nn.Module, history: dict[str, Any]) -> dict[str, Any]:
+    """Return what every result says of its training."""
+    losses = [round(loss, 4) for _, loss in history["loss"]]
+    return {"trained_parameters": trained_parameters(model), "loss": losses}
 
 
 def trained_parameters(model: torch.nn.Module) -> int:

@@ -5,27 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from shared import questions
 from shared.encoder import EncodedPictures, EncoderSettings, load_encoded, train_encoder
 from shared.pictures import DIGITS
-from shared.questions import (
-    QuestionSet,
-    Viewer,
-    WordQuestion,
-    align,
-    as_text,
-    ask,
-    ask_words,
-    collate_text,
-    encode,
-    grade_words,
-    joined_batches,
-)
+from shared.questions import QuestionSet, Viewer, WordQuestion
 from shared.stages import Stages, Workspace
 from shared.text_model import TextModelSettings, load_text_model, pretrain
 from shared.text_to_image import compare_text, text_logits, text_nll
@@ -37,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.moextend import ExpertExtender, LayerScores
-from studies.sweep import trained_parameters
+from studies.sweep import record_training, training_arguments
 
 KINDS = ("digit", "sum")
 # Tokens that may choose added experts: those of pictures, all of a sequence, or every token. Source
@@ -157,7 +146,7 @@ class Setup:
     def folder(self) -> Path:
         """Folder of the base, which learnt documentation and questions in words."""
         settings, count = self.text_settings, self.budget.word_questions
-        words = as_text(self.learnt_words)
+        words = questions.as_text(self.learnt_words)
         return self.stages.run(
             f"base-{self.seed}", dataclasses.asdict(settings) | {"word_questions": count},
             lambda workspace: pretrain(settings, workspace, words),
@@ -177,11 +166,11 @@ class Setup:
     @cached_property
     def learnt_words(self) -> list[WordQuestion]:
         """Questions in words that the base learns; two thirds are sums, which are harder."""
-        return ask_words(DIGITS, (*KINDS, "sum"), self.budget.word_questions, self.seed)
+        return questions.ask_words(DIGITS, (*KINDS, "sum"), self.budget.word_questions, self.seed)
 
     @cached_property
     def words(self) -> list[WordQuestion]:
-        return ask_words(DIGITS, KINDS, 400, self.seed + 1)
+        return questions.ask_words(DIGITS, KINDS, 400, self.seed + 1)
 
     @cached_property
     def code(self) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -208,11 +197,11 @@ class Setup:
     @property
     def plain(self) -> dict[str, list[dict[str, torch.Tensor]]]:
         """Batches of text without ids, by kind, which a gate must leave bit-identical."""
-        words = [encode(self.tokenizer, each.prompt, each.answer) for each in self.words]
+        words = [questions.encode(self.tokenizer, each.prompt, each.answer) for each in self.words]
         return {
             "code": [without_ids(batch) for batch in self.code_batches("test")],
             "words": [
-                collate_text(self.tokenizer, words[start : start + 100])
+                questions.collate_text(self.tokenizer, words[start : start + 100])
                 for start in range(0, len(words), 100)
             ],
         }
@@ -230,7 +219,10 @@ class Setup:
     def questions(self, part: str, count: int | None, seed: int = 0) -> QuestionSet:
         """Ask ``count`` questions of each kind about a part's pictures, in turn; None: one each."""
         pictures = self.pictures[part]
-        asked = [ask(pictures, kind, count, self.seed + seed + i) for i, kind in enumerate(KINDS)]
+        asked = [
+            questions.ask(pictures, kind, count, self.seed + seed + i)
+            for i, kind in enumerate(KINDS)
+        ]
         mixed = [question for group in zip(*asked, strict=True) for question in group]
         return QuestionSet(pictures, mixed, self.tokenizer)
 
@@ -250,15 +242,18 @@ class Setup:
 
         def build(workspace: Workspace) -> dict[str, Any]:
             model, tokenizer = self.load()
+            budget = self.budget
             viewer = Viewer(ExpertExtender(model, ("image",)))
-            history = align(
+            history = questions.align(
                 viewer, self.questions("train", None), self.progress_batches, workspace,
-                learning_rate=self.budget.align_learning_rate, max_steps=self.budget.align_steps,
-                **arguments(self.budget, self.budget.batch, self.seed),
+                **training_arguments(
+                    budget.align_steps, budget.batch, budget.align_learning_rate,
+                    warmup_steps=budget.steps // 15, seed=self.seed,
+                ),
             )  # fmt: skip
             return {
                 "history": history,
-                "words": grade_words(model, tokenizer, self.words),
+                "words": questions.grade_words(model, tokenizer, self.words),
                 "test": viewer.grade(self.held_out["test"]),
                 "most_common_answer": self.held_out["test"].most_common_answer(),
             }
@@ -283,7 +278,8 @@ class Setup:
         held_out = self.held_out["choice"]
         each = len(held_out) // 2
         asked = held_out.questions[half * each : (half + 1) * each]
-        return joined_batches(viewer, dataclasses.replace(held_out, questions=asked), size)
+        half_of_them = dataclasses.replace(held_out, questions=asked)
+        return questions.joined_batches(viewer, half_of_them, size)
 
     def scores(self, task: str, gate: str, half: int = 0) -> LayerScores:
         """Score the layers by the tokens that may choose added experts behind this gate."""
@@ -317,7 +313,7 @@ class Setup:
         learnt = {each.prompt for each in self.learnt_words}
         return found | {
             "encoder_accuracy": encoder["accuracy"],
-            "words": grade_words(model, tokenizer, self.words),
+            "words": questions.grade_words(model, tokenizer, self.words),
             "words_learnt": sum(each.prompt in learnt for each in self.words) / len(self.words),
             "prompts_learnt": {
                 kind: len({each.prompt for each in self.learnt_words if each.kind == kind})
@@ -336,14 +332,6 @@ def record_scores(scores: LayerScores) -> dict[str, Any]:
 def without_ids(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a batch for a model that was not patched."""
     return {name: tensor for name, tensor in batch.items() if name != "modality_ids"}
-
-
-def arguments(budget: Budget, batch: int, seed: int) -> dict[str, Any]:
-    """Return the Trainer's arguments that all trainings here share."""
-    return dict(
-        per_device_train_batch_size=batch, weight_decay=0.01, warmup_steps=budget.steps // 15,
-        seed=seed, use_cpu=True, logging_steps=1, save_steps=10**9,
-    )  # fmt: skip
 
 
 # --- one run
@@ -448,35 +436,28 @@ def compare_plain(before: dict[str, Any], after: dict[str, Any]) -> dict[str, di
 
 def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
     model, tokenizer = setup.load()
-    vocab_size, blocks, plain = model.config.vocab_size, setup.blocks, setup.plain
-    unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
+    blocks, plain = setup.blocks, setup.plain
+    logits = partial(text_logits, model, blocks, model.config.vocab_size, TEXT_BATCH)
+    unpatched = logits()
     extender, viewer = start(setup, run, model)
-    before = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    plain_before = read(model, plain)
+    before, plain_before = logits(), read(model, plain)
     result: dict[str, Any] = add(setup, run, extender)
-    result["text_nll_at_step_0"] = text_nll(
-        text_logits(model, blocks, vocab_size, TEXT_BATCH), blocks
-    )
+    result["text_nll_at_step_0"] = text_nll(logits(), blocks)
     if run.method == "extension":
         result["disturbance"] = disturbance(setup, extender, viewer)
     history = learn(setup, run, extender, viewer, lr, workspace)
     model.eval()
-    after = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    grades = {part: grade(setup, extender, viewer, part) for part in ("choice", "test")}
-    return result | {
-        "trained_parameters": trained_parameters(model),
-        "loss": [round(loss, 4) for _, loss in history["loss"]],
-        "held_out": history["held_out"],
-        "choice": grades["choice"],
-        "test": grades["test"],
-        "choice_nll": grades["choice"]["nll"],
-        "test_nll": grades["test"]["nll"],
-        "text": compare_text(unpatched, before, after, blocks),
+    test = grade(setup, extender, viewer, "test")
+    result |= record_training(model, history) | {
+        "test": test,
+        "choice_nll": grade(setup, extender, viewer, "choice")["nll"],
+        "test_nll": test["nll"],
+        "text": compare_text(unpatched, before, logits(), blocks),
         "max_abs_logit_difference_by_patching": float((before - unpatched).abs().max()),
         "plain": compare_plain(plain_before, read(model, plain)),
-        "words": grade_words(model, tokenizer, setup.words),
-        "samples_per_second": history["samples_per_second"],
+        "words": questions.grade_words(model, tokenizer, setup.words),
     }
+    return result
 
 
 def learn(
@@ -485,15 +466,15 @@ def learn(
 ) -> dict[str, Any]:  # fmt: skip
     budget = setup.budget
     batch = budget.batch if run.task == "pictures" else budget.code_batch
-    options = arguments(budget, batch, setup.seed)
-    options |= {"max_steps": budget.steps, "learning_rate": lr}
+    warmup = budget.steps // 15
+    options = training_arguments(budget.steps, batch, lr, warmup_steps=warmup, seed=setup.seed)
     is_full = run.method == "full"
     if viewer is not None:
         # The projector was aligned by other questions about the same pictures.
-        questions = setup.questions("train", None, seed=10)
+        asked = setup.questions("train", None, seed=10)
         checkpoints = "model" if is_full else "adapter"
         return viewer.learn(
-            questions, setup.progress_batches, workspace, checkpoints=checkpoints, **options
+            asked, setup.progress_batches, workspace, checkpoints=checkpoints, **options
         )
     held_out = setup.code_batches("choice")[:1]
     return train(
@@ -518,7 +499,7 @@ def disturbance(
     if viewer is None:
         task = setup.code_batches("choice")
     else:
-        task = joined_batches(viewer, setup.questions("choice", 50), 100)
+        task = questions.joined_batches(viewer, setup.questions("choice", 50), 100)
     name = extender.patched.config.modalities[0]
     return {
         "text": extender.disturbance(text)["text"].to_dict(),

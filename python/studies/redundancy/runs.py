@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_kernels import ModalityLoraConfig
+from moe_kernels import ModalityLoraConfig, imaging
 from moe_kernels.analysis import expert_redundancy
 from moe_kernels.conversion import dense_to_moe, heal
-from moe_kernels.imaging import (
-    ImageVocabulary,
-    PatchTokenizer,
-    generate_image_codes,
-    nearest_indices,
-)
 from moe_kernels.init.rows import initial_rows
 from moe_kernels.models import initialise_lora
 from moe_kernels.models.tokens import ROWS
 from moe_kernels.moextend import ExpertExtender
-from studies.sweep import trained_parameters
+from studies.sweep import record_training, training_arguments
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100
 SCORING_STEPS = 8
-WEIGHT_DECAY = 0.01
 GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 # Starts are compared by the steps until the mean of the last WINDOW training losses, in nats a
 # token, is at most this.
@@ -149,8 +142,8 @@ class PictureSplits:
         return learnt, choice, test
 
     @cached_property
-    def tokenizer(self) -> PatchTokenizer:
-        return PatchTokenizer.fit(
+    def tokenizer(self) -> imaging.PatchTokenizer:
+        return imaging.PatchTokenizer.fit(
             self._split[0].images, num_codes=self.num_codes, patch_size=4, seed=self.seed
         )
 
@@ -297,7 +290,7 @@ def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painte
     if run.method == "full":
         torch.manual_seed(setup.seed)
         first = model.config.vocab_size
-        size = ImageVocabulary.size(num_codes)
+        size = imaging.ImageVocabulary.size(num_codes)
         model.requires_grad_(True).resize_token_embeddings(first + size)
         return Painter(model, tokenizer, range(first, first + size), captions)
     config = ModalityLoraConfig(
@@ -371,39 +364,34 @@ def optimizer_of(model: PreTrainedModel, run: Run, lr: float) -> torch.optim.Opt
     rows = [parameter for name, parameter in trained if ROWS in name]
     others = [parameter for name, parameter in trained if ROWS not in name]
     groups = [{"params": rows, "lr": run.row_lr}, {"params": others, "lr": lr}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
 
 
 def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict[str, Any]:
-    budget, data, seed = setup.budget, setup.data(run.data), setup.seed
+    budget, data = setup.budget, setup.data(run.data)
     model, tokenizer = setup.load(run)
-    vocab_size, blocks = model.config.vocab_size, setup.blocks(tokenizer, run.base)
-    steps = run.steps or budget.steps
-    unpatched = text_logits(model, blocks, vocab_size, TEXT_BATCH)
+    blocks = setup.blocks(tokenizer, run.base)
+    logits = partial(text_logits, model, blocks, model.config.vocab_size, TEXT_BATCH)
+    unpatched = logits()
     painter = prepare(setup, run, model, tokenizer)
-    before = text_logits(model, blocks, vocab_size, TEXT_BATCH)
+    before = logits()
     result = {"look_before": look(data, painter, blocks)} if run.look else {}
     learnt = data.train if run.pictures is None else data.train.head(run.pictures)
     choice, test = (painter.batches(part, IMAGE_BATCH) for part in held_out(data, run))
+    steps = run.steps or budget.steps
+    batch = budget.real_batch if run.base == "real" else budget.batch
     history = train(
         painter.patched or model, painter.dataset(learnt, caption_dropout=0.1),
         lambda model: mean_nll(model, choice[:1]), workspace,
-        collator=painter.collator, optimizer=optimizer_of(model, run, lr), max_steps=steps,
-        logging_steps=1,
-        per_device_train_batch_size=budget.real_batch if run.base == "real" else budget.batch,
-        learning_rate=lr, weight_decay=WEIGHT_DECAY,
-        warmup_steps=steps // 20, seed=seed, use_cpu=True, save_steps=10**9,
+        collator=painter.collator, optimizer=optimizer_of(model, run, lr),
+        **training_arguments(steps, batch, lr, warmup_steps=steps // 20, seed=setup.seed),
     )  # fmt: skip
     model.eval()
-    after = text_logits(model, blocks, vocab_size, TEXT_BATCH)
-    result |= {
-        "trained_parameters": trained_parameters(model),
-        "loss": [round(loss, 4) for _, loss in history["loss"]],
+    result |= record_training(model, history) | {
         "largest_gradient_norm": max(norm for _, norm in history["grad_norm"]),
         "choice_nll": mean_nll(model, choice),
         "test_nll": mean_nll(model, test),
-        "text": compare_text(unpatched, before, after, blocks),
-        "samples_per_second": history["samples_per_second"],
+        "text": compare_text(unpatched, before, logits(), blocks),
     }
     if run.samples:
         result["samples"] = draw(data, painter)
@@ -415,7 +403,7 @@ def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict
 
 def draw_codes(data: PictureSplits, painter: Painter, each: int, guidance: float) -> torch.Tensor:
     """Draw ``each`` pictures of every caption, as codes."""
-    return generate_image_codes(
+    return imaging.generate_image_codes(
         painter.model, [ids for ids in painter.caption_ids for _ in range(each)],
         painter.vocabulary, data.tokenizer.tokens_per_image, guidance_scale=guidance,
         pad_token_id=painter.collator.pad_token_id, empty_caption=painter.empty_caption,
@@ -429,7 +417,7 @@ def gallery(data: PictureSplits, painter: Painter) -> dict[str, Any]:
     drawn = {}
     for guidance in GUIDANCE:
         codes = draw_codes(data, painter, 2, guidance)
-        nearest = real[nearest_indices(decode(codes), decode(real))]
+        nearest = real[imaging.nearest_indices(decode(codes), decode(real))]
         read = data.reader.read(codes).tolist()
         drawn[f"{guidance:g}"] = {
             "codes": codes.tolist(),

@@ -138,7 +138,7 @@ def study(real: Path | None, real_name: str, emoji: Path | None) -> Study:
 
     return Study(
         name="redundancy", runs=runs_with(real, emoji), quick_runs=QUICK_RUNS,
-        budget=Budget(), quick_budget=QUICK, learning_rates=LEARNING_RATES, tuned=tuned,
+        budget=Budget(), quick_budget=QUICK, learning_rates=lambda run: LEARNING_RATES, tuned=tuned,
         measure=measure_run, record=record,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, real, emoji),
         cost=lambda setup: measure_cost(setup.folder("olmoe")), core_hours=CORE_HOURS,
