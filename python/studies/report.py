@@ -247,9 +247,15 @@ def column(get: Get, show: Callable[[np.ndarray], str]) -> Column:
     return lambda data, name, _: show(values(data, name, get))
 
 
-def spread(get: Get, digits: int = 3, scale: float = 1) -> Column:
-    """Column of a figure's mean and standard deviation over seeds."""
-    return column(get, lambda numbers: mean_and_spread(scale * numbers, digits))
+def spread(get: Get, digits: int = 3, scale: float = 1, zero: str | None = None) -> Column:
+    """Column of a figure's mean and standard deviation over seeds; zero: shown if all are 0."""
+
+    def show(numbers: np.ndarray) -> str:
+        if zero is not None and not numbers.any():
+            return zero
+        return mean_and_spread(scale * numbers, digits)
+
+    return column(get, show)
 
 
 def count(get: Get) -> Column:
@@ -257,8 +263,8 @@ def count(get: Get) -> Column:
     return column(get, lambda numbers: f"{numbers.mean():,.0f}")
 
 
-def total(data: Results, name: str, _: str) -> str:
-    return f"{parameters(data, name):,}"
+SEEDS = column("test_nll", lambda numbers: str(len(numbers)))
+PARAMETERS = count("trained_parameters")
 
 
 def difference(data: Results, name: str, baseline: str) -> str:
@@ -298,27 +304,23 @@ def cost_row(data: Results, method: str) -> str:
 
 def tuning_tables(data: Results) -> str:
     """A table for each list of learning rates, and where the best rate is the first or last."""
-    grids: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
-    for trains, losses in data["tuning"]["choice_nll"].items():
-        grids.setdefault(tuple(losses), {})[trains] = losses
-    return "\n\n".join(_tuning_table(*grid) for grid in grids.items())
-
-
-def _tuning_table(rates: tuple[str, ...], tuned: dict[str, dict[str, float]]) -> str:
-    best = {trains: min(losses, key=losses.get) for trains, losses in tuned.items()}
-    rows = [
-        [trains, *(f"**{loss:.3f}**" if rate == best[trains] else f"{loss:.3f}"
-                   for rate, loss in losses.items())]
-        for trains, losses in tuned.items()
-    ]  # fmt: skip
-    found = table(["what trains", *(f"lr {rate}" for rate in rates)], rows)
-    ends = [trains for trains, rate in best.items() if rate in (rates[0], rates[-1])]
-    if ends and len(rates) > 1:
-        found += (
-            f"\n\nThe best rate was the lowest or highest that was tried for: {'; '.join(ends)}. A "
-            "better one may lie beyond."
-        )
-    return found
+    tuned, texts = data["tuning"]["choice_nll"], []
+    for rates in dict.fromkeys(map(tuple, tuned.values())):
+        rows, ends = [], []
+        for trains, losses in tuned.items():
+            if tuple(losses) == rates:
+                cells = {rate: f"{loss:.3f}" for rate, loss in losses.items()}
+                best = min(losses, key=losses.get)
+                rows.append([trains, *(cells | {best: f"**{cells[best]}**"}).values()])
+                if best in (rates[0], rates[-1]):
+                    ends.append(trains)
+        texts.append(table(["what trains", *(f"lr {rate}" for rate in rates)], rows))
+        if ends and len(rates) > 1:
+            texts.append(
+                f"The best rate was the lowest or highest that was tried for: {'; '.join(ends)}. A "
+                "better one may lie beyond."
+            )
+    return "\n\n".join(texts)
 
 
 def base_model(data: Results) -> str:

@@ -1,8 +1,8 @@
 """Cost of a training step, each method in a process of its own for the sake of its peak memory.
 
-    PYTHONPATH=python python -m studies.step_cost plora MODEL_FOLDER    # prints one line of JSON
+    PYTHONPATH=python python -m studies.step_cost redundancy plora MODEL_FOLDER
 
-redundancy.py runs this module for each method in turn, in several rounds.
+It prints one line of JSON. The studies run it for each of their methods in turn, in several rounds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,25 @@ from shared.text_model import load_text_model
 from transformers import PreTrainedModel
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.moextend import ExpertExtender, join_features_and_text
+from studies.moextend.runs import train_base_experts
 
-METHODS = ("plora", "peft", "full")
 ROUNDS, WARM_UP, STEPS = 3, 3, 15
 BATCH, CAPTION, CODES = 16, 8, 49
+FEATURES, TEXT = 32, 16
 _ADDED = 66
 _PROGRAMS = Path(__file__).parents[1]
 
 
-def measure_cost(
-    folder: Path, program: str = "studies.step_cost", methods: Sequence[str] = METHODS
-) -> dict[str, list[dict[str, float]]]:
-    """Run a program (a module's name) for each method in every round; return what it prints.
-
-    Rounds interleave the methods.
-    """
+def measure_cost(study: str, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Measure each method of a study in every round; rounds interleave the methods."""
+    methods = METHODS[study]
     path = os.pathsep.join(filter(None, [str(_PROGRAMS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
     results: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for _ in range(ROUNDS):
         for method in methods:
-            command = [sys.executable, "-m", program, method, str(folder)]
+            command = [sys.executable, "-m", "studies.step_cost", study, method, str(folder)]
             output = subprocess.run(
                 command, check=True, capture_output=True, text=True, env=environment
             ).stdout
@@ -50,14 +49,11 @@ def measure_cost(
     return results
 
 
-def cost_of(method: str, folder: Path) -> dict[str, Any]:
+def cost_of(study: str, method: str, folder: Path) -> dict[str, Any]:
     """Measure tokens a second, peak memory above the loaded model's, and trained parameters."""
     model, _ = load_text_model(folder, "cpu")
     loaded = reset_peak()
-    model, first_id = _PREPARE[method](model)
-    ids = torch.randint(1, first_id, (BATCH, CAPTION + CODES))
-    ids[:, CAPTION:] = torch.randint(first_id, first_id + _ADDED, (BATCH, CODES))
-    return cost_of_steps(model, {"input_ids": ids, "labels": ids}, loaded)
+    return cost_of_steps(*METHODS[study][method](model), loaded)
 
 
 def cost_of_steps(
@@ -95,12 +91,26 @@ def peak_bytes() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
-def prepare_plora(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+# --- methods: functions of a base model that return what trains, and a batch
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def captioned_pictures(first_id: int) -> Batch:
+    """Return captions that are followed by the codes of pictures."""
+    ids = torch.randint(1, first_id, (BATCH, CAPTION + CODES))
+    ids[:, CAPTION:] = torch.randint(first_id, first_id + _ADDED, (BATCH, CODES))
+    return {"input_ids": ids, "labels": ids}
+
+
+def plora(model: PreTrainedModel) -> tuple[PreTrainedModel, Batch]:
     patch_model(model, ModalityLoraConfig(r=16, lora_alpha=32))
-    return model, add_modality_tokens(model, "image", _ADDED).start
+    first = add_modality_tokens(model, "image", _ADDED).start
+    return model, captioned_pictures(first)
 
 
-def prepare_peft(model: PreTrainedModel) -> tuple[torch.nn.Module, int]:
+def peft(model: PreTrainedModel) -> tuple[torch.nn.Module, Batch]:
     from peft import LoraConfig, get_peft_model
 
     first = model.config.vocab_size
@@ -110,20 +120,43 @@ def prepare_peft(model: PreTrainedModel) -> tuple[torch.nn.Module, int]:
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         modules_to_save=["embed_tokens", "lm_head"],
     )  # fmt: skip
-    return get_peft_model(model, config), first
+    return get_peft_model(model, config), captioned_pictures(first)
 
 
-def prepare_full(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+def full(model: PreTrainedModel) -> tuple[PreTrainedModel, Batch]:
     first = model.config.vocab_size
     model.resize_token_embeddings(first + _ADDED)
-    return model.requires_grad_(True), first
+    return model.requires_grad_(True), captioned_pictures(first)
 
 
-_PREPARE: dict[str, Callable[[PreTrainedModel], tuple[torch.nn.Module, int]]] = {
-    "plora": prepare_plora,
-    "peft": prepare_peft,
-    "full": prepare_full,
+def extension(model: PreTrainedModel, trains: str) -> tuple[PreTrainedModel, Batch]:
+    """trains: experts added "gated" or as "published"; the base's "experts"; or the "full" model"""
+    extender = ExpertExtender(model)
+    if trains in ("gated", "published"):
+        extender.extend("interval", init=0, modality_gate=trains == "gated")
+    else:
+        train_base_experts(model)
+    if trains == "experts":
+        # All experts and routers of the layers that would get new experts.
+        for layer in model.model.layers[::2]:
+            layer.mlp.requires_grad_(True)
+    elif trains == "full":
+        model.requires_grad_(True)
+    hidden, vocab = model.config.hidden_size, model.config.vocab_size
+    # Features come projected, as the projector is frozen by then.
+    features, text = torch.randn(BATCH, FEATURES, hidden), torch.randint(1, vocab, (BATCH, TEXT))
+    with torch.no_grad():
+        return model, join_features_and_text(model, features, text)
+
+
+# By study. The others are compared with the first one.
+METHODS: dict[str, dict[str, Callable[[PreTrainedModel], tuple[torch.nn.Module, Batch]]]] = {
+    "redundancy": {"plora": plora, "peft": peft, "full": full},
+    "moextend": {
+        trains: partial(extension, trains=trains)
+        for trains in ("gated", "published", "experts", "full")
+    },
 }
 
 if __name__ == "__main__":
-    print(json.dumps(cost_of(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(cost_of(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))

@@ -246,19 +246,16 @@ def test_what_shares_a_learning_rate_computes_the_same_or_differs_in_layers_alon
 
 def test_what_a_step_costs_is_of_what_trains(program, tmp_path, monkeypatch):
     from studies import step_cost
-    from studies.moextend import step_cost as moextend_step_cost
     from support.model_zoo import make_model
 
     monkeypatch.setattr(step_cost, "WARM_UP", 1)
     monkeypatch.setattr(step_cost, "STEPS", 1)
     trained = {}
-    for method in moextend_step_cost.METHODS:
+    for method in step_cost.METHODS["moextend"]:
         model = make_model("olmoe", num_hidden_layers=2, experts="grouped_mm")
-        monkeypatch.setattr(
-            moextend_step_cost, "load_text_model", lambda *_, model=model: (model, None)
-        )
+        monkeypatch.setattr(step_cost, "load_text_model", lambda *_, model=model: (model, None))
         before = {name: p.clone() for name, p in model.named_parameters()}
-        cost = moextend_step_cost.cost_of(method, tmp_path)
+        cost = step_cost.cost_of("moextend", method, tmp_path)
         trained[method] = cost["trained_parameters"]
         assert cost["tokens_per_second"] > 0
         after = dict(model.named_parameters())
@@ -499,6 +496,8 @@ def made_up_setup(rng):
 
 def made_up_data(program, seeds=3):
     """A whole JSON of a page."""
+    from studies import step_cost
+
     rng, runs = np.random.default_rng(), program.RUNS
     tuned = {run.trains: run.decides for run in runs.values() if run.lr is None}
     figures = {
@@ -520,7 +519,7 @@ def made_up_data(program, seeds=3):
         "seconds": 100.0, "threads": 1, "versions": {"torch": "2"}, "cost": {
             method: [{"tokens_per_second": rng.uniform(1, 9), "peak_bytes": 2**21,
                       "trained_parameters": 100} for _ in range(3)]
-            for method in program.COST_METHODS
+            for method in step_cost.METHODS["moextend"]
         },
     }  # fmt: skip
 

@@ -189,10 +189,7 @@ class Setup:
         return items
 
     def code_batches(self, part: str) -> list[dict[str, torch.Tensor]]:
-        items = self.code[part]
-        stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        split = {name: tensor.split(TEXT_BATCH) for name, tensor in stacked.items()}
-        return [dict(zip(split, each, strict=True)) for each in zip(*split.values(), strict=True)]
+        return stacked(self.code[part], TEXT_BATCH)
 
     @property
     def plain(self) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -266,20 +263,14 @@ class Setup:
 
     def score_batches(self, viewer: Viewer | None, half: int) -> list[dict[str, torch.Tensor]]:
         """Return one half (0 or 1) of the data held out for choices, to score layers by."""
-        size = self.budget.batch
-        if viewer is None:
-            names, items = ("input_ids", "labels", "modality_ids"), self.code["choice"]
-            each = len(items) // 2
-            items = items[half * each : (half + 1) * each]
-            return [
-                {name: torch.stack([item[name] for item in items[i : i + size]]) for name in names}
-                for i in range(0, each, size)
-            ]
-        held_out = self.held_out["choice"]
-        each = len(held_out) // 2
-        asked = held_out.questions[half * each : (half + 1) * each]
-        half_of_them = dataclasses.replace(held_out, questions=asked)
-        return questions.joined_batches(viewer, half_of_them, size)
+        is_code, size = viewer is None, self.budget.batch
+        items = self.code["choice"] if is_code else self.held_out["choice"].questions
+        count = len(items) // 2
+        scored = items[half * count : (half + 1) * count]
+        if is_code:
+            return stacked(scored, size)
+        asked = dataclasses.replace(self.held_out["choice"], questions=scored)
+        return questions.joined_batches(viewer, asked, size)
 
     def scores(self, task: str, gate: str, half: int = 0) -> LayerScores:
         """Score the layers by the tokens that may choose added experts behind this gate."""
@@ -327,6 +318,14 @@ class Setup:
 def record_scores(scores: LayerScores) -> dict[str, Any]:
     """Keep the counts, from which the scores follow."""
     return {key: value for key, value in scores.to_dict().items() if key not in ("d", "order")}
+
+
+def stacked(items: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:
+    """Return the items in batches of ``size``."""
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    return [
+        {name: torch.stack([item[name] for item in part]) for name in part[0]} for part in parts
+    ]
 
 
 def without_ids(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,6 @@ from shared.text_model import TextModelSettings
 
 from studies.moextend.plots import draw_pictures
 from studies.moextend.runs import DRAWS, Budget, Run, Setup, measure_run
-from studies.moextend.step_cost import METHODS as COST_METHODS
 from studies.moextend.tables import BLOCKS
 from studies.step_cost import measure_cost
 from studies.sweep import Study, SweepOptions, pick, run_study, runs_option
@@ -109,7 +108,7 @@ def study() -> Study:
         learning_rates=learning_rates, tuned=lambda run: run.decides, setup=Setup,
         measure=measure_run, record=record, core_hours=CORE_HOURS, blocks=BLOCKS,
         draw=draw_pictures, describe=Setup.to_dict, record_tuning=record_tuning,
-        cost=lambda setup: measure_cost(setup.folder, "studies.moextend.step_cost", COST_METHODS),
+        cost=lambda setup: measure_cost("moextend", setup.folder),
     )  # fmt: skip
 
 

@@ -30,21 +30,6 @@ def plain(kind: str) -> tuple[Column, Column]:
     return change, report.count(f"plain.{kind}.logits_changed")
 
 
-def disturbed(rows: str) -> list[Column]:
-    """Columns of what copies change in logits, and shares of rows, on "text" or on the "task"."""
-
-    def column(key: str, digits: int, scale: float) -> Column:
-        return report.column(
-            f"disturbance.{rows}.{key}",
-            lambda numbers: mean_and_spread(scale * numbers, digits) if numbers.any() else "0",
-        )
-
-    return [
-        column("output_change", 3, 1), column("changed_rows", 1, 100),
-        column("rerouted_rows", 1, 100),
-    ]  # fmt: skip
-
-
 # --- tables and lists
 
 
@@ -156,7 +141,13 @@ BLOCKS: dict[str, Block] = {
         lambda data, name, _: mean_and_spread(verdicts.since_start(data, name)),
         spread(report.forgotten),
     ),
-    "disturbance": report.row(*disturbed("text"), *disturbed("task")),
+    "disturbance": report.row(*(
+        spread(f"disturbance.{rows}.{key}", digits, scale, zero="0")
+        for rows in ("text", "task")
+        for key, digits, scale in (
+            ("output_change", 3, 1), ("changed_rows", 1, 100), ("rerouted_rows", 1, 100)
+        )
+    )),
     "trade": trade_line,
     "rates-tried": rates_table,
     "overlaps": overlaps_table,

@@ -10,7 +10,6 @@ from shared.files import save_figure
 
 from moe_kernels.analysis import (
     ExpertRedundancy,
-    RoutingStatistics,
     plot_divergence,
     plot_expert_load,
     plot_redundancy,
@@ -18,30 +17,32 @@ from moe_kernels.analysis import (
 )
 from moe_kernels.imaging import PatchTokenizer
 from studies import report
+from studies.redundancy import verdicts
 from studies.report import Results
 
-_RANKS = ("rank-4", "plora", "rank-32", "rank-128")
-_SINGLE = {
-    "rows": "added rows alone", "plora-attention": "attention's adapters alone",
-    "plora-experts": "experts' adapters alone", "copy": "a feed-forward network for pictures",
-    "added-experts": "added experts", "all-tokens": "LoRA on all tokens, r 16",
-    "full": "everything",
-    "own-rate-plora": "masked LoRA, r 16, rows at their own rate",
-    "own-rate-experts": "experts' adapters, rows at their own rate",
-}  # fmt: skip
+# Runs by their label in the plot of parameters; a line joins those of one label.
+_METHODS = {
+    "masked LoRA, r 4, 16, 32, 128": ("rank-4", "plora", "rank-32", "rank-128"),
+    "added rows alone": ("rows",),
+    "attention's adapters alone": ("plora-attention",),
+    "experts' adapters alone": ("plora-experts",),
+    "a feed-forward network for pictures": ("copy",),
+    "added experts": ("added-experts",),
+    "LoRA on all tokens, r 16": ("all-tokens",),
+    "everything": ("full",),
+    "masked LoRA, r 16, rows at their own rate": ("own-rate-plora",),
+    "experts' adapters, rows at their own rate": ("own-rate-experts",),
+}
 
 
 def draw_pictures(data: Results, folder: Path) -> None:
     """Draw all pictures of the page whose runs were made."""
-    if set(_RANKS) & data["runs"].keys():
+    if any(name in data["runs"] for names in _METHODS.values() for name in names):
         save_figure(plot_parameters(data), folder / "redundancy-parameters.png")
     if "plora" not in data["runs"]:
         return
     seed, result = next(iter(report.seeds_of(data, "plora").items()))
-    looks = {when: result[f"look_{when}"] for when in ("before", "after")}
-    statistics = {
-        when: RoutingStatistics.from_dict(look["routing"]) for when, look in looks.items()
-    }
+    statistics = {when: verdicts.routings(data, when)[0] for when in ("before", "after")}
     for when, found in statistics.items():
         for name, plot, title in (
             ("routing", plot_expert_load, "Expert load by layer"),
@@ -50,7 +51,8 @@ def draw_pictures(data: Results, folder: Path) -> None:
             figure = plot(found, title=f"{title}, {when} training, seed {seed}")
             save_figure(figure, folder / f"redundancy-{name}-{when}.png")
     save_figure(plot_divergence(statistics), folder / "redundancy-divergence.png")
-    similar = [ExpertRedundancy.from_dict(look["pairs"]) for look in looks.values()]
+    pairs = [result[f"look_{when}"]["pairs"] for when in statistics]
+    similar = map(ExpertRedundancy.from_dict, pairs)
     save_figure(plot_redundancy(*similar), folder / "redundancy-similarity.png")
     save_figure(plot_gallery(result["gallery"]), folder / "redundancy-samples.png")
 
@@ -59,16 +61,14 @@ def plot_parameters(data: Results) -> Figure:
     """Plot image loss against parameters; bars are standard deviations over seeds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     panel = figure.subplots()
-    ranks = [name for name in _RANKS if name in data["runs"]]
-    groups = [(ranks, "masked LoRA, r 4, 16, 32, 128", "o-")]
-    groups += [
-        ([name], label, "^" if name.startswith("own-rate") else "s")
-        for name, label in _SINGLE.items() if name in data["runs"]
-    ]  # fmt: skip
-    for names, label, style in groups:
-        x = [report.parameters(data, name) for name in names]
-        y = [report.values(data, name, "test_nll") for name in names]
+    for label, names in _METHODS.items():
+        made = [name for name in names if name in data["runs"]]
+        if not made:
+            continue
+        x = [report.parameters(data, name) for name in made]
+        y = [report.values(data, name, "test_nll") for name in made]
         spread = [numbers.std(ddof=1) if len(numbers) > 1 else 0 for numbers in y]
+        style = "o-" if len(names) > 1 else "^" if names[0].startswith("own-rate") else "s"
         means = [numbers.mean() for numbers in y]
         panel.errorbar(x, means, spread, fmt=style, label=label, capsize=3)
     panel.set(xscale="log", xlabel="trained parameters", ylabel="image loss, nats a token")

@@ -141,7 +141,7 @@ def study(real: Path | None, real_name: str, emoji: Path | None) -> Study:
         budget=Budget(), quick_budget=QUICK, learning_rates=lambda run: LEARNING_RATES, tuned=tuned,
         measure=measure_run, record=record,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, real, emoji),
-        cost=lambda setup: measure_cost(setup.folder("olmoe")), core_hours=CORE_HOURS,
+        cost=lambda setup: measure_cost("redundancy", setup.folder("olmoe")), core_hours=CORE_HOURS,
         core_hours_later=CORE_HOURS_LATER, blocks=BLOCKS, draw=draw_pictures,
         identity=identity, seeds_of={
             **{name: EMOJI_SEEDS for name, run in RUNS.items() if run.data == "emoji"},

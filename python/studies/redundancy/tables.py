@@ -15,10 +15,6 @@ MODALITIES = ("text", "image")
 # --- columns of a run
 
 
-def seeds(data: Results, name: str, _: str = "") -> str:
-    return str(len(report.seeds_of(data, name)))
-
-
 def rounding(data: Results, name: str, _: str) -> str:
     """Median difference of a logit to the unpatched model, where text is as it was."""
     found = report.values(data, name, "text.median_logit_difference_to_unpatched").mean()
@@ -124,12 +120,12 @@ LOSS = (spread("test_nll"), report.difference)
 BLOCKS: dict[str, Block] = {
     **verdicts.VERDICTS,
     "text": report.row(
-        seeds, spread("text.nll_unpatched"), spread("text.nll_before_training"),
+        report.SEEDS, spread("text.nll_unpatched"), spread("text.nll_before_training"),
         spread("text.nll_after_training"), spread(report.forgotten),
         report.count("text.logits_changed_by_training"), rounding,
     ),
     "method": report.row(
-        report.total, share, *LOSS, spread("samples.read_as_their_caption", 1, scale=100),
+        report.PARAMETERS, share, *LOSS, spread("samples.read_as_their_caption", 1, scale=100),
         spread("samples.pairwise_distance.generated", 2),
         spread("samples.nearest_training_distance.generated", 2),
     ),
@@ -138,8 +134,8 @@ BLOCKS: dict[str, Block] = {
         spread("samples.pairwise_distance.held_out_real", 2),
         spread("samples.nearest_training_distance.held_out_real", 2),
     ),
-    "loss": report.row(report.total, *LOSS),
-    "source-row": report.row(report.total, met, spread("text.nll_unpatched"), *LOSS),
+    "loss": report.row(report.PARAMETERS, *LOSS),
+    "source-row": report.row(report.PARAMETERS, met, spread("text.nll_unpatched"), *LOSS),
     "start-row": report.row(
         spread(verdicts.steps, 0), slower,
         report.column(verdicts.steps, lambda numbers: str(np.isnan(numbers).sum())), *LOSS,
@@ -160,7 +156,7 @@ BLOCKS: dict[str, Block] = {
     }),
     "real-model": real_model,
     "setting": setting,
-    "seeds": seeds,
+    "seeds": report.row(report.SEEDS),
     "tested": lambda data: str(data["budget"]["held_out"] // 2),
     "budget-kept": budget_kept,
     "fixed-loss": lambda data, of: str(FIXED_LOSS[of]),

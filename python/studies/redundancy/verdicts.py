@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -122,15 +121,13 @@ def source_verdict(data: Results) -> Verdict:
 def joint_rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """(seeds, layers) each: mean Spearman correlation, and the share of permutations of layers,
     common to the seeds, that have as high a one."""
-
-    def mean(order: Sequence[int]) -> float:
-        pairs = zip(x, y[:, list(order)], strict=True)
-        return float(np.mean([stats.spearmanr(a, b).statistic for a, b in pairs]))
-
-    layers = range(x.shape[1])
-    found = mean(layers)
-    every = [mean(order) for order in itertools.permutations(layers)]
-    return found, float(np.mean([each >= found - 1e-12 for each in every]))
+    pairs = list(zip(x, y, strict=True))
+    every = np.array([
+        np.mean([stats.spearmanr(a, b[list(order)]).statistic for a, b in pairs])
+        for order in itertools.permutations(range(x.shape[1]))
+    ])  # fmt: skip
+    found = every[0]  # of the layers in their order
+    return float(found), float(np.mean(every >= found - 1e-12))
 
 
 def residual_correlation(
@@ -140,15 +137,13 @@ def residual_correlation(
     two-sided p by permutations of the layers within seeds."""
 
     def residuals(z: np.ndarray) -> np.ndarray:
-        return z - z.mean(0) - z.mean(1, keepdims=True) + z.mean()
+        """Return residuals of norm 1; zeros where the means are all there is."""
+        left = z - z.mean(0) - z.mean(1, keepdims=True) + z.mean()
+        return left / max(np.linalg.norm(left), 1e-6)
 
-    def correlation(a: np.ndarray, b: np.ndarray) -> float:
-        scale = math.sqrt(float((a**2).sum() * (b**2).sum()))
-        return float((a * b).sum()) / scale if scale > 1e-12 else 0.0
-
-    x, y = residuals(x), residuals(y)
-    found, rng = correlation(x, y), np.random.default_rng(0)
-    drawn = [abs(correlation(x, rng.permuted(y, axis=1))) for _ in range(permutations)]
+    x, y, rng = residuals(x), residuals(y), np.random.default_rng(0)
+    found = float((x * y).sum())
+    drawn = [abs((x * rng.permuted(y, axis=1)).sum()) for _ in range(permutations)]
     return found, (1 + sum(each >= abs(found) - 1e-12 for each in drawn)) / (1 + permutations)
 
 
@@ -172,9 +167,7 @@ def start_outcomes(data: Results, where: str, name: str) -> dict[str, list[str]]
     controls = [each for each in STARTS[where] if GW not in each and each in data["runs"]]
     if not controls:
         raise NotMeasured("controls")
-    measures = {
-        "loss": "test_nll", "steps": steps, "largest gradient": log_gradient,
-    }  # fmt: skip
+    measures = {"loss": "test_nll", "steps": steps, "largest gradient": log_gradient}
     return {
         measure: [report.outcome(report.paired(data, name, control, get)) for control in controls]
         for measure, get in measures.items()
@@ -184,12 +177,11 @@ def start_outcomes(data: Results, where: str, name: str) -> dict[str, list[str]]
 def best_start(data: Results) -> str:
     """Say whether any start beats all of its controls in loss or in steps."""
     tried = [(where, name) for where, names in STARTS.items() for name in names if GW in name]
-    found = {name: start_outcomes(data, where, name) for where, name in tried}
-    helped = [
-        name
-        for name, outcomes in found.items()
-        if any(set(outcomes[measure]) == {HOLDS} for measure in ("loss", "steps"))
-    ]
+    helped = []
+    for where, name in tried:
+        found = start_outcomes(data, where, name)
+        if {HOLDS} in (set(found["loss"]), set(found["steps"])):
+            helped.append(name)
     if helped:
         return f"These runs beat all of their controls in loss or in steps: {', '.join(helped)}."
     return "**No Gromov-Wasserstein start beats all of its controls in loss or in steps.**"
