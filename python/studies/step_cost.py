@@ -130,7 +130,7 @@ def full(model: PreTrainedModel) -> tuple[PreTrainedModel, Batch]:
 
 
 def extension(model: PreTrainedModel, trains: str) -> tuple[PreTrainedModel, Batch]:
-    """trains: experts added "gated" or as "published"; the base's "experts"; or the "full" model"""
+    """Train experts added "gated" or as "published", the base's "experts", or the "full" model."""
     extender = ExpertExtender(model)
     if trains in ("gated", "published"):
         extender.extend("interval", init=0, modality_gate=trains == "gated")

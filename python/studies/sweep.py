@@ -302,33 +302,30 @@ def missing_runs(file: Path, names: Sequence[str], seeds: Sequence[int]) -> list
 
 def run_study(study: Study, given: SweepOptions) -> int:
     """Run what the options ask for; return the exit code."""
+    return exit_code(lambda: _run(study, given))
+
+
+def _run(study: Study, given: SweepOptions) -> None:
     kind = "-quick" if given.quick else "-remade" if given.remake else ""
     out = given.out or Path("out") / (study.name + kind)
     results = given.results or (out if given.quick else RESULTS)
     seeds = given.seeds or SEEDS[: 1 if given.quick else None]
     names = given.runs or list(study.quick_runs if given.quick else study.runs)
     file = results / f"{study.name}.json"
-    if not (given.page or given.remake) and (lost := missing_runs(file, names, seeds)):
-        problem = f"{file} has {lost[0]}, which this command leaves out"
-        if given.results:
-            console.print(
-                f"error: {problem}; give --results another folder", markup=False, soft_wrap=True
-            )
-            return 1
-        console.print(f"{problem}: the page goes to {out}", markup=False, soft_wrap=True)
-        results, file = out, out / f"{study.name}.json"
-
-    def work() -> None:
-        if given.remake:
-            return Sweep(study, study.budget, out).remake(json.loads(file.read_text()))
-        if not given.page:
-            budget = study.quick_budget if given.quick else study.budget
-            measured = Sweep(study, budget, out).everything(seeds, names, not given.no_cost)
-            write_text(file, to_json(measured))
-        write_page(study, file, results)
-        console.print(f"written to {results}", markup=False)
-
-    return exit_code(work)
+    if given.remake:
+        return Sweep(study, study.budget, out).remake(json.loads(file.read_text()))
+    if not given.page:
+        if lost := missing_runs(file, names, seeds):
+            problem = f"{file} has {lost[0]}, which this command leaves out"
+            if given.results:
+                raise ValueError(f"{problem}; give --results another folder")
+            console.print(f"{problem}: the page goes to {out}", markup=False, soft_wrap=True)
+            results, file = out, out / f"{study.name}.json"
+        budget = study.quick_budget if given.quick else study.budget
+        measured = Sweep(study, budget, out).everything(seeds, names, not given.no_cost)
+        write_text(file, to_json(measured))
+    write_page(study, file, results)
+    console.print(f"written to {results}", markup=False)
 
 
 def write_page(study: Study, file: Path, folder: Path) -> None:
