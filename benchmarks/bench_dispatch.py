@@ -115,11 +115,9 @@ def run(case: Case, options: Options) -> dict:
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    parser = make_sweep_parser(__doc__, NAME, dtypes=False)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 16384])
-    parser.add_argument("--experts", nargs="+", type=int, default=[64])
-    parser.add_argument("--top-k", nargs="+", type=int, default=[8])
-    parser.add_argument("--routing", nargs="+", default=["balanced"])
+    parser = make_sweep_parser(
+        __doc__, NAME, tokens=[1, 64, 1024, 16384], experts=[64], top_k=[8], routing=["balanced"]
+    )
     return parser.parse_args(arguments)
 
 

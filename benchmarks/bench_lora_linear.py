@@ -153,14 +153,10 @@ def run(case: Case, options: Options) -> dict:
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    parser = make_sweep_parser(__doc__, NAME)
-    for name, kind, defaults in (
-        ("tokens", int, [2048]),
-        ("features", int, [1024, 2048]),
-        ("rank", int, [16]),
-        ("image-share", float, [0.0, 0.5, 1.0]),
-    ):
-        parser.add_argument(f"--{name}", nargs="+", type=kind, default=defaults)
+    parser = make_sweep_parser(
+        __doc__, NAME, tokens=[2048], features=[1024, 2048], rank=[16], image_share=[0.0, 0.5, 1.0],
+        dtype=["bfloat16"],
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -24,12 +24,12 @@ NAME = "moe_mlp"
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
-    parser = make_sweep_parser(__doc__, NAME)
+    parser = make_sweep_parser(
+        __doc__, NAME, dtype=["bfloat16"], routing=["balanced", "zipf"], image_share=[0.5]
+    )
     add_rotation(parser)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["one_layer"])
     parser.add_argument("--mode", choices=MODES, default="both", help="what the table shows")
-    parser.add_argument("--routing", nargs="+", default=["balanced", "zipf"])
-    parser.add_argument("--image-share", nargs="+", type=float, default=[0.5], metavar="SHARE")
     parser.add_argument("--rank", nargs="+", type=int, default=[None], metavar="R")
     parser.add_argument("--tokens", nargs="+", type=int, default=[None], metavar="T")
     parser.add_argument("--experts", nargs="+", type=int, default=[None], metavar="E")

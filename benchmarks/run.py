@@ -49,7 +49,7 @@ _CPU_OPTIONS, _GPU_OPTIONS = ("shapes", "models"), ("backend",)
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
-        __doc__, dtypes=False, rounds=None, max_seconds=None,
+        __doc__, rounds=None, max_seconds=None,
         output="benchmarks/results/cpu.json or gpu-<card>.json; out/bench/ for a part",
     )  # fmt: skip
     add_rotation(parser)

@@ -15,14 +15,12 @@ from lib.runs import Options
 
 
 def make_parser(
-    description: str, *, dtypes: bool = True, output: str, rounds: int | None = 10,
-    max_seconds: float | None = 10.0,
+    description: str, *, output: str, rounds: int | None = 10, max_seconds: float | None = 10.0
 ) -> argparse.ArgumentParser:  # fmt: skip
     """Return a parser with the common options.
 
     Args:
         description: of the program.
-        dtypes: whether it sweeps over dtypes.
         output: the file that it writes by default, for --help.
         rounds: the default; None: it depends on the device.
         max_seconds: likewise.
@@ -32,8 +30,6 @@ def make_parser(
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    if dtypes:
-        parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument(
         "--rounds", type=int, default=rounds, help=f"at most (default: {rounds or 'by device'})"
     )
@@ -47,12 +43,20 @@ def make_parser(
     return parser
 
 
-def make_sweep_parser(
-    description: str, name: str, *, dtypes: bool = True
-) -> argparse.ArgumentParser:
-    """Return a parser of a program ``bench_NAME.py``."""
-    output = f"benchmarks/results/{name}-<device>.json"
-    return make_parser(description, dtypes=dtypes, output=output)
+def make_sweep_parser(description: str, name: str, **swept: list) -> argparse.ArgumentParser:
+    """Return a parser of a program ``bench_NAME.py``.
+
+    Args:
+        swept: defaults of the options that take several values, which are of the same type.
+    """
+    parser = make_parser(description, output=f"benchmarks/results/{name}-<device>.json")
+    for option, values in swept.items():
+        choices = DTYPES if option == "dtype" else None
+        parser.add_argument(
+            f"--{option.replace('_', '-')}", nargs="+", type=type(values[0]), default=values,
+            choices=choices, help=f"default: {' '.join(map(str, values))}",
+        )  # fmt: skip
+    return parser
 
 
 def add_rotation(parser: argparse.ArgumentParser) -> None:
