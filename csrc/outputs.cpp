@@ -110,59 +110,59 @@ int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
 }
 
 // Checks the stacks (experts, height, width) of the frozen and of the added experts.
-void check_stacks(const Experts& given, int64_t height, int64_t width) {
-  const at::ScalarType dtype = given.left.scalar_type();
-  check_like(given.left, given.stack, "stack", dtype, {-1, height, width});
-  TORCH_CHECK(given.stack.size(0) >= 1, "stack must have an expert");
-  check_vectors(given.stack, "stack");
-  if (!given.extra) return;
-  check_like(given.left, *given.extra, "extra", dtype, {-1, height, width});
-  check_vectors(*given.extra, "extra");
+void check_stacks(const Experts& args, int64_t height, int64_t width) {
+  const at::ScalarType dtype = args.left.scalar_type();
+  check_like(args.left, args.stack, "stack", dtype, {-1, height, width});
+  TORCH_CHECK(args.stack.size(0) >= 1, "stack must have an expert");
+  check_vectors(args.stack, "stack");
+  if (!args.extra) return;
+  check_like(args.left, *args.extra, "extra", dtype, {-1, height, width});
+  check_vectors(*args.extra, "extra");
 }
 
 // Checks the low-rank operands; v ends with (height, width), one of which is the rank.
-void check_low_rank(const Experts& given, at::ScalarType u_dtype, int64_t num_modalities,
+void check_low_rank(const Experts& args, at::ScalarType u_dtype, int64_t num_modalities,
                     int64_t height, int64_t width) {
-  TORCH_CHECK(given.u.has_value() == given.v.has_value() &&
-                  given.u.has_value() == given.scaling.has_value(),
+  TORCH_CHECK(args.u.has_value() == args.v.has_value() &&
+                  args.u.has_value() == args.scaling.has_value(),
               "u, v and scaling must be given together or not at all");
-  if (!given.u) return;
-  check_like(given.left, *given.u, "u", u_dtype, {given.perm.size(0), -1});
-  check_float_or_like(given.left, *given.v, "v", {num_modalities, -1, height, width});
-  check_like(given.left, *given.scaling, "scaling", at::kFloat, {num_modalities});
-  const int64_t experts = given.v->size(1);
-  TORCH_CHECK(experts == given.stack.size(0) || experts == 1, "v must be of ",
-              given.stack.size(0), " experts, or of 1 that all share, is of ", experts);
+  if (!args.u) return;
+  check_like(args.left, *args.u, "u", u_dtype, {args.perm.size(0), -1});
+  check_float_or_like(args.left, *args.v, "v", {num_modalities, -1, height, width});
+  check_like(args.left, *args.scaling, "scaling", at::kFloat, {num_modalities});
+  const int64_t experts = args.v->size(1);
+  TORCH_CHECK(experts == args.stack.size(0) || experts == 1, "v must be of ",
+              args.stack.size(0), " experts, or of 1 that all share, is of ", experts);
 }
 
 // Checks left W, or left W^T if `transposed`, with size_n columns in the output; if `gated`, the
 // stack has twice as many.
-void check_experts(const Experts& given, bool by_token, bool transposed, bool gated,
+void check_experts(const Experts& args, bool by_token, bool transposed, bool gated,
                    int64_t size_n) {
-  const int64_t rows = given.perm.numel(), size_k = given.left.size(-1);
-  check_like(given.left, given.perm, "perm", at::kLong, {-1});
-  check_like(given.left, given.left, "left", given.left.scalar_type(), {by_token ? -1 : rows, -1});
-  check_vectors(given.left, "left");
-  const int64_t tokens = given.left.size(0);
+  const int64_t rows = args.perm.numel(), size_k = args.left.size(-1);
+  check_like(args.left, args.perm, "perm", at::kLong, {-1});
+  check_like(args.left, args.left, "left", args.left.scalar_type(), {by_token ? -1 : rows, -1});
+  check_vectors(args.left, "left");
+  const int64_t tokens = args.left.size(0);
   TORCH_CHECK(rows < kMaxInt && (tokens == 0 ? rows == 0 : rows % tokens == 0),
               "perm must have as many entries for each row of left, and fewer than 2^31");
-  TORCH_CHECK(cuda::grouped_gemm_supports(scalar_of(given.left), size_k, size_n),
+  TORCH_CHECK(cuda::grouped_gemm_supports(scalar_of(args.left), size_k, size_n),
               "the products of the experts are of bfloat16 or float16 and of sizes that are "
               "multiples of 8, with less than 2^30 elements; left is ",
-              given.left.toString(), " of ", given.left.sizes(), ", for ", size_n, " columns");
+              args.left.toString(), " of ", args.left.sizes(), ", for ", size_n, " columns");
   const int64_t of_stack = gated ? 2 * size_n : size_n;
-  check_stacks(given, transposed ? of_stack : size_k, transposed ? size_k : of_stack);
-  check_like(given.left, given.tiles, "tiles", at::kLong, {3, -1});
-  TORCH_CHECK(given.block_m == 16 || given.block_m == 64 || given.block_m == 128,
-              "block_m must be 16, 64 or 128, is ", given.block_m);
-  const int64_t experts = given.stack.size(0) + size_of(given.extra, 0);
-  check_like(given.left, given.segment_offsets, "segment_offsets", at::kLong, {-1});
-  const int64_t segments = given.segment_offsets.numel() - 1;
+  check_stacks(args, transposed ? of_stack : size_k, transposed ? size_k : of_stack);
+  check_like(args.left, args.tiles, "tiles", at::kLong, {3, -1});
+  TORCH_CHECK(args.block_m == 16 || args.block_m == 64 || args.block_m == 128,
+              "block_m must be 16, 64 or 128, is ", args.block_m);
+  const int64_t experts = args.stack.size(0) + size_of(args.extra, 0);
+  check_like(args.left, args.segment_offsets, "segment_offsets", at::kLong, {-1});
+  const int64_t segments = args.segment_offsets.numel() - 1;
   TORCH_CHECK(segments >= experts && segments % experts == 0 && segments < kMaxInt,
               "segment_offsets must have as many segments for each of ", experts,
               " experts, and one entry more, has ", segments + 1);
-  const int64_t num_modalities = segments / experts - 1, rank = size_of(given.u, 1);
-  check_low_rank(given, transposed ? given.left.scalar_type() : at::kFloat, num_modalities,
+  const int64_t num_modalities = segments / experts - 1, rank = size_of(args.u, 1);
+  check_low_rank(args, transposed ? args.left.scalar_type() : at::kFloat, num_modalities,
                  transposed ? of_stack : rank, transposed ? rank : of_stack);
 }
 

@@ -23,7 +23,7 @@ struct Level {
       : name(name), tables(&tables), bf16(&tables.bf16) {}
 };
 
-std::optional<bool> brgemm_wanted;
+std::optional<bool> brgemm_requested;
 bool level_chosen = false;
 
 #ifdef MOE_HAS_X86_LEVELS
@@ -52,8 +52,8 @@ bool has_avx512_bf16() { return has_avx512() && avx512_bf16_by_cpuid(); }
 bool has_amx_bf16() {
   static const bool has = [] {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
-    return there && has_avx512_bf16() && at::cpu::init_amx();
+    const bool present = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+    return present && has_avx512_bf16() && at::cpu::init_amx();
   }();
   return has;
 }
@@ -61,8 +61,8 @@ bool has_amx_bf16() {
 Level widest_level() {
   Level level("avx512_bf16", avx512_bf16::tables);
 #ifdef MOE_HAS_BRGEMM
-  const bool wanted = brgemm_wanted ? *brgemm_wanted : has_amx_bf16();
-  if (wanted && brgemm::works()) {
+  const bool use_brgemm = brgemm_requested ? *brgemm_requested : has_amx_bf16();
+  if (use_brgemm && brgemm::works()) {
     level.name = has_amx_bf16() ? "amx_bf16" : "avx512_bf16 through brgemm";
     level.bf16 = &brgemm::table();
   }
@@ -119,7 +119,7 @@ const Kernels<c10::Half>& kernels<c10::Half>() {
 
 void prefer_brgemm(bool on) {
   TORCH_CHECK(!level_chosen, "the kernels of this process are chosen already");
-  brgemm_wanted = on;
+  brgemm_requested = on;
 }
 
 std::string gemm_level() { return level().name; }

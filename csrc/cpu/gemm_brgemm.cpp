@@ -22,17 +22,16 @@ struct Left {
   int64_t ld;
 };
 
-// Returns `count` rows, of which m are given and the others are zeros. Adjacent rows need no copy;
-// an odd K is padded.
+// Returns `count` rows: m from `rows`, then zeros. Adjacent rows need no copy; an odd K is padded.
 Left left_operand(int m, int count, int64_t K, const Bf16* const* rows, Bf16* scratch) {
   bool adjacent = K % 2 == 0 && m == count;
   for (int i = 1; adjacent && i < m; ++i) adjacent = rows[i] == rows[i - 1] + K;
   if (adjacent) return {rows[0], K};
   const int64_t ld = scratch_stride(K);
   for (int i = 0; i < count; ++i) {
-    const int64_t given = i < m ? K : 0;
-    if (given > 0) std::copy_n(rows[i], K, scratch + i * ld);
-    std::fill(scratch + i * ld + given, scratch + i * ld + K + K % 2, Bf16(0.0f));
+    const int64_t copied = i < m ? K : 0;
+    if (copied > 0) std::copy_n(rows[i], K, scratch + i * ld);
+    std::fill(scratch + i * ld + copied, scratch + i * ld + K + K % 2, Bf16(0.0f));
   }
   return {scratch, ld};
 }

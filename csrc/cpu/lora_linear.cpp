@@ -84,7 +84,7 @@ class LoraLinear {
   std::vector<at::Tensor> backward(const scalar_t* grad_out, const scalar_t* u,
                                    scalar_t* grad_hidden, const c10::List<bool>& needs) {
     at::Tensor du, scaled;
-    if (needs[0] || grad_hidden) project_grad_out(grad_out, du, scaled);
+    if (needs[0] || grad_hidden) shrink_grad_out(grad_out, du, scaled);
     if (grad_hidden) {
       add_low_rank(scaled.const_data_ptr<scalar_t>(), lora_.A, lora_.in, grad_hidden);
     }
@@ -151,7 +151,7 @@ class LoraLinear {
   }
 
   // du = dY B, and scale * du rounded.
-  void project_grad_out(const scalar_t* grad_out, at::Tensor& du, at::Tensor& scaled) const {
+  void shrink_grad_out(const scalar_t* grad_out, at::Tensor& du, at::Tensor& scaled) const {
     const auto& kernel = kernels<scalar_t>();
     const int64_t r = lora_.rank;
     du = allocate_acc({in_.tokens(), r});

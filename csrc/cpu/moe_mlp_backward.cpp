@@ -45,9 +45,9 @@ class Backward {
 
   std::vector<at::Tensor> run() {
     const bool through_down = needs_.hidden || needs_.weights || needs_.gate_up_lora();
-    if (needs_.A2 || (size_.rank2 > 0 && through_down)) project_grad_out();
+    if (needs_.A2 || (size_.rank2 > 0 && through_down)) shrink_grad_out();
     act_backward();
-    if (needs_.A1 || (size_.rank1 > 0 && needs_.hidden)) project_dpre();
+    if (needs_.A1 || (size_.rank1 > 0 && needs_.hidden)) shrink_dpre();
     recompute_act();
     std::vector<at::Tensor> grads;
     if (needs_.hidden) grads.push_back(hidden_gradient());
@@ -104,8 +104,8 @@ class Backward {
   // result = row @ stack for adapted rows, in acc_t, and scale * result rounded, the operand of the
   // extension.
   template <typename Row>
-  void project(const Lora<scalar_t>& lora, int64_t K, const Row& row, at::Tensor& result,
-               at::Tensor& scaled) const {
+  void shrink(const Lora<scalar_t>& lora, int64_t K, const Row& row, at::Tensor& result,
+              at::Tensor& scaled) const {
     const auto& kernel = kernels<scalar_t>();
     const int64_t r = lora.rank;
     result = allocate_acc({size_.slots(), r});
@@ -120,16 +120,16 @@ class Backward {
   }
 
   // du2 = dO B2
-  void project_grad_out() {
-    project(mlp_.down_lora, size_.hidden, [&](int64_t p) { return grad_row(p); }, du2_,
-            scaled_du2_);
+  void shrink_grad_out() {
+    shrink(mlp_.down_lora, size_.hidden, [&](int64_t p) { return grad_row(p); }, du2_,
+           scaled_du2_);
   }
 
   // du1 = dpre B1
-  void project_dpre() {
+  void shrink_dpre() {
     const int64_t width = 2 * size_.inter;
-    project(mlp_.gate_up_lora, width, [&](int64_t p) { return dpre_ + p * width; }, du1_,
-            scaled_du1_);
+    shrink(mlp_.gate_up_lora, width, [&](int64_t p) { return dpre_ + p * width; }, du1_,
+           scaled_du1_);
   }
 
   // dA' = dO Wd + (s2 du2) A2, and in its epilogue <dA', a>, dpre, and a where a gradient needs it.

@@ -65,7 +65,7 @@ class Forward {
       kernel.store(values, lora.scale(block.modality), scaled_u + p * r, r);
     };
     if (direct()) {
-      project_few_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
+      shrink_few_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
     } else {
       shrink_rows<scalar_t>(adapted_, lora.in, r, row, lora.A.t(), store);
     }

@@ -248,8 +248,8 @@ void shrink_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, cons
 // Does the same for few rows, where packing would cost more than the products; the stack must be
 // transposed.
 template <typename scalar_t, typename Row, typename Store>
-void project_few_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
-                      const AdapterStack<scalar_t>& stack, const Store& store) {
+void shrink_few_rows(const std::vector<RowBlock>& blocks, int64_t K, int64_t N, const Row& row,
+                     const AdapterStack<scalar_t>& stack, const Store& store) {
   const int64_t ldc = (N + 3) / 4 * 4;  // tile_direct writes whole groups of four columns
   const int64_t bytes = Scratch::bytes<scalar_t>(N * K) + Tile<scalar_t>::bytes(K, ldc);
   for_each_item(static_cast<int64_t>(blocks.size()), bytes, [&](int64_t item, char* memory) {
@@ -418,8 +418,8 @@ constexpr int64_t kMaxTokensPerItem = 4096, kMinTokensPerItem = 256;
 // Cuts T tokens into ranges: only where the columns alone would leave threads idle, because every
 // range packs all weights again.
 inline int64_t tokens_per_item(int64_t tokens, int64_t column_items) {
-  const int64_t wanted = std::max<int64_t>(2 * at::get_num_threads() / column_items, 1);
-  return std::clamp((tokens + wanted - 1) / wanted, kMinTokensPerItem, kMaxTokensPerItem);
+  const int64_t ranges = std::max<int64_t>(2 * at::get_num_threads() / column_items, 1);
+  return std::clamp((tokens + ranges - 1) / ranges, kMinTokensPerItem, kMaxTokensPerItem);
 }
 
 // out (T, N)[token] = sum over the token's slots, in the order of their experts, of

@@ -30,6 +30,6 @@ bool add_low_rank_supports(Scalar out, int64_t width);
 
 // Adds s u V to out[token] on the rows of the tiles alone. s u is rounded to out's dtype, and so is
 // v, which is float32 or of out's dtype.
-cudaError_t launch_add_low_rank(const AddLowRank& given, Scalar out, Scalar v, cudaStream_t stream);
+cudaError_t launch_add_low_rank(const AddLowRank& args, Scalar out, Scalar v, cudaStream_t stream);
 
 }  // namespace moe_kernels::cuda

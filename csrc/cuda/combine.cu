@@ -10,25 +10,25 @@ constexpr int kAhead = 4;  // rows being loaded at once
 
 // A thread has one vector of one token, so a block has several tokens where rows are short.
 template <typename T, typename W>
-__global__ void __launch_bounds__(kThreads) combine_kernel(Combine given) {
+__global__ void __launch_bounds__(kThreads) combine_kernel(Combine args) {
   using Vec = Vector<T>;
-  const int vectors = given.width / Vec::kSize;
+  const int vectors = args.width / Vec::kSize;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t token = index / vectors;
-  if (token >= given.num_tokens) return;
+  if (token >= args.num_tokens) return;
   const int column = static_cast<int>(index % vectors);
-  const int64_t num_rows = *given.num_rows;
-  const auto* rows = static_cast<const Vec*>(given.rows);
-  const auto* weights = static_cast<const W*>(given.weights);
+  const int64_t num_rows = *args.num_rows;
+  const auto* rows = static_cast<const Vec*>(args.rows);
+  const auto* weights = static_cast<const W*>(args.weights);
   float sums[Vec::kSize] = {};
-  for (int k = 0; k < given.top_k; k += kAhead) {
-    const int64_t first = token * given.top_k + k;
+  for (int k = 0; k < args.top_k; k += kAhead) {
+    const int64_t first = token * args.top_k + k;
     int64_t places[kAhead];
     Vec loaded[kAhead];
     float scales[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      places[i] = k + i < given.top_k ? given.inv_perm[first + i] : num_rows;
+      places[i] = k + i < args.top_k ? args.inv_perm[first + i] : num_rows;
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine given) {
   Vec result;
 #pragma unroll
   for (int i = 0; i < Vec::kSize; ++i) result.values[i] = from_float<T>(sums[i]);
-  static_cast<Vec*>(given.out)[token * vectors + column] = result;
+  static_cast<Vec*>(args.out)[token * vectors + column] = result;
 }
 
 template <typename T>

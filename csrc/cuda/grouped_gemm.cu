@@ -19,9 +19,9 @@ struct GateUp {
 
   // Stores the rows from low to high of a tile.
   template <typename Loop>
-  __device__ void store(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile, int low,
+  __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
                         int high) const {
-    const int size_n = given.size_n;
+    const int size_n = args.size_n;
     T* own_act = act + loop.own(tile, size_n);
     T* own_pre = pre + loop.own(tile, 2 * size_n);
     const bool has_columns = tile.column + loop.column_of(loop.lane() % 4) < size_n;
@@ -61,9 +61,9 @@ struct Rows {
   T* out;  // (T * K, size_n)
 
   template <typename Loop>
-  __device__ void store(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile, int low,
+  __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
                         int high) const {
-    T* own = out + loop.own(tile, given.size_n);
+    T* own = out + loop.own(tile, args.size_n);
     const int n = tile.column + loop.column_of(loop.lane() % 4);
 #pragma unroll
     for (int i = 0; i < Loop::kTilesM; ++i) {
@@ -79,8 +79,8 @@ struct Rows {
             words[e] = pack<T>(values[0], values[1]);
           }
           transpose_quad(words);
-          if (row >= low && row < high && n + 8 * j < given.size_n) {
-            store_words(own + loop.below(i, half) * given.size_n + 8 * j, words);
+          if (row >= low && row < high && n + 8 * j < args.size_n) {
+            store_words(own + loop.below(i, half) * args.size_n + 8 * j, words);
           }
         }
       }
@@ -109,10 +109,10 @@ struct ActGradients {
 
   // Handles 32 columns of a row from fragment j on; returns this lane's part of <dA', a>.
   template <typename Loop>
-  __device__ float columns(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile,
+  __device__ float columns(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile,
                            int i, int half, int j, bool present, bool keep_act,
                            float weight) const {
-    const int size_n = given.size_n, row = loop.below(i, half);
+    const int size_n = args.size_n, row = loop.below(i, half);
     const int64_t own = loop.own(tile, 2 * size_n);
     const int of_gate = row * 2 * size_n + 8 * j, of_up = of_gate + size_n;
     const bool stored = present && tile.column + loop.column_of(loop.lane() % 4) + 8 * j < size_n;
@@ -155,11 +155,11 @@ struct ActGradients {
   }
 
   template <typename Loop>
-  __device__ void store(const Loop& loop, const GroupedGemm& given, const ExpertTile& tile, int low,
+  __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
                         int high) const {
     // (kWarpsN, kBlockM), behind the stages
     auto* dots = reinterpret_cast<float*>(loop.stages() + Loop::kStages);
-    const bool keep_act = low < tile.base ? with.act_of_added && tile.expert >= given.num_base
+    const bool keep_act = low < tile.base ? with.act_of_added && tile.expert >= args.num_base
                                           : with.act_of_adapted;
 #pragma unroll
     for (int i = 0; i < Loop::kTilesM; ++i) {
@@ -167,11 +167,11 @@ struct ActGradients {
       for (int half = 0; half < 2; ++half) {
         const int row = loop.row_of(i, half);
         const bool present = row >= low && row < high;
-        const float weight = present ? weight_of(given.perm[tile.first + row]) : 0.0f;
+        const float weight = present ? weight_of(args.perm[tile.first + row]) : 0.0f;
         float dot = 0.0f;
 #pragma unroll
         for (int j = 0; j < kTilesN; j += 4) {
-          dot += columns(loop, given, tile, i, half, j, present, keep_act, weight);
+          dot += columns(loop, args, tile, i, half, j, present, keep_act, weight);
         }
         dot += __shfl_xor_sync(0xffffffffu, dot, 1);
         dot += __shfl_xor_sync(0xffffffffu, dot, 2);
@@ -183,15 +183,15 @@ struct ActGradients {
       float sum = 0.0f;
 #pragma unroll
       for (int warp = 0; warp < Loop::kWarpsN; ++warp) sum += dots[warp * Loop::kBlockM + row];
-      with.dots[tile.part * with.num_rows + given.perm[tile.first + row]] = sum;
+      with.dots[tile.part * with.num_rows + args.perm[tile.first + row]] = sum;
     }
     __syncthreads();
   }
 };
 
-__device__ int base_rows(const GroupedGemm& given, const ExpertTile& tile) {
-  if (given.rank == 0 || tile.expert >= given.num_base) return tile.count;
-  const int64_t end = given.segments[tile.expert * (given.num_modalities + 1) + 1] - tile.first;
+__device__ int base_rows(const GroupedGemm& args, const ExpertTile& tile) {
+  if (args.rank == 0 || tile.expert >= args.num_base) return tile.count;
+  const int64_t end = args.segments[tile.expert * (args.num_modalities + 1) + 1] - tile.first;
   return static_cast<int>(end < 0 ? 0 : end < tile.count ? end : tile.count);
 }
 
@@ -204,39 +204,39 @@ __device__ int2 tile_ids(int num_tiles_m, int num_tiles_n) {
 }
 
 template <typename T>
-__device__ const T* matrix_of(const GroupedGemm& given, int64_t expert, int64_t size) {
-  if (expert < given.num_base) return static_cast<const T*>(given.stack) + expert * size;
-  return static_cast<const T*>(given.extra) + (expert - given.num_base) * size;
+__device__ const T* matrix_of(const GroupedGemm& args, int64_t expert, int64_t size) {
+  if (expert < args.num_base) return static_cast<const T*>(args.stack) + expert * size;
+  return static_cast<const T*>(args.extra) + (expert - args.num_base) * size;
 }
 
 template <typename Loop, typename Epilogue>
 __global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
-    grouped_gemm_kernel(GroupedGemm given, Epilogue epilogue, bool v_is_float) {
+    grouped_gemm_kernel(GroupedGemm args, Epilogue epilogue, bool v_is_float) {
   const int2 ids =
-      tile_ids(given.num_tiles, (given.size_n + Loop::kColumns - 1) / Loop::kColumns);
-  const Tile of_map = tile_of(given.tiles, ids.x, given.num_tiles);
-  const bool dispatched = of_map.group < given.num_experts;
+      tile_ids(args.num_tiles, (args.size_n + Loop::kColumns - 1) / Loop::kColumns);
+  const Tile of_map = tile_of(args.tiles, ids.x, args.num_tiles);
+  const bool dispatched = of_map.group < args.num_experts;
   if (of_map.first >= of_map.end || !(dispatched || Epilogue::kAllRows)) return;
   ExpertTile tile{of_map.group, of_map.first, static_cast<int>(of_map.end - of_map.first), 0,
                   ids.y * Loop::kColumns, ids.y};
-  tile.base = base_rows(given, tile);
+  tile.base = base_rows(args, tile);
   Loop loop;
   if (dispatched) {
-    const int64_t size = static_cast<int64_t>(given.size_k) * given.size_n;
-    loop.run(given, tile,
-             matrix_of<typename Loop::T>(given, tile.expert, Epilogue::kGated ? 2 * size : size),
+    const int64_t size = static_cast<int64_t>(args.size_k) * args.size_n;
+    loop.run(args, tile,
+             matrix_of<typename Loop::T>(args, tile.expert, Epilogue::kGated ? 2 * size : size),
              Epilogue::kByToken);
   }
   // Rows of the base modality are stored first, since 0 * Inf would poison them. Two calls instead
   // of a loop: for a loop the compiler keeps more addresses than there are registers.
-  if (tile.base > 0) epilogue.store(loop, given, tile, 0, tile.base);
+  if (tile.base > 0) epilogue.store(loop, args, tile, 0, tile.base);
   if (tile.base == tile.count) return;
   if (v_is_float) {
-    loop.template extend<float>(given, tile);
+    loop.template extend<float>(args, tile);
   } else {
-    loop.template extend<typename Loop::T>(given, tile);
+    loop.template extend<typename Loop::T>(args, tile);
   }
-  epilogue.store(loop, given, tile, tile.base, tile.count);
+  epilogue.store(loop, args, tile, tile.base, tile.count);
 }
 
 template <typename T, int kBlockM, typename Epilogue>

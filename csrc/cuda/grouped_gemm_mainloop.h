@@ -99,54 +99,54 @@ struct Mainloop {
   static __device__ bool is_up(int at) { return kGated && at / 32 % 2 == 1; }
 
   // Finds the rows of left that this thread copies; beyond the end any row does.
-  static __device__ void find_rows(const GroupedGemm& given, const ExpertTile& tile, bool by_token,
+  static __device__ void find_rows(const GroupedGemm& args, const ExpertTile& tile, bool by_token,
                                    int (&rows)[kLeftRows]) {
 #pragma unroll
     for (int i = 0; i < kLeftRows; ++i) {
       const int local = threadIdx.x / kChunks + i * kRowsAtOnce;
       const int64_t row = tile.first + (local < tile.count ? local : 0);
-      rows[i] = by_token ? token_of(given.perm, row, given.top_k) : static_cast<int>(row);
+      rows[i] = by_token ? token_of(args.perm, row, args.top_k) : static_cast<int>(row);
     }
   }
 
-  static __device__ void load_left(const GroupedGemm& given, const ExpertTile& tile,
+  static __device__ void load_left(const GroupedGemm& args, const ExpertTile& tile,
                                    const int (&rows)[kLeftRows], int k, T* to) {
     const int chunk = threadIdx.x % kChunks, from = k + chunk * 8;
-    const auto* left = static_cast<const T*>(given.left);
+    const auto* left = static_cast<const T*>(args.left);
 #pragma unroll
     for (int i = 0; i < kLeftRows; ++i) {
       const int local = threadIdx.x / kChunks + i * kRowsAtOnce;
       copy_async(to + local * kBlockK + (chunk ^ (local & 7)) * 8,
-                 left + static_cast<int64_t>(rows[i]) * given.size_k + from,
-                 local < tile.count && from < given.size_k);
+                 left + static_cast<int64_t>(rows[i]) * args.size_k + from,
+                 local < tile.count && from < args.size_k);
     }
   }
 
   // An address is a thread's own part plus one that all threads share, which needs no registers.
-  static __device__ void load_right(const GroupedGemm& given, const T* matrix, int column, int k,
+  static __device__ void load_right(const GroupedGemm& args, const T* matrix, int column, int k,
                                     T* to) {
     if constexpr (kTransposed) {
       const int chunk = threadIdx.x % kChunks, local = threadIdx.x / kChunks;
       const int from = k + chunk * 8, n = column + local;
-      const T* own = matrix + static_cast<int64_t>(n) * given.size_k + from;
+      const T* own = matrix + static_cast<int64_t>(n) * args.size_k + from;
 #pragma unroll
       for (int i = 0; i < kBlockN / kRowsAtOnce; ++i) {
         const int at = i * kRowsAtOnce, on = stored_column(at);
-        const int64_t row = on + (is_up(at) ? given.size_n : 0);
+        const int64_t row = on + (is_up(at) ? args.size_n : 0);
         copy_async(to + (at + local) * kBlockK + (chunk ^ ((at + local) & 7)) * 8,
-                   own + row * given.size_k, n + on < given.size_n && from < given.size_k);
+                   own + row * args.size_k, n + on < args.size_n && from < args.size_k);
       }
     } else {
       constexpr int kAcross = kBlockN / 8, kAtOnce = kThreads / kAcross;
       const int chunk = threadIdx.x % kAcross, local = threadIdx.x / kAcross;
       const int from = k + local, n = column + chunk * 8;
-      const T* own = matrix + static_cast<int64_t>(from) * given.size_n + n;
+      const T* own = matrix + static_cast<int64_t>(from) * args.size_n + n;
 #pragma unroll
       for (int i = 0; i < kBlockK / kAtOnce; ++i) {
         const int at = i * kAtOnce;
         copy_async(to + (at + local) * kBlockN + (chunk ^ ((at + local) & 7)) * 8,
-                   own + static_cast<int64_t>(at) * given.size_n,
-                   n < given.size_n && from + at < given.size_k);
+                   own + static_cast<int64_t>(at) * args.size_n,
+                   n < args.size_n && from + at < args.size_k);
       }
     }
   }
@@ -181,16 +181,16 @@ struct Mainloop {
   }
 
   // Computes acc = left W.
-  __device__ void run(const GroupedGemm& given, const ExpertTile& tile, const T* matrix,
+  __device__ void run(const GroupedGemm& args, const ExpertTile& tile, const T* matrix,
                       bool by_token) {
     int rows[kLeftRows];
-    find_rows(given, tile, by_token, rows);
-    const int steps = (given.size_k + kBlockK - 1) / kBlockK;
+    find_rows(args, tile, by_token, rows);
+    const int steps = (args.size_k + kBlockK - 1) / kBlockK;
     const auto load = [&](int step) {
       if (step < steps) {
         Stage& stage = stages()[step % kStages];
-        load_left(given, tile, rows, step * kBlockK, stage.left);
-        load_right(given, matrix, tile.column, step * kBlockK, stage.right);
+        load_left(args, tile, rows, step * kBlockK, stage.left);
+        load_right(args, matrix, tile.column, step * kBlockK, stage.right);
       }
       commit_copies();
     };
@@ -210,24 +210,24 @@ struct Mainloop {
   // Loads fragment j of V for 16 steps of the rank from r on. The four lanes of a column hold four
   // neighbours each, and so do those of a row of u: the order within a sum is free.
   template <typename V>
-  static __device__ void load_v(const GroupedGemm& given, const V* v, int column, int r, int j,
+  static __device__ void load_v(const GroupedGemm& args, const V* v, int column, int r, int j,
                                 bool vectors, uint32_t (&b)[2]) {
     const int from = r + lane() % 4 * 4, n = column + column_of(0) + lane() / 4;
     // A part that all threads share needs no registers.
     const int on = j % (kWarpColumns / 8) * 8;
-    const int row = on + (j * 8 < kWarpColumns ? 0 : given.size_n);
-    const int64_t ld = given.size_n;
+    const int row = on + (j * 8 < kWarpColumns ? 0 : args.size_n);
+    const int64_t ld = args.size_n;
     float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (n + on < given.size_n) {
+    if (n + on < args.size_n) {
       if constexpr (kTransposed) {
-        const V* own = v + static_cast<int64_t>(n) * given.rank;
-        values = four(own + row * given.rank, from, given.rank, vectors);
+        const V* own = v + static_cast<int64_t>(n) * args.rank;
+        values = four(own + row * args.rank, from, args.rank, vectors);
       } else {
         const V* own = v + from * ld + n + on;
-        if (from < given.rank) values.x = to_float(own[0]);
-        if (from + 1 < given.rank) values.y = to_float(own[ld]);
-        if (from + 2 < given.rank) values.z = to_float(own[2 * ld]);
-        if (from + 3 < given.rank) values.w = to_float(own[3 * ld]);
+        if (from < args.rank) values.x = to_float(own[0]);
+        if (from + 1 < args.rank) values.y = to_float(own[ld]);
+        if (from + 2 < args.rank) values.z = to_float(own[2 * ld]);
+        if (from + 3 < args.rank) values.w = to_float(own[3 * ld]);
       }
     }
     b[0] = pack<T>(values.x, values.y);
@@ -235,16 +235,16 @@ struct Mainloop {
   }
 
   // Loads s u of the tile's rows from low to high, zeros elsewhere.
-  static __device__ void load_u(const GroupedGemm& given, const U* u, float scale, int i, int r,
+  static __device__ void load_u(const GroupedGemm& args, const U* u, float scale, int i, int r,
                                 int low, int high, bool vectors, uint32_t (&a)[4]) {
     const int from = r + lane() % 4 * 4;
-    const U* own = u + static_cast<int64_t>(row_of(0, 0)) * given.rank;
+    const U* own = u + static_cast<int64_t>(row_of(0, 0)) * args.rank;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_of(i, half);
       float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
       if (row >= low && row < high) {
-        values = four(own + below(i, half) * given.rank, from, given.rank, vectors);
+        values = four(own + below(i, half) * args.rank, from, args.rank, vectors);
       }
       a[half] = pack<T>(scale * values.x, scale * values.y);
       a[2 + half] = pack<T>(scale * values.z, scale * values.w);
@@ -253,17 +253,17 @@ struct Mainloop {
 
   // Adds s u V to the rows from low to high, of one modality.
   template <typename V>
-  __device__ void add_modality(const GroupedGemm& given, const ExpertTile& tile, const U* u,
+  __device__ void add_modality(const GroupedGemm& args, const ExpertTile& tile, const U* u,
                                const V* v, float scale, int low, int high, bool vectors) {
 #pragma unroll 1
-    for (int r = 0; r < given.rank; r += 16) {
+    for (int r = 0; r < args.rank; r += 16) {
       uint32_t a[kTilesM][4];
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) load_u(given, u, scale, i, r, low, high, vectors, a[i]);
+      for (int i = 0; i < kTilesM; ++i) load_u(args, u, scale, i, r, low, high, vectors, a[i]);
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j) {
         uint32_t b[2];
-        load_v(given, v, tile.column, r, j, vectors, b);
+        load_v(args, v, tile.column, r, j, vectors, b);
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) multiply<T>(acc[i][j], a[i], b);
       }
@@ -273,19 +273,19 @@ struct Mainloop {
   // Adds s u V, in one pass for each modality of the tile. Rows of the base modality must have been
   // stored before: rows of another modality get 0 * V, which is zero only while V is finite.
   template <typename V>
-  __device__ void extend(const GroupedGemm& given, const ExpertTile& tile) {
-    const int64_t size = static_cast<int64_t>(given.rank) * given.size_n * (kGated ? 2 : 1);
-    const U* u = static_cast<const U*>(given.u) + tile.first * given.rank;
-    const auto* stack = static_cast<const V*>(given.v);
-    const bool vectors = given.rank % 4 == 0 && is_aligned(given.u) && is_aligned(given.v);
-    for (int m = 0; m < given.num_modalities; ++m) {
+  __device__ void extend(const GroupedGemm& args, const ExpertTile& tile) {
+    const int64_t size = static_cast<int64_t>(args.rank) * args.size_n * (kGated ? 2 : 1);
+    const U* u = static_cast<const U*>(args.u) + tile.first * args.rank;
+    const auto* stack = static_cast<const V*>(args.v);
+    const bool vectors = args.rank % 4 == 0 && is_aligned(args.u) && is_aligned(args.v);
+    for (int m = 0; m < args.num_modalities; ++m) {
       const int64_t* segment =
-          given.segments + tile.expert * (given.num_modalities + 1) + m + 1;
+          args.segments + tile.expert * (args.num_modalities + 1) + m + 1;
       const int64_t low = segment[0] - tile.first, high = segment[1] - tile.first;
       if (low >= high || low >= tile.count || high <= 0) continue;
-      const int64_t expert = given.experts_of_v == 1 ? 0 : tile.expert;
-      const int64_t index = static_cast<int64_t>(m) * given.experts_of_v + expert;
-      add_modality(given, tile, u, stack + index * size, given.scaling[m],
+      const int64_t expert = args.experts_of_v == 1 ? 0 : tile.expert;
+      const int64_t index = static_cast<int64_t>(m) * args.experts_of_v + expert;
+      add_modality(args, tile, u, stack + index * size, args.scaling[m],
                    static_cast<int>(low < 0 ? 0 : low),
                    static_cast<int>(high < tile.count ? high : tile.count), vectors);
     }
@@ -315,11 +315,11 @@ __device__ inline void store_words(T* to, const uint32_t (&words)[4]) {
 
 template <typename T>
 __device__ inline void load_words(const T* from, uint32_t (&words)[4]) {
-  const uint4 given = *reinterpret_cast<const uint4*>(from);
-  words[0] = given.x;
-  words[1] = given.y;
-  words[2] = given.z;
-  words[3] = given.w;
+  const uint4 loaded = *reinterpret_cast<const uint4*>(from);
+  words[0] = loaded.x;
+  words[1] = loaded.y;
+  words[2] = loaded.z;
+  words[3] = loaded.w;
 }
 
 }  // namespace moe_kernels::cuda

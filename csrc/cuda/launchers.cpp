@@ -142,7 +142,7 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at:
   const c10::cuda::CUDAGuard guard(rows.device());
   const at::Tensor out = outputs::combine(rows, inv_perm, num_rows, weights, num_tokens);
   if (out.numel() == 0) return out;
-  const Combine given{
+  const Combine args{
       .rows = rows.const_data_ptr(),
       .inv_perm = inv_perm.const_data_ptr<int64_t>(),
       .num_rows = num_rows.const_data_ptr<int64_t>(),
@@ -152,7 +152,7 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at:
       .width = static_cast<int>(rows.size(1)),
       .top_k = static_cast<int>(rows.size(0) / num_tokens),
   };
-  C10_CUDA_CHECK(launch_combine(given, scalar_of(rows),
+  C10_CUDA_CHECK(launch_combine(args, scalar_of(rows),
                                 scalar_of(weights),
                                 c10::cuda::getCurrentCUDAStream()));
   return out;
@@ -164,7 +164,7 @@ void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& mat
   const c10::cuda::CUDAGuard guard(left.device());
   outputs::shrink(out, left, matrix, perm, tiles, num_pairs, num_base, experts, top_k, by_token,
                   rank_first);
-  const Shrink given{
+  const Shrink args{
       .left = left.const_data_ptr(),
       .matrix = matrix.const_data_ptr(),
       .perm = perm.const_data_ptr<int64_t>(),
@@ -179,7 +179,7 @@ void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& mat
       .by_token = by_token,
       .rank_first = rank_first,
   };
-  C10_CUDA_CHECK(launch_shrink(given, scalar_of(left), scalar_of(matrix), scalar_of(out),
+  C10_CUDA_CHECK(launch_shrink(args, scalar_of(left), scalar_of(matrix), scalar_of(out),
                                c10::cuda::getCurrentCUDAStream()));
 }
 
@@ -199,7 +199,7 @@ std::tuple<at::Tensor, at::Tensor> wgrad(const at::Tensor& left, const at::Tenso
   const int width = static_cast<int>(right.size(1));
   const at::Tensor partial = at::empty({partials * out.stride(0)}, out.options());
   const at::Tensor parts = at::empty({wgrad_parts(width) * du.numel()}, out.options());
-  const Wgrad given{
+  const Wgrad args{
       .left = left.const_data_ptr(),
       .right = right.const_data_ptr(),
       .perm = perm.const_data_ptr<int64_t>(),
@@ -224,7 +224,7 @@ std::tuple<at::Tensor, at::Tensor> wgrad(const at::Tensor& left, const at::Tenso
       .left_by_token = left_by_token,
       .right_by_token = right_by_token,
   };
-  C10_CUDA_CHECK(launch_wgrad(given, scalar_of(left), scalar_of(right), scalar_of(weights),
+  C10_CUDA_CHECK(launch_wgrad(args, scalar_of(left), scalar_of(right), scalar_of(weights),
                               scalar_of(matrix), c10::cuda::getCurrentCUDAStream()));
   return made;
 }
@@ -234,7 +234,7 @@ void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& 
                   bool rank_last) {
   const c10::cuda::CUDAGuard guard(out.device());
   outputs::add_low_rank(out, u, v, scaling, perm, tiles, rank_last);
-  const AddLowRank given{
+  const AddLowRank args{
       .u = u.const_data_ptr(),
       .v = v.const_data_ptr(),
       .scaling = scaling.const_data_ptr<float>(),
@@ -246,7 +246,7 @@ void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& 
       .width = static_cast<int>(out.size(1)),
       .rank_last = rank_last,
   };
-  C10_CUDA_CHECK(launch_add_low_rank(given, scalar_of(out), scalar_of(v),
+  C10_CUDA_CHECK(launch_add_low_rank(args, scalar_of(out), scalar_of(v),
                                      c10::cuda::getCurrentCUDAStream()));
 }
 

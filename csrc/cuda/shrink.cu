@@ -166,42 +166,42 @@ struct Sums<float, kTiles> {
 // Rows of a warp: row lane / 4 of each group of 8. Rows beyond the end read the tile's first row
 // and are not stored.
 template <typename T>
-__device__ void find_rows(const Shrink& given, int64_t first, int64_t end, const T* (&rows)[4]) {
+__device__ void find_rows(const Shrink& args, int64_t first, int64_t end, const T* (&rows)[4]) {
   const int local = threadIdx.x / 32 % kRowWarps * kRowsOfWarp + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t place = first + local + 8 * i < end ? first + local + 8 * i : first;
-    const int64_t row = given.by_token ? token_of(given.perm, place, given.top_k) : place;
-    rows[i] = static_cast<const T*>(given.left) + row * given.size_k;
+    const int64_t row = args.by_token ? token_of(args.perm, place, args.top_k) : place;
+    rows[i] = static_cast<const T*>(args.left) + row * args.size_k;
   }
 }
 
 // Sums the rows from `first` over this warp's slice of k, to (kRows, columns). Two steps of four
 // vectors run at once where registers suffice, so that the loads of their rows overlap.
 template <typename T, int kTiles, bool kFast, typename Columns>
-__device__ void sum_slice(const Shrink& given, const Columns& columns, int64_t first, int64_t end,
+__device__ void sum_slice(const Shrink& args, const Columns& columns, int64_t first, int64_t end,
                           float* to) {
   constexpr int kStep = 4 * Vector<T>::kSize, kSteps = sizeof(T) == 2 ? 2 : 1;
   const int warp = threadIdx.x / 32;
   const T* rows[4];
-  find_rows(given, first, end, rows);
+  find_rows(args, first, end, rows);
   Sums<T, kTiles> sums;
-  for (int start = warp / kRowWarps * kSteps * kStep; start < given.size_k;
+  for (int start = warp / kRowWarps * kSteps * kStep; start < args.size_k;
        start += kSlices * kSteps * kStep) {
     const int k = start + threadIdx.x % 4 * Vector<T>::kSize;
     Vector<T> left[kSteps][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (k + step * kStep >= given.size_k) continue;
+      if (k + step * kStep >= args.size_k) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        left[step][i] = load_vector(rows[i], k + step * kStep, given.size_k, kFast);
+        left[step][i] = load_vector(rows[i], k + step * kStep, args.size_k, kFast);
       }
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       Vector<T> right[sums.kOfLane] = {};
-      if (k + step * kStep < given.size_k) columns.template load<kFast>(k + step * kStep, right);
+      if (k + step * kStep < args.size_k) columns.template load<kFast>(k + step * kStep, right);
       sums.add(left[step], right);
     }
   }
@@ -209,16 +209,16 @@ __device__ void sum_slice(const Shrink& given, const Columns& columns, int64_t f
 }
 
 template <typename Out>
-__device__ void add_slices(const float* sums, const Shrink& given, int64_t first, int64_t end,
+__device__ void add_slices(const float* sums, const Shrink& args, int64_t first, int64_t end,
                            int column, int columns) {
   for (int i = threadIdx.x; i < kRows * columns; i += kThreads) {
     const int64_t row = first + i / columns;
     const int n = column + i % columns;
-    if (row >= end || n >= given.rank) continue;
+    if (row >= end || n >= args.rank) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) sum += sums[slice * kRows * columns + i];
-    static_cast<Out*>(given.out)[row * given.rank + n] = from_float<Out>(sum);
+    static_cast<Out*>(args.out)[row * args.rank + n] = from_float<Out>(sum);
   }
 }
 
@@ -228,51 +228,51 @@ constexpr int kResident = sizeof(T) == 2 && kTiles == 2 ? 2 : 1;
 
 template <typename T, typename M, int kTiles, bool kRankFirst>
 __global__ void __launch_bounds__(kThreads, (kResident<T, kTiles>))
-    shrink_kernel(Shrink given, bool fast, bool out_is_float) {
-  const Tile tile = tile_of(given.tiles, blockIdx.x, given.num_tiles);
+    shrink_kernel(Shrink args, bool fast, bool out_is_float) {
+  const Tile tile = tile_of(args.tiles, blockIdx.x, args.num_tiles);
   if (tile.first >= tile.end) return;
   using OfWarp = Sums<T, kTiles>;
   auto* sums = reinterpret_cast<float*>(shared_memory());  // (kSlices, kRows, kColumns)
-  const int64_t modality = tile.group / given.num_base, expert = tile.group % given.num_base;
-  const int64_t index = modality * given.experts_of_m + (given.experts_of_m == 1 ? 0 : expert);
+  const int64_t modality = tile.group / args.num_base, expert = tile.group % args.num_base;
+  const int64_t index = modality * args.experts_of_m + (args.experts_of_m == 1 ? 0 : expert);
   const int column = blockIdx.y * OfWarp::kColumns, of_lane = column + OfWarp::first_column();
   const Columns<T, M, OfWarp::kOfLane, kRankFirst> columns{
-      static_cast<const M*>(given.matrix) + index * given.size_k * given.rank,
-      fast && of_lane >= given.rank ? 0 : of_lane, given.size_k, given.rank};
+      static_cast<const M*>(args.matrix) + index * args.size_k * args.rank,
+      fast && of_lane >= args.rank ? 0 : of_lane, args.size_k, args.rank};
   for (int64_t first = tile.first; first < tile.end; first += kRows) {
     if (fast) {
-      sum_slice<T, kTiles, true>(given, columns, first, tile.end, sums);
+      sum_slice<T, kTiles, true>(args, columns, first, tile.end, sums);
     } else {
-      sum_slice<T, kTiles, false>(given, columns, first, tile.end, sums);
+      sum_slice<T, kTiles, false>(args, columns, first, tile.end, sums);
     }
     __syncthreads();
     if (out_is_float) {
-      add_slices<float>(sums, given, first, tile.end, column, OfWarp::kColumns);
+      add_slices<float>(sums, args, first, tile.end, column, OfWarp::kColumns);
     } else {
-      add_slices<T>(sums, given, first, tile.end, column, OfWarp::kColumns);
+      add_slices<T>(sums, args, first, tile.end, column, OfWarp::kColumns);
     }
     __syncthreads();
   }
 }
 
 template <typename T, typename M, int kTiles>
-cudaError_t launch_columns(const Shrink& given, bool out_is_float, cudaStream_t stream) {
+cudaError_t launch_columns(const Shrink& args, bool out_is_float, cudaStream_t stream) {
   // k and a lane's columns are whole vectors.
-  const bool fast = given.size_k % Vector<T>::kSize == 0 && is_aligned(given.left) &&
-                    is_aligned(given.matrix) && given.rank % Sums<T, kTiles>::kOfLane == 0;
+  const bool fast = args.size_k % Vector<T>::kSize == 0 && is_aligned(args.left) &&
+                    is_aligned(args.matrix) && args.rank % Sums<T, kTiles>::kOfLane == 0;
   const auto kernel =
-      given.rank_first ? shrink_kernel<T, M, kTiles, true> : shrink_kernel<T, M, kTiles, false>;
-  const dim3 grid(given.num_tiles, ceil_div(given.rank, 8 * kTiles));
+      args.rank_first ? shrink_kernel<T, M, kTiles, true> : shrink_kernel<T, M, kTiles, false>;
+  const dim3 grid(args.num_tiles, ceil_div(args.rank, 8 * kTiles));
   constexpr size_t bytes = sizeof(float) * kSlices * kRows * 8 * kTiles;
   static_assert(bytes <= kMaxSharedBytes);
-  return launch(kernel, grid, kThreads, bytes, stream, given, fast, out_is_float);
+  return launch(kernel, grid, kThreads, bytes, stream, args, fast, out_is_float);
 }
 
 template <typename T, typename M>
-cudaError_t launch_half(const Shrink& given, bool out_is_float, cudaStream_t stream) {
-  if (given.rank <= 16) return launch_columns<T, M, 2>(given, out_is_float, stream);
-  if (given.rank <= 32) return launch_columns<T, M, 4>(given, out_is_float, stream);
-  return launch_columns<T, M, 8>(given, out_is_float, stream);
+cudaError_t launch_half(const Shrink& args, bool out_is_float, cudaStream_t stream) {
+  if (args.rank <= 16) return launch_columns<T, M, 2>(args, out_is_float, stream);
+  if (args.rank <= 32) return launch_columns<T, M, 4>(args, out_is_float, stream);
+  return launch_columns<T, M, 8>(args, out_is_float, stream);
 }
 
 }  // namespace

@@ -7,9 +7,9 @@ namespace moe_kernels::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreadsOfMaps)
-    tile_maps_kernel(Segments<int64_t> segments, TileMaps given) {
+    tile_maps_kernel(Segments<int64_t> segments, TileMaps args) {
   auto* scratch = reinterpret_cast<int*>(shared_memory());
-  write_map(segments, given.maps[blockIdx.y], blockIdx.x, gridDim.x, scratch);
+  write_map(segments, args.maps[blockIdx.y], blockIdx.x, gridDim.x, scratch);
 }
 
 }  // namespace

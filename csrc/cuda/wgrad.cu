@@ -65,26 +65,26 @@ struct Block {
   Row rows[kStages + 1][kRows];
 
   // Entry of perm for this thread's row of a step, -1 beyond the end.
-  static __device__ int slot_of(const Wgrad& given, int step, int64_t first, int64_t end) {
+  static __device__ int slot_of(const Wgrad& args, int step, int64_t first, int64_t end) {
     const int64_t place = first + static_cast<int64_t>(step) * kRows + threadIdx.x;
-    return threadIdx.x < kRows && place < end ? static_cast<int>(given.perm[place]) : -1;
+    return threadIdx.x < kRows && place < end ? static_cast<int>(args.perm[place]) : -1;
   }
 
   // Returned as stored: a conversion would wait for the load.
-  static __device__ Weight weight_of(const Wgrad& given, int slot) {
-    const auto* weights = static_cast<const Weight*>(given.weights);
+  static __device__ Weight weight_of(const Wgrad& args, int slot) {
+    const auto* weights = static_cast<const Weight*>(args.weights);
     return slot < 0 || weights == nullptr ? from_float<Weight>(1.0f) : weights[slot];
   }
 
-  __device__ void write_row(const Wgrad& given, int step, int64_t first, int slot, Weight weight,
+  __device__ void write_row(const Wgrad& args, int step, int64_t first, int slot, Weight weight,
                             float factor) {
     if (threadIdx.x >= kRows) return;
     Row row = {-1, -1, 0.0f};
     if (slot >= 0) {
-      const int token = slot / given.top_k;
+      const int token = slot / args.top_k;
       const int place = static_cast<int>(first) + step * kRows + static_cast<int>(threadIdx.x);
-      row.left = given.left_by_token ? token : place;
-      row.right = given.right_by_token ? token : place;
+      row.left = args.left_by_token ? token : place;
+      row.right = args.right_by_token ? token : place;
       row.factor = factor * to_float(weight);
     }
     rows[step % (kStages + 1)][threadIdx.x] = row;
@@ -114,20 +114,20 @@ struct Block {
     }
   }
 
-  __device__ void load(const Wgrad& given, Vectors vectors, int step, int column, int height) {
+  __device__ void load(const Wgrad& args, Vectors vectors, int step, int column, int height) {
     Stage<S>& stage = stages[step % kStages];
     const Row* of = rows[step % (kStages + 1)];
-    copy<typename S::Right, S::kWidth, true>(stage.right, of, given.right, column, given.width,
+    copy<typename S::Right, S::kWidth, true>(stage.right, of, args.right, column, args.width,
                                              vectors.right);
-    copy<typename S::Left, S::kHeight, false>(stage.left, of, given.left, height, given.height,
+    copy<typename S::Left, S::kHeight, false>(stage.left, of, args.left, height, args.height,
                                               vectors.left);
   }
 };
 
 template <typename T>
-__device__ float* place_of(float* out, const T& given, int h, int w) {
-  return out + (given.transposed ? static_cast<int64_t>(w) * given.height + h
-                                 : static_cast<int64_t>(h) * given.width + w);
+__device__ float* place_of(float* out, const T& args, int h, int w) {
+  return out + (args.transposed ? static_cast<int64_t>(w) * args.height + h
+                                : static_cast<int64_t>(h) * args.width + w);
 }
 
 // Sums of a warp: 32 columns of right by kHeight of left, as tensor-core fragments.
@@ -169,7 +169,7 @@ struct Sums {
     }
   }
 
-  __device__ void store(const Wgrad& given, float* out, int height, int width) {
+  __device__ void store(const Wgrad& args, float* out, int height, int width) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -179,7 +179,7 @@ struct Sums {
         for (int part = 0; part < 4; ++part) {
           const int w = width + 32 * warp + 16 * i + lane / 4 + part / 2 * 8;
           const int h = height + 8 * j + lane % 4 * 2 + part % 2;
-          if (w < given.width && h < given.height) *place_of(out, given, h, w) = acc[i][j][part];
+          if (w < args.width && h < args.height) *place_of(out, args, h, w) = acc[i][j][part];
         }
       }
     }
@@ -204,12 +204,12 @@ struct Sums<S, float> {
     }
   }
 
-  __device__ void store(const Wgrad& given, float* out, int height, int width) {
+  __device__ void store(const Wgrad& args, float* out, int height, int width) {
     const int w = width + threadIdx.x;
 #pragma unroll
     for (int h = 0; h < S::kHeight; ++h) {
-      if (w < given.width && height + h < given.height) {
-        *place_of(out, given, height + h, w) = acc[h];
+      if (w < args.width && height + h < args.height) {
+        *place_of(out, args, height + h, w) = acc[h];
       }
     }
   }
@@ -236,10 +236,10 @@ struct DuOfStep {
 
   // Loads the block's columns, from `width` on, of the group's (width, height); M: its dtype.
   template <typename M>
-  __device__ void load(const Wgrad& given, int64_t group, int width) {
+  __device__ void load(const Wgrad& args, int64_t group, int width) {
     const auto* of_group =
-        static_cast<const M*>(given.matrix) +
-        group * given.width * static_cast<int64_t>(given.height);
+        static_cast<const M*>(args.matrix) +
+        group * args.width * static_cast<int64_t>(args.height);
     const int n = rank_tile() + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
@@ -249,8 +249,8 @@ struct DuOfStep {
         float pair[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int64_t at = static_cast<int64_t>(w + e) * given.height + n;
-          pair[e] = w + e < given.width && n < given.height ? to_float(of_group[at]) : 0.0f;
+          const int64_t at = static_cast<int64_t>(w + e) * args.height + n;
+          pair[e] = w + e < args.width && n < args.height ? to_float(of_group[at]) : 0.0f;
         }
         matrix[k][part] = pack<R>(pair[0], pair[1]);
       }
@@ -275,16 +275,16 @@ struct DuOfStep {
   }
 
   // Stores a step's rows, if they lie between the tile's `first` and `end`; after a barrier.
-  static __device__ void store(const Wgrad& given, const Shared& shared, int step, int64_t first,
+  static __device__ void store(const Wgrad& args, const Shared& shared, int step, int64_t first,
                                int64_t end) {
     for (int i = threadIdx.x; i < S::kRows * S::kHeight; i += S::kThreads) {
       const int row = i / S::kHeight, n = i % S::kHeight;
       const int64_t place = first + static_cast<int64_t>(step) * S::kRows + row;
-      if (place >= end || n >= given.height) continue;
+      if (place >= end || n >= args.height) continue;
       float sum = 0.0f;
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) sum += shared.slices[step % 2][slice][row][n];
-      given.parts[(blockIdx.z * given.num_rows + place) * given.height + n] = sum;
+      args.parts[(blockIdx.z * args.num_rows + place) * args.height + n] = sum;
     }
   }
 };
@@ -299,13 +299,13 @@ struct NoDu {
 };
 
 // Destination of a tile's sums: a group of several tiles has a partial sum for each.
-__device__ float* sums_of(const Wgrad& given, const Tile& tile) {
-  const int64_t low = given.groups[tile.group], high = given.groups[given.num_groups + tile.group];
-  const int64_t size = static_cast<int64_t>(given.height) * given.width;
-  if (high - low <= given.chunk) return given.out + tile.group * size;
+__device__ float* sums_of(const Wgrad& args, const Tile& tile) {
+  const int64_t low = args.groups[tile.group], high = args.groups[args.num_groups + tile.group];
+  const int64_t size = static_cast<int64_t>(args.height) * args.width;
+  if (high - low <= args.chunk) return args.out + tile.group * size;
   const int64_t partial =
-      given.groups[2 * given.num_groups + tile.group] + (tile.first - low) / given.chunk;
-  return given.partial + partial * size;
+      args.groups[2 * args.num_groups + tile.group] + (tile.first - low) / args.chunk;
+  return args.partial + partial * size;
 }
 
 template <typename S, typename OfStep>
@@ -315,132 +315,132 @@ struct Shared {
 };
 
 template <typename S, typename M, typename OfStep>
-__global__ void __launch_bounds__(S::kThreads) wgrad_kernel(Wgrad given, Vectors vectors) {
-  const Tile tile = tile_of(given.tiles, blockIdx.x, given.num_tiles);
+__global__ void __launch_bounds__(S::kThreads) wgrad_kernel(Wgrad args, Vectors vectors) {
+  const Tile tile = tile_of(args.tiles, blockIdx.x, args.num_tiles);
   if (tile.first >= tile.end) return;
   auto& [block, du] = *reinterpret_cast<Shared<S, OfStep>*>(shared_memory());
   const int height = blockIdx.y * S::kHeight, width = blockIdx.z * S::kWidth;
-  const float factor = given.factors[tile.group / given.groups_of_factor];
+  const float factor = args.factors[tile.group / args.groups_of_factor];
   const int steps = static_cast<int>((tile.end - tile.first + S::kRows - 1) / S::kRows);
 #pragma unroll
   for (int step = 0; step < kStages; ++step) {
-    const int its = Block<S>::slot_of(given, step, tile.first, tile.end);
-    block.write_row(given, step, tile.first, its, Block<S>::weight_of(given, its), factor);
+    const int its = Block<S>::slot_of(args, step, tile.first, tile.end);
+    block.write_row(args, step, tile.first, its, Block<S>::weight_of(args, its), factor);
   }
-  int slot = Block<S>::slot_of(given, kStages, tile.first, tile.end);
+  int slot = Block<S>::slot_of(args, kStages, tile.first, tile.end);
   __syncthreads();
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) block.load(given, vectors, step, width, height);
+    if (step < steps) block.load(args, vectors, step, width, height);
     commit_copies();
   }
   Sums<S> sums;
   OfStep of_step;
-  if constexpr (!std::is_void_v<M>) of_step.template load<M>(given, tile.group, width);
+  if constexpr (!std::is_void_v<M>) of_step.template load<M>(args, tile.group, width);
   for (int step = 0; step < steps; ++step) {
-    const auto weight = Block<S>::weight_of(given, slot);
-    const int next = Block<S>::slot_of(given, step + kStages + 1, tile.first, tile.end);
+    const auto weight = Block<S>::weight_of(args, slot);
+    const int next = Block<S>::slot_of(args, step + kStages + 1, tile.first, tile.end);
     wait_copies<kStages - 2>();
     __syncthreads();
     if (step + kStages - 1 < steps) {
-      block.load(given, vectors, step + kStages - 1, width, height);
+      block.load(args, vectors, step + kStages - 1, width, height);
     }
     commit_copies();
-    if (step > 0) OfStep::store(given, du, step - 1, tile.first, tile.end);
+    if (step > 0) OfStep::store(args, du, step - 1, tile.first, tile.end);
     of_step.multiply_step(block.stages[step % kStages].right, step, du);
     sums.add(block, step);
-    block.write_row(given, step + kStages, tile.first, slot, weight, factor);
+    block.write_row(args, step + kStages, tile.first, slot, weight, factor);
     slot = next;
   }
-  sums.store(given, sums_of(given, tile), height, width);
+  sums.store(args, sums_of(args, tile), height, width);
   if constexpr (!std::is_void_v<M>) {
     __syncthreads();
-    OfStep::store(given, du, steps - 1, tile.first, tile.end);
+    OfStep::store(args, du, steps - 1, tile.first, tile.end);
   }
 }
 
 // Adds a share of the partial sums of a group, in the order of the tiles; zeros without tiles.
-__device__ void finish_sums(const Wgrad& given, int64_t group, int64_t share) {
-  const int64_t rows = given.groups[given.num_groups + group] - given.groups[group];
-  if (rows > 0 && rows <= given.chunk) return;
-  const int64_t size = static_cast<int64_t>(given.height) * given.width;
+__device__ void finish_sums(const Wgrad& args, int64_t group, int64_t share) {
+  const int64_t rows = args.groups[args.num_groups + group] - args.groups[group];
+  if (rows > 0 && rows <= args.chunk) return;
+  const int64_t size = static_cast<int64_t>(args.height) * args.width;
   const int64_t first = share * kMaxFinished;
-  const int64_t partial = given.groups[2 * given.num_groups + group];
+  const int64_t partial = args.groups[2 * args.num_groups + group];
   for (int64_t i = first + threadIdx.x; i < first + kMaxFinished && i < size; i += kFinishThreads) {
     float sum = 0.0f;
-    for (int64_t tile = 0; tile * given.chunk < rows; ++tile) {
-      sum += given.partial[(partial + tile) * size + i];
+    for (int64_t tile = 0; tile * args.chunk < rows; ++tile) {
+      sum += args.partial[(partial + tile) * size + i];
     }
-    given.out[group * size + i] = sum;
+    args.out[group * size + i] = sum;
   }
 }
 
 // Adds the parts of a share of du of a tile's rows, in order.
-__device__ void finish_du(const Wgrad& given, const Tile& tile, int64_t share) {
-  const int64_t first = tile.first * given.height + share * kMaxFinished;
-  const int64_t rest = tile.end * given.height, all = given.num_rows * given.height;
+__device__ void finish_du(const Wgrad& args, const Tile& tile, int64_t share) {
+  const int64_t first = tile.first * args.height + share * kMaxFinished;
+  const int64_t rest = tile.end * args.height, all = args.num_rows * args.height;
   const int64_t end = first + kMaxFinished < rest ? first + kMaxFinished : rest;
-  const int parts = wgrad_parts(given.width);
+  const int parts = wgrad_parts(args.width);
   for (int64_t i = first + threadIdx.x; i < end; i += kFinishThreads) {
     float sum = 0.0f;
 #pragma unroll 8
-    for (int part = 0; part < parts; ++part) sum += given.parts[part * all + i];
-    given.du[i] = sum;
+    for (int part = 0; part < parts; ++part) sum += args.parts[part * all + i];
+    args.du[i] = sum;
   }
 }
 
 // First come the blocks of each group's sums, then those of each tile's du.
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_wgrad_kernel(Wgrad given, int of_group, int of_tile) {
-  const int of_sums = given.num_groups * of_group, block = blockIdx.x;
+    finish_wgrad_kernel(Wgrad args, int of_group, int of_tile) {
+  const int of_sums = args.num_groups * of_group, block = blockIdx.x;
   if (block < of_sums) {
-    finish_sums(given, block / of_group, block % of_group);
+    finish_sums(args, block / of_group, block % of_group);
   } else {
-    const Tile tile = tile_of(given.tiles, (block - of_sums) / of_tile, given.num_tiles);
-    finish_du(given, tile, (block - of_sums) % of_tile);
+    const Tile tile = tile_of(args.tiles, (block - of_sums) / of_tile, args.num_tiles);
+    finish_du(args, tile, (block - of_sums) % of_tile);
   }
 }
 
-cudaError_t launch_finish(const Wgrad& given, cudaStream_t stream) {
-  const int of_group = ceil_div(static_cast<int64_t>(given.height) * given.width, kMaxFinished);
-  const int64_t rows = given.chunk < given.num_rows ? given.chunk : given.num_rows;
-  const int of_tile = given.matrix == nullptr ? 0 : ceil_div(rows * given.height, kMaxFinished);
-  const unsigned blocks = given.num_groups * of_group + given.num_tiles * of_tile;
-  return launch(finish_wgrad_kernel, blocks, kFinishThreads, 0, stream, given, of_group, of_tile);
+cudaError_t launch_finish(const Wgrad& args, cudaStream_t stream) {
+  const int of_group = ceil_div(static_cast<int64_t>(args.height) * args.width, kMaxFinished);
+  const int64_t rows = args.chunk < args.num_rows ? args.chunk : args.num_rows;
+  const int of_tile = args.matrix == nullptr ? 0 : ceil_div(rows * args.height, kMaxFinished);
+  const unsigned blocks = args.num_groups * of_group + args.num_tiles * of_tile;
+  return launch(finish_wgrad_kernel, blocks, kFinishThreads, 0, stream, args, of_group, of_tile);
 }
 
 // M: the dtype of the matrix, or void.
 template <typename S, typename M = void>
-cudaError_t launch_tiles(const Wgrad& given, cudaStream_t stream) {
+cudaError_t launch_tiles(const Wgrad& args, cudaStream_t stream) {
   using OfStep = std::conditional_t<std::is_void_v<M>, NoDu<S>, DuOfStep<S>>;
   using Left = Vector<typename S::Left>;
   using Right = Vector<typename S::Right>;
   static_assert(sizeof(Shared<S, OfStep>) <= kMaxSharedBytes);
-  if (given.num_tiles > 0 && given.num_rows > 0) {
-    const dim3 grid(given.num_tiles, ceil_div(given.height, S::kHeight),
-                    ceil_div(given.width, S::kWidth));
-    const Vectors vectors{given.height % Left::kSize == 0 && is_aligned(given.left),
-                          given.width % Right::kSize == 0 && is_aligned(given.right)};
+  if (args.num_tiles > 0 && args.num_rows > 0) {
+    const dim3 grid(args.num_tiles, ceil_div(args.height, S::kHeight),
+                    ceil_div(args.width, S::kWidth));
+    const Vectors vectors{args.height % Left::kSize == 0 && is_aligned(args.left),
+                          args.width % Right::kSize == 0 && is_aligned(args.right)};
     const cudaError_t error = launch(wgrad_kernel<S, M, OfStep>, grid, S::kThreads,
-                                     sizeof(Shared<S, OfStep>), stream, given, vectors);
+                                     sizeof(Shared<S, OfStep>), stream, args, vectors);
     if (error != cudaSuccess) return error;
   }
-  return launch_finish(given, stream);
+  return launch_finish(args, stream);
 }
 
 template <typename L, typename R, typename W>
-cudaError_t launch_heights(const Wgrad& given, cudaStream_t stream) {
+cudaError_t launch_heights(const Wgrad& args, cudaStream_t stream) {
   if constexpr (sizeof(R) == 2) {
-    if (given.height > 16) return launch_tiles<Shape<L, R, W, 64, 128>>(given, stream);
+    if (args.height > 16) return launch_tiles<Shape<L, R, W, 64, 128>>(args, stream);
   }
-  return launch_tiles<Shape<L, R, W, 16, 128>>(given, stream);
+  return launch_tiles<Shape<L, R, W, 16, 128>>(args, stream);
 }
 
 template <typename R, typename W, typename M>
-cudaError_t launch_with_matrix(const Wgrad& given, cudaStream_t stream) {
-  return given.height > 16
-             ? launch_tiles<Shape<R, R, W, 32, kColumnsOfPart>, M>(given, stream)
-             : launch_tiles<Shape<R, R, W, 16, kColumnsOfPart>, M>(given, stream);
+cudaError_t launch_with_matrix(const Wgrad& args, cudaStream_t stream) {
+  return args.height > 16
+             ? launch_tiles<Shape<R, R, W, 32, kColumnsOfPart>, M>(args, stream)
+             : launch_tiles<Shape<R, R, W, 16, kColumnsOfPart>, M>(args, stream);
 }
 
 // Whether an operand is float32; otherwise it has right's dtype.
@@ -450,21 +450,21 @@ struct Floats {
 };
 
 template <typename R, typename W>
-cudaError_t launch_weights(const Wgrad& given, Floats floats, cudaStream_t stream) {
-  if (given.matrix != nullptr) {
+cudaError_t launch_weights(const Wgrad& args, Floats floats, cudaStream_t stream) {
+  if (args.matrix != nullptr) {
     if (floats.left) return cudaErrorInvalidValue;
-    return floats.matrix ? launch_with_matrix<R, W, float>(given, stream)
-                         : launch_with_matrix<R, W, R>(given, stream);
+    return floats.matrix ? launch_with_matrix<R, W, float>(args, stream)
+                         : launch_with_matrix<R, W, R>(args, stream);
   }
-  return floats.left ? launch_heights<float, R, W>(given, stream)
-                     : launch_heights<R, R, W>(given, stream);
+  return floats.left ? launch_heights<float, R, W>(args, stream)
+                     : launch_heights<R, R, W>(args, stream);
 }
 
 template <typename R>
-cudaError_t launch_right(const Wgrad& given, Floats floats, bool weights_are_float,
+cudaError_t launch_right(const Wgrad& args, Floats floats, bool weights_are_float,
                          cudaStream_t stream) {
-  return weights_are_float ? launch_weights<R, float>(given, floats, stream)
-                           : launch_weights<R, R>(given, floats, stream);
+  return weights_are_float ? launch_weights<R, float>(args, floats, stream)
+                           : launch_weights<R, R>(args, floats, stream);
 }
 
 bool fits(Scalar scalar, Scalar right) { return scalar == Scalar::kFloat || scalar == right; }

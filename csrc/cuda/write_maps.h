@@ -12,19 +12,19 @@ namespace moe_kernels::cuda {
 constexpr int kThreadsOfMaps = 256;
 
 // Blocks for each map. Each block scans all groups and writes a share of the tiles.
-inline int blocks_of_map(const TileMaps& given) {
+inline int blocks_of_map(const TileMaps& args) {
   constexpr int kTilesOfBlock = 4 * kThreadsOfMaps, kMaxBlocks = 16;
   int tiles = 1;
-  for (int i = 0; i < given.num_maps; ++i) tiles = std::max(tiles, given.maps[i].num_tiles);
+  for (int i = 0; i < args.num_maps; ++i) tiles = std::max(tiles, args.maps[i].num_tiles);
   return std::min(kMaxBlocks, ceil_div(tiles, kTilesOfBlock));
 }
 
 // Ints of shared memory in which a block scans a map of so many groups.
 constexpr int ints_of_map(int groups) { return 2 * groups + kThreadsOfMaps / 32; }
 
-inline int ints_of_maps(const TileMaps& given) {
+inline int ints_of_maps(const TileMaps& args) {
   int groups = 0;
-  for (int i = 0; i < given.num_maps; ++i) groups = std::max(groups, given.maps[i].groups.num);
+  for (int i = 0; i < args.num_maps; ++i) groups = std::max(groups, args.maps[i].groups.num);
   return ints_of_map(groups);
 }
 
