@@ -58,6 +58,12 @@ def device(name: str, tensor: Tensor, expected: torch.device) -> None:
         raise ValueError(f"{name} must be on {expected}, got {tensor.device}")
 
 
+def contiguous(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` is contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, has strides {tensor.stride()}")
+
+
 def frozen(name: str, tensor: Tensor | None, why: str) -> None:
     """Raise ValueError if a gradient would be expected for a tensor that never gets one."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
@@ -76,13 +82,21 @@ def modality_range(modality_ids: Tensor, num_modalities: int) -> None:
         )
 
 
-def expert_range(topk_ids: Tensor, num_experts: int) -> None:
-    """Raise ValueError unless all ids are in 0..num_experts-1. Synchronises with a GPU."""
-    if topk_ids.numel() == 0:
+def index_range(name: str, indices: Tensor, size: int) -> None:
+    """Raise ValueError unless all ``indices`` are in 0..size-1. Synchronises with a GPU."""
+    if indices.numel() == 0:
         return
-    low, high = (int(value) for value in torch.aminmax(topk_ids))
-    if low < 0 or high >= num_experts:
-        raise ValueError(f"topk_ids must be in 0..{num_experts - 1}, got {low}..{high}")
+    low, high = (int(value) for value in torch.aminmax(indices))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be in 0..{size - 1}, got {low}..{high}")
+
+
+def reads_values(device: torch.device) -> bool:
+    """Return whether the values of tensors on ``device`` are checked.
+
+    They are not on CUDA, where that makes the host wait, unless ``MOE_KERNELS_CHECK=1``.
+    """
+    return device.type == "cpu" or env.check_values()
 
 
 def id_ranges(
@@ -94,13 +108,12 @@ def id_ranges(
 ) -> None:
     """Raise ValueError unless all ids are in range; None is not checked.
 
-    Values are not read on CUDA, where that makes the host wait, unless ``MOE_KERNELS_CHECK=1``. The
-    backend "cpu" checks modality ids itself as it sorts.
+    Values are read where :func:`reads_values` says. The backend "cpu" checks modality ids itself as
+    it sorts.
     """
-    device = (modality_ids if topk_ids is None else topk_ids).device
-    if device.type != "cpu" and not env.check_values():
+    if not reads_values((modality_ids if topk_ids is None else topk_ids).device):
         return
     if topk_ids is not None:
-        expert_range(topk_ids, num_experts)
+        index_range("topk_ids", topk_ids, num_experts)
     if modality_ids is not None and backend != "cpu":
         modality_range(modality_ids, num_modalities)

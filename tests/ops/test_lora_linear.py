@@ -6,6 +6,7 @@ from support.devices import NEEDS_CUDA
 
 from moe_kernels import ops, testing
 from moe_kernels.ops import LoraWeights
+from moe_kernels.ops.lora_linear.rows import dispatch_shapes
 from moe_kernels.testing import make_modality_ids
 
 WORKING = testing.working_backends()
@@ -227,10 +228,10 @@ def test_layers_that_share_a_dispatch_keep_their_bits(backend, dtype):
         lora = LoraWeights(*(t.float() for t in lora))
         dispatched = ops.linear_dispatch(modality_ids, 2, backend=backend)
         results = []
-        for given in ({"modality_ids": modality_ids}, {"dispatched": dispatched}):
+        for rows in ({"modality_ids": modality_ids}, {"dispatched": dispatched}):
             leaves = [t.detach().clone().requires_grad_() for t in (x, *lora[:2])]
             pair = LoraWeights(*leaves[1:], lora.scaling)
-            out = ops.lora_linear(leaves[0], weight, bias, pair, **given, backend=backend)
+            out = ops.lora_linear(leaves[0], weight, bias, pair, **rows, backend=backend)
             results.append([out, *torch.autograd.grad(out.sum(), leaves)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -251,10 +252,67 @@ def test_a_dispatch_that_does_not_fit_is_refused(backend):
     call("dispatched.segment_offsets must have shape", dispatched=other)
     cut = dispatched._replace(tiles=dispatched.tiles.new_empty(3, 99))
     call("dispatched.tiles must have shape", dispatched=cut)
+    # A dispatch for another kind of backend differs in its tiles.
+    call(rf"make it by linear_dispatch\(modality_ids, 2, backend='{backend}'\)", dispatched=cut)
     meta = dispatched._replace(segment_offsets=dispatched.segment_offsets.to("meta"))
     call("dispatched.segment_offsets must be on cpu, got meta", dispatched=meta)
-    with pytest.raises(ValueError, match="modality_ids must be in -1..2"):
-        ops.linear_dispatch(modality_ids + 3, 2, backend=backend)
+    for field, tensor in dispatched._asdict().items():
+        name = f"dispatched.{field}"
+        narrow, listed = tensor.int(), tensor.tolist()
+        call(f"{name} must be int64", TypeError, dispatched=dispatched._replace(**{field: narrow}))
+        call(
+            f"{name} must be a tensor", TypeError, dispatched=dispatched._replace(**{field: listed})
+        )
+    strided = dispatched._replace(perm=dispatched.perm.repeat_interleave(2)[::2])
+    call(r"dispatched.perm must be contiguous, has strides \(2,\)", dispatched=strided)
+
+
+@pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("shift", [-100, 100])
+def test_a_dispatch_with_values_out_of_range_is_refused(backend, shift):
+    x, weight, bias, lora, modality_ids = make()
+    dispatched = ops.linear_dispatch(modality_ids, 2, backend=backend)
+    for field, tensor in dispatched._asdict().items():
+        if field == "groups" or tensor.numel() == 0:  # forward does not read the groups' values
+            continue
+        wrong = dispatched._replace(**{field: tensor + shift})
+        error = RuntimeError if backend == "cpu" else ValueError
+        with pytest.raises(error, match=f"{field}.* must "):
+            ops.lora_linear(x, weight, bias, lora, dispatched=wrong, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [*WORKING, None])
+def test_bad_ids_are_refused_before_they_are_sorted(backend):
+    ids = make()[-1]
+    cases = [
+        ((ids.tolist(), 2), TypeError, "modality_ids must be a tensor, got list"),
+        ((ids.float(), 2), TypeError, "modality_ids must be int64"),
+        ((ids.view(1, -1), 2), ValueError, "modality_ids must have 1 dimensions, got 2"),
+        ((ids + 3, 2), ValueError, r"modality_ids must be in -1\.\.2"),
+        ((ids, -1), ValueError, "num_modalities must be at least 0, got -1"),
+        ((ids, [2]), TypeError, "num_modalities must be int, got list"),
+    ]
+    for arguments, error, message in cases:
+        with pytest.raises(error, match=message):
+            ops.linear_dispatch(*arguments, backend=backend)
+    with pytest.raises(ValueError, match="unknown backend 'xx'; the backends are"):
+        ops.linear_dispatch(ids, 2, backend="xx")
+
+
+@pytest.mark.parametrize("backend", WORKING)
+def test_ids_of_any_integer_type_are_sorted_alike(backend):
+    ids = make()[-1]
+    expected = ops.linear_dispatch(ids, 2, backend=backend)
+    for dtype in (torch.int32, torch.int8):
+        dispatched = ops.linear_dispatch(ids.to(dtype), 2, backend=backend)
+        for field, other in zip(dispatched, expected, strict=True):
+            assert field.dtype == torch.int64 and torch.equal(field, other)
+    assert len(ops.linear_dispatch(ids, 2)) == len(expected)  # the backend may be left out
+
+
+def test_a_backend_without_tiles_needs_no_count_of_them():
+    for backend in ("reference", "cpu"):
+        assert dispatch_shapes(5, 2, backend) == ((5,), (4,), (3, 0), (3, 0))
 
 
 def test_bad_input_is_refused():

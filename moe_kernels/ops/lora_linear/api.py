@@ -1,4 +1,4 @@
-"""Public function ``lora_linear``: checks of shape and dtype, then the op."""
+"""Public functions ``linear_dispatch`` and ``lora_linear``: checks of the input, then the op."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,38 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.lora_linear import autograd
-from moe_kernels.ops.lora_linear.dispatch import LinearDispatch, linear_dispatch
+from moe_kernels.ops.lora_linear.rows import LinearDispatch
 from moe_kernels.ops.lora_weights import LoraWeights, check_linear_lora
 
 _FROZEN = "the base layer is frozen and gets no gradient"
+
+
+def linear_dispatch(
+    modality_ids: Tensor, num_modalities: int, *, backend: str | None = None
+) -> LinearDispatch:
+    """Sort the rows of a linear layer by modality; layers on the same tokens can share them.
+
+    Args:
+        modality_ids: (T,) int, -1..M. On the CPU another value raises; on CUDA such a row gets no
+            update, unless ``MOE_KERNELS_CHECK=1`` asks for the check.
+        num_modalities: M, the number of added modalities.
+        backend: that of the calls of ``lora_linear`` which take the result; see
+            :func:`moe_kernels.backends.select`. None: the choice for float32 weights.
+
+    Raises:
+        TypeError: ids or a number of modalities of a wrong type.
+        ValueError: a wrong rank, an id out of range, a negative number of modalities.
+        RuntimeError: the named backend is not available.
+    """
+    checks.tensors(modality_ids=modality_ids)
+    checks.integer("modality_ids", modality_ids)
+    checks.ndim("modality_ids", modality_ids, 1)
+    if not isinstance(num_modalities, (int, torch.SymInt)):
+        raise TypeError(f"num_modalities must be int, got {type(num_modalities).__name__}")
+    if num_modalities < 0:
+        raise ValueError(f"num_modalities must be at least 0, got {num_modalities}")
+    backend = backends.select(backend, modality_ids.device)
+    return autograd.sort_rows(modality_ids.long(), num_modalities, backend)
 
 
 def lora_linear(
@@ -34,7 +62,8 @@ def lora_linear(
         lora: ``lora_A`` (M, r, in), ``lora_B`` (M, out, r), in the base's dtype or float32.
         modality_ids: int, of the leading shape of ``hidden_states``, -1..M. None: the base path.
         dispatched: the result of :func:`moe_kernels.ops.linear_dispatch` for the modality ids and
-            the backend, given instead of ``modality_ids``; several layers can share it.
+            the backend, passed instead of ``modality_ids``; several layers can share it. Its
+            values are checked where ``linear_dispatch`` checks those of ids.
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
@@ -76,7 +105,7 @@ def lora_linear(
     if dispatched is None:
         ids = x.new_zeros(x.shape[0], dtype=torch.int64) if modality_ids is None else modality_ids
         num_modalities = lora.lora_A.shape[0]
-        dispatched = linear_dispatch(ids.reshape(-1).long(), num_modalities, backend=backend)
+        dispatched = autograd.sort_rows(ids.reshape(-1).long(), num_modalities, backend)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora[:2]))
     out = autograd.run(x, weight, bias, *dispatched, *lora, save, backend)
     return out.view(*leading, weight.shape[0]).to(hidden_states.dtype)
@@ -85,10 +114,17 @@ def lora_linear(
 def _check_dispatched(
     dispatched: LinearDispatch, modality_ids: Tensor | None, device: torch.device
 ) -> None:
-    """Raise unless ``dispatched`` is a LinearDispatch on ``device``; the op checks its shapes."""
+    """Raise unless ``dispatched`` has contiguous int64 tensors on ``device``.
+
+    The op checks shapes and values.
+    """
     if not isinstance(dispatched, LinearDispatch):
         raise TypeError(f"dispatched must be a LinearDispatch, got {type(dispatched).__name__}")
     if modality_ids is not None:
         raise ValueError("give modality_ids or dispatched, not both")
-    for name, tensor in dispatched._asdict().items():
-        checks.device(f"dispatched.{name}", tensor, device)
+    for field, tensor in dispatched._asdict().items():
+        name = f"dispatched.{field}"
+        checks.tensors(**{name: tensor})
+        checks.dtype(name, tensor, (torch.int64,))
+        checks.device(name, tensor, device)
+        checks.contiguous(name, tensor)

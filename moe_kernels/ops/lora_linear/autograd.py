@@ -1,4 +1,4 @@
-"""The registered ops ``moe_kernels::lora_linear`` and ``lora_linear_backward``.
+"""The registered ops ``moe_kernels::linear_dispatch``, ``lora_linear`` and its backward.
 
 The base GEMM is torch's, over all rows, so its bits follow from the shape alone; the low-rank term
 is added in place, on the rows of added modalities only. Saved for backward are hidden_states,
@@ -9,10 +9,46 @@ import torch
 from torch import Tensor
 
 from moe_kernels import backends
+from moe_kernels.ops import checks
 from moe_kernels.ops.dtypes import on_device, without_autocast
 from moe_kernels.ops.gradients import OpArguments, is_plain, plain_function, select
-from moe_kernels.ops.lora_linear.dispatch import LinearDispatch, check_linear_dispatch
+from moe_kernels.ops.lora_linear.rows import (
+    LinearDispatch,
+    check_dispatch_fits,
+    dispatch_shapes,
+)
 from moe_kernels.ops.lora_weights import LoraWeights
+
+
+def _linear_dispatch(
+    modality_ids: Tensor, num_modalities: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of :class:`LinearDispatch` for (T,) int64 ids."""
+    checks.id_ranges(None, 0, modality_ids, num_modalities, backend)
+    with on_device(modality_ids.device):
+        return tuple(
+            backends.implementation("lora_linear", backend).dispatch(
+                modality_ids.contiguous(), num_modalities
+            )
+        )
+
+
+linear_dispatch_op = torch.library.custom_op(
+    "moe_kernels::linear_dispatch", _linear_dispatch, mutates_args=()
+)
+
+
+@linear_dispatch_op.register_fake
+def _(modality_ids, num_modalities, backend):
+    shapes = dispatch_shapes(modality_ids.shape[0], num_modalities, backend)
+    return tuple(modality_ids.new_empty(shape) for shape in shapes)
+
+
+def sort_rows(modality_ids: Tensor, num_modalities: int, backend: str) -> LinearDispatch:
+    """Return the rows of (T,) int64 ids by modality, around the dispatcher for plain tensors."""
+    plain = is_plain(modality_ids)
+    compute = _linear_dispatch if plain else torch.ops.moe_kernels.linear_dispatch
+    return LinearDispatch(*compute(modality_ids, num_modalities, backend))
 
 
 def _lora_linear(
@@ -31,7 +67,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return out (T, out), and u (T, r), or (0, r) unless ``save_for_backward``."""
     dispatched, rows = LinearDispatch(perm, segment_offsets, tiles, groups), hidden_states.shape[0]
-    check_linear_dispatch(dispatched, rows, lora_A.shape[0], backend)
+    check_dispatch_fits(dispatched, rows, lora_A.shape[0], backend)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         hidden_states = hidden_states.contiguous()
         out = torch.nn.functional.linear(hidden_states, weight, bias)
@@ -51,12 +87,12 @@ lora_linear_op = torch.library.custom_op("moe_kernels::lora_linear", _lora_linea
 
 @lora_linear_op.register_fake
 def _(*arguments):
-    given = _FORWARD.by_name(arguments)
-    hidden_states, rank = given["hidden_states"], given["lora_A"].shape[1]
+    named = _FORWARD.by_name(arguments)
+    hidden_states, rank = named["hidden_states"], named["lora_A"].shape[1]
     rows = hidden_states.shape[0]
     return (
-        hidden_states.new_empty(rows, given["weight"].shape[0]),
-        hidden_states.new_empty(rows if given["save_for_backward"] else 0, rank),
+        hidden_states.new_empty(rows, named["weight"].shape[0]),
+        hidden_states.new_empty(rows if named["save_for_backward"] else 0, rank),
     )
 
 
@@ -119,18 +155,18 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    given, (_, u) = _FORWARD.by_name(inputs), output
+    named, (_, u) = _FORWARD.by_name(inputs), output
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        given["hidden_states"],
-        given["weight"],
-        *select(LoraWeights, given),
+        named["hidden_states"],
+        named["weight"],
+        *select(LoraWeights, named),
         u,
-        given["perm"],
-        given["segment_offsets"],
+        named["perm"],
+        named["segment_offsets"],
     )
-    ctx.backend = given["backend"]
+    ctx.backend = named["backend"]
 
 
 def _backward(ctx, grad_out, _):

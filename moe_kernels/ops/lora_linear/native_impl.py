@@ -4,12 +4,8 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
-from moe_kernels.ops.lora_linear.dispatch import LinearDispatch
+from moe_kernels.ops.lora_linear.rows import LinearDispatch
 from moe_kernels.ops.lora_weights import LoraWeights
-
-
-def num_tiles(num_tokens: int, num_modalities: int) -> None:
-    """Return None: no kernel here takes rows in tiles."""
 
 
 def dispatch(modality_ids: Tensor, num_modalities: int) -> LinearDispatch:

@@ -10,14 +10,10 @@ from torch import Tensor
 
 from moe_kernels.ops.dispatch import reference as dispatch_reference
 from moe_kernels.ops.dtypes import acc_dtype
-from moe_kernels.ops.lora_linear.dispatch import LinearDispatch
+from moe_kernels.ops.lora_linear.rows import LinearDispatch
 from moe_kernels.ops.lora_weights import LoraWeights
 
 _BLOCK_M = 1024
-
-
-def num_tiles(num_tokens: int, num_modalities: int) -> None:
-    """Return None: nothing here takes rows in tiles of a map."""
 
 
 def dispatch(modality_ids: Tensor, num_modalities: int) -> LinearDispatch:

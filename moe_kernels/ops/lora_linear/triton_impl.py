@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops import triton_tile_maps as maps
-from moe_kernels.ops.lora_linear.dispatch import LinearDispatch
+from moe_kernels.ops.lora_linear.rows import LinearDispatch
 from moe_kernels.ops.lora_weights import LoraWeights
 from moe_kernels.ops.triton_launches import (
     TRITON_SHARED,
