@@ -288,22 +288,12 @@ class _Experts:
         """Return E_e(x) of one expert without its router weight, (n, H) float64."""
         inputs = self.inputs[rows]
         ids = torch.full((len(inputs), 1), expert, device=inputs.device)
-        with self._in_modality(ids):
+        context = self.module.__dict__.get("_modality_context")
+        modality_ids = torch.full_like(ids, self.modality_id)
+        with contextlib.nullcontext() if context is None else context.running(modality_ids):
             # Call the module, not the op: the module has the adapters, and an unpatched model does
             # not use the op.
             return self.module(inputs, ids, torch.ones_like(ids, dtype=inputs.dtype)).double()
-
-    @contextlib.contextmanager
-    def _in_modality(self, ids: Tensor) -> Iterator[None]:
-        context = self.module.__dict__.get("_modality_context")
-        if context is None:
-            yield
-            return
-        before, context.modality_ids = context.modality_ids, torch.full_like(ids, self.modality_id)
-        try:
-            yield
-        finally:
-            context.modality_ids = before
 
 
 def _debiased_cka(experts: _Experts, num_experts: int) -> Tensor:

@@ -5,6 +5,8 @@ pre-hook on each ``self_attn`` takes them: it runs before the MoE block of the s
 when activation checkpointing recomputes the layer, which a global or a hook on the layer would not.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -26,11 +28,12 @@ class LayerCall:
     Attributes:
         modality_ids: (B, S) int64.
         linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
-            modalities and backend; made when the first of them asks.
+            modalities, backend and grad mode: autograd cannot save tensors of inference mode.
+            Made when the first module asks, dropped when the layer's experts have run.
     """
 
     modality_ids: Tensor
-    linear_dispatches: dict[tuple[int, str], LinearDispatch] = field(default_factory=dict)
+    linear_dispatches: dict[tuple[int, str, bool], LinearDispatch] = field(default_factory=dict)
 
 
 class ModalityContext:
@@ -38,7 +41,7 @@ class ModalityContext:
 
     Attributes:
         backend: passed to the ops.
-        call: state of the forward that is running, all of it; None before the first.
+        call: all state of the forward that is running, or ran last; None before the first.
     """
 
     def __init__(self, backend: str | None):
@@ -47,16 +50,27 @@ class ModalityContext:
 
     @property
     def modality_ids(self) -> Tensor | None:
-        """(B, S) int64 of the forward that is running, or None before the first."""
+        """(B, S) int64 of the forward that is running or ran last, or None before the first."""
         return None if self.call is None else self.call.modality_ids
 
-    @modality_ids.setter
-    def modality_ids(self, modality_ids: Tensor | None) -> None:
-        self.start(modality_ids)
-
-    def start(self, modality_ids: Tensor | None) -> None:
+    def start(self, modality_ids: Tensor) -> None:
         """Begin a forward: nothing of the one before is kept."""
-        self.call = None if modality_ids is None else LayerCall(modality_ids)
+        self.call = LayerCall(modality_ids)
+
+    def finish(self) -> None:
+        """End a forward: only its modality ids are kept."""
+        if self.call is not None:
+            self.call.linear_dispatches.clear()
+
+    @contextlib.contextmanager
+    def running(self, modality_ids: Tensor) -> Iterator[None]:
+        """Begin a forward of a part of the layer alone, and restore the call before at the end."""
+        before = self.call
+        self.start(modality_ids)
+        try:
+            yield
+        finally:
+            self.call = before
 
     def linear_dispatch(self, num_modalities: int, weight: Tensor) -> tuple[LinearDispatch, str]:
         """Return this forward's rows sorted by modality, and the backend they are for.
@@ -66,11 +80,12 @@ class ModalityContext:
             weight: of the linear module; its device and dtype choose the backend.
         """
         backend = backends.select(self.backend, weight.device, weight.dtype)
-        made, key = self.call.linear_dispatches, (num_modalities, backend)
-        if key not in made:
+        dispatches = self.call.linear_dispatches
+        key = num_modalities, backend, torch.is_grad_enabled()
+        if key not in dispatches:
             ids = self.call.modality_ids.reshape(-1)
-            made[key] = linear_dispatch(ids, num_modalities, backend=backend)
-        return made[key], backend
+            dispatches[key] = linear_dispatch(ids, num_modalities, backend=backend)
+        return dispatches[key], backend
 
 
 class TakeModalityIds:
@@ -88,6 +103,20 @@ class TakeModalityIds:
             raise RuntimeError(MISSING)
         self.context.start(kwargs.pop("modality_ids"))
         return args, kwargs
+
+
+class DropDispatches:
+    """Hook of the last part of a decoder layer, which ends the forward of its context.
+
+    Checkpointing recomputes the parts, without a hook of the layer itself. It stops by an
+    exception, after which the hook must run too.
+    """
+
+    def __init__(self, context: ModalityContext):
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        self.context.finish()
 
 
 def resolve_modality_ids(

@@ -18,6 +18,12 @@ def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
     context: ModalityContext = module.__dict__["_modality_context"]
     if context.modality_ids is None:
         raise RuntimeError(MISSING)
+    rows, expected = hidden_states.shape[:-1].numel(), context.modality_ids.numel()
+    if rows != expected:
+        raise ValueError(
+            f"hidden_states have {rows} rows, the modality_ids of this forward {expected}: pass "
+            "hidden states of all its positions, or call the patched model itself on others"
+        )
     lora = module.__dict__["_modality_lora"].weights()
     dispatched, backend = context.linear_dispatch(lora.lora_A.shape[0], module.weight)
     return ops.lora_linear(

@@ -27,7 +27,7 @@ from moe_kernels.models.config import (
     ROUTER,
     ModalityLoraConfig,
 )
-from moe_kernels.models.context import ModalityContext, TakeModalityIds
+from moe_kernels.models.context import DropDispatches, ModalityContext, TakeModalityIds
 from moe_kernels.models.handle import PatchState, is_patched
 from moe_kernels.models.parts import LayerParts, find_parts, trainable_dtype
 from moe_kernels.models.projections import (
@@ -255,15 +255,19 @@ def _layer_problems(parts: LayerParts, targets: tuple[str, ...], find: RoutingFi
 
 
 def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder) -> None:
-    """Give a layer its hook and the adapters of its projections, if any.
+    """Give a layer its hooks and the adapters of its projections, if any.
 
     Adapters live on the decoder layer, and no part of their names is "experts". Under
     ``mlp.experts``, or any ``experts.gate_up_proj``, transformers would take them for base weights
     when it saves: it would split and rename them, and resuming would silently lose them.
     """
     context = ModalityContext(patched.config.backend)
-    hook = parts.self_attn.register_forward_pre_hook(TakeModalityIds(context), with_kwargs=True)
-    patched.hooks.append(hook)
+    take, drop = TakeModalityIds(context), DropDispatches(context)
+    last = parts.self_attn if parts.experts is None else parts.experts
+    patched.hooks += [
+        parts.self_attn.register_forward_pre_hook(take, with_kwargs=True),
+        last.register_forward_hook(drop, always_call=True),
+    ]
     loras = parts.layer.modality_lora = nn.ModuleDict()
     for projection in patched.projections:
         if projection.layer is not parts.layer:

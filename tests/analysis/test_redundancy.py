@@ -343,6 +343,17 @@ def test_an_expert_without_variance_is_left_out():
     assert cosine[2].tolist() == [0, 0, 0, 0]
 
 
+def test_applying_an_expert_keeps_the_call_of_the_forward_before():
+    model, _ = patched_model()
+    model(**mixed_batches()[0])
+    experts = model.model.layers[0].mlp.experts
+    context = experts.__dict__["_modality_context"]
+    before, inputs = context.call, torch.randn(4, model.config.hidden_size)
+    with torch.no_grad():
+        one, other = (module._Experts(experts, inputs, m).output(0) for m in (0, 1))
+    assert context.call is before and not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_as_it_was(fails):
     model, _ = patched_model()

@@ -72,6 +72,74 @@ def test_two_forwards_before_one_backward(checkpointing):
         assert torch.equal(found, first + second)
 
 
+def contexts(model):
+    return [layer.self_attn.q_proj.__dict__["_modality_context"] for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
+def test_only_the_ids_are_kept_after_a_forward(checkpointing):
+    """The sorted rows would stay on the device until the next forward, those of every layer."""
+    model, _ = make(checkpointing)
+    ids, (mask, _) = batches()
+
+    def assert_dropped():
+        for context in contexts(model):
+            assert torch.equal(context.modality_ids, mask)
+            assert not context.call.linear_dispatches
+
+    loss = model(ids, modality_ids=mask, labels=ids).loss
+    assert_dropped()
+    loss.backward()
+    assert_dropped()
+
+
+def test_only_the_ids_are_kept_after_a_forward_that_failed():
+    model, _ = make()
+    ids, (mask, _) = batches()
+
+    def fail(*args):
+        raise ArithmeticError
+
+    experts = model.model.layers[1].mlp.experts
+    with experts.register_forward_pre_hook(fail), pytest.raises(ArithmeticError):
+        model(ids, modality_ids=mask)
+    assert not any(context.call.linear_dispatches for context in contexts(model))
+
+
+def test_a_module_trains_after_a_forward_in_inference_mode():
+    model, _ = make()
+    q_proj, (context, _) = model.model.layers[0].self_attn.q_proj, contexts(model)
+    x, (_, (mask, _)) = torch.randn(2, 12, 32), batches()
+    context.start(mask)
+    with torch.inference_mode():
+        expected = q_proj(x)
+    out = q_proj(x)
+    out.sum().backward()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate"])
+def test_a_wrong_number_of_rows_is_named_in_the_users_words(name):
+    model, _ = make()
+    ids, (mask, _) = batches()
+    model(ids, modality_ids=mask)
+    module = model.model.layers[0].get_submodule(name)
+    message = "hidden_states have 22 rows, the modality_ids of this forward 24: pass"
+    with pytest.raises(ValueError, match=message):
+        module(torch.randn(2, 11, 32))
+
+
+def test_running_a_part_restores_the_call_before():
+    model, _ = make()
+    context, (_, (mask, other)) = contexts(model)[0], batches()
+    context.start(mask)
+    before = context.call
+    with pytest.raises(ArithmeticError), context.running(other):
+        assert context.modality_ids is other
+        raise ArithmeticError
+    assert context.call is before
+
+
 def test_ids_that_are_set_anew_are_sorted_anew():
     model, _ = make()
     ids, masks = batches()
@@ -80,6 +148,6 @@ def test_ids_that_are_set_anew_are_sorted_anew():
     context = q_proj.__dict__["_modality_context"]
     results = []
     for mask in (*masks, masks[0]):
-        context.modality_ids = mask
+        context.start(mask)
         results.append(q_proj(x))
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])

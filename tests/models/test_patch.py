@@ -176,7 +176,7 @@ def test_experts_module(family, experts):
 
     expected = call()
     randomise(patch_model(model))
-    module.__dict__["_modality_context"].modality_ids = torch.zeros(1, 37, dtype=torch.long)
+    module.__dict__["_modality_context"].start(torch.zeros(1, 37, dtype=torch.long))
     for name, ours, theirs in zip(("out", "dx", "dw"), call(), expected, strict=True):
         assert_close(ours, theirs, name=name)
 

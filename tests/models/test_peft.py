@@ -133,7 +133,7 @@ def test_a_random_mask_is_a_choice_of_the_two(pair):
     with peft.disable_adapter():
         plain = theirs(x, ids, weights)
     expected = torch.where(rows, adapted, plain)
-    ours.__dict__["_modality_context"].modality_ids = mask
+    ours.__dict__["_modality_context"].start(mask)
     actual = ours(x, ids, weights)
     assert_close(actual, expected)
     grads = torch.autograd.grad(actual, [x, weights], upstream, retain_graph=True)
