@@ -47,8 +47,8 @@ def poison() -> bool:
 
 def brgemm() -> bool | None:
     """Return whether bf16 GEMMs go through brgemm, or None: on a CPU with AMX."""
-    given = os.environ.get("MOE_KERNELS_BRGEMM", "").strip()
-    return _boolean("MOE_KERNELS_BRGEMM") if given else None
+    value = os.environ.get("MOE_KERNELS_BRGEMM", "").strip()
+    return _boolean("MOE_KERNELS_BRGEMM") if value else None
 
 
 def backend() -> str | None:
@@ -59,5 +59,5 @@ def backend() -> str | None:
 
 def tiles_path() -> Path:
     """Return the path of the file of tuned Triton tiles, which need not exist."""
-    given = os.environ.get("MOE_KERNELS_TILES", "").strip()
-    return Path(given) if given else Path.home() / ".cache/moe_kernels/tiles.json"
+    value = os.environ.get("MOE_KERNELS_TILES", "").strip()
+    return Path(value) if value else Path.home() / ".cache/moe_kernels/tiles.json"

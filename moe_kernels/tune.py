@@ -151,29 +151,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument("--trials", type=int, default=10, help="timed runs of each candidate")
     parser.add_argument("--limit", type=int, default=0, help="candidates to try (default: all)")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     if reason := backends.available()["triton"]:
         parser.error(f"nothing to tune: {reason}")
-    return given
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tune every requested number of tokens, and store the table."""
-    given = parse(arguments)
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", _DTYPES[given.dtype]
+    args = parse(arguments)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", _DTYPES[args.dtype]
     table = []
-    for tokens in sorted(given.tokens):
-        shape = Shape(
-            tokens, given.top_k, given.experts, given.hidden, given.intermediate, given.rank
-        )
-        best = tune(shape, dtype, device, trials=given.trials, limit=given.limit)
+    for tokens in sorted(args.tokens):
+        shape = Shape(tokens, args.top_k, args.experts, args.hidden, args.intermediate, args.rank)
+        best = tune(shape, dtype, device, trials=args.trials, limit=args.limit)
         if best:
-            table.append((tokens * given.top_k // given.experts, best[0]))
+            table.append((tokens * args.top_k // args.experts, best[0]))
             print(f"T = {tokens}: {best[0]}, {best[1] * 1e3:.3f} ms")
     if not table:
         raise SystemExit("no candidate ran")
     stack = torch.empty(
-        given.experts, 2 * given.intermediate, given.hidden, dtype=dtype, device=device
+        args.experts, 2 * args.intermediate, args.hidden, dtype=dtype, device=device
     )
     store(triton_tiles.key_of(stack), table)
     print(f"wrote {env.tiles_path()}")

@@ -71,7 +71,7 @@ class AddedExperts(nn.Module):
         num_added: X.
         hidden_features: H.
         intermediate_features: I.
-        modality_id: of the rows that may choose them; None: all rows.
+        modality_id: modality of the rows that may choose them; None: all rows may.
         calibration: recalibrates the routing of these rows, or None.
         device: of the parameters.
         dtype: of the parameters.
@@ -89,14 +89,8 @@ class AddedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        hidden, inter, options = (
-            hidden_features,
-            intermediate_features,
-            {
-                "device": device,
-                "dtype": dtype,
-            },
-        )
+        hidden, inter = hidden_features, intermediate_features
+        options = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(num_added, 2 * inter, hidden, **options))
         self.down_proj = nn.Parameter(torch.empty(num_added, hidden, inter, **options))
         self.router_columns = nn.Parameter(torch.empty(num_added, hidden, **options))
@@ -105,7 +99,7 @@ class AddedExperts(nn.Module):
 
     @property
     def num_added(self) -> int:
-        """X."""
+        """Number of experts, X."""
         return self.router_columns.shape[0]
 
     @property

@@ -186,10 +186,10 @@ def _check_fits(patched: PatchState, saved: dict) -> None:
             f"the adapter is for a {base['model_type']!r} model, this is a "
             f"{model.config.model_type!r}"
         )
-    theirs = ModalityLoraConfig.from_dict(saved["lora"]).to_dict()
-    ours = patched.config.to_dict()
-    if differing := [k for k in theirs if _as_list(theirs[k]) != _as_list(ours[k])]:
-        listed = ", ".join(f"{k}: {theirs[k]!r} != {ours[k]!r}" for k in differing)
+    trained = ModalityLoraConfig.from_dict(saved["lora"]).to_dict()
+    current = patched.config.to_dict()
+    if differing := [k for k in trained if _as_list(trained[k]) != _as_list(current[k])]:
+        listed = ", ".join(f"{k}: {trained[k]!r} != {current[k]!r}" for k in differing)
         raise ValueError(
             f"the adapter was trained with another configuration (adapter != model): {listed}; "
             "patch with ModalityLoraConfig.from_adapter(folder)"
@@ -201,14 +201,14 @@ def _check_fits(patched: PatchState, saved: dict) -> None:
         )
 
 
-def _check_routing(patched: PatchState, theirs: dict[str, dict], find: RoutingFinder) -> None:
+def _check_routing(patched: PatchState, trained: dict[str, dict], find: RoutingFinder) -> None:
     """Raise unless top-k and normalisation match those the added experts were trained with."""
-    ours = added_experts.routing(patched, find, theirs)
+    current = added_experts.routing(patched, find, trained)
     differing = [
-        f"layer {layer}: {name} {value!r} != {ours[layer].get(name)!r}"
-        for layer, facts in theirs.items()
+        f"layer {layer}: {name} {value!r} != {current[layer].get(name)!r}"
+        for layer, facts in trained.items()
         for name, value in facts.items()
-        if ours[layer].get(name) != value
+        if current[layer].get(name) != value
     ]
     if differing:
         raise ValueError(

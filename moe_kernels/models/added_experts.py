@@ -59,7 +59,7 @@ def check(
 
     Args:
         patched: the model.
-        config: of the extension.
+        config: configuration of the extension that is to be built.
         earlier: the extensions that the model has before this one.
         find: shared by the steps of one operation.
 

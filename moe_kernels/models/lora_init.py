@@ -78,10 +78,8 @@ def initialise_lora(
         ridge: see :func:`moe_kernels.init.gromov_wasserstein_lora`.
         seed: of the sample, of the permutation and of ranks beyond the map's.
         progress: show a bar.
-        metric: this and the rest: see :func:`moe_kernels.init.gromov_wasserstein_lora`.
-        solver: see there.
-        epsilon: see there.
-        max_memory: see there.
+        metric: passed to :func:`moe_kernels.init.gromov_wasserstein_lora`, as are ``solver``,
+            ``epsilon`` and ``max_memory``.
 
     Returns:
         Diagnostics by the projection's name, such as ``"model.layers.0.modality_lora.q_proj"``.
@@ -194,9 +192,9 @@ class _Record:
         keys = torch.rand(rows.shape[0], generator=self.generator)
         for sample, modality_id in ((self.image, self.modality_id), (self.text, 0)):
             # Only the sampled rows leave the device.
-            at = (modality_ids == modality_id).nonzero().flatten().cpu()
-            at = at[smallest_keys(keys[at], sample.size)]
-            sample.add(rows[at.to(rows.device)].cpu().float(), keys[at])
+            positions = (modality_ids == modality_id).nonzero().flatten().cpu()
+            positions = positions[smallest_keys(keys[positions], sample.size)]
+            sample.add(rows[positions.to(rows.device)].cpu().float(), keys[positions])
 
 
 def _collect(

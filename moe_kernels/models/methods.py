@@ -109,12 +109,12 @@ def _forward_of(model_class: type[PreTrainedModel]):
     del forward.__wrapped__
     parameters = list(signature.parameters.values())
     keyword = inspect.Parameter("modality_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-    at = next(
+    position = next(
         (i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD),
         len(parameters),
     )
     forward.__signature__ = signature.replace(
-        parameters=[*parameters[:at], keyword, *parameters[at:]]
+        parameters=[*parameters[:position], keyword, *parameters[position:]]
     )
     return forward
 
@@ -156,9 +156,9 @@ def _columns_from(
     follows from its id. A text token takes that of the prompt's last column, if it is one of
     ``sequence_modality_ids``.
     """
-    given = modality_ids[:, start : start + input_ids.shape[1]]
-    later = table[input_ids[:, given.shape[1] :]]
+    of_prompt = modality_ids[:, start : start + input_ids.shape[1]]
+    later = table[input_ids[:, of_prompt.shape[1] :]]
     last = modality_ids[:, -1:].to(later)
     for modality_id in sequence_modality_ids:
         later = torch.where((later == 0) & (last == modality_id), last, later)
-    return torch.cat([given.to(later), later], dim=1)
+    return torch.cat([of_prompt.to(later), later], dim=1)

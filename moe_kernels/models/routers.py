@@ -105,9 +105,9 @@ def route_beside(
     rows = [experts.open_to(modality_ids) for experts in added]
     # Rows that may not choose an expert go in as zeros and get zeros: a NaN or infinity in them
     # would turn a gradient of zero into NaN.
-    inputs = [_where(at, hidden_states, 0.0) for at in rows]
+    inputs = [_where(allowed, hidden_states, 0.0) for allowed in rows]
     own = [e.logits(x).to(logits.dtype) for e, x in zip(added, inputs, strict=True)]
-    seen = [_where(at, values, 0.0) for at, values in zip(rows, own, strict=True)]
+    seen = [_where(allowed, values, 0.0) for allowed, values in zip(rows, own, strict=True)]
     for modality_id in dict.fromkeys(experts.modality_id for experts in added):
         members = [i for i, experts in enumerate(added) if experts.modality_id == modality_id]
         new_scores, chosen = route(
@@ -119,7 +119,9 @@ def route_beside(
         new_indices = torch.cat([ids[0], *(ids[i + 1] for i in members)])[chosen]
         scores = _where(rows[members[0]], new_scores, scores)
         indices = _where(rows[members[0]], new_indices, indices)
-    closed = [_where(at, values, -torch.inf) for at, values in zip(rows, own, strict=True)]
+    closed = [
+        _where(allowed, values, -torch.inf) for allowed, values in zip(rows, own, strict=True)
+    ]
     return torch.cat([logits, *closed], dim=1), scores, indices
 
 

@@ -31,9 +31,9 @@ def score_layers(
     progress: bool,
 ) -> LayerScores:
     """See :meth:`moe_kernels.moextend.ExpertExtender.score_layers`."""
-    given, steps = steps, as_integer(steps)
+    requested, steps = steps, as_integer(steps)
     if steps is None or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {given!r}")
+        raise ValueError(f"steps must be an integer of at least 1, got {requested!r}")
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}")
     check_count(count)

@@ -36,50 +36,50 @@ def match_routing_weights(rows: Tensor, weights: Tensor) -> Tensor:
     return weights if weights.dtype == rows.dtype else weights.float()
 
 
-def shrink(given: Shrink) -> Tensor:
+def shrink(args: Shrink) -> Tensor:
     """See :func:`moe_kernels.ops.triton_launches.shrink`."""
-    if uses_triton_gemm(given.left.device):
-        return TRITON_SHARED.shrink(given)
+    if uses_triton_gemm(args.left.device):
+        return TRITON_SHARED.shrink(args)
     _native.ops().shrink(
-        given.out,
-        given.left,
-        given.matrix,
-        given.perm,
-        given.tiles.tiles,
-        given.tiles.groups.shape[1],
-        given.num_base,
-        given.experts,
-        given.top_k,
-        given.by_token,
-        given.rank_first,
+        args.out,
+        args.left,
+        args.matrix,
+        args.perm,
+        args.tiles.tiles,
+        args.tiles.groups.shape[1],
+        args.num_base,
+        args.experts,
+        args.top_k,
+        args.by_token,
+        args.rank_first,
     )
-    return given.out
+    return args.out
 
 
-def wgrad(given: Wgrad) -> tuple[Tensor, Tensor | None]:
+def wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
     """See :func:`moe_kernels.ops.triton_launches.wgrad`."""
-    if uses_triton_gemm(given.right.device):
-        return TRITON_SHARED.wgrad(given)
+    if uses_triton_gemm(args.right.device):
+        return TRITON_SHARED.wgrad(args)
     du, columns = None, _native.cuda_limit("COLUMNS_OF_PART")
-    if given.matrix is not None and not du_parts_fit(given, columns):
-        du, given = shrink_to_du(shrink, given), given._replace(matrix=None)
-    weights = given.weights
+    if args.matrix is not None and not du_parts_fit(args, columns):
+        du, args = shrink_to_du(shrink, args), args._replace(matrix=None)
+    weights = args.weights
     out, du_of_pass = _native.ops().wgrad(
-        given.left,
-        given.right,
-        given.perm,
-        given.rows.tiles,
-        given.rows.groups,
-        given.factors,
-        None if weights is None else match_routing_weights(given.right, weights),
-        given.matrix,
-        given.rows.block,
-        given.top_k,
-        given.transposed,
-        given.left_by_token,
-        given.right_by_token,
+        args.left,
+        args.right,
+        args.perm,
+        args.rows.tiles,
+        args.rows.groups,
+        args.factors,
+        None if weights is None else match_routing_weights(args.right, weights),
+        args.matrix,
+        args.rows.block,
+        args.top_k,
+        args.transposed,
+        args.left_by_token,
+        args.right_by_token,
     )
-    return out, du if given.matrix is None else du_of_pass
+    return out, du if args.matrix is None else du_of_pass
 
 
 def gives_du(rank: int, dy: Tensor) -> bool:
@@ -89,22 +89,22 @@ def gives_du(rank: int, dy: Tensor) -> bool:
     return dy.dtype != torch.float32 and rank <= _native.cuda_limit("MAX_RANK_WITH_DU")
 
 
-def add_low_rank(given: LowRank) -> None:
+def add_low_rank(args: LowRank) -> None:
     """See :func:`moe_kernels.ops.triton_launches.add_low_rank`.
 
     Triton's is used for float32, and for rows that are not a multiple of 16 bytes.
     """
-    if given.out.dtype == torch.float32 or given.out.shape[1] % 8:
-        TRITON_SHARED.add_low_rank(given)
+    if args.out.dtype == torch.float32 or args.out.shape[1] % 8:
+        TRITON_SHARED.add_low_rank(args)
         return
     _native.ops().add_low_rank(
-        given.out,
-        given.u,
-        given.matrix,
-        given.scaling,
-        given.perm,
-        given.tiles.tiles,
-        given.rank_last,
+        args.out,
+        args.u,
+        args.matrix,
+        args.scaling,
+        args.perm,
+        args.tiles.tiles,
+        args.rank_last,
     )
 
 

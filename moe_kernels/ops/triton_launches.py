@@ -167,35 +167,35 @@ def shrink_warps(block_m: int) -> int:
     return 2 if block_m == 16 else 4
 
 
-def shrink(given: Shrink) -> Tensor:
-    """Write left M to the adapted rows of ``given.out``, and return it."""
-    (num_rows, rank), size_k, tiles = given.out.shape, given.left.shape[1], given.tiles
-    block_r = min(rank_block(given.left.dtype), max(16, triton.next_power_of_2(rank)))
+def shrink(args: Shrink) -> Tensor:
+    """Write left M to the adapted rows of ``args.out``, and return it."""
+    (num_rows, rank), size_k, tiles = args.out.shape, args.left.shape[1], args.tiles
+    block_r = min(rank_block(args.left.dtype), max(16, triton.next_power_of_2(rank)))
     if tiles.num_tiles and num_rows:
         shrink_kernel[(tiles.num_tiles, -(-rank // block_r))](
-            left_ptr=given.left,
-            m_ptr=given.matrix,
-            perm_ptr=given.perm,
+            left_ptr=args.left,
+            m_ptr=args.matrix,
+            perm_ptr=args.perm,
             tiles_ptr=tiles.tiles,
-            out_ptr=given.out,
+            out_ptr=args.out,
             num_tiles=tiles.num_tiles,
-            num_base=given.num_base,
-            experts_of_m=given.experts,
+            num_base=args.num_base,
+            experts_of_m=args.experts,
             size_k=size_k,
-            stride_mk=1 if given.rank_first else rank,
-            stride_mr=size_k if given.rank_first else 1,
-            TOP_K=given.top_k,
-            BY_TOKEN=given.by_token,
+            stride_mk=1 if args.rank_first else rank,
+            stride_mr=size_k if args.rank_first else 1,
+            TOP_K=args.top_k,
+            BY_TOKEN=args.by_token,
             RANK=rank,
             BLOCK_R=block_r,
             BLOCK_M=tiles.block,
-            BLOCK_K=given.block_k,
+            BLOCK_K=args.block_k,
             num_warps=shrink_warps(tiles.block),
         )
-    return given.out
+    return args.out
 
 
-def wgrad(given: Wgrad) -> tuple[Tensor, Tensor | None]:
+def wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
     """Return each group's sum in float32, and du = right @ matrix if there is a matrix.
 
     The sums are (groups, height, width), or (groups, width, height) if ``transposed``. du is
@@ -203,34 +203,34 @@ def wgrad(given: Wgrad) -> tuple[Tensor, Tensor | None]:
     where its parts by columns would be too large.
     """
     num_groups, height, width = (
-        given.rows.groups.shape[1],
-        given.left.shape[1],
-        given.right.shape[1],
+        args.rows.groups.shape[1],
+        args.left.shape[1],
+        args.right.shape[1],
     )
     blocks = functools.partial(
-        wgrad_blocks, height, width, given.right.dtype, capability=capability(given.right.device)
+        wgrad_blocks, height, width, args.right.dtype, capability=capability(args.right.device)
     )
     du = None
-    if given.matrix is not None and not du_parts_fit(given, blocks(with_du=True)[1]):
-        du, given = shrink_to_du(shrink, given), given._replace(matrix=None)
-    block_h, block_n, block_p, warps = blocks(with_du=given.matrix is not None)
-    grid = (given.rows.num_tiles, -(-height // block_h), -(-width // block_n))
+    if args.matrix is not None and not du_parts_fit(args, blocks(with_du=True)[1]):
+        du, args = shrink_to_du(shrink, args), args._replace(matrix=None)
+    block_h, block_n, block_p, warps = blocks(with_du=args.matrix is not None)
+    grid = (args.rows.num_tiles, -(-height // block_h), -(-width // block_n))
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=given.left.device)
+        return torch.empty(shape, dtype=torch.float32, device=args.left.device)
 
-    shape = (width, height) if given.transposed else (height, width)
-    out, partial = empty(num_groups, *shape), empty(given.rows.num_partials, *shape)
-    parts = None if given.matrix is None else empty(grid[2], given.perm.numel(), height)
-    if num_groups and given.rows.num_rows:
-        _launch_wgrad(given, grid, out, partial, parts, (block_h, block_n, block_p), warps)
+    shape = (width, height) if args.transposed else (height, width)
+    out, partial = empty(num_groups, *shape), empty(args.rows.num_partials, *shape)
+    parts = None if args.matrix is None else empty(grid[2], args.perm.numel(), height)
+    if num_groups and args.rows.num_rows:
+        _launch_wgrad(args, grid, out, partial, parts, (block_h, block_n, block_p), warps)
     if num_groups:
-        _finish_wgrad(given, partial, out)
-    return out, du if parts is None else _sum_parts(parts, given.tiles)
+        _finish_wgrad(args, partial, out)
+    return out, du if parts is None else _sum_parts(parts, args.tiles)
 
 
 def _launch_wgrad(
-    given: Wgrad,
+    args: Wgrad,
     grid: tuple[int, int, int],
     out: Tensor,
     partial: Tensor,
@@ -238,35 +238,35 @@ def _launch_wgrad(
     blocks: tuple[int, int, int],
     warps: int,
 ) -> None:
-    """Sum each tile of ``given.rows``; write du's parts by columns if there is a matrix."""
-    height, width = given.left.shape[1], given.right.shape[1]
-    num_groups = given.rows.groups.shape[1]
+    """Sum each tile of ``args.rows``; write du's parts by columns if there is a matrix."""
+    height, width = args.left.shape[1], args.right.shape[1]
+    num_groups = args.rows.groups.shape[1]
     wgrad_kernel[grid](
-        left_ptr=given.left,
-        right_ptr=given.right,
-        perm_ptr=given.perm,
-        tiles_ptr=given.rows.tiles,
-        groups_ptr=given.rows.groups,
-        factors_ptr=given.factors,
-        weights_ptr=given.factors if given.weights is None else given.weights,
-        matrix_ptr=given.right if given.matrix is None else given.matrix,
+        left_ptr=args.left,
+        right_ptr=args.right,
+        perm_ptr=args.perm,
+        tiles_ptr=args.rows.tiles,
+        groups_ptr=args.rows.groups,
+        factors_ptr=args.factors,
+        weights_ptr=args.factors if args.weights is None else args.weights,
+        matrix_ptr=args.right if args.matrix is None else args.matrix,
         out_ptr=out,
         partial_ptr=partial,
         du_parts_ptr=out if parts is None else parts,
-        num_tiles=given.rows.num_tiles,
+        num_tiles=args.rows.num_tiles,
         num_groups=num_groups,
-        groups_of_factor=num_groups // given.factors.numel(),
-        num_rows=given.rows.num_rows,
-        chunk=given.rows.block,
+        groups_of_factor=num_groups // args.factors.numel(),
+        num_rows=args.rows.num_rows,
+        chunk=args.rows.block,
         height=height,
         width=width,
-        stride_h=1 if given.transposed else width,
-        stride_w=height if given.transposed else 1,
-        TOP_K=given.top_k,
-        WEIGHTED=given.weights is not None,
-        LEFT_BY_TOKEN=given.left_by_token,
-        RIGHT_BY_TOKEN=given.right_by_token,
-        WITH_DU=given.matrix is not None,
+        stride_h=1 if args.transposed else width,
+        stride_w=height if args.transposed else 1,
+        TOP_K=args.top_k,
+        WEIGHTED=args.weights is not None,
+        LEFT_BY_TOKEN=args.left_by_token,
+        RIGHT_BY_TOKEN=args.right_by_token,
+        WITH_DU=args.matrix is not None,
         BLOCK_H=blocks[0],
         BLOCK_N=blocks[1],
         BLOCK_P=blocks[2],
@@ -274,41 +274,41 @@ def _launch_wgrad(
     )
 
 
-def _finish_wgrad(given: Wgrad, partial: Tensor, out: Tensor) -> None:
+def _finish_wgrad(args: Wgrad, partial: Tensor, out: Tensor) -> None:
     """Add the partial sums of groups of several tiles; write zeros for groups without rows."""
     num_groups, size = out.shape[0], out.shape[1] * out.shape[2]
     # The second axis of a grid ends at 65,535.
     finish_wgrad_kernel[(-(-size // 1024), num_groups)](
-        groups_ptr=given.rows.groups,
+        groups_ptr=args.rows.groups,
         partial_ptr=partial,
         out_ptr=out,
         num_groups=num_groups,
-        chunk=given.rows.block,
+        chunk=args.rows.block,
         size=size,
         BLOCK_N=1024,
     )
 
 
-def du_parts_fit(given: Wgrad, columns: int) -> bool:
+def du_parts_fit(args: Wgrad, columns: int) -> bool:
     """Return whether du may come with dB: it takes a float32 part for each ``columns`` of dy."""
-    parts = -(-given.right.shape[1] // columns)
-    return 4 * parts * given.perm.numel() * given.left.shape[1] <= MAX_BYTES_OF_PARTS
+    parts = -(-args.right.shape[1] // columns)
+    return 4 * parts * args.perm.numel() * args.left.shape[1] <= MAX_BYTES_OF_PARTS
 
 
-def shrink_to_du(shrink: Callable[[Shrink], Tensor], given: Wgrad) -> Tensor:
+def shrink_to_du(shrink: Callable[[Shrink], Tensor], args: Wgrad) -> Tensor:
     """Return du = right @ matrix (T*K, r) in float32, by a backend's ``shrink``."""
-    dy, groups = given.right, max(1, given.matrix.shape[0])
-    shape = given.perm.numel(), given.matrix.shape[2]
+    dy, groups = args.right, max(1, args.matrix.shape[0])
+    shape = args.perm.numel(), args.matrix.shape[2]
     return shrink(
         Shrink(
             left=dy,
-            matrix=given.matrix,
-            perm=given.perm,
-            tiles=given.tiles,
+            matrix=args.matrix,
+            perm=args.perm,
+            tiles=args.tiles,
             out=torch.empty(shape, dtype=torch.float32, device=dy.device),
             rank_first=False,
-            by_token=given.right_by_token,
-            top_k=given.top_k,
+            by_token=args.right_by_token,
+            top_k=args.top_k,
             num_base=groups,
             experts=groups,
             block_k=16 if dy.dtype == torch.float32 else 64,
@@ -336,25 +336,25 @@ def _sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
     return out
 
 
-def add_low_rank(given: LowRank) -> None:
-    """Add s u V to the adapted rows of ``given.out`` in place."""
-    rank, width = given.u.shape[1], given.out.shape[1]
-    if given.tiles.num_tiles and given.perm.numel():
-        add_low_rank_kernel[(given.tiles.num_tiles, -(-width // given.block_n))](
-            u_ptr=given.u,
-            v_ptr=given.matrix,
-            scaling_ptr=given.scaling,
-            perm_ptr=given.perm,
-            tiles_ptr=given.tiles.tiles,
-            out_ptr=given.out,
-            num_tiles=given.tiles.num_tiles,
+def add_low_rank(args: LowRank) -> None:
+    """Add s u V to the adapted rows of ``args.out`` in place."""
+    rank, width = args.u.shape[1], args.out.shape[1]
+    if args.tiles.num_tiles and args.perm.numel():
+        add_low_rank_kernel[(args.tiles.num_tiles, -(-width // args.block_n))](
+            u_ptr=args.u,
+            v_ptr=args.matrix,
+            scaling_ptr=args.scaling,
+            perm_ptr=args.perm,
+            tiles_ptr=args.tiles.tiles,
+            out_ptr=args.out,
+            num_tiles=args.tiles.num_tiles,
             width=width,
-            stride_vr=1 if given.rank_last else width,
-            stride_vn=rank if given.rank_last else 1,
+            stride_vr=1 if args.rank_last else width,
+            stride_vn=rank if args.rank_last else 1,
             RANK=rank,
             BLOCK_R=STEP_R,
-            BLOCK_M=given.tiles.block,
-            BLOCK_N=given.block_n,
+            BLOCK_M=args.tiles.block,
+            BLOCK_N=args.block_n,
         )
 
 

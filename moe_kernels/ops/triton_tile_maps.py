@@ -154,15 +154,15 @@ def most_tiles(num_rows: int, num_groups: int, block: int) -> int:
 def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int) -> TileMap:
     """Make the map of tiles of ``block`` rows for groups of ``num_rows`` sorted rows."""
     num_tiles = most_tiles(num_rows, groups.num, block)
-    made = TileMap(
+    written = TileMap(
         segment_offsets.new_empty(3, num_tiles), segment_offsets.new_empty(3, groups.num),
         num_rows, block,
     )  # fmt: skip
     if groups.num:
         tile_map_kernel[(groups.num,)](
             segments_ptr=segment_offsets,
-            tiles_ptr=made.tiles,
-            groups_ptr=made.groups,
+            tiles_ptr=written.tiles,
+            groups_ptr=written.groups,
             num_segments=segment_offsets.numel() - 1,
             num_rows=num_rows,
             num_groups=groups.num,
@@ -175,7 +175,7 @@ def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int)
             BLOCK_G=triton.next_power_of_2(groups.num),
             BLOCK_T=128,
         )
-    return made
+    return written
 
 
 def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) -> list[TileMap]:

@@ -56,11 +56,11 @@ moe_mlp_op = torch.library.custom_op("moe_kernels::moe_mlp", _moe_mlp, mutates_a
 
 @moe_mlp_op.register_fake
 def _(*arguments):
-    given = _FORWARD.by_name(arguments)
-    hidden_states, topk_ids = given["hidden_states"], given["topk_ids"]
-    weights = select(ExpertWeights, given)
+    named = _FORWARD.by_name(arguments)
+    hidden_states, topk_ids = named["hidden_states"], named["topk_ids"]
+    weights = select(ExpertWeights, named)
     rows = topk_ids.numel()
-    saved = rows if given["save_for_backward"] else 0
+    saved = rows if named["save_for_backward"] else 0
     num_segments = weights.num_experts * (weights.num_modalities + 1)
     return (
         hidden_states.new_empty(hidden_states.shape),
@@ -126,9 +126,9 @@ moe_mlp_backward_op = torch.library.custom_op(
 
 @moe_mlp_backward_op.register_fake
 def _(*arguments):
-    given = _BACKWARD.by_name(arguments)
-    weights = select(ExpertWeights, given)
-    needed = _needed(given["hidden_states"], given["topk_weights"], weights, given["needs"])
+    named = _BACKWARD.by_name(arguments)
+    weights = select(ExpertWeights, named)
+    needed = _needed(named["hidden_states"], named["topk_weights"], weights, named["needs"])
     return [tensor.new_empty(tensor.shape) for tensor in needed]
 
 
@@ -140,13 +140,13 @@ def _needed(
 
 
 def _setup_context(ctx, inputs, output):
-    given, (_, *saved) = _FORWARD.by_name(inputs), output
+    named, (_, *saved) = _FORWARD.by_name(inputs), output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        given["hidden_states"], given["topk_weights"], *select(ExpertWeights, given), *saved
+        named["hidden_states"], named["topk_weights"], *select(ExpertWeights, named), *saved
     )
-    ctx.frozen_extra, ctx.backend = given["frozen_extra"], given["backend"]
+    ctx.frozen_extra, ctx.backend = named["frozen_extra"], named["backend"]
 
 
 def _backward(ctx, grad_out, *_):

@@ -43,13 +43,13 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights) -> tuple[int, int]:
     """Return the rows of a tile of one expert, as the GEMMs take them, and of one adapter."""
-    of_expert, of_adapter = TRITON_LAYER.tile_rows(tiles, rows, weights)
+    expert_rows, adapter_rows = TRITON_LAYER.tile_rows(tiles, rows, weights)
     if uses_triton_gemm(weights.gate_up_proj.device):
-        return of_expert, of_adapter
+        return expert_rows, adapter_rows
     if supports(weights):
         # Added experts are left out, as in Triton's choice of tiles.
-        of_expert = _native.grouped_gemm_block(rows, weights.gate_up_proj.shape[0])
-    return of_expert, _ADAPTER_BLOCK
+        expert_rows = _native.grouped_gemm_block(rows, weights.gate_up_proj.shape[0])
+    return expert_rows, _ADAPTER_BLOCK
 
 
 def _gemm_arguments(

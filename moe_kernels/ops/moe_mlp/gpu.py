@@ -67,7 +67,7 @@ class Layer(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """hidden, inter"""
+        """Hidden and intermediate size, H and I."""
         return self.weights.down_proj.shape[1:]
 
     def stacks(self, name: str) -> tuple[Tensor, Tensor, bool]:
@@ -94,22 +94,24 @@ def forward(
     check_dtype(hidden_states.dtype)
     weights = weights.in_compute_dtype(adapters=False)
     tiles = choose_tiles(topk_ids.numel(), weights)
-    (perm, inv_perm, _, _, segment_offsets), tile_maps = launches.shared.dispatch_with_maps(
+    fields, (expert_tiles, adapted_tiles) = launches.shared.dispatch_with_maps(
         topk_ids,
         weights.num_experts,
         modality_ids,
         weights.num_modalities,
         _forward_maps(launches, tiles, topk_ids.numel(), weights),
     )
+    perm, inv_perm, _, _, segment_offsets = fields
     layer = Layer(
-        launches.shared,
-        topk_weights,
-        perm,
-        inv_perm,
-        segment_offsets,
-        weights,
-        tiles,
-        *tile_maps,
+        shared=launches.shared,
+        topk_weights=topk_weights,
+        perm=perm,
+        inv_perm=inv_perm,
+        segments=segment_offsets,
+        weights=weights,
+        tiles=tiles,
+        expert_tiles=expert_tiles,
+        adapted_tiles=adapted_tiles,
     )
     u1 = _shrink_to_u(layer, hidden_states, "gate_up", save_for_backward)
     pre_act, act = launches.gate_up(layer, hidden_states, u1, save_for_backward)
@@ -139,15 +141,21 @@ def backward(
     weights = weights.in_compute_dtype(adapters=False)
     tiles = choose_tiles(saved.perm.numel(), weights)
     frozen = frozen_extra if need_extra_gate_up or need_extra_down else None
+    expert_tiles, adapted_tiles, chunks, *added = _backward_maps(
+        launches, tiles, saved, weights, frozen
+    )
     layer = Layer(
-        launches.shared,
-        topk_weights,
-        saved.perm,
-        saved.inv_perm,
-        saved.segment_offsets,
-        weights,
-        tiles,
-        *_backward_maps(launches, tiles, saved, weights, frozen),
+        shared=launches.shared,
+        topk_weights=topk_weights,
+        perm=saved.perm,
+        inv_perm=saved.inv_perm,
+        segments=saved.segment_offsets,
+        weights=weights,
+        tiles=tiles,
+        expert_tiles=expert_tiles,
+        adapted_tiles=adapted_tiles,
+        chunks=chunks,
+        added=added[0] if added else None,
     )
     du2, grad_B2 = _du_and_dB(layer, "down", saved.u2, grad_out, True, need_B2)
     d_pre, act, dots = launches.act_backward(
@@ -181,11 +189,11 @@ def _forward_maps(
     launches: LayerLaunches, tiles: Tiles, rows: int, weights: ExpertWeights
 ) -> RequestedMaps:
     """Request the maps of every expert, and of every pair with an adapter."""
-    of_expert, of_adapter = launches.tile_rows(tiles, rows, weights)
+    expert_rows, adapter_rows = launches.tile_rows(tiles, rows, weights)
     num_base, modalities = weights.gate_up_proj.shape[0], weights.num_modalities
     return [
-        (maps.by_expert(weights.num_experts, modalities), of_expert),
-        (maps.by_adapter(num_base, modalities), of_adapter),
+        (maps.by_expert(weights.num_experts, modalities), expert_rows),
+        (maps.by_adapter(num_base, modalities), adapter_rows),
     ]
 
 
