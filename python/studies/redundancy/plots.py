@@ -1,21 +1,13 @@
 """The pictures of redundancy.py's page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from shared.files import save_figure
 
-from moe_kernels.analysis import (
-    ExpertRedundancy,
-    plot_divergence,
-    plot_expert_load,
-    plot_redundancy,
-    plot_specialisation,
-)
-from moe_kernels.imaging import PatchTokenizer
+from moe_kernels import analysis
+from moe_kernels.imaging import PatchTokenizer, SampleRow, plot_samples
 from studies import report
 from studies.redundancy import verdicts
 from studies.report import Results
@@ -44,16 +36,15 @@ def draw_pictures(data: Results, folder: Path) -> None:
     seed, result = next(iter(report.seeds_of(data, "plora").items()))
     statistics = {when: verdicts.routings(data, when)[0] for when in ("before", "after")}
     for when, found in statistics.items():
-        for name, plot, title in (
-            ("routing", plot_expert_load, "Expert load by layer"),
-            ("specialisation", plot_specialisation, "Specialisation of the experts"),
-        ):
-            figure = plot(found, title=f"{title}, {when} training, seed {seed}")
-            save_figure(figure, folder / f"redundancy-{name}-{when}.png")
-    save_figure(plot_divergence(statistics), folder / "redundancy-divergence.png")
+        state = f"{when} training, seed {seed}"
+        load = analysis.plot_expert_load(found, title=f"Expert load by layer, {state}")
+        save_figure(load, folder / f"redundancy-routing-{when}.png")
+        own = analysis.plot_specialisation(found, title=f"Specialisation of the experts, {state}")
+        save_figure(own, folder / f"redundancy-specialisation-{when}.png")
+    save_figure(analysis.plot_divergence(statistics), folder / "redundancy-divergence.png")
     pairs = [result[f"look_{when}"]["pairs"] for when in statistics]
-    similar = map(ExpertRedundancy.from_dict, pairs)
-    save_figure(plot_redundancy(*similar), folder / "redundancy-similarity.png")
+    similar = map(analysis.ExpertRedundancy.from_dict, pairs)
+    save_figure(analysis.plot_redundancy(*similar), folder / "redundancy-similarity.png")
     save_figure(plot_gallery(result["gallery"]), folder / "redundancy-samples.png")
 
 
@@ -77,23 +68,17 @@ def plot_parameters(data: Results) -> Figure:
 
 
 def plot_gallery(gallery: Results) -> Figure:
-    """Plot pictures by caption: real ones, then those of each guidance beside the nearest real."""
-    tokenizer = PatchTokenizer(torch.tensor(gallery["codebook"]), 4, (28, 28))
-    captions, blocks = gallery["captions"], [("real, held out", gallery["real"])]
-    for guidance, drawn in gallery["guidance"].items():
-        blocks.append((f"guidance {guidance}", drawn["codes"]))
-        blocks.append(("nearest of training", drawn["nearest"]))
-    each = len(gallery["real"]) // len(captions)
-    size = (2.4 + 1.15 * len(blocks), 0.62 * len(captions) + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(captions), len(blocks), squeeze=False)
-    for column, (heading, codes) in enumerate(blocks):
-        pictures = tokenizer.decode(torch.tensor(codes))
-        panels[0, column].set_title(heading, fontsize=8)
-        for row in range(len(captions)):
-            side_by_side = torch.cat(list(pictures[each * row : each * (row + 1)]), dim=1)
-            panels[row, column].imshow(side_by_side.numpy(), cmap="gray_r", vmin=0, vmax=1)
-            panels[row, column].set(xticks=[], yticks=[])
-    for row, caption in enumerate(captions):
-        panels[row, 0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=8)
-    return figure
+    """Plot pictures by caption: drawings at each guidance, their nearest, and real ones."""
+    decode = PatchTokenizer(torch.tensor(gallery["codebook"]), 4, (28, 28)).decode
+    by_caption, made = (len(gallery["captions"]), -1), gallery["guidance"]
+    real = torch.tensor(gallery["real"]).unflatten(0, by_caption)
+    drawn, nearest, read = (
+        torch.cat([torch.tensor(each[key]).unflatten(0, by_caption) for each in made.values()], 1)
+        for key in ("codes", "nearest", "read")
+    )
+    rows = [
+        SampleRow(caption, decode(drawn[i]), decode(real[i]), read[i] != i, decode(nearest[i]))
+        for i, caption in enumerate(gallery["captions"])
+    ]
+    title = f"From left to right, {real.shape[1]} pictures each at guidance {', '.join(made)}"
+    return plot_samples(rows, title)
