@@ -5,13 +5,12 @@ results and the arguments, or by the value of the JSON with these keys. A run's 
 fills the cells that follow its label or claim in a table.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import takewhile
 from operator import getitem
 from typing import Any
 
@@ -105,12 +104,6 @@ def seeds_of(data: Results, name: str) -> dict[str, Results]:
     return {seed: found[seed] for seed in sorted(found, key=int)}
 
 
-def results_of(data: Results, chosen: Callable[[dict[str, Any]], bool]) -> list[Results]:
-    """Results of all runs whose settings are chosen."""
-    runs = [run for run in data["runs"].values() if chosen(run["settings"])]
-    return [result for run in runs for result in run["seeds"].values()]
-
-
 def figure(result: Results, get: Get) -> Any:
     """Take a figure out of a result.
 
@@ -202,9 +195,26 @@ def verdict_on(
 lower = verdict_on("test loss", paired)
 
 
-def unchanged(tested: str, changed: int) -> Verdict:
-    """Judge the claim that none of the logits that were ``tested`` changed."""
-    return Verdict(FAILS if changed else HOLDS, f"{tested}; {changed:,} logits changed")
+def text_kept(is_masked: Callable[[Any], bool], tested: Callable[[list[int]], str]) -> Block:
+    """Block on the claim that runs with masked settings change no logit of any text.
+
+    tested: (tokens of each run) -> what was compared, in words
+    """
+
+    def judge(data: Results) -> Verdict:
+        masked = [run for run in data["runs"].values() if is_masked(run["settings"])]
+        tokens, changed = [], 0
+        for result in (result for run in masked for result in run["seeds"].values()):
+            plain = result.get("plain", {}).values()  # text without ids, where it was measured
+            tokens.append(result["text"]["held_out_tokens"] + sum(each["tokens"] for each in plain))
+            changed += result["text"]["logits_changed_by_training"]
+            changed += sum(each["logits_changed"] for each in plain)
+        if not tokens:
+            raise NotMeasured("runs that keep text")
+        evidence = f"{tested(tokens)}; {changed:,} logits changed"
+        return Verdict(FAILS if changed else HOLDS, evidence)
+
+    return judge
 
 
 def joint(claims: Mapping[str, Verdict]) -> str:
@@ -224,12 +234,10 @@ def joint(claims: Mapping[str, Verdict]) -> str:
 
 def hold_together(claims: Mapping[str, Verdict], level: float = 0.05) -> list[str]:
     """Claims that are significant at a joint error of ``level``: Holm's step-down procedure."""
-    ranked, kept = sorted(claims, key=lambda claim: claims[claim].p), []
-    for rank, claim in enumerate(ranked):
-        if claims[claim].p > level / (len(ranked) - rank):
-            break
-        kept.append(claim)
-    return kept
+    ranked = sorted(claims, key=lambda claim: claims[claim].p)
+    levels = [level / left for left in range(len(ranked), 0, -1)]
+    steps = zip(ranked, levels, strict=True)
+    return [claim for claim, _ in takewhile(lambda step: claims[step[0]].p <= step[1], steps)]
 
 
 # --- tables
@@ -273,10 +281,7 @@ def difference(data: Results, name: str, baseline: str) -> str:
 
 
 def runs_table(columns: Mapping[str, tuple[Get, str]]) -> Block:
-    """Block of a table with a line for each run and seed.
-
-    columns: by their heading, a figure and its format
-    """
+    """Block of a table, a line for each run and seed; columns: heading -> figure and format."""
 
     def block(data: Results) -> str:
         rows = [

@@ -579,9 +579,9 @@ def test_one_changed_logit_of_masked_training_is_told(program):
     from studies.moextend import verdicts
 
     data = made_up_data(program)
-    assert verdicts.text_kept(data).outcome == "holds"
+    assert verdicts.VERDICTS["text-kept"](data).outcome == "holds"
     data["runs"]["code-lora"]["seeds"]["1"]["plain"]["words"]["logits_changed"] = 1
-    assert verdicts.text_kept(data).outcome == "does not hold"
+    assert verdicts.VERDICTS["text-kept"](data).outcome == "does not hold"
 
 
 def test_random_halves_come_twice_only_after_all_have_come(program):

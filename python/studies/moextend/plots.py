@@ -1,7 +1,5 @@
 """The pictures of moextend.py's page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +29,9 @@ _METHODS = {
 def plot_layers(data: Results) -> Figure:
     """Plot the scores of every seed, by layer, for both tasks."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     scored = {"pictures-sequence": "pictures, gate by sequence", "code-modality": "code"}
-    for panel, (name, title) in zip(
-        figure.subplots(1, 2, sharey=True), scored.items(), strict=True
-    ):
+    for panel, (name, title) in zip(panels, scored.items(), strict=True):
         d = np.array([scores.d.tolist() for scores in layer_scores(data, name)])
         panel.plot(d.T, "o-", color="0.7", markersize=4, linewidth=0.8)
         panel.plot(d.mean(0), "_", color="tab:orange", markersize=20, markeredgewidth=2)

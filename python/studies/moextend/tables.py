@@ -1,7 +1,5 @@
 """Blocks of the page of moextend.py: rows, tables, and values within sentences."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
@@ -9,7 +7,6 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from moe_kernels.moextend import LayerScores
 from studies import report
 from studies.moextend import verdicts
 from studies.moextend.runs import KINDS, LORA_RANKS
@@ -82,24 +79,20 @@ def overlaps_table(data: Results) -> str:
     return report.table(head, rows)
 
 
-def rank_correlation(first: LayerScores, second: LayerScores) -> float:
-    return float(stats.spearmanr(first.d, second.d).statistic)
-
-
-def top_half(scores: LayerScores) -> set[int]:
-    return set(scores.order[: max(1, len(scores.layers) // 2)])
-
-
 def agreement_row(data: Results, scored: str) -> str:
     """Agreement of a seed's two scores, by different questions, and of different seeds."""
     scores, again = (verdicts.layer_scores(data, scored, n) for n in ("scores", "scores_again"))
-    twice = list(zip(scores, again, strict=True))
-    pairs = [rank_correlation(a, b) for a, b in combinations(scores, 2)]
+    twice, half = list(zip(scores, again, strict=True)), max(1, len(scores[0].layers) // 2)
+    top = [[set(each.order[:half]) for each in pair] for pair in twice]
+    of_questions, of_seeds = (
+        np.array([stats.spearmanr(a.d, b.d).statistic for a, b in pairs])
+        for pairs in (twice, combinations(scores, 2))
+    )
     return " | ".join((
-        "; ".join(listed(sorted(top_half(each))) for each in scores),
-        mean_and_spread(np.array([rank_correlation(*each) for each in twice]), 2),
-        "; ".join(str(len(top_half(a) & top_half(b))) for a, b in twice),
-        f"{np.mean(pairs):+.2f}" if pairs else "",
+        "; ".join(listed(sorted(first)) for first, _ in top),
+        mean_and_spread(of_questions, 2),
+        "; ".join(str(len(first & second)) for first, second in top),
+        f"{of_seeds.mean():+.2f}" if len(of_seeds) else "",
     ))  # fmt: skip
 
 
@@ -107,20 +100,6 @@ def right(result: Results, kind: str) -> str:
     """Per cent of a kind of questions that are right; empty for code, which asks none."""
     accuracy = result["test"].get("accuracy")
     return f"{100 * accuracy[kind]:.1f}" if accuracy else ""
-
-
-# --- values within sentences
-
-
-def setup_figure(data: Results, digits: str, path: str, scale: float = 1) -> str:
-    """Mean and spread over seeds of a figure of the setups."""
-    return spread(path, int(digits), scale)(data, SETUP, "")
-
-
-def logits(data: Results) -> str:
-    """Number of text logits that are compared."""
-    first = next(iter(report.seeds_of(data, next(iter(data["runs"]))).values()))
-    return f"{first['text']['held_out_tokens'] * data['budget']['text']['vocab_size']:,}"
 
 
 BLOCKS: dict[str, Block] = {
@@ -157,13 +136,12 @@ BLOCKS: dict[str, Block] = {
         "parameters": ("trained_parameters", ","),
         "lr": ("lr", "g"),
         "loss": ("test_nll", ".3f"),
-        "digit, %": (partial(right, kind="digit"), ""),
-        "sum, %": (partial(right, kind="sum"), ""),
+        **{f"{kind}, %": (partial(right, kind=kind), "") for kind in KINDS},
         "change of text loss": (report.forgotten, "+.4f"),
         "seconds": ("seconds", ".0f"),
     }),
-    "figure": lambda data, digits, *keys: setup_figure(data, digits, ".".join(keys)),
-    "percent": lambda data, *keys: setup_figure(data, "1", ".".join(keys), scale=100),
+    "figure": lambda data, digits, *keys: spread(".".join(keys), int(digits))(data, SETUP, ""),
+    "percent": lambda data, *keys: spread(".".join(keys), 1, 100)(data, SETUP, ""),
     "words-right": lambda data: spread(verdicts.words, 1)(data, SETUP, ""),
     "since-start": lambda data, name: report.mean_and_interval(verdicts.since_start(data, name)),
     "apart": lambda data, *pair: f"{np.abs(report.paired(data, *pair)).max():.1e}",
@@ -171,5 +149,7 @@ BLOCKS: dict[str, Block] = {
     "questions": lambda data: f"{2 * data['budget']['held_out_questions']:,}",
     "tested": lambda data: str(data["budget"]["encoder"]["held_out"] // 2),
     "lora-rank": lambda data, of: str(LORA_RANKS[of]),
-    "logits": logits,
+    "logits": lambda data: report.count(  # of text that a run compares, here the first
+        lambda result: result["text"]["held_out_tokens"] * data["budget"]["text"]["vocab_size"]
+    )(data, next(iter(data["runs"])), ""),
 }  # fmt: skip

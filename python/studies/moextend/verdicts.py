@@ -1,13 +1,11 @@
 """Figures out of the JSON of moextend.py, and verdicts on MoExtend (arXiv 2408.03511)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from moe_kernels.moextend import LayerScores
 from studies import report
 from studies.moextend.runs import DRAWS, KINDS, Run
-from studies.report import SETUP, Block, NotMeasured, Results, Verdict
+from studies.report import SETUP, Block, NotMeasured, Results
 
 RANDOM = tuple(f"layers-{draw}" for draw in DRAWS)
 
@@ -25,10 +23,8 @@ def since_start(data: Results, name: str) -> np.ndarray:
     """Change of the loss on the task since the aligned projector, or since the base, of code."""
     is_code = data["runs"][name]["settings"]["task"] == "code"
     start = "code_nll" if is_code else "test.nll"
-    return np.array([
-        result["test_nll"] - report.figure(data["setups"][seed], start)
-        for seed, result in report.seeds_of(data, name).items()
-    ])  # fmt: skip
+    starts = [report.figure(data["setups"][seed], start) for seed in report.seeds_of(data, name)]
+    return report.values(data, name, "test_nll") - starts
 
 
 def layer_scores(data: Results, scored: str, found: str = "scores") -> list[LayerScores]:
@@ -38,9 +34,7 @@ def layer_scores(data: Results, scored: str, found: str = "scores") -> list[Laye
 
 
 def tried_rates(data: Results) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return change of text loss and test loss, by what trains and learning rate, of all that
-    changes text.
-    """
+    """Change of text loss and test loss, by what trains and learning rate, where text changes."""
     found = {}
     for trains, rates in data["tuning"]["figures"].items():
         # A rate that is too high to train at all leaves none, or no numbers.
@@ -60,27 +54,11 @@ def random_differences(data: Results) -> np.ndarray:
     return np.mean([report.paired(data, "sequence", name) for name in made], axis=0)
 
 
-# --- verdicts
-
-
-def text_kept(data: Results) -> Verdict:
-    masked = report.results_of(data, lambda settings: not Run(**settings).changes_text)
-    if not masked:
-        raise NotMeasured("runs that keep text")
-    plain = [each for result in masked for each in result["plain"].values()]
-    tokens = sum(result["text"]["held_out_tokens"] for result in masked)
-    tokens += sum(each["tokens"] for each in plain)
-    changed = sum(result["text"]["logits_changed_by_training"] for result in masked)
-    changed += sum(each["logits_changed"] for each in plain)
-    tested = (
-        f"{len(masked)} runs on {tokens // len(masked):,} tokens of documentation, code and "
-        "questions without ids each"
-    )
-    return report.unchanged(tested, changed)
-
-
 VERDICTS: dict[str, Block] = {
-    "text-kept": text_kept,
+    "text-kept": report.text_kept(
+        lambda settings: not Run(**settings).changes_text,
+        lambda tokens: f"{len(tokens)} runs on {sum(tokens) // len(tokens):,} tokens of "
+        "documentation, code and questions without ids each"),
     "adding-hurts": report.verdict_on(
         "change of text loss at step 0",
         lambda data, name: report.values(data, name, at_step_0), above=True),

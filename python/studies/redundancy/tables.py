@@ -1,7 +1,5 @@
 """Rows, tables and values of the page of redundancy.py."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
@@ -99,11 +97,8 @@ def guidance_row(data: Results, guidance: str) -> str:
 def real_model(data: Results) -> str:
     if "real" not in data:
         raise NotMeasured("a pretrained model")
-    real = data["real"]
-    return (
-        f"{real['name']}: {real['layers']} layers, hidden size {real['hidden_size']}, "
-        f"{real['experts']} experts, {real['top_k']} chosen"
-    )
+    shape = "{name}: {layers} layers, hidden size {hidden_size}, {experts} experts, {top_k} chosen"
+    return shape.format(**data["real"])
 
 
 def setting(data: Results, name: str, key: str) -> str:

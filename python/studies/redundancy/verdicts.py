@@ -1,10 +1,8 @@
 """Figures out of the JSON of redundancy.py, and verdicts on the claims of arXiv 2503.22517."""
 
-from __future__ import annotations
-
-import contextlib
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,14 +23,6 @@ STARTS = {
     "emoji": ("emoji-plora", "emoji-permuted", f"emoji-{GW}"),
     "adapters": ("plora", "lora-permuted", f"lora-{GW}"),
 }
-# What must hold for redundancy of the experts to be the source.
-SOURCE = {
-    "Mixtures of Experts reach a lower loss than their dense parent":
-        (("source-8x6", "source-dense"), ("source-16x4", "source-dense")),
-    "updates of the experts add to added rows": (("own-rate-experts", "rows"),),
-    "they beat a network of its own": (("own-rate-experts", "own-rate-copy"),),
-    "they beat added experts": (("own-rate-experts", "own-rate-added-experts"),),
-}  # fmt: skip
 
 
 def steps(result: Results) -> float:
@@ -74,19 +64,9 @@ def layer_losses(data: Results) -> np.ndarray:
     return np.array([report.values(data, f"layer-{layer}", "test_nll") for layer in layers]).T
 
 
-# --- is text kept?
-
-
 def is_masked(settings: dict[str, Any]) -> bool:
     """Return whether a run trains on image tokens alone."""
     return settings["method"] not in ("all_tokens", "full")
-
-
-def text_kept(data: Results) -> Verdict:
-    masked = [result["text"] for result in report.results_of(data, is_masked)]
-    tokens = " or ".join(f"{n:,}" for n in sorted({text["held_out_tokens"] for text in masked}))
-    changed = sum(text["logits_changed_by_training"] for text in masked)
-    return report.unchanged(f"{len(masked)} runs, each on {tokens} text tokens", changed)
 
 
 # --- is redundancy the source?
@@ -102,18 +82,21 @@ def layer_verdict(data: Results) -> Verdict:
 
 def source_verdict(data: Results) -> Verdict:
     """One verdict on the whole question: it holds only if every part does."""
+    lower = partial(report.lower, data)
     parts = {
-        claim: [report.lower(data, *pair).outcome for pair in pairs]
-        for claim, pairs in SOURCE.items()
-    }
-    with contextlib.suppress(NotMeasured):
-        parts["layers whose experts are more alike gain more"] = [layer_verdict(data).outcome]
-    every = list(itertools.chain(*parts.values()))
-    found = HOLDS if set(every) == {HOLDS} else FAILS if FAILS in every else UNDECIDED
+        "Mixtures of Experts reach a lower loss than their dense parent":
+            [lower("source-8x6", "source-dense"), lower("source-16x4", "source-dense")],
+        "updates of the experts add to added rows": [lower("own-rate-experts", "rows")],
+        "they beat a network of its own": [lower("own-rate-experts", "own-rate-copy")],
+        "they beat added experts": [lower("own-rate-experts", "own-rate-added-experts")],
+        "layers whose experts are more alike gain more": [layer_verdict(data)],
+    }  # fmt: skip
+    every = {verdict.outcome for verdicts in parts.values() for verdict in verdicts}
+    found = HOLDS if every == {HOLDS} else FAILS if FAILS in every else UNDECIDED
     answers = {HOLDS: "yes", FAILS: "no, the reverse", UNDECIDED: "not shown"}
     evidence = "; ".join(
-        f"{claim}: {', '.join(dict.fromkeys(answers[each] for each in outcomes))}"
-        for claim, outcomes in parts.items()
+        f"{claim}: {', '.join(dict.fromkeys(answers[each.outcome] for each in verdicts))}"
+        for claim, verdicts in parts.items()
     )
     return Verdict(found, evidence)
 
@@ -130,9 +113,7 @@ def joint_rank_correlation(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(found), float(np.mean(every >= found - 1e-12))
 
 
-def residual_correlation(
-    x: np.ndarray, y: np.ndarray, permutations: int = 9999
-) -> tuple[float, float]:
+def residual_correlation(x: np.ndarray, y: np.ndarray, draws: int = 9999) -> tuple[float, float]:
     """(seeds, layers) each: Pearson's correlation without the means of layers and seeds, and its
     two-sided p by permutations of the layers within seeds."""
 
@@ -143,8 +124,8 @@ def residual_correlation(
 
     x, y, rng = residuals(x), residuals(y), np.random.default_rng(0)
     found = float((x * y).sum())
-    drawn = [abs((x * rng.permuted(y, axis=1)).sum()) for _ in range(permutations)]
-    return found, (1 + sum(each >= abs(found) - 1e-12 for each in drawn)) / (1 + permutations)
+    drawn = [abs((x * rng.permuted(y, axis=1)).sum()) for _ in range(draws)]
+    return found, (1 + sum(each >= abs(found) - 1e-12 for each in drawn)) / (1 + draws)
 
 
 # --- starts and routing
@@ -177,27 +158,24 @@ def start_outcomes(data: Results, where: str, name: str) -> dict[str, list[str]]
 def best_start(data: Results) -> str:
     """Say whether any start beats all of its controls in loss or in steps."""
     tried = [(where, name) for where, names in STARTS.items() for name in names if GW in name]
-    helped = []
-    for where, name in tried:
-        found = start_outcomes(data, where, name)
-        if {HOLDS} in (set(found["loss"]), set(found["steps"])):
-            helped.append(name)
+    found = {name: start_outcomes(data, where, name) for where, name in tried}
+    helped = [name for name, by in found.items() if {HOLDS} in (set(by["loss"]), set(by["steps"]))]
     if helped:
         return f"These runs beat all of their controls in loss or in steps: {', '.join(helped)}."
     return "**No Gromov-Wasserstein start beats all of its controls in loss or in steps.**"
 
 
 VERDICTS: dict[str, Block] = {
-    "text-kept": text_kept,
+    "text-kept": report.text_kept(
+        is_masked, lambda tokens: f"{len(tokens)} runs, each on "
+        f"{' or '.join(f'{size:,}' for size in sorted(set(tokens)))} text tokens"),
     "alike-layers": layer_verdict,
     "source": source_verdict,
     "start": start_verdict,
     "loads-part": report.verdict_on(
         "mean divergence of layers before less after, bits",
-        lambda data: divergence(data, "before") - divergence(data, "after"),
-    ),
+        lambda data: divergence(data, "before") - divergence(data, "after")),
     "outputs-part": report.verdict_on(
-        "CKA",
-        lambda data: similarity(data, "image", "after") - similarity(data, "image", "before"),
+        "CKA", lambda data: similarity(data, "image", "after") - similarity(data, "image", "before")
     ),
-}
+}  # fmt: skip
