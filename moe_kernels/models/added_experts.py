@@ -147,7 +147,7 @@ def attach(
             setattr(parts.layer, EXTENSIONS, nn.ModuleDict())
         getattr(parts.layer, EXTENSIONS)[number] = module
         experts.set_added_experts(parts.experts, added_experts(parts.layer))
-    _update_routers(patched)
+        routers.set_added_experts(parts.router, added_experts(parts.layer))
     if not patched.extensions:
         first = next(iter(layers.values()))
         base = getattr(patched.model, patched.model.base_model_prefix, patched.model)
@@ -156,29 +156,14 @@ def attach(
     patched.extensions.append(config)
 
 
-@contextlib.contextmanager
-def disabled(patched: PatchState) -> Iterator[None]:
-    """Let no router choose an added expert, with or without a gate; may be nested.
+def disabled(patched: PatchState) -> contextlib.AbstractContextManager[None]:
+    """Let no router choose an added expert in this thread's forwards, with or without a gate.
 
     For forwards without gradients: activation checkpointing would recompute the forward after the
     context has ended. The experts' op keeps its shape, and so do the bits of every row that chose
-    no added expert.
+    no added expert. It may be nested.
     """
-    patched.extensions_disabled += 1
-    try:
-        _update_routers(patched)
-        yield
-    finally:
-        patched.extensions_disabled -= 1
-        _update_routers(patched)
-
-
-def _update_routers(patched: PatchState) -> None:
-    """Tell every router which added experts of its layer it may choose now."""
-    for parts in patched.moe_layers.values():
-        if added := added_experts(parts.layer):
-            available = [] if patched.extensions_disabled else added
-            routers.set_added_experts(parts.router, available)
+    return patched.switches.without_added_experts()
 
 
 def can_be_chosen(patched: PatchState) -> bool:
@@ -187,7 +172,7 @@ def can_be_chosen(patched: PatchState) -> bool:
     :func:`disabled` forbids all of them, ``adapters_disabled`` those with a gate.
     """
     gates = any(config.modality is not None for config in patched.extensions)
-    return not patched.extensions_disabled and (patched.adapters_enabled or not gates)
+    return patched.switches.uses_added_experts() and (patched.adapters_enabled or not gates)
 
 
 def detach(layer: nn.Module) -> None:

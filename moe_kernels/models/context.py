@@ -6,6 +6,7 @@ when activation checkpointing recomputes the layer, which a global or a hook on 
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -36,17 +37,85 @@ class LayerCall:
     linear_dispatches: dict[tuple[int, str, bool], LinearDispatch] = field(default_factory=dict)
 
 
-class ModalityContext:
+class PerThread:
+    """State that each thread has for itself; a copy of the object starts without any.
+
+    A server runs one model in several threads. What a forward needs must therefore not stand where
+    the forward of another thread overwrites it. Autograd recomputes a checkpointed layer in one
+    thread too, its hooks included.
+    """
+
+    def __init__(self):
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _local=threading.local())
+
+
+class Switches(PerThread):
+    """Parts of a patched model that the forwards of this thread leave out.
+
+    Attributes:
+        adapters_enabled: the value for all threads, unless a thread is within
+            :meth:`without_adapters`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.adapters_enabled = True
+
+    def uses_adapters(self) -> bool:
+        """Return whether forwards of this thread add low-rank updates."""
+        return self.adapters_enabled and not self._depth("adapters")
+
+    def uses_added_experts(self) -> bool:
+        """Return whether routers may choose added experts in forwards of this thread."""
+        return not self._depth("added_experts")
+
+    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """Leave out low-rank updates and modality gates within; may be nested."""
+        return self._without("adapters")
+
+    def without_added_experts(self) -> contextlib.AbstractContextManager[None]:
+        """Let no router choose an added expert within; may be nested."""
+        return self._without("added_experts")
+
+    def _depth(self, part: str) -> int:
+        return getattr(self._local, part, 0)
+
+    @contextlib.contextmanager
+    def _without(self, part: str) -> Iterator[None]:
+        setattr(self._local, part, self._depth(part) + 1)
+        try:
+            yield
+        finally:
+            setattr(self._local, part, self._depth(part) - 1)
+
+
+class ModalityContext(PerThread):
     """One layer's modality ids, shared by its experts and attention projections.
 
     Attributes:
         backend: passed to the ops.
-        call: all state of the forward that is running, or ran last; None before the first.
+        switches: those of the model.
     """
 
-    def __init__(self, backend: str | None):
+    def __init__(self, backend: str | None, switches: Switches | None = None):
+        super().__init__()
         self.backend = backend
-        self.call: LayerCall | None = None
+        self.switches = switches or Switches()
+
+    @property
+    def call(self) -> LayerCall | None:
+        """All state of the forward that runs, or ran last, in this thread; None before any."""
+        return getattr(self._local, "call", None)
+
+    @call.setter
+    def call(self, call: LayerCall | None) -> None:
+        self._local.call = call
 
     @property
     def modality_ids(self) -> Tensor | None:

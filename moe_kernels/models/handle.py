@@ -1,7 +1,7 @@
 """State of a patched model, which hangs on the model itself: see :func:`get_patched`."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
+from moe_kernels.models.context import Switches
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
 
@@ -23,11 +24,10 @@ class PatchState:
         config: the configuration that it was patched with.
         parts: the parts of each decoder layer.
         projections: the frozen weights that have low-rank pairs.
-        adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
         init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
             "head".
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
-        extensions_disabled: how many contexts disable added experts now.
+        switches: the parts that forwards leave out, by thread.
         hooks: handles of all hooks that patching registered.
     """
 
@@ -42,10 +42,9 @@ class PatchState:
         self.config = config
         self.parts = tuple(parts)
         self.projections = tuple(projections)
-        self.adapters_enabled = True
+        self.switches = Switches()
         self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
         self.extensions: list[ExtensionConfig] = []
-        self.extensions_disabled = 0
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -64,17 +63,21 @@ class PatchState:
             raise ValueError(f"the model is patched for {modalities}, not for {modality!r}")
         return modalities.index(modality) + 1
 
-    @contextlib.contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        """Disable low-rank updates and modality gates for the forwards within.
+    @property
+    def adapters_enabled(self) -> bool:
+        """Whether forwards of this thread add low-rank updates; setting it is for all threads."""
+        return self.switches.uses_adapters()
+
+    @adapters_enabled.setter
+    def adapters_enabled(self, enabled: bool) -> None:
+        self.switches.adapters_enabled = enabled
+
+    def adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Disable low-rank updates and modality gates for this thread's forwards within.
 
         Added token rows stay, and so do experts that were added without a gate.
         """
-        before, self.adapters_enabled = self.adapters_enabled, False
-        try:
-            yield
-        finally:
-            self.adapters_enabled = before
+        return self.switches.without_adapters()
 
     def check_in_place(self) -> None:
         """Raise ValueError if the model was unpatched since, or patched anew."""

@@ -45,7 +45,8 @@ class PatchedModel(PatchState):
     Attributes:
         model: the model that was patched, in place.
         config: the configuration that it was patched with.
-        adapters_enabled: False: forwards add no low-rank update; see :meth:`adapters_disabled`.
+        adapters_enabled: False: forwards add no low-rank update, in any thread; see
+            :meth:`adapters_disabled` for one thread.
         init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
             "head".
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
@@ -261,7 +262,7 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
     ``mlp.experts``, or any ``experts.gate_up_proj``, transformers would take them for base weights
     when it saves: it would split and rename them, and resuming would silently lose them.
     """
-    context = ModalityContext(patched.config.backend)
+    context = ModalityContext(patched.config.backend, patched.switches)
     take, drop = TakeModalityIds(context), DropDispatches(context)
     last = parts.self_attn if parts.experts is None else parts.experts
     patched.hooks += [

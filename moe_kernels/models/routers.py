@@ -245,9 +245,9 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
         with without_autocast(hidden_states.device):
             shift = F.linear(hidden_states, change.to(hidden_states.dtype))
         logits = logits + shift.to(logits.dtype)
-    if not (added := own.get("_added_experts")):
-        return logits, *route(logits, routing)
     context: ModalityContext = own["_modality_context"]
+    if not (added := own.get("_added_experts")) or not context.switches.uses_added_experts():
+        return logits, *route(logits, routing)
     if context.modality_ids is None:
         raise RuntimeError(MISSING)
     modality_ids = context.modality_ids.reshape(-1)
