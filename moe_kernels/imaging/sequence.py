@@ -68,24 +68,32 @@ class ImageVocabulary:
         return range(self.first_id, self.first_id + self.size(self.num_codes))
 
     def ids_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the token ids of codes 0..num_codes-1, of any shape."""
-        self._check_inside(codes, range(self.num_codes), "codes")
-        return codes + self.code_ids.start
+        """Return the token ids, int64, of codes 0..num_codes-1 of any integer dtype and shape."""
+        return _checked(codes, range(self.num_codes), "codes") + self.code_ids.start
 
     def codes_of(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return the codes 0..num_codes-1 of token ids, of any shape."""
-        self._check_inside(token_ids, self.code_ids, "ids of image codes")
-        return token_ids - self.code_ids.start
+        """Return the codes 0..num_codes-1, int64, of token ids of any integer dtype and shape."""
+        return _checked(token_ids, self.code_ids, "ids of image codes") - self.code_ids.start
 
-    @staticmethod
-    def _check_inside(values: torch.Tensor, allowed: range, name: str) -> None:
-        if values.numel() and not (
-            allowed.start <= int(values.min()) and int(values.max()) < allowed.stop
-        ):
-            raise ValueError(
-                f"{name} must lie in {allowed.start}..{allowed.stop - 1}; "
-                f"got {int(values.min())}..{int(values.max())}"
-            )
+
+def _checked(values: torch.Tensor, allowed: range, name: str) -> torch.Tensor:
+    """Return the values in int64, where no id overflows.
+
+    Raises:
+        TypeError: the values are not integers.
+        ValueError: a value is not allowed.
+    """
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers; got {values.dtype}")
+    values = values.long()
+    if values.numel() and not (
+        allowed.start <= int(values.min()) and int(values.max()) < allowed.stop
+    ):
+        raise ValueError(
+            f"{name} must lie in {allowed.start}..{allowed.stop - 1}; "
+            f"got {int(values.min())}..{int(values.max())}"
+        )
+    return values
 
 
 def caption_ids(tokenizer: Any, caption: str) -> list[int]:

@@ -246,3 +246,22 @@ def test_text_keeps_its_bits_when_pictures_in_a_text_are_learnt():
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
     assert not torch.equal(before[2], after[2])
+
+
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_ids_do_not_overflow_the_dtype_of_codes(dtype):
+    vocabulary = ImageVocabulary(first_id=50304, num_codes=256)
+    ids = vocabulary.ids_of(torch.tensor([0, 1, 200, 255]).to(dtype))
+    assert ids.dtype == torch.int64 and ids.tolist() == [50306, 50307, 50506, 50561]
+    if dtype in (torch.int64, torch.int32, torch.uint16, torch.uint32):
+        codes = vocabulary.codes_of(ids.to(dtype))
+        assert codes.dtype == torch.int64 and codes.tolist() == [0, 1, 200, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64], ids=str)
+def test_codes_that_are_not_integers_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"codes must be integers; got {dtype}"):
+        ImageVocabulary(first_id=8, num_codes=4).ids_of(torch.ones(2).to(dtype))
