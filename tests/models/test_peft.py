@@ -4,6 +4,7 @@ PEFT adapts stacked experts by ``LoraConfig(target_parameters=...)``. With every
 modality our model is PEFT's, in outputs and in gradients of the adapters; with none, the base.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -252,7 +253,12 @@ def edit(folder, **changes):
         ({"lora_alpha": 1}, r"= \(3, 1\), the model \(3, 4.5\)"),
         ({"use_rslora": True}, "use_rslora=True is not supported"),
         ({"use_dora": True}, "use_dora=True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported.*convert it"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        *(({option: {"a": 1}}, f"{option}=.* is not supported") for option in peft_format.OFF),
+        ({"option_of_2030": 0.5}, "option_of_2030=0.5 is unknown to this version"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         (
             {"rank_pattern": {r"layers\.1\..*q_proj": 9}},
@@ -271,6 +277,19 @@ def test_options_that_we_do_not_have(changes, match, tmp_path):
     patched = make_patched("mixtral")
     with unchanged(patched.model), pytest.raises(ValueError, match=match):
         peft_format.load_peft_adapter(patched, "image", tmp_path)
+
+
+def test_every_option_of_peft_has_been_looked_at():
+    """A new one fails here: sort it into READ, HARMLESS or OFF."""
+    options = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert options - peft_format.READ - peft_format.HARMLESS - peft_format.OFF == set()
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+def test_starts_that_leave_the_base_alone_are_read(start, tmp_path):
+    make_peft("mixtral").save_pretrained(tmp_path)
+    edit(tmp_path, init_lora_weights=start, option_that_is_off=None)
+    peft_format.load_peft_adapter(make_patched("mixtral"), "image", tmp_path)
 
 
 def test_another_set_of_projections(tmp_path):
