@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.context import Switches
+from moe_kernels.models.intact import Link, check_links
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
 
@@ -29,6 +30,7 @@ class PatchState:
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
         switches: the parts that forwards leave out, by thread.
         hooks: handles of all hooks that patching registered.
+        links: the places of the patched modules in the model.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class PatchState:
         self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
         self.extensions: list[ExtensionConfig] = []
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.links: tuple[Link, ...] = ()
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:
@@ -80,11 +83,17 @@ class PatchState:
         return self.switches.without_adapters()
 
     def check_in_place(self) -> None:
-        """Raise ValueError if the model was unpatched since, or patched anew."""
+        """Check that this is the handle of the model, and that the model is as it was patched.
+
+        Raises:
+            ValueError: the model was unpatched since, or patched anew.
+            RuntimeError: a module of the model was replaced since.
+        """
         if self.model.__dict__.get(HANDLE) is not self:
             raise ValueError(
                 "this handle was unpatched: use the one that patch_model returned last"
             )
+        check_links(self.links)
 
 
 def is_patched(model: object) -> bool:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels.models.context import resolve_modality_ids
+from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
+from moe_kernels.models.intact import check_experts, check_links
 
 
 def attach(patched: PatchState) -> None:
@@ -33,6 +35,7 @@ def _methods_of(model_class: type[PreTrainedModel]) -> dict:
         "forward": _forward_of(model_class),
         "prepare_inputs_for_generation": _prepare_inputs_of(model_class),
         "resize_token_embeddings": _refuse_resize,
+        "set_experts_implementation": _set_experts_implementation,
         "_replicate_for_data_parallel": _refuse_data_parallel,
     }
 
@@ -43,6 +46,15 @@ def _refuse_resize(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
         "add_modality_tokens(..., tokenizer=tokenizer) keeps model and tokenizer in step; or "
         "unpatch() first"
     )
+
+
+def _set_experts_implementation(self: PreTrainedModel, experts_implementation) -> None:
+    """Accept what patching has set, and refuse all else: adapters would be left out."""
+    if experts_implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f"the experts of a patched model cannot be set to {experts_implementation!r}, which "
+            "would leave out their adapters: unpatch() first, set it, and patch again"
+        )
 
 
 def _refuse_data_parallel(self: PreTrainedModel) -> NoReturn:
@@ -91,6 +103,9 @@ def _forward_of(model_class: type[PreTrainedModel]):
         if kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = require_grad_for_checkpointing(self, kwargs["inputs_embeds"])
         patched = get_patched(self)
+        if not torch.compiler.is_compiling():  # a compiled program runs the modules it has seen
+            check_links(patched.links)
+            check_experts(patched.parts)
         modality_ids = resolve_modality_ids(
             self.token_modality,
             modality_ids,

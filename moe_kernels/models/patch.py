@@ -29,6 +29,7 @@ from moe_kernels.models.config import (
 )
 from moe_kernels.models.context import DropDispatches, ModalityContext, TakeModalityIds
 from moe_kernels.models.handle import PatchState, is_patched
+from moe_kernels.models.intact import find_links
 from moe_kernels.models.parts import LayerParts, find_parts, trainable_dtype
 from moe_kernels.models.projections import (
     Projection,
@@ -295,6 +296,7 @@ def _attach_model(patched: PatchedModel) -> None:
     model.register_buffer("token_modality", zeros, persistent=False)
     patched.hooks.append(table.register_forward_hook(methods.RequireGrad(model)))
     methods.attach(patched)
+    patched.links = find_links(model, patched.parts)
 
 
 def _detach_layer(parts: LayerParts) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.model_zoo import VOCAB, fill, make_model, refused, snapshot, token_ids, unchanged
+from support.patched_models import patched_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -314,3 +315,98 @@ def test_data_parallel_is_refused():
     patch_model(model)
     with pytest.raises(RuntimeError, match="nn.DataParallel is not supported"):
         model._replicate_for_data_parallel()
+
+
+# --- modules that are replaced after patching
+
+
+def replace_layer(model):
+    model.model.layers[1] = make_model("olmoe").model.layers[1]
+
+
+def replace_experts(model):
+    model.model.layers[0].mlp.experts = make_model("olmoe").model.layers[0].mlp.experts
+
+
+def replace_block(model):
+    model.model.layers[0].mlp = make_model("olmoe").model.layers[0].mlp
+
+
+def replace_projection(model):
+    old = model.model.layers[1].self_attn.q_proj
+    model.model.layers[1].self_attn.q_proj = nn.Sequential(old)
+
+
+def replace_embeddings(model):
+    model.set_input_embeddings(nn.Embedding(VOCAB, model.config.hidden_size))
+
+
+def replace_head(model):
+    model.lm_head = nn.Linear(model.config.hidden_size, VOCAB, bias=False)
+
+
+REPLACED = {
+    replace_layer: "model.layers.1",
+    replace_experts: "model.layers.0.mlp.experts",
+    replace_block: "model.layers.0.mlp",
+    replace_projection: "model.layers.1.self_attn.q_proj",
+    replace_embeddings: "model.embed_tokens",
+    replace_head: "lm_head",
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED)
+def test_a_replaced_module_is_found(replace, tmp_path):
+    """At the next forward, and before a file is written or anything is undone."""
+    model, patched = patched_model("olmoe")
+    path = REPLACED[replace]
+    above, _, name = path.rpartition(".")
+    old = model.get_submodule(path)
+    replace(model)
+    message = f"{path} was replaced by .* after patch_model"
+    for use in (
+        lambda: model(token_ids(1, 4)),
+        lambda: patched.save_adapter(tmp_path),
+        patched.unpatch,
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            use()
+    assert not any(tmp_path.iterdir())
+    setattr(model.get_submodule(above), name, old)
+    model(token_ids(1, 4))
+    patched.unpatch()
+
+
+def test_peft_beside_our_patch_is_found():
+    peft = pytest.importorskip("peft")
+    model, patched = patched_model("qwen2_moe")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*self_attn\.q_proj"))
+    with pytest.raises(RuntimeError, match=r"q_proj was replaced by Linear .*unload\(\)"):
+        wrapped(input_ids=token_ids(1, 4))
+    wrapped.unload()
+    model(token_ids(1, 4))
+    patched.unpatch()
+
+
+@pytest.mark.parametrize("path", ["model.layers.0", "model.layers.1.mlp"])
+def test_wrappers_of_torch_are_no_replacement(path):
+    model, _ = patched_model("olmoe")
+    expected = model(token_ids(1, 4)).logits
+    above, _, name = path.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(model.get_submodule(above), name, torch.compile(module, backend="eager"))
+    assert torch.equal(model(token_ids(1, 4)).logits, expected)
+
+
+def test_another_experts_implementation_is_refused():
+    model, patched = patched_model("olmoe")
+    expected = model(token_ids(1, 4)).logits
+    model.set_experts_implementation("moe_kernels")  # what it has
+    with pytest.raises(RuntimeError, match="cannot be set to 'eager'.*unpatch"):
+        model.set_experts_implementation("eager")
+    assert torch.equal(model(token_ids(1, 4)).logits, expected)
+    model.config._experts_implementation = "grouped_mm"  # the way around the method
+    with pytest.raises(RuntimeError, match="layer 0 were set to 'grouped_mm' after patch_model"):
+        model(token_ids(1, 4))
+    patched.unpatch()
+    model.set_experts_implementation("eager")

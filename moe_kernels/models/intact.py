@@ -1,0 +1,82 @@
+"""Check that a patched model still runs through the modules that were patched.
+
+Replacing one of them afterwards would leave out its adapters, or its rows, without an error.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_kernels.models.experts import IMPLEMENTATION
+from moe_kernels.models.parts import LayerParts
+
+# Where wrappers of torch keep the module: torch.compile, activation checkpointing, FSDP1, DDP.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A module and its place: ``parent.name`` is ``module``, and ``path`` its name in the model."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    path: str
+
+
+def find_links(model: nn.Module, parts: Sequence[LayerParts]) -> tuple[Link, ...]:
+    """Return the places of all modules that are patched, and of the modules above them."""
+    modules = dict(model.named_modules())
+    paths = {module: path for path, module in modules.items()}
+    links = {}
+    for module in _patched_modules(model, parts):
+        path = paths[module]
+        while path and path not in links:
+            above, _, name = path.rpartition(".")
+            links[path] = Link(modules[above], name, modules[path], path)
+            path = above
+    return tuple(links.values())
+
+
+def check_links(links: Iterable[Link]) -> None:
+    """Raise RuntimeError if a module is no longer in its place."""
+    for link in links:
+        found = link.parent._modules.get(link.name)
+        if found is not link.module and not _wraps(found, link.module):
+            raise RuntimeError(
+                f"{link.path} was replaced by {type(found).__name__} after patch_model, which "
+                "would leave out what was added to it: put the module back (PEFT: unload() its "
+                "model), or unpatch() before the replacement and patch again after it"
+            )
+
+
+def check_experts(parts: Iterable[LayerParts]) -> None:
+    """Raise RuntimeError if transformers would compute a layer's experts without ours."""
+    for index, each in enumerate(parts):
+        if each.experts is None:
+            continue
+        found = each.experts.config._experts_implementation
+        if found != IMPLEMENTATION:
+            raise RuntimeError(
+                f"the experts of layer {index} were set to {found!r} after patch_model, which "
+                "would leave out their adapters: call unpatch() before "
+                "set_experts_implementation(), or keep "
+                f"{IMPLEMENTATION!r}"
+            )
+
+
+def _patched_modules(model: nn.Module, parts: Sequence[LayerParts]) -> Iterable[nn.Module]:
+    yield from (model.get_input_embeddings(), model.get_output_embeddings())
+    for each in parts:
+        several = (each.layer, each.self_attn, each.experts, each.router)
+        yield from (module for module in several if module is not None)
+        yield from each.attention.values()
+
+
+def _wraps(found: nn.Module | None, module: nn.Module) -> bool:
+    """Return whether ``found`` is a wrapper of torch, or several, around a module."""
+    while found is not None and found is not module:
+        inner = (found._modules.get(name) for name in _WRAPPED)
+        found = next((each for each in inner if each is not None), None)
+    return found is module
