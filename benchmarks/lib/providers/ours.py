@@ -145,7 +145,7 @@ class Block:
 
     def forward(self, modality_ids: Tensor) -> Tensor:
         """(T,) -> (T, H)"""
-        context_of(self.layer.mlp.experts).modality_ids = modality_ids
+        context_of(self.layer.mlp.experts).start(modality_ids)
         return self.layer.mlp(self.hidden_states[None])[0]
 
     @torch.no_grad()
