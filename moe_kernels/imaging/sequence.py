@@ -315,7 +315,10 @@ class CaptionedImages(Dataset):
 
 @dataclass(frozen=True)
 class ImageCollator:
-    """``data_collator`` for the Trainer; it pads on the left, so that all pictures end together."""
+    """``data_collator`` for the Trainer; it pads on the left, so that all pictures end together.
+
+    The first token of a sample has no label: padding stands before it, and would predict it.
+    """
 
     pad_token_id: int
 
@@ -326,9 +329,10 @@ class ImageCollator:
             "attention_mask": _pad_left([torch.ones_like(ids) for ids in input_ids], 0),
         }
         if "labels" in samples[0]:
-            batch["labels"] = _pad_left(
-                [torch.as_tensor(sample["labels"]) for sample in samples], IGNORE_INDEX
-            )
+            labels = [torch.as_tensor(sample["labels"]).clone() for sample in samples]
+            for each in labels:
+                each[:1] = IGNORE_INDEX
+            batch["labels"] = _pad_left(labels, IGNORE_INDEX)
         return batch
 
 

@@ -34,7 +34,7 @@ def join_features_and_text(
         attention_mask: (B, S), 0 on padding of the text; None: no padding.
         feature_mask: (B, N), 0 on padding of the features; None: no padding.
         labels: (B, S), of the text, -100 where nothing is learnt; None: ``input_ids``. Features
-            are never predicted, nor is padding.
+            are never predicted, nor is padding, nor a token that follows padding.
         at: index of the real text token that the features precede; 1: after a begin-of-text token.
         padding_side: "right", or "left", which ``generate`` needs.
 
@@ -64,14 +64,19 @@ def join_features_and_text(
         joined = torch.cat([first, second], dim=1).masked_fill(~real, padding)
         return joined.gather(1, order)
 
+    # Attention multiplies masked values by zero, so what is there must be finite.
+    features = features.masked_fill(feature_mask.to(features.device)[..., None] == 0, 0)
     embeddings = torch.cat([features.to(text.dtype), text], dim=1)
     feature_modality = torch.full(shape, modality_id, dtype=torch.int64, device=device)
     feature_labels = torch.full_like(feature_modality, IGNORE)
+    attention_mask = real.long().gather(1, order)
+    first = torch.ones_like(attention_mask[:, :1])
+    follows_padding = torch.cat([first, attention_mask[:, :-1]], dim=1) == 0
     return {
         "inputs_embeds": embeddings.gather(1, order[..., None].expand_as(embeddings)),
         "modality_ids": arrange(feature_modality, model.token_modality[input_ids], -1),
-        "attention_mask": real.long().gather(1, order),
-        "labels": arrange(feature_labels, labels, IGNORE),
+        "attention_mask": attention_mask,
+        "labels": arrange(feature_labels, labels, IGNORE).masked_fill(follows_padding, IGNORE),
     }
 
 

@@ -21,6 +21,7 @@ from moe_kernels.imaging import (
     image_prompt,
     image_sequence,
     mean_pairwise_distance,
+    mixed_sequence,
     nearest_distances,
     nearest_indices,
     plot_samples,
@@ -196,6 +197,20 @@ def test_collator_pads_on_the_left(vocabulary):
     assert batch["attention_mask"][0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
     assert batch["labels"][0, :4].tolist() == [IGNORE_INDEX] * 4
     assert "labels" not in ImageCollator(PAD)([{"input_ids": torch.tensor([1])}])
+
+
+def test_no_label_is_predicted_from_padding(vocabulary):
+    """A label at position t is predicted at t - 1: none at the first token of a padded row."""
+    pieces = ([5, 6, 7, 8], [9])
+    samples = [
+        mixed_sequence([text, torch.tensor([1, 2])], vocabulary, text_labels=True)
+        for text in pieces
+    ]
+    kept = [sample["labels"].clone() for sample in samples]
+    batch = ImageCollator(PAD)(samples)
+    targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    assert targets == sum(len(sample["labels"]) - 1 for sample in samples)
+    assert all(torch.equal(s["labels"], k) for s, k in zip(samples, kept, strict=True))
 
 
 def test_caption_dropout(vocabulary):

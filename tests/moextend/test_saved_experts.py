@@ -109,11 +109,29 @@ def test_features_among_text(side):
         assert torch.equal(joined["inputs_embeds"][row, at], torch.stack(embeddings))
         modality = [0, *[2] * len(parts), 0, 0]
         assert joined["modality_ids"][row, at].tolist() == modality
-        labels = [text[0], *[-100] * len(parts), *text[1:]]
+        first = -100 if side == "left" else text[0]  # padding would predict it
+        labels = [first, *[-100] * len(parts), *text[1:]]
         assert joined["labels"][row, at].tolist() == labels
         rest = joined["attention_mask"][row] == 0
         assert (joined["modality_ids"][row, rest] == -1).all()
         assert (joined["labels"][row, rest] == -100).all()
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_padding_of_features_has_no_say(value):
+    model = make_model("olmoe")
+    ExpertExtender(model, ("image",)).extend("all", init="mean")
+    features = torch.randn(2, 3, 32)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+    def results(padding):
+        filled = features.masked_fill(mask[..., None] == 0, padding).requires_grad_()
+        loss = model(**join_features_and_text(model, filled, ids, feature_mask=mask)).loss
+        return loss, torch.autograd.grad(loss, filled)[0]
+
+    ids = token_ids(2, 6)
+    for actual, expected in zip(results(value), results(1.0), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_what_is_joined_reaches_the_model():
