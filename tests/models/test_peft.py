@@ -257,7 +257,10 @@ def edit(folder, **changes):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported.*convert it"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        *(({option: {"a": 1}}, f"{option}=.* is not supported") for option in peft_format.OFF),
+        *(
+            ({option: {"a": 1}}, f"{option}=.* is not supported")
+            for option in sorted(peft_format.OFF)
+        ),
         ({"option_of_2030": 0.5}, "option_of_2030=0.5 is unknown to this version"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         (
