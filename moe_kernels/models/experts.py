@@ -99,10 +99,20 @@ def experts_forward(
     """Implement transformers' experts interface: (T, H), (T, K), (T, K) -> (T, H).
 
     An experts module without a context (the model is not patched) takes the base path.
+
+    Raises:
+        ValueError: the model is not patched, and the kernels do not support its experts.
     """
     context: ModalityContext | None = self.__dict__.get("_modality_context")
     modality_ids, weights, backend = None, {}, None
-    if context is not None:
+    if context is None:
+        # Nobody has checked it: the name was set in the config, or by from_pretrained.
+        if problems := expert_problems(self):
+            raise ValueError(
+                f"experts_implementation={IMPLEMENTATION!r} does not support "
+                f"{type(self).__name__}: {'; '.join(problems)}; choose another implementation"
+            )
+    else:
         if context.modality_ids is None:
             raise RuntimeError(MISSING)
         modality_ids, backend = context.modality_ids.reshape(-1), context.backend

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_experts
+from moe_kernels.testing import relative_rms
 
 DENSE = {
     "vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -410,3 +411,14 @@ def test_another_experts_implementation_is_refused():
         model(token_ids(1, 4))
     patched.unpatch()
     model.set_experts_implementation("eager")
+
+
+def test_experts_that_nobody_patched_are_checked_too():
+    """The registered name can be chosen in a config, without patch_model."""
+    plain, refused_model = make_model("mixtral"), make_model("mixtral", hidden_act="gelu")
+    expected = plain(token_ids(1, 4)).logits
+    for model in (plain, refused_model):
+        model.requires_grad_(False).set_experts_implementation("moe_kernels")
+    assert relative_rms(plain(token_ids(1, 4)).logits, expected) < 1e-5
+    with pytest.raises(ValueError, match="does not support MixtralExperts: activation GELU"):
+        refused_model(token_ids(1, 4))
