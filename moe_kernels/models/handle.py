@@ -68,7 +68,7 @@ class PatchState:
 
     @property
     def adapters_enabled(self) -> bool:
-        """Whether forwards of this thread add low-rank updates; setting it is for all threads."""
+        """True if forwards of this thread add low-rank updates; setting it is for all threads."""
         return self.switches.uses_adapters()
 
     @adapters_enabled.setter

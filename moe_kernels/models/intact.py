@@ -52,9 +52,9 @@ def check_links(links: Iterable[Link]) -> None:
 
 
 def check_experts(parts: Iterable[LayerParts]) -> None:
-    """Raise RuntimeError if transformers would compute a layer's experts without ours."""
+    """Raise RuntimeError if transformers would compute experts without what was added to them."""
     for index, each in enumerate(parts):
-        if each.experts is None:
+        if not needs_ours(each):
             continue
         found = each.experts.config._experts_implementation
         if found != IMPLEMENTATION:
@@ -64,6 +64,12 @@ def check_experts(parts: Iterable[LayerParts]) -> None:
                 "set_experts_implementation(), or keep "
                 f"{IMPLEMENTATION!r}"
             )
+
+
+def needs_ours(parts: LayerParts) -> bool:
+    """Return whether a layer's experts have adapters, or added experts beside them."""
+    own = {} if parts.experts is None else parts.experts.__dict__
+    return bool(own.get("_modality_lora") or own.get("_added_experts"))
 
 
 def _patched_modules(model: nn.Module, parts: Sequence[LayerParts]) -> Iterable[nn.Module]:

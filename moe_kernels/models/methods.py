@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moe_kernels.models.context import resolve_modality_ids
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
-from moe_kernels.models.intact import check_experts, check_links
+from moe_kernels.models.intact import check_experts, check_links, needs_ours
 
 
 def attach(patched: PatchState) -> None:
@@ -49,12 +49,13 @@ def _refuse_resize(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
 
 
 def _set_experts_implementation(self: PreTrainedModel, experts_implementation) -> None:
-    """Accept what patching has set, and refuse all else: adapters would be left out."""
-    if experts_implementation != IMPLEMENTATION:
+    """Refuse an implementation that would leave out what was added to experts."""
+    if experts_implementation != IMPLEMENTATION and any(map(needs_ours, get_patched(self).parts)):
         raise RuntimeError(
             f"the experts of a patched model cannot be set to {experts_implementation!r}, which "
             "would leave out their adapters: unpatch() first, set it, and patch again"
         )
+    type(self).set_experts_implementation(self, experts_implementation)
 
 
 def _refuse_data_parallel(self: PreTrainedModel) -> NoReturn:

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_experts
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms
 
 DENSE = {
@@ -411,6 +412,16 @@ def test_another_experts_implementation_is_refused():
         model(token_ids(1, 4))
     patched.unpatch()
     model.set_experts_implementation("eager")
+
+
+def test_experts_without_adapters_may_be_computed_by_others():
+    model, patched = patched_model("olmoe", ModalityLoraConfig(target_modules=("attention",)))
+    expected = model(token_ids(1, 4)).logits
+    model.set_experts_implementation("eager")
+    assert relative_rms(model(token_ids(1, 4)).logits, expected) < 1e-5
+    ExpertExtender(model).extend("all", init="mean")
+    with pytest.raises(RuntimeError, match="layer 0 were set to 'eager'"):
+        model(token_ids(1, 4))
 
 
 def test_experts_that_nobody_patched_are_checked_too():
