@@ -29,7 +29,12 @@ _LAYOUT = {
 
 
 def expert_problems(experts: nn.Module) -> list[str]:
-    """List the properties of an experts module that the kernels do not support."""
+    """List the properties of an experts module that cannot be patched, its weights included."""
+    return layout_problems(experts) + _weight_problems(experts)
+
+
+def layout_problems(experts: nn.Module) -> list[str]:
+    """List the properties of an experts module that the kernels do not compute."""
     reasons = []
     for attribute, (supported, meaning) in _LAYOUT.items():
         value = getattr(experts, attribute, None)
@@ -42,7 +47,11 @@ def expert_problems(experts: nn.Module) -> list[str]:
     act = getattr(experts, "act_fn", None)
     if type(act).__name__ not in ("SiLU", "SiLUActivation"):
         reasons.append(f"activation {type(act).__name__} (only SiLU)")
-    down = getattr(experts, "down_proj", None)
+    return reasons
+
+
+def _weight_problems(experts: nn.Module) -> list[str]:
+    reasons, down = [], getattr(experts, "down_proj", None)
     if not isinstance(down, nn.Parameter) or down.ndim != 3:
         reasons.append("no stacked down_proj")
     elif not experts.gate_up_proj.is_floating_point() or not down.is_floating_point():
@@ -107,7 +116,7 @@ def experts_forward(
     modality_ids, weights, backend = None, {}, None
     if context is None:
         # Nobody has checked it: the name was set in the config, or by from_pretrained.
-        if problems := expert_problems(self):
+        if problems := layout_problems(self):
             raise ValueError(
                 f"experts_implementation={IMPLEMENTATION!r} does not support "
                 f"{type(self).__name__}: {'; '.join(problems)}; choose another implementation"

@@ -73,12 +73,18 @@ class PatchState:
 
     @adapters_enabled.setter
     def adapters_enabled(self, enabled: bool) -> None:
+        if self.switches.adapters_enabled and not self.switches.uses_adapters():
+            raise RuntimeError(
+                "adapters_enabled is for all threads and cannot be set within adapters_disabled(), "
+                "which is for this one: set it outside"
+            )
         self.switches.adapters_enabled = enabled
 
     def adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
         """Disable low-rank updates and modality gates for this thread's forwards within.
 
-        Added token rows stay, and so do experts that were added without a gate.
+        Added token rows stay, and so do experts that were added without a gate. A thread that is
+        started within is not affected: enter the context inside it, or set ``adapters_enabled``.
         """
         return self.switches.without_adapters()
 

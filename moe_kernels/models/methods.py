@@ -50,7 +50,10 @@ def _refuse_resize(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
 
 def _set_experts_implementation(self: PreTrainedModel, experts_implementation) -> None:
     """Refuse an implementation that would leave out what was added to experts."""
-    if experts_implementation != IMPLEMENTATION and any(map(needs_ours, get_patched(self).parts)):
+    requested = experts_implementation
+    if isinstance(requested, dict):  # by the name of a sub-configuration; "" is the whole
+        requested = requested.get("", IMPLEMENTATION)
+    if requested != IMPLEMENTATION and any(map(needs_ours, get_patched(self).parts)):
         raise RuntimeError(
             f"the experts of a patched model cannot be set to {experts_implementation!r}, which "
             "would leave out their adapters: unpatch() first, set it, and patch again"
@@ -82,11 +85,16 @@ def require_grad_for_checkpointing(
 
     Reentrant checkpointing gives no gradients unless an input of the layers requires grad.
     """
-    if not model.training or embeddings.requires_grad or not torch.is_grad_enabled():
-        return embeddings
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if embeddings.requires_grad or not _recomputes(model):
         return embeddings
     return embeddings.detach().requires_grad_()
+
+
+def _recomputes(model: PreTrainedModel) -> bool:
+    """Return whether the backward pass of a forward now would compute layers again."""
+    if not model.training or not torch.is_grad_enabled():
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @functools.cache
@@ -104,9 +112,13 @@ def _forward_of(model_class: type[PreTrainedModel]):
         if kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = require_grad_for_checkpointing(self, kwargs["inputs_embeds"])
         patched = get_patched(self)
-        if not torch.compiler.is_compiling():  # a compiled program runs the modules it has seen
-            check_links(patched.links)
-            check_experts(patched.parts)
+        check_links(patched.links)
+        check_experts(patched.parts)
+        if not patched.switches.uses_added_experts() and _recomputes(self):
+            raise RuntimeError(
+                "added experts cannot be disabled under activation checkpointing: the backward "
+                "pass would compute with them; use torch.no_grad(), or end the checkpointing"
+            )
         modality_ids = resolve_modality_ids(
             self.token_modality,
             modality_ids,

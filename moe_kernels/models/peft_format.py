@@ -36,16 +36,17 @@ HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
     "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
-    "runtime_config", "eva_config", "ensure_weight_tying",
+    "runtime_config", "ensure_weight_tying",
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # init_lora_weights decides
 }  # fmt: skip
 # Options that must be off: they change the base model, the formula, or what is saved.
 OFF = {
     "modules_to_save", "trainable_token_indices", "layer_replication", "lora_bias", "use_qalora",
-    "use_bdlora", "megatron_config", "loftq_config", "corda_config", "lora_ga_config",
-    "velora_config", "monteclora_config", "arrow_config", "kasa_config", "alora_invocation_tokens",
+    "use_bdlora", "megatron_config", "velora_config", "monteclora_config", "arrow_config",
+    "kasa_config", "alora_invocation_tokens",
 }  # fmt: skip
 # Values of init_lora_weights that leave the base weights as they are; others subtract from them.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def experts_A_to_peft(lora_A: Tensor) -> Tensor:
@@ -230,16 +231,23 @@ def _check_config(config: ModalityLoraConfig, slots: list[_Slot], saved: dict) -
     for option, supported in _PLAIN.items():
         if saved.get(option, supported) != supported:
             raise ValueError(f"an adapter with {option}={saved[option]!r} is not supported")
-    if (start := saved.get("init_lora_weights")) not in _STARTS:
+    start = saved.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS:
         raise ValueError(
-            f"an adapter with init_lora_weights={start!r} is not supported, since PEFT changed the "
-            "base weights with it: convert it (save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)) and set the option to true"
+            f"an adapter with init_lora_weights={start!r} is not supported: such a start may have "
+            "changed the base weights. PEFT converts PiSSA, OLoRA, CorDA and LoRA-GA to a plain "
+            "adapter of twice the rank: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
         )
     for option in sorted(set(saved) - READ - HARMLESS):
         if saved[option]:
-            known = "is not supported" if option in OFF else "is unknown to this version"
-            raise ValueError(f"an adapter with {option}={saved[option]!r} {known}")
+            if option in OFF:
+                raise ValueError(f"an adapter with {option}={saved[option]!r} is not supported")
+            raise ValueError(
+                f"an adapter with {option}={saved[option]!r} is unknown to this version of "
+                f"moe_kernels (the file is by PEFT {saved.get('peft_version')}): take the option "
+                "out of adapter_config.json if it does not change the formula"
+            )
     ranks, alphas = saved.get("rank_pattern") or {}, saved.get("alpha_pattern") or {}
     check_pattern("rank_pattern", ranks)
     check_pattern("alpha_pattern", alphas)

@@ -32,7 +32,8 @@ def join_features_and_text(
         input_ids: (B, S) text. Tokens that were added for a modality keep that modality.
         modality: of the features.
         attention_mask: (B, S), 0 on padding of the text; None: no padding.
-        feature_mask: (B, N), 0 on padding of the features; None: no padding.
+        feature_mask: (B, N), 0 on padding of the features; None: no padding. Padding that is not
+            finite is harmless here, but its projector's gradient would be NaN: mask its input too.
         labels: (B, S), of the text, -100 where nothing is learnt; None: ``input_ids``. Features
             are never predicted, nor is padding, nor a token that follows padding.
         at: index of the real text token that the features precede; 1: after a begin-of-text token.

@@ -254,14 +254,20 @@ def edit(folder, **changes):
         ({"use_rslora": True}, "use_rslora=True is not supported"),
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported.*convert it"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights='pissa' is not supported.*PEFT converts",
+        ),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         *(
             ({option: {"a": 1}}, f"{option}=.* is not supported")
             for option in sorted(peft_format.OFF)
         ),
-        ({"option_of_2030": 0.5}, "option_of_2030=0.5 is unknown to this version"),
+        (
+            {"option_of_2030": 0.5},
+            r"option_of_2030=0.5 is unknown to this version of moe_kernels \(the file is by PEFT",
+        ),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         (
             {"rank_pattern": {r"layers\.1\..*q_proj": 9}},
@@ -288,7 +294,7 @@ def test_every_option_of_peft_has_been_looked_at():
     assert options - peft_format.READ - peft_format.HARMLESS - peft_format.OFF == set()
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+@pytest.mark.parametrize("start", [True, False, "gaussian", "Gaussian", "eva", "mica"])
 def test_starts_that_leave_the_base_alone_are_read(start, tmp_path):
     make_peft("mixtral").save_pretrained(tmp_path)
     edit(tmp_path, init_lora_weights=start, option_that_is_off=None)

@@ -379,6 +379,16 @@ def test_a_replaced_module_is_found(replace, tmp_path):
     patched.unpatch()
 
 
+def test_a_compiled_model_finds_a_replaced_module():
+    model, _ = patched_model("olmoe")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(token_ids(1, 4))
+    replace_projection(model)
+    with pytest.raises(Exception, match="q_proj was replaced by Sequential after patch_model"):
+        compiled(token_ids(1, 4))
+
+
 def test_peft_beside_our_patch_is_found():
     peft = pytest.importorskip("peft")
     model, patched = patched_model("qwen2_moe")
@@ -404,6 +414,7 @@ def test_another_experts_implementation_is_refused():
     model, patched = patched_model("olmoe")
     expected = model(token_ids(1, 4)).logits
     model.set_experts_implementation("moe_kernels")  # what it has
+    model.set_experts_implementation(model.get_experts_implementation())
     with pytest.raises(RuntimeError, match="cannot be set to 'eager'.*unpatch"):
         model.set_experts_implementation("eager")
     assert torch.equal(model(token_ids(1, 4)).logits, expected)
