@@ -60,9 +60,8 @@ def check_experts(parts: Iterable[LayerParts]) -> None:
         if found != IMPLEMENTATION:
             raise RuntimeError(
                 f"the experts of layer {index} were set to {found!r} after patch_model, which "
-                "would leave out their adapters: call unpatch() before "
-                "set_experts_implementation(), or keep "
-                f"{IMPLEMENTATION!r}"
+                f"would leave out what was added to them: set them back to {IMPLEMENTATION!r}, or "
+                "unpatch() first, set the other one, and patch again"
             )
 
 
