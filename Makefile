@@ -1,6 +1,7 @@
 # make demo      teach a small text model to draw digits; results in out/demo/
 # make test      run the test suite (under 10 minutes on 2 cores)
 # make test-all  also run the slow tests: builds in empty environments, longer training
+# make test-attacks   interrupt, kill and damage in every way that the suite tries a few of (hours)
 # make test-sanitized  run the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
 # make test-oldest   run the integration tests on the oldest supported transformers
 # make bench     measure speed and memory against their targets, update the pages (10 minutes)
@@ -15,6 +16,7 @@
 #   VENV     the environment to use; created if it does not exist
 #   PYTHON   the Python that creates it
 #   PYTEST   arguments for pytest
+#   ATTACKS  which attacks: ATTACKS="--attack-share 10% --attack-seed 1 -k patch_model"
 #   DEMO, BENCH, RESULTS   arguments for the demo, benchmarks/run.py and python/redundancy.py
 
 TORCH  ?= torch==2.13.0
@@ -46,7 +48,7 @@ $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 $(1)/bin/python -m pip install -q --no-build-isolation -e ".[test]" $(2)
 endef
 
-.PHONY: demo test test-all test-sanitized test-oldest bench results results-quick check-gpu-code lint format install clean FORCE
+.PHONY: demo test test-all test-attacks test-sanitized test-oldest bench results results-quick check-gpu-code lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -67,6 +69,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(call RUN_TESTS,$(VENV))
+
+test-attacks: $(INSTALLED)
+	$(call RUN_TESTS,$(VENV)) tests/attacks --attack-share 100% $(ATTACKS)
 
 # test_build.py starts compilers and creates environments, which a preloaded sanitizer disturbs.
 test-sanitized: $(INSTALLED)

@@ -4,6 +4,15 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    """Add the options of tests/attacks, which pytest takes from this file alone."""
+    group = parser.getgroup("attacks")
+    group.addoption("--attack-seed", type=int, default=0, help="seed of the tries that are chosen")
+    group.addoption(
+        "--attack-share", default="12", help="tries of each attack: a number, or a share as in 5%%"
+    )
+
+
 @pytest.fixture
 def filled_memory(monkeypatch):
     """Fill memory that torch or the native extension leaves uninitialised with NaN."""
