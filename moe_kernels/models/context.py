@@ -61,11 +61,13 @@ class Switches(PerThread):
     Attributes:
         adapters_enabled: the value for all threads, unless a thread is within
             :meth:`without_adapters`.
+        added_tokens_enabled: likewise, unless a thread is within :meth:`without_added_tokens`.
     """
 
     def __init__(self):
         super().__init__()
         self.adapters_enabled = True
+        self.added_tokens_enabled = True
 
     def uses_adapters(self) -> bool:
         """Return whether forwards of this thread add low-rank updates."""
@@ -75,6 +77,14 @@ class Switches(PerThread):
         """Return whether routers may choose added experts in forwards of this thread."""
         return not self._depth("added_experts")
 
+    def uses_added_tokens(self) -> bool:
+        """Return whether the head gives logits of added tokens in forwards of this thread."""
+        return self.added_tokens_enabled and not self._depth("added_tokens")
+
+    def masks_added_tokens(self) -> bool:
+        """Return whether these logits are there, but are the lowest number of their dtype."""
+        return bool(self._depth("unmasked_tokens"))
+
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Leave out low-rank updates and modality gates within; may be nested."""
         return self._without("adapters")
@@ -82,6 +92,14 @@ class Switches(PerThread):
     def without_added_experts(self) -> contextlib.AbstractContextManager[None]:
         """Let no router choose an added expert within; may be nested."""
         return self._without("added_experts")
+
+    def without_added_tokens(self) -> contextlib.AbstractContextManager[None]:
+        """Leave out the logits of added tokens within; may be nested."""
+        return self._without("added_tokens")
+
+    def with_masked_tokens(self) -> contextlib.AbstractContextManager[None]:
+        """Mask the logits of added tokens within, before any softmax; may be nested."""
+        return self._without("unmasked_tokens")
 
     def _depth(self, part: str) -> int:
         return getattr(self._local, part, 0)

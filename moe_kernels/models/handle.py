@@ -15,6 +15,9 @@ from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
 
 HANDLE = "_modality_patch"
+_FOR_ALL_THREADS = (
+    "{} is for all threads and cannot be set within {}, which is for this one: set it outside"
+)
 
 
 class PatchState:
@@ -74,11 +77,19 @@ class PatchState:
     @adapters_enabled.setter
     def adapters_enabled(self, enabled: bool) -> None:
         if self.switches.adapters_enabled and not self.switches.uses_adapters():
-            raise RuntimeError(
-                "adapters_enabled is for all threads and cannot be set within adapters_disabled(), "
-                "which is for this one: set it outside"
-            )
+            raise RuntimeError(_FOR_ALL_THREADS.format("adapters_enabled", "adapters_disabled()"))
         self.switches.adapters_enabled = enabled
+
+    @property
+    def added_tokens_enabled(self) -> bool:
+        """True if forwards of this thread give logits of added tokens; setting it is for all."""
+        return self.switches.uses_added_tokens()
+
+    @added_tokens_enabled.setter
+    def added_tokens_enabled(self, enabled: bool) -> None:
+        if self.switches.added_tokens_enabled and not self.switches.uses_added_tokens():
+            raise RuntimeError(_FOR_ALL_THREADS.format("added_tokens_enabled", "text_only()"))
+        self.switches.added_tokens_enabled = enabled
 
     def adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
         """Disable low-rank updates and modality gates for this thread's forwards within.
@@ -87,6 +98,21 @@ class PatchState:
         started within is not affected: enter the context inside it, or set ``adapters_enabled``.
         """
         return self.switches.without_adapters()
+
+    def text_only(self) -> contextlib.AbstractContextManager[None]:
+        """Give logits of the base vocabulary alone, (B, S, V), in this thread's forwards within.
+
+        Softmax, loss and perplexity of text are then those of the text model: without it, they
+        are normalised over V + n, and training the added rows moves them, although it moves no
+        logit of text. ``generate`` keeps V + n columns, which ``config.vocab_size`` promises, and
+        gives those of added tokens the lowest number of their dtype. Prompts may hold added tokens.
+        For all threads, set ``added_tokens_enabled = False``.
+
+        Example:
+            >>> with patched.text_only():
+            ...     loss = model(input_ids, labels=input_ids).loss
+        """
+        return self.switches.without_added_tokens()
 
     def check_in_place(self) -> None:
         """Check that this is the handle of the model, and that the model is as it was patched.

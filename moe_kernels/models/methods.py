@@ -3,6 +3,7 @@
 import functools
 import inspect
 import types
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -14,12 +15,15 @@ from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
 from moe_kernels.models.intact import check_experts, check_links, needs_ours
 
+_LOSS = "_loss_function"  # where transformers looks for a model's own loss
+
 
 def attach(patched: PatchState) -> None:
     """Give the model, this one instance, its methods and its handle."""
     model = patched.model
     for name, function in _methods_of(type(model)).items():
         setattr(model, name, types.MethodType(function, model))
+    model.__dict__[_LOSS] = LossOverColumns(model.loss_function, model.__dict__.get(_LOSS))
     model.__dict__[HANDLE] = patched
 
 
@@ -27,17 +31,47 @@ def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`, if it was called."""
     for name in (*_methods_of(type(model)), HANDLE):
         model.__dict__.pop(name, None)
+    loss = model.__dict__.get(_LOSS)
+    if isinstance(loss, LossOverColumns):
+        del model.__dict__[_LOSS]
+        if loss.before is not None:
+            model.__dict__[_LOSS] = loss.before
 
 
 @functools.cache
 def _methods_of(model_class: type[PreTrainedModel]) -> dict:
     return {
         "forward": _forward_of(model_class),
+        "generate": _generate_of(model_class),
         "prepare_inputs_for_generation": _prepare_inputs_of(model_class),
         "resize_token_embeddings": _refuse_resize,
         "set_experts_implementation": _set_experts_implementation,
         "_replicate_for_data_parallel": _refuse_data_parallel,
     }
+
+
+class LossOverColumns:
+    """Loss of a patched model, over as many classes as the logits have columns.
+
+    transformers passes the vocabulary's size, which all threads share, while one of them may have
+    left out the added tokens.
+
+    Attributes:
+        loss: the loss before patching.
+        before: what the model itself had as its loss then; None: nothing.
+    """
+
+    def __init__(self, loss: Callable, before: Callable | None):
+        self.loss, self.before = loss, before
+
+    def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs) -> Tensor:
+        columns = logits.shape[-1]
+        if columns < vocab_size and not labels.is_cuda and (labels >= columns).any():
+            raise ValueError(
+                f"labels has id {int(labels.max())} of an added token, which has no logit within "
+                f"text_only() (ids below {columns}): leave it for this batch"
+            )
+        return self.loss(logits=logits, labels=labels, vocab_size=columns, **kwargs)
 
 
 def _refuse_resize(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
@@ -114,6 +148,8 @@ def _forward_of(model_class: type[PreTrainedModel]):
         patched = get_patched(self)
         check_links(patched.links)
         check_experts(patched.parts)
+        if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
+            _check_loss(self)
         if not patched.switches.uses_added_experts() and _recomputes(self):
             raise RuntimeError(
                 "added experts cannot be disabled under activation checkpointing: the backward "
@@ -145,6 +181,50 @@ def _forward_of(model_class: type[PreTrainedModel]):
         parameters=[*parameters[:position], keyword, *parameters[position:]]
     )
     return forward
+
+
+def _check_loss(model: PreTrainedModel) -> None:
+    """Raise unless the model's loss counts the logits' columns."""
+    if not isinstance(loss := model.loss_function, LossOverColumns):
+        raise RuntimeError(
+            f"the model's loss was set to {getattr(loss, '__name__', loss)} after patch_model, and "
+            "takes the vocabulary with added tokens: within text_only(), set it before patch_model"
+        )
+
+
+@functools.cache
+def _generate_of(model_class: type[PreTrainedModel]):
+    """Return a ``generate`` that masks added tokens while none of them may be generated.
+
+    Beams take log_softmax before transformers suppresses tokens, so that trained rows would move
+    the normaliser of text.
+    """
+    inner = model_class.generate
+    signature = inspect.signature(inner)
+
+    @functools.wraps(inner)
+    def generate(self, *args, **kwargs):
+        patched = get_patched(self)
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        if patched.added_tokens_enabled and not _suppresses_added(self, given):
+            return inner(self, *args, **kwargs)
+        with patched.switches.with_masked_tokens():
+            return inner(self, *args, **kwargs)
+
+    return generate
+
+
+def _suppresses_added(model: PreTrainedModel, given: dict) -> bool:
+    """Return whether arguments of ``generate`` suppress all added tokens."""
+    for suppressed in (
+        given.get("kwargs", {}).get("suppress_tokens"),
+        getattr(given.get("generation_config"), "suppress_tokens", None),
+        model.generation_config.suppress_tokens,
+    ):
+        if suppressed is not None:
+            break
+    first, stop = model.get_input_embeddings().weight.shape[0], model.token_modality.numel()
+    return set(range(first, stop)) <= set(suppressed or ())
 
 
 @functools.cache

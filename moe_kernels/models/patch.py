@@ -48,6 +48,8 @@ class PatchedModel(PatchState):
         config: the configuration that it was patched with.
         adapters_enabled: False: forwards add no low-rank update, in any thread; see
             :meth:`adapters_disabled` for one thread.
+        added_tokens_enabled: False: forwards give logits of the base vocabulary alone, in any
+            thread; see :meth:`text_only` for one thread.
         init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
             "head".
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.

@@ -12,10 +12,12 @@ from moe_kernels.init.rows import (
     check_row_init,
     initial_rows,
 )
+from moe_kernels.models.context import Switches
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import trainable_dtype
 
 ROWS = "added_rows"
+_SWITCHES = "_modality_switches"
 
 
 def add_modality_tokens(
@@ -32,10 +34,11 @@ def add_modality_tokens(
 
     The frozen table keeps its name and its bits; the new rows are a second parameter of the
     embedding and, unless the two are tied, of the head. Text generation does not produce the new
-    tokens: they are added to the model's ``generation_config.suppress_tokens``. ``generate(...,
+    tokens: they are added to the model's ``generation_config.suppress_tokens``, and ``generate``
+    masks their logits before any softmax while all of them are suppressed. ``generate(...,
     suppress_tokens=[])`` allows them. A ``GenerationConfig`` of your own needs
     ``suppress_tokens=[]`` too, because transformers replaces None by the model's setting.
-    ``forward`` never masks their logits.
+    ``forward`` gives their logits, except within ``patched.text_only()``.
 
     Args:
         model: patched by :func:`moe_kernels.patch_model` for this modality.
@@ -94,10 +97,11 @@ def add_modality_tokens(
 
 
 def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Tensor]) -> None:
+    head = model.get_output_embeddings()
+    head.__dict__[_SWITCHES] = get_patched(model).switches
     for module, rows in new.items():
         _add_rows(module, modality, rows)
     if _tied(model):
-        head = model.get_output_embeddings()
         head.__dict__[ROWS] = _rows(model.get_input_embeddings())
         head.forward = types.MethodType(_head_forward, head)
 
@@ -129,6 +133,7 @@ def token_counts(model: PreTrainedModel) -> dict[str, int]:
 def remove(model: PreTrainedModel) -> None:
     """Remove all added rows; restoring the sizes of the vocabulary is left to the caller."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.__dict__.pop(_SWITCHES, None)
         if hasattr(module, ROWS):
             module.__dict__.pop("forward", None)
             module.__dict__.pop(ROWS, None) if ROWS in module.__dict__ else delattr(module, ROWS)
@@ -184,6 +189,10 @@ def _added(module: nn.Module) -> Tensor:
     return torch.cat(list(getattr(module, ROWS).values())).to(module.weight.dtype)
 
 
+def _num_added(module: nn.Module) -> int:
+    return sum(rows.shape[0] for rows in getattr(module, ROWS).values())
+
+
 def _embedding_forward(self: nn.Embedding, input_ids: Tensor) -> Tensor:
     first = self.weight.shape[0]
     text = F.embedding(input_ids.clamp(max=first - 1), self.weight, self.padding_idx)
@@ -194,7 +203,14 @@ def _embedding_forward(self: nn.Embedding, input_ids: Tensor) -> Tensor:
 def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
     # Two GEMMs: one over joined weights would change the bits of text logits.
     text = F.linear(hidden_states, self.weight, self.bias)
-    return torch.cat([text, F.linear(hidden_states, _added(self))], dim=-1)
+    switches: Switches = self.__dict__[_SWITCHES]
+    if switches.masks_added_tokens():
+        added = text.new_full((*text.shape[:-1], _num_added(self)), torch.finfo(text.dtype).min)
+    elif switches.uses_added_tokens():
+        added = F.linear(hidden_states, _added(self))
+    else:
+        return text
+    return torch.cat([text, added], dim=-1)
 
 
 def _extend_tokenizer(tokenizer, modality: str, first: int, num_tokens: int) -> None:

@@ -77,6 +77,13 @@ def test_adapters_are_disabled_in_one_thread_alone():
     assert_alone_and_together(logits(model, GIVEN), off)
 
 
+def test_added_tokens_are_left_out_in_one_thread_alone():
+    model, patched = patched_model("olmoe", num_tokens=8)
+    calls = [logits(model, TEXT, patched.text_only), logits(model, TEXT)]
+    assert_alone_and_together(*calls)
+    assert calls[0]().shape[-1] == calls[1]().shape[-1] - 8
+
+
 def test_the_switch_itself_is_for_all_threads():
     model, patched = patched_model("olmoe", ModalityLoraConfig(r=4))
     with torch.no_grad(), patched.adapters_disabled():

@@ -1,0 +1,197 @@
+"""The patched model as a text model: beams, losses and evaluations over the base vocabulary."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids
+from support.patched_models import patched_model
+from torch.nn import functional as F
+from transformers import GenerationConfig
+
+from moe_kernels import patch_model
+from moe_kernels.testing import assert_close
+
+ADDED = 16
+IDS = token_ids(2, 10)
+
+
+def train(patched, seed):
+    """Stand in for training: large random adapters and rows, likely beside any text."""
+    randomise(patched, scale=2.0, seed=seed)
+
+
+@FAMILY
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_logits_and_loss_of_the_base_vocabulary(family, tied):
+    """The same bits whatever was trained, and those of the unpatched model but for rounding."""
+    plain = make_model(family, tie_word_embeddings=tied)(IDS, labels=IDS)
+    model, patched = patched_model(family, num_tokens=ADDED, tie_word_embeddings=tied)
+    whole = model(IDS).logits
+    with patched.text_only():
+        found = model(IDS, labels=IDS)
+        train(patched, seed=1)
+        after = model(IDS, labels=IDS)
+    assert found.logits.shape == (2, 10, VOCAB)
+    assert torch.equal(found.logits, whole[..., :VOCAB])
+    assert torch.equal(found.logits, after.logits) and torch.equal(found.loss, after.loss)
+    assert_close(found.logits, plain.logits)
+    assert_close(found.loss, plain.loss)
+    outside = model(IDS, labels=IDS)
+    assert outside.logits.shape[-1] == VOCAB + ADDED and not torch.equal(outside.loss, found.loss)
+
+
+def test_pictures_may_be_read_within():
+    model, patched = patched_model(num_tokens=ADDED)
+    pictures = token_ids(2, 10, vocab=VOCAB + ADDED)
+    with patched.text_only():
+        assert torch.equal(model(pictures).logits, model(pictures).logits[..., :VOCAB])
+        expected = model(pictures).logits
+    assert torch.equal(model(pictures).logits[..., :VOCAB], expected)
+    labels = pictures.masked_fill(pictures >= VOCAB, -100)
+    labels[0, 5] = VOCAB + 1
+    with patched.text_only(), pytest.raises(ValueError, match=f"labels has id {VOCAB + 1} of an"):
+        model(pictures, labels=labels)
+    model(pictures, labels=labels)
+
+
+def test_the_switch_is_for_all_threads_and_stays():
+    model, patched = patched_model(num_tokens=ADDED)
+    patched.added_tokens_enabled = False
+    assert model(IDS).logits.shape[-1] == VOCAB
+    copied = copy.deepcopy(model)
+    patched.added_tokens_enabled = True
+    assert model(IDS).logits.shape[-1] == VOCAB + ADDED
+    assert copied(IDS).logits.shape[-1] == VOCAB
+    with patched.text_only():
+        with patched.text_only():
+            pass
+        assert not patched.added_tokens_enabled
+        with pytest.raises(RuntimeError, match="added_tokens_enabled is for all threads"):
+            patched.added_tokens_enabled = True
+
+
+def test_a_compiled_model_sees_it():
+    model, patched = patched_model(num_tokens=ADDED)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for context in (contextlib.nullcontext, patched.text_only) * 2:
+            with context():
+                assert torch.equal(compiled(IDS).logits, model(IDS).logits)
+
+
+def squared(logits, labels, vocab_size, **kwargs):
+    return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1)).square()
+
+
+def test_a_loss_of_the_users_own():
+    model = make_model("mixtral")
+    model.loss_function = squared
+    expected = model(IDS, labels=IDS).loss
+    patched = patch_model(model)
+    with patched.text_only():
+        assert_close(model(IDS, labels=IDS).loss, expected)
+    patched.unpatch()
+    assert model.loss_function is squared
+
+
+def test_a_loss_that_was_set_later():
+    """It takes the vocabulary with added tokens, which the logits then do not have."""
+    model, patched = patched_model(num_tokens=ADDED)
+    model.loss_function = squared
+    model(IDS, labels=IDS)
+    with patched.text_only():
+        model(IDS)
+        with pytest.raises(RuntimeError, match="loss was set to squared after patch_model"):
+            model(IDS, labels=IDS)
+    patched.unpatch()
+    assert model.loss_function is squared
+
+
+# --- generate()
+
+WAYS = {
+    "beams": {"num_beams": 4},
+    "sampled beams": {"num_beams": 4, "do_sample": True},
+    "sampling": {"do_sample": True, "temperature": 3.0, "top_p": 0.9},
+    "guidance": {"guidance_scale": 1.5},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "static cache": {"num_beams": 3, "cache_implementation": "static"},
+    "length penalty": {"num_beams": 4, "length_penalty": -1.0, "num_return_sequences": 2},
+    "renormalised": {"num_beams": 2, "renormalize_logits": True, "repetition_penalty": 1.3},
+}
+
+
+def generated(model, **settings):
+    """Return the tokens that were generated, and their scores."""
+    torch.manual_seed(0)
+    ids = IDS[:1] if "prompt_lookup_num_tokens" in settings else IDS
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_scores": True} | settings
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **settings
+    )
+    return found.sequences, torch.stack(found.scores)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_moves_no_generated_text(way):
+    model, patched = patched_model("olmoe", num_tokens=ADDED, dtype=torch.float64)
+    before = generated(model, **WAYS[way])
+    train(patched, seed=1)
+    after = generated(model, **WAYS[way])
+    for found, expected in zip(after, before, strict=True):
+        assert torch.equal(found, expected)
+    assert before[0].max() < VOCAB
+
+
+@pytest.mark.parametrize("way", ["beams", "sampled beams", "sampling"])
+def test_text_is_generated_as_by_the_unpatched_model(way):
+    plain = make_model("olmoe", dtype=torch.float64)
+    expected, scores = generated(plain, **WAYS[way])
+    model, patched = patched_model("olmoe", num_tokens=ADDED, dtype=torch.float64)
+    train(patched, seed=1)
+    sequences, found = generated(model, **WAYS[way])
+    if "do_sample" not in WAYS[way]:  # V + n columns take other random numbers
+        assert torch.equal(sequences, expected)
+    assert_close(found[0, :, :VOCAB].softmax(-1), scores[0].softmax(-1))
+    assert (found[..., VOCAB:] == -torch.inf).all()
+
+
+def test_the_arguments_decide_whether_added_tokens_are_masked():
+    model, _ = patched_model(num_tokens=ADDED)
+    allowed = GenerationConfig(suppress_tokens=[], max_new_tokens=1, do_sample=False)
+    some = list(range(VOCAB, VOCAB + ADDED - 1))
+    own = GenerationConfig(max_new_tokens=1, do_sample=False)  # None: the model's setting
+
+    def first_logits(**settings):
+        found = model.generate(
+            IDS, max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **settings
+        )
+        return found.logits[0]
+
+    lowest = torch.finfo(torch.float32).min
+    whole = model(IDS).logits[:, -1]
+    for settings in ({}, {"generation_config": own}):
+        assert (first_logits(**settings)[:, VOCAB:] == lowest).all()
+    for settings in (
+        {"suppress_tokens": []},
+        {"suppress_tokens": some},
+        {"generation_config": allowed},
+    ):
+        assert_close(first_logits(**settings), whole)
+
+
+def test_added_tokens_are_masked_within_text_only_whatever_the_arguments_say():
+    model, patched = patched_model(num_tokens=ADDED)
+    with patched.text_only():
+        found = model.generate(IDS, max_new_tokens=20, do_sample=False, suppress_tokens=[])
+    assert found.max() < VOCAB
+    assert model.generate(IDS, max_new_tokens=20, suppress_tokens=[]).max() >= VOCAB
+
+
+def test_generate_is_that_of_the_class_after_unpatch():
+    model, patched = patched_model(num_tokens=ADDED)
+    patched.unpatch()
+    assert "generate" not in model.__dict__ and "_loss_function" not in model.__dict__
