@@ -8,12 +8,12 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode, and back into the mode they had."""
-    modes = [model.training for model in models]
+    """Put models into eval mode, and each of their modules back into the mode that it had."""
+    modes = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for model, training in zip(models, modes, strict=True):
-            model.train(training)
+        for module, training in modes.items():
+            module.training = training

@@ -25,6 +25,7 @@ from moe_kernels.imaging.sequence import (
 )
 from moe_kernels.imaging.tokenizer import ImageTokenizer
 from moe_kernels.models.handle import get_patched
+from moe_kernels.modes import evaluating
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -195,19 +196,18 @@ def _generating(model: PreTrainedModel) -> Iterator[None]:
     loss at every forward, and fail where the mask is longer than the new tokens.
     """
     inner = unwrapped(model)
-    was_training, settings = model.training, inner.generation_config
+    settings = inner.generation_config
     router_logits = getattr(inner.config, "output_router_logits", None)
     try:
-        model.eval()
         inner.generation_config = GenerationConfig()
         if router_logits:
             inner.config.output_router_logits = False
-        yield
+        with evaluating(model):
+            yield
     finally:
         if router_logits:
             inner.config.output_router_logits = router_logits
         inner.generation_config = settings
-        model.train(was_training)
 
 
 @contextmanager

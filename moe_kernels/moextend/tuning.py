@@ -15,6 +15,7 @@ from moe_kernels.models.added_experts import count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.routers import RoutingFinder
+from moe_kernels.modes import evaluating
 from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
 
 Batch = Mapping[str, Any]
@@ -95,15 +96,12 @@ def _next_tokens(
 @contextlib.contextmanager
 def _frozen_in_eval(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and freeze every parameter; restore both afterwards."""
-    training = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    model.requires_grad_(False)
     try:
-        yield
+        model.requires_grad_(False)
+        with evaluating(model):
+            yield
     finally:
-        for module, value in training.items():
-            module.training = value
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -189,9 +189,12 @@ def test_a_failure_leaves_the_model_as_it_was(painter, monkeypatch):
 
     monkeypatch.setattr(model, "generate", fail)
     model.train()
+    model.model.layers[0].eval()  # such as a part that is frozen
+    modes = [module.training for module in model.modules()]
     try:
         with pytest.raises(RuntimeError, match="out of memory"):
             draw(painter)
-        assert model.training and model.generation_config is settings
+        assert [module.training for module in model.modules()] == modes
+        assert model.generation_config is settings
     finally:
         model.eval()
