@@ -18,7 +18,6 @@ settings: a second run, or one that was interrupted, continues where the first s
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -246,11 +245,9 @@ def heal_conversion(
             report = heal(
                 moe, load_dense(options), setup.batches("heal"),
                 steps=options.heal_steps, train=options.train, lr=lr, seed=options.seed,
-                checkpoint=workspace.folder / "checkpoint", save_every=50, stop=stop.is_set,
+                checkpoint=workspace.checkpoints, save_every=50, stop=stop.is_set,
             )  # fmt: skip
-        kept = setup.keep(moe, workspace)
-        shutil.rmtree(workspace.folder / "checkpoint")
-        return kept | {"lr": lr, **dataclasses.asdict(report)}
+        return setup.keep(moe, workspace) | {"lr": lr, **dataclasses.asdict(report)}
 
     inputs = options.pick("heal_steps", "train") | {"lr": lr}
     return stages.run(f"heal-{conversion.name}-{lr:g}", inputs, build, after=[converted])

@@ -238,7 +238,7 @@ def load_skeleton(options: ExtendOptions) -> PreTrainedModel:
     with torch.device("meta"):
         if options.model is None:
             tokenizer = train_text_tokenizer("", options.text_model.vocab_size)
-            return start_text_model(options.text_model, tokenizer, None)
+            return start_text_model(options.text_model, tokenizer)
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
 
 

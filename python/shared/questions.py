@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids, padding_id
+from moe_kernels.modes import evaluating
 from moe_kernels.moextend import ExpertExtender, join_features_and_text
 from shared.encoder import EncodedPictures
 from shared.pictures import DIGITS
@@ -128,15 +129,16 @@ def grade(model: PreTrainedModel, batches: Iterable[Batch], kinds: Iterable[str]
         batches: arguments of the model, with labels
         kinds: those of the questions, in order
     """
-    model.eval()
     nll, tokens, right = 0.0, 0, []
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        nll += float(F.cross_entropy(logits.mT, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
-        tokens += int((labels != IGNORE_INDEX).sum())
-        right += ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
+    with evaluating(model):
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1].float()
+            loss = F.cross_entropy(logits.mT, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            nll += float(loss)
+            tokens += int((labels != IGNORE_INDEX).sum())
+            right += ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(1).tolist()
     by_kind: dict[str, list[bool]] = {}
     for kind, is_right in zip(kinds, right, strict=True):
         by_kind.setdefault(kind, []).append(is_right)
@@ -265,7 +267,6 @@ class Viewer:
     @torch.no_grad()
     def answer(self, questions: QuestionSet, size: int = 100, max_new_tokens: int = 8) -> list[str]:
         """Return the answers that the model writes, greedily, to the end of the line."""
-        self.model.eval()
         tokenizer = questions.tokenizer
         end = tokenizer(END, add_special_tokens=False).input_ids[-1]
         written: list[str] = []
@@ -275,10 +276,11 @@ class Viewer:
                 item.update({name: item[name][:prompt] for name in ("input_ids", "labels")})
             joined = self.join(questions.collate(items), padding_side="left")
             del joined["labels"]
-            ids = self.model.generate(
-                **joined, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end,
-                pad_token_id=padding_id(tokenizer),
-            )  # fmt: skip
+            with evaluating(self.model):
+                ids = self.model.generate(
+                    **joined, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end,
+                    pad_token_id=padding_id(tokenizer),
+                )  # fmt: skip
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             written += [text.split(END)[0].strip() for text in texts]
         return written

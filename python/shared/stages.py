@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,6 +22,7 @@ from shared.cli import console
 from shared.files import write_text
 
 CACHE_VERSION = 3  # raise it when a stage gives another result for the same settings
+_CHECKPOINTS = "checkpoints"
 
 
 class Workspace:
@@ -36,6 +38,11 @@ class Workspace:
     def seconds(self) -> float:
         return self._earlier + time.perf_counter() - self._started
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of what a later run goes on from; it stays until the stage is finished."""
+        return self.folder / _CHECKPOINTS
+
     def save_seconds(self) -> None:
         write_text(self._file, str(self.seconds))
 
@@ -50,8 +57,14 @@ class Stage:
 
     @classmethod
     def load(cls, folder: Path) -> Stage:
-        described = json.loads((folder / "stage.json").read_text())
-        return cls(folder, described["result"], described["seconds"])
+        file = folder / "stage.json"
+        try:
+            described = json.loads(file.read_text())
+            return cls(folder, described["result"], described["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error!r}): remove {folder} to compute this stage again"
+            ) from error
 
 
 class Stages:
@@ -101,6 +114,8 @@ class Stages:
             _build(folder, inputs, build)
         else:
             console.print(f"[bold]{name}[/]: finished earlier, in {folder}")
+            # What a run that was killed while it removed them has left.
+            shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
         self.finished[name] = Stage.load(folder)
         return self.finished[name]
 
@@ -138,12 +153,16 @@ def _build(
     workspace = Workspace(folder.with_name(f"{folder.name}.partial"))
     try:
         result = build(workspace)
-    finally:
-        workspace.save_seconds()
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk, which must not hide the first error
+            workspace.save_seconds()
+        raise
     stage = {"inputs": inputs, "seconds": workspace.seconds, "result": result}
     write_text(workspace.folder / "stage.json", json.dumps(stage, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     workspace.folder.replace(folder)
+    # Not before: a save that fails must not cost the training that led to it.
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
 
 
 # --- keys

@@ -23,7 +23,7 @@ from transformers import (
 
 from shared.stages import Workspace
 from shared.texts import documentation, text_blocks
-from shared.training import last_checkpoint, mean_nll, train
+from shared.training import mean_nll, train
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,10 @@ def text_config(
 
 
 def start_text_model(
-    settings: TextModelSettings, tokenizer: PreTrainedTokenizerFast, checkpoint: str | None
+    settings: TextModelSettings, tokenizer: PreTrainedTokenizerFast
 ) -> PreTrainedModel:
-    if checkpoint is not None:
-        # The Trainer's resume loads no experts: checkpoints name them differently, and only
-        # from_pretrained converts the names.
-        model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    else:
-        torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(text_config(settings, tokenizer))
+    torch.manual_seed(settings.seed)
+    model = AutoModelForCausalLM.from_config(text_config(settings, tokenizer))
     if settings.experts:
         model.set_experts_implementation("grouped_mm")
         # This adds the balance loss, so that no expert stays idle.
@@ -109,7 +104,7 @@ def pretrain(settings: TextModelSettings, workspace: Workspace, more: str = "") 
     if more:
         blocks = torch.cat([blocks, text_blocks(tokenizer, more, block, block)])
     held_out = labelled(text_blocks(tokenizer, texts["test"], block, block).split(32))
-    model = start_text_model(settings, tokenizer, last_checkpoint(workspace))
+    model = start_text_model(settings, tokenizer)
     history = train(
         model, labelled(blocks), lambda model: mean_nll(model, held_out), workspace,
         max_steps=settings.text_steps, per_device_train_batch_size=settings.text_batch,

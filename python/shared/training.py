@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from safetensors.torch import load_model, save_model
+from torch.nn import functional as F
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from moe_kernels import PatchedModel
 from moe_kernels.imaging import IGNORE_INDEX
+from moe_kernels.modes import evaluating
+from shared.checkpoints import STATE, last_checkpoint, step_of
 from shared.cli import console
 from shared.stages import Workspace
+
+_SECONDS = "seconds of steps"  # their key in the Trainer's state
 
 
 @contextmanager
@@ -54,17 +65,11 @@ class Monitor(TrainerCallback):
     ):  # fmt: skip
         self.held_out, self.workspace, self.stop = held_out, workspace, stop
         self.evaluate_every = math.ceil(steps / 6)
-        self.timed_steps, self.timed_seconds = 0, 0.0
         self.progress = Progress(
             TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"), TimeRemainingColumn(), console=console,
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=steps, loss="")
-
-    @property
-    def steps_per_second(self) -> float:
-        """Speed of this run's steps, without evaluation and checkpoints."""
-        return self.timed_steps / max(self.timed_seconds, 1e-9)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.progress.start()
@@ -80,8 +85,10 @@ class Monitor(TrainerCallback):
         self.step_started = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.timed_steps += 1
-        self.timed_seconds += time.perf_counter() - self.step_started
+        # In the Trainer's state, which its checkpoints carry: the seconds of all steps so far.
+        seconds = time.perf_counter() - self.step_started
+        earlier = state.stateful_callbacks.get(_SECONDS, 0.0)
+        state.stateful_callbacks[_SECONDS] = earlier + seconds
         self.progress.update(self.task, completed=state.global_step)
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
             self._evaluate(state, model)
@@ -100,8 +107,19 @@ class Monitor(TrainerCallback):
         state.log_history.append({"step": state.global_step, "held_out": self.held_out(model)})
 
 
+def steps_per_second(state: TrainerState) -> float:
+    """Return the speed of the steps of all runs, without evaluation and checkpoints."""
+    return state.global_step / max(state.stateful_callbacks.get(_SECONDS, 0.0), 1e-9)
+
+
 class CheckedTrainer(Trainer):
-    """Trainer that stops when the loss is not finite, and saves no weights that are not finite."""
+    """Trainer that stops when the loss is not finite, and saves no weights that are not finite.
+
+    Its checkpoints hold the tensors under the model's own names. Those of transformers' Trainer
+    name experts as ``save_pretrained`` does, and resuming from them would load no expert.
+    """
+
+    weights = ("weights.safetensors",)  # the files of a checkpoint that hold the model
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -114,6 +132,24 @@ class CheckedTrainer(Trainer):
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
             self._stop("the weights are not finite after this step")
         super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / self.weights[0]))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_model(self.model, str(Path(resume_from_checkpoint) / self.weights[0]))
+
+    def go_on(self) -> None:
+        """Train from the last whole checkpoint to the last step."""
+        checkpoint = last_checkpoint(Path(self.args.output_dir), self.weights)
+        if checkpoint is not None and step_of(checkpoint) >= self.args.max_steps:
+            # All steps are made, and the Trainer would make one more.
+            self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+            self._load_from_checkpoint(str(checkpoint))
+        else:
+            self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
     def _stop(self, reason: str):
         last = get_last_checkpoint(self.args.output_dir)
@@ -130,6 +166,8 @@ class AdapterTrainer(CheckedTrainer):
     ``patched.load_adapter`` reads such a checkpoint.
     """
 
+    weights = ("adapter_config.json", "adapter_model.safetensors")
+
     def __init__(self, patched: PatchedModel, *args, **kwargs):
         super().__init__(patched.model, *args, **kwargs)
         self.patched = patched
@@ -145,13 +183,17 @@ def train(
     model: PreTrainedModel | PatchedModel, dataset: torch.utils.data.Dataset,
     held_out: Callable[[PreTrainedModel], float], workspace: Workspace, *,
     collator: Callable | None = None, optimizer: torch.optim.Optimizer | None = None,
-    **arguments: Any,
+    every: int = 5, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train with transformers' Trainer, from the last complete checkpoint in the workspace.
+
+    The checkpoints stay until the stage is finished. What the result holds does not depend on
+    interruptions, except for rounding and the time of a step that was made twice.
 
     Args:
         held_out: returns the held-out loss of a model; computed seven times
         optimizer: replaces the Trainer's, for several learning rates
+        every: steps that a loss of the result is the mean of
         arguments: of `TrainingArguments`
 
     Returns:
@@ -163,12 +205,12 @@ def train(
     """
     defaults = dict(
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.05},
-        adam_beta2=0.95, weight_decay=0.01, max_grad_norm=1.0, logging_steps=5, save_steps=50,
+        adam_beta2=0.95, weight_decay=0.01, max_grad_norm=1.0, save_steps=50,
+        # A loss that is logged later would be a mean over fewer steps after an interruption.
+        logging_steps=1,
         save_total_limit=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    arguments = TrainingArguments(
-        output_dir=str(workspace.folder / "checkpoints"), **defaults | arguments
-    )
+    arguments = TrainingArguments(output_dir=str(workspace.checkpoints), **defaults | arguments)
     with stop_after_step() as stop:
         monitor = Monitor(arguments.max_steps, held_out, workspace, stop)
         trainer = (AdapterTrainer if isinstance(model, PatchedModel) else CheckedTrainer)(
@@ -177,32 +219,29 @@ def train(
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(workspace))
+            trainer.go_on()
         finally:
             monitor.progress.stop()
     if trainer.state.global_step < arguments.max_steps:
         raise KeyboardInterrupt
-    shutil.rmtree(workspace.folder / "checkpoints", ignore_errors=True)
-    log = trainer.state.log_history
-    history: dict[str, Any] = {
-        kind: [[entry["step"], entry[kind]] for entry in log if kind in entry]
-        for kind in ("loss", "held_out", "grad_norm")
-    }
-    speed = arguments.per_device_train_batch_size * monitor.steps_per_second
+    history = curves(trainer.state.log_history, every)
+    speed = arguments.per_device_train_batch_size * steps_per_second(trainer.state)
     return history | {"samples_per_second": speed}
 
 
-def last_checkpoint(workspace: Workspace) -> str | None:
-    """Return the newest complete checkpoint, and remove incomplete ones."""
-    whole = []
-    for checkpoint in workspace.folder.glob("checkpoints/checkpoint-*"):
-        try:
-            # The Trainer writes its state last.
-            state = json.loads((checkpoint / "trainer_state.json").read_text())
-            whole.append((state["global_step"], checkpoint))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    return str(max(whole)[1]) if whole else None
+def curves(log: Sequence[dict[str, float]], every: int) -> dict[str, list[list[float]]]:
+    """Return [step, value] pairs of loss, held_out and grad_norm from a Trainer's log of each step.
+
+    A loss is the mean of ``every`` steps; the last one, of those that are left.
+    """
+    found = {
+        kind: [[entry["step"], entry[kind]] for entry in log if kind in entry]
+        for kind in ("loss", "held_out", "grad_norm")
+    }
+    groups = in_batches(found["loss"], every)
+    found["loss"] = [[each[-1][0], sum(loss for _, loss in each) / len(each)] for each in groups]
+    found["grad_norm"] = [each[-1] for each in in_batches(found["grad_norm"], every)]
+    return found
 
 
 def in_batches(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -211,19 +250,20 @@ def in_batches(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 @torch.no_grad()
 def mean_nll(model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]) -> float:
-    """Return the mean loss in nats a token, over tokens that have a label."""
-    was_training = model.training
-    model.eval()
+    """Return the mean loss in nats a token, over tokens that have a label.
+
+    Raises:
+        ValueError: no token has one.
+    """
     total, count = 0.0, 0
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        total += float(
-            torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-            )
-        )
-        count += int((labels != IGNORE_INDEX).sum())
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")[:, 1:].flatten()
+            logits = model(**batch).logits[:, :-1].float().flatten(0, 1)
+            nll = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            total += float(nll)
+            count += int((labels != IGNORE_INDEX).sum())
+    if not count:
+        raise ValueError("no token has a label, so there is no mean loss")
     return total / count

@@ -233,7 +233,7 @@ def training_arguments(
     return {
         "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr,
         "weight_decay": 0.01, "warmup_steps": warmup_steps, "seed": seed, "use_cpu": True,
-        "logging_steps": 1, "save_steps": 10**9,
+        "every": 1, "save_steps": 10**9,
     }  # fmt: skip
 
 

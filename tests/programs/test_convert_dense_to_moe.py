@@ -108,7 +108,7 @@ def test_the_program_stopped_while_healing_goes_on(
         patch.setattr(program, "stop_after_step", lambda: contextlib.nullcontext(event))
         patch.setattr(healing_module, "kl_divergence", counted)
         assert program.main(command) == 130
-    assert list(tmp_path.glob("stages/heal-*.partial/checkpoint/healing.pt"))
+    assert list(tmp_path.glob("stages/heal-*.partial/checkpoints/healing.pt"))
     assert not (tmp_path / "report.json").exists()
     assert program.main(command) == 0
     results = [json.loads((out / "report.json").read_text()) for out in (tmp_path, finished)]

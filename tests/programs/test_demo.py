@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,13 +145,18 @@ def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
     results = [json.loads((out / "report.json").read_text()) for out in (tmp_path, finished)]
     for field in ("parameters", "text", "image", "samples", "routing", "tokenizer"):
         assert results[0][field] == results[1][field], field
+    for name in ("pretrain", "teach"):
+        histories = [json.loads((stage(out, name) / "stage.json").read_text())["result"]["history"]
+                     for out in (tmp_path, finished)]  # fmt: skip
+        for kind in ("loss", "held_out", "grad_norm"):
+            assert histories[0][kind] == histories[1][kind], (name, kind)
 
 
 def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     demo, finished, tmp_path, monkeypatch
 ):
     from shared import training
-    from shared.stages import Stages, Workspace
+    from shared.stages import Stages
 
     class Killed(BaseException):
         pass
@@ -163,6 +169,12 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
 
     original = training.TrainingArguments
     monkeypatch.setattr(training, "TrainingArguments", save_often)
+    resumed = []
+    load = training.CheckedTrainer._load_from_checkpoint
+    monkeypatch.setattr(
+        training.CheckedTrainer, "_load_from_checkpoint",
+        lambda self, folder, model=None: resumed.append(Path(folder)) or load(self, folder),
+    )  # fmt: skip
     options = demo.parse(demo.DemoOptions, OPTIONS, "")
     stages = Stages(tmp_path / "stages")
     interrupt(monkeypatch, training.Monitor, 5, kill)
@@ -173,9 +185,8 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     # As if it had been killed while the next checkpoint was being written.
     (checkpoints / "checkpoint-6").mkdir()
     (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
-    last = training.last_checkpoint(Workspace(checkpoints.parent))
-    assert last == str(checkpoints / "checkpoint-4")
     folder = demo.learn_text(options, stages).folder
+    assert resumed == [checkpoints / "checkpoint-4"]
     assert_same_bits(
         load_file(folder / "model" / "model.safetensors"),
         load_file(stage(finished, "pretrain") / "model" / "model.safetensors"),

@@ -1,0 +1,177 @@
+"""Training of the programs: what interruptions, full disks and damaged checkpoints may cost."""
+
+import errno
+import shutil
+
+import pytest
+import torch
+from support.model_zoo import make_model
+from support.programs import imported
+
+STEPS = 7  # not a whole number of epochs, which have 3
+
+
+@pytest.fixture(scope="module")
+def training():
+    with imported("shared.training") as module:
+        yield module
+
+
+@pytest.fixture
+def stages(training, tmp_path):
+    from shared.stages import Stages
+
+    return Stages(tmp_path / "stages")
+
+
+def rows(count=6):
+    ids = torch.randint(0, 64, (count, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": each, "labels": each} for each in ids]
+
+
+def learn(training, stages, save):
+    """Run a stage that trains a small model and calls save(model, folder); return the stage."""
+
+    def build(workspace):
+        model = make_model("olmoe", vocab_size=64)
+        history = training.train(
+            model, rows(), lambda model: 1.0, workspace, max_steps=STEPS,
+            per_device_train_batch_size=2, learning_rate=1e-2, save_steps=3, seed=0, use_cpu=True,
+        )  # fmt: skip
+        save(model, workspace.folder)
+        return {"history": history}
+
+    return stages.run("learn", {}, build)
+
+
+def save_weights(model, folder):
+    torch.save(model.state_dict(), folder / "weights.pt")
+
+
+def weights_of(stage):
+    return torch.load(stage.folder / "weights.pt")
+
+
+def full_disk(model, folder):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_save_that_fails_costs_no_step(training, stages, tmp_path, monkeypatch):
+    from shared.stages import Stages
+
+    whole = learn(training, Stages(tmp_path / "whole"), save_weights)
+    with pytest.raises(OSError, match="No space left"):
+        learn(training, stages, full_disk)
+    (partial,) = stages.root.glob("learn-*.partial")
+    assert (partial / "checkpoints" / f"checkpoint-{STEPS}").is_dir()
+
+    def fail(*_, **__):
+        raise AssertionError("a step was made again")
+
+    monkeypatch.setattr(training.CheckedTrainer, "training_step", fail)
+    stage = learn(training, stages, save_weights)
+    expected = weights_of(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(stage).items())
+    for kind in ("loss", "held_out", "grad_norm"):
+        assert stage.result["history"][kind] == whole.result["history"][kind]
+    assert stage.result["history"]["samples_per_second"] > 0
+    assert not list(stages.root.rglob("checkpoint-*")), "checkpoints of a finished stage"
+
+
+def test_a_result_that_cannot_be_written_costs_no_step(training, stages, monkeypatch):
+    from shared import stages as module
+
+    def fail(path, text):
+        return full_disk(None, None) if path.name == "stage.json" else write(path, text)
+
+    write = module.write_text
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(module, "write_text", fail)
+        learn(training, stages, save_weights)
+    assert list(stages.root.glob(f"learn-*.partial/checkpoints/checkpoint-{STEPS}"))
+    learn(training, stages, save_weights)
+    assert not list(stages.root.rglob("checkpoint-*"))
+
+
+def test_checkpoints_that_a_killed_run_left_are_removed(training, stages):
+    stage = learn(training, stages, save_weights)
+    (stage.folder / "checkpoints" / "checkpoint-7").mkdir(parents=True)
+    learn(training, stages, full_disk)
+    assert not (stage.folder / "checkpoints").exists()
+
+
+FILES = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(training, tmp_path_factory):
+    """Return a folder with the whole checkpoints of steps 6 and 7."""
+    from shared.stages import Stages
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    with pytest.raises(OSError, match="No space left"):
+        learn(training, Stages(root), full_disk)
+    return next(root.glob("learn-*.partial/checkpoints"))
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut off", "empty"])
+@pytest.mark.parametrize("name", [*FILES, "weights.safetensors"])
+def test_a_checkpoint_without_all_of_its_files_is_not_resumed(
+    training, checkpoints, name, harm, tmp_path, capsys
+):
+    from shared.checkpoints import last_checkpoint, problem_of
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints, folder)
+    file = folder / f"checkpoint-{STEPS}" / name
+    assert problem_of(file.parent, training.CheckedTrainer.weights) is None
+    content = file.read_bytes()
+    file.unlink()
+    if harm != "missing":
+        file.write_bytes(content[: len(content) // 2] if harm == "cut off" else b"")
+    found = last_checkpoint(folder, training.CheckedTrainer.weights)
+    assert found == folder / "checkpoint-6"
+    said = capsys.readouterr().out
+    assert f"checkpoint-{STEPS} is not whole" in said and name in said
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-6"]
+
+
+def test_a_full_disk_does_not_hide_an_interruption(training, stages, monkeypatch):
+    from shared.stages import Workspace
+
+    def stop(workspace):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Workspace, "save_seconds", lambda self: full_disk(None, None))
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("stopped", {}, stop)
+
+
+def test_a_damaged_result_of_a_stage_names_its_file(stages):
+    stage = stages.run("one", {}, lambda workspace: {"answer": 1})
+    (stage.folder / "stage.json").write_text('{"result": {"answ')
+    with pytest.raises(ValueError, match=r"stage.json is damaged .*: remove .*one-"):
+        stages.run("one", {}, lambda workspace: {"answer": 1})
+
+
+def test_losses_are_means_over_the_same_steps_whatever_was_interrupted(training):
+    log = [{"step": step, "loss": float(step), "grad_norm": step / 10} for step in range(1, 8)]
+    found = training.curves([*log, {"step": 4, "held_out": 2.0}], every=3)
+    assert found == {
+        "loss": [[3, 2.0], [6, 5.0], [7, 7.0]],
+        "held_out": [[4, 2.0]],
+        "grad_norm": [[3, 0.3], [6, 0.6], [7, 0.7]],
+    }
+
+
+def test_the_held_out_loss_leaves_every_module_its_mode(training):
+    model = make_model("olmoe", vocab_size=64).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    loss = training.mean_nll(model, [{name: t[None] for name, t in rows(1)[0].items()}])
+    assert 0 < loss < 10
+    assert [module.training for module in model.modules()] == modes
+    nothing = {"input_ids": torch.ones(1, 4).long(), "labels": torch.full((1, 4), -100)}
+    with pytest.raises(ValueError, match="no token has a label"):
+        training.mean_nll(model, [nothing])
+    assert [module.training for module in model.modules()] == modes
