@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_kernels import backends, env
 from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
+from moe_kernels.ops.gradients import in_transform
 
 MISSING = (
     "this layer got no modality_ids: call the patched model itself (not its inner model), which "
@@ -246,11 +247,15 @@ def resolve_modality_ids(
         raise ValueError(
             f"modality_ids must be (B, S) = {tuple(shape)}, got {tuple(modality_ids.shape)}"
         )
-    elif not torch.compiler.is_compiling() and (not modality_ids.is_cuda or env.check_values()):
-        # A graph cannot branch on values, so the ops check those of a compiled model.
+    elif _can_branch() and (not modality_ids.is_cuda or env.check_values()):
         checks.modality_range(modality_ids, num_modalities)
     modality_ids = modality_ids.to(device=table.device, dtype=torch.int64)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         real = attention_mask[:, -shape[1] :].to(table.device) != 0
         modality_ids = torch.where(real, modality_ids, -1)
     return modality_ids
+
+
+def _can_branch() -> bool:
+    """Return whether values can be read here; in a graph or a ``vmap`` the ops check them."""
+    return not torch.compiler.is_compiling() and not in_transform()

@@ -25,7 +25,8 @@ def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
             "hidden states of all its positions, or call the patched model itself on others"
         )
     lora = module.__dict__["_modality_lora"].weights()
-    dispatched, backend = context.linear_dispatch(lora.lora_A.shape[0], module.weight)
+    num_modalities = int(lora.lora_A.shape[0])  # torch.jit.trace makes sizes tensors
+    dispatched, backend = context.linear_dispatch(num_modalities, module.weight)
     return ops.lora_linear(
         hidden_states,
         module.weight,

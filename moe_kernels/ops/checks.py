@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe_kernels import env
 from moe_kernels.ops.dtypes import FLOATS
+from moe_kernels.ops.gradients import in_transform, is_differentiated
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -66,7 +67,14 @@ def contiguous(name: str, tensor: Tensor) -> None:
 
 def frozen(name: str, tensor: Tensor | None, why: str) -> None:
     """Raise ValueError if a gradient would be expected for a tensor that never gets one."""
-    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+    if tensor is None or not torch.is_grad_enabled():
+        return
+    if in_transform():
+        if is_differentiated(tensor):
+            raise ValueError(
+                f"{name} requires grad, but {why}: leave it out of what torch.func differentiates"
+            )
+    elif tensor.requires_grad:
         raise ValueError(f"{name} requires grad, but {why}: call {name}.requires_grad_(False)")
 
 

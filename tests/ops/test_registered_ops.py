@@ -110,27 +110,6 @@ def test_vmap_over_what_does_not_train(op, backend):
         assert torch.equal(torch.vmap(function)(batch), expected)
 
 
-def test_a_dual_tensor_does_not_get_half_a_tangent(op, backend):
-    """Forward mode is not supported: it raises or gives no tangent, never that of a part."""
-    function, x, adapters = make(op, backend)
-    for tensor in adapters:
-        tensor.requires_grad_(False)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
-        try:
-            out = function(dual)
-        except (RuntimeError, NotImplementedError):
-            return
-        assert torch.autograd.forward_ad.unpack_dual(out).tangent is None
-
-
-def test_a_second_derivative_is_refused(op, backend):
-    function, x, _ = make(op, backend)
-    (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()
-
-
 def test_it_compiles_into_one_graph_with_the_op_in_it(op, backend):
     function, x, adapters = make(op, backend)
     expected = results(function, x, adapters)

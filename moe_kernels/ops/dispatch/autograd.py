@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dtypes import on_device
+from moe_kernels.ops.gradients import by_element
 
 
 @torch.library.custom_op("moe_kernels::dispatch", mutates_args=())
@@ -37,3 +38,6 @@ def _(topk_ids, num_experts, modality_ids, num_modalities, backend):
         topk_ids.new_empty(num_experts + 1),
         topk_ids.new_empty(num_experts * (num_modalities + 1) + 1),
     )
+
+
+dispatch_op.register_vmap(by_element(dispatch_op))

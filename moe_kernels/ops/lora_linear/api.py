@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.ops import checks
+from moe_kernels.ops.gradients import must_save
 from moe_kernels.ops.lora_linear import autograd
 from moe_kernels.ops.lora_linear.rows import LinearDispatch
 from moe_kernels.ops.lora_weights import LoraWeights, check_linear_lora
@@ -67,12 +68,14 @@ def lora_linear(
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
-        (..., out) in the dtype of ``hidden_states``. There is no double backward.
+        (..., out) in the dtype of ``hidden_states``. There is no double backward
+        and no forward mode.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
         RuntimeError: the named backend is not available.
+        NotImplementedError: a derivative in forward mode, or a second one, is asked for.
     """
     checks.tensors(hidden_states=hidden_states, weight=weight)
     checks.optional_tensors(bias=bias, modality_ids=modality_ids)
@@ -106,7 +109,7 @@ def lora_linear(
         ids = x.new_zeros(x.shape[0], dtype=torch.int64) if modality_ids is None else modality_ids
         num_modalities = lora.lora_A.shape[0]
         dispatched = autograd.sort_rows(ids.reshape(-1).long(), num_modalities, backend)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora[:2]))
+    save = must_save(x, *lora[:2])
     out = autograd.run(x, weight, bias, *dispatched, *lora, save, backend)
     return out.view(*leading, weight.shape[0]).to(hidden_states.dtype)
 

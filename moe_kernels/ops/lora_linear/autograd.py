@@ -11,7 +11,19 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dtypes import on_device, without_autocast
-from moe_kernels.ops.gradients import OpArguments, is_plain, plain_function, select
+from moe_kernels.ops.gradients import (
+    OpArguments,
+    by_element,
+    check_saved,
+    is_plain,
+    no_second_derivative,
+    plain_function,
+    refuse_batched_gradient,
+    register_formulas,
+    select,
+    transformed_function,
+    way,
+)
 from moe_kernels.ops.lora_linear.rows import (
     LinearDispatch,
     check_dispatch_fits,
@@ -42,6 +54,9 @@ linear_dispatch_op = torch.library.custom_op(
 def _(modality_ids, num_modalities, backend):
     shapes = dispatch_shapes(modality_ids.shape[0], num_modalities, backend)
     return tuple(modality_ids.new_empty(shape) for shape in shapes)
+
+
+linear_dispatch_op.register_vmap(by_element(linear_dispatch_op))
 
 
 def sort_rows(modality_ids: Tensor, num_modalities: int, backend: str) -> LinearDispatch:
@@ -157,6 +172,7 @@ def _(
 def _setup_context(ctx, inputs, output):
     named, (_, u) = _FORWARD.by_name(inputs), output
     ctx.mark_non_differentiable(u)
+    check_saved(_NAME, named["save_for_backward"], ctx.needs_input_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         named["hidden_states"],
@@ -172,15 +188,22 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     if grad_out is None:
         return _FORWARD.gradients()
+    refuse_batched_gradient(_NAME, grad_out)
     needs, saved = _FORWARD.needs(ctx.needs_input_grad), ctx.saved_tensors
     # With a graph of the backward pass the op must be seen, to say that it has no derivative.
     plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
-    compute = _lora_linear_backward if plain else torch.ops.moe_kernels.lora_linear_backward
+    registered = torch.ops.moe_kernels.lora_linear_backward
+    compute = _lora_linear_backward if plain else way(registered, _transformed_backward)
     return _FORWARD.gradients(compute(grad_out, *saved, needs, ctx.backend), needs)
 
 
-lora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+_NAME = "moe_kernels.ops.lora_linear"
+_SECOND = no_second_derivative(_NAME)
+register_formulas(lora_linear_op, _NAME, _setup_context, _backward)
+register_formulas(lora_linear_backward_op, _NAME, **_SECOND)
 _plain = plain_function("LoraLinear", _lora_linear, _setup_context, _backward)
+_transformed = transformed_function(_NAME, _lora_linear, _setup_context, _backward)
+_transformed_backward = transformed_function(_NAME, _lora_linear_backward, **_SECOND)
 
 
 def run(*arguments: Tensor | bool | str | None) -> Tensor:
@@ -190,7 +213,7 @@ def run(*arguments: Tensor | bool | str | None) -> Tensor:
     """
     *tensors, save_for_backward, _ = arguments
     if not is_plain(*tensors):
-        return torch.ops.moe_kernels.lora_linear(*arguments)[0]
+        return way(torch.ops.moe_kernels.lora_linear, _transformed)(*arguments)[0]
     if save_for_backward:
         return _plain.apply(*arguments)[0]
     return _lora_linear(*arguments)[0]

@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dispatch.api import check_modality_ids
+from moe_kernels.ops.gradients import must_save
 from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
 from moe_kernels.ops.moe_mlp import autograd
 from moe_kernels.ops.moe_mlp.weights import check_frozen_extra
@@ -62,12 +63,14 @@ def moe_mlp(
 
     Returns:
         (T, H) in the dtype of ``hidden_states``. Gradients exist for ``hidden_states``,
-        ``topk_weights``, the low-rank weights and the added experts. There is no double backward.
+        ``topk_weights``, the low-rank weights and the added experts. There is no double
+        backward and no forward mode.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
         RuntimeError: the named backend is not available.
+        NotImplementedError: a derivative in forward mode, or a second one, is asked for.
     """
     checks.tensors(
         hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights,
@@ -103,7 +106,7 @@ def moe_mlp(
         *gate_up_lora,
         *down_lora,
     )
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    save = must_save(*inputs)
     out = autograd.run(
         inputs[0], topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *inputs[2:],
         frozen_extra, save, backend,
@@ -113,8 +116,7 @@ def moe_mlp(
 
 def _trains(*loras: LoraWeights | None) -> bool:
     """Return whether an adapter needs a gradient, which is zeros where no row uses the adapter."""
-    tensors = (tensor for lora in loras if lora is not None for tensor in lora[:2])
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return must_save(*(tensor for lora in loras if lora is not None for tensor in lora[:2]))
 
 
 def _check_base(
@@ -185,16 +187,16 @@ def _check_loras(
     gate_up_proj: Tensor,
     down_proj: Tensor,
 ) -> int:
-    counts = set()
+    counts = []
     for name, lora, weight in (
         ("gate_up_lora", gate_up_lora, gate_up_proj),
         ("down_lora", down_lora, down_proj),
     ):
         if lora is not None:
             check_expert_lora(name, lora, weight)
-            counts.add(lora.lora_A.shape[0])
-    if len(counts) > 1:
+            counts.append(lora.lora_A.shape[0])
+    if counts and counts[0] != counts[-1]:
         raise ValueError(
             f"gate_up_lora and down_lora must have the same number of modalities, got {counts}"
         )
-    return counts.pop() if counts else 0
+    return counts[0] if counts else 0

@@ -10,7 +10,18 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dtypes import on_device, without_autocast
-from moe_kernels.ops.gradients import OpArguments, is_plain, plain_function, select
+from moe_kernels.ops.gradients import (
+    OpArguments,
+    check_saved,
+    is_plain,
+    no_second_derivative,
+    plain_function,
+    refuse_batched_gradient,
+    register_formulas,
+    select,
+    transformed_function,
+    way,
+)
 from moe_kernels.ops.moe_mlp import native_impl
 from moe_kernels.ops.moe_mlp.weights import TRAINABLE, ExpertWeights, Saved, check_frozen_extra
 
@@ -142,6 +153,7 @@ def _needed(
 def _setup_context(ctx, inputs, output):
     named, (_, *saved) = _FORWARD.by_name(inputs), output
     ctx.mark_non_differentiable(*saved)
+    check_saved(_NAME, named["save_for_backward"], ctx.needs_input_grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         named["hidden_states"], named["topk_weights"], *select(ExpertWeights, named), *saved
@@ -152,16 +164,23 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return _FORWARD.gradients()
+    refuse_batched_gradient(_NAME, grad_out)
     needs, saved = _FORWARD.needs(ctx.needs_input_grad), ctx.saved_tensors
     # With a graph of the backward pass the op must be seen, to say that it has no derivative.
     plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
-    compute = _moe_mlp_backward if plain else torch.ops.moe_kernels.moe_mlp_backward
+    registered = torch.ops.moe_kernels.moe_mlp_backward
+    compute = _moe_mlp_backward if plain else way(registered, _transformed_backward)
     needed = compute(grad_out, *saved, needs, ctx.frozen_extra, ctx.backend)
     return _FORWARD.gradients(needed, needs)
 
 
-moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+_NAME = "moe_kernels.ops.moe_mlp"
+_SECOND = no_second_derivative(_NAME)
+register_formulas(moe_mlp_op, _NAME, _setup_context, _backward)
+register_formulas(moe_mlp_backward_op, _NAME, **_SECOND)
 _plain = plain_function("MoeMlp", _moe_mlp, _setup_context, _backward)
+_transformed = transformed_function(_NAME, _moe_mlp, _setup_context, _backward)
+_transformed_backward = transformed_function(_NAME, _moe_mlp_backward, **_SECOND)
 
 
 def run(*arguments: Tensor | int | str | None) -> Tensor:
@@ -171,7 +190,7 @@ def run(*arguments: Tensor | int | str | None) -> Tensor:
     """
     *tensors, _, save_for_backward, backend = arguments
     if not is_plain(*tensors):
-        return torch.ops.moe_kernels.moe_mlp(*arguments)[0]
+        return way(torch.ops.moe_kernels.moe_mlp, _transformed)(*arguments)[0]
     if save_for_backward:
         return _plain.apply(*arguments)[0]
     if backend == "cpu":
