@@ -31,6 +31,7 @@ from shared.cli import Options, console, exit_code, option, parse
 from shared.files import write_json
 from shared.models import DTYPES, load_causal_lm
 from shared.options import BackendOptions, out_folder, text_file
+from shared.outputs import check_outputs
 from shared.reports.analyze_routing import describe, draw_figures, summarize
 from shared.stages import Stages, digest, model_identity
 from shared.texts import held_out_text, spread, text_blocks
@@ -48,6 +49,10 @@ from moe_kernels.analysis import (
 )
 
 HELD_OUT = "held_out.safetensors"
+FILES = (
+    "report.json", "routing_*.json", "redundancy_*.json", "redundancy_*.png", "load_*.png",
+    "specialisation_*.png", "divergence.png",
+)  # fmt: skip
 
 
 # --- options
@@ -290,6 +295,7 @@ def measure_redundancies(setup: Setup, stages: Stages) -> dict[str, ExpertRedund
 
 
 def run(options: RoutingOptions) -> None:
+    check_outputs(options.out, FILES)
     setup, stages = Setup(options), Stages(options.out / "stages")
     routing = {state: measure_routing(setup, stages, state) for state in options.states}
     redundancy = measure_redundancies(setup, stages)

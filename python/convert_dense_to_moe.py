@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from shared.cli import Options, console, exit_code, option, parse
-from shared.files import replacing, write_json, write_text
+from shared.files import read_text, replacing, write_json, write_text
 from shared.models import count_experts, load_causal_lm
 from shared.options import RunOptions, out_folder, text_file
+from shared.outputs import check_outputs
 from shared.stages import Stage, Stages, Workspace, digest, model_identity
 from shared.tables import markdown_table
 from shared.texts import documentation, spread, text_blocks, without_shared_paragraphs
@@ -44,6 +45,7 @@ from transformers import (
 from moe_kernels.conversion import dense_to_moe, heal, perplexity
 
 PARTS = ("heal", "choice", "test")
+FILES = ("model", "report.json", "table.md")
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def token_blocks(options: ConvertOptions) -> dict[str, torch.Tensor]:
     """Return for each part (blocks, block) token ids, those for healing in random order."""
     tokenizer, documented = load_tokenizer(options), documentation()
     defaults = {"heal": documented.pop("train"), **documented}
-    given = {part: file.read_text() for part, file in options.texts.items()}
+    given = {part: read_text(file) for part, file in options.texts.items()}
     blocks = {}
     for part, text in (without_shared_paragraphs(given) or defaults).items():
         try:
@@ -311,6 +313,7 @@ def write_results(setup: Setup, stages: Stages, rows: list[dict[str, Any]], dens
 
 
 def run(options: ConvertOptions) -> None:
+    check_outputs(options.out, FILES)
     check_sizes(options)
     setup, stages = Setup(options, token_blocks(options)), Stages(options.out / "stages")
     # Conversions first: a model that cannot be converted is refused before anything is measured.

@@ -29,7 +29,8 @@ from shared.cli import exit_code, option, parse
 from shared.drawing import Setup, TextToImageOptions, run_stages
 from shared.files import write_json
 from shared.options import BackendOptions, out_folder
-from shared.reports.demo import draw_figures, summarize
+from shared.outputs import check_outputs
+from shared.reports.demo import RESULTS, draw_figures, summarize
 from shared.stages import Stage, Stages, Workspace
 from shared.text_model import QUICK_TEXT_MODEL, TextModelSettings, pretrain
 from shared.text_to_image import record_routing
@@ -126,6 +127,7 @@ def describe(setup: Setup, routing: RoutingStatistics) -> dict[str, Any]:
 
 
 def run(options: DemoOptions) -> None:
+    check_outputs(options.out, RESULTS)
     stages = Stages(options.out / "stages")
     text = learn_text(options, stages)
     setup = Setup.load(options.drawing(text.folder / "model"), stages)

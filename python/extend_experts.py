@@ -46,6 +46,7 @@ from shared.encoder import (
 from shared.files import copy_whole, replacing, write_json
 from shared.models import count_experts, load_causal_lm, require_experts
 from shared.options import ModelOptions, TextOptions, out_folder
+from shared.outputs import ADAPTER, check_outputs
 from shared.pictures import CaptionedPictures
 from shared.reports.extend_experts import write_pages
 from shared.stages import Stages, StageSetup, Workspace, digest, model_identity
@@ -75,6 +76,10 @@ GATES = ("pictures", "questions", "none")
 LAYERS = ("top-half", "all", "interval", "first-half", "second-half")
 INITS = ("most_selected", "most_selected_tuned", "mean", "random")
 CALIBRATIONS = ("additive", "multiplicative", "none")
+FILES = (
+    *ADAPTER, "encoder/encoder.json", "encoder/encoder.safetensors", "answers.png", "scores.png",
+    "training.png", "report.md", "report.json",
+)  # fmt: skip
 _WORD_QUESTIONS = 20_000
 _TEXT_BATCH = 4
 
@@ -527,14 +532,16 @@ def write_results(setup: Setup, pictures: CaptionedPictures) -> None:
     for name in ("encoder.json", "encoder.safetensors"):
         with replacing(out / "encoder" / name) as temporary:
             shutil.copyfile(setup.folder("encoder") / name, temporary)
-    report = describe(setup)
+    report = describe(setup) | {"set_aside": pictures.reasons}
     write_json(out / "report.json", report)
     scores = LayerScores.from_dict(setup.results["score"])
     write_pages(report, scores, pictures.images, out)
 
 
 def run(options: ExtendOptions) -> None:
+    check_outputs(options.out, FILES)
     pictures = split_pictures(read_pictures(options.encoder), options.held_out, options.seed)
+    pictures["test"].print_set_aside()
     check_extension(options)
     stages = Stages(options.out / "stages")
     base = find_base(options, stages, pictures["train"].names)

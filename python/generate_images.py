@@ -22,15 +22,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.progress import track
 from shared.cli import Options, console, exit_code, option, parse
-from shared.files import replacing, save_figure, write_json
+from shared.files import read_json, read_text, replacing, save_figure, write_json
 from shared.models import load_causal_lm
 from shared.options import ModelOptions, out_folder
+from shared.outputs import check_outputs
 from shared.stages import model_identity
 from shared.training import in_batches
 from transformers import AutoTokenizer
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import SampleRow, generate_images, load_image_tokenizer, plot_samples
+
+FILES = ("pictures.json", "pictures.png", "[0-9][0-9][0-9][0-9]*-*.png")
 
 
 @dataclass(kw_only=True)
@@ -65,7 +68,7 @@ class DrawOptions(SamplingOptions, ModelOptions):
             raise ValueError("give --captions, or --captions-file")
 
     def all_captions(self) -> list[str]:
-        lines = Path(self.captions_file).read_text().splitlines() if self.captions_file else []
+        lines = read_text(self.captions_file).splitlines() if self.captions_file else []
         return self.captions + [line for line in lines if line.strip()]
 
 
@@ -97,10 +100,10 @@ def settings_of(options: DrawOptions, captions: list[str]) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def check_folder(out: Path, settings: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Raise if the folder holds pictures drawn with other settings."""
     listing = out / "pictures.json"
-    if listing.is_file() and json.loads(listing.read_text()) != settings:
+    if listing.is_file() and read_json(listing) != settings:
         raise ValueError(f"{out} holds pictures of other settings: give another --out")
 
 
@@ -143,7 +146,8 @@ def overview(captions: list[str], paths: list[list[Path]]) -> Figure:
 def run(options: DrawOptions) -> None:
     captions, out = options.all_captions(), options.out
     settings = settings_of(options, captions)
-    check_folder(out, settings)
+    check_outputs(out, FILES, marker="pictures.json")
+    check_settings(out, settings)
     paths = [picture_paths(out, i, text, options.count) for i, text in enumerate(captions)]
     draw_missing(options, captions, paths, settings)
     save_figure(overview(captions, paths), out / "pictures.png")

@@ -29,9 +29,16 @@ from safetensors.torch import save_file
 from shared.cli import exit_code, parse
 from shared.drawing import Setup, TextToImageOptions, run_stages
 from shared.files import copy_whole, replacing, save_figure, write_json
+from shared.outputs import ADAPTER, check_outputs
 from shared.reports.losses import plot_losses
 from shared.reports.text_to_image import plot_drawings, summarize
 from shared.stages import Stages
+
+FILES = (
+    *ADAPTER, "image_tokenizer/codebook.safetensors", "image_tokenizer/tokenizer_config.json",
+    "image_tokenizer-last-good/*", "held_out.safetensors", "report.json", "training.png",
+    "samples-guidance-*.png",
+)  # fmt: skip
 
 
 def save_held_out(setup: Setup, path: Path) -> None:
@@ -63,6 +70,7 @@ def write_results(setup: Setup) -> None:
     save_figure(curve, out / "training.png")
     report = {
         **results["measure"],
+        "set_aside": setup.train.reasons,
         "image_tokenizer": results["tokenize"],
         "samples": samples,
         "training": history,
@@ -74,6 +82,7 @@ def write_results(setup: Setup) -> None:
 
 
 def run(options: TextToImageOptions) -> None:
+    check_outputs(options.out, FILES)
     setup = Setup.load(options, Stages(options.out / "stages"))
     run_stages(setup)
     write_results(setup)

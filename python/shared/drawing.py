@@ -180,6 +180,7 @@ class Setup(StageSetup):
             raise ValueError("this --init needs POT: pip install 'modality-moe-kernels[ot]'")
         require_experts(options.model)
         train, held_out = options.load_pictures()
+        train.print_set_aside()
         labels = choose_labels(train, options.captions)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         blocks = options.text_blocks(tokenizer)

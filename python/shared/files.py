@@ -25,7 +25,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        ValueError: it is not in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or is not JSON: {error}") from error
 
 
 def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
@@ -34,7 +58,15 @@ def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy a folder, and replace ``target`` only once the copy is complete."""
+    """Copy a folder, and replace ``target`` only once the copy is complete.
+
+    Raises:
+        ValueError: ``target`` has a file that ``source`` does not have, and it would be lost.
+    """
+    names = {path.relative_to(source) for path in source.rglob("*")}
+    lost = sorted(path for path in target.rglob("*") if path.relative_to(target) not in names)
+    if lost:
+        raise ValueError(f"{lost[0]} would be lost with the old {target.name}: move it elsewhere")
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from shared.cli import console
+from shared.picture_files import (
+    SUFFIXES,
+    Row,
+    SetAside,
+    caption_of,
+    file_of,
+    read_listing,
+    read_picture,
+)
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 @dataclass(frozen=True)
@@ -19,11 +29,13 @@ class CaptionedPictures:
     """Pictures with captions.
 
     images: (N, H, W[, 3]) uint8; names: the distinct captions; labels: (N,), indices into names
+    set_aside: files and rows of the source that are not used, each with the reason
     """
 
     images: np.ndarray
     names: tuple[str, ...]
     labels: np.ndarray
+    set_aside: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_captions(cls, images: np.ndarray, captions: list[str]) -> CaptionedPictures:
@@ -35,7 +47,16 @@ class CaptionedPictures:
         return len(self.images)
 
     def take(self, indices: np.ndarray) -> CaptionedPictures:
-        return CaptionedPictures(self.images[indices], self.names, self.labels[indices])
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    @property
+    def reasons(self) -> list[dict[str, str]]:
+        """What is set aside, for a report."""
+        return [{"file": name, "reason": reason} for name, reason in self.set_aside]
+
+    def print_set_aside(self) -> None:
+        for name, reason in self.set_aside:
+            console.print(f"set aside: {name}: {reason}", markup=False, soft_wrap=True)
 
     def split(self, size: int, seed: int) -> tuple[CaptionedPictures, CaptionedPictures]:
         """Return all but ``size`` pictures, and those; stratified by caption where possible.
@@ -76,6 +97,9 @@ def emoji(
         folder: the unpacked npm package ``emoji-datasource-twitter``
         categories: those to return; None for all
         caption: "name" or "category"
+
+    Raises:
+        ValueError: the folder has no emoji.json of that package, or it has no such category.
     """
     listing = folder / "emoji.json"
     if not listing.is_file():
@@ -83,46 +107,58 @@ def emoji(
             f"{folder} has no emoji.json: unpack the npm package emoji-datasource-twitter there "
             "(npm pack emoji-datasource-twitter && tar xzf emoji-datasource-twitter-*.tgz)"
         )
-    entries = json.loads(listing.read_text())
-    known = sorted({entry["category"] for entry in entries})
+    try:
+        entries = json.loads(listing.read_text(encoding="utf-8"))
+        known = sorted({entry["category"] for entry in entries})
+        rows = [
+            (listing.name, {"file_name": entry["image"], "text": str(entry[caption]).lower()})
+            for entry in entries
+            if entry["has_img_twitter"] and (not categories or entry["category"] in categories)
+        ]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{listing} is not that of emoji-datasource-twitter ({type(error).__name__}: {error})"
+        ) from error
     if unknown := set(categories or ()) - set(known):
         raise ValueError(f"no emoji category {sorted(unknown)}; the categories are {known}")
-    chosen = [
-        entry
-        for entry in entries
-        if entry["has_img_twitter"] and (not categories or entry["category"] in categories)
-    ]
-    images = [_read(folder / "img" / "twitter" / "64" / entry["image"], size) for entry in chosen]
-    return CaptionedPictures.from_captions(
-        np.stack(images), [entry[caption].lower() for entry in chosen]
-    )
+    return _read_rows(listing, folder / "img" / "twitter" / "64", rows, size)
 
 
 def folder(path: Path, size: int) -> CaptionedPictures:
     """Read a folder of pictures beside a metadata.csv or .jsonl with ``file_name`` and ``text``.
 
-    This is the layout of `datasets`' imagefolder.
+    This is the layout of `datasets`' imagefolder. A row that cannot be used is set aside, and so is
+    a picture that is not listed.
+
+    Raises:
+        ValueError: there is no listing, or it cannot be read, or none of its rows can be used.
     """
-    listing = next((path / name for name in _METADATA if (path / name).is_file()), None)
-    if listing is None:
-        raise ValueError(f"{path} has neither {' nor '.join(_METADATA)}")
-    with listing.open(newline="") as file:
-        rows = (
-            list(csv.DictReader(file))
-            if listing.suffix == ".csv"
-            else [json.loads(line) for line in file if line.strip()]
-        )
-    if not rows or not {"file_name", "text"} <= set(rows[0]):
-        raise ValueError(f"{listing} must have the columns file_name and text")
-    images = [_read(path / row["file_name"], size) for row in rows]
-    return CaptionedPictures.from_captions(np.stack(images), [row["text"] for row in rows])
+    listing, rows = read_listing(path)
+    found = _read_rows(listing, path, rows, size)
+    names = (row.get("file_name") for _, row in rows)
+    listed = {os.path.normpath(name) for name in names if isinstance(name, str)}
+    present = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    others = (str(file.relative_to(path)) for file in present if file.is_file())
+    aside = [(name, f"{listing.name} does not list it") for name in others if name not in listed]
+    return dataclasses.replace(found, set_aside=(*found.set_aside, *aside))
 
 
-def _read(path: Path, size: int) -> np.ndarray:
-    """Return (size, size, 3) uint8, on white; a picture that is not square keeps its shape."""
-    picture = Image.open(path).convert("RGBA")
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGBA", (size, size), "white")
-    place = ((size - picture.width) // 2, (size - picture.height) // 2)
-    canvas.alpha_composite(picture, place)
-    return np.asarray(canvas.convert("RGB"))
+def _read_rows(listing: Path, root: Path, rows: list[Row], size: int) -> CaptionedPictures:
+    """Read the pictures of the rows in ``root``; set aside those that cannot be used.
+
+    Raises:
+        ValueError: none can be used.
+    """
+    images, captions, aside = [], [], []
+    for place, row in rows:
+        try:
+            caption = caption_of(row)
+            images.append(read_picture(file_of(root, row), size))
+            captions.append(caption)
+        except SetAside as reason:
+            aside.append((f"{place}, {row.get('file_name') or 'no file'}", str(reason)))
+    if not images:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in aside[:3])
+        raise ValueError(f"{listing}: of {len(rows)} rows none can be used: {reasons}")
+    found = CaptionedPictures.from_captions(np.stack(images), captions)
+    return dataclasses.replace(found, set_aside=tuple(aside))

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from shared.files import read_text
+
 PARTS = ("train", "choice", "test")
 
 
@@ -21,7 +23,7 @@ def documentation() -> dict[str, str]:
 
 def held_out_text(file: str | None) -> str:
     """Return the text of the file; without a file, documentation kept for tests."""
-    return Path(file).read_text() if file else documentation()["test"]
+    return read_text(file) if file else documentation()["test"]
 
 
 def source_code() -> dict[str, str]:

@@ -18,6 +18,7 @@ import transformers
 from rich.table import Table
 from shared.cli import Options, console, exit_code, option
 from shared.files import write_text
+from shared.outputs import check_outputs
 from shared.stages import Stages, Workspace
 
 import moe_kernels
@@ -313,6 +314,7 @@ def _run(study: Study, given: SweepOptions) -> None:
     names = given.runs or list(study.quick_runs if given.quick else study.runs)
     file = results / f"{study.name}.json"
     if given.remake:
+        check_outputs(out, ())
         return Sweep(study, study.budget, out).remake(json.loads(file.read_text()))
     if not given.page:
         if lost := missing_runs(file, names, seeds):
@@ -321,6 +323,7 @@ def _run(study: Study, given: SweepOptions) -> None:
                 raise ValueError(f"{problem}; give --results another folder")
             console.print(f"{problem}: the page goes to {out}", markup=False, soft_wrap=True)
             results, file = out, out / f"{study.name}.json"
+        check_outputs(out, (f"{study.name}.json", f"{study.name}.md", f"{study.name}-*.png"))
         budget = study.quick_budget if given.quick else study.budget
         measured = Sweep(study, budget, out).everything(seeds, names, not given.no_cost)
         write_text(file, to_json(measured))

@@ -1,0 +1,57 @@
+"""The folder under --out: a program writes into it only where all files are its own."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+# What a run that was killed leaves beside a file: ours, and those of safetensors.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)(\.tmp|-[a-z0-9_]{8})")
+_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_STAGE = re.compile(r"stages/[^/]+-[0-9a-f]{12}(\.partial)?/.+")
+# What systems put into folders that people look at.
+_OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
+_SHOWN = 5
+
+
+def check_outputs(out: Path, files: Sequence[str], marker: str | None = None) -> None:
+    """Raise unless every file in a folder is one that the program has written.
+
+    A folder is the program's if it has a finished or unfinished stage, or the marker. In such a
+    folder, the files of stages and those with the given names are the program's.
+
+    Args:
+        files: patterns of the paths below ``out`` that the program writes
+        marker: a file that the program writes first, where it has no stages
+
+    Raises:
+        ValueError: there are other files; says which.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder")
+    found = sorted(_files(out))
+    own = [name for name in found if _STAGE.fullmatch(name)]
+    if own or marker in found:
+        own += [name for name in found if any(fnmatch.fnmatchcase(name, each) for each in files)]
+    if others := sorted(set(found) - set(own)):
+        more = f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
+        raise ValueError(
+            f"--out {out} has files that this program did not write, and it could replace them: "
+            f"{', '.join(others[:_SHOWN])}{more}. Give another --out, or move them"
+        )
+
+
+def _files(out: Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder; those of temporary files are their targets'."""
+    for path in out.rglob("*"):
+        is_file = path.is_symlink() or not path.is_dir()
+        if is_file and path.name not in _OF_THE_SYSTEM and not _OF_SAFETENSORS.match(path.name):
+            yield "/".join(map(_target, path.relative_to(out).parts))
+
+
+def _target(name: str) -> str:
+    temporary = _TEMPORARY.fullmatch(name)
+    return temporary["name"] if temporary else name
