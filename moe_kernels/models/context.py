@@ -18,8 +18,10 @@ from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
 from moe_kernels.ops.gradients import in_transform
 
 MISSING = (
-    "this layer got no modality_ids: call the patched model itself (not its inner model), which "
-    "derives them from input_ids or takes modality_ids="
+    "this layer got no modality_ids, which the patched model's own forward derives from input_ids "
+    "or takes as modality_ids=: call that, not the inner model or a layer. If you do, something "
+    "replaced model.forward after patch_model, as fused loss heads do (Liger's, TRL's): switch "
+    "them off"
 )
 
 

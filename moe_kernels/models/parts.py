@@ -62,7 +62,11 @@ def find_parts(model: nn.Module) -> tuple[LayerParts, ...]:
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} is not supported: no list of decoder layers")
+        children = ", ".join(name for name, _ in base.named_children()) or "nothing"
+        raise ValueError(
+            f"{type(model).__name__} is not supported: its {type(base).__name__} has no list of "
+            f"decoder layers, `layers`; it has {children}"
+        )
     return tuple(map(parts_of, layers))
 
 

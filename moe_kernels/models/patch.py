@@ -187,7 +187,7 @@ def _check_model(
     parts = find_parts(model)
     adapted = [each.layer for each in adapted_parts(config, parts)]
     if all(each.experts is None for each in parts):
-        raise ValueError(f"{name} is not supported: no layer has stacked experts (gate_up_proj)")
+        raise ValueError(f"{name} is not supported: {_why_no_experts(parts)}")
     for index, each in enumerate(parts):
         targets = config.target_modules if each.layer in adapted else ()
         if reasons := _layer_problems(each, targets, find):
@@ -221,9 +221,27 @@ def _check_kind(model: nn.Module, name: str) -> None:
         raise ValueError(f"{name} is not supported: {'; '.join(reasons)}")
 
 
+def _why_no_experts(parts: Sequence[LayerParts]) -> str:
+    """Return why no layer has experts that can be patched."""
+    for index, each in enumerate(parts):
+        for path, module in each.layer.named_modules():
+            if path.rpartition(".")[2] == "experts":
+                kind = type(module).__name__
+                return (
+                    f"layer {index}: {path} is {kind}, without a stacked gate_up_proj (E, 2I, H); "
+                    "current classes of transformers stack experts, remote code may not"
+                )
+    return "no layer has experts; moe_kernels.conversion.dense_to_moe makes some of a dense model"
+
+
 def _table_problems(model: PreTrainedModel) -> list[str]:
     """List why added tokens could not work."""
     reasons = []
+    if not getattr(model.get_input_embeddings(), "weight", torch.ones(1)).numel():
+        reasons.append(
+            "its embedding table is empty: DeepSpeed ZeRO-3 and FSDP1 keep weights elsewhere, so "
+            "patch the model before such an engine takes it"
+        )
     if "forward" in model.__dict__:
         reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
     for module, required in (

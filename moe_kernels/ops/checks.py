@@ -70,12 +70,18 @@ def frozen(name: str, tensor: Tensor | None, why: str) -> None:
     if tensor is None or not torch.is_grad_enabled():
         return
     if in_transform():
-        if is_differentiated(tensor):
-            raise ValueError(
-                f"{name} requires grad, but {why}: leave it out of what torch.func differentiates"
-            )
-    elif tensor.requires_grad:
-        raise ValueError(f"{name} requires grad, but {why}: call {name}.requires_grad_(False)")
+        differentiated = is_differentiated(tensor)
+        remedy = "leave it out of what torch.func differentiates"
+    elif tensor.is_leaf:
+        differentiated, remedy = tensor.requires_grad, f"call {name}.requires_grad_(False)"
+    else:
+        differentiated = tensor.requires_grad
+        remedy = (
+            f"{name} was computed from a tensor that requires grad, so detach it. FSDP1 does this "
+            "by joining frozen and trained parameters: use FSDP2 (fully_shard) instead"
+        )
+    if differentiated:
+        raise ValueError(f"{name} requires grad, but {why}: {remedy}")
 
 
 def modality_range(modality_ids: Tensor, num_modalities: int) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.model_zoo import VOCAB, fill, make_model, refused, snapshot, token_ids, unchanged
 from support.patched_models import patched_model
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     BertConfig,
     BertModel,
@@ -38,7 +39,31 @@ def test_not_a_transformers_model():
 
 def test_a_dense_model():
     model = LlamaForCausalLM(LlamaConfig(**DENSE))
-    refused(model, ValueError, "LlamaForCausalLM.*no layer has stacked experts")
+    refused(model, ValueError, "LlamaForCausalLM.*no layer has experts; .*dense_to_moe")
+
+
+def test_experts_in_a_list():
+    model = make_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
+    match = r"layer 0: mlp.experts is ModuleList, without a stacked gate_up_proj \(E, 2I, H\)"
+    refused(model, ValueError, match)
+
+
+def test_weights_that_an_engine_keeps_elsewhere():
+    """Such weights have shape (0,), experts too, which therefore look like none."""
+    model = make_model("mixtral")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    refused(model, ValueError, "its embedding table is empty: DeepSpeed ZeRO-3 and FSDP1 keep")
+
+
+def test_layers_under_another_name():
+    model = make_model("mixtral")
+    model.model.blocks = model.model.layers
+    del model.model.layers
+    match = "its MixtralModel has no list of decoder layers, `layers`; it has embed_tokens, norm"
+    refused(model, ValueError, match)
 
 
 def test_a_model_without_a_head():
@@ -291,11 +316,33 @@ def test_calling_the_inner_model():
     model = make_model("qwen3_moe")
     patched = patch_model(model)
     fill(patched, 1.0)
-    with pytest.raises(RuntimeError, match="call the patched model itself"):
+    with pytest.raises(RuntimeError, match="got no modality_ids.*call that, not the inner model"):
         model.model(input_ids=token_ids(2, 6))
     model(token_ids(2, 6))
-    with pytest.raises(RuntimeError, match="call the patched model itself"):
+    with pytest.raises(RuntimeError, match="got no modality_ids.*call that, not the inner model"):
         model.model(input_ids=token_ids(2, 6))
+
+
+def test_fsdp1_names_its_own_reason(tmp_path):
+    """FSDP1 joins frozen and trained parameters; the frozen ones are views that require grad."""
+    model, _ = patched_model("olmoe")
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), use_orig_params=True
+        )
+        with pytest.raises(ValueError, match="weight requires grad, .*FSDP1 does this.*use FSDP2"):
+            wrapped(input_ids=token_ids(1, 4))
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_forward_that_was_replaced_after_patching():
+    """Fused loss heads replace it by a function that calls the inner model."""
+    model, _ = patched_model("olmoe")
+    model.forward = lambda input_ids: model.lm_head(model.model(input_ids)[0])
+    with pytest.raises(RuntimeError, match="replaced model.forward after patch_model, as fused"):
+        model(token_ids(1, 4))
 
 
 def test_get_patched_of_a_plain_model():

@@ -218,7 +218,7 @@ def test_says_what_is_wrong_with_the_model(program, saved, tmp_path, capsys):
     )  # fmt: skip
     for name, model, adapter, message in (
         ("dense", LlamaForCausalLM(config), False, "LlamaForCausalLM has no router"),
-        ("dense", None, True, "no layer has stacked experts"),
+        ("dense", None, True, "no layer has experts; "),
         ("other", make_model("olmoe", vocab_size=VOCAB, seed=5), True, "other base weights"),
     ):
         if model is not None:
