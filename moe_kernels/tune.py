@@ -169,7 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table.append((tokens * args.top_k // args.experts, best[0]))
             print(f"T = {tokens}: {best[0]}, {best[1] * 1e3:.3f} ms")
     if not table:
-        raise SystemExit("no candidate ran")
+        raise SystemExit(
+            f"no tiles could run on {device} in {args.dtype}: try fewer --tokens or another "
+            "--dtype, and see python -m moe_kernels.info"
+        )
     stack = torch.empty(
         args.experts, 2 * args.intermediate, args.hidden, dtype=dtype, device=device
     )

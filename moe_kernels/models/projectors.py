@@ -18,7 +18,10 @@ def check(patched: PatchState, modality: str) -> None:
     """Raise ValueError unless the model can get a projector for this modality."""
     patched.modality_id(modality)
     if modality in projectors(patched.model):
-        raise ValueError(f"the model has a projector for {modality!r} already")
+        raise ValueError(
+            f"the model has a projector for {modality!r} already: train that, or unpatch() and "
+            "patch the model anew"
+        )
 
 
 def build(patched: PatchState, settings: dict) -> ModalityProjector:

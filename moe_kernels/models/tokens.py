@@ -75,7 +75,10 @@ def add_modality_tokens(
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     if modality in _rows(model.get_input_embeddings()):
-        raise ValueError(f"the model has tokens of modality {modality!r} already")
+        raise ValueError(
+            f"the model has tokens of modality {modality!r} already: add all of them in one call, "
+            "after unpatch() and a new patch_model()"
+        )
     check_row_init(init, num_tokens, num_delimiters, features, init_options)
     first = model.token_modality.numel()
     new, diagnostics = _initial_rows(

@@ -124,7 +124,10 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
                 routers.attach(router, context, None, find(router))
             routing = routers.routing_of(router)
             if routing.top_k == 1 and routing.normalise:
-                raise ValueError("with top-1 and normalised scores no loss reaches the routers")
+                raise ValueError(
+                    "with top-1 and normalised scores no loss reaches the routers: choose the "
+                    "layers by their indices"
+                )
             weight = router.weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
             routers.tune(router, nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
@@ -151,7 +154,10 @@ def _tune(
             # Not backward(), which would leave gradients on other parameters.
             grads = torch.autograd.grad(loss, changes, allow_unused=True)
         if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss became {loss.item()} while the routers were tuned")
+            raise RuntimeError(
+                f"the loss became {loss.item()} while the routers were tuned, and nothing has "
+                "changed: lower lr, or look for batches without labels"
+            )
         for change, grad in zip(changes, grads, strict=True):
             change.grad = grad
         optimiser.step()

@@ -259,7 +259,7 @@ def test_a_missing_pot_is_named():
         ({"rows": torch.full((20, 3), math.inf)}, "rows have values that are not finite"),
         ({"max_codes": 1}, "the limit on features must be at least 2, got 1"),
         ({"max_rows": 0}, "the limit on rows must be at least 2, got 0"),
-        ({"frequencies": torch.ones(19)}, r"of features must be \(20,\), got \(19,\)"),
+        ({"frequencies": torch.ones(19)}, r"frequencies of features must be \(20,\), got \(19,\)"),
         ({"frequencies": -torch.ones(20)}, "of features must be finite and not neg"),
         ({"row_frequencies": torch.zeros(30)}, "of rows must be .* at least two positive"),
     ],

@@ -329,7 +329,7 @@ def test_what_peft_cannot_hold(tmp_path):
         peft_format.save_peft_adapter(patched, "image", tmp_path)
     assert not list(tmp_path.iterdir())
     make_peft("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="shared_A"):
+    with pytest.raises(ValueError, match="shared_A: PEFT's experts have one lora_A"):
         shared = make_patched("mixtral", shared_A=True)
         peft_format.load_peft_adapter(shared, "image", tmp_path)
 

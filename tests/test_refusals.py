@@ -1,0 +1,306 @@
+"""Refusals: each says what was found, where, and what to do."""
+
+from unittest import mock
+
+import pytest
+import torch
+from support.model_zoo import VOCAB, make_model, token_ids
+from support.patched_models import patched_model
+from torch import nn
+
+from moe_kernels import (
+    ModalityLoraConfig,
+    add_modality_tokens,
+    initialise_lora,
+    ops,
+    patch_model,
+    tune,
+)
+from moe_kernels.conversion import dense_to_moe
+from moe_kernels.imaging import ImageVocabulary, VQTokenizer, generate_images, mixed_sequence
+from moe_kernels.init import gromov_wasserstein_rows
+from moe_kernels.moextend import ExpertExtender, join_features_and_text
+
+IDS = token_ids(1, 6)
+
+
+def model_with(change):
+    """Return a situation: a model is changed, then patched."""
+
+    def situation():
+        model = make_model("mixtral")
+        change(model)
+        patch_model(model)
+
+    return situation
+
+
+def patched_with(use, **options):
+    """Return a situation: a model is patched, then used."""
+    return lambda: use(*patched_model("olmoe", **options))
+
+
+def no_experts(model):
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
+
+
+def experts_in_a_list(model):
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(2, 2)])
+
+
+def emptied(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+def biased(model):
+    model.model.layers[1].mlp.experts.has_bias = True
+
+
+def packed(model):
+    model.is_quantized = True
+
+
+def replaced_projection(model, patched):
+    model.model.layers[1].self_attn.q_proj = nn.Linear(32, 32)
+    patched.unpatch()
+
+
+def other_experts(model, patched):
+    model.config._experts_implementation = "grouped_mm"
+    model(IDS)
+
+
+def fused_head(model, patched):
+    model.forward = lambda input_ids: model.lm_head(model.model(input_ids)[0])
+    model(IDS)
+
+
+def own_loss(model, patched):
+    model.loss_function = nn.functional.cross_entropy
+    with patched.text_only():
+        model(IDS, labels=IDS)
+
+
+def labels_of_pictures(model, patched):
+    with patched.text_only():
+        model(IDS, labels=IDS + VOCAB)
+
+
+def unpatched_twice(model, patched):
+    patched.unpatch()
+    patched.unpatch()
+
+
+def moe_inputs():
+    hidden, ids = torch.randn(3, 4), torch.zeros(3, 1, dtype=torch.int64)
+    return hidden, ids, torch.ones(3, 1), torch.randn(2, 6, 4), torch.randn(2, 4, 3)
+
+
+def trained_view():
+    hidden, ids, weights, gate_up, down = moe_inputs()
+    joined = torch.nn.Parameter(gate_up)
+    ops.moe_mlp(hidden, ids, weights, joined.view(2, 6, 4), down)
+
+
+def trained_base():
+    hidden, ids, weights, gate_up, down = moe_inputs()
+    ops.moe_mlp(hidden, ids, weights, gate_up.requires_grad_(), down)
+
+
+def fitted_tokenizer():
+    images = (torch.arange(2 * 8 * 8 * 3).view(2, 8, 8, 3) % 251).to(torch.uint8)
+    return VQTokenizer.fit(images, num_codes=2, steps=1)
+
+
+def pair(in_features, out_features):
+    return ops.LoraWeights(
+        torch.zeros(1, 2, in_features), torch.zeros(1, out_features, 2), torch.ones(1)
+    )
+
+
+def batches_of_text():
+    model = make_model("olmoe")
+    patch_model(model)
+    add_modality_tokens(model, "image", 4)
+    initialise_lora(model, [{"input_ids": IDS}])
+
+
+def tune_in_vain():
+    sizes = ["--experts", "2", "--hidden", "32", "--intermediate", "32", "--top-k", "1"]
+    available = mock.patch.object(tune.backends, "available", return_value={"triton": None})
+    with available, mock.patch.object(tune, "tune", return_value=None):
+        tune.main([*sizes, "--tokens", "16"])
+
+
+# situation -> (function, error, what was found, where, what to do)
+REFUSALS = {
+    "a dense model": (
+        model_with(no_experts), ValueError,
+        "no layer has experts", "MixtralForCausalLM", "dense_to_moe makes some",
+    ),
+    "experts in a list": (
+        model_with(experts_in_a_list), ValueError,
+        "is ModuleList", "layer 0: mlp.experts", "current classes of transformers stack experts",
+    ),
+    "weights kept elsewhere": (
+        model_with(emptied), ValueError,
+        "table is empty", "embedding", "patch the model before such an engine",
+    ),
+    "another layout": (
+        model_with(biased), ValueError, "expert biases", "layer 1", "is not supported",
+    ),
+    "a quantised model": (
+        model_with(packed), ValueError, "is quantised", "MixtralForCausalLM", "load it in bfloat16",
+    ),
+    "a patched model": (
+        patched_with(lambda model, _: patch_model(model)), ValueError,
+        "is already patched", "OlmoeForCausalLM", "unpatch() it first",
+    ),
+    "a table that grows": (
+        patched_with(lambda model, _: model.resize_token_embeddings(99)), RuntimeError,
+        "cannot be resized", "table", "add_modality_tokens(..., tokenizer=tokenizer)",
+    ),
+    "another implementation": (
+        patched_with(lambda model, _: model.set_experts_implementation("eager")), RuntimeError,
+        "cannot be set to 'eager'", "experts", "unpatch() first, set it, and patch again",
+    ),
+    "another implementation in the config": (
+        patched_with(other_experts), RuntimeError,
+        "set to 'grouped_mm'", "layer 0", "set them back to 'moe_kernels'",
+    ),
+    "data parallel": (
+        patched_with(lambda model, _: model._replicate_for_data_parallel()), RuntimeError,
+        "share one mask", "nn.DataParallel", "use DistributedDataParallel",
+    ),
+    "a replaced module": (
+        patched_with(replaced_projection), RuntimeError,
+        "was replaced by Linear", "model.layers.1.self_attn.q_proj", "put the module back",
+    ),
+    "a fused loss head": (
+        patched_with(fused_head), RuntimeError,
+        "got no modality_ids", "replaced model.forward after patch_model", "switch them off",
+    ),
+    "the inner model": (
+        patched_with(lambda model, _: model.model(IDS)), RuntimeError,
+        "got no modality_ids", "this layer", "call that, not the inner model",
+    ),
+    "embeddings alone": (
+        patched_with(lambda model, _: model(inputs_embeds=torch.zeros(1, 6, 32))), ValueError,
+        "say nothing of the tokens' modality", "inputs_embeds", "give modality_ids too",
+    ),
+    "a loss that was set later": (
+        patched_with(own_loss, num_tokens=4), RuntimeError,
+        "after patch_model", "the model's loss", "set it before patch_model",
+    ),
+    "labels of pictures in a text model": (
+        patched_with(labels_of_pictures, num_tokens=VOCAB), ValueError,
+        "of an added token", "labels has id", "leave it for this batch",
+    ),
+    "unpatched twice": (
+        patched_with(unpatched_twice), ValueError,
+        "was unpatched", "this handle", "use the one that patch_model returned last",
+    ),
+    "tokens of a modality twice": (
+        patched_with(lambda model, _: add_modality_tokens(model, "image", 3), num_tokens=4),
+        ValueError, "has tokens of modality 'image' already", "the model", "in one call",
+    ),
+    "an unpatched model": (
+        lambda: add_modality_tokens(make_model("olmoe"), "image", 4), ValueError,
+        "is not patched", "OlmoeForCausalLM", "call patch_model(model) first",
+    ),
+    "an unknown modality": (
+        patched_with(lambda model, _: add_modality_tokens(model, "sound", 4)), ValueError,
+        "not for 'sound'", "the model is patched for", "('image',)",
+    ),
+    "a pattern that names nothing": (
+        lambda: patch_model(make_model("olmoe"), ModalityLoraConfig(rank_pattern={"up": 2})),
+        ValueError, "'up' names no projection", "rank_pattern", "the names in one layer are",
+    ),
+    "a layer that does not exist": (
+        lambda: patch_model(make_model("olmoe"), ModalityLoraConfig(layers_to_transform=(7,))),
+        ValueError, "has [7]", "layers_to_transform", "the model has 2 layers",
+    ),
+    "experts beside another configuration": (
+        patched_with(lambda model, _: ExpertExtender(model, modalities=("sound",))), ValueError,
+        "patched with another configuration", "modalities", "unpatch() it first",
+    ),
+    "the disturbance of nothing": (
+        patched_with(lambda model, _: ExpertExtender(model).disturbance([])), ValueError,
+        "no experts were added", "extend", "call extend first",
+    ),
+    "layers by scores that are missing": (
+        patched_with(lambda model, _: ExpertExtender(model).extend("top-half")), ValueError,
+        "needs scores", 'layers="top-half"', "call score_layers first",
+    ),
+    "features of another width": (
+        patched_with(lambda model, _: join_features_and_text(model, torch.zeros(1, 2, 5), IDS)),
+        ValueError, "got (1, 2, 5)", "features must be (B, N, 32)", "input_ids (B, S)",
+    ),
+    "a base that trains": (
+        trained_base, ValueError, "requires grad", "gate_up_proj", "requires_grad_(False)",
+    ),
+    "a base that is a view of what trains": (
+        trained_view, ValueError, "computed from a tensor that requires grad", "gate_up_proj",
+        "use FSDP2",
+    ),
+    "an unknown backend": (
+        lambda: ops.moe_mlp(*moe_inputs(), backend="tpu"), ValueError,
+        "unknown backend 'tpu'", "the backends are", "reference, cpu, triton, cuda",
+    ),
+    "a picture among text": (
+        lambda: mixed_sequence([[1, 2], "a cat"], ImageVocabulary(VOCAB, 4)), TypeError,
+        "<class 'str'>", "a piece", "a list of token ids or a tensor of codes",
+    ),
+    "one caption for many": (
+        patched_with(lambda model, _: generate_images(
+            model, "a cat", tokenizer=None, image_tokenizer=None
+        ), num_tokens=8),
+        TypeError, "got one string", "captions", "a list of strings",
+    ),
+    "image tokens without codes": (
+        lambda: ImageVocabulary(VOCAB, 0), ValueError,
+        "got 48 and 0", "num_codes", "need first_id >= 0 and num_codes >= 1",
+    ),
+    "images of another size": (
+        lambda: fitted_tokenizer().encode(torch.zeros(2, 16, 8, 3)), ValueError,
+        "got (16, 8, 3)", "this tokenizer", "encodes images of shape (8, 8, 3)",
+    ),
+    "one point": (
+        lambda: gromov_wasserstein_rows(torch.zeros(1, 4), torch.zeros(9, 4)), ValueError,
+        "got (1, 4)", "features", "(points, size) with at least 2 points",
+    ),
+    "batches without pictures": (
+        batches_of_text, ValueError,
+        "have 0 tokens of the modality", "the batches", "at least 2 are needed",
+    ),
+    "a pair of an empty layer": (
+        lambda: ops.lora_linear(
+            torch.zeros(3, 4), torch.zeros(0, 4), None, pair(4, 0),
+            modality_ids=torch.zeros(3, dtype=torch.int64),
+        ),
+        ValueError, "got (0, 4)", "lora", "needs a weight with elements",
+    ),
+    "no tiles for the device": (
+        tune_in_vain, SystemExit, "no tiles could run", "on c", "try fewer --tokens",
+    ),
+    "images of another range": (
+        lambda: VQTokenizer.fit(torch.full((2, 8, 8, 3), 255.0).numpy(), num_codes=2), ValueError,
+        "255.0..255.0", "float images", "must lie in [0, 1]",
+    ),
+    "a model with experts to convert": (
+        lambda: dense_to_moe(make_model("mixtral"), num_experts=2, top_k=1), ValueError,
+        "is a Mixture of Experts already", "MixtralForCausalLM", "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", sorted(REFUSALS))
+def test_a_refusal_says_what_was_found_where_and_what_to_do(situation):
+    function, error, *parts = REFUSALS[situation]
+    with pytest.raises(error, match=".") as refusal:
+        function()
+    for part in parts:
+        assert part in str(refusal.value)
