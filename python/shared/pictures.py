@@ -51,7 +51,7 @@ class CaptionedPictures:
 
     @property
     def reasons(self) -> list[dict[str, str]]:
-        """What is set aside, for a report."""
+        """Return what is set aside, for a report."""
         return [{"file": name, "reason": reason} for name, reason in self.set_aside]
 
     def print_set_aside(self) -> None:
