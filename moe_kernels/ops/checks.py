@@ -5,20 +5,27 @@ from torch import Tensor
 
 from moe_kernels import env
 from moe_kernels.ops.dtypes import FLOATS
-from moe_kernels.ops.gradients import in_transform, is_differentiated
+from moe_kernels.ops.gradients import PLAIN, in_transform, is_differentiated
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def tensors(**named: object) -> None:
-    """Raise TypeError unless everything in ``named`` is a tensor."""
+    """Raise TypeError unless everything in ``named`` is a dense tensor."""
     for name, value in named.items():
-        if not isinstance(value, Tensor):
+        # type() before isinstance(), which is slow for tensors
+        if type(value) not in PLAIN and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+            raise TypeError(
+                f"{name} must be a dense tensor (torch.strided), got {kind}: convert it first, for "
+                "example by to_dense(), or to_padded_tensor() of a nested one"
+            )
 
 
 def optional_tensors(**named: object) -> None:
-    """Raise TypeError unless everything in ``named`` is a tensor or None."""
+    """Raise TypeError unless everything in ``named`` is a dense tensor or None."""
     tensors(**{name: value for name, value in named.items() if value is not None})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 _LIBRARIES: list[torch.library.Library] = []  # what one registers lasts as long as it does
 Fields = TypeVar("Fields", bound=tuple)
 
@@ -35,7 +35,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None  # of torch.jit.trace
         and forward_ad._current_level < 0
-        and all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+        and all(t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors)
     )
 
 
