@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.analysis.statistics import RoutingStatistics
 from moe_kernels.models.parts import find_moe_blocks
+
+_ADDING = threading.Lock()  # of the module: a deepcopy of a recorded model copies its recorder
 
 
 class RoutingRecorder:
@@ -29,12 +32,12 @@ class RoutingRecorder:
     4. the token ids, in a model that :func:`moe_kernels.patch_model` has patched;
     5. the base modality, in any other model.
 
-    Padding (-1, or 0 in a 2-D ``attention_mask``) is not counted. The routers are the ``gate`` or
-    ``router`` of every module that has ``experts``; their forward must return (logits, scores,
-    indices) with one row per token. Activation checkpointing runs a forward twice and would count
-    it twice, so record without gradients. Nothing synchronises with a GPU. Modality ids are checked
-    on the CPU, and on a GPU only with ``MOE_KERNELS_CHECK=1``; unchecked ids that have no name are
-    not counted.
+    Padding (-1, or what the ``attention_mask`` leaves out) is not counted. The routers are the
+    ``gate`` or ``router`` of every module that has ``experts``; their forward must return (logits,
+    scores, indices) with one row per token. A forward within a backward pass is not counted, since
+    activation checkpointing runs it for the second time then. Several threads may run the model.
+    Nothing synchronises with a GPU. Modality ids are checked on the CPU, and on a GPU only with
+    ``MOE_KERNELS_CHECK=1``; unchecked ids that have no name are not counted.
 
     Args:
         model: any Mixture of Experts of transformers, patched or not, wrapped (DDP) or not.
@@ -105,10 +108,6 @@ class RoutingRecorder:
     def _add(self, layer: str, inputs: Tensor, logits: Tensor, indices: Tensor) -> None:
         """Add the choices of one forward. inputs: (T, H); logits: (T, E); indices: (T, K)."""
         modalities, experts, device = len(self.modalities), logits.shape[-1], logits.device
-        if layer not in self._counts:
-            self._counts[layer] = torch.zeros(modalities, experts, dtype=torch.int64, device=device)
-            self._rows[layer] = torch.zeros(modalities, dtype=torch.int64, device=device)
-            self._entropy_sum[layer] = torch.zeros(modalities, dtype=torch.float64, device=device)
         modality = self._row_modality.current.to(device, non_blocking=True)
         # Padding goes to an extra bin behind the last modality, which is dropped. Boolean indexing
         # and bincount would be simpler, but both wait for the device.
@@ -116,10 +115,15 @@ class RoutingRecorder:
         cells = (bins.unsqueeze(1) * experts + indices).flatten()
         sums = torch.zeros((modalities + 1) * experts, dtype=torch.int64, device=device)
         sums.scatter_add_(0, cells, torch.ones_like(cells))
-        self._counts[layer] += sums[: modalities * experts].view(modalities, experts)
-
+        counts = sums[: modalities * experts].view(modalities, experts)
         members = bins == torch.arange(modalities, device=device).unsqueeze(1)  # (M, T)
-        self._rows[layer] += members.sum(1)
         # A router may exclude an expert by a logit of -inf: entr(0) is 0, but 0 * log(0) is NaN.
         entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1)
-        self._entropy_sum[layer] += torch.where(members, entropy, 0.0).sum(1)
+        entropy_sum = torch.where(members, entropy, 0.0).sum(1)
+        with _ADDING:
+            for sums, new in (
+                (self._counts, counts),
+                (self._rows, members.sum(1)),
+                (self._entropy_sum, entropy_sum),
+            ):
+                sums[layer] = sums[layer] + new if layer in sums else new

@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.models.context import resolve_modality_ids
+from moe_kernels.models.context import PerThread, resolve_modality_ids
 from moe_kernels.models.handle import get_patched, is_patched
+from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parts import MoeBlock
 
 
@@ -31,18 +32,18 @@ def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[Tensor], T
     return modality_of
 
 
-class RowModality:
+class RowModality(PerThread):
     """The modality of every row of the forward that is running, kept up to date by model hooks.
+
+    Each thread has a forward of its own.
 
     It comes from the first of these that is available: ``observed``, which serves one forward; the
     ``modality_ids`` argument of the call; ``modality_of(input_ids)``; a patched model's table of
-    token ids; the base modality, if the model is not patched. Padding is -1, and so are rows with 0
-    in a 2-D ``attention_mask``.
+    token ids; the base modality, if the model is not patched. Padding, given as -1 or marked by the
+    attention mask, is -1.
 
     Attributes:
         names: names of the modalities, the base modality first.
-        current: (B * S,) int64 while a forward runs, else None.
-        observed: (B, S) or (B * S,) int64 for the next forward, or None.
     """
 
     def __init__(
@@ -58,9 +59,22 @@ class RowModality:
         if names is None:
             added = get_patched(self.model).config.modalities if patched else ()
             names = ("text", *(added or (() if modality_of is None else ("image",))))
+        super().__init__()
         self.names = tuple(names)
-        self.current: Tensor | None = None
-        self.observed: Tensor | None = None
+
+    @property
+    def current(self) -> Tensor | None:
+        """(B * S,) int64 of the forward that runs in this thread, or None."""
+        return getattr(self._local, "current", None)
+
+    @property
+    def observed(self) -> Tensor | None:
+        """(B, S) or (B * S,) int64 for this thread's next forward, or None."""
+        return getattr(self._local, "observed", None)
+
+    @observed.setter
+    def observed(self, modality_ids: Tensor | None) -> None:
+        self._local.observed = modality_ids
 
     @property
     def adapters_enabled(self) -> bool:
@@ -90,6 +104,8 @@ class RowModality:
         return stack
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if _recomputes():
+            return
         call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         input_ids, inputs_embeds = call.get("input_ids"), call.get("inputs_embeds")
         modality_ids = self.observed if self.observed is not None else call.get("modality_ids")
@@ -108,18 +124,24 @@ class RowModality:
             shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
             if modality_ids.numel() == shape.numel():
                 modality_ids = modality_ids.view(shape)
-        self.current = resolve_modality_ids(
+        self._local.current = resolve_modality_ids(
             module.token_modality if self.is_patched else modality_ids,
             modality_ids,
             num_modalities=len(self.names) - 1,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=call.get("attention_mask"),
+            cache=cache_of(call),
         ).reshape(-1)
 
     def _after_forward(self, *_) -> None:
         # A router called on its own, outside a forward, must not reuse the last forward's modality.
-        self.current = self.observed = None
+        self._local.current = self._local.observed = None
+
+
+def _recomputes() -> bool:
+    """Return whether this thread is in a backward pass, where checkpointing runs forwards again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class RouterHook:
@@ -137,6 +159,8 @@ class RouterHook:
         self.layer, self.row_modality, self.add = layer, row_modality, add
 
     def __call__(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        if _recomputes():
+            return
         if not (
             isinstance(output, tuple) and len(output) == 3 and not output[2].is_floating_point()
         ):
@@ -161,6 +185,8 @@ def watch_routers(
     add: Callable[[str, Tensor, Tensor, Tensor], None],
 ) -> AbstractContextManager:
     """Call ``add(layer, inputs, logits, indices)`` after each router's forward while open.
+
+    Forwards within a backward pass are left out: activation checkpointing runs them a second time.
 
     inputs: (T, H); logits: (T, E); indices: (T, K). Row t has modality ``row_modality.current[t]``.
     """

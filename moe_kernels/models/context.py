@@ -9,11 +9,13 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_kernels import backends, env
+from moe_kernels.models.padding import find_real
 from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
 from moe_kernels.ops.gradients import in_transform
 
@@ -216,7 +218,8 @@ def resolve_modality_ids(
     num_modalities: int,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
+    cache: Any = None,
 ) -> Tensor:
     """Return the (B, S) modality of each position: given, or by token id; -1 on padding.
 
@@ -226,11 +229,12 @@ def resolve_modality_ids(
         num_modalities: M.
         input_ids: (B, S) or None.
         inputs_embeds: (B, S, H) or None.
-        attention_mask: (B, at least S) marks padding with 0 in its last S columns; a mask of
-            another shape marks none.
+        attention_mask: marks padding; see :func:`moe_kernels.models.padding.find_real`.
+        cache: of the call.
 
     Raises:
-        ValueError: embeddings without modality ids, ids of another shape, or (on the CPU) above M.
+        ValueError: embeddings without modality ids, ids of another shape, or (on the CPU) above M,
+            or a 2-D mask with fewer than S columns.
         TypeError: modality ids that are not integers.
     """
     if input_ids is None and inputs_embeds is None:
@@ -252,9 +256,8 @@ def resolve_modality_ids(
     elif _can_branch() and (not modality_ids.is_cuda or env.check_values()):
         checks.modality_range(modality_ids, num_modalities)
     modality_ids = modality_ids.to(device=table.device, dtype=torch.int64)
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        real = attention_mask[:, -shape[1] :].to(table.device) != 0
-        modality_ids = torch.where(real, modality_ids, -1)
+    if (real := find_real(attention_mask, shape[1], cache)) is not None:
+        modality_ids = torch.where(real.to(table.device), modality_ids, -1)
     return modality_ids
 
 

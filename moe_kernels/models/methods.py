@@ -14,6 +14,7 @@ from moe_kernels.models.context import resolve_modality_ids
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
 from moe_kernels.models.intact import check_experts, check_links, needs_ours
+from moe_kernels.models.padding import cache_of
 
 _LOSS = "_loss_function"  # where transformers looks for a model's own loss
 
@@ -162,6 +163,7 @@ def _forward_of(model_class: type[PreTrainedModel]):
             input_ids=kwargs.get("input_ids"),
             inputs_embeds=kwargs.get("inputs_embeds"),
             attention_mask=kwargs.get("attention_mask"),
+            cache=cache_of(kwargs),
         )
         if not patched.adapters_enabled:
             # The ids carry this, since checkpointing hands them to its recompute; a switch would
@@ -236,7 +238,7 @@ def _prepare_inputs_of(model_class: type[PreTrainedModel]):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = inner(self, *args, **kwargs)
         if inputs.get("modality_ids") is not None and inputs.get("input_ids") is not None:
-            cache = inputs.get("cache", inputs.get("past_key_values"))  # renamed in 5.24
+            cache = cache_of(inputs)
             start = 0 if cache is None else int(cache.get_seq_length())
             patched = get_patched(self)
             inputs["modality_ids"] = _columns_from(

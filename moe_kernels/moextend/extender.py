@@ -100,8 +100,8 @@ class ExpertExtender:
         Args:
             dataloader: keyword arguments of the model's forward, on held-out data of the modality.
                 At most ``steps`` batches are taken; if there are fewer, they repeat. Missing
-                ``labels`` are the ``input_ids``, without padding: 0 in a 2-D ``attention_mask``,
-                or -1 in ``modality_ids``.
+                ``labels`` are the ``input_ids``, without padding: what the
+                ``attention_mask`` leaves out, or -1 in ``modality_ids``.
             steps: number of tuning steps.
             modality: the modality to count tokens of; required if the model has several.
             lr: learning rate.

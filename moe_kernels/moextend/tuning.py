@@ -14,6 +14,7 @@ from moe_kernels.models import experts, routers
 from moe_kernels.models.added_experts import count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
+from moe_kernels.models.padding import find_real
 from moe_kernels.models.routers import RoutingFinder
 from moe_kernels.modes import evaluating
 from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
@@ -81,13 +82,11 @@ def _next_tokens(
 ) -> Tensor:
     """Return the ids as labels, -100 on padding.
 
-    Padding is 0 in a 2-D ``attention_mask`` (a mask of another shape does not mark padding), or -1
-    in ``modality_ids``.
+    Padding is what ``attention_mask`` leaves out, or -1 in ``modality_ids``.
     """
     labels = input_ids
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        real = attention_mask[:, -labels.shape[1] :].to(labels.device)
-        labels = labels.masked_fill(real == 0, -100)
+    if (real := find_real(attention_mask, labels.shape[1])) is not None:
+        labels = labels.masked_fill(~real.to(labels.device), -100)
     if modality_ids is not None:
         labels = labels.masked_fill(modality_ids.to(labels.device) < 0, -100)
     return labels

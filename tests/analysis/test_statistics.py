@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+import threading
 
 import pytest
 import torch
 from support.mixed_batches import IMAGE, mixed_batch, patched_model
 from support.model_zoo import FAMILY, VOCAB, hooks_of, make_model, token_ids
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.analysis import (
     RoutingRecorder,
@@ -393,3 +395,57 @@ def test_layers_are_numbered_as_in_the_model():
     )
     panel = plot_expert_load(statistics).axes[0]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["1", "3"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
+def test_checkpointing_is_counted_once(patched, reentrant):
+    """Checkpointing runs the layers again in the backward pass, within the recorder or after it."""
+    model = patched_model("mixtral")[0] if patched else make_model("mixtral", vocab_size=IMAGE.stop)
+    modality_of, inputs = None if patched else MODALITY_OF, mixed_batch()
+    expected = record(model, modality_of=modality_of, **inputs).to_dict()
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with RoutingRecorder(model, modality_of) as recorder:
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    assert recorder.statistics().to_dict() == expected
+    with RoutingRecorder(model, modality_of) as recorder:
+        loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+    loss.backward()
+    assert recorder.statistics().to_dict() == expected
+
+
+def test_a_checkpoint_of_the_whole_model_is_counted_once():
+    model, inputs = patched_model("mixtral")[0], mixed_batch()
+    expected = record(model, **inputs).to_dict()
+    with RoutingRecorder(model) as recorder:
+        ids = torch.zeros_like(inputs["input_ids"])
+        recorder.observe(ids)
+        out = checkpoint(lambda: model(**inputs).logits, use_reentrant=False)
+        out.sum().backward()
+        counts = recorder.statistics()
+    assert counts.rows[:, 1:].sum() == 0  # what was observed is for the first run
+    assert torch.equal(counts.rows.sum(1), torch.tensor(expected["rows"]).sum(1))
+
+
+def test_several_threads_are_counted():
+    """The modality of a forward's rows is that of its own thread."""
+    model, inputs = patched_model("mixtral")[0], mixed_batch()
+    shape, rounds = inputs["input_ids"].shape, 20
+    start = threading.Barrier(2)
+
+    def work(modality_id):
+        ids = torch.full(shape, modality_id)
+        start.wait()
+        with torch.no_grad():
+            for _ in range(rounds):
+                model(**inputs, modality_ids=ids)
+
+    with RoutingRecorder(model) as recorder:
+        threads = [threading.Thread(target=work, args=(m,)) for m in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    real = rounds * int(inputs["attention_mask"].sum())
+    assert (recorder.statistics().rows == real).all()
