@@ -24,11 +24,14 @@ from moe_kernels.imaging.sequence import (
     padding_id,
 )
 from moe_kernels.imaging.tokenizer import ImageTokenizer
+from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import get_patched
 from moe_kernels.modes import evaluating
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_TEMPERATURES = (1e-6, 1e6)  # beyond them, scores become infinite or equal
 
 
 def generate_images(
@@ -67,9 +70,9 @@ def generate_images(
 
     Raises:
         ValueError: the model has no image tokens, their number differs from the image tokenizer's,
-            a caption contains image tokens, the tokenizer has no token to pad with, or a setting is
-            out of range.
-        TypeError: ``captions`` is a single string.
+            a caption contains image tokens or is too long, the tokenizer has no token to pad with,
+            or a setting is out of range.
+        TypeError: ``captions`` is a single string, or holds something else than strings.
     """
     if isinstance(captions, str):
         raise TypeError("captions must be a list of strings; got one string")
@@ -139,10 +142,12 @@ def generate_image_codes(
         Codes, (N, tokens_per_image) int64, on the CPU.
 
     Raises:
-        ValueError: a caption contains image tokens, or a setting is out of range.
+        ValueError: a caption contains image tokens, a caption and a picture have more tokens than
+            the model has positions, a setting is out of range, or the model has no weights.
     """
-    _check_settings(temperature, top_k, top_p, batch_size)
+    _check_settings(temperature, top_k, top_p, batch_size, seed)
     prompts = [image_prompt(caption, vocabulary) for caption in caption_ids]
+    _check_model(model, max(map(len, prompts), default=0) + tokens_per_image)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     collate = ImageCollator(pad_token_id)
     guidance = ImageGuidanceProcessor(
@@ -177,15 +182,33 @@ def _vocabulary_of(model: PreTrainedModel) -> ImageVocabulary:
     return ImageVocabulary.from_token_ids(token_ids)
 
 
-def _check_settings(temperature: float, top_k: int, top_p: float, batch_size: int) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0 (top_k=1 is greedy); got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0 (0 means all codes); got {top_k}")
+def _check_settings(
+    temperature: float, top_k: int, top_p: float, batch_size: int, seed: int | None
+) -> None:
+    low, high = _TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(
+            f"temperature must be above 0 (top_k=1 is greedy), and lie in {low:g}..{high:g}; got "
+            f"{temperature}"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    integers = {"top_k": (top_k, 0), "batch_size": (batch_size, 1), "seed": (seed or 0, 0)}
+    for name, (value, least) in integers.items():
+        if (number := as_integer(value)) is None or not least <= number < 2**63:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+
+
+def _check_model(model: PreTrainedModel, length: int) -> None:
+    """Raise ValueError unless the model has weights, and positions for so many tokens."""
+    if model.device.type == "meta":
+        raise ValueError("the model is on the meta device, where it has no weights: load it first")
+    positions = getattr(unwrapped(model).config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"the longest caption and a picture make {length:,} tokens, more than the model's "
+            f"{positions:,} positions: shorten the caption"
+        )
 
 
 @contextmanager

@@ -4,28 +4,71 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_CHANNELS = (1, 3, 4)
+
 
 def as_pixels(images: Any) -> torch.Tensor:
-    """Return pictures (N, H, W[, C]), uint8 or float in [0, 1], as float32 in [0, 1] on the CPU."""
-    images = torch.as_tensor(images).detach().cpu()
-    if images.ndim not in (3, 4):
-        raise ValueError(
-            f"images must have shape (N, H, W) or (N, H, W, C); got {tuple(images.shape)}"
-        )
+    """Return pictures as float32 in [0, 1] on the CPU.
+
+    images: (N, H, W[, C]), uint8 or float in [0, 1]; a tensor, an array, or a list of pictures
+
+    Raises:
+        TypeError: the numbers have another dtype, or these are no numbers.
+        ValueError: the shape is another, such as (N, C, H, W), or values lie outside [0, 1].
+    """
+    images = _as_tensor(images)
+    _check_shape(tuple(images.shape))
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not images.is_floating_point():
-        raise TypeError(f"images must be uint8, or float in [0, 1]; got {images.dtype}")
+        raise TypeError(
+            f"images must be uint8, or float in [0, 1]; got {images.dtype}: convert values 0..255 "
+            "to uint8, and divide those of 16 bits by 65535"
+        )
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(
-            f"float images must lie in [0, 1]; got {float(images.min())}..{float(images.max())}"
+            f"float images must lie in [0, 1]; got {float(images.min())}..{float(images.max())}: "
+            "divide values 0..255 by 255, or convert them to uint8"
         )
     return images.float()
+
+
+def _as_tensor(images: Any) -> torch.Tensor:
+    if isinstance(images, torch.Tensor):
+        if images.is_meta:
+            raise ValueError("images are on the meta device, where they have no values")
+        return images.detach().cpu()
+    try:
+        array = np.asarray(images)
+    except ValueError as error:
+        raise ValueError(f"images must all have one shape: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"images must be an array of numbers; got {type(images)} of {array.dtype}")
+    # torch reads neither another byte order nor negative strides.
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.ascontiguousarray(native))
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    expected = "images must have shape (N, H, W) or (N, H, W, C)"
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{expected}; got {shape}")
+    if len(shape) == 4 and shape[1] in _CHANNELS and shape[3] > max(_CHANNELS):
+        raise ValueError(
+            f"{expected}; got {shape}, which looks like (N, C, H, W): permute it, "
+            "images.permute(0, 2, 3, 1)"
+        )
+    if len(shape) == 3 and shape[2] == 3 and min(shape[:2]) > max(_CHANNELS):
+        raise ValueError(
+            f"{expected}; got {shape}, which looks like one picture (H, W, C): pass images[None]; "
+            "greys that are 3 pixels wide need a last dimension of 1"
+        )
 
 
 def to_pil(images: Any) -> list[Image]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from moe_kernels.imaging.sequence import ImageCollator, ImageVocabulary, image_prompt
+
+_LARGEST_GUIDANCE = 10_000  # far larger scales make scores infinite
 
 
 class ImageTokensProcessor(LogitsProcessor):
@@ -96,10 +97,10 @@ class ImageGuidanceProcessor(LogitsProcessor):
         empty_caption: Sequence[int] = (),
     ):
         _check_tokens_per_image(tokens_per_image)
-        if not (guidance_scale >= 0 and math.isfinite(guidance_scale)):
+        if not 0 <= guidance_scale <= _LARGEST_GUIDANCE:
             raise ValueError(
-                f"guidance_scale must be finite and at least 0 (1 means no guidance); got "
-                f"{guidance_scale}"
+                f"guidance_scale must be finite and at least 0 (1 means no guidance), and at most "
+                f"{_LARGEST_GUIDANCE:,}; got {guidance_scale}"
             )
         self.model = model
         self.vocabulary = vocabulary

@@ -103,7 +103,17 @@ def caption_ids(tokenizer: Any, caption: str) -> list[int]:
     the tokenizer adds (end-of-text, say) are left out, since the picture follows the caption.
 
     tokenizer: a transformers tokenizer
+
+    Raises:
+        TypeError: the caption is not a string.
+        ValueError: it holds half of a surrogate pair, which no encoding has.
     """
+    if not isinstance(caption, str):
+        raise TypeError(f"a caption must be a string; got {caption!r}")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a caption must be valid Unicode; got {caption!r}") from error
     ids = list(tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
     marked = list(tokenizer(caption, verbose=False).input_ids)
     begin = getattr(tokenizer, "bos_token_id", None)
@@ -238,8 +248,18 @@ def split_images(
 def text_ids(
     token_ids: Sequence[int] | torch.Tensor, vocabulary: ImageVocabulary, name: str
 ) -> list[int]:
-    """Return the ids as a list; raise ValueError, with this name, if any is an image token's."""
-    ids = torch.as_tensor(token_ids).tolist()
+    """Return the ids as a list.
+
+    Raises:
+        ValueError: an id is an image token's or is negative; the error has this name.
+        TypeError: the ids are not integers.
+    """
+    ids = torch.as_tensor(token_ids)
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise TypeError(f"{name} must hold integer token ids; got {ids.dtype}")
+    if ids.ndim != 1 or (ids.numel() and int(ids.long().min()) < 0):
+        raise ValueError(f"{name} must be one row of token ids of at least 0; got {token_ids!r}")
+    ids = ids.tolist()
     found = [token_id for token_id in ids if token_id in vocabulary.token_ids]
     if found:
         raise ValueError(f"{name} contains image tokens: ids {found[:5]}")

@@ -165,21 +165,29 @@ class CodebookTokenizer(ABC):
 
         (N, tokens_per_image) integers -> (N, H, W[, C]) float32 in [0, 1]
         """
-        codes = torch.as_tensor(codes)
-        if codes.ndim != 2 or codes.shape[1] != self.tokens_per_image or codes.is_floating_point():
+        codes = self._checked(codes)
+        if codes.ndim != 2 or codes.shape[1] != self.tokens_per_image:
             raise ValueError(
                 f"codes must be integers of shape (N, {self.tokens_per_image}); "
-                f"got {codes.dtype} {tuple(codes.shape)}"
+                f"got {tuple(codes.shape)}"
             )
+        grids = codes.reshape(len(codes), *self.grid)
+        chunks = grids.split(max(1, _VECTORS_PER_CHUNK // self.tokens_per_image))
+        images = [self._pictures(self.codebook[chunk]).clamp(0, 1) for chunk in chunks]
+        return torch.cat(images).reshape(len(codes), *self.image_shape)
+
+    def _checked(self, codes: Any) -> torch.Tensor:
+        """Return codes of any shape as int64 on the CPU; raise ValueError unless they are codes."""
+        codes = torch.as_tensor(codes).cpu()
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be integers; got {codes.dtype}")
+        codes = codes.long()  # before comparing: torch compares few of the unsigned dtypes
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.num_codes):
             raise ValueError(
                 f"codes must lie in 0..{self.num_codes - 1}; "
                 f"got {int(codes.min())}..{int(codes.max())}"
             )
-        grids = codes.cpu().long().reshape(len(codes), *self.grid)
-        chunks = grids.split(max(1, _VECTORS_PER_CHUNK // self.tokens_per_image))
-        images = [self._pictures(self.codebook[chunk]).clamp(0, 1) for chunk in chunks]
-        return torch.cat(images).reshape(len(codes), *self.image_shape)
+        return codes
 
     def reconstruction_error(self, images: Any) -> float:
         """Return the mean squared error of a pixel in [0, 1] after encode and decode."""
@@ -187,7 +195,7 @@ class CodebookTokenizer(ABC):
 
     def codebook_usage(self, codes: torch.Tensor) -> torch.Tensor:
         """Return how often each code occurs in codes of any shape, (num_codes,) int64."""
-        return torch.bincount(torch.as_tensor(codes).flatten().cpu(), minlength=self.num_codes)
+        return torch.bincount(self._checked(codes).flatten(), minlength=self.num_codes)
 
     def measure(self, images: Any) -> TokenizerReport:
         """Measure reconstruction error and codebook use, best on pictures not used for fitting."""

@@ -165,7 +165,18 @@ def test_progress(painter, capsys):
         ({"tokenizer": make_tokenizer()}, "neither a pad token"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 1e-300}, "temperature"),
+        ({"guidance_scale": 1e30}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
         ({"top_k": -1}, "top_k"),
+        ({"top_k": 1.5}, "top_k must be an integer"),
+        ({"batch_size": 2.5}, "batch_size must be an integer"),
+        ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
+        ({"seed": 2**64}, "seed must be an integer"),
+        ({"seed": 0.5}, "seed must be an integer"),
+        ({"captions": ["dog", "\ud800"]}, "valid Unicode"),
+        ({"captions": ["red cat " * 3000]}, "tokens, more than the model's .* positions"),
         ({"top_p": 0.0}, "top_p"),
         ({"batch_size": 0}, "batch_size"),
     ],
@@ -178,6 +189,17 @@ def test_refuses(painter, change, message):
 def test_refuses_one_string(painter):
     with pytest.raises(TypeError, match="list of strings"):
         draw(painter, "red cat")
+    with pytest.raises(TypeError, match="a caption must be a string; got 7"):
+        draw(painter, ["red cat", 7])
+
+
+def test_refuses_a_model_without_weights(painter):
+    with torch.device("meta"):
+        model = make_model("olmoe")
+        patched = patch_model(model)
+        add_modality_tokens(model, "image", ImageVocabulary.size(CODES))
+    with pytest.raises(ValueError, match="on the meta device, where it has no weights"):
+        draw((patched.model, *painter[1:]))
 
 
 def test_a_failure_leaves_the_model_as_it_was(painter, monkeypatch):

@@ -265,3 +265,21 @@ def test_ids_do_not_overflow_the_dtype_of_codes(dtype):
 def test_codes_that_are_not_integers_are_refused(dtype):
     with pytest.raises(TypeError, match=f"codes must be integers; got {dtype}"):
         ImageVocabulary(first_id=8, num_codes=4).ids_of(torch.ones(2).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([5.7], TypeError, "caption 1 must hold integer token ids; got torch.float32"),
+        ([True], TypeError, "got torch.bool"),
+        ([-1], ValueError, "one row of token ids of at least 0"),
+        ([[5]], ValueError, "one row of token ids"),
+    ],
+    ids=str,
+)
+def test_captions_that_are_no_token_ids_are_refused(ids, error, message):
+    vocabulary = ImageVocabulary(first_id=8, num_codes=4)
+    with pytest.raises(error, match=message):
+        CaptionedImages([[5], ids], torch.zeros(2, 3, dtype=torch.int64), vocabulary)
+    with pytest.raises(error, match=message.replace("caption 1", "the caption")):
+        image_prompt(ids, vocabulary)
