@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from shared.cli import Options, console, exit_code, option, parse
 from shared.files import write_json
-from shared.models import DTYPES, load_causal_lm
+from shared.models import DTYPES, load_causal_lm, load_tokenizer
 from shared.options import BackendOptions, out_folder, text_file
 from shared.outputs import check_outputs
 from shared.reports.analyze_routing import describe, draw_figures, summarize
@@ -37,7 +37,6 @@ from shared.stages import Stages, digest, model_identity
 from shared.texts import held_out_text, spread, text_blocks
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.analysis import (
@@ -130,7 +129,7 @@ def find_sequences(adapter: str) -> str:
 
 def text_rows(options: RoutingOptions) -> Tensor:
     """Return (N, block) token ids, spread evenly over the text."""
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     text = held_out_text(options.text)
     blocks = text_blocks(tokenizer, text, options.block, options.block)
     return spread(blocks, max(1, options.text_tokens // options.block))

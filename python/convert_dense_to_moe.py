@@ -27,20 +27,20 @@ from typing import Any
 import torch
 from shared.cli import Options, console, exit_code, option, parse
 from shared.files import read_text, replacing, write_json, write_text
-from shared.models import count_experts, load_causal_lm
+from shared.models import (
+    count_experts,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    load_weights,
+)
 from shared.options import RunOptions, out_folder, text_file
 from shared.outputs import check_outputs
 from shared.stages import Stage, Stages, Workspace, digest, model_identity
 from shared.tables import markdown_table
 from shared.texts import documentation, spread, text_blocks, without_shared_paragraphs
 from shared.training import stop_after_step
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels.conversion import dense_to_moe, heal, perplexity
 
@@ -131,7 +131,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def check_sizes(options: ConvertOptions) -> None:
     """Raise before the first conversion unless all of them can be made."""
-    config = AutoConfig.from_pretrained(options.model, gguf_file=options.gguf_file)
+    config = load_config(options.model, gguf_file=options.gguf_file)
     if count_experts(config):
         raise ValueError(f"{options.model} is a Mixture of Experts already")
     routed = config.intermediate_size - options.shared_expert
@@ -147,7 +147,7 @@ def check_sizes(options: ConvertOptions) -> None:
 
 def token_blocks(options: ConvertOptions) -> dict[str, torch.Tensor]:
     """Return for each part (blocks, block) token ids, those for healing in random order."""
-    tokenizer, documented = load_tokenizer(options), documentation()
+    tokenizer, documented = load_text_tokenizer(options), documentation()
     defaults = {"heal": documented.pop("train"), **documented}
     given = {part: read_text(file) for part, file in options.texts.items()}
     blocks = {}
@@ -165,14 +165,12 @@ def token_blocks(options: ConvertOptions) -> dict[str, torch.Tensor]:
     return blocks
 
 
-def load_tokenizer(options: ConvertOptions) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(options.model, gguf_file=options.gguf_file)
+def load_text_tokenizer(options: ConvertOptions) -> PreTrainedTokenizerBase:
+    return load_tokenizer(options.model, gguf_file=options.gguf_file)
 
 
 def load_dense(options: ConvertOptions) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, gguf_file=options.gguf_file, dtype=torch.float32
-    )
+    model = load_weights(options.model, gguf_file=options.gguf_file, dtype=torch.float32)
     return model.to(options.device).eval()
 
 
@@ -197,7 +195,7 @@ class Setup:
         """Measure and save a model, with its tokenizer."""
         measured = self.measure(moe)
         moe.save_pretrained(workspace.folder / "model")
-        load_tokenizer(self.options).save_pretrained(workspace.folder / "model")
+        load_text_tokenizer(self.options).save_pretrained(workspace.folder / "model")
         return {"perplexity": measured}
 
     @property

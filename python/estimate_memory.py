@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from shared.cli import Options, exit_code, option, parse
+from shared.models import load_config
 from shared.tables import markdown_table
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     MixtralConfig,
     OlmoeConfig,
@@ -67,7 +67,7 @@ def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, flo
 
 def run(options: EstimateOptions) -> None:
     name = options.model
-    models = {name: AutoConfig.from_pretrained(name)} if name else MODELS
+    models = {name: load_config(name)} if name else MODELS
     head = ("model", "base weights", "trained (experts + attention)", "trained (attention)")
     rows = []
     for name, config in models.items():

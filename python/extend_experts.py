@@ -44,7 +44,13 @@ from shared.encoder import (
     train_encoder,
 )
 from shared.files import copy_whole, replacing, write_json
-from shared.models import count_experts, load_causal_lm, require_experts
+from shared.models import (
+    count_experts,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    require_experts,
+)
 from shared.options import ModelOptions, TextOptions, out_folder
 from shared.outputs import ADAPTER, check_outputs
 from shared.pictures import CaptionedPictures
@@ -58,13 +64,7 @@ from shared.text_model import (
     train_text_tokenizer,
 )
 from shared.text_to_image import compare_text, text_logits
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids
@@ -110,7 +110,9 @@ class ExtensionOptions(Options):
         ["top-half"], f"layers to extend: {', '.join(LAYERS)} (by the scores), or indices",
         metavar="LAYER",
     )  # fmt: skip
-    experts_per_layer: int = option(1, "experts to add to each", at_least=1, metavar="N")
+    experts_per_layer: int = option(
+        1, "experts to add to each", at_least=1, at_most=1024, metavar="N"
+    )
     init: str = option("most_selected", f"start: {', '.join(INITS)}, or an expert's id")
     calibration: str = option("additive", "correction of router scores", choices=CALIBRATIONS)
     gate: str = option(
@@ -138,8 +140,8 @@ class TrainingOptions(Options):
 class TestOptions(Options):
     """Held-out questions."""
 
-    test_questions: int = option(200, "questions of each task", at_least=1)
-    shown: int = option(12, "questions shown with their pictures", at_least=1)
+    test_questions: int = option(200, "questions of each task", at_least=1, at_most=100_000)
+    shown: int = option(12, "questions shown with their pictures", at_least=1, at_most=100)
 
 
 @dataclass(kw_only=True)
@@ -244,7 +246,7 @@ def load_skeleton(options: ExtendOptions) -> PreTrainedModel:
         if options.model is None:
             tokenizer = train_text_tokenizer("", options.text_model.vocab_size)
             return start_text_model(options.text_model, tokenizer)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
+        return AutoModelForCausalLM.from_config(load_config(options.model))
 
 
 def find_base(options: ExtendOptions, stages: Stages, names: tuple[str, ...]) -> str:
@@ -545,7 +547,7 @@ def run(options: ExtendOptions) -> None:
     check_extension(options)
     stages = Stages(options.out / "stages")
     base = find_base(options, stages, pictures["train"].names)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     blocks = options.text_blocks(tokenizer)  # refuse a text that is too short before any stage
     setup = Setup(options, stages, base, tokenizer, blocks)
     run_stages(setup)

@@ -23,12 +23,12 @@ from PIL import Image
 from rich.progress import track
 from shared.cli import Options, console, exit_code, option, parse
 from shared.files import read_json, read_text, replacing, save_figure, write_json
-from shared.models import load_causal_lm
+from shared.models import load_causal_lm, load_tokenizer
 from shared.options import ModelOptions, out_folder
 from shared.outputs import check_outputs
+from shared.picture_files import MAX_CAPTION
 from shared.stages import model_identity
 from shared.training import in_batches
-from transformers import AutoTokenizer
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import SampleRow, generate_images, load_image_tokenizer, plot_samples
@@ -40,7 +40,7 @@ FILES = ("pictures.json", "pictures.png", "[0-9][0-9][0-9][0-9]*-*.png")
 class SamplingOptions(Options):
     """Sampling."""
 
-    count: int = option(4, "pictures of each caption", at_least=1)
+    count: int = option(4, "pictures of each caption", at_least=1, at_most=10_000)
     guidance: float = option(3.0, "scale of guidance; 1 is none", at_least=0)
     temperature: float = option(1.0, "temperature of sampling", above=0)
     top_k: int = option(0, "likeliest codes to choose from; 0 is all", at_least=0)
@@ -64,8 +64,14 @@ class DrawOptions(SamplingOptions, ModelOptions):
         super().__post_init__()
         if self.top_p > 1:
             raise ValueError("--top-p must be at most 1")
-        if not self.all_captions():
+        captions = self.all_captions()
+        if not captions:
             raise ValueError("give --captions, or --captions-file")
+        if long := [caption for caption in captions if len(caption) > MAX_CAPTION]:
+            raise ValueError(
+                f"a caption may have {MAX_CAPTION:,} characters; {long[0][:40]!r}... has "
+                f"{len(long[0]):,}"
+            )
 
     def all_captions(self) -> list[str]:
         lines = read_text(self.captions_file).splitlines() if self.captions_file else []
@@ -79,7 +85,7 @@ def load(options: DrawOptions):
     image_tokenizer = load_image_tokenizer(options.run / "image_tokenizer")
     model = load_causal_lm(options.model, options.dtype, options.device)
     patch_model(model, config).load_adapter(adapter)
-    return model, AutoTokenizer.from_pretrained(options.model), image_tokenizer
+    return model, load_tokenizer(options.model), image_tokenizer
 
 
 def picture_paths(out: Path, number: int, caption: str, count: int) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 import transformers
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 console = Console(highlight=False)
@@ -27,8 +28,8 @@ def option(default: Any, help: str, **arguments: Any) -> Any:
     Args:
         default: `dataclasses.MISSING` for a required option
         arguments: of `argparse.ArgumentParser.add_argument`, and what :class:`Options` checks:
-            `at_least` and `above`, limits of numbers; `is_file` and `is_folder`, for paths.
-            `positional` options are given without their name.
+            `at_least`, `at_most` and `above`, limits of numbers; `is_file` and `is_folder`, for
+            paths. `positional` options are given without their name.
     """
     metadata = {"help": help, **arguments}
     if isinstance(default, list):
@@ -69,6 +70,8 @@ class Options:
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if "at_least" in limits and not limits["at_least"] <= value < math.inf:
         raise ValueError(f"{name} must be at least {limits['at_least']}")
+    if "at_most" in limits and not value <= limits["at_most"]:
+        raise ValueError(f"{name} must be at most {limits['at_most']:,}")
     if "above" in limits and not limits["above"] < value < math.inf:
         raise ValueError(f"{name} must be above {limits['above']}")
     if limits.get("is_file") and not Path(value).is_file():
@@ -107,7 +110,7 @@ class OptionParser(HfArgumentParser):
         if self._group is None:  # --help
             return super().add_argument(*names, **arguments)
         name, default = names[-1], arguments.get("default")
-        for check in ("at_least", "above", "is_file", "is_folder"):
+        for check in ("at_least", "at_most", "above", "is_file", "is_folder"):
             arguments.pop(check, None)
         if "const" in arguments:
             arguments = {"action": "store_true", "help": arguments["help"]}
@@ -150,8 +153,21 @@ def parse(
 # --- running
 
 
+# What a user can mend: options, files, a full disk, too little memory, a missing package.
+_MENDABLE = (
+    ValueError, OSError, ImportError, ArithmeticError, MemoryError, torch.OutOfMemoryError,
+    SafetensorError,
+)  # fmt: skip
+# torch raises a RuntimeError with these words where memory, a disk or a file is at fault.
+_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+_OF_FILES = ("inline_container", "PytorchStreamWriter", "PytorchStreamReader")
+
+
 def exit_code(work: Callable[[], Any]) -> int:
-    """Run a program and return its exit code: an error that its user can mend becomes one line."""
+    """Run a program and return its exit code: an error that its user can mend becomes one line.
+
+    Any other error keeps its traceback, since it is a fault of the program.
+    """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -159,7 +175,19 @@ def exit_code(work: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         console.print("stopped; the same command continues from here")
         return 130
-    except (ValueError, OSError, ImportError, ArithmeticError, torch.OutOfMemoryError) as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+    except (*_MENDABLE, RuntimeError) as error:
+        if (problem := _problem(error)) is None:
+            raise
+        console.print(f"error: {problem}", markup=False, soft_wrap=True)
         return 1
     return 0
+
+
+def _problem(error: Exception) -> str | None:
+    """Return in one line what a user can mend; None for a fault of the program."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in text for words in _OF_MEMORY):
+        return f"there is too little memory ({text}); a smaller batch, or model, needs less"
+    if any(words in text for words in _OF_FILES):
+        return f"a file could not be written or read to its end; is the disk full? ({text})"
+    return (text or type(error).__name__) if isinstance(error, _MENDABLE) else None

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, imaging
 from moe_kernels.models import initialise_lora
 from shared import pictures
 from shared.cli import Options, option
-from shared.models import load_causal_lm, require_experts
+from shared.models import load_causal_lm, load_tokenizer, require_experts
 from shared.options import ModelOptions, TextOptions, out_folder
 from shared.pictures import CaptionedPictures
 from shared.stages import Stages, StageSetup, Workspace, digest, model_identity
@@ -47,7 +47,7 @@ class PictureOptions(Options):
     data: str = option("digits", "digits, emoji, or a folder of pictures")
     emoji_folder: str | None = option(None, "unpacked npm package emoji-datasource-twitter")
     emoji_categories: list[str] = option([], "categories of emoji; default: all", metavar="NAME")
-    image_size: int = option(32, "pixels of a side; digits have 28", at_least=1)
+    image_size: int = option(32, "pixels of a side; digits have 28", at_least=1, at_most=4096)
     held_out: int = option(200, "pictures to hold out", at_least=1)
     images: int | None = None  # pictures to use; None for all
 
@@ -72,7 +72,7 @@ class TokenizerOptions(Options):
     tokenizer: str = option(
         "patch", "patch (k-means over patches), vq (a VQ-VAE), or the folder of a fitted one"
     )
-    num_codes: int = option(256, "codes of the codebook", at_least=1)
+    num_codes: int = option(256, "codes of the codebook", at_least=1, at_most=2**20)
     patch_size: int = option(4, "pixels of a token's side", at_least=1)
     vq_steps: int = option(5000, "training steps of a VQ-VAE", at_least=1)
     vq_lr: float = option(4e-3, "learning rate of a VQ-VAE", above=0)
@@ -109,7 +109,9 @@ class DrawingOptions(Options):
     """Drawing."""
 
     captions: list[str] = option([], "captions to draw; default: ten of the pictures'")
-    samples_per_caption: int = option(6, "drawings of each caption", at_least=1, metavar="N")
+    samples_per_caption: int = option(
+        6, "drawings of each caption", at_least=1, at_most=10_000, metavar="N"
+    )
     guidance: list[float] = option([1.0, 3.0], "scales of guidance; 1 is none", at_least=0)
     temperature: float = option(1.0, "temperature of sampling", above=0)
 
@@ -182,7 +184,7 @@ class Setup(StageSetup):
         train, held_out = options.load_pictures()
         train.print_set_aside()
         labels = choose_labels(train, options.captions)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = load_tokenizer(options.model)
         blocks = options.text_blocks(tokenizer)
         return cls(options, stages, train, held_out, tokenizer, blocks, labels)
 
@@ -317,10 +319,23 @@ def adapter_inputs(setup: Setup) -> dict[str, Any]:
     return inputs | ({} if options.lora_init == "zero" else {"text": digest(setup.blocks)})
 
 
+def check_length(painter: Painter, tokens: PictureTokens) -> None:
+    """Raise unless a picture with the longest caption fits into the model's positions."""
+    caption = max(map(len, painter.caption_ids))
+    length = caption + tokens.tokenizer.tokens_per_image + 2
+    positions = getattr(painter.model.config, "max_position_embeddings", length)
+    if length > positions:
+        raise ValueError(
+            f"a caption of {caption:,} tokens and a picture make {length:,} tokens, more than the "
+            f"{positions:,} positions of the model"
+        )
+
+
 def teach(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Train the adapters and the added rows on captioned pictures."""
     options, tokens = setup.options, setup.tokens
     painter = patch(setup, setup.load_base())
+    check_length(painter, tokens)
     held_out = painter.batches(tokens.held_out.head(options.curve_pictures), options.image_batch)
     if options.gradient_checkpointing:
         painter.model.gradient_checkpointing_enable()

@@ -1,11 +1,21 @@
-"""Pretrained models: loading, and refusing those without experts."""
+"""Pretrained models: loading, and refusing those that are damaged or have no experts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Names that configurations have for the number of experts of a layer.
@@ -25,7 +35,7 @@ def require_experts(model: str) -> None:
     """
     if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
         raise ValueError(f"{model} is not a folder")
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model)
     if count_experts(config) is None:
         raise ValueError(
             f"{model} is a dense {config.model_type!r} model: "
@@ -33,9 +43,53 @@ def require_experts(model: str) -> None:
         )
 
 
+@contextmanager
+def reading(model: str | Path) -> Iterator[None]:
+    """Name the model in whatever transformers raises for damaged files.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{model} cannot be loaded, a file may be damaged ({problem})") from error
+
+
+def load_config(model: str | Path, **options: Any) -> PretrainedConfig:
+    """Return the model's configuration; raises as :func:`reading`."""
+    with reading(model):
+        return AutoConfig.from_pretrained(model, **options)
+
+
+def load_tokenizer(model: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; raises as :func:`reading`."""
+    with reading(model):
+        return AutoTokenizer.from_pretrained(model, **options)
+
+
+def load_weights(model: str | Path, **options: Any) -> PreTrainedModel:
+    """Return the model with its weights, options: of `from_pretrained`; raises as :func:`reading`.
+
+    Raises:
+        ValueError: the files lack weights. transformers would draw them at random.
+    """
+    with reading(model):
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, output_loading_info=True, **options
+        )
+    if missing := sorted(info["missing_keys"]):
+        names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise ValueError(f"{model} lacks {len(missing)} weights: {names}")
+    return loaded
+
+
 def load_causal_lm(model: str | Path, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
     """Return the model in eval mode, its experts "eager" where grouped_mm does not support them."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    loaded = load_weights(model, dtype=dtype)
     for module in loaded.modules():
         weight = getattr(module, "down_proj", None)
         if isinstance(weight, torch.Tensor) and weight.ndim == 3:

@@ -14,6 +14,8 @@ from shared.cli import Options, option
 from shared.models import DTYPES
 from shared.texts import held_out_text, text_blocks
 
+LARGEST_SEED = 2**32 - 1  # numpy's and scikit-learn's
+
 
 def out_folder(name: str) -> Any:
     """Return the option --out of a program."""
@@ -24,7 +26,7 @@ def out_folder(name: str) -> Any:
 class RunOptions(Options):
     """Run."""
 
-    seed: int = option(0, "seed of all random numbers")
+    seed: int = option(0, "seed of all random numbers", at_least=0, at_most=LARGEST_SEED)
     device: str | None = option(None, "cpu or cuda; default: cuda where available")
     out: Path = out_folder("")
 
@@ -32,9 +34,13 @@ class RunOptions(Options):
         super().__post_init__()
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=self.device)
+            device = torch.empty(0, device=self.device).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {self.device}: {error}") from error
+        if device.type == "meta":
+            raise ValueError("--device meta holds no numbers: give cpu or cuda")
+        if device.type == "cpu":
+            self.device = "cpu"  # without an index
 
 
 @dataclass(kw_only=True)

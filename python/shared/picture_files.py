@@ -19,6 +19,7 @@ SUFFIXES = (
     ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
     ".webp",
 )  # fmt: skip
+MAX_CAPTION = 2000  # characters; a batch is as long as its longest caption
 _COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
 
 Row = tuple[str, dict[Any, Any]]  # where a row stands, and its values by column
@@ -87,7 +88,7 @@ def caption_of(row: dict[Any, Any]) -> str:
     """Return the caption of a row.
 
     Raises:
-        SetAside: the row has none, or one that is not text.
+        SetAside: the row has none, or one that is too long or not text.
     """
     caption = row.get("text")
     if None in row:
@@ -96,6 +97,8 @@ def caption_of(row: dict[Any, Any]) -> str:
         raise SetAside("the row has no caption")
     if not isinstance(caption, str):
         raise SetAside(f"its caption is not text: {caption!r}")
+    if len(caption) > MAX_CAPTION:
+        raise SetAside(f"its caption has {len(caption):,} characters, more than {MAX_CAPTION:,}")
     try:
         caption.encode()
     except UnicodeEncodeError as error:

@@ -193,11 +193,12 @@ class CaptionReader:
     ) -> CaptionReader | None:
         """Fit on real pictures, raw and as decoded by the tokenizer.
 
-        Returns None if a caption has too few pictures to learn from.
+        Returns None if a caption has too few pictures to learn from, or there is one caption alone.
         """
         from sklearn.svm import SVC
 
-        if np.bincount(train.labels, minlength=len(train.pictures.names)).min() < _PICTURES_TO_READ:
+        counts = np.bincount(train.labels, minlength=len(train.pictures.names))
+        if len(counts) < 2 or counts.min() < _PICTURES_TO_READ:
             return None
         both = [flat(train.pictures.images) / 255, flat(decode(train.codes))]
         return cls(SVC(C=5.0).fit(np.concatenate(both), np.tile(train.labels, 2)), decode)

@@ -211,6 +211,11 @@ def train(
         save_total_limit=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     arguments = TrainingArguments(output_dir=str(workspace.checkpoints), **defaults | arguments)
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"transformers' Trainer would spread the model over {arguments.n_gpu} GPUs by "
+            "nn.DataParallel: choose one of them by CUDA_VISIBLE_DEVICES"
+        )
     with stop_after_step() as stop:
         monitor = Monitor(arguments.max_steps, held_out, workspace, stop)
         trainer = (AdapterTrainer if isinstance(model, PatchedModel) else CheckedTrainer)(

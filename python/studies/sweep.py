@@ -18,6 +18,7 @@ import transformers
 from rich.table import Table
 from shared.cli import Options, console, exit_code, option
 from shared.files import write_text
+from shared.options import LARGEST_SEED
 from shared.outputs import check_outputs
 from shared.stages import Stages, Workspace
 
@@ -281,7 +282,9 @@ class SweepOptions(Options):
     A study adds ``runs``, made by :func:`runs_option`.
     """
 
-    seeds: list[int] | None = option(None, f"default: {' '.join(map(str, SEEDS))}")
+    seeds: list[int] | None = option(
+        None, f"default: {' '.join(map(str, SEEDS))}", at_least=0, at_most=LARGEST_SEED
+    )
     remake: bool = option(False, "repeat a few published runs and compare")
     quick: bool = option(False, "one seed, short, and few runs")
     page: bool = option(False, "write the page from the JSON, run nothing")

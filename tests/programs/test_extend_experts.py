@@ -130,7 +130,7 @@ def test_the_page_says_how_to_load_the_adapter(program, finished, report):
         features = loaded(encoder.as_input(pictures["test"].images))
     labels = torch.from_numpy(pictures["test"].labels).long()
     encoded = encoder.EncodedPictures(features, labels, pictures["test"].names)
-    tokenizer = program.AutoTokenizer.from_pretrained(report["base"])
+    tokenizer = program.load_tokenizer(report["base"])
     asked = [questions.ask(encoded, task, 8, seed) for seed, task in enumerate(("digit", "sum"))]
     graded = viewer.grade(questions.QuestionSet(encoded, sum(asked, []), tokenizer))
     expected = report["answers"]["states"]["experts tuned"]

@@ -1,11 +1,15 @@
 """Options of the programs: declared once, checked, and explained by --help."""
 
 import dataclasses
+import errno
 import re
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.programs import PROGRAMS, imported
 
 DECLARED = {
@@ -83,9 +87,11 @@ def options(cli):
         model: str = cli.option(dataclasses.MISSING, "a folder", positional=True)
         quick: bool = cli.option(False, "a short run")
         text_file: str | None = cli.option(None, "a text", is_file=True)
-        seeds: list[int] | None = cli.option(None, "seeds of the runs", at_least=0)
+        seeds: list[int] | None = cli.option(
+            None, "seeds of the runs", at_least=0, at_most=2**32 - 1
+        )
         pictures: Path | None = cli.option(None, "a folder", is_folder=True)
-        steps: int = cli.option(7, "training steps", at_least=1)
+        steps: int = cli.option(7, "training steps", at_least=1, at_most=1000)
         fixed: int = 3
 
     return Own
@@ -116,6 +122,8 @@ def test_quick_changes_defaults_alone(cli, options):
         ([], "model"),
         (["folder", "--fixed", "4"], "unrecognized arguments"),
         (["folder", "--steps", "0"], "--steps must be at least 1"),
+        (["folder", "--steps", "1001"], "--steps must be at most 1,000"),
+        (["folder", "--seeds", "0", "10000000000"], "--seeds must be at most 4,294,967,295"),
         (["folder", "--rates", "1", "nan"], "--rates must be above 0"),
         (["folder", "--rates", "inf"], "--rates must be above 0"),
         (["folder", "--text-file", "nowhere"], "--text-file: nowhere is not a file"),
@@ -139,3 +147,92 @@ def test_the_help_groups_options_by_the_class_that_declares_them(cli, options):
     )
     assert "--quick" in own and "--steps" not in own
     assert "training steps; default: 7" in shared and "learning rates; default: 0.5 1.0" in shared
+
+
+# --- running
+
+
+def on_a_full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device", "out/adapter")
+
+
+def in_too_little_memory():
+    torch.empty(10**15)
+
+
+def in_too_little_memory_for_an_array():
+    np.empty(10**15)
+
+
+def saved_to_a_full_disk():
+    torch.save(torch.ones(10**6), "/dev/full")
+
+
+def loaded_from_a_damaged_archive(folder):
+    file = folder / "optimizer.pt"
+    torch.save(torch.ones(9), file)
+    file.write_bytes(file.read_bytes()[:-300])
+    torch.load(file)
+
+
+def loaded_from_damaged_weights(folder):
+    file = folder / "model.safetensors"
+    save_file({"weight": torch.ones(9)}, file)
+    file.write_bytes(file.read_bytes()[:-1])
+    load_file(file)
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (on_a_full_disk, "No space left on device: 'out/adapter'"),
+        (in_too_little_memory, "error: there is too little memory ("),
+        (in_too_little_memory_for_an_array, "error: there is too little memory (Unable to"),
+        (saved_to_a_full_disk, "is the disk full?"),
+        (loaded_from_a_damaged_archive, "could not be written or read to its end"),
+        (loaded_from_damaged_weights, "not fully covered"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(cli, work, message, tmp_path, capsys):
+    assert cli.exit_code(lambda: work(tmp_path) if work.__code__.co_argcount else work()) == 1
+    said = capsys.readouterr().out
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError, AttributeError, KeyError, RuntimeError, TypeError, IndexError]
+)
+def test_a_fault_of_the_program_keeps_its_traceback(cli, error):
+    def work():
+        raise error("what nobody expected")
+
+    with pytest.raises(error, match="what nobody expected"):
+        cli.exit_code(work)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "meta"], "--device meta holds no numbers"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", "4294967296"], "--seed must be at most 4,294,967,295"),
+        (["--count", "1000000000"], "--count must be at most 10,000"),
+        (["--captions", "word " * 20_000], "a caption may have 2,000 characters; 'word word "),
+        (["--captions-file", "latin.txt"], "latin.txt is not a text in UTF-8"),
+        (["--temperature", "nan"], "--temperature must be above 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_hostile_options_are_refused_with_code_2(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with imported("generate_images") as program, pytest.raises(SystemExit) as stop:
+        program.main(["model", "--run", "run", "--captions", "a", *options])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()[-1]) < 300
+
+
+def test_a_device_of_the_cpu_has_one_name():
+    with imported("shared.options") as options:
+        assert options.RunOptions(device="cpu:0").device == "cpu"
