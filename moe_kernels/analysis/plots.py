@@ -44,7 +44,7 @@ def plot_expert_load(
         title: title of the figure.
     """
     modalities = tuple(modalities or statistics.seen()[:2])
-    load = statistics.load() * torch.tensor(statistics.num_experts).view(-1, 1, 1)
+    load = statistics.load() * statistics.counts.new_tensor(statistics.num_experts).view(-1, 1, 1)
     load = load.masked_fill(~statistics.exists().unsqueeze(1), torch.nan)
     is_pair = len(modalities) == 2
     figure, panels = _layer_panels(len(statistics.layers), [3] * len(modalities) + [2] * is_pair)
@@ -94,7 +94,7 @@ def plot_specialisation(
     bar = figure.colorbar(image, ax=panel, ticks=[0, 0.5, 1], shrink=0.9, pad=0.02)
     bar.ax.set_yticklabels([f"{first} only", "both alike", f"{second} only"])
     kinds = statistics.expert_kinds(first, second)
-    left = torch.zeros(len(statistics.layers), dtype=torch.int64)
+    left = statistics.counts.new_zeros(len(statistics.layers))
     colormap = image.get_cmap()
     for number, label, color in (
         (kinds.only_first, f"{first} only", colormap(0.0)),

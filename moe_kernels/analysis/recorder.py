@@ -95,7 +95,8 @@ class RoutingRecorder:
             raise RuntimeError("nothing was recorded: no forward ran while the recorder was open")
         layers = tuple(name for name in self._blocks if name in self._counts)
         widths = tuple(self._counts[name].shape[-1] for name in layers)
-        counts = torch.zeros(len(layers), len(self.modalities), max(widths), dtype=torch.int64)
+        shape = (len(layers), len(self.modalities), max(widths))
+        counts = torch.zeros(shape, dtype=torch.int64, device="cpu")
         for layer, (name, width) in enumerate(zip(layers, widths, strict=True)):
             counts[layer, :, :width] = self._counts[name].cpu()
         rows, entropy_sum = (

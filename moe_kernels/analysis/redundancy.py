@@ -82,7 +82,7 @@ class ExpertRedundancy:
             values["modality"],
             values["rows"],
             tuple(values["layers"]),
-            tuple(torch.tensor(matrix, dtype=torch.float64) for matrix in matrices),
+            tuple(torch.tensor(matrix, dtype=torch.float64, device="cpu") for matrix in matrices),
         )
 
 
@@ -249,7 +249,7 @@ class _Sample:
         self.row_modality, self.modality_id = row_modality, modality_id
         self.max_tokens = max_tokens
         self.generator = torch.Generator().manual_seed(seed)
-        self.keys = torch.empty(0)
+        self.keys = self._draw_keys(0)
         self.inputs: dict[str, Tensor] = {}
         self.num_experts: dict[str, int] = {}
         self._drawn_for: Tensor | None = None
@@ -267,12 +267,15 @@ class _Sample:
             new = torch.cat([self.inputs[layer][self._kept.to(inputs.device)], new])
         self.inputs[layer], self.num_experts[layer] = new, logits.shape[-1]
 
+    def _draw_keys(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator, dtype=torch.float32, device="cpu")
+
     def _draw(self) -> None:
         """Choose the held rows that stay and the rows of this forward that join them."""
         self._drawn_for = self.row_modality.current
         candidates = (self._drawn_for == self.modality_id).nonzero().flatten().cpu()
         held = self.size
-        keys = torch.cat([self.keys, torch.rand(len(candidates), generator=self.generator)])
+        keys = torch.cat([self.keys, self._draw_keys(len(candidates))])
         chosen = smallest_keys(keys, self.max_tokens)
         self.keys = keys[chosen]
         self._kept, self._new = chosen[chosen < held], candidates[chosen[chosen >= held] - held]
@@ -310,7 +313,7 @@ def _mean_cosine(experts: _Experts, num_experts: int) -> Tensor:
     """Return the mean cosine of every pair of experts, (E, E); a zero output has cosine 0."""
     n, hidden = experts.inputs.shape
     chunk = max(1, _CHUNK_ELEMENTS // (num_experts * hidden))
-    total = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device="cpu")
     for start in range(0, n, chunk):
         rows = slice(start, start + chunk)
         outputs = (experts.output(expert, rows) for expert in range(num_experts))

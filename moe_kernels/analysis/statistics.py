@@ -54,7 +54,8 @@ class RoutingStatistics:
 
     def exists(self) -> torch.Tensor:
         """Return a mask of the experts that each layer has, (L, E) bool."""
-        return torch.arange(self.counts.shape[-1]) < torch.tensor(self.num_experts).unsqueeze(1)
+        numbers = torch.tensor(self.num_experts, device=self.counts.device).unsqueeze(1)
+        return torch.arange(self.counts.shape[-1], device=numbers.device) < numbers
 
     def load(self) -> torch.Tensor:
         """Return f(e|m), the share of modality m's choices that fell on expert e.
@@ -103,7 +104,8 @@ class RoutingStatistics:
             ValueError: no row of a modality was recorded.
         """
         p, q = self._load_of(first), self._load_of(second)
-        even = 1 / torch.tensor(self.num_experts, dtype=torch.float64).unsqueeze(1)
+        numbers = self.counts.new_tensor(self.num_experts, dtype=torch.float64)
+        even = 1 / numbers.unsqueeze(1)
         return (torch.maximum(p, q) < below * even) & self.exists()
 
     def expert_kinds(
@@ -144,9 +146,9 @@ class RoutingStatistics:
         return cls(
             tuple(values["modalities"]),
             tuple(values["layers"]),
-            torch.tensor(values["counts"], dtype=torch.int64),
-            torch.tensor(values["rows"], dtype=torch.int64),
-            torch.tensor(values["entropy_sum"], dtype=torch.float64),
+            torch.tensor(values["counts"], dtype=torch.int64, device="cpu"),
+            torch.tensor(values["rows"], dtype=torch.int64, device="cpu"),
+            torch.tensor(values["entropy_sum"], dtype=torch.float64, device="cpu"),
             tuple(values["num_experts"]) if "num_experts" in values else None,
         )
 

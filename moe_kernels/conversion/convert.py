@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def dense_to_moe(
     for index, mlp in enumerate(mlps):
         converted = _convert_mlp(mlp, inputs[index], sizes, split, generator)
         if config.model_type == "qwen2_moe":
-            converted["shared_expert_gate.weight"] = torch.zeros(1, config.hidden_size)
+            converted["shared_expert_gate.weight"] = _on_cpu(torch.zeros, 1, config.hidden_size)
         else:
             converted = {k: t for k, t in converted.items() if not k.startswith("shared_expert")}
         state |= {f"model.layers.{index}.mlp.{name}": t for name, t in converted.items()}
@@ -162,11 +162,12 @@ def _distribute(
     """Return each expert's neurons (E, I) and the shared expert's (shared,), in ascending order."""
     d_ff = mlp.down_proj.in_features
     contribution = None if acts is None else splits.contributions(mlp, acts)
-    shared = torch.arange(0)
+    shared = torch.arange(0, device="cpu")
     if sizes.shared:
         order = contribution.mean(0).argsort(descending=True, stable=True)
         shared = order[: sizes.shared].sort().values
-    routed = torch.ones(d_ff, dtype=torch.bool).index_fill(0, shared, False).nonzero().flatten()
+    routed = torch.ones(d_ff, dtype=torch.bool, device="cpu").index_fill(0, shared, False)
+    routed = routed.nonzero().flatten()
     if split == "random":
         labels = splits.random_labels(len(routed), sizes.num_experts, generator)
     else:
@@ -189,12 +190,11 @@ def _router(
     """
     num_experts, hidden = experts_down.shape[0], experts_down.shape[1]
     if sizes.top_k == num_experts:
-        return torch.zeros(num_experts, hidden)
+        return _on_cpu(torch.zeros, num_experts, hidden)
     if inputs is None:
         # The layer's input is normalised: its norm is about sqrt(H).
-        return (
-            torch.randn(num_experts, hidden, generator=generator) * _LOGIT_STD / math.sqrt(hidden)
-        )
+        drawn = _on_cpu(torch.randn, num_experts, hidden, generator=generator)
+        return drawn * _LOGIT_STD / math.sqrt(hidden)
     down = experts_down.to("cpu", torch.float32)
     norms = [(acts[:, chosen] @ down[e].T).norm(dim=1) for e, chosen in enumerate(neurons)]
     norms = torch.stack(norms, dim=1).double()  # (N, E) norms of the experts' outputs
@@ -209,12 +209,17 @@ def _router(
     return (weight * (_LOGIT_STD / spread.clamp_min(1e-30))).float()
 
 
+def _on_cpu(make: Callable[..., Tensor], *shape: int, **options) -> Tensor:
+    """Return a new float32 tensor on the CPU, whatever torch's defaults are."""
+    return make(*shape, dtype=torch.float32, device="cpu", **options)
+
+
 def _build(model: PreTrainedModel, config, state: dict[str, Tensor]) -> PreTrainedModel:
     """Build the target model from its configuration and tensors, with the source's settings."""
     # The constructor draws weights that are overwritten below: fork the generators so that it does
     # not advance the caller's. A Qwen2-MoE without a shared expert has empty tensors in its place,
     # about which torch warns.
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), torch.device("cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         moe = AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation

@@ -200,7 +200,8 @@ class _Run:
         epoch, index = divmod(self.step, len(self.batches))
         # The order depends on seed and epoch alone, so a checkpoint needs no generator state.
         generator = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + epoch)
-        return self.batches[int(torch.randperm(len(self.batches), generator=generator)[index])]
+        order = torch.randperm(len(self.batches), generator=generator, device="cpu")
+        return self.batches[int(order[index])]
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()

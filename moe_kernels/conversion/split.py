@@ -22,8 +22,9 @@ def random_labels(num_neurons: int, num_experts: int, generator: torch.Generator
     Returns:
         (num_neurons,) int64, each expert ``num_neurons / num_experts`` times.
     """
-    labels = torch.arange(num_experts).repeat_interleave(num_neurons // num_experts)
-    return labels[torch.randperm(num_neurons, generator=generator)]
+    labels = torch.arange(num_experts, device="cpu")
+    labels = labels.repeat_interleave(num_neurons // num_experts)
+    return labels[torch.randperm(num_neurons, generator=generator, device="cpu")]
 
 
 def balanced_kmeans(features: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
@@ -37,7 +38,7 @@ def balanced_kmeans(features: Tensor, num_clusters: int, generator: torch.Genera
     Returns:
         (N,) int64, each cluster N / E times.
     """
-    first = torch.randperm(len(features), generator=generator)[:num_clusters]
+    first = torch.randperm(len(features), generator=generator, device="cpu")[:num_clusters]
     centres, labels = features[first], None
     for _ in range(_KMEANS_STEPS):
         before, labels = labels, _assign(torch.cdist(features, centres))
@@ -56,8 +57,8 @@ def _assign(distances: Tensor) -> Tensor:
     least one centre, so there are at most E rounds.
     """
     rows, clusters = distances.shape
-    room = torch.full((clusters,), rows // clusters)
-    labels = torch.full((rows,), -1)
+    room = distances.new_full((clusters,), rows // clusters, dtype=torch.int64)
+    labels = distances.new_full((rows,), -1, dtype=torch.int64)
     while (unassigned := (labels < 0).nonzero().flatten()).numel():
         open_distances = distances[unassigned].masked_fill(room == 0, torch.inf)
         nearest, choice = open_distances.min(1)

@@ -159,7 +159,7 @@ def generate_image_codes(
     with _generating(model), _seeded(model.device, seed), bar:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
-            batch = collate([{"input_ids": torch.tensor(ids)} for ids in part])
+            batch = collate([{"input_ids": torch.tensor(ids, device="cpu")} for ids in part])
             output = model.generate(
                 **{name: tensor.to(model.device) for name, tensor in batch.items()},
                 **sampling,
@@ -170,7 +170,8 @@ def generate_image_codes(
             )
             batches.append(vocabulary.codes_of(output[:, -tokens_per_image:].cpu()))
             bar.update(len(part))
-    return torch.cat(batches) if batches else torch.empty(0, tokens_per_image, dtype=torch.long)
+    none = torch.empty(0, tokens_per_image, dtype=torch.long, device="cpu")
+    return torch.cat([none, *batches])
 
 
 def _vocabulary_of(model: PreTrainedModel) -> ImageVocabulary:

@@ -55,5 +55,5 @@ def _nearest(images: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tenso
         if len(chunk)
     ]
     if not found:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64)
+        return reference.new_empty(0), reference.new_empty(0, dtype=torch.int64)
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])

@@ -64,9 +64,9 @@ class PatchTokenizer(CodebookTokenizer):
                 f"{num_codes} codes need as many distinct patches; these images have {len(patches)}"
             )
         if len(patches) > max_patches:
-            chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[
-                :max_patches
-            ]
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(patches), generator=generator, device="cpu")
+            chosen = order[:max_patches]
             # Always include the commonest patches, so that the background keeps its own entry.
             chosen = torch.cat([counts.topk(num_codes).indices, chosen]).unique()
             patches, counts = patches[chosen], counts[chosen]

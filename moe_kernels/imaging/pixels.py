@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CHANNELS = (1, 3, 4)
+_MODES = ("L", "RGB", "RGBA")  # of PIL; the numbers of others are no brightness, or not 0..255
 
 
 def as_pixels(images: Any) -> torch.Tensor:
@@ -44,6 +45,13 @@ def _as_tensor(images: Any) -> torch.Tensor:
         if images.is_meta:
             raise ValueError("images are on the meta device, where they have no values")
         return images.detach().cpu()
+    pictures = images if isinstance(images, list | tuple) else []
+    modes = {mode for each in pictures if isinstance(mode := getattr(each, "mode", "L"), str)}
+    if unknown := sorted(modes.difference(_MODES)):
+        raise TypeError(
+            f"PIL pictures must have a mode of {', '.join(_MODES)}; got {', '.join(unknown)}: "
+            'convert them, picture.convert("RGB")'
+        )
     try:
         array = np.asarray(images)
     except ValueError as error:

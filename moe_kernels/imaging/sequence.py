@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from moe_kernels.imaging.arrays import as_tensor
+
 IGNORE_INDEX = -100
 _BEGIN, _END, _FIRST_CODE = 0, 1, 2
 
@@ -153,7 +155,7 @@ def image_sequence(
     codes: (tokens,) -> input_ids and labels, (caption + tokens + 2,) each
     """
     caption = text_ids(caption_ids, vocabulary, "the caption")
-    return mixed_sequence([caption, torch.as_tensor(codes)], vocabulary)
+    return mixed_sequence([caption, as_tensor(codes)], vocabulary)
 
 
 def mixed_sequence(
@@ -192,8 +194,8 @@ def mixed_sequence(
         ids += prompt + picture
         labels += (prompt if text_labels else [IGNORE_INDEX] * len(prompt)) + picture
     return {
-        "input_ids": torch.tensor(ids, dtype=torch.long),
-        "labels": torch.tensor(labels, dtype=torch.long),
+        "input_ids": torch.tensor(ids, dtype=torch.long, device="cpu"),
+        "labels": torch.tensor(labels, dtype=torch.long, device="cpu"),
     }
 
 
@@ -221,7 +223,7 @@ def split_images(
     pieces: list[list[int] | torch.Tensor] = []
     text: list[int] = []
     codes: list[int] | None = None  # codes of the open picture
-    for position, token_id in enumerate(torch.as_tensor(token_ids).tolist()):
+    for position, token_id in enumerate(as_tensor(token_ids).tolist()):
         if token_id not in vocabulary.token_ids:
             if codes is not None:
                 raise ValueError(f"text token {token_id} inside a picture, at position {position}")
@@ -233,7 +235,8 @@ def split_images(
             pieces += [text] if text else []
             text, codes = [], []
         elif token_id == vocabulary.end_id:
-            pieces.append(vocabulary.codes_of(torch.tensor(codes, dtype=torch.long)))
+            ids = torch.tensor(codes, dtype=torch.long, device="cpu")
+            pieces.append(vocabulary.codes_of(ids))
             codes = None
         else:
             codes.append(token_id)
@@ -254,7 +257,7 @@ def text_ids(
         ValueError: an id is an image token's or is negative; the error has this name.
         TypeError: the ids are not integers.
     """
-    ids = torch.as_tensor(token_ids)
+    ids = as_tensor(token_ids)
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise TypeError(f"{name} must hold integer token ids; got {ids.dtype}")
     if ids.ndim != 1 or (ids.numel() and int(ids.long().min()) < 0):
@@ -286,8 +289,8 @@ class CaptionedImages(Dataset):
         seed: seed of the dropout.
 
     Raises:
-        ValueError: captions and pictures differ in number, a caption contains image tokens, or the
-            dropout is outside [0, 1].
+        ValueError: captions and pictures differ in number, codes are not integers (N, tokens), a
+            caption contains image tokens, or the dropout is outside [0, 1].
     """
 
     def __init__(
@@ -307,6 +310,9 @@ class CaptionedImages(Dataset):
             )
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout must lie in [0, 1]; got {caption_dropout}")
+        shape, dtype = tuple(as_tensor(codes[:1]).shape), as_tensor(codes[:1]).dtype
+        if len(shape) != 2 or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            raise ValueError(f"codes must be integers (N, tokens); got {dtype}, one is {shape[1:]}")
         for index, caption in enumerate(caption_ids):
             text_ids(caption, vocabulary, f"caption {index}")
         text_ids(empty_caption, vocabulary, "empty_caption")
@@ -343,13 +349,16 @@ class ImageCollator:
     pad_token_id: int
 
     def __call__(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        input_ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
+        input_ids = [as_tensor(sample["input_ids"]) for sample in samples]
         batch = {
             "input_ids": _pad_left(input_ids, self.pad_token_id),
             "attention_mask": _pad_left([torch.ones_like(ids) for ids in input_ids], 0),
         }
-        if "labels" in samples[0]:
-            labels = [torch.as_tensor(sample["labels"]).clone() for sample in samples]
+        labelled = ["labels" in sample for sample in samples]
+        if any(labelled):
+            if not all(labelled):
+                raise ValueError("some samples of this batch have labels, and others have none")
+            labels = [as_tensor(sample["labels"]).clone() for sample in samples]
             for each in labels:
                 each[:1] = IGNORE_INDEX
             batch["labels"] = _pad_left(labels, IGNORE_INDEX)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_kernels.files import write_atomically
+from moe_kernels.imaging.arrays import as_tensor
 from moe_kernels.imaging.pixels import as_pixels
 
 _WEIGHTS_FILE = "codebook.safetensors"
@@ -178,7 +179,7 @@ class CodebookTokenizer(ABC):
 
     def _checked(self, codes: Any) -> torch.Tensor:
         """Return codes of any shape as int64 on the CPU; raise ValueError unless they are codes."""
-        codes = torch.as_tensor(codes).cpu()
+        codes = as_tensor(codes).cpu()
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"codes must be integers; got {codes.dtype}")
         codes = codes.long()  # before comparing: torch compares few of the unsigned dtypes

@@ -33,6 +33,8 @@ _KEEP_EVERY = 50  # steps
 _REVIVE_EVERY = 20  # steps
 _REVIVE_UNTIL = 0.8  # share of all steps; entries settle in the remaining ones
 _DEAD = 0.03  # an entry with less than this share of the average use is dead
+# Of the networks' layers, whatever torch's defaults are.
+_FLOAT = {"device": "cpu", "dtype": torch.float32}
 
 
 class FittingError(FloatingPointError):
@@ -166,12 +168,12 @@ class _Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.block = nn.Sequential(
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(8, width, **_FLOAT),
             nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
+            nn.Conv2d(width, width, 3, padding=1, **_FLOAT),
+            nn.GroupNorm(8, width, **_FLOAT),
             nn.SiLU(),
-            nn.Conv2d(width, width, 1),
+            nn.Conv2d(width, width, 1, **_FLOAT),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,26 +197,26 @@ class _Autoencoder(nn.Module):
         down = [
             layer
             for before, after in zip(widths[:-1], widths[1:], strict=True)
-            for layer in (nn.Conv2d(before, after, 4, 2, 1), nn.SiLU())
+            for layer in (nn.Conv2d(before, after, 4, 2, 1, **_FLOAT), nn.SiLU())
         ]
         up = [
             layer
             for before, after in zip(widths[:0:-1], widths[-2::-1], strict=True)
-            for layer in (nn.SiLU(), nn.ConvTranspose2d(before, after, 4, 2, 1))
+            for layer in (nn.SiLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, **_FLOAT))
         ]
         self.encoder = nn.Sequential(
             *down[:-1],
             _Residual(width),
             _Residual(width),
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(8, width, **_FLOAT),
             nn.SiLU(),
-            nn.Conv2d(width, code_dim, 1),
+            nn.Conv2d(width, code_dim, 1, **_FLOAT),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(code_dim, width, 3, padding=1),
+            nn.Conv2d(code_dim, width, 3, padding=1, **_FLOAT),
             _Residual(width),
             _Residual(width),
-            nn.GroupNorm(8, width),
+            nn.GroupNorm(8, width, **_FLOAT),
             *up,
         )
 
@@ -229,7 +231,7 @@ class _Codebook:
     def __init__(self, vectors: torch.Tensor, num_codes: int):
         self.entries = _draw(vectors, num_codes)
         self.sums = self.entries.clone()
-        self.counts = torch.ones(num_codes, device=vectors.device)
+        self.counts = vectors.new_ones(num_codes)
 
     def update(self, vectors: torch.Tensor, codes: torch.Tensor) -> None:
         counts = torch.bincount(codes, minlength=len(self.entries))
@@ -322,7 +324,7 @@ class _Fit:
         self.optimizer.step()
 
     def _batch(self) -> torch.Tensor:
-        chosen = torch.randint(len(self.pixels), (self.batch_size,))
+        chosen = torch.randint(len(self.pixels), (self.batch_size,), device="cpu")
         return self.pixels[chosen].to(next(self.network.parameters()).device)
 
     def _keep(self, step: int) -> None:
@@ -362,7 +364,7 @@ def as_vectors(grid: torch.Tensor) -> torch.Tensor:
 
 def _draw(vectors: torch.Tensor, count: int) -> torch.Tensor:
     """Draw vectors at random, (n, d) -> (count, d); none is repeated before all are used."""
-    order = torch.randperm(len(vectors)).repeat(1 + count // len(vectors))
+    order = torch.randperm(len(vectors), device="cpu").repeat(1 + count // len(vectors))
     return vectors[order[:count].to(vectors.device)].clone()
 
 

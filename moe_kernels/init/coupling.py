@@ -127,9 +127,9 @@ def couple(
     plan, value = _solve(ot, c_x / x_scale, c_y / y_scale, p, q, solver, epsilon)
     _check_plan(plan, p, None if solver == "semirelaxed" else q, solver)
 
-    nearest = torch.empty(x.shape[0], dtype=torch.int64)
+    nearest = x.new_empty(x.shape[0], dtype=torch.int64)
     nearest[sources] = targets[plan.argmax(1)]
-    rest = torch.ones(x.shape[0], dtype=torch.bool)
+    rest = x.new_ones(x.shape[0], dtype=torch.bool)
     rest[sources] = False
     if rest.any():
         used = plan.sum(0) > 0  # few columns for "semirelaxed"; unused ones would only add zeros
@@ -179,7 +179,7 @@ def _choose(mass: Tensor, count: int, heaviest: bool, generator: torch.Generator
     if heaviest:
         order = mass.argsort(descending=True, stable=True)
     else:
-        order = torch.randperm(mass.numel(), generator=generator)
+        order = torch.randperm(mass.numel(), generator=generator, device="cpu")
     return order[:count].sort().values
 
 
@@ -269,8 +269,11 @@ def _check_finite(points: Tensor, name: str) -> None:
 def _mass(weights: Tensor | None, points: Tensor, name: str) -> Tensor:
     """Return the points' masses, (n,) float64 that sums to 1."""
     if weights is None:
-        return torch.full((points.shape[0],), 1 / points.shape[0], dtype=torch.float64)
-    weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+        number = points.shape[0]
+        return torch.full((number,), 1 / number, dtype=torch.float64, device="cpu")
+    if isinstance(weights, Tensor):
+        weights = weights.detach()
+    weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if weights.shape != points.shape[:1]:
         raise ValueError(
             f"frequencies of {name} must be ({points.shape[0]},), got {tuple(weights.shape)}"

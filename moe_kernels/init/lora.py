@@ -119,8 +119,9 @@ def truncated_map(
     generator = torch.Generator().manual_seed(seed)
     # LoRA's usual initialisation of A: with A and B both zero, neither would get a gradient.
     bound = z.shape[1] ** -0.5
-    down = torch.empty(r, z.shape[1]).uniform_(-bound, bound, generator=generator)
-    up = torch.zeros(z.shape[1], r)
+    down = z.new_empty(r, z.shape[1], dtype=torch.float32)
+    down.uniform_(-bound, bound, generator=generator)
+    up = z.new_zeros(z.shape[1], r, dtype=torch.float32)
     down[:rank] = (root[:, None] * (vh[:rank] @ right.T)).float()
     up[:, :rank] = (left @ u[:, :rank] * root).float()
     return down, up

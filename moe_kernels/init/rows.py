@@ -165,8 +165,8 @@ def _rank_correlation(
     from scipy.stats import rankdata  # POT needs scipy
 
     generator = torch.Generator().manual_seed(seed)
-    some = torch.randperm(features.shape[0], generator=generator)[:_RANKED]
-    upper = torch.ones(some.numel(), some.numel(), dtype=torch.bool).triu(1)
+    some = torch.randperm(features.shape[0], generator=generator, device="cpu")[:_RANKED]
+    upper = torch.ones(some.numel(), some.numel(), dtype=torch.bool, device="cpu").triu(1)
     ranks = []
     for points, metric in ((features, feature_metric), (new, row_metric)):
         points = prepare(points.double(), metric)[some]
@@ -188,13 +188,17 @@ def _warn_if_collapsed(diagnostics: GromovWassersteinDiagnostics) -> None:
         )
 
 
+def _randn(count: int, size: int, like: Tensor) -> Tensor:
+    return torch.randn(count, size, dtype=like.dtype, device=like.device)
+
+
 def _normal_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
     mean, std = rows.mean(0), rows.std(0, correction=0)
-    return mean + std * torch.randn(count, rows.shape[1], device=rows.device), None
+    return mean + std * _randn(count, rows.shape[1], rows), None
 
 
 def _mean_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
-    noise = torch.randn(count, rows.shape[1], device=rows.device)
+    noise = _randn(count, rows.shape[1], rows)
     return rows.mean(0) + 0.1 * rows.std(0, correction=0) * noise, None
 
 
@@ -204,9 +208,9 @@ def _gaussian_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
     Random mixtures of the centred text rows have exactly that covariance, whatever its rank.
     """
     mean = rows.mean(0)
-    new = torch.zeros(count, rows.shape[1], device=rows.device)
+    new = rows.new_zeros(count, rows.shape[1])
     for block in rows.split(_CHUNK):
-        weights = torch.randn(count, block.shape[0], device=rows.device)
+        weights = _randn(count, block.shape[0], rows)
         new.addmm_(weights, block - mean, alpha=rows.shape[0] ** -0.5)
     return new + mean, None
 
@@ -216,7 +220,7 @@ def _permuted_rows(
 ) -> tuple[Tensor, GromovWassersteinDiagnostics]:
     new, diagnostics = gromov_wasserstein_rows(features, rows, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     return new[order.to(new.device)], diagnostics
 
 

@@ -46,7 +46,7 @@ class Calibration(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw A from a normal of standard deviation 0.02 by a CPU generator, and set B to zero."""
         A = self.calibration_A
-        A.copy_(torch.randn(A.shape, generator=generator, device="cpu") * _STD)
+        A.copy_(torch.randn(A.shape, generator=generator, dtype=torch.float32, device="cpu") * _STD)
         nn.init.zeros_(self.calibration_B)
 
     def forward(self, values: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class _Sums:
     def __init__(self, layers: int):
         self.rows = self.changed = self.rerouted = 0
         self.difference = self.norm = 0.0
-        self.by_layer = torch.zeros(layers, dtype=torch.int64)
+        self.by_layer = torch.zeros(layers, dtype=torch.int64, device="cpu")
 
     def add(self, expected: Tensor, actual: Tensor, rerouted: Tensor) -> None:
         """Add logits (rows, V) without and with added experts, and ``rerouted`` (L, rows) bool."""

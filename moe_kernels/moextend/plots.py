@@ -41,7 +41,8 @@ def plot_layer_scores(
         chosen = scores.order[: max(1, len(layers) // 2)]
     figure = Figure(figsize=(10, 1.5 + 0.3 * max(6, len(layers))), layout="constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    exists = torch.arange(scores.before.shape[1]) < torch.tensor(scores.num_experts).unsqueeze(1)
+    numbers = scores.before.new_tensor(scores.num_experts).unsqueeze(1)
+    exists = torch.arange(scores.before.shape[1], device=numbers.device) < numbers
     change = (-scores.shift).masked_fill(~exists, torch.nan)
     limit = float(change.nan_to_num().abs().max()) or 1.0
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.6")

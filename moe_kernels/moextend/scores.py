@@ -115,8 +115,8 @@ class LayerScores:
         """Make scores from the result of :meth:`to_dict`; older ones lack modality and count."""
         return cls(
             tuple(values["layers"]),
-            torch.tensor(values["before"], dtype=torch.int64),
-            torch.tensor(values["after"], dtype=torch.int64),
+            torch.tensor(values["before"], dtype=torch.int64, device="cpu"),
+            torch.tensor(values["after"], dtype=torch.int64, device="cpu"),
             tuple(values["num_experts"]),
             values.get("modality"),
             values.get("count"),

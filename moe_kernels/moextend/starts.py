@@ -86,7 +86,7 @@ def fill(
     for name, stacks in _stacks(parts).items():
         parameter = getattr(added, name)
         if init == "random":
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * std)
+            parameter.copy_(_randn(parameter.shape, generator) * std)
         elif copied is None:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             parameter.copy_(stacks[0].mean(0, dtype=dtype).expand_as(parameter))
@@ -99,6 +99,10 @@ def fill(
         added.calibration.reset_parameters(generator)
 
 
+def _randn(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _separate_copies(
     columns: Tensor, copied: Sequence[int] | None, generator: torch.Generator
 ) -> None:
@@ -107,7 +111,7 @@ def _separate_copies(
     for place, column in enumerate(columns):
         source = None if copied is None else copied[place]
         if source in seen:
-            noise = torch.randn(column.shape, generator=generator, device="cpu").to(column)
+            noise = _randn(column.shape, generator).to(column)
             column.add_(noise, alpha=_COPY_NOISE * column.float().std().item())
         seen.add(source)
 

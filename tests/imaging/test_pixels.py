@@ -49,6 +49,9 @@ def test_an_array_that_runs_backwards():
         (BYTES.astype(bool), TypeError, "got torch.bool"),
         (BYTES.astype(complex), TypeError, "array of numbers; got .* complex128"),
         (torch.from_numpy(BYTES).cfloat(), TypeError, "got torch.complex64"),
+        ([Image.new("P", (4, 4))] * 2, TypeError, "mode of L, RGB, RGBA; got P: convert them"),
+        ([Image.new("CMYK", (4, 4))] * 2, TypeError, "got CMYK"),
+        ([Image.new("I;16", (4, 4))] * 2, TypeError, "got I;16"),
         (["a.png", "b.png"], TypeError, "array of numbers; got .* of <U5"),
         ([BYTES[0], BYTES[1, :4]], ValueError, "must all have one shape"),
         (torch.empty(2, 4, 4, device="meta"), ValueError, "on the meta device"),
@@ -57,7 +60,7 @@ def test_an_array_that_runs_backwards():
         (BYTES[0], ValueError, r"looks like one picture \(H, W, C\): pass images\[None\]"),
         (BYTES[0, 0, 0], ValueError, r"must have shape \(N, H, W\) or"),
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_another_meaning_is_refused(images, error, message):
     with pytest.raises(error, match=message):
