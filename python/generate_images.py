@@ -143,7 +143,7 @@ def overview(captions: list[str], paths: list[list[Path]]) -> Figure:
     """Return a figure with a line for each caption; long captions are wrapped, then shortened."""
     texts = [textwrap.shorten(caption, 80, placeholder="...") for caption in captions]
     rows = [
-        SampleRow(textwrap.fill(text, 30), [Image.open(file) for file in files], real=[])
+        SampleRow(textwrap.fill(text, 30), [Image.open(f, formats=["PNG"]) for f in files], real=[])
         for text, files in zip(texts, paths, strict=True)
     ]
     return plot_samples(rows, "Pictures for captions")
