@@ -11,6 +11,7 @@ from moe_kernels.imaging.tokenizer import (
     CodebookTokenizer,
     channels_of,
     check_geometry,
+    positive_integer,
     warn_if_collapsed,
 )
 
@@ -90,7 +91,8 @@ class PatchTokenizer(CodebookTokenizer):
 
     @classmethod
     def _restore(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
-        return cls(tensors["codebook"], config["patch_size"], tuple(config["image_shape"]))
+        side = positive_integer(config, "patch_size")
+        return cls(tensors["codebook"], side, tuple(config["image_shape"]))
 
 
 def _patches(pixels: torch.Tensor, side: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe_kernels.files import write_atomically
@@ -23,6 +24,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 _FORMAT_VERSION = 1
 _COLLAPSED_BELOW = 0.1  # share of the codes in use
 _VECTORS_PER_CHUNK = 16_384  # vectors encoded or decoded at a time, rounded to whole pictures
+_LARGEST = 2**20  # setting of a saved tokenizer; larger ones are damage
 _DISTANCES_PER_CHUNK = 1 << 22  # 16 MiB
 
 
@@ -245,13 +247,18 @@ class CodebookTokenizer(ABC):
                 f"format {config.get('format_version')!r}; "
                 f"expected {cls.type_name!r}, format {_FORMAT_VERSION}"
             )
-        tensors = load_file(folder / _WEIGHTS_FILE)
-        if len(tensors["codebook"]) != config["num_codes"]:
-            raise ValueError(
-                f"{folder} is inconsistent: {_WEIGHTS_FILE} has {len(tensors['codebook'])} codes, "
-                f"but num_codes in {_CONFIG_FILE} is {config['num_codes']}"
-            )
-        return cls._restore(config, tensors)
+        tensors = _read_tensors(folder / _WEIGHTS_FILE)
+        try:
+            _check_shape(config.get("image_shape"))
+            codes, expected = len(tensors["codebook"]), positive_integer(config, "num_codes")
+            if codes != expected:
+                raise ValueError(
+                    f"{_WEIGHTS_FILE} has {codes} codes, but num_codes in {_CONFIG_FILE} is "
+                    f"{expected}"
+                )
+            return cls._restore(config, tensors)
+        except ValueError as error:
+            raise ValueError(f"{folder} is damaged, or inconsistent: {error}") from error
 
 
 def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
@@ -262,7 +269,7 @@ def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
         ValueError: its type is unknown, or :meth:`CodebookTokenizer.load` refuses it.
     """
     name, types = _read_config(folder).get("type"), CodebookTokenizer._types
-    if name not in types:
+    if not isinstance(name, str) or name not in types:
         raise ValueError(
             f"{folder} holds a tokenizer of unknown type {name!r}; the types are "
             f"{', '.join(sorted(types))}"
@@ -271,7 +278,55 @@ def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
 
 
 def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    return json.loads((Path(folder) / _CONFIG_FILE).read_text())
+    file = Path(folder) / _CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged: it must hold a JSON object")
+    return config
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file, on the CPU.
+
+    Raises:
+        ValueError: it is damaged, has no codebook of floats, or values are not finite.
+    """
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    codebook = tensors.get("codebook")
+    if codebook is None or codebook.ndim != 2 or not codebook.is_floating_point():
+        raise ValueError(f"{file} has no codebook (num_codes, d) of floats")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{file} is damaged: {name} has values that are not finite")
+    return tensors
+
+
+def positive_integer(config: dict[str, Any], name: str) -> int:
+    """Return a setting of a saved tokenizer.
+
+    Raises:
+        ValueError: it is missing, or is no integer, or is too small or large.
+    """
+    value = config.get(name)
+    if not _is_positive(value):
+        raise ValueError(f"{name} must be an integer in 1..{_LARGEST}; got {value!r}")
+    return value
+
+
+def _check_shape(shape: Any) -> None:
+    is_shape = isinstance(shape, list) and len(shape) in (2, 3)
+    if not is_shape or not all(map(_is_positive, shape)):
+        raise ValueError(f"image_shape must be 2 or 3 integers in 1..{_LARGEST}; got {shape!r}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 def nearest_entries(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

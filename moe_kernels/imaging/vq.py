@@ -22,6 +22,7 @@ from moe_kernels.imaging.tokenizer import (
     channels_of,
     check_geometry,
     nearest_entries,
+    positive_integer,
     warn_if_collapsed,
 )
 
@@ -33,8 +34,6 @@ _KEEP_EVERY = 50  # steps
 _REVIVE_EVERY = 20  # steps
 _REVIVE_UNTIL = 0.8  # share of all steps; entries settle in the remaining ones
 _DEAD = 0.03  # an entry with less than this share of the average use is dead
-# Of the networks' layers, whatever torch's defaults are.
-_FLOAT = {"device": "cpu", "dtype": torch.float32}
 
 
 class FittingError(FloatingPointError):
@@ -153,27 +152,33 @@ class VQTokenizer(CodebookTokenizer):
 
     @classmethod
     def _restore(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
-        network = _Autoencoder(
-            **{name: config[name] for name in ("channels", "downsample", "width", "code_dim")}
+        names = ("channels", "downsample", "width", "code_dim")
+        sizes = {name: positive_integer(config, name) for name in names}
+        shape, codebook = tuple(config["image_shape"]), tensors.pop("codebook")
+        _check_settings(
+            shape, len(codebook), sizes["downsample"], sizes["width"], sizes["code_dim"]
         )
-        codebook = tensors.pop("codebook")
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"the weights do not fit the config: {error}") from error
-        return cls(network, codebook, tuple(config["image_shape"]))
+        if sizes["channels"] != channels_of(shape):
+            raise ValueError(f"channels is {sizes['channels']}, but image_shape is {shape}")
+        network = _Autoencoder(**sizes, device="meta")  # before any memory of these sizes is taken
+        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError("the weights do not fit the config")
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        network.load_state_dict(tensors, assign=True)
+        return cls(network, codebook, shape)
 
 
 class _Residual(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, factory: dict[str, Any]):
         super().__init__()
         self.block = nn.Sequential(
-            nn.GroupNorm(8, width, **_FLOAT),
+            nn.GroupNorm(8, width, **factory),
             nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1, **_FLOAT),
-            nn.GroupNorm(8, width, **_FLOAT),
+            nn.Conv2d(width, width, 3, padding=1, **factory),
+            nn.GroupNorm(8, width, **factory),
             nn.SiLU(),
-            nn.Conv2d(width, width, 1, **_FLOAT),
+            nn.Conv2d(width, width, 1, **factory),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,8 +188,11 @@ class _Residual(nn.Module):
 class _Autoencoder(nn.Module):
     """Network whose encoder maps (N, C, H, W) to (N, code_dim, rows, columns), the decoder back."""
 
-    def __init__(self, channels: int, downsample: int, width: int, code_dim: int):
+    def __init__(
+        self, channels: int, downsample: int, width: int, code_dim: int, device: str = "cpu"
+    ):
         super().__init__()
+        factory = {"device": device, "dtype": torch.float32}  # whatever torch's defaults are
         self.sizes = {
             "channels": channels,
             "downsample": downsample,
@@ -197,26 +205,26 @@ class _Autoencoder(nn.Module):
         down = [
             layer
             for before, after in zip(widths[:-1], widths[1:], strict=True)
-            for layer in (nn.Conv2d(before, after, 4, 2, 1, **_FLOAT), nn.SiLU())
+            for layer in (nn.Conv2d(before, after, 4, 2, 1, **factory), nn.SiLU())
         ]
         up = [
             layer
             for before, after in zip(widths[:0:-1], widths[-2::-1], strict=True)
-            for layer in (nn.SiLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, **_FLOAT))
+            for layer in (nn.SiLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, **factory))
         ]
         self.encoder = nn.Sequential(
             *down[:-1],
-            _Residual(width),
-            _Residual(width),
-            nn.GroupNorm(8, width, **_FLOAT),
+            _Residual(width, factory),
+            _Residual(width, factory),
+            nn.GroupNorm(8, width, **factory),
             nn.SiLU(),
-            nn.Conv2d(width, code_dim, 1, **_FLOAT),
+            nn.Conv2d(width, code_dim, 1, **factory),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(code_dim, width, 3, padding=1, **_FLOAT),
-            _Residual(width),
-            _Residual(width),
-            nn.GroupNorm(8, width, **_FLOAT),
+            nn.Conv2d(code_dim, width, 3, padding=1, **factory),
+            _Residual(width, factory),
+            _Residual(width, factory),
+            nn.GroupNorm(8, width, **factory),
             *up,
         )
 

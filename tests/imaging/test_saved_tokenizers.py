@@ -1,0 +1,101 @@
+"""Files of image tokenizers that are damaged or strange: one ValueError that names them."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_kernels.imaging import PatchTokenizer, VQTokenizer, load_image_tokenizer
+
+CONFIG, WEIGHTS = "tokenizer_config.json", "codebook.safetensors"
+STRANGE = (None, "4", 0, -1, 4.0, True, [4], 10**9, 10**400, math.nan)
+
+
+@pytest.fixture(scope="module", params=["patch", "vq"])
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "patch":
+        PatchTokenizer(torch.rand(8, 12), 2, (4, 6, 3)).save(folder)
+    else:
+        pictures, sizes = torch.rand(4, 8, 8, 3), {"num_codes": 4, "downsample": 4, "width": 16}
+        VQTokenizer.fit(pictures, **sizes, steps=1, progress=False).save(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    return tmp_path
+
+
+def test_a_whole_tokenizer_is_loaded(copy, saved):
+    first, second = load_image_tokenizer(saved), load_image_tokenizer(copy)
+    codes = torch.arange(2 * first.tokens_per_image).reshape(2, -1) % first.num_codes
+    assert torch.equal(first.decode(codes), second.decode(codes))
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: str(value)[:10])
+def test_every_field_is_checked(copy, value):
+    config = json.loads((copy / CONFIG).read_text())
+    for name in config:
+        changed = config | {name: value}
+        (copy / CONFIG).write_text(json.dumps(changed))
+        if changed == config:
+            continue
+        with pytest.raises(ValueError, match=str(copy)):
+            load_image_tokenizer(copy)
+
+
+def test_every_field_is_needed(copy):
+    config = json.loads((copy / CONFIG).read_text())
+    for name in config:
+        rest = {other: value for other, value in config.items() if other != name}
+        (copy / CONFIG).write_text(json.dumps(rest))
+        with pytest.raises(ValueError, match=str(copy)):
+            load_image_tokenizer(copy)
+
+
+@pytest.mark.parametrize("side", STRANGE, ids=lambda value: str(value)[:10])
+def test_every_side_of_the_pictures_is_checked(copy, side):
+    config = json.loads((copy / CONFIG).read_text())
+    for place in range(3):
+        shape = list(config["image_shape"])
+        shape[place] = side
+        (copy / CONFIG).write_text(json.dumps(config | {"image_shape": shape}))
+        with pytest.raises(ValueError, match=str(copy)):
+            load_image_tokenizer(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"[" * 100_000, b"\xff\xfe{}"],
+                         ids=range(6))  # fmt: skip
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_damaged_files_are_named(copy, name, content):
+    (copy / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{copy / name} is damaged"):
+        load_image_tokenizer(copy)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(copy, bad):
+    tensors = load_file(copy / WEIGHTS)
+    for name, tensor in tensors.items():
+        changed = tensor.clone()
+        changed.view(-1)[-1] = bad
+        save_file(tensors | {name: changed}, copy / WEIGHTS, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"{name} has values that are not finite"):
+            load_image_tokenizer(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_a_codebook_that_is_not_of_floats_is_refused(copy, dtype):
+    tensors = load_file(copy / WEIGHTS)
+    save_file(tensors | {"codebook": tensors["codebook"].to(dtype)}, copy / WEIGHTS)
+    with pytest.raises(ValueError, match="no codebook .* of floats"):
+        load_image_tokenizer(copy)
+    del tensors["codebook"]
+    save_file(tensors, copy / WEIGHTS)
+    with pytest.raises(ValueError, match="no codebook"):
+        load_image_tokenizer(copy)
