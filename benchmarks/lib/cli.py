@@ -39,8 +39,16 @@ def make_parser(
         f"(default: {max_seconds or 'by device'})",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help=f"default: {output}")
+    parser.add_argument("--output", type=output_file, help=f"default: {output}")
     return parser
+
+
+def output_file(text: str) -> Path:
+    """Return the path; refuse a file that no benchmark has written, since it would be replaced."""
+    path = Path(text)
+    if path.exists() and not result_files.is_result(path):
+        raise argparse.ArgumentTypeError(f"{path} is not a file of results: give another name")
+    return path
 
 
 def make_sweep_parser(description: str, name: str, **swept: list) -> argparse.ArgumentParser:

@@ -93,5 +93,13 @@ def _line(value: object) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
+def is_result(path: Path) -> bool:
+    """Return whether a file was written by :func:`write`."""
+    try:
+        return "environment" in read(path)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def read(path: Path) -> dict:
     return json.loads(path.read_text())

@@ -224,6 +224,18 @@ def test_options_that_do_not_go_together_are_refused(bench, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_file_of_something_else_is_not_replaced(bench, tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    for text in ('{"mine": 1}', "no JSON", "[]"):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            bench.run.parse(["--device", "cpu", "--output", str(path)])
+        assert "mine.json is not a file of results: give another name" in capsys.readouterr().err
+        assert path.read_text() == text
+    bench.result_files.write(path, {"environment": {}})
+    assert bench.run.parse(["--device", "cpu", "--output", str(path)]).output == path
+
+
 def test_only_a_whole_run_replaces_the_results_of_the_pages(bench):
     def written(*arguments):
         return bench.run.parse([*arguments]).output
