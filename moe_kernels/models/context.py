@@ -35,7 +35,7 @@ class LayerCall:
         modality_ids: (B, S) int64.
         linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
             modalities, backend and grad mode: autograd cannot save tensors of inference mode.
-            Made when the first module asks, dropped when the layer's experts have run.
+            Made when the first module asks.
     """
 
     modality_ids: Tensor
@@ -133,7 +133,7 @@ class ModalityContext(PerThread):
 
     @property
     def call(self) -> LayerCall | None:
-        """All state of the forward that runs, or ran last, in this thread; None before any."""
+        """All state of the forward that runs in this thread, or None."""
         return getattr(self._local, "call", None)
 
     @call.setter
@@ -142,7 +142,7 @@ class ModalityContext(PerThread):
 
     @property
     def modality_ids(self) -> Tensor | None:
-        """(B, S) int64 of the forward that is running or ran last, or None before the first."""
+        """(B, S) int64 of the forward that runs in this thread, or None."""
         return None if self.call is None else self.call.modality_ids
 
     def start(self, modality_ids: Tensor) -> None:
@@ -150,9 +150,8 @@ class ModalityContext(PerThread):
         self.call = LayerCall(modality_ids)
 
     def finish(self) -> None:
-        """End a forward: only its modality ids are kept."""
-        if self.call is not None:
-            self.call.linear_dispatches.clear()
+        """End a forward: a part of the layer that is called by itself must not use its ids."""
+        self.call = None
 
     @contextlib.contextmanager
     def running(self, modality_ids: Tensor) -> Iterator[None]:
@@ -197,7 +196,7 @@ class TakeModalityIds:
         return args, kwargs
 
 
-class DropDispatches:
+class EndForward:
     """Hook of the last part of a decoder layer, which ends the forward of its context.
 
     Checkpointing recomputes the parts, without a hook of the layer itself. It stops by an

@@ -27,7 +27,7 @@ from moe_kernels.models.config import (
     ROUTER,
     ModalityLoraConfig,
 )
-from moe_kernels.models.context import DropDispatches, ModalityContext, TakeModalityIds
+from moe_kernels.models.context import EndForward, ModalityContext, TakeModalityIds
 from moe_kernels.models.handle import PatchState, is_patched
 from moe_kernels.models.intact import find_links
 from moe_kernels.models.parts import LayerParts, find_parts, trainable_dtype
@@ -284,11 +284,11 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
     when it saves: it would split and rename them, and resuming would silently lose them.
     """
     context = ModalityContext(patched.config.backend, patched.switches)
-    take, drop = TakeModalityIds(context), DropDispatches(context)
+    take, end = TakeModalityIds(context), EndForward(context)
     last = parts.self_attn if parts.experts is None else parts.experts
     patched.hooks += [
         parts.self_attn.register_forward_pre_hook(take, with_kwargs=True),
-        last.register_forward_hook(drop, always_call=True),
+        last.register_forward_hook(end, always_call=True),
     ]
     loras = parts.layer.modality_lora = nn.ModuleDict()
     for projection in patched.projections:

@@ -368,7 +368,7 @@ def test_the_model_is_as_it_was(fails):
     else:
         expert_redundancy(model, batches, modality="image")
     assert model.training and all(layer.training for layer in model.model.layers)
-    assert context.modality_ids.shape == (3, 9)  # that of the last forward
+    assert context.call is None
     assert hooks_of(model) == hooks
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from support.model_zoo import token_ids
+from support.model_zoo import FAMILY, token_ids
 from support.patched_models import patched_model
 from support.registered_ops import Calls
 
 from moe_kernels import ModalityLoraConfig
 
 LAYERS = 2
+TARGETS = ("experts", "attention", "router")
 
 
 CHECKPOINTING = pytest.mark.parametrize(
@@ -17,7 +18,7 @@ CHECKPOINTING = pytest.mark.parametrize(
 
 
 def make(checkpointing=None):
-    config = ModalityLoraConfig(r=4, target_modules=("experts", "attention", "router"))
+    config = ModalityLoraConfig(r=4, target_modules=TARGETS)
     model, patched = patched_model("olmoe", config)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -77,23 +78,31 @@ def contexts(model):
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
-def test_only_the_ids_are_kept_after_a_forward(checkpointing):
-    """The sorted rows would stay on the device until the next forward, those of every layer."""
+def test_nothing_is_kept_after_a_forward(checkpointing):
+    """A part that is called by itself must not use the ids, and the rows would stay in memory."""
     model, _ = make(checkpointing)
     ids, (mask, _) = batches()
-
-    def assert_dropped():
-        for context in contexts(model):
-            assert torch.equal(context.modality_ids, mask)
-            assert not context.call.linear_dispatches
-
     loss = model(ids, modality_ids=mask, labels=ids).loss
-    assert_dropped()
+    assert all(context.call is None for context in contexts(model))
     loss.backward()
-    assert_dropped()
+    assert all(context.call is None for context in contexts(model))
 
 
-def test_only_the_ids_are_kept_after_a_forward_that_failed():
+@FAMILY
+@pytest.mark.parametrize("part", ["mlp", "mlp.experts", "mlp.gate", "self_attn.q_proj"])
+def test_a_part_called_by_itself_is_refused(family, part):
+    """It would be computed with the mask of the last forward."""
+    model, _ = patched_model(family, ModalityLoraConfig(target_modules=TARGETS))
+    ids, (mask, _) = batches()
+    model(ids, modality_ids=mask)
+    x = [torch.randn(2, 12, 32)] + [torch.zeros(24, 2).long(), torch.ones(24, 2)] * (
+        part == "mlp.experts"
+    )
+    with pytest.raises(RuntimeError, match="this layer got no modality_ids"):
+        model.model.layers[0].get_submodule(part)(*x)
+
+
+def test_nothing_is_kept_after_a_forward_that_failed():
     model, _ = make()
     ids, (mask, _) = batches()
 
@@ -103,7 +112,7 @@ def test_only_the_ids_are_kept_after_a_forward_that_failed():
     experts = model.model.layers[1].mlp.experts
     with experts.register_forward_pre_hook(fail), pytest.raises(ArithmeticError):
         model(ids, modality_ids=mask)
-    assert not any(context.call.linear_dispatches for context in contexts(model))
+    assert all(context.call is None for context in contexts(model))
 
 
 def test_a_module_trains_after_a_forward_in_inference_mode():
@@ -121,9 +130,9 @@ def test_a_module_trains_after_a_forward_in_inference_mode():
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate"])
 def test_a_wrong_number_of_rows_is_named_in_the_users_words(name):
     model, _ = make()
-    ids, (mask, _) = batches()
-    model(ids, modality_ids=mask)
+    _, (mask, _) = batches()
     module = model.model.layers[0].get_submodule(name)
+    module.__dict__["_modality_context"].start(mask)
     message = "hidden_states have 22 rows, the modality_ids of this forward 24: pass"
     with pytest.raises(ValueError, match=message):
         module(torch.randn(2, 11, 32))

@@ -155,7 +155,8 @@ class Block:
         It checks which rows go to the added expert, and the output of a few random tokens.
         """
         out = self.forward(modality_ids)
-        _, weights, ids = self.layer.mlp.gate(self.hidden_states)
+        with context_of(self.layer.mlp.experts).running(modality_ids):
+            _, weights, ids = self.layer.mlp.gate(self.hidden_states)
         num_base, added = self.problem.case.shape.E, added_experts(self.layer)
         open_to = added[0].open_to(modality_ids)[:, 0] if added else modality_ids.new_zeros(())
         if not torch.equal((ids >= num_base).any(1), open_to.expand(len(ids)).bool()):
