@@ -9,7 +9,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("attacks")
     group.addoption("--attack-seed", type=int, default=0, help="seed of the tries that are chosen")
     group.addoption(
-        "--attack-share", default="12", help="tries of each attack: a number, or a share as in 5%%"
+        "--attack-share", default="24", help="tries of each attack: a number, or a share as in 5%%"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from types import TracebackType
 
 import torch
@@ -64,13 +64,20 @@ class RoutingRecorder:
         self._counts: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
         self._entropy_sum: dict[str, Tensor] = {}
-        self._hooks: AbstractContextManager | None = None
+        self._hooks: ExitStack | None = None
 
     def __enter__(self) -> RoutingRecorder:
         if self._hooks is not None:
             raise RuntimeError("this recorder is open already")
-        self._hooks = watch_routers(self._blocks, self._row_modality, self._add)
-        return self
+        hooks = ExitStack()
+        try:
+            hooks.callback(setattr, self, "_hooks", None)
+            hooks.enter_context(watch_routers(self._blocks, self._row_modality, self._add))
+            self._hooks = hooks
+            return self
+        except BaseException:
+            hooks.close()
+            raise
 
     def __exit__(
         self,
@@ -78,8 +85,11 @@ class RoutingRecorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        hooks, self._hooks = self._hooks, None
-        hooks.__exit__(kind, error, trace)
+        self._hooks.__exit__(kind, error, trace)
+
+    def __getstate__(self) -> dict:
+        # A deepcopy of a recorded model copies its hooks, and with them a recorder that is closed.
+        return self.__dict__ | {"_hooks": None}
 
     def observe(self, modality_ids: Tensor) -> None:
         """Set the modality ids of the next forward's rows, (B, S) or (B * S,); -1: not counted."""

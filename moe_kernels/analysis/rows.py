@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from moe_kernels.models.context import PerThread, resolve_modality_ids
 from moe_kernels.models.handle import get_patched, is_patched
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parts import MoeBlock
+from moe_kernels.modes import ending_with, removing_hooks
 
 
 def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[Tensor], Tensor]:
@@ -93,15 +94,14 @@ class RowModality(PerThread):
             )
         return self.names.index(name)
 
-    def hooks(self) -> AbstractContextManager:
-        """Return a context manager that sets ``current`` during the model's forwards."""
-        stack = ExitStack()
-        before = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        stack.callback(before.remove)
-        after = self.model.register_forward_hook(self._after_forward, always_call=True)
-        stack.callback(after.remove)
-        stack.callback(self._after_forward)
-        return stack
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Set ``current`` during the model's forwards while open."""
+        model, before, after = self.model, self._before_forward, self._after_forward
+        with removing_hooks() as handles, ending_with(after):
+            handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(model.register_forward_hook(after, always_call=True))
+            yield
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if _recomputes():
@@ -179,20 +179,20 @@ class RouterHook:
         self.add(self.layer, inputs, logits, indices)
 
 
+@contextmanager
 def watch_routers(
     blocks: Mapping[str, MoeBlock],
     row_modality: RowModality,
     add: Callable[[str, Tensor, Tensor, Tensor], None],
-) -> AbstractContextManager:
+) -> Iterator[None]:
     """Call ``add(layer, inputs, logits, indices)`` after each router's forward while open.
 
     Forwards within a backward pass are left out: activation checkpointing runs them a second time.
 
     inputs: (T, H); logits: (T, E); indices: (T, K). Row t has modality ``row_modality.current[t]``.
     """
-    with ExitStack() as stack:
-        stack.enter_context(row_modality.hooks())
+    with row_modality.hooks(), removing_hooks() as handles:
         for name, block in blocks.items():
-            handle = block.router.register_forward_hook(RouterHook(name, row_modality, add))
-            stack.callback(handle.remove)
-        return stack.pop_all()
+            hook = RouterHook(name, row_modality, add)
+            handles.append(block.router.register_forward_hook(hook))
+        yield

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_kernels.modes import evaluating
+from moe_kernels.modes import evaluating, removing_hooks
 
 _KMEANS_STEPS = 20  # labels have settled by then, or hardly change
 
@@ -79,15 +79,11 @@ def _recorded_inputs(mlps: Sequence[nn.Module], limit: int) -> Iterator[list[lis
         room = limit - sum(map(len, kept[index]))
         kept[index].append(hidden_states.detach().flatten(0, -2)[:room].to("cpu", torch.float32))
 
-    hooks = [
-        mlp.register_forward_pre_hook(lambda _, args, index=index: keep(index, args[0]))
-        for index, mlp in enumerate(mlps)
-    ]
-    try:
+    with removing_hooks() as hooks:
+        for index, mlp in enumerate(mlps):
+            hook = mlp.register_forward_pre_hook(lambda _, args, index=index: keep(index, args[0]))
+            hooks.append(hook)
         yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

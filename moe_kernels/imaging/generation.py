@@ -26,7 +26,7 @@ from moe_kernels.imaging.sequence import (
 from moe_kernels.imaging.tokenizer import ImageTokenizer
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import get_patched
-from moe_kernels.modes import evaluating
+from moe_kernels.modes import ending_with, evaluating
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -222,16 +222,17 @@ def _generating(model: PreTrainedModel) -> Iterator[None]:
     inner = unwrapped(model)
     settings = inner.generation_config
     router_logits = getattr(inner.config, "output_router_logits", None)
-    try:
-        inner.generation_config = GenerationConfig()
-        if router_logits:
-            inner.config.output_router_logits = False
-        with evaluating(model):
-            yield
-    finally:
+
+    def restore() -> None:
         if router_logits:
             inner.config.output_router_logits = router_logits
         inner.generation_config = settings
+
+    with ending_with(restore), evaluating(model):
+        inner.generation_config = GenerationConfig()
+        if router_logits:
+            inner.config.output_router_logits = False
+        yield
 
 
 @contextmanager

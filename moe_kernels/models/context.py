@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_kernels import backends, env
 from moe_kernels.models.padding import find_real
+from moe_kernels.modes import ending_with
 from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
 from moe_kernels.ops.gradients import in_transform
 
@@ -76,19 +77,19 @@ class Switches(PerThread):
 
     def uses_adapters(self) -> bool:
         """Return whether forwards of this thread add low-rank updates."""
-        return self.adapters_enabled and not self._depth("adapters")
+        return self.adapters_enabled and not self._held("adapters")
 
     def uses_added_experts(self) -> bool:
         """Return whether routers may choose added experts in forwards of this thread."""
-        return not self._depth("added_experts")
+        return not self._held("added_experts")
 
     def uses_added_tokens(self) -> bool:
         """Return whether the head gives logits of added tokens in forwards of this thread."""
-        return self.added_tokens_enabled and not self._depth("added_tokens")
+        return self.added_tokens_enabled and not self._held("added_tokens")
 
     def masks_added_tokens(self) -> bool:
         """Return whether these logits are there, but are the lowest number of their dtype."""
-        return bool(self._depth("unmasked_tokens"))
+        return bool(self._held("unmasked_tokens"))
 
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Leave out low-rank updates and modality gates within; may be nested."""
@@ -106,16 +107,16 @@ class Switches(PerThread):
         """Mask the logits of added tokens within, before any softmax; may be nested."""
         return self._without("unmasked_tokens")
 
-    def _depth(self, part: str) -> int:
-        return getattr(self._local, part, 0)
+    def _held(self, part: str) -> frozenset:
+        """Return the open contexts of this thread that leave out a part."""
+        return getattr(self._local, part, frozenset())
 
     @contextlib.contextmanager
     def _without(self, part: str) -> Iterator[None]:
-        setattr(self._local, part, self._depth(part) + 1)
-        try:
+        own = frozenset([object()])
+        with ending_with(lambda: setattr(self._local, part, self._held(part) - own)):
+            setattr(self._local, part, self._held(part) | own)
             yield
-        finally:
-            setattr(self._local, part, self._depth(part) - 1)
 
 
 class ModalityContext(PerThread):
@@ -157,11 +158,9 @@ class ModalityContext(PerThread):
     def running(self, modality_ids: Tensor) -> Iterator[None]:
         """Begin a forward of a part of the layer alone, and restore the call before at the end."""
         before = self.call
-        self.start(modality_ids)
-        try:
+        with ending_with(lambda: setattr(self, "call", before)):
+            self.start(modality_ids)
             yield
-        finally:
-            self.call = before
 
     def linear_dispatch(self, num_modalities: int, weight: Tensor) -> tuple[LinearDispatch, str]:
         """Return this forward's rows sorted by modality, and the backend they are for.

@@ -21,7 +21,8 @@ from moe_kernels.layers import ModalityLora
 from moe_kernels.models.config import ROUTER
 from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.models.projections import Projection
-from moe_kernels.modes import evaluating
+from moe_kernels.models.undo import all_or_nothing
+from moe_kernels.modes import evaluating, removing_hooks
 
 # Groups of projections that read the same input, which is recorded at the first of the group.
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj", ROUTER))
@@ -123,11 +124,12 @@ def initialise_lora(
                 distance_before=_distance(image, aligned),
                 distance_after=_distance(image + image @ down.T @ up.T, aligned),
             )
-    with torch.no_grad():
+    started = [parameter for lora, _, _ in pairs for parameter in (lora.lora_A, lora.lora_B)]
+    with all_or_nothing(model, values=started), torch.no_grad():
         for lora, lora_a, lora_b in pairs:
             lora.lora_A[index].copy_(lora_a)  # the same for every expert
             lora.lora_B[index].copy_(lora_b)
-    return diagnostics
+        return diagnostics
 
 
 def _check_settings(lora_init: str, max_tokens: int, ridge: float) -> None:
@@ -207,14 +209,11 @@ def _collect(
 ) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     """Record each module's inputs at image and at text tokens, (up to max_tokens, in) float32."""
     records = {module: _Record(modality_id, max_tokens, seed) for module in modules}
-    hooks = [module.register_forward_pre_hook(record) for module, record in records.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing_hooks() as hooks, evaluating(model), torch.no_grad():
+        for module, record in records.items():
+            hooks.append(module.register_forward_pre_hook(record))
+        for batch in batches:
+            model(**batch)
     for record in records.values():
         for sample, kind in ((record.image, "of the modality"), (record.text, "of text")):
             if sample.keys.numel() < 2:

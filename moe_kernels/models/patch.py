@@ -38,6 +38,7 @@ from moe_kernels.models.projections import (
     find_projections,
 )
 from moe_kernels.models.routers import RoutingFinder
+from moe_kernels.models.undo import all_or_nothing
 
 
 class PatchedModel(PatchState):
@@ -108,15 +109,17 @@ class PatchedModel(PatchState):
     def unpatch(self) -> PreTrainedModel:
         """Remove everything that was added and return the model as it was before, bit for bit.
 
+        An interrupt leaves the model patched; it can be unpatched again.
+
         Raises:
             ValueError: this handle has been unpatched before.
         """
         self.check_in_place()
-        self._undo()
-        return self.model
+        with all_or_nothing(self.model):
+            self._remove_all()
+            return self.model
 
-    def _undo(self) -> None:
-        """Remove whatever was added, even if patching stopped half-way."""
+    def _remove_all(self) -> None:
         model = self.model
         for hook in self.hooks:
             hook.remove()
@@ -128,8 +131,7 @@ class PatchedModel(PatchState):
         if model.__dict__.pop("_original_forward", None) is not None:
             # accelerate's autocast went with our forward: it may wrap the model again.
             model.__dict__.pop("_is_accelerate_prepared", None)
-        if "token_modality" in model._buffers:
-            del model.token_modality
+        del model.token_modality
         _set_config(model, model.config, self._original_config)
         quantisation.restore(model, self._quantisation)
         model.generation_config = self._original_generation_config
@@ -167,15 +169,12 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
     if config.backend is not None:
         backends.select(config.backend, next(model.parameters()).device)
     patched = PatchedModel(model, config, parts, projections)
-    try:
+    with all_or_nothing(model):
         model.requires_grad_(False)
         for each in parts:
             _attach_layer(each, patched, find)
         _attach_model(patched)
-    except BaseException:  # out of memory, an interrupt: nothing stays half-patched
-        patched._undo()
-        raise
-    return patched
+        return patched
 
 
 def _check_model(

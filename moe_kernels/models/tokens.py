@@ -1,5 +1,6 @@
 """Added tokens: rows for a new modality beside the frozen embedding table and head."""
 
+import copy
 import types
 
 import torch
@@ -15,6 +16,7 @@ from moe_kernels.init.rows import (
 from moe_kernels.models.context import Switches
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import trainable_dtype
+from moe_kernels.models.undo import all_or_nothing
 
 ROWS = "added_rows"
 _SWITCHES = "_modality_switches"
@@ -89,14 +91,16 @@ def add_modality_tokens(
         features=features,
         **init_options,
     )
-    if tokenizer is not None:
-        _extend_tokenizer(tokenizer, modality, first, num_tokens)
-    _attach_rows(model, modality, new)
-    if diagnostics:
-        patched.init_diagnostics[modality] = diagnostics
     ids = range(first, first + num_tokens)
-    _grow_vocabulary(model, ids, modality_id)
-    return ids
+    names = [] if tokenizer is None else _new_names(tokenizer, modality, ids)
+    with all_or_nothing(model, tokenizer):
+        if tokenizer is not None:
+            _extend_tokenizer(tokenizer, names)
+        _attach_rows(model, modality, new)
+        if diagnostics:
+            patched.init_diagnostics[modality] = diagnostics
+        _grow_vocabulary(model, ids, modality_id)
+        return ids
 
 
 def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Tensor]) -> None:
@@ -216,13 +220,13 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
     return torch.cat([text, added], dim=-1)
 
 
-def _extend_tokenizer(tokenizer, modality: str, first: int, num_tokens: int) -> None:
-    """Add ``<modality_i>`` under the ids from ``first`` on; fillers take the unused ids before."""
+def _new_names(tokenizer, modality: str, ids: range) -> list[str]:
+    """Return the tokens ``<modality_i>`` for these ids, after fillers for the unused ids before."""
     vocabulary = tokenizer.get_vocab()
     last = max(vocabulary.values(), default=-1)
-    if last >= first:
+    if last >= ids.start:
         raise ValueError(
-            f"the tokenizer has ids up to {last} but the model's table {first} rows: "
+            f"the tokenizer has ids up to {last} but the model's table {ids.start} rows: "
             "resize the model's embeddings before patching"
         )
     if last >= len(vocabulary):
@@ -230,8 +234,15 @@ def _extend_tokenizer(tokenizer, modality: str, first: int, num_tokens: int) -> 
             f"the tokenizer has {len(vocabulary)} tokens but ids up to {last}: added tokens would "
             "fall into the gaps"
         )
-    names = [f"<unused_{i}>" for i in range(last + 1, first)]
-    names += [f"<{modality}_{i}>" for i in range(num_tokens)]
+    names = [f"<unused_{i}>" for i in range(last + 1, ids.start)]
+    names += [f"<{modality}_{i}>" for i in range(len(ids))]
     if clash := set(names) & set(vocabulary):
         raise ValueError(f"the tokenizer has tokens of these names already: {sorted(clash)[:5]}")
-    tokenizer.add_tokens(names, special_tokens=True)
+    return names
+
+
+def _extend_tokenizer(tokenizer, names: list[str]) -> None:
+    """Add special tokens by taking over a copy that has them: what is added cannot be removed."""
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(names, special_tokens=True)
+    vars(tokenizer).update(vars(grown))

@@ -16,6 +16,7 @@ from moe_kernels.models import ModalityLoraConfig, added_experts, patch_model, p
 from moe_kernels.models.config import ExtensionConfig, as_layer_index
 from moe_kernels.models.handle import get_patched, is_patched
 from moe_kernels.models.routers import RoutingFinder
+from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.moextend import disturbance, starts, tuning
 from moe_kernels.moextend.disturbance import Disturbance
 from moe_kernels.moextend.scores import LayerScores
@@ -63,12 +64,12 @@ class ExpertExtender:
             "backend": backend,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
+        self.scores: LayerScores | None = None
         if is_patched(model):
             self.patched = get_patched(model)
             _check_same(self.patched.config, settings)
         else:
             self.patched = patch_model(model, ModalityLoraConfig(target_modules=(), **settings))
-        self.scores: LayerScores | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -193,10 +194,11 @@ class ExpertExtender:
         sources = starts.sources(init, self.patched.moe_layers, config.experts, scores)
         config = dataclasses.replace(config, sources=sources)
         new = self._start(config, init, seed)
-        if freeze_earlier:
-            self._freeze_earlier()
-        added_experts.attach(self.patched, config, new, find)
-        return config
+        with all_or_nothing(self.model):
+            if freeze_earlier:
+                self._freeze_earlier()
+            added_experts.attach(self.patched, config, new, find)
+            return config
 
     def add_projector(
         self,
@@ -223,8 +225,9 @@ class ExpertExtender:
         settings = {"in_features": in_features, "num_layers": num_layers}
         settings["hidden_features"] = hidden_features
         projector = projectors.build(self.patched, settings)
-        projectors.attach(self.patched, modality, projector)
-        return projector
+        with all_or_nothing(self.model):
+            projectors.attach(self.patched, modality, projector)
+            return projector
 
     def projector(self, modality: str | None = None) -> ModalityProjector:
         """Return the projector of a modality, made here or loaded with an adapter.

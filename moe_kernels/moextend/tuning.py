@@ -16,7 +16,7 @@ from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.padding import find_real
 from moe_kernels.models.routers import RoutingFinder
-from moe_kernels.modes import evaluating
+from moe_kernels.modes import ending_with, evaluating, training_only
 from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
 
 Batch = Mapping[str, Any]
@@ -49,7 +49,8 @@ def score_layers(
     counted = modality if count == "modality" else None
     with (
         tqdm(total=steps + 2 * len(batches), desc="scoring layers", disable=not progress) as bar,
-        _frozen_in_eval(patched.model),
+        evaluating(patched.model),
+        training_only(patched.model, ()),
         _tunable_routers(patched) as changes,
     ):
         before, layers, widths = _count(patched, batches, counted, bar)
@@ -93,19 +94,6 @@ def _next_tokens(
 
 
 @contextlib.contextmanager
-def _frozen_in_eval(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode and freeze every parameter; restore both afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.requires_grad_(False)
-        with evaluating(model):
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
 def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
     """Let each router add a trainable change (E, H), zero at first, to its weight; yield them."""
     find, layers = RoutingFinder(), patched.moe_layers
@@ -114,11 +102,17 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
             raise ValueError(f"layer {index} cannot be scored: {problem}")
         check_num_experts(index, count_experts(parts))
     tuned = [parts.router for parts in layers.values()]
-    attached = []
-    try:
+    plain = [router for router in tuned if not routers.is_attached(router)]
+
+    def restore() -> None:
+        for router in tuned:
+            routers.tune(router, None)
+        for router in plain:
+            routers.detach(router)
+
+    with ending_with(restore):
         for router, parts in zip(tuned, layers.values(), strict=True):
-            if not routers.is_attached(router):
-                attached.append(router)
+            if router in plain:
                 context = experts.context_of(parts.experts)
                 routers.attach(router, context, None, find(router))
             routing = routers.routing_of(router)
@@ -131,11 +125,6 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             routers.tune(router, nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
         yield [router.__dict__["_tuned"] for router in tuned]
-    finally:
-        for router in tuned:
-            routers.tune(router, None)
-        for router in attached:
-            routers.detach(router)
 
 
 def _tune(

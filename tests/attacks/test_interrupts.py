@@ -1,0 +1,226 @@
+"""Ctrl-C at any line: a function changes a model wholly or not at all."""
+
+import contextlib
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support.interrupts import LIBRARY, interrupt, lines_of
+from support.mixed_batches import IMAGE, mixed_batches
+from support.model_zoo import VOCAB, make_model, token_ids
+from support.states import differences, state_of
+from support.text_tokenizer import make_tokenizer
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, initialise_lora, patch_model
+from moe_kernels.analysis import RoutingRecorder, expert_redundancy
+from moe_kernels.conversion import perplexity
+from moe_kernels.models.handle import get_patched
+from moe_kernels.models.undo import all_or_nothing
+from moe_kernels.moextend import ExpertExtender
+
+ALL = ModalityLoraConfig(r=2, lora_alpha=4, target_modules=("experts", "attention", "router"))
+
+
+@dataclass
+class Case:
+    """A model, a call that changes it, and a tokenizer that the call may change too."""
+
+    model: Any
+    call: Callable[[], object]
+    tokenizer: Any = None
+
+    def state(self) -> dict:
+        return state_of(self.model, self.tokenizer)
+
+
+def patching() -> Case:
+    model = make_model("qwen2_moe").train()
+    return Case(model, lambda: patch_model(model, ALL))
+
+
+def unpatching() -> Case:
+    model = extended_model()
+    return Case(model, lambda: get_patched(model).unpatch())
+
+
+def adding_tokens() -> Case:
+    model, tokenizer = make_model("mixtral"), make_tokenizer()
+    patch_model(model, ALL)
+    return Case(
+        model, lambda: add_modality_tokens(model, "image", 3, tokenizer=tokenizer), tokenizer
+    )
+
+
+def adding_tokens_again() -> Case:
+    model, tokenizer = make_model("mixtral", tie_word_embeddings=True), make_tokenizer()
+    patch_model(model, ModalityLoraConfig(r=2, modalities=("image", "sound")))
+    add_modality_tokens(model, "sound", 2, tokenizer=tokenizer)
+    return Case(
+        model, lambda: add_modality_tokens(model, "image", 3, tokenizer=tokenizer), tokenizer
+    )
+
+
+def extending() -> Case:
+    extender = ExpertExtender(make_model("qwen3_moe"))
+    return Case(extender.model, lambda: extender.extend("all", init=0))
+
+
+def extending_again() -> Case:
+    model = extended_model()
+    return Case(model, lambda: ExpertExtender(model).extend([0], 2, init="random"))
+
+
+def making_an_extender() -> Case:
+    model = make_model("olmoe")
+    return Case(model, lambda: ExpertExtender(model, backend="reference"))
+
+
+def adding_a_projector() -> Case:
+    extender = ExpertExtender(make_model("mixtral"))
+    return Case(extender.model, lambda: extender.add_projector(5))
+
+
+def starting_adapters() -> Case:
+    pytest.importorskip("ot", reason="POT is not installed (the extra 'ot')")
+    model = make_model("olmoe", num_hidden_layers=1)
+    patch_model(model, ModalityLoraConfig(r=2))
+    add_modality_tokens(model, "image", len(IMAGE))
+    batches = mixed_batches(1, num_text=8, num_image=8)
+    return Case(model, lambda: initialise_lora(model, batches, max_tokens=4))
+
+
+def extended_model():
+    """Return a model to which everything was added."""
+    extender = ExpertExtender(
+        make_model("mixtral", num_hidden_layers=1), sequence_modalities=("image",)
+    )
+    add_modality_tokens(extender.model, "image", 3)
+    extender.extend("all", init=0)
+    extender.add_projector(5)
+    return extender.model
+
+
+def forward(model):
+    with torch.no_grad():
+        return model(input_ids=token_ids(1, 6, vocab=VOCAB + 3))
+
+
+def disabling_adapters() -> Case:
+    model = extended_model()
+
+    def call():
+        with get_patched(model).adapters_disabled():
+            forward(model)
+
+    return Case(model, call)
+
+
+def disabling_experts() -> Case:
+    model = extended_model()
+
+    def call():
+        with ExpertExtender(model).disabled():
+            forward(model)
+
+    return Case(model, call)
+
+
+def recording() -> Case:
+    model = extended_model()
+
+    def call():
+        with RoutingRecorder(model):
+            forward(model)
+
+    return Case(model, call)
+
+
+def comparing_experts() -> Case:
+    model = extended_model().train()
+    model.model.norm.eval()
+    batches = [{"input_ids": token_ids(1, 6)}]
+    return Case(model, lambda: expert_redundancy(model, batches, max_tokens=4))
+
+
+def measuring_disturbance() -> Case:
+    model = extended_model().train()
+    batches = [{"input_ids": token_ids(1, 6)}]
+    return Case(model, lambda: ExpertExtender(model).disturbance(batches))
+
+
+def scoring_layers() -> Case:
+    model = extended_model().train()
+    batches = [{"input_ids": torch.arange(VOCAB - 3, VOCAB + 3)[None]}]
+    return Case(model, lambda: ExpertExtender(model).score_layers(batches, 1, progress=False))
+
+
+def measuring_perplexity() -> Case:
+    model = make_model("mixtral").train()
+    return Case(model, lambda: perplexity(model, [token_ids(1, 6)]))
+
+
+CHANGES = [
+    patching, unpatching, adding_tokens, adding_tokens_again, extending, extending_again,
+    making_an_extender, adding_a_projector, starting_adapters,
+]  # fmt: skip
+LOOKS = [
+    disabling_adapters, disabling_experts, recording, comparing_experts, measuring_disturbance,
+    scoring_layers, measuring_perplexity,
+]  # fmt: skip
+
+
+def closes_a_recorder(place: str) -> bool:
+    """Return whether an interrupt there leaves a recorder's hooks, which only go on counting.
+
+    Nothing can guard the way into the __exit__ of a class.
+    """
+    file, _, number = place.rpartition(":")
+    text = linecache.getline(LIBRARY + file, int(number)).strip()
+    return text.startswith(("with RoutingRecorder", "self._hooks.__exit__"))
+
+
+def test_an_interrupt_of_the_undoing_does_not_stop_it(attack):
+    model = make_model("mixtral")
+    before = state_of(model)
+
+    def call():
+        with contextlib.suppress(RuntimeError), all_or_nothing(model):
+            patch_model(model, ALL)
+            raise RuntimeError
+
+    lines = lines_of(call)
+    others = [number for number, line in enumerate(lines) if not line.startswith("models/undo.py")]
+    undoing = range(others[-1] + 1, len(lines))
+    assert len(undoing) > 100
+    for number in attack.tries(len(undoing)):
+        place = interrupt(call, undoing[number])
+        assert not differences(state_of(model), before), place
+
+
+@pytest.mark.parametrize("make", CHANGES + LOOKS, ids=lambda make: make.__name__)
+def test_an_interrupt_changes_nothing(make, attack):
+    make().call()  # fills caches, which the lines of later calls then do not
+    finished = make()
+    before = finished.state()
+    lines = lines_of(finished.call)
+    assert bool(differences(finished.state(), before)) == (make in CHANGES)
+    case, failures = make(), []
+    before = case.state()
+    for line in attack.tries(len(lines)):
+        if closes_a_recorder(lines[line]):
+            continue
+        try:
+            place = interrupt(case.call, line)
+            changed = differences(case.state(), before)
+        except Exception as error:
+            place, changed = lines[line], [repr(error)]
+        if changed:
+            failures.append(f"{place}: {'; '.join(changed)}"[:300])
+            case = make()
+            before = case.state()
+    assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures)
+    case.call()
+    assert bool(differences(case.state(), before)) == (make in CHANGES)
