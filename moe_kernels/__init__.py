@@ -7,7 +7,7 @@ them is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moe_kernels import backends, ops
+from moe_kernels import backends, ops, registration
 from moe_kernels._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ __all__ = [
     "ops",
     "patch_model",
 ]
+
+registration.register()
 
 _FROM_MODELS = (
     "ModalityLoraConfig",

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # room -> the rooms right below it; a room may import whatever is below it, however far.
 BELOW = {
-    "__init__": ("ops", "models", "_version"),
+    "__init__": ("ops", "models", "registration", "_version"),
     "extension": ("moextend",),
     "moextend": ("analysis",),
     "analysis": ("models",),
     "conversion": ("models",),
     "imaging": ("models",),
-    "models": ("layers", "init", "files", "modes", "_version"),
+    "models": ("layers", "init", "files", "modes", "registration", "_version"),
     "layers": ("ops",),
     "tune": ("testing",),
     "testing": ("ops",),
@@ -36,6 +36,7 @@ BELOW = {
     "files": (),
     "init": (),
     "modes": (),
+    "registration": (),
     "_version": (),
 }
 # (importer, imported, where): imports that are not made when the module is loaded.

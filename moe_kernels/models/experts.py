@@ -14,8 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 from moe_kernels import ops
 from moe_kernels.layers import AddedExperts, ModalityLora
 from moe_kernels.models.context import MISSING, ModalityContext
-
-IMPLEMENTATION = "moe_kernels"
+from moe_kernels.registration import IMPLEMENTATION
 
 # attribute of an experts module -> (the supported value, the meaning of any other)
 _LAYOUT = {

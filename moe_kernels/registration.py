@@ -1,0 +1,58 @@
+"""The name "moe_kernels" among transformers' experts implementations, without its import.
+
+``import moe_kernels`` must not import transformers, which takes seconds. So the name is registered
+when transformers' registry is imported, by whoever it is.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+IMPLEMENTATION = "moe_kernels"
+_REGISTRY = "transformers.integrations.moe"
+
+
+def register() -> None:
+    """Register the name now if transformers' registry is imported, else when it will be."""
+    if (registry := sys.modules.get(_REGISTRY)) is not None:
+        _add(registry)
+    else:
+        sys.meta_path.insert(0, _RegistryFinder())
+
+
+def _add(registry: ModuleType) -> None:
+    registry.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+
+
+def _experts_forward(*arguments, **keywords):
+    """Import the implementation, which registers itself in place of this function, and call it."""
+    experts = import_module("moe_kernels.models.experts")
+    return experts.experts_forward(*arguments, **keywords)
+
+
+class _RegistryFinder(MetaPathFinder):
+    """Finds the registry as the other finders do, once, and adds the name after its import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None:
+            spec.loader.exec_module = _and_add(spec.loader.exec_module)
+        return spec
+
+
+def _and_add(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    def execute_and_add(module: ModuleType) -> None:
+        execute(module)
+        _add(module)
+
+    return execute_and_add
