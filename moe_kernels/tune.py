@@ -13,7 +13,6 @@ uses them. Other tiles sum in another order, so results keep their accuracy, not
 import argparse
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_kernels import backends, env
+from moe_kernels.files import replacing
 from moe_kernels.ops import moe_mlp
 from moe_kernels.ops.moe_mlp import triton_tiles
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
@@ -124,15 +124,10 @@ def _timed(function: Callable[[], object]) -> float:
 def store(key: str, table: list[tuple[int, Tiles]]) -> None:
     """Add a table to the file of tuned tiles, atomically."""
     path = env.tiles_path()
-    tables = json.loads(path.read_text()) if path.is_file() else {}
-    tables[key] = [(least, tiles._asdict()) for least, tiles in sorted(table, reverse=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(tables, indent=1) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tables = triton_tiles.read(path) | {key: sorted(table, reverse=True)}
+    content = {k: [(least, t._asdict()) for least, t in each] for k, each in tables.items()}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     triton_tiles.forget_stored()
 
 

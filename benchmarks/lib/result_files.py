@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moe_kernels import info
+from moe_kernels.files import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,14 +72,9 @@ def _git(*arguments: str) -> str:
 
 def write(path: Path, data: dict) -> None:
     """Write JSON with a line for each record; after an interruption the old file is still whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        entries = (f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items())
-        partial.write_text("{\n" + ",\n".join(entries) + "\n}\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    entries = (f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items())
+    with replacing(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
 
 def _lines(value: object) -> str:

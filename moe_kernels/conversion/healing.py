@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moe_kernels.files import write_atomically
+from moe_kernels.files import replacing
 from moe_kernels.modes import evaluating
 
 CHECKPOINT = "healing.pt"
@@ -169,7 +169,6 @@ class _Run:
         self._count_seconds()
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "described": self.description,
             "step": self.step,
@@ -177,7 +176,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "report": vars(self.report),
         }
-        write_atomically(self.file, lambda path: torch.save(state, path))
+        with replacing(self.file) as temporary:
+            torch.save(state, temporary)
         self.saved_step = self.step
 
     def resume(self) -> None:

@@ -6,14 +6,15 @@ from typing import Any, Self
 
 import torch
 
+from moe_kernels import schema, tensor_files
 from moe_kernels.imaging.pixels import as_pixels
 from moe_kernels.imaging.tokenizer import (
     CodebookTokenizer,
     channels_of,
     check_geometry,
-    positive_integer,
     warn_if_collapsed,
 )
+from moe_kernels.tensor_files import TensorFile
 
 
 class PatchTokenizer(CodebookTokenizer):
@@ -90,9 +91,17 @@ class PatchTokenizer(CodebookTokenizer):
         return {"patch_size": self.patch_size}
 
     @classmethod
+    def _check_file(cls, config: dict[str, Any], file: TensorFile) -> None:
+        super()._check_file(config, file)
+        schema.check(config, {"patch_size": int}, file.path)
+        check_geometry(config["patch_size"], tuple(config["image_shape"]))
+        channels = channels_of(tuple(config["image_shape"]))
+        length = config["patch_size"] ** 2 * channels
+        tensor_files.check_shapes(file, {"codebook": (config["num_codes"], length)})
+
+    @classmethod
     def _restore(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
-        side = positive_integer(config, "patch_size")
-        return cls(tensors["codebook"], side, tuple(config["image_shape"]))
+        return cls(tensors["codebook"], config["patch_size"], tuple(config["image_shape"]))
 
 
 def _patches(pixels: torch.Tensor, side: int) -> torch.Tensor:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import reprlib
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from moe_kernels.files import write_atomically
+from moe_kernels import schema, tensor_files
 from moe_kernels.imaging.arrays import as_tensor
 from moe_kernels.imaging.pixels import as_pixels
+from moe_kernels.tensor_files import TensorFile
 
-_WEIGHTS_FILE = "codebook.safetensors"
-_CONFIG_FILE = "tokenizer_config.json"
+_NAMES = tensor_files.Names("codebook.safetensors", "tokenizer_config.json")
+_CONFIG = {"type": str, "format_version": int, "num_codes": int, "image_shape": [int]}
 _FORMAT_VERSION = 1
 _COLLAPSED_BELOW = 0.1  # share of the codes in use
 _VECTORS_PER_CHUNK = 16_384  # vectors encoded or decoded at a time, rounded to whole pictures
-_LARGEST = 2**20  # setting of a saved tokenizer; larger ones are damage
+_LARGEST = 2**20  # side of a saved tokenizer's images; larger ones are damage
 _DISTANCES_PER_CHUNK = 1 << 22  # 16 MiB
 
 
@@ -134,6 +135,18 @@ class CodebookTokenizer(ABC):
     def _restore(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
         """Rebuild a tokenizer from ``_config`` and ``_tensors``."""
 
+    @classmethod
+    def _check_file(cls, config: dict[str, Any], file: TensorFile) -> None:
+        """Raise ValueError unless ``_restore`` can work, before any tensor is read.
+
+        A configuration may ask for more memory than there is, while the file's tensors are small.
+        """
+        count = next(iter(file.shapes.get("codebook", ())), None)
+        if count != config["num_codes"]:
+            raise ValueError(
+                f"it has {count} codes, but num_codes in its configuration is {config['num_codes']}"
+            )
+
     @property
     def num_codes(self) -> int:
         return len(self.codebook)
@@ -213,9 +226,11 @@ class CodebookTokenizer(ABC):
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write codebook.safetensors and tokenizer_config.json, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write codebook.safetensors and tokenizer_config.json, each whole or not at all.
+
+        Raises:
+            ValueError: a tensor is not of floats, or not finite.
+        """
         config = {
             "format_version": _FORMAT_VERSION,
             "type": self.type_name,
@@ -223,13 +238,7 @@ class CodebookTokenizer(ABC):
             "num_codes": self.num_codes,
             **self._config(),
         }
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        write_atomically(
-            folder / _WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"})
-        )
-        write_atomically(
-            folder / _CONFIG_FILE, lambda path: Path(path).write_text(json.dumps(config, indent=2))
-        )
+        tensor_files.write(Path(folder), _NAMES, self._tensors(), config)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
@@ -239,26 +248,41 @@ class CodebookTokenizer(ABC):
             FileNotFoundError: the folder holds no tokenizer.
             ValueError: it has another type or format, or its files contradict each other.
         """
-        folder = Path(folder)
-        config = _read_config(folder)
-        if config.get("type") != cls.type_name or config.get("format_version") != _FORMAT_VERSION:
+        with _opened(Path(folder)) as (file, config):
+            return cls._load(file, config)
+
+    @classmethod
+    def _load(cls, file: TensorFile, config: dict[str, Any]) -> Self:
+        if config["type"] != cls.type_name or config["format_version"] != _FORMAT_VERSION:
             raise ValueError(
-                f"{folder} holds a tokenizer of type {config.get('type')!r}, "
-                f"format {config.get('format_version')!r}; "
+                f"{file.path} holds a tokenizer of type {config['type']!r}, "
+                f"format {config['format_version']!r}; "
                 f"expected {cls.type_name!r}, format {_FORMAT_VERSION}"
             )
-        tensors = _read_tensors(folder / _WEIGHTS_FILE)
         try:
-            _check_shape(config.get("image_shape"))
-            codes, expected = len(tensors["codebook"]), positive_integer(config, "num_codes")
-            if codes != expected:
-                raise ValueError(
-                    f"{_WEIGHTS_FILE} has {codes} codes, but num_codes in {_CONFIG_FILE} is "
-                    f"{expected}"
-                )
+            cls._check_file(config, file)
+            tensors = {name: tensor.float() for name, tensor in file.read(_NAMES).items()}
+            tensor_files.check_finite(tensors, file.path)
             return cls._restore(config, tensors)
         except ValueError as error:
-            raise ValueError(f"{folder} is damaged, or inconsistent: {error}") from error
+            raise ValueError(f"{file.path} is damaged, or inconsistent: {error}") from error
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[TensorFile, dict[str, Any]]]:
+    """Open a saved tokenizer: its file and its configuration."""
+    path, beside = folder / _NAMES.weights, folder / _NAMES.config
+    if not path.is_file():
+        raise FileNotFoundError(f"no image tokenizer in {folder}: {path.name} is missing")
+    with tensor_files.opened(path) as file:
+        config = file.config(_NAMES)
+        if config is None:  # written by an older version
+            if not beside.is_file():
+                raise FileNotFoundError(f"no image tokenizer in {folder}: {beside.name} is missing")
+            config = tensor_files.parse_json(beside.read_bytes(), beside)
+        schema.check(config, _CONFIG, path)
+        _check_shape(config["image_shape"], path)
+        yield file, config
 
 
 def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
@@ -268,65 +292,22 @@ def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
         FileNotFoundError: the folder holds no tokenizer.
         ValueError: its type is unknown, or :meth:`CodebookTokenizer.load` refuses it.
     """
-    name, types = _read_config(folder).get("type"), CodebookTokenizer._types
-    if not isinstance(name, str) or name not in types:
+    types = CodebookTokenizer._types
+    with _opened(Path(folder)) as (file, config):
+        if config["type"] not in types:
+            raise ValueError(
+                f"{folder} holds a tokenizer of unknown type {config['type']!r}; the types are "
+                f"{', '.join(sorted(types))}"
+            )
+        return types[config["type"]]._load(file, config)
+
+
+def _check_shape(shape: list[int], path: Path) -> None:
+    if len(shape) not in (2, 3) or not all(0 < size <= _LARGEST for size in shape):
         raise ValueError(
-            f"{folder} holds a tokenizer of unknown type {name!r}; the types are "
-            f"{', '.join(sorted(types))}"
+            f"{path}: image_shape must be 2 or 3 integers in 1..{_LARGEST}; got "
+            f"{reprlib.repr(shape)}"
         )
-    return types[name].load(folder)
-
-
-def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    file = Path(folder) / _CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is damaged: it must hold a JSON object")
-    return config
-
-
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file, on the CPU.
-
-    Raises:
-        ValueError: it is damaged, has no codebook of floats, or values are not finite.
-    """
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    codebook = tensors.get("codebook")
-    if codebook is None or codebook.ndim != 2 or not codebook.is_floating_point():
-        raise ValueError(f"{file} has no codebook (num_codes, d) of floats")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{file} is damaged: {name} has values that are not finite")
-    return tensors
-
-
-def positive_integer(config: dict[str, Any], name: str) -> int:
-    """Return a setting of a saved tokenizer.
-
-    Raises:
-        ValueError: it is missing, or is no integer, or is too small or large.
-    """
-    value = config.get(name)
-    if not _is_positive(value):
-        raise ValueError(f"{name} must be an integer in 1..{_LARGEST}; got {value!r}")
-    return value
-
-
-def _check_shape(shape: Any) -> None:
-    is_shape = isinstance(shape, list) and len(shape) in (2, 3)
-    if not is_shape or not all(map(_is_positive, shape)):
-        raise ValueError(f"image_shape must be 2 or 3 integers in 1..{_LARGEST}; got {shape!r}")
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 def nearest_entries(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

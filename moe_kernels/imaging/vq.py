@@ -16,16 +16,18 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from moe_kernels import schema, tensor_files
 from moe_kernels.imaging.pixels import as_pixels
 from moe_kernels.imaging.tokenizer import (
     CodebookTokenizer,
     channels_of,
     check_geometry,
     nearest_entries,
-    positive_integer,
     warn_if_collapsed,
 )
+from moe_kernels.tensor_files import TensorFile
 
+_SIZES = ("channels", "downsample", "width", "code_dim")
 _COMMITMENT = 0.25
 _DECAY = 0.98
 _MAX_GRAD_NORM = 1.0
@@ -151,22 +153,30 @@ class VQTokenizer(CodebookTokenizer):
         return super()._tensors() | self.network.state_dict()
 
     @classmethod
+    def _check_file(cls, config: dict[str, Any], file: TensorFile) -> None:
+        super()._check_file(config, file)
+        schema.check(config, dict.fromkeys(_SIZES, int), file.path)
+        image_shape, num_codes = tuple(config["image_shape"]), config["num_codes"]
+        sizes = {name: config[name] for name in _SIZES}
+        settings = {name: size for name, size in sizes.items() if name != "channels"}
+        _check_settings(image_shape, num_codes, **settings)
+        halvings = sizes["downsample"].bit_length()
+        if sizes["channels"] != channels_of(image_shape) or halvings > len(file.shapes):
+            raise ValueError(f"{sizes} are not for images of {image_shape}")
+        try:
+            network = _Autoencoder(**sizes, device="meta")  # no memory of these sizes is taken
+        except (RuntimeError, TypeError) as error:  # sizes that overflow
+            raise ValueError(f"impossible sizes {sizes}: {error}") from error
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        codebook = {"codebook": (num_codes, sizes["code_dim"])}
+        tensor_files.check_shapes(file, shapes | codebook)
+
+    @classmethod
     def _restore(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
-        names = ("channels", "downsample", "width", "code_dim")
-        sizes = {name: positive_integer(config, name) for name in names}
-        shape, codebook = tuple(config["image_shape"]), tensors.pop("codebook")
-        _check_settings(
-            shape, len(codebook), sizes["downsample"], sizes["width"], sizes["code_dim"]
-        )
-        if sizes["channels"] != channels_of(shape):
-            raise ValueError(f"channels is {sizes['channels']}, but image_shape is {shape}")
-        network = _Autoencoder(**sizes, device="meta")  # before any memory of these sizes is taken
-        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ValueError("the weights do not fit the config")
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        network = _Autoencoder(**{name: config[name] for name in _SIZES}, device="meta")
+        codebook = tensors.pop("codebook")
         network.load_state_dict(tensors, assign=True)
-        return cls(network, codebook, shape)
+        return cls(network, codebook, tuple(config["image_shape"]))
 
 
 class _Residual(nn.Module):

@@ -40,7 +40,8 @@ class Calibration(nn.Module):
         self.form = form
         self.calibration_A = nn.Parameter(torch.empty(hidden_features, num_experts, **options))
         self.calibration_B = nn.Parameter(torch.empty(num_experts, hidden_features, **options))
-        self.reset_parameters()
+        if not self.calibration_A.is_meta:  # where only shapes count, they may be of any size
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -39,15 +39,16 @@ class ModalityLora(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        experts_a = () if num_experts is None else (1 if shared_A else num_experts,)
-        experts_b = () if num_experts is None else (num_experts,)
-        options = {"device": device, "dtype": dtype}
-        self.lora_A = nn.Parameter(
-            torch.empty(num_modalities, *experts_a, r, in_features, **options)
+        shape_A, shape_B = pair_shapes(
+            num_modalities,
+            in_features,
+            out_features,
+            r,
+            num_experts=num_experts,
+            shared_A=shared_A,
         )
-        self.lora_B = nn.Parameter(
-            torch.empty(num_modalities, *experts_b, out_features, r, **options)
-        )
+        self.lora_A = nn.Parameter(torch.empty(shape_A, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, device=device, dtype=dtype))
         self.r, self.lora_alpha = r, lora_alpha
         self.register_buffer("scaling", self._make_scaling(), persistent=False)
         self.reset_parameters()
@@ -74,3 +75,21 @@ class ModalityLora(nn.Module):
         # A cast of the model to bf16 must not round the scaling.
         self.scaling = self._make_scaling()
         return self
+
+
+def pair_shapes(
+    num_modalities: int,
+    in_features: int,
+    out_features: int,
+    r: int,
+    *,
+    num_experts: int | None,
+    shared_A: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of ``lora_A`` and ``lora_B``; arguments as of :class:`ModalityLora`."""
+    experts_a = () if num_experts is None else (1 if shared_A else num_experts,)
+    experts_b = () if num_experts is None else (num_experts,)
+    return (
+        (num_modalities, *experts_a, r, in_features),
+        (num_modalities, *experts_b, out_features, r),
+    )

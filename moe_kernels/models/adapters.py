@@ -1,95 +1,104 @@
 """Saving and loading the adapter of a patched model, and the checks that it fits."""
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from moe_kernels import tensor_files
 from moe_kernels._version import __version__
 from moe_kernels.layers import AddedExperts, ModalityProjector
 from moe_kernels.models import adapter_files, added_experts, projectors, tokens
-from moe_kernels.models.adapter_files import LAYOUT
+from moe_kernels.models.adapter_files import LAYOUT, NAMES
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.handle import PatchState
+from moe_kernels.models.parameters import (
+    contents,
+    expected_shapes,
+    is_added,
+    named_adapter_parameters,
+    original_name,
+    whole_parameters,
+)
+from moe_kernels.models.parts import trainable_dtype
 from moe_kernels.models.routers import RoutingFinder
+from moe_kernels.tensor_files import TensorFile
 
-_ADDED_NAMES = ("modality_lora", tokens.ROWS, added_experts.EXTENSIONS, projectors.PROJECTORS)
 _FINGERPRINT_SAMPLES = 64
 
 
-def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield low-rank pairs, added rows, added experts and projectors with their names."""
-    for name, parameter in model.named_parameters():
-        if _is_added(name):
-            yield name, parameter
-
-
 def save(patched: PatchState, folder: Path) -> None:
-    """Write the adapter of a patched model."""
-    named = named_adapter_parameters(patched.model)
-    tensors = {name: parameter.detach() for name, parameter in named}
-    text = json.dumps(_describe(patched), indent=2) + "\n"
-    adapter_files.write(folder, tensors, text, {"format": "pt", "adapter_config": text})
+    """Write the adapter of a patched model, if it could be loaded again."""
+    parameters = whole_parameters(patched)
+    added = {name: p.detach() for name, p in parameters.items() if is_added(name)}
+    tensor_files.write(folder, NAMES, added, _describe(patched, parameters))
 
 
 def load(patched: PatchState, folder: Path) -> None:
     """Copy an adapter into a patched model, after all checks."""
     model, find = patched.model, RoutingFinder()
-    saved, tensors = adapter_files.read_config(folder), adapter_files.read_tensors(folder)
-    _check_fits(patched, saved)
-    missing = _make_missing(patched, saved, find)
-    _check_tensors(tensors, _expected_shapes(patched, missing))
-    _check_routing(patched, saved.get("routing", {}), find)  # absent in files of older versions
-    missing.attach(patched, find)
+    with adapter_files.opened(folder) as file:
+        saved = adapter_files.read_config(file)
+        parameters = whole_parameters(patched)
+        _check_fits(patched, saved, parameters)
+        missing = _find_missing(patched, saved, find)
+        tensor_files.check_shapes(file, _expected_shapes(patched, saved, file))
+        _check_frozen(file, saved)
+        _check_routing(patched, saved, find)
+        tensors = _read(patched, file, parameters)
+    modules = missing.build(patched)
     frozen = saved.get("frozen")
     with torch.no_grad():
+        missing.attach(patched, modules, find)
         for name, parameter in named_adapter_parameters(model):
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[original_name(name)])
             if frozen is not None:  # absent in files of older versions
-                parameter.requires_grad_(name not in frozen)
+                parameter.requires_grad_(original_name(name) not in frozen)
+
+
+_Modules = tuple[list[dict[int, AddedExperts]], dict[str, ModalityProjector]]
 
 
 @dataclass
 class _Missing:
-    """Tokens, experts and projectors that an adapter has and the model lacks, not attached yet."""
+    """Tokens, experts and projectors that an adapter has and the model lacks."""
 
     added_tokens: dict[str, int]
-    extensions: list[tuple[ExtensionConfig, dict[int, AddedExperts]]]
-    projectors: dict[str, ModalityProjector]
+    extensions: list[ExtensionConfig]
+    projectors: dict[str, dict[str, int]]
 
-    def shapes(self, patched: PatchState) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the parameters' names in the model once they are attached, and their shapes."""
-        yield from _row_shapes(patched.model, self.added_tokens)
-        for number, (_, modules) in enumerate(self.extensions):
-            for name, parameter in added_experts.named_parameters(patched, number, modules):
-                yield name, tuple(parameter.shape)
-        for modality, projector in self.projectors.items():
-            for name, parameter in projector.named_parameters():
-                yield f"{projectors.PROJECTORS}.{modality}.{name}", tuple(parameter.shape)
+    def build(self, patched: PatchState) -> _Modules:
+        """Make the modules, without values and not attached yet."""
+        extensions = [
+            added_experts.build(patched, config, self.extensions[:number])
+            for number, config in enumerate(self.extensions)
+        ]
+        built = {k: projectors.build(patched, each) for k, each in self.projectors.items()}
+        return extensions, built
 
-    def attach(self, patched: PatchState, find: RoutingFinder) -> None:
+    def attach(self, patched: PatchState, modules: _Modules, find: RoutingFinder) -> None:
+        extensions, built = modules
         for modality, count in self.added_tokens.items():
             tokens.add_modality_tokens(patched.model, modality, count, init="mean")
-        for config, modules in self.extensions:
-            added_experts.attach(patched, config, modules, find)
-        for modality, projector in self.projectors.items():
+        for config, module in zip(self.extensions, extensions, strict=True):
+            added_experts.attach(patched, config, module, find)
+        for modality, projector in built.items():
             projectors.attach(patched, modality, projector)
 
 
-def _make_missing(patched: PatchState, saved: dict, find: RoutingFinder) -> _Missing:
-    """Build the adapter's additions; raise ValueError if the model has different ones already."""
+def _find_missing(patched: PatchState, saved: dict, find: RoutingFinder) -> _Missing:
+    """Return what the model lacks; raise ValueError if it has other additions already."""
     present, requested = tokens.token_counts(patched.model), saved["added_tokens"]
     if present and list(present.items()) != list(requested.items()):
         raise ValueError(
             f"the adapter has added tokens {requested}, the model {present}; load the adapter into "
             "a model without added tokens, which gets them then"
         )
+    for modality in requested:
+        patched.modality_id(modality)
     return _Missing(
         {} if present else requested,
         _missing_extensions(patched, saved.get("extensions", ()), find),
@@ -99,7 +108,7 @@ def _make_missing(patched: PatchState, saved: dict, find: RoutingFinder) -> _Mis
 
 def _missing_extensions(
     patched: PatchState, saved: list[dict], find: RoutingFinder
-) -> list[tuple[ExtensionConfig, dict[int, AddedExperts]]]:
+) -> list[ExtensionConfig]:
     requested = [ExtensionConfig.from_dict(values) for values in saved]
     if patched.extensions:
         present = [config.structure() for config in patched.extensions]
@@ -110,17 +119,14 @@ def _missing_extensions(
                 f"{structures or 'none'} != {present}"
             )
         return []
-    built = []
     for number, config in enumerate(requested):
-        earlier = requested[:number]
-        added_experts.check(patched, config, earlier, find)
-        built.append((config, added_experts.build(patched, config, earlier)))
-    return built
+        added_experts.check(patched, config, requested[:number], find)
+    return requested
 
 
 def _missing_projectors(
-    patched: PatchState, requested: dict[str, dict]
-) -> dict[str, ModalityProjector]:
+    patched: PatchState, requested: dict[str, dict[str, int]]
+) -> dict[str, dict[str, int]]:
     existing = projectors.projectors(patched.model)
     present = {modality: projector.settings() for modality, projector in existing.items()}
     if present and present != requested:
@@ -130,45 +136,78 @@ def _missing_projectors(
     missing = {} if present else requested
     for modality in missing:
         projectors.check(patched, modality)
-    return {modality: projectors.build(patched, each) for modality, each in missing.items()}
+    return missing
 
 
-def fingerprint(model: nn.Module) -> str:
+def _expected_shapes(
+    patched: PatchState, saved: dict, file: TensorFile
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the header describes, without any of their memory."""
+    settings = saved.get("projectors", {})
+    for modality, each in settings.items():
+        if each["num_layers"] > len(file.shapes):
+            raise ValueError(
+                f"{file.path}: the projector for {modality!r} has {each['num_layers']} layers, but "
+                f"the file {len(file.shapes)} tensors"
+            )
+    extensions = [ExtensionConfig.from_dict(values) for values in saved.get("extensions", ())]
+    try:
+        return expected_shapes(patched, saved["added_tokens"], extensions, settings)
+    except (RuntimeError, TypeError) as error:  # sizes that overflow
+        raise ValueError(f"{file.path}: its header has impossible sizes: {error}") from error
+
+
+def _check_frozen(file: TensorFile, saved: dict) -> None:
+    if unknown := sorted(set(saved.get("frozen", ())) - set(file.shapes)):
+        raise ValueError(f"{file.path}: the field frozen names {unknown[0]}, which is not there")
+
+
+def _read(
+    patched: PatchState, file: TensorFile, parameters: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return the file's tensors in the dtypes that they will have, all of them finite."""
+    default = trainable_dtype(patched.model.get_input_embeddings().weight)
+    tensors = {
+        name: tensor.to(parameters[name].dtype if name in parameters else default)
+        for name, tensor in file.read(NAMES).items()
+    }
+    tensor_files.check_finite(tensors, file.path)
+    return tensors
+
+
+def _fingerprint(parameters: dict[str, nn.Parameter]) -> str:
     """Return a hash of the base weights: names, shapes and a sample of each, in bfloat16.
 
     Rounding gives a float32 copy of a bfloat16 model the same hash. A float16 copy may differ, as
     it was rounded before.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not _is_added(name):
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    for name, parameter in sorted(parameters.items()):
+        if is_added(name):
+            continue
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _is_added(name: str) -> bool:
-    """Return whether a parameter of this name was added by patching or later."""
-    return any(part in _ADDED_NAMES for part in name.split("."))
-
-
-def _describe(patched: PatchState) -> dict:
+def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
     model = patched.model
-    frozen = [name for name, p in named_adapter_parameters(model) if not p.requires_grad]
+    added_tokens, extensions, settings = contents(patched)
+    frozen = [name for name, p in parameters.items() if is_added(name) and not p.requires_grad]
     return {
         "layout": LAYOUT,
         "lora": patched.config.to_dict(),
-        "added_tokens": tokens.token_counts(model),
-        "extensions": [each.to_dict() for each in patched.extensions],
+        "added_tokens": added_tokens,
+        "extensions": [each.to_dict() for each in extensions],
         "routing": added_experts.routing(patched, RoutingFinder()),
-        "projectors": {k: p.settings() for k, p in projectors.projectors(model).items()},
+        "projectors": settings,
         "frozen": frozen,
         "base_model": {
             "model_type": model.config.model_type,
             "name_or_path": model.config.name_or_path,
-            "fingerprint": fingerprint(model),
+            "fingerprint": _fingerprint(parameters),
         },
         "versions": {
             "moe_kernels": __version__,
@@ -178,7 +217,7 @@ def _describe(patched: PatchState) -> dict:
     }
 
 
-def _check_fits(patched: PatchState, saved: dict) -> None:
+def _check_fits(patched: PatchState, saved: dict, parameters: dict[str, nn.Parameter]) -> None:
     """Raise ValueError unless base model and configuration are those of the adapter."""
     model, base = patched.model, saved["base_model"]
     if base["model_type"] != model.config.model_type:
@@ -194,15 +233,19 @@ def _check_fits(patched: PatchState, saved: dict) -> None:
             f"the adapter was trained with another configuration (adapter != model): {listed}; "
             "patch with ModalityLoraConfig.from_adapter(folder)"
         )
-    if base["fingerprint"] != fingerprint(model):
+    if base["fingerprint"] != _fingerprint(parameters):
         raise ValueError(
             f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'}), "
             "or on a copy of these in another precision than float32 or bfloat16"
         )
 
 
-def _check_routing(patched: PatchState, trained: dict[str, dict], find: RoutingFinder) -> None:
+def _check_routing(patched: PatchState, saved: dict, find: RoutingFinder) -> None:
     """Raise unless top-k and normalisation match those the added experts were trained with."""
+    trained = saved.get("routing", {})  # absent in files of older versions
+    extended = {layer for each in saved.get("extensions", ()) for layer in each["experts"]}
+    if unknown := sorted(set(trained) - extended):
+        raise ValueError(f"the adapter describes the routing of layer {unknown[0]}, not extended")
     current = added_experts.routing(patched, find, trained)
     differing = [
         f"layer {layer}: {name} {value!r} != {current[layer].get(name)!r}"
@@ -220,35 +263,3 @@ def _check_routing(patched: PatchState, trained: dict[str, dict], find: RoutingF
 def _as_list(value):
     """Return a dict as an ordered list of items: the first matching key wins."""
     return list(value.items()) if isinstance(value, dict) else value
-
-
-def _expected_shapes(patched: PatchState, missing: _Missing) -> dict[str, tuple[int, ...]]:
-    named = named_adapter_parameters(patched.model)
-    return {name: tuple(parameter.shape) for name, parameter in named} | dict(
-        missing.shapes(patched)
-    )
-
-
-def _row_shapes(
-    model: PreTrainedModel, added: dict[str, int]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield names and shapes of the rows that adding these tokens would create."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    modules = [table] if table.weight is head.weight else [table, head]
-    names = {module: name for name, module in model.named_modules()}
-    for module in modules:
-        for modality, count in added.items():
-            yield f"{names[module]}.{tokens.ROWS}.{modality}", (count, module.weight.shape[1])
-
-
-def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless the adapter has exactly these tensors."""
-    if missing := sorted(set(expected) - set(tensors)):
-        raise ValueError(f"the adapter lacks {len(missing)} tensors, such as {missing[0]}")
-    if unknown := sorted(set(tensors) - set(expected)):
-        raise ValueError(f"the adapter has {len(unknown)} unknown tensors, such as {unknown[0]}")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"the adapter's {name} has shape {tuple(tensors[name].shape)}, the model's {shape}"
-            )

@@ -85,12 +85,15 @@ def check(
 
 
 def build(
-    patched: PatchState, config: ExtensionConfig, earlier: Sequence[ExtensionConfig]
+    patched: PatchState,
+    config: ExtensionConfig,
+    earlier: Sequence[ExtensionConfig],
+    device: str | None = None,
 ) -> dict[int, AddedExperts]:
     """Make the modules of an extension by layer, without values and not attached yet.
 
     They are float32 on a base in 16 bits, else of the base's dtype, as adapters are. :func:`check`
-    has passed.
+    has passed. ``device``: None: that of the layer's experts.
     """
     modality_id = None if config.modality is None else patched.modality_id(config.modality)
     competing = [each.experts for each in earlier if each.modality == config.modality]
@@ -101,6 +104,7 @@ def build(
             sum(each.get(index, 0) for each in competing),
             modality_id,
             config,
+            device,
         )
         for index, number in config.experts.items()
     }
@@ -112,10 +116,11 @@ def _build_layer(
     num_competing: int,
     modality_id: int | None,
     config: ExtensionConfig,
+    device: str | None,
 ) -> AddedExperts:
     """Make one layer's module; its rows may choose ``num_competing`` earlier experts too."""
     weight = parts.experts.gate_up_proj
-    options = {"device": weight.device, "dtype": trainable_dtype(weight)}
+    options = {"device": device or weight.device, "dtype": trainable_dtype(weight)}
     calibration = None
     if config.calibration is not None:
         visible = parts.num_experts + num_competing + number
@@ -184,9 +189,9 @@ def named_parameters(
     patched: PatchState, number: int, modules: dict[int, AddedExperts]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters of an extension under their names in the model once it is attached."""
-    names = {module: name for name, module in patched.model.named_modules()}
+    paths = patched.paths
     for index, module in modules.items():
-        prefix = f"{names[patched.parts[index].layer]}.{EXTENSIONS}.{number}"
+        prefix = f"{paths[patched.parts[index].layer]}.{EXTENSIONS}.{number}"
         for name, parameter in module.named_parameters():
             yield f"{prefix}.{name}", parameter
 

@@ -1,17 +1,20 @@
 """Configurations: low-rank updates of a patched model, and the experts that are added to it."""
 
 import json
-import math
 import operator
 import re
+import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from torch import nn
 
+from moe_kernels import schema
 from moe_kernels.layers import CALIBRATIONS
-from moe_kernels.models import adapter_files
+from moe_kernels.models import adapter_files, schemas
+from moe_kernels.models.patterns import check_pattern, look_up
 
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -21,37 +24,7 @@ TARGETS = {
     "attention": ATTENTION_PROJECTIONS,
     "router": (ROUTER,),
 }
-T = TypeVar("T")
-
-
-def _expression(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def matches(key: str, name: str) -> bool:
-    """Return whether a key of a pattern fits a module name, by PEFT's rule (``get_pattern_key``).
-
-    The key is a regular expression for the whole name, or for its end from some dot on.
-    """
-    return _expression(key).match(name) is not None
-
-
-def look_up(pattern: dict[str, T], name: str, default: T) -> T:
-    """Return the value of the first key, in the pattern's order, that fits ``name``."""
-    return next((value for key, value in pattern.items() if matches(key, name)), default)
-
-
-def check_pattern(name: str, pattern: dict) -> None:
-    """Raise ValueError unless every key is a regular expression."""
-    if not isinstance(pattern, dict):
-        raise ValueError(f"{name} must be a dict, got {pattern!r}")
-    for key in pattern:
-        if not isinstance(key, str):
-            raise ValueError(f"{name}: a key must be a string, got {key!r}")
-        try:
-            _expression(key)
-        except re.error as error:
-            raise ValueError(f"{name}: {key!r} is not a regular expression: {error}") from error
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _is_free_name(name) -> bool:
@@ -146,8 +119,10 @@ class ModalityLoraConfig:
             if type(r) is not int or r < 1:
                 raise ValueError(f"a rank must be an integer of at least 1, got {r!r}")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if type(alpha) not in (int, float) or not math.isfinite(alpha):
-                raise ValueError(f"a lora_alpha must be a finite number, got {alpha!r}")
+            if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST:
+                raise ValueError(
+                    f"a lora_alpha must be a finite number of float32, got {reprlib.repr(alpha)}"
+                )
 
     def rank(self, name: str) -> int:
         """Return the rank of a projection, by its name in the model."""
@@ -171,7 +146,26 @@ class ModalityLoraConfig:
             FileNotFoundError: the folder has no adapter.
             ValueError: the file is damaged, not ours, or of another layout.
         """
-        return cls.from_dict(adapter_files.read_config(Path(folder))["lora"], backend)
+        with adapter_files.opened(Path(folder)) as file:
+            config = cls.from_dict(adapter_files.read_config(file)["lora"], backend)
+            ranks = {s[-2] for n, s in file.shapes.items() if n.endswith(".lora_A") and all(s)}
+            object.__setattr__(config, "_saved_ranks", ranks)
+        return config
+
+    def check_rank(self, name: str) -> None:
+        """Check the rank of a projection against the adapter that this is from, before it is made.
+
+        A header may ask for more memory than there is, while the file's tensors are small.
+
+        Raises:
+            ValueError: no tensor of the adapter has this rank.
+        """
+        ranks = self.__dict__.get("_saved_ranks")
+        if ranks is not None and self.rank(name) not in ranks:
+            raise ValueError(
+                f"the adapter is damaged: its configuration gives {name} rank {self.rank(name)}, "
+                f"and its tensors have the ranks {sorted(ranks)}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict, backend: str | None = None) -> "ModalityLoraConfig":
@@ -182,6 +176,7 @@ class ModalityLoraConfig:
         Raises:
             ValueError: a field that this version does not know, or an impossible value.
         """
+        schema.check(values, schemas.LORA, cls.__name__)
         _check_known(values, {field.name for field in fields(cls)} - {"backend"})
         return cls(**values, backend=backend)
 
@@ -245,12 +240,20 @@ class ExtensionConfig:
         Raises:
             ValueError: a field that this version does not know, or an impossible value.
         """
+        schema.check(values, schemas.EXTENSION, cls.__name__)
         _check_known(values, {field.name for field in fields(cls)})
         values = dict(values)
-        values["experts"] = {int(layer): n for layer, n in values["experts"].items()}
+        values["experts"] = {_layer(layer): n for layer, n in values["experts"].items()}
         if (sources := values.get("sources")) is not None:
-            values["sources"] = {int(layer): tuple(ids) for layer, ids in sources.items()}
+            values["sources"] = {_layer(layer): tuple(ids) for layer, ids in sources.items()}
         return cls(**values)
+
+
+def _layer(name: str | int) -> int:
+    """Convert the index of a layer in JSON, whose keys are strings."""
+    if isinstance(name, str) and re.fullmatch("[0-9]{1,9}", name):
+        return int(name)
+    return as_layer_index(name)
 
 
 def as_integer(value: Any) -> int | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.context import Switches
-from moe_kernels.models.intact import Link, check_links
+from moe_kernels.models.intact import Link, check_links, without_wrappers
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
 
@@ -34,6 +34,7 @@ class PatchState:
         switches: the parts that forwards leave out, by thread.
         hooks: handles of all hooks that patching registered.
         links: the places of the patched modules in the model.
+        base_shapes: the shapes of the model's own parameters, by name.
     """
 
     def __init__(
@@ -52,11 +53,19 @@ class PatchState:
         self.extensions: list[ExtensionConfig] = []
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.links: tuple[Link, ...] = ()
+        self.base_shapes = {
+            without_wrappers(name): tuple(p.shape) for name, p in model.named_parameters()
+        }
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:
         """The decoder layers with experts, by index."""
         return {i: parts for i, parts in enumerate(self.parts) if parts.experts is not None}
+
+    @property
+    def paths(self) -> dict[nn.Module, str]:
+        """The names that the patched modules had in the model, and those above them."""
+        return {link.module: without_wrappers(link.path) for link in self.links}
 
     def modality_id(self, modality: str) -> int:
         """Return m of the m-th added modality, from 1 on.

@@ -15,6 +15,11 @@ from moe_kernels.models.parts import LayerParts
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
+def without_wrappers(name: str) -> str:
+    """Return the name of a module or parameter without torch's wrappers of the modules above it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
 @dataclass(frozen=True)
 class Link:
     """A module and its place: ``parent.name`` is ``module``, and ``path`` its name in the model."""

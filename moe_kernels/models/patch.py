@@ -16,6 +16,7 @@ from moe_kernels.models import (
     experts,
     linear,
     methods,
+    parameters,
     projectors,
     quantisation,
     routers,
@@ -76,7 +77,7 @@ class PatchedModel(PatchState):
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the same parameters with their names in the model."""
-        for name, parameter in adapters.named_adapter_parameters(self.model):
+        for name, parameter in parameters.named_adapter_parameters(self.model):
             if parameter.requires_grad:
                 yield name, parameter
 
@@ -330,6 +331,7 @@ def _detach_layer(parts: LayerParts) -> None:
 
 
 def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLora:
+    config.check_rank(projection.name)
     weight = projection.weight
     return ModalityLora(
         len(config.modalities),

@@ -7,24 +7,28 @@ both projections adapted, it wraps the experts module twice: the update of ``gat
 ``gate.weight``; its pair is laid out like that of a linear layer.
 """
 
-import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_kernels import schema, tensor_files
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import adapter_files, tokens
+from moe_kernels.models import adapter_files, schemas, tokens
+from moe_kernels.models.adapter_files import NAMES
 from moe_kernels.models.config import (
     EXPERT_PROJECTIONS,
     ROUTER,
     ModalityLoraConfig,
-    check_pattern,
-    look_up,
 )
 from moe_kernels.models.handle import PatchState
+from moe_kernels.models.parameters import whole_parameters
+from moe_kernels.models.patterns import check_pattern, look_up
 from moe_kernels.models.projections import Projection
+from moe_kernels.tensor_files import TensorFile
 
 # Options of PEFT that change the meaning of a file -> the only supported value.
 _PLAIN = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
@@ -76,13 +80,14 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
 
     Raises:
         ValueError: an unknown modality, or a model with added tokens or experts, which PEFT's
-            files do not hold.
+            files do not hold; or a parameter that is not whole or not finite.
     """
     index = patched.modality_id(modality) - 1
     if added := tokens.token_counts(patched.model):
         raise ValueError(f"PEFT's files do not hold added tokens, the model has {added}")
     if patched.extensions:
         raise ValueError("PEFT's files do not hold added experts, the model has some")
+    whole_parameters(patched)
     tensors = {}
     for slot in _slots(patched):
         lora_A, lora_B = (getattr(slot.lora, name)[index].detach() for name in ("lora_A", "lora_B"))
@@ -91,33 +96,31 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
             lora_B = experts_B_to_peft(lora_B)
         tensors[f"{slot.name}.lora_A.weight"] = lora_A
         tensors[f"{slot.name}.lora_B.weight"] = lora_B
-    text = json.dumps(_peft_config(patched), indent=2) + "\n"
-    adapter_files.write(Path(folder), tensors, text, {"format": "pt"})
+    tensor_files.write(Path(folder), NAMES, tensors, _peft_config(patched))
 
 
 def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) -> None:
     """Copy the files of ``PeftModel.save_pretrained`` into the pairs of one modality.
 
     Raises:
-        ValueError: an unknown modality, an unsupported option, or another rank, scaling or set of
-            projections. The model has not changed then.
+        FileNotFoundError: the folder has no adapter.
+        ValueError: an unknown modality, an unsupported option, another rank, scaling or set of
+            projections, or a damaged file. The model has not changed then.
     """
     index = patched.modality_id(modality) - 1
     if patched.config.shared_A:
         raise ValueError("shared_A: PEFT's experts have one lora_A each")
     slots = _slots(patched)
-    saved = json.loads((Path(folder) / adapter_files.CONFIG_NAME).read_text())
-    _check_config(patched.config, slots, saved)
-    tensors = adapter_files.read_tensors(Path(folder))
-    pairs = [(slot.lora, *_take(tensors, slot)) for slot in slots]
-    if tensors:
-        raise ValueError(
-            f"the adapter has {len(tensors)} tensors that fit no projection, such as {min(tensors)}"
-        )
+    whole_parameters(patched)
+    with adapter_files.opened(Path(folder)) as file:
+        _check_config(patched.config, slots, _read_config(file))
+        _check_tensors(file, slots)
+        tensors = file.read(NAMES)
+    pairs = [pair for slot in slots for pair in _convert(tensors, slot)]
+    tensor_files.check_finite({name: tensor for name, _, tensor in pairs}, file.path)
     with torch.no_grad():
-        for lora, lora_A, lora_B in pairs:
-            lora.lora_A[index].copy_(lora_A)
-            lora.lora_B[index].copy_(lora_B)
+        for _, parameter, tensor in pairs:
+            parameter[index].copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -156,21 +159,51 @@ def _slot(projection: Projection) -> _Slot:
     return _Slot(name, projection.name, projection, projection.weight.shape[0])
 
 
-def _take(tensors: dict[str, Tensor], slot: _Slot) -> tuple[Tensor, Tensor]:
-    """Remove a projection's pair from ``tensors`` and convert it to our layout."""
-    pair = []
-    for field, convert in (("lora_A", experts_A_from_peft), ("lora_B", experts_B_from_peft)):
-        name = f"{slot.name}.{field}.weight"
-        if name not in tensors:
+def _read_config(file: TensorFile) -> dict:
+    """Return PEFT's configuration beside an open file; it must be that of the file."""
+    path = file.path.with_name(NAMES.config)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter of PEFT in {path.parent}: {NAMES.config} is missing")
+    saved = tensor_files.parse_json(path.read_bytes(), path)
+    text = file.metadata.get(NAMES.key)  # None in files that PEFT itself wrote
+    if text is not None and tensor_files.parse_json(text, file.path) != saved:
+        raise ValueError(
+            f"{path} is not the configuration of {NAMES.weights} beside it: it was edited, or is "
+            "that of another save"
+        )
+    return saved
+
+
+def _check_tensors(file: TensorFile, slots: list[_Slot]) -> None:
+    """Raise ValueError unless the file has the pairs of these projections and nothing else."""
+    expected = dict(shape for slot in slots for shape in _peft_shapes(slot))
+    for name, shape in expected.items():
+        if name not in file.shapes:
             raise ValueError(f"the adapter lacks {name}")
-        ours, weight = getattr(slot.lora, field), tensors.pop(name)
-        flat = tuple(weight.shape)
-        if slot.num_experts is not None and weight.numel() == ours[0].numel():
+        if file.shapes[name] != shape:
+            raise ValueError(f"{name} is {file.shapes[name]}, which does not fit {shape}")
+    if unknown := set(file.shapes) - set(expected):
+        raise ValueError(
+            f"the adapter has {len(unknown)} tensors that fit no projection, such as {min(unknown)}"
+        )
+
+
+def _peft_shapes(slot: _Slot) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of a projection's pair in PEFT's file."""
+    *stack_A, r, in_features = slot.lora.lora_A.shape[1:]
+    *stack_B, out_features, _ = slot.lora.lora_B.shape[1:]
+    yield f"{slot.name}.lora_A.weight", (math.prod(stack_A) * r, in_features)
+    yield f"{slot.name}.lora_B.weight", (out_features, math.prod(stack_B) * r)
+
+
+def _convert(tensors: dict[str, Tensor], slot: _Slot) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Yield the names, our parameters and the values, in our layout and dtype, of a pair."""
+    for field, convert in (("lora_A", experts_A_from_peft), ("lora_B", experts_B_from_peft)):
+        name, ours = f"{slot.name}.{field}.weight", getattr(slot.lora, field)
+        weight = tensors[name]
+        if slot.num_experts is not None:
             weight = convert(weight, slot.num_experts)
-        if weight.shape != ours.shape[1:]:
-            raise ValueError(f"{name} is {flat}, which does not fit {tuple(ours.shape[1:])}")
-        pair.append(weight)
-    return tuple(pair)
+        yield name, ours, weight.to(ours.dtype)
 
 
 def _peft_config(patched: PatchState) -> dict:
@@ -248,6 +281,7 @@ def _check_config(config: ModalityLoraConfig, slots: list[_Slot], saved: dict) -
                 f"moe_kernels (the file is by PEFT {saved.get('peft_version')}): take the option "
                 "out of adapter_config.json if it does not change the formula"
             )
+    schema.check(saved, schemas.PEFT, "the adapter of PEFT")
     ranks, alphas = saved.get("rank_pattern") or {}, saved.get("alpha_pattern") or {}
     check_pattern("rank_pattern", ranks)
     check_pattern("alpha_pattern", alphas)

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models.config import TARGETS, ModalityLoraConfig, matches
+from moe_kernels.layers.modality_lora import pair_shapes
+from moe_kernels.models.config import TARGETS, ModalityLoraConfig
+from moe_kernels.models.intact import without_wrappers
 from moe_kernels.models.parts import LayerParts
+from moe_kernels.models.patterns import matches
+
+LORA = "modality_lora"
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class Projection:
 
     Attributes:
         layer: the decoder layer, which holds the pair.
+        layer_name: its name in the model.
         key: of the pair in ``layer.modality_lora``, such as "down_proj".
         name: the name in the model that patterns are matched against: that of a linear layer or
             router, such as "model.layers.0.self_attn.q_proj", or that of a parameter of stacked
@@ -25,6 +31,7 @@ class Projection:
     """
 
     layer: nn.Module
+    layer_name: str
     key: str
     name: str
     module: nn.Module
@@ -39,6 +46,20 @@ class Projection:
     def lora(self) -> ModalityLora:
         """The low-rank pair, once the model is patched."""
         return self.layer.modality_lora[self.key]
+
+    def pair_shapes(self, config: ModalityLoraConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of ``lora_A`` and ``lora_B`` by their names in the model."""
+        *stack, out_features, in_features = self.weight.shape
+        shapes = pair_shapes(
+            len(config.modalities),
+            in_features,
+            out_features,
+            config.rank(self.name),
+            num_experts=stack[0] if stack else None,
+            shared_A=config.shared_A,
+        )
+        prefix = f"{self.layer_name}.{LORA}.{self.key}"
+        return {f"{prefix}.lora_A": shapes[0], f"{prefix}.lora_B": shapes[1]}
 
 
 def adapted_parts(config: ModalityLoraConfig, parts: Sequence[LayerParts]) -> Sequence[LayerParts]:
@@ -62,9 +83,9 @@ def find_projections(
 
     A patched model keeps its projections as ``get_patched(model).projections``.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: without_wrappers(name) for name, module in model.named_modules()}
     return [
-        Projection(each.layer, key, names[module] + suffix, module, parameter)
+        Projection(each.layer, names[each.layer], key, names[module] + suffix, module, parameter)
         for each in adapted_parts(config, parts)
         for target in TARGETS
         if target in config.target_modules

@@ -24,12 +24,15 @@ def check(patched: PatchState, modality: str) -> None:
         )
 
 
-def build(patched: PatchState, settings: dict) -> ModalityProjector:
-    """Make a projector: float32 beside a table in 16 bits, else of the table's dtype."""
+def build(patched: PatchState, settings: dict, device: str | None = None) -> ModalityProjector:
+    """Make a projector: float32 beside a table in 16 bits, else of the table's dtype.
+
+    ``device``: None: that of the table.
+    """
     table = patched.model.get_input_embeddings().weight
     return ModalityProjector(
         out_features=table.shape[1],
-        device=table.device,
+        device=device or table.device,
         dtype=trainable_dtype(table),
         **settings,
     )

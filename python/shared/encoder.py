@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.files import write_text
+from shared.files import replacing, write_text
 from shared.pictures import DIGITS, CaptionedPictures, digits, emoji
 from shared.stages import Workspace
 from shared.texts import PARTS
@@ -129,8 +129,9 @@ def train_encoder(settings: EncoderSettings, workspace: Workspace) -> dict[str, 
             accuracy[part] = float((found == labels[part]).double().mean())
     described = {"names": names, "settings": asdict(settings), "channels": channels}
     write_text(workspace.folder / "encoder.json", json.dumps(described))
-    save_file(encoder.state_dict(), workspace.folder / "encoder.safetensors")
-    save_file(tensors, workspace.folder / "features.safetensors")
+    for name, saved in (("encoder", encoder.state_dict()), ("features", tensors)):
+        with replacing(workspace.folder / f"{name}.safetensors") as temporary:
+            save_file(saved, temporary)
     return {"names": names, "accuracy": accuracy, "pictures": {p: len(labels[p]) for p in PARTS}}
 
 

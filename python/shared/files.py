@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside ``path`` that replaces it unless the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from moe_kernels.files import replacing
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,11 +54,9 @@ def copy_whole(source: Path, target: Path) -> None:
     lost = sorted(path for path in target.rglob("*") if path.relative_to(target) not in names)
     if lost:
         raise ValueError(f"{lost[0]} would be lost with the old {target.name}: move it elsewhere")
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        shutil.copytree(source, temporary)
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def save_figure(figure: Any, path: Path) -> None:

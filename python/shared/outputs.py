@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-# What a run that was killed leaves beside a file: ours, and those of safetensors.
-_TEMPORARY = re.compile(r"\.(?P<name>.+)(\.tmp|-[a-z0-9_]{8})")
-_OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+# A folder that a killed run leaves beside a file that it was replacing (moe_kernels.files).
+_LEFT = re.compile(r"\..+-[a-z0-9_]{8}\.partial")
 _STAGE = re.compile(r"stages/[^/]+-[0-9a-f]{12}(\.partial)?/.+")
 # What systems put into folders that people look at.
 _OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
@@ -45,13 +44,9 @@ def check_outputs(out: Path, files: Sequence[str], marker: str | None = None) ->
 
 
 def _files(out: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder; those of temporary files are their targets'."""
+    """Yield the paths of all files below a folder, except what killed runs have left."""
     for path in out.rglob("*"):
         is_file = path.is_symlink() or not path.is_dir()
-        if is_file and path.name not in _OF_THE_SYSTEM and not _OF_SAFETENSORS.match(path.name):
-            yield "/".join(map(_target, path.relative_to(out).parts))
-
-
-def _target(name: str) -> str:
-    temporary = _TEMPORARY.fullmatch(name)
-    return temporary["name"] if temporary else name
+        parts = path.relative_to(out).parts
+        if is_file and path.name not in _OF_THE_SYSTEM and not any(map(_LEFT.fullmatch, parts)):
+            yield "/".join(parts)

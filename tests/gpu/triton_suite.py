@@ -513,11 +513,21 @@ def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
     assert triton_tiles.choose_tiles(100 * shape.E, weights) == best
     tune.store("another", [(0, best)])
     assert triton_tiles.choose_tiles(0, weights) == before  # kept beside the new entry
-    (tmp_path / "new" / "tiles.json").write_text("[")
     triton_tiles.forget_stored()
-    with pytest.raises(ValueError, match="delete it"):
-        triton_tiles.choose_tiles(0, weights)
-    triton_tiles.forget_stored()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[", b"[]", b"\xff", b"[" * 100_000, b'{"x": 3}', b'{"x": [[0]]}', b'{"x": [[0, {}]]}',
+        b'{"x": [[0, {"m": "16", "n": 16, "n_gated": 16, "k": 16, "group": 8, "warps": 4, "stages": 2}]]}',  # noqa: E501
+        b'{"x": [[0, {"m": 24, "n": 16, "n_gated": 16, "k": 16, "group": 8, "warps": 4, "stages": 2}]]}',  # noqa: E501
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_tuned_tiles(content, tmp_path):
+    (tmp_path / "tiles.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tiles.json is not a file of tuned tiles.*delete it"):
+        triton_tiles.read(tmp_path / "tiles.json")
 
 
 def test_refuses_what_it_does_not_compute():

@@ -1,12 +1,11 @@
 """Images as tokens: codebook, sequence layout, the token constraint, sampling."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from support.model_zoo import PAD, VOCAB
 from support.patched_models import patched_model
+from support.saved_adapters import TOKENIZER, rewrite
 
 from moe_kernels.imaging import (
     IGNORE_INDEX,
@@ -114,7 +113,7 @@ def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("moe_kernels.imaging.tokenizer.save_file", full_disk)
+    monkeypatch.setattr("moe_kernels.tensor_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         PatchTokenizer.fit(pictures(), num_codes=8).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -122,12 +121,11 @@ def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
 
 def test_load_refuses_another_format(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"type": "vqvae"}))
-    with pytest.raises(ValueError, match="vqvae"):
-        PatchTokenizer.load(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"num_codes": 4}))
+    rewrite(tmp_path, lambda config: config.update(num_codes=4), names=TOKENIZER)
     with pytest.raises(ValueError, match="16 codes"):
+        PatchTokenizer.load(tmp_path)
+    rewrite(tmp_path, lambda config: config.update(type="vqvae"), names=TOKENIZER)
+    with pytest.raises(ValueError, match="vqvae"):
         PatchTokenizer.load(tmp_path)
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.saved_adapters import TOKENIZER, rewrite
 
 from moe_kernels.imaging import PatchTokenizer, VQTokenizer, load_image_tokenizer
 
@@ -31,6 +32,16 @@ def copy(saved, tmp_path):
     return tmp_path
 
 
+def configure(folder, config):
+    """Write a configuration beside the weights, and into their header."""
+
+    def change(header):
+        header.clear()
+        header.update(config)
+
+    rewrite(folder, change, names=TOKENIZER)
+
+
 def test_a_whole_tokenizer_is_loaded(copy, saved):
     first, second = load_image_tokenizer(saved), load_image_tokenizer(copy)
     codes = torch.arange(2 * first.tokens_per_image).reshape(2, -1) % first.num_codes
@@ -42,7 +53,7 @@ def test_every_field_is_checked(copy, value):
     config = json.loads((copy / CONFIG).read_text())
     for name in config:
         changed = config | {name: value}
-        (copy / CONFIG).write_text(json.dumps(changed))
+        configure(copy, changed)
         if changed == config:
             continue
         with pytest.raises(ValueError, match=str(copy)):
@@ -53,7 +64,7 @@ def test_every_field_is_needed(copy):
     config = json.loads((copy / CONFIG).read_text())
     for name in config:
         rest = {other: value for other, value in config.items() if other != name}
-        (copy / CONFIG).write_text(json.dumps(rest))
+        configure(copy, rest)
         with pytest.raises(ValueError, match=str(copy)):
             load_image_tokenizer(copy)
 
@@ -64,7 +75,7 @@ def test_every_side_of_the_pictures_is_checked(copy, side):
     for place in range(3):
         shape = list(config["image_shape"])
         shape[place] = side
-        (copy / CONFIG).write_text(json.dumps(config | {"image_shape": shape}))
+        configure(copy, config | {"image_shape": shape})
         with pytest.raises(ValueError, match=str(copy)):
             load_image_tokenizer(copy)
 
@@ -73,6 +84,9 @@ def test_every_side_of_the_pictures_is_checked(copy, side):
                          ids=range(6))  # fmt: skip
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_damaged_files_are_named(copy, name, content):
+    """Files of older versions have their configuration in the JSON alone."""
+    save_file(load_file(copy / WEIGHTS), copy / WEIGHTS)
+    assert load_image_tokenizer(copy).num_codes in (4, 8)
     (copy / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{copy / name} is damaged"):
         load_image_tokenizer(copy)
@@ -85,7 +99,7 @@ def test_values_that_are_not_finite_are_refused(copy, bad):
         changed = tensor.clone()
         changed.view(-1)[-1] = bad
         save_file(tensors | {name: changed}, copy / WEIGHTS, {"format": "pt"})
-        with pytest.raises(ValueError, match=f"{name} has values that are not finite"):
+        with pytest.raises(ValueError, match=f"{name} has 1 values of .* that are not finite"):
             load_image_tokenizer(copy)
 
 
@@ -93,9 +107,9 @@ def test_values_that_are_not_finite_are_refused(copy, bad):
 def test_a_codebook_that_is_not_of_floats_is_refused(copy, dtype):
     tensors = load_file(copy / WEIGHTS)
     save_file(tensors | {"codebook": tensors["codebook"].to(dtype)}, copy / WEIGHTS)
-    with pytest.raises(ValueError, match="no codebook .* of floats"):
+    with pytest.raises(ValueError, match="codebook is .*; tensors must be one of F64"):
         load_image_tokenizer(copy)
     del tensors["codebook"]
     save_file(tensors, copy / WEIGHTS)
-    with pytest.raises(ValueError, match="no codebook"):
+    with pytest.raises(ValueError, match="has None codes|lacks 1 tensors, such as codebook"):
         load_image_tokenizer(copy)

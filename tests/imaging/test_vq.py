@@ -1,12 +1,12 @@
 """VQTokenizer: round trips, files, repeatability, refusals, and failures while fitting."""
 
 import copy
-import json
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from support.saved_adapters import TOKENIZER, rewrite
 
 from moe_kernels.imaging import (
     CodebookTokenizer,
@@ -119,15 +119,13 @@ def test_the_same_bits_after_save_and_load(kind, fitted, tmp_path):
 
 
 def test_load_refuses(fitted, tmp_path):
-    fitted.save(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    config = json.loads(file.read_text())
     for change, message in (
         ({"type": "dalle"}, r"unknown type 'dalle'; the types are patch, vq"),
-        ({"width": 32}, "weights"),
+        ({"width": 32}, r"has shape .*, not \("),
         ({"num_codes": 8}, "16 codes"),
     ):
-        file.write_text(json.dumps(config | change))
+        fitted.save(tmp_path)
+        rewrite(tmp_path, lambda config, change=change: config.update(change), names=TOKENIZER)
         with pytest.raises(ValueError, match=message):
             load_image_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError):

@@ -33,8 +33,8 @@ def test_a_folder_that_is_new_or_empty(outputs, tmp_path):
         ("stages/teach-0123456789ab.partial/seconds",),
         (f"{STAGE}/stage.json", f"{STAGE}/adapter/anything"),
         (f"{STAGE}/stage.json", "report.json", "adapter/weights", "samples-1.png"),
-        (f"{STAGE}/stage.json", ".report.json.tmp", ".adapter.tmp/weights", ".tmpAb3Zx9"),
-        (f"{STAGE}/stage.json", "adapter/.weights-0ab_cdef", ".DS_Store", "adapter/.DS_Store"),
+        (f"{STAGE}/stage.json", ".report.json-0ab_cdef.partial/lock", ".DS_Store"),
+        (f"{STAGE}/stage.json", "adapter/.weights-0ab_cdef.partial/weights", "adapter/.DS_Store"),
     ],
     ids=range(5),
 )

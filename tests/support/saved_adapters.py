@@ -1,23 +1,51 @@
-"""Read adapters on disk, and rewrite them with changes."""
+"""Read adapters and image tokenizers on disk, and rewrite them with changes."""
 
+import copy
 import json
+from collections.abc import Iterator
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+TOKENIZER = ("codebook.safetensors", "tokenizer_config.json")
+WEIGHTS, CONFIG = ADAPTER
 
 
-def read(folder):
-    """Return the header of an adapter's file, and its tensors by name."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        return json.loads(file.metadata()["adapter_config"]), load_file(folder / WEIGHTS)
+def read(folder, names=ADAPTER):
+    """Return the configuration in the header of a file, and the file's tensors by name."""
+    path, key = folder / names[0], names[1].removesuffix(".json")
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()[key]), load_file(path)
 
 
-def rewrite(folder, change_header=None, change_tensors=None):
-    """Rewrite an adapter's file with a changed header or changed tensors."""
-    header, tensors = read(folder)
+def rewrite(folder, change_header=None, change_tensors=None, names=ADAPTER):
+    """Rewrite both files with a changed header or changed tensors, without a checksum."""
+    header, tensors = read(folder, names)
     for change, what in ((change_header, header), (change_tensors, tensors)):
         if change:
             change(what)
-    save_file(tensors, folder / WEIGHTS, metadata={"adapter_config": json.dumps(header)})
+    text = json.dumps(header)
+    metadata = {"format": "pt", names[1].removesuffix(".json"): text}
+    save_file(tensors, folder / names[0], metadata=metadata)
+    (folder / names[1]).write_text(text)
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yield the path of every field in a value of JSON."""
+    if path:
+        yield path
+    if isinstance(value, (dict, list)):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(each, (*path, key))
+
+
+def replaced(header: dict, path: tuple, value: Any) -> dict:
+    """Return a copy of a header with another value at a path."""
+    changed = inner = copy.deepcopy(header)
+    *above, last = path
+    for key in above:
+        inner = inner[key]
+    inner[last] = value
+    return changed

@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -102,15 +103,31 @@ def _key(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
 
 @functools.cache
 def _stored() -> dict[str, Table]:
-    """Read the tuned tables, by :func:`key_of`: pairs of a least average of rows, and tiles."""
-    path = env.tiles_path()
+    return read(env.tiles_path())
+
+
+def read(path: Path) -> dict[str, Table]:
+    """Read tuned tables, by :func:`key_of`: pairs of a least average of rows, and tiles.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     if not path.is_file():
         return {}
     try:
-        tables = json.loads(path.read_text())
-        return {key: [(least, Tiles(**tiles)) for least, tiles in t] for key, t in tables.items()}
-    except (ValueError, TypeError) as error:
+        tables = json.loads(path.read_bytes())
+        return {key: [_entry(*each) for each in table] for key, table in tables.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of tuned tiles ({error}): delete it") from error
+
+
+def _entry(least: int, fields: dict[str, int]) -> tuple[int, Tiles]:
+    tiles = Tiles(**fields)
+    powers = (tiles.m, tiles.n, tiles.n_gated, tiles.k, tiles.warps)
+    whole = all(type(value) is int and value >= 0 for value in (least, *tiles))
+    if not whole or not all(n and n & (n - 1) == 0 for n in powers) or not tiles.group:
+        raise ValueError(f"{fields} are no tiles")
+    return least, tiles
 
 
 def forget_stored() -> None:

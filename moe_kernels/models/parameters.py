@@ -1,0 +1,141 @@
+"""The parameters that were added to a patched model: their names, and the shapes they must have."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.models import added_experts, projectors, tokens
+from moe_kernels.models.config import ExtensionConfig
+from moe_kernels.models.handle import PatchState
+from moe_kernels.models.intact import without_wrappers
+from moe_kernels.models.projections import LORA
+
+_ADDED_NAMES = (LORA, tokens.ROWS, added_experts.EXTENSIONS, projectors.PROJECTORS)
+
+
+def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield low-rank pairs, added rows, added experts and projectors with their names."""
+    for name, parameter in model.named_parameters():
+        if is_added(name):
+            yield name, parameter
+
+
+def is_added(name: str) -> bool:
+    """Return whether a parameter of this name was added by patching or later."""
+    return any(part in _ADDED_NAMES for part in name.split("."))
+
+
+def original_name(name: str) -> str:
+    """Return a parameter's name without torch's wrappers around the modules above it."""
+    parts = name.split(".")
+    # Below an added module stand names of modalities, which may be those of wrappers.
+    end = next((i for i, part in enumerate(parts) if part in _ADDED_NAMES), len(parts))
+    above = without_wrappers(".".join(parts[:end]))
+    return ".".join(filter(None, [above, *parts[end:]]))
+
+
+def whole_parameters(patched: PatchState) -> dict[str, nn.Parameter]:
+    """Return all parameters of a patched model by their names at patching.
+
+    Raises:
+        ValueError: a parameter's values are not here (see :func:`check_values`), or the model has
+            other parameters than it was patched with and what was added since.
+    """
+    found, expected = check_values(patched)
+    if differing := sorted(found.keys() ^ expected.keys()):
+        what = "unknown" if differing[0] in found else "missing"
+        raise ValueError(
+            f"the model is not as it was patched: the parameter {differing[0]} is {what} (one of "
+            f"{len(differing)}). What is attached to a model must be there before patch_model, or "
+            "be taken away again"
+        )
+    return found
+
+
+def check_values(
+    patched: PatchState,
+) -> tuple[dict[str, nn.Parameter], dict[str, tuple[int, ...]]]:
+    """Return all parameters by their names at patching, and the shapes that they should have.
+
+    Raises:
+        ValueError: a parameter's values are not here, because it is sharded, offloaded or emptied.
+    """
+    found = {original_name(name): p for name, p in patched.model.named_parameters()}
+    _check_values(found, patched.base_shapes)  # first: the other shapes follow from these
+    added = expected_shapes(patched, *contents(patched))
+    _check_values(found, added)
+    return found, patched.base_shapes | added
+
+
+def contents(
+    patched: PatchState,
+) -> tuple[dict[str, int], Sequence[ExtensionConfig], dict[str, dict[str, int]]]:
+    """Return what a model has beside its low-rank pairs, as :func:`expected_shapes` takes it."""
+    model = patched.model
+    # Rows themselves may have been emptied; the table of modalities has not.
+    counts = {
+        name: int((model.token_modality == patched.modality_id(name)).sum())
+        for name in tokens.token_counts(model)
+    }
+    settings = {k: p.settings() for k, p in projectors.projectors(model).items()}
+    return counts, patched.extensions, settings
+
+
+def expected_shapes(
+    patched: PatchState,
+    added_tokens: dict[str, int],
+    extensions: Sequence[ExtensionConfig],
+    projector_settings: dict[str, dict[str, int]],
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the added parameters by name; nothing of these sizes is allocated.
+
+    Args:
+        patched: the model.
+        added_tokens: number of added tokens by modality.
+        extensions: its extensions, in order.
+        projector_settings: settings of its projectors by modality.
+    """
+    shapes = _row_shapes(patched, added_tokens)
+    for projection in patched.projections:
+        shapes |= projection.pair_shapes(patched.config)
+    for number, config in enumerate(extensions):
+        modules = added_experts.build(patched, config, extensions[:number], device="meta")
+        for name, parameter in added_experts.named_parameters(patched, number, modules):
+            shapes[name] = tuple(parameter.shape)
+    for modality, settings in projector_settings.items():
+        module = projectors.build(patched, settings, device="meta")
+        for name, parameter in module.named_parameters():
+            shapes[f"{projectors.PROJECTORS}.{modality}.{name}"] = tuple(parameter.shape)
+    return shapes
+
+
+def _row_shapes(patched: PatchState, added: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    model = patched.model
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [table] if table.weight is head.weight else [table, head]
+    return {
+        f"{patched.paths[module]}.{tokens.ROWS}.{modality}": (count, module.weight.shape[1])
+        for module in modules
+        for modality, count in added.items()
+    }
+
+
+def _check_values(found: dict[str, nn.Parameter], expected: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if name in found and (problem := _problem(found[name], shape)):
+            raise ValueError(
+                f"the values of {name} are not here: it {problem}. Adapters of a sharded or "
+                "offloaded model cannot be saved or loaded: gather its parameters first, or load "
+                "its full state_dict into a patched model that is whole"
+            )
+
+
+def _problem(parameter: nn.Parameter, shape: tuple[int, ...]) -> str | None:
+    if type(parameter.data) is not Tensor:
+        return f"is a {type(parameter.data).__name__}"
+    if parameter.device == torch.device("meta"):
+        return "is on the device meta"
+    if tuple(parameter.shape) != shape:
+        return f"has shape {tuple(parameter.shape)}, and had {shape}"
+    return None

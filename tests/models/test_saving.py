@@ -1,0 +1,214 @@
+"""Saves that could be loaded again, or a refusal that names the parameter."""
+
+import threading
+
+import pytest
+import torch
+from support.model_zoo import VOCAB, make_model, randomise, token_ids
+from support.patched_models import patched_model
+from support.saved_adapters import CONFIG, WEIGHTS
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.models.parameters import original_name
+from moe_kernels.models.peft_format import load_peft_adapter, save_peft_adapter
+from moe_kernels.moextend import ExpertExtender
+
+LORA = "model.layers.1.modality_lora.down_proj.lora_B"
+ROWS = "lm_head.added_rows.image"
+BASE = "model.layers.0.mlp.experts.down_proj"
+
+
+def everything(family="mixtral"):
+    """Make a model with adapters, tokens, added experts and a projector, all of them random."""
+    model = make_model(family)
+    patched = patch_model(model, ModalityLoraConfig(r=2, modalities=("image", "module")))
+    add_modality_tokens(model, "image", 3)
+    extender = ExpertExtender(model)
+    extender.extend([0], 2, init=0, modality="image", calibration="additive")
+    extender.add_projector(5, modality="module")  # the name is also that of a wrapper of torch
+    randomise(patched)
+    return patched
+
+
+def logits(patched):
+    ids = token_ids(2, 9, vocab=VOCAB + 3)
+    with torch.no_grad():
+        return patched.model(ids, modality_ids=torch.ones_like(ids)).logits
+
+
+def reloaded(folder, family="mixtral"):
+    patched = patch_model(make_model(family), ModalityLoraConfig.from_adapter(folder))
+    patched.load_adapter(folder)
+    return patched
+
+
+# --- values that are elsewhere, or are no numbers
+
+
+def empty(model, name):
+    model.get_parameter(name).data = torch.empty(0)  # as ZeRO-3 leaves them between uses
+
+
+def to_meta(model, name):
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, torch.nn.Parameter(torch.empty(2, device="meta")))
+
+
+def to_a_subclass(model, name):
+    class Shard(torch.Tensor):
+        """Stands for DTensor, which needs a process group."""
+
+    parent, _, last = name.rpartition(".")
+    parameter = torch.nn.Parameter(model.get_parameter(name).detach().as_subclass(Shard))
+    model.get_submodule(parent)._parameters[last] = parameter
+
+
+def save(patched, folder):
+    patched.save_adapter(folder)
+
+
+def save_pretrained(patched, folder):
+    patched.model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("write", [save])
+@pytest.mark.parametrize("name", [LORA, ROWS, BASE])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (empty, r"it has shape \(0,\), and had \([134]"),
+        (to_meta, "it is on the device meta"),
+        (to_a_subclass, "it is a Shard"),
+    ],
+    ids=["emptied", "offloaded", "sharded"],
+)
+def test_values_that_are_elsewhere(change, match, name, write, tmp_path):
+    _, patched = patched_model(num_tokens=3)
+    patched.save_adapter(tmp_path / "before")
+    change(patched.model, name)
+    with pytest.raises(ValueError, match=f"the values of {name} are not here: {match}"):
+        write(patched, tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+    with pytest.raises(ValueError, match=f"the values of {name} are not here"):
+        patched.load_adapter(tmp_path / "before")
+
+
+def test_all_parameters_emptied(tmp_path):
+    _, patched = patched_model(num_tokens=3)
+    for parameter in patched.trainable_parameters():
+        parameter.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"are not here: it has shape \(0,\)"):
+        patched.save_adapter(tmp_path)
+
+
+def test_pairs_for_peft_must_be_whole_too(tmp_path):
+    _, patched = patched_model(config=ModalityLoraConfig(r=2))
+    save_peft_adapter(patched, "image", tmp_path / "before")
+    empty(patched.model, LORA)
+    with pytest.raises(ValueError, match=f"the values of {LORA} are not here"):
+        save_peft_adapter(patched, "image", tmp_path / "after")
+    with pytest.raises(ValueError, match=f"the values of {LORA} are not here"):
+        load_peft_adapter(patched, "image", tmp_path / "before")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [LORA, ROWS])
+def test_values_that_are_no_numbers(value, name, tmp_path):
+    _, patched = patched_model(num_tokens=3)
+    with torch.no_grad():
+        patched.model.get_parameter(name).view(-1)[7] = value
+    with pytest.raises(ValueError, match=f"{name} has 1 values of .* that are not finite"):
+        patched.save_adapter(tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+
+
+def test_a_parameter_too_many(tmp_path):
+    _, patched = patched_model()
+    patched.model.model.more = torch.nn.Linear(2, 2)
+    match = "not as it was patched: the parameter model.more.bias is unknown"
+    with pytest.raises(ValueError, match=match):
+        patched.save_adapter(tmp_path / "adapter")
+
+
+# --- names
+
+
+def wrap_by_checkpointing(model):
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+
+
+def wrap_by_compile(model):
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [wrap_by_checkpointing, wrap_by_compile])
+def test_wrappers_are_not_in_the_names(wrap, tmp_path):
+    """An adapter of a wrapped model fits the plain one, and the other way round."""
+    plain, wrapped = everything(), everything()
+    for each in (plain, wrapped):
+        each.model.get_parameter(LORA).requires_grad_(False)
+    wrap(wrapped.model)
+    plain.save_adapter(tmp_path / "plain")
+    wrapped.save_adapter(tmp_path / "wrapped")
+    for name in (WEIGHTS, CONFIG):
+        saved = [(tmp_path / kind / name).read_bytes() for kind in ("plain", "wrapped")]
+        assert saved[0] == saved[1]
+    expected = [parameter.clone() for parameter in wrapped.model.parameters()]
+    randomise(wrapped, seed=5)
+    wrapped.load_adapter(tmp_path / "plain")
+    assert all(map(torch.equal, wrapped.model.parameters(), expected))
+    frozen = [original_name(n) for n, p in wrapped.model.named_parameters() if is_lora(n, p)]
+    assert frozen == [LORA]
+
+
+def is_lora(name, parameter):
+    return "modality_lora" in name and not parameter.requires_grad
+
+
+# --- the same bytes
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    """safetensors orders the strings of a header at random, which no reader should see."""
+    files = set()
+    for number in range(6):
+        everything().save_adapter(tmp_path / str(number))
+        files.add((tmp_path / str(number) / WEIGHTS).read_bytes())
+        files.add((tmp_path / str(number) / CONFIG).read_bytes())
+    assert len(files) == 2
+
+
+# --- several savers, and strangers' links
+
+
+def test_two_savers_in_one_folder(tmp_path):
+    """No save fails, as of all ranks of a run, and what is there is a whole adapter of one."""
+    savers = [patched_model(num_tokens=3, scale=scale)[1] for scale in (0.1, 0.3)]
+    failures = []
+
+    def work(patched):
+        try:
+            for _ in range(15):
+                patched.save_adapter(tmp_path)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(patched,)) for patched in savers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    found = logits(reloaded(tmp_path))
+    assert any(torch.equal(found, logits(patched)) for patched in savers)
+
+
+def test_no_file_is_written_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in (WEIGHTS, CONFIG):
+        (tmp_path / f".{name}.tmp").symlink_to(tmp_path / "mine")
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    patched_model()[1].save_adapter(tmp_path)
+    assert (tmp_path / "mine").read_text() == "mine"
