@@ -6,10 +6,11 @@ when activation checkpointing recomputes the layer, which a global or a hook on 
 """
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,31 @@ class LayerCall:
     linear_dispatches: dict[tuple[int, str, bool], LinearDispatch] = field(default_factory=dict)
 
 
-class PerThread:
+class CopiedAlone:
+    """An object of a patched model, which deepcopy copies and pickle refuses.
+
+    Unpickling would have to patch a model anew: the pickle of a patched model could be written but
+    not read.
+    """
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        copied = memo[id(self)] = object.__new__(type(self))
+        for name, value in self._copied_state().items():
+            copied.__dict__[name] = copy.deepcopy(value, memo)
+        return copied
+
+    def _copied_state(self) -> dict:
+        return dict(self.__dict__)
+
+    def __reduce_ex__(self, protocol: int) -> NoReturn:
+        raise TypeError(
+            "a patched model cannot be pickled, by torch.save(model) or for another process: "
+            "save_adapter(folder) writes what was added, torch.save(model.state_dict()) all "
+            "tensors; another process patches the base itself and calls load_adapter(folder)"
+        )
+
+
+class PerThread(CopiedAlone):
     """State that each thread has for itself; a copy of the object starts without any.
 
     A server runs one model in several threads. What a forward needs must therefore not stand where
@@ -54,11 +79,13 @@ class PerThread:
     def __init__(self):
         self._local = threading.local()
 
-    def __getstate__(self) -> dict:
+    def _copied_state(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_local"}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _local=threading.local())
+    def __deepcopy__(self, memo: dict) -> Self:
+        copied = super().__deepcopy__(memo)
+        copied._local = threading.local()
+        return copied
 
 
 class Switches(PerThread):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
-from moe_kernels.models.context import Switches
+from moe_kernels.models.context import CopiedAlone, Switches
 from moe_kernels.models.intact import Link, check_links, without_wrappers
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
@@ -20,7 +20,7 @@ _FOR_ALL_THREADS = (
 )
 
 
-class PatchState:
+class PatchState(CopiedAlone):
     """State of a patched model; users see it as :class:`moe_kernels.PatchedModel`.
 
     Attributes:

@@ -1,8 +1,10 @@
 """Methods that a patched model instance gets in place of its class's."""
 
+import copy
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -15,6 +17,7 @@ from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
 from moe_kernels.models.intact import check_experts, check_links, needs_ours
 from moe_kernels.models.padding import cache_of
+from moe_kernels.models.parameters import check_values
 
 _LOSS = "_loss_function"  # where transformers looks for a model's own loss
 
@@ -46,6 +49,7 @@ def _methods_of(model_class: type[PreTrainedModel]) -> dict:
         "generate": _generate_of(model_class),
         "prepare_inputs_for_generation": _prepare_inputs_of(model_class),
         "resize_token_embeddings": _refuse_resize,
+        "save_pretrained": _save_pretrained_of(model_class),
         "set_experts_implementation": _set_experts_implementation,
         "_replicate_for_data_parallel": _refuse_data_parallel,
     }
@@ -81,6 +85,41 @@ def _refuse_resize(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
         "add_modality_tokens(..., tokenizer=tokenizer) keeps model and tokenizer in step; or "
         "unpatch() first"
     )
+
+
+@functools.cache
+def _save_pretrained_of(model_class: type[PreTrainedModel]):
+    """Return a ``save_pretrained`` whose checkpoint ``from_pretrained`` reads as the base model."""
+    inner = model_class.save_pretrained
+
+    @functools.wraps(inner)
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        patched = get_patched(self)
+        patched.check_in_place()
+        if state_dict is None:
+            check_values(patched)
+        warnings.warn(
+            "save_pretrained of a patched model writes the base model, with all that was added as "
+            "further tensors: Trainer resumes from them, but from_pretrained leaves them out; "
+            "save_adapter(folder) writes what load_adapter reads",
+            stacklevel=2,
+        )
+        return inner(_as_base(self), save_directory, *args, state_dict=state_dict, **kwargs)
+
+    return save_pretrained
+
+
+def _as_base(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with the same modules, but the base's methods and settings."""
+    base = object.__new__(type(model))
+    base.__dict__.update(model.__dict__)
+    for name in (*_methods_of(type(model)), HANDLE):
+        del base.__dict__[name]
+    base.config = copy.deepcopy(model.config)
+    size = base.config.vocab_size = model.get_input_embeddings().weight.shape[0]
+    settings = base.generation_config = copy.deepcopy(model.generation_config)
+    settings.suppress_tokens = [i for i in settings.suppress_tokens or () if i < size] or None
+    return base
 
 
 def _set_experts_implementation(self: PreTrainedModel, experts_implementation) -> None:

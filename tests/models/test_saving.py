@@ -1,13 +1,18 @@
 """Saves that could be loaded again, or a refusal that names the parameter."""
 
+import copy
+import io
+import pickle
 import threading
 
 import pytest
 import torch
-from support.model_zoo import VOCAB, make_model, randomise, token_ids
+from safetensors.torch import load_file
+from support.model_zoo import FAMILY, VOCAB, make_model, randomise, snapshot, token_ids
 from support.patched_models import patched_model
 from support.saved_adapters import CONFIG, WEIGHTS
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import AutoModelForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models.parameters import original_name
@@ -72,7 +77,7 @@ def save_pretrained(patched, folder):
     patched.model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("write", [save])
+@pytest.mark.parametrize("write", [save, save_pretrained])
 @pytest.mark.parametrize("name", [LORA, ROWS, BASE])
 @pytest.mark.parametrize(
     ("change", "match"),
@@ -129,6 +134,9 @@ def test_a_parameter_too_many(tmp_path):
     match = "not as it was patched: the parameter model.more.bias is unknown"
     with pytest.raises(ValueError, match=match):
         patched.save_adapter(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="writes the base model"):
+        patched.model.save_pretrained(tmp_path)
+    assert "model.more.bias" in load_file(tmp_path / "model.safetensors")
 
 
 # --- names
@@ -212,3 +220,66 @@ def test_no_file_is_written_through_a_link(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / "mine")
     patched_model()[1].save_adapter(tmp_path)
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+# --- pickles and checkpoints of transformers
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda patched: patched.model,
+        lambda patched: patched,
+        lambda patched: patched.model.model.layers[0],
+        lambda patched: patched.model.model.layers[0].self_attn.q_proj,
+        lambda patched: patched.model.get_input_embeddings(),
+        lambda patched: patched.model.get_output_embeddings(),
+    ],
+    ids=["model", "handle", "layer", "projection", "embedding", "head"],
+)
+@pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
+def test_a_pickle_is_refused_as_nothing_could_read_it(write, part):
+    patched = everything()
+    with pytest.raises(TypeError, match="a patched model cannot be pickled.*save_adapter"):
+        write(part(patched), io.BytesIO())
+    twin = copy.deepcopy(patched.model)
+    assert snapshot(twin)["attributes"] == snapshot(patched.model)["attributes"]
+    torch.save(patched.model.state_dict(), io.BytesIO())
+    pickle.dumps(patched.unpatch())
+
+
+def test_the_state_dict_goes_to_a_twin():
+    one, two = everything(), everything()
+    randomise(two, seed=5)
+    expected = logits(one)
+    assert not torch.equal(logits(two), expected)
+    buffer = io.BytesIO()
+    torch.save(one.model.state_dict(), buffer)
+    buffer.seek(0)
+    two.model.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(logits(two), expected)
+    two.model.load_state_dict(one.model.state_dict(), assign=True)
+    assert torch.equal(logits(two), expected)
+
+
+@FAMILY
+def test_transformers_checkpoint_is_the_base_model(family, tmp_path):
+    """A warning says what from_pretrained leaves out; the settings are those of the base."""
+    patched = everything(family)
+    patched.model.generation_config.suppress_tokens.insert(0, 7)
+    before = snapshot(patched.model)
+    with pytest.warns(UserWarning, match="writes the base model, with all that was added"):
+        patched.model.save_pretrained(tmp_path)
+    after = snapshot(patched.model)
+    assert {k: after[k] for k in ("config", "generation_config", "attributes", "hooks")} == {
+        k: before[k] for k in ("config", "generation_config", "attributes", "hooks")
+    }
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = make_model(family)
+    assert plain.config.vocab_size == VOCAB
+    assert plain.generation_config.suppress_tokens == [7]
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], tensor), name
+    patched.save_adapter(tmp_path / "adapter")
+    fresh = patch_model(plain, ModalityLoraConfig.from_adapter(tmp_path / "adapter"))
+    fresh.load_adapter(tmp_path / "adapter")

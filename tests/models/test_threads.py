@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import pickle
 import threading
 
 import pytest
@@ -146,6 +145,6 @@ def test_the_switch_is_not_set_within_the_context():
 def test_a_copy_has_no_call_of_its_own():
     context = ModalityContext("cpu")
     context.start(torch.ones(1, 2, dtype=torch.int64))
-    for copied in (copy.deepcopy(context), pickle.loads(pickle.dumps(context))):
-        assert copied.call is None and copied.backend == "cpu"
-        assert copied.switches.uses_adapters() and copied.switches.uses_added_experts()
+    copied = copy.deepcopy(context)
+    assert copied.call is None and copied.backend == "cpu"
+    assert copied.switches.uses_adapters() and copied.switches.uses_added_experts()
