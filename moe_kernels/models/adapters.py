@@ -25,6 +25,7 @@ from moe_kernels.models.parameters import (
 )
 from moe_kernels.models.parts import trainable_dtype
 from moe_kernels.models.routers import RoutingFinder
+from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.tensor_files import TensorFile
 
 _FINGERPRINT_SAMPLES = 64
@@ -51,7 +52,8 @@ def load(patched: PatchState, folder: Path) -> None:
         tensors = _read(patched, file, parameters)
     modules = missing.build(patched)
     frozen = saved.get("frozen")
-    with torch.no_grad():
+    kept = [parameter for name, parameter in parameters.items() if is_added(name)]
+    with all_or_nothing(model, values=kept), torch.no_grad():
         missing.attach(patched, modules, find)
         for name, parameter in named_adapter_parameters(model):
             parameter.copy_(tensors[original_name(name)])

@@ -28,6 +28,7 @@ from moe_kernels.models.handle import PatchState
 from moe_kernels.models.parameters import whole_parameters
 from moe_kernels.models.patterns import check_pattern, look_up
 from moe_kernels.models.projections import Projection
+from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.tensor_files import TensorFile
 
 # Options of PEFT that change the meaning of a file -> the only supported value.
@@ -118,7 +119,8 @@ def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
         tensors = file.read(NAMES)
     pairs = [pair for slot in slots for pair in _convert(tensors, slot)]
     tensor_files.check_finite({name: tensor for name, _, tensor in pairs}, file.path)
-    with torch.no_grad():
+    kept = [parameter for _, parameter, _ in pairs]
+    with all_or_nothing(patched.model, values=kept), torch.no_grad():
         for _, parameter, tensor in pairs:
             parameter[index].copy_(tensor)
 
