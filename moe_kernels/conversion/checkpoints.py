@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_kernels.files import write_atomically
+from moe_kernels.files import replacing
 
 _FORMAT = 2
 # Entries of a configuration that say nothing of what the model computes.
@@ -51,11 +51,11 @@ def _configuration(kind: str, model: PreTrainedModel) -> dict[str, Any]:
 
 def save(file: Path, state: Mapping[str, Any]) -> None:
     """Replace ``file`` by the state as a whole; every record carries a checksum."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
-        write_atomically(file, lambda path: torch.save({"format": _FORMAT, **state}, path))
+        with replacing(file) as temporary:
+            torch.save({"format": _FORMAT, **state}, temporary)
     finally:
         torch.serialization.set_crc32_options(before)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +15,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moe_kernels.files import replacing
-from moe_kernels.modes import evaluating
+from moe_kernels.conversion import checkpoints
+from moe_kernels.modes import ending_with, evaluating, training_only
 
 CHECKPOINT = "healing.pt"
 TRAIN = ("router", "router+experts")
@@ -73,9 +71,10 @@ def heal(
         train: "router", or "router+experts". All other parameters stay frozen.
         lr: the largest learning rate.
         seed: seed of the order of the batches.
-        checkpoint: a folder for ``healing.pt``. If the file exists, this run continues it. It is
-            replaced as a whole every ``save_every`` steps, and only by weights whose loss was
-            finite. None: no checkpoint.
+        checkpoint: a folder for ``healing.pt``. If the file exists, this run continues it: pass
+            the models with the weights and configurations that the run began with. (``moe`` may
+            hold the weights of the checkpoint instead.) The file is replaced as a whole every
+            ``save_every`` steps, and only by weights whose loss was finite. None: no checkpoint.
         save_every: steps between checkpoints.
         progress: show a tqdm bar.
         stop: called at each step; if it returns True, save, then raise KeyboardInterrupt.
@@ -85,31 +84,45 @@ def heal(
 
     Raises:
         ValueError: a setting is out of range, the vocabularies differ, the weights to train are in
-            half precision, there are no batches, or the checkpoint is that of another run (the
-            error says what differs). Nothing has changed then.
-        FloatingPointError: a loss, gradient or weight is not finite; names the step. The model then
-            holds the last good checkpoint, if there is one.
-        KeyboardInterrupt: ``stop`` returned True.
+            half precision, there are no batches, or the checkpoint is damaged, of an older version
+            or of another run (the error says what differs). Nothing has changed then.
+        FloatingPointError: a loss, gradient or weight is not finite; names the step.
+        KeyboardInterrupt: ``stop`` returned True. After this, any other interrupt and the error
+            above, the model holds the last checkpoint, if there is one.
     """
     _check(moe, dense, batches, steps, train, lr, save_every)
-    run = _Run(moe, batches, checkpoint, steps=steps, train=train, lr=lr, seed=seed)
-    with _only_trained(moe, run.parameters), evaluating(moe, dense):
-        run.resume()
-        bar = tqdm(total=steps, initial=run.step, desc="healing", unit="step", disable=not progress)
-        with bar:
-            while run.step < steps:
-                loss = run.forward(moe, dense)
-                bar.set_postfix(KL=f"{float(loss.detach()):.4f}", refresh=False)
-                stopping = stop is not None and stop()
-                # Before the update: what is saved has just shown a finite loss.
-                if stopping or (run.step and run.step % save_every == 0):
-                    run.save()
-                if stopping:
-                    raise KeyboardInterrupt
-                run.update(loss)
-                bar.update()
-        run.finish()
+    run = _Run(moe, dense, batches, checkpoint, steps=steps, train=train, lr=lr, seed=seed)
+    with (
+        ending_with(run.optimizer.zero_grad),
+        training_only(moe, run.parameters.values()),
+        evaluating(moe, dense),
+    ):
+        try:
+            run.resume()
+            _train(run, steps, save_every, progress, stop)
+            run.finish()
+        except BaseException:
+            run.return_to_checkpoint()
+            raise
     return run.report
+
+
+def _train(
+    run: _Run, steps: int, save_every: int, progress: bool, stop: Callable[[], bool] | None
+) -> None:
+    bar = tqdm(total=steps, initial=run.step, desc="healing", unit="step", disable=not progress)
+    with bar:
+        while run.step < steps:
+            loss = run.forward()
+            bar.set_postfix(KL=f"{float(loss.detach()):.4f}", refresh=False)
+            stopping = stop is not None and stop()
+            # Before the update: what is saved has just shown a finite loss.
+            if stopping or (run.step and run.step % save_every == 0):
+                run.save()
+            if stopping:
+                raise KeyboardInterrupt
+            run.update(loss)
+            bar.update()
 
 
 class _Run:
@@ -118,10 +131,12 @@ class _Run:
     def __init__(
         self,
         moe: PreTrainedModel,
+        dense: PreTrainedModel,
         batches: Sequence[Tensor],
         checkpoint: str | Path | None,
         **settings: Any,
     ):
+        self.moe, self.dense = moe, dense
         self.settings, self.batches = settings, batches
         self.parameters = trained_parameters(moe, settings["train"])
         self.optimizer = torch.optim.AdamW(self.parameters.values(), settings["lr"], weight_decay=0)
@@ -129,19 +144,17 @@ class _Run:
         self.report = HealingReport()
         self.file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
         self.saved_step: int | None = None
-        self.description = settings | {
-            "batches": _digest(batches),
-            "frozen weights": _digest(
-                p.detach() for n, p in moe.named_parameters() if n not in self.parameters
-            ),
-        }
+        self.description: dict[str, Any] = {}
+        if self.file is not None:
+            described = checkpoints.describe(moe, dense, batches, self.parameters)
+            self.description = settings | {"lr": float(settings["lr"])} | described
         self._clock = time.perf_counter()
 
-    def forward(self, moe: PreTrainedModel, dense: PreTrainedModel) -> Tensor:
-        ids = self._batch().to(moe.device)
+    def forward(self) -> Tensor:
+        ids = self._batch().to(self.moe.device)
         with torch.no_grad():
-            target_logits = dense(input_ids=ids, use_cache=False).logits
-        loss = kl_divergence(moe(input_ids=ids, use_cache=False).logits, target_logits)
+            target_logits = self.dense(input_ids=ids, use_cache=False).logits
+        loss = kl_divergence(self.moe(input_ids=ids, use_cache=False).logits, target_logits)
         if not torch.isfinite(loss):
             self._fail("the loss")
         return loss
@@ -176,25 +189,23 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "report": vars(self.report),
         }
-        with replacing(self.file) as temporary:
-            torch.save(state, temporary)
+        checkpoints.save(self.file, state)
         self.saved_step = self.step
 
     def resume(self) -> None:
         if self.file is None or not self.file.exists():
             return
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
-        for name, value in self.description.items():
-            saved = state["described"].get(name)
-            if saved != value:
-                raise ValueError(
-                    f"{self.file} is the checkpoint of another run: {name} was {saved!r} there and "
-                    f"is {value!r} now; pass the same again, or another folder"
-                )
-        self._restore(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.report = HealingReport(**state["report"])
+        state = checkpoints.read(self.file)
+        checkpoints.check(self.file, state, self.description, self.parameters, self.optimizer)
         self.step = self.saved_step = state["step"]
+        self.report = HealingReport(**state["report"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore(state)
+
+    def return_to_checkpoint(self) -> None:
+        """Put the weights of the last checkpoint into the model, if there is one."""
+        if self.saved_step is not None and self.file is not None:
+            self._restore(checkpoints.read(self.file))
 
     def _batch(self) -> Tensor:
         epoch, index = divmod(self.step, len(self.batches))
@@ -213,11 +224,9 @@ class _Run:
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
 
-    def _fail(self, quantity: str) -> None:
-        """Restore the last checkpoint, if there is one, and raise FloatingPointError."""
+    def _fail(self, quantity: str) -> NoReturn:
         outcome = "there is no checkpoint to return to"
         if self.saved_step is not None:
-            self._restore(torch.load(self.file, map_location="cpu", weights_only=True))
             outcome = f"the model holds the checkpoint of step {self.saved_step} in {self.file}"
         raise FloatingPointError(
             f"{quantity} is not finite at step {self.step} of {self.settings['steps']}; {outcome}. "
@@ -278,26 +287,3 @@ def _check(moe, dense, batches, steps, train, lr, save_every) -> None:
 def _schedule(step: int, steps: int) -> float:
     warmup = max(1, round(_WARMUP * steps))
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-
-def _digest(tensors) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{data.dtype} {tuple(data.shape)}".encode())
-        digest.update(data.view(torch.uint8).numpy() if data.numel() else b"")
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _only_trained(moe: PreTrainedModel, trained: dict[str, nn.Parameter]) -> Iterator[None]:
-    before = {name: parameter.requires_grad for name, parameter in moe.named_parameters()}
-    try:
-        for name, parameter in moe.named_parameters():
-            parameter.requires_grad_(name in trained)
-        yield
-    finally:
-        for name, parameter in moe.named_parameters():
-            parameter.requires_grad_(before[name])
-            if name in trained:
-                parameter.grad = None

@@ -29,6 +29,14 @@ def source():
     return make_dense("llama", dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """Return the checkpoint of a healing that is done."""
+    folder = tmp_path_factory.mktemp("healing")
+    quick(convert(source), source, checkpoint=folder)
+    return folder / healing_module.CHECKPOINT
+
+
 def convert(source, **settings):
     return dense_to_moe(source, 4, 2, calibration=CALIBRATION, **settings)
 
@@ -149,12 +157,111 @@ def test_refuses_the_checkpoint_of_another_run(source, tmp_path, change, match):
 
 
 def test_refuses_a_checkpoint_of_other_weights_or_text(source, tmp_path):
-    quick(convert(source), source, checkpoint=tmp_path, train="router")
-    with pytest.raises(ValueError, match="frozen weights was"):
-        quick(convert(source, seed=1), source, checkpoint=tmp_path, train="router")
+    quick(convert(source), source, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="batches was"):
-        heal(convert(source), source, batches(5), steps=12, train="router", lr=1e-3,
+        heal(convert(source), source, batches(5), steps=12, train="router+experts", lr=1e-3,
              checkpoint=tmp_path, progress=False)  # fmt: skip
+    with pytest.raises(ValueError, match="initial weights was"):
+        quick(convert(source, seed=1), source, checkpoint=tmp_path)
+    top_3 = convert(source)
+    top_3.config.num_experts_per_tok = 3
+    with pytest.raises(ValueError, match=r"moe\.num_experts_per_tok was 2 there and is 3 now"):
+        quick(top_3, source, checkpoint=tmp_path)
+    other, teacher = convert(source), copy.deepcopy(source)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+        teacher.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="frozen weights was"):
+        quick(other, source, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="dense model was"):
+        quick(convert(source), teacher, checkpoint=tmp_path)
+
+
+def test_a_model_with_the_weights_of_its_checkpoint_goes_on(source, tmp_path):
+    """Ctrl-C leaves the model so in a notebook."""
+    moe, whole = convert(source), convert(source)
+    with pytest.raises(KeyboardInterrupt):
+        quick(moe, source, checkpoint=tmp_path, stop=iter([False] * 5 + [True]).__next__)
+    quick(moe, source, checkpoint=tmp_path)
+    quick(whole, source)
+    assert same_state(moe, whole)
+
+
+def test_an_interrupt_returns_the_model_to_its_checkpoint(source, tmp_path, monkeypatch):
+    moe, update = convert(source), healing_module._Run.update
+
+    def interrupted(run, loss):
+        update(run, loss)
+        if run.step == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(healing_module._Run, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quick(moe, source, checkpoint=tmp_path, save_every=3)
+    saved = torch.load(tmp_path / healing_module.CHECKPOINT, weights_only=True)
+    assert saved["step"] == 6
+    for name, tensor in saved["parameters"].items():
+        assert torch.equal(moe.get_parameter(name), tensor), name
+    assert all(p.requires_grad and p.grad is None for p in moe.parameters())
+
+
+NAME = "model.layers.0.mlp.gate.weight"
+
+
+def put(*place):
+    """Return a function that puts a value at a place of a state: its keys, then the value."""
+    *keys, last, value = place
+
+    def change(state):
+        for key in keys:
+            state = state[key]
+        state[last] = value(state[last]) if callable(value) else value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (put("format", None), "of another version of moe_kernels"),
+        (put("step", -1), "step -1 is not one of 0..12"),
+        (put("step", 10**9), "step 1000000000 is not one of"),
+        (put("step", True), "step True is not one of"),
+        (put("step", 11), "report is not one of 11 steps"),
+        (put("parameters", NAME, lambda t: t[:1]), r"gate.weight is torch.float32 \(1, 32\), not"),
+        (put("parameters", NAME, lambda t: t.double()), "gate.weight is torch.float64"),
+        (put("parameters", NAME, lambda t: t * math.nan), "gate.weight is not finite"),
+        (put("parameters", NAME, 1.0), "is damaged"),
+        (put("parameters", "x", torch.ones(1)), "other parameters than those that are trained"),
+        (put("parameters", lambda p: dict(list(p.items())[1:])), "other parameters than those"),
+        (put("optimizer", "state", lambda s: {}), "the state of other parameters"),
+        (put("optimizer", "state", 0, "exp_avg", lambda t: t[:1]), "exp_avg 0 is torch.float32"),
+        (put("optimizer", "state", 0, "exp_avg_sq", lambda t: -t), "exp_avg_sq 0 is negative"),
+        (put("optimizer", "state", 0, "step", torch.tensor(3.0)), "state 0 is not that of step 12"),
+        (put("optimizer", "param_groups", 0, "betas", (0.0, 0.0)), "optimizer has other settings"),
+        (put("optimizer", None), "is damaged"),
+        (put("report", "tokens", math.nan), "not finite numbers"),
+        (put("report", None), "is damaged"),
+        (put("described", {}), "steps was None there"),
+    ],
+)
+def test_refuses_a_checkpoint_that_no_run_writes(source, finished, tmp_path, change, match):
+    state = torch.load(finished, weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / healing_module.CHECKPOINT)
+    moe = convert(source)
+    before = copy.deepcopy(moe)
+    with pytest.raises(ValueError, match=match):
+        quick(moe, source, checkpoint=tmp_path)
+    assert same_state(moe, before)
+
+
+def test_refuses_a_file_that_is_no_checkpoint(source, tmp_path):
+    file = tmp_path / healing_module.CHECKPOINT
+    for content in (b"", b"nothing"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged .*: delete it, or pass another folder"):
+            quick(convert(source), source, checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize(
