@@ -19,8 +19,8 @@ class ImageTokensProcessor(LogitsProcessor):
     A picture gets exactly ``tokens_per_image`` codes. Every sequence of a batch is constrained by
     its own last begin-of-image. Call ``generate`` with ``suppress_tokens=[]``:
     ``add_modality_tokens`` suppresses the added tokens by default, and a score of -inf cannot be
-    undone here. On the CPU this is a ValueError; on a GPU it is not checked, since the check would
-    wait for the device at every token.
+    undone here. On the CPU this is a ValueError, and so are scores that are NaN; on a GPU it is not
+    checked, since the check would wait for the device at every token.
 
     Args:
         vocabulary: ids of the image tokens.
@@ -55,6 +55,10 @@ class ImageTokensProcessor(LogitsProcessor):
         allowed = torch.where(count < 0, ~is_image | may_begin, is_code)
         allowed = torch.where(count >= self.tokens_per_image, ids == vocabulary.end_id, allowed)
         impossible = (scores.isneginf() | ~allowed).all(-1)
+        if scores.device.type == "cpu" and bool(scores.isnan().any()):
+            raise ValueError(
+                "the model's scores are NaN: its weights are not finite, or too large for its dtype"
+            )
         if scores.device.type == "cpu" and bool(impossible.any()):
             raise ValueError(
                 "all tokens that may follow have a score of -inf: call "

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 console = Console(highlight=False)
+_LARGEST = 2**31 - 1  # of an integer without a limit of its own; beyond it, libraries overflow
 
 
 # --- options
@@ -70,8 +71,9 @@ class Options:
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if "at_least" in limits and not limits["at_least"] <= value < math.inf:
         raise ValueError(f"{name} must be at least {limits['at_least']}")
-    if "at_most" in limits and not value <= limits["at_most"]:
-        raise ValueError(f"{name} must be at most {limits['at_most']:,}")
+    most = limits.get("at_most", _LARGEST if isinstance(value, int) else None)
+    if most is not None and not value <= most:
+        raise ValueError(f"{name} must be at most {most:,}")
     if "above" in limits and not limits["above"] < value < math.inf:
         raise ValueError(f"{name} must be above {limits['above']}")
     if limits.get("is_file") and not Path(value).is_file():
@@ -187,7 +189,8 @@ def _problem(error: Exception) -> str | None:
     """Return in one line what a user can mend; None for a fault of the program."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in text for words in _OF_MEMORY):
-        return f"there is too little memory ({text}); a smaller batch, or model, needs less"
+        why = f" ({text})" if text else ""
+        return f"there is too little memory{why}; a smaller batch, or model, needs less"
     if any(words in text for words in _OF_FILES):
         return f"a file could not be written or read to its end; is the disk full? ({text})"
     return (text or type(error).__name__) if isinstance(error, _MENDABLE) else None

@@ -83,7 +83,9 @@ class AdapterOptions(Options):
     """Adapters."""
 
     r: int = option(16, "rank of the updates", at_least=1)
-    lora_alpha: float | None = option(None, "scale of the updates; default: twice the rank")
+    lora_alpha: float | None = option(
+        None, "scale of the updates; default: twice the rank", at_least=0, at_most=1e9
+    )
     target_modules: list[str] = option(
         ["experts", "attention"], "modules to update", choices=TARGET_MODULES
     )

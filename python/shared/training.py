@@ -200,7 +200,7 @@ def train(
         [step, value] pairs of loss, held_out and grad_norm; and samples_per_second.
 
     Raises:
-        FloatingPointError: the loss or the weights are not finite.
+        FloatingPointError: a loss or the weights are not finite.
         KeyboardInterrupt: training was interrupted, after a checkpoint.
     """
     defaults = dict(
@@ -230,6 +230,12 @@ def train(
     if trainer.state.global_step < arguments.max_steps:
         raise KeyboardInterrupt
     history = curves(trainer.state.log_history, every)
+    for step, loss in history["held_out"]:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the held-out loss is {loss} at step {step}: lower the learning rate (which "
+                "starts a new run)"
+            )
     speed = arguments.per_device_train_batch_size * steps_per_second(trainer.state)
     return history | {"samples_per_second": speed}
 

@@ -193,6 +193,14 @@ def test_refuses_one_string(painter):
         draw(painter, ["red cat", 7])
 
 
+def test_refuses_scores_that_are_not_numbers(painter):
+    model = copy.deepcopy(painter[0])
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the model's scores are NaN"):
+        draw((model, *painter[1:]))
+
+
 def test_refuses_a_model_without_weights(painter):
     with torch.device("meta"):
         model = make_model("olmoe")

@@ -92,6 +92,7 @@ def options(cli):
         )
         pictures: Path | None = cli.option(None, "a folder", is_folder=True)
         steps: int = cli.option(7, "training steps", at_least=1, at_most=1000)
+        limit: int = cli.option(7, "a number without a limit of its own")
         fixed: int = 3
 
     return Own
@@ -124,6 +125,7 @@ def test_quick_changes_defaults_alone(cli, options):
         (["folder", "--steps", "0"], "--steps must be at least 1"),
         (["folder", "--steps", "1001"], "--steps must be at most 1,000"),
         (["folder", "--seeds", "0", "10000000000"], "--seeds must be at most 4,294,967,295"),
+        (["folder", "--limit", "10000000000"], "--limit must be at most 2,147,483,647"),
         (["folder", "--rates", "1", "nan"], "--rates must be above 0"),
         (["folder", "--rates", "inf"], "--rates must be above 0"),
         (["folder", "--text-file", "nowhere"], "--text-file: nowhere is not a file"),

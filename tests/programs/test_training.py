@@ -164,6 +164,19 @@ def test_losses_are_means_over_the_same_steps_whatever_was_interrupted(training)
     }
 
 
+def test_a_held_out_loss_that_is_not_finite_is_no_result(training, stages, monkeypatch):
+    monkeypatch.setattr(training, "mean_nll", lambda *_: float("nan"))
+
+    def build(workspace):
+        return training.train(
+            make_model("olmoe", vocab_size=64), rows(), training.mean_nll, workspace,
+            max_steps=1, per_device_train_batch_size=2, use_cpu=True,
+        )  # fmt: skip
+
+    with pytest.raises(FloatingPointError, match="the held-out loss is nan at step 0: lower"):
+        stages.run("learn", {}, build)
+
+
 def test_the_held_out_loss_leaves_every_module_its_mode(training):
     model = make_model("olmoe", vocab_size=64).train()
     model.model.layers[0].eval()
