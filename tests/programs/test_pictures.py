@@ -186,10 +186,11 @@ CAPTIONS = [
     ({"text": 7}, "not text: 7"),
     ({"text": ["a"]}, "not text"),
     ({"text": "\ud800"}, "not text"),
+    ({"text": "word " * 20_000}, "100,000 characters, more than 2,000"),
 ]
 
 
-@pytest.mark.parametrize(("row", "reason"), CAPTIONS, ids=str)
+@pytest.mark.parametrize(("row", "reason"), CAPTIONS, ids=range(len(CAPTIONS)))
 def test_a_row_without_a_caption_is_set_aside(pictures, two, row, reason):
     rows = [{"file_name": "one.png", "text": "a"}, {"file_name": "two.png"} | row]
     (two / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

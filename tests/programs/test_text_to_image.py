@@ -286,6 +286,35 @@ def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(
     assert load_image_tokenizer(tmp_path / "image_tokenizer-last-good").num_codes == 16
 
 
+def test_one_caption_alone_is_not_read_back(program, pictures):
+    """A classifier needs two captions to tell apart."""
+    from shared.pictures import folder
+    from shared.text_to_image import CaptionReader, TokenizedPictures
+
+    some = folder(pictures, 8)
+    red = some.take(np.flatnonzero(some.labels == 0))
+    alone = type(red)(red.images, red.names[:1], red.labels)
+    codes = torch.zeros(len(alone), 4, dtype=torch.int64)
+    decode = lambda codes: torch.zeros(len(codes), 8, 8, 3)  # noqa: E731
+    assert CaptionReader.fit(TokenizedPictures(alone, codes), decode) is None
+
+
+def test_a_caption_that_does_not_fit_into_the_positions_is_refused(program):
+    from types import SimpleNamespace
+
+    from shared.drawing import check_length
+
+    def painter(**config):
+        model = SimpleNamespace(config=SimpleNamespace(**config))
+        return SimpleNamespace(model=model, caption_ids=[[1], [1] * 90])
+
+    tokens = SimpleNamespace(tokenizer=SimpleNamespace(tokens_per_image=16))
+    check_length(painter(max_position_embeddings=108), tokens)
+    check_length(painter(), tokens)
+    with pytest.raises(ValueError, match="90 tokens and a picture make 108 tokens, .* 107 pos"):
+        check_length(painter(max_position_embeddings=107), tokens)
+
+
 def test_experts_that_grouped_mm_cannot_take(program, command, tmp_path):
     save_byte_tokenizer(tmp_path / "model")
     make_model("mixtral", vocab_size=256, intermediate_size=6).save_pretrained(tmp_path / "model")

@@ -177,6 +177,12 @@ def test_a_held_out_loss_that_is_not_finite_is_no_result(training, stages, monke
         stages.run("learn", {}, build)
 
 
+def test_several_gpus_are_refused(training, stages, monkeypatch):
+    monkeypatch.setattr(training.TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="over 2 GPUs .* CUDA_VISIBLE_DEVICES"):
+        learn(training, stages, save_weights)
+
+
 def test_the_held_out_loss_leaves_every_module_its_mode(training):
     model = make_model("olmoe", vocab_size=64).train()
     model.model.layers[0].eval()
