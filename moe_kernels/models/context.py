@@ -38,10 +38,12 @@ class LayerCall:
         linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
             modalities, backend and grad mode: autograd cannot save tensors of inference mode.
             Made when the first module asks.
+        pending: number of adapted linear modules that have not run yet.
     """
 
     modality_ids: Tensor
     linear_dispatches: dict[tuple[int, str, bool], LinearDispatch] = field(default_factory=dict)
+    pending: int = 0
 
 
 class CopiedAlone:
@@ -152,12 +154,14 @@ class ModalityContext(PerThread):
     Attributes:
         backend: passed to the ops.
         switches: those of the model.
+        updates: names of the layer's linear modules that have low-rank updates.
     """
 
     def __init__(self, backend: str | None, switches: Switches | None = None):
         super().__init__()
         self.backend = backend
         self.switches = switches or Switches()
+        self.updates: tuple[str, ...] = ()
 
     @property
     def call(self) -> LayerCall | None:
@@ -192,10 +196,13 @@ class ModalityContext(PerThread):
     def linear_dispatch(self, num_modalities: int, weight: Tensor) -> tuple[LinearDispatch, str]:
         """Return this forward's rows sorted by modality, and the backend they are for.
 
+        Each adapted linear module asks once.
+
         Args:
             num_modalities: M.
             weight: of the linear module; its device and dtype choose the backend.
         """
+        self.call.pending -= 1
         backend = backends.select(self.backend, weight.device, weight.dtype)
         dispatches = self.call.linear_dispatches
         key = num_modalities, backend, torch.is_grad_enabled()
@@ -219,6 +226,7 @@ class TakeModalityIds:
         if kwargs.get("modality_ids") is None:
             raise RuntimeError(MISSING)
         self.context.start(kwargs.pop("modality_ids"))
+        self.context.call.pending = len(self.context.updates)
         return args, kwargs
 
 
@@ -226,14 +234,22 @@ class EndForward:
     """Hook of the last part of a decoder layer, which ends the forward of its context.
 
     Checkpointing recomputes the parts, without a hook of the layer itself. It stops by an
-    exception, after which the hook must run too.
+    exception, after which the hook must run too. It has no output then.
     """
 
     def __init__(self, context: ModalityContext):
         self.context = context
 
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        call = self.context.call
         self.context.finish()
+        if call is not None and call.pending > 0 and output is not None:
+            raise RuntimeError(
+                f"{call.pending} of the adapted modules {', '.join(self.context.updates)} of a "
+                "layer ran without their low-rank update: the forward of each was replaced after "
+                "patch_model, or its weight is used without it; unpatch() before such a change, "
+                "and patch after it"
+            )
 
 
 def resolve_modality_ids(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.context import CopiedAlone, Switches
-from moe_kernels.models.intact import Link, check_links, without_wrappers
+from moe_kernels.models.intact import Link, check_links, check_offload, without_wrappers
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
 
@@ -128,13 +128,14 @@ class PatchState(CopiedAlone):
 
         Raises:
             ValueError: the model was unpatched since, or patched anew.
-            RuntimeError: a module of the model was replaced since.
+            RuntimeError: a module of the model was replaced since, or its parameters offloaded.
         """
         if self.model.__dict__.get(HANDLE) is not self:
             raise ValueError(
                 "this handle was unpatched: use the one that patch_model returned last"
             )
         check_links(self.links)
+        check_offload(self.model)
 
 
 def is_patched(model: object) -> bool:

@@ -56,6 +56,20 @@ def check_links(links: Iterable[Link]) -> None:
             )
 
 
+def check_offload(model: nn.Module) -> None:
+    """Raise RuntimeError if accelerate has moved parameters of the model elsewhere."""
+    if "_hf_hook" not in model.__dict__:
+        return
+    moved = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if moved:
+        raise RuntimeError(
+            f"accelerate has offloaded {len(moved)} parameters after patch_model, such as "
+            f"{moved[0]}, and brings none of the adapters' back: call "
+            "accelerate.hooks.remove_hook_from_submodules(model), and keep a patched model on one "
+            "device (cpu_offload, disk_offload and device maps are not supported)"
+        )
+
+
 def check_experts(parts: Iterable[LayerParts]) -> None:
     """Raise RuntimeError if transformers would compute experts without what was added to them."""
     for index, each in enumerate(parts):

@@ -53,4 +53,4 @@ def detach(module: nn.Module) -> None:
     """Undo :func:`attach`, if it was called."""
     if "_modality_context" in module.__dict__:
         for name in ("_modality_context", "_modality_lora", "forward"):
-            del module.__dict__[name]
+            module.__dict__.pop(name, None)  # the user may have removed the forward

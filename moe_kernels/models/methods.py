@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moe_kernels.models.context import resolve_modality_ids
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
-from moe_kernels.models.intact import check_experts, check_links, needs_ours
+from moe_kernels.models.intact import check_experts, check_links, check_offload, needs_ours
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parameters import check_values
 
@@ -187,6 +187,7 @@ def _forward_of(model_class: type[PreTrainedModel]):
             kwargs["inputs_embeds"] = require_grad_for_checkpointing(self, kwargs["inputs_embeds"])
         patched = get_patched(self)
         check_links(patched.links)
+        check_offload(self)
         check_experts(patched.parts)
         if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
             _check_loss(self)

@@ -139,7 +139,8 @@ class PatchedModel(PatchState):
         for module, size in self._original_vocab_sizes.items():
             module.vocab_size = size
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._requires_grad[name])
+            # A parameter that the user has registered since keeps its own.
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
 
 def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None) -> PatchedModel:
@@ -299,6 +300,7 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
             routers.attach(parts.router, context, lora, find(parts.router))
         elif projection.key not in EXPERT_PROJECTIONS:
             linear.attach(projection.module, context, lora)
+    context.updates = tuple(key for key in loras if key not in EXPERT_PROJECTIONS)
     if parts.experts is not None:
         pairs = {key: loras[key] for key in EXPERT_PROJECTIONS if key in loras}
         experts.attach(parts.experts, context, pairs)

@@ -1,0 +1,91 @@
+"""Changes to a patched model that would leave out its adapters: detected, whoever makes them."""
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from support.model_zoo import make_model, token_ids
+from support.patched_models import patched_model
+from torch.nn import functional as F
+
+from moe_kernels import ModalityLoraConfig, patch_model
+
+TARGETS = ("experts", "attention", "router")
+IDS = token_ids(2, 7)
+CALL = {"input_ids": IDS, "modality_ids": torch.ones_like(IDS), "use_cache": False}
+PLACES = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+def make():
+    return patched_model("mixtral", ModalityLoraConfig(r=2, target_modules=TARGETS))
+
+
+def dispatched(model, folder):
+    places = dict.fromkeys(PLACES, "cpu") | {"model.layers.0": "disk"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+OFFLOADS = {
+    "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, "cpu"),
+    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, "cpu"),
+    "dispatch_model": dispatched,
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloaded_parameters_are_named(offload, tmp_path):
+    """accelerate brings back the weights of modules that run, and adapters are none of them."""
+    model, patched = make()
+    expected = model(**CALL).logits
+    patched.save_adapter(tmp_path / "adapter")
+    OFFLOADS[offload](model, tmp_path / "weights")
+    for attempt in (
+        lambda: model(**CALL),
+        lambda: patched.save_adapter(tmp_path / "other"),
+        lambda: patched.load_adapter(tmp_path / "adapter"),
+        patched.unpatch,
+    ):
+        with pytest.raises(RuntimeError, match="accelerate has offloaded .*remove_hook_from_sub"):
+            attempt()
+    assert not (tmp_path / "other").exists()
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(**CALL).logits, expected)
+    patched.unpatch()
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate"])
+@pytest.mark.parametrize("removed", [True, False], ids=["removed", "replaced"])
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
+def test_a_forward_that_leaves_out_the_update_is_detected(name, removed, checkpointing):
+    model, patched = make()
+    if checkpointing is not None:
+        model.train().gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    module = model.model.layers[0].get_submodule(name)
+    if removed:
+        del module.forward
+    elif name == "mlp.gate":
+        module.forward = lambda x: type(module).forward(module, x)
+    else:
+        module.forward = lambda x: F.linear(x, module.weight)
+    with pytest.raises(RuntimeError, match="1 of the adapted modules .* without their low-rank"):
+        model(**CALL)
+    patched.unpatch()
+    assert "forward" not in module.__dict__
+    assert torch.equal(model.eval()(IDS).logits, make_model("mixtral")(IDS).logits)
+
+
+def test_a_forward_that_wraps_ours_is_kept():
+    model, _ = make()
+    expected = model(**CALL).logits
+    for module in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.gate):
+        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu"))
+    assert torch.equal(model(**CALL).logits, expected)
+
+
+def test_a_parameter_of_the_users_stays_after_unpatch():
+    model = make_model("mixtral")
+    patched = patch_model(model)
+    model.own = torch.nn.Parameter(torch.ones(1))
+    patched.unpatch()
+    assert model.own.requires_grad
