@@ -59,6 +59,7 @@ def load(patched: PatchState, folder: Path) -> None:
             parameter.copy_(tensors[original_name(name)])
             if frozen is not None:  # absent in files of older versions
                 parameter.requires_grad_(original_name(name) not in frozen)
+        return  # inside, as all_or_nothing asks
 
 
 _Modules = tuple[list[dict[int, AddedExperts]], dict[str, ModalityProjector]]

@@ -123,6 +123,7 @@ def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
     with all_or_nothing(patched.model, values=kept), torch.no_grad():
         for _, parameter, tensor in pairs:
             parameter[index].copy_(tensor)
+        return  # inside, as all_or_nothing asks
 
 
 @dataclass(frozen=True)

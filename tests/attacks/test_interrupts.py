@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.interrupts import LIBRARY, interrupt, lines_of
 from support.mixed_batches import IMAGE, mixed_batches
-from support.model_zoo import VOCAB, make_model, token_ids
+from support.model_zoo import VOCAB, make_model, randomise, token_ids
 from support.states import differences, state_of
 from support.text_tokenizer import make_tokenizer
 
@@ -18,6 +18,7 @@ from moe_kernels import ModalityLoraConfig, add_modality_tokens, initialise_lora
 from moe_kernels.analysis import RoutingRecorder, expert_redundancy
 from moe_kernels.conversion import perplexity
 from moe_kernels.models.handle import get_patched
+from moe_kernels.models.peft_format import load_peft_adapter, save_peft_adapter
 from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.moextend import ExpertExtender
 
@@ -162,10 +163,43 @@ def measuring_perplexity() -> Case:
     return Case(model, lambda: perplexity(model, [token_ids(1, 6)]))
 
 
+def saved_adapter(folder):
+    """Save an adapter of everything that can be added; some of its parameters are frozen."""
+    model = extended_model()
+    randomise(get_patched(model))
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name:
+            parameter.requires_grad_(False)
+    get_patched(model).save_adapter(folder)
+
+
+def loading(folder) -> Case:
+    saved_adapter(folder)
+    model = make_model("mixtral", num_hidden_layers=1)
+    patched = patch_model(model, ModalityLoraConfig.from_adapter(folder))
+    return Case(model, lambda: patched.load_adapter(folder))
+
+
+def loading_again(folder) -> Case:
+    saved_adapter(folder)
+    model = extended_model()
+    randomise(get_patched(model), seed=3)
+    return Case(model, lambda: get_patched(model).load_adapter(folder))
+
+
+def loading_from_peft(folder) -> Case:
+    patched, other = (patch_model(make_model("olmoe"), ALL) for _ in range(2))
+    for seed, each in enumerate((patched, other)):
+        randomise(each, seed=seed)
+    save_peft_adapter(other, "image", folder)
+    return Case(patched.model, lambda: load_peft_adapter(patched, "image", folder))
+
+
 CHANGES = [
     patching, unpatching, adding_tokens, adding_tokens_again, extending, extending_again,
     making_an_extender, adding_a_projector, starting_adapters,
 ]  # fmt: skip
+LOADS = [loading, loading_again, loading_from_peft]
 LOOKS = [
     disabling_adapters, disabling_experts, recording, comparing_experts, measuring_disturbance,
     scoring_layers, measuring_perplexity,
@@ -200,13 +234,23 @@ def test_an_interrupt_of_the_undoing_does_not_stop_it(attack):
         assert not differences(state_of(model), before), place
 
 
+@pytest.mark.parametrize("make", LOADS, ids=lambda make: make.__name__)
+def test_an_interrupted_load_changes_nothing(make, attack, tmp_path):
+    attack_each_line(lambda: make(tmp_path), True, attack)
+
+
 @pytest.mark.parametrize("make", CHANGES + LOOKS, ids=lambda make: make.__name__)
 def test_an_interrupt_changes_nothing(make, attack):
+    attack_each_line(make, make in CHANGES, attack)
+
+
+def attack_each_line(make, changes, attack):
+    """Interrupt the call of a case at each line; it ``changes`` the model, or only looks at it."""
     make().call()  # fills caches, which the lines of later calls then do not
     finished = make()
     before = finished.state()
     lines = lines_of(finished.call)
-    assert bool(differences(finished.state(), before)) == (make in CHANGES)
+    assert bool(differences(finished.state(), before)) == changes
     case, failures = make(), []
     before = case.state()
     for line in attack.tries(len(lines)):
@@ -223,4 +267,4 @@ def test_an_interrupt_changes_nothing(make, attack):
             before = case.state()
     assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures)
     case.call()
-    assert bool(differences(case.state(), before)) == (make in CHANGES)
+    assert bool(differences(case.state(), before)) == changes
