@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-# A folder that a killed run leaves beside a file that it was replacing (moe_kernels.files).
-_LEFT = re.compile(r"\..+-[a-z0-9_]{8}\.partial")
+# What a killed run leaves beside a file that it was replacing (moe_kernels.files); and did before.
+_LEFT = re.compile(r"\..+(-[a-z0-9_]{8}\.partial|\.tmp)")
 _STAGE = re.compile(r"stages/[^/]+-[0-9a-f]{12}(\.partial)?/.+")
 # What systems put into folders that people look at.
 _OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")

@@ -35,8 +35,9 @@ def test_a_folder_that_is_new_or_empty(outputs, tmp_path):
         (f"{STAGE}/stage.json", "report.json", "adapter/weights", "samples-1.png"),
         (f"{STAGE}/stage.json", ".report.json-0ab_cdef.partial/lock", ".DS_Store"),
         (f"{STAGE}/stage.json", "adapter/.weights-0ab_cdef.partial/weights", "adapter/.DS_Store"),
+        (f"{STAGE}/stage.json", ".report.json.tmp", ".adapter.tmp/weights"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_a_folder_of_the_program(outputs, tmp_path, names):
     fill(tmp_path, *names)
