@@ -16,6 +16,7 @@ import torch
 
 from moe_kernels.analysis.redundancy import ExpertRedundancy
 from moe_kernels.analysis.statistics import RoutingStatistics
+from moe_kernels.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -268,7 +269,6 @@ def _finish(figure: Figure, title: str, path: str | os.PathLike | None) -> Figur
     figure.suptitle(title)
     if path is not None:
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
     return figure

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_kernels.files import replacing
 from moe_kernels.moextend.scores import LayerScores
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def plot_layer_scores(
     figure.suptitle(title)
     if path is not None:
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
     return figure

@@ -17,7 +17,7 @@ import torch
 import transformers
 from rich.table import Table
 from shared.cli import Options, console, exit_code, option
-from shared.files import write_text
+from shared.files import read_json, write_text
 from shared.options import LARGEST_SEED
 from shared.outputs import check_outputs
 from shared.stages import Stages, Workspace
@@ -293,9 +293,21 @@ class SweepOptions(Options):
     out: Path | None = option(None, "folder of the runs; default: out/ and the name of the study")
 
 
+def read_published(file: Path) -> Results:
+    """Return the JSON of a study.
+
+    Raises:
+        ValueError: it is damaged, or was not written by a study.
+    """
+    published = read_json(file)
+    if not isinstance(published, dict) or "runs" not in published:
+        raise ValueError(f"{file} is no file of a study: give --results another folder")
+    return published
+
+
 def missing_runs(file: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """Runs of a file that are not among these names and seeds."""
-    published = json.loads(file.read_text())["runs"] if file.exists() else {}
+    published = read_published(file)["runs"] if file.exists() else {}
     return [
         f"{name} of seed {seed}"
         for name, run in published.items()
@@ -318,7 +330,7 @@ def _run(study: Study, given: SweepOptions) -> None:
     file = results / f"{study.name}.json"
     if given.remake:
         check_outputs(out, ())
-        return Sweep(study, study.budget, out).remake(json.loads(file.read_text()))
+        return Sweep(study, study.budget, out).remake(read_published(file))
     if not given.page:
         if lost := missing_runs(file, names, seeds):
             problem = f"{file} has {lost[0]}, which this command leaves out"
@@ -336,7 +348,7 @@ def _run(study: Study, given: SweepOptions) -> None:
 
 def write_page(study: Study, file: Path, folder: Path) -> None:
     """Write the page and its pictures from the JSON; its prose is that of docs/results."""
-    data = json.loads(file.read_text())
+    data = read_published(file)
     page = (PAGES / f"{study.name}.md").read_text()
     text = render(page, data, study.blocks)
     study.draw(data, folder)

@@ -65,6 +65,17 @@ def test_studies_refuse_what_they_cannot_run(name, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_study_does_not_replace_a_file_of_something_else(tmp_path, capsys):
+    mine = tmp_path / "moextend.json"
+    for text in ('{"mine": 1}', "no JSON", "[]"):
+        mine.write_text(text)
+        options = ["--quick", "--results", str(tmp_path), "--out", str(tmp_path / "out")]
+        with imported("moextend") as program:
+            assert program.main(options) == 1
+        assert "moextend.json is " in capsys.readouterr().out
+        assert mine.read_text() == text and not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def cli():
     with imported("shared.cli") as module:
