@@ -25,8 +25,10 @@ import tempfile
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+SKIPPED = "MOE_KERNELS_SKIP_CPP is set"
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -94,6 +96,15 @@ def why_no_build() -> str | None:
 def openmp_flags() -> list[str]:
     source = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
     return ["-fopenmp"] if compiles(source, ["-fopenmp"]) else []
+
+
+def without_paths() -> list[str]:
+    """Return the flags that keep the folders of this machine out of assertions' file names."""
+    import torch
+
+    folders = {ROOT: "modality-moe-kernels", Path(torch.__file__).parent: "torch"}
+    flags = [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+    return flags if compiles("int probe() { return 0; }\n", flags) else []
 
 
 def sources_in(folder: str, *patterns: str) -> list[str]:
@@ -223,7 +234,7 @@ def extension(cuda: Path | None):
     if not openmp:
         say("the compiler has no OpenMP: the CPU kernels will run on one thread")
     # As system folders: our warning flags must not apply to torch's headers.
-    headers = [f"-isystem{path}" for path in include_paths()]
+    headers = [f"-isystem{path}" for path in include_paths()] + without_paths()
     flags = CXX_FLAGS + openmp
     sources = sources_in("csrc", "*.cpp") + sources_in("csrc/cpu", "*.cpp")
     macros = [("MOE_KERNELS_CXX_FLAGS", f'"{" ".join(flags)}"')]
@@ -259,6 +270,23 @@ def extension(cuda: Path | None):
     )
 
 
+def pure_python(reason: str) -> dict:
+    """Return the arguments of setup() for a package that says at run time why nothing is built.
+
+    pip does not show what a build prints.
+    """
+    say(f"{reason}: installing as pure Python; the 'cpu' backend will be missing")
+
+    class BuildPythonAndNote(build_py):
+        def run(self) -> None:
+            super().run()
+            folder = ROOT if self.editable_mode else Path(self.build_lib)
+            note = {"not_built": reason}
+            (folder / "moe_kernels" / "_build_info.json").write_text(json.dumps(note) + "\n")
+
+    return {"cmdclass": {"build_py": BuildPythonAndNote}}
+
+
 def build_command(no_cuda: str | None):
     """Return torch's build_ext, extended to write _build_info.json beside the module."""
     from torch import __version__ as torch_version
@@ -283,8 +311,7 @@ def decide() -> dict:
     if not needs_extensions(sys.argv[1:]):
         return {}
     if flag("MOE_KERNELS_SKIP_CPP"):
-        say("MOE_KERNELS_SKIP_CPP is set: installing as pure Python")
-        return {}
+        return pure_python(SKIPPED)
     home = cuda_home()
     if home is not None:
         os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it when imported
@@ -304,8 +331,7 @@ def decide() -> dict:
     if no_build:
         if force_cuda:
             raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {no_build}")
-        say(f"{no_build}: installing as pure Python; the 'cpu' backend will be missing")
-        return {}
+        return pure_python(no_build)
     say(
         f"building the CPU kernels; no CUDA kernels: {missing}"
         if missing

@@ -8,6 +8,7 @@ another torch can crash the process instead of raising.
 import functools
 import json
 import re
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,14 +40,31 @@ def _note() -> dict[str, str]:
         return {}
 
 
+def _why_not_built(reason: str | None) -> str:
+    """Return why there is no extension; warn once if nobody asked for that.
+
+    ``reason`` is what the build noted, or None.
+    """
+    if reason is None:
+        return (
+            "not built: install with a C++ compiler (on Debian, apt install g++) and without "
+            "MOE_KERNELS_SKIP_CPP: `pip install --no-build-isolation .`"
+        )
+    why = f"not built, because {reason}; mend that and {_REBUILD}"
+    if not reason.startswith("MOE_KERNELS_SKIP_CPP"):
+        warnings.warn(
+            f"moe_kernels was installed without its C++ kernels, and is slow on a CPU: {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return why
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     """Return the extension, or the reason why there is none."""
     if find_spec("moe_kernels._C") is None:
-        return None, (
-            "not built: install with a C++ compiler (on Debian, apt install g++) and without "
-            "MOE_KERNELS_SKIP_CPP: `pip install --no-build-isolation .`"
-        )
+        return None, _why_not_built(_note().get("not_built"))
     built_for = _note().get("torch_version")
     reason = _why_not_this_torch(built_for) if built_for else None
     if reason:

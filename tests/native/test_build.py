@@ -194,13 +194,13 @@ def test_what_is_built(building, monkeypatch, capsys):
     assert building.decide()["ext_modules"] == [None]
     assert "no CUDA kernels: there is no nvcc" in capsys.readouterr().err
     monkeypatch.setattr(building, "why_no_build", lambda: "there is no Python.h")
-    assert building.decide() == {}
+    assert list(building.decide()["cmdclass"]) == ["build_py"]
     assert "there is no Python.h: installing as pure Python" in capsys.readouterr().err
 
 
 def test_skip_cpp_builds_nothing(building, monkeypatch, capsys):
     monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", "1")
-    assert building.decide() == {}
+    assert list(building.decide()) == ["cmdclass"]
     assert "MOE_KERNELS_SKIP_CPP is set" in capsys.readouterr().err
 
 
@@ -233,6 +233,16 @@ def test_openmp_is_used_where_the_compiler_has_it(setup_module, monkeypatch, cap
     ):
         assert ("-fopenmp" in flags) is openmp
     assert ("the compiler has no OpenMP" in capsys.readouterr().err) is not openmp
+
+
+def test_file_names_in_the_extension_are_without_folders(setup_module):
+    if setup_module.why_no_build():
+        pytest.skip(setup_module.why_no_build())
+    extension = setup_module.extension(cuda=None)
+    flags = extension.extra_compile_args["cxx"]
+    assert f"-ffile-prefix-map={ROOT}=modality-moe-kernels" in flags
+    assert f"-ffile-prefix-map={Path(torch.__file__).parent}=torch" in flags
+    assert str(ROOT) not in dict(extension.define_macros)["MOE_KERNELS_CXX_FLAGS"]
 
 
 @pytest.mark.parametrize("command", ["sdist", "egg_info", "dist_info"])
@@ -272,6 +282,23 @@ def test_an_undefined_symbol_is_a_reason(monkeypatch, reloaded):
 def test_not_built(monkeypatch, reloaded):
     monkeypatch.setattr(_native, "find_spec", lambda name: None)
     assert _native.why_not().startswith("not built: install with a C++ compiler")
+
+
+def test_what_the_build_noted_is_a_warning_once(monkeypatch, reloaded):
+    """Nobody sees what a build prints under pip."""
+    monkeypatch.setattr(_native, "find_spec", lambda name: None)
+    monkeypatch.setattr(_native, "_note", lambda: {"not_built": "no working C++20 compiler"})
+    with pytest.warns(RuntimeWarning, match="slow on a CPU: not built, because no working") as seen:
+        assert "because no working C++20 compiler; mend that and rebuild" in _native.why_not()
+        assert not _native.is_available()
+    assert len(seen) == 1
+
+
+def test_what_was_asked_for_is_no_warning(setup_module, monkeypatch, reloaded, recwarn):
+    monkeypatch.setattr(_native, "find_spec", lambda name: None)
+    monkeypatch.setattr(_native, "_note", lambda: {"not_built": setup_module.SKIPPED})
+    assert "because MOE_KERNELS_SKIP_CPP is set" in _native.why_not()
+    assert not recwarn
 
 
 def test_run_time_flags(monkeypatch):
@@ -371,7 +398,7 @@ def test_sdist_installs(source, python):
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     expected = {"CONTRIBUTING.md", "docs/design.md", "python/demo.py", "tests/native/test_build.py"}
-    expected |= {"tools/draw_figures.py"}
+    expected |= {"tools/draw_figures.py", "benchmarks/run.py", "benchmarks/lib/sections_cpu.py"}
     assert expected <= names
     assert archive.stat().st_size < 2**21
     status, output = pip_install(python, archive)
@@ -391,6 +418,9 @@ def test_install_from_the_source_tree(source, python, editable):
     found = report(python)
     assert found["why_not"] is None and found["used"]
     assert found["file"].startswith(str(source)) is editable
+    (built,) = Path(found["file"]).parent.glob("_C*.so")
+    for folder in (source, Path(torch.__file__).parent):
+        assert str(folder).encode() not in built.read_bytes()
     if torch.version.cuda is None:
         reason = "built without CUDA kernels (the installed torch is built without CUDA)"
         assert reason in found["why_no_cuda"]
@@ -410,6 +440,9 @@ def test_pure_python(source, python, reason):
     assert ("no working C++20 compiler" in output) == (reason != "flag")
     found = report(python)
     assert found["why_not"].startswith("not built") and not found["used"]
+    assert ("no working C++20 compiler" in found["why_not"]) == (reason != "flag")
+    warned = run(python, "-c", "from moe_kernels import backends; backends.available()").stderr
+    assert ("is slow on a CPU: not built, because" in warned) == (reason != "flag")
 
 
 @pytest.mark.slow
