@@ -310,10 +310,12 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
     set_up, ids = bench.providers.set_up_provider, problem.inputs.modality_ids
     block = bench.ours.Block(problem, "reference", added=True)
     assert block.error(ids) is None and block.error(torch.zeros_like(ids)) is None
-    _, _, chosen = block.layer.mlp.gate(block.hidden_states)  # after a call on text alone
+    context = bench.ours.context_of(block.layer.mlp.experts)
+    with context.running(torch.zeros_like(ids)):  # text alone
+        _, _, chosen = block.layer.mlp.gate(block.hidden_states)
     assert (chosen < case.shape.E).all() and 0 < ids.sum() < len(ids)
-    block.forward(ids)
-    _, _, chosen = block.layer.mlp.gate(block.hidden_states)
+    with context.running(ids):
+        _, _, chosen = block.layer.mlp.gate(block.hidden_states)
     assert torch.equal((chosen == case.shape.E).any(1), ids == 1)
     for name, trained in (("block", 0), ("block_added", 5)):
         runner = set_up(f"{name}:reference", problem)
