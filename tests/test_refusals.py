@@ -16,10 +16,11 @@ from moe_kernels import (
     patch_model,
     tune,
 )
+from moe_kernels.analysis import ExpertRedundancy, RoutingStatistics
 from moe_kernels.conversion import dense_to_moe
 from moe_kernels.imaging import ImageVocabulary, VQTokenizer, generate_images, mixed_sequence
 from moe_kernels.init import gromov_wasserstein_rows
-from moe_kernels.moextend import ExpertExtender, join_features_and_text
+from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
 
 IDS = token_ids(1, 6)
 
@@ -259,6 +260,20 @@ REFUSALS = {
             model, "a cat", tokenizer=None, image_tokenizer=None
         ), num_tokens=8),
         TypeError, "got one string", "captions", "a list of strings",
+    ),
+    "statistics of another type": (
+        lambda: RoutingStatistics.from_dict(
+            {"modalities": ["text"], "layers": ["0"], "counts": [[0.5]]}
+        ),
+        ValueError, "got 0.5", "routing statistics: the field counts[0][0]", "must be a list",
+    ),
+    "a redundancy without a metric": (
+        lambda: ExpertRedundancy.from_dict({}), ValueError,
+        "is missing", "a redundancy of experts", "the field metric",
+    ),
+    "scores of another type": (
+        lambda: LayerScores.from_dict({"layers": "all"}), ValueError,
+        "got 'all'", "layer scores: the field layers", "must be a list",
     ),
     "image tokens without codes": (
         lambda: ImageVocabulary(VOCAB, 0), ValueError,

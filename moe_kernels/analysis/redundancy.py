@@ -11,15 +11,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moe_kernels import schema
 from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.init.sampling import smallest_keys
 from moe_kernels.models.parts import MoeBlock, find_moe_blocks
 from moe_kernels.modes import evaluating
+from moe_kernels.schema import Nullable
 
 METRICS = ("cka", "cosine")
 _FEWEST_ROWS = {"cka": 4, "cosine": 1}
 # Elements of the float64 outputs that the cosine metric holds at once for all experts: 64 MiB.
 _CHUNK_ELEMENTS = 2**23
+_SCHEMA = {
+    "metric": str,
+    "modality": str,
+    "rows": int,
+    "layers": [str],
+    "similarity": [[[Nullable(float)]]],
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,12 @@ class ExpertRedundancy:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ExpertRedundancy:
+        """Make a redundancy from the result of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field is missing, or of another type.
+        """
+        schema.check(values, _SCHEMA, "a redundancy of experts")
         matrices = (
             [[float("nan") if value is None else value for value in row] for row in matrix]
             for matrix in values["similarity"]

@@ -8,6 +8,18 @@ from typing import Any
 
 import torch
 
+from moe_kernels import schema
+from moe_kernels.schema import Maybe
+
+_SCHEMA = {
+    "modalities": [str],
+    "layers": [str],
+    "counts": [[[int]]],
+    "rows": [[int]],
+    "entropy_sum": [[float]],
+    "num_experts": Maybe([int]),
+}
+
 
 @dataclass(frozen=True)
 class ExpertKinds:
@@ -143,6 +155,12 @@ class RoutingStatistics:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoutingStatistics:
+        """Make statistics from the result of :meth:`to_dict`; older ones lack num_experts.
+
+        Raises:
+            ValueError: a field is missing, or of another type or shape.
+        """
+        schema.check(values, _SCHEMA, "routing statistics")
         return cls(
             tuple(values["modalities"]),
             tuple(values["layers"]),

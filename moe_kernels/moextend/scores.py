@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels import schema
+from moe_kernels.schema import Maybe, Nullable
+
 COUNTS = ("modality", "all")
+_SCHEMA = {
+    "layers": [int],
+    "before": [[int]],
+    "after": [[int]],
+    "num_experts": [int],
+    "modality": Maybe(Nullable(str)),
+    "count": Maybe(Nullable(str)),
+}
 
 
 def check_count(count: str) -> None:
@@ -112,7 +123,12 @@ class LayerScores:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerScores:
-        """Make scores from the result of :meth:`to_dict`; older ones lack modality and count."""
+        """Make scores from the result of :meth:`to_dict`; older ones lack modality and count.
+
+        Raises:
+            ValueError: a field is missing, or of another type or shape.
+        """
+        schema.check(values, _SCHEMA, "layer scores")
         return cls(
             tuple(values["layers"]),
             torch.tensor(values["before"], dtype=torch.int64, device="cpu"),
