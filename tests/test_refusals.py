@@ -1,5 +1,7 @@
-"""Refusals: each says what was found, where, and what to do."""
+"""Refusals: each says what was found, where, and what to do; and a test has its words."""
 
+import ast
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,10 +20,17 @@ from moe_kernels import (
 )
 from moe_kernels.analysis import ExpertRedundancy, RoutingStatistics
 from moe_kernels.conversion import dense_to_moe
-from moe_kernels.imaging import ImageVocabulary, VQTokenizer, generate_images, mixed_sequence
+from moe_kernels.imaging import (
+    ImageCollator,
+    ImageVocabulary,
+    VQTokenizer,
+    generate_images,
+    mixed_sequence,
+)
 from moe_kernels.init import gromov_wasserstein_rows
 from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
 
+ROOT = Path(__file__).parents[1]
 IDS = token_ids(1, 6)
 
 
@@ -275,6 +284,10 @@ REFUSALS = {
         lambda: LayerScores.from_dict({"layers": "all"}), ValueError,
         "got 'all'", "layer scores: the field layers", "must be a list",
     ),
+    "labels on some samples alone": (
+        lambda: ImageCollator(0)([{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}]),
+        ValueError, "have labels, and others have none", "some samples of this batch", "",
+    ),
     "image tokens without codes": (
         lambda: ImageVocabulary(VOCAB, 0), ValueError,
         "got 48 and 0", "num_codes", "need first_id >= 0 and num_codes >= 1",
@@ -319,3 +332,41 @@ def test_a_refusal_says_what_was_found_where_and_what_to_do(situation):
         function()
     for part in parts:
         assert part in str(refusal.value)
+
+
+# --- every refusal of the library
+
+WINDOW = 12  # characters that a test must have in common with a message
+
+
+def raised_texts():
+    """Yield (file:line, fixed pieces of text) of each raise in the library with a text."""
+    for path in sorted((ROOT / "moe_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                texts = strings_in(node.exc)
+                pieces = [text for text in texts if len(text) >= WINDOW and " " in text]
+                if pieces:
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", pieces
+
+
+def strings_in(tree):
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [node.value for node in nodes if isinstance(node.value, str)]
+
+
+def test_every_refusal_has_a_test_with_its_words():
+    files = (ROOT / "tests").rglob("*.py")
+    tested = "\n".join(text for file in files for text in strings_in(ast.parse(file.read_text())))
+    tested = tested.replace("\\", "")
+
+    def has_a_test(pieces):
+        windows = (
+            piece[start : start + WINDOW]
+            for piece in pieces
+            for start in range(len(piece) - WINDOW + 1)
+        )
+        return any(window in tested for window in windows)
+
+    untested = [f"{place}: {text}" for place, text in raised_texts() if not has_a_test(text)]
+    assert not untested, "\n".join(untested)

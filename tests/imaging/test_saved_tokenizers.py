@@ -80,6 +80,24 @@ def test_every_side_of_the_pictures_is_checked(copy, side):
             load_image_tokenizer(copy)
 
 
+def test_the_reason_names_what_is_expected(copy):
+    config = json.loads((copy / CONFIG).read_text())
+    configure(copy, config | {"image_shape": [8]})
+    with pytest.raises(ValueError, match="image_shape must be 2 or 3 integers in 1"):
+        load_image_tokenizer(copy)
+    if "downsample" in config:
+        configure(copy, config | {"channels": 7})
+        with pytest.raises(ValueError, match=r"'channels': 7.* are not for images of \("):
+            load_image_tokenizer(copy)
+
+
+def test_a_list_is_no_configuration(copy):
+    save_file(load_file(copy / WEIGHTS), copy / WEIGHTS)
+    (copy / CONFIG).write_text("[]")
+    with pytest.raises(ValueError, match="is damaged: it is a list, not an object"):
+        load_image_tokenizer(copy)
+
+
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"[" * 100_000, b"\xff\xfe{}"],
                          ids=range(6))  # fmt: skip
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -75,6 +75,17 @@ def test_files_without_a_checksum_load_as_before(saved):
         assert torch.equal(parameter, expected[name])
 
 
+def test_a_changed_value_is_named_as_damage(saved):
+    data = bytearray((saved / WEIGHTS).read_bytes())
+    data[-3] ^= 1
+    (saved / WEIGHTS).write_bytes(data)
+    patched = patch_model(make_model("mixtral"), ModalityLoraConfig.from_adapter(saved))
+    before = values(patched)
+    with pytest.raises(ValueError, match=r"content is not what was written \(sha256\)"):
+        patched.load_adapter(saved)
+    assert all(torch.equal(each, before[name]) for name, each in values(patched).items())
+
+
 def cast(dtype, value=None):
     def change(tensors):
         name = next(name for name in sorted(tensors) if "lora_A" in name)
