@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_kernels.files import replacing
+from shared.outputs import files_of_users
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,13 +51,12 @@ def copy_whole(source: Path, target: Path) -> None:
     Raises:
         ValueError: ``target`` has a file that ``source`` does not have, and it would be lost.
     """
-    names = {path.relative_to(source) for path in source.rglob("*")}
-    lost = sorted(path for path in target.rglob("*") if path.relative_to(target) not in names)
-    if lost:
-        raise ValueError(f"{lost[0]} would be lost with the old {target.name}: move it elsewhere")
+    if lost := sorted(set(files_of_users(target)) - set(files_of_users(source))):
+        raise ValueError(
+            f"{target / lost[0]} would be lost with the old {target.name}: move it elsewhere"
+        )
     with replacing(target) as temporary:
         shutil.copytree(source, temporary)
-        shutil.rmtree(target, ignore_errors=True)
 
 
 def save_figure(figure: Any, path: Path) -> None:

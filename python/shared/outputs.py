@@ -31,7 +31,7 @@ def check_outputs(out: Path, files: Sequence[str], marker: str | None = None) ->
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    found = sorted(_files(out))
+    found = sorted(files_of_users(out))
     own = [name for name in found if _STAGE.fullmatch(name)]
     if own or marker in found:
         own += [name for name in found if any(fnmatch.fnmatchcase(name, each) for each in files)]
@@ -43,8 +43,8 @@ def check_outputs(out: Path, files: Sequence[str], marker: str | None = None) ->
         )
 
 
-def _files(out: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder, except what killed runs have left."""
+def files_of_users(out: Path) -> Iterator[str]:
+    """Yield the paths of all files below a folder, but for what killed runs and systems leave."""
     for path in out.rglob("*"):
         is_file = path.is_symlink() or not path.is_dir()
         parts = path.relative_to(out).parts

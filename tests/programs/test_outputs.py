@@ -101,6 +101,20 @@ def test_a_folder_is_not_replaced_if_a_file_would_be_lost(outputs, tmp_path):
     assert (tmp_path / "adapter" / "weights").read_text() == "new"
 
 
+@pytest.mark.parametrize(
+    "name", [".DS_Store", ".weights-0ab_cdef.partial/weights", ".weights.tmp", "empty/Thumbs.db"]
+)
+def test_what_is_accepted_at_the_start_is_not_refused_at_the_end(outputs, name, tmp_path):
+    from shared.files import copy_whole
+
+    fill(tmp_path, f"{STAGE}/stage.json", "new/weights", "out/adapter/weights")
+    fill(tmp_path / "out", f"{STAGE}/stage.json", f"adapter/{name}")
+    outputs.check_outputs(tmp_path / "out", FILES)
+    (tmp_path / "new" / "weights").write_text("new")
+    copy_whole(tmp_path / "new", tmp_path / "out" / "adapter")
+    assert (tmp_path / "out" / "adapter" / "weights").read_text() == "new"
+
+
 PROGRAMS = {
     "analyze_routing": ["MODEL"],
     "convert_dense_to_moe": ["MODEL"],
