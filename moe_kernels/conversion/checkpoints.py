@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_kernels.files import replacing
+from moe_kernels.files import is_of_the_system, replacing
 
 _FORMAT = 2
 # Entries of a configuration that say nothing of what the model computes.
@@ -72,9 +72,9 @@ def read(file: Path) -> dict[str, Any]:
         if damaged:
             raise ValueError(f"the checksum of {damaged} differs")
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # damaged bytes may raise anything
+        if is_of_the_system(error):
+            raise
         raise _Damaged(file, str(error)) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(

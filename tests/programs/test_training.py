@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.model_zoo import make_model
 from support.programs import imported
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 STEPS = 7  # not a whole number of epochs, which have 3
 
@@ -133,7 +134,62 @@ def test_a_checkpoint_without_all_of_its_files_is_not_resumed(
     assert found == folder / "checkpoint-6"
     said = capsys.readouterr().out
     assert f"checkpoint-{STEPS} is not whole" in said and name in said
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-6"]
+    aside = f"set-aside-checkpoint-{STEPS}"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-6", aside]
+    shutil.move(folder / "checkpoint-6", folder / f"checkpoint-{STEPS + 1}")  # a newer one
+    last_checkpoint(folder, training.CheckedTrainer.weights)
+    assert [path.name for path in folder.iterdir()] == [f"checkpoint-{STEPS + 1}"]
+
+
+def test_damage_is_damage_whatever_it_raises(training, checkpoints, tmp_path):
+    """Parts of an archive before its beginning raise OSError, odd flags NotImplementedError."""
+    from shared.checkpoints import problem_of
+
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(checkpoints / "checkpoint-6", folder)
+    content = (folder / "scheduler.pt").read_bytes()
+    problems = []
+    for place in range(len(content) - 300, len(content), 2):
+        damaged = content[:place] + bytes([255 - content[place]]) + content[place + 1 :]
+        (folder / "scheduler.pt").write_bytes(damaged)
+        problems.append(problem_of(folder, training.CheckedTrainer.weights))
+    assert set(problems) == {None, "scheduler.pt is damaged"}
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "weights.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(
+    training, checkpoints, name, tmp_path, monkeypatch
+):
+    from shared import checkpoints as module
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints, folder)
+    read = module._read
+
+    def too_many_open_files(file):
+        if file.name == name:
+            raise OSError(errno.EMFILE, "Too many open files")
+        read(file)
+
+    monkeypatch.setattr(module, "_read", too_many_open_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        module.last_checkpoint(folder, training.CheckedTrainer.weights)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-6", f"checkpoint-{STEPS}"]
+
+
+def test_checkpoints_of_another_kind_are_kept_but_not_counted(training, checkpoints, tmp_path):
+    """Several processes write rng_state_0.pth; the Trainer keeps the two newest checkpoints."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints, folder)
+    for each in folder.iterdir():
+        (each / "rng_state.pth").rename(each / "rng_state_0.pth")
+    found = training.last_checkpoint(folder, training.CheckedTrainer.weights)
+    assert found is None
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["set-aside-checkpoint-6", f"set-aside-checkpoint-{STEPS}"]
+    assert get_last_checkpoint(folder) is None
+    rotate_checkpoints(folder, save_total_limit=1)
+    assert all((folder / name / "weights.safetensors").is_file() for name in names)
 
 
 def test_a_full_disk_does_not_hide_an_interruption(training, stages, monkeypatch):
