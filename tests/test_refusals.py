@@ -1,11 +1,13 @@
 """Refusals: each says what was found, where, and what to do; and a test has its words."""
 
 import ast
+import tempfile
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from support.added_experts import extended
 from support.model_zoo import VOCAB, make_model, token_ids
 from support.patched_models import patched_model
 from torch import nn
@@ -13,21 +15,25 @@ from torch import nn
 from moe_kernels import (
     ModalityLoraConfig,
     add_modality_tokens,
+    env,
     initialise_lora,
     ops,
     patch_model,
     tune,
 )
-from moe_kernels.analysis import ExpertRedundancy, RoutingStatistics
+from moe_kernels.analysis import ExpertRedundancy, RoutingRecorder, RoutingStatistics
 from moe_kernels.conversion import dense_to_moe
 from moe_kernels.imaging import (
     ImageCollator,
     ImageVocabulary,
+    PatchTokenizer,
     VQTokenizer,
     generate_images,
+    load_image_tokenizer,
     mixed_sequence,
 )
 from moe_kernels.init import gromov_wasserstein_rows
+from moe_kernels.models.peft_format import load_peft_adapter
 from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +137,39 @@ def pair(in_features, out_features):
     )
 
 
+def router_of_another_kind():
+    model = make_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate = nn.Linear(32, 4)
+    with RoutingRecorder(model):
+        model.model.layers[0].mlp.gate(torch.zeros(6, 32))
+
+
+def scores_of_another_layer():
+    model = make_model("mixtral")
+    extender = ExpertExtender(model)
+    counts = torch.tensor([[3, 1, 0, 0]])
+    scores = LayerScores((0,), counts, counts, (4,))
+    extender.extend([1], init="most_selected", scores=scores)
+
+
+def without_pot():
+    with mock.patch.dict("sys.modules", {"ot": None}):
+        gromov_wasserstein_rows(torch.randn(9, 4), torch.randn(9, 4))
+
+
+def check_of_another_value():
+    with mock.patch.dict("os.environ", {"MOE_KERNELS_CHECK": "perhaps"}):
+        env.check_values()
+
+
+def eighths(model, patched):
+    parameter = next(patched.trainable_parameters())
+    parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    with tempfile.TemporaryDirectory() as folder:
+        patched.save_adapter(folder)
+
+
 def batches_of_text():
     model = make_model("olmoe")
     patch_model(model)
@@ -160,7 +199,8 @@ REFUSALS = {
         "table is empty", "embedding", "patch the model before such an engine",
     ),
     "another layout": (
-        model_with(biased), ValueError, "expert biases", "layer 1", "is not supported",
+        model_with(biased), ValueError,
+        "expert biases", "layer 1", "docs/patching.md says which layouts are",
     ),
     "a quantised model": (
         model_with(packed), ValueError, "is quantised", "MixtralForCausalLM", "load it in bfloat16",
@@ -184,6 +224,10 @@ REFUSALS = {
     "data parallel": (
         patched_with(lambda model, _: model._replicate_for_data_parallel()), RuntimeError,
         "share one mask", "nn.DataParallel", "use DistributedDataParallel",
+    ),
+    "continuous batching": (
+        patched_with(lambda model, _: model.generate_batch([[1, 2]])), RuntimeError,
+        "is not supported", "continuous batching", "call generate() on batches",
     ),
     "a replaced module": (
         patched_with(replaced_projection), RuntimeError,
@@ -270,6 +314,68 @@ REFUSALS = {
         ), num_tokens=8),
         TypeError, "got one string", "captions", "a list of strings",
     ),
+    "a router of another kind": (
+        router_of_another_kind, TypeError,
+        "does not return", "model.layers.0.mlp (Linear)", "(logits, scores, indices)",
+    ),
+    "the disturbance by no batch": (
+        lambda: extended().disturbance([]), ValueError,
+        "got none", "the disturbance", "needs at least one batch",
+    ),
+    "scores of another layer": (
+        scores_of_another_layer, ValueError,
+        "the scores are of layers (0,)", "not of layer 1", "score that layer too",
+    ),
+    "a start without POT": (
+        without_pot, ImportError, "needs POT", "Gromov-Wasserstein", "pip install",
+    ),
+    "a variable of another value": (
+        check_of_another_value, ValueError, "is 'perhaps'", "MOE_KERNELS_CHECK",
+        "must be 1, 0, true or false",
+    ),
+    "an adapter in 8 bits": (
+        patched_with(eighths), ValueError,
+        "is torch.float8_e4m3fn", "adapter_model.safetensors", "tensors must be one of F64",
+    ),
+    "a folder without PEFT's files": (
+        patched_with(lambda model, patched: load_peft_adapter(patched, "image", "/nowhere")),
+        FileNotFoundError, "no adapter in", "/nowhere", "adapter_model.safetensors is missing",
+    ),
+    "a folder without an image tokenizer": (
+        lambda: load_image_tokenizer("/nowhere"), FileNotFoundError,
+        "no image tokenizer", "/nowhere", "is missing",
+    ),
+    "no codes": (
+        lambda: PatchTokenizer.fit(torch.rand(2, 8, 8, 3), num_codes=0), ValueError,
+        "got 0", "num_codes", "must be at least 1",
+    ),
+    "a flat codebook": (
+        lambda: PatchTokenizer(torch.zeros(4), 4, (8, 8, 3)), ValueError,
+        "got (4,)", "codebook", "must have shape (num_codes, ",
+    ),
+    "codes of another number": (
+        lambda: fitted_tokenizer().decode(torch.zeros(2, 5, dtype=torch.int64)), ValueError,
+        "got (2, 5)", "codes", "must be integers of shape (N, 4)",
+    ),
+    "an image of one dimension": (
+        lambda: PatchTokenizer(torch.zeros(4, 48), 4, (8,)), ValueError,
+        "one image here has (8,)", "images", "must have shape (N, H, W) or (N, H, W, C)",
+    ),
+    "a rank of nothing": (
+        lambda: ops.lora_linear(
+            torch.zeros(3, 4), torch.zeros(5, 4), None,
+            ops.LoraWeights(torch.zeros(1, 0, 4), torch.zeros(1, 5, 0), torch.ones(1)),
+            modality_ids=torch.zeros(3, dtype=torch.int64),
+        ),
+        ValueError, "needs a rank", "lora", "of at least 1",
+    ),
+    "no expert a token": (
+        lambda: ops.moe_mlp(
+            torch.zeros(3, 4), torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0),
+            torch.zeros(2, 6, 4), torch.zeros(2, 4, 3),
+        ),
+        ValueError, "got top-k 0", "topk_ids", "at least one expert a token",
+    ),
     "statistics of another type": (
         lambda: RoutingStatistics.from_dict(
             {"modalities": ["text"], "layers": ["0"], "counts": [[0.5]]}
@@ -286,7 +392,8 @@ REFUSALS = {
     ),
     "labels on some samples alone": (
         lambda: ImageCollator(0)([{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}]),
-        ValueError, "have labels, and others have none", "some samples of this batch", "",
+        ValueError, "have labels, and others have none", "some samples of this batch",
+        "give them to all or to none",
     ),
     "image tokens without codes": (
         lambda: ImageVocabulary(VOCAB, 0), ValueError,
@@ -320,7 +427,7 @@ REFUSALS = {
     ),
     "a model with experts to convert": (
         lambda: dense_to_moe(make_model("mixtral"), num_experts=2, top_k=1), ValueError,
-        "is a Mixture of Experts already", "MixtralForCausalLM", "",
+        "is a Mixture of Experts already", "MixtralForCausalLM", "nothing is left to convert",
     ),
 }  # fmt: skip
 
@@ -351,8 +458,11 @@ def raised_texts():
 
 
 def strings_in(tree):
+    """Return all strings in a tree but docstrings."""
+    statements = (node for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    docstrings = {id(statement.value) for statement in statements}
     nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return [node.value for node in nodes if isinstance(node.value, str)]
+    return [n.value for n in nodes if isinstance(n.value, str) and id(n) not in docstrings]
 
 
 def test_every_refusal_has_a_test_with_its_words():

@@ -59,7 +59,7 @@ def check_source(model: Any) -> None:
     config = model.config
     counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
     if find_experts(model) is not None or any(counts):
-        raise ValueError(f"{name} is a Mixture of Experts already")
+        raise ValueError(f"{name} is a Mixture of Experts already: nothing is left to convert")
     if type(model) not in SUPPORTED:
         known = "; ".join(f"{cls.__name__} ({target})" for cls, target in SUPPORTED.items())
         raise ValueError(f"{name} is not supported; supported are {known}")

@@ -165,6 +165,7 @@ def generate_image_codes(
                 **sampling,
                 do_sample=True,
                 max_new_tokens=tokens_per_image,
+                suppress_tokens=[],
                 pad_token_id=pad_token_id,
                 logits_processor=processors,
             )

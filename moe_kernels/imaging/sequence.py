@@ -357,7 +357,10 @@ class ImageCollator:
         labelled = ["labels" in sample for sample in samples]
         if any(labelled):
             if not all(labelled):
-                raise ValueError("some samples of this batch have labels, and others have none")
+                raise ValueError(
+                    "some samples of this batch have labels, and others have none: give them to "
+                    "all or to none"
+                )
             labels = [as_tensor(sample["labels"]).clone() for sample in samples]
             for each in labels:
                 each[:1] = IGNORE_INDEX

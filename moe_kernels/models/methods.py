@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_kernels import env
 from moe_kernels.models.context import resolve_modality_ids
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
@@ -44,7 +45,9 @@ def detach(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _methods_of(model_class: type[PreTrainedModel]) -> dict:
+    batching = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
     return {
+        **{n: _refuse_continuous_batching for n in batching if hasattr(model_class, n)},
         "forward": _forward_of(model_class),
         "generate": _generate_of(model_class),
         "prepare_inputs_for_generation": _prepare_inputs_of(model_class),
@@ -71,7 +74,8 @@ class LossOverColumns:
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs) -> Tensor:
         columns = logits.shape[-1]
-        if columns < vocab_size and not labels.is_cuda and (labels >= columns).any():
+        reads = not labels.is_cuda or env.check_values()
+        if columns < vocab_size and reads and (labels >= columns).any():
             raise ValueError(
                 f"labels has id {int(labels.max())} of an added token, which has no logit within "
                 f"text_only() (ids below {columns}): leave it for this batch"
@@ -248,7 +252,7 @@ def _generate_of(model_class: type[PreTrainedModel]):
     def generate(self, *args, **kwargs):
         patched = get_patched(self)
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        if patched.added_tokens_enabled and not _suppresses_added(self, given):
+        if patched.added_tokens_enabled and not _masks_added(self, given):
             return inner(self, *args, **kwargs)
         with patched.switches.with_masked_tokens():
             return inner(self, *args, **kwargs)
@@ -256,17 +260,32 @@ def _generate_of(model_class: type[PreTrainedModel]):
     return generate
 
 
-def _suppresses_added(model: PreTrainedModel, given: dict) -> bool:
-    """Return whether arguments of ``generate`` suppress all added tokens."""
-    for suppressed in (
-        given.get("kwargs", {}).get("suppress_tokens"),
-        getattr(given.get("generation_config"), "suppress_tokens", None),
-        model.generation_config.suppress_tokens,
-    ):
-        if suppressed is not None:
-            break
+def _masks_added(model: PreTrainedModel, given: dict) -> bool:
+    """Return whether ``generate`` with these arguments is to produce text alone.
+
+    Added tokens may come if ``suppress_tokens`` is empty, as None is if it is a keyword, or names
+    some of them. A list of other tokens, or a configuration without a list, says nothing of them.
+    """
+    keywords = given.get("kwargs", {})
+    if "suppress_tokens" in keywords:
+        suppressed = () if keywords["suppress_tokens"] is None else keywords["suppress_tokens"]
+    else:
+        suppressed = getattr(given.get("generation_config"), "suppress_tokens", None)
+        if suppressed is None:  # transformers takes the model's own then
+            suppressed = model.generation_config.suppress_tokens
+    if suppressed is None:
+        return True
+    suppressed = {int(token_id) for token_id in suppressed}
     first, stop = model.get_input_embeddings().weight.shape[0], model.token_modality.numel()
-    return set(range(first, stop)) <= set(suppressed or ())
+    named = suppressed.intersection(range(first, stop))
+    return bool(suppressed) and len(named) in (0, stop - first)
+
+
+def _refuse_continuous_batching(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
+    raise RuntimeError(
+        "continuous batching is not supported on a patched model: its paged cache says nothing of "
+        "padding, and its requests share one thread; call generate() on batches"
+    )
 
 
 @functools.cache

@@ -192,7 +192,10 @@ def _check_model(
     for index, each in enumerate(parts):
         targets = config.target_modules if each.layer in adapted else ()
         if reasons := _layer_problems(each, targets, find):
-            raise ValueError(f"{name} is not supported: layer {index}: {'; '.join(reasons)}")
+            raise ValueError(
+                f"{name} is not supported: layer {index}: {'; '.join(reasons)}. docs/patching.md "
+                "says which layouts are"
+            )
     projections = find_projections(model, config, parts)
     if config.target_modules and not projections:
         raise ValueError(

@@ -37,9 +37,9 @@ def add_modality_tokens(
     The frozen table keeps its name and its bits; the new rows are a second parameter of the
     embedding and, unless the two are tied, of the head. Text generation does not produce the new
     tokens: they are added to the model's ``generation_config.suppress_tokens``, and ``generate``
-    masks their logits before any softmax while all of them are suppressed. ``generate(...,
-    suppress_tokens=[])`` allows them. A ``GenerationConfig`` of your own needs
-    ``suppress_tokens=[]`` too, because transformers replaces None by the model's setting.
+    masks their logits before any softmax. ``generate(..., suppress_tokens=[])`` allows them, and so
+    does a ``GenerationConfig`` with ``suppress_tokens=[]``, or a list that has some of them. A list
+    of other tokens alone does not.
     ``forward`` gives their logits, except within ``patched.text_only()``.
 
     Args:

@@ -58,7 +58,10 @@ def sources(
     found = {}
     for index, number in numbers.items():
         if index not in scores.layers:
-            raise ValueError(f"the scores are of layers {scores.layers}, not of layer {index}")
+            raise ValueError(
+                f"the scores are of layers {scores.layers}, not of layer {index}: score that layer "
+                "too, or choose another init"
+            )
         ranked = scores.most_selected(index, tuned=init == "most_selected_tuned")
         if len(ranked) > count_experts(layers[index]):
             raise ValueError(

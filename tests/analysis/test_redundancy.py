@@ -409,5 +409,5 @@ def test_plot(tmp_path):
     with pytest.raises(ValueError, match="different modality or metric"):
         plot_redundancy(made(0.0), made(0.0, metric="cosine"))
     elsewhere = made(0.0, layers=("model.layers.0.mlp", "model.layers.1.mlp"))
-    with pytest.raises(ValueError, match="same layers"):
+    with pytest.raises(ValueError, match="one plot needs the same layers"):
         plot_redundancy(made(0.0), elsewhere)

@@ -384,7 +384,7 @@ def test_plot_of_divergence(statistics, tmp_path):
     ]
     assert "<svg" in (tmp_path / "divergence.svg").read_text()
     elsewhere = RoutingStatistics.from_dict(statistics.to_dict() | {"layers": ["another"]})
-    with pytest.raises(ValueError, match="same layers"):
+    with pytest.raises(ValueError, match="one plot needs the same layers"):
         plot_divergence({"a": statistics, "b": elsewhere})
 
 

@@ -4,6 +4,7 @@
 whether kernels are interpreted.
 """
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -527,6 +528,13 @@ def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
 def test_a_damaged_file_of_tuned_tiles(content, tmp_path):
     (tmp_path / "tiles.json").write_bytes(content)
     with pytest.raises(ValueError, match="tiles.json is not a file of tuned tiles.*delete it"):
+        triton_tiles.read(tmp_path / "tiles.json")
+
+
+def test_a_height_that_is_no_power_of_two(tmp_path):
+    sizes = {"m": 24, "n": 16, "n_gated": 16, "k": 16, "group": 8, "warps": 4, "stages": 2}
+    (tmp_path / "tiles.json").write_text(json.dumps({"x": [[0, sizes]]}))
+    with pytest.raises(ValueError, match="'m': 24, .* are no tiles"):
         triton_tiles.read(tmp_path / "tiles.json")
 
 

@@ -125,7 +125,7 @@ def test_load_refuses_another_format(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="16 codes"):
         PatchTokenizer.load(tmp_path)
     rewrite(tmp_path, lambda config: config.update(type="vqvae"), names=TOKENIZER)
-    with pytest.raises(ValueError, match="vqvae"):
+    with pytest.raises(ValueError, match="holds a tokenizer of type 'vqvae'"):
         PatchTokenizer.load(tmp_path)
 
 

@@ -164,6 +164,7 @@ def test_the_arguments_decide_whether_added_tokens_are_masked():
     allowed = GenerationConfig(suppress_tokens=[], max_new_tokens=1, do_sample=False)
     some = list(range(VOCAB, VOCAB + ADDED - 1))
     own = GenerationConfig(max_new_tokens=1, do_sample=False)  # None: the model's setting
+    text = GenerationConfig(suppress_tokens=[3], max_new_tokens=1, do_sample=False)
 
     def first_logits(**settings):
         found = model.generate(
@@ -173,14 +174,29 @@ def test_the_arguments_decide_whether_added_tokens_are_masked():
 
     lowest = torch.finfo(torch.float32).min
     whole = model(IDS).logits[:, -1]
-    for settings in ({}, {"generation_config": own}):
+    for settings in (
+        {},
+        {"generation_config": own},
+        {"generation_config": text},
+        {"suppress_tokens": [3]},
+        {"suppress_tokens": torch.tensor([3])},
+    ):
         assert (first_logits(**settings)[:, VOCAB:] == lowest).all()
     for settings in (
         {"suppress_tokens": []},
+        {"suppress_tokens": None},
         {"suppress_tokens": some},
         {"generation_config": allowed},
     ):
         assert_close(first_logits(**settings), whole)
+
+
+def test_a_new_configuration_of_the_model_allows_no_added_token():
+    model, _ = patched_model(num_tokens=ADDED)
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=20)
+    assert model.generate(IDS).max() < VOCAB
+    model.generation_config.suppress_tokens = []
+    assert model.generate(IDS).max() >= VOCAB
 
 
 def test_added_tokens_are_masked_within_text_only_whatever_the_arguments_say():
