@@ -278,9 +278,8 @@ ENDLESS = [
 @pytest.mark.parametrize("key", ENDLESS, ids=lambda key: key[:20])
 def test_a_pattern_that_might_take_for_ever(key, saved):
     rewrite(saved, lambda header: header["lora"].update(rank_pattern={key: 2}))
-    with pytest.raises(
-        ValueError, match="rank_pattern: .*(matching it might take for ever|500 are the most|not a regular)"
-    ):
+    reasons = "matching it might take for ever|500 are the most|not a regular"
+    with pytest.raises(ValueError, match=f"rank_pattern: .*({reasons})"):
         ModalityLoraConfig.from_adapter(saved)
 
 
