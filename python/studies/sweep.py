@@ -297,8 +297,12 @@ def read_published(file: Path) -> Results:
     """Return the JSON of a study.
 
     Raises:
-        ValueError: it is damaged, or was not written by a study.
+        ValueError: it is not there, is damaged, or was not written by a study.
     """
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing: run the study first, or give --results the folder that has it"
+        )
     published = read_json(file)
     if not isinstance(published, dict) or "runs" not in published:
         raise ValueError(f"{file} is no file of a study: give --results another folder")

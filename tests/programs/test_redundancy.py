@@ -313,6 +313,15 @@ def test_added_rows_learn_at_the_rate_that_the_run_says(program):
     assert torch.equal(table, before[0]) and not torch.equal(head, before[1])
 
 
+@pytest.mark.parametrize("command", ["--page", "--remake"])
+def test_a_page_of_a_study_that_has_not_run(program, command, tmp_path, capsys):
+    place = ["--results", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert program.main("", [command, *place]) == 1
+    assert "redundancy.json is missing: run the study first" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_a_page_does_not_lose_runs_to_a_smaller_sweep(program, tmp_path, capsys, monkeypatch):
     runs = {"plora": {"seeds": {"0": {}, "7": {}}}}
     (tmp_path / "redundancy.json").write_text(json.dumps({"runs": runs}))
