@@ -164,9 +164,8 @@ def attach(
 def disabled(patched: PatchState) -> contextlib.AbstractContextManager[None]:
     """Let no router choose an added expert in this thread's forwards, with or without a gate.
 
-    For forwards without gradients: activation checkpointing would recompute the forward after the
-    context has ended. The experts' op keeps its shape, and so do the bits of every row that chose
-    no added expert. It may be nested.
+    The experts' op keeps its shape, and so do the bits of every row that chose no added expert. A
+    checkpointed layer is recomputed as its forward was, after the context too. It may be nested.
     """
     return patched.switches.without_added_experts()
 

@@ -35,6 +35,7 @@ class LayerCall:
 
     Attributes:
         modality_ids: (B, S) int64.
+        added_experts: whether routers may choose added experts.
         linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
             modalities, backend and grad mode: autograd cannot save tensors of inference mode.
             Made when the first module asks.
@@ -42,6 +43,7 @@ class LayerCall:
     """
 
     modality_ids: Tensor
+    added_experts: bool = True
     linear_dispatches: dict[tuple[int, str, bool], LinearDispatch] = field(default_factory=dict)
     pending: int = 0
 
@@ -177,9 +179,14 @@ class ModalityContext(PerThread):
         """(B, S) int64 of the forward that runs in this thread, or None."""
         return None if self.call is None else self.call.modality_ids
 
-    def start(self, modality_ids: Tensor) -> None:
+    @property
+    def added_experts(self) -> bool:
+        """Whether routers may choose added experts in the forward that runs in this thread."""
+        return self.switches.uses_added_experts() if self.call is None else self.call.added_experts
+
+    def start(self, modality_ids: Tensor, added_experts: bool = True) -> None:
         """Begin a forward: nothing of the one before is kept."""
-        self.call = LayerCall(modality_ids)
+        self.call = LayerCall(modality_ids, added_experts)
 
     def finish(self) -> None:
         """End a forward: a part of the layer that is called by itself must not use its ids."""
@@ -190,7 +197,7 @@ class ModalityContext(PerThread):
         """Begin a forward of a part of the layer alone, and restore the call before at the end."""
         before = self.call
         with ending_with(lambda: setattr(self, "call", before)):
-            self.start(modality_ids)
+            self.start(modality_ids, self.switches.uses_added_experts())
             yield
 
     def linear_dispatch(self, num_modalities: int, weight: Tensor) -> tuple[LinearDispatch, str]:
@@ -212,8 +219,40 @@ class ModalityContext(PerThread):
         return dispatches[key], backend
 
 
+class Forwards(PerThread):
+    """Forwards of the whole model that run in this thread, one of them within another.
+
+    A hook may call the model within its own forward. At the end of each, also by an exception, the
+    layers have the calls that they had before it.
+
+    Attributes:
+        contexts: those of all layers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.contexts: list[ModalityContext] = []
+
+    def begin(self) -> list[LayerCall | None]:
+        """Return the calls of the layers, for :meth:`end`."""
+        running = getattr(self._local, "running", 0)
+        self._local.running = running + 1
+        if running == 0:  # what the layers have is left over from a recompute that failed
+            return [None] * len(self.contexts)
+        return [context.call for context in self.contexts]
+
+    def end(self, before: list[LayerCall | None]) -> None:
+        """Give the layers their calls of before this forward."""
+        self._local.running -= 1
+        for context, call in zip(self.contexts, before, strict=True):
+            context.call = call
+
+
 class TakeModalityIds:
-    """Pre-hook of ``self_attn``: moves the keyword ``modality_ids`` into the layer's context.
+    """Pre-hook of ``self_attn``: moves the model's own keywords into the layer's context.
+
+    They are ``modality_ids`` and, where routers may choose no added expert, ``added_experts``.
+    Checkpointing hands them to its recompute, for which a switch might have changed.
 
     An object, not a closure: a deepcopy of the model must set the copy's context.
     """
@@ -225,7 +264,7 @@ class TakeModalityIds:
         kwargs = dict(kwargs)
         if kwargs.get("modality_ids") is None:
             raise RuntimeError(MISSING)
-        self.context.start(kwargs.pop("modality_ids"))
+        self.context.start(kwargs.pop("modality_ids"), kwargs.pop("added_experts", True))
         self.context.call.pending = len(self.context.updates)
         return args, kwargs
 

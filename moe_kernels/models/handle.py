@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
-from moe_kernels.models.context import CopiedAlone, Switches
+from moe_kernels.models.context import CopiedAlone, Forwards, Switches
 from moe_kernels.models.intact import Link, check_links, check_offload, without_wrappers
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
@@ -32,6 +32,7 @@ class PatchState(CopiedAlone):
             "head".
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
         switches: the parts that forwards leave out, by thread.
+        forwards: those that run now, by thread.
         hooks: handles of all hooks that patching registered.
         links: the places of the patched modules in the model.
         base_shapes: the shapes of the model's own parameters, by name.
@@ -49,6 +50,7 @@ class PatchState(CopiedAlone):
         self.parts = tuple(parts)
         self.projections = tuple(projections)
         self.switches = Switches()
+        self.forwards = Forwards()
         self.init_diagnostics: dict[str, dict[str, GromovWassersteinDiagnostics]] = {}
         self.extensions: list[ExtensionConfig] = []
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []

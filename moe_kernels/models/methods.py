@@ -172,7 +172,11 @@ def _recomputes(model: PreTrainedModel) -> bool:
     """Return whether the backward pass of a forward now would compute layers again."""
     if not model.training or not torch.is_grad_enabled():
         return False
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return any(
+        getattr(module, "gradient_checkpointing", False)
+        or "_checkpoint_wrapped_module" in module._modules  # the wrapper of torch.distributed
+        for module in model.modules()
+    )
 
 
 @functools.cache
@@ -195,11 +199,6 @@ def _forward_of(model_class: type[PreTrainedModel]):
         check_experts(patched.parts)
         if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
             _check_loss(self)
-        if not patched.switches.uses_added_experts() and _recomputes(self):
-            raise RuntimeError(
-                "added experts cannot be disabled under activation checkpointing: the backward "
-                "pass would compute with them; use torch.no_grad(), or end the checkpointing"
-            )
         modality_ids = resolve_modality_ids(
             self.token_modality,
             modality_ids,
@@ -213,7 +212,13 @@ def _forward_of(model_class: type[PreTrainedModel]):
             # The ids carry this, since checkpointing hands them to its recompute; a switch would
             # be read anew.
             modality_ids = modality_ids.clamp(max=0)
-        return inner(self, modality_ids=modality_ids, **kwargs)
+        if not patched.switches.uses_added_experts():
+            kwargs["added_experts"] = False  # a keyword of the layers, for the same reason
+        before = patched.forwards.begin()
+        try:
+            return inner(self, modality_ids=modality_ids, **kwargs)
+        finally:
+            patched.forwards.end(before)
 
     # accelerate removes autocast by unwrapping down to the innermost function.
     del forward.__wrapped__

@@ -288,6 +288,7 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
     when it saves: it would split and rename them, and resuming would silently lose them.
     """
     context = ModalityContext(patched.config.backend, patched.switches)
+    patched.forwards.contexts.append(context)
     take, end = TakeModalityIds(context), EndForward(context)
     last = parts.self_attn if parts.experts is None else parts.experts
     patched.hooks += [

@@ -246,7 +246,7 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
             shift = F.linear(hidden_states, change.to(hidden_states.dtype))
         logits = logits + shift.to(logits.dtype)
     context: ModalityContext = own["_modality_context"]
-    if not (added := own.get("_added_experts")) or not context.switches.uses_added_experts():
+    if not (added := own.get("_added_experts")) or not context.added_experts:
         return logits, *route(logits, routing)
     if context.modality_ids is None:
         raise RuntimeError(MISSING)

@@ -271,10 +271,7 @@ class ExpertExtender:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Let no token choose an added expert, gate or not; for forwards without gradients.
-
-        The context may be nested.
-        """
+        """Let no token choose an added expert, gate or not; may be nested."""
         self.patched.check_in_place()
         with added_experts.disabled(self.patched):
             yield

@@ -1,5 +1,7 @@
 """The rows that a layer sorts once in a forward for all its linear modules, and then forgets."""
 
+import contextlib
+
 import pytest
 import torch
 from support.model_zoo import FAMILY, token_ids
@@ -112,6 +114,67 @@ def test_nothing_is_kept_after_a_forward_that_failed():
     experts = model.model.layers[1].mlp.experts
     with experts.register_forward_pre_hook(fail), pytest.raises(ArithmeticError):
         model(ids, modality_ids=mask)
+    assert all(context.call is None for context in contexts(model))
+
+
+def test_an_exception_in_attention_ends_the_forward_of_its_layer():
+    """The experts, whose hook ends it, do not run then."""
+    model, _ = make()
+    ids, (mask, _) = batches()
+
+    def fail(*args):
+        raise ArithmeticError
+
+    layer = model.model.layers[1]
+    o_proj = layer.self_attn.o_proj
+    with o_proj.register_forward_pre_hook(fail), pytest.raises(ArithmeticError):
+        model(ids, modality_ids=mask)
+    assert all(context.call is None for context in contexts(model))
+    with pytest.raises(RuntimeError, match="this layer got no modality_ids"):
+        layer.mlp(torch.randn(2, 12, 32))
+
+
+def test_what_a_failed_recompute_left_ends_with_the_next_forward():
+    model, _ = make(checkpointing=False)
+    ids, (mask, _) = batches()
+    loss = model(ids, modality_ids=mask, labels=ids).loss
+
+    def fail(*args):
+        raise ArithmeticError
+
+    o_proj = model.model.layers[1].self_attn.o_proj
+    with o_proj.register_forward_pre_hook(fail), pytest.raises(ArithmeticError):
+        loss.backward()
+    model(ids, modality_ids=mask)
+    assert all(context.call is None for context in contexts(model))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("place", ["self_attn", "self_attn.o_proj", "mlp.experts"])
+def test_a_forward_within_a_forward(place, fails):
+    """Each has its own ids, and the outer goes on with its own, also after an exception."""
+    model, _ = make()
+    ids, (mask, other) = batches()
+    module, inner = model.model.layers[1].get_submodule(place), []
+
+    def stop(*args):
+        raise ArithmeticError
+
+    def call(*args):
+        if inner:
+            return
+        inner.append(None)
+        hook = model.model.layers[1].mlp.gate.register_forward_pre_hook(stop) if fails else None
+        with contextlib.suppress(ArithmeticError):
+            inner[0] = model(ids, modality_ids=other).logits
+        if fails:
+            hook.remove()
+
+    with torch.no_grad():
+        expected = [model(ids, modality_ids=each).logits for each in (mask, other)]
+        with module.register_forward_pre_hook(call):
+            assert torch.equal(model(ids, modality_ids=mask).logits, expected[0])
+    assert inner[0] is None if fails else torch.equal(inner[0], expected[1])
     assert all(context.call is None for context in contexts(model))
 
 

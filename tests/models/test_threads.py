@@ -124,17 +124,6 @@ def test_compiled_models_see_the_switches():
             assert torch.equal(logits(compiled, GIVEN, context)(), expected)
 
 
-def test_added_experts_are_not_disabled_where_layers_are_recomputed():
-    extender = extended()
-    model = extender.model.train()
-    model.gradient_checkpointing_enable()
-    with extender.disabled():
-        with torch.no_grad():
-            model(**TEXT)
-        with pytest.raises(RuntimeError, match="disabled under activation checkpointing"):
-            model(**TEXT)
-
-
 def test_the_switch_is_not_set_within_the_context():
     _, patched = patched_model("olmoe")
     with patched.adapters_disabled(), pytest.raises(RuntimeError, match="for all threads"):
