@@ -5,6 +5,7 @@ when transformers' registry is imported, by whoever it is.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -12,7 +13,10 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
+
 IMPLEMENTATION = "moe_kernels"
+_EXPERTS = "moe_kernels.models.experts"
 _REGISTRY = "transformers.integrations.moe"
 
 
@@ -30,29 +34,40 @@ def _add(registry: ModuleType) -> None:
 
 def _experts_forward(*arguments, **keywords):
     """Import the implementation, which registers itself in place of this function, and call it."""
-    experts = import_module("moe_kernels.models.experts")
-    return experts.experts_forward(*arguments, **keywords)
+    _load()
+    return sys.modules[_EXPERTS].experts_forward(*arguments, **keywords)
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it; it cannot trace an import
+def _load() -> None:
+    import_module(_EXPERTS)
 
 
 class _RegistryFinder(MetaPathFinder):
-    """Finds the registry as the other finders do, once, and adds the name after its import."""
+    """Finds the registry as the other finders do, and adds the name after its import."""
+
+    def __init__(self):
+        self._local = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != _REGISTRY or getattr(self._local, "asking", False):
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._local.asking = True  # the other finders
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._local.asking = False
         if spec is not None:
-            spec.loader.exec_module = _and_add(spec.loader.exec_module)
+            spec.loader.exec_module = self._and_add(spec.loader.exec_module)
         return spec
 
+    def _and_add(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        def execute_and_add(module: ModuleType) -> None:
+            execute(module)
+            _add(module)
+            if self in sys.meta_path:  # until here: a spec may be asked for without an import
+                sys.meta_path.remove(self)
 
-def _and_add(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    def execute_and_add(module: ModuleType) -> None:
-        execute(module)
-        _add(module)
-
-    return execute_and_add
+        return execute_and_add

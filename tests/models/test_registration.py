@@ -33,6 +33,32 @@ assert "class ExpertsInterface" in inspect.getsource(moe)
 """
 
 
+PROBED = """
+from importlib.util import find_spec
+for _ in range(2):
+    assert find_spec("transformers.integrations.moe") is not None
+"""
+INTERRUPTED = """
+import importlib
+import transformers.integrations
+sys.modules["transformers.integrations.sonicmoe"] = None  # stops the registry's own import
+try:
+    importlib.import_module("transformers.integrations.moe")
+except ImportError:
+    del sys.modules["transformers.integrations.sonicmoe"]
+assert "transformers.integrations.moe" not in sys.modules
+"""
+COMPILED = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], experts_implementation="moe_kernels")
+assert "moe_kernels.models" not in sys.modules
+ids = torch.load(sys.argv[2])
+compiled = torch.compile(model.requires_grad_(False), backend="eager", fullgraph=True)
+assert torch.equal(compiled(ids).logits, model(ids).logits)
+"""
+
+
 def run(program, *arguments):
     result = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True
@@ -40,7 +66,16 @@ def run(program, *arguments):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("first", ["import transformers.integrations.moe, moe_kernels", FIRST])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import transformers.integrations.moe, moe_kernels",
+        FIRST,
+        FIRST + PROBED,
+        FIRST + INTERRUPTED,
+    ],
+    ids=["after", "before", "after a probe", "after an import that failed"],
+)
 def test_the_name_exists(first):
     run(first + THEN)
 
@@ -53,3 +88,9 @@ def test_a_model_is_made_with_it(tmp_path):
     run(FIRST + THEN + ONCE + CALLED, tmp_path, tmp_path / "tensors.pt")
     logits = torch.load(tmp_path / "tensors.pt")
     torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_was_made_with_it_compiles_into_one_graph(tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path)
+    torch.save(token_ids(2, 5), tmp_path / "tensors.pt")
+    run(FIRST + THEN + COMPILED, tmp_path, tmp_path / "tensors.pt")
