@@ -1,6 +1,7 @@
 """Saving and loading the adapter of a patched model, and the checks that it fits."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from moe_kernels.models.parameters import (
     expected_shapes,
     is_added,
     named_adapter_parameters,
+    named_parameters,
     original_name,
     whole_parameters,
 )
@@ -195,6 +197,14 @@ def _fingerprint(parameters: dict[str, nn.Parameter]) -> str:
     return digest.hexdigest()
 
 
+def _fingerprints(patched: PatchState, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+    """Yield the fingerprint, then that of version 0.1.0, with what was attached to the model."""
+    yield _fingerprint(parameters)
+    every = named_parameters(patched.model)
+    if len(every) > len(parameters):
+        yield _fingerprint({name: p for name, p in every.items() if not p.is_meta})
+
+
 def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
     model = patched.model
     added_tokens, extensions, settings = contents(patched)
@@ -236,7 +246,7 @@ def _check_fits(patched: PatchState, saved: dict, parameters: dict[str, nn.Param
             f"the adapter was trained with another configuration (adapter != model): {listed}; "
             "patch with ModalityLoraConfig.from_adapter(folder)"
         )
-    if base["fingerprint"] != _fingerprint(parameters):
+    if base["fingerprint"] not in _fingerprints(patched, parameters):
         raise ValueError(
             f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'}), "
             "or on a copy of these in another precision than float32 or bfloat16"

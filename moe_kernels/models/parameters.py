@@ -1,6 +1,6 @@
 """The parameters that were added to a patched model: their names, and the shapes they must have."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +35,27 @@ def original_name(name: str) -> str:
     return ".".join(filter(None, [above, *parts[end:]]))
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters by their original names."""
+    return {original_name(name): parameter for name, parameter in model.named_parameters()}
+
+
 def whole_parameters(patched: PatchState) -> dict[str, nn.Parameter]:
-    """Return all parameters of a patched model by their names at patching.
+    """Return the parameters that a model had when it was patched, by their names then, and ours.
+
+    What users attach to the model later, an encoder for example, is none of these.
 
     Raises:
-        ValueError: a parameter's values are not here (see :func:`check_values`), or the model has
-            other parameters than it was patched with and what was added since.
+        ValueError: a parameter's values are not here (see :func:`check_values`), one is missing, or
+            the model has low-rank pairs, rows or experts that were not added to it.
     """
     found, expected = check_values(patched)
+    found = {name: p for name, p in found.items() if name in expected or is_added(name)}
     if differing := sorted(found.keys() ^ expected.keys()):
         what = "unknown" if differing[0] in found else "missing"
         raise ValueError(
             f"the model is not as it was patched: the parameter {differing[0]} is {what} (one of "
-            f"{len(differing)}). What is attached to a model must be there before patch_model, or "
-            "be taken away again"
+            f"{len(differing)})"
         )
     return found
 
@@ -61,10 +68,12 @@ def check_values(
     Raises:
         ValueError: a parameter's values are not here, because it is sharded, offloaded or emptied.
     """
-    found = {original_name(name): p for name, p in patched.model.named_parameters()}
-    _check_values(found, patched.base_shapes)  # first: the other shapes follow from these
+    found = named_parameters(patched.model)
+    # First, since the other shapes follow from these. A weight of another class, which its own
+    # library quantised for example, is no obstacle.
+    _check_values(found, patched.base_shapes, lambda values: not hasattr(values, "to_local"))
     added = expected_shapes(patched, *contents(patched))
-    _check_values(found, added)
+    _check_values(found, added, lambda values: type(values) is Tensor)
     return found, patched.base_shapes | added
 
 
@@ -111,19 +120,20 @@ def expected_shapes(
 
 
 def _row_shapes(patched: PatchState, added: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    model = patched.model
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    modules = [table] if table.weight is head.weight else [table, head]
     return {
         f"{patched.paths[module]}.{tokens.ROWS}.{modality}": (count, module.weight.shape[1])
-        for module in modules
+        for module in tokens.modules_with_rows(patched.model).values()
         for modality, count in added.items()
     }
 
 
-def _check_values(found: dict[str, nn.Parameter], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_values(
+    found: dict[str, nn.Parameter],
+    expected: dict[str, tuple[int, ...]],
+    is_whole: Callable[[Tensor], bool],
+) -> None:
     for name, shape in expected.items():
-        if name in found and (problem := _problem(found[name], shape)):
+        if name in found and (problem := _problem(found[name], shape, is_whole)):
             raise ValueError(
                 f"the values of {name} are not here: it {problem}. Adapters of a sharded or "
                 "offloaded model cannot be saved or loaded: gather its parameters first, or load "
@@ -131,8 +141,10 @@ def _check_values(found: dict[str, nn.Parameter], expected: dict[str, tuple[int,
             )
 
 
-def _problem(parameter: nn.Parameter, shape: tuple[int, ...]) -> str | None:
-    if type(parameter.data) is not Tensor:
+def _problem(
+    parameter: nn.Parameter, shape: tuple[int, ...], is_whole: Callable[[Tensor], bool]
+) -> str | None:
+    if not is_whole(parameter.data):
         return f"is a {type(parameter.data).__name__}"
     if parameter.device == torch.device("meta"):
         return "is on the device meta"

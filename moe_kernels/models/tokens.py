@@ -108,7 +108,7 @@ def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Ten
     head.__dict__[_SWITCHES] = get_patched(model).switches
     for module, rows in new.items():
         _add_rows(module, modality, rows)
-    if _tied(model):
+    if head not in new:
         head.__dict__[ROWS] = _rows(model.get_input_embeddings())
         head.forward = types.MethodType(_head_forward, head)
 
@@ -137,6 +137,17 @@ def token_counts(model: PreTrainedModel) -> dict[str, int]:
     return {name: rows.shape[0] for name, rows in _rows(model.get_input_embeddings()).items()}
 
 
+def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the embedding and, unless it shares the embedding's rows, the head.
+
+    Without rows of its own yet, a head that is tied will share them. Loading by ``assign=True``
+    unties the weights; the rows stay shared.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = ROWS in head.__dict__ if hasattr(head, ROWS) else table.weight is head.weight
+    return {"embedding": table} if shared else {"embedding": table, "head": head}
+
+
 def remove(model: PreTrainedModel) -> None:
     """Remove all added rows; restoring the sizes of the vocabulary is left to the caller."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -156,10 +167,6 @@ def _rows(module: nn.Module) -> nn.ParameterDict | dict:
     return getattr(module, ROWS, {})
 
 
-def _tied(model: PreTrainedModel) -> bool:
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
-
-
 def _set_vocab_size(model: PreTrainedModel, size: int) -> None:
     model.config.vocab_size = size
     for module in vocab_sizes(model):
@@ -170,11 +177,8 @@ def _initial_rows(
     model: PreTrainedModel, **options
 ) -> tuple[dict[nn.Module, Tensor], dict[str, GromovWassersteinDiagnostics]]:
     """Draw rows of the embedding and, unless tied, of the head; return them with diagnostics."""
-    modules = {"embedding": model.get_input_embeddings()}
-    if not _tied(model):
-        modules["head"] = model.get_output_embeddings()
     rows, diagnostics = {}, {}
-    for name, module in modules.items():
+    for name, module in modules_with_rows(model).items():
         weight = module.weight.detach()
         new, report = initial_rows(weight.float(), **options)
         rows[module] = new.to(trainable_dtype(weight))

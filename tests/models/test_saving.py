@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.models.parameters import original_name
+from moe_kernels.models import adapters
+from moe_kernels.models.parameters import named_parameters, original_name
 from moe_kernels.models.peft_format import load_peft_adapter, save_peft_adapter
 from moe_kernels.moextend import ExpertExtender
 
@@ -63,6 +64,8 @@ def to_meta(model, name):
 def to_a_subclass(model, name):
     class Shard(torch.Tensor):
         """Stands for DTensor, which needs a process group."""
+
+        to_local = None
 
     parent, _, last = name.rpartition(".")
     parameter = torch.nn.Parameter(model.get_parameter(name).detach().as_subclass(Shard))
@@ -128,15 +131,79 @@ def test_values_that_are_no_numbers(value, name, tmp_path):
     assert not (tmp_path / "after").exists()
 
 
-def test_a_parameter_too_many(tmp_path):
-    _, patched = patched_model()
+def test_an_encoder_that_is_attached_later_is_no_part_of_the_adapter(tmp_path):
+    patched, plain = everything(), everything()
+    plain.save_adapter(tmp_path / "plain")
     patched.model.model.more = torch.nn.Linear(2, 2)
-    match = "not as it was patched: the parameter model.more.bias is unknown"
-    with pytest.raises(ValueError, match=match):
-        patched.save_adapter(tmp_path / "adapter")
+    patched.save_adapter(tmp_path / "adapter")
+    saved = [(tmp_path / kind / WEIGHTS).read_bytes() for kind in ("plain", "adapter")]
+    assert saved[0] == saved[1]
+    patched.load_adapter(tmp_path / "adapter")
     with pytest.warns(UserWarning, match="writes the base model"):
         patched.model.save_pretrained(tmp_path)
     assert "model.more.bias" in load_file(tmp_path / "model.safetensors")
+
+
+def test_an_adapter_of_0_1_0_with_an_encoder_loads(tmp_path, monkeypatch):
+    """Its fingerprint has the encoder."""
+    _, patched = patched_model()
+    patched.model.more = torch.nn.Linear(2, 2)
+    of_all = adapters._fingerprint(named_parameters(patched.model))
+    with monkeypatch.context() as older:
+        older.setattr(adapters, "_fingerprint", lambda parameters: of_all)
+        patched.save_adapter(tmp_path)
+    patched.load_adapter(tmp_path)
+    del patched.model.more
+    with pytest.raises(ValueError, match="trained on other base weights"):
+        patched.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("found", ["unknown", "missing"])
+def test_an_added_parameter_too_many_or_too_few(found, tmp_path):
+    _, patched = patched_model(config=ModalityLoraConfig(r=2))
+    pairs = patched.model.model.layers[0].modality_lora
+    if found == "missing":
+        del pairs["down_proj"]
+    else:
+        pairs["other"] = pairs["down_proj"]
+        del pairs["down_proj"]
+        pairs["down_proj"] = copy.deepcopy(pairs["other"])
+    match = f"not as it was patched: the parameter model.layers.0.modality_lora.*is {found}"
+    with pytest.raises(ValueError, match=match):
+        patched.save_adapter(tmp_path / "adapter")
+
+
+def test_a_frozen_weight_of_another_class_is_no_obstacle(tmp_path):
+    class Own(torch.Tensor):
+        """A weight as other libraries make them."""
+
+    model = make_model("mixtral")
+    q_proj = model.model.layers[0].self_attn.q_proj
+    q_proj.weight = torch.nn.Parameter(q_proj.weight.detach().as_subclass(Own), False)
+    patched = patch_model(model, ModalityLoraConfig(r=2, target_modules=("experts",)))
+    patched.save_adapter(tmp_path)
+    patched.load_adapter(tmp_path)
+
+
+def test_a_tied_model_whose_weights_were_assigned(tmp_path):
+    """The weights are no longer tied then; the rows still are."""
+    model, patched = patched_model(num_tokens=3, tie_word_embeddings=True)
+    patched.save_adapter(tmp_path / "before")
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    patched.save_adapter(tmp_path / "after")
+    saved = [(tmp_path / kind / WEIGHTS).read_bytes() for kind in ("before", "after")]
+    assert saved[0] == saved[1]
+    patched.load_adapter(tmp_path / "before")
+
+
+def test_tokens_of_a_second_modality_in_a_tied_model_whose_weights_were_assigned():
+    config = ModalityLoraConfig(r=2, modalities=("image", "audio"))
+    model, _ = patched_model(config=config, num_tokens=3, tie_word_embeddings=True)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    add_modality_tokens(model, "audio", 2, init="normal")
+    rows = [module.added_rows for module in (model.model.embed_tokens, model.lm_head)]
+    assert rows[0] is rows[1] and list(rows[0]) == ["image", "audio"]
 
 
 # --- names
