@@ -231,7 +231,8 @@ REFUSALS = {
     ),
     "a replaced module": (
         patched_with(replaced_projection), RuntimeError,
-        "was replaced by Linear", "model.layers.1.self_attn.q_proj", "put the module back",
+        "was replaced by torch.nn.modules.linear.Linear", "model.layers.1.self_attn.q_proj",
+        "put the module back",
     ),
     "a fused loss head": (
         patched_with(fused_head), RuntimeError,

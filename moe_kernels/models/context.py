@@ -9,6 +9,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
 
@@ -66,7 +67,8 @@ class CopiedAlone:
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError(
-            "a patched model cannot be pickled, by torch.save(model) or for another process: "
+            "a patched model cannot be pickled, by torch.save(model) or for another process, nor "
+            "copied in part by copy.copy: copy.deepcopy(model) copies model and handle; "
             "save_adapter(folder) writes what was added, torch.save(model.state_dict()) all "
             "tensors; another process patches the base itself and calls load_adapter(folder)"
         )
@@ -92,8 +94,23 @@ class PerThread(CopiedAlone):
         return copied
 
 
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """An open context that leaves out a part."""
+
+    switches: "Switches"
+    part: str
+
+
+# Of all models. A thread starts without any, a coroutine with those of its creator.
+_HELD: ContextVar[frozenset[_Held]] = ContextVar("moe_kernels_held", default=frozenset())
+
+
 class Switches(PerThread):
-    """Parts of a patched model that the forwards of this thread leave out.
+    """Parts of a patched model that the forwards of this thread, or this coroutine, leave out.
+
+    A generator has none of its own: what is suspended within a context leaves it open for its
+    caller. Compiled models go by the thread alone.
 
     Attributes:
         adapters_enabled: the value for all threads, unless a thread is within
@@ -120,7 +137,7 @@ class Switches(PerThread):
 
     def masks_added_tokens(self) -> bool:
         """Return whether these logits are there, but are the lowest number of their dtype."""
-        return bool(self._held("unmasked_tokens"))
+        return self._held("unmasked_tokens")
 
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Leave out low-rank updates and modality gates within; may be nested."""
@@ -138,15 +155,26 @@ class Switches(PerThread):
         """Mask the logits of added tokens within, before any softmax; may be nested."""
         return self._without("unmasked_tokens")
 
-    def _held(self, part: str) -> frozenset:
-        """Return the open contexts of this thread that leave out a part."""
+    def _held(self, part: str) -> bool:
+        """Return whether a context that leaves out a part is open here."""
+        if torch.compiler.is_compiling():  # cannot trace a ContextVar
+            return bool(self._of_thread(part))
+        return any(each.switches is self and each.part == part for each in _HELD.get())
+
+    def _of_thread(self, part: str) -> frozenset[_Held]:
         return getattr(self._local, part, frozenset())
 
     @contextlib.contextmanager
     def _without(self, part: str) -> Iterator[None]:
-        own = frozenset([object()])
-        with ending_with(lambda: setattr(self._local, part, self._held(part) - own)):
-            setattr(self._local, part, self._held(part) | own)
+        own = frozenset([_Held(self, part)])
+
+        def close() -> None:
+            _HELD.set(_HELD.get() - own)
+            setattr(self._local, part, self._of_thread(part) - own)
+
+        with ending_with(close):
+            _HELD.set(_HELD.get() | own)
+            setattr(self._local, part, self._of_thread(part) | own)
             yield
 
 
@@ -181,7 +209,7 @@ class ModalityContext(PerThread):
 
     @property
     def added_experts(self) -> bool:
-        """Whether routers may choose added experts in the forward that runs in this thread."""
+        """Permission for routers to choose added experts in the forward that runs here."""
         return self.switches.uses_added_experts() if self.call is None else self.call.added_experts
 
     def start(self, modality_ids: Tensor, added_experts: bool = True) -> None:

@@ -87,6 +87,7 @@ class PatchState(CopiedAlone):
 
     @adapters_enabled.setter
     def adapters_enabled(self, enabled: bool) -> None:
+        self._check_current()
         if self.switches.adapters_enabled and not self.switches.uses_adapters():
             raise RuntimeError(_FOR_ALL_THREADS.format("adapters_enabled", "adapters_disabled()"))
         self.switches.adapters_enabled = enabled
@@ -98,6 +99,7 @@ class PatchState(CopiedAlone):
 
     @added_tokens_enabled.setter
     def added_tokens_enabled(self, enabled: bool) -> None:
+        self._check_current()
         if self.switches.added_tokens_enabled and not self.switches.uses_added_tokens():
             raise RuntimeError(_FOR_ALL_THREADS.format("added_tokens_enabled", "text_only()"))
         self.switches.added_tokens_enabled = enabled
@@ -107,7 +109,10 @@ class PatchState(CopiedAlone):
 
         Added token rows stay, and so do experts that were added without a gate. A thread that is
         started within is not affected: enter the context inside it, or set ``adapters_enabled``.
+        Coroutines of one thread have contexts of their own; but not under torch.compile, where none
+        may await within.
         """
+        self._check_current()
         return self.switches.without_adapters()
 
     def text_only(self) -> contextlib.AbstractContextManager[None]:
@@ -117,12 +122,14 @@ class PatchState(CopiedAlone):
         are normalised over V + n, and training the added rows moves them, although it moves no
         logit of text. ``generate`` keeps V + n columns, which ``config.vocab_size`` promises, and
         gives those of added tokens the lowest number of their dtype. Prompts may hold added tokens.
-        For all threads, set ``added_tokens_enabled = False``.
+        For all threads, set ``added_tokens_enabled = False``. Coroutines are as in
+        :meth:`adapters_disabled`.
 
         Example:
             >>> with patched.text_only():
             ...     loss = model(input_ids, labels=input_ids).loss
         """
+        self._check_current()
         return self.switches.without_added_tokens()
 
     def check_in_place(self) -> None:
@@ -132,12 +139,15 @@ class PatchState(CopiedAlone):
             ValueError: the model was unpatched since, or patched anew.
             RuntimeError: a module of the model was replaced since, or its parameters offloaded.
         """
+        self._check_current()
+        check_links(self.links)
+        check_offload(self.model)
+
+    def _check_current(self) -> None:
         if self.model.__dict__.get(HANDLE) is not self:
             raise ValueError(
                 "this handle was unpatched: use the one that patch_model returned last"
             )
-        check_links(self.links)
-        check_offload(self.model)
 
 
 def is_patched(model: object) -> bool:

@@ -50,7 +50,7 @@ def check_links(links: Iterable[Link]) -> None:
         found = link.parent._modules.get(link.name)
         if found is not link.module and not _wraps(found, link.module):
             raise RuntimeError(
-                f"{link.path} was replaced by {type(found).__name__} after patch_model, which "
+                f"{link.path} was replaced by {_class_of(found)} after patch_model, which "
                 "would leave out what was added to it: put the module back (PEFT: unload() its "
                 "model), or unpatch() before the replacement and patch again after it"
             )
@@ -72,11 +72,12 @@ def check_offload(model: nn.Module) -> None:
 
 def check_experts(parts: Iterable[LayerParts]) -> None:
     """Raise RuntimeError if transformers would compute experts without what was added to them."""
+    checked = None
     for index, each in enumerate(parts):
-        if not needs_ours(each):
+        if not needs_ours(each) or (config := each.experts.config) is checked:
             continue
-        found = each.experts.config._experts_implementation
-        if found != IMPLEMENTATION:
+        checked = config  # of all layers as a rule; its attributes take a microsecond each
+        if (found := config._experts_implementation) != IMPLEMENTATION:
             raise RuntimeError(
                 f"the experts of layer {index} were set to {found!r} after patch_model, which "
                 f"would leave out what was added to them: set them back to {IMPLEMENTATION!r}, or "
@@ -96,6 +97,10 @@ def _patched_modules(model: nn.Module, parts: Sequence[LayerParts]) -> Iterable[
         several = (each.layer, each.self_attn, each.experts, each.router)
         yield from (module for module in several if module is not None)
         yield from each.attention.values()
+
+
+def _class_of(module: nn.Module | None) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _wraps(found: nn.Module | None, module: nn.Module) -> bool:

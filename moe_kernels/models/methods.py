@@ -71,6 +71,7 @@ class LossOverColumns:
 
     def __init__(self, loss: Callable, before: Callable | None):
         self.loss, self.before = loss, before
+        self.__name__ = getattr(loss, "__name__", type(loss).__name__)
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs) -> Tensor:
         columns = logits.shape[-1]
@@ -118,7 +119,7 @@ def _as_base(model: PreTrainedModel) -> PreTrainedModel:
     base = object.__new__(type(model))
     base.__dict__.update(model.__dict__)
     for name in (*_methods_of(type(model)), HANDLE):
-        del base.__dict__[name]
+        base.__dict__.pop(name, None)  # the user may have removed one
     base.config = copy.deepcopy(model.config)
     size = base.config.vocab_size = model.get_input_embeddings().weight.shape[0]
     settings = base.generation_config = copy.deepcopy(model.generation_config)

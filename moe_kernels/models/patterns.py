@@ -1,7 +1,6 @@
 """Patterns of names, as PEFT's ``rank_pattern``: which projection has which rank or scaling."""
 
 import functools
-import math
 import re
 import reprlib
 from typing import TypeVar
@@ -10,10 +9,17 @@ T = TypeVar("T")
 
 # What a key of a pattern may consist of. Repetition stands after a single character alone, never
 # after a group: nested repetitions in a stranger's file could take for ever on a name.
-_CHARACTER = r"(?:[\w.-]|\\[.dw-]|\[\^?[\w.-]+\])"
+_CHARACTER = r"(?:[\w.-]|\\[.dw-]|\[\^?(?:[\w.-]|\\[.dw-])+\])"
 _ITEM = rf"(?:{_CHARACTER}(?:[*+]\??|\?|\{{\d{{1,2}}(?:,\d{{0,2}})?\}})?)"
-_GROUP = rf"(?:\((?:\?:)?(?:{_ITEM}|\|)*\)\??)"
-_KEY = re.compile(rf"\^?(?:{_ITEM}|{_GROUP}|\|)*\$?")
+_NESTING = 4  # groups within groups
+
+
+def _group(depth: int) -> str:
+    inner = "" if depth == 1 else f"{_group(depth - 1)}|"
+    return rf"(?:\((?:\?:)?(?:{_ITEM}|{inner}\|)*\)\??)"
+
+
+_KEY = re.compile(rf"\^?(?:{_ITEM}|{_group(_NESTING)}|\|)*\$?")
 _MAX_LENGTH = 500  # of a key
 _MAX_KEYS = 4096
 _MAX_WAYS = 2**18  # to match a key, and 4 times as many for all keys; see _ways
@@ -66,7 +72,8 @@ def _check_key(name: str, key: object) -> None:
         raise ValueError(
             f"{name}: {key!r} is refused, because matching it might take for ever: a key may have "
             "names, '.', '\\.', classes such as [0-3], and groups (a|b); '*', '+', '?' or {n} may "
-            "stand after one of these except a group, at most three times"
+            "stand after one of these except a group, at most three times. Otherwise give the "
+            "names themselves, each as a key"
         )
 
 
@@ -74,7 +81,8 @@ def _ways(key: str) -> int:
     """Return about how many ways a regular expression has to match a name."""
     plain = re.sub(r"\\.|\[[^\]]*\]", "x", key).replace("(?:", "(")
     repeated = _MAX_NAME ** len(re.findall(r"[*+{]", plain))
-    groups = re.findall(r"\(([^)]*)\)", plain)
-    alternatives = math.prod(group.count("|") + 1 for group in groups)
-    outside = plain.count("|") - sum(group.count("|") for group in groups) + 1
-    return repeated * alternatives * outside * 2 ** plain.count("?")
+    ways = repeated * 2 ** plain.count("?")
+    while group := re.search(r"\(([^()]*)\)", plain):  # the innermost first
+        ways *= group[1].count("|") + 1
+        plain = plain[: group.start()] + plain[group.end() :]
+    return ways * (plain.count("|") + 1)

@@ -114,7 +114,8 @@ def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
     slots = _slots(patched)
     whole_parameters(patched)
     with adapter_files.opened(Path(folder)) as file:
-        _check_config(patched.config, slots, _read_config(file))
+        saved = _read_config(file)
+        _check_config(patched.config, slots, saved, file.path.with_name(NAMES.config))
         _check_tensors(file, slots)
         tensors = file.read(NAMES)
     pairs = [pair for slot in slots for pair in _convert(tensors, slot)]
@@ -182,12 +183,15 @@ def _check_tensors(file: TensorFile, slots: list[_Slot]) -> None:
     expected = dict(shape for slot in slots for shape in _peft_shapes(slot))
     for name, shape in expected.items():
         if name not in file.shapes:
-            raise ValueError(f"the adapter lacks {name}")
+            raise ValueError(f"{file.path}: the adapter lacks {name}")
         if file.shapes[name] != shape:
-            raise ValueError(f"{name} is {file.shapes[name]}, which does not fit {shape}")
+            raise ValueError(
+                f"{file.path}: {name} is {file.shapes[name]}, which does not fit {shape}"
+            )
     if unknown := set(file.shapes) - set(expected):
         raise ValueError(
-            f"the adapter has {len(unknown)} tensors that fit no projection, such as {min(unknown)}"
+            f"{file.path}: the adapter has {len(unknown)} tensors that fit no projection, such as "
+            f"{min(unknown)}"
         )
 
 
@@ -261,33 +265,38 @@ def _peft_pattern(pattern: dict, default: float, slots: list[_Slot]) -> dict:
     return pattern
 
 
-def _check_config(config: ModalityLoraConfig, slots: list[_Slot], saved: dict) -> None:
+def _check_config(config: ModalityLoraConfig, slots: list[_Slot], saved: dict, path: Path) -> None:
+    """Raise ValueError unless PEFT's configuration, which stands in ``path``, is that of ours."""
     if saved.get("peft_type") != "LORA":
-        raise ValueError(f"not a LoRA adapter of PEFT: peft_type is {saved.get('peft_type')!r}")
+        raise ValueError(
+            f"{path}: not a LoRA adapter of PEFT: peft_type is {saved.get('peft_type')!r}"
+        )
     for option, supported in _PLAIN.items():
         if saved.get(option, supported) != supported:
-            raise ValueError(f"an adapter with {option}={saved[option]!r} is not supported")
+            raise ValueError(f"{path}: an adapter with {option}={saved[option]!r} is not supported")
     start = saved.get("init_lora_weights")
     if (start.lower() if isinstance(start, str) else start) not in _STARTS:
         raise ValueError(
-            f"an adapter with init_lora_weights={start!r} is not supported: such a start may have "
-            "changed the base weights. PEFT converts PiSSA, OLoRA, CorDA and LoRA-GA to a plain "
-            "adapter of twice the rank: save_pretrained(..., "
+            f"{path}: an adapter with init_lora_weights={start!r} is not supported: such a start "
+            "may have changed the base weights. PEFT converts PiSSA, OLoRA, CorDA and LoRA-GA to a "
+            "plain adapter of twice the rank: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
     for option in sorted(set(saved) - READ - HARMLESS):
         if saved[option]:
             if option in OFF:
-                raise ValueError(f"an adapter with {option}={saved[option]!r} is not supported")
+                raise ValueError(
+                    f"{path}: an adapter with {option}={saved[option]!r} is not supported"
+                )
             raise ValueError(
-                f"an adapter with {option}={saved[option]!r} is unknown to this version of "
+                f"{path}: an adapter with {option}={saved[option]!r} is unknown to this version of "
                 f"moe_kernels (the file is by PEFT {saved.get('peft_version')}): take the option "
                 "out of adapter_config.json if it does not change the formula"
             )
-    schema.check(saved, schemas.PEFT, "the adapter of PEFT")
+    schema.check(saved, schemas.PEFT, path)
     ranks, alphas = saved.get("rank_pattern") or {}, saved.get("alpha_pattern") or {}
-    check_pattern("rank_pattern", ranks)
-    check_pattern("alpha_pattern", alphas)
+    check_pattern(f"{path}: rank_pattern", ranks)
+    check_pattern(f"{path}: alpha_pattern", alphas)
     for slot in slots:
         name = slot.projection.name
         theirs = (
@@ -297,5 +306,5 @@ def _check_config(config: ModalityLoraConfig, slots: list[_Slot], saved: dict) -
         ours = (config.rank(name), config.alpha(name))
         if theirs != ours:
             raise ValueError(
-                f"{name}: the adapter has (r, lora_alpha) = {theirs}, the model {ours}"
+                f"{path}: {name}: the adapter has (r, lora_alpha) = {theirs}, the model {ours}"
             )

@@ -1,5 +1,7 @@
 """Changes to a patched model that would leave out its adapters: detected, whoever makes them."""
 
+import copy
+
 import accelerate
 import pytest
 import torch
@@ -9,6 +11,7 @@ from support.patched_models import patched_model
 from torch.nn import functional as F
 
 from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels.models.intact import check_experts
 
 TARGETS = ("experts", "attention", "router")
 IDS = token_ids(2, 7)
@@ -81,6 +84,55 @@ def test_a_forward_that_wraps_ours_is_kept():
     for module in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.gate):
         accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu"))
     assert torch.equal(model(**CALL).logits, expected)
+
+
+@pytest.mark.parametrize("switch", ["adapters_disabled", "text_only"])
+def test_a_handle_that_was_unpatched_has_no_switches(switch):
+    _, patched = make()
+    patched.unpatch()
+    with pytest.raises(ValueError, match="this handle was unpatched"):
+        getattr(patched, switch)()
+
+
+@pytest.mark.parametrize("switch", ["adapters_enabled", "added_tokens_enabled"])
+def test_a_handle_that_was_unpatched_cannot_be_set(switch):
+    _, patched = make()
+    patched.unpatch()
+    with pytest.raises(ValueError, match="this handle was unpatched"):
+        setattr(patched, switch, False)
+
+
+def test_a_forward_reads_the_configuration_of_the_experts_once(monkeypatch):
+    model, patched = make()
+    experts, read = model.model.layers[0].mlp.experts, []
+
+    class Counting(type(experts.config)):
+        def __getattribute__(self, name):
+            read.append(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(experts.config, "__class__", Counting)
+    check_experts(patched.parts)
+    assert read.count("_experts_implementation") == 1
+
+
+def test_a_model_whose_method_was_removed_is_saved(tmp_path):
+    model, _ = make()
+    del model.generate
+    with pytest.warns(UserWarning, match="writes the base model"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_the_loss_keeps_its_name():
+    expected = make_model("mixtral").loss_function.__name__
+    assert make()[0].loss_function.__name__ == expected
+
+
+def test_a_shallow_copy_of_the_handle_is_refused_in_these_words():
+    _, patched = make()
+    with pytest.raises(TypeError, match=r"nor copied in part by copy.copy: copy.deepcopy\(model\)"):
+        copy.copy(patched)
 
 
 def test_a_parameter_of_the_users_stays_after_unpatch():

@@ -1,5 +1,6 @@
 """Several threads on one patched model: each gets what it would get alone."""
 
+import asyncio
 import contextlib
 import copy
 import threading
@@ -7,7 +8,7 @@ import threading
 import pytest
 import torch
 from support.added_experts import extended
-from support.model_zoo import FAMILY, randomise, token_ids
+from support.model_zoo import FAMILY, VOCAB, randomise, token_ids
 from support.patched_models import patched_model
 
 from moe_kernels import ModalityLoraConfig
@@ -61,9 +62,41 @@ def test_text_and_pictures(family, targets):
     assert_alone_and_together(logits(model, TEXT), logits(model, GIVEN))
 
 
+@FAMILY
+def test_ids_that_the_tokens_give(family):
+    """Text and pictures in one batch, whose modality follows from the tokens."""
+    model, patched = patched_model(family, ModalityLoraConfig(r=4), num_tokens=8)
+    mixed = {"input_ids": token_ids(1, 12, vocab=VOCAB + 8, seed=2)}
+    assert (mixed["input_ids"] >= VOCAB).any()
+    calls = [logits(model, mixed), logits(model, TEXT), logits(model, mixed, patched.text_only)]
+    assert_alone_and_together(*calls)
+
+
+def test_a_forward_within_a_forward():
+    """A hook calls the model, with other ids, while another thread runs it too."""
+    model, _ = patched_model("olmoe", ModalityLoraConfig(r=4))
+    plain, inner = logits(model, GIVEN), logits(model, TEXT)
+    within = threading.local()
+
+    def call(module, args):
+        if getattr(within, "outer", False):
+            within.outer = False
+            within.found = inner()
+
+    def outer():
+        within.outer = True
+        return torch.cat([plain(), within.found])
+
+    with model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(call):
+        with torch.no_grad():
+            assert torch.equal(outer(), torch.cat([plain(), inner()]))
+        assert_alone_and_together(outer, plain, inner)
+
+
+@FAMILY
 @pytest.mark.parametrize("calibration", ["additive", "multiplicative"])
-def test_added_experts(calibration):
-    extender = extended(calibration=calibration)
+def test_added_experts(family, calibration):
+    extender = extended(family, calibration=calibration)
     randomise(extender.patched)
     model = extender.model
     off = logits(model, GIVEN, extender.disabled)
@@ -114,10 +147,58 @@ def test_training_in_two_threads():
     assert_alone_and_together(*[lambda mask=mask: gradient(mask) for mask in masks])
 
 
+SWITCHES = pytest.mark.parametrize("switch", ["text_only", "adapters_disabled"])
+
+
+@SWITCHES
+def test_a_coroutine_has_switches_of_its_own(switch):
+    """One waits within a context, while another computes."""
+    model, patched = patched_model("olmoe", ModalityLoraConfig(r=4), num_tokens=8)
+    context = getattr(patched, switch)
+    plain, switched = logits(model, GIVEN), logits(model, GIVEN, context)
+
+    async def waiting(entered, done):
+        with context():
+            entered.set()
+            await done.wait()
+            return plain()
+
+    async def other(entered, done):
+        await entered.wait()
+        found = plain()
+        done.set()
+        return found
+
+    async def both():
+        entered, done = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(waiting(entered, done), other(entered, done))
+
+    with torch.no_grad():
+        within, outside = asyncio.run(both())
+        assert torch.equal(within, switched()) and torch.equal(outside, plain())
+
+
+@SWITCHES
+def test_a_coroutine_has_the_switches_of_its_creator(switch):
+    model, patched = patched_model("olmoe", ModalityLoraConfig(r=4), num_tokens=8)
+    context = getattr(patched, switch)
+
+    async def call():
+        return logits(model, GIVEN)()
+
+    async def create():
+        with context():
+            return await asyncio.gather(call(), call())
+
+    with torch.no_grad():
+        for found in asyncio.run(create()):
+            assert torch.equal(found, logits(model, GIVEN, context)())
+
+
 def test_compiled_models_see_the_switches():
     model, patched = patched_model("olmoe", ModalityLoraConfig(r=4))
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         for context in (contextlib.nullcontext, patched.adapters_disabled) * 2:
             expected = logits(model, GIVEN, context)()
