@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,6 @@ from PIL import Image, ImageOps
 METADATA = ("metadata.csv", "metadata.jsonl")
 # No format that starts another program, as EPS does.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = (
-    ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
-    ".webp",
-)  # fmt: skip
 MAX_CAPTION = 2000  # characters; a batch is as long as its longest caption
 _COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
 
@@ -54,9 +52,19 @@ def read_listing(folder: Path) -> tuple[Path, list[Row]]:
     rows = (_csv_rows if listing.suffix == ".csv" else _json_rows)(listing, text)
     columns = dict.fromkeys(str(name) for _, row in rows for name in row if name is not None)
     if not {"file_name", "text"} <= columns.keys():
-        seen = f"it has {', '.join(columns)}" if rows else "it has no rows"
+        seen = f"it has {', '.join(columns)}{_hint(columns)}" if rows else "it has no rows"
         raise ValueError(f"{listing} must have the columns file_name and text; {seen}")
     return listing, rows
+
+
+def _hint(columns: Iterable[str]) -> str:
+    """Return what is probably wrong with a header."""
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if any(separator in column for column in columns):
+            return f", with {name}: separate the columns by commas"
+    if {"file_name", "text"} <= {column.strip().lower() for column in columns}:
+        return ": write these names in small letters, without spaces"
+    return ""
 
 
 def _csv_rows(listing: Path, text: str) -> list[Row]:
@@ -107,7 +115,7 @@ def caption_of(row: dict[Any, Any]) -> str:
 
 
 def file_of(root: Path, row: dict[Any, Any]) -> Path:
-    """Return the file of a row.
+    """Return the file of a row. A link that stands in ``root`` is followed, wherever it leads.
 
     Raises:
         SetAside: the row names none, or one that lies outside of ``root``.
@@ -116,8 +124,9 @@ def file_of(root: Path, row: dict[Any, Any]) -> Path:
     if not isinstance(name, str) or not name:
         raise SetAside("the row names no file")
     try:
-        path = (root / name).resolve()
-        is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
+        path = Path(os.path.abspath(root / name))  # without .., whatever is a link
+        is_inside = path.resolve().is_relative_to(root.resolve())
+        is_inside, is_file = is_inside or path.is_relative_to(os.path.abspath(root)), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a zero byte
         raise SetAside(f"it cannot be opened: {error}") from error
     if not is_inside:
@@ -130,12 +139,17 @@ def file_of(root: Path, row: dict[Any, Any]) -> Path:
 # --- pictures
 
 
+def is_picture(path: Path) -> bool:
+    """Return whether a file is a picture by its name, of any format that pillow knows."""
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN and path.is_file()
+
+
 def read_picture(path: Path, size: int) -> np.ndarray:
     """Return a picture as (size, size, 3) uint8.
 
     It is turned as its EXIF data say, and scaled up or down until its longer side is ``size``. It
-    stands in the middle of a white square, and white is behind its transparent pixels. Greys of 16
-    bits, and floats in 0..1, are scaled to 0..255. Of an animation the first frame is taken.
+    stands in the middle of a white square, and white is behind its transparent pixels. Greys of 12
+    or 16 bits, and floats in 0..1, are scaled to 0..255. Of an animation the first frame is taken.
 
     Raises:
         SetAside: the file is damaged, too large or none of ``FORMATS``, or it has values whose
@@ -151,25 +165,50 @@ def read_picture(path: Path, size: int) -> np.ndarray:
             raise SetAside(f"it is damaged, or none of {', '.join(FORMATS)}") from error
         except Exception as error:  # pillow's decoders raise whatever a damaged file leads to
             raise SetAside(f"it cannot be read ({type(error).__name__}: {error})") from error
-    return _on_white(_as_rgba(upright), size)
+    return _on_white(_as_rgba(upright, _most(picture), _is_negative(picture)), size)
 
 
-def _as_rgba(picture: Image.Image) -> Image.Image:
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        return _from_greys(picture, 65535, "16-bit greys, 0..65535")
+def _most(picture: Image.Image) -> int | None:
+    """Return the value of white in a file of greys with more than 8 bits; None: unknown."""
     if picture.mode == "F":
-        return _from_greys(picture, 1, "float greys, 0..1")
+        return 1
+    if picture.mode.startswith("I;16"):
+        bits = _tag(picture, 258, (16,))[0]  # a TIFF may have 12
+        return 2**bits - 1
+    # Pillow makes 32 bits of 16 in these formats, which have no more.
+    return 65535 if picture.mode == "I" and picture.format in ("PNG", "PPM") else None
+
+
+def _is_negative(picture: Image.Image) -> bool:
+    """Return whether 0 is white in a file of greys with more than 8 bits; pillow reads it as is."""
+    return picture.mode[0] in "FI" and _tag(picture, 262, 1) == 0
+
+
+def _tag(picture: Image.Image, number: int, default: Any) -> Any:
+    return getattr(picture, "tag_v2", {}).get(number, default)
+
+
+def _as_rgba(picture: Image.Image, most: int | None, is_negative: bool) -> Image.Image:
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _from_greys(picture, most, is_negative)
     if picture.mode not in _COLOURS:
         raise SetAside(f"its colours are of mode {picture.mode}: save it in RGB")
     return picture.convert("RGBA")
 
 
-def _from_greys(picture: Image.Image, most: int, expected: str) -> Image.Image:
+def _from_greys(picture: Image.Image, most: int | None, is_negative: bool) -> Image.Image:
     values = np.asarray(picture).astype(np.float64)
     low, high = values.min(), values.max()
+    if most is None:
+        raise SetAside(
+            f"its values are {low:g}..{high:g}, in 32 bits or signed, so it is unknown which of "
+            "them is white: save it in 8 or 16 bits without a sign"
+        )
     if not (low >= 0 and high <= most):  # NaN is refused too
-        raise SetAside(f"its values are {low:g}..{high:g}; expected {expected}")
-    return Image.fromarray((values * (255 / most)).round().astype(np.uint8)).convert("RGBA")
+        kind = "float greys" if picture.mode == "F" else "greys"
+        raise SetAside(f"its values are {low:g}..{high:g}; expected {kind}, 0..{most}")
+    values = (most - values if is_negative else values) * (255 / most)
+    return Image.fromarray(values.round().astype(np.uint8)).convert("RGBA")
 
 
 def _on_white(picture: Image.Image, size: int) -> np.ndarray:

@@ -12,11 +12,11 @@ import numpy as np
 
 from shared.cli import console
 from shared.picture_files import (
-    SUFFIXES,
     Row,
     SetAside,
     caption_of,
     file_of,
+    is_picture,
     read_listing,
     read_picture,
 )
@@ -135,12 +135,22 @@ def folder(path: Path, size: int) -> CaptionedPictures:
     """
     listing, rows = read_listing(path)
     found = _read_rows(listing, path, rows, size)
-    names = (row.get("file_name") for _, row in rows)
-    listed = {os.path.normpath(name) for name in names if isinstance(name, str)}
-    present = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    others = (str(file.relative_to(path)) for file in present if file.is_file())
-    aside = [(name, f"{listing.name} does not list it") for name in others if name not in listed]
+    listed = {
+        _place(path / name) for _, row in rows if isinstance(name := row.get("file_name"), str)
+    }
+    others = [file for file in sorted(path.rglob("*")) if is_picture(file)]
+    others = [str(file.relative_to(path)) for file in others if _place(file) not in listed]
+    aside = [(name, f"{listing.name} does not list it") for name in others]
     return dataclasses.replace(found, set_aside=(*found.set_aside, *aside))
+
+
+def _place(file: Path) -> str:
+    """Return one name for a file, whatever links its folder is reached by."""
+    folder, name = os.path.split(os.path.abspath(file))
+    try:
+        return os.path.join(os.path.realpath(folder), name)
+    except ValueError:  # a zero byte, which no file has
+        return str(file)
 
 
 def _read_rows(listing: Path, root: Path, rows: list[Row], size: int) -> CaptionedPictures:

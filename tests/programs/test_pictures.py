@@ -64,7 +64,6 @@ def test_the_way_it_is_turned(read):
         (20_000, np.uint16, "deep.png", 77.8),
         (65_535, np.uint16, "deep.tiff", 255),
         (20_000, ">u2", "big-endian.tiff", 77.8),
-        (20_000, np.int32, "deep.tiff", 77.8),
         (0.5, np.float32, "float.tiff", 127.5),
         (1.0, np.float32, "float.tiff", 255),
         (100, np.uint8, "grey.png", 100),
@@ -80,6 +79,37 @@ def test_sixteen_bit_greys_of_a_pgm(pictures, tmp_path):
     (tmp_path / "deep.pgm").write_bytes(b"P5 %d %d 65535\n" % (SIZE, SIZE) + greys)
     (tmp_path / "metadata.csv").write_text("file_name,text\ndeep.pgm,a\n")
     assert pictures.folder(tmp_path, SIZE).images.mean() == pytest.approx(77.8, abs=0.6)
+
+
+def save_deep_tiff(path, value, tags):
+    """Save 16-bit greys with other values of some tags, of which pillow writes none."""
+    filled((SIZE, SIZE), value, np.uint16).save(path, tiffinfo={339: 1})
+    content = bytearray(path.read_bytes())
+    at = int.from_bytes(content[4:8], "little")
+    for place in range(at + 2, at + 2 + 12 * int.from_bytes(content[at : at + 2], "little"), 12):
+        number = int.from_bytes(content[place : place + 2], "little")
+        if number in tags:
+            content[place + 8 : place + 10] = tags[number].to_bytes(2, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("tags", "value", "expected"), [({262: 0}, 20_000, 177.2), ({262: 1}, 20_000, 77.8)]
+)
+def test_zero_may_be_white_in_a_tiff(pictures, tmp_path, tags, value, expected):
+    save_deep_tiff(tmp_path / "deep.tiff", value, tags)
+    (tmp_path / "metadata.csv").write_text("file_name,text\ndeep.tiff,a\n")
+    assert pictures.folder(tmp_path, SIZE).images.mean() == pytest.approx(expected, abs=0.6)
+
+
+def test_twelve_bit_greys_of_a_tiff(pictures, tmp_path):
+    """Two values are in three bytes."""
+    save_deep_tiff(tmp_path / "deep.tiff", 0, {258: 12, 279: SIZE * SIZE * 3 // 2})
+    packed = bytes([0x80, 0x08, 0x00]) * (SIZE * SIZE // 2)  # 2048 each
+    content = (tmp_path / "deep.tiff").read_bytes()
+    (tmp_path / "deep.tiff").write_bytes(content[: -2 * SIZE * SIZE] + packed)
+    (tmp_path / "metadata.csv").write_text("file_name,text\ndeep.tiff,a\n")
+    assert pictures.folder(tmp_path, SIZE).images.mean() == pytest.approx(127.5, abs=0.6)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 1), (1, 7)])
@@ -151,7 +181,10 @@ def test_a_byte_order_mark_is_no_part_of_a_name(pictures, two, encoding, ending)
     ("name", "text", "message"),
     [
         ("metadata.csv", "file_name,caption\none.png,a\n", "text; it has file_name, caption"),
-        ("metadata.csv", "file_name;text\none.png;a\n", "text; it has file_name;text"),
+        ("metadata.csv", "file_name;text\none.png;a\n", "file_name;text, with semicolons: sep"),
+        ("metadata.csv", "file_name\ttext\none.png\ta\n", "with tabs: separate the columns by c"),
+        ("metadata.csv", "file_name, text\none.png, a\n", "in small letters, without spaces"),
+        ("metadata.csv", "File_name,Text\none.png,a\n", "it has File_name, Text: write these n"),
         ("metadata.csv", "file_name,text\n", "it has no rows"),
         ("metadata.csv", "", "it has no rows"),
         ("metadata.csv", b"file_name,text\none.png,caf\xe9\n", "is not in UTF-8"),
@@ -162,7 +195,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(pictures, two, encoding, ending)
         ("metadata.jsonl", '["one.png", "a"]', "line 1 is not a JSON object"),
         ("metadata.csv", "file_name,text\none.png\n", "metadata.csv line 2, one.png: .* no capt"),
     ],
-    ids=range(11),
+    ids=range(14),
 )  # fmt: skip
 def test_says_what_is_wrong_with_a_listing(pictures, two, name, text, message):
     (two / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -211,9 +244,10 @@ def test_a_row_without_a_caption_is_set_aside(pictures, two, row, reason):
         ("pipe.png,a", "no such file"),
         ("../outside.png,a", "outside of"),
         ("/etc/passwd,a", "outside of"),
-        ("link.png,a", "outside of"),
+        ("more/../../outside.png,a", "outside of"),
         ("x" * 5000 + ",a", "cannot be opened"),
         ("nul\0.png,a", "cannot be opened"),
+        ("nul\0/one.png,a", "cannot be opened"),
         ("drawing.eps,a", "damaged, or none of BMP"),
         ("eps.png,a", "damaged, or none of BMP"),
         ("text.png,a", "damaged, or none of BMP"),
@@ -223,7 +257,9 @@ def test_a_row_without_a_caption_is_set_aside(pictures, two, row, reason):
         ("large.png,a", "cannot be read (DecompressionBomb"),
         ("nan.tiff,a", "its values are nan..nan; expected float greys, 0..1"),
         ("float.tiff,a", "its values are 0..255; expected float greys, 0..1"),
-        ("negative.tiff,a", "its values are -1..-1; expected 16-bit greys, 0..65535"),
+        ("dark.tiff,a", "its values are 200..200, in 32 bits or signed, so it is unknown"),
+        ("negative.tiff,a", "its values are -1..-1, in 32 bits or signed"),
+        ("signed.tiff,a", "its values are 200..200, in 32 bits or signed"),
         ("lab.tiff,a", "mode LAB"),
     ],
     ids=lambda value: value[:20],
@@ -233,7 +269,7 @@ def test_what_cannot_be_used_is_set_aside(pictures, two, line, reason, tmp_path_
     Image.new("RGB", (9, 9)).save(outside)
     (two / "folder").mkdir()
     os.mkfifo(two / "pipe.png")
-    (two / "link.png").symlink_to(outside)
+    (two / "more").symlink_to(two.parent)
     Image.new("RGB", (9, 9)).save(two / "drawing.eps")
     (two / "eps.png").write_bytes((two / "drawing.eps").read_bytes())
     (two / "text.png").write_text("no picture")
@@ -251,6 +287,8 @@ def test_what_cannot_be_used_is_set_aside(pictures, two, line, reason, tmp_path_
     Image.fromarray(floats).save(two / "float.tiff")
     filled((9, 9), np.nan, np.float32).save(two / "nan.tiff")
     filled((9, 9), -1, np.int32).save(two / "negative.tiff")
+    filled((9, 9), 200, np.int32).save(two / "dark.tiff")
+    save_deep_tiff(two / "signed.tiff", 200, {339: 2})
     Image.new("LAB", (9, 9)).save(two / "lab.tiff")
     (two / "metadata.csv").write_text(f"file_name,text\none.png,a\n{line}\n")
     found = pictures.folder(two, SIZE)
@@ -274,6 +312,33 @@ def test_pictures_that_are_not_listed_are_named(pictures, two):
         ("more/three.JPG", "metadata.csv does not list it"),
         ("two.png", "metadata.csv does not list it"),
     )
+
+
+@pytest.mark.parametrize("name", ["b.jfif", "c.avif", "d.tga", "e.PSD", "f.jp2"])
+def test_pictures_of_any_format_are_named(pictures, two, name):
+    (two / name).write_bytes(b"x")
+    (two / "metadata.csv").write_text("file_name,text\none.png,a\ntwo.png,a\n")
+    assert pictures.folder(two, SIZE).set_aside == ((name, "metadata.csv does not list it"),)
+
+
+def test_a_listed_picture_is_known_whatever_its_path(pictures, two):
+    alias = two.with_name(f"{two.name}-alias")
+    alias.symlink_to(two)
+    (two / "metadata.csv").write_text(f"file_name,text\n{two}/one.png,a\n{alias}/two.png,b\n")
+    for folder in (two, alias):
+        found = pictures.folder(folder, SIZE)
+        assert len(found) == 2 and not found.set_aside
+
+
+def test_links_in_a_folder_are_followed(pictures, two):
+    """A snapshot of the Hugging Face cache is a folder of links to files elsewhere."""
+    snapshot = two / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "red.png").symlink_to(two / "one.png")
+    (snapshot / "more").symlink_to(two)
+    (snapshot / "metadata.csv").write_text("file_name,text\nred.png,a\nmore/two.png,b\n")
+    found = pictures.folder(snapshot, SIZE)
+    assert len(found) == 2 and not found.set_aside
 
 
 def test_a_folder_without_a_usable_picture_is_refused(pictures, two):
