@@ -40,7 +40,7 @@ def digest(named: Iterable[tuple[object, Tensor]]) -> str:
     for name, tensor in named:
         data = tensor.detach().cpu().contiguous()
         hashed.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-        hashed.update(data.view(torch.uint8).numpy() if data.numel() else b"")
+        hashed.update(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b"")
     return hashed.hexdigest()[:16]
 
 

@@ -142,12 +142,16 @@ def generate_image_codes(
         Codes, (N, tokens_per_image) int64, on the CPU.
 
     Raises:
-        ValueError: a caption contains image tokens, a caption and a picture have more tokens than
-            the model has positions, a setting is out of range, or the model has no weights.
+        ValueError: a caption contains image tokens, a caption and a picture take more positions
+            than the model has, a setting is out of range, or the model has no weights.
     """
     _check_settings(temperature, top_k, top_p, batch_size, seed)
     prompts = [image_prompt(caption, vocabulary) for caption in caption_ids]
-    _check_model(model, max(map(len, prompts), default=0) + tokens_per_image)
+    _check_weights(model)
+    guided = [image_prompt(empty_caption, vocabulary)] if guidance_scale != 1 else []
+    # The last code is not read by the model, so it needs no position.
+    longest = max(map(len, prompts + guided), default=0) + tokens_per_image - 1
+    check_positions(model, longest)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     collate = ImageCollator(pad_token_id)
     guidance = ImageGuidanceProcessor(
@@ -201,15 +205,18 @@ def _check_settings(
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
 
 
-def _check_model(model: PreTrainedModel, length: int) -> None:
-    """Raise ValueError unless the model has weights, and positions for so many tokens."""
+def _check_weights(model: PreTrainedModel) -> None:
     if model.device.type == "meta":
         raise ValueError("the model is on the meta device, where it has no weights: load it first")
+
+
+def check_positions(model: PreTrainedModel, length: int) -> None:
+    """Raise ValueError unless a model has positions for so many tokens of caption and picture."""
     positions = getattr(unwrapped(model).config, "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(
-            f"the longest caption and a picture make {length:,} tokens, more than the model's "
-            f"{positions:,} positions: shorten the caption"
+            f"the longest caption and a picture take {length:,} positions, more than the model's "
+            f"{positions:,}: shorten the caption"
         )
 
 

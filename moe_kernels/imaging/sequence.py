@@ -98,6 +98,15 @@ def _checked(values: torch.Tensor, allowed: range, name: str) -> torch.Tensor:
     return values
 
 
+def _check_codes(codes: torch.Tensor, index: int) -> None:
+    """Raise ValueError unless the codes of a picture are a row of integers."""
+    dtype, shape = codes.dtype, tuple(codes.shape)
+    if len(shape) != 1 or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(
+            f"codes must be integers (N, tokens); got {dtype} {shape} for picture {index}"
+        )
+
+
 def caption_ids(tokenizer: Any, caption: str) -> list[int]:
     """Return the token ids of a caption, for training and generation alike.
 
@@ -282,7 +291,7 @@ class CaptionedImages(Dataset):
 
     Args:
         caption_ids: for each picture the token ids of its caption, from :func:`caption_ids`.
-        codes: (N, tokens) int64.
+        codes: (N, tokens) of any integer dtype, or a list of N rows.
         vocabulary: ids of the image tokens.
         caption_dropout: probability that a draw gets ``empty_caption``.
         empty_caption: token ids; ``generate_images`` uses ``caption_ids(tokenizer, "")``.
@@ -296,7 +305,7 @@ class CaptionedImages(Dataset):
     def __init__(
         self,
         caption_ids: Sequence[Sequence[int]],
-        codes: torch.Tensor,
+        codes: torch.Tensor | Sequence[torch.Tensor | Sequence[int]],
         vocabulary: ImageVocabulary,
         *,
         caption_dropout: float = 0.0,
@@ -310,9 +319,9 @@ class CaptionedImages(Dataset):
             )
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout must lie in [0, 1]; got {caption_dropout}")
-        shape, dtype = tuple(as_tensor(codes[:1]).shape), as_tensor(codes[:1]).dtype
-        if len(shape) != 2 or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-            raise ValueError(f"codes must be integers (N, tokens); got {dtype}, one is {shape[1:]}")
+        # Of a tensor, one picture tells the dtype and shape of all.
+        for index in range(len(codes) if isinstance(codes, list | tuple) else min(len(codes), 1)):
+            _check_codes(as_tensor(codes[index]), index)
         for index, caption in enumerate(caption_ids):
             text_ids(caption, vocabulary, f"caption {index}")
         text_ids(empty_caption, vocabulary, "empty_caption")

@@ -188,17 +188,13 @@ def _warn_if_collapsed(diagnostics: GromovWassersteinDiagnostics) -> None:
         )
 
 
-def _randn(count: int, size: int, like: Tensor) -> Tensor:
-    return torch.randn(count, size, dtype=like.dtype, device=like.device)
-
-
 def _normal_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
     mean, std = rows.mean(0), rows.std(0, correction=0)
-    return mean + std * _randn(count, rows.shape[1], rows), None
+    return mean + std * rows.new_empty(count, rows.shape[1]).normal_(), None
 
 
 def _mean_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
-    noise = _randn(count, rows.shape[1], rows)
+    noise = rows.new_empty(count, rows.shape[1]).normal_()
     return rows.mean(0) + 0.1 * rows.std(0, correction=0) * noise, None
 
 
@@ -210,7 +206,7 @@ def _gaussian_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
     mean = rows.mean(0)
     new = rows.new_zeros(count, rows.shape[1])
     for block in rows.split(_CHUNK):
-        weights = _randn(count, block.shape[0], rows)
+        weights = rows.new_empty(count, block.shape[0]).normal_()
         new.addmm_(weights, block - mean, alpha=rows.shape[0] ** -0.5)
     return new + mean, None
 

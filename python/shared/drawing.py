@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, imaging
+from moe_kernels.imaging.generation import check_positions
 from moe_kernels.models import initialise_lora
 from shared import pictures
 from shared.cli import Options, option
@@ -322,15 +323,9 @@ def adapter_inputs(setup: Setup) -> dict[str, Any]:
 
 
 def check_length(painter: Painter, tokens: PictureTokens) -> None:
-    """Raise unless a picture with the longest caption fits into the model's positions."""
-    caption = max(map(len, painter.caption_ids))
-    length = caption + tokens.tokenizer.tokens_per_image + 2
-    positions = getattr(painter.model.config, "max_position_embeddings", length)
-    if length > positions:
-        raise ValueError(
-            f"a caption of {caption:,} tokens and a picture make {length:,} tokens, more than the "
-            f"{positions:,} positions of the model"
-        )
+    """Raise unless the model has positions for a whole picture with the longest caption."""
+    longest = max(map(len, painter.caption_ids))
+    check_positions(painter.model, longest + tokens.tokenizer.tokens_per_image + 2)
 
 
 def teach(setup: Setup, workspace: Workspace) -> dict[str, Any]:

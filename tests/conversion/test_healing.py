@@ -9,7 +9,7 @@ import torch
 from support.dense_zoo import CALIBRATION, logits, make_dense, same_state, token_ids
 from support.model_zoo import VOCAB
 
-from moe_kernels.conversion import dense_to_moe, heal, perplexity
+from moe_kernels.conversion import checkpoints, dense_to_moe, heal, perplexity
 from moe_kernels.conversion import healing as healing_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:experts of 6 neurons")
@@ -307,3 +307,12 @@ def test_perplexity_is_of_all_predicted_tokens(source):
     for nothing in ([], [ids[:, :1]]):
         with pytest.raises(ValueError, match="no token to predict"):
             perplexity(source, nothing)
+
+
+def test_a_digest_of_a_single_number():
+    digests = {
+        checkpoints.digest([("scale", torch.tensor(value, dtype=dtype))])
+        for value in (1.0, 2.0) for dtype in (torch.float32, torch.float64)
+    }  # fmt: skip
+    assert len(digests) == 4
+    assert checkpoints.digest([("scale", torch.ones(1))]) not in digests

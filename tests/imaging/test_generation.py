@@ -176,7 +176,7 @@ def test_progress(painter, capsys):
         ({"seed": 2**64}, "seed must be an integer"),
         ({"seed": 0.5}, "seed must be an integer"),
         ({"captions": ["dog", "\ud800"]}, "valid Unicode"),
-        ({"captions": ["red cat " * 3000]}, "tokens, more than the model's .* positions"),
+        ({"captions": ["red cat " * 3000]}, "positions, more than the model's .*: shorten"),
         ({"top_p": 0.0}, "top_p"),
         ({"batch_size": 0}, "batch_size"),
     ],
@@ -184,6 +184,30 @@ def test_progress(painter, capsys):
 def test_refuses(painter, change, message):
     with pytest.raises(ValueError, match=message):
         draw(painter, **{"guidance_scale": 2.0} | change)
+
+
+def test_positions_may_be_filled_to_the_last(painter, monkeypatch):
+    """The last code is drawn but never read."""
+    model, tokenizer, _ = painter
+    caption = "red cat " * 5
+    needed = len(caption_ids(tokenizer, caption)) + 1 + TOKENS - 1
+    monkeypatch.setattr(model.config, "max_position_embeddings", needed)
+    reached = []
+    hook = model.model.rotary_emb.register_forward_pre_hook(
+        lambda _, args, kwargs: reached.append(int([*args, *kwargs.values()][1].max())),
+        with_kwargs=True,
+    )
+    draw(painter, [caption])
+    hook.remove()
+    assert max(reached) == needed - 1  # counted from 0
+    draw(painter, ["red"], guidance_scale=2.0, empty_caption=caption)
+    monkeypatch.setattr(model.config, "max_position_embeddings", needed - 1)
+    draw(painter, ["red"], empty_caption=caption)
+    message = f"a picture take {needed} positions, more than the model's {needed - 1}: shorten"
+    with pytest.raises(ValueError, match=message):
+        draw(painter, [caption])
+    with pytest.raises(ValueError, match=message):
+        draw(painter, ["red"], guidance_scale=2.0, empty_caption=caption)
 
 
 def test_refuses_one_string(painter):

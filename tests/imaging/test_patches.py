@@ -225,6 +225,44 @@ def test_caption_dropout(vocabulary):
         CaptionedImages([[5]], codes, vocabulary)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [torch.tensor([1, 2]), torch.tensor([3, 4])],
+        [[1, 2], [3, 4]],
+        (np.array([1, 2]), np.array([3, 4], dtype=np.uint8)),
+        np.array([[1, 2], [3, 4]], dtype=np.int16),
+        torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8),
+    ],
+    ids=range(5),
+)
+def test_codes_may_be_a_list_of_rows(vocabulary, rows):
+    expected = CaptionedImages([[5], [6]], torch.tensor([[1, 2], [3, 4]]), vocabulary)
+    found = CaptionedImages([[5], [6]], rows, vocabulary)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+
+
+def test_there_may_be_no_pictures_yet(vocabulary):
+    assert len(CaptionedImages([], [], vocabulary)) == 0
+    assert len(CaptionedImages([], torch.empty(0, 4, dtype=torch.int64), vocabulary)) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([torch.tensor([1, 2]), torch.tensor([0.5, 1.0])], r"float32 \(2,\) for picture 1"),
+        ([[1, 2], [[3, 4]]], r"int64 \(1, 2\) for picture 1"),
+        ([1, 2], r"int64 \(\) for picture 0"),
+        (torch.ones(2, 4, dtype=torch.bool), r"bool \(4,\) for picture 0"),
+    ],
+    ids=range(4),
+)
+def test_codes_that_are_not_rows_of_integers_are_refused(vocabulary, rows, found):
+    with pytest.raises(ValueError, match=rf"codes must be integers \(N, tokens\); got .*{found}"):
+        CaptionedImages([[5], [6]], rows, vocabulary)
+
+
 def test_caption_dropout_follows_seed_epoch_and_draw(vocabulary):
     captions, codes = [[1, 2]] * 64, torch.zeros(64, 4, dtype=torch.long)
 

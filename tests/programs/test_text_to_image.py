@@ -311,7 +311,7 @@ def test_a_caption_that_does_not_fit_into_the_positions_is_refused(program):
     tokens = SimpleNamespace(tokenizer=SimpleNamespace(tokens_per_image=16))
     check_length(painter(max_position_embeddings=108), tokens)
     check_length(painter(), tokens)
-    with pytest.raises(ValueError, match="90 tokens and a picture make 108 tokens, .* 107 pos"):
+    with pytest.raises(ValueError, match="a picture take 108 positions, more than the model's 107"):
         check_length(painter(max_position_embeddings=107), tokens)
 
 
