@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import dis
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import huggingface_hub
 import torch
 import transformers
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
+
+import moe_kernels
 
 console = Console(highlight=False)
 _LARGEST = 2**31 - 1  # of an integer without a limit of its own; beyond it, libraries overflow
@@ -155,11 +160,18 @@ def parse(
 # --- running
 
 
-# What a user can mend: options, files, a full disk, too little memory, a missing package.
-_MENDABLE = (
-    ValueError, OSError, ImportError, ArithmeticError, MemoryError, torch.OutOfMemoryError,
-    SafetensorError,
-)  # fmt: skip
+# What a user can mend: files, a full disk, too little memory, a missing package.
+_MENDABLE = (OSError, ImportError, MemoryError, torch.OutOfMemoryError, SafetensorError)
+# The same, if one of these packages refuses what it was given. Python and the libraries beneath
+# raise it for faults of a program too, such as an item that is not in a list.
+_REFUSALS = (ValueError, ArithmeticError)
+_REFUSING = tuple(
+    os.path.join(os.path.abspath(folder), "")
+    for folder in (
+        *(Path(module.__file__).parent for module in (moe_kernels, transformers, huggingface_hub)),
+        Path(__file__).parents[1],
+    )
+)
 # torch raises a RuntimeError with these words where memory, a disk or a file is at fault.
 _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 _OF_FILES = ("inline_container", "PytorchStreamWriter", "PytorchStreamReader")
@@ -177,7 +189,7 @@ def exit_code(work: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         console.print("stopped; the same command continues from here")
         return 130
-    except (*_MENDABLE, RuntimeError) as error:
+    except (*_MENDABLE, *_REFUSALS, RuntimeError) as error:
         if (problem := _problem(error)) is None:
             raise
         console.print(f"error: {problem}", markup=False, soft_wrap=True)
@@ -193,4 +205,17 @@ def _problem(error: Exception) -> str | None:
         return f"there is too little memory{why}; a smaller batch, or model, needs less"
     if any(words in text for words in _OF_FILES):
         return f"a file could not be written or read to its end; is the disk full? ({text})"
-    return (text or type(error).__name__) if isinstance(error, _MENDABLE) else None
+    is_mendable = isinstance(error, _MENDABLE) or _is_refusal(error)
+    return (text or type(error).__name__) if is_mendable else None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether a `raise` statement of one of our packages, or of transformers, raised it."""
+    if not isinstance(error, _REFUSALS):
+        return False
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    code = place.tb_frame.f_code
+    is_raise = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+    return is_raise and os.path.abspath(code.co_filename).startswith(_REFUSING)

@@ -3,14 +3,19 @@
 import dataclasses
 import errno
 import re
+import statistics
 from operator import attrgetter
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.programs import PROGRAMS, imported
+
+from moe_kernels import imaging
 
 DECLARED = {
     "analyze_routing": "RoutingOptions",
@@ -210,6 +215,78 @@ def test_what_a_user_can_mend_is_one_line(cli, work, message, tmp_path, capsys):
     assert cli.exit_code(lambda: work(tmp_path) if work.__code__.co_argcount else work()) == 1
     said = capsys.readouterr().out
     assert message in said and said.count("\n") == 1
+
+
+def of_an_unknown_model(folder):
+    (folder / "config.json").write_text('{"model_type": "unknown"}')
+    transformers.AutoConfig.from_pretrained(folder)
+
+
+def of_a_name_of_the_hub():
+    huggingface_hub.hf_hub_download("a/b/c", "config.json")
+
+
+def of_the_library():
+    imaging.ImageVocabulary(-1, 4)
+
+
+def of_a_program():
+    import shared.options
+
+    shared.options.RunOptions(device="meta")
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (of_an_unknown_model, "model type `unknown`"),
+        (of_a_name_of_the_hub, "Repo id must be"),
+        (of_the_library, "need first_id >= 0"),
+        (of_a_program, "--device meta holds no numbers"),
+    ],
+)
+def test_what_the_library_refuses_is_one_line(cli, work, message, tmp_path, capsys):
+    assert cli.exit_code(lambda: work(tmp_path) if work.__code__.co_argcount else work()) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_a_program_that_is_started_by_a_relative_path(cli, tmp_path, monkeypatch, capsys):
+    """Python keeps the path as it was given."""
+    monkeypatch.chdir(PROGRAMS)
+    code = compile("def work():\n    raise ValueError('not this')", "./demo.py", "exec")
+    names = {}
+    exec(code, names)
+    assert cli.exit_code(names["work"]) == 1
+    assert capsys.readouterr().out == "error: not this\n"
+
+
+def in_a_call_of_a_program():
+    from shared.training import in_batches
+
+    in_batches([1], 0)
+
+
+def in_a_call_of_the_library():
+    imaging.split_images([[1], [1, 2]], imaging.ImageVocabulary(8, 4))
+
+
+FAULTS = {
+    "in a program": (in_a_call_of_a_program, ValueError, "must not be zero"),
+    "in the library": (in_a_call_of_the_library, ValueError, "expected sequence"),
+    "in Python": (lambda: [].index(3), ValueError, "3 is not in list"),
+    "in Python's own code": (lambda: statistics.quantiles([1.0, 2.0], n=0), ValueError, "n must"),
+    "in numpy": (lambda: np.stack([np.ones(1), np.ones(2)]), ValueError, "the same shape"),
+    "of a division": (lambda: 1 / 0, ZeroDivisionError, "division"),
+    "of a large number": (lambda: 10.0**400, OverflowError, "out of range"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_what_nobody_refused_keeps_its_traceback(cli, name):
+    work, error, message = FAULTS[name]
+    with pytest.raises(error, match=message):
+        cli.exit_code(work)
 
 
 @pytest.mark.parametrize(
