@@ -2,15 +2,24 @@
 
 import pytest
 import torch
+from support.attacks import today
 
 
 def pytest_addoption(parser):
     """Add the options of tests/attacks, which pytest takes from this file alone."""
     group = parser.getgroup("attacks")
-    group.addoption("--attack-seed", type=int, default=0, help="seed of the tries that are chosen")
+    group.addoption(
+        "--attack-seed", type=int, default=today(), help="seed of the tries; default: the date"
+    )
     group.addoption(
         "--attack-share", default="24", help="tries of each attack: a number, or a share as in 5%%"
     )
+
+
+def pytest_report_header(config):
+    """Say with what a failure of an attack can be repeated; so does each failure itself."""
+    options = (f"{name} {config.getoption(name)}" for name in ("--attack-seed", "--attack-share"))
+    return f"attacks: {' '.join(options)}"
 
 
 @pytest.fixture

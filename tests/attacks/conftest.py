@@ -6,6 +6,6 @@ from support.attacks import Attack
 
 @pytest.fixture
 def attack(request) -> Attack:
-    return Attack(
-        request.config.getoption("--attack-seed"), request.config.getoption("--attack-share")
-    )
+    seed = request.config.getoption("--attack-seed")
+    print(f"repeat this attack with --attack-seed {seed}")
+    return Attack(seed, request.config.getoption("--attack-share"))

@@ -1,7 +1,10 @@
 """Tests of the attacks' own tools: how tries are chosen, and how a line is interrupted."""
 
+import datetime
+from pathlib import Path
+
 import pytest
-from support.attacks import Attack
+from support.attacks import Attack, today
 from support.interrupts import interrupt, lines_of
 
 from moe_kernels import env
@@ -22,6 +25,19 @@ def test_tries_are_spread_evenly(share, count):
     assert len(tries) == count
     assert [number * count // 1000 for number in tries] == list(range(count))
     assert tries == Attack(seed=3, share=share).tries(1000)
+
+
+def test_another_day_has_other_tries_and_says_which(pytestconfig, attack, monkeypatch):
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2030, 1, 2)
+
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert today() == 20300102
+    assert Attack(today(), "24").tries(10_000) != Attack(today() + 1, "24").tries(10_000)
+    said = pytestconfig.hook.pytest_report_header(config=pytestconfig, start_path=Path())
+    assert any(f"--attack-seed {attack.seed} " in line for line in said)
 
 
 def test_each_line_is_interrupted():

@@ -1,7 +1,13 @@
 """The tries of an attack: few of them, or all."""
 
+import datetime
 import random
 from dataclasses import dataclass
+
+
+def today() -> int:
+    """Return the seed of a day, so that each day tries other lines and files than the last."""
+    return int(datetime.date.today().strftime("%Y%m%d"))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""Raise an exception at any line of the library that a call executes, as Ctrl-C may."""
+"""Raise an exception at any line of the library that a call executes, as Ctrl-C may, or kill."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +53,30 @@ def interrupt(
             raise
         return place
     raise AssertionError(f"the {exception.__name__} at {place or 'no line'} was hidden")
+
+
+def kill(call: Callable[[], object], line: int) -> None:
+    """Fork a process, and kill it just before its ``call()`` executes a line of the library.
+
+    line: an index of :func:`lines_of`
+    """
+    child = os.fork()
+    if not child:
+        left = line
+
+        def count(frame: FrameType) -> None:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+        try:
+            with _each_line(count):
+                call()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"the call ended before line {line}"
 
 
 @contextmanager
