@@ -94,12 +94,13 @@ class PerThread(CopiedAlone):
         return copied
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Held:
-    """An open context that leaves out a part."""
+    """A context that leaves out a part, until it is closed, in whichever thread."""
 
     switches: "Switches"
     part: str
+    is_open: bool = True
 
 
 # Of all models. A thread starts without any, a coroutine with those of its creator.
@@ -158,17 +159,21 @@ class Switches(PerThread):
     def _held(self, part: str) -> bool:
         """Return whether a context that leaves out a part is open here."""
         if torch.compiler.is_compiling():  # cannot trace a ContextVar
-            return bool(self._of_thread(part))
-        return any(each.switches is self and each.part == part for each in _HELD.get())
+            return any(each.is_open for each in self._of_thread(part))
+        return any(
+            each.switches is self and each.part == part and each.is_open for each in _HELD.get()
+        )
 
     def _of_thread(self, part: str) -> frozenset[_Held]:
         return getattr(self._local, part, frozenset())
 
     @contextlib.contextmanager
     def _without(self, part: str) -> Iterator[None]:
-        own = frozenset([_Held(self, part)])
+        held = _Held(self, part)
+        own = frozenset([held])
 
         def close() -> None:
+            held.is_open = False
             _HELD.set(_HELD.get() - own)
             setattr(self._local, part, self._of_thread(part) - own)
 
@@ -176,6 +181,12 @@ class Switches(PerThread):
             _HELD.set(_HELD.get() | own)
             setattr(self._local, part, self._of_thread(part) | own)
             yield
+            if held not in _HELD.get():
+                raise RuntimeError(
+                    "this context was entered in one thread or task and left in another, where "
+                    "the forwards within it have run without it: enter it around each forward, "
+                    "not around a generator that several threads continue"
+                )
 
 
 class ModalityContext(PerThread):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -203,6 +204,26 @@ def test_compiled_models_see_the_switches():
         for context in (contextlib.nullcontext, patched.adapters_disabled) * 2:
             expected = logits(model, GIVEN, context)()
             assert torch.equal(logits(compiled, GIVEN, context)(), expected)
+
+
+def test_a_context_that_ends_in_another_thread():
+    """Web servers continue a generator in whichever thread is free."""
+    model, patched = patched_model("olmoe", ModalityLoraConfig(r=4))
+    compute = logits(model, GIVEN)
+
+    def answers():
+        with patched.adapters_disabled():
+            yield
+            yield
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        expected = first.submit(torch.no_grad()(compute)).result()
+        generator = answers()
+        first.submit(next, generator).result()
+        second.submit(next, generator).result()
+        with pytest.raises(RuntimeError, match="entered in one thread or task and left in another"):
+            second.submit(next, generator, None).result()
+        assert torch.equal(first.submit(torch.no_grad()(compute)).result(), expected)
 
 
 def test_the_switch_is_not_set_within_the_context():
