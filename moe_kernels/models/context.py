@@ -123,6 +123,7 @@ class Switches(PerThread):
         super().__init__()
         self.adapters_enabled = True
         self.added_tokens_enabled = True
+        self._held_in_training = False
 
     def uses_adapters(self) -> bool:
         """Return whether forwards of this thread add low-rank updates."""
@@ -155,6 +156,27 @@ class Switches(PerThread):
     def with_masked_tokens(self) -> contextlib.AbstractContextManager[None]:
         """Mask the logits of added tokens within, before any softmax; may be nested."""
         return self._without("unmasked_tokens")
+
+    def check_recompute(self, training: bool) -> None:
+        """Raise RuntimeError if the whole model is computed again, perhaps without its contexts.
+
+        ``torch.utils.checkpoint`` around a forward runs it again in the backward pass, where a
+        context of the first time may have ended. Nothing says what it was.
+
+        Args:
+            training: whether the forward that begins now may be computed again.
+        """
+        if torch.compiler.is_compiling():
+            return
+        held = any(each.switches is self and each.is_open for each in _HELD.get())
+        if torch._C._current_graph_task_id() < 0:
+            self._held_in_training |= held and training
+        elif held or self._held_in_training:
+            raise RuntimeError(
+                "checkpoint() around a forward of the whole model does not go with "
+                "adapters_disabled(), text_only() or disabled(), which its recompute does not "
+                "see: checkpoint the layers (model.gradient_checkpointing_enable())"
+            )
 
     def _held(self, part: str) -> bool:
         """Return whether a context that leaves out a part is open here."""

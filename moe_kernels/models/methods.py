@@ -198,6 +198,7 @@ def _forward_of(model_class: type[PreTrainedModel]):
         check_links(patched.links)
         check_offload(self)
         check_experts(patched.parts)
+        patched.switches.check_recompute(self.training or torch.is_grad_enabled())
         if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
             _check_loss(self)
         modality_ids = resolve_modality_ids(

@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.utils.checkpoint import checkpoint as recompute
 
 from moe_kernels import ModalityLoraConfig
 
@@ -37,6 +38,28 @@ CHECKPOINTING = pytest.mark.parametrize(
     ],
     ids=["reentrant", "not", "wrapper", "wrapper-not", "wrapper-of-one"],
 )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_context_does_not_reach_the_recompute_of_a_whole_forward(reentrant):
+    model, patched = patched_model("olmoe", num_tokens=4)
+
+    def compute(start):
+        return model(IDS, use_cache=False).logits[..., :8].square().mean() + start
+
+    def loss():
+        return recompute(compute, torch.zeros((), requires_grad=True), use_reentrant=reentrant)
+
+    loss().backward()
+    with torch.no_grad(), patched.text_only():
+        model.eval()(IDS)
+    loss().backward()
+    model.train()
+    for context in (patched.adapters_disabled, patched.text_only):
+        with context():
+            inside = loss()
+        with pytest.raises(RuntimeError, match="around a forward of the whole model does not go"):
+            inside.backward()
 
 
 def gradients(model, patched, context):
