@@ -7,6 +7,7 @@ import io
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,43 @@ def _hint(columns: Iterable[str]) -> str:
 
 
 def _csv_rows(listing: Path, text: str) -> list[Row]:
-    reader, rows = csv.DictReader(io.StringIO(text, newline="")), []
+    """Return the rows of a metadata.csv.
+
+    A row is one line: a quote that is not closed would make one caption of all lines up to the next
+    quote, and nothing tells it from a caption with line breaks.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header, rows, last = None, [], 0
     try:
-        for row in reader:
-            rows.append((f"{listing.name} line {reader.line_num}", row))
+        for values in reader:
+            first, last = last + 1, reader.line_num
+            if first < last:
+                raise ValueError(
+                    f"{listing}: lines {first} to {last} are one row: close the quote in line "
+                    f"{first}, or use metadata.jsonl, where captions may have line breaks"
+                )
+            if header is None and values:
+                header = values
+                _check_distinct(header, f"{listing} line {first}")
+            elif values:
+                padded = values + [None] * (len(header) - len(values))
+                row: dict[Any, Any] = dict(zip(header, padded, strict=False))
+                if len(values) > len(header):
+                    row[None] = values[len(header) :]
+                rows.append((f"{listing.name} line {first}", row))
     except csv.Error as error:
-        raise ValueError(f"{listing} line {reader.line_num + 1}: {error}") from error
+        raise ValueError(
+            f"{listing}: in the row that starts in line {last + 1}: {error}"
+        ) from error
     return rows
+
+
+def _check_distinct(names: Iterable[str], place: str) -> None:
+    """Raise ValueError if a column that is used is named twice."""
+    counts = Counter(names)
+    for name in ("file_name", "text"):
+        if counts[name] > 1:
+            raise ValueError(f"{place} names {name} {counts[name]} times: keep one of them")
 
 
 def _json_rows(listing: Path, text: str) -> list[Row]:
@@ -83,13 +114,18 @@ def _json_rows(listing: Path, text: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            pairs = json.loads(line, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{listing} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
+        if not isinstance(pairs, _Pairs):
             raise ValueError(f"{listing} line {number} is not a JSON object")
-        rows.append((f"{listing.name} line {number}", row))
+        _check_distinct((name for name, _ in pairs), f"{listing} line {number}")
+        rows.append((f"{listing.name} line {number}", dict(pairs)))
     return rows
+
+
+class _Pairs(list):
+    """A JSON object as (key, value) pairs, since a dict would keep the last of equal keys."""
 
 
 def caption_of(row: dict[Any, Any]) -> str:

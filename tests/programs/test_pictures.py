@@ -190,18 +190,40 @@ def test_a_byte_order_mark_is_no_part_of_a_name(pictures, two, encoding, ending)
         ("metadata.csv", b"file_name,text\none.png,caf\xe9\n", "is not in UTF-8"),
         ("metadata.csv", "file_name,text\none.png,a\n".encode("utf-16"), "is not in UTF-8"),
         ("metadata.csv", 'file_name,text\none.png,"' + "a" * 200_000 + '"\n', "line 2: field"),
+        ("metadata.csv", 'file_name,text\n\none.png,"a\ntwo.png,a\n', "starts in line 3: unexp"),
+        ("metadata.csv", 'file_name,text\none.png,"a" b\n', "starts in line 2: ',' expected"),
+        ("metadata.csv", 'file_name,text\none.png,"a\ntwo.png,b"\n', "lines 2 to 3 are one row"),
+        ("metadata.csv", 'file_name,text\r\none.png,"a\r\ntwo.png,b"\r\n', "in line 2, or use"),
+        ("metadata.csv", "file_name,text,text\none.png,a,b\n", "line 1 names text 2 times"),
+        ("metadata.jsonl", '{"file_name":"one.png","text":"a","text":"b"}', "names text 2 times"),
+        ("metadata.jsonl", '\n{"file_name":"a","text":"a","file_name":"b"}', "line 2 names file_n"),
         ("metadata.jsonl", '{"file_name": "one.png", "te', "line 1 is not JSON"),
         ("metadata.jsonl", "\n" + "[" * 100_000, "line 2 is not JSON"),
         ("metadata.jsonl", '["one.png", "a"]', "line 1 is not a JSON object"),
         ("metadata.csv", "file_name,text\none.png\n", "metadata.csv line 2, one.png: .* no capt"),
     ],
-    ids=range(14),
+    ids=range(21),
 )  # fmt: skip
 def test_says_what_is_wrong_with_a_listing(pictures, two, name, text, message):
     (two / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message) as error:
         pictures.folder(two, SIZE)
     assert str(two) in str(error.value)
+
+
+def test_columns_without_a_meaning_may_have_any_names(pictures, two):
+    """Spreadsheets leave empty columns at the end."""
+    (two / "metadata.csv").write_text("file_name,text,,\none.png,a,,\n\ntwo.png,b\n")
+    found = pictures.folder(two, SIZE)
+    assert found.names == ("a", "b") and not found.set_aside
+
+
+def test_captions_in_json_may_have_line_breaks(pictures, two):
+    rows = [
+        {"file_name": name, "text": "a\nb", "more": {"x": 1}} for name in ("one.png", "two.png")
+    ]
+    (two / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert pictures.folder(two, SIZE).names == ("a\nb",)
 
 
 def test_two_listings_are_refused(pictures, two):
