@@ -71,6 +71,7 @@ def write_results(setup: Setup) -> None:
     report = {
         **results["measure"],
         "set_aside": setup.train.reasons,
+        "listed_more_than_once": setup.train.listed_again + setup.held_out.listed_again,
         "image_tokenizer": results["tokenize"],
         "samples": samples,
         "training": history,

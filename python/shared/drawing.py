@@ -17,7 +17,7 @@ from moe_kernels import ModalityLoraConfig, imaging
 from moe_kernels.imaging.generation import check_positions
 from moe_kernels.models import initialise_lora
 from shared import pictures
-from shared.cli import Options, option
+from shared.cli import Options, console, option
 from shared.models import load_causal_lm, load_tokenizer, require_experts
 from shared.options import ModelOptions, TextOptions, out_folder
 from shared.pictures import CaptionedPictures
@@ -61,8 +61,9 @@ class PictureOptions(Options):
             loaded = pictures.emoji(Path(self.emoji_folder), self.image_size, categories)
         else:
             loaded = pictures.folder(Path(self.data), self.image_size)
-        if self.images and self.images < len(loaded):
-            loaded, _ = loaded.split(len(loaded) - self.images, self.seed)
+        count = len(loaded.rows_of_pictures)
+        if self.images and self.images < count:
+            loaded, _ = loaded.split(count - self.images, self.seed)
         return loaded.split(self.held_out, self.seed)
 
 
@@ -186,6 +187,11 @@ class Setup(StageSetup):
         require_experts(options.model)
         train, held_out = options.load_pictures()
         train.print_set_aside()
+        if again := train.listed_again + held_out.listed_again:
+            console.print(
+                f"{again} pictures are listed more than once: all rows of such a picture are "
+                "trained on, or all are held out"
+            )
         labels = choose_labels(train, options.captions)
         tokenizer = load_tokenizer(options.model)
         blocks = options.text_blocks(tokenizer)

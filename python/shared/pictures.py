@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,24 +61,44 @@ class CaptionedPictures:
             console.print(f"set aside: {name}: {reason}", markup=False, soft_wrap=True)
 
     def split(self, size: int, seed: int) -> tuple[CaptionedPictures, CaptionedPictures]:
-        """Return all but ``size`` pictures, and those; stratified by caption where possible.
+        """Return all but ``size`` different pictures, and those; stratified where possible.
+
+        All rows of a picture are on one side, so that no held-out picture is trained on. The first
+        of its captions counts.
 
         Raises:
-            ValueError: there are not more than ``size`` pictures.
+            ValueError: there are not more than ``size`` different pictures.
         """
         from sklearn.model_selection import train_test_split
 
-        if not 0 < size < len(self):
-            raise ValueError(f"{size} of {len(self)} pictures cannot be held out")
-        counts = np.bincount(self.labels, minlength=len(self.names))
-        can = counts.min() > 1 and len(self.names) <= min(size, len(self) - size)
-        first, second = train_test_split(
-            np.arange(len(self)),
+        count = len(self.rows_of_pictures)
+        if not 0 < size < count:
+            listed = "" if count == len(self) else f", which are listed {len(self)} times,"
+            raise ValueError(f"{size} of {count} pictures{listed} cannot be held out")
+        labels = self.labels[[rows[0] for rows in self.rows_of_pictures]]
+        counts = np.bincount(labels, minlength=len(self.names))
+        can = counts.min() > 1 and len(self.names) <= min(size, count - size)
+        parts = train_test_split(
+            self.rows_of_pictures,
             test_size=size,
-            stratify=self.labels if can else None,
+            stratify=labels if can else None,
             random_state=seed,
         )
-        return self.take(first), self.take(second)
+        first, second = (self.take(np.concatenate(part)) for part in parts)
+        return first, second
+
+    @cached_property
+    def rows_of_pictures(self) -> list[list[int]]:
+        """The indices that each picture has; pictures with the same pixels are one."""
+        rows: dict[bytes, list[int]] = {}
+        for index, image in enumerate(self.images):
+            rows.setdefault(hashlib.sha256(image.tobytes()).digest(), []).append(index)
+        return list(rows.values())
+
+    @property
+    def listed_again(self) -> int:
+        """Number of pictures that have several rows."""
+        return sum(len(rows) > 1 for rows in self.rows_of_pictures)
 
 
 def digits() -> CaptionedPictures:

@@ -159,8 +159,8 @@ def test_the_first_frame_of_an_animation_is_taken(read, name):
 
 @pytest.fixture
 def two(tmp_path):
-    for name in ("one.png", "two.png"):
-        Image.new("RGB", (9, 9), "red").save(tmp_path / name)
+    for name, colour in (("one.png", "red"), ("two.png", "blue")):
+        Image.new("RGB", (9, 9), colour).save(tmp_path / name)
     return tmp_path
 
 
@@ -376,3 +376,40 @@ def test_what_is_set_aside_stays_known_in_a_split(pictures, two):
     parts = pictures.folder(two, SIZE).split(1, seed=0)
     assert [len(part) for part in parts] == [1, 1]
     assert all(len(part.set_aside) == 1 for part in parts)
+
+
+# --- held-out pictures
+
+
+def shades(pictures, rows):
+    """Return pictures of one grey each: (grey, caption) by row."""
+    images = np.array([np.full((2, 2, 3), grey, np.uint8) for grey, _ in rows])
+    return pictures.CaptionedPictures.from_captions(images, [caption for _, caption in rows])
+
+
+@pytest.mark.parametrize("captions", ["a", "ab"])
+def test_no_held_out_picture_is_trained_on(pictures, captions):
+    """Each picture has two rows, with one caption or two, and every third has a third row."""
+    rows = [(grey, caption) for caption in captions * (2 // len(captions)) for grey in range(30)]
+    found = shades(pictures, rows + rows[:30:3])
+    train, held_out = found.split(8, seed=0)
+    greys = [set(part.images[:, 0, 0, 0].tolist()) for part in (train, held_out)]
+    assert not greys[0] & greys[1] and [len(each) for each in greys] == [22, 8]
+    assert len(train) + len(held_out) == len(found) == 70
+    assert train.listed_again + held_out.listed_again == found.listed_again == 30
+    for part in (train, held_out):
+        expected = {(grey, name) for grey, name in rows if grey in part.images[:, 0, 0, 0]}
+        names = [part.names[label] for label in part.labels]
+        assert set(zip(part.images[:, 0, 0, 0].tolist(), names, strict=True)) == expected
+
+
+def test_one_picture_cannot_be_split(pictures):
+    with pytest.raises(ValueError, match="2 of 1 pictures, which are listed 40 times, cannot be"):
+        shades(pictures, [(7, "a")] * 40).split(2, seed=0)
+
+
+def test_different_pictures_are_split_by_caption(pictures):
+    found = shades(pictures, [(grey, "abc"[grey % 3]) for grey in range(30)])
+    train, held_out = found.split(9, seed=0)
+    assert np.bincount(held_out.labels).tolist() == [3, 3, 3] and found.listed_again == 0
+    assert len(train) == 21

@@ -248,6 +248,7 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
         pixels = random.integers(0, 256, (9, 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
         rows.append(f'{index}.png,"noise, {index % 2}"')
+    rows.append(rows[1])
     (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
     data = ["--data", str(folder), "--held-out", "4"]
     extra = [
@@ -257,6 +258,7 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
     assert program.main([*command, *extra, "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["captions"] == ["noise, 0", "noise, 1"]
+    assert report["listed_more_than_once"] == 1
     assert report["text"]["logits_changed_by_training"] == 0
     assert "read" not in report["samples"]["1"], "a classifier that learnt from four pictures"
     again = [*command, *data, "--tokenizer", str(tmp_path / "out" / "image_tokenizer")]
