@@ -36,11 +36,19 @@ class RunOptions(Options):
         try:
             device = torch.empty(0, device=self.device).device
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {self.device}: {error}") from error
+            raise ValueError(f"--device {self.device} cannot be used: {_usable()}") from error
         if device.type == "meta":
-            raise ValueError("--device meta holds no numbers: give cpu or cuda")
+            raise ValueError(f"--device meta holds no numbers: {_usable()}")
         if device.type == "cpu":
             self.device = "cpu"  # without an index
+
+
+def _usable() -> str:
+    """Return the devices that this machine has, in the words of an error."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        return "give cpu (torch finds no CUDA device here)"
+    return "give cpu, cuda or cuda:0" + (f" to cuda:{count - 1}" if count > 1 else "")
 
 
 @dataclass(kw_only=True)

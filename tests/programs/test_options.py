@@ -304,6 +304,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(cli, error):
     ("options", "message"),
     [
         (["--device", "meta"], "--device meta holds no numbers"),
+        (["--device", "mps"], "--device mps cannot be used: give cpu"),
+        (["--device", "bogus"], "--device bogus cannot be used: give cpu"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used: give cpu"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--seed", "4294967296"], "--seed must be at most 4,294,967,295"),
         (["--count", "1000000000"], "--count must be at most 10,000"),
@@ -321,6 +324,7 @@ def test_hostile_options_are_refused_with_code_2(options, message, tmp_path, cap
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()[-1]) < 300
+    assert "error: " in said.splitlines()[-1]
 
 
 def test_a_device_of_the_cpu_has_one_name():
