@@ -20,7 +20,7 @@ from moe_kernels import backends, env
 from moe_kernels.models.padding import find_real
 from moe_kernels.modes import ending_with
 from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
-from moe_kernels.ops.gradients import in_transform
+from moe_kernels.ops.gradients import in_graph_capture, in_transform
 
 MISSING = (
     "this layer got no modality_ids, which the patched model's own forward derives from input_ids "
@@ -404,4 +404,4 @@ def resolve_modality_ids(
 
 def _can_branch() -> bool:
     """Return whether values can be read here; in a graph or a ``vmap`` the ops check them."""
-    return not torch.compiler.is_compiling() and not in_transform()
+    return not (torch.compiler.is_compiling() or in_transform() or in_graph_capture())

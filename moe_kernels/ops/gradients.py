@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 PLAIN = (Tensor, nn.Parameter)
 _LIBRARIES: list[torch.library.Library] = []  # what one registers lasts as long as it does
@@ -123,6 +124,11 @@ def check_saved(name: str, save_for_backward: bool, needs_input_grad: Iterable[b
 def in_transform() -> bool:
     """Return whether a transform of functorch is active; False within a compiled program."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def in_graph_capture() -> bool:
+    """Return whether ``make_fx`` or ``torch.func.linearize`` records, whose tensors hide values."""
+    return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
 
 
 def is_differentiated(tensor: Tensor) -> bool:

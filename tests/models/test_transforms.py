@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.model_zoo import FAMILY, VOCAB, token_ids
 from support.patched_models import patched_model
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, linearize, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_kernels import ModalityLoraConfig
 from moe_kernels.testing import assert_close
@@ -47,6 +48,34 @@ def test_forward_mode_is_refused():
     detached = {name: value.detach() for name, value in parameters.items()}
     with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         jvp(lambda values: loss(values, IDS), (detached,), (detached,))
+
+
+# Where these are not given, transformers itself reads values, which no graph of make_fx can.
+GIVEN = {
+    "position_ids": torch.arange(6).expand(3, 6),
+    "attention_mask": torch.ones(3, 1, 6, 6, dtype=torch.bool).tril(),
+    "use_cache": False,
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_graph_of_make_fx_serves_other_tokens(given):
+    model, _, _ = adapted("mixtral")
+
+    def logits(ids):
+        keywords = {"modality_ids": (ids >= VOCAB).long()} if given else {}
+        return model(input_ids=ids, **GIVEN, **keywords).logits
+
+    others = token_ids(3, 6, seed=1, vocab=VOCAB + 5)
+    assert torch.equal(make_fx(logits)(IDS)(others), logits(others))
+
+
+def test_linearize_is_refused():
+    model, _, parameters = adapted("mixtral")
+    detached = {name: value.detach() for name, value in parameters.items()}
+    inputs = {"input_ids": IDS, "modality_ids": (IDS >= VOCAB).long(), **GIVEN}
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        linearize(lambda values: functional_call(model, values, kwargs=inputs).logits, detached)
 
 
 def test_a_trace_serves_other_tokens():

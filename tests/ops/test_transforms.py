@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.registered_ops import Calls, make, results, same
 from torch.autograd import forward_ad
-from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_kernels import ops
 from moe_kernels.ops import LoraWeights
@@ -90,6 +91,19 @@ def test_forward_mode_transforms_are_refused(op, backend, transform):
     loss, x = detached(function, x, adapters)
     with pytest.raises(NotImplementedError, match=f"ops.{op} has no forward-mode derivative"):
         transform(loss)(x)
+
+
+def test_linearize_is_refused(op, backend):
+    function, x, adapters = make(op, backend)
+    loss, x = detached(function, x, adapters)
+    with pytest.raises(NotImplementedError, match=f"ops.{op} has no forward-mode derivative"):
+        linearize(loss, x)
+
+
+def test_a_graph_of_make_fx_serves_other_values(op, backend):
+    function, x, _ = make(op, backend)
+    with torch.no_grad():
+        assert torch.equal(make_fx(function)(x)(2 * x), function(2 * x))
 
 
 @pytest.mark.parametrize("gradients", [True, False])
