@@ -95,9 +95,12 @@ def test_a_mask_that_is_too_short_is_refused():
 def layer_ids(monkeypatch, model, side, **keywords):
     """Return the ids that layers got while generating, and the generated ids."""
     got, start = [], ModalityContext.start
-    monkeypatch.setattr(
-        ModalityContext, "start", lambda self, ids: (got.append(ids.clone()), start(self, ids))
-    )
+
+    def record(self, ids, *others):
+        got.append(ids.clone())
+        start(self, ids, *others)
+
+    monkeypatch.setattr(ModalityContext, "start", record)
     ids, mask = padded(side)
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     settings |= {"suppress_tokens": [], "disable_compile": True}
