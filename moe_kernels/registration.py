@@ -13,8 +13,6 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-import torch
-
 IMPLEMENTATION = "moe_kernels"
 _EXPERTS = "moe_kernels.models.experts"
 _REGISTRY = "transformers.integrations.moe"
@@ -38,9 +36,13 @@ def _experts_forward(*arguments, **keywords):
     return sys.modules[_EXPERTS].experts_forward(*arguments, **keywords)
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it; it cannot trace an import
 def _load() -> None:
     import_module(_EXPERTS)
+
+
+# torch.compile runs it then, since it cannot trace an import. This is all that
+# torch.compiler.assume_constant_result does, but that one imports torch's compiler, and Triton.
+_load._dynamo_marked_constant = True
 
 
 class _RegistryFinder(MetaPathFinder):
