@@ -3,6 +3,7 @@
 # make test-all  also run the slow tests: builds in empty environments, longer training
 # make test-attacks   interrupt, kill and damage in every way that the suite tries a few of (hours)
 # make test-sanitized  run the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
+# make test-scale    run the tests of sharded training, with DeepSpeed, TRL and Liger (10 minutes)
 # make test-oldest   run the integration tests on the oldest supported transformers
 # make bench     measure speed and memory against their targets, update the pages (10 minutes)
 # make results   measure the claims about expert redundancy and about added experts (hours); all of
@@ -24,6 +25,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 PYTEST ?= -n 2 --dist worksteal
 OLDEST_TRANSFORMERS := 5.17.0
+COMMA := ,
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr
 
 PY        := $(VENV)/bin/python
@@ -40,15 +42,16 @@ RUN_TESTS  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q $(PYTEST)
 # Tests of the interface between moe_kernels and transformers.
 INTEGRATION := tests/models tests/imaging/test_guidance.py tests/imaging/test_generation.py
 
-# $(call install,environment,extra requirements): install torch, the build requirements, the package
+# $(call install,environment,extra requirements,extras of the package, "test" by default):
+# install torch, the build requirements, the package
 define install
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 $(if $(strip $(TORCH)),$(1)/bin/python -m pip install -q $(TORCH))
 $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
-$(1)/bin/python -m pip install -q --no-build-isolation -e ".[test]" $(2)
+$(1)/bin/python -m pip install -q --no-build-isolation -e ".[$(or $(3),test)]" $(2)
 endef
 
-.PHONY: demo test test-all test-attacks test-sanitized test-oldest bench results results-quick check-gpu-code lint format install clean FORCE
+.PHONY: demo test test-all test-attacks test-sanitized test-scale test-oldest bench results results-quick check-gpu-code lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -65,10 +68,10 @@ demo: $(INSTALLED)
 	$(PY) python/demo.py $(DEMO)
 
 test: $(INSTALLED)
-	$(call RUN_TESTS,$(VENV)) -m "not slow"
+	$(call RUN_TESTS,$(VENV)) -m "not slow and not scale"
 
 test-all: $(INSTALLED)
-	$(call RUN_TESTS,$(VENV))
+	$(call RUN_TESTS,$(VENV)) -m "not scale"
 
 test-attacks: $(INSTALLED)
 	$(call RUN_TESTS,$(VENV)) tests/attacks --attack-share 100% $(ATTACKS)
@@ -80,11 +83,16 @@ test-sanitized: $(INSTALLED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=build/sanitized OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q $(PYTEST) \
-		-m "not slow" --ignore tests/native/test_build.py
+		-m "not slow and not scale" --ignore tests/native/test_build.py
+
+# In an environment of its own: DeepSpeed and TRL are heavy, and change what transformers does.
+test-scale: $(SOURCES)
+	$(call install,$(VENV)-scale,,test$(COMMA)scale)
+	$(call RUN_TESTS,$(VENV)-scale) tests/scale
 
 test-oldest: $(SOURCES)
 	$(call install,$(VENV)-oldest,transformers==$(OLDEST_TRANSFORMERS))
-	$(call RUN_TESTS,$(VENV)-oldest) -m "not slow" $(INTEGRATION)
+	$(call RUN_TESTS,$(VENV)-oldest) -m "not slow and not scale" $(INTEGRATION)
 
 bench: $(INSTALLED)
 	$(PY) benchmarks/run.py --device cpu $(BENCH)

@@ -1,14 +1,12 @@
 """DDP by accelerate without find_unused_parameters; one of two processes has text only."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from support.model_zoo import VOCAB, token_ids
 from support.patched_models import patched_model
+from support.ranks import run_ranks
 
 from moe_kernels import ModalityLoraConfig
 
@@ -61,42 +59,9 @@ def work(folder):
     accelerator.end_training()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_two_processes(folder):
-    tests = str(Path(__file__).parents[1])
-    common = {
-        "PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
 def test_gradients_are_the_mean_of_the_two(tmp_path):
-    results = run_two_processes(tmp_path)
+    run_ranks(__file__, tmp_path)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     patched = make_patched()
     parameters = dict(patched.named_trainable_parameters())
     optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
