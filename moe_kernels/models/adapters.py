@@ -1,5 +1,6 @@
 """Saving and loading the adapter of a patched model, and the checks that it fits."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from moe_kernels import tensor_files
 from moe_kernels._version import __version__
 from moe_kernels.layers import AddedExperts, ModalityProjector
-from moe_kernels.models import adapter_files, added_experts, projectors, tokens
+from moe_kernels.models import adapter_files, added_experts, projectors, sharding, tokens
 from moe_kernels.models.adapter_files import LAYOUT, NAMES
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.handle import PatchState
@@ -26,6 +27,7 @@ from moe_kernels.models.parameters import (
     whole_parameters,
 )
 from moe_kernels.models.parts import trainable_dtype
+from moe_kernels.models.ranks import Ranks
 from moe_kernels.models.routers import RoutingFinder
 from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.tensor_files import TensorFile
@@ -33,38 +35,85 @@ from moe_kernels.tensor_files import TensorFile
 _FINGERPRINT_SAMPLES = 64
 
 
-def save(patched: PatchState, folder: Path) -> None:
-    """Write the adapter of a patched model, if it could be loaded again."""
-    parameters = whole_parameters(patched)
-    added = {name: p.detach() for name, p in parameters.items() if is_added(name)}
-    tensor_files.write(folder, NAMES, added, _describe(patched, parameters))
+def save(patched: PatchState, folder: Path, timeout: float) -> None:
+    """Write the adapter of a patched model, if it could be loaded again.
+
+    Of a sharded model all ranks gather it, and the first one writes.
+    """
+    with _together(patched, "save_adapter", timeout) as ranks:
+        parameters = whole_parameters(patched, sharded_too=True)
+        if ranks is not None:
+            ranks.meet()  # before the first collective
+        tensors, first = {}, ranks is None or ranks.first
+        for name, parameter in parameters.items():
+            if is_added(name):
+                whole = sharding.gather(parameter)
+                if first:
+                    tensors[name] = whole if ranks is None else whole.cpu()
+        described = _describe(patched, parameters)
+        if first:
+            tensor_files.write(folder, NAMES, tensors, described)
 
 
-def load(patched: PatchState, folder: Path) -> None:
+def load(patched: PatchState, folder: Path, timeout: float) -> None:
     """Copy an adapter into a patched model, after all checks."""
-    model, find = patched.model, RoutingFinder()
-    with adapter_files.opened(folder) as file:
-        saved = adapter_files.read_config(file)
-        parameters = whole_parameters(patched)
-        _check_fits(patched, saved, parameters)
-        missing = _find_missing(patched, saved, find)
-        tensor_files.check_shapes(file, _expected_shapes(patched, saved, file))
-        _check_frozen(file, saved)
-        _check_routing(patched, saved, find)
-        tensors = _read(patched, file, parameters)
-    modules = missing.build(patched)
-    frozen = saved.get("frozen")
-    kept = [parameter for name, parameter in parameters.items() if is_added(name)]
-    with all_or_nothing(model, values=kept), torch.no_grad():
-        missing.attach(patched, modules, find)
-        for name, parameter in named_adapter_parameters(model):
-            parameter.copy_(tensors[original_name(name)])
-            if frozen is not None:  # absent in files of older versions
-                parameter.requires_grad_(original_name(name) not in frozen)
-        return  # inside, as all_or_nothing asks
+    find = RoutingFinder()
+    with _together(patched, "load_adapter", timeout) as ranks:
+        with adapter_files.opened(folder) as file:
+            saved = adapter_files.read_config(file)
+            parameters = whole_parameters(patched, sharded_too=True)
+            if ranks is not None:
+                ranks.meet(same=str(sorted(file.metadata.items())))  # before the first collective
+            _check_fits(patched, saved, parameters)
+            missing = _find_missing(patched, saved, find)
+            tensor_files.check_shapes(file, _expected_shapes(patched, saved, file))
+            _check_frozen(file, saved)
+            _check_routing(patched, saved, find)
+            if ranks is not None:
+                _check_settled(missing, saved, parameters)
+            tensors = _read(patched, file, parameters)
+        if ranks is not None:
+            ranks.meet()  # before anything changes
+        _copy_in(patched, saved, missing, tensors, find)
+
+
+@contextlib.contextmanager
+def _together(patched: PatchState, what: str, timeout: float) -> Iterator[Ranks | None]:
+    """Let all ranks of a sharded model leave together, with an error if any of them has one.
+
+    Yields:
+        The ranks, for the meetings within, after which collectives may come; None: not sharded.
+    """
+    sharding.reshard(patched.model)
+    members = sharding.members(patched.model.parameters())
+    if members is None:
+        yield None
+        return
+    ranks = Ranks(members, what, timeout)
+    with ranks.leaving_together():
+        yield ranks
 
 
 _Modules = tuple[list[dict[int, AddedExperts]], dict[str, ModalityProjector]]
+
+
+def _copy_in(
+    patched: PatchState,
+    saved: dict,
+    missing: "_Missing",
+    tensors: dict[str, Tensor],
+    find: RoutingFinder,
+) -> None:
+    """Make what is missing, and copy all values in: wholly or not at all."""
+    modules, frozen = missing.build(patched), saved.get("frozen")
+    kept = [sharding.local(parameter) for _, parameter in named_adapter_parameters(patched.model)]
+    with all_or_nothing(patched.model, values=kept), torch.no_grad():
+        missing.attach(patched, modules, find)
+        for name, parameter in named_adapter_parameters(patched.model):
+            sharding.put(parameter, tensors[original_name(name)])
+            if frozen is not None:  # absent in files of older versions
+                parameter.requires_grad_(original_name(name) not in frozen)
+        return  # inside, as all_or_nothing asks
 
 
 @dataclass
@@ -167,6 +216,24 @@ def _check_frozen(file: TensorFile, saved: dict) -> None:
         raise ValueError(f"{file.path}: the field frozen names {unknown[0]}, which is not there")
 
 
+def _check_settled(missing: _Missing, saved: dict, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError if loading would change more than values, which an engine cannot follow."""
+    if missing != _Missing({}, [], {}):
+        raise ValueError(
+            "the adapter has tokens, experts or projectors that this sharded model lacks: add "
+            "them, or load the adapter, before the model is sharded"
+        )
+    if (frozen := saved.get("frozen")) is None:
+        return
+    for name, parameter in parameters.items():
+        if is_added(name) and parameter.requires_grad == (name in frozen):
+            was, now = ("trained", "frozen") if parameter.requires_grad else ("frozen", "trained")
+            raise ValueError(
+                f"{name} is {was} in this sharded model and was {now} in the adapter: set what "
+                "requires grad, or load the adapter, before the model is sharded"
+            )
+
+
 def _read(
     patched: PatchState, file: TensorFile, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
@@ -187,13 +254,10 @@ def _fingerprint(parameters: dict[str, nn.Parameter]) -> str:
     it was rounded before.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters.items()):
-        if is_added(name):
-            continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    base = {name: p for name, p in sorted(parameters.items()) if not is_added(name)}
+    for name, sample in sharding.samples(base, _FINGERPRINT_SAMPLES).items():
+        digest.update(f"{name}{tuple(sharding.whole_shape(base[name]))}".encode())
+        digest.update(sample.to(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from moe_kernels.layers import AddedExperts, Calibration
-from moe_kernels.models import experts, routers
+from moe_kernels.models import experts, routers, sharding
 from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.parts import LayerParts, trainable_dtype
@@ -120,6 +120,7 @@ def _build_layer(
 ) -> AddedExperts:
     """Make one layer's module; its rows may choose ``num_competing`` earlier experts too."""
     weight = parts.experts.gate_up_proj
+    _, twice_inter, hidden = sharding.whole_shape(weight)
     options = {"device": device or weight.device, "dtype": trainable_dtype(weight)}
     calibration = None
     if config.calibration is not None:
@@ -127,8 +128,8 @@ def _build_layer(
         calibration = Calibration(config.calibration, visible, config.calibration_hidden, **options)
     return AddedExperts(
         number,
-        weight.shape[2],
-        weight.shape[1] // 2,
+        hidden,
+        twice_inter // 2,
         modality_id=modality_id,
         calibration=calibration,
         **options,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels import env
+from moe_kernels.models import tokens
 from moe_kernels.models.context import resolve_modality_ids
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
@@ -121,7 +122,7 @@ def _as_base(model: PreTrainedModel) -> PreTrainedModel:
     for name in (*_methods_of(type(model)), HANDLE):
         base.__dict__.pop(name, None)  # the user may have removed one
     base.config = copy.deepcopy(model.config)
-    size = base.config.vocab_size = model.get_input_embeddings().weight.shape[0]
+    size = base.config.vocab_size = tokens.base_vocabulary(model)
     settings = base.generation_config = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [i for i in settings.suppress_tokens or () if i < size] or None
     return base
@@ -283,7 +284,7 @@ def _masks_added(model: PreTrainedModel, given: dict) -> bool:
     if suppressed is None:
         return True
     suppressed = {int(token_id) for token_id in suppressed}
-    first, stop = model.get_input_embeddings().weight.shape[0], model.token_modality.numel()
+    first, stop = tokens.base_vocabulary(model), model.token_modality.numel()
     named = suppressed.intersection(range(first, stop))
     return bool(suppressed) and len(named) in (0, stop - first)
 

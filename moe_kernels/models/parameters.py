@@ -1,11 +1,11 @@
 """The parameters that were added to a patched model: their names, and the shapes they must have."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.models import added_experts, projectors, tokens
+from moe_kernels.models import added_experts, projectors, sharding, tokens
 from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.intact import without_wrappers
@@ -40,16 +40,20 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {original_name(name): parameter for name, parameter in model.named_parameters()}
 
 
-def whole_parameters(patched: PatchState) -> dict[str, nn.Parameter]:
+def whole_parameters(patched: PatchState, sharded_too: bool = False) -> dict[str, nn.Parameter]:
     """Return the parameters that a model had when it was patched, by their names then, and ours.
 
     What users attach to the model later, an encoder for example, is none of these.
+
+    Args:
+        patched: the model.
+        sharded_too: allow those that FSDP2 or ZeRO-3 has sharded, of which the whole shape counts.
 
     Raises:
         ValueError: a parameter's values are not here (see :func:`check_values`), one is missing, or
             the model has low-rank pairs, rows or experts that were not added to it.
     """
-    found, expected = check_values(patched)
+    found, expected = check_values(patched, sharded_too)
     found = {name: p for name, p in found.items() if name in expected or is_added(name)}
     if differing := sorted(found.keys() ^ expected.keys()):
         what = "unknown" if differing[0] in found else "missing"
@@ -61,7 +65,7 @@ def whole_parameters(patched: PatchState) -> dict[str, nn.Parameter]:
 
 
 def check_values(
-    patched: PatchState,
+    patched: PatchState, sharded_too: bool = False
 ) -> tuple[dict[str, nn.Parameter], dict[str, tuple[int, ...]]]:
     """Return all parameters by their names at patching, and the shapes that they should have.
 
@@ -71,9 +75,9 @@ def check_values(
     found = named_parameters(patched.model)
     # First, since the other shapes follow from these. A weight of another class, which its own
     # library quantised for example, is no obstacle.
-    _check_values(found, patched.base_shapes, lambda values: not hasattr(values, "to_local"))
+    _check_values(found, patched.base_shapes, sharded_too, any_class=True)
     added = expected_shapes(patched, *contents(patched))
-    _check_values(found, added, lambda values: type(values) is Tensor)
+    _check_values(found, added, sharded_too, any_class=False)
     return found, patched.base_shapes | added
 
 
@@ -120,8 +124,9 @@ def expected_shapes(
 
 
 def _row_shapes(patched: PatchState, added: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    width = sharding.whole_shape(patched.model.get_input_embeddings().weight)[1]
     return {
-        f"{patched.paths[module]}.{tokens.ROWS}.{modality}": (count, module.weight.shape[1])
+        f"{patched.paths[module]}.{tokens.ROWS}.{modality}": (count, width)
         for module in tokens.modules_with_rows(patched.model).values()
         for modality, count in added.items()
     }
@@ -130,24 +135,29 @@ def _row_shapes(patched: PatchState, added: dict[str, int]) -> dict[str, tuple[i
 def _check_values(
     found: dict[str, nn.Parameter],
     expected: dict[str, tuple[int, ...]],
-    is_whole: Callable[[Tensor], bool],
+    sharded_too: bool,
+    any_class: bool,
 ) -> None:
     for name, shape in expected.items():
-        if name in found and (problem := _problem(found[name], shape, is_whole)):
+        if name in found and (problem := _problem(found[name], shape, sharded_too, any_class)):
             raise ValueError(
-                f"the values of {name} are not here: it {problem}. Adapters of a sharded or "
-                "offloaded model cannot be saved or loaded: gather its parameters first, or load "
-                "its full state_dict into a patched model that is whole"
+                f"the values of {name} are not here: it {problem}. save_adapter and load_adapter, "
+                "called on all ranks, gather what FSDP2 (fully_shard) and DeepSpeed have sharded; "
+                "of a model that FSDP1 has sharded, or that is offloaded, nothing can be saved or "
+                "loaded: use FSDP2, or load its full state_dict into a patched model that is whole"
             )
 
 
 def _problem(
-    parameter: nn.Parameter, shape: tuple[int, ...], is_whole: Callable[[Tensor], bool]
+    parameter: nn.Parameter, shape: tuple[int, ...], sharded_too: bool, any_class: bool
 ) -> str | None:
-    if not is_whole(parameter.data):
+    if sharding.is_sharded(parameter):
+        if not sharded_too:
+            return "is sharded"
+    elif hasattr(parameter, "to_local") or not (any_class or type(parameter.data) is Tensor):
         return f"is a {type(parameter.data).__name__}"
-    if parameter.device == torch.device("meta"):
+    if sharding.local(parameter).device == torch.device("meta"):
         return "is on the device meta"
-    if tuple(parameter.shape) != shape:
-        return f"has shape {tuple(parameter.shape)}, and had {shape}"
+    if (found := tuple(sharding.whole_shape(parameter))) != shape:
+        return f"has shape {found}, and had {shape}"
     return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_kernels.models import sharding
 from moe_kernels.models.config import ATTENTION_PROJECTIONS
 
 _ROUTER_NAMES = ("gate", "router")
@@ -35,7 +36,7 @@ class LayerParts:
     @property
     def num_experts(self) -> int:
         """E, the base model's experts in this layer; 0 in a dense layer."""
-        return 0 if self.experts is None else self.experts.gate_up_proj.shape[0]
+        return 0 if self.experts is None else sharding.whole_shape(self.experts.gate_up_proj)[0]
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class PatchedModel(PatchState):
         self._original_generation_config = copy.deepcopy(model.generation_config)
         self._original_vocab_sizes = tokens.vocab_sizes(model)
         self._quantisation: dict = {}
-        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._requires_grad = {
+            parameters.original_name(name): p.requires_grad for name, p in model.named_parameters()
+        }
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of adapters, added rows, experts and projectors that train."""
@@ -85,27 +87,44 @@ class PatchedModel(PatchState):
         """Return the ids of the tokens added for a modality; empty if there are none."""
         return tokens.modality_token_ids(self.model, modality)
 
-    def save_adapter(self, folder: str | Path) -> None:
+    def save_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.
 
-        Files of an earlier adapter there stay whole until the new ones are complete.
+        Files of an earlier adapter there stay whole until the new ones are complete. Of a model
+        that FSDP2 or DeepSpeed ZeRO-3 has sharded, call it on all ranks: the first of them writes,
+        and all return when it has, or raise the error that it got.
+
+        Args:
+            folder: of the adapter.
+            timeout: seconds to wait for the other ranks of a sharded model.
+
+        Raises:
+            ValueError: nothing could load the adapter again: values are not finite or not here, or
+                the model is not as it was patched.
+            RuntimeError: other ranks of a sharded model did not call it in time, or one failed.
         """
         self.check_in_place()
-        adapters.save(self, Path(folder))
+        adapters.save(self, Path(folder), timeout)
 
-    def load_adapter(self, folder: str | Path) -> None:
-        """Load the files of :meth:`save_adapter`.
+    def load_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
+        """Load the files of :meth:`save_adapter`, on all ranks if the model is sharded.
 
         Tokens, experts and projectors that the adapter has and the model lacks are added.
         Parameters that were frozen when the adapter was saved are frozen, and its others train.
+
+        Args:
+            folder: of the adapter; every rank reads it.
+            timeout: seconds to wait for the other ranks of a sharded model.
 
         Raises:
             FileNotFoundError: the folder has no adapter.
             ValueError: the adapter is of another shape, model or layout, or a file is damaged. The
                 model has not changed then.
+            RuntimeError: other ranks of a sharded model did not call it in time, one failed, or
+                they found different files.
         """
         self.check_in_place()
-        adapters.load(self, Path(folder))
+        adapters.load(self, Path(folder), timeout)
 
     def unpatch(self) -> PreTrainedModel:
         """Remove everything that was added and return the model as it was before, bit for bit.
@@ -140,7 +159,8 @@ class PatchedModel(PatchState):
             module.vocab_size = size
         for name, parameter in model.named_parameters():
             # A parameter that the user has registered since keeps its own.
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+            before = self._requires_grad.get(parameters.original_name(name))
+            parameter.requires_grad_(parameter.requires_grad if before is None else before)
 
 
 def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None) -> PatchedModel:

@@ -7,6 +7,7 @@ from torch import nn
 
 from moe_kernels.layers import ModalityLora
 from moe_kernels.layers.modality_lora import pair_shapes
+from moe_kernels.models import sharding
 from moe_kernels.models.config import TARGETS, ModalityLoraConfig
 from moe_kernels.models.intact import without_wrappers
 from moe_kernels.models.parts import LayerParts
@@ -49,7 +50,7 @@ class Projection:
 
     def pair_shapes(self, config: ModalityLoraConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of ``lora_A`` and ``lora_B`` by their names in the model."""
-        *stack, out_features, in_features = self.weight.shape
+        *stack, out_features, in_features = sharding.whole_shape(self.weight)
         shapes = pair_shapes(
             len(config.modalities),
             in_features,

@@ -3,6 +3,7 @@
 from torch import nn
 
 from moe_kernels.layers import ModalityProjector
+from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.parts import trainable_dtype
 
@@ -31,7 +32,7 @@ def build(patched: PatchState, settings: dict, device: str | None = None) -> Mod
     """
     table = patched.model.get_input_embeddings().weight
     return ModalityProjector(
-        out_features=table.shape[1],
+        out_features=sharding.whole_shape(table)[1],
         device=device or table.device,
         dtype=trainable_dtype(table),
         **settings,

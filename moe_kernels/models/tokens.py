@@ -13,6 +13,7 @@ from moe_kernels.init.rows import (
     check_row_init,
     initial_rows,
 )
+from moe_kernels.models import sharding
 from moe_kernels.models.context import Switches
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import trainable_dtype
@@ -124,17 +125,23 @@ def _grow_vocabulary(model: PreTrainedModel, ids: range, modality_id: int) -> No
 
 def modality_token_ids(model: PreTrainedModel, modality: str) -> range:
     """Return the ids of a modality's added tokens; empty if there are none."""
-    first = model.get_input_embeddings().weight.shape[0]
+    first = base_vocabulary(model)
     for name, rows in _rows(model.get_input_embeddings()).items():
         if name == modality:
-            return range(first, first + rows.shape[0])
-        first += rows.shape[0]
+            return range(first, first + sharding.whole_shape(rows)[0])
+        first += sharding.whole_shape(rows)[0]
     return range(0)
+
+
+def base_vocabulary(model: PreTrainedModel) -> int:
+    """Return V, the number of rows of the model's own table."""
+    return sharding.whole_shape(model.get_input_embeddings().weight)[0]
 
 
 def token_counts(model: PreTrainedModel) -> dict[str, int]:
     """Return the number of added tokens by modality, in the order in which they were added."""
-    return {name: rows.shape[0] for name, rows in _rows(model.get_input_embeddings()).items()}
+    rows = _rows(model.get_input_embeddings())
+    return {name: sharding.whole_shape(each)[0] for name, each in rows.items()}
 
 
 def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Module]:

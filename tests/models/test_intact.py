@@ -8,6 +8,9 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from support.model_zoo import make_model, token_ids
 from support.patched_models import patched_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.nn import functional as F
 
 from moe_kernels import ModalityLoraConfig, patch_model
@@ -133,6 +136,14 @@ def test_a_shallow_copy_of_the_handle_is_refused_in_these_words():
     _, patched = make()
     with pytest.raises(TypeError, match=r"nor copied in part by copy.copy: copy.deepcopy\(model\)"):
         copy.copy(patched)
+
+
+def test_wrapped_layers_require_grad_again_after_unpatch():
+    model, patched = make()
+    layers = set(model.model.layers)
+    apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
+    patched.unpatch()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_parameter_of_the_users_stays_after_unpatch():

@@ -5,17 +5,18 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 
-def run_ranks(script: str, *arguments: object, number: int = 2, **environment: str) -> list[str]:
+def run_ranks(script: str, *arguments: object, codes: Sequence[int] = (0, 0)) -> list[str]:
     """Run ``python script arguments`` as every rank; return what each printed.
 
-    The test fails with the end of its output if a rank does.
+    The test fails with the output of a rank that does not exit with its code of ``codes``.
     """
+    number = len(codes)
     tests = str(Path(__file__).parents[1])
     common = {
         "PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -26,7 +27,7 @@ def run_ranks(script: str, *arguments: object, number: int = 2, **environment: s
     processes = [
         subprocess.Popen(
             [sys.executable, script, *map(str, arguments)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -38,8 +39,8 @@ def run_ranks(script: str, *arguments: object, number: int = 2, **environment: s
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-5000:]
+    for process, output, code in zip(processes, outputs, codes, strict=True):
+        assert process.returncode == code, output[-5000:]
     return outputs
 
 
@@ -54,7 +55,7 @@ def play(scenes: Mapping[str, Callable], rank: int, folder: Path) -> None:
         own.mkdir(exist_ok=True)
         try:
             scene(rank, own)
-        except Exception:  # the other scenes still have something to say
+        except BaseException:  # the other scenes still have something to say
             errors[name] = traceback.format_exc()
     torch.save(errors, folder / f"errors-{rank}.pt")
 

@@ -1,0 +1,165 @@
+"""Parameters of a model that an engine has sharded over ranks: FSDP2, or DeepSpeed's ZeRO.
+
+FSDP2 makes a parameter a DTensor. ZeRO-3 leaves an empty tensor, with the whole shape in
+``ds_shape`` and this rank's part in ``ds_tensor``. ZeRO-1 and ZeRO-2 leave parameters whole, and
+train copies of them in float32. FSDP1 joins parameters into one, and is not supported.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
+
+_NO_VALUE = -1
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether an engine has sharded a parameter, so that reading it takes all ranks."""
+    return isinstance(parameter, DTensor) or _is_zero3(parameter)
+
+
+def members(parameters: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """Return the ranks that hold the sharded ones of these parameters; None: none is sharded."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            return tuple(sorted(parameter.device_mesh.mesh.flatten().tolist()))
+        if _is_zero3(parameter):
+            return tuple(sorted(dist.get_process_group_ranks(parameter.ds_process_group)))
+    return None
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 keeps after a forward without a backward.
+
+    They are copies: what is written into them is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter."""
+    return torch.Size(parameter.ds_shape) if _is_zero3(parameter) else parameter.shape
+
+
+def local(parameter: Tensor) -> Tensor:
+    """Return the plain tensor that holds this rank's values of a parameter."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return parameter.ds_tensor if _is_partitioned(parameter) else parameter
+
+
+@torch.no_grad()
+def gather(parameter: Tensor) -> Tensor:
+    """Return the whole parameter; of a sharded one on all ranks, which must call this together."""
+    if isinstance(parameter, DTensor):
+        # FSDP2 may keep it on the CPU, from which the mesh's backend does not send.
+        return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+    if not _is_partitioned(parameter):
+        return parameter.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+@torch.no_grad()
+def put(parameter: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a parameter; of a sharded one on all ranks, together."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        values = values.to(device=mesh.device_type, dtype=parameter.dtype)
+        parameter.copy_(distribute_tensor(values, mesh, parameter.placements, src_data_rank=None))
+    elif _is_zero3(parameter):
+        _put_zero3(parameter, values)
+    else:
+        parameter.copy_(values)
+        if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and ZeRO-2 train a copy in float32
+            parameter.set_full_hp_param(values.to(parameter.device))
+
+
+def samples(parameters: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Return up to ``number`` values of each parameter, evenly spread, as bits of bfloat16.
+
+    Of sharded parameters each rank gives the values that it has: nothing is gathered.
+    """
+    found = {name: _sample(parameter, number) for name, parameter in parameters.items()}
+    if not (sharded := [name for name, p in parameters.items() if is_sharded(p)]):
+        return found
+    first = parameters[sharded[0]]
+    joined = torch.cat([found[name] for name in sharded])
+    for group, device in _groups(first):
+        joined = joined.to(device)
+        dist.all_reduce(joined, dist.ReduceOp.MAX, group=group)
+    sizes = [found[name].numel() for name in sharded]
+    return found | dict(zip(sharded, joined.cpu().split(sizes), strict=True))
+
+
+def _sample(parameter: Tensor, number: int) -> Tensor:
+    """Return sampled values of one parameter, int32; _NO_VALUE where another rank has the value."""
+    shape = whole_shape(parameter)
+    at = torch.arange(shape.numel())[:: max(1, shape.numel() // number)][:number]
+    values, (inside, places) = local(parameter).detach().reshape(-1), _places(parameter, at)
+    bits = values[places[inside].to(values.device)].bfloat16().view(torch.int16)
+    sample = torch.full(at.shape, _NO_VALUE, dtype=torch.int32)
+    sample[inside] = bits.cpu().to(torch.int32) & 0xFFFF
+    return sample
+
+
+def _places(parameter: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Map places in the whole parameter, flat, to those in :func:`local`, and say which are there.
+
+    Returns:
+        Bool, of the places that are there; and int64, the place of each, if it is.
+    """
+    if _is_partitioned(parameter):
+        size = parameter.ds_tensor.numel()
+        places = at - size * dist.get_rank(parameter.ds_process_group)
+        return (places >= 0) & (places < size), places
+    if not isinstance(parameter, DTensor):
+        return torch.ones_like(at, dtype=torch.bool), at
+    (chunk,) = parameter.__create_chunk_list__()
+    inside, places = torch.ones_like(at, dtype=torch.bool), torch.zeros_like(at)
+    for index, start, size in zip(
+        torch.unravel_index(at, parameter.shape), chunk.offsets, chunk.sizes, strict=True
+    ):
+        inside &= (index >= start) & (index < start + size)
+        places = places * size + index - start
+    return inside, places
+
+
+def _groups(parameter: Tensor) -> Iterator[tuple[dist.ProcessGroup, torch.device]]:
+    """Yield the groups over which a parameter is sharded, and the device that they send from."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for dimension in range(mesh.ndim):
+            yield mesh.get_group(dimension), torch.device(mesh.device_type)
+    else:
+        yield parameter.ds_process_group, parameter.device
+
+
+def _put_zero3(parameter: Tensor, values: Tensor) -> None:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(values)
+    if hasattr(parameter, "_z3_optimizer"):  # trains a copy in float32
+        part = parameter.ds_tensor
+        start, flat = part.numel() * dist.get_rank(parameter.ds_process_group), values.reshape(-1)
+        own = flat[start : start + part.numel()].to(part.device, torch.float32)
+        own = F.pad(own, (0, part.numel() - own.numel()))
+        deepspeed.utils.safe_set_local_fp32_param(parameter, own)
+
+
+def _is_zero3(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    """Return whether this is a parameter of ZeRO-3 of which nothing but ``ds_tensor`` is here."""
+    return _is_zero3(parameter) and parameter.ds_status.name != "AVAILABLE"

@@ -1,0 +1,328 @@
+"""FSDP2 on two gloo processes: an adapter is saved, loaded and trained on as that of one process.
+
+Each scene runs on both ranks; the test of its name fails with what they raised.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from support.model_zoo import VOCAB, make_model, randomise, token_ids
+from support.ranks import errors_of, play, run_ranks
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.moextend import ExpertExtender
+
+IMAGE = 7  # not even: the ranks' parts differ
+CONFIG = ModalityLoraConfig(r=3, target_modules=("experts", "attention", "router"))
+RICH = {"experts": True, "projector": True}
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def make(family="mixtral", *, seed=1, experts=False, projector=False, **settings):
+    """Return a patched model with random adapters, and with what else an adapter can hold."""
+    model = make_model(family, **settings)
+    patched = patch_model(model, CONFIG)
+    add_modality_tokens(model, "image", IMAGE)
+    if experts:
+        ExpertExtender(model).extend([0], 2, init=0, calibration="additive")
+        ExpertExtender(model).extend("all", 1, init=1)
+    if projector:
+        ExpertExtender(model).add_projector(in_features=5)
+    randomise(patched, seed=seed)
+    model.train()
+    return patched
+
+
+def shard(model, mesh=None, **options):
+    mesh = mesh or init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return model
+
+
+def wrap(model):
+    """Wrap the layers for activation checkpointing, as accelerate does, and by torch.compile."""
+    layers = set(model.model.layers)
+    apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+
+
+def batch(rank, step):
+    """Make a batch: rank 0 gets pictures, rank 1 text only."""
+    ids = token_ids(2, 12, seed=10 * step + rank)
+    if rank == 0:
+        ids[:, 6:] = VOCAB + ids[:, 6:] % IMAGE
+    return ids
+
+
+def adamw(patched):
+    return torch.optim.AdamW(list(patched.trainable_parameters()), lr=1e-2)
+
+
+def train(patched, optimiser, rank, steps):
+    for step in steps:
+        ids = batch(rank, step)
+        patched.model(ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def whole(patched):
+    """Return all trainable parameters, gathered."""
+    return {
+        name: p.full_tensor() if isinstance(p, DTensor) else p.detach().clone()
+        for name, p in patched.named_trainable_parameters()
+    }
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def files(folder):
+    return [(folder / name).read_bytes() for name in ADAPTER]
+
+
+def saved_whole(patched, folder, rank):
+    """Save the adapter of a whole model, on rank 0 alone."""
+    if rank == 0:
+        patched.save_adapter(folder)
+    dist.barrier()
+    return files(folder)
+
+
+# --- scenes
+
+
+def saves_the_bytes_of_one_process(rank, folder):
+    for number, settings in enumerate(
+        (RICH, {"family": "olmoe", "tie_word_embeddings": True}, {"dtype": torch.bfloat16})
+    ):
+        expected = saved_whole(make(**settings), folder / f"whole-{number}", rank)
+        patched = make(**settings)
+        shard(patched.model)
+        patched.save_adapter(folder / f"sharded-{number}")
+        assert files(folder / f"sharded-{number}") == expected
+
+
+def saves_under_wrappers_on_two_dimensions_and_offloaded(rank, folder):
+    expected = saved_whole(make(), folder / "whole", rank)
+    for name, wrapped, options in (
+        ("wrapped", True, {}),
+        ("replicated", False, {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("r", "s"))}),
+        ("offloaded", False, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    ):
+        patched = make()
+        if wrapped:
+            wrap(patched.model)
+        shard(patched.model, **options)
+        patched.save_adapter(folder / name)
+        assert files(folder / name) == expected, name
+
+
+def saves_and_loads_after_an_evaluation(rank, folder):
+    """The root keeps whole copies of its parameters then, which are not what trains."""
+    patched = make()
+    expected = saved_whole(patched, folder / "whole", rank)
+    other = make(seed=2)
+    with torch.no_grad():
+        shard(patched.model)(batch(rank, 0))
+        shard(other.model)(batch(rank, 0))
+    patched.save_adapter(folder / "sharded")
+    assert files(folder / "sharded") == expected
+    other.load_adapter(folder / "whole")
+    with torch.no_grad():
+        other.model(batch(rank, 0))
+    assert_same(whole(other), whole(make()))
+
+
+def loads_into_a_sharded_model(rank, folder):
+    for number, settings in enumerate((RICH, {"dtype": torch.bfloat16})):
+        saved = make(**settings)
+        saved_whole(saved, folder / str(number), rank)
+        patched = make(seed=2, **settings)
+        shard(patched.model)
+        kept = list(patched.model.parameters())
+        patched.load_adapter(folder / str(number))
+        assert all(a is b for a, b in zip(patched.model.parameters(), kept, strict=True))
+        assert_same(whole(patched), whole(saved))
+
+
+def one_rank_alone_is_told_so(rank, folder):
+    patched = make()
+    expected = saved_whole(patched, folder / "whole", rank)
+    shard(patched.model)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="save_adapter was called on rank 0 of 2 alone"):
+            patched.save_adapter(folder / "sharded", timeout=0.5)
+        with pytest.raises(RuntimeError, match="load_adapter was called on rank 0 of 2 alone"):
+            patched.load_adapter(folder / "whole", timeout=0.5)
+    dist.barrier()
+    assert not (folder / "sharded").exists()
+    patched.save_adapter(folder / "sharded")  # the ranks still find each other
+    assert files(folder / "sharded") == expected
+
+
+def an_error_of_one_rank_is_that_of_all(rank, folder):
+    patched = make()
+    expected = saved_whole(patched, folder / "whole", rank)
+    shard(patched.model)
+    (folder / "file").touch()
+    dist.barrier()
+    error, match = (FileExistsError, "file") if rank == 0 else (RuntimeError, "on rank 0: FileEx")
+    with pytest.raises(error, match=match):
+        patched.save_adapter(folder / "file")
+    error, match = (
+        (FileNotFoundError, "no adapter") if rank == 1 else (RuntimeError, "on rank 1: F")
+    )
+    with pytest.raises(error, match=match):
+        patched.load_adapter(folder / ("whole", "nowhere")[rank])
+    other = make(seed=2)
+    other.save_adapter(folder / f"other-{rank}")
+    if rank == 1:
+        randomise(other, seed=3)
+        other.save_adapter(folder / f"other-{rank}")
+    with pytest.raises(RuntimeError, match="load_adapter found another file on rank . than on"):
+        patched.load_adapter(folder / f"other-{rank}")
+    patched.save_adapter(folder / "sharded")
+    assert files(folder / "sharded") == expected
+
+
+def what_could_not_be_loaded_is_refused_before_a_byte(rank, folder):
+    patched = make()
+    saved_whole(patched, folder / "whole", rank)
+    lacking = patch_model(make_model("mixtral"), CONFIG)
+    shard(lacking.model)
+    with pytest.raises(ValueError, match="tokens, experts or projectors that this sharded model"):
+        lacking.load_adapter(folder / "whole")
+    frozen = make()
+    frozen.model.model.layers[0].modality_lora.q_proj.lora_A.requires_grad_(False)
+    shard(frozen.model)
+    with pytest.raises(ValueError, match="q_proj.lora_A is frozen in this sharded .* was trained"):
+        frozen.load_adapter(folder / "whole")
+    other = patch_model(make_model("mixtral", seed=5), CONFIG)
+    add_modality_tokens(other.model, "image", IMAGE)
+    shard(other.model)
+    with pytest.raises(ValueError, match="trained on other base weights"):
+        other.load_adapter(folder / "whole")
+    shard(patched.model)
+    lora = patched.model.model.layers[0].modality_lora.q_proj
+    lora.lora_A = torch.nn.Parameter(lora.lora_A.detach()[..., :-1])
+    with pytest.raises(ValueError, match=r"q_proj.lora_A are not here: it has shape \(1, 3, 31\)"):
+        patched.save_adapter(folder / "sharded")
+    assert not (folder / "sharded").exists()
+
+
+def a_resumed_run_is_the_uninterrupted_one(rank, folder):
+    """The adapter and a distributed checkpoint of the optimiser are all that a run needs."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    patched = make(experts=True)
+    shard(patched.model)
+    optimiser = adamw(patched)
+    train(patched, optimiser, rank, range(2))
+    patched.save_adapter(folder / "adapter")
+    state = get_optimizer_state_dict(patched.model, optimiser, options=options)
+    dcp.save({"optimiser": state}, checkpoint_id=folder / "optimiser")
+    train(patched, optimiser, rank, range(2, 4))
+
+    resumed = make(experts=True, seed=2)
+    shard(resumed.model)
+    resumed.load_adapter(folder / "adapter")
+    again = adamw(resumed)
+    state = get_optimizer_state_dict(resumed.model, again, options=options)
+    dcp.load({"optimiser": state}, checkpoint_id=folder / "optimiser")
+    set_optimizer_state_dict(resumed.model, again, state, options=options)
+    train(resumed, again, rank, range(2, 4))
+    assert_same(whole(resumed), whole(patched))
+
+
+def distributed_checkpoints_hold_what_trains(rank, folder):
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    patched, other = make(**RICH), make(seed=2, **RICH)
+    for each in (patched, other):
+        shard(each.model)
+    state = get_model_state_dict(patched.model, options=options)
+    assert state.keys() == dict(patched.named_trainable_parameters()).keys()
+    dcp.save({"model": state}, checkpoint_id=folder / "trained")
+    state = get_model_state_dict(other.model, options=options)
+    dcp.load({"model": state}, checkpoint_id=folder / "trained")
+    set_model_state_dict(other.model, state, options=options)
+    assert_same(whole(other), whole(patched))
+
+
+def trains_as_one_process(rank, folder):
+    """Losses of both ranks' batches, one of them text only, with clipping and checkpointing."""
+    alone, patched = make(experts=True), make(experts=True)
+    for each in (alone, patched):
+        each.model.gradient_checkpointing_enable({"use_reentrant": False})
+    shard(patched.model)
+    optimisers = adamw(alone), adamw(patched)
+    for step in range(3):
+        both = [batch(each, step) for each in range(2)]
+        sum(alone.model(ids, labels=ids).loss / 2 for ids in both).backward()
+        patched.model(both[rank], labels=both[rank]).loss.backward()
+        for each, optimiser in zip((alone, patched), optimisers, strict=True):
+            torch.nn.utils.clip_grad_norm_(list(each.trainable_parameters()), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+    expected = whole(alone)
+    for name, tensor in whole(patched).items():
+        assert (tensor - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+
+SCENES = {
+    scene.__name__: scene
+    for scene in (
+        saves_the_bytes_of_one_process,
+        saves_under_wrappers_on_two_dimensions_and_offloaded,
+        saves_and_loads_after_an_evaluation,
+        loads_into_a_sharded_model,
+        one_rank_alone_is_told_so,
+        an_error_of_one_rank_is_that_of_all,
+        what_could_not_be_loaded_is_refused_before_a_byte,
+        a_resumed_run_is_the_uninterrupted_one,
+        distributed_checkpoints_hold_what_trains,
+        trains_as_one_process,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp2")
+    run_ranks(__file__, folder)
+    return errors_of(folder)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_it(scene, errors):
+    assert scene not in errors, errors[scene]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    play(SCENES, dist.get_rank(), Path(sys.argv[1]))
+    dist.barrier()
+    dist.destroy_process_group()
