@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moe_kernels.models import (
         ModalityLoraConfig,
         PatchedModel,
+        SaveAdapter,
         add_modality_tokens,
         initialise_lora,
         patch_model,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModalityLoraConfig",
     "PatchedModel",
+    "SaveAdapter",
     "add_modality_tokens",
     "backends",
     "initialise_lora",
@@ -34,6 +36,7 @@ registration.register()
 _FROM_MODELS = (
     "ModalityLoraConfig",
     "PatchedModel",
+    "SaveAdapter",
     "add_modality_tokens",
     "initialise_lora",
     "patch_model",

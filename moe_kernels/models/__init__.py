@@ -1,5 +1,6 @@
 """In-place patching of Hugging Face models."""
 
+from moe_kernels.models.callback import SaveAdapter
 from moe_kernels.models.config import ModalityLoraConfig
 from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
 from moe_kernels.models.patch import PatchedModel, patch_model
@@ -9,6 +10,7 @@ __all__ = [
     "LoraInitDiagnostics",
     "ModalityLoraConfig",
     "PatchedModel",
+    "SaveAdapter",
     "add_modality_tokens",
     "initialise_lora",
     "patch_model",

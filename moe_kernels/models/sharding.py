@@ -22,6 +22,13 @@ def is_sharded(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) or _is_zero3(parameter)
 
 
+def is_model_sharded(model: nn.Module) -> bool:
+    """Return whether an engine has sharded a model, also while some of its parameters are whole."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        map(is_sharded, model.parameters())
+    )
+
+
 def members(parameters: Iterable[Tensor]) -> tuple[int, ...] | None:
     """Return the ranks that hold the sharded ones of these parameters; None: none is sharded."""
     for parameter in parameters:
