@@ -196,7 +196,7 @@ REFUSALS = {
     ),
     "weights kept elsewhere": (
         model_with(emptied), ValueError,
-        "table is empty", "embedding", "patch the model before such an engine",
+        "table is empty", "embedding", "use FSDP2 (fully_shard)",
     ),
     "another layout": (
         model_with(biased), ValueError,

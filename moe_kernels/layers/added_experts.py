@@ -108,6 +108,10 @@ class AddedExperts(nn.Module):
         """Return whether ``gate_up_proj`` or ``down_proj`` requires grad."""
         return self.gate_up_proj.requires_grad or self.down_proj.requires_grad
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return ``gate_up_proj`` and ``down_proj`` as the ops take them."""
+        return self.gate_up_proj, self.down_proj
+
     def open_to(self, modality_ids: Tensor) -> Tensor | None:
         """Map (T,) ids to (T, 1) bool: rows that may choose these experts. None: all rows."""
         return None if self.modality_id is None else (modality_ids == self.modality_id)[:, None]

@@ -70,7 +70,7 @@ def load(patched: PatchState, folder: Path, timeout: float) -> None:
             _check_frozen(file, saved)
             _check_routing(patched, saved, find)
             if ranks is not None:
-                _check_settled(missing, saved, parameters)
+                _check_settled(patched, missing, saved, parameters)
             tensors = _read(patched, file, parameters)
         if ranks is not None:
             ranks.meet()  # before anything changes
@@ -216,12 +216,13 @@ def _check_frozen(file: TensorFile, saved: dict) -> None:
         raise ValueError(f"{file.path}: the field frozen names {unknown[0]}, which is not there")
 
 
-def _check_settled(missing: _Missing, saved: dict, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise ValueError if loading would change more than values, which an engine cannot follow."""
-    if missing != _Missing({}, [], {}):
+def _check_settled(
+    patched: PatchState, missing: _Missing, saved: dict, parameters: dict[str, nn.Parameter]
+) -> None:
+    """Raise ValueError if loading would change more of a sharded model than its engine follows."""
+    if missing != _Missing({}, [], {}) and (problem := sharding.problem(patched.model)):
         raise ValueError(
-            "the adapter has tokens, experts or projectors that this sharded model lacks: add "
-            "them, or load the adapter, before the model is sharded"
+            f"the adapter has tokens, experts or projectors that this model lacks, and {problem}"
         )
     if (frozen := saved.get("frozen")) is None:
         return

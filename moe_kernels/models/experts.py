@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from moe_kernels import ops
 from moe_kernels.layers import AddedExperts, ModalityLora
+from moe_kernels.models import sharding
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.registration import IMPLEMENTATION
 
@@ -51,12 +52,13 @@ def layout_problems(experts: nn.Module) -> list[str]:
 
 def _weight_problems(experts: nn.Module) -> list[str]:
     reasons, down = [], getattr(experts, "down_proj", None)
-    if not isinstance(down, nn.Parameter) or down.ndim != 3:
+    if not isinstance(down, nn.Parameter) or len(sharding.whole_shape(down)) != 3:
         reasons.append("no stacked down_proj")
     elif not experts.gate_up_proj.is_floating_point() or not down.is_floating_point():
         reasons.append(f"quantised expert weights ({experts.gate_up_proj.dtype})")
     else:
-        classes = {type(experts.gate_up_proj.data), type(down.data)} - {Tensor}
+        weights = [w for w in (experts.gate_up_proj, down) if not sharding.is_sharded(w)]
+        classes = {type(weight.data) for weight in weights} - {Tensor}
         reasons += [f"expert weights of class {cls.__name__}" for cls in classes]
     return reasons
 
@@ -95,8 +97,8 @@ def _stacked(added: Sequence[AddedExperts]) -> dict[str, Tensor | int]:
         return {}
     frozen = itertools.takewhile(lambda experts: not experts.ffn_trains, added)
     stacks = {"frozen_extra": sum(experts.num_added for experts in frozen)}
-    for name in ("gate_up_proj", "down_proj"):
-        weights = [getattr(experts, name) for experts in added]
+    pairs = zip(*(experts.weights() for experts in added), strict=True)
+    for name, weights in zip(("gate_up_proj", "down_proj"), pairs, strict=True):
         stacks[f"extra_{name}"] = weights[0] if len(weights) == 1 else torch.cat(weights)
     return stacks
 

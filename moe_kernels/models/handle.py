@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
+from moe_kernels.models import sharding
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.context import CopiedAlone, Forwards, Switches
 from moe_kernels.models.intact import Link, check_links, check_offload, without_wrappers
@@ -56,7 +57,8 @@ class PatchState(CopiedAlone):
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.links: tuple[Link, ...] = ()
         self.base_shapes = {
-            without_wrappers(name): tuple(p.shape) for name, p in model.named_parameters()
+            without_wrappers(name): tuple(sharding.whole_shape(parameter))
+            for name, parameter in model.named_parameters()
         }
 
     @property

@@ -18,6 +18,7 @@ from moe_kernels.init.coupling import check_names, import_pot
 from moe_kernels.init.lora import align, through, truncated_map
 from moe_kernels.init.sampling import smallest_keys
 from moe_kernels.layers import ModalityLora
+from moe_kernels.models import sharding
 from moe_kernels.models.config import ROUTER
 from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.models.projections import Projection
@@ -87,13 +88,14 @@ def initialise_lora(
 
     Raises:
         ValueError: the model is not patched, a name is unknown, adapters have been trained or have
-            ``lora_alpha`` 0, or the batches lack two tokens of each kind.
+            ``lora_alpha`` 0, the batches lack two tokens of each kind, or the model is sharded.
         ImportError, RuntimeError: see :func:`moe_kernels.init.gromov_wasserstein_lora`. No adapter
             has changed after any of these.
     """
     check_names(solver, metric)
     patched = get_patched(model)
     index = patched.modality_id(modality) - 1
+    sharding.check_whole(model, "initialise_lora")
     _check_settings(lora_init, max_tokens, ridge)
     import_pot()  # before the forwards, which take longest
     options = {"metric": metric, "solver": solver, "epsilon": epsilon, "max_memory": max_memory}

@@ -123,7 +123,7 @@ def _submodule(module: nn.Module | None, name: str) -> nn.Module | None:
 
 def _has_stacked_weights(module: nn.Module) -> bool:
     weight = getattr(module, "gate_up_proj", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 3
+    return isinstance(weight, nn.Parameter) and len(sharding.whole_shape(weight)) == 3
 
 
 def _routers(block: nn.Module) -> list[nn.Module]:
@@ -136,4 +136,5 @@ def _fits(router: nn.Module, experts: nn.Module) -> bool:
     stack, weight = getattr(experts, "gate_up_proj", None), getattr(router, "weight", None)
     if not (isinstance(stack, nn.Parameter) and isinstance(weight, nn.Parameter)):
         return False
-    return tuple(weight.shape) == (stack.shape[0], stack.shape[-1])
+    experts, *_, width = sharding.whole_shape(stack)
+    return tuple(sharding.whole_shape(weight)) == (experts, width)

@@ -20,6 +20,7 @@ from moe_kernels.models import (
     projectors,
     quantisation,
     routers,
+    sharding,
     tokens,
 )
 from moe_kernels.models.config import (
@@ -171,6 +172,9 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
     integers, 0 the base modality, m the m-th of ``config.modalities``, -1 padding. The class and
     other instances are not touched.
 
+    A model may be sharded already, by FSDP2 or by DeepSpeed ZeRO-3 before ``deepspeed.initialize``.
+    All ranks call this then, and add_modality_tokens after it.
+
     Args:
         model: a causal language model with experts as in Mixtral, OLMoE or Qwen-MoE.
         config: what to add; default: rank 16 on experts and attention for modality "image".
@@ -186,6 +190,7 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
             message names the obstacle, and nothing is patched.
     """
     config = config or ModalityLoraConfig()
+    sharding.reshard(model)
     find = RoutingFinder()
     parts, projections = _check_model(model, config, find)
     if config.backend is not None:
@@ -261,18 +266,20 @@ def _why_no_experts(parts: Sequence[LayerParts]) -> str:
 def _table_problems(model: PreTrainedModel) -> list[str]:
     """List why added tokens could not work."""
     reasons = []
-    if not getattr(model.get_input_embeddings(), "weight", torch.ones(1)).numel():
+    weight = getattr(model.get_input_embeddings(), "weight", torch.ones(1))
+    if not sharding.whole_shape(weight).numel():
         reasons.append(
-            "its embedding table is empty: DeepSpeed ZeRO-3 and FSDP1 keep weights elsewhere, so "
-            "patch the model before such an engine takes it"
+            "its embedding table is empty: FSDP1 keeps weights elsewhere; use FSDP2 (fully_shard)"
         )
+    if problem := sharding.problem(model):
+        reasons.append(problem)
     if "forward" in model.__dict__:
         reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
     for module, required in (
         (model.get_input_embeddings(), nn.Embedding),
         (model.get_output_embeddings(), nn.Linear),
     ):
-        if type(module) is not required:
+        if sharding.plain_class(module) is not required:
             reasons.append(f"a {type(module).__name__} where nn.{required.__name__} is needed")
         elif "forward" in module.__dict__:
             reasons.append(f"its {required.__name__} has a forward of its own (a device map?)")
@@ -293,7 +300,7 @@ def _layer_problems(parts: LayerParts, targets: tuple[str, ...], find: RoutingFi
             module = parts.attention.get(name)
             if module is None:
                 reasons.append(f'no self_attn.{name} (leave "attention" out of target_modules)')
-            elif type(module) is not nn.Linear:
+            elif sharding.plain_class(module) is not nn.Linear:
                 reasons.append(f"self_attn.{name} is {type(module).__name__}, not nn.Linear")
             elif "forward" in module.__dict__:
                 reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
@@ -338,7 +345,9 @@ def _attach_model(patched: PatchedModel) -> None:
     # Not set_experts_implementation: it refuses a subclass that a script defines by itself.
     model.config._experts_implementation = experts.IMPLEMENTATION
     table = model.get_input_embeddings()
-    zeros = torch.zeros(table.weight.shape[0], dtype=torch.int64, device=table.weight.device)
+    zeros = torch.zeros(
+        tokens.base_vocabulary(model), dtype=torch.int64, device=table.weight.device
+    )
     model.register_buffer("token_modality", zeros, persistent=False)
     patched.hooks.append(table.register_forward_hook(methods.RequireGrad(model)))
     methods.attach(patched)
@@ -359,17 +368,20 @@ def _detach_layer(parts: LayerParts) -> None:
 def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLora:
     config.check_rank(projection.name)
     weight = projection.weight
-    return ModalityLora(
+    *stack, out_features, in_features = sharding.whole_shape(weight)
+    lora = ModalityLora(
         len(config.modalities),
-        weight.shape[-1],
-        weight.shape[-2],
+        in_features,
+        out_features,
         config.rank(projection.name),
         config.alpha(projection.name),
-        num_experts=weight.shape[0] if weight.ndim == 3 else None,
+        num_experts=stack[0] if stack else None,
         shared_A=config.shared_A,
         device=weight.device,
         dtype=trainable_dtype(weight),
     )
+    sharding.shard_beside(lora, weight, "weights")
+    return lora
 
 
 def _set_config(model: nn.Module, old, new) -> None:

@@ -44,6 +44,7 @@ def attach(patched: PatchState, modality: str, projector: ModalityProjector) -> 
     if not hasattr(patched.model, PROJECTORS):
         setattr(patched.model, PROJECTORS, nn.ModuleDict())
     getattr(patched.model, PROJECTORS)[modality] = projector
+    sharding.shard_beside(projector, patched.model.get_input_embeddings().weight)
 
 
 def detach(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
-from moe_kernels.models import linear
+from moe_kernels.models import linear, sharding
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.ops.dtypes import without_autocast
@@ -173,7 +173,7 @@ def find_routing(router: nn.Module) -> Routing:
     name = type(router).__name__
     if "forward" in router.__dict__:
         raise ValueError(f"{name} has a forward of its own (a device map?)")
-    top_k, num_experts = getattr(router, "top_k", 0), router.weight.shape[0]
+    top_k, num_experts = getattr(router, "top_k", 0), sharding.whole_shape(router.weight)[0]
     if isinstance(top_k, int) and top_k > num_experts:
         raise ValueError(f"{name} chooses {top_k} experts of {num_experts}")
     candidates = None
@@ -265,7 +265,7 @@ def _trial(router: nn.Module, dtype: torch.dtype, training: bool) -> tuple[nn.Mo
     def values(like: Tensor) -> Tensor:
         if like.is_meta:
             return torch.randn(like.shape, generator=generator, device="cpu").to(dtype)
-        return like.detach().to(dtype)
+        return sharding.gather(like).to(dtype)
 
     trial.__dict__["_parameters"] = {
         name: parameter if parameter is None else nn.Parameter(values(parameter), False)

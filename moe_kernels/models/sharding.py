@@ -5,12 +5,13 @@ FSDP2 makes a parameter a DTensor. ZeRO-3 leaves an empty tensor, with the whole
 train copies of them in float32. FSDP1 joins parameters into one, and is not supported.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
@@ -47,6 +48,52 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def shard_beside(module: nn.Module, weight: Tensor, *methods: str) -> None:
+    """Let FSDP2 shard a new module over the ranks of a weight that it has sharded; else nothing.
+
+    All ranks call this together, and get the first one's values. The engine makes the parameters
+    whole when ``forward`` or one of ``methods`` is called, and keeps them so until the backward
+    pass: what a method returns is used after it.
+    """
+    if not isinstance(weight, DTensor):
+        return
+    mesh = weight.device_mesh
+    module.to(mesh.device_type)
+    for parameter, dimension in itertools.product(module.parameters(), range(mesh.ndim)):
+        dist.broadcast(parameter.detach(), group=mesh.get_group(dimension), group_src=0)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raise ValueError if a model is sharded; for functions that read many of its weights."""
+    if is_model_sharded(model):
+        raise ValueError(
+            f"{what} reads the weights of a model, and those of this one are sharded: call it "
+            "before fully_shard or deepspeed.initialize"
+        )
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before FSDP2 took it."""
+    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
+
+
+def problem(model: nn.Module) -> str | None:
+    """Return why nothing can be added to a model as it is sharded; None: it can."""
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "_z3_optimizer") for parameter in parameters):
+        return (
+            "DeepSpeed ZeRO-3 trains it already, and takes no new parameters: patch it, add tokens "
+            "or load the adapter before deepspeed.initialize"
+        )
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if sharded and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return "its parameters are DTensors that FSDP2 does not manage (tensor parallelism?)"
+    return None
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:

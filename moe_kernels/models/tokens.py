@@ -82,6 +82,9 @@ def add_modality_tokens(
             f"the model has tokens of modality {modality!r} already: add all of them in one call, "
             "after unpatch() and a new patch_model()"
         )
+    if problem := sharding.problem(model):
+        raise ValueError(f"tokens cannot be added: {problem}")
+    sharding.reshard(model)
     check_row_init(init, num_tokens, num_delimiters, features, init_options)
     first = model.token_modality.numel()
     new, diagnostics = _initial_rows(
@@ -186,7 +189,7 @@ def _initial_rows(
     """Draw rows of the embedding and, unless tied, of the head; return them with diagnostics."""
     rows, diagnostics = {}, {}
     for name, module in modules_with_rows(model).items():
-        weight = module.weight.detach()
+        weight = sharding.gather(module.weight)
         new, report = initial_rows(weight.float(), **options)
         rows[module] = new.to(trainable_dtype(weight))
         if report is not None:
@@ -194,21 +197,35 @@ def _initial_rows(
     return rows, diagnostics
 
 
+class AddedRows(nn.ParameterDict):
+    """Added rows (n, H) by modality, in the order of their ids."""
+
+    def joined(self) -> Tensor:
+        """Return the rows of all modalities."""
+        return torch.cat(list(self.values()))
+
+
 def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
+    sharded = sharding.is_sharded(module.weight)
     if not hasattr(module, ROWS):
-        setattr(module, ROWS, nn.ParameterDict())
+        setattr(module, ROWS, AddedRows())
         forward = _embedding_forward if isinstance(module, nn.Embedding) else _head_forward
         module.forward = types.MethodType(forward, module)
-    getattr(module, ROWS)[modality] = nn.Parameter(rows)
+    elif sharded:  # the engine takes no parameter into a module that it has
+        before = getattr(module, ROWS)
+        setattr(module, ROWS, AddedRows({k: sharding.gather(each) for k, each in before.items()}))
+    added = getattr(module, ROWS)
+    added[modality] = nn.Parameter(rows)
+    sharding.shard_beside(added, module.weight, "joined")
 
 
 def _added(module: nn.Module) -> Tensor:
     """Return all added rows (n, H) in the order of their ids, in the table's dtype."""
-    return torch.cat(list(getattr(module, ROWS).values())).to(module.weight.dtype)
+    return getattr(module, ROWS).joined().to(module.weight.dtype)
 
 
 def _num_added(module: nn.Module) -> int:
-    return sum(rows.shape[0] for rows in getattr(module, ROWS).values())
+    return sum(sharding.whole_shape(rows)[0] for rows in getattr(module, ROWS).values())
 
 
 def _embedding_forward(self: nn.Embedding, input_ids: Tensor) -> Tensor:

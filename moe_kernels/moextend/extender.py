@@ -12,7 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_kernels.layers import ModalityProjector
-from moe_kernels.models import ModalityLoraConfig, added_experts, patch_model, projectors
+from moe_kernels.models import (
+    ModalityLoraConfig,
+    added_experts,
+    patch_model,
+    projectors,
+    sharding,
+)
 from moe_kernels.models.config import ExtensionConfig, as_layer_index
 from moe_kernels.models.handle import get_patched, is_patched
 from moe_kernels.models.routers import RoutingFinder
@@ -172,9 +178,10 @@ class ExpertExtender:
         Raises:
             ValueError: layers or experts that do not exist, scores that are missing or of another
                 modality, a router that is not supported, a calibration or init that is unknown, or
-                a gate beside an extension without one. Nothing has changed then.
+                a gate beside an extension without one; or a sharded model. Nothing has changed.
         """
         self.patched.check_in_place()
+        sharding.check_whole(self.patched.model, "extend")
         scores = scores or self.scores
         if modality_gate or modality is not None:
             modality = self._modality(modality)
