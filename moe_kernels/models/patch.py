@@ -190,7 +190,6 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
             message names the obstacle, and nothing is patched.
     """
     config = config or ModalityLoraConfig()
-    sharding.reshard(model)
     find = RoutingFinder()
     parts, projections = _check_model(model, config, find)
     if config.backend is not None:
@@ -210,6 +209,7 @@ def _check_model(
     """Return the model's parts and the projections to adapt, after every check."""
     name = type(model).__name__
     _check_kind(model, name)
+    sharding.reshard(model)
     parts = find_parts(model)
     adapted = [each.layer for each in adapted_parts(config, parts)]
     if all(each.experts is None for each in parts):

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -226,6 +226,10 @@ def what_could_not_be_loaded_is_refused_before_a_byte(rank, folder):
     shard(other.model)
     with pytest.raises(ValueError, match="trained on other base weights"):
         other.load_adapter(folder / "whole")
+    model, mesh = make_model("mixtral"), init_device_mesh("cpu", (2,))
+    model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh))
+    with pytest.raises(ValueError, match=r"DTensors that FSDP2 does not manage \(tensor paral"):
+        patch_model(model)
     shard(patched.model)
     lora = patched.model.model.layers[0].modality_lora.q_proj
     lora.lora_A = torch.nn.Parameter(lora.lora_A.detach()[..., :-1])

@@ -188,6 +188,16 @@ def patches_what_is_sharded_already(rank, folder):
         patch_model(model, CONFIG)
 
 
+def a_running_engine_takes_no_parameters(rank, folder):
+    save(make(), folder / "adapter", rank)
+    patched = patch_model(make_model("mixtral"), CONFIG)
+    engine_of(patched, ENGINES["zero3"])
+    with pytest.raises(ValueError, match="tokens cannot be added: DeepSpeed ZeRO-3 trains it"):
+        add_modality_tokens(patched.model, "image", IMAGE)
+    with pytest.raises(ValueError, match="experts or projectors that this model lacks, and Deep"):
+        patched.load_adapter(folder / "adapter")
+
+
 def one_rank_alone_is_told_so(rank, folder):
     patched = make()
     engine_of(patched, ENGINES["zero3"])
@@ -203,6 +213,7 @@ SCENES = {
     **{name: scene(zero) for name, zero in ENGINES.items()},
     **{f"{name} bf16": in_bfloat16(ENGINES[name]) for name in ("zero2", "zero3")},
     "sharded already": patches_what_is_sharded_already,
+    "a running engine": a_running_engine_takes_no_parameters,
     "one rank alone": one_rank_alone_is_told_so,
 }
 
