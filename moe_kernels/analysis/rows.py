@@ -39,9 +39,9 @@ class RowModality(PerThread):
     Each thread has a forward of its own.
 
     It comes from the first of these that is available: ``observed``, which serves one forward; the
-    ``modality_ids`` argument of the call; ``modality_of(input_ids)``; a patched model's table of
-    token ids; the base modality, if the model is not patched. Padding, given as -1 or marked by the
-    attention mask, is -1.
+    ``modality_ids`` argument of the call; ``modality_of(input_ids)``; a patched model's ranges
+    of token ids; the base modality, if the model is not patched. Padding, given as -1 or marked by
+    the attention mask, is -1.
 
     Attributes:
         names: names of the modalities, the base modality first.
@@ -125,7 +125,7 @@ class RowModality(PerThread):
             if modality_ids.numel() == shape.numel():
                 modality_ids = modality_ids.view(shape)
         self._local.current = resolve_modality_ids(
-            module.token_modality if self.is_patched else modality_ids,
+            get_patched(module).modality_of if self.is_patched else torch.zeros_like,
             modality_ids,
             num_modalities=len(self.names) - 1,
             input_ids=input_ids,

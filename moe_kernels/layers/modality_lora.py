@@ -49,9 +49,20 @@ class ModalityLora(nn.Module):
         )
         self.lora_A = nn.Parameter(torch.empty(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(shape_B, device=device, dtype=dtype))
-        self.r, self.lora_alpha = r, lora_alpha
-        self.register_buffer("scaling", self._make_scaling(), persistent=False)
+        self.num_modalities, self.r, self.lora_alpha = num_modalities, r, lora_alpha
+        self._scaling = self._make_scaling()
         self.reset_parameters()
+
+    @property
+    def scaling(self) -> torch.Tensor:
+        """``lora_alpha / r`` for each modality, (M,) float32, beside ``lora_A``.
+
+        It is no buffer: a cast would round it, and where a model gets its values after it was made
+        (device meta, ``to_empty``, ``load_state_dict(assign=True)``) nothing would fill it again.
+        """
+        if self._scaling.device != self.lora_A.device:
+            self._scaling = self._make_scaling()
+        return self._scaling
 
     def reset_parameters(self) -> None:
         """Draw A uniformly within 1/sqrt(in), as ``nn.Linear`` and PEFT do, and set B to zero."""
@@ -67,13 +78,13 @@ class ModalityLora(nn.Module):
         return f"lora_A={tuple(self.lora_A.shape)}, lora_B={tuple(self.lora_B.shape)}"
 
     def _make_scaling(self) -> torch.Tensor:
-        scaling = self.lora_alpha / self.r
-        return torch.full((self.lora_A.shape[0],), scaling, device=self.lora_A.device)
+        values = (self.num_modalities,), self.lora_alpha / self.r
+        with torch.inference_mode(False):  # a tensor of inference mode could not train later
+            return torch.full(*values, dtype=torch.float32, device=self.lora_A.device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        # A cast of the model to bf16 must not round the scaling.
-        self.scaling = self._make_scaling()
+        self._scaling = self._make_scaling()  # now, not during a forward that may be captured
         return self
 
 

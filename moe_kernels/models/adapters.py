@@ -145,7 +145,7 @@ class _Missing:
 
 def _find_missing(patched: PatchState, saved: dict, find: RoutingFinder) -> _Missing:
     """Return what the model lacks; raise ValueError if it has other additions already."""
-    present, requested = tokens.token_counts(patched.model), saved["added_tokens"]
+    present, requested = patched.added_tokens, saved["added_tokens"]
     if present and list(present.items()) != list(requested.items()):
         raise ValueError(
             f"the adapter has added tokens {requested}, the model {present}; load the adapter into "

@@ -8,7 +8,7 @@ when activation checkpointing recomputes the layer, which a global or a hook on 
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
@@ -353,7 +353,7 @@ class EndForward:
 
 
 def resolve_modality_ids(
-    table: Tensor,
+    modality_of: Callable[[Tensor], Tensor],
     modality_ids: Tensor | None,
     *,
     num_modalities: int,
@@ -365,7 +365,7 @@ def resolve_modality_ids(
     """Return the (B, S) modality of each position: given, or by token id; -1 on padding.
 
     Args:
-        table: (V,) modality of each token id.
+        modality_of: maps token ids to modalities.
         modality_ids: (B, S) as given by the caller, or None.
         num_modalities: M.
         input_ids: (B, S) or None.
@@ -380,14 +380,15 @@ def resolve_modality_ids(
     """
     if input_ids is None and inputs_embeds is None:
         raise ValueError("give input_ids or inputs_embeds")
-    shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]
+    tokens = inputs_embeds if input_ids is None else input_ids
+    shape, device = tokens.shape[:2], tokens.device
     if modality_ids is None:
         if input_ids is None:
             raise ValueError(
                 "inputs_embeds say nothing of the tokens' modality: give modality_ids too, (B, S) "
                 "integers, 0 for the base modality, m for the m-th added one, -1 for padding"
             )
-        modality_ids = table[input_ids]
+        modality_ids = modality_of(input_ids)
     elif modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
         raise TypeError(f"modality_ids must be integers, got {modality_ids.dtype}")
     elif modality_ids.shape != shape:
@@ -396,9 +397,9 @@ def resolve_modality_ids(
         )
     elif _can_branch() and (not modality_ids.is_cuda or env.check_values()):
         checks.modality_range(modality_ids, num_modalities)
-    modality_ids = modality_ids.to(device=table.device, dtype=torch.int64)
+    modality_ids = modality_ids.to(device=device, dtype=torch.int64)
     if (real := find_real(attention_mask, shape[1], cache)) is not None:
-        modality_ids = torch.where(real.to(table.device), modality_ids, -1)
+        modality_ids = torch.where(real.to(device), modality_ids, -1)
     return modality_ids
 
 

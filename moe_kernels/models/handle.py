@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
@@ -37,6 +37,8 @@ class PatchState(CopiedAlone):
         hooks: handles of all hooks that patching registered.
         links: the places of the patched modules in the model.
         base_shapes: the shapes of the model's own parameters, by name.
+        base_vocabulary: V, the number of the model's own tokens.
+        added_tokens: the number of added tokens by modality, in the order of their ids, from V on.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class PatchState(CopiedAlone):
             without_wrappers(name): tuple(sharding.whole_shape(parameter))
             for name, parameter in model.named_parameters()
         }
+        self.base_vocabulary: int = model.get_input_embeddings().num_embeddings
+        self.added_tokens: dict[str, int] = {}
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:
@@ -81,6 +85,33 @@ class PatchState(CopiedAlone):
         if modality not in modalities:
             raise ValueError(f"the model is patched for {modalities}, not for {modality!r}")
         return modalities.index(modality) + 1
+
+    @property
+    def vocabulary(self) -> int:
+        """V + n, the number of the model's own tokens and the added ones."""
+        return self.base_vocabulary + sum(self.added_tokens.values())
+
+    def modality_token_ids(self, modality: str) -> range:
+        """Return the ids of the tokens added for a modality; empty if there are none."""
+        first = self.base_vocabulary
+        for name, count in self.added_tokens.items():
+            if name == modality:
+                return range(first, first + count)
+            first += count
+        return range(0)
+
+    def modality_of(self, input_ids: Tensor) -> Tensor:
+        """Return the modality, int64, of each token id: 0 below V, else that of its added token.
+
+        The ranges of ids are numbers of this handle, not a tensor: ``to_empty`` leaves the values
+        of a tensor undefined, and a table of zeros would switch all adapters off.
+        """
+        modality_ids = torch.zeros_like(input_ids, dtype=torch.int64)
+        first = self.base_vocabulary
+        for modality, count in self.added_tokens.items():
+            modality_ids = torch.where(input_ids >= first, self.modality_id(modality), modality_ids)
+            first += count
+        return modality_ids
 
     @property
     def adapters_enabled(self) -> bool:

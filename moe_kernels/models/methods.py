@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels import env
-from moe_kernels.models import tokens
 from moe_kernels.models.context import resolve_modality_ids
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
@@ -122,7 +121,7 @@ def _as_base(model: PreTrainedModel) -> PreTrainedModel:
     for name in (*_methods_of(type(model)), HANDLE):
         base.__dict__.pop(name, None)  # the user may have removed one
     base.config = copy.deepcopy(model.config)
-    size = base.config.vocab_size = tokens.base_vocabulary(model)
+    size = base.config.vocab_size = get_patched(model).base_vocabulary
     settings = base.generation_config = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [i for i in settings.suppress_tokens or () if i < size] or None
     return base
@@ -203,7 +202,7 @@ def _forward_of(model_class: type[PreTrainedModel]):
         if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
             _check_loss(self)
         modality_ids = resolve_modality_ids(
-            self.token_modality,
+            patched.modality_of,
             modality_ids,
             num_modalities=len(patched.config.modalities),
             input_ids=kwargs.get("input_ids"),
@@ -284,7 +283,8 @@ def _masks_added(model: PreTrainedModel, given: dict) -> bool:
     if suppressed is None:
         return True
     suppressed = {int(token_id) for token_id in suppressed}
-    first, stop = tokens.base_vocabulary(model), model.token_modality.numel()
+    patched = get_patched(model)
+    first, stop = patched.base_vocabulary, patched.vocabulary
     named = suppressed.intersection(range(first, stop))
     return bool(suppressed) and len(named) in (0, stop - first)
 
@@ -312,7 +312,7 @@ def _prepare_inputs_of(model_class: type[PreTrainedModel]):
                 start,
                 inputs["modality_ids"],
                 inputs["input_ids"],
-                self.token_modality,
+                patched.modality_of,
                 [patched.modality_id(name) for name in patched.config.sequence_modalities],
             )
         return inputs
@@ -324,7 +324,7 @@ def _columns_from(
     start: int,
     modality_ids: Tensor,
     input_ids: Tensor,
-    table: Tensor,
+    modality_of: Callable[[Tensor], Tensor],
     sequence_modality_ids: list[int],
 ) -> Tensor:
     """Return the modality (B, S) of ``input_ids`` (B, S), which fill the columns from ``start`` on.
@@ -334,7 +334,7 @@ def _columns_from(
     ``sequence_modality_ids``.
     """
     of_prompt = modality_ids[:, start : start + input_ids.shape[1]]
-    later = table[input_ids[:, of_prompt.shape[1] :]]
+    later = modality_of(input_ids[:, of_prompt.shape[1] :])
     last = modality_ids[:, -1:].to(later)
     for modality_id in sequence_modality_ids:
         later = torch.where((later == 0) & (last == modality_id), last, later)

@@ -86,13 +86,8 @@ def contents(
 ) -> tuple[dict[str, int], Sequence[ExtensionConfig], dict[str, dict[str, int]]]:
     """Return what a model has beside its low-rank pairs, as :func:`expected_shapes` takes it."""
     model = patched.model
-    # Rows themselves may have been emptied; the table of modalities has not.
-    counts = {
-        name: int((model.token_modality == patched.modality_id(name)).sum())
-        for name in tokens.token_counts(model)
-    }
     settings = {k: p.settings() for k, p in projectors.projectors(model).items()}
-    return counts, patched.extensions, settings
+    return dict(patched.added_tokens), patched.extensions, settings
 
 
 def expected_shapes(

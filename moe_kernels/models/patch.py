@@ -84,10 +84,6 @@ class PatchedModel(PatchState):
             if parameter.requires_grad:
                 yield name, parameter
 
-    def modality_token_ids(self, modality: str) -> range:
-        """Return the ids of the tokens added for a modality; empty if there are none."""
-        return tokens.modality_token_ids(self.model, modality)
-
     def save_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.
 
@@ -152,7 +148,6 @@ class PatchedModel(PatchState):
         if model.__dict__.pop("_original_forward", None) is not None:
             # accelerate's autocast went with our forward: it may wrap the model again.
             model.__dict__.pop("_is_accelerate_prepared", None)
-        del model.token_modality
         _set_config(model, model.config, self._original_config)
         quantisation.restore(model, self._quantisation)
         model.generation_config = self._original_generation_config
@@ -345,10 +340,6 @@ def _attach_model(patched: PatchedModel) -> None:
     # Not set_experts_implementation: it refuses a subclass that a script defines by itself.
     model.config._experts_implementation = experts.IMPLEMENTATION
     table = model.get_input_embeddings()
-    zeros = torch.zeros(
-        tokens.base_vocabulary(model), dtype=torch.int64, device=table.weight.device
-    )
-    model.register_buffer("token_modality", zeros, persistent=False)
     patched.hooks.append(table.register_forward_hook(methods.RequireGrad(model)))
     methods.attach(patched)
     patched.links = find_links(model, patched.parts)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_kernels import schema, tensor_files
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import adapter_files, schemas, tokens
+from moe_kernels.models import adapter_files, schemas
 from moe_kernels.models.adapter_files import NAMES
 from moe_kernels.models.config import (
     EXPERT_PROJECTIONS,
@@ -84,7 +84,7 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
             files do not hold; or a parameter that is not whole or not finite.
     """
     index = patched.modality_id(modality) - 1
-    if added := tokens.token_counts(patched.model):
+    if added := patched.added_tokens:
         raise ValueError(f"PEFT's files do not hold added tokens, the model has {added}")
     if patched.extensions:
         raise ValueError("PEFT's files do not hold added experts, the model has some")

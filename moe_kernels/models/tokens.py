@@ -74,10 +74,10 @@ def add_modality_tokens(
         RuntimeError: POT's coupling cannot be used. Nothing has changed after any of these.
     """
     patched = get_patched(model)
-    modality_id = patched.modality_id(modality)
+    patched.modality_id(modality)
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
-    if modality in _rows(model.get_input_embeddings()):
+    if modality in patched.added_tokens:
         raise ValueError(
             f"the model has tokens of modality {modality!r} already: add all of them in one call, "
             "after unpatch() and a new patch_model()"
@@ -86,7 +86,7 @@ def add_modality_tokens(
         raise ValueError(f"tokens cannot be added: {problem}")
     sharding.reshard(model)
     check_row_init(init, num_tokens, num_delimiters, features, init_options)
-    first = model.token_modality.numel()
+    first = patched.vocabulary
     new, diagnostics = _initial_rows(
         model,
         num_tokens=num_tokens,
@@ -103,7 +103,8 @@ def add_modality_tokens(
         _attach_rows(model, modality, new)
         if diagnostics:
             patched.init_diagnostics[modality] = diagnostics
-        _grow_vocabulary(model, ids, modality_id)
+        patched.added_tokens[modality] = num_tokens
+        _grow_vocabulary(model, ids)
         return ids
 
 
@@ -117,34 +118,11 @@ def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Ten
         head.forward = types.MethodType(_head_forward, head)
 
 
-def _grow_vocabulary(model: PreTrainedModel, ids: range, modality_id: int) -> None:
-    """Let the model's table of modalities, sizes and generation settings know the new ids."""
-    new = torch.full((len(ids),), modality_id, device=model.token_modality.device)
-    model.token_modality = torch.cat([model.token_modality, new])
+def _grow_vocabulary(model: PreTrainedModel, ids: range) -> None:
+    """Let the model's sizes and generation settings know the new ids."""
     _set_vocab_size(model, ids.stop)
     suppressed = model.generation_config.suppress_tokens or []
     model.generation_config.suppress_tokens = [*suppressed, *ids]
-
-
-def modality_token_ids(model: PreTrainedModel, modality: str) -> range:
-    """Return the ids of a modality's added tokens; empty if there are none."""
-    first = base_vocabulary(model)
-    for name, rows in _rows(model.get_input_embeddings()).items():
-        if name == modality:
-            return range(first, first + sharding.whole_shape(rows)[0])
-        first += sharding.whole_shape(rows)[0]
-    return range(0)
-
-
-def base_vocabulary(model: PreTrainedModel) -> int:
-    """Return V, the number of rows of the model's own table."""
-    return sharding.whole_shape(model.get_input_embeddings().weight)[0]
-
-
-def token_counts(model: PreTrainedModel) -> dict[str, int]:
-    """Return the number of added tokens by modality, in the order in which they were added."""
-    rows = _rows(model.get_input_embeddings())
-    return {name: sharding.whole_shape(each)[0] for name, each in rows.items()}
 
 
 def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Module]:

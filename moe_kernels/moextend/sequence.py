@@ -75,7 +75,7 @@ def join_features_and_text(
     follows_padding = torch.cat([first, attention_mask[:, :-1]], dim=1) == 0
     return {
         "inputs_embeds": embeddings.gather(1, order[..., None].expand_as(embeddings)),
-        "modality_ids": arrange(feature_modality, model.token_modality[input_ids], -1),
+        "modality_ids": arrange(feature_modality, get_patched(model).modality_of(input_ids), -1),
         "attention_mask": attention_mask,
         "labels": arrange(feature_labels, labels, IGNORE).masked_fill(follows_padding, IGNORE),
     }

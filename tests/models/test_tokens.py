@@ -109,12 +109,13 @@ def test_two_modalities_in_turn(tied):
     assert (sound, image) == (range(VOCAB, VOCAB + 3), range(VOCAB + 3, VOCAB + 7))
     assert patched.modality_token_ids("sound") == sound
     assert patched.modality_token_ids("image") == image
-    assert model.token_modality.tolist() == [0] * VOCAB + [2] * 3 + [1] * 4
+    ids = torch.arange(VOCAB + 7)[None]
+    modality_ids = patched.modality_of(ids)
+    assert modality_ids[0].tolist() == [0] * VOCAB + [2] * 3 + [1] * 4
     assert model.generation_config.suppress_tokens == list(range(VOCAB, VOCAB + 7))
     randomise(patched)
-    ids = torch.arange(VOCAB + 7)[None]
     with torch.no_grad():
-        given = model(ids, modality_ids=model.token_modality[None]).logits
+        given = model(ids, modality_ids=modality_ids).logits
         assert torch.equal(model(ids).logits, given)
     rows = model.get_input_embeddings().added_rows
     assert torch.equal(model.get_input_embeddings()(ids)[0, -7:], torch.cat(list(rows.values())))

@@ -108,7 +108,6 @@ def test_the_layer_by_hand(family):
             ):
                 key = f"model.layers.{index}.{name}"
                 state[key] = torch.cat([state[key], own.detach()])
-    state.pop("token_modality", None)
     twin.load_state_dict(state)
     ids = token_ids(2, 20)
     expected = logits(twin, {"input_ids": ids})

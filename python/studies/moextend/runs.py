@@ -371,7 +371,7 @@ def train_base_experts(model: PreTrainedModel) -> None:
 def add(setup: Setup, run: Run, extender: ExpertExtender) -> dict[str, tuple[int, ...]]:
     """Add what trains; return the layers that got experts and the experts that were copied."""
     if run.method == "all_tokens":
-        extender.model.token_modality.fill_(1)
+        extender.patched.modality_of = torch.ones_like  # text too is the modality
     if run.method == "full":
         extender.model.requires_grad_(True)
         if run.task == "pictures":

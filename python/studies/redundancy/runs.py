@@ -303,7 +303,7 @@ def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painte
         other = "head" if run.init_where == "embedding" else "embedding"
         restart_rows(model, other, setup.seed)
     if run.method == "all_tokens":
-        model.token_modality.fill_(1)
+        painter.patched.modality_of = torch.ones_like  # text too is the modality
     if run.method in ("rows", "copy", "added_experts"):
         for name, parameter in painter.patched.named_trainable_parameters():
             parameter.requires_grad_("modality_lora" not in name)
