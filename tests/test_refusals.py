@@ -236,7 +236,7 @@ REFUSALS = {
     ),
     "a fused loss head": (
         patched_with(fused_head), RuntimeError,
-        "got no modality_ids", "replaced model.forward after patch_model", "switch them off",
+        "replaced model.forward after patch_model", "tests.test_refusals.", "switch it off",
     ),
     "the inner model": (
         patched_with(lambda model, _: model.model(IDS)), RuntimeError,

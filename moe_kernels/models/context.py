@@ -24,10 +24,19 @@ from moe_kernels.ops.gradients import in_graph_capture, in_transform
 
 MISSING = (
     "this layer got no modality_ids, which the patched model's own forward derives from input_ids "
-    "or takes as modality_ids=: call that, not the inner model or a layer. If you do, something "
-    "replaced model.forward after patch_model, as fused loss heads do (Liger's, TRL's): switch "
-    "them off"
+    "or takes as modality_ids=: call that, not the inner model or a layer"
 )
+
+
+@dataclass
+class ModelCall:
+    """State of one forward of a patched model.
+
+    Attributes:
+        head_ran: the head has given logits, those of added tokens among them.
+    """
+
+    head_ran: bool = False
 
 
 @dataclass
@@ -124,6 +133,28 @@ class Switches(PerThread):
         self.adapters_enabled = True
         self.added_tokens_enabled = True
         self._held_in_training = False
+
+    @property
+    def call(self) -> ModelCall | None:
+        """The model's own forward that runs in this thread, or None."""
+        return getattr(self._local, "call", None)
+
+    @property
+    def awaits_head(self) -> bool:
+        """True while a fused head has run the inner model and not asked for the head yet."""
+        return getattr(self._local, "awaits_head", False)
+
+    @awaits_head.setter
+    def awaits_head(self, awaits: bool) -> None:
+        self._local.awaits_head = awaits
+
+    @contextlib.contextmanager
+    def in_forward(self) -> Iterator[ModelCall]:
+        """Let ``call`` be a new one within."""
+        before = self.call
+        with ending_with(lambda: setattr(self._local, "call", before)):
+            self._local.call = call = ModelCall()
+            yield call
 
     def uses_adapters(self) -> bool:
         """Return whether forwards of this thread add low-rank updates."""

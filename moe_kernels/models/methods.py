@@ -9,16 +9,17 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_kernels import env
-from moe_kernels.models.context import resolve_modality_ids
 from moe_kernels.models.experts import IMPLEMENTATION
+from moe_kernels.models.forwards import forward_of
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
-from moe_kernels.models.intact import check_experts, check_links, check_offload, needs_ours
+from moe_kernels.models.intact import needs_ours
+from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parameters import check_values
+from moe_kernels.models.tokens import JoinedHead
 
 _LOSS = "_loss_function"  # where transformers looks for a model's own loss
 
@@ -48,7 +49,8 @@ def _methods_of(model_class: type[PreTrainedModel]) -> dict:
     batching = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
     return {
         **{n: _refuse_continuous_batching for n in batching if hasattr(model_class, n)},
-        "forward": _forward_of(model_class),
+        "forward": forward_of(model_class),
+        "get_output_embeddings": _get_output_embeddings_of(model_class),
         "generate": _generate_of(model_class),
         "prepare_inputs_for_generation": _prepare_inputs_of(model_class),
         "resize_token_embeddings": _refuse_resize,
@@ -56,32 +58,6 @@ def _methods_of(model_class: type[PreTrainedModel]) -> dict:
         "set_experts_implementation": _set_experts_implementation,
         "_replicate_for_data_parallel": _refuse_data_parallel,
     }
-
-
-class LossOverColumns:
-    """Loss of a patched model, over as many classes as the logits have columns.
-
-    transformers passes the vocabulary's size, which all threads share, while one of them may have
-    left out the added tokens.
-
-    Attributes:
-        loss: the loss before patching.
-        before: what the model itself had as its loss then; None: nothing.
-    """
-
-    def __init__(self, loss: Callable, before: Callable | None):
-        self.loss, self.before = loss, before
-        self.__name__ = getattr(loss, "__name__", type(loss).__name__)
-
-    def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs) -> Tensor:
-        columns = logits.shape[-1]
-        reads = not labels.is_cuda or env.check_values()
-        if columns < vocab_size and reads and (labels >= columns).any():
-            raise ValueError(
-                f"labels has id {int(labels.max())} of an added token, which has no logit within "
-                f"text_only() (ids below {columns}): leave it for this batch"
-            )
-        return self.loss(logits=logits, labels=labels, vocab_size=columns, **kwargs)
 
 
 def _refuse_resize(self: PreTrainedModel, *args, **kwargs) -> NoReturn:
@@ -140,109 +116,27 @@ def _set_experts_implementation(self: PreTrainedModel, experts_implementation) -
     type(self).set_experts_implementation(self, experts_implementation)
 
 
+@functools.cache
+def _get_output_embeddings_of(model_class: type[PreTrainedModel]):
+    """Return a ``get_output_embeddings`` that shows added rows to a fused head, and only to it."""
+    inner = model_class.get_output_embeddings
+
+    @functools.wraps(inner)
+    def get_output_embeddings(self):
+        switches = get_patched(self).switches
+        if not switches.awaits_head:
+            return inner(self)
+        switches.awaits_head = False
+        return JoinedHead(inner(self))
+
+    return get_output_embeddings
+
+
 def _refuse_data_parallel(self: PreTrainedModel) -> NoReturn:
     raise RuntimeError(
         "nn.DataParallel is not supported: its replicas would share one mask; use "
         "DistributedDataParallel (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
     )
-
-
-class RequireGrad:
-    """Hook of the embedding that applies :func:`require_grad_for_checkpointing` to its output."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return require_grad_for_checkpointing(self.model, output)
-
-
-def require_grad_for_checkpointing(
-    model: PreTrainedModel, embeddings: torch.Tensor
-) -> torch.Tensor:
-    """Let embeddings require grad under checkpointing.
-
-    Reentrant checkpointing gives no gradients unless an input of the layers requires grad.
-    """
-    if embeddings.requires_grad or not _recomputes(model):
-        return embeddings
-    return embeddings.detach().requires_grad_()
-
-
-def _recomputes(model: PreTrainedModel) -> bool:
-    """Return whether the backward pass of a forward now would compute layers again."""
-    if not model.training or not torch.is_grad_enabled():
-        return False
-    return any(
-        getattr(module, "gradient_checkpointing", False)
-        or "_checkpoint_wrapped_module" in module._modules  # the wrapper of torch.distributed
-        for module in model.modules()
-    )
-
-
-@functools.cache
-def _forward_of(model_class: type[PreTrainedModel]):
-    """Return the class's ``forward`` with ``modality_ids``, which Trainer and generate() see."""
-    inner = model_class.forward
-    signature = inspect.signature(inner)
-    names = list(signature.parameters)[1:]
-
-    @functools.wraps(inner)
-    def forward(self, *args, modality_ids=None, **kwargs):
-        if args:
-            signature.bind(self, *args, **kwargs)  # refuses one too many, or one given twice
-            kwargs.update(zip(names, args, strict=False))
-        if kwargs.get("inputs_embeds") is not None:
-            kwargs["inputs_embeds"] = require_grad_for_checkpointing(self, kwargs["inputs_embeds"])
-        patched = get_patched(self)
-        check_links(patched.links)
-        check_offload(self)
-        check_experts(patched.parts)
-        patched.switches.check_recompute(self.training or torch.is_grad_enabled())
-        if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
-            _check_loss(self)
-        modality_ids = resolve_modality_ids(
-            patched.modality_of,
-            modality_ids,
-            num_modalities=len(patched.config.modalities),
-            input_ids=kwargs.get("input_ids"),
-            inputs_embeds=kwargs.get("inputs_embeds"),
-            attention_mask=kwargs.get("attention_mask"),
-            cache=cache_of(kwargs),
-        )
-        if not patched.adapters_enabled:
-            # The ids carry this, since checkpointing hands them to its recompute; a switch would
-            # be read anew.
-            modality_ids = modality_ids.clamp(max=0)
-        if not patched.switches.uses_added_experts():
-            kwargs["added_experts"] = False  # a keyword of the layers, for the same reason
-        before = patched.forwards.begin()
-        try:
-            return inner(self, modality_ids=modality_ids, **kwargs)
-        finally:
-            patched.forwards.end(before)
-
-    # accelerate removes autocast by unwrapping down to the innermost function.
-    del forward.__wrapped__
-    parameters = list(signature.parameters.values())
-    keyword = inspect.Parameter("modality_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-    position = next(
-        (i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD),
-        len(parameters),
-    )
-    forward.__signature__ = signature.replace(
-        parameters=[*parameters[:position], keyword, *parameters[position:]]
-    )
-    return forward
-
-
-def _check_loss(model: PreTrainedModel) -> None:
-    """Raise unless the model's loss counts the logits' columns."""
-    if not isinstance(loss := model.loss_function, LossOverColumns):
-        raise RuntimeError(
-            f"the model's loss was set to {getattr(loss, '__name__', loss)} after patch_model, and "
-            "takes the vocabulary with added tokens: within text_only(), set it before patch_model"
-        )
 
 
 @functools.cache

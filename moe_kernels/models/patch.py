@@ -30,6 +30,7 @@ from moe_kernels.models.config import (
     ModalityLoraConfig,
 )
 from moe_kernels.models.context import EndForward, ModalityContext, TakeModalityIds
+from moe_kernels.models.forwards import ForeignForward, RequireGrad
 from moe_kernels.models.handle import PatchState, is_patched
 from moe_kernels.models.intact import find_links
 from moe_kernels.models.parts import LayerParts, find_parts, trainable_dtype
@@ -340,7 +341,8 @@ def _attach_model(patched: PatchedModel) -> None:
     # Not set_experts_implementation: it refuses a subclass that a script defines by itself.
     model.config._experts_implementation = experts.IMPLEMENTATION
     table = model.get_input_embeddings()
-    patched.hooks.append(table.register_forward_hook(methods.RequireGrad(model)))
+    patched.hooks.append(table.register_forward_hook(RequireGrad(model)))
+    patched.hooks += ForeignForward(model).register()
     methods.attach(patched)
     patched.links = find_links(model, patched.parts)
 

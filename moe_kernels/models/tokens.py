@@ -217,6 +217,8 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
     # Two GEMMs: one over joined weights would change the bits of text logits.
     text = F.linear(hidden_states, self.weight, self.bias)
     switches: Switches = self.__dict__[_SWITCHES]
+    if switches.call is not None:
+        switches.call.head_ran = True
     if switches.masks_added_tokens():
         added = text.new_full((*text.shape[:-1], _num_added(self)), torch.finfo(text.dtype).min)
     elif switches.uses_added_tokens():
@@ -224,6 +226,40 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
     else:
         return text
     return torch.cat([text, added], dim=-1)
+
+
+class JoinedHead:
+    """The head as a fused loss reads it, with ``weight`` (V + n, H) of text and added rows.
+
+    All else is the head's own. The rows get gradients through ``weight``, whose text rows are the
+    frozen ones, bit for bit.
+    """
+
+    def __init__(self, head: nn.Linear):
+        self._head = head
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._head, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """Text rows, then added rows, (V + n, H)."""
+        head = self._head
+        for name, each in (("weight", head.weight), *getattr(head, ROWS).items()):
+            if type(each.data) is not Tensor or each.shape[0] == 0:
+                raise RuntimeError(
+                    f"a fused head cannot read the {name} of lm_head, which is sharded "
+                    f"({type(each.data).__name__}, {tuple(each.shape)}): shard the head in one "
+                    "unit with the whole model (FSDP2), or use patched.fused_loss = True in "
+                    "transformers' Trainer"
+                )
+        return torch.cat([head.weight, _added(head)])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The head's bias with zeros for the added rows, or None."""
+        bias = self._head.bias
+        return None if bias is None else F.pad(bias, (0, _num_added(self._head)))
 
 
 def _new_names(tokenizer, modality: str, ids: range) -> list[str]:

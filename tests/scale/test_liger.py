@@ -1,0 +1,21 @@
+"""Liger's fused cross-entropy, which reads lm_head.weight alone: refused by name."""
+
+import pytest
+import torch
+from support.model_zoo import VOCAB, token_ids
+from support.patched_models import patched_model
+
+pytestmark = pytest.mark.scale
+liger = pytest.importorskip("liger_kernel.transformers", reason="make test-scale installs it")
+OFF = {"rope": False, "rms_norm": False, "swiglu": False}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["by token id", "given ids"])
+def test_on_a_patched_instance(given):
+    model, _ = patched_model("mixtral", num_tokens=4)
+    liger.apply_liger_kernel_to_mixtral(model=model, fused_linear_cross_entropy=True, **OFF)
+    ids = token_ids(2, 6, vocab=VOCAB + 4)
+    modality_ids = {"modality_ids": torch.ones_like(ids)} if given else {}
+    message = r"liger_kernel\..*lce_forward replaced model.forward after patch_model.*switch it off"
+    with pytest.raises(RuntimeError, match=message):
+        model.train()(ids, labels=ids, **modality_ids)

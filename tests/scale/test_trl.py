@@ -1,0 +1,189 @@
+"""TRL's trainers train a patched model as a loop by hand does: their fused head sees added rows."""
+
+import copy
+
+import pytest
+import torch
+from support.model_zoo import VOCAB, token_ids
+from support.patched_models import patched_model
+from torch.nn import functional as F
+
+from moe_kernels import ModalityLoraConfig
+from moe_kernels.models.handle import get_patched
+from moe_kernels.testing import relative_rms
+
+pytestmark = pytest.mark.scale
+trl = pytest.importorskip("trl", reason="make test-scale installs it")
+IMAGE = 8
+RATE = 1.0  # so that the step of SGD shows the gradient to all of its digits
+TARGETS = ("experts", "attention", "router")
+
+
+def make_patched(**settings):
+    model, patched = patched_model(
+        "mixtral", ModalityLoraConfig(r=4, target_modules=TARGETS), num_tokens=IMAGE, **settings
+    )
+    model.config.router_aux_loss_coef = 0.0  # TRL would add the balance loss
+    return model.train(), patched
+
+
+def make_tokenizer():
+    """Return a tokenizer with a word for each id, those of images among them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<eos>", *(f"t{i}" for i in range(2, VOCAB + IMAGE))]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def ids_of(seed, length):
+    """Return (length,) ids, three of them of an image."""
+    ids = token_ids(1, length, seed=seed)[0].clamp(min=2)
+    ids[3:6] = VOCAB + ids[3:6] % IMAGE
+    return ids
+
+
+def words(ids):
+    return " ".join(f"t{i}" for i in ids.tolist())
+
+
+def settings(folder, **more):
+    return {
+        "output_dir": str(folder), "max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False,
+        "learning_rate": RATE, "lr_scheduler_type": "constant", "optim": "sgd",
+        "max_grad_norm": 1e9, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
+    } | more  # fmt: skip
+
+
+def gradients_of(trainer, patched):
+    """Return the gradients of the step that SGD took."""
+    before = {name: p.detach().clone() for name, p in patched.named_trainable_parameters()}
+    trainer.train()
+    named = patched.named_trainable_parameters()
+    return {name: (before[name] - p.detach()) / RATE for name, p in named}
+
+
+def assert_same_gradients(found, patched):
+    for name, parameter in patched.named_trainable_parameters():
+        assert relative_rms(found[name], parameter.grad) < 2e-4, name
+    assert patched.model.lm_head.added_rows["image"].grad.any()
+
+
+def dataset(rows):
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+# --- supervised finetuning
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_sft(packing, reentrant, tied, tmp_path):
+    """Completion-only loss with activation checkpointing, on rows that are packed or padded."""
+    examples = [ids_of(seed, 8 + seed) for seed in range(6)]
+    rows = [
+        {"input_ids": ids.tolist(), "completion_mask": [0] * 3 + [1] * (len(ids) - 3)}
+        for ids in examples
+    ]
+    model, patched = make_patched(tie_word_embeddings=tied)
+    args = trl.SFTConfig(**settings(
+        tmp_path, per_device_train_batch_size=6, packing=packing, max_length=32,
+        completion_only_loss=True, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    ))  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model, args, train_dataset=dataset(rows), processing_class=make_tokenizer()
+    )
+    if packing:
+        assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape == (1, 63)
+    found = gradients_of(trainer, patched)
+    by_hand, patched = make_patched(tie_word_embeddings=tied)
+    count = sum(len(ids) - 3 for ids in examples)
+    total = 0
+    for ids in examples:
+        labels = ids.clone()
+        labels[:3] = -100
+        loss = by_hand(ids[None], labels=labels[None], num_items_in_batch=count).loss
+        loss.backward()
+        total += loss.item()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total, rel=1e-5)
+    assert_same_gradients(found, patched)
+
+
+# --- preferences
+
+
+def sequence_log_probs(model, prompt, completion):
+    """Return the log probability of a completion, a scalar."""
+    ids = torch.cat([prompt, completion, torch.tensor([1])])  # TRL ends a completion by eos
+    scores = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
+    return scores.gather(1, ids[1:, None])[len(prompt) - 1 :].sum()
+
+
+def scaled(model):
+    """Return the handle of a model whose adapters are those of the reference, times 1.3."""
+    patched = get_patched(model)
+    with torch.no_grad():
+        for parameter in patched.trainable_parameters():
+            parameter.mul_(1.3)
+    return patched
+
+
+def test_dpo(tmp_path):
+    """The reference is a deepcopy of the patched model."""
+    triples = [(ids_of(i, 7), ids_of(20 + i, 6), ids_of(40 + i, 8)) for i in range(2)]
+    columns = ("prompt", "chosen", "rejected")
+    rows = [dict(zip(columns, map(words, triple), strict=True)) for triple in triples]
+    for row in rows:
+        row["prompt"] += " "  # TRL joins prompt and completion
+    model, _ = make_patched()
+    by_hand, reference = copy.deepcopy(model), copy.deepcopy(model)
+    args = trl.DPOConfig(**settings(tmp_path, per_device_train_batch_size=2, beta=0.5))
+    patched = scaled(model)
+    trainer = trl.DPOTrainer(
+        model,
+        copy.deepcopy(reference),
+        args,
+        train_dataset=dataset(rows),
+        processing_class=make_tokenizer(),
+    )
+    found = gradients_of(trainer, patched)
+    expected = scaled(by_hand)
+    losses = []
+    for prompt, chosen, rejected in triples:
+        ours, theirs = (
+            sequence_log_probs(m, prompt, chosen) - sequence_log_probs(m, prompt, rejected)
+            for m in (by_hand, reference)
+        )
+        losses.append(-F.logsigmoid(0.5 * (ours - theirs.detach())))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_same_gradients(found, expected)
+
+
+def test_grpo(tmp_path):
+    """It starts, generates from prompts with image tokens, and steps."""
+    rows = [{"prompt": words(ids_of(i, 7))} for i in range(2)]
+    model, patched = make_patched()
+    args = trl.GRPOConfig(**settings(
+        tmp_path, per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
+        beta=0.0,
+    ))  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(c.count("t2")) + len(c) for c in completions],
+        args=args,
+        train_dataset=dataset(rows),
+        processing_class=make_tokenizer(),
+    )
+    found = gradients_of(trainer, patched)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert any("modality_lora" in name and gradient.any() for name, gradient in found.items())
