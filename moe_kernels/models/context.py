@@ -33,9 +33,11 @@ class ModelCall:
     """State of one forward of a patched model.
 
     Attributes:
-        head_ran: the head has given logits, those of added tokens among them.
+        fused_loss: what the head computes in place of logits, or None.
+        head_ran: the head has run, added rows included.
     """
 
+    fused_loss: Callable[..., Tensor] | None = None
     head_ran: bool = False
 
 
@@ -149,12 +151,12 @@ class Switches(PerThread):
         self._local.awaits_head = awaits
 
     @contextlib.contextmanager
-    def in_forward(self) -> Iterator[ModelCall]:
-        """Let ``call`` be a new one within."""
+    def in_forward(self, call: ModelCall) -> Iterator[None]:
+        """Let this be ``call`` within."""
         before = self.call
         with ending_with(lambda: setattr(self._local, "call", before)):
-            self._local.call = call = ModelCall()
-            yield call
+            self._local.call = call
+            yield
 
     def uses_adapters(self) -> bool:
         """Return whether forwards of this thread add low-rank updates."""

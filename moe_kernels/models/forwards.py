@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from moe_kernels.models.context import MISSING, resolve_modality_ids
+from moe_kernels.models.context import MISSING, ModelCall, resolve_modality_ids
+from moe_kernels.models.fused_loss import FusedLoss, check_loss
 from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.models.intact import check_experts, check_links, check_offload
 from moe_kernels.models.loss import LossOverColumns
@@ -42,15 +44,15 @@ def forward_of(model_class: type[PreTrainedModel]) -> Callable:
         if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
             _check_loss(self)
         _prepare(patched, kwargs, modality_ids)
-        before = patched.forwards.begin()
+        call, before = ModelCall(_fused_loss(patched, kwargs)), patched.forwards.begin()
         try:
-            with patched.switches.in_forward() as call:
+            with patched.switches.in_forward(call):
                 output = inner(self, **kwargs)
         finally:
             patched.forwards.end(before)
-        if patched.added_tokens and not call.head_ran:
+        if not call.head_ran and (patched.added_tokens or call.fused_loss is not None):
             raise RuntimeError(_HEAD_LEFT_OUT.format(_place(type(self).forward)))
-        return output
+        return output if call.fused_loss is None else _without_logits(output)
 
     # accelerate removes autocast by unwrapping down to the innermost function.
     del forward.__wrapped__
@@ -92,6 +94,24 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     if not patched.switches.uses_added_experts():
         kwargs["added_experts"] = False  # a keyword of the layers, for the same reason
     kwargs["modality_ids"] = modality_ids
+
+
+def _fused_loss(patched: PatchState, kwargs: dict[str, Any]) -> FusedLoss | None:
+    """Return the loss that the head of this forward computes in place of logits, if any."""
+    if not patched.fused_loss or not patched.model.training or kwargs.get("labels") is None:
+        return None
+    _check_loss(patched.model)
+    check_loss(patched.model.loss_function.loss)
+    return FusedLoss(kwargs["labels"], kwargs)
+
+
+def _without_logits(output: ModelOutput) -> ModelOutput:
+    """Return an output without what stands there for logits, the loss."""
+    if not isinstance(output, ModelOutput):
+        raise RuntimeError(
+            "fused_loss gives no logits, which a tuple cannot show: return_dict=True"
+        )
+    return type(output)(**{name: each for name, each in output.items() if name != "logits"})
 
 
 # --- forwards over ours
@@ -153,7 +173,7 @@ class ForeignForward:
 
     def _check_forward(self, patched: PatchState, kwargs: dict) -> bool:
         """Return whether a fused head calls, which needs the head; raise if it is unknown."""
-        forward = self.model.__dict__.get("forward")
+        forward = self.model.forward
         if any(getattr(function, _OURS, False) for function in _unwrap(forward)):
             if kwargs.get("modality_ids") is None:
                 raise RuntimeError(MISSING)
@@ -233,5 +253,6 @@ def _check_loss(model: PreTrainedModel) -> None:
     if not isinstance(loss := model.loss_function, LossOverColumns):
         raise RuntimeError(
             f"the model's loss was set to {getattr(loss, '__name__', loss)} after patch_model, and "
-            "takes the vocabulary with added tokens: within text_only(), set it before patch_model"
+            "takes the vocabulary with added tokens: within text_only(), and for fused_loss, set "
+            "it before patch_model"
         )

@@ -39,6 +39,8 @@ class PatchState(CopiedAlone):
         base_shapes: the shapes of the model's own parameters, by name.
         base_vocabulary: V, the number of the model's own tokens.
         added_tokens: the number of added tokens by modality, in the order of their ids, from V on.
+        fused_loss: True: forwards with labels in training mode compute the loss in chunks, without
+            logits of all tokens at once; ``logits`` of their output is None.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PatchState(CopiedAlone):
         }
         self.base_vocabulary: int = model.get_input_embeddings().num_embeddings
         self.added_tokens: dict[str, int] = {}
+        self.fused_loss = False
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:

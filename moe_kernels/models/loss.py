@@ -5,24 +5,34 @@ from collections.abc import Callable
 from torch import Tensor
 
 from moe_kernels import env
+from moe_kernels.models.context import Switches
 
 
 class LossOverColumns:
     """Loss of a patched model, over as many classes as the logits have columns.
 
     transformers passes the vocabulary's size, which all threads share, while one of them may have
-    left out the added tokens.
+    left out the added tokens. Where the head has computed a fused loss, that is the loss.
 
     Attributes:
+        switches: those of the model.
         loss: the loss before patching.
         before: what the model itself had as its loss then; None: nothing.
     """
 
-    def __init__(self, loss: Callable, before: Callable | None):
-        self.loss, self.before = loss, before
+    def __init__(self, switches: Switches, loss: Callable, before: Callable | None):
+        self.switches, self.loss, self.before = switches, loss, before
         self.__name__ = getattr(loss, "__name__", type(loss).__name__)
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs) -> Tensor:
+        call = self.switches.call
+        if call is not None and call.fused_loss is not None:
+            if logits is not call.fused_loss.value:
+                raise RuntimeError(
+                    "the model's forward changes the logits that its head gives, which fused_loss "
+                    "does not compute: set fused_loss = False"
+                )
+            return logits
         columns = logits.shape[-1]
         reads = not labels.is_cuda or env.check_values()
         if columns < vocab_size and reads and (labels >= columns).any():

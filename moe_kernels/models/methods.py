@@ -29,7 +29,9 @@ def attach(patched: PatchState) -> None:
     model = patched.model
     for name, function in _methods_of(type(model)).items():
         setattr(model, name, types.MethodType(function, model))
-    model.__dict__[_LOSS] = LossOverColumns(model.loss_function, model.__dict__.get(_LOSS))
+    model.__dict__[_LOSS] = LossOverColumns(
+        patched.switches, model.loss_function, model.__dict__.get(_LOSS)
+    )
     model.__dict__[HANDLE] = patched
 
 

@@ -342,6 +342,7 @@ def _attach_model(patched: PatchedModel) -> None:
     model.config._experts_implementation = experts.IMPLEMENTATION
     table = model.get_input_embeddings()
     patched.hooks.append(table.register_forward_hook(RequireGrad(model)))
+    tokens.attach_head(model, patched.switches)
     patched.hooks += ForeignForward(model).register()
     methods.attach(patched)
     patched.links = find_links(model, patched.parts)

@@ -110,12 +110,10 @@ def add_modality_tokens(
 
 def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Tensor]) -> None:
     head = model.get_output_embeddings()
-    head.__dict__[_SWITCHES] = get_patched(model).switches
     for module, rows in new.items():
         _add_rows(module, modality, rows)
     if head not in new:
         head.__dict__[ROWS] = _rows(model.get_input_embeddings())
-        head.forward = types.MethodType(_head_forward, head)
 
 
 def _grow_vocabulary(model: PreTrainedModel, ids: range) -> None:
@@ -136,12 +134,20 @@ def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {"embedding": table} if shared else {"embedding": table, "head": head}
 
 
+def attach_head(model: PreTrainedModel, switches: Switches) -> None:
+    """Let the head give logits of the rows that are added later, or compute the loss itself."""
+    head = model.get_output_embeddings()
+    head.__dict__[_SWITCHES] = switches
+    head.forward = types.MethodType(_head_forward, head)
+
+
 def remove(model: PreTrainedModel) -> None:
-    """Remove all added rows; restoring the sizes of the vocabulary is left to the caller."""
+    """Undo :func:`attach_head` and remove all rows; the caller restores the vocabulary's sizes."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(module, ROWS) or _SWITCHES in module.__dict__:
+            module.__dict__.pop("forward", None)
         module.__dict__.pop(_SWITCHES, None)
         if hasattr(module, ROWS):
-            module.__dict__.pop("forward", None)
             module.__dict__.pop(ROWS, None) if ROWS in module.__dict__ else delattr(module, ROWS)
 
 
@@ -187,8 +193,8 @@ def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
     sharded = sharding.is_sharded(module.weight)
     if not hasattr(module, ROWS):
         setattr(module, ROWS, AddedRows())
-        forward = _embedding_forward if isinstance(module, nn.Embedding) else _head_forward
-        module.forward = types.MethodType(forward, module)
+        if isinstance(module, nn.Embedding):
+            module.forward = types.MethodType(_embedding_forward, module)
     elif sharded:  # the engine takes no parameter into a module that it has
         before = getattr(module, ROWS)
         setattr(module, ROWS, AddedRows({k: sharding.gather(each) for k, each in before.items()}))
@@ -199,7 +205,13 @@ def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
 
 def _added(module: nn.Module) -> Tensor:
     """Return all added rows (n, H) in the order of their ids, in the table's dtype."""
-    return getattr(module, ROWS).joined().to(module.weight.dtype)
+    return _joined_rows(module).to(module.weight.dtype)
+
+
+def _joined_rows(module: nn.Module) -> Tensor | None:
+    """Return all added rows (n, H) in their own dtype; None: there are none."""
+    rows = _rows(module)
+    return rows.joined() if len(rows) else None
 
 
 def _num_added(module: nn.Module) -> int:
@@ -214,11 +226,16 @@ def _embedding_forward(self: nn.Embedding, input_ids: Tensor) -> Tensor:
 
 
 def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
+    switches: Switches = self.__dict__[_SWITCHES]
+    if (call := switches.call) is not None:
+        call.head_ran = True
+        if call.fused_loss is not None:
+            rows = _joined_rows(self) if switches.uses_added_tokens() else None
+            return call.fused_loss(hidden_states, self.weight, self.bias, rows)
     # Two GEMMs: one over joined weights would change the bits of text logits.
     text = F.linear(hidden_states, self.weight, self.bias)
-    switches: Switches = self.__dict__[_SWITCHES]
-    if switches.call is not None:
-        switches.call.head_ran = True
+    if not _rows(self):
+        return text
     if switches.masks_added_tokens():
         added = text.new_full((*text.shape[:-1], _num_added(self)), torch.finfo(text.dtype).min)
     elif switches.uses_added_tokens():
