@@ -41,6 +41,8 @@ class PatchState(CopiedAlone):
         added_tokens: the number of added tokens by modality, in the order of their ids, from V on.
         fused_loss: True: forwards with labels in training mode compute the loss in chunks, without
             logits of all tokens at once; ``logits`` of their output is None.
+        warned: modalities of which a training forward has warned that their adapters are idle.
+        compared: the numbers of extensions and of modalities with tokens when ranks were compared.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class PatchState(CopiedAlone):
         self.base_vocabulary: int = model.get_input_embeddings().num_embeddings
         self.added_tokens: dict[str, int] = {}
         self.fused_loss = False
+        self.warned: set[str] = set()
+        self.compared: tuple[int, int] | None = None
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:

@@ -104,6 +104,9 @@ class ExpertExtender:
         select are counted before and after, on the same batches, without gradients. The model
         keeps every bit, and every ``grad``.
 
+        Where torch.distributed is initialised, all ranks call it, each on its own data: the counts
+        are summed over them, so that all get the same scores and choose the same layers.
+
         Args:
             dataloader: keyword arguments of the model's forward, on held-out data of the modality.
                 At most ``steps`` batches are taken; if there are fewer, they repeat. Missing

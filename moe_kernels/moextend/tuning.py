@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
@@ -127,6 +128,15 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
         yield [router.__dict__["_tuned"] for router in tuned]
 
 
+def _sum_over_ranks(counts: Tensor, device: torch.device) -> Tensor:
+    """Return the sum of counts over all ranks, so that these choose the same layers."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return counts
+    total = counts.contiguous().to(device)  # where the backend can send it
+    dist.all_reduce(total)
+    return total.to(counts.device)
+
+
 def _tune(
     patched: PatchState,
     batches: list[dict[str, Any]],
@@ -166,6 +176,7 @@ def _count(
     counts = seen.counts.sum(1)
     if modality is not None:
         counts = seen.counts[:, seen.modalities.index(modality)]
+    counts = _sum_over_ranks(counts, next(patched.model.parameters()).device)
     if not counts.sum(1).all():
         raise ValueError(
             f"the batches have no token of {'any' if modality is None else repr(modality)} "

@@ -1,0 +1,50 @@
+"""Training forwards whose adapters get no gradient: one warning, where a loss shows nothing."""
+
+import warnings
+
+import pytest
+import torch
+from support.model_zoo import VOCAB, make_model, token_ids
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+
+IDS = token_ids(2, 6)
+
+
+def idle(call):
+    """Return the modalities that warnings of a call name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [
+        name
+        for w in caught
+        for name in ("image", "sound")
+        if f"no token of modality '{name}'" in str(w.message)
+    ]
+
+
+def make(**settings):
+    model = make_model("mixtral").train()
+    return model, patch_model(model, ModalityLoraConfig(r=2, **settings))
+
+
+def test_neither_tokens_nor_ids():
+    model, _ = make(modalities=("image", "sound"))
+    assert idle(lambda: model.eval()(IDS)) == []
+    with torch.no_grad():
+        assert idle(lambda: model.train()(IDS)) == []
+    assert idle(lambda: model(IDS, modality_ids=torch.ones_like(IDS))) == []
+    add_modality_tokens(model, "sound", 3)
+    with pytest.warns(UserWarning, match="modality 'image'.*does the collator drop the column"):
+        model(IDS)
+    assert idle(lambda: model(IDS)) == []  # once
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ()}, {"num_tokens": 4}])
+def test_nothing_that_idles(settings):
+    num_tokens = settings.pop("num_tokens", 0)
+    model, _ = make(**settings)
+    if num_tokens:
+        add_modality_tokens(model, "image", num_tokens)
+    assert idle(lambda: model(IDS % VOCAB)) == []

@@ -1,0 +1,108 @@
+"""Ranks that would train different models: detected, and score_layers makes them agree."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.model_zoo import VOCAB, token_ids
+from support.patched_models import patched_model
+from support.ranks import errors_of, play, run_ranks
+
+from moe_kernels import ModalityLoraConfig, add_modality_tokens
+from moe_kernels.moextend import ExpertExtender
+
+IMAGE = 6
+
+
+def batch(rank):
+    ids = token_ids(2, 12, seed=7 + rank)
+    ids[:, 6:] = VOCAB + ids[:, 6:] % IMAGE
+    return {"input_ids": ids, "labels": ids}
+
+
+def loss(model, rank):
+    return model.train()(**batch(rank)).loss
+
+
+def refused(model, rank):
+    """Check that the second of the two ranks to come refuses its model."""
+    try:
+        loss(model, rank)
+    except RuntimeError as error:
+        answer = str(error)
+    else:
+        answer = ""
+    answers = [None, None]
+    dist.all_gather_object(answers, answer)
+    late = "trains another model than a rank before it"
+    assert sorted(late in each for each in answers) == [False, True], answers
+
+
+def other_layers(rank, folder):
+    """The numbers and shapes of parameters agree, so that DDP finds nothing."""
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    ExpertExtender(model).extend([rank], 1, init=0)
+    refused(model, rank)
+
+
+def other_tokens(rank, folder):
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE + rank)
+    refused(model, rank)
+
+
+def other_trained(rank, folder):
+    model, patched = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    list(patched.trainable_parameters())[rank].requires_grad_(False)
+    refused(model, rank)
+
+
+def same(rank, folder):
+    """A model that grows on both, and a forward of one rank alone, are no fault."""
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    if rank == 0:
+        loss(model, rank)
+    dist.barrier()
+    loss(model, rank)
+    ExpertExtender(model).extend([1], 1, init=0)
+    loss(model, rank)
+    other, _ = patched_model("olmoe", ModalityLoraConfig(r=3), num_tokens=IMAGE)
+    loss(other, rank)
+
+
+def scores(rank, folder):
+    """Each rank has its own data, and rank 1 no image at all in one of its batches."""
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2))
+    add_modality_tokens(model, "image", IMAGE)
+    text = token_ids(2, 12)
+    own = [batch(rank), {"input_ids": text} if rank else batch(5)]
+    found = ExpertExtender(model).score_layers(own, 2, progress=False)
+    both = [None, None]
+    dist.all_gather_object(both, found.to_dict())
+    assert both[0] == both[1]
+    images = 3 * 2 * 6  # three batches of two rows with six tokens of images
+    assert found.before.sum(1).tolist() == [2 * images] * 2  # top 2
+
+
+SCENES = {each.__name__: each for each in (other_layers, other_tokens, other_trained, same, scores)}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(__file__, folder)
+    return errors_of(folder)
+
+
+@pytest.mark.parametrize("scene", sorted(SCENES))
+def test_two_ranks(scene, errors):
+    assert scene not in errors, errors[scene]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    play(SCENES, dist.get_rank(), Path(sys.argv[1]))
+    dist.barrier()
+    dist.destroy_process_group()
