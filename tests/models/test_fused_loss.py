@@ -209,6 +209,14 @@ def test_the_trainer(tmp_path):
         torch.testing.assert_close(end, right[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
+def test_engines_whose_hooks_give_another_tensor():
+    """DeepSpeed's hooks before backward do."""
+    model, patched = patched_model("mixtral", CONFIG, num_tokens=IMAGE)
+    model.train().lm_head.register_forward_hook(lambda module, args, output: output.clone())
+    assert_same(patched)
+    assert_same(patched)
+
+
 class ChangesLogits(MixtralForCausalLM):
     def forward(self, input_ids, labels=None, **kwargs):
         hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
