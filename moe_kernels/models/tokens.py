@@ -263,7 +263,8 @@ class JoinedHead:
         """Text rows, then added rows, (V + n, H)."""
         head = self._head
         for name, each in (("weight", head.weight), *getattr(head, ROWS).items()):
-            if type(each.data) is not Tensor or each.shape[0] == 0:
+            partitioned = hasattr(each, "ds_status")  # ZeRO-3, even if it is gathered by chance now
+            if type(each.data) is not Tensor or partitioned or each.shape[0] == 0:
                 raise RuntimeError(
                     f"a fused head cannot read the {name} of lm_head, which is sharded "
                     f"({type(each.data).__name__}, {tuple(each.shape)}): shard the head in one "

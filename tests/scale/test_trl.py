@@ -2,6 +2,10 @@
 
 import copy
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +198,21 @@ def test_grpo(tmp_path):
     found = gradients_of(trainer, patched)
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert any("modality_lora" in name and gradient.any() for name, gradient in found.items())
+
+
+def test_a_year_old_trl(tmp_path):
+    """The tests above, with an older TRL, whose trainers take logits from the model's forward."""
+    old = tmp_path / "trl"
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", old)
+    subprocess.run([*pip, "trl==0.25.1"], check=True)
+    paths = [str(old), *filter(None, [os.environ.get("PYTHONPATH")])]
+    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
+    done = subprocess.run(
+        [*pytest_, "-k", "not year_old"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "10 passed" in done.stdout

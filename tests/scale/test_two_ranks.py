@@ -1,4 +1,4 @@
-"""Ranks that would train different models: detected, and score_layers makes them agree."""
+"""Two ranks: other patches are detected, layers are scored together, the fused loss is sharded."""
 
 import sys
 from pathlib import Path
@@ -9,9 +9,12 @@ import torch.distributed as dist
 from support.model_zoo import VOCAB, token_ids
 from support.patched_models import patched_model
 from support.ranks import errors_of, play, run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens
 from moe_kernels.moextend import ExpertExtender
+from moe_kernels.testing import relative_rms
 
 IMAGE = 6
 
@@ -85,7 +88,28 @@ def scores(rank, folder):
     assert found.before.sum(1).tolist() == [2 * images] * 2  # top 2
 
 
-SCENES = {each.__name__: each for each in (other_layers, other_tokens, other_trained, same, scores)}
+def fused_loss(rank, folder):
+    """The head is a unit of FSDP2, which frees its weight between forward and backward."""
+
+    def gradients(fused):
+        model, patched = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+        patched.fused_loss = fused
+        if not fused:
+            (loss(model, 0) / 2 + loss(model, 1) / 2).backward()
+            return {name: p.grad for name, p in patched.named_trainable_parameters()}
+        for unit in (*model.model.layers, model.lm_head, model):
+            fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+        loss(model, rank).backward()
+        return {n: p.grad.full_tensor() for n, p in patched.named_trainable_parameters()}
+
+    expected = gradients(False)
+    for name, gradient in gradients(True).items():
+        error = relative_rms(gradient, expected[name])
+        assert error < 1e-3, (name, error)
+
+
+ALL = (other_layers, other_tokens, other_trained, same, scores, fused_loss)
+SCENES = {each.__name__: each for each in ALL}
 
 
 @pytest.fixture(scope="module")
