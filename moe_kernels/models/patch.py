@@ -54,6 +54,8 @@ class PatchedModel(PatchState):
             :meth:`adapters_disabled` for one thread.
         added_tokens_enabled: False: forwards give logits of the base vocabulary alone, in any
             thread; see :meth:`text_only` for one thread.
+        fused_loss: True: forwards with labels in training mode compute the loss in chunks, without
+            logits of all tokens at once; ``logits`` of their output is None.
         init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
             "head".
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
