@@ -146,6 +146,6 @@ class _Meeting:
             return f"{what} began on all {size} ranks, and {came} of them went on within {seconds}"
         who = f"rank {self.rank} of {size} alone" if came == 1 else f"{came} of {size} ranks"
         return (
-            f"{what} was called on {who}, within {seconds}: the parameters of a sharded model are "
-            "gathered from all ranks, so call it on all of them"
+            f"{what} was called on {who}, within {seconds}: it puts together what the ranks "
+            "hold, so call it on all of them"
         )

@@ -16,11 +16,13 @@ from moe_kernels.models.added_experts import count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.padding import find_real
+from moe_kernels.models.ranks import Ranks
 from moe_kernels.models.routers import RoutingFinder
 from moe_kernels.modes import ending_with, evaluating, training_only
 from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
 
 Batch = Mapping[str, Any]
+_TIMEOUT = 300.0  # seconds to wait for other ranks
 
 
 def score_layers(
@@ -47,6 +49,7 @@ def score_layers(
     batches = [_with_labels(batch) for batch in itertools.islice(dataloader, steps)]
     if not batches:
         raise ValueError("the dataloader gave no batch")
+    _meet_ranks()
     counted = modality if count == "modality" else None
     with (
         tqdm(total=steps + 2 * len(batches), desc="scoring layers", disable=not progress) as bar,
@@ -126,6 +129,12 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             routers.tune(router, nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
         yield [router.__dict__["_tuned"] for router in tuned]
+
+
+def _meet_ranks() -> None:
+    """Raise RuntimeError if other ranks do not score too: the sum over ranks would hang."""
+    if dist.is_available() and dist.is_initialized():
+        Ranks(tuple(range(dist.get_world_size())), "score_layers", _TIMEOUT).meet()
 
 
 def _sum_over_ranks(counts: Tensor, device: torch.device) -> Tensor:

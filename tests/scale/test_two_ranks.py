@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens
-from moe_kernels.moextend import ExpertExtender
+from moe_kernels.moextend import ExpertExtender, tuning
 from moe_kernels.testing import relative_rms
 
 IMAGE = 6
@@ -88,6 +89,19 @@ def scores(rank, folder):
     assert found.before.sum(1).tolist() == [2 * images] * 2  # top 2
 
 
+def scores_alone(rank, folder):
+    """One rank that scores alone is told so; the sum over ranks would wait for ever."""
+    if rank == 0:
+        model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+        extender = ExpertExtender(model)
+        with (
+            mock.patch.object(tuning, "_TIMEOUT", 0.5),
+            pytest.raises(RuntimeError, match="score_layers was called on rank 0 of 2 alone"),
+        ):
+            extender.score_layers([batch(0)], 1, progress=False)
+    dist.barrier()
+
+
 def fused_loss(rank, folder):
     """The head is a unit of FSDP2, which frees its weight between forward and backward."""
 
@@ -108,7 +122,7 @@ def fused_loss(rank, folder):
         assert error < 1e-3, (name, error)
 
 
-ALL = (other_layers, other_tokens, other_trained, same, scores, fused_loss)
+ALL = (other_layers, other_tokens, other_trained, same, scores, scores_alone, fused_loss)
 SCENES = {each.__name__: each for each in ALL}
 
 
