@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         add_modality_tokens,
         initialise_lora,
         patch_model,
+        shard_evenly,
     )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "initialise_lora",
     "ops",
     "patch_model",
+    "shard_evenly",
 ]
 
 registration.register()
@@ -40,6 +42,7 @@ _FROM_MODELS = (
     "add_modality_tokens",
     "initialise_lora",
     "patch_model",
+    "shard_evenly",
 )
 
 

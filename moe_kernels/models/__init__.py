@@ -4,6 +4,7 @@ from moe_kernels.models.callback import SaveAdapter
 from moe_kernels.models.config import ModalityLoraConfig
 from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
 from moe_kernels.models.patch import PatchedModel, patch_model
+from moe_kernels.models.sharding import shard_evenly
 from moe_kernels.models.tokens import add_modality_tokens
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "add_modality_tokens",
     "initialise_lora",
     "patch_model",
+    "shard_evenly",
 ]

@@ -29,7 +29,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, initialise_lora, patch_model
+from moe_kernels import (
+    ModalityLoraConfig,
+    add_modality_tokens,
+    initialise_lora,
+    patch_model,
+    shard_evenly,
+)
 from moe_kernels.moextend import ExpertExtender
 
 IMAGE = 7  # not even: the ranks' parts differ
@@ -277,22 +283,42 @@ def distributed_checkpoints_hold_what_trains(rank, folder):
 
 def trains_as_one_process(rank, folder):
     """Losses of both ranks' batches, one of them text only, with clipping and checkpointing."""
-    alone, patched = make(experts=True), make(experts=True)
-    for each in (alone, patched):
-        each.model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(patched.model)
-    optimisers = adamw(alone), adamw(patched)
-    for step in range(3):
-        both = [batch(each, step) for each in range(2)]
-        sum(alone.model(ids, labels=ids).loss / 2 for ids in both).backward()
-        patched.model(both[rank], labels=both[rank]).loss.backward()
-        for each, optimiser in zip((alone, patched), optimisers, strict=True):
-            torch.nn.utils.clip_grad_norm_(list(each.trainable_parameters()), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
-    expected = whole(alone)
-    for name, tensor in whole(patched).items():
-        assert (tensor - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+    mesh = init_device_mesh("cpu", (2,))
+    for options in ({}, {"mesh": mesh, "shard_placement_fn": shard_evenly(mesh)}):
+        alone, patched = make(experts=True), make(experts=True)
+        for each in (alone, patched):
+            each.model.gradient_checkpointing_enable({"use_reentrant": False})
+        shard(patched.model, **options)
+        optimisers = adamw(alone), adamw(patched)
+        for step in range(3):
+            both = [batch(each, step) for each in range(2)]
+            sum(alone.model(ids, labels=ids).loss / 2 for ids in both).backward()
+            patched.model(both[rank], labels=both[rank]).loss.backward()
+            for each, optimiser in zip((alone, patched), optimisers, strict=True):
+                torch.nn.utils.clip_grad_norm_(list(each.trainable_parameters()), 1.0)
+                optimiser.step()
+                optimiser.zero_grad()
+        expected = whole(alone)
+        for name, tensor in whole(patched).items():
+            assert (tensor - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+
+
+def shards_evenly(rank, folder):
+    """Each rank has half of each parameter that has an even dimension, and no rank has padding."""
+    saved = make(**RICH)
+    expected = saved_whole(saved, folder / "whole", rank)
+    patched, other = make(**RICH), patch_model(shard(make_model("mixtral")), CONFIG)
+    mesh = init_device_mesh("cpu", (2,))
+    shard(patched.model, mesh, shard_placement_fn=shard_evenly(mesh))
+    other.load_adapter(folder / "whole")  # what is added to a sharded model is shared out evenly
+    for each in (*patched.model.parameters(), *other.trainable_parameters()):
+        if any(size % 2 == 0 for size in each.shape):
+            assert 2 * each.to_local().numel() == each.numel(), each.shape
+    for each, name in ((patched, "patched first"), (other, "sharded first")):
+        each.save_adapter(folder / name)
+        assert files(folder / name) == expected, name
+    patched.load_adapter(folder / "whole")
+    assert_same(whole(patched), whole(saved))
 
 
 def started_sharded(rank, folder, shard_first, **settings):
@@ -400,6 +426,7 @@ SCENES = {
         a_resumed_run_is_the_uninterrupted_one,
         distributed_checkpoints_hold_what_trains,
         trains_as_one_process,
+        shards_evenly,
         patches_a_sharded_model,
         patches_a_sharded_model_with_replicas_tied_and_checkpointed,
         patches_a_sharded_model_that_has_run,
