@@ -18,6 +18,7 @@ from moe_kernels.init.coupling import couple, distances, prepare
 _COLLAPSED = 0.1  # a coupling with fewer distinct rows per code, or less spread, has collapsed
 _RANKED = 512  # new rows whose pairwise distances are ranked
 _CHUNK = 4096  # text rows per block of random weights
+_COLUMNS = 256  # of the text rows that are float32 at one time
 
 
 @dataclass(frozen=True)
@@ -188,14 +189,28 @@ def _warn_if_collapsed(diagnostics: GromovWassersteinDiagnostics) -> None:
         )
 
 
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column, float32, without a copy of all rows."""
+    if rows.dtype == torch.float32:
+        return rows.mean(0), rows.std(0, correction=0)
+    blocks = (block.float() for block in rows.split(_COLUMNS, dim=1))
+    means, stds = zip(*((each.mean(0), each.std(0, correction=0)) for each in blocks), strict=True)
+    return torch.cat(means), torch.cat(stds)
+
+
+def _noise(rows: Tensor, count: int) -> Tensor:
+    return rows.new_empty(count, rows.shape[1], dtype=torch.float32).normal_()
+
+
 def _normal_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
-    mean, std = rows.mean(0), rows.std(0, correction=0)
-    return mean + std * rows.new_empty(count, rows.shape[1]).normal_(), None
+    mean, std = _moments(rows)
+    return mean + std * _noise(rows, count), None
 
 
 def _mean_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
-    noise = rows.new_empty(count, rows.shape[1]).normal_()
-    return rows.mean(0) + 0.1 * rows.std(0, correction=0) * noise, None
+    noise = _noise(rows, count)
+    mean, std = _moments(rows)
+    return mean + 0.1 * std * noise, None
 
 
 def _gaussian_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
@@ -203,6 +218,7 @@ def _gaussian_rows(rows: Tensor, count: int) -> tuple[Tensor, None]:
 
     Random mixtures of the centred text rows have exactly that covariance, whatever its rank.
     """
+    rows = rows.float()
     mean = rows.mean(0)
     new = rows.new_zeros(count, rows.shape[1])
     for block in rows.split(_CHUNK):
@@ -281,7 +297,7 @@ def initial_rows(
     """Return new rows (num_tokens, H), float32, and the init's diagnostics or None.
 
     Args:
-        rows: (V, H) float32, the text rows.
+        rows: (V, H), the text rows, of any float dtype.
         num_tokens: number of new rows.
         init: a name of :data:`ROW_INITS`.
         num_delimiters: number of tokens, at the beginning, that have no row in ``features``. An
@@ -296,6 +312,6 @@ def initial_rows(
     if init not in _WITH_FEATURES:
         return ROW_INITS[init](rows, num_tokens)
     count = num_tokens - num_delimiters
-    new, diagnostics = ROW_INITS[init](rows, count, features=features, **options)
+    new, diagnostics = ROW_INITS[init](rows.float(), count, features=features, **options)
     delimiters, _ = _normal_rows(rows, num_delimiters)
     return torch.cat([delimiters, new]), diagnostics

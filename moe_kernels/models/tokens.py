@@ -174,7 +174,7 @@ def _initial_rows(
     rows, diagnostics = {}, {}
     for name, module in modules_with_rows(model).items():
         weight = sharding.gather(module.weight)
-        new, report = initial_rows(weight.float(), **options)
+        new, report = initial_rows(weight, **options)
         rows[module] = new.to(trainable_dtype(weight))
         if report is not None:
             diagnostics[name] = report

@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.model_zoo import VOCAB, make_model, unchanged
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moe_kernels import add_modality_tokens, patch_model
 from moe_kernels.init import coupling as couplings
@@ -354,6 +356,32 @@ def test_gaussian_rows_have_the_covariance_of_the_text_rows():
     assert (rows.mean(0) - text.mean(0)).norm() / text.std(0).norm() < 0.05
     normal, _ = initial_rows(text, num_tokens=20000, init="normal")
     assert (torch.cov(normal.T) - expected).norm() / expected.norm() > 0.2
+
+
+class Largest(TorchDispatchMode):
+    """Keep the bytes of the largest tensor that an op makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        made = [each for each in tree_leaves(out) if isinstance(each, torch.Tensor)]
+        if not function.is_view:
+            self.nbytes = max([self.nbytes, *(each.nbytes for each in made)])
+        return out
+
+
+@pytest.mark.parametrize("init", ["normal", "mean"])
+def test_no_copy_of_a_half_precision_table_is_made(init):
+    """A table of a full-size model takes a gigabyte in float32, on every rank of a machine."""
+    text = (torch.randn(4000, 520) * torch.rand(520) + 1).bfloat16()
+    torch.manual_seed(0)
+    with Largest() as largest:
+        rows, _ = initial_rows(text, num_tokens=5, init=init)
+    assert rows.dtype == torch.float32 and largest.nbytes < text.nbytes
+    torch.manual_seed(0)
+    expected, _ = initial_rows(text.float(), num_tokens=5, init=init)
+    assert (rows - expected).norm() < 1e-5 * expected.norm()
 
 
 # --- low-rank pairs
