@@ -12,36 +12,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import torch
 from shared.cli import Options, exit_code, option, parse
+from shared.full_size import MODELS, patched_on_meta
 from shared.models import load_config
 from shared.tables import markdown_table
-from transformers import (
-    AutoModelForCausalLM,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels import ModalityLoraConfig
 
 GIB = 2**30
-
-MODELS = {
-    "OLMoE-1B-7B": OlmoeConfig(intermediate_size=1024),
-    "Mixtral-8x7B": MixtralConfig(),
-    "Qwen1.5-MoE-A2.7B": Qwen2MoeConfig(
-        vocab_size=151936, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16,
-        num_key_value_heads=16, num_experts=60, num_experts_per_tok=4,
-        moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
-    ),
-    "Qwen3-30B-A3B": Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        moe_intermediate_size=768,
-    ),
-}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -55,12 +33,9 @@ class EstimateOptions(Options):
 
 def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, float]:
     """Return 1e9 base weights, 1e6 trained ones, and GiB with bf16 weights and AdamW."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        base = sum(p.numel() for p in model.parameters())
-        patched = patch_model(model, lora)
-        add_modality_tokens(model, lora.modalities[0], num_tokens)
-        trained = sum(p.numel() for p in patched.trainable_parameters())
+    patched = patched_on_meta(config, lora, num_tokens)
+    trained = sum(p.numel() for p in patched.trainable_parameters())
+    base = sum(p.numel() for p in patched.model.parameters()) - trained
     # A trained parameter takes 16 bytes: weight, gradient and two moments of AdamW in fp32.
     return {"base": base / 1e9, "trained": trained / 1e6, "gib": (2 * base + 16 * trained) / GIB}
 
