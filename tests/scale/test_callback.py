@@ -1,4 +1,4 @@
-"""The Trainer's callback, in one process and in two: DDP, and FSDP2 by accelerate."""
+"""The Trainer's callback, in one process and in two: DDP, FSDP2 and DeepSpeed by accelerate."""
 
 import sys
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support import fsdp_on_cpu
+from support import engines_on_cpu
 from support.model_zoo import VOCAB, make_model, token_ids
 from support.ranks import errors_of, play, run_ranks
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_kernels import ModalityLoraConfig, SaveAdapter, add_modality_tokens, patch_model
+from moe_kernels.models import sharding
 
 IMAGE = 7
 ALL = ["adapter", "checkpoint-2/adapter", "checkpoint-4/adapter"]
@@ -47,7 +48,7 @@ class Look(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seen.append(
             {
-                name: p.full_tensor() if isinstance(p, DTensor) else p.detach().clone()
+                name: sharding.gather(p).clone()
                 for name, p in self.patched.named_trainable_parameters()
             }
         )
@@ -94,16 +95,36 @@ def ddp(rank, folder):
     check(folder, seen)
 
 
-def fsdp2(rank, folder):
-    trainer, seen = run(folder, **FSDP)
-    assert trainer.accelerator.is_fsdp2
-    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+def saves_and_resumes(folder, settings):
+    """Check adapters of a run, and that one from its first checkpoint has its bits; return it."""
+    trainer, seen = run(folder, **settings)
+    dist.barrier()  # the first rank may still write
     assert found(folder) == ALL
     check(folder, seen)
-    _, resumed = run(folder, resume=str(folder / "checkpoint-2"), **FSDP)
+    _, resumed = run(folder, resume=str(folder / "checkpoint-2"), **settings)
     assert len(resumed) == 2
     for step, expected in zip(resumed, seen[2:], strict=True):
         assert all(torch.equal(step[name], tensor) for name, tensor in expected.items())
+    return trainer
+
+
+def fsdp2(rank, folder):
+    trainer = saves_and_resumes(folder, FSDP)
+    assert trainer.accelerator.is_fsdp2
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+
+
+def zero(stage, **settings):
+    def scene(rank, folder):
+        config = {"zero_optimization": {"stage": stage} | settings, "gradient_clipping": "auto"}
+        batch = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
+        engine = saves_and_resumes(folder, {"deepspeed": config | batch}).model_wrapped
+        assert type(engine).__name__ == "DeepSpeedEngine"
+        assert engine.zero_optimization_stage() == stage
+        whole = [parameter.numel() > 0 for parameter in engine.module.parameters()]
+        assert all(whole) if stage == 2 else not any(whole)
+
+    return scene
 
 
 def test_one_process(tmp_path):
@@ -112,19 +133,30 @@ def test_one_process(tmp_path):
     check(tmp_path, seen)
 
 
-SCENES = {"ddp": ddp, "fsdp2": fsdp2}
+SCENES = {
+    "ddp": ddp, "fsdp2": fsdp2, "zero2": zero(2),
+    "zero3": zero(3, stage3_param_persistence_threshold=0),
+}  # fmt: skip
+MARKS = {"zero2": pytest.mark.scale, "zero3": pytest.mark.scale}
 
 
-@pytest.mark.parametrize("engine", SCENES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=MARKS.get(name, ())) for name in SCENES]
+)
 def test_two_processes(engine, tmp_path):
     run_ranks(__file__, tmp_path, engine)
     assert not errors_of(tmp_path)
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "fsdp2":
-        fsdp_on_cpu.allow()
-    dist.init_process_group("gloo")
+    if sys.argv[2].startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    else:
+        dist.init_process_group("gloo")
+    if sys.argv[2] != "ddp":
+        engines_on_cpu.allow()
     play({sys.argv[2]: SCENES[sys.argv[2]]}, dist.get_rank(), Path(sys.argv[1]))
     dist.barrier()
     dist.destroy_process_group()
