@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO on two gloo processes: adapters are saved and loaded as those of one process."""
+"""DeepSpeed ZeRO on two gloo processes: adapters are saved and loaded as those of one process.
+
+The engine's own checkpoints resume a run.
+"""
 
 import sys
 from pathlib import Path
@@ -29,6 +32,7 @@ ENGINES = {
         "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"},
     },
 }  # fmt: skip
+TWO = ("zero2", "zero3")
 
 
 def make(*, seed=1, experts=True, **settings):
@@ -154,6 +158,29 @@ def in_bfloat16(zero):
     return saves_what_the_model_computes_with
 
 
+def resumes(zero, *, frozen=True, **settings):
+    def has_the_bits_of_the_uninterrupted_run(rank, folder):
+        made = {"experts": not settings, "dtype": torch.bfloat16 if settings else torch.float32}
+        patched = make(**made)
+        engine = engine_of(patched, zero, **settings)
+        train(engine, rank, range(2))
+        engine.save_checkpoint(folder / "checkpoint", exclude_frozen_parameters=not frozen)
+        middle = save(patched, folder / "middle", rank)
+        train(engine, rank, range(2, 4))
+        expected = save(patched, folder / "end", rank)
+        assert middle != expected
+
+        other = make(seed=2, **made)
+        again = engine_of(other, zero, **settings)
+        path, _ = again.load_checkpoint(folder / "checkpoint", load_module_strict=frozen)
+        assert path is not None
+        assert save(other, folder / "loaded", rank) == middle
+        train(again, rank, range(2, 4))
+        assert save(other, folder / "again", rank) == expected
+
+    return has_the_bits_of_the_uninterrupted_run
+
+
 def patches_what_is_sharded_already(rank, folder):
     """With HfDeepSpeedConfig, from_pretrained gives each rank its part alone."""
     if rank == 0:
@@ -211,7 +238,10 @@ def one_rank_alone_is_told_so(rank, folder):
 
 SCENES = {
     **{name: scene(zero) for name, zero in ENGINES.items()},
-    **{f"{name} bf16": in_bfloat16(ENGINES[name]) for name in ("zero2", "zero3")},
+    **{f"{name} bf16": in_bfloat16(ENGINES[name]) for name in TWO},
+    **{f"{name} resumed": resumes(zero) for name, zero in ENGINES.items()},
+    **{f"{name} resumed, trainable only": resumes(ENGINES[name], frozen=False) for name in TWO},
+    **{f"{name} resumed, bf16": resumes(ENGINES[name], bf16={"enabled": True}) for name in TWO},
     "sharded already": patches_what_is_sharded_already,
     "a running engine": a_running_engine_takes_no_parameters,
     "one rank alone": one_rank_alone_is_told_so,
