@@ -17,12 +17,12 @@ from moe_kernels.imaging import VQTokenizer
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "python/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "examples/*.md", "python/*.md")
     for page in ROOT.glob(pattern)
 )
 FENCED = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FOLDERS = "benchmarks|csrc|docs|moe_kernels|python|tests|tools"
+FOLDERS = "benchmarks|csrc|docs|examples|moe_kernels|python|tests|tools"
 # Of a path with a placeholder, such as tests/ops/test_<op>.py, the folder has to exist.
 PATH = re.compile(rf"(?<![\w/.-])((?:{FOLDERS})/[\w/.-]*\w)(?![\w.-]*<)")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CHECKED = ("benchmarks", "moe_kernels", "python", "setup.py", "tests", "tools")
+CHECKED = ("benchmarks", "examples", "moe_kernels", "python", "setup.py", "tests", "tools")
 FILES = sorted(
     file
     for path in map(ROOT.joinpath, CHECKED)

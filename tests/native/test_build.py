@@ -398,6 +398,7 @@ def test_sdist_installs(source, python):
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     expected = {"CONTRIBUTING.md", "docs/design.md", "python/demo.py", "tests/native/test_build.py"}
+    expected |= {"examples/train.py", "examples/fsdp2.yaml", "examples/pieces.jsonl"}
     expected |= {"tools/draw_figures.py", "benchmarks/run.py", "benchmarks/lib/sections_cpu.py"}
     assert expected <= names
     assert archive.stat().st_size < 2**21
