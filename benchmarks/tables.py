@@ -6,7 +6,7 @@ python benchmarks/tables.py
 from collections.abc import Callable, Mapping
 
 from lib import pages, result_files
-from lib.pages import cpu, gpu, readme
+from lib.pages import cpu, gpu, ranks, readme
 from lib.pages.tables import steps_table, summary, targets_table
 from shared import markers
 
@@ -14,6 +14,7 @@ from shared import markers
 PAGES = {
     cpu.RESULTS: ("README.md", "docs/results/cpu.md"),
     gpu.RESULTS: ("docs/results/gpu.md",),
+    ranks.RESULTS: ("docs/scaling.md",),
 }
 
 # What stands between the markers <!-- bench:NAME --> of a page, out of its results.
@@ -35,6 +36,11 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "gpu_ceilings": gpu.ceilings,
     "gpu_rates": gpu.rates,
     "gpu_kernels": gpu.kernels,
+    "loading": ranks.loading,
+    # by formula, of no results
+    "sent": lambda results: ranks.sent(ranks.Cluster()),
+    "times": lambda results: ranks.times(ranks.Cluster()),
+    "mask": lambda results: ranks.mask(ranks.Cluster()),
 }
 
 

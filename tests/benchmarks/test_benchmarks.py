@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -20,11 +21,15 @@ for _needed in ("peft", "matplotlib"):
 ROOT = Path(__file__).parents[2]
 FOLDERS = (str(ROOT / "benchmarks"), str(ROOT / "tools"))
 LIB = (
-    "cases", "costs", "gpu_checks", "memory", "pages.cpu", "pages.tables", "providers",
+    "cases", "collectives", "costs", "gpu_checks", "memory", "pages.cpu", "pages.ranks",
+    "pages.tables", "providers",
     "providers.bounds", "providers.competitors", "providers.ours", "records", "result_files",
     "runs", "sections_cpu", "sections_gpu", "steps", "steps.added_experts", "timing",
 )  # fmt: skip
-PROGRAMS = ("bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "plot", "run", "targets")
+PROGRAMS = (
+    "bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "loading", "plot", "run", "scaling",
+    "targets",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +433,51 @@ def test_which_cuda_kernels_must_have_matrix_instructions(bench):
         assert needs(name + half) and needs(f"_ZN12moe_kernels12{name}{mangled}")
         assert not needs(f"{name}_kernel<float, float, 2, true>")
     assert not needs(f"combine{half}") and not needs(f"_ZN19finish_wgrad{mangled}")
+
+
+# --- several ranks
+
+
+def test_the_memory_of_loading_follows_the_formulas(bench):
+    """The page applies them to Mixtral."""
+    pages = bench.ranks
+    records = bench.result_files.read(bench.result_files.RESULTS / pages.RESULTS)["records"]
+    assert {record["case"] for record in records} == set(pages.WAYS)
+    for record in records:
+        sizes, ranks = record, record["ranks"]
+        most, own = pages.measured(record)
+        for found, formula in zip(most, pages.peaks(record["case"], sizes, ranks), strict=True):
+            assert found == pytest.approx(formula, rel=0.15), record["case"]
+        assert own == pytest.approx(pages.patching(record["case"], sizes, ranks), rel=0.15)
+
+
+def test_memory_of_another_process_is_seen(bench):
+    code = "import sys; kept = b'1' * (50 << 20); print('ready', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.readline()
+        assert bench.loading.held(process.pid)["anonymous"] > 50 << 20
+        process.stdin.close()
+
+
+def test_the_slowest_rank(bench):
+    """A step lasts as long as on the rank with most of the modality."""
+    of = bench.collectives
+    shares, cost = [0.0, 0.25, 1.0, 0.75], 0.2
+    seconds = [1 + cost * share for share in shares]
+    lost = max(seconds) / (sum(seconds) / 4) - 1
+    assert of.waiting(max(shares), 0.5, cost) == pytest.approx(lost)
+    drawn = torch.binomial(torch.full((20000, 16), 8.0), torch.tensor(0.5)).amax(1) / 8
+    assert of.expected_most(8, 0.5, 16) == pytest.approx(drawn.mean().item(), abs=0.01)
+    assert of.expected_most(8, 0.5, 1) == pytest.approx(0.5)
+
+
+def test_the_program_of_arithmetic(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.scaling.main(["--ranks", "12"])
+    assert "--ranks must be multiples of --per-node 8" in capsys.readouterr().err
+    assert bench.scaling.main(["--ranks", "8", "16"]) == 0
+    assert "ZeRO-3" in capsys.readouterr().out
 
 
 # --- targets, files and pages
