@@ -15,14 +15,16 @@ from moe_kernels.models.parameters import named_adapter_parameters, original_nam
 def check_training(patched: PatchState, *, ids_given: bool) -> None:
     """Warn of adapters that cannot learn; raise RuntimeError if ranks were patched differently.
 
-    Nothing is checked in a compiled forward, which would be compiled anew.
-
     Args:
         patched: the model whose forward begins.
         ids_given: the caller has given modality ids.
     """
-    if not (patched.model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return
+    if patched.model.training and torch.is_grad_enabled():
+        _check(patched, ids_given)
+
+
+@torch.compiler.assume_constant_result  # a compiled forward makes the checks when it is compiled
+def _check(patched: PatchState, ids_given: bool) -> None:
     if not ids_given:
         _warn_of_idle_adapters(patched)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -41,6 +41,13 @@ def test_neither_tokens_nor_ids():
     assert idle(lambda: model(IDS)) == []  # once
 
 
+def test_a_compiled_model_warns_too():
+    model, _ = make()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert idle(lambda: compiled(IDS)) == ["image"]
+    assert idle(lambda: compiled(IDS)) == []
+
+
 @pytest.mark.parametrize("settings", [{"target_modules": ()}, {"num_tokens": 4}])
 def test_nothing_that_idles(settings):
     num_tokens = settings.pop("num_tokens", 0)
