@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from moe_kernels.modes import ending_with, evaluating, training_only
 from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
 
 Batch = Mapping[str, Any]
-_TIMEOUT = 300.0  # seconds to wait for other ranks
+# seconds to wait for other ranks: to begin, and to end, as they may have more batches
+_TIMEOUT = 300.0
+_TIMEOUT_OF_TUNING = 1800.0
 
 
 def score_layers(
@@ -46,21 +48,27 @@ def score_layers(
         raise RuntimeError(
             "score_layers tunes the routers by gradients: call it outside of torch.inference_mode()"
         )
-    batches = [_with_labels(batch) for batch in itertools.islice(dataloader, steps)]
-    if not batches:
-        raise ValueError("the dataloader gave no batch")
-    _meet_ranks()
     counted = modality if count == "modality" else None
-    with (
-        tqdm(total=steps + 2 * len(batches), desc="scoring layers", disable=not progress) as bar,
-        evaluating(patched.model),
-        training_only(patched.model, ()),
-        _tunable_routers(patched) as changes,
-    ):
-        before, layers, widths = _count(patched, batches, counted, bar)
-        _tune(patched, batches, steps, lr, changes, bar)
-        after, _, _ = _count(patched, batches, counted, bar)
-    return LayerScores(layers, before, after, widths, modality, count)
+    with _together() as all_began:
+        batches = [_with_labels(batch) for batch in itertools.islice(dataloader, steps)]
+        if not batches:
+            raise ValueError("the dataloader gave no batch")
+        all_began()
+        with (
+            tqdm(
+                total=steps + 2 * len(batches), desc="scoring layers", disable=not progress
+            ) as bar,
+            evaluating(patched.model),
+            training_only(patched.model, ()),
+            _tunable_routers(patched) as changes,
+        ):
+            before, widths = _count(patched, batches, counted, bar)
+            _tune(patched, batches, steps, lr, changes, bar)
+            after, _ = _count(patched, batches, counted, bar)
+    device = next(patched.model.parameters()).device
+    before, after = _sum_over_ranks(before, device), _sum_over_ranks(after, device)
+    _check_seen(before, counted)
+    return LayerScores(tuple(patched.moe_layers), before, after, widths, modality, count)
 
 
 def _with_labels(batch: Batch) -> dict[str, Any]:
@@ -131,10 +139,24 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
         yield [router.__dict__["_tuned"] for router in tuned]
 
 
-def _meet_ranks() -> None:
-    """Raise RuntimeError if other ranks do not score too: the sum over ranks would hang."""
-    if dist.is_available() and dist.is_initialized():
-        Ranks(tuple(range(dist.get_world_size())), "score_layers", _TIMEOUT).meet()
+@contextlib.contextmanager
+def _together() -> Iterator[Callable[[], None]]:
+    """Let all ranks leave together, with an error if any has one: a sum over them would hang.
+
+    Yields:
+        A function that waits until all ranks have called it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield lambda: None
+        return
+    ranks = Ranks(tuple(range(dist.get_world_size())), "score_layers", _TIMEOUT)
+
+    def all_began() -> None:
+        ranks.meet()
+        ranks.timeout = _TIMEOUT_OF_TUNING
+
+    with ranks.leaving_together():
+        yield all_began
 
 
 def _sum_over_ranks(counts: Tensor, device: torch.device) -> Tensor:
@@ -175,20 +197,21 @@ def _tune(
 @torch.no_grad()
 def _count(
     patched: PatchState, batches: list[dict[str, Any]], modality: str | None, bar: tqdm
-) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """Return selections (L, E), the layers, and the number of experts of each."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return selections (L, E) of this rank's batches, and the number of experts of each layer."""
     with RoutingRecorder(patched.model) as recorder:
         for batch in batches:
             patched.model(**{name: value for name, value in batch.items() if name != "labels"})
             bar.update()
     seen = recorder.statistics()
-    counts = seen.counts.sum(1)
-    if modality is not None:
-        counts = seen.counts[:, seen.modalities.index(modality)]
-    counts = _sum_over_ranks(counts, next(patched.model.parameters()).device)
+    if modality is None:
+        return seen.counts.sum(1), seen.num_experts
+    return seen.counts[:, seen.modalities.index(modality)], seen.num_experts
+
+
+def _check_seen(counts: Tensor, modality: str | None) -> None:
     if not counts.sum(1).all():
         raise ValueError(
             f"the batches have no token of {'any' if modality is None else repr(modality)} "
             "modality: give modality_ids, or tokens that add_modality_tokens made"
         )
-    return counts, tuple(patched.moe_layers), seen.num_experts

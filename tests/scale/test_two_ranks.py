@@ -62,6 +62,13 @@ def other_trained(rank, folder):
     refused(model, rank)
 
 
+def other_layers_compiled(rank, folder):
+    """The check is part of compiling."""
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    ExpertExtender(model).extend([rank], 1, init=0, calibration="additive")
+    refused(torch.compile(model, backend="eager"), rank)
+
+
 def same(rank, folder):
     """A model that grows on both, and a forward of one rank alone, are no fault."""
     model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
@@ -102,6 +109,26 @@ def scores_alone(rank, folder):
     dist.barrier()
 
 
+def scores_and_fails(rank, folder):
+    """An error of one rank is that of all, before and after they have begun."""
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    extender, own = ExpertExtender(model), f"score_layers failed on rank {1 - rank}: "
+    none = [] if rank == 1 else [batch(0)]
+    with pytest.raises(ValueError if rank == 1 else RuntimeError) as failure:
+        extender.score_layers(none, 1, progress=False)
+    assert (
+        str(failure.value)
+        == ("" if rank else own + "ValueError: ") + "the dataloader gave no batch"
+    )
+    diverging = batch(rank)
+    if rank == 0:
+        diverging["labels"] = torch.full_like(diverging["labels"], -100)
+    with pytest.raises(RuntimeError, match="" if rank == 0 else own) as failure:
+        extender.score_layers([diverging], 1, progress=False)
+    assert "the loss became nan" in str(failure.value)
+    assert extender.score_layers([batch(rank)], 1, progress=False).before.any()
+
+
 def fused_loss(rank, folder):
     """The head is a unit of FSDP2, which frees its weight between forward and backward."""
 
@@ -122,7 +149,10 @@ def fused_loss(rank, folder):
         assert error < 1e-3, (name, error)
 
 
-ALL = (other_layers, other_tokens, other_trained, same, scores, scores_alone, fused_loss)
+ALL = (
+    other_layers, other_layers_compiled, other_tokens, other_trained, same, scores, scores_alone,
+    scores_and_fails, fused_loss,
+)  # fmt: skip
 SCENES = {each.__name__: each for each in ALL}
 
 
