@@ -5,6 +5,7 @@ All scenes run in one pair of processes, each on both ranks; the test fails with
 
 import dataclasses
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -36,6 +37,7 @@ from moe_kernels import (
     patch_model,
     shard_evenly,
 )
+from moe_kernels.models.handle import get_patched
 from moe_kernels.moextend import ExpertExtender
 
 IMAGE = 7  # not even: the ranks' parts differ
@@ -321,6 +323,69 @@ def shards_evenly(rank, folder):
     assert_same(whole(patched), whole(saved))
 
 
+def trains_in_mixed_precision(rank, folder):
+    """FSDP2 casts to bf16: equal to a loop by hand that casts to and reduces in what it does."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    patched, alone = make(), make()
+    shard(patched.model, mp_policy=policy)
+    optimisers = adamw(alone), adamw(patched)
+    for step in range(3):
+        grads = [mixed_gradients(alone, batch(each, step)) for each in range(2)]
+        for parameter, *of_ranks in zip(alone.trainable_parameters(), *grads, strict=True):
+            parameter.grad = torch.stack(of_ranks).mean(0)
+        ids = batch(rank, step)
+        patched.model(ids, labels=ids).loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+    expected = whole(alone)
+    for name, tensor in whole(patched).items():
+        assert tensor.dtype == torch.float32
+        assert (tensor - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+    patched.save_adapter(folder / "end")
+    alone.load_adapter(folder / "end")  # in float32: nothing was rounded
+    assert_same(whole(alone), whole(patched))
+    ids = batch(0, 9)
+    with torch.no_grad():
+        found = patched.model.eval()(ids).logits
+        assert torch.equal(found, cast(alone.model.eval())(ids).logits)
+        patched.unpatch()
+        base = cast(make_model("mixtral"))(ids % VOCAB).logits
+        assert torch.equal(patched.model(ids % VOCAB).logits, base)
+
+
+def cast(model):
+    """Cast parameters, not buffers, as FSDP2 does: rotary frequencies stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def mixed_gradients(patched, ids):
+    """Return gradients, in float32, of a model whose parameters are cast to bf16."""
+    copy = cast(deepcopy(patched.model))
+    copy(ids, labels=ids).loss.backward()
+    return [p.grad.float() for p in get_patched(copy).trainable_parameters()]
+
+
+def trains_offloaded(rank, folder):
+    """With parameters on the host between uses, also adapters that were added when sharded."""
+    policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    patched, alone = make(), make()
+    shard(patched.model, **policy)
+    optimisers = adamw(alone), adamw(patched)
+    train(patched, optimisers[1], rank, range(2))
+    for step in range(2):
+        both = [batch(each, step) for each in range(2)]
+        sum(alone.model(ids, labels=ids).loss / 2 for ids in both).backward()
+        optimisers[0].step()
+        optimisers[0].zero_grad()
+    expected = whole(alone)
+    for name, tensor in whole(patched).items():
+        assert (tensor - expected[name]).norm() < 1e-3 * expected[name].norm(), name
+    started_sharded(rank, folder, lambda: shard(make_model("mixtral"), **policy))
+
+
 def started_sharded(rank, folder, shard_first, **settings):
     """Patch a sharded model, and check that it trains as one process does."""
     torch.manual_seed(rank)  # the ranks get the first one's adapters all the same
@@ -427,6 +492,8 @@ SCENES = {
         distributed_checkpoints_hold_what_trains,
         trains_as_one_process,
         shards_evenly,
+        trains_in_mixed_precision,
+        trains_offloaded,
         patches_a_sharded_model,
         patches_a_sharded_model_with_replicas_tied_and_checkpointed,
         patches_a_sharded_model_that_has_run,

@@ -236,12 +236,28 @@ def one_rank_alone_is_told_so(rank, folder):
     patched.save_adapter(folder / "adapter")
 
 
+def a_fused_loss(rank, folder):
+    """The head is called by the model's forward, so that ZeRO-3 has gathered its weight."""
+    for name in ("zero2", "zero3"):
+        for fused in (False, True):
+            patched = make()
+            patched.fused_loss = fused
+            train(engine_of(patched, ENGINES[name]), rank, range(2))
+            save(patched, folder / f"{name} {fused}", rank)
+        expected, found = (
+            load_file(folder / f"{name} {fused}" / WEIGHTS) for fused in (False, True)
+        )
+        for tensor_name, tensor in expected.items():
+            assert (found[tensor_name] - tensor).norm() < 1e-3 * tensor.norm(), (name, tensor_name)
+
+
 SCENES = {
     **{name: scene(zero) for name, zero in ENGINES.items()},
     **{f"{name} bf16": in_bfloat16(ENGINES[name]) for name in TWO},
     **{f"{name} resumed": resumes(zero) for name, zero in ENGINES.items()},
     **{f"{name} resumed, trainable only": resumes(ENGINES[name], frozen=False) for name in TWO},
     **{f"{name} resumed, bf16": resumes(ENGINES[name], bf16={"enabled": True}) for name in TWO},
+    "a fused loss": a_fused_loss,
     "sharded already": patches_what_is_sharded_already,
     "a running engine": a_running_engine_takes_no_parameters,
     "one rank alone": one_rank_alone_is_told_so,
