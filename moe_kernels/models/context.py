@@ -8,7 +8,7 @@ when activation checkpointing recomputes the layer, which a global or a hook on 
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self
@@ -41,6 +41,13 @@ class ModelCall:
     head_ran: bool = False
 
 
+_LEFT_OUT = (
+    "what was added to {} has not been computed: a forward was replaced since patch_model (by "
+    "Liger, a kernel of the hub, or by hand), or weights are used without theirs; unpatch() before "
+    "such a change, and patch after it"
+)
+
+
 @dataclass
 class LayerCall:
     """State of one forward of one layer.
@@ -51,7 +58,7 @@ class LayerCall:
         linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
             modalities, backend and grad mode: autograd cannot save tensors of inference mode.
             Made when the first module asks.
-        pending: number of adapted linear modules that have not run yet.
+        pending: number of the layer's patched modules that have not run yet.
     """
 
     modality_ids: Tensor
@@ -250,14 +257,15 @@ class ModalityContext(PerThread):
     Attributes:
         backend: passed to the ops.
         switches: those of the model.
-        updates: names of the layer's linear modules that have low-rank updates.
+        awaited: names of the layer's modules that must run in each forward, as something was added
+            to them.
     """
 
     def __init__(self, backend: str | None, switches: Switches | None = None):
         super().__init__()
         self.backend = backend
         self.switches = switches or Switches()
-        self.updates: tuple[str, ...] = ()
+        self.awaited: tuple[str, ...] = ()
 
     @property
     def call(self) -> LayerCall | None:
@@ -267,6 +275,16 @@ class ModalityContext(PerThread):
     @call.setter
     def call(self, call: LayerCall | None) -> None:
         self._local.call = call
+
+    def await_module(self, name: str, awaited: bool = True) -> None:
+        """Expect a module of the layer to call :meth:`module_ran` in each forward, or no longer."""
+        others = tuple(each for each in self.awaited if each != name)
+        self.awaited = (*others, name) if awaited else others
+
+    def module_ran(self) -> None:
+        """Note that a module of the layer has computed what was added to it."""
+        if self.call is not None:
+            self.call.pending -= 1
 
     @property
     def modality_ids(self) -> Tensor | None:
@@ -297,13 +315,10 @@ class ModalityContext(PerThread):
     def linear_dispatch(self, num_modalities: int, weight: Tensor) -> tuple[LinearDispatch, str]:
         """Return this forward's rows sorted by modality, and the backend they are for.
 
-        Each adapted linear module asks once.
-
         Args:
             num_modalities: M.
             weight: of the linear module; its device and dtype choose the backend.
         """
-        self.call.pending -= 1
         backend = backends.select(self.backend, weight.device, weight.dtype)
         dispatches = self.call.linear_dispatches
         key = num_modalities, backend, torch.is_grad_enabled()
@@ -329,11 +344,30 @@ class Forwards(PerThread):
 
     def begin(self) -> list[LayerCall | None]:
         """Return the calls of the layers, for :meth:`end`."""
-        running = getattr(self._local, "running", 0)
-        self._local.running = running + 1
-        if running == 0:  # what the layers have is left over from a recompute that failed
-            return [None] * len(self.contexts)
+        if not self.running:
+            self.clear()
+        self._local.running = getattr(self._local, "running", 0) + 1
         return [context.call for context in self.contexts]
+
+    def clear(self) -> None:
+        """Take from the layers the calls that a recompute has left which failed."""
+        for context in self.contexts:
+            context.call = None
+
+    def check_ended(self, before: Sequence[LayerCall | None] = ()) -> None:
+        """Raise RuntimeError if the experts of a layer did not run in the forward that ends.
+
+        Args:
+            before: what :meth:`begin` returned; default: no forward ran before.
+        """
+        for index, context in enumerate(self.contexts):
+            if context.call is not None and context.call is not (before[index] if before else None):
+                raise RuntimeError(_LEFT_OUT.format(f"the experts of layer {index}"))
+
+    @property
+    def running(self) -> bool:
+        """Whether a forward of the patched model's own runs in this thread."""
+        return getattr(self._local, "running", 0) > 0
 
     def end(self, before: list[LayerCall | None]) -> None:
         """Give the layers their calls of before this forward."""
@@ -359,7 +393,7 @@ class TakeModalityIds:
         if kwargs.get("modality_ids") is None:
             raise RuntimeError(MISSING)
         self.context.start(kwargs.pop("modality_ids"), kwargs.pop("added_experts", True))
-        self.context.call.pending = len(self.context.updates)
+        self.context.call.pending = len(self.context.awaited)
         return args, kwargs
 
 
@@ -377,12 +411,8 @@ class EndForward:
         call = self.context.call
         self.context.finish()
         if call is not None and call.pending > 0 and output is not None:
-            raise RuntimeError(
-                f"{call.pending} of the adapted modules {', '.join(self.context.updates)} of a "
-                "layer ran without their low-rank update: the forward of each was replaced after "
-                "patch_model, or its weight is used without it; unpatch() before such a change, "
-                "and patch after it"
-            )
+            names = ", ".join(self.context.awaited)
+            raise RuntimeError(_LEFT_OUT.format(f"{call.pending} of a layer's modules {names}"))
 
 
 def resolve_modality_ids(

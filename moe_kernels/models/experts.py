@@ -17,6 +17,7 @@ from moe_kernels.models import sharding
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.registration import IMPLEMENTATION
 
+_AWAITED = "experts"
 # attribute of an experts module -> (the supported value, the meaning of any other)
 _LAYOUT = {
     "has_gate": (True, "experts without a gate"),
@@ -67,6 +68,7 @@ def attach(experts: nn.Module, context: ModalityContext, loras: dict[str, Modali
     """Give an experts module its context and its adapters, if any, as unregistered references."""
     experts.__dict__["_modality_context"] = context
     experts.__dict__["_modality_lora"] = loras
+    context.await_module(_AWAITED, bool(loras))
 
 
 def detach(experts: nn.Module) -> None:
@@ -84,6 +86,8 @@ def context_of(experts: nn.Module) -> ModalityContext:
 def set_added_experts(experts: nn.Module, added: list[AddedExperts]) -> None:
     """Let an attached experts module serve these experts too, with ids from E on."""
     experts.__dict__["_added_experts"] = added
+    awaited = bool(added or experts.__dict__["_modality_lora"])
+    context_of(experts).await_module(_AWAITED, awaited)
 
 
 def _stacked(added: Sequence[AddedExperts]) -> dict[str, Tensor | int]:
@@ -125,6 +129,7 @@ def experts_forward(
     else:
         if context.modality_ids is None:
             raise RuntimeError(MISSING)
+        context.module_ran()
         modality_ids, backend = context.modality_ids.reshape(-1), context.backend
         adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
         if adapters:

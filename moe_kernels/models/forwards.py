@@ -49,6 +49,7 @@ def forward_of(model_class: type[PreTrainedModel]) -> Callable:
         try:
             with patched.switches.in_forward(call):
                 output = inner(self, **kwargs)
+            patched.forwards.check_ended(before)
         finally:
             patched.forwards.end(before)
         if not call.head_ran and (patched.added_tokens or call.fused_loss is not None):
@@ -153,8 +154,11 @@ class ForeignForward:
         ]
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Raise if a fused head has not asked for the head; without an output it has failed."""
-        switches = get_patched(self.model).switches
+        """Raise if a fused head left something out; without an output it has failed."""
+        patched = get_patched(self.model)
+        if output is not None and not patched.forwards.running:
+            patched.forwards.check_ended()
+        switches = patched.switches
         if switches.awaits_head:
             switches.awaits_head = False
             if output is not None:
@@ -168,6 +172,7 @@ class ForeignForward:
         if patched.switches.call is not None:  # our forward has done all this
             return None
         fused = self._check_forward(patched, kwargs)
+        patched.forwards.clear()
         kwargs |= zip(inspect.signature(module.forward).parameters, args, strict=False)
         _prepare(patched, kwargs, kwargs.pop("modality_ids", None))
         patched.switches.awaits_head = fused and bool(patched.added_tokens)

@@ -42,7 +42,8 @@ class PatchState(CopiedAlone):
         fused_loss: True: forwards with labels in training mode compute the loss in chunks, without
             logits of all tokens at once; ``logits`` of their output is None.
         warned: modalities of which a training forward has warned that their adapters are idle.
-        compared: the numbers of extensions and of modalities with tokens when ranks were compared.
+        checked: the numbers of extensions and of modalities with tokens when a training forward was
+            checked.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class PatchState(CopiedAlone):
         self.added_tokens: dict[str, int] = {}
         self.fused_loss = False
         self.warned: set[str] = set()
-        self.compared: tuple[int, int] | None = None
+        self.checked: tuple[int, int] | None = None
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:

@@ -24,6 +24,7 @@ def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
             f"hidden_states have {rows} rows, the modality_ids of this forward {expected}: pass "
             "hidden states of all its positions, or call the patched model itself on others"
         )
+    context.module_ran()
     lora = module.__dict__["_modality_lora"].weights()
     num_modalities = int(lora.lora_A.shape[0])  # torch.jit.trace makes sizes tensors
     dispatched, backend = context.linear_dispatch(num_modalities, module.weight)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_kernels.layers import ModalityLora
+from moe_kernels.models import sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.forwards import forward_of
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
 from moe_kernels.models.intact import needs_ours
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
-from moe_kernels.models.parameters import check_values
+from moe_kernels.models.parameters import check_values, named_adapter_parameters
 from moe_kernels.models.tokens import JoinedHead
 
 _LOSS = "_loss_function"  # where transformers looks for a model's own loss
@@ -58,6 +60,7 @@ def _methods_of(model_class: type[PreTrainedModel]) -> dict:
         "resize_token_embeddings": _refuse_resize,
         "save_pretrained": _save_pretrained_of(model_class),
         "set_experts_implementation": _set_experts_implementation,
+        "to_empty": _to_empty,
         "_replicate_for_data_parallel": _refuse_data_parallel,
     }
 
@@ -116,6 +119,21 @@ def _set_experts_implementation(self: PreTrainedModel, experts_implementation) -
             "would leave out their adapters: unpatch() first, set it, and patch again"
         )
     type(self).set_experts_implementation(self, experts_implementation)
+
+
+@torch.no_grad()
+def _to_empty(self: PreTrainedModel, *args, **kwargs) -> PreTrainedModel:
+    """Leave what was added not with any values, but with NaN, or low-rank pairs as they start.
+
+    Memory that was not written is often zero: pairs of zeros would never get a gradient.
+    """
+    type(self).to_empty(self, *args, **kwargs)
+    for _, parameter in named_adapter_parameters(self):
+        parameter.fill_(torch.nan)
+    for module in self.modules():
+        if isinstance(module, ModalityLora) and not sharding.is_sharded(module.lora_A):
+            module.reset_parameters()
+    return self
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
 from moe_kernels.models import linear, sharding
+from moe_kernels.models.config import ROUTER
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.ops.dtypes import without_autocast
@@ -200,6 +201,7 @@ def attach(
     """
     router.__dict__["_routing"] = routing
     linear.attach(router, context, lora, _forward)
+    context.await_module(ROUTER)
 
 
 def is_attached(router: nn.Module) -> bool:
@@ -214,6 +216,8 @@ def routing_of(router: nn.Module) -> Routing:
 
 def detach(router: nn.Module) -> None:
     """Undo :func:`attach`, if it was called."""
+    if is_attached(router):
+        router.__dict__["_modality_context"].await_module(ROUTER, awaited=False)
     for name in ("_routing", "_added_experts", "_tuned"):
         router.__dict__.pop(name, None)
     linear.detach(router)
@@ -236,7 +240,9 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
     """Map (..., H) to updated logits (T, E+X), scores (T, K) and indices (T, K)."""
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     own, routing = self.__dict__, self.__dict__["_routing"]
+    context: ModalityContext = own["_modality_context"]
     if own["_modality_lora"] is None:
+        context.module_ran()
         logits = F.linear(hidden_states, self.weight)
     else:
         logits = linear.masked_linear(self, hidden_states)
@@ -245,7 +251,6 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
         with without_autocast(hidden_states.device):
             shift = F.linear(hidden_states, change.to(hidden_states.dtype))
         logits = logits + shift.to(logits.dtype)
-    context: ModalityContext = own["_modality_context"]
     if not (added := own.get("_added_experts")) or not context.added_experts:
         return logits, *route(logits, routing)
     if context.modality_ids is None:

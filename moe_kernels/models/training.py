@@ -6,18 +6,27 @@ import warnings
 
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.distributed import distributed_c10d
 
+from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.parameters import named_adapter_parameters, original_name
+from moe_kernels.ops.gradients import in_graph_capture, in_transform
 
 
 def check_training(patched: PatchState, *, ids_given: bool) -> None:
-    """Warn of adapters that cannot learn; raise RuntimeError if ranks were patched differently.
+    """Find adapters that cannot learn, and ranks that were patched differently.
 
     Args:
         patched: the model whose forward begins.
         ids_given: the caller has given modality ids.
+
+    Warns:
+        UserWarning: adapters of a modality get no gradient.
+
+    Raises:
+        RuntimeError: added parameters have no values, or other ranks were patched differently.
     """
     if patched.model.training and torch.is_grad_enabled():
         _check(patched, ids_given)
@@ -27,8 +36,13 @@ def check_training(patched: PatchState, *, ids_given: bool) -> None:
 def _check(patched: PatchState, ids_given: bool) -> None:
     if not ids_given:
         _warn_of_idle_adapters(patched)
+    stage = len(patched.extensions), len(patched.added_tokens)
+    if patched.checked == stage:
+        return
+    _check_values(patched.model)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         _check_ranks(patched)
+    patched.checked = stage
 
 
 def _warn_of_idle_adapters(patched: PatchState) -> None:
@@ -46,6 +60,19 @@ def _warn_of_idle_adapters(patched: PatchState) -> None:
         )
 
 
+def _check_values(model: nn.Module) -> None:
+    """Raise RuntimeError if an added parameter has no values, which to_empty leaves as NaN."""
+    if in_transform() or in_graph_capture() or torch.compiler.is_compiling():
+        return
+    for name, parameter in named_adapter_parameters(model):
+        if not sharding.local(parameter).isfinite().all():
+            raise RuntimeError(
+                f"{name} is not finite: to_empty leaves what was added without values, and a "
+                "diverged run does too. load_adapter(folder) gives it values; a model that was "
+                "made on the device meta is patched once it has its own"
+            )
+
+
 # --- ranks
 
 _checks: list[str] = []  # one for each structure that this process has compared
@@ -59,10 +86,6 @@ def _check_ranks(patched: PatchState) -> None:
     collective would hang where one rank trains alone. The n-th structure that a rank trains is
     compared with the n-th of the others, if their base models have the same parameters.
     """
-    stage = len(patched.extensions), len(patched.added_tokens)
-    if patched.compared == stage:
-        return
-    patched.compared = stage
     structure = _describe(patched)
     # No public function returns the store of a group that init_process_group has made.
     store = distributed_c10d._get_default_store()

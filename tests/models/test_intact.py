@@ -1,6 +1,7 @@
 """Changes to a patched model that would leave out its adapters: detected, whoever makes them."""
 
 import copy
+import functools
 
 import accelerate
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.models.intact import check_experts
+from moe_kernels.moextend import ExpertExtender
 
 TARGETS = ("experts", "attention", "router")
 IDS = token_ids(2, 7)
@@ -74,17 +76,50 @@ def test_a_forward_that_leaves_out_the_update_is_detected(name, removed, checkpo
         module.forward = lambda x: type(module).forward(module, x)
     else:
         module.forward = lambda x: F.linear(x, module.weight)
-    with pytest.raises(RuntimeError, match="1 of the adapted modules .* without their low-rank"):
+    with pytest.raises(RuntimeError, match="added to 1 of a layer's modules .* not been computed"):
         model(**CALL)
     patched.unpatch()
     assert "forward" not in module.__dict__
     assert torch.equal(model.eval()(IDS).logits, make_model("mixtral")(IDS).logits)
 
 
+def replace_forward(experts):
+    """Compute experts by their weights alone, as kernels do that are bound on an instance."""
+    base = copy.copy(experts)
+    base.__dict__ = {k: v for k, v in experts.__dict__.items() if not k.startswith("_modality")}
+    base.config = copy.deepcopy(experts.config)
+    base.config._experts_implementation = "eager"
+    return functools.partial(type(experts).forward, base)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["adapters", "added experts"])
+@pytest.mark.parametrize("place", ["experts", "block", "router"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_experts_computed_by_another_forward_are_detected(compiled, place, added):
+    targets = () if added else ("experts", "router")
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2, target_modules=targets))
+    if added:
+        ExpertExtender(model).extend([1], 1, init=0)
+    block = model.model.layers[1].mlp
+    if place == "experts":
+        block.experts.forward = replace_forward(block.experts)
+    elif place == "router":
+        del block.gate.forward
+    else:
+        replaced = replace_forward(block.experts)
+        block.forward = lambda x: replaced(
+            x.flatten(0, 1), torch.zeros(x.shape[:2].numel(), 2).long(), x.new_ones(14, 2)
+        ).view_as(x)
+    forward = torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(RuntimeError, match="added to .*experts.* has not been computed"):
+        forward(**CALL)
+
+
 def test_a_forward_that_wraps_ours_is_kept():
     model, _ = make()
     expected = model(**CALL).logits
-    for module in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.gate):
+    layer = model.model.layers[0]
+    for module in (layer.self_attn.q_proj, layer.mlp.gate, layer.mlp.experts, layer.mlp):
         accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu"))
     assert torch.equal(model(**CALL).logits, expected)
 

@@ -1,6 +1,7 @@
 """Models that get their values after patching: made on the device meta, or emptied."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +42,32 @@ def test_an_emptied_model_adapts_once_its_state_is_loaded():
     model.load_state_dict(expected.state_dict())
     restore_rotary(model, expected)
     assert_same_logits(model, expected, ids)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_an_emptied_model_says_so_or_starts_anew(added):
+    """Fresh memory is often zero: pairs of zeros would never get a gradient."""
+    expected, ids = reference()
+    base = expected.state_dict()
+    with torch.device("meta"):
+        model, patched = patched_model("mixtral", ModalityLoraConfig(r=4, target_modules=TARGETS))
+        if added:
+            add_modality_tokens(model, "image", NUM_TOKENS)
+    with mock.patch("torch.empty_like", torch.zeros_like):
+        model.to_empty(device="cpu")
+    model.load_state_dict(
+        {k: v for k, v in base.items() if "added_rows" not in k and "lora" not in k}, strict=False
+    )
+    restore_rotary(model, expected)
+    model.train()
+    call = {"input_ids": ids % VOCAB, "modality_ids": torch.ones_like(ids), "labels": ids % VOCAB}
+    if added:
+        with pytest.raises(RuntimeError, match="added_rows.image is not finite: to_empty leaves"):
+            model(**call)
+        return
+    model(**call).loss.backward()
+    for name, parameter in patched.named_trainable_parameters():
+        assert parameter.grad.any() == name.endswith("lora_B"), name
 
 
 @pytest.mark.parametrize("assign", [False, True])
