@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_kernels.layers.whole import whole
 from moe_kernels.ops.dtypes import without_autocast
 
 CALIBRATIONS = ("additive", "multiplicative")
@@ -54,8 +55,8 @@ class Calibration(nn.Module):
         """Map the first N columns of (T, at least N) to (T, N), in the dtype of ``values``."""
         with without_autocast(values.device):
             seen = values[:, : self.calibration_A.shape[1]].to(self.calibration_A.dtype)
-            hidden = F.gelu(F.linear(seen, self.calibration_A))
-            return F.linear(hidden, self.calibration_B).to(values.dtype)
+            hidden = F.gelu(F.linear(seen, whole(self.calibration_A)))
+            return F.linear(hidden, whole(self.calibration_B)).to(values.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.form}, {tuple(self.calibration_A.shape)}"
@@ -110,7 +111,7 @@ class AddedExperts(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Return ``gate_up_proj`` and ``down_proj`` as the ops take them."""
-        return self.gate_up_proj, self.down_proj
+        return whole(self.gate_up_proj), whole(self.down_proj)
 
     def open_to(self, modality_ids: Tensor) -> Tensor | None:
         """Map (T,) ids to (T, 1) bool: rows that may choose these experts. None: all rows."""
@@ -118,7 +119,7 @@ class AddedExperts(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map (T, H) to (T, X) in a separate GEMM: the base's logits keep their bits."""
-        return F.linear(hidden_states, self.router_columns.to(hidden_states.dtype))
+        return F.linear(hidden_states, whole(self.router_columns).to(hidden_states.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.num_added}, modality_id={self.modality_id}"

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from moe_kernels.layers.whole import whole
 from moe_kernels.ops import LoraWeights
 
 
@@ -72,7 +73,7 @@ class ModalityLora(nn.Module):
 
     def weights(self) -> LoraWeights:
         """Return the tensors as the ops take them."""
-        return LoraWeights(self.lora_A, self.lora_B, self.scaling)
+        return LoraWeights(whole(self.lora_A), whole(self.lora_B), self.scaling)
 
     def extra_repr(self) -> str:
         return f"lora_A={tuple(self.lora_A.shape)}, lora_B={tuple(self.lora_B.shape)}"

@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_kernels.layers.whole import whole
 
 
 class ModalityProjector(nn.Module):
@@ -49,7 +52,13 @@ class ModalityProjector(nn.Module):
             raise ValueError(
                 f"features must be (..., {self.in_features}), got {tuple(features.shape)}"
             )
-        return self.layers(features.to(self.layers[0].weight.dtype))
+        values = features.to(self.layers[0].weight.dtype)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                values = F.linear(values, whole(layer.weight), whole(layer.bias))
+            else:
+                values = layer(values)
+        return values
 
     def settings(self) -> dict[str, int]:
         """Return the arguments that :class:`ModalityProjector` was made with, except H."""

@@ -152,7 +152,7 @@ def attach(
         if not hasattr(parts.layer, EXTENSIONS):
             setattr(parts.layer, EXTENSIONS, nn.ModuleDict())
         getattr(parts.layer, EXTENSIONS)[number] = module
-        sharding.shard_beside(module, parts.experts.gate_up_proj, "weights", "logits")
+        sharding.shard_beside(module, parts.experts.gate_up_proj)
         experts.set_added_experts(parts.experts, added_experts(parts.layer))
         routers.set_added_experts(parts.router, added_experts(parts.layer))
     if not patched.extensions:

@@ -376,7 +376,7 @@ def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLo
         device=weight.device,
         dtype=trainable_dtype(weight),
     )
-    sharding.shard_beside(lora, weight, "weights")
+    sharding.shard_beside(lora, weight)
     return lora
 
 

@@ -5,14 +5,13 @@ FSDP2 makes a parameter a DTensor. ZeRO-3 leaves an empty tensor, with the whole
 train copies of them in float32. FSDP1 joins parameters into one, and is not supported.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
@@ -75,24 +74,26 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def shard_beside(module: nn.Module, weight: Tensor, *methods: str) -> None:
-    """Let FSDP2 shard a new module over the ranks of a weight that it has sharded; else nothing.
+def shard_beside(module: nn.Module, weight: Tensor) -> None:
+    """Shard a new module over the ranks of a weight that FSDP2 has sharded; else do nothing.
 
-    All ranks call this together, and get the first one's values. The engine makes the parameters
-    whole when ``forward`` or one of ``methods`` is called, and keeps them so until the backward
-    pass: what a method returns is used after it.
+    All ranks call this together, and get the first one's values. The module is no unit of FSDP2,
+    which takes no parameter later: it reads its parameters by :func:`moe_kernels.layers.whole`.
     """
     if not isinstance(weight, DTensor):
         return
     mesh = weight.device_mesh
-    module.to(mesh.device_type)
-    for parameter, dimension in itertools.product(module.parameters(), range(mesh.ndim)):
-        dist.broadcast(parameter.detach(), group=mesh.get_group(dimension), group_src=0)
-    fully_shard(
-        module, mesh=mesh, reshard_after_forward=False, shard_placement_fn=shard_evenly(mesh)
-    )
-    for method in methods:
-        register_fsdp_forward_method(module, method)
+    mesh, placement = weight.device_mesh, shard_evenly(weight.device_mesh)
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                continue
+            values = parameter.detach().to(mesh.device_type)
+            for dimension in range(mesh.ndim):
+                dist.broadcast(values, group=mesh.get_group(dimension), group_src=0)
+            placements = [placement(values) if p.is_shard() else p for p in weight.placements]
+            sharded = distribute_tensor(values, mesh, placements, src_data_rank=None)
+            owner._parameters[name] = nn.Parameter(sharded, parameter.requires_grad)
 
 
 def check_whole(model: nn.Module, what: str) -> None:

@@ -13,6 +13,7 @@ from moe_kernels.init.rows import (
     check_row_init,
     initial_rows,
 )
+from moe_kernels.layers.whole import whole
 from moe_kernels.models import sharding
 from moe_kernels.models.context import Switches
 from moe_kernels.models.handle import get_patched
@@ -186,21 +187,17 @@ class AddedRows(nn.ParameterDict):
 
     def joined(self) -> Tensor:
         """Return the rows of all modalities."""
-        return torch.cat(list(self.values()))
+        return torch.cat([whole(rows) for rows in self.values()])
 
 
 def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
-    sharded = sharding.is_sharded(module.weight)
     if not hasattr(module, ROWS):
         setattr(module, ROWS, AddedRows())
         if isinstance(module, nn.Embedding):
             module.forward = types.MethodType(_embedding_forward, module)
-    elif sharded:  # the engine takes no parameter into a module that it has
-        before = getattr(module, ROWS)
-        setattr(module, ROWS, AddedRows({k: sharding.gather(each) for k, each in before.items()}))
     added = getattr(module, ROWS)
     added[modality] = nn.Parameter(rows)
-    sharding.shard_beside(added, module.weight, "joined")
+    sharding.shard_beside(added, module.weight)
 
 
 def _added(module: nn.Module) -> Tensor:
@@ -264,7 +261,7 @@ class JoinedHead:
         head = self._head
         for name, each in (("weight", head.weight), *getattr(head, ROWS).items()):
             partitioned = hasattr(each, "ds_status")  # ZeRO-3, even if it is gathered by chance now
-            if type(each.data) is not Tensor or partitioned or each.shape[0] == 0:
+            if type(whole(each).data) is not Tensor or partitioned or each.shape[0] == 0:
                 raise RuntimeError(
                     f"a fused head cannot read the {name} of lm_head, which is sharded "
                     f"({type(each.data).__name__}, {tuple(each.shape)}): shard the head in one "

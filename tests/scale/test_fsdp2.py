@@ -461,6 +461,46 @@ def patches_what_transformers_has_sharded(rank, folder):
     started_sharded(rank, folder, shard_first)
 
 
+def saves_between_forwards_and_backwards(rank, folder):
+    """Graphs of two forwards keep what they need, whatever frees whole parameters meanwhile."""
+    for name, make_sharded in (("first", sharded_first), ("later", sharded_later)):
+        patched = make_sharded()
+        patched.save_adapter(folder / name)
+        alone = patch_model(make_model("mixtral"), patched.config)
+        alone.load_adapter(folder / name)
+        losses = [loss(patched.model.train(), batch(rank, step)) for step in range(2)]
+        patched.save_adapter(folder / f"{name} again")
+        assert files(folder / f"{name} again") == files(folder / name)
+        for each in losses:
+            each.backward(retain_graph=True)
+        losses[0].backward()
+        for ids, times in ((batch(each, step), 2 - step) for each in range(2) for step in range(2)):
+            (loss(alone.model.train(), ids) * times / 2).backward()
+        expected = dict(alone.named_trainable_parameters())
+        for parameter_name, parameter in patched.named_trainable_parameters():
+            found, right = parameter.grad.full_tensor(), expected[parameter_name].grad
+            assert (found - right).norm() < 1e-3 * right.norm(), (name, parameter_name)
+
+
+def loss(model, ids):
+    return model(ids, labels=ids).loss
+
+
+def sharded_first():
+    patched = patch_model(shard(make_model("mixtral")), CONFIG)
+    add_modality_tokens(patched.model, "image", IMAGE)
+    with torch.no_grad():
+        for number, parameter in enumerate(patched.trainable_parameters()):
+            parameter.add_(0.01 * (number % 7 + 1))
+    return patched
+
+
+def sharded_later():
+    patched = make()
+    shard(patched.model)
+    return patched
+
+
 def loads_what_a_sharded_model_lacks(rank, folder):
     saved = make(**RICH)
     saved_whole(saved, folder / "whole", rank)
@@ -498,6 +538,7 @@ SCENES = {
         patches_a_sharded_model_with_replicas_tied_and_checkpointed,
         patches_a_sharded_model_that_has_run,
         patches_what_transformers_has_sharded,
+        saves_between_forwards_and_backwards,
         loads_what_a_sharded_model_lacks,
     )
 }
