@@ -42,8 +42,8 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
     """
     with _together(patched, "save_adapter", timeout) as ranks:
         parameters = whole_parameters(patched, sharded_too=True)
-        if ranks is not None:
-            ranks.meet()  # before the first collective
+        if ranks is not None:  # before the first collective
+            ranks.meet(same=_names_and_shapes(parameters))
         tensors, first = {}, ranks is None or ranks.first
         for name, parameter in parameters.items():
             if is_added(name):
@@ -62,15 +62,16 @@ def load(patched: PatchState, folder: Path, timeout: float) -> None:
         with adapter_files.opened(folder) as file:
             saved = adapter_files.read_config(file)
             parameters = whole_parameters(patched, sharded_too=True)
-            if ranks is not None:
-                ranks.meet(same=str(sorted(file.metadata.items())))  # before the first collective
-            _check_fits(patched, saved, parameters)
+            _check_fits(patched, saved)
             missing = _find_missing(patched, saved, find)
             tensor_files.check_shapes(file, _expected_shapes(patched, saved, file))
             _check_frozen(file, saved)
             _check_routing(patched, saved, find)
             if ranks is not None:
                 _check_settled(patched, missing, saved, parameters)
+                same = str(sorted(file.metadata.items())) + _names_and_shapes(parameters)
+                ranks.meet(same=same)  # before the first collective
+            _check_base(patched, saved, parameters)
             tensors = _read(patched, file, parameters)
         if ranks is not None:
             ranks.meet()  # before anything changes
@@ -87,11 +88,19 @@ def _together(patched: PatchState, what: str, timeout: float) -> Iterator[Ranks 
     sharding.reshard(patched.model)
     members = sharding.members(patched.model.parameters())
     if members is None:
+        patched.check_in_place()
         yield None
         return
     ranks = Ranks(members, what, timeout)
     with ranks.leaving_together():
+        patched.check_in_place()
         yield ranks
+
+
+def _names_and_shapes(parameters: dict[str, nn.Parameter]) -> str:
+    """Return a hash that must be the same on all ranks: their collectives are in this order."""
+    shapes = [(name, tuple(sharding.whole_shape(p))) for name, p in parameters.items()]
+    return hashlib.sha256(str(shapes).encode()).hexdigest()
 
 
 _Modules = tuple[list[dict[int, AddedExperts]], dict[str, ModalityProjector]]
@@ -295,8 +304,8 @@ def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
     }
 
 
-def _check_fits(patched: PatchState, saved: dict, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise ValueError unless base model and configuration are those of the adapter."""
+def _check_fits(patched: PatchState, saved: dict) -> None:
+    """Raise ValueError unless type of model and configuration are those of the adapter."""
     model, base = patched.model, saved["base_model"]
     if base["model_type"] != model.config.model_type:
         raise ValueError(
@@ -311,6 +320,11 @@ def _check_fits(patched: PatchState, saved: dict, parameters: dict[str, nn.Param
             f"the adapter was trained with another configuration (adapter != model): {listed}; "
             "patch with ModalityLoraConfig.from_adapter(folder)"
         )
+
+
+def _check_base(patched: PatchState, saved: dict, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError unless the base weights are those of the adapter."""
+    base = saved["base_model"]
     if base["fingerprint"] not in _fingerprints(patched, parameters):
         raise ValueError(
             f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'}), "

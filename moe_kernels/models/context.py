@@ -366,7 +366,7 @@ class Forwards(PerThread):
 
     @property
     def running(self) -> bool:
-        """Whether a forward of the patched model's own runs in this thread."""
+        """True while a forward of the patched model's own runs in this thread."""
         return getattr(self._local, "running", 0) > 0
 
     def end(self, before: list[LayerCall | None]) -> None:

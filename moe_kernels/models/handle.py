@@ -41,9 +41,12 @@ class PatchState(CopiedAlone):
         added_tokens: the number of added tokens by modality, in the order of their ids, from V on.
         fused_loss: True: forwards with labels in training mode compute the loss in chunks, without
             logits of all tokens at once; ``logits`` of their output is None.
+        compare_ranks: True: the first training forward compares the patch with that of other ranks.
+            False: the ranks train models of their own.
         warned: modalities of which a training forward has warned that their adapters are idle.
-        checked: the numbers of extensions and of modalities with tokens when a training forward was
-            checked.
+        checked: the numbers of extensions and of modalities with tokens at which a training forward
+            has found no fault.
+        compared_at: the places where ranks compare what they have at these numbers.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class PatchState(CopiedAlone):
         self.base_vocabulary: int = model.get_input_embeddings().num_embeddings
         self.added_tokens: dict[str, int] = {}
         self.fused_loss = False
+        self.compare_ranks = True
         self.warned: set[str] = set()
-        self.checked: tuple[int, int] | None = None
+        self.checked: set[tuple[int, int]] = set()
+        self.compared_at: dict[tuple[int, int], str] = {}
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:

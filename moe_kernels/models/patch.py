@@ -103,7 +103,6 @@ class PatchedModel(PatchState):
                 the model is not as it was patched.
             RuntimeError: other ranks of a sharded model did not call it in time, or one failed.
         """
-        self.check_in_place()
         adapters.save(self, Path(folder), timeout)
 
     def load_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
@@ -123,7 +122,6 @@ class PatchedModel(PatchState):
             RuntimeError: other ranks of a sharded model did not call it in time, one failed, or
                 they found different files.
         """
-        self.check_in_place()
         adapters.load(self, Path(folder), timeout)
 
     def unpatch(self) -> PreTrainedModel:

@@ -104,7 +104,9 @@ class _Meeting:
                 f"{place}/error", f"{what} failed on {who}: {type(error).__name__}: {error}"
             )
         elif self._set_once(f"{place}/same", same) != same:
-            self._set_once(f"{place}/error", f"{what} found another file on {who} than on others")
+            self._set_once(
+                f"{place}/error", f"{what} found another file or model on {who} than on others"
+            )
         came, size = self.store.add(f"{place}/came", 1), len(self.ranks.members)
         if came == size:
             if not self.store.add(f"{place}/error/set", 0):

@@ -136,6 +136,17 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor if _is_partitioned(parameter) else parameter
 
 
+def part_of(parameter: Tensor) -> tuple[int, ...] | None:
+    """Return this rank's place among the shards of a parameter, which its replicas share.
+
+    It is empty for a whole parameter, and None where no other rank has the same values (ZeRO-3).
+    """
+    if not isinstance(parameter, DTensor):
+        return None if _is_zero3(parameter) else ()
+    own = parameter.device_mesh.get_coordinate()
+    return tuple(i for i, each in zip(own, parameter.placements, strict=True) if each.is_shard())
+
+
 @torch.no_grad()
 def gather(parameter: Tensor) -> Tensor:
     """Return the whole parameter; of a sharded one on all ranks, which must call this together."""

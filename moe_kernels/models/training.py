@@ -1,6 +1,7 @@
 """Checks of a training forward for faults that show in no loss, each made once."""
 
 import hashlib
+import itertools
 import json
 import warnings
 
@@ -37,12 +38,15 @@ def _check(patched: PatchState, ids_given: bool) -> None:
     if not ids_given:
         _warn_of_idle_adapters(patched)
     stage = len(patched.extensions), len(patched.added_tokens)
-    if patched.checked == stage:
+    if stage in patched.checked:
         return
     _check_values(patched.model)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        _check_ranks(patched)
-    patched.checked = stage
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and patched.compare_ranks:
+        if stage not in patched.compared_at:  # else it was refused there, and is again
+            patched.compared_at[stage] = _new_place(patched)
+        _check_ranks(patched, patched.compared_at[stage])
+    patched.checked.add(stage)
 
 
 def _warn_of_idle_adapters(patched: PatchState) -> None:
@@ -75,32 +79,63 @@ def _check_values(model: nn.Module) -> None:
 
 # --- ranks
 
-_checks: list[str] = []  # one for each structure that this process has compared
+_SAMPLES = 16
+_numbers = itertools.count()  # one for each structure that this process compares
 
 
-def _check_ranks(patched: PatchState) -> None:
-    """Compare the structure of the patch with that of the first rank that came here.
+def _new_place(patched: PatchState) -> str:
+    return f"moe_kernels/structure/{_hash(patched.base_shapes)}/{next(_numbers)}"
+
+
+def _check_ranks(patched: PatchState, place: str) -> None:
+    """Compare the patch with that of the first rank that came here.
 
     Data parallelism pairs parameters by their order, and DDP then writes those of one rank over
-    those of the other, frozen ones included. The store of the process group serves, because a
-    collective would hang where one rank trains alone. The n-th structure that a rank trains is
-    compared with the n-th of the others, if their base models have the same parameters.
+    those of the other, frozen ones included. The n-th structure that a rank trains is compared with
+    the n-th of the others, if their base models have the same parameters. Replicas of a sharded
+    model must have the same values too, which FSDP2 does not give them.
     """
-    structure = _describe(patched)
+    structure, rank = _describe(patched), dist.get_rank()
+    if (first := _first_value(place, structure)) != structure:
+        raise RuntimeError(
+            f"rank {rank} trains another model than a rank before it: {structure} "
+            f"instead of {first}. Choose the same on all ranks, before DDP or FSDP takes the model "
+            "(DDP has written tensors of one over those of the other: load the base again). If "
+            "ranks are to train models of their own, set patched.compare_ranks = False"
+        )
+    for part, values in _values_by_part(patched.model).items():
+        if _first_value(f"{place}/{part}", values) != values:
+            raise RuntimeError(
+                f"rank {rank} trains from other values than another rank that has the same part of "
+                "the model, and the engine would keep them apart: call torch.manual_seed with one "
+                "seed on all ranks before patch_model and what adds to it, or load_adapter"
+            )
+
+
+def _first_value(place: str, value: str) -> str:
+    """Return the value of the rank that came first to a place, this one's if it did.
+
+    The store of the process group serves: a collective would hang where one rank trains alone.
+    """
     # No public function returns the store of a group that init_process_group has made.
     store = distributed_c10d._get_default_store()
-    key = f"moe_kernels/structure/{_hash(patched.base_shapes)}/{len(_checks)}"
-    _checks.append(key)
-    if store.add(f"{key}/ranks", 1) == 1:
-        store.set(key, structure)
-        return
-    first = store.get(key).decode()
-    if first != structure:
-        raise RuntimeError(
-            f"rank {dist.get_rank()} trains another model than a rank before it: {structure} "
-            f"instead of {first}. Choose the same on all ranks, before DDP or FSDP takes the model "
-            "(DDP has written tensors of one over those of the other: load the base again)"
-        )
+    if store.add(f"{place}/ranks", 1) == 1:
+        store.set(place, value)
+        return value
+    return store.get(place).decode()
+
+
+def _values_by_part(model: nn.Module) -> dict[tuple[int, ...], str]:
+    """Return hashes of what replicas of a sharded model must share, by place among the shards."""
+    found: dict[tuple[int, ...], list] = {}
+    if not sharding.is_model_sharded(model):
+        return {}  # DDP and ZeRO hand out the first rank's values
+    for name, parameter in named_adapter_parameters(model):
+        if parameter.requires_grad and (part := sharding.part_of(parameter)) is not None:
+            values = sharding.local(parameter).detach().flatten()
+            some = values[:: max(1, values.numel() // _SAMPLES)].tolist()
+            found.setdefault(part, []).append([original_name(name), some])
+    return {part: _hash(values) for part, values in found.items()}
 
 
 def _describe(patched: PatchState) -> str:

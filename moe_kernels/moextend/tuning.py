@@ -11,7 +11,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
-from moe_kernels.models import experts, routers
+from moe_kernels.models import experts, routers, sharding
 from moe_kernels.models.added_experts import count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
@@ -44,6 +44,7 @@ def score_layers(
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}")
     check_count(count)
+    sharding.check_whole(patched.model, "score_layers")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "score_layers tunes the routers by gradients: call it outside of torch.inference_mode()"

@@ -212,10 +212,32 @@ def an_error_of_one_rank_is_that_of_all(rank, folder):
         patched.load_adapter(folder / ("whole", "nowhere")[rank])
     other = make(seed=2)
     other.save_adapter(folder / f"other-{rank}")
+    config = dataclasses.replace(CONFIG, r=3 + rank)
+    unlike = patch_model(make_model("mixtral"), config)
+    unlike.save_adapter(folder / f"unlike-{rank}")
+    shard(unlike.model)
+    error, match = (
+        (ValueError, "r: 3 != 4") if rank == 1 else (RuntimeError, "rank 1: ValueError: .* r: 3 !=")
+    )
+    with pytest.raises(error, match=match):  # not a hang in the first collective
+        unlike.load_adapter(folder / "unlike-0")
+    with pytest.raises(RuntimeError, match="another file or model on rank . than on others"):
+        unlike.save_adapter(folder / "unlike")
+    layer = patched.model.model.layers[0]
+    if rank == 1:
+        patched.model.model.layers[0] = torch.nn.Identity()
+    error, match = (
+        (RuntimeError, "replaced")
+        if rank == 1
+        else (RuntimeError, "failed on rank 1: Runtime.*repl")
+    )
+    with pytest.raises(error, match=match):
+        patched.save_adapter(folder / "sharded")
+    patched.model.model.layers[0] = layer
     if rank == 1:
         randomise(other, seed=3)
         other.save_adapter(folder / f"other-{rank}")
-    with pytest.raises(RuntimeError, match="load_adapter found another file on rank . than on"):
+    with pytest.raises(RuntimeError, match="load_adapter found another file or model on rank"):
         patched.load_adapter(folder / f"other-{rank}")
     patched.save_adapter(folder / "sharded")
     assert files(folder / "sharded") == expected

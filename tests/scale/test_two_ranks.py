@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from support.model_zoo import VOCAB, token_ids
+from support.model_zoo import VOCAB, make_model, token_ids
 from support.patched_models import patched_model
 from support.ranks import errors_of, play, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.moextend import ExpertExtender, tuning
 from moe_kernels.testing import relative_rms
 
@@ -69,6 +69,41 @@ def other_layers_compiled(rank, folder):
     refused(torch.compile(model, backend="eager"), rank)
 
 
+def a_refused_model_stays_refused(rank, folder):
+    """A loop that skips a failed batch must not train on."""
+    model, patched = patched_model("mixtral", ModalityLoraConfig(r=2 + rank), num_tokens=IMAGE)
+    if rank == 0:
+        loss(model, rank)
+    dist.barrier()
+    if rank == 1:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="If ranks .* patched.compare_ranks = False"):
+                loss(model, rank)
+        patched.compare_ranks = False
+        loss(model, rank)
+    dist.barrier()
+
+
+def other_replicas(rank, folder):
+    """FSDP2 hands out no values: replicas that differ stay apart, and one of them is saved."""
+    answers = [None, None]
+    for differ in (False, True):
+        model = make_model("mixtral").train()
+        torch.manual_seed(rank if differ else 0)
+        patch_model(model, ModalityLoraConfig(r=2))
+        for unit in (*model.model.layers, model):
+            fully_shard(unit, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("r", "s")))
+        try:
+            model(input_ids=token_ids(1, 4), modality_ids=torch.ones(1, 4).long())
+        except RuntimeError as error:
+            answer = str(error)
+        else:
+            answer = ""
+        dist.all_gather_object(answers, answer)
+        told = sorted("from other values than another rank" in each for each in answers)
+        assert told == [False, differ], answers
+
+
 def same(rank, folder):
     """A model that grows on both, and a forward of one rank alone, are no fault."""
     model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
@@ -94,6 +129,13 @@ def scores(rank, folder):
     assert both[0] == both[1]
     images = 3 * 2 * 6  # three batches of two rows with six tokens of images
     assert found.before.sum(1).tolist() == [2 * images] * 2  # top 2
+
+
+def scores_a_sharded_model(rank, folder):
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="score_layers reads the weights .* before fully_shard"):
+        ExpertExtender(model).score_layers([batch(rank)], 1, progress=False)
 
 
 def scores_alone(rank, folder):
@@ -150,7 +192,8 @@ def fused_loss(rank, folder):
 
 
 ALL = (
-    other_layers, other_layers_compiled, other_tokens, other_trained, same, scores, scores_alone,
+    a_refused_model_stays_refused, other_replicas, other_layers, other_layers_compiled,
+    other_tokens, other_trained, same, scores, scores_a_sharded_model, scores_alone,
     scores_and_fails, fused_loss,
 )  # fmt: skip
 SCENES = {each.__name__: each for each in ALL}
