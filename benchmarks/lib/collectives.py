@@ -5,7 +5,6 @@ no gradient: they are gathered, and nothing of them is reduced. tests/scale/test
 test_sent_by_zero.py count what torch and DeepSpeed send, and compare.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -68,16 +67,13 @@ def units(model: nn.Module, *, sharded_first: bool = False, reshard: bool = True
 
     Args:
         model: a patched model.
-        sharded_first: it was sharded when it was patched, so that each added module is a unit.
+        sharded_first: it was sharded when it was patched, so that autograd gathers each added
+            parameter by itself.
         reshard: ``reshard_after_forward`` of the layers. The root keeps its parameters.
     """
-    added: dict[str, list[Tensor]] = {}
-    if sharded_first:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                added.setdefault(name.rpartition(".")[0], []).append(parameter)
-    seen = {id(each) for each in itertools.chain(*added.values())}
-    found = [Unit(tuple(parameters), True) for parameters in added.values()]
+    added = [each for each in model.parameters() if each.requires_grad and sharded_first]
+    seen = {id(each) for each in added}
+    found = [Unit((each,), True) for each in added]
     for module in (*model.model.layers, model):
         own = tuple(each for each in module.parameters() if id(each) not in seen)
         seen.update(map(id, own))

@@ -38,7 +38,8 @@ def sharded(mesh, *, reshard=True, evenly=True, sharded_first=False, **settings)
 
 def check(model, expected):
     counted = Counter(step(model).messages)
-    assert counted == Counter((each.kind, each.size) for each in expected)
+    right = Counter((each.kind, each.size) for each in expected)
+    assert counted == right, (counted - right, right - counted)
 
 
 def fsdp2(rank, folder):

@@ -40,7 +40,16 @@ class Sent(TorchDispatchMode):
             kind, place = _KINDS[function.overloadpacket.__name__]
             tensors = [each for each in tree_leaves(args[place]) if isinstance(each, Tensor)]
             self.messages.append((kind, sum(each.nbytes for each in tensors)))
+        elif function.namespace == "_c10d_functional":
+            self._functional(function.overloadpacket.__name__, *args)
         return function(*args, **kwargs or {})
+
+    def _functional(self, name: str, values: Tensor, *args: object) -> None:
+        """Keep a collective of DTensor, which autograd knows."""
+        kinds = {"all_gather_into_tensor": "all-gather", "reduce_scatter_tensor": "reduce-scatter"}
+        if name in kinds:
+            ranks = args[0] if name.startswith("all_gather") else 1
+            self.messages.append((kinds[name], values.nbytes * ranks))
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes of all messages of each kind."""
