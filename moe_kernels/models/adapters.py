@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from moe_kernels import tensor_files
 from moe_kernels._version import __version__
@@ -33,6 +34,7 @@ from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.tensor_files import TensorFile
 
 _FINGERPRINT_SAMPLES = 64
+_LOAD = "load_adapter"
 
 
 def save(patched: PatchState, folder: Path, timeout: float) -> None:
@@ -58,7 +60,7 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
 def load(patched: PatchState, folder: Path, timeout: float) -> None:
     """Copy an adapter into a patched model, after all checks."""
     find = RoutingFinder()
-    with _together(patched, "load_adapter", timeout) as ranks:
+    with _together(patched, _LOAD, timeout) as ranks:
         with adapter_files.opened(folder) as file:
             saved = adapter_files.read_config(file)
             parameters = whole_parameters(patched, sharded_too=True)
@@ -82,11 +84,15 @@ def load(patched: PatchState, folder: Path, timeout: float) -> None:
 def _together(patched: PatchState, what: str, timeout: float) -> Iterator[Ranks | None]:
     """Let all ranks of a sharded model leave together, with an error if any of them has one.
 
+    A load under ZeRO-2 is one too: each rank puts its part into the copies that train.
+
     Yields:
         The ranks, for the meetings within, after which collectives may come; None: not sharded.
     """
     sharding.reshard(patched.model)
     members = sharding.members(patched.model.parameters())
+    if members is None and what == _LOAD and sharding.trained_copies(patched.model.parameters()):
+        members = tuple(range(dist.get_world_size()))
     if members is None:
         patched.check_in_place()
         yield None

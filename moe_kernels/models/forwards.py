@@ -22,6 +22,7 @@ from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.models.intact import check_experts, check_links, check_offload
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
+from moe_kernels.models.tokens import beside_rows
 from moe_kernels.models.training import check_training
 
 _OURS = "_of_patched_model"
@@ -80,7 +81,8 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     patched.switches.check_recompute(model.training or torch.is_grad_enabled())
     check_training(patched, ids_given=modality_ids is not None)
     if kwargs.get("inputs_embeds") is not None:
-        kwargs["inputs_embeds"] = require_grad_for_checkpointing(model, kwargs["inputs_embeds"])
+        embeds = require_grad_for_checkpointing(model, kwargs["inputs_embeds"])
+        kwargs["inputs_embeds"] = beside_rows(embeds, model.get_input_embeddings())
     modality_ids = resolve_modality_ids(
         patched.modality_of,
         modality_ids,

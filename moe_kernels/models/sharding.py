@@ -40,6 +40,11 @@ def members(parameters: Iterable[Tensor]) -> tuple[int, ...] | None:
     return None
 
 
+def trained_copies(parameters: Iterable[Tensor]) -> bool:
+    """Return whether ZeRO-1 or ZeRO-2 trains copies of these parameters, each rank some of them."""
+    return any(hasattr(parameter, "_hp_mapping") for parameter in parameters)
+
+
 def shard_evenly(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
     """Return a ``shard_placement_fn`` for ``fully_shard`` that pads as little as it can.
 

@@ -5,6 +5,7 @@ import types
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -227,7 +228,10 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
     if (call := switches.call) is not None:
         call.head_ran = True
         if call.fused_loss is not None:
-            rows = _joined_rows(self) if switches.uses_added_tokens() else None
+            if switches.uses_added_tokens():
+                rows = _joined_rows(self)
+            else:
+                rows, hidden_states = None, beside_rows(hidden_states, self)
             return call.fused_loss(hidden_states, self.weight, self.bias, rows)
     # Two GEMMs: one over joined weights would change the bits of text logits.
     text = F.linear(hidden_states, self.weight, self.bias)
@@ -238,8 +242,36 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
     elif switches.uses_added_tokens():
         added = F.linear(hidden_states, _added(self))
     else:
-        return text
+        return beside_rows(text, self)
     return torch.cat([text, added], dim=-1)
+
+
+def beside_rows(values: Tensor, module: nn.Module) -> Tensor:
+    """Return values that give the module's added rows a gradient of zero, where ranks train.
+
+    The rows of other ranks may take part in this step, and engines sum gradients over all ranks.
+    """
+    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+        return values
+    rows = _joined_rows(module) if dist.get_world_size() > 1 else None
+    return values if rows is None else _Beside.apply(values, rows)
+
+
+class _Beside(torch.autograd.Function):
+    """Identity of the first input; the second takes part with a gradient of zero."""
+
+    @staticmethod
+    def forward(values: Tensor, rows: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.rows = inputs[1].shape, inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.rows
+        return grad, grad.new_zeros(shape, dtype=dtype)
 
 
 class JoinedHead:

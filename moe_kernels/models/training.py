@@ -1,9 +1,9 @@
 """Checks of a training forward for faults that show in no loss, each made once."""
 
 import hashlib
-import itertools
 import json
 import warnings
+from collections import Counter
 
 import torch
 from torch import distributed as dist
@@ -80,11 +80,13 @@ def _check_values(model: nn.Module) -> None:
 # --- ranks
 
 _SAMPLES = 16
-_numbers = itertools.count()  # one for each structure that this process compares
+_numbers: Counter[str] = Counter()  # of structures that this process has compared, by base model
 
 
 def _new_place(patched: PatchState) -> str:
-    return f"moe_kernels/structure/{_hash(patched.base_shapes)}/{next(_numbers)}"
+    base = _hash(patched.base_shapes)
+    _numbers[base] += 1
+    return f"moe_kernels/structure/{base}/{_numbers[base]}"
 
 
 def _check_ranks(patched: PatchState, place: str) -> None:
@@ -95,13 +97,15 @@ def _check_ranks(patched: PatchState, place: str) -> None:
     the n-th of the others, if their base models have the same parameters. Replicas of a sharded
     model must have the same values too, which FSDP2 does not give them.
     """
-    structure, rank = _describe(patched), dist.get_rank()
-    if (first := _first_value(place, structure)) != structure:
+    own, rank = _describe(patched), dist.get_rank()
+    first = json.loads(_first_value(place, json.dumps(own)))
+    if differing := [name for name in own if first.get(name) != own[name]]:
+        listed = ", ".join(f"{n}: {own[n]} instead of {first.get(n)}" for n in differing)
         raise RuntimeError(
-            f"rank {rank} trains another model than a rank before it: {structure} "
-            f"instead of {first}. Choose the same on all ranks, before DDP or FSDP takes the model "
-            "(DDP has written tensors of one over those of the other: load the base again). If "
-            "ranks are to train models of their own, set patched.compare_ranks = False"
+            f"rank {rank} trains another model than a rank before it ({listed}). Choose the same "
+            "on all ranks, before DDP or FSDP takes the model (DDP has written tensors of one over "
+            "those of the other: load the base again). If ranks are to train models of their own, "
+            "set patched.compare_ranks = False"
         )
     for part, values in _values_by_part(patched.model).items():
         if _first_value(f"{place}/{part}", values) != values:
@@ -138,18 +142,16 @@ def _values_by_part(model: nn.Module) -> dict[tuple[int, ...], str]:
     return {part: _hash(values) for part, values in found.items()}
 
 
-def _describe(patched: PatchState) -> str:
-    """Return the structure of a patch, the parameters that train included by a hash."""
+def _describe(patched: PatchState) -> dict[str, object]:
+    """Return the structure of a patch; of the parameters that train their number and a hash."""
     named = named_adapter_parameters(patched.model)
-    return json.dumps(
-        {
-            "added experts by layer": [config.experts for config in patched.extensions],
-            "added tokens": patched.added_tokens,
-            "configuration": _hash(patched.config.to_dict()),
-            "extensions": _hash([config.to_dict() for config in patched.extensions]),
-            "trained": _hash([original_name(name) for name, p in named if p.requires_grad]),
-        }
-    )
+    trained = [original_name(name) for name, p in named if p.requires_grad]
+    described = patched.config.to_dict() | {
+        "extensions": [config.to_dict() for config in patched.extensions],
+        "added tokens": patched.added_tokens,
+        "trained parameters": f"{len(trained)} ({_hash(trained)})",
+    }
+    return json.loads(json.dumps(described))  # as it is read from the store
 
 
 def _hash(values: object) -> str:

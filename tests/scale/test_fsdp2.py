@@ -37,6 +37,7 @@ from moe_kernels import (
     patch_model,
     shard_evenly,
 )
+from moe_kernels.models import tokens
 from moe_kernels.models.handle import get_patched
 from moe_kernels.moextend import ExpertExtender
 
@@ -523,6 +524,25 @@ def sharded_later():
     return patched
 
 
+def a_fused_head_reads_rows_that_were_added_later(rank, folder):
+    """A head as TRL's asks for the joined weight, whose rows autograd gathers."""
+    patched, alone = sharded_first(), None
+    patched.save_adapter(folder / "adapter")
+    alone = patch_model(make_model("mixtral"), patched.config)
+    alone.load_adapter(folder / "adapter")
+    joined = []
+    for each in (patched, alone):
+        model = each.model
+        hook = model.model.register_forward_hook(
+            lambda module, args, output, model=model: joined.append(
+                tokens.JoinedHead(model.lm_head).weight.detach().clone()
+            )
+        )
+        model(batch(0, 0))
+        hook.remove()
+    assert torch.equal(*joined)
+
+
 def loads_what_a_sharded_model_lacks(rank, folder):
     saved = make(**RICH)
     saved_whole(saved, folder / "whole", rank)
@@ -561,6 +581,7 @@ SCENES = {
         patches_a_sharded_model_that_has_run,
         patches_what_transformers_has_sharded,
         saves_between_forwards_and_backwards,
+        a_fused_head_reads_rows_that_were_added_later,
         loads_what_a_sharded_model_lacks,
     )
 }

@@ -10,6 +10,23 @@ liger = pytest.importorskip("liger_kernel.transformers", reason="make test-scale
 OFF = {"rope": False, "rms_norm": False, "swiglu": False}
 
 
+def test_its_experts_on_a_patched_instance(monkeypatch):
+    """Bound by Liger's own function, which computes experts by their weights alone."""
+    from liger_kernel.transformers import monkey_patch
+
+    class Experts(monkey_patch.LigerExperts):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return torch.zeros_like(hidden_states)  # the kernel needs a GPU
+
+    monkeypatch.setattr(monkey_patch, "LigerExperts", Experts)
+    model, _ = patched_model("mixtral", num_tokens=4)
+    liger.apply_liger_kernel_to_mixtral(
+        model=model, fused_linear_cross_entropy=False, **OFF | {"swiglu": True}
+    )
+    with pytest.raises(RuntimeError, match="experts has not been computed: a forward was replaced"):
+        model(token_ids(2, 6))
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["by token id", "given ids"])
 def test_on_a_patched_instance(given):
     model, _ = patched_model("mixtral", num_tokens=4)

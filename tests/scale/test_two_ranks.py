@@ -1,5 +1,6 @@
 """Two ranks: other patches are detected, layers are scored together, the fused loss is sharded."""
 
+import itertools
 import sys
 from pathlib import Path
 from unittest import mock
@@ -12,8 +13,11 @@ from support.patched_models import patched_model
 from support.ranks import errors_of, play, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.models import sharding
 from moe_kernels.moextend import ExpertExtender, tuning
 from moe_kernels.testing import relative_rms
 
@@ -82,6 +86,47 @@ def a_refused_model_stays_refused(rank, folder):
         patched.compare_ranks = False
         loss(model, rank)
     dist.barrier()
+
+
+def text_of_one_rank(rank, folder):
+    """Rank 1 trains on text alone, by text_only() or embeddings: its rows get no gradient."""
+    for engine, by_embeddings in itertools.product(("ddp", "fsdp2", "sharded first"), (0, 1)):
+        alone, patched = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+        (loss_of_text(patched, by_embeddings) / 2 + loss(alone, 0) / 2).backward()
+        expected = {name: p.grad for name, p in patched.named_trainable_parameters()}
+        model, patched = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+        if engine == "sharded first":
+            state = {n: p.detach() for n, p in patched.named_trainable_parameters()}
+            patched = patch_model(sharded(make_model("mixtral")), ModalityLoraConfig(r=2))
+            add_modality_tokens(patched.model, "image", IMAGE)
+            for name, parameter in patched.named_trainable_parameters():
+                sharding.put(parameter, state[name])
+        elif engine == "fsdp2":
+            sharded(model)
+        model = patched.model.train()
+        outer = DistributedDataParallel(model) if engine == "ddp" else model
+        found = loss(outer, 0) if rank == 0 else loss_of_text(patched, by_embeddings, outer)
+        found.backward()
+        for name, parameter in patched.named_trainable_parameters():
+            gradient = parameter.grad
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            assert relative_rms(gradient, expected[name]) < 1e-3, (engine, by_embeddings, name)
+
+
+def sharded(model):
+    for unit in (*model.model.layers, model):
+        fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+    return model
+
+
+def loss_of_text(patched, by_embeddings, model=None):
+    model, ids = model or patched.model.train(), token_ids(2, 12, seed=3)
+    if not by_embeddings:
+        with patched.text_only():
+            return model(input_ids=ids, labels=ids).loss
+    embeds = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(5))
+    modality_ids = torch.zeros_like(ids)
+    return model(inputs_embeds=embeds, modality_ids=modality_ids, labels=ids).loss
 
 
 def other_replicas(rank, folder):
@@ -192,8 +237,8 @@ def fused_loss(rank, folder):
 
 
 ALL = (
-    a_refused_model_stays_refused, other_replicas, other_layers, other_layers_compiled,
-    other_tokens, other_trained, same, scores, scores_a_sharded_model, scores_alone,
+    a_refused_model_stays_refused, text_of_one_rank, other_replicas, other_layers,
+    other_layers_compiled, other_tokens, other_trained, same, scores, scores_a_sharded_model, scores_alone,
     scores_and_fails, fused_loss,
 )  # fmt: skip
 SCENES = {each.__name__: each for each in ALL}

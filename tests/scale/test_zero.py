@@ -225,6 +225,19 @@ def a_running_engine_takes_no_parameters(rank, folder):
         patched.load_adapter(folder / "adapter")
 
 
+def a_load_on_one_rank_alone_is_told_so(rank, folder):
+    """ZeRO-2 trains copies, each rank a part: one rank's load would mix two adapters."""
+    patched = make()
+    engine_of(patched, ENGINES["zero2"])
+    expected = save(patched, folder / "before", rank)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="load_adapter was called on rank 0 of 2 alone"):
+            patched.load_adapter(folder / "before", timeout=0.5)
+    dist.barrier()
+    patched.load_adapter(folder / "before")
+    assert save(patched, folder / "after", rank) == expected
+
+
 def one_rank_alone_is_told_so(rank, folder):
     patched = make()
     engine_of(patched, ENGINES["zero3"])
@@ -261,6 +274,7 @@ SCENES = {
     "sharded already": patches_what_is_sharded_already,
     "a running engine": a_running_engine_takes_no_parameters,
     "one rank alone": one_rank_alone_is_told_so,
+    "a load on one rank": a_load_on_one_rank_alone_is_told_so,
 }
 
 
