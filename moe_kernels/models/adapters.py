@@ -45,7 +45,7 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
     with _together(patched, "save_adapter", timeout) as ranks:
         parameters = whole_parameters(patched, sharded_too=True)
         if ranks is not None:  # before the first collective
-            ranks.meet(same=_names_and_shapes(parameters))
+            ranks.meet(_names_and_shapes(parameters))
         tensors, first = {}, ranks is None or ranks.first
         for name, parameter in parameters.items():
             if is_added(name):
@@ -71,8 +71,8 @@ def load(patched: PatchState, folder: Path, timeout: float) -> None:
             _check_routing(patched, saved, find)
             if ranks is not None:
                 _check_settled(patched, missing, saved, parameters)
-                same = str(sorted(file.metadata.items())) + _names_and_shapes(parameters)
-                ranks.meet(same=same)  # before the first collective
+                content = {f"adapter in {folder}": _hash(sorted(file.metadata.items()))}
+                ranks.meet(content | _names_and_shapes(parameters))  # before the first collective
             _check_base(patched, saved, parameters)
             tensors = _read(patched, file, parameters)
         if ranks is not None:
@@ -103,10 +103,14 @@ def _together(patched: PatchState, what: str, timeout: float) -> Iterator[Ranks 
         yield ranks
 
 
-def _names_and_shapes(parameters: dict[str, nn.Parameter]) -> str:
+def _names_and_shapes(parameters: dict[str, nn.Parameter]) -> dict[str, str]:
     """Return a hash that must be the same on all ranks: their collectives are in this order."""
     shapes = [(name, tuple(sharding.whole_shape(p))) for name, p in parameters.items()]
-    return hashlib.sha256(str(shapes).encode()).hexdigest()
+    return {"model (names and shapes of its parameters)": _hash(shapes)}
+
+
+def _hash(values: object) -> str:
+    return hashlib.sha256(str(values).encode()).hexdigest()
 
 
 _Modules = tuple[list[dict[int, AddedExperts]], dict[str, ModalityProjector]]

@@ -101,7 +101,8 @@ class PatchedModel(PatchState):
         Raises:
             ValueError: nothing could load the adapter again: values are not finite or not here, or
                 the model is not as it was patched.
-            RuntimeError: other ranks of a sharded model did not call it in time, or one failed.
+            RuntimeError: other ranks of a sharded model did not call it in time, or one failed. If
+                the first rank writes for longer than ``timeout``, the new files may be there.
         """
         adapters.save(self, Path(folder), timeout)
 

@@ -222,7 +222,7 @@ def an_error_of_one_rank_is_that_of_all(rank, folder):
     )
     with pytest.raises(error, match=match):  # not a hang in the first collective
         unlike.load_adapter(folder / "unlike-0")
-    with pytest.raises(RuntimeError, match="another file or model on rank . than on others"):
+    with pytest.raises(RuntimeError, match=r"found another model \(names .* on rank . than"):
         unlike.save_adapter(folder / "unlike")
     layer = patched.model.model.layers[0]
     if rank == 1:
@@ -238,7 +238,7 @@ def an_error_of_one_rank_is_that_of_all(rank, folder):
     if rank == 1:
         randomise(other, seed=3)
         other.save_adapter(folder / f"other-{rank}")
-    with pytest.raises(RuntimeError, match="load_adapter found another file or model on rank"):
+    with pytest.raises(RuntimeError, match="found another adapter in .*/other-. on rank"):
         patched.load_adapter(folder / f"other-{rank}")
     patched.save_adapter(folder / "sharded")
     assert files(folder / "sharded") == expected
