@@ -141,6 +141,21 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor if _is_partitioned(parameter) else parameter
 
 
+def holders(parameter: Tensor) -> tuple[int, int]:
+    """Return how many ranks have values of a parameter, of those over which FSDP2 shards it.
+
+    Where no placement would use more of them, they count as all.
+    """
+    if not isinstance(parameter, DTensor):
+        return 1, 1
+    mesh = parameter.device_mesh
+    dimension = next((i for i, p in enumerate(parameter.placements) if p.is_shard()), None)
+    if dimension is None or max(parameter.shape) < mesh.shape[dimension]:
+        return 1, 1
+    size = parameter.shape[parameter.placements[dimension].dim]
+    return min(size, mesh.shape[dimension]), mesh.shape[dimension]
+
+
 def part_of(parameter: Tensor) -> tuple[int, ...] | None:
     """Return this rank's place among the shards of a parameter, which its replicas share.
 

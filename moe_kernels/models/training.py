@@ -24,7 +24,7 @@ def check_training(patched: PatchState, *, ids_given: bool) -> None:
         ids_given: the caller has given modality ids.
 
     Warns:
-        UserWarning: adapters of a modality get no gradient.
+        UserWarning: adapters of a modality get no gradient, or are on few ranks.
 
     Raises:
         RuntimeError: added parameters have no values, or other ranks were patched differently.
@@ -41,6 +41,7 @@ def _check(patched: PatchState, ids_given: bool) -> None:
     if stage in patched.checked:
         return
     _check_values(patched.model)
+    _warn_of_one_rank(patched.model)
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and patched.compare_ranks:
         if stage not in patched.compared_at:  # else it was refused there, and is again
@@ -75,6 +76,20 @@ def _check_values(model: nn.Module) -> None:
                 "diverged run does too. load_adapter(folder) gives it values; a model that was "
                 "made on the device meta is patched once it has its own"
             )
+
+
+def _warn_of_one_rank(model: nn.Module) -> None:
+    """Warn where FSDP2 keeps all of an adapter on few ranks, and sends it padded to all."""
+    held = {name: sharding.holders(p) for name, p in named_adapter_parameters(model)}
+    for name, (holding, ranks) in held.items():
+        if 2 * holding <= ranks:
+            warnings.warn(
+                f"FSDP2 keeps {name} on {holding} of {ranks} ranks, with its optimiser state, and "
+                "sends it padded to all of them: pass shard_placement_fn=shard_evenly(mesh) to "
+                "fully_shard (accelerate has no such setting)",
+                stacklevel=2,
+            )
+            return
 
 
 # --- ranks

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model, shard_evenly
 from moe_kernels.models import sharding
 from moe_kernels.moextend import ExpertExtender, tuning
 from moe_kernels.testing import relative_rms
@@ -129,6 +130,20 @@ def loss_of_text(patched, by_embeddings, model=None):
     return model(inputs_embeds=embeds, modality_ids=modality_ids, labels=ids).loss
 
 
+def adapters_on_one_rank(rank, folder):
+    """FSDP2 shards the first dimension, which is 1 for one modality."""
+    mesh = init_device_mesh("cpu", (2,))
+    for options in ({}, {"shard_placement_fn": shard_evenly(mesh)}):
+        model, _ = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+        for unit in (*model.model.layers, model):
+            fully_shard(unit, mesh=mesh, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss(model, rank).backward()
+        told = [w for w in caught if "lora_A on 1 of 2 ranks" in str(w.message)]
+        assert len(told) == (not options)
+
+
 def other_replicas(rank, folder):
     """FSDP2 hands out no values: replicas that differ stay apart, and one of them is saved."""
     answers = [None, None]
@@ -237,10 +252,21 @@ def fused_loss(rank, folder):
 
 
 ALL = (
-    a_refused_model_stays_refused, text_of_one_rank, other_replicas, other_layers,
-    other_layers_compiled, other_tokens, other_trained, same, scores, scores_a_sharded_model, scores_alone,
-    scores_and_fails, fused_loss,
-)  # fmt: skip
+    a_refused_model_stays_refused,
+    text_of_one_rank,
+    adapters_on_one_rank,
+    other_replicas,
+    other_layers,
+    other_layers_compiled,
+    other_tokens,
+    other_trained,
+    same,
+    scores,
+    scores_a_sharded_model,
+    scores_alone,
+    scores_and_fails,
+    fused_loss,
+)
 SCENES = {each.__name__: each for each in ALL}
 
 
