@@ -94,12 +94,12 @@ def _together(patched: PatchState, what: str, timeout: float) -> Iterator[Ranks 
     if members is None and what == _LOAD and sharding.trained_copies(patched.model.parameters()):
         members = tuple(range(dist.get_world_size()))
     if members is None:
-        patched.check_in_place()
+        patched.check_whole()
         yield None
         return
     ranks = Ranks(members, what, timeout)
     with ranks.leaving_together():
-        patched.check_in_place()
+        patched.check_whole()
         yield ranks
 
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from moe_kernels.models.context import MISSING, ModelCall, resolve_modality_ids
 from moe_kernels.models.fused_loss import FusedLoss, check_loss
 from moe_kernels.models.handle import PatchState, get_patched
-from moe_kernels.models.intact import check_experts, check_links, check_offload
+from moe_kernels.models.intact import check_engine, check_experts, check_links, check_offload
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.tokens import beside_rows
@@ -78,6 +78,7 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     check_links(patched.links)
     check_offload(model)
     check_experts(patched.parts)
+    _check_engine(patched)
     patched.switches.check_recompute(model.training or torch.is_grad_enabled())
     check_training(patched, ids_given=modality_ids is not None)
     if kwargs.get("inputs_embeds") is not None:
@@ -99,6 +100,11 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     if not patched.switches.uses_added_experts():
         kwargs["added_experts"] = False  # a keyword of the layers, for the same reason
     kwargs["modality_ids"] = modality_ids
+
+
+@torch.compiler.assume_constant_result  # a compiled forward makes the check when it is compiled
+def _check_engine(patched: PatchState) -> None:
+    check_engine(patched.model, patched.links)
 
 
 def _fused_loss(patched: PatchState, kwargs: dict[str, Any]) -> FusedLoss | None:

@@ -11,7 +11,14 @@ from moe_kernels.init.rows import GromovWassersteinDiagnostics
 from moe_kernels.models import sharding
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.context import CopiedAlone, Forwards, Switches
-from moe_kernels.models.intact import Link, check_links, check_offload, without_wrappers
+from moe_kernels.models.intact import (
+    Link,
+    check_engine,
+    check_experts,
+    check_links,
+    check_offload,
+    without_wrappers,
+)
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.projections import Projection
 
@@ -188,6 +195,18 @@ class PatchState(CopiedAlone):
         self._check_current()
         check_links(self.links)
         check_offload(self.model)
+
+    def check_whole(self) -> None:
+        """Check, as each forward does, that the model computes with all that was added to it.
+
+        Raises:
+            ValueError: the model was unpatched since, or patched anew.
+            RuntimeError: a module of the model, or the implementation of its experts, was replaced
+                since, or its parameters are offloaded, or sharded by an engine that is refused.
+        """
+        self.check_in_place()
+        check_experts(self.parts)
+        check_engine(self.model, self.links)
 
     def _check_current(self) -> None:
         if self.model.__dict__.get(HANDLE) is not self:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_kernels.models import sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.parts import LayerParts
 
@@ -83,6 +84,14 @@ def check_experts(parts: Iterable[LayerParts]) -> None:
                 f"would leave out what was added to them: set them back to {IMPLEMENTATION!r}, or "
                 "unpatch() first, set the other one, and patch again"
             )
+
+
+def check_engine(model: nn.Module, links: Iterable[Link]) -> None:
+    """Raise RuntimeError if an engine that is not supported has taken parameters of the model."""
+    if not any(sharding.may_be_held(link.module) for link in links):
+        return
+    if reason := sharding.foreign_engine(model):
+        raise RuntimeError(f"the model was sharded after patch_model, and {reason}")
 
 
 def needs_ours(parts: LayerParts) -> bool:

@@ -262,14 +262,12 @@ def _why_no_experts(parts: Sequence[LayerParts]) -> str:
 
 def _table_problems(model: PreTrainedModel) -> list[str]:
     """List why added tokens could not work."""
+    if problem := sharding.problem(model):
+        return [problem]  # the other reasons follow from it
     reasons = []
     weight = getattr(model.get_input_embeddings(), "weight", torch.ones(1))
     if not sharding.whole_shape(weight).numel():
-        reasons.append(
-            "its embedding table is empty: FSDP1 keeps weights elsewhere; use FSDP2 (fully_shard)"
-        )
-    if problem := sharding.problem(model):
-        reasons.append(problem)
+        reasons.append("its embedding table is empty: another engine keeps the weights elsewhere")
     if "forward" in model.__dict__:
         reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
     for module, required in (

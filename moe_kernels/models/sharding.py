@@ -2,7 +2,8 @@
 
 FSDP2 makes a parameter a DTensor. ZeRO-3 leaves an empty tensor, with the whole shape in
 ``ds_shape`` and this rank's part in ``ds_tensor``. ZeRO-1 and ZeRO-2 leave parameters whole, and
-train copies of them in float32. FSDP1 joins parameters into one, and is not supported.
+train copies of them in float32. FSDP1 joins parameters into one, and tensor parallelism makes
+DTensors whose layers compute with a part: both are refused.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
 _NO_VALUE = -1
+_MANAGED = "_is_fsdp_managed_module"  # FSDP marks modules so, for dynamo
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -117,16 +119,53 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def problem(model: nn.Module) -> str | None:
     """Return why nothing can be added to a model as it is sharded; None: it can."""
-    parameters = list(model.parameters())
-    if any(hasattr(parameter, "_z3_optimizer") for parameter in parameters):
+    if any(hasattr(parameter, "_z3_optimizer") for parameter in model.parameters()):
         return (
             "DeepSpeed ZeRO-3 trains it already, and takes no new parameters: patch it, add tokens "
             "or load the adapter before deepspeed.initialize"
         )
-    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
-    if sharded and not any(isinstance(module, FSDPModule) for module in model.modules()):
-        return "its parameters are DTensors that FSDP2 does not manage (tensor parallelism?)"
+    return foreign_engine(model)
+
+
+def foreign_engine(model: nn.Module) -> str | None:
+    """Return which engine that is not supported holds parameters of a model; None: none does."""
+    if any(map(_is_fsdp1, model.modules())):
+        return "FSDP1 (FullyShardedDataParallel) joins its parameters into one: use FSDP2 instead"
+    for name, parameter in _of_tensor_parallelism(model):
+        return (
+            f"{name} is a DTensor that FSDP2 does not manage, or not alone (tensor or expert "
+            f"parallelism? {parameter.placements} on {parameter.device_mesh}): load the model "
+            "without tp_plan, tp_size, ep_size and parallelize_module, and shard it by FSDP2 or "
+            "DeepSpeed"
+        )
     return None
+
+
+def may_be_held(module: nn.Module) -> bool:
+    """Return whether an engine may hold a module's own parameters: what is quick to see."""
+    return _MANAGED in module.__dict__ or any(
+        isinstance(parameter, DTensor) for parameter in module._parameters.values()
+    )
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return isinstance(module, FullyShardedDataParallel) or any(
+        getattr(parameter, "_fsdp_flattened", False) for parameter in module._parameters.values()
+    )
+
+
+def _of_tensor_parallelism(
+    module: nn.Module, prefix: str = "", managed: bool = False
+) -> Iterator[tuple[str, DTensor]]:
+    """Yield parameters that are sharded twice, or not within a module that FSDP2 manages."""
+    managed = managed or isinstance(module, FSDPModule) or _MANAGED in module.__dict__
+    for name, parameter in module._parameters.items():
+        if isinstance(parameter, DTensor):
+            times = sum(not placement.is_replicate() for placement in parameter.placements)
+            if times > 1 or not managed:
+                yield prefix + name, parameter
+    for name, child in module.named_children():
+        yield from _of_tensor_parallelism(child, f"{prefix}{name}.", managed)
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:

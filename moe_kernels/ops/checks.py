@@ -83,10 +83,7 @@ def frozen(name: str, tensor: Tensor | None, why: str) -> None:
         differentiated, remedy = tensor.requires_grad, f"call {name}.requires_grad_(False)"
     else:
         differentiated = tensor.requires_grad
-        remedy = (
-            f"{name} was computed from a tensor that requires grad, so detach it. FSDP1 does this "
-            "by joining frozen and trained parameters: use FSDP2 (fully_shard) instead"
-        )
+        remedy = f"{name} was computed from a tensor that requires grad, so detach it"
     if differentiated:
         raise ValueError(f"{name} requires grad, but {why}: {remedy}")
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from support.model_zoo import VOCAB, fill, make_model, refused, snapshot, token_ids, unchanged
 from support.patched_models import patched_model
-from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -55,7 +54,7 @@ def test_weights_that_an_engine_keeps_elsewhere():
     model = make_model("mixtral")
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
-    refused(model, ValueError, "its embedding table is empty: FSDP1 keeps .* use FSDP2")
+    refused(model, ValueError, "its embedding table is empty: another engine keeps")
 
 
 def test_layers_under_another_name():
@@ -323,20 +322,6 @@ def test_calling_the_inner_model():
         model.model(input_ids=token_ids(2, 6))
 
 
-def test_fsdp1_names_its_own_reason(tmp_path):
-    """FSDP1 joins frozen and trained parameters; the frozen ones are views that require grad."""
-    model, _ = patched_model("olmoe")
-    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = FullyShardedDataParallel(
-            model, device_id=torch.device("cpu"), use_orig_params=True
-        )
-        with pytest.raises(ValueError, match="weight requires grad, .*FSDP1 does this.*use FSDP2"):
-            wrapped(input_ids=token_ids(1, 4))
-    finally:
-        distributed.destroy_process_group()
-
-
 def test_a_forward_that_was_replaced_after_patching():
     """Fused loss heads replace it by a function that calls the inner model."""
     model, _ = patched_model("olmoe")
@@ -460,6 +445,21 @@ def test_wrappers_of_torch_are_no_replacement(path):
     module = model.get_submodule(path)
     setattr(model.get_submodule(above), name, torch.compile(module, backend="eager"))
     assert torch.equal(model(token_ids(1, 4)).logits, expected)
+
+
+def test_an_adapter_is_not_saved_where_its_experts_are_left_out(tmp_path):
+    """A forward says so too; unpatch, which the message asks for, is not refused."""
+    model, patched = patched_model("mixtral")
+    patched.save_adapter(tmp_path / "adapter")
+    model.config._experts_implementation = "eager"
+    for attempt in (
+        lambda: patched.save_adapter(tmp_path / "other"),
+        lambda: patched.load_adapter(tmp_path / "adapter"),
+    ):
+        with pytest.raises(RuntimeError, match="layer 0 were set to 'eager' after .*unpatch"):
+            attempt()
+    assert not (tmp_path / "other").exists()
+    assert patched.unpatch().config._experts_implementation != "moe_kernels"
 
 
 def test_another_experts_implementation_is_refused():

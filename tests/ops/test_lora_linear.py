@@ -345,6 +345,10 @@ def test_bad_input_is_refused():
         ({"modality_ids": modality_ids[1:]}, ValueError, "modality_ids must have shape"),
         ({"modality_ids": modality_ids + 3}, ValueError, "modality_ids must be in"),
         ({"x": x.tolist()}, TypeError, "hidden_states must be a tensor, got list"),
+        (
+            {"weight": weight * weight.new_ones(1).requires_grad_()}, ValueError,
+            "weight was computed from a tensor that requires grad, so detach it",
+        ),
         ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
         ({"bias": 0.0}, TypeError, "bias must be a tensor, got float"),
         ({"modality_ids": [0]}, TypeError, "modality_ids must be a tensor, got list"),

@@ -13,9 +13,17 @@ from support.model_zoo import VOCAB, make_model, token_ids
 from support.patched_models import patched_model
 from support.ranks import errors_of, play, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model, shard_evenly
 from moe_kernels.models import sharding
@@ -251,7 +259,68 @@ def fused_loss(rank, folder):
         assert error < 1e-3, (name, error)
 
 
+def fsdp1(rank, folder):
+    """Each rank holds other parameters, and must hear the same."""
+    for original in (True, False):
+        model = make_model("mixtral")
+        FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+        with pytest.raises(ValueError, match="FSDP1 .* use FSDP2"):
+            patch_model(model)
+    model, patched = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    policy = ModuleWrapPolicy({type(model.model.layers[0])})
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+    )
+    for call in (lambda: wrapped.eval()(**batch(rank)), lambda: loss(wrapped, rank)):
+        with pytest.raises(RuntimeError, match="sharded after patch_model, and FSDP1 .* use FSDP2"):
+            call()
+    with pytest.raises(RuntimeError, match="FSDP1 .* use FSDP2"):
+        patched.save_adapter(folder / "adapter")
+    assert not (folder / "adapter").exists()
+
+
+def by_tensors(model, mesh):
+    """Shard the attention of each layer by tensor parallelism."""
+    plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
+    for layer in model.model.layers:
+        parallelize_module(layer.self_attn, mesh, plan | {"o_proj": RowwiseParallel()})
+
+
+def tensor_parallelism(rank, folder):
+    """Alone, and below FSDP2; before patching and after."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    for below_fsdp in (False, True):
+        model = make_model("mixtral")
+        by_tensors(model, mesh["tp"])
+        if below_fsdp:
+            fully_shard(model, mesh=mesh["dp"])
+        match = r"q_proj.weight is a DTensor that .*\(tensor or expert para.*without tp_plan"
+        with pytest.raises(ValueError, match=match):
+            patch_model(model)
+    model, patched = patched_model("mixtral", ModalityLoraConfig(r=2), num_tokens=IMAGE)
+    by_tensors(model, mesh["tp"])
+    for call in (lambda: loss(model, rank), lambda: patched.save_adapter(folder / "adapter")):
+        with pytest.raises(RuntimeError, match="sharded after patch_model, and .*tensor or expert"):
+            call()
+    assert not (folder / "adapter").exists()
+
+
+def parallelism_of_transformers(rank, folder):
+    base = [folder]
+    if rank == 0:
+        make_model("mixtral").save_pretrained(folder)
+    dist.broadcast_object_list(base)
+    for sizes in ({"tp_size": 2}, {"fsdp_size": 2, "ep_size": 2}):
+        config = DistributedConfig(**sizes)
+        model = AutoModelForCausalLM.from_pretrained(base[0], distributed_config=config)
+        with pytest.raises(ValueError, match=r"not supported: \S+ is a DTensor .*tensor or expert"):
+            patch_model(model)
+
+
 ALL = (
+    fsdp1,
+    tensor_parallelism,
+    parallelism_of_transformers,
     a_refused_model_stays_refused,
     text_of_one_rank,
     adapters_on_one_rank,
