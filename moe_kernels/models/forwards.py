@@ -9,6 +9,7 @@ known to see what was added.
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -143,6 +144,11 @@ _HEAD_NOT_ASKED = (
     "patched.fused_loss = True in transformers' Trainer"
 )
 
+_COPIED = (
+    "{} calls the model that this one is a deepcopy of: copy the model before a trainer of TRL "
+    "takes it"
+)
+
 
 class ForeignForward:
     """Hooks around forwards that call the inner model without the patched model's own.
@@ -157,9 +163,18 @@ class ForeignForward:
         """Register the hooks and return their handles."""
         inner = getattr(self.model, self.model.base_model_prefix)
         return [
+            self.model.register_forward_pre_hook(self.before, with_kwargs=True),
             inner.register_forward_pre_hook(self.before_inner, with_kwargs=True),
             self.model.register_forward_hook(self.after, always_call=True),
         ]
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raise if a fused head would leave the forward to another model, by a bound method."""
+        forward = self.model.__dict__.get("forward")
+        if forward is None or kwargs.get("fused_lm_head"):
+            return
+        if any(method.__self__ is not self.model for method in _bound_below(forward)):
+            raise RuntimeError(_COPIED.format(_place(forward)))
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Raise if a fused head left something out; without an output it has failed."""
@@ -204,11 +219,22 @@ class ForeignForward:
 
 
 def _is_fused_head(function: Callable) -> bool:
-    """Return whether a function is the forward of a known fused head, bound over ours."""
+    """Return whether a function is the forward of a known fused head, over ours or another."""
     if getattr(function, "__globals__", {}).get("__name__") not in _FUSED_HEADS:
         return False
     cells = (cell.cell_contents for cell in function.__closure__ or ())
-    return any(getattr(f, _OURS, False) for each in cells for f in _unwrap(each))
+    kept = (inner for each in cells for inner in _unwrap(each))
+    return any(getattr(inner, _OURS, False) or _is_fused_head(inner) for inner in kept)
+
+
+def _bound_below(forward: Callable) -> Iterator[MethodType]:
+    """Yield the methods that fused heads have kept, one around the other."""
+    function = getattr(forward, "__func__", forward)
+    if _is_fused_head(function):
+        for cell in function.__closure__ or ():
+            if isinstance(method := cell.cell_contents, MethodType):
+                yield method
+                yield from _bound_below(method)
 
 
 def _unwrap(forward: object) -> Iterator[object]:
