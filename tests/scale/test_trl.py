@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from support import engines_on_cpu
 from support.model_zoo import VOCAB, token_ids
 from support.patched_models import patched_model
+from support.ranks import errors_of, play, run_ranks
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moe_kernels import ModalityLoraConfig
+from moe_kernels.models import sharding
 from moe_kernels.models.handle import get_patched
 from moe_kernels.testing import relative_rms
 
@@ -76,7 +81,7 @@ def gradients_of(trainer, patched):
     before = {name: p.detach().clone() for name, p in patched.named_trainable_parameters()}
     trainer.train()
     named = patched.named_trainable_parameters()
-    return {name: (before[name] - p.detach()) / RATE for name, p in named}
+    return {name: (before[name] - sharding.gather(p)) / RATE for name, p in named}
 
 
 def assert_same_gradients(found, patched):
@@ -165,14 +170,32 @@ def scaled(model):
     return patched
 
 
+TRIPLES = [(ids_of(i, 7), ids_of(20 + i, 6), ids_of(40 + i, 8)) for i in range(2)]
+
+
+def preferences():
+    columns = ("prompt", "chosen", "rejected")
+    rows = [dict(zip(columns, map(words, triple), strict=True)) for triple in TRIPLES]
+    for row in rows:
+        row["prompt"] += " "  # TRL joins prompt and completion
+    return dataset(rows)
+
+
+def dpo_loss(model, reference):
+    """Return the mean loss of the preferences, with beta 0.5."""
+    losses = []
+    for prompt, chosen, rejected in TRIPLES:
+        ours, theirs = (
+            sequence_log_probs(m, prompt, chosen) - sequence_log_probs(m, prompt, rejected)
+            for m in (model, reference)
+        )
+        losses.append(-F.logsigmoid(0.5 * (ours - theirs.detach())))
+    return torch.stack(losses).mean()
+
+
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_dpo(precomputed, tmp_path):
     """The reference is a deepcopy of the patched model, or the model itself before it trains."""
-    triples = [(ids_of(i, 7), ids_of(20 + i, 6), ids_of(40 + i, 8)) for i in range(2)]
-    columns = ("prompt", "chosen", "rejected")
-    rows = [dict(zip(columns, map(words, triple), strict=True)) for triple in triples]
-    for row in rows:
-        row["prompt"] += " "  # TRL joins prompt and completion
     model, _ = make_patched()
     by_hand, reference = copy.deepcopy(model), copy.deepcopy(model)
     args = trl.DPOConfig(**settings(
@@ -185,19 +208,12 @@ def test_dpo(precomputed, tmp_path):
         model,
         None if precomputed else copy.deepcopy(reference),
         args,
-        train_dataset=dataset(rows),
+        train_dataset=preferences(),
         processing_class=make_tokenizer(),
     )
     found = gradients_of(trainer, patched)
     expected = scaled(by_hand)
-    losses = []
-    for prompt, chosen, rejected in triples:
-        ours, theirs = (
-            sequence_log_probs(m, prompt, chosen) - sequence_log_probs(m, prompt, rejected)
-            for m in (by_hand, reference)
-        )
-        losses.append(-F.logsigmoid(0.5 * (ours - theirs.detach())))
-    loss = torch.stack(losses).mean()
+    loss = dpo_loss(by_hand, reference)
     loss.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert_same_gradients(found, expected)
@@ -244,15 +260,77 @@ def test_grpo(tmp_path):
     assert any("modality_lora" in name and gradient.any() for name, gradient in found.items())
 
 
+# --- two ranks take the step of one process
+
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"],
+        "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT",
+    },
+}  # fmt: skip
+
+
+def sft_by_fsdp2(rank, folder):
+    """Train on rows of several lengths: the loss counts the tokens of both ranks."""
+    rows = [ids_of(seed, 8 + seed) for seed in range(4)]
+    model, patched = make_patched()
+    args = settings(
+        folder, per_device_train_batch_size=2, max_length=32, average_tokens_across_devices=True
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(**args, **FSDP),
+        train_dataset=dataset([{"input_ids": ids.tolist()} for ids in rows]),
+        processing_class=make_tokenizer(),
+    )
+    found = gradients_of(trainer, patched)
+    assert trainer.accelerator.is_fsdp2
+    assert all(isinstance(parameter, DTensor) for parameter in patched.trainable_parameters())
+    by_hand, expected = make_patched()
+    count = sum(len(ids) - 1 for ids in rows)
+    for ids in rows:
+        by_hand(ids[None], labels=ids[None], num_items_in_batch=count).loss.backward()
+    assert_same_gradients(found, expected)
+
+
+def dpo_by_ddp(rank, folder):
+    model, _ = make_patched()
+    by_hand, reference = copy.deepcopy(model), copy.deepcopy(model)
+    args = settings(folder, per_device_train_batch_size=1, beta=0.5)
+    patched = scaled(model)
+    trainer = trl.DPOTrainer(
+        model,
+        copy.deepcopy(reference),
+        trl.DPOConfig(**args, ddp_find_unused_parameters=False),
+        train_dataset=preferences(),
+        processing_class=make_tokenizer(),
+    )
+    found = gradients_of(trainer, patched)
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    expected = scaled(by_hand)
+    dpo_loss(by_hand, reference).backward()
+    assert_same_gradients(found, expected)
+
+
+SCENES = {each.__name__: each for each in (sft_by_fsdp2, dpo_by_ddp)}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_two_ranks(scene, tmp_path):
+    run_ranks(__file__, tmp_path, scene)
+    assert not (errors := errors_of(tmp_path)), "\n".join(errors.values())
+
+
 def test_a_year_old_trl(tmp_path):
-    """The tests above, with an older TRL, whose trainers take logits from the model's forward."""
+    """The tests of one process, with an older TRL, which takes logits from the model's forward."""
     old = tmp_path / "trl"
     pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", old)
     subprocess.run([*pip, "trl==0.25.1"], check=True)
     paths = [str(old), *filter(None, [os.environ.get("PYTHONPATH")])]
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
     done = subprocess.run(
-        [*pytest_, "-k", "not year_old"],
+        [*pytest_, "-k", "not year_old and not two_ranks"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -260,3 +338,11 @@ def test_a_year_old_trl(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "12 passed, 1 skipped" in done.stdout
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    engines_on_cpu.allow()
+    play({sys.argv[2]: SCENES[sys.argv[2]]}, dist.get_rank(), Path(sys.argv[1]))
+    dist.barrier()
+    dist.destroy_process_group()
