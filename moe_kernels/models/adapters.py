@@ -65,15 +65,16 @@ def load(patched: PatchState, folder: Path, timeout: float) -> None:
             saved = adapter_files.read_config(file)
             parameters = whole_parameters(patched, sharded_too=True)
             _check_fits(patched, saved)
+            if ranks is not None:  # before the first collective
+                content = {f"adapter in {folder}": _hash(sorted(file.metadata.items()))}
+                ranks.meet(content | _names_and_shapes(parameters))
+            _check_base(patched, saved, parameters)
             missing = _find_missing(patched, saved, find)
             tensor_files.check_shapes(file, _expected_shapes(patched, saved, file))
             _check_frozen(file, saved)
             _check_routing(patched, saved, find)
             if ranks is not None:
                 _check_settled(patched, missing, saved, parameters)
-                content = {f"adapter in {folder}": _hash(sorted(file.metadata.items()))}
-                ranks.meet(content | _names_and_shapes(parameters))  # before the first collective
-            _check_base(patched, saved, parameters)
             tensors = _read(patched, file, parameters)
         if ranks is not None:
             ranks.meet()  # before anything changes

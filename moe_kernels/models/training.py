@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
 
+from moe_kernels.layers import ModalityLora
 from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.parameters import named_adapter_parameters, original_name
@@ -71,11 +72,24 @@ def _check_values(model: nn.Module) -> None:
         return
     for name, parameter in named_adapter_parameters(model):
         if not sharding.local(parameter).isfinite().all():
-            raise RuntimeError(
-                f"{name} is not finite: to_empty leaves what was added without values, and a "
-                "diverged run does too. load_adapter(folder) gives it values; a model that was "
-                "made on the device meta is patched once it has its own"
-            )
+            raise RuntimeError(_NO_VALUES.format(name, "is not finite"))
+    for name, module in model.named_modules():
+        if isinstance(module, ModalityLora) and _is_zero(module.lora_A) and _is_zero(module.lora_B):
+            raise RuntimeError(_NO_VALUES.format(name, "is zero, lora_A too"))
+
+
+_NO_VALUES = (
+    "{} {}: to_empty leaves what was added without values, and a diverged run does too. "
+    "load_adapter(folder) gives it values; a model that was made on the device meta is patched "
+    "once it has its own"
+)
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter that trains is zero, as far as this rank has its values."""
+    values = sharding.local(parameter)
+    known = parameter.requires_grad and sharding.part_of(parameter) is not None and values.numel()
+    return bool(known) and not values.any()
 
 
 def _warn_of_one_rank(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from moe_kernels.models.handle import get_patched
@@ -43,7 +44,8 @@ def join_features_and_text(
         inputs_embeds (B, N+S, H), modality_ids, attention_mask and labels, each (B, N+S) int64.
 
     Raises:
-        ValueError: the model is not patched, the modality is unknown, or shapes do not fit.
+        ValueError: the model is not patched, the modality is unknown, shapes do not fit, or FSDP2
+            has sharded the table.
     """
     modality_id = _check(model, features, input_ids, modality, at, padding_side)
     device, shape = input_ids.device, features.shape[:2]
@@ -91,7 +93,14 @@ def _check(
 ) -> int:
     """Return the modality's id, after all checks but those of the masks."""
     modality_id = get_patched(model).modality_id(modality)
-    hidden = model.get_input_embeddings().weight.shape[1]
+    table = model.get_input_embeddings().weight
+    if isinstance(table, DTensor):
+        raise ValueError(
+            "join_features_and_text reads the embedding table outside of the model's forward, and "
+            "FSDP2 makes it whole within: train with DDP or DeepSpeed, or give the model "
+            "inputs_embeds that need no text"
+        )
+    hidden = table.shape[1]
     if (
         features.ndim != 3
         or input_ids.ndim != 2

@@ -70,6 +70,17 @@ def test_an_emptied_model_says_so_or_starts_anew(added):
         assert parameter.grad.any() == name.endswith("lora_B"), name
 
 
+def test_pairs_that_were_emptied_with_a_module_around_the_model():
+    model, _ = reference()
+    with mock.patch("torch.empty_like", torch.zeros_like):
+        model.model.to_empty(device="cpu")
+    ids = torch.zeros(1, 4).long()
+    with pytest.raises(
+        RuntimeError, match="modality_lora.gate_up_proj is zero, lora_A too: to_empty"
+    ):
+        model.train()(ids)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_model_patched_on_the_device_meta_adapts_once_it_has_values(assign):
     expected, ids = reference()

@@ -217,6 +217,7 @@ def an_error_of_one_rank_is_that_of_all(rank, folder):
     unlike = patch_model(make_model("mixtral"), config)
     unlike.save_adapter(folder / f"unlike-{rank}")
     shard(unlike.model)
+    dist.barrier()  # both have written
     error, match = (
         (ValueError, "r: 3 != 4") if rank == 1 else (RuntimeError, "rank 1: ValueError: .* r: 3 !=")
     )

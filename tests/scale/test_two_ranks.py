@@ -27,7 +27,7 @@ from transformers.distributed import DistributedConfig
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model, shard_evenly
 from moe_kernels.models import sharding
-from moe_kernels.moextend import ExpertExtender, tuning
+from moe_kernels.moextend import ExpertExtender, join_features_and_text, tuning
 from moe_kernels.testing import relative_rms
 
 IMAGE = 6
@@ -120,6 +120,13 @@ def text_of_one_rank(rank, folder):
             gradient = parameter.grad
             gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
             assert relative_rms(gradient, expected[name]) < 1e-3, (engine, by_embeddings, name)
+
+
+def joins_no_features_beside_a_sharded_table(rank, folder):
+    model, _ = patched_model("mixtral", ModalityLoraConfig(r=2))
+    sharded(model)
+    with pytest.raises(ValueError, match="embedding table outside of the model's forward, and"):
+        join_features_and_text(model, torch.zeros(1, 2, 32), token_ids(1, 2))
 
 
 def sharded(model):
@@ -323,6 +330,7 @@ ALL = (
     parallelism_of_transformers,
     a_refused_model_stays_refused,
     text_of_one_rank,
+    joins_no_features_beside_a_sharded_table,
     adapters_on_one_rank,
     other_replicas,
     other_layers,
