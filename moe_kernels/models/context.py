@@ -58,13 +58,13 @@ class LayerCall:
         linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
             modalities, backend and grad mode: autograd cannot save tensors of inference mode.
             Made when the first module asks.
-        pending: number of the layer's patched modules that have not run yet.
+        pending: names of the layer's patched modules that have not run yet.
     """
 
     modality_ids: Tensor
     added_experts: bool = True
     linear_dispatches: dict[tuple[int, str, bool], LinearDispatch] = field(default_factory=dict)
-    pending: int = 0
+    pending: tuple[str, ...] = ()
 
 
 class CopiedAlone:
@@ -281,10 +281,10 @@ class ModalityContext(PerThread):
         others = tuple(each for each in self.awaited if each != name)
         self.awaited = (*others, name) if awaited else others
 
-    def module_ran(self) -> None:
+    def module_ran(self, name: str) -> None:
         """Note that a module of the layer has computed what was added to it."""
         if self.call is not None:
-            self.call.pending -= 1
+            self.call.pending = tuple(each for each in self.call.pending if each != name)
 
     @property
     def modality_ids(self) -> Tensor | None:
@@ -393,7 +393,7 @@ class TakeModalityIds:
         if kwargs.get("modality_ids") is None:
             raise RuntimeError(MISSING)
         self.context.start(kwargs.pop("modality_ids"), kwargs.pop("added_experts", True))
-        self.context.call.pending = len(self.context.awaited)
+        self.context.call.pending = self.context.awaited
         return args, kwargs
 
 
@@ -410,9 +410,8 @@ class EndForward:
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
         call = self.context.call
         self.context.finish()
-        if call is not None and call.pending > 0 and output is not None:
-            names = ", ".join(self.context.awaited)
-            raise RuntimeError(_LEFT_OUT.format(f"{call.pending} of a layer's modules {names}"))
+        if call is not None and call.pending and output is not None:
+            raise RuntimeError(_LEFT_OUT.format(f"{', '.join(call.pending)} of a layer"))
 
 
 def resolve_modality_ids(

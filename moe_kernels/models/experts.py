@@ -129,7 +129,7 @@ def experts_forward(
     else:
         if context.modality_ids is None:
             raise RuntimeError(MISSING)
-        context.module_ran()
+        context.module_ran(_AWAITED)
         modality_ids, backend = context.modality_ids.reshape(-1), context.backend
         adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
         if adapters:

@@ -24,7 +24,7 @@ def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
             f"hidden_states have {rows} rows, the modality_ids of this forward {expected}: pass "
             "hidden states of all its positions, or call the patched model itself on others"
         )
-    context.module_ran()
+    context.module_ran(module.__dict__["_modality_name"])
     lora = module.__dict__["_modality_lora"].weights()
     num_modalities = int(lora.lora_A.shape[0])  # torch.jit.trace makes sizes tensors
     dispatched, backend = context.linear_dispatch(num_modalities, module.weight)
@@ -42,9 +42,15 @@ def attach(
     module: nn.Module,
     context: ModalityContext,
     lora: ModalityLora | None,
+    name: str,
     forward: Callable = masked_linear,
 ) -> None:
-    """Make this one instance add the low-rank update on the rows of added modalities."""
+    """Make this one instance add the low-rank update on the rows of added modalities.
+
+    ``name`` is unique in its layer, which awaits it in each forward from now on.
+    """
+    context.await_module(name)
+    module.__dict__["_modality_name"] = name
     module.__dict__["_modality_context"] = context
     module.__dict__["_modality_lora"] = lora
     module.forward = types.MethodType(forward, module)
@@ -53,5 +59,7 @@ def attach(
 def detach(module: nn.Module) -> None:
     """Undo :func:`attach`, if it was called."""
     if "_modality_context" in module.__dict__:
-        for name in ("_modality_context", "_modality_lora", "forward"):
+        own = module.__dict__
+        own["_modality_context"].await_module(own["_modality_name"], awaited=False)
+        for name in ("_modality_context", "_modality_lora", "_modality_name", "forward"):
             module.__dict__.pop(name, None)  # the user may have removed the forward

@@ -325,8 +325,7 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
         if projection.key == ROUTER:
             routers.attach(parts.router, context, lora, find(parts.router))
         elif projection.key not in EXPERT_PROJECTIONS:
-            linear.attach(projection.module, context, lora)
-            context.await_module(projection.key)
+            linear.attach(projection.module, context, lora, projection.key)
     if parts.experts is not None:
         pairs = {key: loras[key] for key in EXPERT_PROJECTIONS if key in loras}
         experts.attach(parts.experts, context, pairs)

@@ -200,8 +200,7 @@ def attach(
     Without an update it computes the same as its class, until experts are added.
     """
     router.__dict__["_routing"] = routing
-    linear.attach(router, context, lora, _forward)
-    context.await_module(ROUTER)
+    linear.attach(router, context, lora, ROUTER, _forward)
 
 
 def is_attached(router: nn.Module) -> bool:
@@ -216,8 +215,6 @@ def routing_of(router: nn.Module) -> Routing:
 
 def detach(router: nn.Module) -> None:
     """Undo :func:`attach`, if it was called."""
-    if is_attached(router):
-        router.__dict__["_modality_context"].await_module(ROUTER, awaited=False)
     for name in ("_routing", "_added_experts", "_tuned"):
         router.__dict__.pop(name, None)
     linear.detach(router)
@@ -242,7 +239,7 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
     own, routing = self.__dict__, self.__dict__["_routing"]
     context: ModalityContext = own["_modality_context"]
     if own["_modality_lora"] is None:
-        context.module_ran()
+        context.module_ran(ROUTER)
         logits = F.linear(hidden_states, self.weight)
     else:
         logits = linear.masked_linear(self, hidden_states)

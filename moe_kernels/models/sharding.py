@@ -89,7 +89,6 @@ def shard_beside(module: nn.Module, weight: Tensor) -> None:
     """
     if not isinstance(weight, DTensor):
         return
-    mesh = weight.device_mesh
     mesh, placement = weight.device_mesh, shard_evenly(weight.device_mesh)
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):

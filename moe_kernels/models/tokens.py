@@ -291,16 +291,17 @@ class JoinedHead:
     def weight(self) -> Tensor:
         """Text rows, then added rows, (V + n, H)."""
         head = self._head
-        for name, each in (("weight", head.weight), *getattr(head, ROWS).items()):
+        rows = {name: whole(each) for name, each in getattr(head, ROWS).items()}
+        for name, each in (("weight", head.weight), *rows.items()):
             partitioned = hasattr(each, "ds_status")  # ZeRO-3, even if it is gathered by chance now
-            if type(whole(each).data) is not Tensor or partitioned or each.shape[0] == 0:
+            if type(each.data) is not Tensor or partitioned or each.shape[0] == 0:
                 raise RuntimeError(
                     f"a fused head cannot read the {name} of lm_head, which is sharded "
                     f"({type(each.data).__name__}, {tuple(each.shape)}): shard the head in one "
                     "unit with the whole model (FSDP2), or use patched.fused_loss = True in "
                     "transformers' Trainer"
                 )
-        return torch.cat([head.weight, _added(head)])
+        return torch.cat([head.weight, *(each.to(head.weight.dtype) for each in rows.values())])
 
     @property
     def bias(self) -> Tensor | None:

@@ -41,6 +41,8 @@ def _check(patched: PatchState, ids_given: bool) -> None:
     stage = len(patched.extensions), len(patched.added_tokens)
     if stage in patched.checked:
         return
+    if not _has_values():
+        return
     _check_values(patched.model)
     _warn_of_one_rank(patched.model)
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -66,10 +68,13 @@ def _warn_of_idle_adapters(patched: PatchState) -> None:
         )
 
 
+def _has_values() -> bool:
+    """Return whether values can be read here; a later forward is checked otherwise."""
+    return not (in_transform() or in_graph_capture() or torch.compiler.is_exporting())
+
+
 def _check_values(model: nn.Module) -> None:
     """Raise RuntimeError if an added parameter has no values, which to_empty leaves as NaN."""
-    if in_transform() or in_graph_capture() or torch.compiler.is_compiling():
-        return
     for name, parameter in named_adapter_parameters(model):
         if not sharding.local(parameter).isfinite().all():
             raise RuntimeError(_NO_VALUES.format(name, "is not finite"))
@@ -100,7 +105,7 @@ def _warn_of_one_rank(model: nn.Module) -> None:
             warnings.warn(
                 f"FSDP2 keeps {name} on {holding} of {ranks} ranks, with its optimiser state, and "
                 "sends it padded to all of them: pass shard_placement_fn=shard_evenly(mesh) to "
-                "fully_shard (accelerate has no such setting)",
+                "fully_shard (accelerate has no such setting; HSDP keeps it within a node)",
                 stacklevel=2,
             )
             return

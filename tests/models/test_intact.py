@@ -76,11 +76,23 @@ def test_a_forward_that_leaves_out_the_update_is_detected(name, removed, checkpo
         module.forward = lambda x: type(module).forward(module, x)
     else:
         module.forward = lambda x: F.linear(x, module.weight)
-    with pytest.raises(RuntimeError, match="added to 1 of a layer's modules .* not been computed"):
+    with pytest.raises(
+        RuntimeError, match=f"added to {name.split('.')[1]} of a layer has not been computed"
+    ):
         model(**CALL)
     patched.unpatch()
     assert "forward" not in module.__dict__
     assert torch.equal(model.eval()(IDS).logits, make_model("mixtral")(IDS).logits)
+
+
+def test_a_module_that_runs_twice_hides_no_other():
+    model, _ = make()
+    attention = model.model.layers[0].self_attn
+    inner = attention.q_proj.forward
+    attention.q_proj.forward = lambda x: (inner(x), inner(x))[0]
+    attention.k_proj.forward = lambda x: F.linear(x, attention.k_proj.weight)
+    with pytest.raises(RuntimeError, match="what was added to k_proj of a layer has not"):
+        model(**CALL)
 
 
 def replace_forward(experts):
@@ -97,6 +109,7 @@ def replace_forward(experts):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_experts_computed_by_another_forward_are_detected(compiled, place, added):
     targets = () if added else ("experts", "router")
+    missing = "gate" if place == "router" else "experts"
     model, _ = patched_model("mixtral", ModalityLoraConfig(r=2, target_modules=targets))
     if added:
         ExpertExtender(model).extend([1], 1, init=0)
@@ -111,7 +124,7 @@ def test_experts_computed_by_another_forward_are_detected(compiled, place, added
             x.flatten(0, 1), torch.zeros(x.shape[:2].numel(), 2).long(), x.new_ones(14, 2)
         ).view_as(x)
     forward = torch.compile(model, backend="eager") if compiled else model
-    with pytest.raises(RuntimeError, match="added to .*experts.* has not been computed"):
+    with pytest.raises(RuntimeError, match=f"added to .*{missing}.* has not been computed"):
         forward(**CALL)
 
 

@@ -41,6 +41,17 @@ def test_neither_tokens_nor_ids():
     assert idle(lambda: model(IDS)) == []  # once
 
 
+def test_values_are_checked_by_a_compiled_forward_and_after_a_trace():
+    model, patched = make()
+    call = {"input_ids": IDS, "modality_ids": torch.ones_like(IDS), "use_cache": False}
+    torch.export.export(model, (), call, strict=False)  # has no values to look at
+    with torch.no_grad():
+        next(patched.trainable_parameters()).fill_(torch.nan)
+    for forward in (torch.compile(model, backend="eager"), model):
+        with pytest.raises(RuntimeError, match="lora_A is not finite: to_empty"):
+            forward(**call)
+
+
 def test_a_compiled_model_warns_too():
     model, _ = make()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

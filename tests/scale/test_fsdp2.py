@@ -542,6 +542,9 @@ def a_fused_head_reads_rows_that_were_added_later(rank, folder):
         model(batch(0, 0))
         hook.remove()
     assert torch.equal(*joined)
+    head = fully_shard(make().model.lm_head, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(RuntimeError, match="cannot read the weight of lm_head, which is sharded"):
+        tokens.JoinedHead(head).weight  # noqa: B018
 
 
 def loads_what_a_sharded_model_lacks(rank, folder):
