@@ -299,7 +299,7 @@ REFUSALS = {
     ),
     "a base that is a view of what trains": (
         trained_view, ValueError, "computed from a tensor that requires grad", "gate_up_proj",
-        "use FSDP2",
+        "so detach it",
     ),
     "an unknown backend": (
         lambda: ops.moe_mlp(*moe_inputs(), backend="tpu"), ValueError,

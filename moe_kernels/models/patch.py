@@ -267,7 +267,9 @@ def _table_problems(model: PreTrainedModel) -> list[str]:
     reasons = []
     weight = getattr(model.get_input_embeddings(), "weight", torch.ones(1))
     if not sharding.whole_shape(weight).numel():
-        reasons.append("its embedding table is empty: another engine keeps the weights elsewhere")
+        reasons.append(
+            "its embedding table is empty: its engine keeps it elsewhere; use FSDP2 (fully_shard)"
+        )
     if "forward" in model.__dict__:
         reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
     for module, required in (

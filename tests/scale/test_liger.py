@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.model_zoo import VOCAB, token_ids
 from support.patched_models import patched_model
+from transformers.models.mixtral import modeling_mixtral
 
 pytestmark = pytest.mark.scale
 liger = pytest.importorskip("liger_kernel.transformers", reason="make test-scale installs it")
@@ -19,11 +20,13 @@ def test_its_experts_on_a_patched_instance(monkeypatch):
             return torch.zeros_like(hidden_states)  # the kernel needs a GPU
 
     monkeypatch.setattr(monkey_patch, "LigerExperts", Experts)
+    # Liger puts its class into transformers too; this is undone at the end.
+    monkeypatch.setattr(modeling_mixtral, "MixtralExperts", modeling_mixtral.MixtralExperts)
     model, _ = patched_model("mixtral", num_tokens=4)
     liger.apply_liger_kernel_to_mixtral(
         model=model, fused_linear_cross_entropy=False, **OFF | {"swiglu": True}
     )
-    with pytest.raises(RuntimeError, match="experts has not been computed: a forward was replaced"):
+    with pytest.raises(RuntimeError, match="added to experts of a layer has not been computed"):
         model(token_ids(2, 6))
 
 
