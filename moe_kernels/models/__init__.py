@@ -4,14 +4,17 @@ from moe_kernels.models.callback import SaveAdapter
 from moe_kernels.models.config import ModalityLoraConfig
 from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
 from moe_kernels.models.patch import PatchedModel, patch_model
+from moe_kernels.models.peft_experts import AcceleratedPeft, accelerate_peft
 from moe_kernels.models.sharding import shard_evenly
 from moe_kernels.models.tokens import add_modality_tokens
 
 __all__ = [
+    "AcceleratedPeft",
     "LoraInitDiagnostics",
     "ModalityLoraConfig",
     "PatchedModel",
     "SaveAdapter",
+    "accelerate_peft",
     "add_modality_tokens",
     "initialise_lora",
     "patch_model",

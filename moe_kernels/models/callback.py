@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_kernels.models import sharding
+from moe_kernels.models.intact import modalities_of_peft
 from moe_kernels.models.patch import PatchedModel
 
 
@@ -15,6 +16,10 @@ class SaveAdapter(TrainerCallback):
     :meth:`moe_kernels.PatchedModel.load_adapter` reads it, and goes with its checkpoint. That of
     the end is in ``output_dir/adapter``; with ``load_best_model_at_end`` it is the best. A sharded
     model is gathered by all ranks (FSDP2, DeepSpeed ZeRO-3); else the main process writes alone.
+
+    Of a model in PEFT's (:func:`moe_kernels.accelerate_peft` with a modality) it is the rows of
+    added tokens, and is in ``checkpoint-n/moe_kernels/adapter``: the Trainer takes each adapter
+    directly in a checkpoint for one of PEFT's.
 
     Args:
         patched: handle of the trained model.
@@ -31,7 +36,10 @@ class SaveAdapter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         """Save into the folder of the checkpoint that was just written."""
-        self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter", state)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if modalities_of_peft(self.patched.links):
+            folder /= "moe_kernels"
+        self._save(folder / "adapter", state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs

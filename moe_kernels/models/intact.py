@@ -14,11 +14,13 @@ from moe_kernels.models.parts import LayerParts
 
 # Where wrappers of torch keep the module: torch.compile, activation checkpointing, FSDP1, DDP.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+_WRAPPED_BY_PEFT = "base_layer"
 
 
 def without_wrappers(name: str) -> str:
-    """Return the name of a module or parameter without torch's wrappers of the modules above it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    """Return the name of a module or parameter without the wrappers of the modules above it."""
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in (*_WRAPPED, _WRAPPED_BY_PEFT))
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Link:
     path: str
 
 
-def find_links(model: nn.Module, parts: Sequence[LayerParts]) -> tuple[Link, ...]:
-    """Return the places of all modules that are patched, and of the modules above them."""
+def find_links(model: nn.Module, watched: Iterable[nn.Module]) -> tuple[Link, ...]:
+    """Return the places of modules of a model, and of the modules above them."""
     modules = dict(model.named_modules())
     paths = {module: path for path, module in modules.items()}
     links = {}
-    for module in _patched_modules(model, parts):
+    for module in watched:
         path = paths[module]
         while path and path not in links:
             above, _, name = path.rpartition(".")
@@ -53,8 +55,15 @@ def check_links(links: Iterable[Link]) -> None:
             raise RuntimeError(
                 f"{link.path} was replaced by {_class_of(found)} after patch_model, which "
                 "would leave out what was added to it: put the module back (PEFT: unload() its "
-                "model), or unpatch() before the replacement and patch again after it"
+                "model, or bind adapters of experts by accelerate_peft(model, modality=...)), or "
+                "unpatch() before the replacement and patch again after it"
             )
+
+
+def modalities_of_peft(links: Iterable[Link]) -> set[int]:
+    """Return the numbers of the modalities that accelerate_peft has bound adapters of PEFT to."""
+    found = {_modality_of_peft(link.parent._modules.get(link.name)) for link in links}
+    return found - {None}
 
 
 def check_offload(model: nn.Module) -> None:
@@ -100,7 +109,8 @@ def needs_ours(parts: LayerParts) -> bool:
     return bool(own.get("_modality_lora") or own.get("_added_experts"))
 
 
-def _patched_modules(model: nn.Module, parts: Sequence[LayerParts]) -> Iterable[nn.Module]:
+def patched_modules(model: nn.Module, parts: Sequence[LayerParts]) -> Iterable[nn.Module]:
+    """Yield the modules that patching changes, and those that are called with a mask."""
     yield from (model.get_input_embeddings(), model.get_output_embeddings())
     for each in parts:
         several = (each.layer, each.self_attn, each.experts, each.router)
@@ -112,9 +122,21 @@ def _class_of(module: nn.Module | None) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def _modality_of_peft(wrapper: nn.Module | None) -> int | None:
+    """Return the modality that accelerate_peft has bound the adapters of a wrapper to, or None."""
+    own = {} if wrapper is None else wrapper.__dict__
+    return getattr(own.get("forward"), "modality_id", None)
+
+
 def _wraps(found: nn.Module | None, module: nn.Module) -> bool:
-    """Return whether ``found`` is a wrapper of torch, or several, around a module."""
+    """Return whether ``found`` is a wrapper of torch, or several, around a module.
+
+    PEFT's wrappers are, if accelerate_peft has bound their adapters to a modality.
+    """
+    names = _WRAPPED
     while found is not None and found is not module:
-        inner = (found._modules.get(name) for name in _WRAPPED)
+        if _modality_of_peft(found) is not None:
+            names = (*_WRAPPED, _WRAPPED_BY_PEFT)
+        inner = (found._modules.get(name) for name in names)
         found = next((each for each in inner if each is not None), None)
     return found is module

@@ -32,7 +32,7 @@ from moe_kernels.models.config import (
 from moe_kernels.models.context import EndForward, ModalityContext, TakeModalityIds
 from moe_kernels.models.forwards import ForeignForward, RequireGrad
 from moe_kernels.models.handle import PatchState, is_patched
-from moe_kernels.models.intact import find_links
+from moe_kernels.models.intact import find_links, patched_modules
 from moe_kernels.models.parts import LayerParts, find_parts, trainable_dtype
 from moe_kernels.models.projections import (
     Projection,
@@ -233,7 +233,8 @@ def _check_kind(model: nn.Module, name: str) -> None:
     if hasattr(model, "peft_config"):
         raise TypeError(
             f"{name} carries PEFT adapters: merge or unload them first "
-            "(model = model.merge_and_unload()), then patch the plain model"
+            "(model = model.merge_and_unload()), then patch the plain model; or keep them, and let "
+            "moe_kernels.accelerate_peft(model) compute those of experts"
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch_model needs a transformers model, got {name}")
@@ -345,7 +346,7 @@ def _attach_model(patched: PatchedModel) -> None:
     tokens.attach_head(model, patched.switches)
     patched.hooks += ForeignForward(model).register()
     methods.attach(patched)
-    patched.links = find_links(model, patched.parts)
+    patched.links = find_links(model, patched_modules(model, patched.parts))
 
 
 def _detach_layer(parts: LayerParts) -> None:

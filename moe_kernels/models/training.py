@@ -13,6 +13,7 @@ from torch.distributed import distributed_c10d
 from moe_kernels.layers import ModalityLora
 from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState
+from moe_kernels.models.intact import modalities_of_peft
 from moe_kernels.models.parameters import named_adapter_parameters, original_name
 from moe_kernels.ops.gradients import in_graph_capture, in_transform
 
@@ -54,10 +55,12 @@ def _check(patched: PatchState, ids_given: bool) -> None:
 
 
 def _warn_of_idle_adapters(patched: PatchState) -> None:
-    extended = {config.modality for config in patched.extensions}
     for modality in patched.config.modalities:
-        adapted = patched.projections or modality in extended
-        if not adapted or modality in patched.added_tokens or modality in patched.warned:
+        if modality in patched.added_tokens or modality in patched.warned:
+            continue
+        extended = {config.modality for config in patched.extensions}
+        by_peft = patched.modality_id(modality) in modalities_of_peft(patched.links)
+        if not (patched.projections or modality in extended or by_peft):
             continue
         patched.warned.add(modality)
         warnings.warn(

@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from support.interrupts import LIBRARY, interrupt, lines_of
 from support.mixed_batches import IMAGE, mixed_batches
 from support.model_zoo import VOCAB, make_model, randomise, token_ids
+from support.peft_models import lora_config
 from support.states import differences, state_of
 from support.text_tokenizer import make_tokenizer
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, initialise_lora, patch_model
+from moe_kernels import (
+    ModalityLoraConfig,
+    accelerate_peft,
+    add_modality_tokens,
+    initialise_lora,
+    patch_model,
+)
 from moe_kernels.analysis import RoutingRecorder, expert_redundancy
 from moe_kernels.conversion import perplexity
 from moe_kernels.models.handle import get_patched
@@ -195,9 +203,27 @@ def loading_from_peft(folder) -> Case:
     return Case(patched.model, lambda: load_peft_adapter(patched, "image", folder))
 
 
+def bound_by_peft():
+    base = make_model("mixtral")
+    patch_model(base, ModalityLoraConfig(target_modules=()))
+    add_modality_tokens(base, "image", 3)
+    return get_peft_model(base, lora_config())
+
+
+def accelerating_peft() -> Case:
+    model = bound_by_peft()
+    return Case(model, lambda: accelerate_peft(model, modality="image"))
+
+
+def undoing_peft() -> Case:
+    model = bound_by_peft()
+    return Case(model, accelerate_peft(model, modality="image").undo)
+
+
 CHANGES = [
-    patching, unpatching, adding_tokens, adding_tokens_again, extending, extending_again,
-    making_an_extender, adding_a_projector, starting_adapters,
+    accelerating_peft, undoing_peft, patching, unpatching, adding_tokens, adding_tokens_again,
+    extending, extending_again, making_an_extender, adding_a_projector,
+    starting_adapters,
 ]  # fmt: skip
 LOADS = [loading, loading_again, loading_from_peft]
 LOOKS = [

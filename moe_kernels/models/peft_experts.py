@@ -1,0 +1,195 @@
+"""``accelerate_peft``: compute experts that PEFT has adapted by the kernels of this package."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from moe_kernels import backends
+from moe_kernels.models.handle import PatchState, get_patched, is_patched
+from moe_kernels.models.intact import find_links
+from moe_kernels.models.parameters import is_added, named_adapter_parameters
+from moe_kernels.models.peft_stacks import (
+    KernelForward,
+    Stack,
+    find_stacks,
+    is_accelerated,
+    note_batches,
+)
+from moe_kernels.models.undo import all_or_nothing
+
+
+def accelerate_peft(
+    model: nn.Module, *, modality: str | None = None, backend: str | None = None
+) -> "AcceleratedPeft":
+    """Compute the experts that PEFT has adapted by the kernels of this package, in place.
+
+    The adapters stay PEFT's parameters under their names. Saving, loading, merging, switching
+    between adapters, training loops and optimisers work as before. Merged and disabled adapters are
+    computed by PEFT. ``adapter_names``, one adapter for each sequence, works on experts too.
+
+    Args:
+        model: the result of ``peft.get_peft_model`` with ``target_parameters`` among experts, or a
+            model with such adapters.
+        modality: the adapters act on tokens of this modality alone. The model was patched for it
+            (``patch_model`` with ``target_modules=()``) before PEFT took it. Rows of added tokens,
+            which PEFT has frozen, train again.
+        backend: see :func:`moe_kernels.backends.select`.
+
+    Returns:
+        A handle, whose ``undo`` gives the experts back to PEFT.
+
+    Raises:
+        TypeError: PEFT is not installed, or the model is not a module.
+        ValueError: no adapted experts were found, or some that cannot be computed; nothing has
+            changed then.
+        RuntimeError: the named backend is not available.
+
+    Example:
+        >>> config = LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+        >>> model = get_peft_model(model, config)
+        >>> moe_kernels.accelerate_peft(model)
+    """
+    found = find_stacks(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no experts with adapters of PEFT: give LoraConfig "
+            'target_parameters, such as ["experts.gate_up_proj", "experts.down_proj"]'
+        )
+    problems = [f"{name}: {each}" for name, stack in found.items() for each in stack.problems()]
+    if problems:
+        raise ValueError(f"these experts cannot be computed: {'; '.join(problems)}")
+    for stack in found.values():
+        backends.select(backend, stack.experts.down_proj.device, stack.experts.down_proj.dtype)
+    patched, modality_id = _patched_within(model, modality), None
+    if patched is not None:
+        modality_id = patched.modality_id(modality)
+        _check_masked(model, found)
+    with all_or_nothing(model):
+        undo = _bind(model, patched, found) if patched is not None else []
+        undo += [hook.remove for hook in note_batches(model, found)]
+        for stack in found.values():
+            stack.attach(KernelForward(stack, modality_id, backend))
+            undo.append(stack.detach)
+        wrappers = tuple(stack.outermost for stack in found.values())
+        return AcceleratedPeft(model, tuple(found), wrappers, tuple(undo))
+
+
+@dataclass(frozen=True)
+class AcceleratedPeft:
+    """Experts of a model that are computed by :func:`accelerate_peft`.
+
+    Attributes:
+        model: that was given.
+        names: of the accelerated modules in the model.
+        modules: PEFT's wrappers.
+    """
+
+    model: nn.Module = field(repr=False)
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...] = field(repr=False)
+    _undo: tuple[Callable[[], object], ...] = field(repr=False)
+
+    def undo(self) -> None:
+        """Let PEFT compute the experts again, as before.
+
+        Raises:
+            RuntimeError: a forward was replaced since, and nothing has changed.
+        """
+        for name, module in zip(self.names, self.modules, strict=True):
+            if "forward" in module.__dict__ and not is_accelerated(module):
+                raise RuntimeError(
+                    f"the forward of {name} was replaced after accelerate_peft (a device map?): "
+                    "put it back first (accelerate.hooks.remove_hook_from_submodules)"
+                )
+        if not any(map(is_accelerated, self.modules)):
+            return
+        with all_or_nothing(self.model):
+            for each in self._undo:
+                each()
+
+
+# --- the modality
+
+
+def _patched_within(model: nn.Module, modality: str | None) -> PatchState | None:
+    """Return the patch whose modality the adapters are to be bound to, or raise ValueError."""
+    base = next(filter(is_patched, model.modules()), None)
+    if base is not None:
+        if modality is None:
+            raise ValueError(
+                "this model was patched, and PEFT's adapters would act on all of its tokens: name "
+                "the modality that they are for, accelerate_peft(model, modality=...)"
+            )
+        return get_patched(base)
+    if modality is not None:
+        raise ValueError(
+            f"modality={modality!r} needs a model that knows each token's modality: call "
+            "patch_model(model, ModalityLoraConfig(target_modules=())) before get_peft_model"
+        )
+    return None
+
+
+def _check_masked(model: nn.Module, found: dict[str, Stack]) -> None:
+    """Raise ValueError if text meets what trains: adapters of others than experts, or the base."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    of_experts = {wrapper for stack in found.values() for wrapper in stack.wrappers}
+    if any(wrapper.merged for wrapper in of_experts):
+        raise ValueError("adapters are merged into weights that text uses too: load the base anew")
+    others = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        and module not in of_experts
+    ]
+    if others:
+        raise ValueError(
+            f"{len(others)} adapters of PEFT, such as {others[0]}, act on tokens of every modality "
+            "and would change text: leave them out, or adapt attention by patch_model"
+        )
+    own = {p for wrapper in of_experts for p in wrapper.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter not in own and not is_added(name):
+            raise ValueError(f"{name} of the base trains (bias=?), which would change text")
+
+
+def _save_with_rows(self: nn.Module, *args, **kwargs) -> object:
+    """Save as PEFT does, with the tables, and so the rows of added tokens, unless told otherwise.
+
+    PEFT does so by itself if it finds the base's configuration, which has fewer tokens.
+    """
+    save = type(self).save_pretrained
+    given = inspect.signature(save).bind(self, *args, **kwargs)
+    if given.arguments.get("save_embedding_layers", "auto") == "auto":
+        given.arguments["save_embedding_layers"] = True
+    return save(*given.args, **given.kwargs)
+
+
+def _bind(
+    model: nn.Module, patched: PatchState, found: dict[str, Stack]
+) -> list[Callable[[], object]]:
+    """Let rows of added tokens train and be saved, and watch all modules; return how to undo it."""
+    # PEFT freezes all parameters but its own.
+    rows = [p for _, p in named_adapter_parameters(patched.model) if not p.requires_grad]
+    undo = [functools.partial(row.requires_grad_, False) for row in rows]
+    for row in rows:
+        row.requires_grad_(True)
+    undo.append(functools.partial(setattr, patched, "links", patched.links))
+    inner = {each for stack in found.values() for each in stack.outermost.modules()}
+    others = [each for each in patched.model.modules() if each not in inner]
+    # An adapter that comes later on another module, a shared expert, would change text.
+    known = {link.path for link in patched.links}
+    new = find_links(patched.model, others)
+    patched.links += tuple(link for link in new if link.path not in known)
+    from peft import PeftModel
+
+    for each in model.modules() if patched.added_tokens else ():
+        if isinstance(each, PeftModel):
+            each.save_pretrained = types.MethodType(_save_with_rows, each)
+            undo.append(functools.partial(each.__dict__.pop, "save_pretrained", None))
+    return undo

@@ -1,0 +1,314 @@
+"""PEFT's LoRA on experts, computed by :func:`moe_kernels.ops.moe_mlp` from PEFT's own parameters.
+
+``LoraConfig(target_parameters=[...])`` wraps an experts module, once for each adapted parameter, in
+``peft.tuners.lora.layer.ParamWrapper``. In each forward that adds B A to all weights of all
+experts, and in backward computes a gradient of all of them. The forward of the outermost wrapper
+is replaced here: routed rows pass through A and B, and no weight is made or gets a gradient.
+Everything else stays PEFT's.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_kernels import ops
+from moe_kernels.models import sharding
+from moe_kernels.models.config import EXPERT_PROJECTIONS
+from moe_kernels.models.context import MISSING, EndForward, ModalityContext
+from moe_kernels.models.experts import expert_problems
+from moe_kernels.models.peft_pairs import read_pairs
+from moe_kernels.ops import LoraWeights
+
+_BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Wrappers of PEFT around one experts module.
+
+    Attributes:
+        wrappers: all of them, the one that the model calls first.
+        experts: the module within.
+    """
+
+    wrappers: tuple[nn.Module, ...]
+    experts: nn.Module
+
+    @property
+    def outermost(self) -> nn.Module:
+        """The wrapper that the model calls."""
+        return self.wrappers[0]
+
+    def attach(self, forward: "KernelForward") -> None:
+        """Let ``forward`` compute them; adapters that are bound to a modality cannot be merged."""
+        self.outermost.forward = forward
+        if forward.modality_id is not None:
+            for wrapper in self.wrappers:
+                wrapper.merge = _refuse_merge
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`."""
+        for wrapper in self.wrappers:
+            wrapper.__dict__.pop("merge", None)
+        self.outermost.__dict__.pop("forward", None)
+
+    def problems(self) -> list[str]:
+        """List why the kernels cannot compute these experts as PEFT does."""
+        found = expert_problems(self.experts)
+        names = [wrapper.parameter_name for wrapper in self.wrappers]
+        if _has_own_forward(self.outermost):
+            what = "by accelerate_peft" if is_accelerated(self.outermost) else "(a device map?)"
+            found.append(f"its forward was replaced {what}")
+        found += self.unseen()
+        if unknown := sorted(set(names) - set(EXPERT_PROJECTIONS)):
+            found.append(f"adapters on {', '.join(unknown)}")
+        if len(set(names)) < len(names):
+            found.append("several wrappers of one parameter")
+        weights = {name: getattr(self.experts, name, None) for name in EXPERT_PROJECTIONS}
+        computed = nn.utils.parametrize.is_parametrized
+        found += [
+            f"{n} is computed by a parametrization" for n in weights if computed(self.experts, n)
+        ]
+        found += [
+            f"{name} trains beside its adapter"
+            for name, weight in weights.items()
+            if isinstance(weight, Tensor) and weight.requires_grad
+        ]
+        if any(wrapper.num_experts == 1 for wrapper in self.wrappers):
+            found.append("a single expert, whose adapter PEFT lays out as that of a linear layer")
+        own = self.experts.__dict__
+        if own.get("_modality_lora") or own.get("_added_experts"):
+            found.append("adapters or added experts of patch_model beside those of PEFT")
+        return found
+
+    def unseen(self, by_sequence: bool = False) -> list[str]:
+        """List what was put on modules within the outermost wrapper, which are not called.
+
+        Args:
+            by_sequence: PEFT has hooks on all wrappers, which hand down ``adapter_names``.
+        """
+        inner = [self.experts] if by_sequence else [*self.wrappers[1:], self.experts]
+        return [f"hooks or a forward of its own on {type(m).__name__}" for m in inner if _calls(m)]
+
+    def as_peft(self) -> bool:
+        """Return whether PEFT computes them itself: adapters are merged, disabled or not active."""
+        if any(each.disable_adapters or each.merged for each in self.wrappers):
+            return True
+        return not any(
+            name in each.lora_A for each in self.wrappers for name in each.active_adapters
+        )
+
+    def loras(self, groups: Sequence[Sequence[str]] | None) -> dict[str, LoraWeights]:
+        """Return the arguments of ``moe_mlp`` for adapters that are summed in each group.
+
+        None: one group, of those that are active in each wrapper.
+        """
+        dtype, arguments = self.experts.down_proj.dtype, {}
+        for wrapper in self.wrappers:
+            name = wrapper.parameter_name.replace("_proj", "_lora")
+            arguments[name] = read_pairs(wrapper, groups or [wrapper.active_adapters], dtype)
+        return arguments
+
+
+def find_stacks(model: nn.Module) -> dict[str, Stack]:
+    """Return the modules with a wrapped stack of weights by the names of their outermost wrappers.
+
+    Wrappers of matrices, such as a router's, are left to PEFT.
+    """
+    try:
+        from peft.tuners.lora.layer import ParamWrapper
+    except ImportError as error:
+        raise TypeError("accelerate_peft needs PEFT: pip install peft") from error
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate_peft needs a model of PEFT, got {type(model).__name__}")
+    found, inner = {}, set()
+    for name, module in model.named_modules():
+        if not isinstance(module, ParamWrapper) or module in inner:
+            continue
+        wrappers, experts = [], module
+        while isinstance(experts, ParamWrapper):
+            wrappers.append(experts)
+            experts = experts.base_layer
+        inner.update(wrappers)
+        if any(len(sharding.whole_shape(wrapper.get_param())) == 3 for wrapper in wrappers):
+            found[name] = Stack(tuple(wrappers), experts)
+    return found
+
+
+def _refuse_merge(*args, **kwargs) -> NoReturn:
+    raise RuntimeError(
+        "adapters that accelerate_peft has bound to a modality cannot be merged into weights that "
+        "text uses too: text would change, and merging is not undone bit for bit"
+    )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Return whether a module's forward is not its class's, which accelerate leaves bound."""
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _calls(module: nn.Module) -> bool:
+    """Return whether something of others runs when a module is called, beside its class's forward.
+
+    The end of a forward of ``patch_model`` is ours: :class:`KernelForward` calls it.
+    """
+    if _has_own_forward(module) or module._forward_pre_hooks or module._backward_hooks:
+        return True
+    hooks = module._forward_hooks.values()
+    return bool(module._backward_pre_hooks) or not all(isinstance(h, EndForward) for h in hooks)
+
+
+def is_accelerated(module: nn.Module) -> bool:
+    """Return whether :func:`accelerate_peft` computes a wrapper of PEFT."""
+    return isinstance(module.__dict__.get("forward"), KernelForward)
+
+
+# --- forward
+
+
+@dataclass(frozen=True, eq=False)
+class KernelForward:
+    """The forward of PEFT's outermost wrapper of an experts module.
+
+    Attributes:
+        stack: the wrappers and the module.
+        modality_id: the modality that the adapters are bound to, or None.
+        backend: of the kernels.
+    """
+
+    stack: Stack
+    modality_id: int | None
+    backend: str | None
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Map (T, H), (T, K), (T, K) to (T, H)."""
+        outermost, experts = self.stack.outermost, self.stack.experts
+        if outermost.disable_adapters or (adapter_names is None and self.stack.as_peft()):
+            return type(outermost).forward(outermost, hidden_states, top_k_index, top_k_weights)
+        self._check_calls(adapter_names is not None)
+        if adapter_names is None:
+            groups, ids = None, torch.ones_like(top_k_index[:, 0], dtype=torch.int64)
+        else:
+            groups, ids = _by_sequence(self.stack, adapter_names, hidden_states)
+        output = None
+        try:
+            output = ops.moe_mlp(
+                hidden_states,
+                top_k_index.to(torch.int64),
+                top_k_weights,
+                experts.gate_up_proj,
+                experts.down_proj,
+                modality_ids=self._within_modality(ids),
+                backend=self.backend,
+                **self.stack.loras(groups),
+            )
+        finally:
+            for end in tuple(experts._forward_hooks.values()):
+                end(experts, (), output)
+        return output
+
+    def _check_calls(self, by_sequence: bool) -> None:
+        """Raise RuntimeError if something on an inner module would be left out."""
+        if unseen := self.stack.unseen(by_sequence):
+            raise RuntimeError(
+                f"{'; '.join(unseen)}, within what accelerate_peft computes, would be left out: "
+                "remove it, put it on the wrapper or the layer (fully_shard too), or undo()"
+            )
+
+    def _within_modality(self, ids: Tensor) -> Tensor:
+        """Return ids, -1 on padding and 0 on rows that are not of the modality."""
+        if self.modality_id is None:
+            return ids
+        context: ModalityContext | None = self.stack.experts.__dict__.get("_modality_context")
+        if context is None:
+            raise RuntimeError(
+                "the model was unpatched, and the adapters of PEFT that were bound to a modality "
+                "would act on all tokens: undo() of accelerate_peft first"
+            )
+        if context.modality_ids is None:
+            raise RuntimeError(MISSING)
+        of_rows = context.modality_ids.reshape(-1)
+        ids = torch.where(of_rows == self.modality_id, ids, 0)
+        return torch.where(of_rows < 0, of_rows, ids)
+
+
+def _by_sequence(
+    stack: Stack, adapter_names: Sequence[str], hidden_states: Tensor
+) -> tuple[list[tuple[str, ...]], Tensor]:
+    """Return adapters as groups of one, and the number of each row's group, 0 for none."""
+    if any(each.merged or each.disable_adapters for each in stack.wrappers):
+        raise ValueError(
+            "adapter_names cannot be given while adapters are merged, or disabled for one of the "
+            "projections: model.unmerge_adapter(), model.base_model.enable_adapter_layers()"
+        )
+    batch, tokens = getattr(_noted, "batch", None), hidden_states.shape[0]
+    if batch not in (None, len(adapter_names)) or tokens % len(adapter_names):
+        raise ValueError(
+            f"adapter_names must have one name for each sequence, got {len(adapter_names)} for "
+            f"{batch or '?'} sequences of {tokens} tokens"
+        )
+    names = [name for name in dict.fromkeys(adapter_names) if name != _BASE]
+    numbers = {name: number for number, name in enumerate(names, 1)} | {_BASE: 0}
+    ids = torch.tensor([numbers[name] for name in adapter_names], device=hidden_states.device)
+    # One group at least: a batch of the base alone still has its shapes.
+    return [(name,) for name in names] or [()], ids.repeat_interleave(tokens // len(adapter_names))
+
+
+# The number of sequences, which experts do not see. Hooks of the module that calls them note it.
+_noted = threading.local()
+
+
+def note_batches(
+    model: nn.Module, names: Iterable[str]
+) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Register the hooks that ``adapter_names`` need.
+
+    Args:
+        model: the model of PEFT.
+        names: of its outermost wrappers.
+    """
+    for name in names:
+        block = model.get_submodule(name.rpartition(".")[0])
+        yield block.register_forward_pre_hook(_note_batch)
+        yield block.register_forward_hook(_forget_batch, always_call=True)
+    from peft import PeftModel
+
+    for each in model.modules():
+        if isinstance(each, PeftModel | PreTrainedModel):
+            yield each.register_forward_hook(_forget_names, always_call=True)
+
+
+def _note_batch(module: nn.Module, args: tuple) -> None:
+    if not torch.compiler.is_compiling():
+        _noted.batch = args[0].shape[0] if args and args[0].ndim == 3 else None
+
+
+def _forget_batch(module: nn.Module, args: tuple, output: object) -> None:
+    if not torch.compiler.is_compiling():
+        _noted.batch = None
+
+
+def _forget_names(module: nn.Module, args: tuple, output: object) -> None:
+    """Take away the ``adapter_names`` of a forward that has failed.
+
+    PEFT (0.21) leaves them with its wrappers, and forwards without names would use them.
+    """
+    if output is not None:
+        return
+    for each in module.modules():
+        for number, hook in tuple(each._forward_pre_hooks.items()):
+            if "adapter_names" in getattr(hook, "keywords", ()):
+                del each._forward_pre_hooks[number]
+                each._forward_pre_hooks_with_kwargs.pop(number, None)
