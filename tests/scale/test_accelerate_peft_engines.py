@@ -1,0 +1,184 @@
+"""TRL's SFTTrainer, and accelerate's FSDP2, train an accelerated PEFT model as PEFT's own."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import engines_on_cpu
+from support.model_zoo import VOCAB, token_ids
+from support.peft_models import make_pair, make_peft
+from support.ranks import errors_of, play, run_ranks
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from moe_kernels import accelerate_peft
+from moe_kernels.models import sharding
+from moe_kernels.testing import relative_rms
+
+pytestmark = pytest.mark.scale
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"],
+        "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT",
+    },
+}  # fmt: skip
+STEP = {
+    "report_to": [], "use_cpu": True, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 1e9,
+    "lr_scheduler_type": "constant", "logging_steps": 1, "disable_tqdm": True, "max_steps": 1,
+    "save_strategy": "no", "bf16": False,
+}  # fmt: skip
+
+
+# --- TRL
+
+
+def make_tokenizer():
+    """Return a tokenizer with a word for each id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<eos>", *(f"t{i}" for i in range(2, VOCAB))]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_sft(packing, reentrant, tmp_path):
+    trl = pytest.importorskip("trl", reason="make test-scale installs it")
+    packages = importlib.import_module("trl.import_utils")
+    for name, value in list(vars(packages).items()):
+        if name.endswith("_available") and isinstance(value, tuple):
+            # TRL before 0.29 takes the answer of transformers 5, (available, version), for a yes.
+            setattr(packages, name, value[0])
+    from datasets import Dataset
+
+    rows = [
+        {"input_ids": token_ids(1, 8 + seed, seed=seed)[0].clamp(min=2).tolist()}
+        for seed in range(6)
+    ]
+    results = []
+    for name, model in zip(("theirs", "ours"), make_pair(target_modules=["q_proj"]), strict=True):
+        model.get_base_model().config.router_aux_loss_coef = 0.0
+        args = trl.SFTConfig(
+            **STEP, output_dir=str(tmp_path / name), per_device_train_batch_size=6,
+            packing=packing, max_length=32, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model, args, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer()
+        )
+        assert trainer.model is model
+        before = values(model)
+        trainer.train()
+        results.append((trainer.state.log_history[0]["loss"], before, values(model)))
+    (expected, before, theirs), (loss, _, ours) = results
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name, value in theirs.items():
+        assert relative_rms(ours[name] - before[name], value - before[name]) < 1e-6, name
+
+
+def values(model):
+    return {
+        name: sharding.gather(p).detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+# --- accelerate's FSDP2
+
+
+class Look(TrainerCallback):
+    """Keep what was trained, gathered, and whether it was sharded."""
+
+    def __init__(self, model):
+        self.model, self.seen, self.sharded = model, {}, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        self.seen = values(self.model)
+
+
+def train(model, folder, **settings):
+    """Take two steps; return the first loss and what was trained."""
+    rows = token_ids(4, 8)
+    look = Look(model)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **STEP | {"max_steps": 2} | settings),
+        train_dataset=[{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows],
+        callbacks=[look],
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], look
+
+
+def train_accelerated(folder, **settings):
+    """Train an accelerated model on this rank; keep what was trained."""
+    # float32: accelerate keeps trained parameters in it
+    model = make_peft(dtype=torch.float32, target_modules=["q_proj"])
+    accelerate_peft(model)
+    loss, look = train(model, folder, per_device_train_batch_size=2, **settings)
+    torch.save((loss, look.seen), folder / f"{os.environ['RANK']}.pt")
+    return look
+
+
+def fsdp2(rank, folder):
+    assert train_accelerated(folder, **FSDP).sharded
+
+
+def zero(stage, **settings):
+    config = {"zero_optimization": {"stage": stage} | settings, "gradient_clipping": "auto"}
+    batch = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
+    return config | batch | {"zero_allow_untested_optimizer": True}
+
+
+def zero2(rank, folder):
+    train_accelerated(folder, deepspeed=zero(2))
+
+
+def zero3(rank, folder):
+    """ZeRO-3 gathers what a module reads that it does not call, of PEFT's wrappers too."""
+    look = train_accelerated(folder, deepspeed=zero(3, stage3_param_persistence_threshold=0))
+    assert all(p.ds_status.name == "NOT_AVAILABLE" for p in look.model.parameters())
+
+
+SCENES = {"fsdp2": fsdp2, "zero2": zero2, "zero3": zero3}
+
+
+@pytest.mark.parametrize("engine", SCENES)
+def test_engines_by_accelerate(engine, tmp_path):
+    run_ranks(__file__, tmp_path, engine)
+    errors = errors_of(tmp_path)
+    assert not errors, errors
+    settings = {"dtype": torch.float32, "target_modules": ["q_proj"]}
+    expected, look = train(make_peft(**settings), tmp_path / "one", per_device_train_batch_size=4)
+    before = values(make_peft(**settings))
+    for rank in range(2):
+        loss, seen = torch.load(tmp_path / engine / f"{rank}.pt")
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert seen.keys() == look.seen.keys()
+        for name, value in look.seen.items():
+            assert relative_rms(seen[name] - before[name], value - before[name]) < 1e-3, name
+
+
+if __name__ == "__main__":
+    engine = sys.argv[2]
+    if engine.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    else:
+        dist.init_process_group("gloo")
+    engines_on_cpu.allow()
+    play({engine: SCENES[engine]}, dist.get_rank(), Path(sys.argv[1]))
+    dist.destroy_process_group()
