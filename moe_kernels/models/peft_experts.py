@@ -3,6 +3,7 @@
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -165,7 +166,8 @@ def _save_with_rows(self: nn.Module, *args, **kwargs) -> object:
     """
     save = type(self).save_pretrained
     given = inspect.signature(save).bind(self, *args, **kwargs)
-    if given.arguments.get("save_embedding_layers", "auto") == "auto":
+    added = any(get_patched(each).added_tokens for each in self.modules() if is_patched(each))
+    if added and given.arguments.get("save_embedding_layers", "auto") == "auto":
         given.arguments["save_embedding_layers"] = True
     return save(*given.args, **given.kwargs)
 
@@ -188,8 +190,15 @@ def _bind(
     patched.links += tuple(link for link in new if link.path not in known)
     from peft import PeftModel
 
-    for each in model.modules() if patched.added_tokens else ():
-        if isinstance(each, PeftModel):
-            each.save_pretrained = types.MethodType(_save_with_rows, each)
-            undo.append(functools.partial(each.__dict__.pop, "save_pretrained", None))
+    saving = [each for each in model.modules() if isinstance(each, PeftModel)]
+    for each in saving:
+        each.save_pretrained = types.MethodType(_save_with_rows, each)
+        undo.append(functools.partial(each.__dict__.pop, "save_pretrained", None))
+    if not saving:
+        warnings.warn(
+            "PEFT's save_pretrained leaves out rows of added tokens, as this is no PeftModel but a "
+            "module within: call accelerate_peft with the PeftModel, or save the rows by "
+            "patched.save_adapter",
+            stacklevel=3,
+        )
     return undo

@@ -99,9 +99,11 @@ class Stack:
         """Return whether PEFT computes them itself: adapters are merged, disabled or not active."""
         if any(each.disable_adapters or each.merged for each in self.wrappers):
             return True
-        return not any(
-            name in each.lora_A for each in self.wrappers for name in each.active_adapters
-        )
+        return not self.has_active()
+
+    def has_active(self) -> bool:
+        """Return whether any wrapper adds an adapter now."""
+        return any(name in each.lora_A for each in self.wrappers for name in _active(each))
 
     def loras(self, groups: Sequence[Sequence[str]] | None) -> dict[str, LoraWeights]:
         """Return the arguments of ``moe_mlp`` for adapters that are summed in each group.
@@ -109,9 +111,11 @@ class Stack:
         None: one group, of those that are active in each wrapper.
         """
         dtype, arguments = self.experts.down_proj.dtype, {}
+        if groups is None and not self.has_active():
+            return {}
         for wrapper in self.wrappers:
             name = wrapper.parameter_name.replace("_proj", "_lora")
-            arguments[name] = read_pairs(wrapper, groups or [wrapper.active_adapters], dtype)
+            arguments[name] = read_pairs(wrapper, groups or [_active(wrapper)], dtype)
         return arguments
 
 
@@ -138,6 +142,11 @@ def find_stacks(model: nn.Module) -> dict[str, Stack]:
         if any(len(sharding.whole_shape(wrapper.get_param())) == 3 for wrapper in wrappers):
             found[name] = Stack(tuple(wrappers), experts)
     return found
+
+
+def _active(wrapper: nn.Module) -> Sequence[str]:
+    """Return the names of the adapters that a wrapper adds now."""
+    return () if wrapper.disable_adapters else wrapper.active_adapters
 
 
 def _refuse_merge(*args, **kwargs) -> NoReturn:
@@ -195,7 +204,10 @@ class KernelForward:
     ) -> Tensor:
         """Map (T, H), (T, K), (T, K) to (T, H)."""
         outermost, experts = self.stack.outermost, self.stack.experts
-        if outermost.disable_adapters or (adapter_names is None and self.stack.as_peft()):
+        # PEFT knows no mask: with one, nothing is left to it, and text has the same bits always.
+        unmasked = self.modality_id is None
+        disabled = outermost.disable_adapters
+        if unmasked and (disabled or (adapter_names is None and self.stack.as_peft())):
             return type(outermost).forward(outermost, hidden_states, top_k_index, top_k_weights)
         self._check_calls(adapter_names is not None)
         if adapter_names is None:

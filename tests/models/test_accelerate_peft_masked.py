@@ -75,7 +75,13 @@ def test_training_changes_images_and_no_bit_of_text(family):
     with patched.adapters_disabled():
         assert torch.equal(text_logits(peft), before)
     with peft.disable_adapter():
-        assert relative_rms(text_logits(peft), before) < 1e-5
+        assert torch.equal(text_logits(peft), before)
+        assert torch.equal(text_logits(peft, MIXED)[:, :6], prefix[:, :6])
+    for wrapper in (experts_of(peft), experts_of(peft).base_layer):  # a half of them
+        wrapper.enable_adapters(False)
+        assert torch.equal(text_logits(peft), before)
+        assert relative_rms(text_logits(peft, MIXED), after) > 1e-3
+        wrapper.enable_adapters(True)
     base = make_model(family)
     assert relative_rms(before, base(TEXT).logits) < 1e-5
 
@@ -198,6 +204,19 @@ def test_files_of_peft_have_the_rows(tmp_path):
     model = PeftModel.from_pretrained(base, tmp_path)
     accelerate_peft(model, modality="image")
     assert torch.equal(text_logits(model, MIXED), expected)
+
+
+def test_rows_that_are_added_after_the_call_are_saved(tmp_path):
+    peft, patched = make(num_tokens=0)
+    add_modality_tokens(patched.model, "image", IMAGE)
+    peft.save_pretrained(tmp_path)
+    assert any("added_rows" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_a_module_within_peft_model_says_that_it_saves_no_rows():
+    peft, _ = make_wrapped()
+    with pytest.warns(UserWarning, match="this is no PeftModel but a module within"):
+        accelerate_peft(peft.get_base_model(), modality="image")
 
 
 def test_rows_in_a_file_of_their_own(tmp_path):
