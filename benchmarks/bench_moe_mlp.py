@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from lib.cases import Case
 from lib.cli import add_rotation, finish, make_sweep_parser, run_cases
 from lib.pages.tables import providers_table
-from lib.providers import provider_names
+from lib.providers import PEFT, provider_names
 from lib.runs import run_decode, run_training
 
 from moe_kernels.testing import SHAPES
@@ -58,13 +58,13 @@ def default_providers(mode: str) -> list[str]:
 
     For decoding it also leaves out those that only make sense in training, and vice versa.
     """
-    training = ("bound", "peft:grouped_mm", "split")
+    training = ("bound", "peft", "split")
     return [
         name
         for name in provider_names()
         if name.partition(":")[2] != "reference"
         and not name.startswith("block")
-        and (not name.startswith("peft") or name == "peft:grouped_mm")
+        and (not name.startswith("peft:") or name == PEFT)
         and not name.startswith(training if mode == "decode" else "read")
     ]
 

@@ -28,6 +28,7 @@ from lib import result_files, sections_cpu, sections_gpu
 from lib.cases import forget_weights
 from lib.cli import add_rotation, make_parser, progress, write_results
 from lib.pages.tables import added_steps_table, providers_table, steps_table, targets_table
+from lib.providers import OURS
 from lib.steps import MODELS
 from targets import judge
 
@@ -213,7 +214,7 @@ def failures(results: Mapping) -> Iterator[str]:
     for name in LISTS:
         for record in results.get(name, ()):
             for provider, entry in record["providers"].items():
-                if provider.startswith(("ours", "block")) and entry.get("error"):
+                if provider.startswith(OURS) and entry.get("error"):
                     yield f"{name}: {provider}: {entry['error']}"
 
 

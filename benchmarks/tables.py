@@ -32,6 +32,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "floors": cpu.floors,
     "decode_gap": cpu.decode_gap,
     "added": cpu.added,
+    "peft": cpu.peft,
     "gpu_layers": gpu.layers,
     "gpu_ceilings": gpu.ceilings,
     "gpu_rates": gpu.rates,

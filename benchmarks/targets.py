@@ -7,6 +7,7 @@ from functools import partial
 from lib.cases import ADDED_SHARE, DECODE_TOKENS
 from lib.pages.tables import MODES, SHORT_DTYPES, case_title
 from lib.providers import (
+    ACCELERATED,
     ADDED_KINDS,
     BASE_COMPETITORS,
     GROUPED,
@@ -20,6 +21,7 @@ from lib.records import (
     Measure,
     dispatch_speed,
     dispatch_time,
+    measured_backend,
     memory_ratio,
     over_reading_at_copy_rate,
     share_of_copy_rate,
@@ -114,8 +116,10 @@ def _in_case(**values: object) -> Callable[[Mapping], bool]:
 
 
 def _beside(provider: str) -> Callable[[Mapping], bool]:
-    """A target that applies where a provider was to be measured too."""
-    return lambda record: provider in record["providers"]
+    """A target that applies where a provider, or one of our kinds, was to be measured too."""
+    return lambda record: (
+        provider in record["providers"] or measured_backend(record, provider) is not None
+    )
 
 
 def _on_cuda_backend(record: Mapping) -> bool:
@@ -162,6 +166,23 @@ def _cpu_training() -> Iterator[Target]:
             6, f"memory over split LoRA's: {memory}", "training", memory_ratio(key), 0.6,
             applies=_beside(SPLIT),
         )  # fmt: skip
+
+
+def _cpu_peft() -> Iterator[Target]:
+    """Target 14: PEFT's own adapters, computed by our kernels, against PEFT; all rows adapted."""
+    target = partial(_cpu, 14, applies=_beside(ACCELERATED))
+    yield target(
+        "speed of PEFT accelerated over PEFT on grouped_mm", "training",
+        time_ratio(PEFT, ACCELERATED), 2.5, at_least=True,
+    )  # fmt: skip
+    yield target(
+        "peak memory of PEFT accelerated over PEFT's", "training",
+        memory_ratio("peak", ACCELERATED, PEFT), 0.6,
+    )  # fmt: skip
+    yield target(
+        "training tokens/s of PEFT accelerated over PEFT", "steps",
+        time_ratio(PEFT, ACCELERATED, "step"), 1.8, at_least=True,
+    )  # fmt: skip
 
 
 def _cpu_decode() -> Iterator[Target]:
@@ -285,6 +306,19 @@ def _gpu_models() -> Iterator[Target]:
     )  # fmt: skip
 
 
+def _gpu_peft() -> Iterator[Target]:
+    """Target 12: PEFT's own adapters, computed by our kernels, against PEFT; all rows adapted."""
+    target = partial(_gpu, 12, applies=_beside(ACCELERATED), at_least=True)
+    yield target(
+        "speed of PEFT accelerated over PEFT on grouped_mm", "training",
+        time_ratio(PEFT, ACCELERATED), 3.0,
+    )  # fmt: skip
+    yield target(
+        "step, tokens/s of PEFT accelerated over PEFT's", "steps",
+        time_ratio(PEFT, ACCELERATED, "step"), 1.8,
+    )  # fmt: skip
+
+
 def _gpu_launches() -> Iterator[Target]:
     """Targets 9 to 11: the small launches of the CUDA backend."""
     target = partial(_gpu, applies=_on_cuda_backend)
@@ -307,8 +341,8 @@ def _gpu_launches() -> Iterator[Target]:
 TARGETS = tuple(
     sorted(
         (
-            *_cpu_training(), *_cpu_decode(), *_cpu_added_experts(), *_cpu_steps(),
-            *_gpu_layers(), *_gpu_models(), *_gpu_launches(),
+            *_cpu_training(), *_cpu_decode(), *_cpu_added_experts(), *_cpu_steps(), *_cpu_peft(),
+            *_gpu_layers(), *_gpu_models(), *_gpu_launches(), *_gpu_peft(),
         ),
         key=lambda target: (target.device, target.number),
     )

@@ -95,11 +95,14 @@ def _provider(record: Mapping, side: str | Sequence[str], mode: str) -> str | No
     return side if side in record["providers"] else measured_backend(record, side)
 
 
-def memory_ratio(key: str) -> Measure:
-    """Our memory over split LoRA's: the "peak", or what is "saved" for backward."""
+def memory_ratio(key: str, numerator: str = "ours", denominator: str = SPLIT) -> Measure:
+    """The memory of one side over that of the other: the "peak", or what is "saved" for backward.
+
+    A side is a provider, or one of our kinds.
+    """
 
     def measured(record: Mapping, _: Mapping) -> Statistics | None:
-        pair = (measured_backend(record, "ours"), SPLIT)
+        pair = [_provider(record, side, "both") for side in (numerator, denominator)]
         memory = [record["providers"].get(name, {}).get("memory") for name in pair]
         if not all(memory) or not all(is_right(record, name) for name in pair):
             return None

@@ -9,11 +9,10 @@ import torch
 from lib.cases import Case, Problem, make_problem
 from lib.check import Oracle
 from lib.memory import peak_bytes, saved_bytes, saved_formula
-from lib.providers import set_up_provider
+from lib.providers import OURS, set_up_provider
 from lib.providers.runner import Runner, Unavailable
 from lib.timing import Clock, GpuClock, measure, now
 
-_OURS = ("ours", "block")
 _MAX_LAYERS = 256  # a toy shape would need millions to read 600 MB
 
 
@@ -58,7 +57,7 @@ def run_training(case: Case, providers: Sequence[str], options: Options) -> dict
         records[name], runners[name] = prepare(
             lambda name=name: [set_up_provider(name, problem)],
             lambda runner: oracle.error(runner, backward=options.backward),
-            ours=name.startswith(_OURS),
+            ours=name.startswith(OURS),
         )
         if runners[name] and name in options.memory and options.backward:
             records[name]["memory"] = _memory(name, problem, runners[name][0])
@@ -86,7 +85,7 @@ def run_decode(case: Case, providers: Sequence[str], options: Options) -> dict:
             records[name], runners[name] = prepare(
                 lambda name=name: [set_up_provider(name, layer) for layer in layers],
                 lambda runner: oracle.error(runner, backward=False),
-                ours=name.startswith(_OURS),
+                ours=name.startswith(OURS),
             )
         steps = {}
         for name, own in runners.items():

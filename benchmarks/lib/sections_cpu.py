@@ -10,7 +10,7 @@ import torch
 
 from lib.cases import ADDED_SHARE, DECODE_TOKENS, DTYPES, Case
 from lib.cli import options_of
-from lib.providers import ADDED_KINDS, HF, HF_TRAINING, PEFT, SPLIT, hf_decode
+from lib.providers import ACCELERATED, ADDED_KINDS, HF, HF_TRAINING, PEFT, SPLIT, hf_decode
 from lib.runs import Options, run_decode, run_training
 from lib.steps import MODELS
 from lib.steps.added_experts import run as run_added_steps
@@ -35,7 +35,8 @@ def training(args: Namespace) -> Jobs:
     for shape, dtype, routing in itertools.product(args.shapes, DTYPES, ("balanced", "zipf")):
         providers = training_providers(args.backend, shape, dtype, routing)
         options = options_of(
-            args, thorough=_own(providers), memory=(f"ours:{args.backend}", SPLIT),
+            args, thorough=_own(providers),
+            memory=(f"ours:{args.backend}", SPLIT, PEFT, f"{ACCELERATED}:{args.backend}"),
             **(_SLOW if (shape, dtype) == ("olmoe", "float32") else {}),
         )  # fmt: skip
         yield partial(run_training, _case(args, shape, dtype, routing=routing), providers, options)
@@ -49,7 +50,7 @@ def training_providers(backend: str, shape: str, dtype: str, routing: str) -> li
     """
     competitors = [*HF_TRAINING]
     if shape != "olmoe" or (routing, dtype) == ("balanced", "bfloat16"):
-        competitors.append(PEFT)
+        competitors += [PEFT, f"{ACCELERATED}:{backend}"]
     if routing == "balanced" and (shape, dtype) != ("olmoe", "float32"):
         competitors.append(SPLIT)
     return ["bound", *_ours(backend), *competitors, *_others(backend, HF_TRAINING)]
@@ -133,4 +134,4 @@ def _others(backend: str, competitors: Sequence[str]) -> list[str]:
 
 def _own(providers: Sequence[str]) -> set[str]:
     """Ours and the bounds, which run for more rounds than the competitors."""
-    return {name for name in providers if name.startswith(("bound", "read", "ours"))}
+    return {name for name in providers if name.startswith(("bound", "read", "ours", ACCELERATED))}

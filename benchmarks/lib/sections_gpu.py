@@ -22,7 +22,7 @@ from lib.gpu_checks import (
     sanitize,
 )
 from lib.markdown import markdown
-from lib.providers import BASE_COMPETITORS, HF, PEFT, SPLIT, SPLITS, set_up_provider
+from lib.providers import ACCELERATED, BASE_COMPETITORS, HF, PEFT, SPLIT, SPLITS, set_up_provider
 from lib.runs import run_decode, run_training
 from lib.steps import MODELS
 from lib.steps.training import run as run_steps
@@ -75,7 +75,9 @@ def measure_layers(args: Namespace) -> Jobs:
     seen = set()
     for name, tokens, share in args.layers:
         with_competitors = (name, tokens) not in seen
-        competitors = [*BASE_COMPETITORS, PEFT, *SPLITS, "scattermoe"] if with_competitors else []
+        competitors = []
+        if with_competitors:
+            competitors = [*BASE_COMPETITORS, PEFT, ours(args, ACCELERATED), *SPLITS, "scattermoe"]
         seen.add((name, tokens))
         providers = ["bound", *_our_kinds(args), *competitors]
         options = options_of(args, thorough={*providers} - _SLOW, memory=(ours(args), SPLIT))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_kernels import _native, backends
+from moe_kernels import _native, backends, ops
 
 for _needed in ("peft", "matplotlib"):
     pytest.importorskip(_needed)
@@ -21,10 +21,11 @@ for _needed in ("peft", "matplotlib"):
 ROOT = Path(__file__).parents[2]
 FOLDERS = (str(ROOT / "benchmarks"), str(ROOT / "tools"))
 LIB = (
-    "cases", "collectives", "costs", "gpu_checks", "memory", "pages.cpu", "pages.ranks",
+    "cases", "check", "collectives", "costs", "gpu_checks", "memory", "pages.cpu", "pages.ranks",
     "pages.tables", "providers",
     "providers.bounds", "providers.competitors", "providers.ours", "records", "result_files",
-    "runs", "sections_cpu", "sections_gpu", "steps", "steps.added_experts", "timing",
+    "runs", "sections_cpu", "sections_gpu", "steps", "steps.added_experts", "steps.training",
+    "timing",
 )  # fmt: skip
 PROGRAMS = (
     "bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "loading", "plot", "run", "scaling",
@@ -210,7 +211,9 @@ def test_the_programs_run(bench, tmp_path):
     bench.bench_moe_mlp.main(["--shape", "tiny", "--providers", "bound", "hf:eager", *shared])
     assert bench.run.main(["--trial", "--rotate-mb", "1", *shared]) == 0
     results = json.loads(path.read_text())
-    assert {verdict["number"] for verdict in results["targets"]} == {1, 2, 3, 4, 5, 6, 7, 12, 13}
+    assert {verdict["number"] for verdict in results["targets"]} == {
+        1, 2, 3, 4, 5, 6, 7, 12, 13, 14,
+    }  # fmt: skip
     assert results["errors"] == {} and results["skipped"] == []
     assert results["environment"]["source_hash"] == bench.result_files.source_hash()
     assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
@@ -333,6 +336,32 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda ids: forward(ids) * 1.1)
     assert "relative RMS" in block.error(ids)
+
+
+def test_peft_is_compared_with_itself_accelerated(bench, case, monkeypatch):
+    """Kernels compute the accelerated experts, PEFT the others; both train the same adapters."""
+    calls, moe_mlp = [], ops.moe_mlp
+    monkeypatch.setattr(ops, "moe_mlp", lambda *args, **k: calls.append(1) or moe_mlp(*args, **k))
+    problem = bench.cases.make_problem(case)
+    oracle = bench.check.Oracle(problem)
+    for name, called in (("peft:eager", 0), ("peft_accelerated:reference", 1)):
+        runner = bench.providers.set_up_provider(name, problem)
+        assert oracle.error(runner) is None
+        assert len(calls) == called and runner.adapted == "all"
+    calls.clear()
+    record = bench.training.run(bench.steps.MODELS["tiny"], bench.runs.Options(rounds=1))
+    entry = record["providers"]["peft_accelerated"]
+    assert entry["error"] is None and calls
+    assert bench.records.compare(record, "peft:grouped_mm", "peft_accelerated", "step").count == 1
+
+
+def test_a_wrong_accelerated_step_meets_no_target(bench, monkeypatch):
+    moe_mlp = ops.moe_mlp
+    monkeypatch.setattr(ops, "moe_mlp", lambda *args, **keywords: 1.01 * moe_mlp(*args, **keywords))
+    record = bench.training.run(bench.steps.MODELS["tiny"], bench.runs.Options(rounds=1))
+    assert "relative RMS" in record["providers"]["peft_accelerated"]["error"]
+    verdicts = bench.targets.judge({"steps": [record]}, "cpu")
+    assert [(v["number"], v["met"]) for v in verdicts if v["number"] == 14] == [(14, None)]
 
 
 def test_steps_with_added_experts_start_from_the_same_model(bench, monkeypatch):

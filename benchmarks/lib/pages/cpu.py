@@ -7,7 +7,7 @@ from lib import result_files
 from lib.markdown import markdown
 from lib.pages import machine, milliseconds
 from lib.pages.tables import MODES, added_steps_table, case_title, interval, summary, summary_of_two
-from lib.providers import ADDED_KINDS, HF_TRAINING
+from lib.providers import ACCELERATED, ADDED_KINDS, HF_TRAINING, PEFT
 from lib.records import compare, fastest, measured_backend, time_of
 
 RESULTS = "cpu.json"
@@ -118,6 +118,34 @@ def added(results: Mapping) -> str:
     if run is not results:  # which the page describes elsewhere
         parts[0] = f"{machine(run)}\n{parts[0]}"
     return "\n".join(parts)
+
+
+def peft(results: Mapping) -> str:
+    """PEFT and PEFT accelerated, all rows adapted: layers, then whole training steps."""
+    layers = [r for r in results["training"] if measured_backend(r, ACCELERATED)]
+    if not layers:
+        return "Not measured yet.\n"
+    rows = [_peft_row(case_title(record["case"]), record, "both") for record in layers]
+    rows += [
+        _peft_row(f"training step, {record['case']['name']}", record, "step")
+        for record in results["steps"]
+    ]
+    header = (
+        "forward and backward", "PEFT, ms", "accelerated, ms", "times as fast (20-80 %)",
+        "PEFT's peak, MiB", "accelerated, MiB",
+    )  # fmt: skip
+    return markdown(header, rows)
+
+
+def _peft_row(title: str, record: Mapping, mode: str) -> tuple[str, ...]:
+    """Times, their ratio and the peaks of a layer, or of a step, whose peak is not measured."""
+    pair = PEFT, measured_backend(record, ACCELERATED)
+    memory = (record["providers"][name].get("memory") for name in pair)
+    return (
+        title, *(milliseconds(record, name, mode) for name in pair),
+        interval(compare(record, *pair, mode)),
+        *(f"{each['peak'] / 2**20:.0f}" if each else "" for each in memory),
+    )  # fmt: skip
 
 
 def _run_with_added(results: Mapping) -> Mapping | None:

@@ -14,6 +14,8 @@ from lib.providers.runner import Runner
 from moe_kernels import backends
 
 GROUPED, PEFT = "hf:grouped_mm", "peft:grouped_mm"
+ACCELERATED = "peft_accelerated"
+OURS = ("ours", "block", ACCELERATED)  # starts of the names of this package's providers
 SPLIT = "split:masked"  # it keeps less memory than "split:gathered"
 SPLITS = (SPLIT, "split:gathered", "split:compiled")
 # transformers' own experts that can win in training.
@@ -84,6 +86,7 @@ KINDS: dict[str, Kind] = {
     "hf": Kind(competitors.hf, _experts_implementations),
     "hf_compiled": Kind(competitors.hf_compiled, lambda: ["grouped_mm"]),
     "peft": Kind(competitors.peft, _experts_implementations),
+    ACCELERATED: Kind(ours.peft_accelerated, _backends),
     "liger": Kind(competitors.liger),
     "scattermoe": Kind(competitors.scattermoe),
     "split": Kind(competitors.split, lambda: ["masked", "gathered", "compiled"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 from transformers import OlmoeConfig
@@ -62,21 +62,40 @@ def hf_compiled(problem: Problem, implementation: str) -> Runner:
 
 def peft(problem: Problem, implementation: str) -> Runner:
     """PEFT's ``target_parameters`` with default options, on all rows: PEFT cannot mask."""
-    rank, leaves = problem.case.shape.r, Leaves.of(problem)
-    holder = nn.Module()
+    return peft_runner(problem, with_peft(problem, implementation), rounding=4)
+
+
+def with_peft(problem: Problem, implementation: str) -> PeftModel:
+    """Return a model of PEFT whose only layer, ``experts``, has the problem's adapters."""
+    rank, holder = problem.case.shape.r, nn.Module()
     holder.experts = _experts_module(problem, implementation)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoraConfig(
         r=rank, lora_alpha=SCALING * rank, target_modules=[], target_parameters=targets
     )
-    wrapped = get_peft_model(holder, config).base_model.model.experts
-    wrappers = {"gate_up_lora": wrapped.base_layer, "down_lora": wrapped}
-    for name, wrapper in wrappers.items():
+    model = get_peft_model(holder, config)
+    for name, (a, b) in _peft_pairs(model).items():
         lora = getattr(problem.inputs, name)
-        a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
         a.data.copy_(peft_format.experts_A_to_peft(lora.lora_A[0]))
         b.data.copy_(peft_format.experts_B_to_peft(lora.lora_B[0]))
-        leaves.add_lora(name, a, b)
+    return model
+
+
+def _peft_pairs(model: PeftModel) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Return A and B as PEFT lays them out, by the argument of ``moe_mlp``."""
+    outermost = model.base_model.model.experts
+    wrappers = {"gate_up_lora": outermost.base_layer, "down_lora": outermost}
+    return {
+        name: (wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight)
+        for name, wrapper in wrappers.items()
+    }
+
+
+def peft_runner(problem: Problem, model: PeftModel, *, rounding: float) -> Runner:
+    """Return the runner of a model that :func:`with_peft` made."""
+    leaves, experts = Leaves.of(problem), model.base_model.model.experts
+    for name, pair in _peft_pairs(model).items():
+        leaves.add_lora(name, *pair)
 
     def layout(name: str, grad: Tensor) -> Tensor:
         convert = getattr(peft_format, f"experts_{name[-1]}_from_peft")
@@ -84,8 +103,8 @@ def peft(problem: Problem, implementation: str) -> Runner:
 
     ids = problem.inputs.topk_ids
     return leaves.runner(
-        lambda: wrapped(leaves.hidden_states, ids, leaves.topk_weights),
-        layout, adapted="all", rounding=4,
+        lambda: experts(leaves.hidden_states, ids, leaves.topk_weights),
+        layout, adapted="all", rounding=rounding,
     )  # fmt: skip
 
 

@@ -1,12 +1,13 @@
-"""This package's providers: the op ``moe_mlp``, and the MoE block of a patched model."""
+"""This package's providers: the op ``moe_mlp``, alone and under PEFT, and a patched MoE block."""
 
 import torch
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from lib.cases import Problem
+from lib.providers.competitors import peft_runner, with_peft
 from lib.providers.runner import Leaves, Runner, Unavailable
-from moe_kernels import backends
+from moe_kernels import accelerate_peft, backends
 from moe_kernels.models.added_experts import added_experts
 from moe_kernels.models.experts import context_of
 from moe_kernels.moextend import ExpertExtender
@@ -60,6 +61,14 @@ def base(problem: Problem, backend: str) -> Runner:
         )  # fmt: skip
 
     return leaves.runner(forward)
+
+
+def peft_accelerated(problem: Problem, backend: str) -> Runner:
+    """PEFT's model, on all rows, whose experts the op computes."""
+    refuse_absent(backend)
+    model = with_peft(problem, "grouped_mm")
+    accelerate_peft(model, backend=backend)
+    return peft_runner(problem, model, rounding=1)
 
 
 def added(problem: Problem, backend: str, *, image: bool = True) -> Runner:

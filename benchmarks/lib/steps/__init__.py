@@ -120,12 +120,12 @@ def logits_error(actual: Tensor, expected: Tensor, dtype: str) -> str | None:
 
 def measure_steps(
     settings: Settings, steps: Mapping[str, Callable[[], dict[str, float]]], options: Options,
-    device: str, seed: int, *, error: str | None, peak: bool,
+    device: str, seed: int, *, errors: Mapping[str, str | None], peak: bool,
 ) -> dict:  # fmt: skip
     """Return a record as :func:`lib.runs.run_training` does, with the mode "step".
 
     Args:
-        error: what is wrong with "ours", or None.
+        errors: what is wrong with our providers, or None.
         peak: whether to measure the "peak" bytes of a step above those before it.
     """
     for step in steps.values():
@@ -136,7 +136,7 @@ def measure_steps(
         "case": asdict(settings) | {"tokens": settings.tokens, "device": device, "seed": seed},
         "providers": {
             name: {
-                "error": error if name == "ours" else None,
+                "error": errors.get(name),
                 "seconds": samples[name],
                 "peak": peaks[name],
             }

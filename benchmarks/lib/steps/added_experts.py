@@ -43,7 +43,7 @@ def run(
     ids, mask = make_batch(settings, device)
     backend = backend if device == "cuda" else None
     extender = ExpertExtender(copy.deepcopy(full), ("image",), backend=backend)
-    error = _extend_checked(extender, full, ids, mask, settings.dtype)
+    errors = {"ours": _extend_checked(extender, full, ids, mask, settings.dtype)}
     missing = _too_slow(settings)
     trained = {"ours": list(extender.patched.trainable_parameters())}
     trained |= dict.fromkeys((n for n in FULL if n not in missing), _train_all_experts(full))
@@ -54,7 +54,7 @@ def run(
         ),
         **_full_steps(full, [name for name in trained if name != "ours"], device, ids),
     }  # fmt: skip
-    record = measure_steps(settings, steps, options, device, seed, error=error, peak=True)
+    record = measure_steps(settings, steps, options, device, seed, errors=errors, peak=True)
     for name, entry in record["providers"].items():
         entry["trained"] = sum(parameter.numel() for parameter in trained[name])
     record["providers"] |= missing

@@ -1,15 +1,17 @@
-"""Training steps of whole models: ours, transformers with PEFT, and two bounds.
+"""Training steps of whole models: ours, transformers with PEFT, PEFT accelerated, and two bounds.
 
 A step is forward, backward and AdamW on the same batch. Our model and PEFT's have the same weights,
 and adapters of the same values on the experts and on q, k, v and o. PEFT cannot mask, so it adapts
-all tokens; it runs on transformers' "grouped_mm". Two more steps bound the time: "rest" is the
-model without experts and adapters, and "bound" adds the GEMMs of the frozen experts, by torch.mm
-with balanced routing.
+all tokens; it runs on transformers' "grouped_mm". "peft_accelerated" is PEFT's model, with the same
+optimizer, while our kernels compute its experts. Two more steps bound the time: "rest" is the model
+without experts and adapters, and "bound" adds the GEMMs of the frozen experts, by torch.mm with
+balanced routing.
 """
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -18,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.cases import make_problem
-from lib.providers import PEFT
+from lib.providers import ACCELERATED, PEFT
 from lib.providers.bounds import ExpertGemms
 from lib.runs import Options
 from lib.steps import Settings, logits_error, make_batch, make_model, measure_steps, time_step
-from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
+from moe_kernels import ModalityLoraConfig, PatchedModel, accelerate_peft, patch_model
 from moe_kernels.models.peft_format import load_peft_adapter
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -38,22 +40,24 @@ def run(
     model = make_model(settings, device)
     ids, mask = make_batch(settings, device)
     peft = _with_peft(copy.deepcopy(model), settings)
-    ours = _patched(model, peft, settings, backend if device == "cuda" else None)
-    error = _error(ours, peft, ids, settings)
+    backend = backend if device == "cuda" else None
+    ours = _patched(model, peft, settings, backend)
+    errors = _errors(ours, peft, ids, settings, backend)
+    peft_step = time_step(
+        peft, [p for p in peft.parameters() if p.requires_grad], device, input_ids=ids, labels=ids
+    )
     steps = {
         "ours": time_step(
             model, ours.trainable_parameters(), device, input_ids=ids, labels=ids, modality_ids=mask
         ),
-        PEFT: time_step(
-            peft, [p for p in peft.parameters() if p.requires_grad], device,
-            input_ids=ids, labels=ids,
-        ),
+        PEFT: peft_step,
+        ACCELERATED: _accelerated(peft, backend)(peft_step),
     }  # fmt: skip
     if device == "cpu":  # on a GPU they would not fit beside the other two
         steps |= _bounds(settings, device, ids)
     # On a CPU the peak is found by the profiler, which takes minutes over thousands of allocations.
     peak = device == "cuda"
-    return measure_steps(settings, steps, options, device, seed, error=error, peak=peak)
+    return measure_steps(settings, steps, options, device, seed, errors=errors, peak=peak)
 
 
 def _with_peft(model: PreTrainedModel, settings: Settings) -> PeftModel:
@@ -82,15 +86,30 @@ def _patched(
     return patched
 
 
+@contextlib.contextmanager
+def _accelerated(peft: PeftModel, backend: str | None) -> Iterator[None]:
+    """Compute the experts of PEFT's model by our kernels meanwhile."""
+    handle = accelerate_peft(peft, backend=backend)
+    try:
+        yield
+    finally:
+        handle.undo()
+
+
 @torch.no_grad()
-def _error(ours: PatchedModel, peft: PeftModel, ids: Tensor, settings: Settings) -> str | None:
-    """Describe a difference between the two models when every token has the modality, or None.
+def _errors(
+    ours: PatchedModel, peft: PeftModel, ids: Tensor, settings: Settings, backend: str | None
+) -> dict[str, str | None]:
+    """Describe differences from PEFT when every token has the modality, or None, by provider.
 
     It compares a part of the batch, since the logits are large.
     """
     ids = ids[:4, :256]
-    actual = ours.model(input_ids=ids, modality_ids=torch.ones_like(ids)).logits
-    return logits_error(actual, peft(input_ids=ids).logits, settings.dtype)
+    expected = peft(input_ids=ids).logits
+    actual = {"ours": ours.model(input_ids=ids, modality_ids=torch.ones_like(ids)).logits}
+    with _accelerated(peft, backend):
+        actual[ACCELERATED] = peft(input_ids=ids).logits
+    return {name: logits_error(each, expected, settings.dtype) for name, each in actual.items()}
 
 
 class _BareGemms(torch.autograd.Function):
