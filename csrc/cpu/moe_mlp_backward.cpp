@@ -38,7 +38,8 @@ class Backward {
         pre_act_(pre_act.const_data_ptr<scalar_t>()),
         u1_(u1.const_data_ptr<scalar_t>()),
         u2_(u2.const_data_ptr<scalar_t>()),
-        adapted_(adapted_blocks(mlp_.segments, size_.experts, kRowsPerProjection)),
+        adapted_(adapted_blocks(mlp_.segments, size_.experts,
+                                rows_per_projection(mlp_.segments.num_rows()))),
         act_plan_(column_plan<scalar_t>(size_.inter, size_.hidden)) {
     plan_work();
   }

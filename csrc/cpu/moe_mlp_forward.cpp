@@ -17,7 +17,8 @@ class Forward {
       : mlp_(in),
         size_(mlp_.size),
         save_(save),
-        adapted_(adapted_blocks(mlp_.segments, size_.experts, kRowsPerProjection)) {
+        adapted_(adapted_blocks(mlp_.segments, size_.experts,
+                                rows_per_projection(mlp_.segments.num_rows()))) {
     for (int64_t e = 0; e < size_.all_experts(); ++e) {
       append_blocks(blocks_, e, 0, mlp_.segments.expert(e), kRowsPerItem);
     }

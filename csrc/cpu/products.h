@@ -15,9 +15,10 @@ namespace moe_kernels::cpu {
 // Rows of one expert per work item: enough to make packing the weight cheap relative to the
 // product.
 constexpr int64_t kRowsPerItem = 768;
-// Rows per item of a skinny product, whose weight is small.
+// Fewest rows per item of a skinny product, whose weight is small.
 constexpr int64_t kRowsPerProjection = 192;
-// Rows summed between two visits to an item's accumulator, its height, and panels beside it.
+// Rows summed between two visits to an item's accumulator, its height, and panels beside it; an
+// item of small height has as many times the panels as leave its accumulator in this size.
 constexpr int64_t kRowsPerChunk = 256;
 constexpr int64_t kOuterHeight = 96;
 constexpr int64_t kOuterPanels = 8;
@@ -212,6 +213,12 @@ struct Tile {
   acc_t* c;
   int64_t ldc;
 };
+
+// Rows per item of a skinny product over `rows` rows: many, so that its weight is packed less often,
+// but not so many that threads would be idle. No row's result depends on it.
+inline int64_t rows_per_projection(int64_t rows) {
+  return std::clamp(rows / (4 * at::get_num_threads()), kRowsPerProjection, kRowsPerItem);
+}
 
 // Calls store(p, block, values) with row(p) (K,) @ stack.at(expert, modality) (K, N), for all rows
 // of the blocks.
@@ -482,7 +489,7 @@ struct GradientGroup {
   std::vector<RowRange> rows;
 };
 
-// One rectangle of one group's gradient.
+// One rectangle of one group's gradient, at most kOuterHeight high.
 struct OuterItem {
   int64_t group;
   int64_t row, num_rows;
@@ -494,21 +501,21 @@ class OuterAccumulator {
  public:
   using acc_t = acc_type<scalar_t>;
 
-  OuterAccumulator(char* memory, const PanelShape& shape)
-      : shape_(shape), ldc_(kOuterPanels * shape.width) {
+  // widest: columns of an item, a multiple of kOuterPanels panels; highest: its rows.
+  OuterAccumulator(char* memory, const PanelShape& shape, int64_t widest, int64_t highest)
+      : shape_(shape), ldc_(widest) {
     Scratch scratch(memory);
     rows_ = scratch.take<const scalar_t*>(kRowsPerChunk);
     left_ = scratch.take<acc_t>(kRowsPerChunk * kOuterHeight);
     packed_left_ = scratch.take<acc_t>(kRowsPerChunk * kOuterHeight);
     panels_ = scratch.take<char>(kOuterPanels * panel_bytes(shape, kRowsPerChunk));
-    c_ = scratch.take<acc_t>(kOuterHeight * ldc_);
+    c_ = scratch.take<acc_t>(highest * ldc_);
   }
-  static int64_t bytes(const PanelShape& shape) {
-    const int64_t ldc = kOuterPanels * shape.width;
+  static int64_t bytes(const PanelShape& shape, int64_t widest, int64_t highest) {
     return Scratch::bytes<const scalar_t*>(kRowsPerChunk) +
            2 * Scratch::bytes<acc_t>(kRowsPerChunk * kOuterHeight) +
            Scratch::bytes<char>(kOuterPanels * panel_bytes(shape, kRowsPerChunk)) +
-           Scratch::bytes<acc_t>(kOuterHeight * ldc);
+           Scratch::bytes<acc_t>(highest * widest);
   }
 
   void clear(const OuterItem& item) { std::fill(c_, c_ + item.num_rows * ldc_, acc_t(0)); }
@@ -531,21 +538,25 @@ class OuterAccumulator {
       left(item, rows.begin + k, left_ + k * kOuterHeight);
     }
     kernel.pack_left(left_, kOuterHeight, item.num_rows, rows.size(), packed_left_);
-    const int num_panels = pack_right(item, rows.size());
-    for_each_tile({0, item.num_rows}, kernel.max_rows, [&](int64_t i, int m) {
-      kernel.tile_kmajor(m, rows.size(), packed_left_ + i, kOuterHeight, panels_, num_panels,
-                         shape_.nv, c_ + i * ldc_, ldc_);
-    });
+    const int64_t step = kOuterPanels * shape_.width;
+    for (int64_t column = 0; column < item.num_columns; column += step) {
+      const int64_t columns = std::min(step, item.num_columns - column);
+      const int num_panels = pack_right(item.column + column, columns, rows.size());
+      for_each_tile({0, item.num_rows}, kernel.max_rows, [&](int64_t i, int m) {
+        kernel.tile_kmajor(m, rows.size(), packed_left_ + i, kOuterHeight, panels_, num_panels,
+                           shape_.nv, c_ + i * ldc_ + column, ldc_);
+      });
+    }
   }
 
-  int pack_right(const OuterItem& item, int64_t count) const {
+  // Packs columns [column, column + num_columns) of `count` rows; returns the number of panels.
+  int pack_right(int64_t column, int64_t num_columns, int64_t count) const {
     const auto& kernel = kernels<scalar_t>();
-    const auto num_panels =
-        static_cast<int>((item.num_columns + shape_.width - 1) / shape_.width);
+    const auto num_panels = static_cast<int>((num_columns + shape_.width - 1) / shape_.width);
     for (int64_t k = 0; k < count; k += kPackRows) {
       for (int64_t i = 0; i < num_panels; ++i) {
         const int64_t j = i * shape_.width;
-        kernel.pack_rows(rows_ + k, item.column + j, std::min(shape_.width, item.num_columns - j),
+        kernel.pack_rows(rows_ + k, column + j, std::min(shape_.width, num_columns - j),
                          std::min(kPackRows, count - k), count - k, shape_.nv,
                          panels_ + i * panel_bytes(shape_, count) + panel_bytes(shape_, k));
       }
@@ -565,6 +576,17 @@ class OuterAccumulator {
   acc_t* c_;
 };
 
+// Columns of an item: several times `narrow` where its height is small, so that the left operand is
+// packed less often, but not so many that threads would be idle. No element's sum depends on it.
+inline int64_t outer_step(int64_t narrow, int64_t highest, int64_t width, int64_t groups) {
+  int64_t times = std::min(kOuterHeight / highest, (width + narrow - 1) / narrow);
+  while (times > 1 && groups * ((width + times * narrow - 1) / (times * narrow)) <
+                          4 * at::get_num_threads()) {
+    --times;
+  }
+  return times * narrow;
+}
+
 // For every group, G (height, width) = sum over its rows p of left(p)^T right(p).
 // left(item, p, dst) writes the item's part of row p; write(item, values, ld) takes a finished
 // rectangle, zeros for a group without rows. Each element is summed by one thread, in row order.
@@ -572,7 +594,9 @@ template <typename scalar_t, typename Left, typename Right, typename Write>
 void wgrad(const std::vector<GradientGroup>& groups, int64_t height, int64_t width,
            const Left& left, const Right& right, const Write& write) {
   const PanelShape shape = panel_shape<scalar_t>(width);
-  const int64_t step = kOuterPanels * shape.width;
+  const int64_t highest = std::min(kOuterHeight, height);
+  const int64_t step =
+      outer_step(kOuterPanels * shape.width, highest, width, static_cast<int64_t>(groups.size()));
   std::vector<OuterItem> items;
   for (int64_t g = 0; g < static_cast<int64_t>(groups.size()); ++g) {
     for (int64_t i = 0; i < height; i += kOuterHeight) {
@@ -581,10 +605,10 @@ void wgrad(const std::vector<GradientGroup>& groups, int64_t height, int64_t wid
       }
     }
   }
-  const int64_t bytes = OuterAccumulator<scalar_t>::bytes(shape);
+  const int64_t bytes = OuterAccumulator<scalar_t>::bytes(shape, step, highest);
   for_each_item(static_cast<int64_t>(items.size()), bytes, [&](int64_t index, char* memory) {
     const OuterItem& item = items[index];
-    OuterAccumulator<scalar_t> sum(memory, shape);
+    OuterAccumulator<scalar_t> sum(memory, shape, step, highest);
     sum.clear(item);
     for (const RowRange rows : groups[item.group].rows) sum.add(item, rows, left, right);
     write(item, sum.values(), sum.ldc());

@@ -145,6 +145,18 @@ void pack_transposed_bf16(const c10::BFloat16* w, int64_t ld, int64_t n, int64_t
 inline void pack_pair(const c10::BFloat16* even, const c10::BFloat16* odd, int64_t n,
                       int64_t width, uint32_t* dst) {
   constexpr int L = VectorOf<uint32_t>::size;
+  if (n == 2 * L && width == 2 * L) {
+    const Vector<uint32_t> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    // Element j of even, then of odd: bit 5 of an index chooses the second operand.
+    const Vector<uint32_t> first = lane | (lane + 2 * L) << 16;
+    const __m512i low = _mm512_loadu_si512(even);
+    const __m512i high = odd ? _mm512_loadu_si512(odd) : _mm512_setzero_si512();
+    for (int half = 0; half < 2; ++half) {
+      const auto index = (__m512i)(first + half * (L << 16 | L));
+      _mm512_storeu_si512(dst + half * L, _mm512_permutex2var_epi16(low, index, high));
+    }
+    return;
+  }
   const auto row = [&](const c10::BFloat16* src, int64_t j) {  // bits in the high half
     if (src == nullptr || n <= j) return Vector<uint32_t>{};
     return (Vector<uint32_t>)get(src + j, n - j);
