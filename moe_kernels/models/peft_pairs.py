@@ -66,9 +66,11 @@ def _pair(
     if lora_A.dtype not in kept or lora_B.dtype != lora_A.dtype:
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     number = wrapper.num_experts
+    # Torch transposes a matrix by blocks, several times as fast as it permutes three dimensions.
+    experts_first = lora_B.reshape(-1, number).t().contiguous()
     return (
         lora_A.reshape(number, -1, lora_A.shape[-1]),
-        lora_B.reshape(lora_B.shape[0], -1, number).permute(2, 0, 1),
+        experts_first.view(number, lora_B.shape[0], -1),
         wrapper.scaling[name],
     )
 
