@@ -68,6 +68,7 @@ def accelerate_peft(
     patched, modality_id = _patched_within(model, modality), None
     if patched is not None:
         modality_id = patched.modality_id(modality)
+        _check_own(patched)
         _check_masked(model, found)
     with all_or_nothing(model):
         undo = _bind(model, patched, found) if patched is not None else []
@@ -134,6 +135,17 @@ def _patched_within(model: nn.Module, modality: str | None) -> PatchState | None
     return None
 
 
+def _check_own(patched: PatchState) -> None:
+    """Raise ValueError if the patch has more than a mask and rows, which PEFT would not save."""
+    own = {"adapters": patched.projections, "added experts": patched.extensions}
+    if found := [what for what, each in own.items() if each]:
+        raise ValueError(
+            f"the model has {' and '.join(found)} of patch_model, which PEFT's files and "
+            "checkpoints leave out: patch it with ModalityLoraConfig(target_modules=()), or adapt "
+            "the experts by patch_model too"
+        )
+
+
 def _check_masked(model: nn.Module, found: dict[str, Stack]) -> None:
     """Raise ValueError if text meets what trains: adapters of others than experts, or the base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -151,7 +163,7 @@ def _check_masked(model: nn.Module, found: dict[str, Stack]) -> None:
     if others:
         raise ValueError(
             f"{len(others)} adapters of PEFT, such as {others[0]}, act on tokens of every modality "
-            "and would change text: leave them out, or adapt attention by patch_model"
+            "and would change text: leave them out, or adapt experts and attention by patch_model"
         )
     own = {p for wrapper in of_experts for p in wrapper.parameters()}
     for name, parameter in model.named_parameters():

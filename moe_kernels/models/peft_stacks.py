@@ -209,6 +209,9 @@ class KernelForward:
         disabled = outermost.disable_adapters
         if unmasked and (disabled or (adapter_names is None and self.stack.as_peft())):
             return type(outermost).forward(outermost, hidden_states, top_k_index, top_k_weights)
+        if adapter_names is not None and torch.compiler.is_compiling():
+            # Ends the graph here: it would keep these names, which PEFT hands down by hooks.
+            raise RuntimeError("adapter_names do not go into a graph of torch.compile")
         self._check_calls(adapter_names is not None)
         if adapter_names is None:
             groups, ids = None, torch.ones_like(top_k_index[:, 0], dtype=torch.int64)

@@ -288,6 +288,13 @@ def test_adapters_that_know_no_modality(settings, match):
         accelerate_peft(peft, modality="image")
 
 
+def test_adapters_of_both_are_refused():
+    """PEFT's files and checkpoints leave out those of patch_model."""
+    peft, _ = make_wrapped(config=ModalityLoraConfig(r=2, target_modules=("attention",)))
+    with pytest.raises(ValueError, match="has adapters of patch_model, which PEFT's files and"):
+        accelerate_peft(peft, modality="image")
+
+
 def test_an_adapter_that_comes_later_on_another_module():
     peft, patched = make("qwen2_moe")
     links = patched.links
