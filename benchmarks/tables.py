@@ -12,7 +12,7 @@ from shared import markers
 
 # The pages that show each file of results.
 PAGES = {
-    cpu.RESULTS: ("README.md", "docs/results/cpu.md"),
+    cpu.RESULTS: ("README.md", "docs/results/cpu.md", "docs/peft.md"),
     gpu.RESULTS: ("docs/results/gpu.md",),
     ranks.RESULTS: ("docs/scaling.md",),
 }

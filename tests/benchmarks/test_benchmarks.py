@@ -527,7 +527,13 @@ def test_a_target_is_met_or_missed_or_unknown(bench):
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [("cpu", "cpu"), ("cpu-again", "cpu"), ("cpu-added", "cpu"), ("gpu-h100", "cuda")],
+    [
+        ("cpu", "cpu"),
+        ("cpu-again", "cpu"),
+        ("cpu-added", "cpu"),
+        ("cpu-peft", "cpu"),
+        ("gpu-h100", "cuda"),
+    ],
 )
 def test_committed_verdicts_are_those_of_the_judge(bench, name, device):
     """The limits have not moved since the run."""

@@ -13,6 +13,7 @@ from lib.records import compare, fastest, measured_backend, time_of
 RESULTS = "cpu.json"
 AGAIN = "cpu-again.json"  # a second run of the same sources
 ADDED_ALONE = "cpu-added.json"  # added experts alone, where RESULTS is older than they
+WITH_PEFT = "cpu-peft.json"  # a run with accelerated PEFT, where RESULTS is older than it
 _ADDED_TARGETS = (12, 13)
 
 
@@ -122,19 +123,26 @@ def added(results: Mapping) -> str:
 
 def peft(results: Mapping) -> str:
     """PEFT and PEFT accelerated, all rows adapted: layers, then whole training steps."""
-    layers = [r for r in results["training"] if measured_backend(r, ACCELERATED)]
+    run, layers = results, _accelerated(results)
+    if not layers and (path := result_files.RESULTS / WITH_PEFT).exists():
+        run = result_files.read(path)
+        layers = _accelerated(run)
     if not layers:
         return "Not measured yet.\n"
     rows = [_peft_row(case_title(record["case"]), record, "both") for record in layers]
     rows += [
         _peft_row(f"training step, {record['case']['name']}", record, "step")
-        for record in results["steps"]
+        for record in run["steps"]
     ]
     header = (
         "forward and backward", "PEFT, ms", "accelerated, ms", "times as fast (20-80 %)",
         "PEFT's peak, MiB", "accelerated, MiB",
     )  # fmt: skip
-    return markdown(header, rows)
+    return f"{machine(run)}\n{markdown(header, rows)}"
+
+
+def _accelerated(results: Mapping) -> list[Mapping]:
+    return [r for r in results["training"] if measured_backend(r, ACCELERATED)]
 
 
 def _peft_row(title: str, record: Mapping, mode: str) -> tuple[str, ...]:
