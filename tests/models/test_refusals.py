@@ -54,7 +54,9 @@ def test_weights_that_an_engine_keeps_elsewhere():
     model = make_model("mixtral")
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
-    refused(model, ValueError, "its embedding table is empty: another engine keeps")
+    refused(
+        model, ValueError, "its embedding table is empty: its engine keeps it elsewhere; use FSDP2"
+    )
 
 
 def test_layers_under_another_name():
