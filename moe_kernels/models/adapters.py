@@ -95,12 +95,12 @@ def _together(patched: PatchState, what: str, timeout: float) -> Iterator[Ranks 
     if members is None and what == _LOAD and sharding.trained_copies(patched.model.parameters()):
         members = tuple(range(dist.get_world_size()))
     if members is None:
-        patched.check_whole()
+        patched.check_computed()
         yield None
         return
     ranks = Ranks(members, what, timeout)
     with ranks.leaving_together():
-        patched.check_whole()
+        patched.check_computed()
         yield ranks
 
 

@@ -196,7 +196,7 @@ class PatchState(CopiedAlone):
         check_links(self.links)
         check_offload(self.model)
 
-    def check_whole(self) -> None:
+    def check_computed(self) -> None:
         """Check, as each forward does, that the model computes with all that was added to it.
 
         Raises:
