@@ -25,6 +25,7 @@ from moe_kernels.models.peft_pairs import read_pairs
 from moe_kernels.ops import LoraWeights
 
 _BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
+_NOT_OURS = ("_forward_pre_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,10 +168,20 @@ def _calls(module: nn.Module) -> bool:
 
     The end of a forward of ``patch_model`` is ours: :class:`KernelForward` calls it.
     """
-    if _has_own_forward(module) or module._forward_pre_hooks or module._backward_hooks:
+    if _has_own_forward(module) or any(number_of_hooks(module, kind) for kind in _NOT_OURS):
         return True
-    hooks = module._forward_hooks.values()
-    return bool(module._backward_pre_hooks) or not all(isinstance(h, EndForward) for h in hooks)
+    if not number_of_hooks(module, "_forward_hooks"):
+        return False
+    return not all(isinstance(hook, EndForward) for hook in module._forward_hooks.values())
+
+
+def number_of_hooks(module: nn.Module, kind: str) -> int:
+    """Return the number of a module's hooks.
+
+    A graph of torch.compile has no guard on hooks that are read as an attribute of the module, and
+    would not see those that come later. It has one on their number in ``__dict__``.
+    """
+    return len(module.__dict__[kind])
 
 
 def is_accelerated(module: nn.Module) -> bool:

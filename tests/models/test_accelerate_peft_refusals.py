@@ -177,6 +177,21 @@ def test_hooks_within_the_wrappers(module, register):
         model(IDS)
 
 
+def test_hooks_that_come_after_compiling():
+    torch._dynamo.reset()
+    model = make_pair()[1]
+    compiled = torch.compile(experts_of(model), backend="eager")
+    inputs = torch.randn(3, 32).double(), torch.zeros(3, 2).long(), torch.ones(3, 2).double()
+    expected = compiled(*inputs)
+    for module in (experts_of(model).base_layer, inner(model)):
+        for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+            hook = getattr(module, f"register_{kind}_hook")(lambda *args: None)
+            with pytest.raises(RuntimeError, match="within what accelerate_peft computes, would"):
+                compiled(*inputs)
+            hook.remove()
+            assert torch.equal(compiled(*inputs), expected)
+
+
 def test_an_offload_and_its_end():
     theirs, ours = make_pair()
     cpu_offload(ours, "cpu")
