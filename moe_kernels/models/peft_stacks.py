@@ -20,7 +20,7 @@ from moe_kernels import ops
 from moe_kernels.models import sharding
 from moe_kernels.models.config import EXPERT_PROJECTIONS
 from moe_kernels.models.context import MISSING, EndForward, ModalityContext
-from moe_kernels.models.experts import expert_problems
+from moe_kernels.models.experts import expert_problems, layout_problems
 from moe_kernels.models.peft_pairs import read_pairs
 from moe_kernels.ops import LoraWeights
 
@@ -223,7 +223,7 @@ class KernelForward:
         if adapter_names is not None and torch.compiler.is_compiling():
             # Ends the graph here: it would keep these names, which PEFT hands down by hooks.
             raise RuntimeError("adapter_names do not go into a graph of torch.compile")
-        self._check_calls(adapter_names is not None)
+        self._check(adapter_names is not None)
         if adapter_names is None:
             groups, ids = None, torch.ones_like(top_k_index[:, 0], dtype=torch.int64)
         else:
@@ -245,8 +245,13 @@ class KernelForward:
                 end(experts, (), output)
         return output
 
-    def _check_calls(self, by_sequence: bool) -> None:
-        """Raise RuntimeError if something on an inner module would be left out."""
+    def _check(self, by_sequence: bool) -> None:
+        """Raise RuntimeError if the experts were changed, or what is on them would be left out."""
+        if problems := layout_problems(self.stack.experts):
+            raise RuntimeError(
+                f"{type(self.stack.experts).__name__} was changed after accelerate_peft, and the "
+                f"kernels do not compute it now: {'; '.join(problems)}; put it back, or undo()"
+            )
         if unseen := self.stack.unseen(by_sequence):
             raise RuntimeError(
                 f"{'; '.join(unseen)}, within what accelerate_peft computes, would be left out: "

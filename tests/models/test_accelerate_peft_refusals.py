@@ -78,7 +78,7 @@ def test_peft_is_not_installed(monkeypatch):
         accelerate_peft(model)
 
 
-@pytest.mark.parametrize(
+BY_LAYOUT = pytest.mark.parametrize(
     ("attribute", "value", "match"),
     [
         ("is_transposed", True, "transposed expert weights"),
@@ -89,10 +89,25 @@ def test_peft_is_not_installed(monkeypatch):
         ("_is_expert_parallel", True, "expert parallelism"),
     ],
 )
+
+
+@BY_LAYOUT
 def test_layouts(attribute, value, match):
     model = make_peft()
     setattr(inner(model), attribute, value)
     refused(model, rf"cannot be computed: .*layers.0.mlp.experts: {match}")
+
+
+@BY_LAYOUT
+def test_layouts_that_change_afterwards(attribute, value, match):
+    theirs, ours = make_pair()
+    setattr(inner(ours), attribute, value)
+    with pytest.raises(RuntimeError, match=f"changed after accelerate_peft, .* now: {match}"):
+        ours(IDS)
+    if attribute == "act_fn":  # PEFT computes any
+        inner(theirs).act_fn = value
+        with theirs.disable_adapter(), ours.disable_adapter():
+            assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
