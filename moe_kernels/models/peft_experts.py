@@ -37,7 +37,8 @@ def accelerate_peft(
             model with such adapters.
         modality: the adapters act on tokens of this modality alone. The model was patched for it
             (``patch_model`` with ``target_modules=()``) before PEFT took it. Rows of added tokens,
-            which PEFT has frozen, train again.
+            which PEFT has frozen, train again if any of these adapters trains now, and stay frozen
+            otherwise (``PeftModel.from_pretrained`` without ``is_trainable=True``).
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
@@ -190,6 +191,9 @@ def _bind(
     """Let rows of added tokens train and be saved, and watch all modules; return how to undo it."""
     # PEFT freezes all parameters but its own.
     rows = [p for _, p in named_adapter_parameters(patched.model) if not p.requires_grad]
+    adapters = (p for stack in found.values() for p in stack.outermost.parameters())
+    if not any(adapter.requires_grad for adapter in adapters):
+        rows = []  # a model for inference
     undo = [functools.partial(row.requires_grad_, False) for row in rows]
     for row in rows:
         row.requires_grad_(True)

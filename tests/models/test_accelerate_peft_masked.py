@@ -202,8 +202,13 @@ def test_files_of_peft_have_the_rows(tmp_path):
     patch_model(base, CONFIG)
     add_modality_tokens(base, "image", IMAGE)
     model = PeftModel.from_pretrained(base, tmp_path)
-    accelerate_peft(model, modality="image")
+    handle = accelerate_peft(model, modality="image")
     assert torch.equal(text_logits(model, MIXED), expected)
+    assert not trained(model)  # neither adapters nor rows: is_trainable was not asked for
+    handle.undo()
+    model.set_requires_grad("default")
+    accelerate_peft(model, modality="image")
+    assert set(ROWS) < {name.removeprefix("base_model.model.") for name in trained(model)}
 
 
 def test_rows_that_are_added_after_the_call_are_saved(tmp_path):
