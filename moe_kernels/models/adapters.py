@@ -193,6 +193,8 @@ def _missing_extensions(
                 f"{structures or 'none'} != {present}"
             )
         return []
+    if requested:
+        added_experts.check_beside_peft(patched)
     for number, config in enumerate(requested):
         added_experts.check(patched, config, requested[:number], find)
     return requested

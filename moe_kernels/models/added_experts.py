@@ -14,6 +14,7 @@ from moe_kernels.layers import AddedExperts, Calibration
 from moe_kernels.models import experts, routers, sharding
 from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.models.handle import PatchState
+from moe_kernels.models.intact import modalities_of_peft
 from moe_kernels.models.parts import LayerParts, trainable_dtype
 from moe_kernels.models.routers import RoutingFinder
 
@@ -47,6 +48,16 @@ def routing(
         found = find(patched.moe_layers[int(index)].router)
         described[index] = {"top_k": found.top_k, "normalise": found.normalise}
     return described
+
+
+def check_beside_peft(patched: PatchState) -> None:
+    """Raise ValueError if the model's experts have adapters of PEFT, which know no added ones."""
+    if modalities_of_peft(patched.links):
+        raise ValueError(
+            "experts cannot be added beside adapters of PEFT, which accelerate_peft computes: "
+            "adapt experts by patch_model instead (moe_kernels.models.peft_format reads PEFT's "
+            "files), or take the adapters away first: undo() of accelerate_peft, unload() of PEFT"
+        )
 
 
 def check(

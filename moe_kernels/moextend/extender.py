@@ -181,9 +181,11 @@ class ExpertExtender:
         Raises:
             ValueError: layers or experts that do not exist, scores that are missing or of another
                 modality, a router that is not supported, a calibration or init that is unknown, or
-                a gate beside an extension without one; or a sharded model. Nothing has changed.
+                a gate beside an extension without one; a sharded model, or one whose experts have
+                adapters of PEFT. Nothing has changed.
         """
         self.patched.check_in_place()
+        added_experts.check_beside_peft(self.patched)
         sharding.check_whole(self.patched.model, "extend")
         scores = scores or self.scores
         if modality_gate or modality is not None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support.model_zoo import FAMILY, VOCAB, make_model, token_ids
+from support.added_experts import extended
+from support.model_zoo import FAMILY, VOCAB, make_model, token_ids, unchanged
 from support.peft_models import EXPERTS, experts_of, fill_adapters, lora_config
 
 from moe_kernels import (
@@ -16,6 +17,7 @@ from moe_kernels import (
     patch_model,
 )
 from moe_kernels.models.handle import get_patched
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms
 
 IMAGE = 6
@@ -298,6 +300,24 @@ def test_adapters_of_both_are_refused():
     peft, _ = make_wrapped(config=ModalityLoraConfig(r=2, target_modules=("attention",)))
     with pytest.raises(ValueError, match="has adapters of patch_model, which PEFT's files and"):
         accelerate_peft(peft, modality="image")
+
+
+def test_experts_that_are_added_later(tmp_path):
+    """PEFT's adapters know no added experts; without these adapters the model takes some."""
+    extended().patched.save_adapter(tmp_path)
+    peft, patched = make_wrapped(num_tokens=0)
+    handle = accelerate_peft(peft, modality="image")
+    expected = text_logits(peft, MIXED % VOCAB)
+    extender = ExpertExtender(patched.model)
+    match = "beside adapters of PEFT, which accelerate_peft computes: adapt experts by patch_model"
+    for change in (extender.extend, lambda: patched.load_adapter(tmp_path)):
+        with unchanged(patched.model), pytest.raises(ValueError, match=match):
+            change()
+    assert torch.equal(text_logits(peft, MIXED % VOCAB), expected)
+    handle.undo()
+    peft.unload()
+    extender.extend("all", init=0)
+    assert patched.model(TEXT).logits.isfinite().all()
 
 
 def test_an_adapter_that_comes_later_on_another_module():
