@@ -15,6 +15,14 @@ from moe_kernels.models.parts import LayerParts
 # Where wrappers of torch keep the module: torch.compile, activation checkpointing, FSDP1, DDP.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 _WRAPPED_BY_PEFT = "base_layer"
+_BIND_PEFT = (
+    "let accelerate_peft(model, modality=...) bind PEFT's adapters of experts, on a base that "
+    "patch_model was given with ModalityLoraConfig(target_modules=())"
+)
+_PUT_BACK = (
+    "put the module back (PEFT: unload() its model), or unpatch() before the replacement and patch "
+    "again after it"
+)
 
 
 def without_wrappers(name: str) -> str:
@@ -52,11 +60,12 @@ def check_links(links: Iterable[Link]) -> None:
     for link in links:
         found = link.parent._modules.get(link.name)
         if found is not link.module and not _wraps(found, link.module):
+            remedy = _PUT_BACK
+            if type(found).__module__.partition(".")[0] == "peft":
+                remedy = f"{_BIND_PEFT}, or {remedy}"
             raise RuntimeError(
                 f"{link.path} was replaced by {_class_of(found)} after patch_model, which "
-                "would leave out what was added to it: put the module back (PEFT: unload() its "
-                "model, or bind adapters of experts by accelerate_peft(model, modality=...)), or "
-                "unpatch() before the replacement and patch again after it"
+                f"would leave out what was added to it: {remedy}"
             )
 
 

@@ -84,7 +84,10 @@ class Stack:
             found.append("a single expert, whose adapter PEFT lays out as that of a linear layer")
         own = self.experts.__dict__
         if own.get("_modality_lora") or own.get("_added_experts"):
-            found.append("adapters or added experts of patch_model beside those of PEFT")
+            found.append(
+                "adapters or added experts of patch_model beside those of PEFT: patch the base "
+                "with ModalityLoraConfig(target_modules=()) before get_peft_model"
+            )
         return found
 
     def unseen(self, by_sequence: bool = False) -> list[str]:

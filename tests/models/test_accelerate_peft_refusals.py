@@ -261,4 +261,11 @@ def test_adapters_of_a_patch_beside_those_of_peft():
     model = make_model("mixtral")
     patch_model(model, ModalityLoraConfig(target_modules=("experts",)))
     peft = get_peft_model(model, lora_config())
-    refused(peft, "adapters or added experts of patch_model beside those of PEFT", modality="image")
+    remedy = r"patch the base with ModalityLoraConfig\(target_modules=\(\)\) before get_peft_model"
+    refused(peft, f"of patch_model beside those of PEFT: {remedy}", modality="image")
+    remedy = (
+        r"let accelerate_peft\(model, modality=...\) bind .* ModalityLoraConfig\(target_modules="
+        r"\(\)\), or put the module back \(PEFT: unload"
+    )
+    with pytest.raises(RuntimeError, match=f"ParamWrapper after patch_model, .* to it: {remedy}"):
+        peft(IDS)
