@@ -149,6 +149,8 @@ class MoeInputs(NamedTuple):
     down_lora: LoraWeights | None
     extra_gate_up_proj: Tensor | None
     extra_down_proj: Tensor | None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     def keywords(self) -> dict:
         """Return the keyword arguments."""
@@ -197,6 +199,9 @@ def make_moe_inputs(
     num_extra: int = 0,
     shared_a: bool = False,
     ranks: tuple[int, int] | None = None,
+    gated: bool = True,
+    bias: bool = False,
+    transposed: bool = False,
 ) -> MoeInputs:
     """Make random float64 inputs of ``moe_mlp`` whose outputs have unit size.
 
@@ -209,6 +214,9 @@ def make_moe_inputs(
         num_extra: X, added experts.
         shared_a: one A for all experts.
         ranks: of gate_up and down; 0: no update; default: the shape's rank for both.
+        gated: whether there are rows of gate beside those of up.
+        bias: whether both projections have one.
+        transposed: whether the frozen stacks are views of (E, in, out).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -232,17 +240,23 @@ def make_moe_inputs(
         )
     rank1, rank2 = ranks if ranks is not None else (shape.r, shape.r)
     hidden, inter = shape.H, shape.I
+    rows = 2 * inter if gated else inter
+
+    def stack(number: int, out: int, inner: int) -> Tensor:
+        weight = randn(number, out, inner, fan_in=inner)
+        return weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
+
     return MoeInputs(
         hidden_states=randn(shape.T, hidden),
         topk_ids=ids,
         topk_weights=weights.double(),
-        gate_up_proj=randn(shape.E, 2 * inter, hidden, fan_in=hidden),
-        down_proj=randn(shape.E, hidden, inter, fan_in=inter),
+        gate_up_proj=stack(shape.E, rows, hidden),
+        down_proj=stack(shape.E, hidden, inter),
         modality_ids=modality_ids,
-        gate_up_lora=lora(rank1, 2 * inter, hidden),
+        gate_up_lora=lora(rank1, rows, hidden),
         down_lora=lora(rank2, hidden, inter),
-        extra_gate_up_proj=randn(num_extra, 2 * inter, hidden, fan_in=hidden)
-        if num_extra
-        else None,
+        extra_gate_up_proj=randn(num_extra, rows, hidden, fan_in=hidden) if num_extra else None,
         extra_down_proj=randn(num_extra, hidden, inter, fan_in=inter) if num_extra else None,
+        gate_up_bias=randn(shape.E + num_extra, rows) if bias else None,
+        down_bias=randn(shape.E + num_extra, hidden) if bias else None,
     )

@@ -41,6 +41,7 @@ def test_public_names():
     for name in moe_kernels.__all__:
         assert getattr(moe_kernels, name) is not None
     assert set(moe_kernels.ops.__all__) == {
+        "Activation",
         "Dispatch",
         "LinearDispatch",
         "LoraWeights",

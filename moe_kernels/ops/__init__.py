@@ -7,9 +7,10 @@ An op's folder has the public function in ``api``, the registered ops and their 
 from moe_kernels.ops.dispatch import Dispatch, dispatch
 from moe_kernels.ops.lora_linear import LinearDispatch, linear_dispatch, lora_linear
 from moe_kernels.ops.lora_weights import LoraWeights
-from moe_kernels.ops.moe_mlp import moe_mlp
+from moe_kernels.ops.moe_mlp import Activation, moe_mlp
 
 __all__ = [
+    "Activation",
     "Dispatch",
     "LinearDispatch",
     "LoraWeights",

@@ -14,7 +14,7 @@ import torch
 from support import moe_mlp as moe_mlp_inputs
 from support.devices import NEEDS_CUDA, ON_GPU
 from support.host_kernels import tile_map
-from support.moe_mlp import VARIANTS, call, check_frozen_extra, run, strided
+from support.moe_mlp import SILU, VARIANTS, call, check_frozen_extra, run, strided
 from support.patched_models import check_compiles
 from support.registered_ops import make, results, same
 from support.segments import Segments
@@ -29,6 +29,7 @@ from moe_kernels.ops.dispatch import reference
 from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
 from moe_kernels.ops.moe_mlp import triton_impl as triton_moe_mlp
 from moe_kernels.ops.moe_mlp import triton_tiles
+from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 from moe_kernels.testing import (
@@ -445,14 +446,15 @@ def test_the_host_never_waits(tokens, no_values):
     shape = replace(SHAPES["tiny"], T=tokens, K=8, E=9)
     inputs = on_device(make_moe_inputs(shape, num_extra=1, num_modalities=2).to(torch.float32))
     loras = [*inputs.gate_up_lora, *inputs.down_lora]
-    weights = ExpertWeights(*inputs[3:5], *inputs[8:], *loras)
+    weights = ExpertWeights(*inputs[3:5], *inputs[8:10], *loras, None)
     x, ids, topk_weights = inputs[:3]
+    form = ExpertForm(*SILU)
     with NoSync():
         out, saved = triton_moe_mlp.forward(
-            x, ids, topk_weights, inputs.modality_ids, weights, True
+            x, ids, topk_weights, inputs.modality_ids, weights, form, True
         )
         grad_out = torch.ones_like(out)
-        triton_moe_mlp.backward(grad_out, x, topk_weights, weights, saved, [True] * 8)
+        triton_moe_mlp.backward(grad_out, x, topk_weights, weights, form, saved, [True] * 8)
 
 
 @NEEDS_CUDA
@@ -503,7 +505,7 @@ def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_KERNELS_TILES", str(tmp_path / "new" / "tiles.json"))
     shape, dtype = SHAPES["tiny"], torch.float32
     weight = torch.empty(shape.E, 2 * shape.I, shape.H, device=DEVICE)
-    weights = ExpertWeights(weight, *[None] * 9)
+    weights = ExpertWeights(weight, *[None] * 10)
     triton_tiles.forget_stored()
     before = triton_tiles.choose_tiles(shape.T * shape.K, weights)
     best, seconds = tune.tune(shape, dtype, DEVICE, trials=1, limit=1)

@@ -1,29 +1,62 @@
 """``moe_mlp``: the reference's gradients, backends against it, hard cases, bad input."""
 
 import itertools
+from dataclasses import replace as replace_shape
+from functools import partial
 
 import pytest
 import torch
 from support.devices import NEEDS_CUDA
-from support.moe_mlp import VARIANTS, call, check_frozen_extra, on_device, run, strided
+from support.moe_mlp import (
+    LAYOUTS,
+    SILU,
+    VARIANTS,
+    call,
+    check_frozen_extra,
+    on_device,
+    run,
+    strided,
+)
+from torch.nn import functional
 
-from moe_kernels import _native, backends, ops, testing
-from moe_kernels.ops import LoraWeights
+from moe_kernels import _native, backends, testing
+from moe_kernels.ops import Activation, LoraWeights
 from moe_kernels.ops.moe_mlp import reference
 from moe_kernels.testing import SHAPES, MoeInputs, Shape, make_moe_inputs
 
 WORKING = testing.working_backends()
 
 
-def definition(inputs):
+def activation(pre, act, interleaved):
+    """Return the activation of one row, in torch's own functions."""
+    act = Activation(act) if isinstance(act, str) else act
+    function = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+        "relu_squared": lambda x: functional.relu(x).square(),
+        "clamped_swiglu": lambda x: x * torch.sigmoid(act.alpha * x),
+    }[act.name]
+    if not act.gated:
+        return function(pre)
+    gate, up = (pre[::2], pre[1::2]) if interleaved else pre.chunk(2)
+    if act.name == "clamped_swiglu":
+        gate, up = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit) + act.shift
+    return function(gate) * up
+
+
+def definition(inputs, act="silu", interleaved=False):
     """Return what ``moe_mlp`` means, one token and one of its experts at a time."""
-    x, ids, weights, gate_up, down, modality, gate_up_lora, down_lora, *extra = inputs
+    x, ids, weights, gate_up, down, modality, gate_up_lora, down_lora, *others = inputs
+    extra, biases = others[:2], others[2:]
     stacks = [gate_up, down]
     if extra[0] is not None:
         stacks = [torch.cat(pair) for pair in zip(stacks, extra, strict=True)]
 
     def project(row, stack, lora, expert, m):
         out = stacks[stack][expert] @ row
+        if biases[stack] is not None:
+            out = out + biases[stack][expert]
         if lora is None or m < 1 or expert >= gate_up.shape[0]:  # added experts have no adapters
             return out
         lora_A = lora.lora_A[m - 1].expand(gate_up.shape[0], -1, -1)[expert]
@@ -34,9 +67,8 @@ def definition(inputs):
         m = 0 if modality is None else int(modality[t])
         if m < 0:  # padding
             continue
-        gate, up = project(x[t], 0, gate_up_lora, ids[t, k], m).chunk(2)
-        act = torch.nn.functional.silu(gate) * up
-        out[t] += weights[t, k] * project(act, 1, down_lora, ids[t, k], m)
+        act_row = activation(project(x[t], 0, gate_up_lora, ids[t, k], m), act, interleaved)
+        out[t] += weights[t, k] * project(act_row, 1, down_lora, ids[t, k], m)
     return out
 
 
@@ -44,6 +76,22 @@ def definition(inputs):
 def test_the_reference_is_the_definition(variant):
     inputs = make_moe_inputs(SHAPES["tiny"], seed=5, **VARIANTS[variant])
     testing.assert_close(call(inputs, "reference"), definition(inputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_reference_is_the_definition_in_every_layout(layout):
+    """Its gradients are those that torch finds for the definition, at the clamps too."""
+    made, options = LAYOUTS[layout]
+    shape = replace_shape(SHAPES["tiny"], T=25)
+    inputs = make_moe_inputs(shape, seed=2, num_extra=1, num_modalities=2, **made)
+    grad_out = torch.randn(inputs.hidden_states.shape, dtype=torch.float64)
+    found = run(inputs, "reference", grad_out, **options)
+    out = definition(inputs, **options)
+    leaves = inputs.differentiable()
+    expected = torch.autograd.grad(out, list(leaves.values()), grad_out)
+    testing.assert_close(found["out"], out)
+    for name, gradient in zip(leaves, expected, strict=True):
+        testing.assert_close(found[name], gradient, name=name)
 
 
 # These are checked with the full numerical Jacobian, the others with a random projection of it.
@@ -89,7 +137,8 @@ def test_opcheck(backend, variant):
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     args = (*inputs[:6], inputs.extra_gate_up_proj, inputs.extra_down_proj, *loras)
     frozen = int(variant == "added_experts")
-    torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, (*args, frozen, True, backend))
+    arguments = (*args, inputs.gate_up_bias, frozen, *SILU, True, backend)
+    torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, arguments)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "small"])  # kernels read unpacked and packed weights
@@ -126,7 +175,8 @@ def test_opcheck_of_the_backward(backend, dtype, variant):
     inputs = inputs.to(dtype, lora_dtype=torch.float32)
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     extras = (inputs.extra_gate_up_proj, inputs.extra_down_proj)
-    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:6], *extras, *loras, 0, True, backend)
+    loras.append(inputs.gate_up_bias)
+    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:6], *extras, *loras, 0, *SILU, True, backend)
     fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, *saved)
     grad_out = torch.randn(inputs.hidden_states.shape, dtype=dtype)
     trainable = (*fixed[:2], *extras, *loras[:2], *loras[3:5])
@@ -134,7 +184,7 @@ def test_opcheck_of_the_backward(backend, dtype, variant):
     for needs in (everything, [False, False, *everything[2:]], [True] + [False] * 7):
         torch.library.opcheck(
             torch.ops.moe_kernels.moe_mlp_backward.default,
-            (grad_out, *fixed, needs, int(variant == "added_experts"), backend),
+            (grad_out, *fixed, needs, int(variant == "added_experts"), *SILU, backend),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -343,16 +393,16 @@ def test_frozen_extra_out_of_range(frozen):
 @pytest.mark.parametrize("frozen", [-1, 3])
 def test_the_ops_refuse_frozen_extra_out_of_range(frozen):
     inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2, ranks=(0, 0)).to(torch.float32)
-    extra = (None, inputs.extra_gate_up_proj, inputs.extra_down_proj, *[None] * 6)
+    extra = (None, inputs.extra_gate_up_proj, inputs.extra_down_proj, *[None] * 7)
     match = r"frozen_extra must be an integer in 0\.\.2, got"
     with pytest.raises(ValueError, match=match):
-        torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, frozen, True, "reference")
-    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, 0, True, "reference")
+        torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, frozen, *SILU, True, "reference")
+    _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, 0, *SILU, True, "reference")
     hidden_states, _, topk_weights, *stacks = inputs[:5]
     with pytest.raises(ValueError, match=match):
         torch.ops.moe_kernels.moe_mlp_backward(
             torch.ones_like(hidden_states), hidden_states, topk_weights, *stacks, *extra[1:],
-            *saved, [True] * 4 + [False] * 4, frozen, "reference",
+            *saved, [True] * 4 + [False] * 4, frozen, *SILU, "reference",
         )  # fmt: skip
 
 
@@ -394,7 +444,7 @@ def test_unwritten_memory_shows(backend, filled_memory):
 
 
 def bad(**changes):
-    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=1).to(torch.float32)
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=1, bias=True).to(torch.float32)
     return inputs._replace(
         **{name: change(getattr(inputs, name)) for name, change in changes.items()}
     )
@@ -435,6 +485,7 @@ BAD = {
     "mask high": ({"modality_ids": lambda t: t * 2}, ValueError, "modality_ids must be in"),
     "A and B dtypes differ": (
         {"gate_up_proj": lambda t: t.bfloat16(), "down_proj": lambda t: t.bfloat16(),
+         "gate_up_bias": lambda _: None, "down_bias": lambda _: None,
          "gate_up_lora": with_field("lora_B", lambda t: t.bfloat16())},
         TypeError, "lora_A is torch.float32 but lora_B torch.bfloat16",
     ),
@@ -479,7 +530,23 @@ BAD |= {
          "down_lora.scaling must be a tensor, got float"),
     )
 }  # fmt: skip
-TENSORS = (*MoeInputs._fields[:6], "extra_gate_up_proj", "extra_down_proj")
+BAD |= {
+    f"{name} {kind}": ({name: change}, error, message)
+    for name in ("gate_up_bias", "down_bias")
+    for kind, change, error, message in (
+        ("shape", lambda t: t[1:], ValueError, f"{name} must have shape"),
+        ("dtype", lambda t: t.half(), TypeError, f"{name} must be float32"),
+        (
+            "grad",
+            lambda t: t.requires_grad_(),
+            ValueError,
+            f"{name} requires grad, but the experts",
+        ),
+    )
+}
+TENSORS = (
+    *MoeInputs._fields[:6], "extra_gate_up_proj", "extra_down_proj", "gate_up_bias", "down_bias",
+)  # fmt: skip
 BAD |= {
     f"{name} list": ({name: lambda t: t.tolist()}, TypeError, f"^{name} must be a tensor, got list")
     for name in TENSORS
@@ -499,7 +566,7 @@ for lora in ("gate_up_lora", "down_lora"):
 def test_bad_input_is_refused(case):
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
-        call(bad(**changes), None)
+        call(bad(**changes), "reference")
 
 
 def test_bad_names_are_refused():
@@ -508,8 +575,40 @@ def test_bad_names_are_refused():
         call(inputs, "gpu")
     with pytest.raises(RuntimeError, match="backend 'triton' (is not available: .+|needs tensors)"):
         call(inputs, "triton")
-    with pytest.raises(ValueError, match="act must be 'silu'"):
-        ops.moe_mlp(*inputs[:5], act="relu")
+
+
+BAD_FORMS = {
+    "name": ({"act": "relu"}, ValueError, "act must be one of 'silu', .*, got 'relu'"),
+    "type": ({"act": torch.relu}, TypeError, "act must be a str or an Activation, got builtin"),
+    "gated": ({"act": Activation("silu", gated=1)}, TypeError, "gated must be True or False"),
+    "alpha": ({"act": Activation("silu", alpha=2.0)}, ValueError, "values of act 'clamped_swiglu'"),
+    "limit": (
+        {"act": Activation("clamped_swiglu", limit=0.0)}, ValueError, "a limit above 0.*limit=0.0",
+    ),
+    "shift": (
+        {"act": Activation("clamped_swiglu", shift=float("nan"))}, ValueError, "finite.*shift=nan",
+    ),
+    "number": ({"act": Activation("clamped_swiglu", limit="7")}, TypeError, "limit of act must be"),
+    "no gate": (
+        {"act": Activation("clamped_swiglu", gated=False)}, ValueError, "has a gate always",
+    ),
+    "order": (
+        {"act": Activation("gelu", gated=False), "interleaved": True}, ValueError,
+        "interleaved needs gate and up",
+    ),
+    "order type": ({"interleaved": 1}, TypeError, "interleaved must be True or False, got 1"),
+    "rows": (
+        {"act": Activation("gelu", gated=False)}, ValueError,
+        r"down_proj must have shape \(4, 8, 12\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FORMS)
+def test_bad_forms_are_refused(case):
+    options, error, message = BAD_FORMS[case]
+    with pytest.raises(error, match=message):
+        call(bad(), None, **options)
 
 
 @NEEDS_CUDA

@@ -1,9 +1,34 @@
 """Variants of ``moe_mlp`` inputs, and calls that return all gradients by name."""
 
+import math
+
 import torch
 
 from moe_kernels import ops
-from moe_kernels.ops import LoraWeights
+from moe_kernels.ops import Activation, LoraWeights
+
+SILU = ("silu", True, 1.0, math.inf, 0.0, False)  # how experts compute, as the ops take it
+CLAMPED = Activation("clamped_swiglu", alpha=1.702, limit=0.7, shift=1.0)
+
+# Options of make_moe_inputs and of moe_mlp, of every layout that an expert may have.
+LAYOUTS = {
+    "transposed": ({"transposed": True}, {}),
+    "interleaved": ({}, {"interleaved": True}),
+    "bias": ({"bias": True}, {}),
+    "gelu": ({}, {"act": "gelu"}),
+    "gelu_tanh": ({}, {"act": "gelu_tanh"}),
+    "relu_squared": ({}, {"act": "relu_squared"}),
+    "clamped": ({}, {"act": CLAMPED}),
+    "silu_alone": ({"gated": False}, {"act": Activation("silu", gated=False)}),
+    "gelu_alone": ({"gated": False, "bias": True}, {"act": Activation("gelu", gated=False)}),
+    "gelu_tanh_alone": ({"gated": False}, {"act": Activation("gelu_tanh", gated=False)}),
+    "nemotron_h": ({"gated": False}, {"act": Activation("relu_squared", gated=False)}),
+    "gpt_oss": ({"transposed": True, "bias": True}, {"act": CLAMPED, "interleaved": True}),
+    "all_else": (
+        {"transposed": True, "gated": False, "bias": True, "shared_a": True},
+        {"act": Activation("relu_squared", gated=False)},
+    ),
+}  # fmt: skip
 
 # Mixed modalities with padding, an empty expert, the same expert twice, added experts.
 VARIANTS = {

@@ -6,11 +6,14 @@ from torch import Tensor
 from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dispatch.api import check_modality_ids
+from moe_kernels.ops.dtypes import acc_dtype, without_autocast
 from moe_kernels.ops.gradients import must_save
 from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
 from moe_kernels.ops.moe_mlp import autograd
+from moe_kernels.ops.moe_mlp.activation import Activation, ExpertForm, expert_form
 from moe_kernels.ops.moe_mlp.weights import check_frozen_extra
 
+_SILU = expert_form("silu", interleaved=False)
 _FROZEN = "the experts of the base are frozen and get no gradient"
 
 
@@ -21,44 +24,54 @@ def moe_mlp(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     modality_ids: Tensor | None = None,
     gate_up_lora: LoraWeights | None = None,
     down_lora: LoraWeights | None = None,
     extra_gate_up_proj: Tensor | None = None,
     extra_down_proj: Tensor | None = None,
     frozen_extra: int = 0,
-    act: str = "silu",
+    act: str | Activation = "silu",
+    interleaved: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Return the weighted sum of each token's experts, with masked low-rank updates.
 
     For a token x of modality m, routed to expert e with weight w, the term is w * y with::
 
-        gate, up = x W_gate_up[e]^T + s1[m] (x A1[m, e]^T) B1[m, e]^T      (m >= 1)
-        y        = a W_down[e]^T    + s2[m] (a A2[m, e]^T) B2[m, e]^T,      a = silu(gate) * up
+        gate, up = x W_gate_up[e]^T + b_gate_up[e] + s1[m] (x A1[m, e]^T) B1[m, e]^T      (m >= 1)
+        y        = a W_down[e]^T    + b_down[e]    + s2[m] (a A2[m, e]^T) B2[m, e]^T
 
-    and without the second terms for m = 0 (Partial LoRA, arXiv 2401.16420). The output of a row
-    of modality 0 is bitwise independent of every adapter and of the other rows. A padding row
-    (modality -1) is not computed; its output is zeros.
+    with a = silu(gate) * up or another activation, and without the last terms for m = 0 (Partial
+    LoRA, arXiv 2401.16420). The output of a row of modality 0 is bitwise independent of every
+    adapter and of the other rows. A padding row (modality -1) is not computed; its output is zeros.
+
+    N below is 2I, the rows of gate and up, or I where ``act`` has no gate.
 
     Args:
         hidden_states: (T, H) in float32, bfloat16, float16 or float64; computed in the dtype of the
             weights.
         topk_ids: (T, K) int64, experts of each token, of 0..E+X-1.
         topk_weights: (T, K) float, their weights.
-        gate_up_proj: (E, 2I, H), rows [gate; up], frozen.
-        down_proj: (E, H, I), frozen, of the same dtype.
+        gate_up_proj: (E, N, H), frozen: rows [gate; up], or see ``interleaved``. A transposed view
+            of a stack that is stored (E, H, N) is read where it is, without a copy.
+        down_proj: (E, H, I), frozen, of the same dtype. It may be a view of (E, I, H) too.
+        gate_up_bias: (E+X, N), frozen, of the same dtype, those of added experts last. None: none.
+        down_bias: (E+X, H), likewise.
         modality_ids: (T,) int, -1..M. None: the base path and nothing else.
         gate_up_lora: update of ``gate_up_proj``, in the base's dtype or float32; see
             :class:`LoraWeights`. None: no update.
         down_lora: update of ``down_proj``, whose rank may differ.
-        extra_gate_up_proj: (X, 2I, H), added trainable experts with ids E..E+X-1. No low-rank
-            update applies to them.
+        extra_gate_up_proj: (X, N, H), added trainable experts with ids E..E+X-1. No low-rank
+            update applies to them. They are copied at each call unless they are laid out as the
+            base is.
         extra_down_proj: (X, H, I), given together with ``extra_gate_up_proj``.
         frozen_extra: the first so many added experts are frozen. Their gradient is not computed; it
             is zeros in the tensor that holds the others'.
-        act: activation of the gate. Only "silu" is accepted: the value is checked and has no other
-            effect, since every backend computes SiLU.
+        act: the activation. A name is that of :class:`Activation` with a gate.
+        interleaved: whether the rows of ``gate_up_proj`` are gate, up, gate, up, ... Then all that
+            has N elements (bias, lora_B, added experts and gradients) is in this order.
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
@@ -68,21 +81,35 @@ def moe_mlp(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong rank, shape, device or value; a base weight that requires grad.
+        ValueError: a wrong rank, shape, device or value; a base weight or a bias that requires
+            grad.
         RuntimeError: the named backend is not available.
         NotImplementedError: a derivative in forward mode, or a second one, is asked for.
+
+    Example, the experts of gpt-oss, which are stored transposed::
+
+        act = Activation("clamped_swiglu", alpha=1.702, limit=7.0, shift=1.0)
+        out = moe_mlp(
+            hidden_states, topk_ids, topk_weights,
+            gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2),
+            gate_up_bias=gate_up_proj_bias, down_bias=down_proj_bias,
+            act=act, interleaved=True,
+        )
     """
+    form = expert_form(act, interleaved)
     checks.tensors(
         hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights,
         gate_up_proj=gate_up_proj, down_proj=down_proj,
     )  # fmt: skip
     checks.optional_tensors(
-        modality_ids=modality_ids, extra_gate_up_proj=extra_gate_up_proj,
-        extra_down_proj=extra_down_proj,
+        gate_up_bias=gate_up_bias, down_bias=down_bias, modality_ids=modality_ids,
+        extra_gate_up_proj=extra_gate_up_proj, extra_down_proj=extra_down_proj,
     )  # fmt: skip
-    _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, act)
+    _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, form)
     _check_extra(extra_gate_up_proj, extra_down_proj, gate_up_proj, down_proj)
     num_extra = 0 if extra_gate_up_proj is None else extra_gate_up_proj.shape[0]
+    _check_bias("gate_up_bias", gate_up_bias, gate_up_proj, num_extra)
+    _check_bias("down_bias", down_bias, down_proj, num_extra)
     check_frozen_extra(frozen_extra, num_extra)
     if num_extra and frozen_extra == num_extra:
         extra_gate_up_proj, extra_down_proj = extra_gate_up_proj.detach(), extra_down_proj.detach()
@@ -93,6 +120,11 @@ def moe_mlp(
         if num_modalities == 0:  # only padding matters
             modality_ids = modality_ids.clamp(max=0)
     backend = backends.select(backend, hidden_states.device, gate_up_proj.dtype)
+    if backend != "reference" and (form != _SILU or gate_up_bias is not None):
+        raise NotImplementedError(
+            f"backend {backend!r} computes only act='silu' of a gate, in rows [gate; up], without "
+            "gate_up_bias: use backend='reference'"
+        )
 
     if modality_ids is None and not _trains(gate_up_lora, down_lora):
         gate_up_lora = down_lora = None  # no row has an adapter: the base path and nothing else
@@ -109,9 +141,42 @@ def moe_mlp(
     save = must_save(*inputs)
     out = autograd.run(
         inputs[0], topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *inputs[2:],
-        frozen_extra, save, backend,
+        gate_up_bias, frozen_extra=frozen_extra, form=form, save_for_backward=save, backend=backend,
     )  # fmt: skip
+    if down_bias is not None:
+        biases = down_bias[: gate_up_proj.shape[0]], down_bias[gate_up_proj.shape[0] :]
+        out = _add_down_bias(out, topk_ids, topk_weights, modality_ids, biases)
     return out.to(hidden_states.dtype)
+
+
+def _add_down_bias(
+    out: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    modality_ids: Tensor | None,
+    biases: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Add the sum of each token's weighted biases, in float32, or float64 for float64.
+
+    The biases of frozen experts and of added ones are a product of T rows each: a row's bits depend
+    neither on the routing of others nor on experts that it does not choose. A row of a left operand
+    is a sum over K in one order, where a scatter would need atomics on a GPU if a token chooses an
+    expert twice. Experts out of range match none.
+    """
+    acc = acc_dtype(out.dtype)
+    routed = None if modality_ids is None else (modality_ids >= 0)[:, None, None]
+    first, total = 0, out.to(acc)
+    with without_autocast(out.device):
+        for bias in biases:
+            experts = torch.arange(first, first + bias.shape[0], device=out.device)
+            first += bias.shape[0]
+            if bias.shape[0] == 0:
+                continue
+            chosen = topk_ids[:, :, None] == experts
+            chosen = chosen if routed is None else chosen & routed
+            shares = torch.where(chosen, topk_weights.to(acc)[:, :, None], 0).sum(1)  # (T, experts)
+            total = total + shares @ bias.to(acc)
+    return total.to(out.dtype)
 
 
 def _trains(*loras: LoraWeights | None) -> bool:
@@ -125,21 +190,19 @@ def _check_base(
     topk_weights: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    act: str,
+    form: ExpertForm,
 ) -> None:
-    if act != "silu":
-        raise ValueError(f"act must be 'silu', got {act!r}")
     checks.ndim("hidden_states", hidden_states, 2)
     checks.floating("hidden_states", hidden_states)
     checks.ndim("gate_up_proj", gate_up_proj, 3)
     checks.floating("gate_up_proj", gate_up_proj)
-    num_experts, double_inter, hidden = gate_up_proj.shape
-    if hidden_states.shape[1] != hidden or double_inter % 2 or num_experts == 0:
+    num_experts, rows, hidden = gate_up_proj.shape
+    if hidden_states.shape[1] != hidden or rows % form.factor or num_experts == 0:
         raise ValueError(
-            f"gate_up_proj must be (E, 2I, {hidden_states.shape[1]}) for hidden_states "
-            f"{tuple(hidden_states.shape)}, got {tuple(gate_up_proj.shape)}"
+            f"gate_up_proj must be (E, {'2I' if form.gated else 'I'}, {hidden_states.shape[1]}) "
+            f"for hidden_states {tuple(hidden_states.shape)}, got {tuple(gate_up_proj.shape)}"
         )
-    checks.shape("down_proj", down_proj, (num_experts, hidden, double_inter // 2))
+    checks.shape("down_proj", down_proj, (num_experts, hidden, rows // form.factor))
     checks.dtype("down_proj", down_proj, (gate_up_proj.dtype,))
     checks.ndim("topk_ids", topk_ids, 2)
     checks.dtype("topk_ids", topk_ids, (torch.int64,))
@@ -179,6 +242,15 @@ def _check_extra(
         allowed = (base.dtype,) if base.dtype == torch.float64 else (base.dtype, torch.float32)
         checks.dtype(name, extra, allowed)
         checks.device(name, extra, base.device)
+
+
+def _check_bias(name: str, bias: Tensor | None, stack: Tensor, num_extra: int) -> None:
+    if bias is None:
+        return
+    checks.shape(name, bias, (stack.shape[0] + num_extra, stack.shape[1]))
+    checks.dtype(name, bias, (stack.dtype,))
+    checks.device(name, bias, stack.device)
+    checks.frozen(name, bias, _FROZEN)
 
 
 def _check_loras(

@@ -23,6 +23,7 @@ from moe_kernels.ops.gradients import (
     way,
 )
 from moe_kernels.ops.moe_mlp import native_impl
+from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.weights import TRAINABLE, ExpertWeights, Saved, check_frozen_extra
 
 
@@ -41,12 +42,20 @@ def _moe_mlp(
     down_A: Tensor | None,
     down_B: Tensor | None,
     down_scaling: Tensor | None,
+    gate_up_bias: Tensor | None,
     frozen_extra: int,
+    act: str,
+    gated: bool,
+    alpha: float,
+    limit: float,
+    shift: float,
+    interleaved: bool,
     save_for_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return out (T, H) and the fields of ``Saved``. Only the backward uses ``frozen_extra``."""
-    weights = select(ExpertWeights, locals())
+    named = locals()
+    weights, form = select(ExpertWeights, named), select(ExpertForm, named)
     check_frozen_extra(frozen_extra, weights.num_extra)
     checks.id_ranges(topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
@@ -56,6 +65,7 @@ def _moe_mlp(
             topk_weights.contiguous(),
             None if modality_ids is None else modality_ids.contiguous(),
             weights,
+            form,
             save_for_backward,
         )
     return out, *saved
@@ -98,6 +108,7 @@ def _moe_mlp_backward(
     down_A: Tensor | None,
     down_B: Tensor | None,
     down_scaling: Tensor | None,
+    gate_up_bias: Tensor | None,
     pre_act: Tensor,
     u1: Tensor,
     u2: Tensor,
@@ -106,6 +117,12 @@ def _moe_mlp_backward(
     segment_offsets: Tensor,
     needs: list[bool],
     frozen_extra: int,
+    act: str,
+    gated: bool,
+    alpha: float,
+    limit: float,
+    shift: float,
+    interleaved: bool,
     backend: str,
 ) -> list[Tensor]:
     """Return the gradients that ``needs`` asks for, each in its tensor's dtype.
@@ -113,7 +130,9 @@ def _moe_mlp_backward(
     They are those of hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_A,
     gate_up_B, down_A and down_B. For the first ``frozen_extra`` added experts zeros are returned.
     """
-    weights, saved = select(ExpertWeights, locals()), select(Saved, locals())
+    named = locals()
+    weights, form = select(ExpertWeights, named), select(ExpertForm, named)
+    saved = select(Saved, named)
     check_frozen_extra(frozen_extra, weights.num_extra)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         grads = backends.implementation("moe_mlp", backend).backward(
@@ -121,6 +140,7 @@ def _moe_mlp_backward(
             hidden_states.contiguous(),
             topk_weights.contiguous(),
             weights,
+            form,
             saved,
             needs,
             frozen_extra,
@@ -159,6 +179,7 @@ def _setup_context(ctx, inputs, output):
         named["hidden_states"], named["topk_weights"], *select(ExpertWeights, named), *saved
     )
     ctx.frozen_extra, ctx.backend = named["frozen_extra"], named["backend"]
+    ctx.form = select(ExpertForm, named)
 
 
 def _backward(ctx, grad_out, *_):
@@ -170,7 +191,7 @@ def _backward(ctx, grad_out, *_):
     plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
     registered = torch.ops.moe_kernels.moe_mlp_backward
     compute = _moe_mlp_backward if plain else way(registered, _transformed_backward)
-    needed = compute(grad_out, *saved, needs, ctx.frozen_extra, ctx.backend)
+    needed = compute(grad_out, *saved, needs, ctx.frozen_extra, *ctx.form, ctx.backend)
     return _FORWARD.gradients(needed, needs)
 
 
@@ -183,16 +204,22 @@ _transformed = transformed_function(_NAME, _moe_mlp, _setup_context, _backward)
 _transformed_backward = transformed_function(_NAME, _moe_mlp_backward, **_SECOND)
 
 
-def run(*arguments: Tensor | int | str | None) -> Tensor:
+def run(
+    *tensors: Tensor | None,
+    frozen_extra: int,
+    form: ExpertForm,
+    save_for_backward: bool,
+    backend: str,
+) -> Tensor:
     """Return the first output of :func:`_moe_mlp`, around the dispatcher for plain tensors.
 
     Then no ``TorchFunctionMode`` sees the op either.
     """
-    *tensors, _, save_for_backward, backend = arguments
+    arguments = (*tensors, frozen_extra, *form, save_for_backward, backend)
     if not is_plain(*tensors):
         return way(torch.ops.moe_kernels.moe_mlp, _transformed)(*arguments)[0]
     if save_for_backward:
         return _plain.apply(*arguments)[0]
     if backend == "cpu":
-        return native_impl.inference(*tensors)
+        return native_impl.inference(*tensors, form=form)
     return _moe_mlp(*arguments)[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.ops import triton_tile_maps as maps
+from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
 from moe_kernels.ops.triton_launches import SharedLaunches, Shrink, Wgrad, check_dtype
@@ -88,11 +89,12 @@ def forward(
     topk_weights: Tensor,
     modality_ids: Tensor | None,
     weights: ExpertWeights,
+    form: ExpertForm,
     save_for_backward: bool,
 ) -> tuple[Tensor, Saved]:
     """Return out (T, H), and what the backward pass needs."""
     check_dtype(hidden_states.dtype)
-    weights = weights.in_compute_dtype(adapters=False)
+    weights = weights.in_compute_dtype(adapters=False).row_major()
     tiles = choose_tiles(topk_ids.numel(), weights)
     fields, (expert_tiles, adapted_tiles) = launches.shared.dispatch_with_maps(
         topk_ids,
@@ -129,6 +131,7 @@ def backward(
     hidden_states: Tensor,
     topk_weights: Tensor,
     weights: ExpertWeights,
+    form: ExpertForm,
     saved: Saved,
     needs: list[bool],
     frozen_extra: int = 0,
@@ -138,7 +141,7 @@ def backward(
         return []
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
-    weights = weights.in_compute_dtype(adapters=False)
+    weights = weights.in_compute_dtype(adapters=False).row_major()
     tiles = choose_tiles(saved.perm.numel(), weights)
     frozen = frozen_extra if need_extra_gate_up or need_extra_down else None
     expert_tiles, adapted_tiles, chunks, *added = _backward_maps(

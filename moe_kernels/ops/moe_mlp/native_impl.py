@@ -6,6 +6,7 @@ Adapters go in as they are stored: the kernels round them to the compute dtype a
 from torch import Tensor
 
 from moe_kernels import _native
+from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
 
 
@@ -17,13 +18,14 @@ def inference(
     down_proj: Tensor,
     modality_ids: Tensor | None,
     *others: Tensor | None,
+    form: ExpertForm,
 ) -> Tensor:
     """out (T, H) alone, dispatch included; ``others`` are the rest of ExpertWeights' fields.
 
     With a token or two, the calls of Python cost as much as reading the weights.
     """
     return _native.ops().moe_mlp_inference(
-        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *others
+        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *others[:-1]
     )
 
 
@@ -33,6 +35,7 @@ def forward(
     topk_weights: Tensor,
     modality_ids: Tensor | None,
     weights: ExpertWeights,
+    form: ExpertForm,
     save_for_backward: bool,
 ) -> tuple[Tensor, Saved]:
     """Return out (T, H), and what the backward pass needs."""
@@ -45,7 +48,7 @@ def forward(
         topk_weights,
         perm,
         segment_offsets,
-        *weights.in_compute_dtype(adapters=False),
+        *weights.in_compute_dtype(adapters=False).row_major()[:-1],
         num_modalities,
         save_for_backward,
     )
@@ -57,6 +60,7 @@ def backward(
     hidden_states: Tensor,
     topk_weights: Tensor,
     weights: ExpertWeights,
+    form: ExpertForm,
     saved: Saved,
     needs: list[bool],
     frozen_extra: int = 0,
@@ -68,7 +72,7 @@ def backward(
         topk_weights,
         saved.perm,
         saved.segment_offsets,
-        *weights.in_compute_dtype(adapters=False),
+        *weights.in_compute_dtype(adapters=False).row_major()[:-1],
         saved.pre_act,
         saved.u1,
         saved.u2,

@@ -7,6 +7,7 @@ run in a fixed order, and sums are accumulated in float32 (float64 for float64).
 blocks, one token at a time, is ``definition`` in tests/ops/test_moe_mlp.py.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from moe_kernels.ops.dispatch.reference import dispatch
 from moe_kernels.ops.dtypes import acc_dtype
+from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
 
 BLOCK_M = 32
+_GELU_TANH = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(x)) / 2 is sigmoid(2 x)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def forward(
     topk_weights: Tensor,
     modality_ids: Tensor | None,
     weights: ExpertWeights,
+    form: ExpertForm,
     save_for_backward: bool,
 ) -> tuple[Tensor, Saved]:
     """Return out (T, H), and what the backward pass needs."""
@@ -58,8 +62,10 @@ def forward(
         gate_up, down = _expert(weights, block.expert)
         pre = _fixed_mm(x, gate_up.T)
         _extend(pre, x, block, u1, weights.gate_up_A, weights.gate_up_B, weights.gate_up_scaling)
+        if weights.gate_up_bias is not None:
+            pre += weights.gate_up_bias[block.expert].to(acc)
         pre_act[block.rows] = pre
-        a = _swiglu(pre_act[block.rows])
+        a = _activate(pre_act[block.rows], form)
         y = _fixed_mm(a, down.T)
         _extend(y, a, block, u2, weights.down_A, weights.down_B, weights.down_scaling)
         expert_out[block.rows] = y
@@ -74,6 +80,7 @@ def backward(
     hidden_states: Tensor,
     topk_weights: Tensor,
     weights: ExpertWeights,
+    form: ExpertForm,
     saved: Saved,
     needs: list[bool],
     frozen_extra: int = 0,
@@ -83,7 +90,7 @@ def backward(
     With dO the unweighted gradient of a row's output, w its routing weight and s the scaling::
 
         du2 = dO B2                      dA' = dO W_down + s2 du2 A2
-        dw  = <dA', a>                   dpre = swiglu'(pre) (w dA')
+        dw  = <dA', a>                   dpre = act'(pre) (w dA')
         du1 = dpre B1                    dx = dpre W_gate_up + s1 du1 A1
         dB2 = sum (w s2) dO^T u2         dA2 = sum (w s2 du2)^T a
         dB1 = sum dpre^T (s1 u1)         dA1 = sum (s1 du1)^T x
@@ -98,7 +105,7 @@ def backward(
         x, d_out = hidden_states[row_ids // top_k], grad_out[row_ids // top_k]
         w = topk_weights.reshape(-1)[row_ids].to(acc)[:, None]
         gate_up, down = _expert(weights, block.expert)
-        a = _swiglu(pre_act[block.rows])
+        a = _activate(pre_act[block.rows], form)
 
         d_a = _fixed_mm(d_out, down)
         _extend_backward(
@@ -106,7 +113,7 @@ def backward(
             grads.down_A, grads.down_B,
         )  # fmt: skip
         grads.topk_weights[row_ids] = (d_a * a.to(acc)).sum(-1)
-        d_pre = _swiglu_backward(pre_act[block.rows], w * d_a)
+        d_pre = _activate_backward(pre_act[block.rows], w * d_a, form)
         d_x = _fixed_mm(d_pre, gate_up)
         _extend_backward(
             d_x, d_pre, None, x, block, u1, weights.gate_up_A, weights.gate_up_B,
@@ -247,19 +254,65 @@ def _scaled(u: Tensor, scaling: Tensor) -> Tensor:
     return (u.to(acc) * scaling.to(acc)).to(u.dtype)
 
 
-def _swiglu(pre_act: Tensor) -> Tensor:
-    """Return silu(gate) * up of ``pre_act`` (n, 2I), rounded to its dtype."""
-    gate, up = pre_act.to(acc_dtype(pre_act.dtype)).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(pre_act.dtype)
+def _activate(pre_act: Tensor, form: ExpertForm) -> Tensor:
+    """Return the activation (n, I) of ``pre_act`` (n, 2I or I), rounded to its dtype."""
+    gate, up = _clamp(*_gate_and_up(pre_act.to(acc_dtype(pre_act.dtype)), form), form)
+    silu = form.act == "silu"
+    a = torch.nn.functional.silu(gate) if silu else gate * _factor(gate, form)
+    return (a if up is None else a * up).to(pre_act.dtype)
 
 
-def _swiglu_backward(pre_act: Tensor, d_a: Tensor) -> Tensor:
-    """Return the gradient of the pre-activation (n, 2I) for ``d_a`` (n, I), in its dtype."""
-    gate, up = pre_act.to(d_a.dtype).chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    d_gate = d_a * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_up = d_a * gate * sigmoid
-    return torch.cat([d_gate, d_up], dim=-1).to(pre_act.dtype)
+def _activate_backward(pre_act: Tensor, d_a: Tensor, form: ExpertForm) -> Tensor:
+    """Return the gradient of the pre-activation for ``d_a`` (n, I), in its dtype."""
+    raw = _gate_and_up(pre_act.to(d_a.dtype), form)
+    gate, up = _clamp(*raw, form)
+    factor = _factor(gate, form)
+    d_gate = _times_slope(d_a if up is None else d_a * up, gate, factor, form)
+    if up is None:
+        return d_gate.to(pre_act.dtype)
+    d_up = d_a * gate * factor
+    if form.act == "clamped_swiglu":
+        d_gate = torch.where(raw[0] <= form.limit, d_gate, 0)
+        d_up = torch.where(raw[1].abs() <= form.limit, d_up, 0)
+    d_pre = torch.stack([d_gate, d_up], -1 if form.interleaved else -2)
+    return d_pre.flatten(-2).to(pre_act.dtype)
+
+
+def _clamp(gate: Tensor, up: Tensor | None, form: ExpertForm) -> tuple[Tensor, Tensor | None]:
+    """Return the gate below its bound, and up within its bounds and shifted."""
+    if form.act != "clamped_swiglu":
+        return gate, up
+    return gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit) + form.shift
+
+
+def _gate_and_up(pre_act: Tensor, form: ExpertForm) -> tuple[Tensor, Tensor | None]:
+    """Return gate and up; without a gate, what takes its place and None."""
+    if not form.gated:
+        return pre_act, None
+    return pre_act.unflatten(-1, (-1, 2)).unbind(-1) if form.interleaved else pre_act.chunk(2, -1)
+
+
+def _factor(x: Tensor, form: ExpertForm) -> Tensor:
+    """Return f(x) / x: every activation is its argument times a factor."""
+    if form.act == "gelu":
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    if form.act == "gelu_tanh":
+        return torch.sigmoid(_GELU_TANH * x * (1 + 0.044715 * x.square()))
+    if form.act == "relu_squared":
+        return x.relu()
+    return torch.sigmoid(x if form.act == "silu" else form.alpha * x)
+
+
+def _times_slope(d: Tensor, x: Tensor, factor: Tensor, form: ExpertForm) -> Tensor:
+    """Return d times the derivative of x * factor."""
+    if form.act == "gelu":
+        return d * (factor + x * torch.exp(-0.5 * x.square()) * math.sqrt(0.5 / math.pi))
+    if form.act == "gelu_tanh":
+        inner = _GELU_TANH * x * (1 + 3 * 0.044715 * x.square())
+        return d * factor * (1 + inner * (1 - factor))
+    if form.act == "relu_squared":
+        return d * 2 * factor
+    return d * factor * (1 + form.alpha * x * (1 - factor))
 
 
 def _combine(

@@ -21,11 +21,23 @@ def check_frozen_extra(frozen_extra: int, num_extra: int) -> None:
         raise ValueError(f"frozen_extra must be an integer in 0..{num_extra}, got {frozen_extra!r}")
 
 
+def is_transposed(stack: Tensor) -> bool:
+    """Return whether a stack (E, n, k) is a view of one that is stored (E, k, n)."""
+    return not stack.is_contiguous() and stack.transpose(1, 2).is_contiguous()
+
+
+def _in_layout(tensor: Tensor, *, transposed: bool) -> Tensor:
+    """Return ``tensor`` contiguous, or a transposed view of a contiguous one."""
+    return (
+        tensor.transpose(1, 2).contiguous().transpose(1, 2) if transposed else tensor.contiguous()
+    )
+
+
 class ExpertWeights(NamedTuple):
-    """Weights of ``moe_mlp``: the frozen stack, added experts, and low-rank pairs, or None.
+    """Weights of ``moe_mlp``: the frozen stack, added experts, low-rank pairs and a bias, or None.
 
     Shapes as in :func:`moe_kernels.ops.moe_mlp`; ``*_A``, ``*_B`` and ``*_scaling`` are the fields
-    of ``LoraWeights``.
+    of ``LoraWeights``. The bias of the down projection is no matter of a backend.
     """
 
     gate_up_proj: Tensor
@@ -38,6 +50,7 @@ class ExpertWeights(NamedTuple):
     down_A: Tensor | None
     down_B: Tensor | None
     down_scaling: Tensor | None
+    gate_up_bias: Tensor | None
 
     @property
     def num_extra(self) -> int:
@@ -67,6 +80,8 @@ class ExpertWeights(NamedTuple):
     def in_compute_dtype(self, *, adapters: bool = True) -> "ExpertWeights":
         """Contiguous, with added experts and adapters cast to the base's dtype, scaling to fp32.
 
+        A frozen stack that is stored transposed stays so, and added experts take its layout.
+
         Args:
             adapters: False leaves ``*_A`` and ``*_B`` in their own dtype.
         """
@@ -74,6 +89,9 @@ class ExpertWeights(NamedTuple):
         def convert(name: str, tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
                 return None
+            if name.endswith("proj"):
+                base = getattr(self, name.removeprefix("extra_"))
+                return _in_layout(tensor.to(base.dtype), transposed=is_transposed(base))
             if name.endswith("scaling"):
                 return tensor.float().contiguous()
             if name.endswith(("_A", "_B")) and not adapters:
@@ -81,6 +99,12 @@ class ExpertWeights(NamedTuple):
             return tensor.to(self.gate_up_proj.dtype).contiguous()
 
         return ExpertWeights(*map(convert, self._fields, self))
+
+    def row_major(self) -> "ExpertWeights":
+        """Return contiguous weights, copied where they are transposed views."""
+        return ExpertWeights(
+            *(tensor if tensor is None else tensor.contiguous() for tensor in self)
+        )
 
 
 class Saved(NamedTuple):
@@ -90,7 +114,8 @@ class Saved(NamedTuple):
     are zeros, so that every output of the op is a function of its inputs.
 
     Attributes:
-        pre_act: (T*K, 2I), gate and up before the activation, in sorted order.
+        pre_act: (T*K, 2I or I), before the activation, in sorted order; columns in the order of the
+            rows of gate_up_proj.
         u1: (T*K, r1), x A1^T, unscaled.
         u2: (T*K, r2), a A2^T, unscaled.
         perm: (T*K,), see :class:`moe_kernels.ops.Dispatch`.
