@@ -12,6 +12,7 @@ from support.families import (
     inputs_of,
     make_family,
 )
+from support.family_checks import try_family
 from support.model_zoo import token_ids
 
 pytestmark = pytest.mark.skipif(
@@ -24,8 +25,7 @@ FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def test_every_class_is_listed():
-    listed = [family.experts for family in FAMILIES.values()]
-    assert sorted(listed) == sorted(classes_of_transformers())
+    assert {family.experts for family in FAMILIES.values()} == classes_of_transformers()
 
 
 @FAMILY
@@ -39,3 +39,9 @@ def test_the_tiny_model(family):
         logits = model(**inputs_of(family, model, ids)).logits
     assert logits.isfinite().all()
     assert logits.std() > 0.05
+
+
+@FAMILY
+def test_what_patch_model_gives(family):
+    """Whatever is accepted is right, and whatever is refused is refused before any change."""
+    assert try_family(family).faults == []

@@ -19,6 +19,7 @@ TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "max_position_embeddings": 512, "initializer_range": 0.2, "sliding_window": 8,
+    "projector_hidden_size": 16,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
     # experts and routers
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
@@ -27,9 +28,9 @@ TEXT = {
     "shared_expert_intermediate_size": 24, "shared_intermediate_size": 24,
     "shared_experts_intermediate_size": 24, "moe_shared_expert_intermediate_size": 24,
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
-    # latent attention and its index
+    # latent attention, and its index: with few heads many keys would tie at a score of zero
     "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2,
+    "v_head_dim": 8, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 8,
     # linear attention, state spaces and hyper-connections
     "linear_conv_kernel_dim": 3, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_head_dim": 8,
@@ -45,6 +46,9 @@ ENCODER = {
     "downsample_hidden_size": 16, "text_hidden_size": 32, "projection_intermediate_size": 16,
     "projection_hidden_dim": 16, "output_channels": 16, "downsample_channels": [16, 32],
     "max_image_size": 16, "mlp_ratio": 1.0, "position_embedding_size": 16,
+    "num_key_value_heads": 2, "head_dim": 8, "adapter_in_dim": 16, "adapter_out_dim": 32,
+    "adapter_input_size": 16, "mlp_layer_types": ["sparse"], "num_local_experts": 4,
+    "moe_intermediate_size": 24, "n_mel_bins": 4, "mel_vocab_size": 4, "projector_hidden_size": 16,
 }  # fmt: skip
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
@@ -133,15 +137,6 @@ FAMILIES = {
         "DiffusionGemmaForBlockDiffusion",
         {
             "text_config": SLIDING | {"global_head_dim": 16},
-            "vision_config": {
-                "model_type": "gemma4_vision",
-                **{k: ENCODER[k] for k in ("hidden_size", "intermediate_size")},
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "position_embedding_size": 16,
-            },
             "canvas_length": 12,
         },
         "diffusion: the decoder sees a random canvas, not the ids",
@@ -289,17 +284,7 @@ FAMILIES = {
     "mistral_large4": Family(
         "MistralLarge4TextExperts",
         "MistralLarge4ForConditionalGeneration",
-        {
-            "vision_config": {
-                "model_type": "pixtral",
-                **{k: ENCODER[k] for k in ("hidden_size", "intermediate_size", "image_size")},
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "head_dim": 8,
-                "patch_size": 4,
-            }
-        },
-        "multimodal; latent attention with an index",
+        special="multimodal; latent attention with an index",
     ),
     "mixtral": Family("MixtralExperts", "MixtralForCausalLM"),
     "muse_spark": Family(
@@ -398,6 +383,28 @@ FAMILIES = {
 }
 
 
+# Models of the same classes that read pictures too: the same text model, as their `text_config`.
+FAMILIES |= {
+    f"{name}_multimodal": Family(
+        FAMILIES[name].experts,
+        model,
+        {"text_config": FAMILIES[name].settings},
+        "; ".join(filter(None, ("multimodal", FAMILIES[name].special))),
+    )
+    for name, model in {
+        "aria": "AriaForConditionalGeneration",
+        "dots3_note": "Dots3NoteForConditionalGeneration",
+        "gemma4": "Gemma4ForConditionalGeneration",
+        "inkling": "InklingForConditionalGeneration",
+        "inkling2": "Inkling2ForConditionalGeneration",
+        "inkling2_loop": "Inkling2LoopForConditionalGeneration",
+        "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
+        "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+        "qwen4_exp": "Qwen4ExpForConditionalGeneration",
+    }.items()
+}
+
+
 def classes_of_transformers() -> set[str]:
     """Return the classes of experts whose implementation transformers lets one choose."""
     folder = Path(transformers.__file__).parent / "models"
@@ -448,9 +455,10 @@ def _sized(config_class: type, settings: dict, sizes: dict) -> PreTrainedConfig:
     if "kv_lora_rank" in names:
         own["num_key_value_heads"] = own["num_attention_heads"]  # latent attention has no groups
     own |= settings
-    for part, part_class in config_class.sub_configs.items():
-        if dataclasses.is_dataclass(part_class):  # else AutoConfig: the settings are all there is
-            encoder = sizes is ENCODER or not part.startswith(("text", "code_predictor"))
-            sizes_of_part = ENCODER if encoder else TEXT
-            own[part] = _sized(part_class, settings.get(part, {}), sizes_of_part)
+    for part in config_class.sub_configs:
+        default = getattr(config_class(), part)
+        if default is not None:
+            text = sizes is TEXT and part in ("text_config", "code_predictor_config")
+            part_sizes = TEXT if text else ENCODER
+            own[part] = _sized(type(default), settings.get(part, {}), part_sizes)
     return config_class(**own)

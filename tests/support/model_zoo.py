@@ -180,7 +180,7 @@ def snapshot(model: nn.Module) -> dict:
         },
         "config": model.config.to_dict(),
         "experts_implementation": model.config._experts_implementation,
-        "generation_config": model.generation_config.to_dict(),
+        "generation_config": model.generation_config.to_dict() if model.can_generate() else None,
         "vocab_sizes": [m.vocab_size for m in model.modules() if hasattr(m, "vocab_size")],
         "trained": model.training,
     }
