@@ -274,6 +274,7 @@ FAMILIES = {
         "MiniMaxM3VLForCausalLM",
         {
             "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "index_n_heads": 2,
             "index_block_size": 2,
             "index_topk_blocks": 2,
             "rotary_dim": 4,
