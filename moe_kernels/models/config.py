@@ -17,13 +17,15 @@ from moe_kernels.models import adapter_files, schemas
 from moe_kernels.models.patterns import check_pattern, look_up
 
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Projections of attention that are adapted: plain ones, or multi-head latent attention's.
+_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+ATTENTION_LAYOUTS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_a_proj", "q_b_proj", *_LATENT),
+    ("q_proj", *_LATENT),
+)
 ROUTER = "gate"
-TARGETS = {
-    "experts": EXPERT_PROJECTIONS,
-    "attention": ATTENTION_PROJECTIONS,
-    "router": (ROUTER,),
-}
+TARGETS = ("experts", "attention", "router")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -83,9 +85,7 @@ class ModalityLoraConfig:
                 f"of torch's ParameterDict (such as 'values'), got {names}"
             )
         if not set(self.target_modules) <= set(TARGETS):
-            raise ValueError(
-                f"target_modules must be among {tuple(TARGETS)}, got {self.target_modules}"
-            )
+            raise ValueError(f"target_modules must be among {TARGETS}, got {self.target_modules}")
         if unknown := set(self.sequence_modalities) - set(names):
             raise ValueError(
                 f"sequence_modalities has {sorted(unknown)}, which modalities {names} does not have"

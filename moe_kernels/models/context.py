@@ -3,6 +3,7 @@
 The patched model's ``forward`` resolves (B, S) modality ids and passes them down as a keyword. A
 pre-hook on each ``self_attn`` takes them: it runs before the MoE block of the same layer, and again
 when activation checkpointing recomputes the layer, which a global or a hook on the layer would not.
+A layer without ``self_attn`` takes them itself, and its recompute carries them.
 """
 
 import contextlib
@@ -412,6 +413,68 @@ class EndForward:
         self.context.finish()
         if call is not None and call.pending and output is not None:
             raise RuntimeError(_LEFT_OUT.format(f"{', '.join(call.pending)} of a layer"))
+
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers sets it on each layer
+
+
+class TakeModalityIdsOfLayer(TakeModalityIds):
+    """Pre-hook of a decoder layer without ``self_attn``, whose parts may take no keywords.
+
+    transformers checkpoints the inside of such a layer's forward, and its recompute runs no hook of
+    the layer. The function that it checkpoints by is therefore wrapped in one that carries the ids.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        args, kwargs = super().__call__(module, args, kwargs)
+        function = module.__dict__.get(_CHECKPOINT) if _checkpoints(module) else None
+        if function is not None and not isinstance(function, _CarryingCheckpoint):
+            module.__dict__[_CHECKPOINT] = _CarryingCheckpoint(function, self.context)
+        return args, kwargs
+
+    @staticmethod
+    def detach(layer: nn.Module) -> None:
+        """Take the wrapper off a layer, if it has one."""
+        function = layer.__dict__.get(_CHECKPOINT)
+        if isinstance(function, _CarryingCheckpoint):
+            layer.__dict__[_CHECKPOINT] = function.checkpoint
+
+
+def _checkpoints(layer: nn.Module) -> bool:
+    return getattr(layer, "gradient_checkpointing", False)
+
+
+class _CarryingCheckpoint:
+    """A checkpointing function that hands the ids of the forward to its recompute."""
+
+    def __init__(self, checkpoint: Callable, context: ModalityContext):
+        self.checkpoint, self.context = checkpoint, context
+
+    def __call__(self, function: Callable, *args, **kwargs) -> Any:
+        call = self.context.call
+        self.context.finish()  # the function that is checkpointed begins the forward, and ends it
+        carrying = _Carrying(function, self.context, call.modality_ids, call.added_experts)
+        return self.checkpoint(carrying, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Carrying:
+    """The inside of a decoder layer's forward, with the ids that it runs under."""
+
+    function: Callable
+    context: ModalityContext
+    modality_ids: Tensor
+    added_experts: bool
+
+    def __call__(self, *args) -> Any:
+        output = None
+        self.context.start(self.modality_ids, self.added_experts)
+        self.context.call.pending = self.context.awaited
+        try:
+            output = self.function(*args)
+            return output
+        finally:
+            EndForward(self.context)(None, (), output)
 
 
 def resolve_modality_ids(

@@ -26,7 +26,13 @@ from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.modes import evaluating, removing_hooks
 
 # Groups of projections that read the same input, which is recorded at the first of the group.
-_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj", ROUTER))
+_SHARED_INPUT = (
+    ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa"),
+    ("q_b_proj",),
+    ("kv_b_proj",),
+    ("o_proj",),
+    ("gate_up_proj", ROUTER),
+)
 LORA_INITS = ("gromov_wasserstein", "permuted")
 
 

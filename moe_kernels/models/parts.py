@@ -1,7 +1,7 @@
 """Parts of a model that are patched or watched: experts, routers and attention.
 
 No class name decides. Experts are recognised by their stacked weights, a router by its place and
-its weight beside them.
+its weight beside them, decoder layers by the list that they are in.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels.models import sharding
-from moe_kernels.models.config import ATTENTION_PROJECTIONS
+from moe_kernels.models.config import ATTENTION_LAYOUTS
 
 _ROUTER_NAMES = ("gate", "router")
+# Stacks of the first projection: gate and up in one, or up alone where experts have no gate.
+_UP_NAMES = ("gate_up_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,10 @@ class LayerParts:
         layer: the decoder layer, which holds the parameters that are added to its parts.
         experts: the module with stacked expert weights, or None (a dense layer).
         router: the module beside the experts that has one weight (E, H), or None.
-        self_attn: the attention module, or None.
-        attention: the modules of ``self_attn`` among q_proj, k_proj, v_proj and o_proj.
+        self_attn: the attention module, which takes the keywords of the model's forward; None: the
+            layer has another part in its place (a state space, a convolution), or none.
+        attention: the modules of ``self_attn`` that "attention" adapts, by name: one of
+            ``ATTENTION_LAYOUTS``; empty if it has not all of any.
     """
 
     layer: nn.Module
@@ -36,7 +40,9 @@ class LayerParts:
     @property
     def num_experts(self) -> int:
         """E, the base model's experts in this layer; 0 in a dense layer."""
-        return 0 if self.experts is None else sharding.whole_shape(self.experts.gate_up_proj)[0]
+        if self.experts is None:
+            return 0
+        return sharding.whole_shape(getattr(self.experts, up_name(self.experts)))[0]
 
 
 @dataclass(frozen=True)
@@ -53,22 +59,50 @@ class MoeBlock:
 
 
 def find_parts(model: nn.Module) -> tuple[LayerParts, ...]:
-    """Return the parts of each decoder layer of a causal language model, in order.
+    """Return the parts of each decoder layer of a language model, in order.
 
     A patched model keeps its parts as ``get_patched(model).parts``.
 
     Raises:
-        ValueError: the model has no list of decoder layers.
+        ValueError: the model has no list of decoder layers, or several.
     """
-    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    layers = getattr(base, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        children = ", ".join(name for name, _ in base.named_children()) or "nothing"
+    return tuple(map(parts_of, _layers(find_decoder(model))))
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """Return the module that has the list of decoder layers: the text model of a multimodal one.
+
+    Raises:
+        ValueError: the model has no list of decoder layers, or several.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if decoder is model:
+        decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    if decoder is model and _layers(model) is None:
+        # A part of a larger model (Qwen3-Omni's thinker) keeps its text model as a child.
+        owners = [child for child in model.children() if _has_experts_in_list(child)]
+        decoder = owners[0] if len(owners) == 1 else model
+    if _layers(decoder) is None:
+        children = ", ".join(name for name, _ in decoder.named_children()) or "nothing"
         raise ValueError(
-            f"{type(model).__name__} is not supported: its {type(base).__name__} has no list of "
-            f"decoder layers, `layers`; it has {children}"
+            f"{type(model).__name__} is not supported: its {type(decoder).__name__} has no list of "
+            f"decoder layers, `layers` or one that holds experts; it has {children}"
         )
-    return tuple(map(parts_of, layers))
+    return decoder
+
+
+def _layers(decoder: nn.Module) -> nn.ModuleList | None:
+    """Return the list of decoder layers: ``layers``, else the one list with experts in it."""
+    lists = {name: m for name, m in decoder.named_children() if isinstance(m, nn.ModuleList)}
+    if "layers" in lists:
+        return lists["layers"]
+    found = [each for each in lists.values() if find_experts(each) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _has_experts_in_list(module: nn.Module) -> bool:
+    layers = _layers(module)
+    return layers is not None and find_experts(layers) is not None
 
 
 def parts_of(layer: nn.Module) -> LayerParts:
@@ -77,10 +111,41 @@ def parts_of(layer: nn.Module) -> LayerParts:
     if experts is not None:
         block = next(m for m in layer.modules() if any(c is experts for c in m.children()))
         router = next((r for r in _routers(block) if _fits(r, experts)), None)
-    self_attn = _submodule(layer, "self_attn")
-    found = {name: _submodule(self_attn, name) for name in ATTENTION_PROJECTIONS}
-    attention = {name: module for name, module in found.items() if module is not None}
-    return LayerParts(layer, experts, router, self_attn, attention)
+    self_attn = _find_attention(layer)
+    return LayerParts(layer, experts, router, self_attn, _adaptable(self_attn))
+
+
+def _find_attention(layer: nn.Module) -> nn.Module | None:
+    """Return ``self_attn``, or the ``mixer`` of a block that has attention in its place."""
+    self_attn, mixer = _submodule(layer, "self_attn"), _submodule(layer, "mixer")
+    return mixer if self_attn is None and _adaptable(mixer) else self_attn
+
+
+def _adaptable(self_attn: nn.Module | None) -> dict[str, nn.Module]:
+    """Return the projections of the first of ``ATTENTION_LAYOUTS`` that attention has all of."""
+    for names in ATTENTION_LAYOUTS:
+        modules = {name: _submodule(self_attn, name) for name in names}
+        if None not in modules.values():
+            return modules
+    return {}
+
+
+def up_name(experts: nn.Module) -> str:
+    """Return the name of the stack of an experts module's first projection."""
+    return next(
+        (name for name in _UP_NAMES if _is_stack(getattr(experts, name, None))), _UP_NAMES[0]
+    )
+
+
+def hidden_size(experts: nn.Module) -> int:
+    """Return H of stacked experts, whichever way their weights are stored."""
+    sizes = sharding.whole_shape(getattr(experts, up_name(experts)))
+    return sizes[1] if getattr(experts, "is_transposed", False) else sizes[2]
+
+
+def all_experts(root: nn.Module) -> dict[str, nn.Module]:
+    """Return every module in ``root`` with stacked expert weights, by its name there."""
+    return {name: each for name, each in root.named_modules() if _has_stacked_weights(each)}
 
 
 def find_experts(root: nn.Module) -> nn.Module | None:
@@ -121,9 +186,17 @@ def _submodule(module: nn.Module | None, name: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _has_stacked_weights(module: nn.Module) -> bool:
-    weight = getattr(module, "gate_up_proj", None)
+def _is_stack(weight: object) -> bool:
     return isinstance(weight, nn.Parameter) and len(sharding.whole_shape(weight)) == 3
+
+
+def _has_stacked_weights(module: nn.Module) -> bool:
+    if _is_stack(getattr(module, "gate_up_proj", None)):
+        return True
+    # Experts without a gate. Shared experts that keep gate and up apart are no such.
+    names = ("up_proj", "down_proj")
+    stacked = all(_is_stack(getattr(module, name, None)) for name in names)
+    return stacked and not hasattr(module, "gate_proj")
 
 
 def _routers(block: nn.Module) -> list[nn.Module]:
@@ -133,8 +206,8 @@ def _routers(block: nn.Module) -> list[nn.Module]:
 
 def _fits(router: nn.Module, experts: nn.Module) -> bool:
     """Return whether the router has one weight (E, H) for these stacked experts."""
-    stack, weight = getattr(experts, "gate_up_proj", None), getattr(router, "weight", None)
-    if not (isinstance(stack, nn.Parameter) and isinstance(weight, nn.Parameter)):
+    weight = getattr(router, "weight", None)
+    if not (_has_stacked_weights(experts) and isinstance(weight, nn.Parameter)):
         return False
-    experts, *_, width = sharding.whole_shape(stack)
-    return tuple(sharding.whole_shape(weight)) == (experts, width)
+    number = sharding.whole_shape(getattr(experts, up_name(experts)))[0]
+    return tuple(sharding.whole_shape(weight)) == (number, hidden_size(experts))

@@ -24,16 +24,20 @@ from moe_kernels.models import (
     tokens,
 )
 from moe_kernels.models.config import (
-    ATTENTION_PROJECTIONS,
     EXPERT_PROJECTIONS,
     ROUTER,
     ModalityLoraConfig,
 )
-from moe_kernels.models.context import EndForward, ModalityContext, TakeModalityIds
+from moe_kernels.models.context import (
+    EndForward,
+    ModalityContext,
+    TakeModalityIds,
+    TakeModalityIdsOfLayer,
+)
 from moe_kernels.models.forwards import ForeignForward, RequireGrad
 from moe_kernels.models.handle import PatchState, is_patched
 from moe_kernels.models.intact import find_links, patched_modules
-from moe_kernels.models.parts import LayerParts, find_parts, trainable_dtype
+from moe_kernels.models.parts import LayerParts, all_experts, find_parts, trainable_dtype
 from moe_kernels.models.projections import (
     Projection,
     adapted_parts,
@@ -286,22 +290,35 @@ def _table_problems(model: PreTrainedModel) -> list[str]:
 
 def _layer_problems(parts: LayerParts, targets: tuple[str, ...], find: RoutingFinder) -> list[str]:
     """List why a layer cannot take the mask, or adapters on these targets."""
-    if parts.self_attn is None:
-        return ["no self_attn"]
     reasons = []
     if parts.experts is not None:
         reasons += experts.expert_problems(parts.experts)
+        if len(several := all_experts(parts.layer)) > 1:
+            reasons.append(
+                f"several modules of experts ({', '.join(several)}), each for some of the tokens"
+            )
         if "router" in targets and (problem := routers.problem(parts, find)):
             reasons.append(f'{problem} (leave "router" out of target_modules)')
-    if "attention" in targets:
-        for name in ATTENTION_PROJECTIONS:
-            module = parts.attention.get(name)
-            if module is None:
-                reasons.append(f'no self_attn.{name} (leave "attention" out of target_modules)')
-            elif sharding.plain_class(module) is not nn.Linear:
-                reasons.append(f"self_attn.{name} is {type(module).__name__}, not nn.Linear")
-            elif "forward" in module.__dict__:
-                reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
+    if "attention" in targets and parts.self_attn is not None:
+        reasons += _attention_problems(parts)
+    return reasons
+
+
+def _attention_problems(parts: LayerParts) -> list[str]:
+    """List why the projections of a layer's attention cannot be adapted."""
+    if not parts.attention:
+        linear = [n for n, m in parts.self_attn.named_children() if isinstance(m, nn.Linear)]
+        return [
+            f"self_attn is {type(parts.self_attn).__name__} with {', '.join(linear) or 'none'}, "
+            "without q_proj, k_proj, v_proj and o_proj or those of latent attention (leave "
+            '"attention" out of target_modules)'
+        ]
+    reasons = []
+    for name, module in parts.attention.items():
+        if sharding.plain_class(module) is not nn.Linear:
+            reasons.append(f"self_attn.{name} is {type(module).__name__}, not nn.Linear")
+        elif "forward" in module.__dict__:
+            reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
     return reasons
 
 
@@ -314,11 +331,14 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
     """
     context = ModalityContext(patched.config.backend, patched.switches)
     patched.forwards.contexts.append(context)
-    take, end = TakeModalityIds(context), EndForward(context)
-    last = parts.self_attn if parts.experts is None else parts.experts
+    first, last = parts.self_attn, parts.experts
+    take = TakeModalityIds if first is not None else TakeModalityIdsOfLayer
+    if first is None:
+        first = last = parts.layer
+    last = first if last is None else last
     patched.hooks += [
-        parts.self_attn.register_forward_pre_hook(take, with_kwargs=True),
-        last.register_forward_hook(end, always_call=True),
+        first.register_forward_pre_hook(take(context), with_kwargs=True),
+        last.register_forward_hook(EndForward(context), always_call=True),
     ]
     loras = parts.layer.modality_lora = nn.ModuleDict()
     for projection in patched.projections:
@@ -356,6 +376,7 @@ def _detach_layer(parts: LayerParts) -> None:
         routers.detach(parts.router)
     added_experts.detach(parts.layer)
     parts.layer._modules.pop("modality_lora", None)
+    TakeModalityIdsOfLayer.detach(parts.layer)
     for module in parts.attention.values():
         linear.detach(module)
 

@@ -8,7 +8,12 @@ from torch import nn
 from moe_kernels.layers import ModalityLora
 from moe_kernels.layers.modality_lora import pair_shapes
 from moe_kernels.models import sharding
-from moe_kernels.models.config import TARGETS, ModalityLoraConfig
+from moe_kernels.models.config import (
+    EXPERT_PROJECTIONS,
+    ROUTER,
+    TARGETS,
+    ModalityLoraConfig,
+)
 from moe_kernels.models.intact import without_wrappers
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.models.patterns import matches
@@ -112,18 +117,18 @@ _Found = tuple[str, str, nn.Module, str]  # key, suffix of the name, module, par
 
 def _of_experts(parts: LayerParts) -> Iterator[_Found]:
     if parts.experts is not None:
-        for key in TARGETS["experts"]:
+        for key in EXPERT_PROJECTIONS:
             yield key, f".{key}", parts.experts, key
 
 
 def _of_attention(parts: LayerParts) -> Iterator[_Found]:
-    for key in TARGETS["attention"]:
-        yield key, "", parts.attention[key], "weight"
+    for key, module in parts.attention.items():
+        yield key, "", module, "weight"
 
 
 def _of_router(parts: LayerParts) -> Iterator[_Found]:
     if parts.router is not None:
-        yield TARGETS["router"][0], "", parts.router, "weight"
+        yield ROUTER, "", parts.router, "weight"
 
 
 _FINDERS = {"experts": _of_experts, "attention": _of_attention, "router": _of_router}

@@ -217,9 +217,62 @@ def test_the_experts_of_other_families(model_type, tmp_path):
         patched.unpatch()
 
 
-def test_attention_of_another_kind():
-    match = 'no self_attn.q_proj .leave "attention" out of target_modules.'
-    refused(make_other("deepseek_v3"), ValueError, match)
+def test_latent_attention_is_adapted_by_its_own_names():
+    model, ids = make_other("deepseek_v3"), token_ids(2, 10)
+    with unchanged(model):
+        expected = model(ids).logits
+        patched = patch_model(model, ModalityLoraConfig(r=2, target_modules=("attention",)))
+        names = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+        assert [projection.key for projection in patched.projections] == names * 2
+        randomise(patched)
+        close(model(ids).logits, expected, "logits")
+        image = model(ids, modality_ids=torch.ones_like(ids))
+        close(image.logits, merge(model, patched)(ids).logits, "logits with merged updates")
+        patched.unpatch()
+
+
+def test_fused_attention_is_refused_by_name():
+    match = "layer 0: self_attn is MiniMaxLightningAttention with qkv_proj, out_proj, output_gate, "
+    refused(make_other("minimax"), ValueError, match + '.*leave "attention" out of target_modules')
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next"])
+def test_layers_without_attention(model_type):
+    """Those with attention are adapted; text keeps its bits beside and before images."""
+    model, ids = make_other(model_type), token_ids(3, 10)
+    patched = patch_model(model, ModalityLoraConfig(r=2))
+    assert {p.layer for p in patched.projections if p.key == "q_proj"} == {model.model.layers[1]}
+    randomise(patched)
+    image = torch.zeros_like(ids)
+    image[1, 4:] = image[2] = 1
+    with torch.no_grad():
+        expected, mixed = model(ids).logits, model(ids, modality_ids=image).logits
+    assert torch.equal(mixed[0], expected[0]) and torch.equal(mixed[1, :4], expected[1, :4])
+    assert not torch.isclose(mixed[1:, 4:], expected[1:, 4:]).all(-1).any()
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["none", "reentrant", "not"])
+@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next", "minimax"])
+def test_layers_without_attention_are_recomputed_with_their_ids(model_type, reentrant):
+    """Two forwards before one backward; the mask of a layer may not be that of the last forward."""
+    model, ids = make_other(model_type).train(), token_ids(2, 10)
+    patched = patch_model(model, ModalityLoraConfig(r=2, target_modules=("experts",)))
+    randomise(patched)
+    parameters = list(patched.trainable_parameters())
+
+    def loss():
+        return sum(model(ids, modality_ids=(ids + i) % 2, labels=ids).loss for i in (0, 1))
+
+    expected = torch.autograd.grad(loss(), parameters)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    functions = [layer.__dict__.get("_gradient_checkpointing_func") for layer in model.model.layers]
+    loss().backward()
+    for parameter, each in zip(parameters, expected, strict=True):
+        close(parameter.grad, each, "gradient")
+    patched.unpatch()
+    for layer, function in zip(model.model.layers, functions, strict=True):
+        assert layer.__dict__.get("_gradient_checkpointing_func") is function
 
 
 # --- undo

@@ -1,5 +1,6 @@
 """Refusals of patching and of a patched model: they name the reason and change nothing."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -59,12 +60,19 @@ def test_weights_that_an_engine_keeps_elsewhere():
     )
 
 
-def test_layers_under_another_name():
+def test_two_lists_of_layers():
     model = make_model("mixtral")
     model.model.blocks = model.model.layers
+    model.model.others = copy.deepcopy(model.model.layers)
     del model.model.layers
-    match = "its MixtralModel has no list of decoder layers, `layers`; it has embed_tokens, norm"
-    refused(model, ValueError, match)
+    match = "MixtralModel has no list of decoder layers, `layers` or one that holds experts; it has"
+    refused(model, ValueError, f"{match} embed_tokens, norm")
+
+
+def test_two_modules_of_experts_in_a_layer():
+    model = make_model("mixtral")
+    model.model.layers[1].mlp.others = copy.deepcopy(model.model.layers[1].mlp.experts)
+    refused(model, ValueError, r"layer 1: several modules of experts \(mlp.experts, mlp.others\)")
 
 
 def test_a_model_without_a_head():

@@ -70,7 +70,7 @@ FAMILIES: dict[str, tuple[type, type, dict]] = {
         },
     ),
 }
-# name -> own settings, for families whose experts are supported but not their routers or attention
+# name -> own settings, for families that are special in their routers, attention or other layers
 OTHERS = {
     "deepseek_v3": {
         "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
@@ -79,6 +79,22 @@ OTHERS = {
     },
     "glm4_moe": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
     "granitemoe": {"num_local_experts": 4},
+    # A state space, a recurrence and linear attention in the place of the first layer's attention.
+    "jamba": {
+        "num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1,
+        "expert_layer_offset": 0, "mamba_d_state": 8, "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "qwen3_next": {
+        "num_experts": 4, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8,
+        "linear_conv_kernel_dim": 3, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "mlp_only_layers": [],
+        "shared_expert_intermediate_size": 24,
+    },
+    "minimax": {
+        "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+    },
     "minimax_m2": {"num_local_experts": 4, "head_dim": 8},
 }  # fmt: skip
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
