@@ -168,9 +168,8 @@ def attach(
         routers.set_added_experts(parts.router, added_experts(parts.layer))
     if not patched.extensions:
         first = next(iter(layers.values()))
-        base = getattr(patched.model, patched.model.base_model_prefix, patched.model)
         cut = _CutRouterLogits(first.num_experts)
-        patched.hooks.append(base.register_forward_hook(cut))
+        patched.hooks.append(patched.decoder.register_forward_hook(cut))
     patched.extensions.append(config)
 
 

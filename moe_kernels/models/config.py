@@ -4,6 +4,7 @@ import json
 import operator
 import re
 import reprlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ class ModalityLoraConfig:
         sequence_modalities: the ``modalities`` that belong to a whole sequence, such as a task. A
             token of the base modality that ``generate`` appends takes such a modality from the
             last column of the given ``modality_ids``.
+        token_ids: ids of the model's own tokens that belong to a modality, by its name, such as
+            the image placeholder of a multimodal model: ``{"image": (151655,)}``. Their rows in
+            the embedding and the head stay frozen.
 
     Raises:
         ValueError: a field has an impossible value.
@@ -71,6 +75,7 @@ class ModalityLoraConfig:
     backend: str | None = None
     layers_to_transform: tuple[int, ...] | None = None
     sequence_modalities: tuple[str, ...] = ()
+    token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("modalities", "target_modules", "sequence_modalities"):
@@ -91,6 +96,7 @@ class ModalityLoraConfig:
                 f"sequence_modalities has {sorted(unknown)}, which modalities {names} does not have"
             )
         self._check_layers()
+        self._check_token_ids()
         check_pattern("rank_pattern", self.rank_pattern)
         check_pattern("alpha_pattern", self.alpha_pattern)
         self._check_ranks()
@@ -113,6 +119,21 @@ class ModalityLoraConfig:
                 f"got {layers!r}"
             )
         object.__setattr__(self, "layers_to_transform", tuple(sorted(set(layers))))
+
+    def _check_token_ids(self) -> None:
+        if not isinstance(self.token_ids, Mapping) or not set(self.token_ids) <= set(
+            self.modalities
+        ):
+            raise ValueError(
+                f"token_ids must map names of {self.modalities} to ids, got {self.token_ids!r}"
+            )
+        ids = {name: tuple(map(as_integer, each)) for name, each in self.token_ids.items()}
+        listed = [each for of_one in ids.values() for each in of_one]
+        if None in listed or min(listed, default=0) < 0 or len(set(listed)) < len(listed):
+            raise ValueError(
+                f"token_ids must be distinct integers from 0 on, got {self.token_ids!r}"
+            )
+        object.__setattr__(self, "token_ids", ids)
 
     def _check_ranks(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):

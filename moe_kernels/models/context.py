@@ -36,10 +36,13 @@ class ModelCall:
     Attributes:
         fused_loss: what the head computes in place of logits, or None.
         head_ran: the head has run, added rows included.
+        for_decoder: keywords for the text model of a multimodal model, which calls other parts
+            with its own keywords too.
     """
 
     fused_loss: Callable[..., Tensor] | None = None
     head_ran: bool = False
+    for_decoder: dict[str, Any] = field(default_factory=dict)
 
 
 _LEFT_OUT = (

@@ -23,10 +23,12 @@ from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.models.intact import check_engine, check_experts, check_links, check_offload
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
+from moe_kernels.models.parts import find_decoder
 from moe_kernels.models.tokens import beside_rows
 from moe_kernels.models.training import check_training
 
 _OURS = "_of_patched_model"
+_OF_LAYERS = ("modality_ids", "added_experts")  # keywords that the decoder layers take
 # Modules with forwards that call the inner model and ask get_output_embeddings() for the head.
 _FUSED_HEADS = ("trl.trainer.utils",)
 
@@ -48,6 +50,8 @@ def forward_of(model_class: type[PreTrainedModel]) -> Callable:
             _check_loss(self)
         _prepare(patched, kwargs, modality_ids)
         call, before = ModelCall(_fused_loss(patched, kwargs)), patched.forwards.begin()
+        if patched.decoder is not self.base_model:
+            call.for_decoder = {n: kwargs.pop(n) for n in _OF_LAYERS if n in kwargs}
         try:
             with patched.switches.in_forward(call):
                 output = inner(self, **kwargs)
@@ -161,10 +165,11 @@ class ForeignForward:
 
     def register(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Register the hooks and return their handles."""
-        inner = getattr(self.model, self.model.base_model_prefix)
+        inner, decoder = self.model.base_model, find_decoder(self.model)
         return [
             self.model.register_forward_pre_hook(self.before, with_kwargs=True),
             inner.register_forward_pre_hook(self.before_inner, with_kwargs=True),
+            decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
             self.model.register_forward_hook(self.after, always_call=True),
         ]
 
@@ -200,6 +205,15 @@ class ForeignForward:
         _prepare(patched, kwargs, kwargs.pop("modality_ids", None))
         patched.switches.awaits_head = fused and bool(patched.added_tokens)
         return (), kwargs
+
+    def before_decoder(
+        self, module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """Hand the modality ids of a multimodal model's own forward to its text model."""
+        call = get_patched(self.model).switches.call
+        if call is None or not call.for_decoder:
+            return None
+        return args, kwargs | call.for_decoder
 
     def _check_forward(self, patched: PatchState, kwargs: dict) -> bool:
         """Return whether a fused head calls, which needs the head; raise if it is unknown."""

@@ -19,7 +19,7 @@ from moe_kernels.models.intact import (
     check_offload,
     without_wrappers,
 )
-from moe_kernels.models.parts import LayerParts
+from moe_kernels.models.parts import LayerParts, find_decoder
 from moe_kernels.models.projections import Projection
 
 HANDLE = "_modality_patch"
@@ -34,6 +34,7 @@ class PatchState(CopiedAlone):
     Attributes:
         model: the model that was patched, in place.
         config: the configuration that it was patched with.
+        decoder: the module with the decoder layers: the text model of a multimodal model.
         parts: the parts of each decoder layer.
         projections: the frozen weights that have low-rank pairs.
         init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
@@ -65,6 +66,7 @@ class PatchState(CopiedAlone):
     ):
         self.model = model
         self.config = config
+        self.decoder = find_decoder(model)
         self.parts = tuple(parts)
         self.projections = tuple(projections)
         self.switches = Switches()
@@ -121,7 +123,7 @@ class PatchState(CopiedAlone):
         return range(0)
 
     def modality_of(self, input_ids: Tensor) -> Tensor:
-        """Return the modality, int64, of each token id: 0 below V, else that of its added token.
+        """Return the modality, int64, of each token id: that of an added or declared token, or 0.
 
         The ranges of ids are numbers of this handle, not a tensor: ``to_empty`` leaves the values
         of a tensor undefined, and a table of zeros would switch all adapters off.
@@ -131,6 +133,10 @@ class PatchState(CopiedAlone):
         for modality, count in self.added_tokens.items():
             modality_ids = torch.where(input_ids >= first, self.modality_id(modality), modality_ids)
             first += count
+        for modality, ids in self.config.token_ids.items():
+            for each in ids:
+                declared = self.modality_id(modality)
+                modality_ids = torch.where(input_ids == each, declared, modality_ids)
         return modality_ids
 
     @property

@@ -21,7 +21,7 @@ from moe_kernels.models.intact import needs_ours
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parameters import check_values, named_adapter_parameters
-from moe_kernels.models.tokens import JoinedHead
+from moe_kernels.models.tokens import JoinedHead, set_config_vocab_size
 
 _LOSS = "_loss_function"  # where transformers looks for a model's own loss
 
@@ -102,7 +102,8 @@ def _as_base(model: PreTrainedModel) -> PreTrainedModel:
     for name in (*_methods_of(type(model)), HANDLE):
         base.__dict__.pop(name, None)  # the user may have removed one
     base.config = copy.deepcopy(model.config)
-    size = base.config.vocab_size = get_patched(model).base_vocabulary
+    size = get_patched(model).base_vocabulary
+    set_config_vocab_size(base.config, size)
     settings = base.generation_config = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [i for i in settings.suppress_tokens or () if i < size] or None
     return base

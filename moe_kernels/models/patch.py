@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_kernels import backends
 from moe_kernels.layers import ModalityLora
@@ -73,7 +73,7 @@ class PatchedModel(PatchState):
         projections: Sequence[Projection],
     ):
         super().__init__(model, config, parts, projections)
-        self._original_config = model.config
+        self._original_configs: dict[nn.Module, PretrainedConfig] = {}
         self._original_generation_config = copy.deepcopy(model.generation_config)
         self._original_vocab_sizes = tokens.vocab_sizes(model)
         self._quantisation: dict = {}
@@ -154,7 +154,8 @@ class PatchedModel(PatchState):
         if model.__dict__.pop("_original_forward", None) is not None:
             # accelerate's autocast went with our forward: it may wrap the model again.
             model.__dict__.pop("_is_accelerate_prepared", None)
-        _set_config(model, model.config, self._original_config)
+        for module, config in self._original_configs.items():
+            module.config = config
         quantisation.restore(model, self._quantisation)
         model.generation_config = self._original_generation_config
         for module, size in self._original_vocab_sizes.items():
@@ -222,6 +223,9 @@ def _check_model(
                 f"{name} is not supported: layer {index}: {'; '.join(reasons)}. docs/patching.md "
                 "says which layouts are"
             )
+    size = model.get_input_embeddings().num_embeddings
+    if outside := [each for ids in config.token_ids.values() for each in ids if each >= size]:
+        raise ValueError(f"token_ids has {outside}: {name} has tokens 0..{size - 1}")
     projections = find_projections(model, config, parts)
     if config.target_modules and not projections:
         raise ValueError(
@@ -277,15 +281,31 @@ def _table_problems(model: PreTrainedModel) -> list[str]:
         )
     if "forward" in model.__dict__:
         reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
-    for module, required in (
-        (model.get_input_embeddings(), nn.Embedding),
-        (model.get_output_embeddings(), nn.Linear),
-    ):
-        if sharding.plain_class(module) is not required:
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for module, required in ((table, nn.Embedding), (head, nn.Linear)):
+        found = sharding.plain_class(module)
+        if found is not required and not (module is table and _reads_weight(table)):
             reasons.append(f"a {type(module).__name__} where nn.{required.__name__} is needed")
         elif "forward" in module.__dict__:
             reasons.append(f"its {required.__name__} has a forward of its own (a device map?)")
     return reasons
+
+
+@torch.no_grad()
+def _reads_weight(table: nn.Module) -> bool:
+    """Return whether an embedding that scales or normalises rows does so with other rows too."""
+    weight = table.weight if isinstance(table, nn.Embedding) else None
+    if weight is None or not weight.is_floating_point() or sharding.is_sharded(weight):
+        return False
+    ids = torch.arange(min(4, table.num_embeddings), device=weight.device)
+    other = torch.ones_like(weight[: len(ids)])
+    try:
+        expected, found = table(ids), tokens.embed(ids, table, weight)
+        return torch.equal(expected, found) and not torch.equal(
+            found, tokens.embed(ids, table, other)
+        )
+    except RuntimeError:
+        return False
 
 
 def _layer_problems(parts: LayerParts, targets: tuple[str, ...], find: RoutingFinder) -> list[str]:
@@ -356,11 +376,12 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
 
 def _attach_model(patched: PatchedModel) -> None:
     model = patched.model
-    _set_config(model, model.config, copy.deepcopy(model.config))
+    patched._original_configs = _copy_configs(model)
     quantisation.clear(model.config)
     patched._quantisation = quantisation.take_flags(model)
-    # Not set_experts_implementation: it refuses a subclass that a script defines by itself.
-    model.config._experts_implementation = experts.IMPLEMENTATION
+    for parts in patched.moe_layers.values():
+        # Not set_experts_implementation: it refuses a subclass that a script defines by itself.
+        parts.experts.config._experts_implementation = experts.IMPLEMENTATION
     table = model.get_input_embeddings()
     patched.hooks.append(table.register_forward_hook(RequireGrad(model)))
     tokens.attach_head(model, patched.switches)
@@ -400,7 +421,19 @@ def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLo
     return lora
 
 
-def _set_config(model: nn.Module, old, new) -> None:
+def _copy_configs(model: PreTrainedModel) -> dict[nn.Module, PretrainedConfig]:
+    """Give a model a copy of its configuration, and its modules the parts of the copy.
+
+    The parts of a multimodal model have parts of its configuration, where their experts look for
+    their implementation. Returns the configurations that modules had before.
+    """
+    copies: dict[int, object] = {}
+    copy.deepcopy(model.config, copies)
+    before = {}
     for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
+        config = module.__dict__.get("config")
+        if isinstance(config, PretrainedConfig):
+            before[module] = config
+            # deepcopy notes each copy, and keeps those of configurations that hang elsewhere too.
+            module.config = copy.deepcopy(config, copies)
+    return before

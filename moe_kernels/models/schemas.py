@@ -12,6 +12,7 @@ LORA = {
     "shared_A": Maybe(bool),
     "layers_to_transform": Maybe(Nullable([int])),
     "sequence_modalities": Maybe([str]),
+    "token_ids": Maybe({str: [int]}),
 }
 EXTENSION = {
     "experts": {str: int},

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_kernels.init.rows import (
     GromovWassersteinDiagnostics,
@@ -18,7 +18,7 @@ from moe_kernels.layers.whole import whole
 from moe_kernels.models import sharding
 from moe_kernels.models.context import Switches
 from moe_kernels.models.handle import get_patched
-from moe_kernels.models.parts import trainable_dtype
+from moe_kernels.models.parts import find_decoder, trainable_dtype
 from moe_kernels.models.undo import all_or_nothing
 
 ROWS = "added_rows"
@@ -84,7 +84,7 @@ def add_modality_tokens(
             f"the model has tokens of modality {modality!r} already: add all of them in one call, "
             "after unpatch() and a new patch_model()"
         )
-    if problem := sharding.problem(model):
+    if problem := sharding.problem(model) or _other_table(model):
         raise ValueError(f"tokens cannot be added: {problem}")
     sharding.reshard(model)
     check_row_init(init, num_tokens, num_delimiters, features, init_options)
@@ -108,6 +108,22 @@ def add_modality_tokens(
         patched.added_tokens[modality] = num_tokens
         _grow_vocabulary(model, ids)
         return ids
+
+
+def _other_table(model: PreTrainedModel) -> str | None:
+    """Return what else of a model has an entry for each token, which added ones would lack."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    size, decoder = table.num_embeddings, get_patched(model).decoder
+    for name, module in decoder.named_modules():
+        other = isinstance(module, nn.Embedding) and module is not table and module is not head
+        if other and module.num_embeddings == size:
+            return f"{type(decoder).__name__}.{name} has a row for each token too"
+    for name, each in decoder.named_buffers():
+        if not each.is_floating_point() and each.ndim and each.shape[0] == size:
+            return f"{type(decoder).__name__}.{name} has an entry for each token too"
+    if getattr(model.config.get_text_config(), "unpadded_vocab_size", None) is not None:
+        return "the model cuts its logits to config.unpadded_vocab_size"
+    return None
 
 
 def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Tensor]) -> None:
@@ -155,8 +171,16 @@ def remove(model: PreTrainedModel) -> None:
 
 def vocab_sizes(model: PreTrainedModel) -> dict[nn.Module, int]:
     """Return the vocabulary's size in each module that keeps it."""
-    modules = (model, getattr(model, model.base_model_prefix, model))
-    return {module: module.vocab_size for module in modules if hasattr(module, "vocab_size")}
+    modules = (model, model.base_model, find_decoder(model))
+    return {each: each.vocab_size for each in modules if hasattr(each, "vocab_size")}
+
+
+def set_config_vocab_size(config: PretrainedConfig, size: int) -> None:
+    """Set the vocabulary's size where a configuration keeps it: in that of the text model."""
+    text = config.get_text_config()
+    if text is not config and getattr(config, "vocab_size", None) == text.vocab_size:
+        config.vocab_size = size
+    text.vocab_size = size
 
 
 def _rows(module: nn.Module) -> nn.ParameterDict | dict:
@@ -164,7 +188,7 @@ def _rows(module: nn.Module) -> nn.ParameterDict | dict:
 
 
 def _set_vocab_size(model: PreTrainedModel, size: int) -> None:
-    model.config.vocab_size = size
+    set_config_vocab_size(model.config, size)
     for module in vocab_sizes(model):
         module.vocab_size = size
 
@@ -218,9 +242,18 @@ def _num_added(module: nn.Module) -> int:
 
 def _embedding_forward(self: nn.Embedding, input_ids: Tensor) -> Tensor:
     first = self.weight.shape[0]
-    text = F.embedding(input_ids.clamp(max=first - 1), self.weight, self.padding_idx)
-    added = F.embedding((input_ids - first).clamp(min=0), _added(self))
+    text = type(self).forward(self, input_ids.clamp(max=first - 1))
+    added = embed((input_ids - first).clamp(min=0), self, _added(self))
     return torch.where((input_ids >= first)[..., None], added, text)
+
+
+def embed(input_ids: Tensor, table: nn.Embedding, rows: Tensor) -> Tensor:
+    """Look up rows (n, H) as the table's class does, which may scale or normalise them."""
+    if sharding.plain_class(table) is nn.Embedding:
+        return F.embedding(input_ids, rows)
+    like = copy.copy(table)
+    like.__dict__ |= {"_parameters": table._parameters | {"weight": rows}, "padding_idx": None}
+    return type(table).forward(like, input_ids)
 
 
 def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:

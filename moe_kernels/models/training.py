@@ -56,7 +56,7 @@ def _check(patched: PatchState, ids_given: bool) -> None:
 
 def _warn_of_idle_adapters(patched: PatchState) -> None:
     for modality in patched.config.modalities:
-        if modality in patched.added_tokens or modality in patched.warned:
+        if modality in {*patched.added_tokens, *patched.config.token_ids, *patched.warned}:
             continue
         extended = {config.modality for config in patched.extensions}
         by_peft = patched.modality_id(modality) in modalities_of_peft(patched.links)
