@@ -13,12 +13,12 @@ from moe_kernels import backends
 from moe_kernels.models.handle import PatchState, get_patched, is_patched
 from moe_kernels.models.intact import find_links
 from moe_kernels.models.parameters import is_added, named_adapter_parameters
+from moe_kernels.models.peft_names import watch_names
 from moe_kernels.models.peft_stacks import (
     KernelForward,
     Stack,
     find_stacks,
     is_accelerated,
-    note_batches,
 )
 from moe_kernels.models.undo import all_or_nothing
 
@@ -73,7 +73,7 @@ def accelerate_peft(
         _check_masked(model, found)
     with all_or_nothing(model):
         undo = _bind(model, patched, found) if patched is not None else []
-        undo += [hook.remove for hook in note_batches(model, found)]
+        undo += watch_names(model, {name: stack.wrappers for name, stack in found.items()})
         for stack in found.values():
             stack.attach(KernelForward(stack, modality_id, backend))
             undo.append(stack.detach)

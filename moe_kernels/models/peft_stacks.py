@@ -7,24 +7,22 @@ is replaced here: routed rows pass through A and B, and no weight is made or get
 Everything else stays PEFT's.
 """
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from moe_kernels import ops
 from moe_kernels.models import sharding
 from moe_kernels.models.config import EXPERT_PROJECTIONS
 from moe_kernels.models.context import MISSING, EndForward, ModalityContext
 from moe_kernels.models.experts import expert_problems, layout_problems
+from moe_kernels.models.peft_names import by_sequence, number_of_hooks
 from moe_kernels.models.peft_pairs import read_pairs
 from moe_kernels.ops import LoraWeights
 
-_BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
 _NOT_OURS = ("_forward_pre_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -178,15 +176,6 @@ def _calls(module: nn.Module) -> bool:
     return not all(isinstance(hook, EndForward) for hook in module._forward_hooks.values())
 
 
-def number_of_hooks(module: nn.Module, kind: str) -> int:
-    """Return the number of a module's hooks.
-
-    A graph of torch.compile has no guard on hooks that are read as an attribute of the module, and
-    would not see those that come later. It has one on their number in ``__dict__``.
-    """
-    return len(module.__dict__[kind])
-
-
 def is_accelerated(module: nn.Module) -> bool:
     """Return whether :func:`accelerate_peft` computes a wrapper of PEFT."""
     return isinstance(module.__dict__.get("forward"), KernelForward)
@@ -223,14 +212,11 @@ class KernelForward:
         disabled = outermost.disable_adapters
         if unmasked and (disabled or (adapter_names is None and self.stack.as_peft())):
             return type(outermost).forward(outermost, hidden_states, top_k_index, top_k_weights)
-        if adapter_names is not None and torch.compiler.is_compiling():
-            # Ends the graph here: it would keep these names, which PEFT hands down by hooks.
-            raise RuntimeError("adapter_names do not go into a graph of torch.compile")
         self._check(adapter_names is not None)
         if adapter_names is None:
             groups, ids = None, torch.ones_like(top_k_index[:, 0], dtype=torch.int64)
         else:
-            groups, ids = _by_sequence(self.stack, adapter_names, hidden_states)
+            groups, ids = by_sequence(self.stack.wrappers, adapter_names, hidden_states)
         output = None
         try:
             output = ops.moe_mlp(
@@ -276,73 +262,3 @@ class KernelForward:
         of_rows = context.modality_ids.reshape(-1)
         ids = torch.where(of_rows == self.modality_id, ids, 0)
         return torch.where(of_rows < 0, of_rows, ids)
-
-
-def _by_sequence(
-    stack: Stack, adapter_names: Sequence[str], hidden_states: Tensor
-) -> tuple[list[tuple[str, ...]], Tensor]:
-    """Return adapters as groups of one, and the number of each row's group, 0 for none."""
-    if any(each.merged or each.disable_adapters for each in stack.wrappers):
-        raise ValueError(
-            "adapter_names cannot be given while adapters are merged, or disabled for one of the "
-            "projections: model.unmerge_adapter(), model.base_model.enable_adapter_layers()"
-        )
-    batch, tokens = getattr(_noted, "batch", None), hidden_states.shape[0]
-    if batch not in (None, len(adapter_names)) or tokens % len(adapter_names):
-        raise ValueError(
-            f"adapter_names must have one name for each sequence, got {len(adapter_names)} for "
-            f"{batch or '?'} sequences of {tokens} tokens"
-        )
-    names = [name for name in dict.fromkeys(adapter_names) if name != _BASE]
-    numbers = {name: number for number, name in enumerate(names, 1)} | {_BASE: 0}
-    ids = torch.tensor([numbers[name] for name in adapter_names], device=hidden_states.device)
-    # One group at least: a batch of the base alone still has its shapes.
-    return [(name,) for name in names] or [()], ids.repeat_interleave(tokens // len(adapter_names))
-
-
-# The number of sequences, which experts do not see. Hooks of the module that calls them note it.
-_noted = threading.local()
-
-
-def note_batches(
-    model: nn.Module, names: Iterable[str]
-) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    """Register the hooks that ``adapter_names`` need.
-
-    Args:
-        model: the model of PEFT.
-        names: of its outermost wrappers.
-    """
-    for name in names:
-        block = model.get_submodule(name.rpartition(".")[0])
-        yield block.register_forward_pre_hook(_note_batch)
-        yield block.register_forward_hook(_forget_batch, always_call=True)
-    from peft import PeftModel
-
-    for each in model.modules():
-        if isinstance(each, PeftModel | PreTrainedModel):
-            yield each.register_forward_hook(_forget_names, always_call=True)
-
-
-def _note_batch(module: nn.Module, args: tuple) -> None:
-    if not torch.compiler.is_compiling():
-        _noted.batch = args[0].shape[0] if args and args[0].ndim == 3 else None
-
-
-def _forget_batch(module: nn.Module, args: tuple, output: object) -> None:
-    if not torch.compiler.is_compiling():
-        _noted.batch = None
-
-
-def _forget_names(module: nn.Module, args: tuple, output: object) -> None:
-    """Take away the ``adapter_names`` of a forward that has failed.
-
-    PEFT (0.21) leaves them with its wrappers, and forwards without names would use them.
-    """
-    if output is not None:
-        return
-    for each in module.modules():
-        for number, hook in tuple(each._forward_pre_hooks.items()):
-            if "adapter_names" in getattr(hook, "keywords", ()):
-                del each._forward_pre_hooks[number]
-                each._forward_pre_hooks_with_kwargs.pop(number, None)

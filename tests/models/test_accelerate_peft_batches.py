@@ -26,9 +26,9 @@ OTHER = {"r": 5, "lora_alpha": 2}
 NAMES = ["other", "default", BASE]
 
 
-def make(family="mixtral", **settings):
+def make(family="mixtral", *, model=None, **settings):
     """Return an accelerated model with two adapters of different ranks."""
-    return make_pair(family, second=OTHER | settings, **settings)[1].eval()
+    return make_pair(family, second=OTHER | settings, model=model, **settings)[1].eval()
 
 
 def alone(model, name, ids, run):
@@ -136,6 +136,28 @@ def test_disabled_adapters_stay_disabled():
     model = make()
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(IDS, adapter_names=NAMES).logits, model(IDS).logits)
+
+
+def test_another_thread_while_names_are_given():
+    """It would use these names, which PEFT's hooks hand to all threads."""
+    model, errors = make(target_modules=["q_proj"]), []
+    expected = [model(IDS, adapter_names=NAMES).logits, model(IDS).logits]
+
+    def run():
+        with pytest.raises(RuntimeError, match="another thread runs this model with adapter_names"):
+            model(IDS)
+        errors.append(True)
+
+    def run_another(module, args, output):
+        hook.remove()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    hook = model.get_base_model().model.embed_tokens.register_forward_hook(run_another)
+    assert torch.equal(model(IDS, adapter_names=NAMES).logits, expected[0])
+    assert errors
+    assert torch.equal(model(IDS).logits, expected[1])
 
 
 def test_threads_run_one_model():
@@ -295,12 +317,20 @@ def test_a_parameter_of_the_model_itself():
         get_peft_model(Model(), LoraConfig(target_parameters=["down_proj"]))
 
 
-def test_a_compiled_model_takes_other_names():
-    """The experts of such a forward are left uncompiled: a graph would keep its first names."""
-    model, compiled = make(), make()
-    compiled = torch.compile(compiled, backend="eager")
+@pytest.mark.parametrize("how", ["model", "layers"])
+def test_a_compiled_model_takes_other_names(how):
+    """Layers that are handed names are left uncompiled: a graph would keep its first names."""
+    torch._dynamo.reset()
+    settings = {"target_modules": ["q_proj"], "target_parameters": [EXPERTS[0]]}
+    settings["model"] = {"num_hidden_layers": 1}
+    model, compiled = make(**settings), make(**settings)
+    if how == "model":
+        compiled = torch.compile(compiled, backend="eager")
+    else:
+        for layer in compiled.get_base_model().model.layers:
+            layer.compile(backend="eager")
     with torch.no_grad():
-        for names in (NAMES, NAMES[::-1], None, NAMES):
+        for names in (None, NAMES, [BASE, *NAMES[:2]], None, NAMES[::-1]):
             given = {} if names is None else {"adapter_names": names}
             expected = model(IDS, **given).logits
             assert relative_rms(compiled(IDS, **given).logits, expected) < 1e-5
