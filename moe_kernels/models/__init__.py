@@ -4,7 +4,7 @@ from moe_kernels.models.callback import SaveAdapter
 from moe_kernels.models.config import ModalityLoraConfig
 from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
 from moe_kernels.models.patch import PatchedModel, patch_model
-from moe_kernels.models.peft_experts import AcceleratedPeft, accelerate_peft
+from moe_kernels.models.peft_experts import AcceleratedPeft, accelerate_peft, get_accelerated
 from moe_kernels.models.sharding import shard_evenly
 from moe_kernels.models.tokens import add_modality_tokens
 
@@ -16,6 +16,7 @@ __all__ = [
     "SaveAdapter",
     "accelerate_peft",
     "add_modality_tokens",
+    "get_accelerated",
     "initialise_lora",
     "patch_model",
     "shard_evenly",

@@ -22,6 +22,8 @@ from moe_kernels.models.peft_stacks import (
 )
 from moe_kernels.models.undo import all_or_nothing
 
+_HANDLE = "_accelerated_peft"
+
 
 def accelerate_peft(
     model: nn.Module, *, modality: str | None = None, backend: str | None = None
@@ -42,7 +44,7 @@ def accelerate_peft(
         backend: see :func:`moe_kernels.backends.select`.
 
     Returns:
-        A handle, whose ``undo`` gives the experts back to PEFT.
+        A handle, whose ``undo`` gives the experts back to PEFT; see :func:`get_accelerated`.
 
     Raises:
         TypeError: PEFT is not installed, or the model is not a module.
@@ -61,6 +63,12 @@ def accelerate_peft(
             f"{type(model).__name__} has no experts with adapters of PEFT: give LoraConfig "
             'target_parameters, such as ["experts.gate_up_proj", "experts.down_proj"]'
         )
+    if any(is_accelerated(stack.outermost) for stack in found.values()):
+        raise ValueError(
+            "this model was accelerated already, or is a copy of one that was: "
+            "moe_kernels.get_accelerated(model) returns its handle, whose undo() gives the experts "
+            "back to PEFT"
+        )
     problems = [f"{name}: {each}" for name, stack in found.items() for each in stack.problems()]
     if problems:
         raise ValueError(f"these experts cannot be computed: {'; '.join(problems)}")
@@ -78,7 +86,34 @@ def accelerate_peft(
             stack.attach(KernelForward(stack, modality_id, backend))
             undo.append(stack.detach)
         wrappers = tuple(stack.outermost for stack in found.values())
-        return AcceleratedPeft(model, tuple(found), wrappers, tuple(undo))
+        handle = AcceleratedPeft(model, tuple(found), wrappers, tuple(undo))
+        model.__dict__[_HANDLE] = handle  # copied, and pickled, with the model
+        return handle
+
+
+def get_accelerated(model: nn.Module) -> "AcceleratedPeft":
+    """Return the handle of an accelerated model, or of a deepcopy or an unpickled copy of one.
+
+    Args:
+        model: that was given to :func:`accelerate_peft`, or a module around it.
+
+    Raises:
+        ValueError: the model is not accelerated, or is but a part of one that is.
+
+    Example:
+        >>> moe_kernels.get_accelerated(copy.deepcopy(model)).undo()
+    """
+    handles = (module.__dict__.get(_HANDLE) for module in model.modules())
+    handle = next(filter(None, handles), None)
+    if handle is not None:
+        return handle
+    name = type(model).__name__
+    if any(map(is_accelerated, model.modules())):
+        raise ValueError(
+            f"this {name} is a part of an accelerated model, whose whole has the handle: copy and "
+            "give the model that accelerate_peft was given"
+        )
+    raise ValueError(f"this {name} is not accelerated: call accelerate_peft(model) first")
 
 
 @dataclass(frozen=True)
@@ -102,15 +137,16 @@ class AcceleratedPeft:
         Raises:
             RuntimeError: a forward was replaced since, and nothing has changed.
         """
+        if self.model.__dict__.get(_HANDLE) is not self:
+            return
         for name, module in zip(self.names, self.modules, strict=True):
             if "forward" in module.__dict__ and not is_accelerated(module):
                 raise RuntimeError(
                     f"the forward of {name} was replaced after accelerate_peft (a device map?): "
                     "put it back first (accelerate.hooks.remove_hook_from_submodules)"
                 )
-        if not any(map(is_accelerated, self.modules)):
-            return
         with all_or_nothing(self.model):
+            del self.model.__dict__[_HANDLE]
             for each in self._undo:
                 each()
 
@@ -194,7 +230,8 @@ def _bind(
     adapters = (p for stack in found.values() for p in stack.outermost.parameters())
     if not any(adapter.requires_grad for adapter in adapters):
         rows = []  # a model for inference
-    undo = [functools.partial(row.requires_grad_, False) for row in rows]
+    # No methods of built-in types here: deepcopy would leave them those of the original.
+    undo = [functools.partial(setattr, row, "requires_grad", False) for row in rows]
     for row in rows:
         row.requires_grad_(True)
     undo.append(functools.partial(setattr, patched, "links", patched.links))
@@ -209,7 +246,7 @@ def _bind(
     saving = [each for each in model.modules() if isinstance(each, PeftModel)]
     for each in saving:
         each.save_pretrained = types.MethodType(_save_with_rows, each)
-        undo.append(functools.partial(each.__dict__.pop, "save_pretrained", None))
+        undo.append(functools.partial(delattr, each, "save_pretrained"))
     if not saving:
         warnings.warn(
             "PEFT's save_pretrained leaves out rows of added tokens, as this is no PeftModel but a "

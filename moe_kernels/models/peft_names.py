@@ -98,7 +98,7 @@ class _NamesOfThread:
 
     @property
     def keywords(self) -> dict:
-        """Those of PEFT's hook, the names among them."""
+        """Keyword arguments of PEFT's hook, the names among them."""
         return self.hook.keywords
 
     def __call__(self, *inputs) -> object:

@@ -61,8 +61,7 @@ class Stack:
         found = expert_problems(self.experts)
         names = [wrapper.parameter_name for wrapper in self.wrappers]
         if _has_own_forward(self.outermost):
-            what = "by accelerate_peft" if is_accelerated(self.outermost) else "(a device map?)"
-            found.append(f"its forward was replaced {what}")
+            found.append("its forward was replaced (a device map?)")
         found += self.unseen()
         if unknown := sorted(set(names) - set(EXPERT_PROJECTIONS)):
             found.append(f"adapters on {', '.join(unknown)}")

@@ -23,9 +23,10 @@ from support.peft_models import (
     make_peft,
     run_experts,
 )
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_kernels import accelerate_peft
+from moe_kernels import accelerate_peft, get_accelerated
 from moe_kernels.models.peft_stacks import is_accelerated
 from moe_kernels.testing import relative_rms, working_backends
 
@@ -274,12 +275,28 @@ def test_saved_files_are_the_same_bytes(tmp_path):
 # --- the model as an object
 
 
+def assert_undone(copied, original):
+    """Undo a copy of an accelerated model, which leaves the original, and accelerate it anew."""
+    plain = make_peft()
+    handle = get_accelerated(nn.Sequential(copied))
+    assert handle.model is copied
+    handle.undo()
+    for module, other in zip(copied.modules(), plain.modules(), strict=True):
+        assert vars(module).keys() == vars(other).keys()
+        assert len(module._forward_hooks) == len(other._forward_hooks)
+        assert len(module._forward_pre_hooks) == len(other._forward_pre_hooks)
+    assert get_accelerated(original).modules[0] is experts_of(original)
+    assert is_accelerated(experts_of(original))
+    accelerate_peft(copied)
+
+
 def test_a_deepcopy_has_adapters_of_its_own():
     theirs, ours = make_pair()
     copied = copy.deepcopy(ours)
     fill_adapters(ours, seed=8)
     assert is_accelerated(experts_of(copied))
     assert_same_model(copied, theirs)
+    assert_undone(copied, ours)
 
 
 def test_a_pickle_is_accelerated():
@@ -290,6 +307,7 @@ def test_a_pickle_is_accelerated():
     loaded = torch.load(file, weights_only=False)
     assert is_accelerated(experts_of(loaded))
     assert_same_model(loaded, theirs)
+    assert_undone(loaded, ours)
 
 
 def test_undo_is_exact():
@@ -306,6 +324,9 @@ def test_undo_is_exact():
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
     handle.undo()
     accelerate_peft(ours)
+    handle.undo()  # that of an earlier call does nothing
+    assert_same_model(ours, theirs)
+    assert is_accelerated(experts_of(ours))
 
 
 def test_an_injected_model():

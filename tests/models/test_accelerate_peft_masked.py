@@ -14,6 +14,7 @@ from moe_kernels import (
     ModalityLoraConfig,
     accelerate_peft,
     add_modality_tokens,
+    get_accelerated,
     patch_model,
 )
 from moe_kernels.models.handle import get_patched
@@ -164,6 +165,12 @@ def test_a_deepcopy():
     train(peft)
     assert torch.equal(text_logits(copied, MIXED), expected)
     assert get_patched(copied.get_base_model()) is not get_patched(peft.get_base_model())
+    get_accelerated(copied).undo()
+    assert not any("added_rows" in name for name in trained(copied))
+    assert "save_pretrained" not in vars(copied)
+    assert any("added_rows" in name for name in trained(peft))
+    accelerate_peft(copied, modality="image")
+    assert torch.equal(text_logits(copied, MIXED), expected)
 
 
 # --- rows of added tokens

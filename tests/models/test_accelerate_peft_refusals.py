@@ -1,6 +1,7 @@
 """Refusals of accelerate_peft: what it does not compute is named, before any work."""
 
 import builtins
+import copy
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.model_zoo import make_model, unchanged
 from support.peft_models import EXPERTS, IDS, experts_of, lora_config, make_pair, make_peft
 from torch import nn
 
-from moe_kernels import ModalityLoraConfig, accelerate_peft, patch_model
+from moe_kernels import ModalityLoraConfig, accelerate_peft, get_accelerated, patch_model
 
 
 def refused(model, match, error=ValueError, **settings):
@@ -165,7 +166,15 @@ def test_two_wrappers_of_one_parameter():
 
 def test_a_model_that_was_accelerated():
     model = make_pair()[1]
-    refused(model, "its forward was replaced by accelerate_peft")
+    refused(model, r"accelerated already, or is a copy of one.*get_accelerated\(model\) returns")
+
+
+def test_a_handle_that_is_not_there():
+    with pytest.raises(ValueError, match=r"this PeftModel is not accelerated: call accelerate_pef"):
+        get_accelerated(make_peft())
+    part = copy.deepcopy(make_pair()[1].get_base_model())
+    with pytest.raises(ValueError, match="MixtralForCausalLM is a part of an accelerated model"):
+        get_accelerated(part)
 
 
 @pytest.mark.parametrize("module", [experts_of, inner], ids=["wrapper", "experts"])
