@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from moe_kernels import backends
+from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState, get_patched, is_patched
 from moe_kernels.models.intact import find_links
 from moe_kernels.models.parameters import is_added, named_adapter_parameters
@@ -221,6 +223,28 @@ def _save_with_rows(self: nn.Module, *args, **kwargs) -> object:
     return save(*given.args, **given.kwargs)
 
 
+def _load_beside_others(self: nn.Module, model_id: object, adapter_name: str, *args, **kwargs):
+    """Load as PEFT does, unless a new adapter's file would replace the rows that others use."""
+    load, rows = type(self).load_adapter, _added_rows(self)
+    if adapter_name in self.peft_config:  # it brings its own rows back, as Trainer does
+        return load(self, model_id, adapter_name, *args, **kwargs)
+    before = [sharding.local(row).detach().clone() for row in rows]
+    with all_or_nothing(self, values=rows):
+        result = load(self, model_id, adapter_name, *args, **kwargs)
+        now = map(sharding.local, rows)
+        if not all(map(torch.equal, now, before)):
+            raise ValueError(
+                f"{model_id} has other rows of added tokens than this model, whose adapters "
+                f"{list(self.peft_config)} share them: save it with save_embedding_layers=False, "
+                "or load it over an adapter of the model (adapter_name=...) or into another model"
+            )
+        return result
+
+
+def _added_rows(model: nn.Module) -> list[nn.Parameter]:
+    return [row for name, row in named_adapter_parameters(model)]
+
+
 def _bind(
     model: nn.Module, patched: PatchState, found: dict[str, Stack]
 ) -> list[Callable[[], object]]:
@@ -247,6 +271,8 @@ def _bind(
     for each in saving:
         each.save_pretrained = types.MethodType(_save_with_rows, each)
         undo.append(functools.partial(delattr, each, "save_pretrained"))
+        each.load_adapter = types.MethodType(_load_beside_others, each)
+        undo.append(functools.partial(delattr, each, "load_adapter"))
     if not saving:
         warnings.warn(
             "PEFT's save_pretrained leaves out rows of added tokens, as this is no PeftModel but a "

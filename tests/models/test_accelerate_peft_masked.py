@@ -167,7 +167,7 @@ def test_a_deepcopy():
     assert get_patched(copied.get_base_model()) is not get_patched(peft.get_base_model())
     get_accelerated(copied).undo()
     assert not any("added_rows" in name for name in trained(copied))
-    assert "save_pretrained" not in vars(copied)
+    assert not {"save_pretrained", "load_adapter"} & vars(copied).keys()
     assert any("added_rows" in name for name in trained(peft))
     accelerate_peft(copied, modality="image")
     assert torch.equal(text_logits(copied, MIXED), expected)
@@ -197,6 +197,24 @@ def test_adapters_that_come_later_leave_rows_trainable(tmp_path):
     peft.load_adapter(tmp_path, "third", is_trainable=True)
     peft.load_adapter(tmp_path, "default", is_trainable=True)
     assert [name for name, _ in patched.named_trainable_parameters()] == list(ROWS)
+
+
+def test_a_second_file_with_other_rows(tmp_path):
+    """Rows are shared: those of the file would replace what the first adapter was trained with."""
+    other, _ = make()
+    train(other, steps=1)
+    other.save_pretrained(tmp_path / "rows")
+    other.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    peft, patched = make()
+    expected = text_logits(peft, MIXED)
+    with unchanged(patched.model), pytest.raises(ValueError, match="has other rows of adde"):
+        peft.load_adapter(tmp_path / "rows", "other")
+    assert list(peft.peft_config) == ["default"]
+    assert torch.equal(text_logits(peft, MIXED), expected)
+    peft.load_adapter(tmp_path / "without", "other")
+    assert torch.equal(text_logits(peft, MIXED), expected)
+    peft.load_adapter(tmp_path / "rows", "default")  # as Trainer resumes
+    assert torch.equal(text_logits(peft, MIXED), text_logits(other, MIXED))
 
 
 def test_files_of_peft_have_the_rows(tmp_path):
