@@ -18,8 +18,9 @@ from moe_kernels.models import adapter_files, schemas
 from moe_kernels.models.patterns import check_pattern, look_up
 
 EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
-# Projections of attention that are adapted: plain ones, or multi-head latent attention's.
-_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+# Projections of attention that are adapted: plain ones, or multi-head latent attention's. Its
+# kv_b_proj is not: it unpacks the latents of the cache, whose modality a decode step does not know.
+_LATENT = ("kv_a_proj_with_mqa", "o_proj")
 ATTENTION_LAYOUTS = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_a_proj", "q_b_proj", *_LATENT),

@@ -15,6 +15,7 @@ from moe_kernels import ops
 from moe_kernels.layers import AddedExperts, ModalityLora
 from moe_kernels.models import sharding
 from moe_kernels.models.context import MISSING, ModalityContext
+from moe_kernels.models.parts import up_name
 from moe_kernels.registration import IMPLEMENTATION
 
 _AWAITED = "experts"
@@ -53,12 +54,13 @@ def layout_problems(experts: nn.Module) -> list[str]:
 
 def _weight_problems(experts: nn.Module) -> list[str]:
     reasons, down = [], getattr(experts, "down_proj", None)
+    up = getattr(experts, up_name(experts))
     if not isinstance(down, nn.Parameter) or len(sharding.whole_shape(down)) != 3:
         reasons.append("no stacked down_proj")
-    elif not experts.gate_up_proj.is_floating_point() or not down.is_floating_point():
-        reasons.append(f"quantised expert weights ({experts.gate_up_proj.dtype})")
+    elif not up.is_floating_point() or not down.is_floating_point():
+        reasons.append(f"quantised expert weights ({up.dtype})")
     else:
-        weights = [w for w in (experts.gate_up_proj, down) if not sharding.is_sharded(w)]
+        weights = [w for w in (up, down) if not sharding.is_sharded(w)]
         classes = {type(weight.data) for weight in weights} - {Tensor}
         reasons += [f"expert weights of class {cls.__name__}" for cls in classes]
     return reasons

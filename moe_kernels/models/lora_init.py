@@ -29,7 +29,6 @@ from moe_kernels.modes import evaluating, removing_hooks
 _SHARED_INPUT = (
     ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa"),
     ("q_b_proj",),
-    ("kv_b_proj",),
     ("o_proj",),
     ("gate_up_proj", ROUTER),
 )

@@ -222,7 +222,7 @@ def test_latent_attention_is_adapted_by_its_own_names():
     with unchanged(model):
         expected = model(ids).logits
         patched = patch_model(model, ModalityLoraConfig(r=2, target_modules=("attention",)))
-        names = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+        names = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
         assert [projection.key for projection in patched.projections] == names * 2
         randomise(patched)
         close(model(ids).logits, expected, "logits")

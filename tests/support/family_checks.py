@@ -251,7 +251,11 @@ def _same_tokens(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor])
 def _check_generation(name: str, patched, ids: Tensor, outcome: Outcome) -> None:
     """Compare generated tokens with those of the plain model, and with those of whole forwards."""
     model, plain = patched.model, make_family(name)
-    expected = _generated(plain, ids)
+    try:
+        expected = _generated(plain, ids)
+    except (AttributeError, ValueError):  # by transformers alone
+        outcome.generates = False
+        return
     outcome.require(_same_tokens(_generated(model, ids), expected), "generate gives other text")
     outcome.cache_is_exact = _same_tokens(expected, _whole(plain, ids))
     if outcome.cache_is_exact:
