@@ -85,11 +85,13 @@ def test_info_page():
     assert page["versions"]["moe_kernels"] == moe_kernels.__version__
 
 
-def test_the_page_lists_the_families_that_the_suite_runs_on():
+def test_the_pages_list_the_supported_models():
     """Run ``python tools/write_supported_models.py`` to write the list anew."""
     path = ROOT / "tools/write_supported_models.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    page = tool.PAGE.read_text()
+    page, families = tool.PAGE.read_text(), tool.FAMILIES_PAGE.read_text()
     assert "- `OlmoeForCausalLM`" in page and tool.render(page) == page
+    for summary in (families, tool.README.read_text()):
+        assert "Mixtral" in summary and tool.render_summary(summary, families) == summary

@@ -53,6 +53,7 @@ ENCODER = {
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 INDEXED = {"layer_types": ["linear_attention", "indexed_attention"]}
+HYBRID = {"layer_types": ["hybrid_sliding", "hybrid"]}
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
 SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
 INKLING = {
@@ -212,13 +213,13 @@ FAMILIES = {
     "inkling": Family(
         "InklingExperts",
         "InklingForCausalLM",
-        INKLING | SLIDING | DENSE_FIRST | {"logits_mup_width_multiplier": 1.0},
+        INKLING | HYBRID | DENSE_FIRST | {"logits_mup_width_multiplier": 1.0},
         "short convolutions",
     ),
     "inkling2": Family(
         "Inkling2Experts",
         "Inkling2ForCausalLM",
-        INKLING | {"layer_types": ["hybrid_sliding", "hybrid"], "n_layers_per_attn_res_block": 1},
+        INKLING | HYBRID | {"n_layers_per_attn_res_block": 1},
         "short convolutions, attention over layers",
     ),
     "inkling2_loop": Family(
@@ -326,6 +327,7 @@ FAMILIES = {
     "qwen3_omni_moe": Family(
         "Qwen3OmniMoeThinkerTextExperts",
         "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {"vision_start_token_id": 151652},
         special="multimodal; the part that writes text",
     ),
     "qwen3_omni_moe_talker": Family(

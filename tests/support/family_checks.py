@@ -63,6 +63,8 @@ def try_family(name: str) -> Outcome:
     ids = token_ids(2, LENGTH, vocab=VOCAB)
     inputs = inputs_of(name, model, ids)
     plain = _logits(model, inputs)
+    assert FAMILIES[name].experts in {type(module).__name__ for module in model.modules()}
+    assert plain.isfinite().all() and plain.std() > 0.05
     for target in TARGETS:
         _try_target(model, target, outcome)
         if not outcome.supported:
@@ -188,11 +190,12 @@ class _OnImages:
 
     @staticmethod
     def _pick(changed: Tensor, output: Tensor) -> Tensor:
-        rows = IMAGE if output.shape[:2] == IMAGE.shape else IMAGE.flatten()
-        assert output.shape[: rows.ndim] == rows.shape
-        return torch.where(
-            rows.reshape(*rows.shape, *[1] * (output.ndim - rows.ndim)), changed, output
-        )
+        # Linear layers of latent attention see one head that all share.
+        for rows in (IMAGE, IMAGE[:, None], IMAGE.flatten()):
+            if output.shape[: rows.ndim] == rows.shape:
+                rows = rows.reshape(*rows.shape, *[1] * (output.ndim - rows.ndim))
+                return torch.where(rows, changed, output)
+        raise AssertionError(f"where are the rows in {tuple(output.shape)}?")
 
 
 def _gradients(

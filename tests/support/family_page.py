@@ -1,0 +1,81 @@
+"""The page that says what patch_model gives each family, and the line of the README about it."""
+
+import re
+
+from support.families import FAMILIES, VERSION
+from support.family_checks import TARGETS, Outcome
+
+_HEAD = (
+    "| experts of transformers | model | experts | attention | router | added experts | "
+    "added tokens | generation | why not |\n" + "|---" * 9 + "|\n"
+)
+# Names that a reader may look for, by family.
+_KNOWN = {
+    "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen3_next": "Qwen3-Next",
+    "deepseek_v3": "DeepSeek-V3",
+    "glm4_moe": "GLM-4.5",
+    "gpt_oss": "gpt-oss",
+    "kimi_linear": "Kimi-Linear",
+    "minimax_m2": "MiniMax-M2",
+    "nemotron_h": "Nemotron-H",
+}
+_COLUMNS = {"extension": "added experts", "tokens": "added tokens"}
+
+
+def row(name: str, outcome: Outcome) -> str:
+    """Return a family's line of the table."""
+    family = FAMILIES[name]
+    start = [f"`{family.experts}`", f"`{family.model}`"]
+    if not outcome.supported:
+        cells = ["no", "", "", "", "", ""]
+    else:
+        cells = [_target(target, outcome) for target in TARGETS]
+        cells += ["no" if kind in outcome.refused else "yes" for kind in _COLUMNS]
+        cells.append(_generation(outcome))
+    return "| " + " | ".join([*start, *cells, _why_not(family.model, outcome)]) + " |"
+
+
+def _target(target: str, outcome: Outcome) -> str:
+    if target in outcome.refused:
+        return "no"
+    adapted = outcome.layers[target]
+    if target != "attention" or adapted == outcome.num_layers:
+        return "yes"
+    return f"{adapted} of {outcome.num_layers} layers"
+
+
+def _generation(outcome: Outcome) -> str:
+    if not outcome.generates:
+        return "not tried: takes embeddings"
+    return "yes" if outcome.cache_is_exact else "yes; cache not compared"
+
+
+def _why_not(model: str, outcome: Outcome) -> str:
+    """Return the reasons of refusals, each once, without what the columns say already."""
+    kinds: dict[str, list[str]] = {}
+    for kind, reason in outcome.refused.items():
+        reason = reason.removeprefix(f"{model} is not supported: ")
+        reason = reason.removesuffix(". docs/patching.md says which layouts are")
+        reason = re.sub(r"^layer \d+( cannot be extended)?: | \(leave [^)]*\)", "", reason)
+        kinds.setdefault(reason.replace("|", "\\|"), []).append(_COLUMNS.get(kind, kind))
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kinds.items())
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """Return the table of all families."""
+    return _HEAD + "\n".join(row(name, outcome) for name, outcome in sorted(outcomes.items()))
+
+
+def summary(page: str) -> str:
+    """Return how many classes a page's table has as supported, and the names of a few."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (yes|no) \|", page, re.MULTILINE)
+    supported = {experts for experts, _, given in rows if given == "yes"}
+    models = {model for _, model, given in rows if given == "yes"}
+    names = [label for name, label in _KNOWN.items() if FAMILIES[name].model in models]
+    count = f"{len(supported)} of the {len({experts for experts, *_ in rows})} classes of experts"
+    version = ".".join(map(str, VERSION))
+    few = f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{count} in transformers {version}, among them {few}"
