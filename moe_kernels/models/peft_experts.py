@@ -15,7 +15,7 @@ from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState, get_patched, is_patched
 from moe_kernels.models.intact import find_links
 from moe_kernels.models.parameters import is_added, named_adapter_parameters
-from moe_kernels.models.peft_names import watch_names
+from moe_kernels.models.peft_names import remove_names, watch_names
 from moe_kernels.models.peft_stacks import (
     KernelForward,
     Stack,
@@ -60,6 +60,7 @@ def accelerate_peft(
         >>> moe_kernels.accelerate_peft(model)
     """
     found = find_stacks(model)
+    remove_names(model)  # PEFT leaves them where a call has failed
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no experts with adapters of PEFT: give LoraConfig "

@@ -1,20 +1,23 @@
 """Batches of PEFT's ``adapter_names``, one adapter for each sequence, on experts too.
 
 PEFT hands the names down by hooks, which it puts on its layers for the time of a call. Experts see
-rows and no sequences, so that hooks of the block around them note how many sequences there are.
+rows and no sequences, so that hooks of the models around them compare the numbers of both.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_kernels.modes import ending_with
+
 _BASE = "__base__"  # PEFT's name for "no adapter" among adapter_names
-_noted = threading.local()  # .batch: the number of sequences
+_NO_GRAPH = "adapter_names do not go into a graph of torch.compile"
 
 
 def by_sequence(
@@ -32,11 +35,11 @@ def by_sequence(
             "adapter_names cannot be given while adapters are merged, or disabled for one of the "
             "projections: model.unmerge_adapter(), model.base_model.enable_adapter_layers()"
         )
-    batch, tokens = getattr(_noted, "batch", None), hidden_states.shape[0]
-    if batch not in (None, len(adapter_names)) or tokens % len(adapter_names):
+    tokens = hidden_states.shape[0]
+    if not adapter_names or tokens % len(adapter_names):
         raise ValueError(
             f"adapter_names must have one name for each sequence, got {len(adapter_names)} for "
-            f"{batch or '?'} sequences of {tokens} tokens"
+            f"{tokens} tokens"
         )
     names = [name for name in dict.fromkeys(adapter_names) if name != _BASE]
     numbers = {name: number for number, name in enumerate(names, 1)} | {_BASE: 0}
@@ -55,21 +58,40 @@ def watch_names(
         found: its wrappers of each experts module, by the name of the outermost.
     """
     from peft import PeftModel
+    from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    for name in found:
-        block = model.get_submodule(name.rpartition(".")[0])
-        yield block.register_forward_pre_hook(_note_batch).remove
-        yield block.register_forward_hook(_forget_batch, always_call=True).remove
     inner = {wrapper for wrappers in found.values() for wrapper in wrappers[1:]}
-    for each in model.modules():
+    for name, each in model.named_modules():
         if isinstance(each, PeftModel | PreTrainedModel):
-            yield each.register_forward_hook(_forget_names, always_call=True).remove
+            inside = f"{name}." if name else ""
+            for path in [path for path in found if path.startswith(inside)][:1]:
+                check = _OneNameForEachSequence(found[path][0])
+                yield each.register_forward_pre_hook(check, with_kwargs=True).remove
+        if isinstance(each, LoraModel):
+            each._enable_peft_forward_hooks = functools.partial(_hand_down, each)
+            yield functools.partial(delattr, each, "_enable_peft_forward_hooks")
         if isinstance(each, LoraLayer | AuxiliaryTrainingWrapper) and each not in inner:
             yield each.register_forward_pre_hook(_keep_out_of_graphs).remove
             each.register_forward_pre_hook = functools.partial(_register_for_thread, each)
             yield functools.partial(delattr, each, "register_forward_pre_hook")
+
+
+def remove_names(model: nn.Module, lists: Collection[int] | None = None) -> None:
+    """Remove the hooks by which PEFT hands names down, those of layers that came later too.
+
+    Args:
+        model: with PEFT's layers.
+        lists: the lists of names by ``id``; None: all, which calls have left that failed.
+    """
+    for each in model.modules():
+        for number, hook in tuple(each._forward_pre_hooks.items()):
+            if not _hands_names(hook):
+                continue
+            if lists is None or id(hook.keywords["adapter_names"]) in lists:
+                del each._forward_pre_hooks[number]
+                each._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def number_of_hooks(module: nn.Module, kind: str) -> int:
@@ -120,7 +142,30 @@ def _register_for_thread(
 
 
 def _hands_names(hook: Callable) -> bool:
-    return "adapter_names" in getattr(hook, "keywords", ())
+    """Return whether a hook is PEFT's, which hands names to a layer."""
+    if isinstance(hook, _NamesOfThread):
+        return True
+    return (
+        isinstance(hook, functools.partial)
+        and "adapter_names" in hook.keywords
+        and hook.func.__module__.startswith("peft.")
+    )
+
+
+def _names_for(module: nn.Module) -> Sequence[str] | None:
+    """Return the names that this thread's call hands to a layer, or None."""
+    # The number first, and more than ours: the graph of a call without names has a guard on it.
+    if number_of_hooks(module, "_forward_pre_hooks") == 1:
+        return None
+    hooks = [hook for hook in module._forward_pre_hooks.values() if _hands_names(hook)]
+    if hooks and torch.compiler.is_compiling():
+        raise RuntimeError(_NO_GRAPH)
+    own = (hook for hook in hooks if _is_of_this_thread(hook))
+    return next((hook.keywords["adapter_names"] for hook in own), None)
+
+
+def _is_of_this_thread(hook: Callable) -> bool:
+    return isinstance(hook, _NamesOfThread) and hook.thread == threading.get_ident()
 
 
 def _keep_out_of_graphs(module: nn.Module, args: tuple) -> None:
@@ -128,47 +173,61 @@ def _keep_out_of_graphs(module: nn.Module, args: tuple) -> None:
 
     A graph has no guard on what a hook hands down, and would keep the first names.
     """
-    # The number first, and more than ours: the graph of a call without names has a guard on it.
-    if not torch.compiler.is_compiling() or number_of_hooks(module, "_forward_pre_hooks") == 1:
-        return
-    if any(map(_hands_names, module._forward_pre_hooks.values())):
-        raise RuntimeError("adapter_names do not go into a graph of torch.compile")
+    if torch.compiler.is_compiling():
+        _names_for(module)
 
 
-def _forget_names(module: nn.Module, args: tuple, output: object) -> None:
-    """Take away the names of this thread's forward that has failed.
+def _hand_down(tuner: nn.Module, *args, **settings) -> contextlib.AbstractContextManager:
+    """Let PEFT hand names down for the time of a call, however the call ends.
 
-    PEFT (0.21) leaves them with its layers, and forwards without names would use them.
+    PEFT (0.21) leaves its hooks in place where one fails, and calls without names would use them.
     """
-    if output is not None:
-        return
-    places = [
-        (each, number, hook)
-        for each in module.modules()
-        for number, hook in each._forward_pre_hooks.items()
-        if _hands_names(hook)
-    ]
-    thread = threading.get_ident()
-    # One list for all layers of a call, those that are not bound to a thread too.
-    of_others = {
-        id(hook.keywords["adapter_names"])
-        for _, _, hook in places
-        if isinstance(hook, _NamesOfThread) and hook.thread != thread
-    }
-    for each, number, hook in places:
-        if id(hook.keywords["adapter_names"]) not in of_others:
-            del each._forward_pre_hooks[number]
-            each._forward_pre_hooks_with_kwargs.pop(number, None)
+    names, hand_down = settings.get("adapter_names"), type(tuner)._enable_peft_forward_hooks
+    if names is None:
+        return hand_down(tuner, *args, **settings)
+    if torch.compiler.is_compiling():
+        raise RuntimeError(_NO_GRAPH)
+    if isinstance(names, list | tuple):
+        settings["adapter_names"] = list(names)  # one that no other call has
+    return _ending(tuner, hand_down(tuner, *args, **settings))
+
+
+@contextlib.contextmanager
+def _ending(tuner: nn.Module, handing: contextlib.AbstractContextManager) -> Iterator[None]:
+    """Enter PEFT's context, and remove at the end what hooks it has left."""
+    before = _lists_of_names(tuner)  # of a call around this one
+    with ending_with(lambda: remove_names(tuner, _lists_of_names(tuner) - before)), handing:
+        yield
+
+
+def _lists_of_names(tuner: nn.Module) -> set[int]:
+    """Return which lists of names the calls of this thread hand down; each call has its own."""
+    hooks = (hook for each in tuner.modules() for hook in each._forward_pre_hooks.values())
+    return {id(hook.keywords["adapter_names"]) for hook in hooks if _is_of_this_thread(hook)}
 
 
 # --- the number of sequences
 
 
-def _note_batch(module: nn.Module, args: tuple) -> None:
-    if not torch.compiler.is_compiling():
-        _noted.batch = args[0].shape[0] if args and args[0].ndim == 3 else None
+@dataclass(frozen=True, eq=False)
+class _OneNameForEachSequence:
+    """Pre-hook of a model that compares the numbers of names and sequences.
 
+    Attributes:
+        wrapper: of PEFT, within the model.
+    """
 
-def _forget_batch(module: nn.Module, args: tuple, output: object) -> None:
-    if not torch.compiler.is_compiling():
-        _noted.batch = None
+    wrapper: nn.Module
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            names = _names_for(self.wrapper)
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+        inputs = next((each for each in given if isinstance(each, Tensor)), None)
+        if names is None or inputs is None or len(names) == inputs.shape[0]:
+            return
+        raise ValueError(
+            f"adapter_names must have one name for each sequence, got {len(names)} for "
+            f"{inputs.shape[0]} sequences"
+        )

@@ -1,5 +1,6 @@
 """Batches of several PEFT adapters, which PEFT alone refuses on experts; threads; PEFT's cases."""
 
+import functools
 import threading
 
 import pytest
@@ -69,13 +70,27 @@ def test_padding_and_generation():
 
 def test_beams_get_the_adapter_of_their_sequence():
     model = make()
-    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
     mixed = model.generate(input_ids=IDS, adapter_names=NAMES, **settings)
     for row, name in enumerate(NAMES):
         own = alone(
             model, name, IDS[row : row + 1], lambda ids: model.generate(input_ids=ids, **settings)
         )
-        assert torch.equal(mixed[row], own[0])
+        assert torch.equal(mixed[2 * row : 2 * row + 2], own)
+
+
+def test_samples_of_a_sequence_have_a_name_each():
+    model = make()
+    settings = {"max_new_tokens": 4, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    with pytest.raises(ValueError, match="one name for each sequence, got 3 for 6 sequences"):
+        model.generate(input_ids=IDS, adapter_names=NAMES, **settings)
+    names = [name for name in NAMES for _ in range(2)]
+    mixed = model.generate(input_ids=IDS, adapter_names=names, **settings)
+    for row, name in enumerate(NAMES):
+        own = alone(
+            model, name, IDS[row : row + 1], lambda ids: model.generate(input_ids=ids, **settings)
+        )
+        assert torch.equal(mixed[2 * row : 2 * row + 2], own)
 
 
 def test_peft_alone_refuses_them():
@@ -130,6 +145,61 @@ def test_a_forward_that_fails_leaves_no_names(failing):
             run(IDS, adapter_names=NAMES)
         hook.remove()
         assert torch.equal(model(IDS).logits, expected)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"typo": 1}, ValueError),
+        ({"logits_processor": [interrupt]}, KeyboardInterrupt),
+        ({"num_beams": 2, "logits_processor": [interrupt]}, KeyboardInterrupt),
+    ],
+    ids=["before the first forward", "between forwards", "beams"],
+)
+def test_generation_that_fails_leaves_no_names(settings, error):
+    """Also outside of a forward, and by Ctrl-C."""
+    model = make(target_modules=["q_proj"])
+    expected = model(IDS).logits
+    with pytest.raises(error):
+        model.generate(input_ids=IDS, adapter_names=NAMES, max_new_tokens=3, **settings)
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_an_interrupt_leaves_no_names():
+    """A hook of the user's stays, whatever its keywords, and so do the names of a call around."""
+    model = make(target_modules=["q_proj"])
+    expected = model(IDS).logits, model(IDS, adapter_names=NAMES).logits
+    layers = model.get_base_model().model.layers
+    ours = functools.partial(lambda *args, adapter_names: None, adapter_names=NAMES)
+    layers[1].register_forward_pre_hook(ours)
+    within = layers[1].mlp.gate.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS, adapter_names=NAMES)
+    within.remove()
+    assert torch.equal(model(IDS).logits, expected[0])
+    assert ours in layers[1]._forward_pre_hooks.values()
+
+    def run_within(*args):
+        around.remove()
+        with pytest.raises(ValueError, match="non-existing adapter"):
+            model(IDS, adapter_names=["unknown"] * 3)
+
+    around = layers[0].register_forward_hook(run_within)
+    assert torch.equal(model(IDS, adapter_names=NAMES).logits, expected[1])
+
+
+def test_names_that_peft_has_left_before():
+    gate_up = {"target_parameters": [EXPERTS[0]]}
+    model = make_peft(second=OTHER | gate_up, **gate_up).eval()
+    expected = model(IDS).logits
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+        model(IDS, adapter_names=NAMES)
+    accelerate_peft(model)
+    assert relative_rms(model(IDS).logits, expected) < 1e-9
 
 
 def test_disabled_adapters_stay_disabled():
@@ -334,3 +404,19 @@ def test_a_compiled_model_takes_other_names(how):
             given = {} if names is None else {"adapter_names": names}
             expected = model(IDS, **given).logits
             assert relative_rms(compiled(IDS, **given).logits, expected) < 1e-5
+        run = compiled if how == "model" else compiled.generate
+        with pytest.raises(ValueError, match="one name for each sequence, got 2 for 4 sequences"):
+            run(input_ids=token_ids(4, 9), adapter_names=NAMES[:2])
+
+
+def test_a_block_that_is_called_by_keyword():
+    """The number of sequences is that of the model's inputs, which every block is given."""
+    model = make()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp._call_impl = functools.partial(_by_keyword, layer.mlp._call_impl)
+    with pytest.raises(ValueError, match="one name for each sequence, got 2 for 4 sequences"):
+        model(token_ids(4, 9), adapter_names=NAMES[:2])
+
+
+def _by_keyword(call, hidden_states):
+    return call(hidden_states=hidden_states)
