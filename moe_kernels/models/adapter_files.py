@@ -12,6 +12,7 @@ from moe_kernels.models import schemas
 from moe_kernels.tensor_files import TensorFile
 
 NAMES = tensor_files.Names("adapter_model.safetensors", "adapter_config.json")
+OURS, PEFT = "moe_kernels", "PEFT"  # who wrote an adapter: their files have the same names
 LAYOUT = 1  # raised when names or shapes of the saved tensors change
 
 
@@ -28,6 +29,26 @@ def opened(folder: Path) -> Iterator[TensorFile]:
         raise FileNotFoundError(f"no adapter in {folder}: {NAMES.weights} is missing")
     with tensor_files.opened(path) as file:
         yield file
+
+
+def check_library(folder: Path, library: str) -> None:
+    """Raise ValueError if a folder has an adapter of the other library, which would be replaced.
+
+    Args:
+        folder: that ``library`` is to write into.
+        library: :data:`OURS` or :data:`PEFT`.
+    """
+    path = folder / NAMES.config
+    try:
+        saved = tensor_files.parse_json(path.read_bytes(), path)
+    except (OSError, ValueError):
+        return
+    found = PEFT if "peft_type" in saved else OURS if "layout" in saved else library
+    if found != library:
+        raise ValueError(
+            f"{folder} has an adapter of {found}, whose files have the same names and would be "
+            f"replaced: save that of {library} into another folder, such as one within"
+        )
 
 
 def read_config(file: TensorFile) -> dict:

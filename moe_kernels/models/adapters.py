@@ -43,10 +43,12 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
     Of a sharded model all ranks gather it, and the first one writes.
     """
     with _together(patched, "save_adapter", timeout) as ranks:
-        parameters = whole_parameters(patched, sharded_too=True)
+        first = ranks is None or ranks.first
+        if first:
+            adapter_files.check_library(folder, adapter_files.OURS)
+        parameters, tensors = whole_parameters(patched, sharded_too=True), {}
         if ranks is not None:  # before the first collective
             ranks.meet(_names_and_shapes(parameters))
-        tensors, first = {}, ranks is None or ranks.first
         for name, parameter in parameters.items():
             if is_added(name):
                 whole = sharding.gather(parameter)

@@ -104,7 +104,7 @@ class PatchedModel(PatchState):
 
         Raises:
             ValueError: nothing could load the adapter again: values are not finite or not here, or
-                the model is not as it was patched.
+                the model is not as it was patched; or the folder has an adapter of PEFT.
             RuntimeError: other ranks of a sharded model did not call it in time, or one failed. If
                 the first rank writes for longer than ``timeout``, the new files may be there.
         """

@@ -1,21 +1,17 @@
 """``accelerate_peft``: compute experts that PEFT has adapted by the kernels of this package."""
 
 import functools
-import inspect
-import types
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from moe_kernels import backends
-from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState, get_patched, is_patched
 from moe_kernels.models.intact import find_links
-from moe_kernels.models.parameters import is_added, named_adapter_parameters
+from moe_kernels.models.parameters import is_added
 from moe_kernels.models.peft_names import remove_names, watch_names
+from moe_kernels.models.peft_rows import bind_rows
 from moe_kernels.models.peft_stacks import (
     KernelForward,
     Stack,
@@ -211,54 +207,13 @@ def _check_masked(model: nn.Module, found: dict[str, Stack]) -> None:
             raise ValueError(f"{name} of the base trains (bias=?), which would change text")
 
 
-def _save_with_rows(self: nn.Module, *args, **kwargs) -> object:
-    """Save as PEFT does, with the tables, and so the rows of added tokens, unless told otherwise.
-
-    PEFT does so by itself if it finds the base's configuration, which has fewer tokens.
-    """
-    save = type(self).save_pretrained
-    given = inspect.signature(save).bind(self, *args, **kwargs)
-    added = any(get_patched(each).added_tokens for each in self.modules() if is_patched(each))
-    if added and given.arguments.get("save_embedding_layers", "auto") == "auto":
-        given.arguments["save_embedding_layers"] = True
-    return save(*given.args, **given.kwargs)
-
-
-def _load_beside_others(self: nn.Module, model_id: object, adapter_name: str, *args, **kwargs):
-    """Load as PEFT does, unless a new adapter's file would replace the rows that others use."""
-    load, rows = type(self).load_adapter, _added_rows(self)
-    if adapter_name in self.peft_config:  # it brings its own rows back, as Trainer does
-        return load(self, model_id, adapter_name, *args, **kwargs)
-    before = [sharding.local(row).detach().clone() for row in rows]
-    with all_or_nothing(self, values=rows):
-        result = load(self, model_id, adapter_name, *args, **kwargs)
-        now = map(sharding.local, rows)
-        if not all(map(torch.equal, now, before)):
-            raise ValueError(
-                f"{model_id} has other rows of added tokens than this model, whose adapters "
-                f"{list(self.peft_config)} share them: save it with save_embedding_layers=False, "
-                "or load it over an adapter of the model (adapter_name=...) or into another model"
-            )
-        return result
-
-
-def _added_rows(model: nn.Module) -> list[nn.Parameter]:
-    return [row for name, row in named_adapter_parameters(model)]
-
-
 def _bind(
     model: nn.Module, patched: PatchState, found: dict[str, Stack]
 ) -> list[Callable[[], object]]:
     """Let rows of added tokens train and be saved, and watch all modules; return how to undo it."""
-    # PEFT freezes all parameters but its own.
-    rows = [p for _, p in named_adapter_parameters(patched.model) if not p.requires_grad]
     adapters = (p for stack in found.values() for p in stack.outermost.parameters())
-    if not any(adapter.requires_grad for adapter in adapters):
-        rows = []  # a model for inference
-    # No methods of built-in types here: deepcopy would leave them those of the original.
-    undo = [functools.partial(setattr, row, "requires_grad", False) for row in rows]
-    for row in rows:
-        row.requires_grad_(True)
+    # PEFT freezes all parameters but its own; none trains in a model for inference.
+    undo = bind_rows(model, patched, train=any(adapter.requires_grad for adapter in adapters))
     undo.append(functools.partial(setattr, patched, "links", patched.links))
     inner = {each for stack in found.values() for each in stack.outermost.modules()}
     others = [each for each in patched.model.modules() if each not in inner]
@@ -266,19 +221,4 @@ def _bind(
     known = {link.path for link in patched.links}
     new = find_links(patched.model, others)
     patched.links += tuple(link for link in new if link.path not in known)
-    from peft import PeftModel
-
-    saving = [each for each in model.modules() if isinstance(each, PeftModel)]
-    for each in saving:
-        each.save_pretrained = types.MethodType(_save_with_rows, each)
-        undo.append(functools.partial(delattr, each, "save_pretrained"))
-        each.load_adapter = types.MethodType(_load_beside_others, each)
-        undo.append(functools.partial(delattr, each, "load_adapter"))
-    if not saving:
-        warnings.warn(
-            "PEFT's save_pretrained leaves out rows of added tokens, as this is no PeftModel but a "
-            "module within: call accelerate_peft with the PeftModel, or save the rows by "
-            "patched.save_adapter",
-            stacklevel=3,
-        )
     return undo

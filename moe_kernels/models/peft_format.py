@@ -81,13 +81,15 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
 
     Raises:
         ValueError: an unknown modality, or a model with added tokens or experts, which PEFT's
-            files do not hold; or a parameter that is not whole or not finite.
+            files do not hold; or a parameter that is not whole or not finite; or the folder has
+            files of ``save_adapter``.
     """
     index = patched.modality_id(modality) - 1
     if added := patched.added_tokens:
         raise ValueError(f"PEFT's files do not hold added tokens, the model has {added}")
     if patched.extensions:
         raise ValueError("PEFT's files do not hold added experts, the model has some")
+    adapter_files.check_library(Path(folder), adapter_files.PEFT)
     whole_parameters(patched)
     tensors = {}
     for slot in _slots(patched):

@@ -1,14 +1,16 @@
 """PEFT's adapters of experts, bound to a modality: text keeps its bits, images are adapted."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from support.added_experts import extended
 from support.model_zoo import FAMILY, VOCAB, make_model, token_ids, unchanged
 from support.peft_models import EXPERTS, experts_of, fill_adapters, lora_config
+from torch.distributed.fsdp import StateDictType
 
 from moe_kernels import (
     ModalityLoraConfig,
@@ -22,6 +24,7 @@ from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms
 
 IMAGE = 6
+FILE = "adapter_model.safetensors"
 CONFIG = ModalityLoraConfig(target_modules=())
 TEXT = token_ids(2, 12)
 MIXED = TEXT.clone()
@@ -185,8 +188,21 @@ def test_added_rows_train_again():
     train(peft)
     for old, new in zip(before, patched.trainable_parameters(), strict=True):
         assert not torch.equal(old, new)
+    with pytest.warns(UserWarning, match=r"after undo\(\) PEFT's save_pretrained leaves out"):
+        handle.undo()
+    assert not list(patched.trainable_parameters())
+
+
+def test_undo_freezes_rows_that_came_later():
+    peft, patched = make_wrapped(num_tokens=0)
+    handle = accelerate_peft(peft, modality="image")
+    add_modality_tokens(patched.model, "image", IMAGE)
+    assert [name for name, _ in patched.named_trainable_parameters()] == list(ROWS)
     handle.undo()
     assert not list(patched.trainable_parameters())
+    patched.model.get_parameter(ROWS[0]).requires_grad_(True)
+    accelerate_peft(peft, modality="image").undo()
+    assert [name for name, _ in patched.named_trainable_parameters()] == [ROWS[0]]  # as before
 
 
 def test_adapters_that_come_later_leave_rows_trainable(tmp_path):
@@ -236,6 +252,61 @@ def test_files_of_peft_have_the_rows(tmp_path):
     model.set_requires_grad("default")
     accelerate_peft(model, modality="image")
     assert set(ROWS) < {name.removeprefix("base_model.model.") for name in trained(model)}
+
+
+def test_the_tables_of_the_base_are_in_no_file(tmp_path):
+    """Tables of a base in bfloat16 would replace those of one in float32, and change text."""
+    peft, _ = make(model={"dtype": torch.bfloat16})
+    peft.save_pretrained(tmp_path)
+    added = {name for name in load_file(tmp_path / FILE) if "lora_" not in name}
+    assert added == {f"base_model.model.{name}" for name in ROWS}
+    peft.save_pretrained(tmp_path / "given", state_dict=peft.state_dict())
+    assert load_file(tmp_path / "given" / FILE).keys() == load_file(tmp_path / FILE).keys()
+    peft.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "whole" / FILE)
+    assert "base_model.model.lm_head.weight" in peft.state_dict()
+    base = make_model("mixtral")
+    patch_model(base, CONFIG)
+    add_modality_tokens(base, "image", IMAGE)
+    model = PeftModel.from_pretrained(base, tmp_path)
+    accelerate_peft(model, modality="image")
+    assert torch.equal(text_logits(model), text_logits(make()[0]))
+
+
+def test_files_of_both_libraries_do_not_replace_each_other(tmp_path):
+    peft, patched = make()
+    peft.add_adapter("other", lora_config())
+    peft.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for folder in (tmp_path, tmp_path / "other"):
+        with pytest.raises(ValueError, match="has an adapter of PEFT, whose files have the same"):
+            patched.save_adapter(folder)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    patched.save_adapter(tmp_path / "rows" / "other")
+    rows = (tmp_path / "rows" / "other" / FILE).read_bytes()
+    for settings in ({}, {"save_embedding_layers": False}, {"selected_adapters": ["other"]}):
+        with pytest.raises(ValueError, match="has an adapter of moe_kernels, whose files have the"):
+            peft.save_pretrained(tmp_path / "rows", **settings)
+    assert (tmp_path / "rows" / "other" / FILE).read_bytes() == rows
+    assert not (tmp_path / "rows" / FILE).exists()
+    peft.save_pretrained(tmp_path / "rows", selected_adapters=["default"])
+
+
+def test_sharded_checkpoints_would_leave_out_the_rows(monkeypatch):
+    """accelerate asks PEFT alone for what is in them, where it shards and at each checkpoint."""
+    peft, _ = make()
+    plugin = SimpleNamespace(state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    monkeypatch.setattr("accelerate.state.is_initialized", lambda: True)
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: state)
+    for get_state in (peft.state_dict, lambda: get_peft_model_state_dict(peft)):
+        with pytest.raises(RuntimeError, match="SHARDED_STATE_DICT hold PEFT's adapters without"):
+            get_state()
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    assert peft.state_dict()
+    plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
+    get_accelerated(peft).undo()
+    assert peft.state_dict()
 
 
 def test_rows_that_are_added_after_the_call_are_saved(tmp_path):

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
 from support import engines_on_cpu
-from support.model_zoo import VOCAB, token_ids
-from support.peft_models import make_pair, make_peft
+from support.model_zoo import VOCAB, make_model, token_ids
+from support.peft_models import fill_adapters, lora_config, make_pair, make_peft
 from support.ranks import errors_of, play, run_ranks
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from moe_kernels import accelerate_peft
+from moe_kernels import ModalityLoraConfig, accelerate_peft, add_modality_tokens, patch_model
 from moe_kernels.models import sharding
 from moe_kernels.testing import relative_rms
 
@@ -152,10 +153,53 @@ def zero3(rank, folder):
     assert all(p.ds_status.name == "NOT_AVAILABLE" for p in look.model.parameters())
 
 
-SCENES = {"fsdp2": fsdp2, "zero2": zero2, "zero3": zero3}
+def rows(rank, folder):
+    """Rows of added tokens resume by FULL_STATE_DICT; SHARDED_STATE_DICT would lose them."""
+    ids = token_ids(4, 8)
+    ids[::2, 4:] = VOCAB + ids[::2, 4:] % 6
+
+    def run(name, state_dict_type, resume=None):
+        base = make_model("mixtral")
+        patch_model(base, ModalityLoraConfig(target_modules=()))
+        add_modality_tokens(base, "image", 6)
+        model = fill_adapters(get_peft_model(base, lora_config()))
+        accelerate_peft(model, modality="image")
+        look = Look(model)
+        config = FSDP["fsdp_config"] | {"state_dict_type": state_dict_type}
+        settings = {
+            "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "fsdp": True,
+            "optim": "adamw_torch",  # torch cannot load the state of an optimiser that has none
+        }  # fmt: skip
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                **STEP | settings, output_dir=str(folder / name), fsdp_config=config
+            ),
+            train_dataset=[{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids],
+            callbacks=[look],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return look.seen
+
+    expected = run("whole", "FULL_STATE_DICT")
+    found = run("resumed", "FULL_STATE_DICT", str(folder / "whole" / "checkpoint-1"))
+    assert sum("added_rows" in name for name in found) == 2
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(RuntimeError, match="set state_dict_type to FULL_STATE_DICT"):
+        run("sharded", "SHARDED_STATE_DICT")
 
 
-@pytest.mark.parametrize("engine", SCENES)
+ENGINES = {"fsdp2": fsdp2, "zero2": zero2, "zero3": zero3}
+SCENES = ENGINES | {"rows": rows}
+
+
+def test_rows_resume_under_fsdp2(tmp_path):
+    run_ranks(__file__, tmp_path, "rows")
+    errors = errors_of(tmp_path)
+    assert not errors, errors
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_engines_by_accelerate(engine, tmp_path):
     run_ranks(__file__, tmp_path, engine)
     errors = errors_of(tmp_path)
