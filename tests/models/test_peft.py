@@ -329,7 +329,7 @@ def test_an_adapter_of_another_model(tmp_path):
 def test_a_folder_with_our_own_files(tmp_path):
     patched = make_patched("mixtral")
     patched.save_adapter(tmp_path)
-    with pytest.raises(ValueError, match="has an adapter of moe_kernels, whose files have the same"):
+    with pytest.raises(ValueError, match="has an adapter of moe_kernels, whose files have"):
         peft_format.save_peft_adapter(patched, "image", tmp_path)
     patched.load_adapter(tmp_path)
 
