@@ -65,14 +65,15 @@ class Calibration(nn.Module):
 class AddedExperts(nn.Module):
     """X experts that one extension added to a layer; not initialised, except the calibration.
 
-    Parameters: ``gate_up_proj`` (X, 2I, H) and ``down_proj`` (X, H, I) as
-    :func:`moe_kernels.ops.moe_mlp` takes them, ``router_columns`` (X, H), the new rows of the
-    router, and those of ``calibration``.
+    Parameters: ``gate_up_proj`` (X, 2I, H), or (X, I, H) without a gate, and ``down_proj``
+    (X, H, I) as :func:`moe_kernels.ops.moe_mlp` takes them, ``router_columns`` (X, H), the new rows
+    of the router, and those of ``calibration``.
 
     Args:
         num_added: X.
         hidden_features: H.
         intermediate_features: I.
+        gated: whether experts have a gate.
         modality_id: modality of the rows that may choose them; None: all rows may.
         calibration: recalibrates the routing of these rows, or None.
         device: of the parameters.
@@ -85,6 +86,7 @@ class AddedExperts(nn.Module):
         hidden_features: int,
         intermediate_features: int,
         *,
+        gated: bool = True,
         modality_id: int | None = None,
         calibration: Calibration | None = None,
         device: torch.device | None = None,
@@ -93,7 +95,8 @@ class AddedExperts(nn.Module):
         super().__init__()
         hidden, inter = hidden_features, intermediate_features
         options = {"device": device, "dtype": dtype}
-        self.gate_up_proj = nn.Parameter(torch.empty(num_added, 2 * inter, hidden, **options))
+        rows = 2 * inter if gated else inter
+        self.gate_up_proj = nn.Parameter(torch.empty(num_added, rows, hidden, **options))
         self.down_proj = nn.Parameter(torch.empty(num_added, hidden, inter, **options))
         self.router_columns = nn.Parameter(torch.empty(num_added, hidden, **options))
         self.modality_id = modality_id

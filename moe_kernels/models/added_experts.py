@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from moe_kernels.layers import AddedExperts, Calibration
-from moe_kernels.models import experts, routers, sharding
+from moe_kernels.models import experts, forms, routers, sharding
 from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.intact import modalities_of_peft
-from moe_kernels.models.parts import LayerParts, trainable_dtype
+from moe_kernels.models.parts import LayerParts, trainable_dtype, up_stack
 from moe_kernels.models.routers import RoutingFinder
 
 EXTENSIONS = "modality_extension"
@@ -91,7 +91,10 @@ def check(
             "one with a gate, which promises that it does not"
         )
     for index in config.experts:
-        if problem := routers.problem(layers[index], find):
+        problem = routers.problem(layers[index], find)
+        if problem is None and forms.form_of(layers[index].experts).biased:
+            problem = "its experts have biases, which added experts would lack"
+        if problem is not None:
             raise ValueError(f"layer {index} cannot be extended: {problem}")
 
 
@@ -130,8 +133,9 @@ def _build_layer(
     device: str | None,
 ) -> AddedExperts:
     """Make one layer's module; its rows may choose ``num_competing`` earlier experts too."""
-    weight = parts.experts.gate_up_proj
-    _, twice_inter, hidden = sharding.whole_shape(weight)
+    weight, form = up_stack(parts.experts), forms.form_of(parts.experts)
+    _, *sizes = sharding.whole_shape(weight)
+    rows, hidden = reversed(sizes) if form.transposed else sizes
     options = {"device": device or weight.device, "dtype": trainable_dtype(weight)}
     calibration = None
     if config.calibration is not None:
@@ -140,7 +144,8 @@ def _build_layer(
     return AddedExperts(
         number,
         hidden,
-        twice_inter // 2,
+        rows // 2 if form.act.gated else rows,
+        gated=form.act.gated,
         modality_id=modality_id,
         calibration=calibration,
         **options,
@@ -163,7 +168,7 @@ def attach(
         if not hasattr(parts.layer, EXTENSIONS):
             setattr(parts.layer, EXTENSIONS, nn.ModuleDict())
         getattr(parts.layer, EXTENSIONS)[number] = module
-        sharding.shard_beside(module, parts.experts.gate_up_proj)
+        sharding.shard_beside(module, up_stack(parts.experts))
         experts.set_added_experts(parts.experts, added_experts(parts.layer))
         routers.set_added_experts(parts.router, added_experts(parts.layer))
     if not patched.extensions:

@@ -17,7 +17,8 @@ from moe_kernels.layers import CALIBRATIONS
 from moe_kernels.models import adapter_files, schemas
 from moe_kernels.models.patterns import check_pattern, look_up
 
-EXPERT_PROJECTIONS = ("gate_up_proj", "down_proj")
+# Of stacked experts, which have the first or, without a gate, the second; and the last.
+EXPERT_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 # Projections of attention that are adapted: plain ones, or multi-head latent attention's. Its
 # kv_b_proj is not: it unpacks the latents of the cache, whose modality a decode step does not know.
 _LATENT = ("kv_a_proj_with_mqa", "o_proj")

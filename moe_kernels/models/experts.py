@@ -1,7 +1,7 @@
-"""Experts of Hugging Face models: the supported layouts, and the function registered for them.
+"""Experts of Hugging Face models: what can be patched, and the function registered for them.
 
 No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transformers call
-:func:`experts_forward` with the experts module. Its attributes say which layout it has.
+:func:`experts_forward` with the experts module, whose form ``forms`` finds.
 """
 
 import itertools
@@ -9,52 +9,50 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_kernels import ops
 from moe_kernels.layers import AddedExperts, ModalityLora
-from moe_kernels.models import sharding
+from moe_kernels.models import forms, sharding
 from moe_kernels.models.context import MISSING, ModalityContext
-from moe_kernels.models.parts import up_name
+from moe_kernels.models.parts import up_name, up_stack
 from moe_kernels.registration import IMPLEMENTATION
 
 _AWAITED = "experts"
-# attribute of an experts module -> (the supported value, the meaning of any other)
-_LAYOUT = {
-    "has_gate": (True, "experts without a gate"),
-    "is_concatenated": (True, "interleaved gate and up rows"),
-    "is_transposed": (False, "transposed expert weights"),
-    "has_bias": (False, "expert biases"),
-    "has_post_expert_norm": (False, "a norm after each expert"),
-    "_is_expert_parallel": (False, "expert parallelism"),
-}
 
 
 def expert_problems(experts: nn.Module) -> list[str]:
     """List the properties of an experts module that cannot be patched, its weights included."""
-    return layout_problems(experts) + _weight_problems(experts)
+    return forms.problems(experts) + _weight_problems(experts)
 
 
-def layout_problems(experts: nn.Module) -> list[str]:
-    """List the properties of an experts module that the kernels do not compute."""
-    reasons = []
-    for attribute, (supported, meaning) in _LAYOUT.items():
-        value = getattr(experts, attribute, None)
-        if value is None and attribute not in ("has_post_expert_norm", "_is_expert_parallel"):
-            reasons.append(f"no attribute {attribute!r} (not built for transformers' experts)")
-        elif value is not None and value != supported:
-            reasons.append(meaning)
-    if getattr(type(experts), "_apply_gate", None) is not _default_apply_gate:
-        reasons.append("a gating function of its own")
-    act = getattr(experts, "act_fn", None)
-    if type(act).__name__ not in ("SiLU", "SiLUActivation"):
-        reasons.append(f"activation {type(act).__name__} (only SiLU)")
-    return reasons
+def backend_problem(experts: nn.Module, backend: str | None) -> str | None:
+    """Return why a backend does not compute the form of these experts, by trying it; None: it does.
+
+    Experts of :func:`expert_problems` without any.
+    """
+    form, weight = forms.form_of(experts), up_stack(experts)
+    if form == forms.PLAIN or weight.is_meta:
+        return None
+    options = {"device": weight.device, "dtype": weight.dtype}
+    rows = 2 * 16 if form.act.gated else 16
+    up, down = (torch.zeros(shape, **options) for shape in ((2, rows, 16), (2, 16, 16)))
+    biases = {"gate_up_bias": up[:, :, 0], "down_bias": down[:, :, 0]} if form.biased else {}
+    ids = torch.zeros(1, 1, device=weight.device, dtype=torch.int64)
+    hidden_states = torch.zeros(1, 16, **options)
+    arguments = (hidden_states, ids, hidden_states[:, :1], up, down)
+    settings = {"act": form.act, "interleaved": form.interleaved, "backend": backend}
+    try:
+        with torch.no_grad():
+            ops.moe_mlp(*arguments, **biases, **settings)
+    except NotImplementedError as error:
+        return str(error)
+    return None
 
 
 def _weight_problems(experts: nn.Module) -> list[str]:
     reasons, down = [], getattr(experts, "down_proj", None)
-    up = getattr(experts, up_name(experts))
+    up = up_stack(experts)
     if not isinstance(down, nn.Parameter) or len(sharding.whole_shape(down)) != 3:
         reasons.append("no stacked down_proj")
     elif not up.is_floating_point() or not down.is_floating_point():
@@ -120,15 +118,9 @@ def experts_forward(
         ValueError: the model is not patched, and the kernels do not support its experts.
     """
     context: ModalityContext | None = self.__dict__.get("_modality_context")
+    form, added = _form_of(self), self.__dict__.get("_added_experts", ())
     modality_ids, weights, backend = None, {}, None
-    if context is None:
-        # Nobody has checked it: the name was set in the config, or by from_pretrained.
-        if problems := layout_problems(self):
-            raise ValueError(
-                f"experts_implementation={IMPLEMENTATION!r} does not support "
-                f"{type(self).__name__}: {'; '.join(problems)}; choose another implementation"
-            )
-    else:
+    if context is not None:
         if context.modality_ids is None:
             raise RuntimeError(MISSING)
         context.module_ran(_AWAITED)
@@ -136,20 +128,32 @@ def experts_forward(
         adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
         if adapters:
             weights = {
-                "gate_up_lora": adapters["gate_up_proj"].weights(),
+                "gate_up_lora": adapters[up_name(self)].weights(),
                 "down_lora": adapters["down_proj"].weights(),
             }
-        weights |= _stacked(self.__dict__.get("_added_experts", ()))
+        weights |= _stacked(added)
     return ops.moe_mlp(
         hidden_states,
         top_k_index.to(torch.int64),
         top_k_weights,
-        self.gate_up_proj,
-        self.down_proj,
+        *form.stacks(self),
         modality_ids=modality_ids,
+        act=form.act,
+        interleaved=form.interleaved,
         backend=backend,
+        **form.biases(self, sum(each.num_added for each in added)),
         **weights,
     )
+
+
+def _form_of(experts: nn.Module) -> forms.Form:
+    """Return how experts compute; the name may have been set without a check, in the config."""
+    try:
+        return forms.form_of(experts)
+    except ValueError as error:
+        raise ValueError(
+            f"experts_implementation={IMPLEMENTATION!r}: {error}; choose another implementation"
+        ) from None
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

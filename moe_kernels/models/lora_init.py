@@ -30,7 +30,7 @@ _SHARED_INPUT = (
     ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa"),
     ("q_b_proj",),
     ("o_proj",),
-    ("gate_up_proj", ROUTER),
+    ("gate_up_proj", "up_proj", ROUTER),
 )
 LORA_INITS = ("gromov_wasserstein", "permuted")
 
@@ -162,10 +162,15 @@ def _readers(patched: PatchState) -> dict[nn.Module, list[tuple[str, ModalityLor
                 groups.setdefault((projection.layer, keys), []).append(projection)
     return {
         group[0].module: [
-            (f"{names[p.layer]}.modality_lora.{p.key}", p.lora, p.weight) for p in group
+            (f"{names[p.layer]}.modality_lora.{p.key}", p.lora, _oriented(p)) for p in group
         ]
         for group in groups.values()
     }
+
+
+def _oriented(projection: Projection) -> Tensor:
+    """Return the frozen weight as (out, in) or (E, out, in)."""
+    return projection.weight.mT if projection.transposed else projection.weight
 
 
 class _Sample:

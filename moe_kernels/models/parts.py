@@ -42,7 +42,7 @@ class LayerParts:
         """E, the base model's experts in this layer; 0 in a dense layer."""
         if self.experts is None:
             return 0
-        return sharding.whole_shape(getattr(self.experts, up_name(self.experts)))[0]
+        return sharding.whole_shape(up_stack(self.experts))[0]
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,14 @@ def up_name(experts: nn.Module) -> str:
     )
 
 
+def up_stack(experts: nn.Module) -> nn.Parameter:
+    """Return the stack of an experts module's first projection, as it is stored."""
+    return getattr(experts, up_name(experts))
+
+
 def hidden_size(experts: nn.Module) -> int:
     """Return H of stacked experts, whichever way their weights are stored."""
-    sizes = sharding.whole_shape(getattr(experts, up_name(experts)))
+    sizes = sharding.whole_shape(up_stack(experts))
     return sizes[1] if getattr(experts, "is_transposed", False) else sizes[2]
 
 
@@ -209,5 +214,5 @@ def _fits(router: nn.Module, experts: nn.Module) -> bool:
     weight = getattr(router, "weight", None)
     if not (_has_stacked_weights(experts) and isinstance(weight, nn.Parameter)):
         return False
-    number = sharding.whole_shape(getattr(experts, up_name(experts)))[0]
+    number = sharding.whole_shape(up_stack(experts))[0]
     return tuple(sharding.whole_shape(weight)) == (number, hidden_size(experts))

@@ -14,6 +14,7 @@ from moe_kernels.models import (
     adapters,
     added_experts,
     experts,
+    forms,
     linear,
     methods,
     parameters,
@@ -178,7 +179,7 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
     All ranks call this then, and add_modality_tokens after it.
 
     Args:
-        model: a causal language model with experts as in Mixtral, OLMoE or Qwen-MoE.
+        model: a language model with stacked experts; docs/families.md lists classes.
         config: what to add; default: rank 16 on experts and attention for modality "image".
 
     Returns:
@@ -192,10 +193,10 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
             message names the obstacle, and nothing is patched.
     """
     config = config or ModalityLoraConfig()
+    if config.backend is not None and isinstance(model, nn.Module):
+        backends.select(config.backend, next(model.parameters()).device)
     find = RoutingFinder()
     parts, projections = _check_model(model, config, find)
-    if config.backend is not None:
-        backends.select(config.backend, next(model.parameters()).device)
     patched = PatchedModel(model, config, parts, projections)
     with all_or_nothing(model):
         model.requires_grad_(False)
@@ -223,6 +224,7 @@ def _check_model(
                 f"{name} is not supported: layer {index}: {'; '.join(reasons)}. docs/patching.md "
                 "says which layouts are"
             )
+    _check_backend(name, parts, config.backend)
     size = model.get_input_embeddings().num_embeddings
     if outside := [each for ids in config.token_ids.values() for each in ids if each >= size]:
         raise ValueError(f"token_ids has {outside}: {name} has tokens 0..{size - 1}")
@@ -234,6 +236,14 @@ def _check_model(
         )
     check_patterns(config, projections)
     return parts, projections
+
+
+def _check_backend(name: str, parts: Sequence[LayerParts], backend: str | None) -> None:
+    """Raise ValueError unless the backend computes the forms of the experts, each tried once."""
+    found = {forms.form_of(each.experts): each.experts for each in parts if each.experts}
+    for each in found.values():
+        if problem := experts.backend_problem(each, backend):
+            raise ValueError(f"{name} is not supported: {type(each).__name__}: {problem}")
 
 
 def _check_kind(model: nn.Module, name: str) -> None:
@@ -252,6 +262,8 @@ def _check_kind(model: nn.Module, name: str) -> None:
         raise ValueError(f"{name} {reason}")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not supported: it has no language-model head")
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(f"{name} is not supported: it does not generate token by token")
     if reasons := _table_problems(model):
         raise ValueError(f"{name} is not supported: {'; '.join(reasons)}")
 
@@ -405,7 +417,7 @@ def _detach_layer(parts: LayerParts) -> None:
 def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLora:
     config.check_rank(projection.name)
     weight = projection.weight
-    *stack, out_features, in_features = sharding.whole_shape(weight)
+    *stack, out_features, in_features = projection.shape
     lora = ModalityLora(
         len(config.modalities),
         in_features,

@@ -160,7 +160,11 @@ def _slot(projection: Projection) -> _Slot:
         return _Slot(name, f"{projection.name}.weight", projection, None)
     if projection.key not in EXPERT_PROJECTIONS:
         return _Slot(name, projection.name, projection, None)
-    wrapper = ".base_layer" if projection.key == EXPERT_PROJECTIONS[0] else ""
+    if projection.transposed:
+        raise ValueError(
+            f"{projection.name} is stored transposed, which PEFT's files lay out otherwise"
+        )
+    wrapper = "" if projection.key == "down_proj" else ".base_layer"
     name = name.removesuffix(f".{projection.key}") + wrapper
     return _Slot(name, projection.name, projection, projection.weight.shape[0])
 

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from moe_kernels import ops
 from moe_kernels.models import sharding
-from moe_kernels.models.config import EXPERT_PROJECTIONS
 from moe_kernels.models.context import MISSING, EndForward, ModalityContext
-from moe_kernels.models.experts import expert_problems, layout_problems
+from moe_kernels.models.experts import expert_problems
+from moe_kernels.models.forms import not_plain
 from moe_kernels.models.peft_names import by_sequence, number_of_hooks
 from moe_kernels.models.peft_pairs import read_pairs
 from moe_kernels.ops import LoraWeights
 
 _NOT_OURS = ("_forward_pre_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+_PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +60,16 @@ class Stack:
 
     def problems(self) -> list[str]:
         """List why the kernels cannot compute these experts as PEFT does."""
-        found = expert_problems(self.experts)
+        found = expert_problems(self.experts) or not_plain(self.experts)
         names = [wrapper.parameter_name for wrapper in self.wrappers]
         if _has_own_forward(self.outermost):
             found.append("its forward was replaced (a device map?)")
         found += self.unseen()
-        if unknown := sorted(set(names) - set(EXPERT_PROJECTIONS)):
+        if unknown := sorted(set(names) - set(_PROJECTIONS)):
             found.append(f"adapters on {', '.join(unknown)}")
         if len(set(names)) < len(names):
             found.append("several wrappers of one parameter")
-        weights = {name: getattr(self.experts, name, None) for name in EXPERT_PROJECTIONS}
+        weights = {name: getattr(self.experts, name, None) for name in _PROJECTIONS}
         computed = nn.utils.parametrize.is_parametrized
         found += [
             f"{n} is computed by a parametrization" for n in weights if computed(self.experts, n)
@@ -235,7 +237,7 @@ class KernelForward:
 
     def _check(self, by_sequence: bool) -> None:
         """Raise RuntimeError if the experts were changed, or what is on them would be left out."""
-        if problems := layout_problems(self.stack.experts):
+        if problems := not_plain(self.stack.experts):
             raise RuntimeError(
                 f"{type(self.stack.experts).__name__} was changed after accelerate_peft, and the "
                 f"kernels do not compute it now: {'; '.join(problems)}; put it back, or undo()"

@@ -15,7 +15,7 @@ from moe_kernels.models.config import (
     ModalityLoraConfig,
 )
 from moe_kernels.models.intact import without_wrappers
-from moe_kernels.models.parts import LayerParts
+from moe_kernels.models.parts import LayerParts, up_name
 from moe_kernels.models.patterns import matches
 
 LORA = "modality_lora"
@@ -45,8 +45,20 @@ class Projection:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The frozen weight: (out, in), or (E, out, in) of stacked experts."""
+        """The frozen weight as it is stored: (out, in), or a stack of experts."""
         return getattr(self.module, self.parameter)
+
+    @property
+    def transposed(self) -> bool:
+        """True if the weight is a stack that is stored (E, in, out)."""
+        stacked = self.key in EXPERT_PROJECTIONS
+        return stacked and bool(getattr(self.module, "is_transposed", False))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight, (out, in) or (E, out, in), however it is stored."""
+        *stack, rows, columns = sharding.whole_shape(self.weight)
+        return (*stack, columns, rows) if self.transposed else (*stack, rows, columns)
 
     @property
     def lora(self) -> ModalityLora:
@@ -55,7 +67,7 @@ class Projection:
 
     def pair_shapes(self, config: ModalityLoraConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of ``lora_A`` and ``lora_B`` by their names in the model."""
-        *stack, out_features, in_features = sharding.whole_shape(self.weight)
+        *stack, out_features, in_features = self.shape
         shapes = pair_shapes(
             len(config.modalities),
             in_features,
@@ -117,7 +129,7 @@ _Found = tuple[str, str, nn.Module, str]  # key, suffix of the name, module, par
 
 def _of_experts(parts: LayerParts) -> Iterator[_Found]:
     if parts.experts is not None:
-        for key in EXPERT_PROJECTIONS:
+        for key in (up_name(parts.experts), "down_proj"):
             yield key, f".{key}", parts.experts, key
 
 

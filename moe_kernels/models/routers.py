@@ -19,7 +19,7 @@ from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
 from moe_kernels.models import linear, sharding
 from moe_kernels.models.config import ROUTER
 from moe_kernels.models.context import MISSING, ModalityContext
-from moe_kernels.models.parts import LayerParts
+from moe_kernels.models.parts import LayerParts, up_stack
 from moe_kernels.ops.dtypes import without_autocast
 
 _PROBED_ROWS = 32
@@ -152,7 +152,7 @@ def problem(parts: LayerParts, find: RoutingFinder) -> str | None:
     router = parts.router
     if router is None:
         return "no router of one weight beside the experts"
-    dtypes = (router.weight.dtype, parts.experts.gate_up_proj.dtype)
+    dtypes = (router.weight.dtype, up_stack(parts.experts).dtype)
     if dtypes[0] != dtypes[1] and not is_attached(router):
         return f"a router in {dtypes[0]} beside experts in {dtypes[1]}"
     try:

@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_kernels.layers import AddedExperts
 from moe_kernels.models.added_experts import added_experts, count_experts
 from moe_kernels.models.config import as_integer
+from moe_kernels.models.forms import form_of
 from moe_kernels.models.parts import LayerParts
 from moe_kernels.moextend.scores import LayerScores
 
@@ -121,7 +122,8 @@ def _separate_copies(
 
 def _stacks(parts: LayerParts) -> dict[str, list[Tensor]]:
     """Map an added parameter's name to the base's stack, then each earlier extension's."""
-    base = {name: getattr(parts.experts, name) for name in ("gate_up_proj", "down_proj")}
+    stacks = form_of(parts.experts).stacks(parts.experts)
+    base = dict(zip(("gate_up_proj", "down_proj"), stacks, strict=True))
     base["router_columns"] = parts.router.weight
     earlier = added_experts(parts.layer)
     return {

@@ -84,9 +84,9 @@ BY_LAYOUT = pytest.mark.parametrize(
     [
         ("is_transposed", True, "transposed expert weights"),
         ("has_bias", True, "expert biases"),
-        ("is_concatenated", False, "interleaved gate and up rows"),
+        ("is_concatenated", False, "activation .* of interleaved gate and up rows"),
         ("has_gate", False, "experts without a gate"),
-        ("act_fn", nn.GELU(), "activation GELU"),
+        ("act_fn", nn.GELU(), "activation gelu"),
         ("_is_expert_parallel", True, "expert parallelism"),
     ],
 )

@@ -238,7 +238,7 @@ def test_fused_attention_is_refused_by_name():
 
 @pytest.mark.parametrize("model_type", ["jamba", "qwen3_next"])
 def test_layers_without_attention(model_type):
-    """Those with attention are adapted; text keeps its bits beside and before images."""
+    """Adapters go to layers with attention; text keeps its bits beside and before images."""
     model, ids = make_other(model_type), token_ids(3, 10)
     patched = patch_model(model, ModalityLoraConfig(r=2))
     assert {p.layer for p in patched.projections if p.key == "q_proj"} == {model.model.layers[1]}

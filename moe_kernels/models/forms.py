@@ -1,0 +1,218 @@
+"""Form of an experts module of transformers: its layout, and its activation found by trial.
+
+The attributes that ``use_experts_implementation`` sets say how weights are stored. No class name
+says what the activation is: it runs on numbers, and a member of the kernels' closed set must give
+the same.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from moe_kernels import ops
+from moe_kernels.models.parts import up_name
+from moe_kernels.ops import Activation
+
+# attribute of an experts module -> the meaning of a value that is not supported
+_REFUSED = {
+    "has_post_expert_norm": "a norm after each expert",
+    "_is_expert_parallel": "expert parallelism",
+}
+_LAYOUT = ("has_gate", "is_concatenated", "is_transposed", "has_bias")
+# Names that classes have for the values of a clamped SwiGLU.
+_ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
+_UNCLAMPED = ("silu", "gelu", "gelu_tanh", "relu_squared")
+# Where activations bend, and beyond where they are linear or zero.
+_GATES = (*(x / 4 for x in range(-32, 33)), -1e4, -300.0, -40.0, 40.0, 300.0, 1e4)
+_UPS = (-1e4, -20.0, -1.5, 0.0, 0.75, 2.0, 20.0, 1e4)
+_TOLERANCE = 1e-6  # a class may compute in float32 whatever it gets
+
+
+class Form(NamedTuple):
+    """Layout and activation of an experts module.
+
+    Attributes:
+        act: the activation.
+        interleaved: rows of the first stack are gate, up, gate, up, ...
+        transposed: stacks are stored (E, in, out).
+        biased: both projections have biases.
+    """
+
+    act: Activation
+    interleaved: bool = False
+    transposed: bool = False
+    biased: bool = False
+
+    def stacks(self, experts: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return both stacks of weights, (E, N, H) and (E, H, I): views, if they are transposed."""
+        up, down = getattr(experts, up_name(experts)), experts.down_proj
+        return (up.transpose(1, 2), down.transpose(1, 2)) if self.transposed else (up, down)
+
+    def biases(self, experts: nn.Module, num_added: int) -> dict[str, Tensor]:
+        """Return the biases as arguments of ``moe_mlp``; those of added experts are zeros."""
+        if not self.biased:
+            return {}
+        names = {"gate_up_bias": f"{up_name(experts)}_bias", "down_bias": "down_proj_bias"}
+        found = {name: getattr(experts, own) for name, own in names.items()}
+        if num_added:
+            pad = (0, 0, 0, num_added)
+            found = {name: nn.functional.pad(each, pad) for name, each in found.items()}
+        return found
+
+
+PLAIN = Form(Activation("silu"))
+_FORMS = [PLAIN]  # a graph of torch.compile can hold a number, and reads the form from here
+_known: WeakKeyDictionary[nn.Module, tuple[tuple, int]] = WeakKeyDictionary()
+
+
+def problems(experts: nn.Module) -> list[str]:
+    """List the properties of an experts module that the kernels do not compute."""
+    reasons = [
+        f"no attribute {name!r} (not built for transformers' experts)"
+        for name in _LAYOUT
+        if getattr(experts, name, None) is None
+    ]
+    reasons += [meaning for name, meaning in _REFUSED.items() if getattr(experts, name, False)]
+    if not reasons and isinstance(found := _find(experts), str):
+        reasons.append(found)
+    return reasons
+
+
+def not_plain(experts: nn.Module) -> list[str]:
+    """List what keeps experts from being gated SiLU, concatenated, not transposed, without biases.
+
+    They are all that is computed for adapters of PEFT.
+    """
+    try:
+        form = form_of(experts)
+    except ValueError:
+        return problems(experts)
+    found = {
+        "experts without a gate": not form.act.gated,
+        "interleaved gate and up rows": form.interleaved,
+        "transposed expert weights": form.transposed,
+        "expert biases": form.biased,
+        f"activation {form.act.name} (only SiLU)": form.act.name != "silu",
+    }
+    return [meaning for meaning, holds in found.items() if holds]
+
+
+def form_of(experts: nn.Module) -> Form:
+    """Return how an experts module computes now; what was found is kept while it stays the same.
+
+    Raises:
+        ValueError: the kernels do not compute it.
+    """
+    return _FORMS[_number_of(experts)]
+
+
+@torch.compiler.assume_constant_result  # a compiled forward makes the trial when it is compiled
+def _number_of(experts: nn.Module) -> int:
+    """Return the place of an experts module's form among those that were found."""
+    found = _known.get(experts)
+    if found is None or found[0] != _deciding(experts):
+        if reasons := problems(experts):
+            raise ValueError(f"{type(experts).__name__} is not supported: {'; '.join(reasons)}")
+        found = _known[experts]
+    return found[1]
+
+
+def _deciding(experts: nn.Module) -> tuple:
+    """Return all that a form follows from, which is compared in each forward."""
+    own = experts.__dict__
+    names = (*_LAYOUT, *_REFUSED, *_ALPHAS, *_LIMITS, "_apply_gate", "act_fn")
+    return (*map(own.get, names), own["_modules"].get("act_fn"), type(experts))
+
+
+def _find(experts: nn.Module) -> Form | str:
+    """Return the form of an experts module, or why it is in none that the kernels compute."""
+    deciding, act = _deciding(experts), _find_activation(experts)
+    if isinstance(act, str):
+        return act
+    interleaved = act.gated and not experts.is_concatenated
+    found = Form(act, interleaved, bool(experts.is_transposed), bool(experts.has_bias))
+    if found not in _FORMS:
+        _FORMS.append(found)
+    _known[experts] = deciding, _FORMS.index(found)
+    return found
+
+
+def _find_activation(experts: nn.Module) -> Activation | str:
+    name = _name_of_activation(experts)
+    with torch.no_grad(), unset_fake_temporarily():
+        gate, up = _probes(experts)
+        try:
+            expected = _run(experts, gate, up)
+        except Exception as error:  # foreign code may raise anything; patching says why it stops
+            return f"{name} does not run by itself ({type(error).__name__}: {error})"
+        for act in _candidates(experts):
+            if _agree(_compute(act, gate, up), expected):
+                return act
+    if experts.has_gate and not experts.is_concatenated:
+        name += " of interleaved gate and up rows"
+    return f"{name} (only {', '.join(_UNCLAMPED)} and clamped SwiGLU)"
+
+
+def _name_of_activation(experts: nn.Module) -> str:
+    act = getattr(experts, "act_fn", None)
+    if act is None:
+        return f"activation _apply_gate of {type(experts).__name__}"
+    return f"activation {act.__name__ if hasattr(act, '__name__') else type(act).__name__}"
+
+
+def _probes(experts: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return pre-activations of gate and up, (n,) float64, every value with every other."""
+    beyond = [sign * 2 * each for each in _numbers(experts, _LIMITS) for sign in (1, -1)]
+    pairs = itertools.product((*_GATES, *beyond), (*_UPS, *beyond))
+    grid = torch.tensor(list(pairs), dtype=torch.float64, device="cpu")
+    return grid[:, 0], grid[:, 1]
+
+
+def _run(experts: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """Run the module's own activation, as transformers' implementations do: (n,)."""
+    if not experts.has_gate:
+        return experts.act_fn(gate[None])[0]
+    if experts.is_concatenated:
+        return experts._apply_gate(torch.cat([gate, up])[None])[0]
+    return experts._apply_gate(torch.stack([gate, up], -1).reshape(1, -1))[0]
+
+
+def _compute(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """Run the op with one expert whose projections are identities: (n,)."""
+    x = torch.stack([gate, up], -1)
+    first = torch.eye(2, device="cpu").to(x)[: 2 if act.gated else 1]
+    ids = torch.zeros(len(x), 1, dtype=torch.int64, device="cpu")
+    second = torch.ones(2, 1, device="cpu").to(x)
+    out = ops.moe_mlp(
+        x, ids, torch.ones_like(x[:, :1]), first[None], second[None], act=act, backend="reference"
+    )
+    return out[:, 0]
+
+
+def _candidates(experts: nn.Module) -> Iterator[Activation]:
+    gated = bool(experts.has_gate)
+    for name in _UNCLAMPED:
+        yield Activation(name, gated)
+    alphas, limits = ([*_numbers(experts, names)] for names in (_ALPHAS, _LIMITS))
+    for alpha, limit, shift in itertools.product([1.0, *alphas], limits, (0.0, 1.0)):
+        if gated:
+            yield Activation("clamped_swiglu", True, alpha, limit, shift)
+
+
+def _numbers(experts: nn.Module, names: tuple[str, ...]) -> Iterator[float]:
+    for name in names:
+        value = getattr(experts, name, None)
+        if isinstance(value, int | float) and 0 < value < float("inf"):
+            yield float(value)
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or not expected.isfinite().all():
+        return False
+    expected = expected.to(found.dtype)
+    return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)

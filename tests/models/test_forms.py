@@ -1,0 +1,192 @@
+"""Forms of experts, found by running their activation: those that are found, refused and kept."""
+
+import copy
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.families import make_family
+from support.model_zoo import make_model, refused, token_ids
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from moe_kernels import ModalityLoraConfig, accelerate_peft, patch_model
+from moe_kernels.models import forms
+from moe_kernels.models.experts import IMPLEMENTATION
+from moe_kernels.models.forms import Form, form_of, problems
+from moe_kernels.models.parts import find_experts
+from moe_kernels.ops import Activation
+from moe_kernels.testing import relative_rms
+
+KNOWN = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "relu2": "relu_squared",
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+
+
+def experts(act="silu", **settings):
+    made = find_experts(make_model("mixtral"))
+    made.act_fn = ACT2FN[act] if isinstance(act, str) else act
+    vars(made).update(settings)
+    return made
+
+
+def clamped(alpha, limit, shift, *, interleaved=False):
+    """Return a gating function as those of gpt-oss and its followers."""
+
+    def apply_gate(self, joined):
+        gate, up = (joined[..., ::2], joined[..., 1::2]) if interleaved else joined.chunk(2, -1)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + shift) * gate * torch.sigmoid(alpha * gate)
+
+    return apply_gate
+
+
+def with_gate(function, **settings):
+    made = experts(**settings)
+    made._apply_gate = types.MethodType(function, made)
+    return made
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", KNOWN)
+def test_activations_by_any_name(name, gated):
+    assert form_of(experts(name, has_gate=gated)) == Form(Activation(KNOWN[name], gated))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ["quick_gelu", "relu", "mish", "gelu_10", "laplace", "tanh"])
+def test_activations_that_no_kernel_computes(name, gated):
+    (reason,) = problems(experts(name, has_gate=gated))
+    assert reason.startswith("activation ") and "only silu, gelu" in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("alpha", "limit", "names"),
+    [(1.702, 7.0, ("alpha", "limit")), (1.0, 20000.0, ("swiglu_alpha", "swiglu_limit"))],
+)
+def test_clamped_swiglu(alpha, limit, names, shift, interleaved):
+    """The values are the module's, and the trial confirms them."""
+    values = dict(zip(names, (alpha, limit), strict=True)) | {"is_concatenated": not interleaved}
+    function = clamped(alpha, limit, shift, interleaved=interleaved)
+    found = form_of(with_gate(function, **values))
+    assert found == Form(Activation("clamped_swiglu", True, alpha, limit, shift), interleaved)
+    for wrong in (
+        clamped(alpha, limit, shift, interleaved=not interleaved),
+        clamped(alpha * 1.001, limit, shift, interleaved=interleaved),
+        clamped(alpha, limit * 1.5, shift, interleaved=interleaved),
+        clamped(alpha, limit, 0.5, interleaved=interleaved),
+    ):
+        assert problems(with_gate(wrong, **values))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: F.silu(x.chunk(2, -1)[0]).clamp(max=7.0) * x.chunk(2, -1)[1],
+        lambda self, x: F.silu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0],
+        lambda self, x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1] + 1e-4,
+        lambda self, x: F.silu(x.chunk(2, -1)[0]),
+        lambda self, x: x / 0,
+    ],
+    ids=["clamped", "up before gate", "shifted", "without up", "infinite"],
+)
+def test_gating_functions_that_no_kernel_computes(function):
+    assert problems(with_gate(function, limit=7.0))
+
+
+def test_a_gating_function_that_fails():
+    (reason,) = problems(with_gate(lambda self, x: x @ self.missing))
+    assert "does not run by itself (AttributeError: " in reason
+
+
+def test_a_meta_device_and_other_modes():
+    gelu, mish, plain = (experts(name) for name in ("gelu", "mish", "silu"))
+    with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"):
+        assert form_of(gelu).act.name == "gelu"
+    with torch._subclasses.FakeTensorMode():
+        assert problems(mish) and form_of(plain) == forms.PLAIN
+
+
+def test_the_trial_is_made_once(monkeypatch):
+    tried, find = [], forms._find
+
+    def spy(module):
+        tried.append(module)
+        return find(module)
+
+    monkeypatch.setattr(forms, "_find", spy)
+    model, ids = make_model("mixtral").requires_grad_(False), token_ids(2, 5)
+    model.set_experts_implementation(IMPLEMENTATION)
+    for _ in range(3):
+        model(ids)
+    assert len(tried) == 2 and not any("form" in name for name in vars(tried[0]))
+    tried[0].act_fn = nn.Mish()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="experts_implementation='moe_kernels'.*Mish"):
+            model(ids)
+    tried[0].act_fn = nn.SiLU()
+    model(ids)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ids).logits, model(ids).logits)
+
+
+def test_an_activation_that_is_replaced_in_a_patched_model():
+    model, ids = make_model("mixtral"), token_ids(2, 5)
+    patch_model(model, ModalityLoraConfig(backend="reference"))
+    before = model(ids).logits
+    module = find_experts(model.model.layers[0])
+    module.act_fn = nn.GELU()
+    other = make_model("mixtral")
+    find_experts(other.model.layers[0]).act_fn = nn.GELU()
+    found = model(ids).logits
+    assert relative_rms(found, other(ids).logits) < 1e-5 and not torch.equal(found, before)
+    module.act_fn = nn.Mish()
+    with pytest.raises(ValueError, match="activation Mish"):
+        model(ids)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "aria", "nemotron_h"])
+def test_projections_of_other_layouts(family):
+    """Adapters have the shapes of (E, out, in), however a stack is stored; added experts too."""
+    model = make_family(family)
+    config = ModalityLoraConfig(r=2, target_modules=("experts",), backend="reference")
+    patched = patch_model(model, config)
+    first, second = patched.projections[:2]
+    assert (first.key, second.key) == (
+        "up_proj" if family == "nemotron_h" else "gate_up_proj",
+        "down_proj",
+    )
+    hidden = model.config.hidden_size
+    assert first.shape[2] == second.shape[1] == hidden
+    assert first.lora.lora_A.shape == (1, 4, 2, hidden) and second.lora.lora_B.shape[2] == hidden
+
+
+def test_a_backend_that_does_not_compute_a_form(monkeypatch):
+    def refuse(*arguments, act, **settings):
+        if act.name != "silu":
+            raise NotImplementedError("backend 'other' computes only silu")
+        return computed(*arguments, act=act, **settings)
+
+    computed = forms.ops.moe_mlp
+    model = make_model("mixtral")
+    for layer in model.model.layers:
+        find_experts(layer).act_fn = nn.GELU()
+    find = SimpleNamespace(**vars(forms.ops) | {"moe_mlp": refuse})
+    monkeypatch.setattr("moe_kernels.models.experts.ops", find)
+    refused(model, ValueError, "MixtralExperts: backend 'other' computes only silu")
+
+
+def test_adapters_of_peft_on_another_activation():
+    peft = pytest.importorskip("peft")
+    model = make_model("mixtral")
+    for layer in model.model.layers:
+        find_experts(layer).act_fn = nn.GELU()
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_parameters=names, r=2))
+    with pytest.raises(ValueError, match="activation gelu .only SiLU"):
+        accelerate_peft(wrapped)
