@@ -71,8 +71,8 @@ def emptied(model):
         parameter.data = parameter.data.new_empty(0)
 
 
-def biased(model):
-    model.model.layers[1].mlp.experts.has_bias = True
+def normed(model):
+    model.model.layers[1].mlp.experts.has_post_expert_norm = True
 
 
 def packed(model):
@@ -199,8 +199,8 @@ REFUSALS = {
         "table is empty", "embedding", "use FSDP2 (fully_shard)",
     ),
     "another layout": (
-        model_with(biased), ValueError,
-        "expert biases", "layer 1", "docs/patching.md says which layouts are",
+        model_with(normed), ValueError,
+        "a norm after each expert", "layer 1", "docs/patching.md says which layouts are",
     ),
     "a quantised model": (
         model_with(packed), ValueError, "is quantised", "MixtralForCausalLM", "load it in bfloat16",

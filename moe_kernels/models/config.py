@@ -26,6 +26,7 @@ ATTENTION_LAYOUTS = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_a_proj", "q_b_proj", *_LATENT),
     ("q_proj", *_LATENT),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
 )
 ROUTER = "gate"
 TARGETS = ("experts", "attention", "router")

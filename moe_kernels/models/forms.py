@@ -78,6 +78,9 @@ def problems(experts: nn.Module) -> list[str]:
         if getattr(experts, name, None) is None
     ]
     reasons += [meaning for name, meaning in _REFUSED.items() if getattr(experts, name, False)]
+    if getattr(experts, "has_bias", False):
+        names = (f"{up_name(experts)}_bias", "down_proj_bias")
+        reasons += [f"no {each}" for each in names if getattr(experts, each, None) is None]
     if not reasons and isinstance(found := _find(experts), str):
         reasons.append(found)
     return reasons

@@ -29,7 +29,7 @@ from moe_kernels.modes import evaluating, removing_hooks
 _SHARED_INPUT = (
     ("q_proj", "q_a_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa"),
     ("q_b_proj",),
-    ("o_proj",),
+    ("o_proj", "out_proj"),
     ("gate_up_proj", "up_proj", ROUTER),
 )
 LORA_INITS = ("gromov_wasserstein", "permuted")

@@ -83,7 +83,7 @@ BY_LAYOUT = pytest.mark.parametrize(
     ("attribute", "value", "match"),
     [
         ("is_transposed", True, "transposed expert weights"),
-        ("has_bias", True, "expert biases"),
+        ("has_bias", True, "no gate_up_proj_bias"),
         ("is_concatenated", False, "activation .* of interleaved gate and up rows"),
         ("has_gate", False, "experts without a gate"),
         ("act_fn", nn.GELU(), "activation gelu"),

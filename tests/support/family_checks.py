@@ -1,4 +1,4 @@
-"""What patch_model gives a family of models: tried on its tiny model, not read from its layout."""
+"""Outcome of patch_model on a family of models, tried on its tiny model."""
 
 import functools
 import tempfile
@@ -28,7 +28,7 @@ IMAGE = MODALITY_IDS == 1
 
 @dataclass
 class Outcome:
-    """What was found of a family.
+    """Findings about a family.
 
     Attributes:
         refused: why each of "experts", "attention", "router", "tokens" and "extension" is refused,

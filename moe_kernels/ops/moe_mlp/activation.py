@@ -41,7 +41,7 @@ class Activation(NamedTuple):
 
 
 class ExpertForm(NamedTuple):
-    """How experts compute: the fields of :class:`Activation`, and the order of gate and up.
+    """Form of the experts: the fields of :class:`Activation`, and the order of gate and up.
 
     Attributes:
         act, gated, alpha, limit, shift: name and values of the activation.
