@@ -16,6 +16,7 @@ from moe_kernels.layers import AddedExperts, ModalityLora
 from moe_kernels.models import forms, sharding
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.parts import up_name, up_stack
+from moe_kernels.ops.dtypes import FLOATS
 from moe_kernels.registration import IMPLEMENTATION
 
 _AWAITED = "experts"
@@ -55,8 +56,10 @@ def _weight_problems(experts: nn.Module) -> list[str]:
     up = up_stack(experts)
     if not isinstance(down, nn.Parameter) or len(sharding.whole_shape(down)) != 3:
         reasons.append("no stacked down_proj")
-    elif not up.is_floating_point() or not down.is_floating_point():
-        reasons.append(f"quantised expert weights ({up.dtype})")
+    elif packed := {up.dtype, down.dtype}.difference(FLOATS):
+        reasons.append(f"quantised expert weights ({', '.join(map(str, packed))})")
+    elif up.dtype != down.dtype:
+        reasons.append(f"expert weights of two dtypes ({up.dtype}, {down.dtype})")
     else:
         weights = [w for w in (up, down) if not sharding.is_sharded(w)]
         classes = {type(weight.data) for weight in weights} - {Tensor}

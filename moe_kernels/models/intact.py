@@ -25,6 +25,11 @@ _PUT_BACK = (
 )
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Return whether a module is a wrapper of torch around another."""
+    return any(name in module._modules for name in _WRAPPED)
+
+
 def without_wrappers(name: str) -> str:
     """Return the name of a module or parameter without the wrappers of the modules above it."""
     parts = name.split(".")

@@ -23,6 +23,9 @@ from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parameters import check_values, named_adapter_parameters
 from moe_kernels.models.tokens import JoinedHead, set_config_vocab_size
 
+NO_DATA_PARALLEL = (
+    "use DistributedDataParallel (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
+)
 _LOSS = "_loss_function"  # where transformers looks for a model's own loss
 
 
@@ -155,8 +158,7 @@ def _get_output_embeddings_of(model_class: type[PreTrainedModel]):
 
 def _refuse_data_parallel(self: PreTrainedModel) -> NoReturn:
     raise RuntimeError(
-        "nn.DataParallel is not supported: its replicas would share one mask; use "
-        "DistributedDataParallel (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
+        f"nn.DataParallel is not supported: its replicas would share one mask; {NO_DATA_PARALLEL}"
     )
 
 

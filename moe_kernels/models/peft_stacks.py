@@ -7,6 +7,7 @@ is replaced here: routed rows pass through A and B, and no weight is made or get
 Everything else stays PEFT's.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -19,6 +20,8 @@ from moe_kernels.models import sharding
 from moe_kernels.models.context import MISSING, EndForward, ModalityContext
 from moe_kernels.models.experts import expert_problems
 from moe_kernels.models.forms import not_plain
+from moe_kernels.models.intact import is_wrapper
+from moe_kernels.models.methods import NO_DATA_PARALLEL
 from moe_kernels.models.peft_names import by_sequence, number_of_hooks
 from moe_kernels.models.peft_pairs import read_pairs
 from moe_kernels.ops import LoraWeights
@@ -48,6 +51,7 @@ class Stack:
     def attach(self, forward: "KernelForward") -> None:
         """Let ``forward`` compute them; adapters that are bound to a modality cannot be merged."""
         self.outermost.forward = forward
+        self.outermost._replicate_for_data_parallel = _refuse_data_parallel
         if forward.modality_id is not None:
             for wrapper in self.wrappers:
                 wrapper.merge = _refuse_merge
@@ -56,10 +60,13 @@ class Stack:
         """Undo :meth:`attach`."""
         for wrapper in self.wrappers:
             wrapper.__dict__.pop("merge", None)
-        self.outermost.__dict__.pop("forward", None)
+        for name in ("forward", "_replicate_for_data_parallel"):
+            self.outermost.__dict__.pop(name, None)
 
     def problems(self) -> list[str]:
         """List why the kernels cannot compute these experts as PEFT does."""
+        if is_wrapper(self.experts):
+            return [f"within a {type(self.experts).__name__} of their own: put it around the layer"]
         found = expert_problems(self.experts) or not_plain(self.experts)
         names = [wrapper.parameter_name for wrapper in self.wrappers]
         if _has_own_forward(self.outermost):
@@ -97,6 +104,15 @@ class Stack:
         """
         inner = [self.experts] if by_sequence else [*self.wrappers[1:], self.experts]
         return [f"hooks or a forward of its own on {type(m).__name__}" for m in inner if _calls(m)]
+
+    def replaced(self) -> list[str]:
+        """List the modules within the outermost wrapper that others have taken the places of."""
+        places = itertools.pairwise((*self.wrappers, self.experts))
+        return [
+            f"{type(module).__name__} by {type(outer.base_layer).__name__}"
+            for outer, module in places
+            if outer.base_layer is not module
+        ]
 
     def as_peft(self) -> bool:
         """Return whether PEFT computes them itself: adapters are merged, disabled or not active."""
@@ -156,6 +172,13 @@ def _refuse_merge(*args, **kwargs) -> NoReturn:
     raise RuntimeError(
         "adapters that accelerate_peft has bound to a modality cannot be merged into weights that "
         "text uses too: text would change, and merging is not undone bit for bit"
+    )
+
+
+def _refuse_data_parallel() -> NoReturn:
+    raise RuntimeError(
+        "nn.DataParallel is not supported: its replicas would compute experts by the weights of "
+        f"the model that was accelerated; {NO_DATA_PARALLEL}"
     )
 
 
@@ -237,6 +260,11 @@ class KernelForward:
 
     def _check(self, by_sequence: bool) -> None:
         """Raise RuntimeError if the experts were changed, or what is on them would be left out."""
+        if replaced := self.stack.replaced():
+            raise RuntimeError(
+                f"within what accelerate_peft computes, {'; '.join(replaced)} was replaced, and "
+                "the kernels would compute the old one: put it back, or undo()"
+            )
         if problems := not_plain(self.stack.experts):
             raise RuntimeError(
                 f"{type(self.stack.experts).__name__} was changed after accelerate_peft, and the "

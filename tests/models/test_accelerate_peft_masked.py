@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from support.added_experts import extended
 from support.model_zoo import FAMILY, VOCAB, make_model, token_ids, unchanged
@@ -225,6 +226,8 @@ def test_a_second_file_with_other_rows(tmp_path):
     expected = text_logits(peft, MIXED)
     with unchanged(patched.model), pytest.raises(ValueError, match="has other rows of adde"):
         peft.load_adapter(tmp_path / "rows", "other")
+    with pytest.raises(KeyError, match="added_rows.image"):  # PEFT's, before it changes anything
+        hotswap_adapter(peft, tmp_path / "rows", "default")
     assert list(peft.peft_config) == ["default"]
     assert torch.equal(text_logits(peft, MIXED), expected)
     peft.load_adapter(tmp_path / "without", "other")

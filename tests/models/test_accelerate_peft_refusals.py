@@ -12,6 +12,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from support.model_zoo import make_model, unchanged
 from support.peft_models import EXPERTS, IDS, experts_of, lora_config, make_pair, make_peft
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from moe_kernels import ModalityLoraConfig, accelerate_peft, get_accelerated, patch_model
 
@@ -140,6 +143,47 @@ def test_quantised_weights():
         weight = getattr(inner(model), name).data.to(torch.int8)
         setattr(inner(model), name, nn.Parameter(weight, requires_grad=False))
     refused(model, r"quantised expert weights \(torch.int8\)")
+    inner(model).down_proj.data = inner(model).down_proj.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="quantised expert weights .*torch.float8_e4m3fn"):
+        accelerate_peft(model)
+
+
+def test_weights_of_two_dtypes():
+    model = make_peft()
+    inner(model).down_proj.data = inner(model).down_proj.data.float()
+    refused(model, r"expert weights of two dtypes \(torch.float64, torch.float32\)")
+
+
+def test_experts_in_a_wrapper_of_torch():
+    model = make_peft()
+    apply_activation_checkpointing(model, check_fn=lambda each: each is inner(model))
+    refused(model, "layers.0.mlp.experts: within a CheckpointWrapper of their own: put it around")
+
+
+@pytest.mark.parametrize("of", ["wrapper", "experts"])
+def test_modules_within_that_are_replaced(of):
+    """PEFT would compute the new ones."""
+    theirs, ours = make_pair()
+    for model in (theirs, ours):
+        outer = experts_of(model) if of == "wrapper" else experts_of(model).base_layer
+        old, outer.base_layer = outer.base_layer, copy.deepcopy(outer.base_layer)
+    name = type(old).__name__
+    with pytest.raises(RuntimeError, match=f"computes, {name} by {name} was replaced, and t"):
+        ours(IDS)
+    with theirs.disable_adapter(), ours.disable_adapter():
+        assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    outer.base_layer = old
+    assert ours(IDS).logits.isfinite().all()
+
+
+def test_data_parallel():
+    """Its replicas share the instance's attributes, the forward with its weights too."""
+    model = make_peft()
+    handle = accelerate_peft(model)
+    with pytest.raises(RuntimeError, match="nn.DataParallel is not supported: its replicas would"):
+        [module._replicate_for_data_parallel() for module in model.modules()]
+    handle.undo()
+    assert [module._replicate_for_data_parallel() for module in model.modules()]
 
 
 def test_weights_that_were_freed():
