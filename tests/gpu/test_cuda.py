@@ -23,7 +23,15 @@ CASES = str(Path(__file__).with_name("cuda_suite.py"))
 def test_layers(selected):
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     # Tests of one kind of device are skipped on the other.
-    run_pytest(CASES, "-k", selected, may_skip=True, **environment)
+    run_pytest(CASES, "-k", selected, "-m", "not slow", may_skip=True, **environment)
+
+
+@pytest.mark.slow
+@NEEDS_EXTENSION
+@NEEDS_TRITON
+def test_layers_of_large_cases():
+    environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    run_pytest(CASES, "-m", "slow", may_skip=True, **environment)
 
 
 @NEEDS_EXTENSION

@@ -11,23 +11,34 @@ from support.devices import NEEDS_TRITON, ON_GPU
 from support.processes import run_pytest
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "run.py"
+CASES = Path(__file__).with_name("triton_suite.py")
 _SHARES = (
-    "test_matches or test_compiles or test_a_patched",
+    "test_matches or test_compiles",
     "test_odd or test_shapes or test_random",
-    "test_stacks or bits or test_text or test_the_host",
+    "bits or test_text or test_the_host",
 )
 SHARES = (*_SHARES, f"not ({' or '.join(_SHARES)})")  # about as long as each other
+
+
+def run_suite(*selection):
+    environment = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
+    # Tests of one kind of device are skipped on the other.
+    run_pytest(str(CASES), *selection, may_skip=True, **environment)
 
 
 @NEEDS_TRITON
 @pytest.mark.parametrize("selected", SHARES)
 def test_kernels(selected):
-    environment = {} if ON_GPU else {"TRITON_INTERPRET": "1"}
-    cases = Path(__file__).with_name("triton_suite.py")
-    # Tests of one kind of device are skipped on the other.
-    run_pytest(str(cases), "-k", selected, may_skip=True, **environment)
+    run_suite("-k", selected, "-m", "not slow")
 
 
+@pytest.mark.slow
+@NEEDS_TRITON
+def test_kernels_on_large_cases():
+    run_suite("-m", "slow")
+
+
+@pytest.mark.slow
 @NEEDS_TRITON
 @pytest.mark.skipif(ON_GPU, reason="of the interpreter: run on a machine without a GPU")
 def test_the_gpu_program_runs_on_a_small_case(tmp_path):

@@ -84,8 +84,9 @@ def test_odd_sizes(dtype, variant):
         Shape(T=1, K=1, E=2, H=16, I=16, r=4),
         Shape(T=3, K=5, E=6, H=40, I=24, r=70),
         Shape(T=300, K=2, E=2, H=32, I=16, r=4),  # tiles with many rows
-        Shape(T=1800, K=1, E=1, H=16, I=16, r=4),  # sums of several chunks of rows
-        Shape(T=9, K=16, E=130, H=16, I=16, r=4),
+        # sums of several chunks of rows
+        pytest.param(Shape(T=1800, K=1, E=1, H=16, I=16, r=4), marks=pytest.mark.slow),
+        pytest.param(Shape(T=9, K=16, E=130, H=16, I=16, r=4), marks=pytest.mark.slow),
         Shape(T=9, K=2, E=2, H=24, I=16, r=256),
         *LONG,
     ],
@@ -109,7 +110,9 @@ def test_where_the_parts_of_du_are_large(monkeypatch):
     assert launched.count(False) == 2
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 6))]
+)
 def test_random_shapes(seed):
     """Draw sizes, rank, routing, mask and dtype at random."""
     draw = random.Random(seed)
@@ -126,6 +129,7 @@ def test_random_shapes(seed):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stacks_of_more_than_2_to_the_31_elements():
     """Rows of the last expert are right; only the memory of the chosen experts is touched."""
     experts, hidden, inter, top_k = 32, 65_600, 512, 1
@@ -161,7 +165,10 @@ def test_stacks_of_more_than_2_to_the_31_elements():
 @pytest.mark.skipif(
     ON_GPU and torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90: run on a Hopper"
 )
-@pytest.mark.parametrize(("hidden", "inter", "launches"), [(64, 64, 4), (72, 40, 2)])
+@pytest.mark.parametrize(
+    ("hidden", "inter", "launches"),
+    [(64, 64, 4), pytest.param(72, 40, 2, marks=pytest.mark.slow)],
+)
 def test_the_copy_engine_changes_no_bit(monkeypatch, hidden, inter, launches):
     inputs = make_moe_inputs(Shape(T=300, K=2, E=2, H=hidden, I=inter, r=4)).to(torch.float16)
     inputs = on_device(inputs)
@@ -399,6 +406,7 @@ def test_compiles_into_one_graph(op):
     assert same(results(compiled, x, adapters), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
 def test_a_patched_model_compiles_into_one_graph():
     check_compiles("olmoe", "triton")
@@ -441,7 +449,9 @@ def no_values(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse(getattr(torch.Tensor, name)))
 
 
-@pytest.mark.parametrize("tokens", [13, 700])  # sorted by our own kernel, and by torch
+@pytest.mark.parametrize(  # sorted by our own kernel, and by torch
+    "tokens", [13, pytest.param(700, marks=pytest.mark.slow)]
+)
 def test_the_host_never_waits(tokens, no_values):
     shape = replace(SHAPES["tiny"], T=tokens, K=8, E=9)
     inputs = on_device(make_moe_inputs(shape, num_extra=1, num_modalities=2).to(torch.float32))
