@@ -51,22 +51,27 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-def test_sft(packing, reentrant, tmp_path):
+def import_trl():
     trl = pytest.importorskip("trl", reason="make test-scale installs it")
     packages = importlib.import_module("trl.import_utils")
     for name, value in list(vars(packages).items()):
         if name.endswith("_available") and isinstance(value, tuple):
             # TRL before 0.29 takes the answer of transformers 5, (available, version), for a yes.
             setattr(packages, name, value[0])
+    return trl
+
+
+def make_rows():
     from datasets import Dataset
 
-    rows = [
-        {"input_ids": token_ids(1, 8 + seed, seed=seed)[0].clamp(min=2).tolist()}
-        for seed in range(6)
-    ]
-    results = []
+    ids = [token_ids(1, 8 + seed, seed=seed)[0].clamp(min=2).tolist() for seed in range(6)]
+    return Dataset.from_list([{"input_ids": each} for each in ids])
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_sft(packing, reentrant, tmp_path):
+    trl, results = import_trl(), []
     for name, model in zip(("theirs", "ours"), make_pair(target_modules=["q_proj"]), strict=True):
         model.get_base_model().config.router_aux_loss_coef = 0.0
         args = trl.SFTConfig(
@@ -75,7 +80,7 @@ def test_sft(packing, reentrant, tmp_path):
             gradient_checkpointing_kwargs={"use_reentrant": reentrant},
         )  # fmt: skip
         trainer = trl.SFTTrainer(
-            model, args, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer()
+            model, args, train_dataset=make_rows(), processing_class=make_tokenizer()
         )
         assert trainer.model is model
         before = values(model)
@@ -85,6 +90,33 @@ def test_sft(packing, reentrant, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-6)
     for name, value in theirs.items():
         assert relative_rms(ours[name] - before[name], value - before[name]) < 1e-6, name
+
+
+def test_sft_that_makes_the_model_of_peft(tmp_path):
+    """With ``peft_config``, SFTTrainer calls get_peft_model: accelerate_peft comes after it."""
+    trl, results = import_trl(), []
+    for accelerated in (False, True):
+        base = make_model("mixtral")
+        base.config.router_aux_loss_coef = 0.0
+        args = trl.SFTConfig(
+            **STEP | {"max_steps": 2}, output_dir=str(tmp_path), per_device_train_batch_size=6,
+            max_length=32,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            base, args, train_dataset=make_rows(), processing_class=make_tokenizer(),
+            peft_config=lora_config(),
+        )  # fmt: skip
+        if accelerated:
+            handle = accelerate_peft(trainer.model)
+            assert len(handle.names) == 2
+        fill_adapters(trainer.model)
+        before = values(trainer.model)
+        trainer.train()
+        results.append((before, values(trainer.model)))
+    (before, theirs), (_, ours) = results
+    assert len(ours) == 2 * 2 * 2
+    for name, value in theirs.items():
+        assert relative_rms(ours[name] - before[name], value - before[name]) < 1e-4, name
 
 
 def values(model):
