@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import sharding
+from moe_kernels.models import checkpoint_names, sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.forwards import forward_of
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
@@ -109,6 +109,7 @@ def _as_base(model: PreTrainedModel) -> PreTrainedModel:
     set_config_vocab_size(base.config, size)
     settings = base.generation_config = copy.deepcopy(model.generation_config)
     settings.suppress_tokens = [i for i in settings.suppress_tokens or () if i < size] or None
+    checkpoint_names.keep_added(base)
     return base
 
 

@@ -2,10 +2,13 @@
 
 import functools
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from support.families import FAMILIES, VOCAB, inputs_of, make_family
 from support.model_zoo import assert_same_snapshot, randomise, snapshot, token_ids
 from torch import Tensor, nn
@@ -292,7 +295,16 @@ def _check_tokens(name: str, patched, ids: Tensor, outcome: Outcome) -> None:
 
 
 def _check_files(name: str, patched, inputs: dict, outcome: Outcome) -> None:
-    """Load what was saved on the plain model: the same bits."""
+    """Load what was saved on the plain model: the same bits. Checkpoints keep added names."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "save_pretrained of a patched model")
+        patched.model.save_pretrained(folder)
+        saved = load_file(Path(folder) / "model.safetensors")
+    kept = (
+        path in saved and torch.equal(saved[path], parameter)
+        for path, parameter in patched.named_trainable_parameters()
+    )
+    outcome.require(all(kept), "save_pretrained renames or changes what was added")
     with tempfile.TemporaryDirectory() as folder:
         patched.save_adapter(folder)
         loaded = patch_model(make_family(name), ModalityLoraConfig.from_adapter(folder))
