@@ -22,6 +22,7 @@ _KNOWN = {
     "minimax_m2": "MiniMax-M2",
     "nemotron_h": "Nemotron-H",
 }
+_PADDING = "padded batches: transformers' own logits depend on what padding holds"
 _COLUMNS = {"extension": "added experts", "tokens": "added tokens"}
 
 
@@ -41,6 +42,8 @@ def row(name: str, outcome: Outcome) -> str:
 def _target(target: str, outcome: Outcome) -> str:
     if target in outcome.refused:
         return "no"
+    if target == "experts" and outcome.backend:
+        return f"by `{outcome.backend}`"
     adapted = outcome.layers[target]
     if target != "attention" or adapted == outcome.num_layers:
         return "yes"
@@ -56,12 +59,18 @@ def _generation(outcome: Outcome) -> str:
 def _why_not(model: str, outcome: Outcome) -> str:
     """Return the reasons of refusals, each once, without what the columns say already."""
     kinds: dict[str, list[str]] = {}
-    for kind, reason in outcome.refused.items():
+    refused = outcome.refused
+    if not outcome.supported:
+        refused = {"experts": refused["experts"]}  # the others follow
+    for kind, reason in refused.items():
         reason = reason.removeprefix(f"{model} is not supported: ")
         reason = reason.removesuffix(". docs/patching.md says which layouts are")
         reason = re.sub(r"^layer \d+( cannot be extended)?: | \(leave [^)]*\)", "", reason)
         kinds.setdefault(reason.replace("|", "\\|"), []).append(_COLUMNS.get(kind, kind))
-    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kinds.items())
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in kinds.items()]
+    if not outcome.padding_is_inert:
+        reasons.append(_PADDING)
+    return "; ".join(reasons)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
@@ -71,11 +80,14 @@ def table(outcomes: dict[str, Outcome]) -> str:
 
 def summary(page: str) -> str:
     """Return how many classes a page's table has as supported, and the names of a few."""
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (yes|no) \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (yes|no|by `\w+`) \|", page, re.MULTILINE)
     supported = {experts for experts, _, given in rows if given == "yes"}
     models = {model for _, model, given in rows if given == "yes"}
+    slowly = {experts for experts, _, given in rows if given.startswith("by")} - supported
     names = [label for name, label in _KNOWN.items() if FAMILIES[name].model in models]
-    count = f"{len(supported)} of the {len({experts for experts, *_ in rows})} classes of experts"
     version = ".".join(map(str, VERSION))
-    few = f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"{count} in transformers {version}, among them {few}"
+    return (
+        f"{len(supported)} of the {len({experts for experts, *_ in rows})} classes of experts in "
+        f"transformers {version}, among them {', '.join(names[:-1])} and {names[-1]}"
+        + (f', and {len(slowly)} more on the slow backend "reference" alone' if slowly else "")
+    )
