@@ -148,7 +148,7 @@ def _hands_names(hook: Callable) -> bool:
     return (
         isinstance(hook, functools.partial)
         and "adapter_names" in hook.keywords
-        and hook.func.__module__.startswith("peft.")
+        and str(getattr(hook.func, "__module__", "")).startswith("peft.")
     )
 
 
@@ -157,7 +157,8 @@ def _names_for(module: nn.Module) -> Sequence[str] | None:
     # The number first, and more than ours: the graph of a call without names has a guard on it.
     if number_of_hooks(module, "_forward_pre_hooks") == 1:
         return None
-    hooks = [hook for hook in module._forward_pre_hooks.values() if _hands_names(hook)]
+    # A copy: another thread may be registering its own.
+    hooks = [hook for hook in tuple(module._forward_pre_hooks.values()) if _hands_names(hook)]
     if hooks and torch.compiler.is_compiling():
         raise RuntimeError(_NO_GRAPH)
     own = (hook for hook in hooks if _is_of_this_thread(hook))
@@ -202,7 +203,7 @@ def _ending(tuner: nn.Module, handing: contextlib.AbstractContextManager) -> Ite
 
 def _lists_of_names(tuner: nn.Module) -> set[int]:
     """Return which lists of names the calls of this thread hand down; each call has its own."""
-    hooks = (hook for each in tuner.modules() for hook in each._forward_pre_hooks.values())
+    hooks = (hook for each in tuner.modules() for hook in tuple(each._forward_pre_hooks.values()))
     return {id(hook.keywords["adapter_names"]) for hook in hooks if _is_of_this_thread(hook)}
 
 
