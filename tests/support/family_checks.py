@@ -84,6 +84,7 @@ def try_family(name: str) -> Outcome:
         _check_forward(patched, inputs, plain, outcome)
         _check_padding(name, patched, ids, outcome)
         _check_against_autograd(name, patched, ids, outcome)
+        _check_recompute(name, patched, ids, outcome)
         if FAMILIES[name].takes_ids:
             _check_generation(name, patched, ids, outcome)
         else:
@@ -203,6 +204,24 @@ def _check_against_autograd(name: str, patched, ids: Tensor, outcome: Outcome) -
         outcome.require(bool(theirs.any()), "an adapter has no part in the logits")
         outcome.require(relative_rms(ours, theirs) < GRADIENT, "a wrong gradient of an adapter")
     outcome.require(relative_rms(actual[-1], expected[-1]) < GRADIENT, "a wrong gradient of inputs")
+
+
+def _check_recompute(name: str, patched, ids: Tensor, outcome: Outcome) -> None:
+    """Compare gradients with and without activation checkpointing, in training mode."""
+    model = patched.model
+    if not model.supports_gradient_checkpointing:
+        return
+    trained, settings = list(patched.trainable_parameters()), {"modality_ids": MODALITY_IDS}
+    model.train()
+    _, expected = _gradients(name, model, ids, trained, use_cache=False, **settings)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, actual = _gradients(name, model, ids, trained, use_cache=False, **settings)
+    model.gradient_checkpointing_disable()
+    model.eval()
+    same = all(
+        relative_rms(ours, theirs) < GRADIENT for ours, theirs in zip(actual, expected, strict=True)
+    )
+    outcome.require(same, "activation checkpointing changes the gradients")
 
 
 def _update(a: Tensor, b: Tensor, scaling: Tensor, shape: torch.Size) -> Tensor:
