@@ -214,9 +214,9 @@ def _check_recompute(name: str, patched, ids: Tensor, outcome: Outcome) -> None:
     trained, settings = list(patched.trainable_parameters()), {"modality_ids": MODALITY_IDS}
     model.train()
     _, expected = _gradients(name, model, ids, trained, use_cache=False, **settings)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     _, actual = _gradients(name, model, ids, trained, use_cache=False, **settings)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.eval()
     same = all(
         relative_rms(ours, theirs) < GRADIENT for ours, theirs in zip(actual, expected, strict=True)
