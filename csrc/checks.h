@@ -38,6 +38,22 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, at::ScalarT
   check_layout(tensor, name, dtype, sizes);
 }
 
+// Returns whether a stack (n, rows, columns) is a view of one that is stored (n, columns, rows).
+inline bool is_transposed(const at::Tensor& stack) {
+  return stack.dim() == 3 && !stack.is_contiguous() && stack.transpose(1, 2).is_contiguous();
+}
+
+// Checks a stack of an op on the CPU, which is stored as it is or transposed.
+inline void check_stack(const at::Tensor& stack, const char* name, at::ScalarType dtype,
+                        std::initializer_list<int64_t> sizes, bool transposed) {
+  TORCH_CHECK(stack.defined() && stack.is_cpu(), name, " must be a CPU tensor");
+  TORCH_CHECK(stack.scalar_type() == dtype, name, " must be ", dtype, ", is ",
+              stack.scalar_type());
+  check_shape(stack, name, sizes);
+  TORCH_CHECK((transposed ? stack.transpose(1, 2) : stack).is_contiguous(), name, " must be ",
+              transposed ? "a transposed view of a contiguous stack" : "contiguous");
+}
+
 // Checks a tensor of an op on any device: it must be on the device of the op's first tensor.
 inline void check_like(const at::Tensor& first, const at::Tensor& tensor, const char* name,
                        at::ScalarType dtype, std::initializer_list<int64_t> sizes) {

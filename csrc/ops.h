@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -23,7 +24,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const std::optional<at::Tensor>& gate_up_lora_B,
     const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
-    int64_t num_modalities, bool save_for_backward);
+    const std::optional<at::Tensor>& gate_up_bias, std::string_view act, bool gated, double alpha,
+    double limit, double shift, bool interleaved, int64_t num_modalities, bool save_for_backward);
 
 // dispatch and moe_mlp_forward in one call, for tensors of any layout, keeping nothing for a
 // backward pass. num_modalities follows from the adapters.
@@ -36,7 +38,9 @@ at::Tensor moe_mlp_inference(
     const std::optional<at::Tensor>& gate_up_lora_A,
     const std::optional<at::Tensor>& gate_up_lora_B,
     const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
-    const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling);
+    const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
+    const std::optional<at::Tensor>& gate_up_bias, std::string_view act, bool gated, double alpha,
+    double limit, double shift, bool interleaved);
 
 // needs: hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_lora_A,
 // gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order.
@@ -51,8 +55,10 @@ std::vector<at::Tensor> moe_mlp_backward(
     const std::optional<at::Tensor>& gate_up_lora_B,
     const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
-    const at::Tensor& pre_act, const at::Tensor& u1, const at::Tensor& u2, int64_t num_modalities,
-    const c10::List<bool>& needs, int64_t frozen_extra);
+    const std::optional<at::Tensor>& gate_up_bias, std::string_view act, bool gated, double alpha,
+    double limit, double shift, bool interleaved, const at::Tensor& pre_act, const at::Tensor& u1,
+    const at::Tensor& u2, int64_t num_modalities, const c10::List<bool>& needs,
+    int64_t frozen_extra);
 
 at::Tensor lora_linear_forward(at::Tensor& out, const at::Tensor& hidden_states,
                                const at::Tensor& perm, const at::Tensor& segment_offsets,

@@ -50,10 +50,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (0, 16, 256)  # no adapters, one step over the rank, and several
 TOP_K = 8
 # A cap on registers may cost a few stores in the epilogue; the second program that fits saves more.
-MAX_SPILLS_UNDER_CAP = 32  # Triton 3.6 leaves up to 16, 3.9 up to 27
+MAX_SPILLS_UNDER_CAP = 40  # Triton 3.6 leaves up to 16 of SwiGLU, 3.9 up to 27, of others 37
 CUDA_TARGETS = {80: "80", 90: "90a", 100: "100a"}
 _ROOT = Path(__file__).resolve().parents[1]
 _CUDA = _ROOT / "csrc" / "cuda"
+# How experts compute, and whether their stacks are stored transposed: the usual ones, gpt-oss's and
+# Nemotron-H's.
+FORMS = (
+    {"ACT": "silu", "ORDER": "paired", "STORED_TRANSPOSED": False},
+    {"ACT": "clamped_swiglu", "ORDER": "interleaved", "STORED_TRANSPOSED": True},
+    {"ACT": "relu_squared", "ORDER": "alone", "STORED_TRANSPOSED": False},
+)
 # HMMA and HGMMA, but not HFMA2.MMA, with which sm_90 moves constants.
 _MATRIX = re.compile(r"(?<![.\w])HG?MMA\b")
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -65,6 +72,7 @@ _POINTERS = dict.fromkeys(
     ("scaling_ptr", "factors_ptr", "du_ptr", "dots_ptr", "du_parts_ptr", "partial_ptr",
      "parts_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr", "matrix_ptr"), "fp32",
 )  # fmt: skip
+_SCALARS = dict.fromkeys(("alpha", "limit", "shift"), "fp32")
 _MULTIPLES = (
     "hidden", "inter", "size_k", "size_n", "width", "height", "stride_mk", "stride_mr", "stride_vr",
     "stride_vn", "stride_h", "stride_w",
@@ -88,7 +96,7 @@ class Kernel:
         pointers = {name: dtype for name in names if name.endswith("_ptr") or name == "w"}
         pointers |= _POINTERS | self.pointers
         signature = {
-            name: f"*{pointers[name]}" if name in pointers else "i32"
+            name: f"*{pointers[name]}" if name in pointers else _SCALARS.get(name, "i32")
             for name in names
             if name not in self.constants
         } | dict.fromkeys(self.constants, "constexpr")
@@ -116,9 +124,11 @@ class Kernel:
     @property
     def weights_block(self) -> list[int]:
         """Block of the weights' descriptor, in the order of storage: (n, k) or (k, n)."""
-        block = [self.constants["BLOCK_K"], self.constants["BLOCK_N"]]
-        by_column = self.function is moe_mlp.gate_up_kernel or self.constants.get("TRANSPOSED")
-        return block[::-1] if by_column else block
+        columns = 2 if self.constants.get("ORDER") == "interleaved" else 1
+        if self.function is not moe_mlp.gate_up_kernel:
+            columns = 1  # of dA', a tile has one for each pair
+        block = [self.constants["BLOCK_K"], columns * self.constants["BLOCK_N"]]
+        return block[::-1] if self.constants["TRANSPOSED"] else block
 
 
 def kernels(tiles: Tiles, rank: int, dtype: str, arch: int) -> Iterator[Kernel]:
@@ -151,17 +161,33 @@ def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator
         "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "GROUP_M": tiles.group, "RANK": rank,
         "BLOCK_R": launches.STEP_R, **stack,
     }  # fmt: skip
-    gated = common | {"BLOCK_N": tiles.n_gated, "TOP_K": TOP_K}
+    for form in FORMS:
+        yield from _gated_kernels(tiles, rank, common | form, run)
     for known in ({"num_modalities": 1}, {}) if rank else ({},):
-        for kept in (True, False) if known or not rank else (True,):
-            yield Kernel(moe_mlp.gate_up_kernel, gated | known | {"SAVE": kept}, **run)
-            acts = {"WRITE_ADAPTED": kept and rank > 0, "WRITE_ADDED": kept and stack["HAS_EXTRA"]}
-            cap = tiles.act_registers
-            yield Kernel(moe_mlp.act_backward_kernel, gated | known | acts, **run, registers=cap)
         for transposed in (True, False):
             rows = common | known | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
             unit = {"stride_vr" if transposed else "stride_vn": 1} if rank else {}
             yield Kernel(moe_mlp.grouped_gemm_kernel, rows | unit, **run)
+
+
+def _gated_kernels(
+    tiles: Tiles, rank: int, common: dict[str, object], run: dict[str, int]
+) -> Iterator[Kernel]:
+    """Yield the GEMMs with an activation in their epilogue, for one form of experts."""
+    common = common | {"TOP_K": TOP_K}
+    stored = common.pop("STORED_TRANSPOSED")
+    up = common | {
+        "BLOCK_N": tiles.n if common["ORDER"] == "alone" else tiles.n_gated,
+        "HAS_BIAS": common["ORDER"] == "interleaved", "TRANSPOSED": not stored,
+    }  # fmt: skip
+    down = common | {"BLOCK_N": tiles.n_gated, "TRANSPOSED": stored}
+    for known in ({"num_modalities": 1}, {}) if rank else ({},):
+        for kept in (True, False) if known or not rank else (True,):
+            yield Kernel(moe_mlp.gate_up_kernel, up | known | {"SAVE": kept}, **run)
+            added = kept and common["HAS_EXTRA"]
+            acts = {"WRITE_ADAPTED": kept and rank > 0, "WRITE_ADDED": added}
+            cap = tiles.act_registers
+            yield Kernel(moe_mlp.act_backward_kernel, down | known | acts, **run, registers=cap)
 
 
 def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Kernel]:

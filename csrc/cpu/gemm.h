@@ -36,6 +36,16 @@ inline int64_t scratch_stride(int64_t K) { return (K + 15) / 16 / 2 * 32 + 16; }
 // row is read in one stretch. Even, for the pairs of bf16.
 constexpr int64_t kPackRows = 16;
 
+// What an expert computes between its two products; moe_kernels/ops/moe_mlp/activation.py has the
+// formulas.
+enum class ActKind { silu, gelu, gelu_tanh, relu_squared, clamped_swiglu };
+
+struct Activation {
+  ActKind kind;
+  bool gated;
+  double alpha, limit, shift;  // of clamped_swiglu
+};
+
 // One instruction set's kernels for operands stored as scalar_t.
 template <typename scalar_t>
 struct Kernels {
@@ -76,13 +86,16 @@ struct Kernels {
   // dst[i] (n,) += scale[i] * row i of c, for m rows.
   void (*add_rows)(int m, int64_t n, const acc_t* c, int64_t ldc, const acc_t* scale,
                    acc_t* const* dst);
-  // act = silu(gate) * up from gate and up as rounded to scalar_t; both are written when not null.
-  void (*swiglu)(const acc_t* gate, const acc_t* up, scalar_t* gate_out, scalar_t* up_out,
-                 scalar_t* act, int64_t n);
+  // dst += src.
+  void (*add)(const scalar_t* src, acc_t* dst, int64_t n);
+  // act = f(gate) * up from gate and up as rounded to scalar_t; both are written when not null.
+  // Without a gate, act = f(gate), and what is said of up is left out here and below.
+  void (*activate)(const Activation& form, const acc_t* gate, const acc_t* up, scalar_t* gate_out,
+                   scalar_t* up_out, scalar_t* act, int64_t n);
   // Given d(act) / weight, returns <dact, act>; writes d(gate) and d(up), and act, when not null.
-  acc_t (*swiglu_backward)(const acc_t* dact, acc_t weight, const scalar_t* gate,
-                           const scalar_t* up, scalar_t* dgate, scalar_t* dup, scalar_t* act,
-                           int64_t n);
+  acc_t (*activate_backward)(const Activation& form, const acc_t* dact, acc_t weight,
+                             const scalar_t* gate, const scalar_t* up, scalar_t* dgate,
+                             scalar_t* dup, scalar_t* act, int64_t n);
 
   int64_t panel_bytes(int64_t K, int nv) const {
     const int64_t padded = (K + k_multiple - 1) / k_multiple * k_multiple;

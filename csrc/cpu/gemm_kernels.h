@@ -20,6 +20,7 @@ namespace {
 #include "simd/lanes.h"
 #include "simd/pack.h"
 #include "simd/elementwise.h"
+#include "simd/activation.h"
 #include "simd/multiply.h"
 
 template <typename scalar_t>
@@ -40,8 +41,9 @@ constexpr Kernels<scalar_t> generic_table() {
   table.store = &store_scaled<scalar_t>;
   table.load = &load_scaled<scalar_t>;
   table.add_rows = &add_rows<acc_t>;
-  table.swiglu = &swiglu<scalar_t>;
-  table.swiglu_backward = &swiglu_backward<scalar_t>;
+  table.add = &add<scalar_t>;
+  table.activate = &activate<scalar_t>;
+  table.activate_backward = &activate_backward<scalar_t>;
   return table;
 }
 

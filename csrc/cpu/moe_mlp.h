@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "../ops.h"
 #include "lora.h"
@@ -21,6 +22,19 @@ struct LoraTensors {
   int64_t rank() const { return present() ? A->size(2) : 0; }
 };
 
+// Between the two products of an expert, and the order of gate and up in the first one's rows.
+struct ExpertForm {
+  Activation act;
+  bool interleaved;
+
+  bool paired() const { return act.gated && !interleaved; }  // the gate's rows, then up's
+  int64_t factor() const { return act.gated ? 2 : 1; }
+};
+
+// Raises for a name that is no activation.
+ExpertForm expert_form(std::string_view act, bool gated, double alpha, double limit, double shift,
+                       bool interleaved);
+
 struct MoeMlpInputs {
   const at::Tensor& hidden_states;
   const at::Tensor& topk_weights;
@@ -32,6 +46,8 @@ struct MoeMlpInputs {
   const OptionalTensor& extra_down_proj;
   LoraTensors gate_up;
   LoraTensors down;
+  const OptionalTensor& gate_up_bias;
+  ExpertForm form;
   int64_t num_modalities;
 
   void check() const;
@@ -39,6 +55,7 @@ struct MoeMlpInputs {
 
 struct MoeMlpSizes {
   int64_t tokens, top_k, hidden, inter;
+  int64_t width;           // of the pre-activation: rows of gate_up_proj
   int64_t experts, extra;  // of the frozen stack; added
   int64_t rank1, rank2;    // of gate_up and down, 0 without adapters
   int64_t slots() const { return tokens * top_k; }
@@ -49,25 +66,47 @@ struct MoeMlpSizes {
         top_k(in.topk_weights.size(1)),
         hidden(in.hidden_states.size(1)),
         inter(in.down_proj.size(2)),
+        width(in.gate_up_proj.size(1)),
         experts(in.gate_up_proj.size(0)),
         extra(in.extra_gate_up_proj ? in.extra_gate_up_proj->size(0) : 0),
         rank1(in.gate_up.rank()),
         rank2(in.down.rank()) {}
 };
 
-// One frozen stack and the experts added to it, which lie apart from it.
+// One frozen stack and the experts added to it, which lie apart from it, in the same layout.
 template <typename scalar_t>
 struct ExpertStack {
   const scalar_t* base;
   const scalar_t* extra;
   int64_t num_base, rows, columns;
+  bool stored_transposed;
 
   Matrix<scalar_t> matrix(int64_t expert, bool transposed) const {
     const scalar_t* from = expert < num_base ? base : extra;
     const int64_t index = expert < num_base ? expert : expert - num_base;
-    return {from + index * rows * columns, columns, transposed};
+    return {from + index * rows * columns, stored_transposed ? rows : columns,
+            transposed != stored_transposed};
   }
 };
+
+// first[i] = pairs[2 i], second[i] = pairs[2 i + 1], for n of each.
+template <typename T>
+void split_pairs(const T* pairs, int64_t n, T* first, T* second) {
+  for (int64_t i = 0; i < n; ++i) {
+    first[i] = pairs[2 * i];
+    second[i] = pairs[2 * i + 1];
+  }
+}
+
+template <typename T>
+void join_pairs(const T* first, const T* second, int64_t n, T* pairs) {
+  for (int64_t i = 0; i < n; ++i) {
+    pairs[2 * i] = first[i];
+    pairs[2 * i + 1] = second[i];
+  }
+}
+
+constexpr int64_t kMaxPanelWidth = 32;  // two vectors of 16 elements
 
 template <typename scalar_t>
 const scalar_t* data_or_null(const OptionalTensor& tensor) {
@@ -89,12 +128,14 @@ struct MoeMlp {
         order{perm, size.top_k, size.tokens},
         hidden(in.hidden_states.const_data_ptr<scalar_t>()),
         gate_up_proj{in.gate_up_proj.const_data_ptr<scalar_t>(),
-                     data_or_null<scalar_t>(in.extra_gate_up_proj), size.experts, 2 * size.inter,
-                     size.hidden},
+                     data_or_null<scalar_t>(in.extra_gate_up_proj), size.experts, size.width,
+                     size.hidden, is_transposed(in.gate_up_proj)},
         down_proj{in.down_proj.const_data_ptr<scalar_t>(),
                   data_or_null<scalar_t>(in.extra_down_proj), size.experts, size.hidden,
-                  size.inter},
-        gate_up_lora(view(in.gate_up, size.hidden, 2 * size.inter)),
+                  size.inter, is_transposed(in.down_proj)},
+        gate_up_bias(data_or_null<scalar_t>(in.gate_up_bias)),
+        form(in.form),
+        gate_up_lora(view(in.gate_up, size.hidden, size.width)),
         down_lora(view(in.down, size.inter, size.hidden)),
         weights_tensor(in.topk_weights.to(kAccType).contiguous()),
         weights(weights_tensor.const_data_ptr<acc_t>()) {}
@@ -108,8 +149,10 @@ struct MoeMlp {
   const int64_t* perm;
   SlotOrder order;
   const scalar_t* hidden;
-  ExpertStack<scalar_t> gate_up_proj;  // (2I, H)
+  ExpertStack<scalar_t> gate_up_proj;  // (width, H)
   ExpertStack<scalar_t> down_proj;     // (H, I)
+  const scalar_t* gate_up_bias;        // (E + X, width) or null
+  ExpertForm form;
   Lora<scalar_t> gate_up_lora;
   Lora<scalar_t> down_lora;
   at::Tensor weights_tensor;

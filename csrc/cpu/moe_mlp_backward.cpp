@@ -77,7 +77,7 @@ class Backward {
   void plan_work() {
     const bool all = needs_.hidden || needs_.weights;
     if (needs_.hidden || needs_.gate_up_lora() || needs_.extra_gate_up) {
-      dpre_tensor_ = allocate({size_.slots(), 2 * size_.inter});
+      dpre_tensor_ = allocate({size_.slots(), size_.width});
       dpre_ = dpre_tensor_.mutable_data_ptr<scalar_t>();
     }
     if (needs_.A2 || needs_.extra_down) {
@@ -128,7 +128,7 @@ class Backward {
 
   // du1 = dpre B1
   void shrink_dpre() {
-    const int64_t width = 2 * size_.inter;
+    const int64_t width = size_.width;
     shrink(mlp_.gate_up_lora, width, [&](int64_t p) { return dpre_ + p * width; }, du1_,
            scaled_du1_);
   }
@@ -144,51 +144,72 @@ class Backward {
     expert_products<scalar_t>(
         product, act_rows_, [&](int64_t p) { return grad_row(p); },
         [&](int64_t e) { return mlp_.down_proj.matrix(e, false); },
-        [&](int64_t p, int m, int64_t item, const ItemColumns& columns, acc_t* c, int64_t ldc) {
+        [&](int64_t, int64_t p, int m, int64_t item, const ItemColumns& columns, acc_t* c,
+            int64_t ldc) {
           for (int i = 0; i < m; ++i) {
-            const acc_t dot = swiglu_row(p + i, columns, c + i * ldc);
+            const acc_t dot = activation_row(p + i, columns, c + i * ldc);
             if (dots_) dots_[item * size_.slots() + p + i] = dot;
           }
         });
   }
 
   // Panels of one row of dA' -> dpre, and a; returns their part of <dA', a>.
-  acc_t swiglu_row(int64_t p, const ItemColumns& columns, const acc_t* dact) {
+  acc_t activation_row(int64_t p, const ItemColumns& columns, const acc_t* dact) {
     const auto& kernel = kernels<scalar_t>();
     const int64_t I = size_.inter;
     acc_t dot = 0;
     for (int64_t panel = 0; panel < columns.num_panels; ++panel) {
-      const int64_t column = columns.begin[panel];
-      const scalar_t* gate = pre_act_ + p * 2 * I + column;
-      scalar_t* dgate = dpre_ ? dpre_ + p * 2 * I + column : nullptr;
-      dot += kernel.swiglu_backward(dact + panel * act_plan_.width, mlp_.weight(p), gate, gate + I,
-                                    dgate, dgate ? dgate + I : nullptr,
-                                    act_ ? act_ + p * I + column : nullptr, columns.size[panel]);
+      const int64_t column = columns.begin[panel], size = columns.size[panel];
+      const acc_t* d = dact + panel * act_plan_.width;
+      scalar_t* act = act_ ? act_ + p * I + column : nullptr;
+      if (mlp_.form.interleaved) {
+        dot += interleaved_panel(p, column, size, d, act);
+        continue;
+      }
+      const scalar_t* gate = pre_act_ + p * size_.width + column;
+      scalar_t* dgate = dpre_ ? dpre_ + p * size_.width + column : nullptr;
+      dot += kernel.activate_backward(mlp_.form.act, d, mlp_.weight(p), gate, gate + I, dgate,
+                                      dgate ? dgate + I : nullptr, act, size);
     }
+    return dot;
+  }
+
+  // One panel of a row where gate and up alternate.
+  acc_t interleaved_panel(int64_t p, int64_t column, int64_t size, const acc_t* dact,
+                          scalar_t* act) {
+    scalar_t gate[kMaxPanelWidth], up[kMaxPanelWidth], dgate[kMaxPanelWidth], dup[kMaxPanelWidth];
+    const int64_t pairs = p * size_.width + 2 * column;
+    split_pairs(pre_act_ + pairs, size, gate, up);
+    const acc_t dot = kernels<scalar_t>().activate_backward(
+        mlp_.form.act, dact, mlp_.weight(p), gate, up, dpre_ ? dgate : nullptr, dup, act, size);
+    if (dpre_) join_pairs(dgate, dup, size, dpre_ + pairs);
     return dot;
   }
 
   // Recomputes a from the pre-activation, for rows that need it without d(act).
   void recompute_act() {
     const auto& kernel = kernels<scalar_t>();
-    const int64_t I = size_.inter, bytes = 2 * Scratch::bytes<acc_t>(I);
+    const int64_t I = size_.inter, width = size_.width;
+    const int64_t halves = mlp_.form.interleaved ? I : 0;
+    const int64_t bytes = Scratch::bytes<acc_t>(width) + 2 * Scratch::bytes<acc_t>(halves);
     const int64_t items = static_cast<int64_t>(act_only_rows_.size());
     for_each_item(items, bytes, [&](int64_t item, char* memory) {
       Scratch scratch(memory);
-      acc_t* gate = scratch.take<acc_t>(I);
-      acc_t* up = scratch.take<acc_t>(I);
+      acc_t* pre = scratch.take<acc_t>(width);
+      acc_t* gate = halves ? scratch.take<acc_t>(I) : pre;
+      acc_t* up = halves ? scratch.take<acc_t>(I) : pre + I;
       const RowRange rows = act_only_rows_[item].rows;
       for (int64_t p = rows.begin; p < rows.end; ++p) {
-        kernel.load(pre_act_ + p * 2 * I, acc_t(1), gate, I);
-        kernel.load(pre_act_ + p * 2 * I + I, acc_t(1), up, I);
-        kernel.swiglu(gate, up, nullptr, nullptr, act_ + p * I, I);
+        kernel.load(pre_act_ + p * width, acc_t(1), pre, width);
+        if (halves) split_pairs(pre, I, gate, up);
+        kernel.activate(mlp_.form.act, gate, up, nullptr, nullptr, act_ + p * I, I);
       }
     });
   }
 
   // dx = sum over k of dpre Wgu + (s1 du1) A1
   at::Tensor hidden_gradient() {
-    const int64_t H = size_.hidden, width = 2 * size_.inter;
+    const int64_t H = size_.hidden, width = size_.width;
     at::Tensor dhidden = allocate({size_.tokens, H});
     Extension<scalar_t> extension;
     if (du1_.defined()) {
@@ -289,7 +310,7 @@ class Backward {
 
   // sum of dpre^T x
   at::Tensor extra_gate_up_gradient() {
-    const int64_t width = 2 * size_.inter;
+    const int64_t width = size_.width;
     return extra_gradient(
         *in_.extra_gate_up_proj,
         [&](const OuterItem& item, int64_t p, acc_t* dst) {
@@ -336,7 +357,7 @@ class Backward {
   Needs needs_;
   int64_t frozen_extra_;      // of the first added experts
   const scalar_t* grad_out_;  // (T, H)
-  const scalar_t* pre_act_;   // (T*K, 2I)
+  const scalar_t* pre_act_;   // (T*K, width)
   const scalar_t* u1_;        // (T*K, r1)
   const scalar_t* u2_;        // (T*K, r2)
   std::vector<RowBlock> adapted_;
@@ -346,7 +367,7 @@ class Backward {
   at::Tensor du1_, scaled_du1_;  // (T*K, r1), adapted rows
   at::Tensor du2_, scaled_du2_;  // (T*K, r2), adapted rows
   at::Tensor dpre_tensor_, act_tensor_, dots_tensor_;
-  scalar_t* dpre_ = nullptr;  // (T*K, 2I), null where no gradient needs it; so are the next two
+  scalar_t* dpre_ = nullptr;  // (T*K, width), null where no gradient needs it; so are the next two
   scalar_t* act_ = nullptr;   // (T*K, I), rows whose parameters train
   acc_t* dots_ = nullptr;     // (column items, T*K)
 };
@@ -370,7 +391,7 @@ void check_saved(const MoeMlpInputs& in, const at::Tensor& grad_out, const at::T
   const MoeMlpSizes size(in);
   const at::ScalarType dtype = in.hidden_states.scalar_type();
   check_tensor(grad_out, "grad_out", dtype, {size.tokens, size.hidden});
-  check_tensor(pre_act, "pre_act", dtype, {size.slots(), 2 * size.inter});
+  check_tensor(pre_act, "pre_act", dtype, {size.slots(), size.width});
   check_tensor(u1, "u1", dtype, {size.slots(), size.rank1});
   check_tensor(u2, "u2", dtype, {size.slots(), size.rank2});
 }
@@ -385,8 +406,10 @@ std::vector<at::Tensor> moe_mlp_backward(
     const OptionalTensor& gate_up_lora_A, const OptionalTensor& gate_up_lora_B,
     const OptionalTensor& gate_up_scaling, const OptionalTensor& down_lora_A,
     const OptionalTensor& down_lora_B, const OptionalTensor& down_scaling,
-    const at::Tensor& pre_act, const at::Tensor& u1, const at::Tensor& u2, int64_t num_modalities,
-    const c10::List<bool>& needs, int64_t frozen_extra) {
+    const OptionalTensor& gate_up_bias, std::string_view act, bool gated, double alpha,
+    double limit, double shift, bool interleaved, const at::Tensor& pre_act, const at::Tensor& u1,
+    const at::Tensor& u2, int64_t num_modalities, const c10::List<bool>& needs,
+    int64_t frozen_extra) {
   const MoeMlpInputs inputs{hidden_states,
                             topk_weights,
                             perm,
@@ -397,6 +420,8 @@ std::vector<at::Tensor> moe_mlp_backward(
                             extra_down_proj,
                             {gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up"},
                             {down_lora_A, down_lora_B, down_scaling, "down"},
+                            gate_up_bias,
+                            expert_form(act, gated, alpha, limit, shift, interleaved),
                             num_modalities};
   inputs.check();
   check_needs(needs, frozen_extra, inputs);

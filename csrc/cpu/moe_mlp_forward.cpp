@@ -24,7 +24,7 @@ class Forward {
     }
     const int64_t saved = save ? size_.slots() : 0;
     out_ = allocate({size_.tokens, size_.hidden});
-    pre_act_ = allocate({saved, 2 * size_.inter});
+    pre_act_ = allocate({saved, size_.width});
     u1_ = allocate({saved, size_.rank1});
     u2_ = allocate({saved, size_.rank2});
     clear_unused();
@@ -73,10 +73,8 @@ class Forward {
     return scaled;
   }
 
-  // silu(gate) * up (T*K, I), fused with both products.
+  // The activation (T*K, I), fused with the products of gate and up.
   at::Tensor gate_up() {
-    const auto& kernel = kernels<scalar_t>();
-    const int64_t I = size_.inter;
     const auto row = [&](int64_t p) { return mlp_.hidden_row(p); };
     at::Tensor scaled;
     Extension<scalar_t> extension;
@@ -85,29 +83,59 @@ class Forward {
       extension = mlp_.gate_up_lora.extension(scaled.const_data_ptr<scalar_t>(),
                                               mlp_.gate_up_lora.B.t());
     }
-    at::Tensor act = allocate({size_.slots(), I});
+    at::Tensor act = allocate({size_.slots(), size_.inter});
     scalar_t* act_data = act.mutable_data_ptr<scalar_t>();
     scalar_t* pre = save_ ? pre_act_.mutable_data_ptr<scalar_t>() : nullptr;
     // The grouping of columns into items depends on counts and threads; the sum of an element does
     // not.
-    const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(2 * I, size_.hidden, true),
-                                              static_cast<int64_t>(blocks_.size()));
-    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, plan, extension, direct()};
+    const ColumnPlan plan =
+        occupying_threads(column_plan<scalar_t>(size_.width, size_.hidden, mlp_.form.paired()),
+                          static_cast<int64_t>(blocks_.size()));
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, plan, extension,
+                                          direct(mlp_.gate_up_proj)};
     expert_products<scalar_t>(
         product, blocks_, row, [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, true); },
-        [&](int64_t p, int m, int64_t, const ItemColumns& columns, acc_t* c, int64_t ldc) {
-          const int64_t pairs = columns.num_panels / 2, width = product.plan.width;
+        [&](int64_t expert, int64_t p, int m, int64_t, const ItemColumns& columns, acc_t* c,
+            int64_t ldc) {
           for (int i = 0; i < m; ++i) {
-            for (int64_t j = 0; j < pairs; ++j) {
-              const int64_t column = columns.begin[j];
-              const acc_t* gate = c + i * ldc + j * width;
-              scalar_t* gate_out = pre ? pre + (p + i) * 2 * I + column : nullptr;
-              kernel.swiglu(gate, gate + pairs * width, gate_out, gate_out ? gate_out + I : nullptr,
-                            act_data + (p + i) * I + column, columns.size[j]);
-            }
+            add_bias(expert, columns, plan.width, c + i * ldc);
+            activate(p + i, columns, plan.width, c + i * ldc, pre, act_data);
           }
         });
     return act;
+  }
+
+  // Adds an expert's bias to a row of the panels.
+  void add_bias(int64_t expert, const ItemColumns& columns, int64_t width, acc_t* c) const {
+    if (mlp_.gate_up_bias == nullptr) return;
+    const scalar_t* bias = mlp_.gate_up_bias + expert * size_.width;
+    for (int64_t j = 0; j < columns.num_panels; ++j) {
+      kernels<scalar_t>().add(bias + columns.begin[j], c + j * width, columns.size[j]);
+    }
+  }
+
+  // A row of the panels -> the pre-activation, if it is saved, and the activation.
+  void activate(int64_t p, const ItemColumns& columns, int64_t width, const acc_t* c,
+                scalar_t* pre, scalar_t* act) const {
+    const auto& kernel = kernels<scalar_t>();
+    const ExpertForm& form = mlp_.form;
+    const int64_t I = size_.inter;
+    const int64_t panels = form.paired() ? columns.num_panels / 2 : columns.num_panels;
+    for (int64_t j = 0; j < panels; ++j) {
+      const int64_t column = columns.begin[j], size = columns.size[j];
+      const acc_t* gate = c + j * width;
+      scalar_t* gate_out = pre ? pre + p * size_.width + column : nullptr;
+      if (form.interleaved) {
+        acc_t halves[kMaxPanelWidth];
+        split_pairs(gate, size / 2, halves, halves + size / 2);
+        if (gate_out) kernel.store(gate, acc_t(1), gate_out, size);
+        kernel.activate(form.act, halves, halves + size / 2, nullptr, nullptr,
+                        act + p * I + column / 2, size / 2);
+      } else {
+        kernel.activate(form.act, gate, gate + panels * width, gate_out,
+                        gate_out ? gate_out + I : nullptr, act + p * I + column, size);
+      }
+    }
   }
 
   // Computes the weighted sum of the experts' outputs.
@@ -121,7 +149,8 @@ class Forward {
           mlp_.down_lora.extension(scaled.const_data_ptr<scalar_t>(), mlp_.down_lora.B.t());
     }
     const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(size_.hidden, size_.inter), 1);
-    const ExpertProduct<scalar_t> product{mlp_.segments, size_.inter, plan, extension, direct()};
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.inter, plan, extension,
+                                          direct(mlp_.down_proj)};
     combined_products<scalar_t>(
         product, mlp_.order, row, [&](int64_t e) { return mlp_.down_proj.matrix(e, true); },
         [&](int64_t p) { return mlp_.weight(p); }, out_.mutable_data_ptr<scalar_t>());
@@ -131,6 +160,9 @@ class Forward {
   // Depends on shapes alone, without added experts: adding some changes no bit of the rows that do
   // not choose them.
   bool direct() const { return size_.slots() <= kDirectRows * size_.experts; }
+  bool direct(const ExpertStack<scalar_t>& stack) const {
+    return direct() && !stack.stored_transposed;
+  }
 
   MoeMlp<scalar_t> mlp_;
   const MoeMlpSizes& size_;
@@ -144,6 +176,15 @@ OptionalTensor contiguous(const OptionalTensor& tensor,
                           std::optional<at::ScalarType> dtype = std::nullopt) {
   if (!tensor) return std::nullopt;
   return tensor->to(dtype.value_or(tensor->scalar_type())).contiguous();
+}
+
+at::Tensor in_layout(const at::Tensor& stack, bool transposed) {
+  return transposed ? stack.transpose(1, 2).contiguous().transpose(1, 2) : stack.contiguous();
+}
+
+OptionalTensor in_layout(const OptionalTensor& stack, bool transposed, at::ScalarType dtype) {
+  if (!stack) return std::nullopt;
+  return in_layout(stack->to(dtype), transposed);
 }
 
 // Returns an adapter's first size, (M, ...); 0 without one.
@@ -161,7 +202,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
     const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
     const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
-    const OptionalTensor& down_scaling, int64_t num_modalities, bool save_for_backward) {
+    const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias, std::string_view act,
+    bool gated, double alpha, double limit, double shift, bool interleaved, int64_t num_modalities,
+    bool save_for_backward) {
   const MoeMlpInputs inputs{hidden_states,
                             topk_weights,
                             perm,
@@ -172,6 +215,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
                             extra_down_proj,
                             {gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up"},
                             {down_lora_A, down_lora_B, down_scaling, "down"},
+                            gate_up_bias,
+                            expert_form(act, gated, alpha, limit, shift, interleaved),
                             num_modalities};
   inputs.check();
   return AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -186,7 +231,8 @@ at::Tensor moe_mlp_inference(
     const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
     const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
     const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
-    const OptionalTensor& down_scaling) {
+    const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias, std::string_view act,
+    bool gated, double alpha, double limit, double shift, bool interleaved) {
   check_compute_dtype(hidden_states, "hidden_states");
   check_compute_dtype(gate_up_proj, "gate_up_proj");
   if (extra_gate_up_proj) check_compute_dtype(*extra_gate_up_proj, "extra_gate_up_proj");
@@ -194,8 +240,12 @@ at::Tensor moe_mlp_inference(
   check_shape(topk_weights, "topk_weights", {-1, -1});
   check_shape(topk_ids, "topk_ids", {topk_weights.size(0), topk_weights.size(1)});
   check_shape(gate_up_proj, "gate_up_proj", {-1, -1, -1});
+  check_shape(down_proj, "down_proj", {-1, -1, -1});
   if (extra_gate_up_proj) check_shape(*extra_gate_up_proj, "extra_gate_up_proj", {-1, -1, -1});
+  if (extra_down_proj) check_shape(*extra_down_proj, "extra_down_proj", {-1, -1, -1});
   const at::ScalarType dtype = gate_up_proj.scalar_type();
+  const bool transposed_up = is_transposed(gate_up_proj);
+  const bool transposed_down = is_transposed(down_proj);
   const int64_t num_modalities = modalities_of(gate_up_lora_A, down_lora_A);
   const int64_t num_experts =
       gate_up_proj.size(0) + (extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0);
@@ -204,11 +254,14 @@ at::Tensor moe_mlp_inference(
   const auto sorted = dispatch(ids, num_experts, contiguous(modality_ids), num_modalities);
   return std::get<0>(moe_mlp_forward(
       hidden_states.to(dtype).contiguous(), topk_weights.contiguous(), std::get<0>(sorted),
-      std::get<4>(sorted), gate_up_proj.contiguous(), down_proj.contiguous(),
-      contiguous(extra_gate_up_proj, dtype), contiguous(extra_down_proj, dtype),
+      std::get<4>(sorted), in_layout(gate_up_proj, transposed_up),
+      in_layout(down_proj, transposed_down),
+      in_layout(extra_gate_up_proj, transposed_up, dtype),
+      in_layout(extra_down_proj, transposed_down, dtype),
       contiguous(gate_up_lora_A), contiguous(gate_up_lora_B),
       contiguous(gate_up_scaling, at::kFloat), contiguous(down_lora_A), contiguous(down_lora_B),
-      contiguous(down_scaling, at::kFloat), num_modalities, /*save_for_backward=*/false));
+      contiguous(down_scaling, at::kFloat), contiguous(gate_up_bias), act, gated, alpha, limit,
+      shift, interleaved, num_modalities, /*save_for_backward=*/false));
 }
 
 }  // namespace moe_kernels::cpu

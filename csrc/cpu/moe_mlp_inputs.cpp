@@ -1,5 +1,7 @@
 #include "moe_mlp.h"
 
+#include <utility>
+
 namespace moe_kernels::cpu {
 namespace {
 
@@ -21,6 +23,23 @@ void check_lora(const LoraTensors& lora, at::ScalarType dtype, int64_t num_modal
 
 }  // namespace
 
+ExpertForm expert_form(std::string_view act, bool gated, double alpha, double limit, double shift,
+                       bool interleaved) {
+  static constexpr std::pair<std::string_view, ActKind> kNames[] = {
+      {"silu", ActKind::silu},
+      {"gelu", ActKind::gelu},
+      {"gelu_tanh", ActKind::gelu_tanh},
+      {"relu_squared", ActKind::relu_squared},
+      {"clamped_swiglu", ActKind::clamped_swiglu}};
+  TORCH_CHECK_VALUE(gated || !(interleaved || act == "clamped_swiglu"),
+                    "without a gate there is neither clamped_swiglu nor an order of gate and up");
+  for (const auto& [name, kind] : kNames) {
+    if (name == act) return {{kind, gated, alpha, limit, shift}, interleaved};
+  }
+  TORCH_CHECK_VALUE(false, "act must be silu, gelu, gelu_tanh, relu_squared or clamped_swiglu, is ",
+                    act);
+}
+
 void MoeMlpInputs::check() const {
   check_compute_dtype(hidden_states, "hidden_states");
   const at::ScalarType dtype = hidden_states.scalar_type();
@@ -33,25 +52,28 @@ void MoeMlpInputs::check() const {
   check_tensor(perm, "perm", at::kLong, {slots});
   check_permutation(perm, "perm");
 
-  check_tensor(gate_up_proj, "gate_up_proj", dtype, {-1, -1, H});
-  const int64_t E = gate_up_proj.size(0), I = gate_up_proj.size(1) / 2;
-  TORCH_CHECK(E >= 1 && I >= 1 && H >= 1 && gate_up_proj.size(1) % 2 == 0,
-              "gate_up_proj must be (experts, 2 * intermediate, hidden), none of them 0, is ",
-              gate_up_proj.sizes());
-  check_tensor(down_proj, "down_proj", dtype, {E, H, I});
+  const bool transposed_up = is_transposed(gate_up_proj);
+  const bool transposed_down = is_transposed(down_proj);
+  check_stack(gate_up_proj, "gate_up_proj", dtype, {-1, -1, H}, transposed_up);
+  const int64_t E = gate_up_proj.size(0), N = gate_up_proj.size(1), I = N / form.factor();
+  TORCH_CHECK(E >= 1 && I >= 1 && H >= 1 && N % form.factor() == 0,
+              "gate_up_proj must be (experts, ", form.act.gated ? "2 * " : "",
+              "intermediate, hidden), none of them 0, is ", gate_up_proj.sizes());
+  check_stack(down_proj, "down_proj", dtype, {E, H, I}, transposed_down);
   check_together(extra_gate_up_proj, "extra_gate_up_proj", extra_down_proj, "extra_down_proj");
   const int64_t X = extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0;
   if (extra_gate_up_proj) {
-    check_tensor(*extra_gate_up_proj, "extra_gate_up_proj", dtype, {X, 2 * I, H});
-    check_tensor(*extra_down_proj, "extra_down_proj", dtype, {X, H, I});
+    check_stack(*extra_gate_up_proj, "extra_gate_up_proj", dtype, {X, N, H}, transposed_up);
+    check_stack(*extra_down_proj, "extra_down_proj", dtype, {X, H, I}, transposed_down);
   }
+  if (gate_up_bias) check_tensor(*gate_up_bias, "gate_up_bias", dtype, {E + X, N});
   // The upper bound keeps the product below from overflowing.
   TORCH_CHECK(num_modalities >= 0 && num_modalities < std::max<int64_t>(segment_offsets.numel(), 1),
               "num_modalities must be between 0 and the number of segments, is ", num_modalities);
   check_tensor(segment_offsets, "segment_offsets", at::kLong, {(E + X) * (num_modalities + 1) + 1});
   check_offsets(segment_offsets, "segment_offsets", slots);
   check_ascending(perm, "perm", segment_offsets);
-  check_lora(gate_up, dtype, num_modalities, E, H, 2 * I);
+  check_lora(gate_up, dtype, num_modalities, E, H, N);
   check_lora(down, dtype, num_modalities, E, I, H);
 }
 

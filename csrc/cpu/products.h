@@ -395,8 +395,8 @@ class ItemPanels {
   ItemColumns columns_;
 };
 
-// Calls epilogue(p, m, item, columns, c, ldc) with rows [p, p + m) of the product; panel i of the
-// columns is at c + i * plan.width.
+// Calls epilogue(expert, p, m, item, columns, c, ldc) with rows [p, p + m) of the product; panel i of
+// the columns is at c + i * plan.width.
 template <typename scalar_t, typename Row, typename Base, typename Epilogue>
 void expert_products(const ExpertProduct<scalar_t>& product, const std::vector<RowBlock>& blocks,
                      const Row& row, const Base& base, const Epilogue& epilogue) {
@@ -414,7 +414,7 @@ void expert_products(const ExpertProduct<scalar_t>& product, const std::vector<R
     panels.pack(base(block.expert), block.expert, block.rows, columns);
     for_each_tile(block.rows, kernels<scalar_t>().max_rows, [&](int64_t p, int m) {
       panels.multiply(tile, p, m, block.expert, row);
-      epilogue(p, m, item, columns, tile.c, ldc);
+      epilogue(block.expert, p, m, item, columns, tile.c, ldc);
     });
   });
 }

@@ -28,7 +28,7 @@ from gpu.triton_suite import (  # noqa: F401  (collected here)
 )
 from support import cuda_stand_ins
 from support.devices import NEEDS_CUDA, ON_GPU
-from support.moe_mlp import VARIANTS, call
+from support.moe_mlp import LAYOUTS, VARIANTS, call
 from support.registered_ops import make, results, same
 
 if ON_GPU:  # without a GPU they would repeat the tests of the Triton backend, slowly
@@ -211,6 +211,22 @@ def test_what_an_op_does_not_take_goes_to_triton(calls, monkeypatch, odd, missin
     call(inputs, "triton")
     backward = {"tile_maps", "wgrad", "act_backward"}
     assert {name for name, _ in calls} == ALL - missing - backward
+
+
+@pytest.mark.parametrize("layout", ["transposed", "interleaved", "bias", "gelu", "nemotron_h"])
+def test_other_layouts_go_to_triton(calls, layout):
+    """The extension computes SwiGLU of rows [gate; up] without a bias, from stacks as they are."""
+    made, options = LAYOUTS[layout]
+    shape = replace(VECTORS, T=3, E=3)
+    inputs = on_device(make_moe_inputs(shape, **made).to(torch.float16))
+    call(inputs, "triton", **options)
+    assert {name for name, _ in calls} == {"dispatch_with_maps", "shrink", "combine"}
+
+
+def test_triton_multiplies_between_the_low_rank_passes_of_the_extension():
+    made, options = LAYOUTS["nemotron_h"]
+    shape = replace(VECTORS, T=9, E=3)
+    check(torch.float16, shape, seed=1, options=options, num_modalities=2, **made)
 
 
 @pytest.mark.parametrize("odd", ["hidden_states", "topk_weights"])

@@ -14,7 +14,7 @@ import torch
 from support import moe_mlp as moe_mlp_inputs
 from support.devices import NEEDS_CUDA, ON_GPU
 from support.host_kernels import tile_map
-from support.moe_mlp import SILU, VARIANTS, call, check_frozen_extra, run, strided
+from support.moe_mlp import LAYOUTS, SILU, VARIANTS, call, check_frozen_extra, run, strided
 from support.patched_models import check_compiles
 from support.registered_ops import make, results, same
 from support.segments import Segments
@@ -56,12 +56,13 @@ def on_device(inputs, device=DEVICE):
     return moe_mlp_inputs.on_device(inputs, device)
 
 
-def check(dtype, shape, seed=0, **variant):
+def check(dtype, shape, seed=0, options=None, **variant):
+    options = options or {}
     low = make_moe_inputs(shape, seed=seed, **variant)
     low = low.to(dtype, lora_dtype=torch.float32)
     grad_out = torch.randn(low.hidden_states.shape, dtype=torch.float64).to(dtype).double()
-    expected = run(low.to(torch.float64), "reference", grad_out)
-    actual = run(on_device(low), "triton", grad_out.to(DEVICE))
+    expected = run(low.to(torch.float64), "reference", grad_out, **options)
+    actual = run(on_device(low), "triton", grad_out.to(DEVICE), **options)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         assert_close(value.cpu(), expected[name], dtype=dtype, name=name)
@@ -70,6 +71,30 @@ def check(dtype, shape, seed=0, **variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_the_reference(variant):
     check(torch.float32, SHAPES["tiny"], seed=len(variant), **VARIANTS[variant])
+
+
+# Each order of gate and up, storage and activation; the interpreter is slow.
+@pytest.mark.parametrize(
+    "layout",
+    ["transposed", "bias", "gelu_tanh", "interleaved", "gelu_alone", "gpt_oss", "all_else"],
+)
+def test_other_layouts_match_the_reference(layout, filled_memory):
+    made, options = LAYOUTS[layout]
+    shape = Shape(T=9, K=2, E=2, H=21, I=19, r=3)
+    variant = {"num_modalities": 2, "num_extra": 1} | made
+    check(torch.float32, shape, seed=len(layout), options=options, **variant)
+
+
+def test_text_rows_do_not_see_adapters_in_another_layout():
+    made, options = LAYOUTS["gpt_oss"]
+    shape = Shape(T=9, K=2, E=2, H=21, I=19, r=3)
+    inputs = on_device(make_moe_inputs(shape, **made).to(torch.float32))
+    text = inputs.modality_ids == 0
+    before = call(inputs, "triton", **options)[text]
+    for lora in (inputs.gate_up_lora, inputs.down_lora):
+        lora.lora_A.fill_(float("nan"))
+        lora.lora_B.fill_(float("inf"))
+    assert torch.equal(call(inputs, "triton", **options)[text], before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,22 +191,29 @@ def test_stacks_of_more_than_2_to_the_31_elements():
     ON_GPU and torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90: run on a Hopper"
 )
 @pytest.mark.parametrize(
-    ("hidden", "inter", "launches"),
-    [(64, 64, 4), pytest.param(72, 40, 2, marks=pytest.mark.slow)],
+    ("tokens", "hidden", "inter", "launches", "layout"),
+    [
+        (300, 64, 64, 4, None),
+        pytest.param(300, 72, 40, 2, None, marks=pytest.mark.slow),
+        (9, 128, 128, 4, "transposed"),
+        (9, 128, 128, 4, "gpt_oss"),
+        pytest.param(9, 128, 128, 4, "nemotron_h", marks=pytest.mark.slow),
+    ],
 )
-def test_the_copy_engine_changes_no_bit(monkeypatch, hidden, inter, launches):
-    inputs = make_moe_inputs(Shape(T=300, K=2, E=2, H=hidden, I=inter, r=4)).to(torch.float16)
-    inputs = on_device(inputs)
+def test_the_copy_engine_changes_no_bit(monkeypatch, tokens, hidden, inter, launches, layout):
+    made, options = LAYOUTS.get(layout, ({}, {}))
+    shape = Shape(T=tokens, K=2, E=2, H=hidden, I=inter, r=4)
+    inputs = on_device(make_moe_inputs(shape, **made).to(torch.float16))
     grad_out = torch.randn_like(inputs.hidden_states)
     used = []
     from_tensor = TensorDescriptor.from_tensor
     monkeypatch.setattr(
         TensorDescriptor, "from_tensor", lambda *args: used.append(args) or from_tensor(*args)
     )
-    with_engine = run(inputs, "triton", grad_out)
+    with_engine = run(inputs, "triton", grad_out, **options)
     assert len(used) == launches
     monkeypatch.setattr(triton_launches, "has_tma", lambda device: False)
-    without = run(inputs, "triton", grad_out)
+    without = run(inputs, "triton", grad_out, **options)
     assert len(used) == launches
     assert all(torch.equal(with_engine[name], without[name]) for name in without)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.moe_mlp import SILU
 from support.processes import run_pytest
 from support.registered_ops import same
 
@@ -42,7 +43,8 @@ class Problem:
         """Return the arguments that forward and backward share."""
         perm, _, _, _, segment_offsets = self.dispatch()
         routed = (self.hidden_states, self.topk_weights, perm, segment_offsets)
-        return [*routed, *self.experts, None, None, *self.gate_up_lora, *self.down_lora]
+        loras = (*self.gate_up_lora, *self.down_lora)
+        return [*routed, *self.experts, None, None, *loras, None, *SILU]
 
     def forward(self, save=True, num_modalities=1, arguments=None):
         arguments = self.arguments() if arguments is None else arguments
@@ -52,7 +54,7 @@ class Problem:
         routed = (self.hidden_states, self.topk_ids, self.topk_weights)
         loras = (*self.gate_up_lora, *self.down_lora)
         return _native.ops().moe_mlp_inference(
-            *routed, *self.experts, self.modality_ids, *extra, *loras
+            *routed, *self.experts, self.modality_ids, *extra, *loras, None, *SILU
         )
 
     def backward(self, grad_out, needs=ALL_NEEDS, frozen_extra=0):
@@ -355,9 +357,39 @@ def test_refuses_rows_out_of_order(tiny):
 @pytest.mark.parametrize("num_modalities", [-1, 2**62 - 1, 2**63 - 1])
 def test_refuses_a_number_of_modalities_that_overflows(tiny, num_modalities):
     arguments = [*tiny.arguments()[:3], torch.zeros(1, dtype=torch.long), *tiny.experts]
-    arguments += [None] * 8
+    arguments += [*[None] * 9, *SILU]
     with pytest.raises(RuntimeError, match="num_modalities must be between 0"):
         tiny.forward(save=False, num_modalities=num_modalities, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (("relu", True, 1.0, 1.0, 0.0, False), ValueError, "act must be silu, .*, is relu"),
+        (("clamped_swiglu", False, 1.0, 1.0, 0.0, False), ValueError, "without a gate"),
+        (("silu", False, 1.0, 1.0, 0.0, True), ValueError, "without a gate"),
+        (("silu", False, 1.0, 1.0, 0.0, False), RuntimeError, r"down_proj must have shape"),
+    ],
+)
+def test_refuses_other_forms(tiny, change, error, message):
+    with pytest.raises(error, match=message):
+        tiny.forward(arguments=[*tiny.arguments()[:-6], *change])
+
+
+def test_refuses_a_bias_of_another_shape_and_extras_of_another_layout(tiny):
+    arguments = tiny.arguments()
+    arguments[14] = torch.zeros(4, 31)
+    with pytest.raises(RuntimeError, match=r"gate_up_bias must have shape \[4, 32\]"):
+        tiny.forward(arguments=arguments)
+    transposed = replace(tiny, experts=tuple(t.mT.contiguous().mT for t in tiny.experts))
+    arguments = transposed.arguments()
+    arguments[6:8] = [torch.ones(1, *t.shape[1:]) for t in tiny.experts]
+    arguments[3] = torch.cat([arguments[3], arguments[3][-1:], arguments[3][-1:]])
+    with pytest.raises(RuntimeError, match="extra_gate_up_proj must be a transposed view"):
+        transposed.forward(arguments=arguments)
+    mixed = replace(tiny, experts=(tiny.experts[0][:, ::2], tiny.experts[1][..., :8]))
+    with pytest.raises(RuntimeError, match="gate_up_proj must be contiguous"):
+        mixed.forward()
 
 
 def test_refuses_a_slot_twice(tiny):

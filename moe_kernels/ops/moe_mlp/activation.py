@@ -62,6 +62,9 @@ class ExpertForm(NamedTuple):
         return 2 if self.gated else 1
 
 
+SILU = ExpertForm("silu", True, 1.0, math.inf, 0.0, False)  # SwiGLU of rows [gate; up]
+
+
 def expert_form(act: str | Activation, interleaved: bool) -> ExpertForm:
     """Check an activation and an order of gate and up, and return them together.
 

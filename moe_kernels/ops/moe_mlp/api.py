@@ -13,7 +13,6 @@ from moe_kernels.ops.moe_mlp import autograd
 from moe_kernels.ops.moe_mlp.activation import Activation, ExpertForm, expert_form
 from moe_kernels.ops.moe_mlp.weights import check_frozen_extra
 
-_SILU = expert_form("silu", interleaved=False)
 _FROZEN = "the experts of the base are frozen and get no gradient"
 
 
@@ -120,11 +119,6 @@ def moe_mlp(
         if num_modalities == 0:  # only padding matters
             modality_ids = modality_ids.clamp(max=0)
     backend = backends.select(backend, hidden_states.device, gate_up_proj.dtype)
-    if backend != "reference" and (form != _SILU or gate_up_bias is not None):
-        raise NotImplementedError(
-            f"backend {backend!r} computes only act='silu' of a gate, in rows [gate; up], without "
-            "gate_up_bias: use backend='reference'"
-        )
 
     if modality_ids is None and not _trains(gate_up_lora, down_lora):
         gate_up_lora = down_lora = None  # no row has an adapter: the base path and nothing else

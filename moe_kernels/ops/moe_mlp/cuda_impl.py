@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_kernels import _native
 from moe_kernels.ops.cuda_launches import CUDA_SHARED, match_routing_weights, uses_triton_gemm
 from moe_kernels.ops.moe_mlp import gpu
+from moe_kernels.ops.moe_mlp.activation import SILU, ExpertForm
 from moe_kernels.ops.moe_mlp.gpu import Layer
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
@@ -16,15 +17,20 @@ from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 _ADAPTER_BLOCK = 64  # rows that a block of `shrink` takes at once
 
 
-def supports(weights: ExpertWeights) -> bool:
+def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
     """Return whether the extension multiplies with the experts' weights.
 
     It does for 16-bit weights in whole vectors of 16 bytes, on devices where its kernels are the
-    faster ones.
+    faster ones. Of layouts it has the usual one alone: SwiGLU of rows [gate; up], without a bias,
+    and stacks that are not stored transposed.
     """
     hidden, inter = weights.down_proj.shape[1:]
     return (
-        not uses_triton_gemm(weights.gate_up_proj.device)
+        form == SILU
+        and weights.gate_up_bias is None
+        and weights.gate_up_proj.is_contiguous()
+        and weights.down_proj.is_contiguous()
+        and not uses_triton_gemm(weights.gate_up_proj.device)
         and weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
         and hidden % 8 == inter % 8 == 0
         and 4 * hidden * inter < 2**31
@@ -41,12 +47,12 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if _is_aligned(tensor) else tensor.clone()
 
 
-def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights) -> tuple[int, int]:
+def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights, form: ExpertForm) -> tuple[int, int]:
     """Return the rows of a tile of one expert, as the GEMMs take them, and of one adapter."""
-    expert_rows, adapter_rows = TRITON_LAYER.tile_rows(tiles, rows, weights)
+    expert_rows, adapter_rows = TRITON_LAYER.tile_rows(tiles, rows, weights, form)
     if uses_triton_gemm(weights.gate_up_proj.device):
         return expert_rows, adapter_rows
-    if supports(weights):
+    if supports(weights, form):
         # Added experts are left out, as in Triton's choice of tiles.
         expert_rows = _native.grouped_gemm_block(rows, weights.gate_up_proj.shape[0])
     return expert_rows, _ADAPTER_BLOCK
@@ -74,7 +80,7 @@ def _gemm_arguments(
 
 def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """See `triton_impl.gate_up`."""
-    if not supports(layer.weights):
+    if not supports(layer.weights, layer.form):
         return TRITON_LAYER.gate_up(layer, x, u1, save)
     arguments = _gemm_arguments(layer, x, "gate_up_proj", "gate_up", u1, "B")
     return _native.ops().gate_up(*arguments, save)
@@ -84,7 +90,7 @@ def grouped_gemm(
     layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
 ) -> Tensor:
     """See `triton_impl.grouped_gemm`."""
-    if not supports(layer.weights):
+    if not supports(layer.weights, layer.form):
         return TRITON_LAYER.grouped_gemm(layer, left, stack, name, u, transposed=transposed)
     matrix = "B" if transposed else "A"
     arguments = _gemm_arguments(layer, left, stack, name, u, matrix)
@@ -101,7 +107,7 @@ def act_backward(
     act_of_added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `triton_impl.act_backward`."""
-    if not supports(layer.weights):
+    if not supports(layer.weights, layer.form):
         return TRITON_LAYER.act_backward(
             layer, grad_out, pre_act, du2, act_of_adapted=act_of_adapted, act_of_added=act_of_added
         )

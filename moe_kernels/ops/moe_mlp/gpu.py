@@ -2,9 +2,10 @@
 
 There is no host sync and no float atomic, and every sum has a fixed order.
 
-Forward: shrink, gate_up with SwiGLU, shrink, down, weighted combine. Backward: one pass each for
-du2 with dB2 (two where that moves less), dA' with all that follows from it, du1 with dB1, the rows
-of dX and their combine, dA1 and dA2, and one for each weight of the added experts that train.
+Forward: shrink, gate_up with the activation, shrink, down, weighted combine. Backward: one pass
+each for du2 with dB2 (two where that moves less), dA' with all that follows from it, du1 with dB1,
+the rows of dX and their combine, dA1 and dA2, and one for each weight of the added experts that
+train.
 """
 
 from collections.abc import Callable
@@ -27,12 +28,12 @@ class LayerLaunches(NamedTuple):
     Attributes:
         shared: launches that other ops use too.
         tile_rows: rows of a tile of one expert, and of one adapter, from Triton's tiles, the number
-            of rows and the weights: shapes, dtype and device alone.
+            of rows, the weights (shapes, layout, dtype and device alone) and how experts compute.
         gate_up, grouped_gemm, act_backward, combine: the others.
     """
 
     shared: SharedLaunches
-    tile_rows: Callable[[Tiles, int, ExpertWeights], tuple[int, int]]
+    tile_rows: Callable[[Tiles, int, ExpertWeights, ExpertForm], tuple[int, int]]
     gate_up: Callable[..., tuple[Tensor, Tensor]]
     grouped_gemm: Callable[..., Tensor]
     act_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -48,6 +49,7 @@ class Layer(NamedTuple):
     inv_perm: Tensor
     segments: Tensor
     weights: ExpertWeights  # added experts in the base's dtype, adapters in their own
+    form: ExpertForm
     tiles: Tiles  # of Triton's kernels
     expert_tiles: TileMap  # of every expert, and of the rows that were not dispatched
     adapted_tiles: TileMap  # of every pair (modality, expert)
@@ -94,14 +96,14 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Return out (T, H), and what the backward pass needs."""
     check_dtype(hidden_states.dtype)
-    weights = weights.in_compute_dtype(adapters=False).row_major()
+    weights = weights.in_compute_dtype(adapters=False)
     tiles = choose_tiles(topk_ids.numel(), weights)
     fields, (expert_tiles, adapted_tiles) = launches.shared.dispatch_with_maps(
         topk_ids,
         weights.num_experts,
         modality_ids,
         weights.num_modalities,
-        _forward_maps(launches, tiles, topk_ids.numel(), weights),
+        _forward_maps(launches, tiles, topk_ids.numel(), weights, form),
     )
     perm, inv_perm, _, _, segment_offsets = fields
     layer = Layer(
@@ -111,6 +113,7 @@ def forward(
         inv_perm=inv_perm,
         segments=segment_offsets,
         weights=weights,
+        form=form,
         tiles=tiles,
         expert_tiles=expert_tiles,
         adapted_tiles=adapted_tiles,
@@ -141,11 +144,11 @@ def backward(
         return []
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
-    weights = weights.in_compute_dtype(adapters=False).row_major()
+    weights = weights.in_compute_dtype(adapters=False)
     tiles = choose_tiles(saved.perm.numel(), weights)
     frozen = frozen_extra if need_extra_gate_up or need_extra_down else None
     expert_tiles, adapted_tiles, chunks, *added = _backward_maps(
-        launches, tiles, saved, weights, frozen
+        launches, tiles, saved, weights, form, frozen
     )
     layer = Layer(
         shared=launches.shared,
@@ -154,6 +157,7 @@ def backward(
         inv_perm=saved.inv_perm,
         segments=saved.segment_offsets,
         weights=weights,
+        form=form,
         tiles=tiles,
         expert_tiles=expert_tiles,
         adapted_tiles=adapted_tiles,
@@ -189,10 +193,10 @@ def backward(
 
 
 def _forward_maps(
-    launches: LayerLaunches, tiles: Tiles, rows: int, weights: ExpertWeights
+    launches: LayerLaunches, tiles: Tiles, rows: int, weights: ExpertWeights, form: ExpertForm
 ) -> RequestedMaps:
     """Request the maps of every expert, and of every pair with an adapter."""
-    expert_rows, adapter_rows = launches.tile_rows(tiles, rows, weights)
+    expert_rows, adapter_rows = launches.tile_rows(tiles, rows, weights, form)
     num_base, modalities = weights.gate_up_proj.shape[0], weights.num_modalities
     return [
         (maps.by_expert(weights.num_experts, modalities), expert_rows),
@@ -205,6 +209,7 @@ def _backward_maps(
     tiles: Tiles,
     saved: Saved,
     weights: ExpertWeights,
+    form: ExpertForm,
     frozen_extra: int | None,
 ) -> list[TileMap]:
     """Make the maps of the forward pass, and the long tiles of sums over rows.
@@ -212,7 +217,7 @@ def _backward_maps(
     ``frozen_extra``: None where no gradient of added experts is needed.
     """
     rows, segment_offsets = saved.perm.numel(), saved.segment_offsets
-    requested = _forward_maps(launches, tiles, rows, weights)
+    requested = _forward_maps(launches, tiles, rows, weights, form)
     pairs, _ = requested[1]
     requested.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
     num_base, segments = weights.gate_up_proj.shape[0], weights.num_modalities + 1
@@ -232,7 +237,9 @@ def _backward_maps(
 def _largest_sum(weights: ExpertWeights) -> int:
     """Return the number of elements of an expert's largest adapter gradient."""
     (hidden, inter), (of_gate_up, of_down) = weights.down_proj.shape[1:], weights.ranks
-    return max(1, of_gate_up * max(hidden, 2 * inter), of_down * max(hidden, inter))
+    return max(
+        1, of_gate_up * max(hidden, weights.gate_up_proj.shape[1]), of_down * max(hidden, inter)
+    )
 
 
 def _shrink_to_u(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:

@@ -25,7 +25,7 @@ def inference(
     With a token or two, the calls of Python cost as much as reading the weights.
     """
     return _native.ops().moe_mlp_inference(
-        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *others[:-1]
+        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *others, *form
     )
 
 
@@ -48,7 +48,8 @@ def forward(
         topk_weights,
         perm,
         segment_offsets,
-        *weights.in_compute_dtype(adapters=False).row_major()[:-1],
+        *weights.in_compute_dtype(adapters=False),
+        *form,
         num_modalities,
         save_for_backward,
     )
@@ -72,7 +73,8 @@ def backward(
         topk_weights,
         saved.perm,
         saved.segment_offsets,
-        *weights.in_compute_dtype(adapters=False).row_major()[:-1],
+        *weights.in_compute_dtype(adapters=False),
+        *form,
         saved.pre_act,
         saved.u1,
         saved.u2,

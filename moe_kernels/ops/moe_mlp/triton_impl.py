@@ -10,12 +10,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_kernels.ops import triton_launches as shared
 from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.ops.moe_mlp import triton_kernels as kernels
+from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.gpu import Layer, LayerLaunches
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
-from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights, is_transposed
 
 
-def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights) -> tuple[int, int]:
+def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights, form: ExpertForm) -> tuple[int, int]:
     """Return the rows of a tile of one expert, and of one adapter: the same number."""
     return tiles.m, tiles.m
 
@@ -27,23 +28,29 @@ def _rank(lora_A: Tensor | None) -> dict[str, int]:
 def _stack(layer: Layer, name: str, block_n: int, *, transposed: bool) -> dict[str, object]:
     """Return the kernels' arguments for a frozen stack and the added experts' (or a stand-in).
 
+    ``transposed``: whether a product is with W^T. In the kernels' sense it is whether W is stored
+    (n, k), the other way around for a stack that is a transposed view.
     The stack goes in as a descriptor for the copy engine where the device has one and the stack
     allows it: there are no added experts, whose stack would be another descriptor; rows are a
     multiple of 16 bytes; and where k runs over rows, the next expert's rows never fill a block up.
     """
     base, extra, has_extra = layer.stacks(name)
+    stored = base
+    if is_transposed(base):
+        stored, transposed = base.transpose(1, 2), not transposed
     block = (block_n, layer.tiles.k) if transposed else (layer.tiles.k, block_n)
     tma = (
         shared.has_tma(base.device)
         and base.element_size() == 2  # float32 has no matrix instructions to feed, and spills
         and not has_extra
-        and base.is_contiguous()
-        and base.data_ptr() % 16 == 0
-        and base.shape[2] * base.element_size() % 16 == 0
-        and (transposed or base.shape[1] % layer.tiles.k == 0)
+        and stored.is_contiguous()
+        and stored.data_ptr() % 16 == 0
+        and stored.shape[2] * stored.element_size() % 16 == 0
+        and (transposed or stored.shape[1] % layer.tiles.k == 0)
     )
-    stack = TensorDescriptor.from_tensor(base.flatten(0, 1), list(block)) if tma else base
-    return {"w": stack, "extra_ptr": extra, "HAS_EXTRA": has_extra, "TMA": tma}
+    stack = TensorDescriptor.from_tensor(stored.flatten(0, 1), list(block)) if tma else base
+    flags = {"HAS_EXTRA": has_extra, "TMA": tma, "TRANSPOSED": transposed}
+    return {"w": stack, "extra_ptr": extra, **flags}
 
 
 def _routed(layer: Layer) -> dict[str, object]:
@@ -56,6 +63,13 @@ def _routed(layer: Layer) -> dict[str, object]:
         "num_experts": layer.weights.num_experts,
         "num_modalities": layer.weights.num_modalities,
     }
+
+
+def _form(form: ExpertForm) -> dict[str, object]:
+    """Return the kernels' arguments for the activation and the order of gate and up."""
+    order = "alone" if not form.gated else "interleaved" if form.interleaved else "paired"
+    values = {"alpha": form.alpha, "limit": form.limit, "shift": form.shift}
+    return {"ACT": form.act, "ORDER": order, **values}
 
 
 def _grid(layer: Layer, width: int, block_n: int) -> tuple[int]:
@@ -74,16 +88,20 @@ def _blocks(tiles: Tiles, block_n: int) -> dict[str, int]:
 
 
 def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """Return pre_act (T*K, 2I), or no rows unless ``save``, and act (T*K, I)."""
+    """Return pre_act (T*K, 2I or I), or no rows unless ``save``, and act (T*K, I)."""
     hidden, inter = layer.sizes
     lora_A, lora_B, scaling = layer.lora("gate_up")
-    stack = _stack(layer, "gate_up_proj", layer.tiles.n_gated, transposed=True)
-    pre_act = x.new_empty(layer.num_rows if save else 0, 2 * inter)
+    block_n = layer.tiles.n_gated if layer.form.gated else layer.tiles.n
+    columns = 2 * block_n if layer.form.interleaved else block_n  # of an accumulator
+    stack = _stack(layer, "gate_up_proj", columns, transposed=True)
+    bias = layer.weights.gate_up_bias
+    pre_act = x.new_empty(layer.num_rows if save else 0, layer.form.factor * inter)
     act = x.new_empty(layer.num_rows, inter)
     if layer.num_rows == 0:
         return pre_act, act
-    kernels.gate_up_kernel[_grid(layer, inter, layer.tiles.n_gated)](
+    kernels.gate_up_kernel[_grid(layer, inter, block_n)](
         x_ptr=x,
+        bias_ptr=layer.topk_weights if bias is None else bias,
         perm_ptr=layer.perm,
         u_ptr=u1,
         b_ptr=stack["extra_ptr"] if lora_B is None else lora_B,
@@ -93,11 +111,13 @@ def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Te
         hidden=hidden,
         inter=inter,
         TOP_K=layer.top_k,
+        HAS_BIAS=bias is not None,
         SAVE=save,
         **stack,
+        **_form(layer.form),
         **_routed(layer),
         **_rank(lora_A),
-        **_blocks(layer.tiles, layer.tiles.n_gated),
+        **_blocks(layer.tiles, block_n),
     )
     return pre_act, act
 
@@ -125,7 +145,6 @@ def grouped_gemm(
             experts_of_v=1 if matrix is None else matrix.shape[1],
             stride_vr=1 if transposed else size_n,
             stride_vn=rank["RANK"] if transposed else 1,
-            TRANSPOSED=transposed,
             **weights,
             **_routed(layer),
             **rank,
@@ -143,9 +162,9 @@ def act_backward(
     act_of_adapted: bool,
     act_of_added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d_pre (T*K, 2I), act (T*K, I) of the requested rows, and <dA', a> (T, K) in float32.
+    """Return d_pre (T*K, 2I or I), act (T*K, I) of the requested rows, and <dA', a> (T, K).
 
-    <dA', a> is 0 for rows that were not dispatched.
+    <dA', a> is in float32, and 0 for rows that were not dispatched.
     """
     hidden, inter = layer.sizes
     lora_A, _, scaling = layer.lora("down")
@@ -176,6 +195,7 @@ def act_backward(
             WRITE_ADAPTED=act_of_adapted,
             WRITE_ADDED=act_of_added,
             **stack,
+            **_form(layer.form),
             **_routed(layer),
             **_rank(lora_A),
             **_blocks(layer.tiles, block_n),

@@ -50,11 +50,12 @@ def _expert_matrix(
 
 @triton.jit
 def _load_weights(
-    w, row, k, n, size_k, size_n, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
+    w, row, k, n, size_k, size_n, ld, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Load (BLOCK_K, BLOCK_N) at (k, n) of an expert's matrix, (size_n, size_k) if TRANSPOSED.
+    """Load (BLOCK_K, BLOCK_N) at (k, n) of an expert's matrix, stored (n, k) if TRANSPOSED.
 
+    ``ld`` is the length of a stored row, of which columns from size_n on are not loaded.
     With TMA the copy engine loads it, at ``row`` of the stack as one matrix. Columns that it reads
     beyond the expert's n are never stored; beyond k it reads zeros, or the blocks fit exactly.
     """
@@ -66,9 +67,9 @@ def _load_weights(
     else:
         offs_k, offs_n = k + tl.arange(0, BLOCK_K), n + tl.arange(0, BLOCK_N)
         if TRANSPOSED:
-            return load_operand(w, offs_k, size_k, 1, offs_n, size_n, size_k)
+            return load_operand(w, offs_k, size_k, 1, offs_n, size_n, ld)
         else:
-            return load_operand(w, offs_k, size_k, size_n, offs_n, size_n, 1)
+            return load_operand(w, offs_k, size_k, ld, offs_n, size_n, 1)
 
 
 @triton.jit
@@ -77,17 +78,83 @@ def _product(
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return left W in float32."""
+    ld = size_k if TRANSPOSED else size_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, size_k, BLOCK_K):
         left = load_rows(left_ptr, left_rows, size_k, mask_m, k + tl.arange(0, BLOCK_K), size_k)
-        part = _load_weights(w, row, k, n, size_k, size_n, TRANSPOSED, TMA, BLOCK_K, BLOCK_N)
+        part = _load_weights(w, row, k, n, size_k, size_n, ld, TRANSPOSED, TMA, BLOCK_K, BLOCK_N)
         acc = dot(left, part, acc)
     return acc
 
 
 @triton.jit
-def _silu_mul(gate, up):
-    return gate * tl.sigmoid(gate) * up
+def _two_products(
+    x_ptr, token, w, expert, n, hidden, inter, mask_m, TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return x W^T in float32, for rows n.. of gate and the same rows of up, which come after."""
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    ld = hidden if TRANSPOSED else 2 * inter
+    row = (expert * (2 * inter if TRANSPOSED else hidden)).to(tl.int32)
+    half = w if TMA else w + inter * (hidden if TRANSPOSED else 1)
+    up_row = row + inter if TRANSPOSED else row
+    up_n = n + inter if TMA and not TRANSPOSED else n
+    for k in range(0, hidden, BLOCK_K):
+        x = load_rows(x_ptr, token, hidden, mask_m, k + tl.arange(0, BLOCK_K), hidden)
+        wg = _load_weights(w, row, k, n, hidden, inter, ld, TRANSPOSED, TMA, BLOCK_K, BLOCK_N)
+        wu = _load_weights(
+            half, up_row, k, up_n, hidden, inter, ld, TRANSPOSED, TMA, BLOCK_K, BLOCK_N
+        )  # fmt: skip
+        gate = dot(x, wg, gate)
+        up = dot(x, wu, up)
+    return gate, up
+
+
+@triton.jit
+def _factor(x, alpha, ACT: tl.constexpr):
+    """Return f(x) / x: every activation is its argument times a factor."""
+    if ACT == "gelu":
+        return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        return tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+    elif ACT == "relu_squared":
+        return tl.where(x < 0, 0.0, x)
+    elif ACT == "clamped_swiglu":
+        return tl.sigmoid(alpha * x)
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def _times_slope(d, x, factor, alpha, ACT: tl.constexpr):
+    """Return d times the derivative of x * factor."""
+    if ACT == "gelu":
+        return d * (factor + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
+    elif ACT == "gelu_tanh":
+        inner = 1.5957691216057308 * x * (1 + 3 * 0.044715 * x * x)
+        return d * factor * (1 + inner * (1 - factor))
+    elif ACT == "relu_squared":
+        return d * 2 * factor
+    elif ACT == "clamped_swiglu":
+        return d * factor * (1 + alpha * x * (1 - factor))
+    else:
+        return d * factor * (1 + x * (1 - factor))
+
+
+@triton.jit
+def _bounded(gate, up, limit, shift, ACT: tl.constexpr):
+    """Return the gate below its bound, and up within its bounds and shifted. NaN stays NaN."""
+    if ACT == "clamped_swiglu":
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + shift
+    return gate, up
+
+
+@triton.jit
+def _pairs(value, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+    """Split (BLOCK_M, 2 * COLUMNS) in its even and its odd columns."""
+    return tl.split(tl.reshape(value, (BLOCK_M, COLUMNS, 2)))
 
 
 @triton.jit
@@ -142,14 +209,46 @@ def _store_rows(ptr, tile, local, offs_n, width, value, mask_m, size_n):
 
 
 @triton.jit
-def _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate, up, mask_m, SAVE: tl.constexpr):
-    """Store act = silu(gate) * up of the rounded pre-activation, and the latter if SAVE."""
+def _add_bias(value, bias_ptr, with_bias, offs_n, size_n, HAS_BIAS: tl.constexpr):
+    """Add a bias (size_n,) to each row of a tile ``with_bias``."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < tl.where(with_bias, size_n, 0), other=0.0)
+        value += bias.to(tl.float32)[None, :]
+    return value
+
+
+@triton.jit
+def _store_act(
+    pre_ptr, act_ptr, bias_ptr, with_bias, first, local, n, inter, gate, up, mask_m, alpha, limit,
+    shift, SAVE: tl.constexpr, ACT: tl.constexpr, ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store the activation of the rounded pre-activation, and the latter if SAVE.
+
+    ``gate`` holds both if they are interleaved, and what takes the gate's place if there is none.
+    """
     dtype: tl.constexpr = act_ptr.dtype.element_ty
-    gate, up = gate.to(dtype), up.to(dtype)
-    if SAVE:
-        _store_rows(pre_ptr, first, local, offs_n, 2 * inter, gate, mask_m, inter)
-        _store_rows(pre_ptr + inter, first, local, offs_n, 2 * inter, up, mask_m, inter)
-    act = _silu_mul(gate.to(tl.float32), up.to(tl.float32))
+    offs_n = n + tl.arange(0, COLUMNS)
+    if ORDER == "interleaved":
+        offs_pre = 2 * n + tl.arange(0, 2 * COLUMNS)
+        both = _add_bias(gate, bias_ptr, with_bias, offs_pre, 2 * inter, HAS_BIAS).to(dtype)
+        if SAVE:
+            _store_rows(pre_ptr, first, local, offs_pre, 2 * inter, both, mask_m, 2 * inter)
+        gate, up = _pairs(both.to(tl.float32), BLOCK_M, COLUMNS)
+    elif ORDER == "paired":
+        gate = _add_bias(gate, bias_ptr, with_bias, offs_n, inter, HAS_BIAS).to(dtype)
+        up = _add_bias(up, bias_ptr + inter, with_bias, offs_n, inter, HAS_BIAS).to(dtype)
+        if SAVE:
+            _store_rows(pre_ptr, first, local, offs_n, 2 * inter, gate, mask_m, inter)
+            _store_rows(pre_ptr + inter, first, local, offs_n, 2 * inter, up, mask_m, inter)
+    else:
+        gate = _add_bias(gate, bias_ptr, with_bias, offs_n, inter, HAS_BIAS).to(dtype)
+        if SAVE:
+            _store_rows(pre_ptr, first, local, offs_n, inter, gate, mask_m, inter)
+    gate, up = _bounded(gate.to(tl.float32), up.to(tl.float32), limit, shift, ACT)
+    act = gate * _factor(gate, alpha, ACT)
+    if ORDER != "alone":
+        act = act * up
     _store_rows(act_ptr, first, local, offs_n, inter, act, mask_m, inter)
 
 
@@ -161,32 +260,44 @@ def _halves(acc, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _store_acts(
-    pre_ptr, act_ptr, first, local, n, inter, gate, up, mask_m, SAVE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    pre_ptr, act_ptr, bias_ptr, with_bias, first, local, n, inter, gate, up, mask_m, alpha, limit,
+    shift, SAVE: tl.constexpr, ACT: tl.constexpr, ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Call :func:`_store_act` for each half of the columns: both at once exceed the registers."""
-    HALF: tl.constexpr = BLOCK_N // 2
-    gate_left, gate_right = _halves(gate, BLOCK_M, HALF)
-    up_left, up_right = _halves(up, BLOCK_M, HALF)
-    offs_n = n + tl.arange(0, HALF)
-    _store_act(pre_ptr, act_ptr, first, local, offs_n, inter, gate_left, up_left, mask_m, SAVE)
-    _store_act(
-        pre_ptr, act_ptr, first, local, offs_n + HALF, inter, gate_right, up_right, mask_m, SAVE
-    )  # fmt: skip
+    """Call :func:`_store_act` for PIECE columns at a time: all at once exceed the registers."""
+    if COLUMNS <= PIECE:
+        _store_act(
+            pre_ptr, act_ptr, bias_ptr, with_bias, first, local, n, inter, gate, up, mask_m, alpha,
+            limit, shift, SAVE, ACT, ORDER, HAS_BIAS, BLOCK_M, COLUMNS,
+        )  # fmt: skip
+    else:
+        HALF: tl.constexpr = COLUMNS // 2
+        SPAN: tl.constexpr = COLUMNS if ORDER == "interleaved" else HALF
+        gate_left, gate_right = _halves(gate, BLOCK_M, SPAN)
+        up_left, up_right = _halves(up, BLOCK_M, SPAN)
+        _store_acts(
+            pre_ptr, act_ptr, bias_ptr, with_bias, first, local, n, inter, gate_left, up_left,
+            mask_m, alpha, limit, shift, SAVE, ACT, ORDER, HAS_BIAS, PIECE, BLOCK_M, HALF,
+        )  # fmt: skip
+        _store_acts(
+            pre_ptr, act_ptr, bias_ptr, with_bias, first, local, n + HALF, inter, gate_right,
+            up_right, mask_m, alpha, limit, shift, SAVE, ACT, ORDER, HAS_BIAS, PIECE, BLOCK_M, HALF,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def gate_up_kernel(
     x_ptr,  # (T, hidden)
-    w,  # (E, 2 * inter, hidden), or with TMA a descriptor of (E * 2 * inter, hidden)
-    extra_ptr,  # (X, 2 * inter, hidden)
+    w,  # (E, width, hidden) if TRANSPOSED, else (E, hidden, width); or with TMA a descriptor
+    extra_ptr,  # (X, ...)
+    bias_ptr,  # (E + X, width)
     perm_ptr,  # (T * TOP_K,)
     tiles_ptr,  # (3, num_tiles) of experts, the tail after the last
     segments_ptr,
     u_ptr,  # (T * TOP_K, RANK)
-    b_ptr,  # (num_modalities, E, 2 * inter, RANK)
+    b_ptr,  # (num_modalities, E, width, RANK)
     scaling_ptr,  # (num_modalities,)
-    pre_ptr,  # (T * TOP_K, 2 * inter) or nothing
+    pre_ptr,  # (T * TOP_K, width) or nothing
     act_ptr,  # (T * TOP_K, inter)
     num_tiles,
     num_base,
@@ -194,18 +305,31 @@ def gate_up_kernel(
     num_modalities,
     hidden,
     inter,
+    alpha,
+    limit,
+    shift,
     TOP_K: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACT: tl.constexpr,
+    ORDER: tl.constexpr,  # "paired": gate, then up; "interleaved"; "alone": no gate
     SAVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Store act = silu(gate) * up, with gate and up = x W^T + s u B^T; keep them if SAVE."""
+    """Store the activation of x W^T + bias + s u B^T, and the latter if SAVE.
+
+    Gate and up are two accumulators if they are paired, and one of all columns otherwise.
+    """
+    PAIRED: tl.constexpr = ORDER == "paired"
+    SPAN: tl.constexpr = 2 * BLOCK_N if ORDER == "interleaved" else BLOCK_N
+    PIECE: tl.constexpr = BLOCK_N // 2 if PAIRED else 32  # one wide accumulator needs smaller ones
     pid_m, pid_n = _tile_ids(num_tiles, tl.cdiv(inter, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(tiles_ptr, pid_m, num_tiles)
     if first >= end:
@@ -214,36 +338,44 @@ def gate_up_kernel(
     local, count = tl.arange(0, BLOCK_M), (end - first).to(tl.int32)
     mask_m = local < count
     n = pid_n * BLOCK_N
-    offs_n = n + tl.arange(0, BLOCK_N)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    width = inter if ORDER == "alone" else 2 * inter
+    size_n = inter if PAIRED else width  # columns of an accumulator, of which this program's are
+    span_n = pid_n * SPAN
+    gate = tl.zeros((BLOCK_M, SPAN), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, SPAN), dtype=tl.float32)
     if expert < num_experts:
         token = tl.load(perm_ptr + first + local, mask=mask_m, other=0) // TOP_K
-        w = _expert_matrix(w, extra_ptr, expert, num_base, 2 * inter * hidden, HAS_EXTRA, TMA)
-        row = (expert * 2 * inter).to(tl.int32)
-        half = w if TMA else w + inter * hidden
-        for k in range(0, hidden, BLOCK_K):
-            x = load_rows(x_ptr, token, hidden, mask_m, k + tl.arange(0, BLOCK_K), hidden)
-            wg = _load_weights(w, row, k, n, hidden, inter, True, TMA, BLOCK_K, BLOCK_N)
-            wu = _load_weights(half, row + inter, k, n, hidden, inter, True, TMA, BLOCK_K, BLOCK_N)
-            gate = dot(x, wg, gate)
-            up = dot(x, wu, up)
+        w = _expert_matrix(w, extra_ptr, expert, num_base, width * hidden, HAS_EXTRA, TMA)
+        if PAIRED:
+            gate, up = _two_products(
+                x_ptr, token, w, expert, n, hidden, inter, mask_m, TRANSPOSED, TMA, BLOCK_M,
+                BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            row = (expert * (width if TRANSPOSED else hidden)).to(tl.int32)
+            gate = _product(
+                x_ptr, token, w, row, span_n, hidden, width, mask_m, TRANSPOSED, TMA, BLOCK_M,
+                SPAN, BLOCK_K,
+            )  # fmt: skip
+    bias_ptr += expert * width
+    with_bias = expert < num_experts  # rows that were not dispatched have none, and stay zeros
     base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
     if base > 0:
         _store_acts(
-            pre_ptr, act_ptr, first, local, n, inter, gate, up, local < base, SAVE, BLOCK_M,
-            BLOCK_N,
+            pre_ptr, act_ptr, bias_ptr, with_bias, first, local, n, inter, gate, up, local < base,
+            alpha, limit, shift, SAVE, ACT, ORDER, HAS_BIAS, PIECE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if RANK > 0:
         if base < count:
             gate, up = _extend(
                 gate, up, u_ptr, b_ptr, scaling_ptr, segments_ptr, expert, first, local,
-                count, num_base, 2 * inter * RANK, 1, RANK, offs_n, inter, num_modalities,
-                inter * RANK, RANK, BLOCK_R, dtype, True,
+                count, num_base, width * RANK, 1, RANK, span_n + tl.arange(0, SPAN), size_n,
+                num_modalities, inter * RANK, RANK, BLOCK_R, dtype, PAIRED,
             )  # fmt: skip
             adapted = mask_m & (local >= base)
             _store_acts(
-                pre_ptr, act_ptr, first, local, n, inter, gate, up, adapted, SAVE, BLOCK_M, BLOCK_N
+                pre_ptr, act_ptr, bias_ptr, with_bias, first, local, n, inter, gate, up, adapted,
+                alpha, limit, shift, SAVE, ACT, ORDER, HAS_BIAS, PIECE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
@@ -308,33 +440,71 @@ def grouped_gemm_kernel(
 
 
 @triton.jit
+def _load_pre(
+    pre_ptr, first, local, n, inter, mask_m, ORDER: tl.constexpr, BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return gate and up before the activation in float32; without a gate, what there is twice."""
+    if ORDER == "interleaved":
+        offs_n = 2 * n + tl.arange(0, 2 * COLUMNS)
+        mask = mask_m[:, None] & (offs_n < 2 * inter)[None, :]
+        pre = pre_ptr + first * 2 * inter + local[:, None] * 2 * inter + offs_n[None, :]
+        return _pairs(tl.load(pre, mask=mask, other=0.0).to(tl.float32), BLOCK_M, COLUMNS)
+    else:
+        offs_n = n + tl.arange(0, COLUMNS)
+        mask = mask_m[:, None] & (offs_n < inter)[None, :]
+        width = inter if ORDER == "alone" else 2 * inter
+        pre = pre_ptr + first * width + local[:, None] * width + offs_n[None, :]
+        gate = tl.load(pre, mask=mask, other=0.0).to(tl.float32)
+        up = gate
+        if ORDER == "paired":
+            up = tl.load(pre + inter, mask=mask, other=0.0).to(tl.float32)
+        return gate, up
+
+
+@triton.jit
 def _store_act_gradient(
-    pre_ptr, dpre_ptr, act_ptr, first, local, offs_n, inter, acc, weight, mask_m, mask_act,
-    WRITE_ACT: tl.constexpr,
+    pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, mask_m, mask_act, alpha,
+    limit, shift, WRITE_ACT: tl.constexpr, ACT: tl.constexpr, ORDER: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store d(gate) and d(up) of weight * dA' (``acc``), and a of ``mask_act``; return <dA', a>."""
     dtype: tl.constexpr = dpre_ptr.dtype.element_ty
+    offs_n = n + tl.arange(0, COLUMNS)
     mask = mask_m[:, None] & (offs_n < inter)[None, :]
-    pre = pre_ptr + first * 2 * inter + local[:, None] * 2 * inter + offs_n[None, :]
-    gate = tl.load(pre, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(pre + inter, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    act = (silu * up).to(dtype)
+    raw, raw_up = _load_pre(pre_ptr, first, local, n, inter, mask_m, ORDER, BLOCK_M, COLUMNS)
+    gate, up = _bounded(raw, raw_up, limit, shift, ACT)
+    factor = _factor(gate, alpha, ACT)
+    value = gate * factor
+    act = (value if ORDER == "alone" else value * up).to(dtype)
     if WRITE_ACT:
         _store_rows(act_ptr, first, local, offs_n, inter, act, mask_act, inter)
     dots = tl.sum(tl.where(mask, acc * act.to(tl.float32), 0.0), axis=1)
     d_act = acc * weight[:, None]
-    _store_rows(dpre_ptr + inter, first, local, offs_n, 2 * inter, d_act * silu, mask_m, inter)
-    d_gate = d_act * up * sigmoid * (1 + gate * (1 - sigmoid))
-    _store_rows(dpre_ptr, first, local, offs_n, 2 * inter, d_gate, mask_m, inter)
+    d_up = d_act * value
+    d_gate = _times_slope(
+        d_act if ORDER == "alone" else d_act * up, gate, factor, alpha, ACT
+    )  # fmt: skip
+    if ACT == "clamped_swiglu":
+        d_gate = tl.where(raw <= limit, d_gate, 0.0)
+        d_up = tl.where((raw_up <= limit) & (raw_up >= -limit), d_up, 0.0)
+    if ORDER == "interleaved":
+        both = tl.reshape(tl.join(d_gate, d_up), (BLOCK_M, 2 * COLUMNS))
+        offs_pre = 2 * n + tl.arange(0, 2 * COLUMNS)
+        _store_rows(dpre_ptr, first, local, offs_pre, 2 * inter, both, mask_m, 2 * inter)
+    elif ORDER == "paired":
+        _store_rows(dpre_ptr + inter, first, local, offs_n, 2 * inter, d_up, mask_m, inter)
+        _store_rows(dpre_ptr, first, local, offs_n, 2 * inter, d_gate, mask_m, inter)
+    else:
+        _store_rows(dpre_ptr, first, local, offs_n, inter, d_gate, mask_m, inter)
     return dots
 
 
 @triton.jit
 def _store_act_gradients(
-    pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, mask_m, mask_act,
-    WRITE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, mask_m, mask_act, alpha,
+    limit, shift, WRITE_ACT: tl.constexpr, ACT: tl.constexpr, ORDER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Call :func:`_store_act_gradient` for each piece of a tile's columns.
 
@@ -342,27 +512,27 @@ def _store_act_gradients(
     """
     if BLOCK_N <= _PIECE:
         return _store_act_gradient(
-            pre_ptr, dpre_ptr, act_ptr, first, local, n + tl.arange(0, BLOCK_N), inter, acc, weight,
-            mask_m, mask_act, WRITE_ACT,
+            pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, mask_m, mask_act,
+            alpha, limit, shift, WRITE_ACT, ACT, ORDER, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = _halves(acc, BLOCK_M, HALF)
         dots = _store_act_gradients(
             pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, left, weight, mask_m, mask_act,
-            WRITE_ACT, BLOCK_M, HALF,
+            alpha, limit, shift, WRITE_ACT, ACT, ORDER, BLOCK_M, HALF,
         )  # fmt: skip
         return dots + _store_act_gradients(
             pre_ptr, dpre_ptr, act_ptr, first, local, n + HALF, inter, right, weight, mask_m,
-            mask_act, WRITE_ACT, BLOCK_M, HALF,
+            mask_act, alpha, limit, shift, WRITE_ACT, ACT, ORDER, BLOCK_M, HALF,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, "num_rows"])
 def act_backward_kernel(
     grad_ptr,  # (T, hidden)
-    w,  # (E, hidden, inter), or a descriptor
-    extra_ptr,  # (X, hidden, inter)
+    w,  # (E, inter, hidden) if TRANSPOSED, else (E, hidden, inter); or a descriptor
+    extra_ptr,  # (X, ...)
     perm_ptr,
     tiles_ptr,
     segments_ptr,
@@ -370,8 +540,8 @@ def act_backward_kernel(
     a_ptr,  # (num_modalities, experts_of_a, RANK, inter)
     scaling_ptr,
     weights_ptr,  # (T, TOP_K)
-    pre_ptr,  # (T * TOP_K, 2 * inter)
-    dpre_ptr,  # (T * TOP_K, 2 * inter)
+    pre_ptr,  # (T * TOP_K, 2 * inter or inter)
+    dpre_ptr,  # (T * TOP_K, 2 * inter or inter)
     act_ptr,  # (T * TOP_K, inter) or nothing; only rows that are asked for are written
     dots_ptr,  # (column tiles, T, TOP_K) float32
     num_tiles,
@@ -382,11 +552,17 @@ def act_backward_kernel(
     hidden,
     inter,
     experts_of_a,
+    alpha,
+    limit,
+    shift,
     TOP_K: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACT: tl.constexpr,
+    ORDER: tl.constexpr,
     WRITE_ADAPTED: tl.constexpr,  # a of rows with an adapter
     WRITE_ADDED: tl.constexpr,  # a of rows of added experts
     BLOCK_M: tl.constexpr,
@@ -406,9 +582,10 @@ def act_backward_kernel(
     offs_n = n + tl.arange(0, BLOCK_N)
     slot = tl.load(perm_ptr + first + local, mask=mask_m, other=0)
     w = _expert_matrix(w, extra_ptr, expert, num_base, hidden * inter, HAS_EXTRA, TMA)
+    row = (expert * (inter if TRANSPOSED else hidden)).to(tl.int32)
     acc = _product(
-        grad_ptr, slot // TOP_K, w, (expert * hidden).to(tl.int32), n, hidden, inter, mask_m,
-        False, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+        grad_ptr, slot // TOP_K, w, row, n, hidden, inter, mask_m, TRANSPOSED, TMA, BLOCK_M,
+        BLOCK_N, BLOCK_K,
     )  # fmt: skip
     weight = tl.load(weights_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
     dots_ptr += pid_n * num_rows
@@ -417,7 +594,7 @@ def act_backward_kernel(
         of_added = local < tl.where(expert < num_base, 0, base)
         dots = _store_act_gradients(
             pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, local < base, of_added,
-            WRITE_ADDED, BLOCK_M, BLOCK_N,
+            alpha, limit, shift, WRITE_ADDED, ACT, ORDER, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         tl.store(dots_ptr + slot, dots, mask=local < base)
     if RANK > 0:
@@ -430,7 +607,7 @@ def act_backward_kernel(
             adapted = mask_m & (local >= base)
             dots = _store_act_gradients(
                 pre_ptr, dpre_ptr, act_ptr, first, local, n, inter, acc, weight, adapted, adapted,
-                WRITE_ADAPTED, BLOCK_M, BLOCK_N,
+                alpha, limit, shift, WRITE_ADAPTED, ACT, ORDER, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             tl.store(dots_ptr + slot, dots, mask=adapted)
 

@@ -100,12 +100,6 @@ class ExpertWeights(NamedTuple):
 
         return ExpertWeights(*map(convert, self._fields, self))
 
-    def row_major(self) -> "ExpertWeights":
-        """Return contiguous weights, copied where they are transposed views."""
-        return ExpertWeights(
-            *(tensor if tensor is None else tensor.contiguous() for tensor in self)
-        )
-
 
 class Saved(NamedTuple):
     """Tensors that a forward pass of ``moe_mlp`` keeps for the backward pass.
