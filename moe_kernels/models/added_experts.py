@@ -94,6 +94,8 @@ def check(
         problem = routers.problem(layers[index], find)
         if problem is None and forms.form_of(layers[index].experts).biased:
             problem = "its experts have biases, which added experts would lack"
+        if problem is None and getattr(layers[index].router, "bias", None) is not None:
+            problem = "its router has a bias, which added experts would lack"
         if problem is not None:
             raise ValueError(f"layer {index} cannot be extended: {problem}")
 

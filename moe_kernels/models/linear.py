@@ -10,10 +10,11 @@ from moe_kernels.layers import ModalityLora
 from moe_kernels.models.context import MISSING, ModalityContext
 
 
-def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
+def masked_linear(module: nn.Module, hidden_states: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return ``W x + b`` of an attached module, plus the low-rank update on modality rows.
 
-    ``hidden_states`` is (B, S, in) or (B S, in); the result has its leading shape.
+    ``hidden_states`` is (B, S, in) or (B S, in); the result has its leading shape. ``weight``
+    replaces the module's, in another dtype.
     """
     context: ModalityContext = module.__dict__["_modality_context"]
     if context.modality_ids is None:
@@ -27,11 +28,13 @@ def masked_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
     context.module_ran(module.__dict__["_modality_name"])
     lora = module.__dict__["_modality_lora"].weights()
     num_modalities = int(lora.lora_A.shape[0])  # torch.jit.trace makes sizes tensors
-    dispatched, backend = context.linear_dispatch(num_modalities, module.weight)
+    weight = module.weight if weight is None else weight
+    dispatched, backend = context.linear_dispatch(num_modalities, weight)
+    bias = getattr(module, "bias", None)
     return ops.lora_linear(
         hidden_states,
-        module.weight,
-        getattr(module, "bias", None),
+        weight,
+        bias if bias is None else bias.to(weight.dtype),
         lora,
         dispatched=dispatched,
         backend=backend,

@@ -8,7 +8,7 @@ A layer with added experts has their columns beside the router's weight: see :fu
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,22 +22,65 @@ from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.parts import LayerParts, up_stack
 from moe_kernels.ops.dtypes import without_autocast
 
-_PROBED_ROWS = 32
+_PROBED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of experts of which a token may choose some alone (DeepSeek, Mistral).
+
+    Attributes:
+        number: of groups; the base's experts are split evenly and in order.
+        kept: number of groups that a token may choose from.
+        by_two: a group counts by the sum of its two best experts, else by its best.
+        left_out: what experts of other groups have in the choice: -inf, or 0.
+    """
+
+    number: int
+    kept: int
+    by_two: bool
+    left_out: float
+
+    def limit(self, choice: Tensor, added: int) -> Tensor:
+        """Leave out groups of a choice (T, N); the last ``added`` experts are in none."""
+        base, others = choice.split([choice.shape[1] - added, added], dim=1)
+        grouped = base.reshape(base.shape[0], self.number, -1)
+        best = grouped.topk(2, dim=-1)[0].sum(-1) if self.by_two else grouped.max(-1).values
+        kept = best.topk(self.kept, dim=-1, sorted=False)[1]
+        outside = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
+        base = grouped.masked_fill(outside[..., None], self.left_out).reshape(base.shape)
+        return torch.cat([base, others], dim=1)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The steps of a router after its logits.
+    """The steps of a router: its logits, and what follows them.
 
     Attributes:
         top_k: K, the number of experts that a token is sent to.
         normalise: whether the K scores are divided by their sum.
-        float32_scores: whether scores stay float32 (Mixtral) or are cast to the logits' dtype.
+        float32_scores: whether scores stay as computed (Mixtral) or are cast to the input's dtype.
+        score: "softmax" or "sigmoid" of all logits, or "softmax_after", of the chosen ones.
+        logits: "own": in the weight's dtype; "float32": computed so; "widened": cast to it after.
+        own_dtype: whether scores are computed in the logits' dtype, not in float32.
+        biased: whether the router's ``e_score_correction_bias`` is added for the choice alone.
+        groups: the groups that limit the choice, or None.
+        epsilon: added to the sum that normalises.
+        scale: factor of the scores.
+        in_order: whether the chosen experts come in the order of their scores.
     """
 
     top_k: int
     normalise: bool
     float32_scores: bool
+    score: str = "softmax"
+    logits: str = "own"
+    own_dtype: bool = False
+    biased: bool = False
+    groups: Groups | None = None
+    epsilon: float = 0.0
+    scale: float = 1.0
+    in_order: bool = True
 
 
 def route(
@@ -45,22 +88,53 @@ def route(
     routing: Routing,
     calibrations: Sequence[Calibration] = (),
     rows: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    added: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Map logits (T, E) to scores (T, K), their softmax in float32, and indices (T, K) int64.
+    """Map logits (T, N) to scores (T, K) and indices (T, K) int64.
 
     Calibrations change the scores of ``rows`` ((T, 1) bool; None: all), never the choice. Several
     of one form add up.
+
+    Args:
+        logits: of all experts that compete.
+        routing: the steps.
+        calibrations: see above.
+        rows: see above.
+        bias: (N - added,) of the router, where ``routing.biased``. Added experts get its mean.
+        added: number of the last experts, which were added.
+        dtype: of the router's input; None: that of the logits.
     """
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    scores, indices = torch.topk(probabilities, routing.top_k, dim=-1)
+    values = _values(logits, routing)
+    choice = logits if routing.score == "softmax_after" else values
+    if routing.biased:
+        choice = choice + torch.cat([bias, bias.mean().expand(added)])
+    if routing.groups is not None:
+        choice = routing.groups.limit(choice, added)
+    chosen, indices = torch.topk(choice, routing.top_k, dim=-1, sorted=routing.in_order)
+    if routing.score == "softmax_after":
+        scores = torch.softmax(chosen, dim=-1, dtype=None if routing.own_dtype else torch.float32)
+    else:
+        scores = values.gather(-1, indices)
     if additive := [c for c in calibrations if c.form == "additive"]:
-        scores = scores + _calibrate(additive, probabilities, indices, rows)
+        scores = scores + _calibrate(additive, values, indices, rows)
     if routing.normalise:
-        scores = scores / scores.sum(dim=-1, keepdim=True)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + routing.epsilon)
     if multiplicative := [c for c in calibrations if c.form == "multiplicative"]:
-        weights = torch.zeros_like(probabilities).scatter(-1, indices, scores)
+        weights = torch.zeros_like(values).scatter(-1, indices, scores)
         scores = scores * (1 + _calibrate(multiplicative, weights, indices, rows))
-    return scores if routing.float32_scores else scores.to(logits.dtype), indices
+    if routing.scale != 1.0:
+        scores = scores * routing.scale
+    return scores if routing.float32_scores else scores.to(dtype or logits.dtype), indices
+
+
+def _values(logits: Tensor, routing: Routing) -> Tensor:
+    """Return what the scores of experts are taken from, (T, N)."""
+    if routing.score == "sigmoid":
+        return torch.sigmoid(logits if routing.own_dtype else logits.float())
+    return torch.softmax(logits, dim=-1, dtype=None if routing.own_dtype else torch.float32)
 
 
 def _calibrate(
@@ -83,6 +157,8 @@ def route_beside(
     added: Sequence[AddedExperts],
     modality_ids: Tensor,
     routing: Routing,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output of a router beside which experts were added.
 
@@ -96,11 +172,13 @@ def route_beside(
         added: in the order of their ids, from E on.
         modality_ids: (T,).
         routing: the router's steps after its logits.
+        bias: see :func:`route`.
+        dtype: see :func:`route`.
 
     Returns:
         Logits (T, E+X), -inf where a row may not choose the expert; scores (T, K); indices (T, K).
     """
-    scores, indices = route(logits, routing)
+    scores, indices = route(logits, routing, bias=bias, dtype=dtype)
     sizes = [logits.shape[1], *(experts.num_added for experts in added)]
     ids = torch.arange(sum(sizes), device=logits.device).split(sizes)
     rows = [experts.open_to(modality_ids) for experts in added]
@@ -116,6 +194,9 @@ def route_beside(
             routing,
             [added[i].calibration for i in members if added[i].calibration is not None],
             rows[members[0]],
+            bias=bias,
+            added=sum(added[i].num_added for i in members),
+            dtype=dtype,
         )
         new_indices = torch.cat([ids[0], *(ids[i + 1] for i in members)])[chosen]
         scores = _where(rows[members[0]], new_scores, scores)
@@ -153,12 +234,12 @@ def problem(parts: LayerParts, find: RoutingFinder) -> str | None:
     if router is None:
         return "no router of one weight beside the experts"
     dtypes = (router.weight.dtype, up_stack(parts.experts).dtype)
-    if dtypes[0] != dtypes[1] and not is_attached(router):
-        return f"a router in {dtypes[0]} beside experts in {dtypes[1]}"
     try:
-        find(router)
+        found = find(router)
     except ValueError as error:
         return str(error)
+    if dtypes[0] != dtypes[1] and found.logits != "float32" and not is_attached(router):
+        return f"a router in {dtypes[0]} beside experts in {dtypes[1]}"
     return None
 
 
@@ -177,19 +258,73 @@ def find_routing(router: nn.Module) -> Routing:
     top_k, num_experts = getattr(router, "top_k", 0), sharding.whole_shape(router.weight)[0]
     if isinstance(top_k, int) and top_k > num_experts:
         raise ValueError(f"{name} chooses {top_k} experts of {num_experts}")
-    candidates = None
+    trials = []
     for dtype, training in itertools.product((router.weight.dtype, torch.bfloat16), (False, True)):
         trial, rows = _trial(router, dtype, training)
-        logits, *expected = _run(trial, rows)
-        if candidates is None:
-            switches = itertools.product((True, False), repeat=2)
-            candidates = [Routing(expected[0].shape[-1], *switch) for switch in switches]
-        if not _same([F.linear(rows, trial.weight)], [logits]):
-            raise ValueError(f"{name} does not compute the logits of a linear layer")
-        candidates = [c for c in candidates if _same(route(logits, c), expected)]
-        if not candidates:
-            raise ValueError(f"{name} does not choose and weigh experts by softmax and top-k")
-    return candidates[0]
+        trials.append((trial, rows, *_run(trial, rows)))
+    kinds = [kind for kind in _LOGITS if all(_gives_logits(kind, *each[:3]) for each in trials)]
+    if not kinds:
+        raise ValueError(f"{name} does not compute the logits of a linear layer")
+    for candidate in _candidates(router, kinds, trials[0][3].shape[-1]):
+        if all(_gives_routing(candidate, *each) for each in trials):
+            return candidate
+    raise ValueError(
+        f"{name} does not choose and weigh experts by softmax or sigmoid, a bias, groups and top-k"
+    )
+
+
+_LOGITS = ("own", "float32", "widened")
+_SCALES = ("routed_scaling_factor", "router_scaling_factor")
+
+
+def _linear(kind: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a router's logits without an update."""
+    if kind == "float32":
+        rows, weight, bias = rows.float(), weight.float(), None if bias is None else bias.float()
+    logits = F.linear(rows, weight, bias)
+    return logits.float() if kind == "widened" else logits
+
+
+def _gives_logits(kind: str, trial: nn.Module, rows: Tensor, logits: Tensor) -> bool:
+    found = _linear(kind, rows, trial.weight, getattr(trial, "bias", None))
+    return _same([found], [logits])
+
+
+def _gives_routing(
+    candidate: Routing, trial: nn.Module, rows: Tensor, logits: Tensor, *expected: Tensor
+) -> bool:
+    bias = _bias_of(trial) if candidate.biased else None
+    return _same(route(logits, candidate, bias=bias, dtype=rows.dtype), expected)
+
+
+def _bias_of(router: nn.Module) -> Tensor | None:
+    """Return the bias (E,) that corrects a router's choice, if it has one."""
+    return getattr(router, "e_score_correction_bias", None)
+
+
+def _candidates(router: nn.Module, kinds: Sequence[str], top_k: int) -> Iterator[Routing]:
+    """Yield the routings that a router may have by its attributes, the most frequent first."""
+    scales = {1.0, *(getattr(router, name, 1.0) for name in _SCALES)}
+    for score, (normalise, epsilon), values in itertools.product(
+        ("softmax", "sigmoid", "softmax_after"),
+        ((True, 0.0), (True, 1e-20), (True, 1e-6), (False, 0.0)),
+        itertools.product((False, True), (True, False), kinds, (True, False)),
+    ):
+        own_dtype, float32_scores, logits, in_order = values
+        for groups, scale in itertools.product(_groups(router), scales):
+            yield Routing(
+                top_k, normalise, float32_scores, score, logits, own_dtype,
+                _bias_of(router) is not None, groups, epsilon, scale, in_order,
+            )  # fmt: skip
+
+
+def _groups(router: nn.Module) -> Iterator[Groups | None]:
+    """Yield the groups that a router may have, and None."""
+    number, kept = (getattr(router, name, None) for name in ("num_group", "topk_group"))
+    yield None
+    if isinstance(number, int) and isinstance(kept, int) and 0 < kept < number:
+        for by_two, left_out in itertools.product((True, False), (-torch.inf, 0.0)):
+            yield Groups(number, kept, by_two, left_out)
 
 
 def attach(
@@ -238,22 +373,27 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     own, routing = self.__dict__, self.__dict__["_routing"]
     context: ModalityContext = own["_modality_context"]
+    dtype, weight = hidden_states.dtype, self.weight
+    if routing.logits == "float32":
+        hidden_states, weight = hidden_states.float(), weight.float()
     if own["_modality_lora"] is None:
         context.module_ran(ROUTER)
-        logits = F.linear(hidden_states, self.weight)
+        logits = _linear(routing.logits, hidden_states, weight, getattr(self, "bias", None))
     else:
-        logits = linear.masked_linear(self, hidden_states)
+        logits = linear.masked_linear(self, hidden_states, weight)
+        logits = logits.float() if routing.logits == "widened" else logits
     if (change := own.get("_tuned")) is not None:
         # Autocast would keep using its first copy of the change, although the optimiser updates it.
         with without_autocast(hidden_states.device):
             shift = F.linear(hidden_states, change.to(hidden_states.dtype))
         logits = logits + shift.to(logits.dtype)
+    bias = _bias_of(self) if routing.biased else None
     if not (added := own.get("_added_experts")) or not context.added_experts:
-        return logits, *route(logits, routing)
+        return logits, *route(logits, routing, bias=bias, dtype=dtype)
     if context.modality_ids is None:
         raise RuntimeError(MISSING)
     modality_ids = context.modality_ids.reshape(-1)
-    return route_beside(logits, hidden_states, added, modality_ids, routing)
+    return route_beside(logits, hidden_states, added, modality_ids, routing, bias, dtype)
 
 
 def _trial(router: nn.Module, dtype: torch.dtype, training: bool) -> tuple[nn.Module, Tensor]:
@@ -273,9 +413,18 @@ def _trial(router: nn.Module, dtype: torch.dtype, training: bool) -> tuple[nn.Mo
         name: parameter if parameter is None else nn.Parameter(values(parameter), False)
         for name, parameter in router._parameters.items()
     }
+    # A bias that corrects the choice starts at zero, where it could not be seen.
+    trial.__dict__["_buffers"] = {
+        name: torch.randn(buffer.shape, generator=generator, device="cpu").to(trial.weight) / 4
+        if name == "e_score_correction_bias"
+        else buffer
+        for name, buffer in router._buffers.items()
+    }
     weight = trial.weight
     # The generator's device is the CPU, whatever torch.device() the caller is in.
     rows = torch.randn(_PROBED_ROWS, weight.shape[1], generator=generator, device="cpu")
+    # Even scores and ties tell some rules apart, and a few large ones others.
+    rows *= torch.logspace(-1.5, 0.5, _PROBED_ROWS, device="cpu")[:, None]
     return trial, rows.to(weight)
 
 

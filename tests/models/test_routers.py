@@ -1,10 +1,12 @@
 """Low-rank updates of the routers: image rows choose other experts, text rows keep their bits."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from support.added_experts import mixed, routed
+from support.families import make_family
 from support.model_zoo import (
     FAMILY,
     LARGE,
@@ -28,7 +30,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import parts_of
-from moe_kernels.models.routers import Routing, find_routing, route
+from moe_kernels.models.routers import Groups, Routing, find_routing, route
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import assert_close, relative_rms, working_backends
 
 BACKENDS = pytest.mark.parametrize("backend", working_backends())
@@ -92,9 +95,7 @@ def test_without_values():
 
 
 OTHERS = {
-    "granitemoe": ({}, "GraniteMoeTopKRouter"),
     "minimax_m2": ({}, "MiniMaxM2TopKRouter does not run on rows alone: .*e_score_correction_bias"),
-    "glm4_moe": ({"first_k_dense_replace": 0}, "Glm4MoeTopkRouter"),
 }
 
 
@@ -132,7 +133,7 @@ def two_results(self, hidden_states):
     ("forward", "match"),
     [
         (jitter, "does not compute the logits of a linear layer"),
-        (scaled, "does not choose and weigh experts by softmax and top-k"),
+        (scaled, "does not choose and weigh experts by softmax or sigmoid, a bias"),
         (two_results, r"does not return \(logits, scores, indices\)"),
     ],
 )
@@ -415,3 +416,87 @@ def test_saved_loaded_copied_and_undone(family, tmp_path):
     assert_same_snapshot(snapshot(model), before)
     assert_same_snapshot(snapshot(twin), before)
     assert same(routed(model, input_ids=ids), plain)
+
+
+# --- sigmoid, corrections, groups and softmax after the choice
+
+
+def groups(family, **settings):
+    """Return a model and a layer whose router corrects its choice, and limits it to groups."""
+    model = make_other(family, n_routed_experts=8, num_experts_per_tok=3, **settings)
+    parts = parts_of(model.model.layers[1])
+    if (bias := getattr(parts.router, "e_score_correction_bias", None)) is not None:
+        nn.init.normal_(bias, std=0.3)
+    nn.init.normal_(parts.router.weight, std=0.5)
+    return model, parts
+
+
+GROUPED = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+LIMITED = {
+    "deepseek_v3": (GROUPED, Groups(4, 2, True, -torch.inf), "sigmoid"),
+    "glm4_moe": (GROUPED, Groups(4, 2, True, -torch.inf), "sigmoid"),
+    "deepseek_v2": (
+        GROUPED | {"topk_method": "group_limited_greedy"}, Groups(4, 2, False, 0.0), "softmax",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LIMITED)
+def test_groups_and_corrections_are_found(family):
+    settings, expected, score = LIMITED[family]
+    model, parts = groups(family, **settings)
+    with unchanged(model):
+        found = find_routing(parts.router)
+    assert (found.score, found.scale, found.biased) == (score, 2.5, score == "sigmoid")
+    # Softmax is never below zero: where K fits into the groups, zeros act as -inf does.
+    left_out = expected.left_out if score == "sigmoid" else -torch.inf
+    assert found.groups == dataclasses.replace(expected, left_out=left_out)
+    rows = 2 * torch.randn(200, 32)
+    logits, *theirs = parts.router(rows)
+    bias = parts.router.e_score_correction_bias if found.biased else None
+    for ours, each in zip(route(logits, found, bias=bias), theirs, strict=True):
+        assert ours.dtype == each.dtype and torch.equal(ours, each)
+
+
+@pytest.mark.parametrize("family", LIMITED)
+def test_groups_and_corrections_beside_added_experts(family):
+    """Text keeps its bits; an added expert is in no group, and images may choose it."""
+    model, parts = groups(family, **LIMITED[family][0])
+    ids = token_ids(2, 24)
+    extender = ExpertExtender(model)
+    before = model(ids).logits
+    extender.extend([1], 2, init=0)
+    randomise(extender.patched, scale=1.0)
+    chosen = []
+    parts.router.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
+    assert torch.equal(model(ids).logits, before) and chosen[-1].max() < 8
+    image = torch.zeros_like(ids)
+    image[1] = 1
+    logits = model(ids, modality_ids=image).logits
+    assert torch.equal(logits[0], before[0])
+    of_image = chosen[-1].reshape(2, 24, 3)[1]
+    assert (of_image >= 8).any() and (of_image < 8).any()
+    assert all(len(set(row)) == 3 for row in of_image.tolist())
+
+
+def test_a_correction_that_is_read_anew():
+    """It is a buffer that training of the base moves, and checkpoints replace."""
+    model, parts = groups("deepseek_v3", n_group=1, topk_group=1)
+    patch_model(model, ModalityLoraConfig(target_modules=ALONE))
+    rows = torch.randn(50, 32)
+    context = parts.router.__dict__["_modality_context"]
+    for _ in range(2):
+        nn.init.normal_(parts.router.e_score_correction_bias, std=1.0)
+        expected = type(parts.router).forward(parts.router, rows)
+        with context.running(torch.zeros(1, 50, dtype=torch.int64)):
+            found = parts.router(rows)
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_router_with_a_bias_is_not_extended():
+    model = make_family("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp.experts.has_bias = False
+    extender = ExpertExtender(model, backend="reference")
+    with pytest.raises(ValueError, match="layer 0 cannot be extended: its router has a bias"):
+        extender.extend([0], init="mean")

@@ -77,6 +77,11 @@ OTHERS = {
         "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
     },
+    "deepseek_v2": {
+        "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8,
+        "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+    },
     "glm4_moe": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 8},
     "granitemoe": {"num_local_experts": 4},
     # A state space, a recurrence and linear attention in the place of the first layer's attention.
