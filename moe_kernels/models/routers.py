@@ -127,7 +127,10 @@ def route(
         scores = scores * (1 + _calibrate(multiplicative, weights, indices, rows))
     if routing.scale != 1.0:
         scores = scores * routing.scale
-    return scores if routing.float32_scores else scores.to(dtype or logits.dtype), indices
+    if not routing.float32_scores:
+        # Autocast gives logits of the class's own kind another dtype than the input's.
+        scores = scores.to(logits.dtype if routing.logits == "own" or dtype is None else dtype)
+    return scores, indices
 
 
 def _values(logits: Tensor, routing: Routing) -> Tensor:
