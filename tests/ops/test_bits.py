@@ -6,6 +6,7 @@ The hidden sizes are large enough to expose a wrong implementation. At 48 it wou
 
 import pytest
 import torch
+from support.moe_mlp import LAYOUTS
 
 from moe_kernels import ops
 from moe_kernels.ops import LoraWeights
@@ -22,9 +23,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 BACKENDS = pytest.mark.parametrize("backend", WORKING)
 
 
-def call(inputs, backend):
+def call(inputs, backend, **options):
     with torch.no_grad():
-        return ops.moe_mlp(*inputs[:5], **inputs.keywords(), backend=backend)
+        return ops.moe_mlp(*inputs[:5], **inputs.keywords(), **options, backend=backend)
 
 
 def scaled(lora, factor):
@@ -76,6 +77,36 @@ def test_any_other_rows(backend, dtype, num_tokens, seed):
             modality_ids=torch.where(keep, inputs.modality_ids, modality),
         )
         assert torch.equal(call(changed, backend)[keep], expected)
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("layout", ["gpt_oss", "all_else"])
+def test_other_layouts(backend, dtype, layout):
+    """Neither adapters, other rows nor added experts change text, biases included."""
+    made, options = LAYOUTS[layout]
+    inputs = make_moe_inputs(Shape(T=64, K=2, E=8, H=512, I=256, r=16), **made).to(dtype)
+    text = inputs.modality_ids == 0
+    expected = call(inputs, backend, **options)[text]
+    generator = torch.Generator().manual_seed(1)
+    ids, weights = make_routing(64, 2, 8, kind="zipf", generator=generator)
+    changed = inputs._replace(
+        hidden_states=torch.where(text[:, None], inputs.hidden_states, float("nan")),
+        topk_ids=torch.where(text[:, None], inputs.topk_ids, ids),
+        topk_weights=torch.where(text[:, None], inputs.topk_weights, weights.to(dtype)),
+        modality_ids=torch.where(text, 0, 1),
+        gate_up_lora=scaled(inputs.gate_up_lora, float("nan")),
+        down_lora=scaled(inputs.down_lora, float("inf")),
+    )
+    assert torch.equal(call(changed, backend, **options)[text], expected)
+    extra = make_moe_inputs(Shape(T=1, K=1, E=3, H=512, I=256), seed=1, **made).to(dtype)
+    added = changed._replace(
+        extra_gate_up_proj=extra.gate_up_proj,
+        extra_down_proj=extra.down_proj,
+        gate_up_bias=torch.cat([inputs.gate_up_bias, extra.gate_up_bias]),
+        down_bias=torch.cat([inputs.down_bias, extra.down_bias]),
+    )
+    assert torch.equal(call(added, backend, **options)[text], expected)
 
 
 @BACKENDS

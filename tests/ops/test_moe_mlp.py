@@ -160,6 +160,28 @@ def test_opcheck_in_other_layouts(backend, layout):
 
 
 @pytest.mark.parametrize("backend", WORKING)
+def test_transforms_and_compilation_in_another_layout(backend):
+    """The bias of the down projection is added in front of the op's own ways."""
+    made, options = LAYOUTS["gpt_oss"]
+    inputs = make_moe_inputs(SHAPES["tiny"], **made).to(torch.float32)
+
+    def loss(x):
+        return call(inputs._replace(hidden_states=x), backend, **options).square().sum()
+
+    x = inputs.hidden_states.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x), x)
+    assert torch.equal(torch.func.grad(loss)(x.detach()), expected)
+    batch = torch.stack([x.detach(), 2 * x.detach()])
+    each = torch.stack([torch.func.grad(loss)(one) for one in batch])
+    assert torch.equal(torch.vmap(torch.func.grad(loss))(batch), each)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compiled(x)
+    testing.assert_close(torch.autograd.grad(found, x)[0], expected)
+
+
+@pytest.mark.parametrize("backend", WORKING)
 @pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "no_mask"])
 def test_opcheck(backend, variant):
     inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant]).to(torch.float32)
