@@ -89,11 +89,24 @@ def _lines(data: Mapping) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print what :func:`collect` found, as text or as JSON."""
+    """Print what :func:`collect` found, or what a model gets, as text or as JSON."""
     parser = argparse.ArgumentParser(prog="python -m moe_kernels.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="say instead what patch_model gives the model of this config.json, and why not",
+    )
     arguments = parser.parse_args(argv)
-    data = collect()
+    if arguments.model is None:
+        data = collect()
+    else:
+        from moe_kernels.models import support  # imports transformers
+
+        try:
+            data = support.of_folder(arguments.model)
+        except ValueError as error:
+            parser.error(str(error))
     print(json.dumps(data, indent=2) if arguments.json else "\n".join(_lines(data)))
 
 

@@ -29,7 +29,7 @@ BELOW = {
     "tune": ("testing", "files"),
     "testing": ("ops",),
     "ops": ("backends",),
-    "info": ("backends",),
+    "info": ("backends", "models"),
     "backends": ("_native",),
     "_native": ("env",),
     "env": (),
@@ -42,7 +42,11 @@ BELOW = {
     "_version": (),
 }
 # (importer, imported, where): imports that are not made when the module is loaded.
-LATE = {(PACKAGE, f"{PACKAGE}.models", "TYPE_CHECKING")}
+LATE = {
+    (PACKAGE, f"{PACKAGE}.models", "TYPE_CHECKING"),
+    # Only --model needs transformers, which takes seconds to import.
+    (f"{PACKAGE}.info", f"{PACKAGE}.models.support", "function"),
+}
 
 # folder beside the package -> its room of shared parts, which imports nothing else of the folder
 SHARED = {"python": "shared", "benchmarks": "lib", "tests": "support"}

@@ -309,6 +309,8 @@ def _reads_weight(table: nn.Module) -> bool:
     weight = table.weight if isinstance(table, nn.Embedding) else None
     if weight is None or not weight.is_floating_point() or sharding.is_sharded(weight):
         return False
+    if weight.is_meta:  # no values to try it with
+        return True
     ids = torch.arange(min(4, table.num_embeddings), device=weight.device)
     other = torch.ones_like(weight[: len(ids)])
     try:

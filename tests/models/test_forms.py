@@ -1,6 +1,8 @@
 """Forms of experts, found by running their activation: those that are found, refused and kept."""
 
 import copy
+import json
+import re
 import types
 from types import SimpleNamespace
 
@@ -12,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from moe_kernels import ModalityLoraConfig, accelerate_peft, patch_model
-from moe_kernels.models import forms
+from moe_kernels import ModalityLoraConfig, accelerate_peft, info, patch_model
+from moe_kernels.models import forms, support
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.forms import Form, form_of, problems
 from moe_kernels.models.parts import find_experts
@@ -190,3 +192,31 @@ def test_adapters_of_peft_on_another_activation():
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_parameters=names, r=2))
     with pytest.raises(ValueError, match="activation gelu .only SiLU"):
         accelerate_peft(wrapped)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "muse_spark", "qwen3_vl_moe", "gemma4"])
+def test_what_a_folder_gets(family, tmp_path, capsys):
+    """The answers on the device meta are those of the model itself."""
+    model = make_family(family)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    info.main(["--model", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("class") == type(model).__name__
+    assert found == support.of_model(model)
+    assert (found["experts"] == "supported") == (family != "muse_spark")
+    assert "\n" not in "".join(found.values())
+
+
+def test_a_folder_without_a_model(tmp_path, capsys):
+    for text, match in (("{}", "has no config.json|Unrecognized"), (None, "has no config.json")):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(SystemExit):
+            info.main(["--model", str(tmp_path / ("" if text else "missing"))])
+        assert re.search(match, capsys.readouterr().err)
+    settings = {"model_type": "mixtral", "architectures": ["OwnForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        info.main(["--model", str(tmp_path)])
+    assert "names the class OwnForCausalLM, which transformers" in capsys.readouterr().err

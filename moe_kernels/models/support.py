@@ -1,0 +1,72 @@
+"""Support of a model in a folder, found by its configuration alone: what is refused, and why."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from moe_kernels.models import added_experts
+from moe_kernels.models.config import TARGETS, ExtensionConfig, ModalityLoraConfig
+from moe_kernels.models.patch import patch_model
+from moe_kernels.models.routers import RoutingFinder
+
+_YES = "supported"
+
+
+def of_folder(folder: str | Path) -> dict[str, str]:
+    """Return what :func:`moe_kernels.patch_model` gives the model in a folder, and why not.
+
+    The model is built from ``config.json`` on the device meta, without weights.
+
+    Args:
+        folder: with a ``config.json`` of transformers.
+
+    Returns:
+        The class of the model; "supported" or a reason for each target and for added experts.
+
+    Raises:
+        ValueError: the folder has no configuration of a class of transformers.
+
+    Example:
+        >>> of_folder("gpt-oss-20b")["experts"]
+        'supported'
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder} has no config.json of transformers: {error}") from error
+    names = getattr(config, "architectures", None) or ["none"]
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
+        raise ValueError(
+            f"{folder}: config.json names the class {names[0]}, which transformers "
+            f"{transformers.__version__} does not have"
+        )
+    with torch.device("meta"):
+        model = model_class(config)
+    return {"class": names[0]} | of_model(model)
+
+
+def of_model(model: PreTrainedModel) -> dict[str, str]:
+    """Return "supported" or a reason for each target and for added experts; nothing changes."""
+    found = {target: _of_targets(model, (target,)) for target in TARGETS}
+    if (reason := _of_targets(model, ())) != _YES:
+        return found | {"added experts": reason}
+    patched = patch_model(model, ModalityLoraConfig(target_modules=()))
+    extension = ExtensionConfig(dict.fromkeys(patched.moe_layers, 1), modality="image")
+    try:
+        added_experts.check(patched, extension, (), RoutingFinder())
+        found["added experts"] = _YES
+    except ValueError as error:
+        found["added experts"] = str(error)
+    patched.unpatch()
+    return found
+
+
+def _of_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> str:
+    try:
+        patch_model(model, ModalityLoraConfig(target_modules=targets)).unpatch()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return _YES
