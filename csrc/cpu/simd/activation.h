@@ -32,21 +32,22 @@ inline V sigmoid(V x) {
   return 1 / (1 + exponential(-x));
 }
 
-// erf(x) to a few units in the last place: a rational function of x within [-4, 4], and beyond it
-// the float nearest to the result.
+// erf(x) to three units in the last place: x P(x^2) / Q(x^2) within [-4, 4], fitted by least squares
+// of the relative error (2e-9), and beyond it the float nearest to the result.
 inline Vector<float> error_function(Vector<float> x) {
   const Vector<float> bounded = x > 4.0f ? splat(4.0f) : (x < -4.0f ? splat(-4.0f) : x);
   const Vector<float> square = bounded * bounded;
-  Vector<float> p = fma(square, splat(-2.72614225801306e-10f), splat(2.77068142495902e-08f));
-  p = fma(p, square, splat(-2.10102402082508e-06f));
-  p = fma(p, square, splat(-5.69250639462346e-05f));
-  p = fma(p, square, splat(-7.34990630326855e-04f));
-  p = fma(p, square, splat(-2.95459980854025e-03f));
-  p = fma(p, square, splat(-1.60960333262415e-02f));
-  Vector<float> q = fma(square, splat(-1.45660718464996e-05f), splat(-2.13374055278905e-04f));
-  q = fma(q, square, splat(-1.68282697438203e-03f));
-  q = fma(q, square, splat(-7.37332916720468e-03f));
-  q = fma(q, square, splat(-1.42647390514189e-02f));
+  Vector<float> p = fma(square, splat(-1.320085236e-08f), splat(4.684482495e-06f));
+  p = fma(p, square, splat(3.795998683e-04f));
+  p = fma(p, square, splat(3.849670721e-03f));
+  p = fma(p, square, splat(5.431696204e-02f));
+  p = fma(p, square, splat(1.852054346e-01f));
+  p = fma(p, square, splat(1.128379169e+00f));
+  Vector<float> q = fma(square, splat(6.310780437e-05f), splat(1.307569881e-03f));
+  q = fma(q, square, splat(1.546217718e-02f));
+  q = fma(q, square, splat(1.139591157e-01f));
+  q = fma(q, square, splat(4.974674565e-01f));
+  q = fma(q, square, splat(1.0f));
   const Vector<float> inner = bounded * p / q;
   return x >= 4.0f ? splat(1.0f) : (x <= -4.0f ? splat(-1.0f) : inner);
 }
