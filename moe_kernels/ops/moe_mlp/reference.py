@@ -255,11 +255,17 @@ def _scaled(u: Tensor, scaling: Tensor) -> Tensor:
 
 
 def _activate(pre_act: Tensor, form: ExpertForm) -> Tensor:
-    """Return the activation (n, I) of ``pre_act`` (n, 2I or I), rounded to its dtype."""
+    """Return the activation (n, I) of ``pre_act`` (n, 2I or I), rounded to its dtype.
+
+    It is computed on BLOCK_M rows: torch computes the last elements, fewer than fit in a vector,
+    in other bits, and which they are would follow from n, a routed count.
+    """
+    rows = pre_act.shape[0]
+    pre_act = torch.nn.functional.pad(pre_act, (0, 0, 0, BLOCK_M - rows))
     gate, up = _clamp(*_gate_and_up(pre_act.to(acc_dtype(pre_act.dtype)), form), form)
     silu = form.act == "silu"
     a = torch.nn.functional.silu(gate) if silu else gate * _factor(gate, form)
-    return (a if up is None else a * up).to(pre_act.dtype)
+    return (a if up is None else a * up).to(pre_act.dtype)[:rows]
 
 
 def _activate_backward(pre_act: Tensor, d_a: Tensor, form: ExpertForm) -> Tensor:
