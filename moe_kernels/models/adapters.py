@@ -14,7 +14,7 @@ from torch import distributed as dist
 from moe_kernels import tensor_files
 from moe_kernels._version import __version__
 from moe_kernels.layers import AddedExperts, ModalityProjector
-from moe_kernels.models import adapter_files, added_experts, projectors, sharding, tokens
+from moe_kernels.models import adapter_files, added_experts, packed, projectors, sharding, tokens
 from moe_kernels.models.adapter_files import LAYOUT, NAMES
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.handle import PatchState
@@ -272,26 +272,36 @@ def _read(
     return tensors
 
 
-def _fingerprint(parameters: dict[str, nn.Parameter]) -> str:
+def _fingerprint(parameters: dict[str, nn.Parameter], model: nn.Module) -> str:
     """Return a hash of the base weights: names, shapes and a sample of each, in bfloat16.
 
     Rounding gives a float32 copy of a bfloat16 model the same hash. A float16 copy may differ, as
-    it was rounded before.
+    it was rounded before. A packed weight counts as what it is unpacked to, so that the unpacked
+    model has the same hash.
     """
+    computed = {original_name(name): at for name, at in packed.parametrised(model).items()}
+    base = {n: p for n, p in parameters.items() if not (is_added(n) or packed.is_part(n))}
+    samples = sharding.samples(dict(sorted(base.items())), _FINGERPRINT_SAMPLES)
+    shapes = {name: sharding.whole_shape(parameter) for name, parameter in base.items()}
+    for name, (module, own) in computed.items():
+        weight = {name: getattr(module, own)}  # one at a time is in full size
+        samples |= sharding.samples(weight, _FINGERPRINT_SAMPLES)
+        shapes[name] = weight[name].shape
+        del weight
     digest = hashlib.sha256()
-    base = {name: p for name, p in sorted(parameters.items()) if not is_added(name)}
-    for name, sample in sharding.samples(base, _FINGERPRINT_SAMPLES).items():
-        digest.update(f"{name}{tuple(sharding.whole_shape(base[name]))}".encode())
-        digest.update(sample.to(torch.int16).numpy().tobytes())
+    for name in sorted(samples):
+        digest.update(f"{name}{tuple(shapes[name])}".encode())
+        digest.update(samples[name].to(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _fingerprints(patched: PatchState, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
     """Yield the fingerprint, then that of version 0.1.0, with what was attached to the model."""
-    yield _fingerprint(parameters)
+    yield _fingerprint(parameters, patched.model)
     every = named_parameters(patched.model)
     if len(every) > len(parameters):
-        yield _fingerprint({name: p for name, p in every.items() if not p.is_meta})
+        here = {name: p for name, p in every.items() if not p.is_meta}
+        yield _fingerprint(here, patched.model)
 
 
 def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
@@ -309,7 +319,7 @@ def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
         "base_model": {
             "model_type": model.config.model_type,
             "name_or_path": model.config.name_or_path,
-            "fingerprint": _fingerprint(parameters),
+            "fingerprint": _fingerprint(parameters, model),
         },
         "versions": {
             "moe_kernels": __version__,

@@ -4,22 +4,28 @@ No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transf
 :func:`experts_forward` with the experts module, whose form ``forms`` finds.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_kernels import ops
 from moe_kernels.layers import AddedExperts, ModalityLora
-from moe_kernels.models import forms, sharding
+from moe_kernels.models import forms, packed, sharding
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.parts import up_name, up_stack
 from moe_kernels.ops.dtypes import FLOATS
 from moe_kernels.registration import IMPLEMENTATION
 
 _AWAITED = "experts"
+_DEQUANTISE = (
+    "load them in bfloat16, FP8 checkpoints with FineGrainedFP8Config(dequantize=True), or pack "
+    "them in 4 bits by bitsandbytes' replace_parameter_4bit"
+)
 
 
 def expert_problems(experts: nn.Module) -> list[str]:
@@ -52,12 +58,12 @@ def backend_problem(experts: nn.Module, backend: str | None) -> str | None:
 
 
 def _weight_problems(experts: nn.Module) -> list[str]:
-    reasons, down = [], getattr(experts, "down_proj", None)
+    reasons, down = [], packed.outline(experts, "down_proj")
     up = up_stack(experts)
-    if not isinstance(down, nn.Parameter) or len(sharding.whole_shape(down)) != 3:
+    if down is None or len(sharding.whole_shape(down)) != 3:
         reasons.append("no stacked down_proj")
-    elif packed := {up.dtype, down.dtype}.difference(FLOATS):
-        reasons.append(f"quantised expert weights ({', '.join(map(str, packed))})")
+    elif others := {up.dtype, down.dtype}.difference(FLOATS):
+        reasons.append(f"quantised expert weights ({', '.join(map(str, others))}); {_DEQUANTISE}")
     elif up.dtype != down.dtype:
         reasons.append(f"expert weights of two dtypes ({up.dtype}, {down.dtype})")
     else:
@@ -135,18 +141,22 @@ def experts_forward(
                 "down_lora": adapters["down_proj"].weights(),
             }
         weights |= _stacked(added)
-    return ops.moe_mlp(
-        hidden_states,
-        top_k_index.to(torch.int64),
-        top_k_weights,
-        *form.stacks(self),
-        modality_ids=modality_ids,
-        act=form.act,
-        interleaved=form.interleaved,
-        backend=backend,
-        **form.biases(self, sum(each.num_added for each in added)),
-        **weights,
-    )
+    names = up_name(self), "down_proj"
+    stacks = {name: form.stack(self, name) for name in names}
+    computed = {name: stacks[name] for name in names if is_parametrized(self, name)}
+    with packed.read_again(computed, functools.partial(form.stack, self)):
+        return ops.moe_mlp(
+            hidden_states,
+            top_k_index.to(torch.int64),
+            top_k_weights,
+            *stacks.values(),
+            modality_ids=modality_ids,
+            act=form.act,
+            interleaved=form.interleaved,
+            backend=backend,
+            **form.biases(self, sum(each.num_added for each in added)),
+            **weights,
+        )
 
 
 def _form_of(experts: nn.Module) -> forms.Form:

@@ -48,10 +48,14 @@ class Form(NamedTuple):
     transposed: bool = False
     biased: bool = False
 
+    def stack(self, experts: nn.Module, name: str) -> Tensor:
+        """Return a stack of weights (E, out, in), a view if it is stored transposed."""
+        weight = getattr(experts, name)
+        return weight.transpose(1, 2) if self.transposed else weight
+
     def stacks(self, experts: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return both stacks of weights, (E, N, H) and (E, H, I): views, if they are transposed."""
-        up, down = getattr(experts, up_name(experts)), experts.down_proj
-        return (up.transpose(1, 2), down.transpose(1, 2)) if self.transposed else (up, down)
+        """Return both stacks of weights, (E, N, H) and (E, H, I)."""
+        return self.stack(experts, up_name(experts)), self.stack(experts, "down_proj")
 
     def biases(self, experts: nn.Module, num_added: int) -> dict[str, Tensor]:
         """Return the biases as arguments of ``moe_mlp``; those of added experts are zeros."""

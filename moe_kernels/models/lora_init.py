@@ -122,9 +122,9 @@ def initialise_lora(
         aligned, coupling = align(image, text, seed=seed, **options)
         if lora_init == "permuted":
             aligned = aligned[torch.randperm(aligned.shape[0], generator=shuffle)]
-        for name, lora, weight in group:
+        for name, lora, projection in group:
             down, up = truncated_map(image, aligned, lora.r, ridge=ridge, seed=seed)
-            pairs.append((lora, down, through(weight, up) / lora.scaling[index]))
+            pairs.append((lora, down, through(projection.weight, up) / lora.scaling[index]))
             diagnostics[name] = LoraInitDiagnostics(
                 gw_value=coupling.value,
                 coupling_entropy=coupling.entropy(),
@@ -152,8 +152,8 @@ def _distance(inputs: Tensor, aligned: Tensor) -> float:
     return ((inputs - aligned).norm() / aligned.norm()).item()
 
 
-def _readers(patched: PatchState) -> dict[nn.Module, list[tuple[str, ModalityLora, Tensor]]]:
-    """Map a module whose input is recorded to name, pair and frozen weight of its projections."""
+def _readers(patched: PatchState) -> dict[nn.Module, list[tuple[str, ModalityLora, Projection]]]:
+    """Map a module whose input is recorded to name, pair and projection of those that it has."""
     names = {module: name for name, module in patched.model.named_modules()}
     groups: dict[tuple, list[Projection]] = {}
     for projection in patched.projections:
@@ -161,16 +161,9 @@ def _readers(patched: PatchState) -> dict[nn.Module, list[tuple[str, ModalityLor
             if projection.key in keys:
                 groups.setdefault((projection.layer, keys), []).append(projection)
     return {
-        group[0].module: [
-            (f"{names[p.layer]}.modality_lora.{p.key}", p.lora, _oriented(p)) for p in group
-        ]
+        group[0].module: [(f"{names[p.layer]}.modality_lora.{p.key}", p.lora, p) for p in group]
         for group in groups.values()
     }
-
-
-def _oriented(projection: Projection) -> Tensor:
-    """Return the frozen weight as (out, in) or (E, out, in)."""
-    return projection.weight.mT if projection.transposed else projection.weight
 
 
 class _Sample:

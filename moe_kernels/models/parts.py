@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_kernels.models import sharding
 from moe_kernels.models.config import ATTENTION_LAYOUTS
+from moe_kernels.models.packed import outline
 
 _ROUTER_NAMES = ("gate", "router")
 # Stacks of the first projection: gate and up in one, or up alone where experts have no gate.
@@ -132,14 +133,15 @@ def _adaptable(self_attn: nn.Module | None) -> dict[str, nn.Module]:
 
 def up_name(experts: nn.Module) -> str:
     """Return the name of the stack of an experts module's first projection."""
-    return next(
-        (name for name in _UP_NAMES if _is_stack(getattr(experts, name, None))), _UP_NAMES[0]
-    )
+    return next((name for name in _UP_NAMES if _is_stack(experts, name)), _UP_NAMES[0])
 
 
-def up_stack(experts: nn.Module) -> nn.Parameter:
-    """Return the stack of an experts module's first projection, as it is stored."""
-    return getattr(experts, up_name(experts))
+def up_stack(experts: nn.Module) -> Tensor:
+    """Return the outline of the stack of an experts module's first projection, as it is stored.
+
+    It is the parameter itself, or of a parametrised one a tensor of NaN: see :mod:`packed`.
+    """
+    return outline(experts, up_name(experts))
 
 
 def hidden_size(experts: nn.Module) -> int:
@@ -191,16 +193,17 @@ def _submodule(module: nn.Module | None, name: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _is_stack(weight: object) -> bool:
-    return isinstance(weight, nn.Parameter) and len(sharding.whole_shape(weight)) == 3
+def _is_stack(module: nn.Module, name: str) -> bool:
+    weight = outline(module, name)
+    return weight is not None and len(sharding.whole_shape(weight)) == 3
 
 
 def _has_stacked_weights(module: nn.Module) -> bool:
-    if _is_stack(getattr(module, "gate_up_proj", None)):
+    if _is_stack(module, "gate_up_proj"):
         return True
     # Experts without a gate. Shared experts that keep gate and up apart are no such.
     names = ("up_proj", "down_proj")
-    stacked = all(_is_stack(getattr(module, name, None)) for name in names)
+    stacked = all(_is_stack(module, name) for name in names)
     return stacked and not hasattr(module, "gate_proj")
 
 

@@ -418,7 +418,7 @@ def _detach_layer(parts: LayerParts) -> None:
 
 def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLora:
     config.check_rank(projection.name)
-    weight = projection.weight
+    weight = projection.outline
     *stack, out_features, in_features = projection.shape
     lora = ModalityLora(
         len(config.modalities),

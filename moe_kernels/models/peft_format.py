@@ -166,7 +166,7 @@ def _slot(projection: Projection) -> _Slot:
         )
     wrapper = "" if projection.key == "down_proj" else ".base_layer"
     name = name.removesuffix(f".{projection.key}") + wrapper
-    return _Slot(name, projection.name, projection, projection.weight.shape[0])
+    return _Slot(name, projection.name, projection, projection.shape[0])
 
 
 def _read_config(file: TensorFile) -> dict:

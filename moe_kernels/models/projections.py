@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_kernels.layers import ModalityLora
 from moe_kernels.layers.modality_lora import pair_shapes
-from moe_kernels.models import sharding
+from moe_kernels.models import packed, sharding
 from moe_kernels.models.config import (
     EXPERT_PROJECTIONS,
     ROUTER,
@@ -44,9 +44,15 @@ class Projection:
     parameter: str
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The frozen weight as it is stored: (out, in), or a stack of experts."""
-        return getattr(self.module, self.parameter)
+    def weight(self) -> Tensor:
+        """The frozen weight (out, in) or (E, out, in), read now: a view if it is transposed."""
+        weight = getattr(self.module, self.parameter)
+        return weight.mT if self.transposed else weight
+
+    @property
+    def outline(self) -> Tensor:
+        """The weight as it is stored, or of a parametrised one a tensor of NaN in its shape."""
+        return packed.outline(self.module, self.parameter)
 
     @property
     def transposed(self) -> bool:
@@ -57,7 +63,7 @@ class Projection:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the whole weight, (out, in) or (E, out, in), however it is stored."""
-        *stack, rows, columns = sharding.whole_shape(self.weight)
+        *stack, rows, columns = sharding.whole_shape(self.outline)
         return (*stack, columns, rows) if self.transposed else (*stack, rows, columns)
 
     @property

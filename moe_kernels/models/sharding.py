@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 
 _NO_VALUE = -1
 _MANAGED = "_is_fsdp_managed_module"  # FSDP marks modules so, for dynamo
@@ -130,6 +131,12 @@ def foreign_engine(model: nn.Module) -> str | None:
     """Return which engine that is not supported holds parameters of a model; None: none does."""
     if any(map(_is_fsdp1, model.modules())):
         return "FSDP1 (FullyShardedDataParallel) joins its parameters into one: use FSDP2 instead"
+    for name, module in model.named_modules():
+        if isinstance(module, ParametrizationList) and any(map(is_sharded, module.parameters())):
+            return (
+                f"{name} is packed and sharded, while what unpacks it is whole: keep the packed "
+                "experts whole on each rank (DDP, ZeRO-2, or ignored_params of fully_shard)"
+            )
     for name, parameter in _of_tensor_parallelism(model):
         return (
             f"{name} is a DTensor that FSDP2 does not manage, or not alone (tensor or expert "

@@ -148,9 +148,9 @@ def test_an_adapter_of_0_1_0_with_an_encoder_loads(tmp_path, monkeypatch):
     """Its fingerprint has the encoder."""
     _, patched = patched_model()
     patched.model.more = torch.nn.Linear(2, 2)
-    of_all = adapters._fingerprint(named_parameters(patched.model))
+    of_all = adapters._fingerprint(named_parameters(patched.model), patched.model)
     with monkeypatch.context() as older:
-        older.setattr(adapters, "_fingerprint", lambda parameters: of_all)
+        older.setattr(adapters, "_fingerprint", lambda *_: of_all)
         patched.save_adapter(tmp_path)
     patched.load_adapter(tmp_path)
     del patched.model.more

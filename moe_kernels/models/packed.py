@@ -1,0 +1,118 @@
+"""Weights that a parametrisation of torch computes at each read, such as experts packed in 4 bits.
+
+``torch.nn.utils.parametrize`` keeps a tensor of its own in a weight's place, and computes the
+weight from it whenever the module's attribute is read. bitsandbytes packs stacks of experts so
+(``replace_parameter_4bit``). A layer's weights are then in full size while it computes, and neither
+before nor after: what only needs their shape reads none, and autograd keeps none.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from moe_kernels.ops.gradients import PLAIN, in_transform, is_plain
+
+_NAN = float("nan")
+# By the module that holds a weight's parts: what the weight follows from, and what was found.
+_known: WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = WeakKeyDictionary()
+
+
+def outline(module: nn.Module, name: str) -> Tensor | None:
+    """Return a module's parameter, or what has the shape of a parametrised one; None: neither.
+
+    For a parametrised weight it is one NaN, expanded to the weight's shape, of its dtype and on its
+    device. The weight is computed once to learn these; one of a tensor's subclass is returned.
+    """
+    if is_parametrized(module, name):
+        return _outline_of_computed(module, name)
+    found = getattr(module, name, None)
+    return found if isinstance(found, nn.Parameter) else None
+
+
+def _outline_of_computed(module: nn.Module, name: str) -> Tensor | None:
+    stored = module.parametrizations[name]
+    parts = (*stored.parameters(), *stored.buffers())
+    deciding = tuple((part.shape, part.dtype, part.device) for part in parts)
+    found = _known.get(stored)
+    if found is None or found[0] != deciding:
+        with torch.no_grad():
+            weight = getattr(module, name)
+        if not isinstance(weight, Tensor):
+            return None
+        if type(weight) not in PLAIN:
+            return weight
+        like = torch.zeros((), dtype=weight.dtype, device=weight.device)
+        like = like.fill_(_NAN) if weight.is_floating_point() else like
+        found = _known[stored] = deciding, like.expand(weight.shape)
+    return found[1]
+
+
+def parametrised(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Map the name of each parametrised weight of a model to its module and its name there."""
+    return {
+        f"{path}.{name}": (module, name)
+        for path, module in model.named_modules()
+        if is_parametrized(module)
+        for name in module.parametrizations
+    }
+
+
+def is_part(name: str) -> bool:
+    """Return whether a parameter of this name is a part from which a weight is computed."""
+    return "parametrizations" in name.split(".")
+
+
+class _Again(NamedTuple):
+    """What autograd keeps in place of a weight: how to compute it again."""
+
+    read: Callable[[], Tensor]
+
+
+class _Place(NamedTuple):
+    """Where a tensor's values are: no two that are alive have the same."""
+
+    pointer: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+def _place(tensor: Tensor) -> _Place:
+    return _Place(tensor.data_ptr(), tensor.shape, tensor.stride())
+
+
+def read_again(
+    weights: Mapping[str, Tensor], read: Callable[[str], Tensor]
+) -> contextlib.AbstractContextManager[object]:
+    """Let autograd keep none of these weights within: its backward pass reads them again.
+
+    All else is kept as outside, by checkpointing or other hooks on saved tensors, if there are any.
+    In what is compiled, traced or transformed the weights are kept.
+
+    Args:
+        weights: by name; frozen.
+        read: computes the weight of a name again, with the same bits.
+    """
+    if not weights or in_transform() or not is_plain(*weights.values()):
+        return contextlib.nullcontext()
+    names = {_place(weight): name for name, weight in weights.items()}
+    # The hooks that are set last act alone: those outside are called by these.
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack, unpack = outer or (Tensor.detach, _as_it_is)
+
+    def pack_others(tensor: Tensor) -> Any:
+        name = names.get(_place(tensor))
+        return pack(tensor) if name is None else _Again(lambda: read(name))
+
+    def unpack_others(kept: Any) -> Tensor:
+        return kept.read() if isinstance(kept, _Again) else unpack(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack_others, unpack_others)
+
+
+def _as_it_is(kept: Tensor) -> Tensor:
+    return kept

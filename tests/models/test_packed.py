@@ -1,0 +1,210 @@
+"""Experts that a parametrisation unpacks at each read, as bitsandbytes packs them in 4 bits.
+
+They compute what the unpacked model computes, bit for bit, and nothing keeps the unpacked weights.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.families import make_family
+from support.model_zoo import assert_same_snapshot as assert_same
+from support.model_zoo import make_model, randomise, refused, snapshot, token_ids
+from support.packed_experts import FourBits, dequantised, kept, pack_experts, reads
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from moe_kernels import add_modality_tokens, patch_model
+from moe_kernels.models.parts import find_experts
+from moe_kernels.moextend import ExpertExtender
+
+NUM_TOKENS = 16
+BF16 = {"dtype": torch.bfloat16}
+
+
+def pair(plain):
+    """Return the packed model and the one of its unpacked weights."""
+    packed = pack_experts(copy.deepcopy(plain))
+    return packed, dequantised(packed, plain)
+
+
+def patch(model):
+    patched = patch_model(model)
+    add_modality_tokens(model, "image", NUM_TOKENS)
+    randomise(patched)
+    return patched
+
+
+def inputs_of(patched):
+    """Return ids of text and image."""
+    first = patched.base_vocabulary
+    ids = token_ids(2, 12, vocab=NUM_TOKENS)
+    ids[:, 6:] += first
+    return {"input_ids": ids, "labels": ids}
+
+
+def step(patched):
+    """Return logits, loss and gradients of a training step."""
+    model = patched.model.train()
+    output = model(**inputs_of(patched))
+    output.loss.backward()
+    return [output.logits, output.loss, *(p.grad for p in patched.trainable_parameters())]
+
+
+def equal(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+PLAIN = pytest.mark.parametrize(
+    "plain",
+    [
+        lambda: make_model("mixtral", **BF16),
+        lambda: make_model("qwen3_moe"),
+        lambda: make_family("gpt_oss", dtype=torch.bfloat16),
+    ],
+    ids=["mixtral", "qwen3_moe", "gpt_oss"],
+)
+
+
+@PLAIN
+def test_same_bits_as_the_unpacked_model(plain):
+    steps = [step(patch(model)) for model in pair(plain())]
+    assert equal(*steps)
+    assert all(each.isfinite().all() and each.any() for each in steps[0][2:])
+
+
+def test_text_keeps_its_bits_when_adapters_change():
+    patched = patch(pack_experts(make_model("mixtral", **BF16)))
+    ids = token_ids(2, 12)
+    with torch.no_grad():
+        before = patched.model(ids).logits[..., : patched.base_vocabulary]
+        randomise(patched, scale=1e18, seed=5)
+        after = patched.model(ids).logits[..., : patched.base_vocabulary]
+    assert torch.equal(after, before)
+
+
+def test_each_stack_is_unpacked_once_for_each_use():
+    model = pack_experts(make_model("mixtral"))
+    stacks = 2 * len(model.model.layers)
+    patched = patch(model)
+    assert reads(model) == stacks  # by patching, for shapes and dtypes
+    output = model(**inputs_of(patched))
+    assert reads(model) == 2 * stacks
+    output.loss.backward()
+    assert reads(model) == 3 * stacks
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("experts_extended", [False, True])
+def test_no_unpacked_weight_is_kept_for_backward(reentrant, experts_extended):
+    plain = make_model("mixtral", **BF16)
+    packed, same = pair(plain)
+    handles = [patch(model) for model in (packed, same)]
+    if experts_extended:
+        for patched in handles:
+            ExpertExtender(patched.model).extend("all", init=0)
+            randomise(patched)
+    for patched in handles:
+        if reentrant is not None:
+            patched.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model = packed.train()
+    output = model(**inputs_of(handles[0]))
+    assert kept(model) == 0
+    output.loss.backward()
+    assert kept(model) == 0
+    found = [output.logits, output.loss, *(p.grad for p in handles[0].trainable_parameters())]
+    assert equal(found, step(handles[1]))
+
+
+def test_other_hooks_on_saved_tensors_see_all_but_the_weights():
+    patched = patch(pack_experts(make_model("mixtral")))
+    shape, seen = find_experts(patched.model).gate_up_proj.shape, []
+
+    def copy_it(tensor):
+        seen.append(tensor.shape)
+        return tensor.detach().clone()
+
+    expected = step(patched)
+    patched.model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(copy_it, lambda tensor: tensor):
+        assert equal(step(patched), expected)
+    assert len(seen) > 100
+    assert shape not in seen
+
+
+def test_save_load_copy_and_unpatch(tmp_path):
+    plain = make_model("mixtral", **BF16)
+    packed, same = pair(plain)
+    before = snapshot(packed)
+    patched = patch(packed)
+    expected = step(patched)
+    patched.save_adapter(tmp_path)
+    values = [p.detach().clone() for p in patched.trainable_parameters()]
+    randomise(patched, seed=3)
+    patched.load_adapter(tmp_path)
+    assert equal(patched.trainable_parameters(), values)
+    other = patch_model(same)
+    other.load_adapter(tmp_path)  # the same base, unpacked
+    assert equal(step(other), expected)
+    copied = copy.deepcopy(packed)
+    with torch.no_grad():
+        ids = inputs_of(patched)["input_ids"]
+        assert torch.equal(copied(ids).logits, packed(ids).logits)
+    patched.unpatch()
+    packed.eval()
+    assert_same(snapshot(packed), before)
+
+
+def test_another_packed_base_is_refused(tmp_path):
+    patched = patch(pack_experts(make_model("mixtral")))
+    patched.save_adapter(tmp_path)
+    for module in patched.model.modules():
+        if isinstance(module, FourBits):
+            module.scales.mul_(1.5)  # the codes stay
+    with pytest.raises(ValueError, match="trained on other base weights"):
+        patched.load_adapter(tmp_path)
+
+
+def test_added_experts_copy_the_unpacked_ones():
+    found = []
+    for model in pair(make_model("mixtral", **BF16)):
+        extender = ExpertExtender(model)
+        extender.extend("all", init=1)
+        found.append(list(extender.patched.trainable_parameters()))
+    assert equal(*found)
+
+
+def test_a_parametrisation_of_packed_values():
+    class Codes(nn.Module):
+        def forward(self, codes):
+            return codes
+
+    model = make_model("mixtral")
+    experts = find_experts(model)
+    stack = experts.down_proj.detach().to(torch.int8)
+    experts.down_proj = nn.Parameter(stack, requires_grad=False)
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", Codes(), unsafe=True)
+    refused(model, ValueError, r"layer 0: quantised expert weights \(torch.int8\); load them in")
+
+
+def test_sharded_packed_experts():
+    """What unpacks them has no part for each rank."""
+    match = "gate_up_proj is packed and sharded.*DDP"
+    dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        model = pack_experts(make_model("mixtral"))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        with pytest.raises(ValueError, match=match):
+            patch_model(model)
+        later = pack_experts(make_model("mixtral"))
+        patch_model(later)
+        for layer in later.model.layers:
+            fully_shard(layer, mesh=mesh)
+        with pytest.raises(RuntimeError, match=f"sharded after patch_model, and .*{match}"):
+            later(token_ids(1, 4))
+    finally:
+        dist.destroy_process_group()
