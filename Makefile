@@ -3,7 +3,8 @@
 # make test-all  also run the slow tests: builds in empty environments, longer training
 # make test-attacks   interrupt, kill and damage in every way that the suite tries a few of (hours)
 # make test-sanitized  run the suite with AddressSanitizer and UBSan in the extension (GCC; 30 minutes)
-# make test-scale    run the tests of sharded training, with DeepSpeed, TRL and Liger (10 minutes)
+# make test-scale    run the tests of sharded and quantised training, with DeepSpeed, TRL, Liger and
+#                    bitsandbytes (10 minutes)
 # make test-oldest   run the integration tests on the oldest supported transformers
 # make bench     measure speed and memory against their targets, update the pages (10 minutes)
 # make results   measure the claims about expert redundancy and about added experts (hours); all of

@@ -76,7 +76,8 @@ def normed(model):
 
 
 def packed(model):
-    model.is_quantized = True
+    weight = torch.zeros(VOCAB, 34, dtype=torch.uint8)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def replaced_projection(model, patched):
@@ -203,7 +204,8 @@ REFUSALS = {
         "a norm after each expert", "layer 1", "docs/patching.md says which layouts are",
     ),
     "a quantised model": (
-        model_with(packed), ValueError, "is quantised", "MixtralForCausalLM", "load it in bfloat16",
+        model_with(packed), ValueError,
+        "a packed weight (torch.uint8)", "its head", "leave it out of the quantisation",
     ),
     "a patched model": (
         patched_with(lambda model, _: patch_model(model)), ValueError,

@@ -14,7 +14,15 @@ from torch import distributed as dist
 from moe_kernels import tensor_files
 from moe_kernels._version import __version__
 from moe_kernels.layers import AddedExperts, ModalityProjector
-from moe_kernels.models import adapter_files, added_experts, packed, projectors, sharding, tokens
+from moe_kernels.models import (
+    adapter_files,
+    added_experts,
+    packed,
+    projectors,
+    quantisation,
+    sharding,
+    tokens,
+)
 from moe_kernels.models.adapter_files import LAYOUT, NAMES
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.handle import PatchState
@@ -276,13 +284,15 @@ def _fingerprint(parameters: dict[str, nn.Parameter], model: nn.Module) -> str:
     """Return a hash of the base weights: names, shapes and a sample of each, in bfloat16.
 
     Rounding gives a float32 copy of a bfloat16 model the same hash. A float16 copy may differ, as
-    it was rounded before. A packed weight counts as what it is unpacked to, so that the unpacked
-    model has the same hash.
+    it was rounded before. Experts that a parametrisation unpacks count as what they are unpacked
+    to, so that the unpacked model has the same hash; of a quantised linear layer the kind counts.
     """
     computed = {original_name(name): at for name, at in packed.parametrised(model).items()}
     base = {n: p for n, p in parameters.items() if not (is_added(n) or packed.is_part(n))}
-    samples = sharding.samples(dict(sorted(base.items())), _FINGERPRINT_SAMPLES)
-    shapes = {name: sharding.whole_shape(parameter) for name, parameter in base.items()}
+    kinds = {name: p for name, p in base.items() if quantisation.is_packed(p)}
+    plain = dict(sorted((name, p) for name, p in base.items() if name not in kinds))
+    samples = sharding.samples(plain, _FINGERPRINT_SAMPLES)
+    shapes = {name: sharding.whole_shape(parameter) for name, parameter in plain.items()}
     for name, (module, own) in computed.items():
         weight = {name: getattr(module, own)}  # one at a time is in full size
         samples |= sharding.samples(weight, _FINGERPRINT_SAMPLES)
@@ -292,6 +302,8 @@ def _fingerprint(parameters: dict[str, nn.Parameter], model: nn.Module) -> str:
     for name in sorted(samples):
         digest.update(f"{name}{tuple(shapes[name])}".encode())
         digest.update(samples[name].to(torch.int16).numpy().tobytes())
+    for name, weight in sorted(kinds.items()):
+        digest.update(f"{name} {type(weight.data).__name__} {weight.dtype}".encode())
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.models import added_experts, projectors, sharding, tokens
+from moe_kernels.models import added_experts, projectors, quantisation, sharding, tokens
 from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.intact import without_wrappers
@@ -153,6 +153,7 @@ def _problem(
         return f"is a {type(parameter.data).__name__}"
     if sharding.local(parameter).device == torch.device("meta"):
         return "is on the device meta"
-    if (found := tuple(sharding.whole_shape(parameter))) != shape:
+    found = tuple(sharding.whole_shape(parameter))
+    if found != shape and not quantisation.is_packed(parameter):
         return f"has shape {found}, and had {shape}"
     return None

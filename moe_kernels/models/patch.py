@@ -38,7 +38,13 @@ from moe_kernels.models.context import (
 from moe_kernels.models.forwards import ForeignForward, RequireGrad
 from moe_kernels.models.handle import PatchState, is_patched
 from moe_kernels.models.intact import find_links, patched_modules
-from moe_kernels.models.parts import LayerParts, all_experts, find_parts, trainable_dtype
+from moe_kernels.models.parts import (
+    LayerParts,
+    all_experts,
+    find_decoder,
+    find_parts,
+    trainable_dtype,
+)
 from moe_kernels.models.projections import (
     Projection,
     adapted_parts,
@@ -187,10 +193,11 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
 
     Raises:
         TypeError: not a transformers model, or one that is wrapped by PEFT.
-        ValueError: the model is patched already, quantised (except a GGUF file whose weights were
-            unpacked), or of a layout that the kernels do not support; or a pattern of ``config``
-            names no projection, or ``layers_to_transform`` a layer that does not exist. The
-            message names the obstacle, and nothing is patched.
+        ValueError: the model is patched already, or of a layout that the kernels do not support;
+            or its table, its head or a weight that gets an adapter is quantised (experts may be
+            packed by a parametrisation); or a pattern of ``config`` names no projection, or
+            ``layers_to_transform`` a layer that does not exist. The message names the obstacle, and
+            nothing is patched.
     """
     config = config or ModalityLoraConfig()
     if config.backend is not None and isinstance(model, nn.Module):
@@ -228,6 +235,7 @@ def _check_model(
     size = model.get_input_embeddings().num_embeddings
     if outside := [each for ids in config.token_ids.values() for each in ids if each >= size]:
         raise ValueError(f"token_ids has {outside}: {name} has tokens 0..{size - 1}")
+    _check_quantised_layers(name, model)
     projections = find_projections(model, config, parts)
     if config.target_modules and not projections:
         raise ValueError(
@@ -236,6 +244,17 @@ def _check_model(
         )
     check_patterns(config, projections)
     return parts, projections
+
+
+def _check_quantised_layers(name: str, model: nn.Module) -> None:
+    """Raise ValueError if text would change with pictures in a layer that is quantised."""
+    dtype = model.get_input_embeddings().weight.dtype
+    if mixing := quantisation.mixing_linear(find_decoder(model), dtype):
+        raise ValueError(
+            f"{name} is not supported: the bits of a row of the quantised {mixing} depend on other "
+            "rows, so that text would change with pictures: load it with llm_int8_threshold=0, "
+            "with a scale for each row, or unquantised"
+        )
 
 
 def _check_backend(name: str, parts: Sequence[LayerParts], backend: str | None) -> None:
@@ -258,8 +277,6 @@ def _check_kind(model: nn.Module, name: str) -> None:
         raise TypeError(f"patch_model needs a transformers model, got {name}")
     if is_patched(model):
         raise ValueError(f"this {name} is already patched: unpatch() it first")
-    if reason := quantisation.quantisation_problem(model):
-        raise ValueError(f"{name} {reason}")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(f"{name} is not supported: it has no language-model head")
     if not hasattr(model, "prepare_inputs_for_generation"):
@@ -298,6 +315,8 @@ def _table_problems(model: PreTrainedModel) -> list[str]:
         found = sharding.plain_class(module)
         if found is not required and not (module is table and _reads_weight(table)):
             reasons.append(f"a {type(module).__name__} where nn.{required.__name__} is needed")
+        elif problem := quantisation.weight_problem(module):
+            reasons.append(f"its {'table' if module is table else 'head'} has {problem}")
         elif "forward" in module.__dict__:
             reasons.append(f"its {required.__name__} has a forward of its own (a device map?)")
     return reasons
@@ -349,8 +368,10 @@ def _attention_problems(parts: LayerParts) -> list[str]:
         ]
     reasons = []
     for name, module in parts.attention.items():
-        if sharding.plain_class(module) is not nn.Linear:
-            reasons.append(f"self_attn.{name} is {type(module).__name__}, not nn.Linear")
+        if problem := quantisation.class_problem(module, nn.Linear):
+            reasons.append(f"self_attn.{name} is {problem}")
+        elif problem := quantisation.weight_problem(module):
+            reasons.append(f"self_attn.{name} has {problem}")
         elif "forward" in module.__dict__:
             reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
     return reasons
@@ -391,7 +412,7 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
 def _attach_model(patched: PatchedModel) -> None:
     model = patched.model
     patched._original_configs = _copy_configs(model)
-    quantisation.clear(model.config)
+    quantisation.clear(model, model.config)
     patched._quantisation = quantisation.take_flags(model)
     for parts in patched.moe_layers.values():
         # Not set_experts_implementation: it refuses a subclass that a script defines by itself.

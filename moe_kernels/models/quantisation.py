@@ -1,47 +1,101 @@
-"""Quantised models: refused, unless the flag is all that is left of the quantisation.
+"""Quantised models: weights that are packed, and the flags that transformers leaves on a model.
 
-transformers keeps the flag of a GGUF file on a model whose weights it has unpacked to floats. Such
-a model can be patched. It loses the flag until :func:`restore`, because ``Trainer``,
-``save_pretrained`` and ``.to(dtype)`` refuse a model that carries it.
+What patching adapts, or reads as a plain tensor, must be one; the class and dtype of each such
+weight decide, whatever the flags say. All other modules may be quantised: they are called.
+
+``Trainer`` refuses a model with the flag ``is_quantized`` but adapters that are not PEFT's, so the
+flag is away until :func:`restore`. Where nothing is packed, because a loader has unpacked a GGUF or
+FP8 file to floats, all flags are, and the model is saved as what it is.
 """
 
+import copy
+
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-# Quantisation methods whose loaders may unpack all weights.
-_UNPACKED = ("gguf",)
-_MODEL_FLAGS = ("is_quantized", "quantization_method", "hf_quantizer")
+from moe_kernels.models import sharding
+from moe_kernels.ops.dtypes import FLOATS
+
+_FLAG = "is_quantized"
+_OF_QUANTISER = ("quantization_method", "hf_quantizer")
 _CONFIG_FLAGS = ("quantization_config", "_is_quantized")
+_CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)  # in buffers: of GPTQ, AWQ and others
+_TRIED = 16  # rows
+_REMEDY = (
+    "leave it out of the quantisation (modules_to_not_convert, llm_int8_skip_modules, filter_fn), "
+    "or load it unpacked (GgufConfig and FineGrainedFP8Config have dequantize=True)"
+)
 
 
-def quantisation_problem(model: PreTrainedModel) -> str | None:
-    """Return why a model counts as quantised, with the method's name, or None."""
-    method = getattr(model, "quantization_method", None)
-    if not getattr(model, "is_quantized", False) and method is None:
+def weight_problem(module: nn.Module) -> str | None:
+    """Return why the weight of a module is no plain tensor of floats; None: it is one."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not is_packed(weight):
         return None
-    method = str(getattr(method, "value", method))
-    if method not in _UNPACKED:
-        return f"is quantised ({method}): load it in bfloat16, float16 or float32"
-    if packed := _packed(model):
-        return (
-            f"is quantised ({method}): {packed[0]} is packed; load it with "
-            "quantization_config=GgufConfig(dequantize=True)"
-        )
+    what = weight.dtype if type(weight.data) is Tensor else type(weight.data).__name__
+    return f"a packed weight ({what}): {_REMEDY}"
+
+
+def class_problem(module: nn.Module, required: type[nn.Module]) -> str | None:
+    """Return why a module is not of a class itself, with the remedy if it is quantised; or None."""
+    found = sharding.plain_class(module)
+    if found is required:
+        return None
+    remedy = f": {_REMEDY}" if has_packed_weights(module) else ""
+    return f"{found.__name__}, not nn.{required.__name__}{remedy}"
+
+
+def has_packed_weights(model: nn.Module) -> bool:
+    """Return whether any parameter or buffer below a module is packed."""
+    if any(map(is_packed, model.parameters())):
+        return True
+    return any(buffer.ndim > 1 and buffer.dtype in _CODES for buffer in model.buffers())
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Return whether a weight is no plain tensor of floats; a sharded one counts as plain.
+
+    A library may lay a packed weight out anew when it computes, so that its shape and values say
+    nothing (bitsandbytes does, on CPUs).
+    """
+    if sharding.is_sharded(weight):
+        return False
+    return weight.dtype not in FLOATS or type(weight.data) is not Tensor
+
+
+@torch.no_grad()
+def mixing_linear(decoder: nn.Module, dtype: torch.dtype) -> str | None:
+    """Return the first quantised linear layer in which a row's bits depend on others; None: none.
+
+    LLM.int8 computes those columns in 16 bits that are large in any row, and some layers have one
+    scale for all rows of a batch. Text would then change with the pictures beside it. Each layer
+    is tried, as a copy, on rows of which half get larger.
+    """
+    for name, module in decoder.named_modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        width = getattr(module, "in_features", None)
+        if width is None or not (codes := [each for each in own if is_packed(each)]):
+            continue
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(_TRIED, width, generator=generator, dtype=torch.float32, device="cpu")
+        larger = torch.cat([rows[: _TRIED // 2], 100 * rows[_TRIED // 2 :]])
+        try:
+            trial = copy.deepcopy(module)
+            found = [
+                trial(each.to(codes[0].device, dtype))[: _TRIED // 2] for each in (rows, larger)
+            ]
+        except (RuntimeError, NotImplementedError, ValueError):
+            continue  # it does not run here: neither will the model
+        if not torch.equal(*found):
+            return f"{name} ({type(module).__name__})"
     return None
-
-
-def _packed(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.is_floating_point() or type(parameter.data) is not Tensor
-    ]
 
 
 def take_flags(model: PreTrainedModel) -> dict:
     """Remove the model's flags of quantisation, and return them for :func:`restore`."""
-    present = [name for name in _MODEL_FLAGS if name in model.__dict__]
-    return {name: model.__dict__.pop(name) for name in present}
+    names = (_FLAG,) if has_packed_weights(model) else (_FLAG, *_OF_QUANTISER)
+    return {name: model.__dict__.pop(name) for name in names if name in model.__dict__}
 
 
 def restore(model: PreTrainedModel, flags: dict) -> None:
@@ -49,7 +103,8 @@ def restore(model: PreTrainedModel, flags: dict) -> None:
     model.__dict__.update(flags)
 
 
-def clear(config: PretrainedConfig) -> None:
-    """Remove the flags of quantisation from a configuration."""
-    for name in _CONFIG_FLAGS:
-        config.__dict__.pop(name, None)
+def clear(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Remove the flags of quantisation from a configuration, unless the model is packed."""
+    if not has_packed_weights(model):
+        for name in _CONFIG_FLAGS:
+            config.__dict__.pop(name, None)

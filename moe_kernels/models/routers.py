@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
-from moe_kernels.models import linear, sharding
+from moe_kernels.models import linear, quantisation, sharding
 from moe_kernels.models.config import ROUTER
 from moe_kernels.models.context import MISSING, ModalityContext
 from moe_kernels.models.parts import LayerParts, up_stack
@@ -236,6 +236,8 @@ def problem(parts: LayerParts, find: RoutingFinder) -> str | None:
     router = parts.router
     if router is None:
         return "no router of one weight beside the experts"
+    if found := quantisation.weight_problem(router):
+        return f"a router with {found}"
     dtypes = (router.weight.dtype, up_stack(parts.experts).dtype)
     try:
         found = find(router)

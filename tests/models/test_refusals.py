@@ -5,7 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.model_zoo import VOCAB, fill, make_model, refused, snapshot, token_ids, unchanged
+from support.model_zoo import (
+    VOCAB,
+    fill,
+    make_model,
+    randomise,
+    refused,
+    snapshot,
+    token_ids,
+    unchanged,
+)
 from support.patched_models import patched_model
 from torch import nn
 from transformers import (
@@ -101,9 +110,12 @@ def test_quantised_weights():
     experts = find_experts(model.model.layers[0])
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.to(torch.int8), requires_grad=False)
     refused(model, ValueError, r"quantised expert weights \(torch.int8\)")
-    model = make_model("mixtral")
-    model.is_quantized = True
-    refused(model, ValueError, r"is quantised \(None\): load it in bfloat16")
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        experts.gate_up_proj.data = torch.zeros(4, 48, 32).to(dtype)
+        with pytest.raises(
+            ValueError, match=rf"weights \({dtype}\); load them in bfloat16, FP8 ch"
+        ):
+            patch_model(model)
 
 
 def flag_as(model, method):
@@ -119,16 +131,20 @@ def flag_as(model, method):
 METHODS = [method.value for method in QuantizationMethod]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "gguf"])
-def test_quantisers_that_keep_packed_weights(method):
-    """The quantiser's name is enough for a refusal, even if every weight looks plain."""
-    refused(flag_as(make_model("mixtral"), method), ValueError, rf"is quantised \({method}\)")
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_a_loader_has_unpacked(method):
+    """Flags alone are no obstacle: they are away until the model is unpatched."""
+    model = flag_as(make_model("mixtral"), method)
+    with unchanged(model):
+        patched = patch_model(model)
+        assert not vars(model).keys() & {"is_quantized", "quantization_method", "hf_quantizer"}
+        assert not hasattr(model.config, "quantization_config")
+        patched.unpatch()
+    assert model.is_quantized and model.config.quantization_config
 
 
-@pytest.mark.skipif("gguf" not in METHODS, reason="this transformers does not flag GGUF files")
-def test_weights_that_were_unpacked_from_a_gguf_file(tmp_path):
-    """A model with unpacked weights can be patched, cast, saved and trained."""
-    model = flag_as(make_model("mixtral"), "gguf")
+def test_a_model_with_unpacked_weights_is_cast_saved_and_trained(tmp_path):
+    model = flag_as(make_model("mixtral"), METHODS[0])
     before, ids = snapshot(model), token_ids(2, 8)
     patched = patch_model(model)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
@@ -146,13 +162,85 @@ def test_weights_that_were_unpacked_from_a_gguf_file(tmp_path):
     assert after == before
 
 
-@pytest.mark.skipif("gguf" not in METHODS, reason="this transformers does not flag GGUF files")
-def test_weights_that_stay_packed_as_in_a_gguf_file():
-    model = flag_as(make_model("mixtral"), "gguf")
+class Linear8(nn.Module):
+    """A linear layer of weights in 8 bits, with the scale of a row or of all rows it gets."""
+
+    def __init__(self, linear, *, by_row=True):
+        super().__init__()
+        self.in_features, self.by_row = linear.in_features, by_row
+        self.scale = linear.weight.detach().abs().max() / 127
+        codes = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x):
+        size = x.abs().amax(-1, keepdim=True) if self.by_row else x.abs().max()
+        rounded = (x / size * 127).round() * (size / 127)
+        return rounded @ (self.weight.float() * self.scale).T
+
+
+def quantise_attention(model, **options):
+    """Replace q, k, v and o, and leave the flags of a model that keeps them packed."""
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Linear8(getattr(layer.self_attn, name), **options))
+    return flag_as(model, METHODS[0])
+
+
+EXPERTS = ModalityLoraConfig(target_modules=("experts",))
+
+
+def test_linear_layers_that_are_quantised_and_not_adapted(tmp_path):
+    model = quantise_attention(make_model("mixtral"))
+    refused(model, ValueError, "layer 0: self_attn.q_proj is Linear8, not nn.Linear: leave it out")
+    ids = token_ids(2, 12)
+    pictures = torch.tensor([[0], [1]]).expand_as(ids)
+    with unchanged(model), torch.no_grad():
+        patched = patch_model(model, EXPERTS)
+        assert "is_quantized" not in vars(model)  # Trainer refuses it
+        assert model.hf_quantizer and model.config.quantization_config  # what saves it asks these
+        before = model(ids).logits
+        randomise(patched)
+        after = model(ids, modality_ids=pictures).logits
+        assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+        patched.save_adapter(tmp_path)
+        patched.load_adapter(tmp_path)
+        patched.unpatch()
+    with pytest.raises(ValueError, match="trained on other base weights"):
+        patch_model(make_model("mixtral"), EXPERTS).load_adapter(tmp_path)
+    patch_model(model, ModalityLoraConfig(target_modules=("experts", "router"))).unpatch()
+
+
+def test_a_quantised_layer_whose_rows_depend_on_each_other():
+    """LLM.int8 with a threshold is one; text would change with the pictures beside it."""
+    model = quantise_attention(make_model("mixtral"), by_row=False)
+    match = r"quantised layers.0.self_attn.q_proj \(Linear8\) depend on other rows.*threshold=0"
+    refused(model, ValueError, match, EXPERTS)
+
+
+@pytest.mark.parametrize("place", ["lm_head", "model.embed_tokens"])
+def test_packed_weights_of_the_vocabulary(place):
+    model = make_model("mixtral")
     weight = torch.zeros(VOCAB, 34, dtype=torch.uint8)
-    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
-    match = r"is quantised \(gguf\): lm_head.weight is packed; .*dequantize=True"
-    refused(model, ValueError, match)
+    model.get_submodule(place).weight = nn.Parameter(weight, requires_grad=False)
+    refused(model, ValueError, r"has a packed weight \(torch.uint8\): .*GgufConfig")
+
+
+@pytest.mark.parametrize("place", ["self_attn.q_proj", "mlp.gate"])
+def test_packed_weights_that_would_be_adapted(place):
+    """Some quantisers keep the class of a layer, and replace that of its weight."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    model = make_model("mixtral")
+    module = model.model.layers[1].get_submodule(place)
+    module.weight = nn.Parameter(module.weight.data.as_subclass(Packed), requires_grad=False)
+    everything = ModalityLoraConfig(target_modules=("experts", "attention", "router"))
+    refused(model, ValueError, r"layer 1: .* a?.*packed weight \(Packed\): leave", everything)
+    if place == "mlp.gate":
+        extender = ExpertExtender(patch_model(model, EXPERTS).model)
+        with pytest.raises(ValueError, match=r"a router with a packed weight \(Packed\)"):
+            extender.extend("all", init=0)
 
 
 def test_weights_of_a_tensor_subclass():
