@@ -1,4 +1,4 @@
-"""Weights that a parametrisation of torch computes at each read, such as experts packed in 4 bits.
+"""Parametrised weights, computed at each read, such as experts packed in 4 bits.
 
 ``torch.nn.utils.parametrize`` keeps a tensor of its own in a weight's place, and computes the
 weight from it whenever the module's attribute is read. bitsandbytes packs stacks of experts so
@@ -68,13 +68,13 @@ def is_part(name: str) -> bool:
 
 
 class _Again(NamedTuple):
-    """What autograd keeps in place of a weight: how to compute it again."""
+    """Stand-in of a weight that autograd keeps: how to compute it again."""
 
     read: Callable[[], Tensor]
 
 
 class _Place(NamedTuple):
-    """Where a tensor's values are: no two that are alive have the same."""
+    """Place of a tensor's values: no two tensors that are alive have the same."""
 
     pointer: int
     shape: torch.Size

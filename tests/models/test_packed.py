@@ -1,4 +1,4 @@
-"""Experts that a parametrisation unpacks at each read, as bitsandbytes packs them in 4 bits.
+"""Packed experts, which a parametrisation unpacks at each read, as bitsandbytes' are.
 
 They compute what the unpacked model computes, bit for bit, and nothing keeps the unpacked weights.
 """
@@ -190,7 +190,7 @@ def test_a_parametrisation_of_packed_values():
 
 
 def test_sharded_packed_experts():
-    """What unpacks them has no part for each rank."""
+    """The scales that unpack them have no part for each rank."""
     match = "gate_up_proj is packed and sharded.*DDP"
     dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
     try:
