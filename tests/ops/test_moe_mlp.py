@@ -160,6 +160,24 @@ def test_opcheck_in_other_layouts(backend, layout):
 
 
 @pytest.mark.parametrize("backend", WORKING)
+@pytest.mark.parametrize("layout", ["gpt_oss", "all_else"])
+def test_opcheck_of_the_backward_in_other_layouts(backend, layout):
+    """Gradients of added experts are contiguous where the base is stored transposed, too."""
+    made, options = LAYOUTS[layout]
+    inputs = make_moe_inputs(SHAPES["tiny"], num_extra=1, **made).to(torch.float32)
+    extras, loras = inputs[8:10], [*inputs.gate_up_lora, *inputs.down_lora, inputs.gate_up_bias]
+    form = activation_module.expert_form(options["act"], options.get("interleaved", False))
+    forward = torch.ops.moe_kernels.moe_mlp
+    _, *saved = forward(*inputs[:6], *extras, *loras, 0, *form, True, backend)
+    fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, *saved)
+    torch.library.opcheck(
+        torch.ops.moe_kernels.moe_mlp_backward.default,
+        (torch.randn_like(inputs.hidden_states), *fixed, [True] * 8, 0, *form, backend),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("backend", WORKING)
 def test_transforms_and_compilation_in_another_layout(backend):
     """The bias of the down projection is added in front of the op's own ways."""
     made, options = LAYOUTS["gpt_oss"]

@@ -142,7 +142,7 @@ class _Gradients:
     def zeros(cls, hidden_states, topk_weights, perm, weights, needs) -> "_Gradients":
         acc = acc_dtype(hidden_states.dtype)
         params = [
-            torch.zeros_like(tensor, dtype=acc) if need else None
+            tensor.new_zeros(tensor.shape, dtype=acc) if need else None
             for tensor, need in zip(weights.trainable(), needs[2:], strict=True)
         ]
         rows = hidden_states.new_empty(perm.numel(), hidden_states.shape[1], dtype=acc)
