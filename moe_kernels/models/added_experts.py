@@ -96,6 +96,8 @@ def check(
             problem = "its experts have biases, which added experts would lack"
         if problem is None and getattr(layers[index].router, "bias", None) is not None:
             problem = "its router has a bias, which added experts would lack"
+        if problem is None and sharding.spread(layers[index].experts) is not None:
+            problem = "its experts are spread over ranks (expert parallelism)"
         if problem is not None:
             raise ValueError(f"layer {index} cannot be extended: {problem}")
 

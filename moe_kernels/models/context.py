@@ -295,10 +295,24 @@ class ModalityContext(PerThread):
         """(B, S) int64 of the forward that runs in this thread, or None."""
         return None if self.call is None else self.call.modality_ids
 
+    def row_ids(self) -> Tensor:
+        """Return the modality ids of the forward that runs here by row, (T,) int64."""
+        if self.call is None:
+            raise RuntimeError(MISSING)
+        return self.call.modality_ids.reshape(-1)
+
     @property
     def added_experts(self) -> bool:
         """Permission for routers to choose added experts in the forward that runs here."""
         return self.switches.uses_added_experts() if self.call is None else self.call.added_experts
+
+    @contextlib.contextmanager
+    def at_rows(self, modality_ids: Tensor) -> Iterator[None]:
+        """Let the experts within see other rows than the layer: those that ranks sent them."""
+        call, before = self.call, self.modality_ids
+        with ending_with(lambda: setattr(call, "modality_ids", before)):
+            call.modality_ids = modality_ids
+            yield
 
     def start(self, modality_ids: Tensor, added_experts: bool = True) -> None:
         """Begin a forward: nothing of the one before is kept."""

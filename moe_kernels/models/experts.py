@@ -6,7 +6,7 @@ No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transf
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_kernels import ops
 from moe_kernels.layers import AddedExperts, ModalityLora
 from moe_kernels.models import forms, packed, sharding
-from moe_kernels.models.context import MISSING, ModalityContext
+from moe_kernels.models.context import ModalityContext
 from moe_kernels.models.parts import up_name, up_stack
+from moe_kernels.ops import LoraWeights
 from moe_kernels.ops.dtypes import FLOATS
 from moe_kernels.registration import IMPLEMENTATION
 
@@ -121,7 +122,8 @@ def experts_forward(
 ) -> Tensor:
     """Implement transformers' experts interface: (T, H), (T, K), (T, K) -> (T, H).
 
-    An experts module without a context (the model is not patched) takes the base path.
+    An experts module without a context (the model is not patched) takes the base path. Of experts
+    that are spread over ranks, ids from the number of this rank's on are those of other ranks.
 
     Raises:
         ValueError: the model is not patched, and the kernels do not support its experts.
@@ -130,25 +132,25 @@ def experts_forward(
     form, added = _form_of(self), self.__dict__.get("_added_experts", ())
     modality_ids, weights, backend = None, {}, None
     if context is not None:
-        if context.modality_ids is None:
-            raise RuntimeError(MISSING)
+        modality_ids, backend = context.row_ids(), context.backend
         context.module_ran(_AWAITED)
-        modality_ids, backend = context.modality_ids.reshape(-1), context.backend
         adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
         if adapters:
+            part = part_of_rank(self)
             weights = {
-                "gate_up_lora": adapters[up_name(self)].weights(),
-                "down_lora": adapters["down_proj"].weights(),
+                "gate_up_lora": part(adapters[up_name(self)]),
+                "down_lora": part(adapters["down_proj"]),
             }
         weights |= _stacked(added)
+    rows = hidden_states, top_k_index.to(torch.int64), top_k_weights
+    if sharding.spread(self) is not None:
+        *rows, modality_ids = _one_expert_each(*rows, modality_ids, self.num_experts)
     names = up_name(self), "down_proj"
     stacks = {name: form.stack(self, name) for name in names}
     computed = {name: stacks[name] for name in names if is_parametrized(self, name)}
     with packed.read_again(computed, functools.partial(form.stack, self)):
-        return ops.moe_mlp(
-            hidden_states,
-            top_k_index.to(torch.int64),
-            top_k_weights,
+        output = ops.moe_mlp(
+            *rows,
             *stacks.values(),
             modality_ids=modality_ids,
             act=form.act,
@@ -157,6 +159,43 @@ def experts_forward(
             **form.biases(self, sum(each.num_added for each in added)),
             **weights,
         )
+    if len(output) == len(hidden_states):
+        return output
+    return output.view(*top_k_index.shape, -1).sum(1)
+
+
+def part_of_rank(experts: nn.Module) -> Callable[[ModalityLora], LoraWeights]:
+    """Return a function from adapters of experts to the weights of those on this rank."""
+    spread = sharding.spread(experts)
+    return ModalityLora.weights if spread is None else spread.part_of
+
+
+def _one_expert_each(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    modality_ids: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give each route a row of its own: (T K, H), (T K, 1), (T K, 1) and (T K,) modality ids.
+
+    A route to an expert that is not here becomes padding, which no backend computes.
+    """
+    if modality_ids is None:
+        modality_ids = top_k_index.new_zeros(len(hidden_states))
+    number = top_k_index.shape[1]
+    if number > 1:
+        hidden_states = hidden_states.repeat_interleave(number, 0)
+        modality_ids = modality_ids.repeat_interleave(number)
+    ids = top_k_index.reshape(-1)
+    here = ids < num_experts
+    modality_ids = torch.where(here, modality_ids, -1)
+    return (
+        hidden_states,
+        torch.where(here, ids, 0)[:, None],
+        top_k_weights.reshape(-1, 1),
+        modality_ids,
+    )
 
 
 def _form_of(experts: nn.Module) -> forms.Form:

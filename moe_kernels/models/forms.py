@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moe_kernels import ops
+from moe_kernels.models import sharding
 from moe_kernels.models.parts import up_name
 from moe_kernels.ops import Activation
 
 # attribute of an experts module -> the meaning of a value that is not supported
-_REFUSED = {
-    "has_post_expert_norm": "a norm after each expert",
-    "_is_expert_parallel": "expert parallelism",
-}
+_REFUSED = {"has_post_expert_norm": "a norm after each expert"}
 _LAYOUT = ("has_gate", "is_concatenated", "is_transposed", "has_bias")
 # Names that classes have for the values of a clamped SwiGLU.
 _ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
@@ -82,6 +80,8 @@ def problems(experts: nn.Module) -> list[str]:
         if getattr(experts, name, None) is None
     ]
     reasons += [meaning for name, meaning in _REFUSED.items() if getattr(experts, name, False)]
+    if sharding.spread_without_mask(experts):
+        reasons.append(sharding.NO_MASK)
     if getattr(experts, "has_bias", False):
         names = (f"{up_name(experts)}_bias", "down_proj_bias")
         reasons += [f"no {each}" for each in names if getattr(experts, each, None) is None]
@@ -93,6 +93,8 @@ def problems(experts: nn.Module) -> list[str]:
 def not_plain(experts: nn.Module) -> list[str]:
     """List what keeps experts from being gated SiLU, concatenated, not transposed, without biases.
 
+    Nor may they be spread over ranks.
+
     They are all that is computed for adapters of PEFT.
     """
     try:
@@ -100,6 +102,7 @@ def not_plain(experts: nn.Module) -> list[str]:
     except ValueError:
         return problems(experts)
     found = {
+        "experts that are spread over ranks": sharding.spread(experts) is not None,
         "experts without a gate": not form.act.gated,
         "interleaved gate and up rows": form.interleaved,
         "transposed expert weights": form.transposed,
@@ -133,7 +136,8 @@ def _deciding(experts: nn.Module) -> tuple:
     """Return all that a form follows from, which is compared in each forward."""
     own = experts.__dict__
     names = (*_LAYOUT, *_REFUSED, *_ALPHAS, *_LIMITS, "_apply_gate", "act_fn")
-    return (*map(own.get, names), own["_modules"].get("act_fn"), type(experts))
+    spread = sharding.spread_without_mask(experts)
+    return (*map(own.get, names), own["_modules"].get("act_fn"), type(experts), spread)
 
 
 def _find(experts: nn.Module) -> Form | str:

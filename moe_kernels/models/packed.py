@@ -30,8 +30,10 @@ def outline(module: nn.Module, name: str) -> Tensor | None:
     """
     if is_parametrized(module, name):
         return _outline_of_computed(module, name)
+    # In a forward of expert parallelism a plain tensor is there, this rank's part.
     found = getattr(module, name, None)
-    return found if isinstance(found, nn.Parameter) else None
+    is_parameter = isinstance(found, nn.Parameter) or name in module._parameters
+    return found if is_parameter and isinstance(found, Tensor) else None
 
 
 def _outline_of_computed(module: nn.Module, name: str) -> Tensor | None:

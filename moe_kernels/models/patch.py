@@ -232,6 +232,7 @@ def _check_model(
                 "says which layouts are"
             )
     _check_backend(name, parts, config.backend)
+    _check_spread(name, parts, config)
     size = model.get_input_embeddings().num_embeddings
     if outside := [each for ids in config.token_ids.values() for each in ids if each >= size]:
         raise ValueError(f"token_ids has {outside}: {name} has tokens 0..{size - 1}")
@@ -263,6 +264,16 @@ def _check_backend(name: str, parts: Sequence[LayerParts], backend: str | None) 
     for each in found.values():
         if problem := experts.backend_problem(each, backend):
             raise ValueError(f"{name} is not supported: {type(each).__name__}: {problem}")
+
+
+def _check_spread(name: str, parts: Sequence[LayerParts], config: ModalityLoraConfig) -> None:
+    """Raise ValueError if experts are spread over ranks, and rows cannot carry their modality."""
+    spread = any(each.experts and sharding.spread(each.experts) for each in parts)
+    if spread and len(config.modalities) > sharding.SPREAD_MODALITIES:
+        raise ValueError(
+            f"{name}: {len(config.modalities)} modalities, and experts that are spread over ranks "
+            f"(expert parallelism) tell {sharding.SPREAD_MODALITIES} apart"
+        )
 
 
 def _check_kind(model: nn.Module, name: str) -> None:
@@ -399,7 +410,7 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
     for projection in patched.projections:
         if projection.layer is not parts.layer:
             continue
-        loras[projection.key] = lora = _make_lora(projection, patched.config)
+        loras[projection.key] = lora = _make_lora(projection, patched)
         if projection.key == ROUTER:
             routers.attach(parts.router, context, lora, find(parts.router))
         elif projection.key not in EXPERT_PROJECTIONS:
@@ -437,9 +448,9 @@ def _detach_layer(parts: LayerParts) -> None:
         linear.detach(module)
 
 
-def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLora:
+def _make_lora(projection: Projection, patched: PatchedModel) -> ModalityLora:
+    config, weight = patched.config, projection.outline
     config.check_rank(projection.name)
-    weight = projection.outline
     *stack, out_features, in_features = projection.shape
     lora = ModalityLora(
         len(config.modalities),
@@ -452,6 +463,8 @@ def _make_lora(projection: Projection, config: ModalityLoraConfig) -> ModalityLo
         device=weight.device,
         dtype=trainable_dtype(weight),
     )
+    if sharding.spread(projection.module) is not None:
+        weight = patched.model.get_input_embeddings().weight  # of other ranks than the experts
     sharding.shard_beside(lora, weight)
     return lora
 

@@ -3,10 +3,12 @@
 FSDP2 makes a parameter a DTensor. ZeRO-3 leaves an empty tensor, with the whole shape in
 ``ds_shape`` and this rank's part in ``ds_tensor``. ZeRO-1 and ZeRO-2 leave parameters whole, and
 train copies of them in float32. FSDP1 joins parameters into one, and tensor parallelism makes
-DTensors whose layers compute with a part: both are refused.
+DTensors whose layers compute with a part: both are refused. Expert parallelism does so with experts
+alone, which ``spread_experts`` computes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 _NO_VALUE = -1
 _MANAGED = "_is_fsdp_managed_module"  # FSDP marks modules so, for dynamo
+SPREAD = "_moe_kernels_spread"  # where an experts module has its SpreadExperts
+SPREAD_MODALITIES = 256  # whole numbers that bfloat16 has, in which rows carry their modality
+NO_MASK = (
+    "expert parallelism by an implementation that brings rows to their experts without their "
+    'modality: load the model with DistributedConfig(ep_size=..., ep_implementation="moe_kernels")'
+)
+
+
+def spread(experts: nn.Module) -> Any:
+    """Return the ``SpreadExperts`` that brings rows to experts of several ranks, or None."""
+    return experts.__dict__.get(SPREAD)
+
+
+def spread_without_mask(experts: nn.Module) -> bool:
+    """Return whether experts are spread over ranks by what knows no modalities."""
+    return bool(getattr(experts, "_is_expert_parallel", False)) and spread(experts) is None
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -137,14 +155,35 @@ def foreign_engine(model: nn.Module) -> str | None:
                 f"{name} is packed and sharded, while what unpacks it is whole: keep the packed "
                 "experts whole on each rank (DDP, ZeRO-2, or ignored_params of fully_shard)"
             )
+        if spread_without_mask(module):
+            return f"{name}: {NO_MASK}"
+        if problem := _spread_problem(module, model):
+            return f"{name}: {problem}"
     for name, parameter in _of_tensor_parallelism(model):
         return (
             f"{name} is a DTensor that FSDP2 does not manage, or not alone (tensor or expert "
             f"parallelism? {parameter.placements} on {parameter.device_mesh}): load the model "
-            "without tp_plan, tp_size, ep_size and parallelize_module, and shard it by FSDP2 or "
-            "DeepSpeed"
+            "without tp_plan, tp_size and parallelize_module, and shard it by FSDP2 or DeepSpeed, "
+            'and its experts by DistributedConfig(ep_size=..., ep_implementation="moe_kernels")'
         )
     return None
+
+
+def _spread_problem(experts: nn.Module, model: nn.Module) -> str | None:
+    """Return why experts cannot be spread as they are, or a model with them; None: they can."""
+    if (found := spread(experts)) is None:
+        return None
+    if is_parametrized(experts):
+        return "its weights are packed, and expert parallelism spreads plain ones: load it unpacked"
+    if found.shares_batch:
+        return None
+    table = model.get_input_embeddings().weight
+    if isinstance(table, DTensor):
+        return None
+    return (
+        "expert parallelism of ranks with batches of their own needs FSDP2, which takes the mean "
+        "of their gradients: load the model with DistributedConfig(fsdp_size=..., ep_size=...)"
+    )
 
 
 def may_be_held(module: nn.Module) -> bool:
@@ -166,7 +205,7 @@ def _of_tensor_parallelism(
     """Yield parameters that are sharded twice, or not within a module that FSDP2 manages."""
     managed = managed or isinstance(module, FSDPModule) or _MANAGED in module.__dict__
     for name, parameter in module._parameters.items():
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) and spread(module) is None:
             times = sum(not placement.is_replicate() for placement in parameter.placements)
             if times > 1 or not managed:
                 yield prefix + name, parameter

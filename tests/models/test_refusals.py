@@ -93,7 +93,6 @@ def test_a_model_without_a_head():
     ("break_it", "match"),
     [
         (lambda experts: setattr(experts, "act_fn", nn.Mish()), r"activation Mish \(only silu, ge"),
-        (lambda experts: setattr(experts, "_is_expert_parallel", True), "expert parallelism"),
         (lambda experts: setattr(experts, "has_post_expert_norm", True), "norm after each expert"),
         (lambda experts: delattr(experts, "has_gate"), "no attribute 'has_gate'"),
         (lambda experts: delattr(experts, "down_proj"), "no stacked down_proj"),
@@ -103,6 +102,13 @@ def test_an_experts_layout_that_does_not_fit(break_it, match):
     model = make_model("mixtral")
     break_it(find_experts(model.model.layers[1]))
     refused(model, ValueError, f"layer 1: .*{match}")
+
+
+def test_experts_that_are_spread_over_ranks_without_a_mask():
+    model = make_model("mixtral")
+    find_experts(model.model.layers[1])._is_expert_parallel = True
+    match = r"model.layers.1.mlp.experts: expert parallelism .*ep_implementation=\"moe_kernels\"\)"
+    refused(model, ValueError, match)
 
 
 def test_quantised_weights():
