@@ -150,3 +150,13 @@ def test_a_second_table_of_tokens():
     match = "tokens cannot be added: MixtralModel.beside has a row for each token too"
     with pytest.raises(ValueError, match=match):
         add_modality_tokens(model, "image", 3)
+
+
+def test_logits_that_are_cut():
+    """Inkling's checkpoints pad their vocabulary, and the model cuts the padding off."""
+    model = make_family("inkling")
+    model.config.unpadded_vocab_size = VOCAB
+    patch_model(model)
+    match = "tokens cannot be added: the model cuts its logits to config.unpadded_vocab_size"
+    with pytest.raises(ValueError, match=match):
+        add_modality_tokens(model, "image", 3)

@@ -35,7 +35,6 @@ TEXT = {
     "linear_conv_kernel_dim": 3, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_head_dim": 8,
     "linear_num_heads": 4, "short_conv_kernel_size": 3, "hc_mult": 2, "hc_sinkhorn_iters": 2,
-    "unpadded_vocab_size": VOCAB,
 }  # fmt: skip
 # The same for encoders of pictures and sound, which text alone never reaches.
 ENCODER = {

@@ -2,7 +2,7 @@
 
 import re
 
-from support.families import FAMILIES, VERSION
+from support.families import FAMILIES, VERSION, Family
 from support.family_checks import TARGETS, Outcome
 
 _HEAD = (
@@ -35,7 +35,7 @@ def row(name: str, outcome: Outcome) -> str:
     else:
         cells = [_target(target, outcome) for target in TARGETS]
         cells += ["no" if kind in outcome.refused else "yes" for kind in _COLUMNS]
-        cells.append(_generation(outcome))
+        cells.append(_generation(family, outcome))
     return "| " + " | ".join([*start, *cells, _why_not(family.model, outcome)]) + " |"
 
 
@@ -50,8 +50,8 @@ def _target(target: str, outcome: Outcome) -> str:
     return f"{adapted} of {outcome.num_layers} layers"
 
 
-def _generation(outcome: Outcome) -> str:
-    if not outcome.generates:
+def _generation(family: Family, outcome: Outcome) -> str:
+    if not family.takes_ids:
         return "not tried: takes embeddings"
     return "yes" if outcome.cache_is_exact else "yes; cache not compared"
 
