@@ -25,7 +25,8 @@ class LayerParts:
     Attributes:
         layer: the decoder layer, which holds the parameters that are added to its parts.
         experts: the module with stacked expert weights, or None (a dense layer).
-        router: the module beside the experts that has one weight (E, H), or None.
+        router: the module beside the experts that has one weight (E, H), or one linear layer with
+            it (:func:`router_linear`), or None.
         self_attn: the attention module, which takes the keywords of the model's forward; None: the
             layer has another part in its place (a state space, a convolution), or none.
         attention: the modules of ``self_attn`` that "attention" adapts, by name: one of
@@ -110,10 +111,15 @@ def parts_of(layer: nn.Module) -> LayerParts:
     """Return the parts of one decoder layer."""
     experts, router = find_experts(layer), None
     if experts is not None:
-        block = next(m for m in layer.modules() if any(c is experts for c in m.children()))
+        block = _block_of(layer, experts)
         router = next((r for r in _routers(block) if _fits(r, experts)), None)
     self_attn = _find_attention(layer)
     return LayerParts(layer, experts, router, self_attn, _adaptable(self_attn))
+
+
+def _block_of(layer: nn.Module, experts: nn.Module) -> nn.Module:
+    """Return the module that has these experts as a child."""
+    return next(m for m in layer.modules() if any(c is experts for c in m.children()))
 
 
 def _find_attention(layer: nn.Module) -> nn.Module | None:
@@ -129,6 +135,27 @@ def _adaptable(self_attn: nn.Module | None) -> dict[str, nn.Module]:
         if None not in modules.values():
             return modules
     return {}
+
+
+def router_linear(router: nn.Module) -> nn.Module:
+    """Return the module that has a router's weight: the router, or the one linear layer in it."""
+    linear = [each for each in router.children() if isinstance(each, nn.Linear)]
+    if getattr(router, "weight", None) is None and len(linear) == 1 and linear[0].bias is None:
+        return linear[0]
+    return router
+
+
+def why_no_router(parts: LayerParts) -> str:
+    """Return why a layer with experts has no router that could be adapted."""
+    block = _block_of(parts.layer, parts.experts)
+    if not (found := _routers(block)):
+        return f"no gate or router beside the experts of {type(block).__name__}"
+    shapes = {name: sharding.whole_shape(each) for name, each in found[0].named_parameters()}
+    matrices = [f"{name} {tuple(shape)}" for name, shape in shapes.items() if len(shape) > 1]
+    return (
+        f"{type(found[0]).__name__} has no one weight {_router_shape(parts.experts)}, a row for "
+        f"each expert, but {', '.join(matrices) or 'none'}"
+    )
 
 
 def up_name(experts: nn.Module) -> str:
@@ -214,8 +241,11 @@ def _routers(block: nn.Module) -> list[nn.Module]:
 
 def _fits(router: nn.Module, experts: nn.Module) -> bool:
     """Return whether the router has one weight (E, H) for these stacked experts."""
-    weight = getattr(router, "weight", None)
+    weight = getattr(router_linear(router), "weight", None)
     if not (_has_stacked_weights(experts) and isinstance(weight, nn.Parameter)):
         return False
-    number = sharding.whole_shape(up_stack(experts))[0]
-    return tuple(sharding.whole_shape(weight)) == (number, hidden_size(experts))
+    return tuple(sharding.whole_shape(weight)) == _router_shape(experts)
+
+
+def _router_shape(experts: nn.Module) -> tuple[int, int]:
+    return sharding.whole_shape(up_stack(experts))[0], hidden_size(experts)

@@ -15,7 +15,7 @@ from moe_kernels.models.config import (
     ModalityLoraConfig,
 )
 from moe_kernels.models.intact import without_wrappers
-from moe_kernels.models.parts import LayerParts, up_name
+from moe_kernels.models.parts import LayerParts, router_linear, up_name
 from moe_kernels.models.patterns import matches
 
 LORA = "modality_lora"
@@ -146,7 +146,7 @@ def _of_attention(parts: LayerParts) -> Iterator[_Found]:
 
 def _of_router(parts: LayerParts) -> Iterator[_Found]:
     if parts.router is not None:
-        yield ROUTER, "", parts.router, "weight"
+        yield ROUTER, "", router_linear(parts.router), "weight"
 
 
 _FINDERS = {"experts": _of_experts, "attention": _of_attention, "router": _of_router}

@@ -1,12 +1,15 @@
 """Routers of Hugging Face models: understood by running them, and updated by low-rank pairs.
 
-A router is a module with one weight (E, H) whose forward takes (T, H) rows to logits, scores and
-indices. Families differ in what they do between logits and scores. No class name decides: patching
+A router is a module with one weight (E, H) whose forward takes (T, H) rows, and perhaps a bias that
+its block keeps, to logits, scores and indices. The weight may be that of one linear layer in it.
+Families differ in what they do between logits and scores. No class name decides: patching
 compares :func:`route` with the class's own forward, and refuses a router that does something else.
 A layer with added experts has their columns beside the router's weight: see :func:`route_beside`.
 """
 
+import contextlib
 import copy
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
 from moe_kernels.models import linear, quantisation, sharding
 from moe_kernels.models.config import ROUTER
 from moe_kernels.models.context import MISSING, ModalityContext
-from moe_kernels.models.parts import LayerParts, up_stack
+from moe_kernels.models.parts import LayerParts, router_linear, up_stack, why_no_router
 from moe_kernels.ops.dtypes import without_autocast
 
 _PROBED_ROWS = 256
@@ -60,12 +63,15 @@ class Routing:
         top_k: K, the number of experts that a token is sent to.
         normalise: whether the K scores are divided by their sum.
         float32_scores: whether scores stay as computed (Mixtral) or are cast to the input's dtype.
-        score: "softmax" or "sigmoid" of all logits, or "softmax_after", of the chosen ones.
-        logits: "own": in the weight's dtype; "float32": computed so; "widened": cast to it after.
+        score: "softmax" or "sigmoid" of all logits, by which experts are chosen too; where they are
+            chosen by their logits, "sigmoid_after", or "softmax_after", of the chosen ones.
+        logits: "own": in the weight's dtype; "float32": computed so; "exact": the same, whatever
+            autocast says; "widened": cast to it after.
         own_dtype: whether scores are computed in the logits' dtype, not in float32.
-        biased: whether the router's ``e_score_correction_bias`` is added for the choice alone.
+        biased: whether a bias of the router or its block is added for the choice alone.
         groups: the groups that limit the choice, or None.
         epsilon: added to the sum that normalises.
+        floor: the least that scores are divided by.
         scale: factor of the scores.
         in_order: whether the chosen experts come in the order of their scores.
     """
@@ -81,6 +87,7 @@ class Routing:
     epsilon: float = 0.0
     scale: float = 1.0
     in_order: bool = True
+    floor: float = 0.0
 
 
 def route(
@@ -108,7 +115,7 @@ def route(
         dtype: of the router's input; None: that of the logits.
     """
     values = _values(logits, routing)
-    choice = logits if routing.score == "softmax_after" else values
+    choice = logits if routing.score.endswith("_after") else values
     if routing.biased:
         choice = choice + torch.cat([bias, bias.mean().expand(added)])
     if routing.groups is not None:
@@ -121,7 +128,8 @@ def route(
     if additive := [c for c in calibrations if c.form == "additive"]:
         scores = scores + _calibrate(additive, values, indices, rows)
     if routing.normalise:
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + routing.epsilon)
+        total = scores.sum(dim=-1, keepdim=True) + routing.epsilon
+        scores = scores / (total.clamp(min=routing.floor) if routing.floor else total)
     if multiplicative := [c for c in calibrations if c.form == "multiplicative"]:
         weights = torch.zeros_like(values).scatter(-1, indices, scores)
         scores = scores * (1 + _calibrate(multiplicative, weights, indices, rows))
@@ -135,7 +143,7 @@ def route(
 
 def _values(logits: Tensor, routing: Routing) -> Tensor:
     """Return what the scores of experts are taken from, (T, N)."""
-    if routing.score == "sigmoid":
+    if routing.score.startswith("sigmoid"):
         return torch.sigmoid(logits if routing.own_dtype else logits.float())
     return torch.softmax(logits, dim=-1, dtype=None if routing.own_dtype else torch.float32)
 
@@ -235,17 +243,52 @@ def problem(parts: LayerParts, find: RoutingFinder) -> str | None:
     """Return why the router of a layer with experts is not supported; None: it is."""
     router = parts.router
     if router is None:
-        return "no router of one weight beside the experts"
-    if found := quantisation.weight_problem(router):
+        return why_no_router(parts)
+    if found := quantisation.weight_problem(router_linear(router)):
         return f"a router with {found}"
-    dtypes = (router.weight.dtype, up_stack(parts.experts).dtype)
+    inner = (parameter for child in router.children() for parameter in child.parameters())
+    if any(map(sharding.is_zero3, inner)):
+        return f"{type(router).__name__} has modules, whose weights ZeRO-3 gathers late: use FSDP2"
+    dtypes = (router_linear(router).weight.dtype, up_stack(parts.experts).dtype)
     try:
         found = find(router)
     except ValueError as error:
         return str(error)
-    if dtypes[0] != dtypes[1] and found.logits != "float32" and not is_attached(router):
+    in_float32 = found.logits in ("float32", "exact")
+    if dtypes[0] != dtypes[1] and not in_float32 and not is_attached(router):
         return f"a router in {dtypes[0]} beside experts in {dtypes[1]}"
     return None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A run of a router's class.
+
+    Attributes:
+        router: a twin of the router.
+        rows: (T, H), random.
+        bias: (E,) that corrects the choice, of the router or its block; None: there is none.
+        arguments: what the class's forward took beside rows: the bias, or nothing.
+        logits: (T, E) of the class.
+        expected: its scores and indices, (T, K).
+    """
+
+    router: nn.Module
+    rows: Tensor
+    bias: Tensor | None
+    arguments: tuple[Tensor, ...]
+    logits: Tensor
+    expected: tuple[Tensor, Tensor]
+
+    def gives_logits(self, kind: str) -> bool:
+        linear = router_linear(self.router)
+        found = _linear(kind, self.rows, linear.weight, getattr(linear, "bias", None))
+        return _same([found], [self.logits])
+
+    def gives_routing(self, candidate: Routing) -> bool:
+        bias = self.bias if candidate.biased else None
+        found = route(self.logits, candidate, bias=bias, dtype=self.rows.dtype)
+        return _same(found, self.expected)
 
 
 def find_routing(router: nn.Module) -> Routing:
@@ -257,69 +300,81 @@ def find_routing(router: nn.Module) -> Routing:
     Raises:
         ValueError: the class does something else; the message says what is known of it.
     """
-    name = type(router).__name__
-    if "forward" in router.__dict__:
-        raise ValueError(f"{name} has a forward of its own (a device map?)")
-    top_k, num_experts = getattr(router, "top_k", 0), sharding.whole_shape(router.weight)[0]
+    name, weight = type(router).__name__, router_linear(router).weight
+    _check_calls(router)
+    top_k, num_experts = getattr(router, "top_k", 0), sharding.whole_shape(weight)[0]
     if isinstance(top_k, int) and top_k > num_experts:
         raise ValueError(f"{name} chooses {top_k} experts of {num_experts}")
-    trials = []
-    for dtype, training in itertools.product((router.weight.dtype, torch.bfloat16), (False, True)):
-        trial, rows = _trial(router, dtype, training)
-        trials.append((trial, rows, *_run(trial, rows)))
-    kinds = [kind for kind in _LOGITS if all(_gives_logits(kind, *each[:3]) for each in trials)]
+    with without_autocast(torch.device("cpu") if weight.is_meta else weight.device):
+        found = _find(router, weight.dtype)
+    if isinstance(found, str):
+        raise ValueError(f"{name} {found}")
+    return found
+
+
+def _find(router: nn.Module, dtype: torch.dtype) -> Routing | str:
+    """Return the steps that give the same bits in all trials, or what the class does not do."""
+    modes = itertools.product((dtype, torch.bfloat16), (False, True))
+    trials = [_try(router, *mode) for mode in modes]
+    kinds = [kind for kind in _LOGITS if all(each.gives_logits(kind) for each in trials)]
+    if "float32" in kinds and _ignores_autocast(trials[0]):
+        kinds = ["exact"]
     if not kinds:
-        raise ValueError(f"{name} does not compute the logits of a linear layer")
-    for candidate in _candidates(router, kinds, trials[0][3].shape[-1]):
-        if all(_gives_routing(candidate, *each) for each in trials):
+        return "does not compute the logits of a linear layer"
+    for candidate in _candidates(router, trials[0], kinds):
+        if all(each.gives_routing(candidate) for each in trials):
             return candidate
-    raise ValueError(
-        f"{name} does not choose and weigh experts by softmax or sigmoid, a bias, groups and top-k"
-    )
+    return "does not choose and weigh experts by softmax or sigmoid, a bias, groups and top-k"
+
+
+def _check_calls(router: nn.Module) -> None:
+    """Raise ValueError unless the router and all in it are called as their classes say."""
+    name = type(router).__name__
+    for path, module in router.named_modules():
+        if "forward" in module.__dict__:
+            owner = f"{name}.{path}" if path else name
+            raise ValueError(f"{owner} has a forward of its own (a device map?)")
+        if path and (module._forward_hooks or module._forward_pre_hooks):
+            raise ValueError(f"{name}.{path} has hooks, which would not run: take them away first")
 
 
 _LOGITS = ("own", "float32", "widened")
-_SCALES = ("routed_scaling_factor", "router_scaling_factor")
+_CORRECTION = "e_score_correction_bias"
+_SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 
 
 def _linear(kind: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return a router's logits without an update."""
-    if kind == "float32":
+    if kind in ("float32", "exact"):
         rows, weight, bias = rows.float(), weight.float(), None if bias is None else bias.float()
-    logits = F.linear(rows, weight, bias)
+    with without_autocast(rows.device) if kind == "exact" else contextlib.nullcontext():
+        logits = F.linear(rows, weight, bias)
     return logits.float() if kind == "widened" else logits
 
 
-def _gives_logits(kind: str, trial: nn.Module, rows: Tensor, logits: Tensor) -> bool:
-    found = _linear(kind, rows, trial.weight, getattr(trial, "bias", None))
-    return _same([found], [logits])
-
-
-def _gives_routing(
-    candidate: Routing, trial: nn.Module, rows: Tensor, logits: Tensor, *expected: Tensor
-) -> bool:
-    bias = _bias_of(trial) if candidate.biased else None
-    return _same(route(logits, candidate, bias=bias, dtype=rows.dtype), expected)
-
-
 def _bias_of(router: nn.Module) -> Tensor | None:
-    """Return the bias (E,) that corrects a router's choice, if it has one."""
-    return getattr(router, "e_score_correction_bias", None)
+    """Return the bias (E,) of a router, or of a module in it, that corrects the choice, if any."""
+    for module in router.modules():
+        if (bias := getattr(module, _CORRECTION, None)) is not None:
+            return bias.flatten()
+    return None
 
 
-def _candidates(router: nn.Module, kinds: Sequence[str], top_k: int) -> Iterator[Routing]:
+def _candidates(router: nn.Module, trial: _Trial, kinds: Sequence[str]) -> Iterator[Routing]:
     """Yield the routings that a router may have by its attributes, the most frequent first."""
     scales = {1.0, *(getattr(router, name, 1.0) for name in _SCALES)}
-    for score, (normalise, epsilon), values in itertools.product(
-        ("softmax", "sigmoid", "softmax_after"),
+    top_k, floor = trial.expected[0].shape[-1], getattr(router, "norm_min", 0.0)
+    for biased, score, (normalise, epsilon), values in itertools.product(
+        (False,) if trial.bias is None else (True, False),
+        ("softmax", "sigmoid", "softmax_after", "sigmoid_after"),
         ((True, 0.0), (True, 1e-20), (True, 1e-6), (False, 0.0)),
         itertools.product((False, True), (True, False), kinds, (True, False)),
     ):
         own_dtype, float32_scores, logits, in_order = values
         for groups, scale in itertools.product(_groups(router), scales):
             yield Routing(
-                top_k, normalise, float32_scores, score, logits, own_dtype,
-                _bias_of(router) is not None, groups, epsilon, scale, in_order,
+                top_k, normalise, float32_scores, score, logits, own_dtype, biased, groups,
+                epsilon, scale, in_order, floor,
             )  # fmt: skip
 
 
@@ -373,26 +428,33 @@ def tune(router: nn.Module, change: Tensor | None) -> None:
         router.__dict__["_tuned"] = change
 
 
-def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Map (..., H) to updated logits (T, E+X), scores (T, K) and indices (T, K)."""
+def _forward(
+    self: nn.Module, hidden_states: Tensor, *correction: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Map (..., H) to updated logits (T, E+X), scores (T, K) and indices (T, K).
+
+    ``correction``: the bias (E,) of a block that hands it to its router.
+    """
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     own, routing = self.__dict__, self.__dict__["_routing"]
     context: ModalityContext = own["_modality_context"]
-    dtype, weight = hidden_states.dtype, self.weight
-    if routing.logits == "float32":
+    dtype, weight = hidden_states.dtype, router_linear(self).weight
+    if routing.logits in ("float32", "exact"):
         hidden_states, weight = hidden_states.float(), weight.float()
     if own["_modality_lora"] is None:
         context.module_ran(ROUTER)
         logits = _linear(routing.logits, hidden_states, weight, getattr(self, "bias", None))
     else:
-        logits = linear.masked_linear(self, hidden_states, weight)
+        logits = linear.masked_linear(self, hidden_states, weight)  # whatever autocast says
         logits = logits.float() if routing.logits == "widened" else logits
     if (change := own.get("_tuned")) is not None:
         # Autocast would keep using its first copy of the change, although the optimiser updates it.
         with without_autocast(hidden_states.device):
             shift = F.linear(hidden_states, change.to(hidden_states.dtype))
         logits = logits + shift.to(logits.dtype)
-    bias = _bias_of(self) if routing.biased else None
+    bias = None
+    if routing.biased:
+        bias = correction[0] if correction else _bias_of(self)
     if not (added := own.get("_added_experts")) or not context.added_experts:
         return logits, *route(logits, routing, bias=bias, dtype=dtype)
     if context.modality_ids is None:
@@ -401,49 +463,93 @@ def _forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
     return route_beside(logits, hidden_states, added, modality_ids, routing, bias, dtype)
 
 
-def _trial(router: nn.Module, dtype: torch.dtype, training: bool) -> tuple[nn.Module, Tensor]:
-    """Return a copy of the router in another dtype, without hooks, and random rows for it.
-
-    A copy of weights without values (on the meta device) gets random ones, on the CPU.
-    """
-    trial, generator = copy.copy(router), torch.Generator().manual_seed(0)
-    trial.__dict__["training"] = training
-
-    def values(like: Tensor) -> Tensor:
-        if like.is_meta:
-            return torch.randn(like.shape, generator=generator, device="cpu").to(dtype)
-        return sharding.gather(like).to(dtype)
-
-    trial.__dict__["_parameters"] = {
-        name: parameter if parameter is None else nn.Parameter(values(parameter), False)
-        for name, parameter in router._parameters.items()
-    }
-    # A bias that corrects the choice starts at zero, where it could not be seen.
-    trial.__dict__["_buffers"] = {
-        name: torch.randn(buffer.shape, generator=generator, device="cpu").to(trial.weight) / 4
-        if name == "e_score_correction_bias"
-        else buffer
-        for name, buffer in router._buffers.items()
-    }
-    weight = trial.weight
+@torch.no_grad()
+def _try(router: nn.Module, dtype: torch.dtype, training: bool) -> _Trial:
+    """Run the class's own forward on random rows, in another dtype."""
+    generator = torch.Generator().manual_seed(0)
+    twin = _twin(router, dtype, training, generator)
+    weight = router_linear(twin).weight
     # The generator's device is the CPU, whatever torch.device() the caller is in.
     rows = torch.randn(_PROBED_ROWS, weight.shape[1], generator=generator, device="cpu")
     # Even scores and ties tell some rules apart, and a few large ones others.
-    rows *= torch.logspace(-1.5, 0.5, _PROBED_ROWS, device="cpu")[:, None]
-    return trial, rows.to(weight)
+    rows = (rows * torch.logspace(-1.5, 0.5, _PROBED_ROWS, device="cpu")[:, None]).to(weight)
+    bias, arguments = _bias_of(twin), ()
+    if _takes_bias(router):
+        bias = torch.randn(weight.shape[0], generator=generator, device="cpu").to(weight) / 4
+        arguments = (bias,)
+    logits, *expected = _run(twin, rows, *arguments)
+    return _Trial(twin, rows, bias, arguments, logits, tuple(expected))
 
 
-@torch.no_grad()
-def _run(trial: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _twin(
+    module: nn.Module, dtype: torch.dtype, training: bool, generator: torch.Generator
+) -> nn.Module:
+    """Return a copy of a router, or of a module in it, in another dtype.
+
+    A copy of weights without values (on the meta device) gets random ones, on the CPU. A bias that
+    corrects the choice gets some too: it starts at zero, where it could not be seen.
+    """
+
+    def value(name: str, like: Tensor) -> Tensor:
+        if name != _CORRECTION and not like.is_meta:
+            return sharding.gather(like).to(dtype)
+        drawn = torch.randn(sharding.whole_shape(like), generator=generator, device="cpu")
+        drawn = drawn / 4 if name == _CORRECTION else drawn
+        return drawn.to("cpu" if like.is_meta else like.device, dtype)
+
+    twin = copy.copy(module)
+    twin.__dict__["training"] = training
+    twin.__dict__["_parameters"] = {
+        name: parameter if parameter is None else nn.Parameter(value(name, parameter), False)
+        for name, parameter in module._parameters.items()
+    }
+    twin.__dict__["_buffers"] = {
+        name: value(name, buffer) if name == _CORRECTION else buffer
+        for name, buffer in module._buffers.items()
+    }
+    twin.__dict__["_modules"] = {
+        name: _twin(child, dtype, training, generator) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _takes_bias(router: nn.Module) -> bool:
+    """Return whether a router's class takes a bias of its block beside rows.
+
+    Raises:
+        ValueError: it needs something else.
+    """
+    _, _, *further = inspect.signature(type(router).forward).parameters.values()
+    further = [each for each in further if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    takes_bias = bool(further) and "bias" in further[0].name
+    needed = [each.name for each in further[takes_bias:] if each.default is each.empty]
+    if needed:
+        raise ValueError(f"{type(router).__name__} takes {', '.join(needed)} beside rows")
+    return takes_bias
+
+
+# A class may have a faster GEMM, of other bits, for forwards without gradients.
+@torch.enable_grad()
+def _run(twin: nn.Module, rows: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the class's own forward: logits, scores, indices."""
-    name = type(trial).__name__
+    name, forward = type(twin).__name__, type(twin).forward
     try:
-        output = type(trial).forward(trial, rows.clone())
+        try:
+            output = forward(twin, rows.clone(), *bias)
+        except Exception:  # it may want a batch of sequences
+            output = forward(twin, rows[None].clone(), *bias)
     except Exception as error:  # foreign code may raise anything; patching says why it stops
-        raise ValueError(f"{name} does not run on rows alone: {error}") from error
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} does not run on rows alone ({found})") from error
     if not isinstance(output, tuple) or len(output) != 3 or output[2].is_floating_point():
         raise ValueError(f"{name} does not return (logits, scores, indices)")
     return output
+
+
+def _ignores_autocast(trial: _Trial) -> bool:
+    """Return whether a class that computes logits in float32 does so within autocast too."""
+    with torch.autocast(trial.rows.device.type, torch.bfloat16):
+        return _same(_run(trial.router, trial.rows, *trial.arguments)[:1], [trial.logits])
 
 
 def _same(actual, expected) -> bool:

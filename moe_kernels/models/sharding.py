@@ -41,7 +41,7 @@ def spread_without_mask(experts: nn.Module) -> bool:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether an engine has sharded a parameter, so that reading it takes all ranks."""
-    return isinstance(parameter, DTensor) or _is_zero3(parameter)
+    return isinstance(parameter, DTensor) or is_zero3(parameter)
 
 
 def is_model_sharded(model: nn.Module) -> bool:
@@ -56,7 +56,7 @@ def members(parameters: Iterable[Tensor]) -> tuple[int, ...] | None:
     for parameter in parameters:
         if isinstance(parameter, DTensor):
             return tuple(sorted(parameter.device_mesh.mesh.flatten().tolist()))
-        if _is_zero3(parameter):
+        if is_zero3(parameter):
             return tuple(sorted(dist.get_process_group_ranks(parameter.ds_process_group)))
     return None
 
@@ -215,7 +215,7 @@ def _of_tensor_parallelism(
 
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of the whole parameter."""
-    return torch.Size(parameter.ds_shape) if _is_zero3(parameter) else parameter.shape
+    return torch.Size(parameter.ds_shape) if is_zero3(parameter) else parameter.shape
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def part_of(parameter: Tensor) -> tuple[int, ...] | None:
     It is empty for a whole parameter, and None where no other rank has the same values (ZeRO-3).
     """
     if not isinstance(parameter, DTensor):
-        return None if _is_zero3(parameter) else ()
+        return None if is_zero3(parameter) else ()
     own = parameter.device_mesh.get_coordinate()
     return tuple(i for i, each in zip(own, parameter.placements, strict=True) if each.is_shard())
 
@@ -272,7 +272,7 @@ def put(parameter: Tensor, values: Tensor) -> None:
         mesh = parameter.device_mesh
         values = values.to(device=mesh.device_type, dtype=parameter.dtype)
         parameter.copy_(distribute_tensor(values, mesh, parameter.placements, src_data_rank=None))
-    elif _is_zero3(parameter):
+    elif is_zero3(parameter):
         _put_zero3(parameter, values)
     else:
         parameter.copy_(values)
@@ -353,10 +353,11 @@ def _put_zero3(parameter: Tensor, values: Tensor) -> None:
         deepspeed.utils.safe_set_local_fp32_param(parameter, own)
 
 
-def _is_zero3(parameter: Tensor) -> bool:
+def is_zero3(parameter: Tensor) -> bool:
+    """Return whether DeepSpeed ZeRO-3 has partitioned a parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def _is_partitioned(parameter: Tensor) -> bool:
     """Return whether this is a parameter of ZeRO-3 of which nothing but ``ds_tensor`` is here."""
-    return _is_zero3(parameter) and parameter.ds_status.name != "AVAILABLE"
+    return is_zero3(parameter) and parameter.ds_status.name != "AVAILABLE"

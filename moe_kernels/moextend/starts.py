@@ -9,7 +9,7 @@ from moe_kernels.layers import AddedExperts
 from moe_kernels.models.added_experts import added_experts, count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.forms import form_of
-from moe_kernels.models.parts import LayerParts
+from moe_kernels.models.parts import LayerParts, router_linear
 from moe_kernels.moextend.scores import LayerScores
 
 INITS = ("most_selected", "most_selected_tuned", "random", "mean")
@@ -124,7 +124,7 @@ def _stacks(parts: LayerParts) -> dict[str, list[Tensor]]:
     """Map an added parameter's name to the base's stack, then each earlier extension's."""
     stacks = form_of(parts.experts).stacks(parts.experts)
     base = dict(zip(("gate_up_proj", "down_proj"), stacks, strict=True))
-    base["router_columns"] = parts.router.weight
+    base["router_columns"] = router_linear(parts.router).weight
     earlier = added_experts(parts.layer)
     return {
         name: [weight, *(getattr(each, name) for each in earlier)] for name, weight in base.items()

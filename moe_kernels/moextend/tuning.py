@@ -16,6 +16,7 @@ from moe_kernels.models.added_experts import count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.padding import find_real
+from moe_kernels.models.parts import router_linear
 from moe_kernels.models.ranks import Ranks
 from moe_kernels.models.routers import RoutingFinder
 from moe_kernels.modes import ending_with, evaluating, training_only
@@ -134,7 +135,7 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
                     "with top-1 and normalised scores no loss reaches the routers: choose the "
                     "layers by their indices"
                 )
-            weight = router.weight
+            weight = router_linear(router).weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
             routers.tune(router, nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
         yield [router.__dict__["_tuned"] for router in tuned]

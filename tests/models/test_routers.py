@@ -28,9 +28,18 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.models.context import ModalityContext
 from moe_kernels.models.handle import get_patched
-from moe_kernels.models.parts import parts_of
-from moe_kernels.models.routers import Groups, Routing, find_routing, route
+from moe_kernels.models.parts import find_parts, parts_of
+from moe_kernels.models.routers import (
+    Groups,
+    Routing,
+    RoutingFinder,
+    attach,
+    find_routing,
+    problem,
+    route,
+)
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import assert_close, relative_rms, working_backends
 
@@ -95,17 +104,21 @@ def test_without_values():
 
 
 OTHERS = {
-    "minimax_m2": ({}, "MiniMaxM2TopKRouter does not run on rows alone: .*e_score_correction_bias"),
+    "deepseek_v4": "DeepseekV4HashRouter takes input_ids beside rows",
+    "gemma4": "Gemma4TextRouter does not compute the logits of a linear layer",
+    "inkling": r"InklingTopkRouter has no one weight \(4, 32\), a row for each expert, but weight "
+    r"\(5, 32\)",
+    "phimoe": "PhimoeTopKRouter does not choose and weigh experts by softmax or sigmoid, a bias",
+    "zaya": r"ZayaRouter has no one weight \(4, 32\), a row for each expert, but down_proj.weight",
 }
 
 
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_routers_of_other_families(model_type):
-    """Unsupported routers are refused by name; the experts alone can be adapted."""
-    settings, match = OTHERS[model_type]
-    model = make_other(model_type, num_hidden_layers=1, **settings)
+@pytest.mark.parametrize("family", OTHERS)
+def test_routers_of_other_families(family):
+    """Unsupported routers are refused by what was found; the experts alone can be adapted."""
+    model = make_family(family)
     config = ModalityLoraConfig(target_modules=("experts", "router"))
-    match = rf'layer 0: .*({match}).*leave "router" out of target_modules'
+    match = rf'layer \d: ({OTHERS[family]}).*leave "router" out of target_modules'
     refused(model, ValueError, match, config)
     patch_model(model, ModalityLoraConfig(target_modules=("experts",))).unpatch()
 
@@ -156,7 +169,11 @@ def test_a_router_that_is_not_as_it_was():
     router.weight = nn.Parameter(router.weight.double())
     refused(model, ValueError, "a router in torch.float64 beside experts in torch.float32", config)
     model.model.layers[0].mlp.gate = nn.Identity()
-    refused(model, ValueError, "layer 0: no router of one weight beside the experts", config)
+    match = r"layer 0: Identity has no one weight \(4, 32\), a row for each expert, but none"
+    refused(model, ValueError, match, config)
+    del model.model.layers[0].mlp.gate
+    match = "layer 0: no gate or router beside the experts of MixtralSparseMoeBlock"
+    refused(model, ValueError, match, config)
 
 
 # --- the update
@@ -491,6 +508,89 @@ def test_a_correction_that_is_read_anew():
         with context.running(torch.zeros(1, 50, dtype=torch.int64)):
             found = parts.router(rows)
         assert all(map(torch.equal, found, expected))
+
+
+def router_of(family):
+    """Return a family's tiny model, and the last of its layers' routers with its block."""
+    model = make_family(family)
+    parts = [each for each in find_parts(model) if each.experts is not None][-1]
+    block = next(m for m in parts.layer.modules() if parts.experts in m.children())
+    return model, parts.router, block
+
+
+FOUND = {
+    "afmoe": ("sigmoid", "widened", True),
+    "ernie4_5_moe": ("softmax", "exact", True),
+    "flint": ("sigmoid", "exact", False),
+    "hunyuan_v1_moe": ("softmax", "own", False),
+    "hy_v3": ("sigmoid", "float32", True),
+    "kolibri1": ("sigmoid_after", "float32", True),
+    "lfm2_moe": ("sigmoid", "own", True),
+    "minimax_m2": ("sigmoid", "own", True),
+}
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_steps_of_other_routers(family):
+    """A bias of the block, a linear layer within the router, and a choice by logits."""
+    model, router, block = router_of(family)
+    name = "expert_bias" if hasattr(block, "expert_bias") else "e_score_correction_bias"
+    bias = (getattr(block, name),) if hasattr(block, name) else ()
+    rows = 2 * torch.randn(1, 50, 32)
+    with unchanged(model):
+        found = find_routing(router)
+    assert (found.score, found.logits, found.biased) == FOUND[family]
+    patch_model(model, ModalityLoraConfig(target_modules=ALONE))
+    context = router.__dict__["_modality_context"]
+    for _ in range(2):
+        for each in bias:
+            nn.init.normal_(each, std=1.0)  # it is read anew, not kept
+        given = rows if family == "afmoe" else rows[0]
+        expected = type(router).forward(router, given, *bias)
+        with context.running(torch.zeros(1, 50, dtype=torch.int64)):
+            actual = router(given, *bias)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "flint", "kolibri1"])
+def test_float32_within_autocast(family):
+    """Some classes turn autocast off, and others leave float32 to it."""
+    model, router, _ = router_of(family)
+    patched, rows = patch_model(model, ModalityLoraConfig(target_modules=())), torch.randn(50, 32)
+    found = find_routing(router)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert find_routing(router) == found
+        attach(router, ModalityContext(None, patched.switches), None, found)
+        actual, expected = router(rows)[0], type(router).forward(router, rows)[0]
+    assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
+def test_the_least_that_scores_are_divided_by():
+    """ERNIE divides by moe_norm_min at least: a correction may choose experts of no weight."""
+    model, router, _ = router_of("ernie4_5_moe")
+    router.norm_min = 0.9
+    found = find_routing(router)
+    assert found.floor == 0.9
+    logits, *expected = router(0.1 * torch.randn(50, 32))
+    bias = router.moe_statics.e_score_correction_bias.flatten()
+    for ours, theirs in zip(route(logits, found, bias=bias), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_changes_of_the_linear_layer_in_a_router():
+    """Its own forward, or its hooks, would not run."""
+    model, router, _ = router_of("hunyuan_v1_moe")
+    config = ModalityLoraConfig(target_modules=ALONE)
+    hook = router.wg.register_forward_hook(lambda *args: None)
+    match = "HunYuanMoEV1Gate.wg has hooks, which would not run: take them away first"
+    refused(model, ValueError, match, config)
+    hook.remove()
+    router.wg.forward = router.wg.forward
+    refused(model, ValueError, "HunYuanMoEV1Gate.wg has a forward of its own", config)
+    del router.wg.forward
+    router.wg.weight.ds_id, router.wg.weight.ds_shape = 0, router.wg.weight.shape
+    assert "ZeRO-3 gathers late: use FSDP2" in problem(find_parts(model)[-1], RoutingFinder())
 
 
 def test_a_router_with_a_bias_is_not_extended():

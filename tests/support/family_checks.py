@@ -377,6 +377,10 @@ def _check_extension(name: str, ids: Tensor, outcome: Outcome) -> None:
         return
     patched = extender.patched
     randomise(patched, scale=1.0)
+    with torch.no_grad():  # whatever a row is, it gives one of two opposite columns a large logit
+        for name, columns in patched.named_trainable_parameters():
+            if name.endswith("router_columns"):
+                columns[1] = -columns[0]
     logits = model(**inputs, modality_ids=MODALITY_IDS).logits
     _require_text(logits, before, "added experts change text", outcome)
     gradients = torch.autograd.grad(logits.square().sum(), list(patched.trainable_parameters()))

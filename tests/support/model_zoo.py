@@ -100,7 +100,6 @@ OTHERS = {
         "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"],
         "head_dim": 8,
     },
-    "minimax_m2": {"num_local_experts": 4, "head_dim": 8},
 }  # fmt: skip
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 # Settings of a model in which a GEMM over routed rows would change bits.
