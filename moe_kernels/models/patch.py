@@ -309,10 +309,20 @@ def _why_no_experts(parts: Sequence[LayerParts]) -> str:
     return "no layer has experts; moe_kernels.conversion.dense_to_moe makes some of a dense model"
 
 
+_DISPATCHED = (
+    "accelerate keeps its weights on several devices, the CPU or a disk (a device map, cpu_offload "
+    "or disk_offload), and would bring none of the adapters: load it on one device "
+    "(device_map={'': device}), or shard it by FSDP2, whose CPUOffloadPolicy keeps parameters on "
+    "the CPU, or by DeepSpeed"
+)
+
+
 def _table_problems(model: PreTrainedModel) -> list[str]:
     """List why added tokens could not work."""
     if problem := sharding.problem(model):
         return [problem]  # the other reasons follow from it
+    if "_hf_hook" in model.__dict__:
+        return [_DISPATCHED]
     reasons = []
     weight = getattr(model.get_input_embeddings(), "weight", torch.ones(1))
     if not sharding.whole_shape(weight).numel():

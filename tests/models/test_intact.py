@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.models.intact import check_experts
@@ -59,6 +60,25 @@ def test_offloaded_parameters_are_named(offload, tmp_path):
     remove_hook_from_submodules(model)
     assert torch.equal(model(**CALL).logits, expected)
     patched.unpatch()
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_offloaded_model_is_not_patched(offload, tmp_path):
+    model = make_model("mixtral")
+    expected = model(IDS).logits
+    OFFLOADS[offload](model, tmp_path / "weights")
+    for targets in ((), TARGETS):
+        with pytest.raises(ValueError, match="accelerate keeps .*offload.*device_map={'': device}"):
+            patch_model(model, ModalityLoraConfig(target_modules=targets))
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("places", ["cpu", {"": "cpu"}, "auto"], ids=str)
+def test_a_device_map_of_one_device_is_none(places, tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+    patch_model(model, ModalityLoraConfig(target_modules=TARGETS))
+    model(**CALL)
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate"])
