@@ -20,7 +20,13 @@ from transformers.utils import ModelOutput
 from moe_kernels.models.context import MISSING, ModelCall, resolve_modality_ids
 from moe_kernels.models.fused_loss import FusedLoss, check_loss
 from moe_kernels.models.handle import PatchState, get_patched
-from moe_kernels.models.intact import check_engine, check_experts, check_links, check_offload
+from moe_kernels.models.intact import (
+    check_engine,
+    check_experts,
+    check_links,
+    check_offload,
+    check_peft,
+)
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parts import find_decoder
@@ -81,6 +87,7 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     """Check the model, and set the inputs of its layers among a forward's keyword arguments."""
     model = patched.model
     check_links(patched.links)
+    check_peft(model, patched.links)
     check_offload(model)
     check_experts(patched.parts)
     _check_engine(patched)

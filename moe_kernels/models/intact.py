@@ -20,8 +20,8 @@ _BIND_PEFT = (
     "patch_model was given with ModalityLoraConfig(target_modules=())"
 )
 _PUT_BACK = (
-    "put the module back (PEFT: unload() its model), or unpatch() before the replacement and patch "
-    "again after it"
+    "put the module back (PEFT: unload() its model; where get_peft_model has failed halfway, the "
+    "wrapper's base_layer), or unpatch() before the replacement and patch again after it"
 )
 
 
@@ -78,6 +78,17 @@ def modalities_of_peft(links: Iterable[Link]) -> set[int]:
     """Return the numbers of the modalities that accelerate_peft has bound adapters of PEFT to."""
     found = {_modality_of_peft(link.parent._modules.get(link.name)) for link in links}
     return found - {None}
+
+
+def check_peft(model: nn.Module, links: Iterable[Link]) -> None:
+    """Raise RuntimeError if PEFT has adapted other modules than those that links watch."""
+    if "peft_config" in model.__dict__ and not modalities_of_peft(links):
+        raise RuntimeError(
+            "PEFT has taken this model after patch_model: it froze what was added, and its own "
+            f"adapters act on tokens of every modality. Unload() PEFT's model, and {_BIND_PEFT}; "
+            "or adapt by patch_model alone, and call requires_grad_(True) on what shall train "
+            "again (patched.model.named_parameters())"
+        )
 
 
 def check_offload(model: nn.Module) -> None:

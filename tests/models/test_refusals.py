@@ -17,6 +17,7 @@ from support.model_zoo import (
 )
 from support.patched_models import patched_model
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import (
     BertConfig,
     BertModel,
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels.models import sharding
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_experts
 from moe_kernels.moextend import ExpertExtender
@@ -529,6 +531,47 @@ def test_peft_beside_our_patch_is_found():
     wrapped.unload()
     model(token_ids(1, 4))
     patched.unpatch()
+
+
+def test_peft_on_what_is_not_ours_is_found():
+    """Its adapters on shared experts replace no module of ours, but ours were frozen by it."""
+    peft = pytest.importorskip("peft")
+    model, patched = patched_model("qwen2_moe", num_tokens=3)
+    trained = list(patched.trainable_parameters())
+    config = peft.LoraConfig(target_modules=["shared_expert.gate_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    assert not list(patched.trainable_parameters())
+    with pytest.raises(RuntimeError, match="PEFT has taken .*it froze .*accelerate_peft.*requires"):
+        wrapped(input_ids=token_ids(1, 4))
+    wrapped.unload()
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    ids = token_ids(1, 4)
+    model.train()(input_ids=ids, labels=ids, modality_ids=torch.ones_like(ids)).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_peft_that_stopped_halfway_at_our_adapters_is_found():
+    """PEFT takes adapters below modality_lora for modules that it shall adapt."""
+    peft = pytest.importorskip("peft")
+    model, patched = patched_model("mixtral")
+    expected = model(token_ids(1, 4)).logits
+    with pytest.raises(ValueError, match="Target module ModalityLora"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(RuntimeError, match=r"q_proj was replaced by peft.*halfway, the wrapper"):
+        model(token_ids(1, 4))
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+    assert torch.equal(model(token_ids(1, 4)).logits, expected)
+    assert len(list(patched.trainable_parameters())) == 2 * 6 * 2  # none was frozen
+
+
+def test_packed_experts_are_not_spread():
+    model = make_model("mixtral")
+    experts = find_experts(model.model.layers[0])
+    experts.__dict__[sharding.SPREAD] = SimpleNamespace(shares_batch=True)
+    parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    refused(model, ValueError, "layers.0.mlp.experts: its weights are packed, and expert paralleli")
 
 
 @pytest.mark.parametrize("path", ["model.layers.0", "model.layers.1.mlp"])
