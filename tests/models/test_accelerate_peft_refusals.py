@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from moe_kernels import ModalityLoraConfig, accelerate_peft, get_accelerated, patch_model
+from moe_kernels.models import sharding
 
 
 def refused(model, match, error=ValueError, **settings):
@@ -100,6 +101,14 @@ def test_layouts(attribute, value, match):
     model = make_peft()
     setattr(inner(model), attribute, value)
     refused(model, rf"cannot be computed: .*layers.0.mlp.experts: {match}")
+
+
+def test_experts_that_are_spread_over_ranks():
+    model = make_peft()
+    inner(model).__dict__[sharding.SPREAD] = object()
+    refused(
+        model, r"cannot be computed: .*layers.0.mlp.experts: experts that are spread over ranks"
+    )
 
 
 @BY_LAYOUT
