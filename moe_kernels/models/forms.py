@@ -21,13 +21,16 @@ from moe_kernels.ops import Activation
 
 # attribute of an experts module -> the meaning of a value that is not supported
 _REFUSED = {"has_post_expert_norm": "a norm after each expert"}
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _LAYOUT = ("has_gate", "is_concatenated", "is_transposed", "has_bias")
 # Names that classes have for the values of a clamped SwiGLU.
 _ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
 _UNCLAMPED = ("silu", "gelu", "gelu_tanh", "relu_squared")
-# Where activations bend, and beyond where they are linear or zero.
-_GATES = (*(x / 4 for x in range(-32, 33)), -1e4, -300.0, -40.0, 40.0, 300.0, 1e4)
+# Where activations bend, and beyond where they are linear or zero, without a gap.
+_BEYOND = tuple(8 * 1.37**n for n in range(39))  # up to 1e6
+_GATES = (*(x / 4 for x in range(-32, 33)), *_BEYOND, *(-x for x in _BEYOND))
 _UPS = (-1e4, -20.0, -1.5, 0.0, 0.75, 2.0, 20.0, 1e4)
+_RANDOM_PAIRS = 512  # of no grid, on which an activation of steps would agree
 _TOLERANCE = 1e-6  # a class may compute in float32 whatever it gets
 
 
@@ -134,10 +137,26 @@ def _number_of(experts: nn.Module) -> int:
 
 def _deciding(experts: nn.Module) -> tuple:
     """Return all that a form follows from, which is compared in each forward."""
-    own = experts.__dict__
+    own, cls = experts.__dict__, type(experts)
     names = (*_LAYOUT, *_REFUSED, *_ALPHAS, *_LIMITS, "_apply_gate", "act_fn")
+    act = own["_modules"].get("act_fn")
+    inside = () if act is None else _settings(act)
     spread = sharding.spread_without_mask(experts)
-    return (*map(own.get, names), own["_modules"].get("act_fn"), type(experts), spread)
+    return (*map(own.get, names), act, inside, cls, getattr(cls, "_apply_gate", None), spread)
+
+
+def _settings(act: nn.Module) -> tuple:
+    """Return what an activation follows from: its classes, numbers and functions.
+
+    It has no tensors, and its mode does not count: see :func:`_changeable`.
+    """
+    own, cls = act.__dict__, type(act)
+    kept = [(k, v) for k, v in own.items() if k not in _OF_EVERY_MODULE and _is_setting(v)]
+    return cls, cls.forward, *kept, *map(_settings, filter(None, own["_modules"].values()))
+
+
+def _is_setting(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str) or callable(value)
 
 
 def _find(experts: nn.Module) -> Form | str:
@@ -155,6 +174,8 @@ def _find(experts: nn.Module) -> Form | str:
 
 def _find_activation(experts: nn.Module) -> Activation | str:
     name = _name_of_activation(experts)
+    if found := _changeable(getattr(experts, "act_fn", None)):
+        return f"{name} has {found}: what it computes may change without a sign"
     with torch.no_grad(), unset_fake_temporarily():
         gate, up = _probes(experts)
         try:
@@ -169,6 +190,19 @@ def _find_activation(experts: nn.Module) -> Activation | str:
     return f"{name} (only {', '.join(_UNCLAMPED)} and clamped SwiGLU)"
 
 
+def _changeable(act: object) -> str | None:
+    """Return what an activation has that changes in place, which no forward could notice."""
+    for name, module in act.named_modules() if isinstance(act, nn.Module) else ():
+        at = f" in {name}" if name else ""
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            return f"{type(module).__name__}{at}"
+        tensors = {**module._parameters, **module._buffers, **vars(module)}
+        for key, value in tensors.items():
+            if isinstance(value, Tensor):
+                return f"the tensor {key}{at}"
+    return None
+
+
 def _name_of_activation(experts: nn.Module) -> str:
     act = getattr(experts, "act_fn", None)
     if act is None:
@@ -181,6 +215,9 @@ def _probes(experts: nn.Module) -> tuple[Tensor, Tensor]:
     beyond = [sign * 2 * each for each in _numbers(experts, _LIMITS) for sign in (1, -1)]
     pairs = itertools.product((*_GATES, *beyond), (*_UPS, *beyond))
     grid = torch.tensor(list(pairs), dtype=torch.float64, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    options = {"dtype": torch.float64, "device": "cpu", "generator": generator}
+    grid = torch.cat([grid, 10 * torch.randn(_RANDOM_PAIRS, 2, **options)])
     return grid[:, 0], grid[:, 1]
 
 

@@ -101,6 +101,73 @@ def test_gating_functions_that_no_kernel_computes(function):
     assert problems(with_gate(function, limit=7.0))
 
 
+@pytest.mark.parametrize(
+    "bend",
+    [
+        lambda x: torch.where(x > 8, torch.where(x < 40, 8.0, x), x),
+        lambda x: x.clamp(max=2e4),
+        lambda x: torch.where(x < -13, -13.0, x),
+        lambda x: (4 * x).round() / 4,
+    ],
+    ids=["flat", "clamped far away", "flat below zero", "steps"],
+)
+def test_activations_that_are_almost_silu(bend):
+    """They agree with it at round numbers, or wherever a trial with gaps would look."""
+
+    def apply_gate(self, joined):
+        gate, up = joined.chunk(2, -1)
+        return F.silu(bend(gate)) * up
+
+    assert problems(with_gate(apply_gate))
+
+
+class Swish(nn.Module):
+    """SiLU whose slope may be a number, a tensor, a parameter or a buffer."""
+
+    def __init__(self, beta):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+@pytest.mark.parametrize(
+    ("act", "match"),
+    [
+        (Swish(nn.Parameter(torch.ones(()))), "activation Swish has the tensor beta: what it"),
+        (Swish(nn.Buffer(torch.ones(()))), "activation Swish has the tensor beta"),
+        (Swish(torch.ones(())), "activation Swish has the tensor beta"),
+        (nn.Sequential(nn.SiLU(), nn.Dropout(0.1)), "Sequential has Dropout in 1: what it"),
+    ],
+    ids=["parameter", "buffer", "tensor", "dropout"],
+)
+def test_activations_that_may_change(act, match):
+    """No forward could notice: training changes a parameter in place, a mode changes dropout."""
+    (reason,) = problems(experts(act.eval()))
+    assert re.search(match, reason)
+
+
+def test_an_activation_that_changed_in_place():
+    made = experts(nn.Sequential(nn.GELU()))
+    assert form_of(made).act.name == "gelu"
+    made.act_fn[0].approximate = "tanh"
+    assert form_of(made).act.name == "gelu_tanh"
+    made.act_fn[0] = Swish(1.0)
+    assert form_of(made) == forms.PLAIN
+    made.act_fn[0].beta = 1.702
+    with pytest.raises(ValueError, match="activation Sequential .only silu"):
+        form_of(made)
+
+
+def test_a_gating_function_that_is_replaced_on_the_class(monkeypatch):
+    made = experts()
+    assert form_of(made) == forms.PLAIN
+    monkeypatch.setattr(type(made), "_apply_gate", lambda self, x: x.chunk(2, -1)[0])
+    with pytest.raises(ValueError, match="MixtralExperts is not supported: activation"):
+        form_of(made)
+
+
 def test_a_gating_function_that_fails():
     (reason,) = problems(with_gate(lambda self, x: x @ self.missing))
     assert "does not run by itself (AttributeError: " in reason
