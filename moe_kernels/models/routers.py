@@ -266,7 +266,7 @@ class _Trial:
 
     Attributes:
         router: a twin of the router.
-        rows: (T, H), random.
+        rows: (T, H).
         bias: (E,) that corrects the choice, of the router or its block; None: there is none.
         arguments: what the class's forward took beside rows: the bias, or nothing.
         logits: (T, E) of the class.
@@ -294,8 +294,9 @@ class _Trial:
 def find_routing(router: nn.Module) -> Routing:
     """Find the steps of a router's class after its logits, by running it.
 
-    The class's own forward runs on a few random rows, in the weight's dtype and in bfloat16, in
-    training mode and not; :func:`route` must give the same bits.
+    The class's own forward runs on a few rows, in training mode and not; :func:`route` must give
+    the same bits. It runs in float32 and bfloat16 too, whatever the weight's dtype: scores of 16
+    bits hide steps that float32 shows, and a router has the same routing in both.
 
     Raises:
         ValueError: the class does something else; the message says what is known of it.
@@ -314,8 +315,8 @@ def find_routing(router: nn.Module) -> Routing:
 
 def _find(router: nn.Module, dtype: torch.dtype) -> Routing | str:
     """Return the steps that give the same bits in all trials, or what the class does not do."""
-    modes = itertools.product((dtype, torch.bfloat16), (False, True))
-    trials = [_try(router, *mode) for mode in modes]
+    dtypes = dict.fromkeys((dtype, torch.float32, torch.bfloat16))
+    trials = [_try(router, each, *mode) for each, mode in itertools.product(dtypes, _MODES)]
     kinds = [kind for kind in _LOGITS if all(each.gives_logits(kind) for each in trials)]
     if "float32" in kinds and _ignores_autocast(trials[0]):
         kinds = ["exact"]
@@ -338,6 +339,7 @@ def _check_calls(router: nn.Module) -> None:
             raise ValueError(f"{name}.{path} has hooks, which would not run: take them away first")
 
 
+_MODES = ((False, False), (True, False), (False, True))  # training, faint
 _LOGITS = ("own", "float32", "widened")
 _CORRECTION = "e_score_correction_bias"
 _SCALES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
@@ -464,15 +466,26 @@ def _forward(
 
 
 @torch.no_grad()
-def _try(router: nn.Module, dtype: torch.dtype, training: bool) -> _Trial:
-    """Run the class's own forward on random rows, in another dtype."""
+def _try(router: nn.Module, dtype: torch.dtype, training: bool, faint: bool) -> _Trial:
+    """Run the class's own forward in another dtype, on random rows or on those of faint logits.
+
+    Faint logits are all alike and far below zero. Their sigmoids are so small that what a class
+    adds to a sum of them is seen.
+    """
     generator = torch.Generator().manual_seed(0)
     twin = _twin(router, dtype, training, generator)
-    weight = router_linear(twin).weight
-    # The generator's device is the CPU, whatever torch.device() the caller is in.
-    rows = torch.randn(_PROBED_ROWS, weight.shape[1], generator=generator, device="cpu")
-    # Even scores and ties tell some rules apart, and a few large ones others.
-    rows = (rows * torch.logspace(-1.5, 0.5, _PROBED_ROWS, device="cpu")[:, None]).to(weight)
+    linear = router_linear(twin)
+    weight = linear.weight
+    if faint:
+        weight = nn.Parameter(torch.full_like(weight, 1 / weight.shape[1]), False)
+        linear.__dict__["_parameters"]["weight"] = weight
+        rows = torch.linspace(-4, -128, _PROBED_ROWS, device="cpu")[:, None]
+        rows = rows.repeat(1, weight.shape[1]).to(weight)
+    else:
+        # The generator's device is the CPU, whatever torch.device() the caller is in.
+        rows = torch.randn(_PROBED_ROWS, weight.shape[1], generator=generator, device="cpu")
+        # Even scores and ties tell some rules apart, and a few large ones others.
+        rows = (rows * torch.logspace(-1.5, 0.5, _PROBED_ROWS, device="cpu")[:, None]).to(weight)
     bias, arguments = _bias_of(twin), ()
     if _takes_bias(router):
         bias = torch.randn(weight.shape[0], generator=generator, device="cpu").to(weight) / 4
@@ -553,5 +566,10 @@ def _ignores_autocast(trial: _Trial) -> bool:
 
 
 def _same(actual, expected) -> bool:
-    pairs = zip(actual, expected, strict=True)
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    return all(_equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same, NaNs included: a division by zero gives some."""
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

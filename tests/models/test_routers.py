@@ -84,6 +84,29 @@ def test_a_switch_of_the_configuration(family, normalise):
     assert find_routing(parts_of(model.model.layers[0]).router) == expected
 
 
+@pytest.mark.parametrize(("family", "epsilon"), [("deepseek_v3", 1e-20), ("laguna", 0.0)])
+def test_what_a_class_adds_to_the_sum_of_its_scores(family, epsilon):
+    """Sigmoids far below zero are as small as that, and zeros are the last."""
+    router = parts_of(make_family(family).model.layers[-1]).router
+    found = find_routing(router)
+    assert (found.normalise, found.epsilon) == (True, epsilon)
+    nn.init.constant_(router.weight, 1 / 32)
+    for value in (-6.0, -12.0, -48.0, -90.0, -120.0):
+        logits, *expected = router(torch.full((1, 32), value))
+        actual = route(logits, found, bias=router.e_score_correction_bias)
+        torch.testing.assert_close(actual, tuple(expected), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_a_router_has_the_same_routing_in_every_precision(family):
+    """A cast to bfloat16 hides what softmax is taken of."""
+    found = {
+        find_routing(parts_of(make_family(family, dtype=dtype).model.layers[0]).router)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert [(each.score, each.normalise) for each in found] == [("softmax_after", False)]
+
+
 def test_hooks_on_a_router_do_not_see_the_trial():
     router, seen = parts_of(make_model("olmoe").model.layers[0]).router, []
     router.register_forward_hook(lambda *args: seen.append(args))
