@@ -67,13 +67,16 @@ class AddedExperts(nn.Module):
 
     Parameters: ``gate_up_proj`` (X, 2I, H), or (X, I, H) without a gate, and ``down_proj``
     (X, H, I) as :func:`moe_kernels.ops.moe_mlp` takes them, ``router_columns`` (X, H), the new rows
-    of the router, and those of ``calibration``.
+    of the router, and those of ``calibration``. Biases, where the base has them, are frozen:
+    ``gate_up_bias`` (X, 2I) or (X, I), ``down_bias`` (X, H) and ``router_bias`` (X,).
 
     Args:
         num_added: X.
         hidden_features: H.
         intermediate_features: I.
         gated: whether experts have a gate.
+        biased: whether both projections have biases.
+        router_biased: whether the router has one.
         modality_id: modality of the rows that may choose them; None: all rows may.
         calibration: recalibrates the routing of these rows, or None.
         device: of the parameters.
@@ -87,6 +90,8 @@ class AddedExperts(nn.Module):
         intermediate_features: int,
         *,
         gated: bool = True,
+        biased: bool = False,
+        router_biased: bool = False,
         modality_id: int | None = None,
         calibration: Calibration | None = None,
         device: torch.device | None = None,
@@ -99,6 +104,13 @@ class AddedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_added, rows, hidden, **options))
         self.down_proj = nn.Parameter(torch.empty(num_added, hidden, inter, **options))
         self.router_columns = nn.Parameter(torch.empty(num_added, hidden, **options))
+        shapes = {"gate_up_bias": (num_added, rows), "down_bias": (num_added, hidden)}
+        shapes = (shapes if biased else {}) | (
+            {"router_bias": (num_added,)} if router_biased else {}
+        )
+        for name in ("gate_up_bias", "down_bias", "router_bias"):
+            bias = torch.empty(shapes[name], **options) if name in shapes else None
+            self.register_parameter(name, None if bias is None else nn.Parameter(bias, False))
         self.modality_id = modality_id
         self.calibration = calibration
 
@@ -116,13 +128,20 @@ class AddedExperts(nn.Module):
         """Return ``gate_up_proj`` and ``down_proj`` as the ops take them."""
         return whole(self.gate_up_proj), whole(self.down_proj)
 
+    def bias(self, name: str) -> Tensor | None:
+        """Return a bias as a constant, whatever was asked for its gradient; None: there is none."""
+        found = getattr(self, name)
+        return None if found is None else whole(found).detach()
+
     def open_to(self, modality_ids: Tensor) -> Tensor | None:
         """Map (T,) ids to (T, 1) bool: rows that may choose these experts. None: all rows."""
         return None if self.modality_id is None else (modality_ids == self.modality_id)[:, None]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map (T, H) to (T, X) in a separate GEMM: the base's logits keep their bits."""
-        return F.linear(hidden_states, whole(self.router_columns).to(hidden_states.dtype))
+        bias, dtype = self.bias("router_bias"), hidden_states.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(hidden_states, whole(self.router_columns).to(dtype), bias)
 
     def extra_repr(self) -> str:
         return f"{self.num_added}, modality_id={self.modality_id}"

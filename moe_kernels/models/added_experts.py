@@ -92,10 +92,6 @@ def check(
         )
     for index in config.experts:
         problem = routers.problem(layers[index], find)
-        if problem is None and forms.form_of(layers[index].experts).biased:
-            problem = "its experts have biases, which added experts would lack"
-        if problem is None and getattr(layers[index].router, "bias", None) is not None:
-            problem = "its router has a bias, which added experts would lack"
         if problem is None and sharding.spread(layers[index].experts) is not None:
             problem = "its experts are spread over ranks (expert parallelism)"
         if problem is not None:
@@ -150,6 +146,8 @@ def _build_layer(
         hidden,
         rows // 2 if form.act.gated else rows,
         gated=form.act.gated,
+        biased=form.biased,
+        router_biased=getattr(parts.router, "bias", None) is not None,
         modality_id=modality_id,
         calibration=calibration,
         **options,

@@ -156,7 +156,7 @@ def experts_forward(
             act=form.act,
             interleaved=form.interleaved,
             backend=backend,
-            **form.biases(self, sum(each.num_added for each in added)),
+            **form.biases(self, added),
             **weights,
         )
     if len(output) == len(hidden_states):

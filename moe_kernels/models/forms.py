@@ -6,7 +6,7 @@ the same.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moe_kernels import ops
+from moe_kernels.layers import AddedExperts
 from moe_kernels.models import sharding
 from moe_kernels.models.parts import up_name
 from moe_kernels.ops import Activation
@@ -58,16 +59,18 @@ class Form(NamedTuple):
         """Return both stacks of weights, (E, N, H) and (E, H, I)."""
         return self.stack(experts, up_name(experts)), self.stack(experts, "down_proj")
 
-    def biases(self, experts: nn.Module, num_added: int) -> dict[str, Tensor]:
-        """Return the biases as arguments of ``moe_mlp``; those of added experts are zeros."""
+    def biases(self, experts: nn.Module, added: Sequence[AddedExperts]) -> dict[str, Tensor]:
+        """Return the biases as arguments of ``moe_mlp``, those of added experts last."""
         if not self.biased:
             return {}
         names = {"gate_up_bias": f"{up_name(experts)}_bias", "down_bias": "down_proj_bias"}
         found = {name: getattr(experts, own) for name, own in names.items()}
-        if num_added:
-            pad = (0, 0, 0, num_added)
-            found = {name: nn.functional.pad(each, pad) for name, each in found.items()}
-        return found
+        if not added:
+            return found
+        return {
+            name: torch.cat([own, *(each.bias(name).to(own.dtype) for each in added)])
+            for name, own in found.items()
+        }
 
 
 PLAIN = Form(Activation("silu"))

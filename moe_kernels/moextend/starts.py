@@ -89,7 +89,9 @@ def fill(
     """
     for name, stacks in _stacks(parts).items():
         parameter = getattr(added, name)
-        if init == "random":
+        if init == "random" and name.endswith("bias"):
+            parameter.zero_()
+        elif init == "random":
             parameter.copy_(_randn(parameter.shape, generator) * std)
         elif copied is None:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -122,8 +124,11 @@ def _separate_copies(
 
 def _stacks(parts: LayerParts) -> dict[str, list[Tensor]]:
     """Map an added parameter's name to the base's stack, then each earlier extension's."""
-    stacks = form_of(parts.experts).stacks(parts.experts)
-    base = dict(zip(("gate_up_proj", "down_proj"), stacks, strict=True))
+    form = form_of(parts.experts)
+    base = dict(zip(("gate_up_proj", "down_proj"), form.stacks(parts.experts), strict=True))
+    base |= form.biases(parts.experts, ())
+    if (bias := getattr(parts.router, "bias", None)) is not None:
+        base["router_bias"] = bias
     base["router_columns"] = router_linear(parts.router).weight
     earlier = added_experts(parts.layer)
     return {

@@ -614,12 +614,3 @@ def test_changes_of_the_linear_layer_in_a_router():
     del router.wg.forward
     router.wg.weight.ds_id, router.wg.weight.ds_shape = 0, router.wg.weight.shape
     assert "ZeRO-3 gathers late: use FSDP2" in problem(find_parts(model)[-1], RoutingFinder())
-
-
-def test_a_router_with_a_bias_is_not_extended():
-    model = make_family("gpt_oss")
-    for layer in model.model.layers:
-        layer.mlp.experts.has_bias = False
-    extender = ExpertExtender(model, backend="reference")
-    with pytest.raises(ValueError, match="layer 0 cannot be extended: its router has a bias"):
-        extender.extend([0], init="mean")

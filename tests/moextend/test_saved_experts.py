@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from support.added_experts import extended, logits, mixed
+from support.families import make_family
 from support.model_zoo import (
     FAMILY,
     assert_same_snapshot,
@@ -411,3 +412,67 @@ def test_peft_cannot_hold_added_experts(tmp_path):
     ExpertExtender(patched.model).extend("all", init=0)
     with pytest.raises(ValueError, match="do not hold added experts"):
         save_peft_adapter(patched, "image", tmp_path)
+
+
+# --- experts and routers with biases
+
+
+@pytest.mark.parametrize("init", [2, "mean", "random"])
+def test_biases_start_as_those_of_what_is_copied(init):
+    extender = ExpertExtender(make_family("gpt_oss"))
+    extender.extend([0], 2, init=init)
+    extender.extend([0], 1, init=4 if init == 2 else init)  # copies a copy
+    parts = extender.patched.moe_layers[0]
+    base = {
+        "gate_up_bias": parts.experts.gate_up_proj_bias,
+        "down_bias": parts.experts.down_proj_bias,
+        "router_bias": parts.router.bias,
+    }
+    rows = {2: lambda bias: bias[2], "mean": lambda bias: bias.mean(0), "random": torch.zeros_like}
+    for module in parts.layer.modality_extension.values():
+        for name, bias in base.items():
+            added = getattr(module, name)
+            expected = rows[init](bias[0] if init == "random" else bias)
+            assert not added.requires_grad and torch.equal(added, expected.expand_as(added))
+
+
+def test_an_added_expert_with_biases_computes_as_its_source():
+    """Its biases are in both projections and its logit, and none of them trains."""
+    extender = ExpertExtender(make_family("gpt_oss"), backend="reference")
+    extender.extend([0], 1, init=2, calibration=None)
+    parts = extender.patched.moe_layers[0]
+    rows, context = torch.randn(6, 32), parts.router.__dict__["_modality_context"]
+
+    def on_images(module, *args):
+        with context.running(torch.ones(1, 6, dtype=torch.int64)):
+            return module(rows, *args)
+
+    def chosen(expert):
+        return on_images(parts.experts, torch.full((6, 1), expert), torch.ones(6, 1))
+
+    logits = on_images(parts.router)[0]
+    assert relative_rms(logits[:, 4], logits[:, 2]) < 1e-6
+    assert relative_rms(chosen(4), chosen(2)) < 1e-6
+    parts.layer.modality_extension.requires_grad_(True)  # the kernels take biases as constants
+    chosen(4).sum().backward()
+    module = parts.layer.modality_extension["0"]
+    assert module.down_proj.grad.any() and module.down_bias.grad is None
+
+
+def test_biases_of_added_experts_are_saved(tmp_path):
+    extender, ids = ExpertExtender(make_family("gpt_oss")), token_ids(2, 12)
+    extender.extend("all", 2, init=0)
+    randomise(extender.patched)
+    for name, parameter in named_adapter_parameters(extender.model):
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    image = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = extender.model(ids, modality_ids=image).logits
+    extender.patched.save_adapter(tmp_path)
+    loaded = patch_model(make_family("gpt_oss"), ModalityLoraConfig.from_adapter(tmp_path))
+    loaded.load_adapter(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids, modality_ids=image).logits, expected)
+    added = [p for n, p in named_adapter_parameters(loaded.model) if n.endswith("bias")]
+    assert len(added) == 6 and not any(p.requires_grad for p in added)
