@@ -80,11 +80,13 @@ _known: WeakKeyDictionary[nn.Module, tuple[tuple, int]] = WeakKeyDictionary()
 
 def problems(experts: nn.Module) -> list[str]:
     """List the properties of an experts module that the kernels do not compute."""
-    reasons = [
-        f"no attribute {name!r} (not built for transformers' experts)"
-        for name in _LAYOUT
-        if getattr(experts, name, None) is None
-    ]
+    reasons = []
+    if missing := [name for name in _LAYOUT if getattr(experts, name, None) is None]:
+        reasons.append(
+            f"{type(experts).__name__} is not built on transformers' interface of experts (no "
+            f"{', '.join(missing)}), through which the kernels are called: docs/families.md lists "
+            "classes that are"
+        )
     reasons += [meaning for name, meaning in _REFUSED.items() if getattr(experts, name, False)]
     if sharding.spread_without_mask(experts):
         reasons.append(sharding.NO_MASK)

@@ -369,7 +369,8 @@ def _layer_problems(parts: LayerParts, targets: tuple[str, ...], find: RoutingFi
         reasons += experts.expert_problems(parts.experts)
         if len(several := all_experts(parts.layer)) > 1:
             reasons.append(
-                f"several modules of experts ({', '.join(several)}), each for some of the tokens"
+                f"several modules of experts ({', '.join(several)}), each for some of the tokens: "
+                "only layers with one can be patched"
             )
         if "router" in targets and (problem := routers.problem(parts, find)):
             reasons.append(f'{problem} (leave "router" out of target_modules)')

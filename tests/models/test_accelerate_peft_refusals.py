@@ -9,6 +9,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from support.families import make_family
 from support.model_zoo import make_model, unchanged
 from support.peft_models import EXPERTS, IDS, experts_of, lora_config, make_pair, make_peft
 from torch import nn
@@ -18,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from moe_kernels import ModalityLoraConfig, accelerate_peft, get_accelerated, patch_model
 from moe_kernels.models import sharding
+from moe_kernels.models.parts import find_experts, up_name
 
 
 def refused(model, match, error=ValueError, **settings):
@@ -94,6 +96,24 @@ BY_LAYOUT = pytest.mark.parametrize(
         ("_is_expert_parallel", True, "expert parallelism"),
     ],
 )
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        (
+            "gpt_oss",
+            "interleaved gate and up rows; .*transposed expert weights; .*expert biases; "
+            r".*activation clamped_swiglu \(only SiLU\)",
+        ),
+        ("nemotron_h", r"experts without a gate; .*activation relu_squared \(only SiLU\)"),
+    ],
+)
+def test_layouts_that_only_patch_model_takes(family, match):
+    experts = find_experts(model := make_family(family))
+    names = [f"experts.{up_name(experts)}", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=names)
+    refused(get_peft_model(model, config), f"cannot be computed: .*experts: .*{match}")
 
 
 @BY_LAYOUT

@@ -14,7 +14,6 @@ from support.model_zoo import (
     assert_same_snapshot,
     fill,
     make_model,
-    make_other,
     randomise,
     refused,
     snapshot,
@@ -463,7 +462,7 @@ def test_saved_loaded_copied_and_undone(family, tmp_path):
 
 def groups(family, **settings):
     """Return a model and a layer whose router corrects its choice, and limits it to groups."""
-    model = make_other(family, n_routed_experts=8, num_experts_per_tok=3, **settings)
+    model = make_family(family, n_routed_experts=8, num_experts_per_tok=3, **settings)
     parts = parts_of(model.model.layers[1])
     if (bias := getattr(parts.router, "e_score_correction_bias", None)) is not None:
         nn.init.normal_(bias, std=0.3)
@@ -478,7 +477,38 @@ LIMITED = {
     "deepseek_v2": (
         GROUPED | {"topk_method": "group_limited_greedy"}, Groups(4, 2, False, 0.0), "softmax",
     ),
+    "mistral4": (GROUPED, Groups(4, 2, True, 0.0), "softmax"),
 }  # fmt: skip
+
+
+def zeros_outside(self, hidden_states):
+    """Route as earlier versions of DeepSeek-V3: experts of other groups have zero, not -inf."""
+    logits = F.linear(hidden_states.float(), self.weight.float())
+    scores = logits.sigmoid()
+    choice = scores + self.e_score_correction_bias
+    grouped = choice.view(len(choice), self.num_group, -1)
+    groups = grouped.topk(2, dim=-1)[0].sum(-1).topk(self.topk_group, dim=-1)[1]
+    inside = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, groups, True)
+    choice = grouped.masked_fill(~inside[..., None], 0.0).flatten(1)
+    indices = choice.topk(self.top_k, dim=-1, sorted=False)[1]
+    chosen = scores.gather(1, indices)
+    chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + 1e-20)
+    return logits, chosen * self.routed_scaling_factor, indices
+
+
+def test_zeros_for_experts_of_other_groups():
+    """A correction below zero lets a token choose an expert outside of its groups."""
+    model, parts = groups("deepseek_v3", **GROUPED)
+    replace_class_forward(parts.router, zeros_outside)
+    nn.init.normal_(parts.router.e_score_correction_bias, mean=-1.0)
+    found = find_routing(parts.router)
+    assert found.groups == Groups(4, 2, True, 0.0)
+    logits, *expected = parts.router(2 * torch.randn(200, 32))
+    bias = parts.router.e_score_correction_bias
+    for ours, theirs in zip(route(logits, found, bias=bias), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    limited = dataclasses.replace(found, groups=Groups(4, 2, True, -torch.inf))
+    assert not torch.equal(route(logits, limited, bias=bias)[1], expected[1])
 
 
 @pytest.mark.parametrize("family", LIMITED)

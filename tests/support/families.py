@@ -415,11 +415,16 @@ def classes_of_transformers() -> set[str]:
     return {name for page in pages for name in pattern.findall(page.read_text())}
 
 
-def make_family(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Make the tiny model of a family, in eval mode; it always has the same weights."""
+def make_family(name: str, *, dtype: torch.dtype = torch.float32, **settings) -> PreTrainedModel:
+    """Make the tiny model of a family, in eval mode; it always has the same weights.
+
+    ``settings`` of the configuration go before those of the family.
+    """
     family = FAMILIES[name]
     torch.manual_seed(0)
-    model = family.model_class(_sized(family.model_class.config_class, family.settings, TEXT))
+    model = family.model_class(
+        _sized(family.model_class.config_class, family.settings | settings, TEXT)
+    )
     _randomise(model, family.experts)
     model.set_experts_implementation("eager")
     return model.to(dtype).eval()
