@@ -24,7 +24,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const std::optional<at::Tensor>& gate_up_lora_B,
     const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
-    const std::optional<at::Tensor>& gate_up_bias, std::string_view act, bool gated, double alpha,
+    const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
+    std::string_view act, bool gated, double alpha,
     double limit, double shift, bool interleaved, int64_t num_modalities, bool save_for_backward);
 
 // dispatch and moe_mlp_forward in one call, for tensors of any layout, keeping nothing for a
@@ -39,7 +41,9 @@ at::Tensor moe_mlp_inference(
     const std::optional<at::Tensor>& gate_up_lora_B,
     const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
-    const std::optional<at::Tensor>& gate_up_bias, std::string_view act, bool gated, double alpha,
+    const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
+    std::string_view act, bool gated, double alpha,
     double limit, double shift, bool interleaved);
 
 // needs: hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_lora_A,
@@ -55,7 +59,9 @@ std::vector<at::Tensor> moe_mlp_backward(
     const std::optional<at::Tensor>& gate_up_lora_B,
     const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
-    const std::optional<at::Tensor>& gate_up_bias, std::string_view act, bool gated, double alpha,
+    const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
+    std::string_view act, bool gated, double alpha,
     double limit, double shift, bool interleaved, const at::Tensor& pre_act, const at::Tensor& u1,
     const at::Tensor& u2, int64_t num_modalities, const c10::List<bool>& needs,
     int64_t frozen_extra);

@@ -32,23 +32,23 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj, Tensor? extra_gate_up_proj,"
       " Tensor? extra_down_proj, Tensor? gate_up_lora_A, Tensor? gate_up_lora_B,"
       " Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B, Tensor? down_scaling,"
-      " Tensor? gate_up_bias, str act, bool gated, float alpha, float limit, float shift,"
-      " bool interleaved, int num_modalities, bool save_for_backward)"
+      " Tensor? gate_up_bias, Tensor? gate_up_scales, Tensor? down_scales, str act, bool gated,"
+      " float alpha, float limit, float shift, bool interleaved, int num_modalities, bool save_for_backward)"
       " -> (Tensor out, Tensor pre_act, Tensor u1, Tensor u2)");
   m.def(
       "moe_mlp_inference(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights,"
       " Tensor gate_up_proj, Tensor down_proj, Tensor? modality_ids, Tensor? extra_gate_up_proj,"
       " Tensor? extra_down_proj, Tensor? gate_up_lora_A, Tensor? gate_up_lora_B,"
       " Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B, Tensor? down_scaling,"
-      " Tensor? gate_up_bias, str act, bool gated, float alpha, float limit, float shift,"
-      " bool interleaved) -> Tensor out");
+      " Tensor? gate_up_bias, Tensor? gate_up_scales, Tensor? down_scales, str act, bool gated,"
+      " float alpha, float limit, float shift, bool interleaved) -> Tensor out");
   m.def(
       "moe_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor perm,"
       " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj,"
       " Tensor? extra_gate_up_proj, Tensor? extra_down_proj, Tensor? gate_up_lora_A,"
       " Tensor? gate_up_lora_B, Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B,"
-      " Tensor? down_scaling, Tensor? gate_up_bias, str act, bool gated, float alpha, float limit,"
-      " float shift, bool interleaved, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
+      " Tensor? down_scaling, Tensor? gate_up_bias, Tensor? gate_up_scales, Tensor? down_scales,"
+      " str act, bool gated, float alpha, float limit, float shift, bool interleaved, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
       " bool[] needs, int frozen_extra=0) -> Tensor[]");
   m.def(
       "dispatch_with_maps(Tensor topk_ids, int num_experts, Tensor? modality_ids,"

@@ -43,12 +43,17 @@ def test_public_names():
     assert set(moe_kernels.ops.__all__) == {
         "Activation",
         "Dispatch",
+        "Fp8Weights",
         "LinearDispatch",
         "LoraWeights",
+        "Nf4Weights",
+        "PackedWeights",
         "dispatch",
         "linear_dispatch",
         "lora_linear",
         "moe_mlp",
+        "quantise_fp8",
+        "quantise_nf4",
     }
 
 

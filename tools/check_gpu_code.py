@@ -61,6 +61,9 @@ FORMS = (
     {"ACT": "clamped_swiglu", "ORDER": "interleaved", "STORED_TRANSPOSED": True},
     {"ACT": "relu_squared", "ORDER": "alone", "STORED_TRANSPOSED": False},
 )
+# How a frozen stack is packed.
+NOT_PACKED = {"scales_ptr": None, "codes_ptr": None, "PACKING": "none", "SCALE_BLOCK": 1}
+PACKED = ({"PACKING": "nf4", "SCALE_BLOCK": 64}, {"PACKING": "fp8", "SCALE_BLOCK": 128})
 # HMMA and HGMMA, but not HFMA2.MMA, with which sm_90 moves constants.
 _MATRIX = re.compile(r"(?<![.\w])HG?MMA\b")
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -70,7 +73,8 @@ _POINTERS = dict.fromkeys(
      "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr"), "i64",
 ) | dict.fromkeys(
     ("scaling_ptr", "factors_ptr", "du_ptr", "dots_ptr", "du_parts_ptr", "partial_ptr",
-     "parts_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr", "matrix_ptr"), "fp32",
+     "parts_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr", "matrix_ptr", "scales_ptr", "codes_ptr"),
+    "fp32",
 )  # fmt: skip
 _SCALARS = dict.fromkeys(("alpha", "limit", "shift"), "fp32")
 _MULTIPLES = (
@@ -134,9 +138,12 @@ class Kernel:
 def kernels(tiles: Tiles, rank: int, dtype: str, arch: int) -> Iterator[Kernel]:
     """Yield every kernel that is launched for these tiles and this rank (0: no adapters)."""
     torch_dtype = DTYPES[dtype]
+    if tiles in dict(built_in(torch_dtype, arch, packed=True)).values():
+        yield from _packed_kernels(tiles, rank)
+        return
     by_engine = [False, True] if arch >= 90 and dtype != "fp32" else [False]
-    stacks = [{"HAS_EXTRA": True, "TMA": False}] + [
-        {"HAS_EXTRA": False, "TMA": tma} for tma in by_engine
+    stacks = [{"HAS_EXTRA": True, "TMA": False} | NOT_PACKED] + [
+        {"HAS_EXTRA": False, "TMA": tma} | NOT_PACKED for tma in by_engine
     ]
     for stack in stacks:
         yield from _expert_kernels(tiles, rank, stack)
@@ -166,6 +173,21 @@ def _expert_kernels(tiles: Tiles, rank: int, stack: dict[str, bool]) -> Iterator
     for known in ({"num_modalities": 1}, {}) if rank else ({},):
         for transposed in (True, False):
             rows = common | known | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
+            unit = {"stride_vr" if transposed else "stride_vn": 1} if rank else {}
+            yield Kernel(moe_mlp.grouped_gemm_kernel, rows | unit, **run)
+
+
+def _packed_kernels(tiles: Tiles, rank: int) -> Iterator[Kernel]:
+    """Yield the GEMMs of SwiGLU that unpack their weights, with added experts as without."""
+    run = {"warps": tiles.warps, "stages": tiles.stages, "pointers": {"w": "u8"}}
+    for form, extra in itertools.product(PACKED, (True, False)):
+        common = {
+            "BLOCK_M": tiles.m, "BLOCK_K": tiles.k, "GROUP_M": tiles.group, "RANK": rank,
+            "BLOCK_R": launches.STEP_R, "HAS_EXTRA": extra, "TMA": False, **form,
+        }  # fmt: skip
+        yield from _gated_kernels(tiles, rank, common | FORMS[0], run)
+        for transposed in (True, False):
+            rows = common | {"BLOCK_N": tiles.n, "TRANSPOSED": transposed}
             unit = {"stride_vr" if transposed else "stride_vn": 1} if rank else {}
             yield Kernel(moe_mlp.grouped_gemm_kernel, rows | unit, **run)
 
@@ -400,7 +422,8 @@ def check_triton(args: argparse.Namespace) -> int:
     """Print a row for each Triton kernel, and return the number of kernels with faults."""
     jobs = {}
     for arch, dtype, rank in itertools.product(args.arch, args.dtype, args.rank):
-        for _, tiles in built_in(DTYPES[dtype], arch):
+        usual, packed = (built_in(DTYPES[dtype], arch, packed=packed) for packed in (False, True))
+        for _, tiles in (*usual, *packed):
             for index, kernel in enumerate(kernels(tiles, rank, dtype, arch)):
                 key = (arch, dtype, kernel.function.__name__, *sorted(kernel.constants.items()))
                 jobs[key] = (arch, dtype, rank, tiles, index)

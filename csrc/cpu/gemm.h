@@ -80,6 +80,9 @@ struct Kernels {
   void (*tile_direct)(int m, int64_t K, const scalar_t* const* rows, const scalar_t* w, int64_t ld,
                       int64_t n, const scalar_t* next, acc_t* c, int64_t ldc);
 
+  // dst (n,) = scalar_t(scale * value) of packed weights: codes of NF4, n even, or float8_e4m3fn.
+  void (*unpack_nf4)(const uint8_t* codes, float scale, scalar_t* dst, int64_t n);
+  void (*unpack_fp8)(const uint8_t* stored, float scale, scalar_t* dst, int64_t n);
   // dst = scalar_t(scale * src) and back.
   void (*store)(const acc_t* src, acc_t scale, scalar_t* dst, int64_t n);
   void (*load)(const scalar_t* src, acc_t scale, acc_t* dst, int64_t n);

@@ -19,6 +19,7 @@ namespace {
 
 #include "simd/lanes.h"
 #include "simd/pack.h"
+#include "simd/unpack.h"
 #include "simd/elementwise.h"
 #include "simd/activation.h"
 #include "simd/multiply.h"
@@ -38,6 +39,8 @@ constexpr Kernels<scalar_t> generic_table() {
   table.tile = &tile<scalar_t>;
   table.tile_kmajor = &tile_kmajor<acc_t>;
   table.tile_direct = &tile_direct<scalar_t>;
+  table.unpack_nf4 = &unpack_nf4<scalar_t>;
+  table.unpack_fp8 = &unpack_fp8<scalar_t>;
   table.store = &store_scaled<scalar_t>;
   table.load = &load_scaled<scalar_t>;
   table.add_rows = &add_rows<acc_t>;

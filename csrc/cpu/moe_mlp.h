@@ -35,6 +35,25 @@ struct ExpertForm {
 ExpertForm expert_form(std::string_view act, bool gated, double alpha, double limit, double shift,
                        bool interleaved);
 
+// What a frozen stack's dtype says of how it is stored.
+inline Packing packing_of(const at::Tensor& stack) {
+  if (stack.scalar_type() == at::kByte) return Packing::nf4;
+  return stack.scalar_type() == at::kFloat8_e4m3fn ? Packing::fp8 : Packing::none;
+}
+
+// Columns of the weights of a frozen stack (E, rows, columns).
+inline int64_t columns_of(const at::Tensor& stack) {
+  return stack.size(2) * (packing_of(stack) == Packing::nf4 ? 2 : 1);
+}
+
+// The power of two that is the number of weights with one scale. Several fit where one scale is
+// all, and then any does.
+inline int64_t nf4_block(int64_t weights, int64_t scales) {
+  int64_t block = 2;
+  while ((weights + block - 1) / block > scales) block *= 2;
+  return block;
+}
+
 struct MoeMlpInputs {
   const at::Tensor& hidden_states;
   const at::Tensor& topk_weights;
@@ -47,6 +66,8 @@ struct MoeMlpInputs {
   LoraTensors gate_up;
   LoraTensors down;
   const OptionalTensor& gate_up_bias;
+  const OptionalTensor& gate_up_scales;
+  const OptionalTensor& down_scales;
   ExpertForm form;
   int64_t num_modalities;
 
@@ -65,7 +86,7 @@ struct MoeMlpSizes {
       : tokens(in.hidden_states.size(0)),
         top_k(in.topk_weights.size(1)),
         hidden(in.hidden_states.size(1)),
-        inter(in.down_proj.size(2)),
+        inter(columns_of(in.down_proj)),
         width(in.gate_up_proj.size(1)),
         experts(in.gate_up_proj.size(0)),
         extra(in.extra_gate_up_proj ? in.extra_gate_up_proj->size(0) : 0),
@@ -80,14 +101,37 @@ struct ExpertStack {
   const scalar_t* extra;
   int64_t num_base, rows, columns;
   bool stored_transposed;
+  PackedStack packed;  // in place of base
 
-  Matrix<scalar_t> matrix(int64_t expert, bool transposed) const {
+  bool is_packed() const { return packed.packing != Packing::none; }
+  ExpertMatrix<scalar_t> matrix(int64_t expert, bool transposed) const {
+    if (is_packed() && expert < num_base) {
+      return {{nullptr, columns, transposed}, &packed, expert};
+    }
     const scalar_t* from = expert < num_base ? base : extra;
     const int64_t index = expert < num_base ? expert : expert - num_base;
-    return {from + index * rows * columns, stored_transposed ? rows : columns,
-            transposed != stored_transposed};
+    return {{from + index * rows * columns, stored_transposed ? rows : columns,
+             transposed != stored_transposed}};
   }
 };
+
+// A frozen stack of E matrices (rows, columns) and the experts added to it.
+template <typename scalar_t>
+ExpertStack<scalar_t> expert_stack(const at::Tensor& stack, const OptionalTensor& extra,
+                                   const OptionalTensor& scales) {
+  const int64_t experts = stack.size(0), rows = stack.size(1), columns = columns_of(stack);
+  const scalar_t* added = extra ? extra->const_data_ptr<scalar_t>() : nullptr;
+  const Packing packing = packing_of(stack);
+  if (packing == Packing::none) {
+    return {stack.const_data_ptr<scalar_t>(), added, experts, rows, columns, is_transposed(stack),
+            {}};
+  }
+  const int64_t block =
+      packing == Packing::nf4 ? nf4_block(experts * rows * columns, scales->numel()) : 0;
+  return {nullptr, added, experts, rows, columns, false,
+          {packing, static_cast<const uint8_t*>(stack.const_data_ptr()),
+           scales->const_data_ptr<float>(), rows, columns, block}};
+}
 
 // first[i] = pairs[2 i], second[i] = pairs[2 i + 1], for n of each.
 template <typename T>
@@ -127,12 +171,9 @@ struct MoeMlp {
         perm(in.perm.const_data_ptr<int64_t>()),
         order{perm, size.top_k, size.tokens},
         hidden(in.hidden_states.const_data_ptr<scalar_t>()),
-        gate_up_proj{in.gate_up_proj.const_data_ptr<scalar_t>(),
-                     data_or_null<scalar_t>(in.extra_gate_up_proj), size.experts, size.width,
-                     size.hidden, is_transposed(in.gate_up_proj)},
-        down_proj{in.down_proj.const_data_ptr<scalar_t>(),
-                  data_or_null<scalar_t>(in.extra_down_proj), size.experts, size.hidden,
-                  size.inter, is_transposed(in.down_proj)},
+        gate_up_proj(
+            expert_stack<scalar_t>(in.gate_up_proj, in.extra_gate_up_proj, in.gate_up_scales)),
+        down_proj(expert_stack<scalar_t>(in.down_proj, in.extra_down_proj, in.down_scales)),
         gate_up_bias(data_or_null<scalar_t>(in.gate_up_bias)),
         form(in.form),
         gate_up_lora(view(in.gate_up, size.hidden, size.width)),

@@ -140,7 +140,8 @@ class Backward {
       extension = mlp_.down_lora.extension(scaled_du2_.template const_data_ptr<scalar_t>(),
                                            mlp_.down_lora.A);
     }
-    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, act_plan_, extension};
+    const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, act_plan_, extension,
+                                          /*direct=*/false, mlp_.down_proj.is_packed()};
     expert_products<scalar_t>(
         product, act_rows_, [&](int64_t p) { return grad_row(p); },
         [&](int64_t e) { return mlp_.down_proj.matrix(e, false); },
@@ -217,7 +218,8 @@ class Backward {
                                               mlp_.gate_up_lora.A);
     }
     const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(H, width), 1);
-    const ExpertProduct<scalar_t> product{mlp_.segments, width, plan, extension};
+    const ExpertProduct<scalar_t> product{mlp_.segments, width, plan, extension,
+                                          /*direct=*/false, mlp_.gate_up_proj.is_packed()};
     combined_products<scalar_t>(
         product, mlp_.order, [&](int64_t p) { return dpre_ + p * width; },
         [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, false); },
@@ -406,7 +408,8 @@ std::vector<at::Tensor> moe_mlp_backward(
     const OptionalTensor& gate_up_lora_A, const OptionalTensor& gate_up_lora_B,
     const OptionalTensor& gate_up_scaling, const OptionalTensor& down_lora_A,
     const OptionalTensor& down_lora_B, const OptionalTensor& down_scaling,
-    const OptionalTensor& gate_up_bias, std::string_view act, bool gated, double alpha,
+    const OptionalTensor& gate_up_bias, const OptionalTensor& gate_up_scales,
+    const OptionalTensor& down_scales, std::string_view act, bool gated, double alpha,
     double limit, double shift, bool interleaved, const at::Tensor& pre_act, const at::Tensor& u1,
     const at::Tensor& u2, int64_t num_modalities, const c10::List<bool>& needs,
     int64_t frozen_extra) {
@@ -421,6 +424,8 @@ std::vector<at::Tensor> moe_mlp_backward(
                             {gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up"},
                             {down_lora_A, down_lora_B, down_scaling, "down"},
                             gate_up_bias,
+                            gate_up_scales,
+                            down_scales,
                             expert_form(act, gated, alpha, limit, shift, interleaved),
                             num_modalities};
   inputs.check();

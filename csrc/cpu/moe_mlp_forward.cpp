@@ -92,7 +92,8 @@ class Forward {
         occupying_threads(column_plan<scalar_t>(size_.width, size_.hidden, mlp_.form.paired()),
                           static_cast<int64_t>(blocks_.size()));
     const ExpertProduct<scalar_t> product{mlp_.segments, size_.hidden, plan, extension,
-                                          direct(mlp_.gate_up_proj)};
+                                          direct(mlp_.gate_up_proj),
+                                          mlp_.gate_up_proj.is_packed()};
     expert_products<scalar_t>(
         product, blocks_, row, [&](int64_t e) { return mlp_.gate_up_proj.matrix(e, true); },
         [&](int64_t expert, int64_t p, int m, int64_t, const ItemColumns& columns, acc_t* c,
@@ -150,7 +151,7 @@ class Forward {
     }
     const ColumnPlan plan = occupying_threads(column_plan<scalar_t>(size_.hidden, size_.inter), 1);
     const ExpertProduct<scalar_t> product{mlp_.segments, size_.inter, plan, extension,
-                                          direct(mlp_.down_proj)};
+                                          direct(mlp_.down_proj), mlp_.down_proj.is_packed()};
     combined_products<scalar_t>(
         product, mlp_.order, row, [&](int64_t e) { return mlp_.down_proj.matrix(e, true); },
         [&](int64_t p) { return mlp_.weight(p); }, out_.mutable_data_ptr<scalar_t>());
@@ -202,7 +203,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
     const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
     const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
-    const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias, std::string_view act,
+    const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias,
+    const OptionalTensor& gate_up_scales, const OptionalTensor& down_scales, std::string_view act,
     bool gated, double alpha, double limit, double shift, bool interleaved, int64_t num_modalities,
     bool save_for_backward) {
   const MoeMlpInputs inputs{hidden_states,
@@ -216,6 +218,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
                             {gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up"},
                             {down_lora_A, down_lora_B, down_scaling, "down"},
                             gate_up_bias,
+                            gate_up_scales,
+                            down_scales,
                             expert_form(act, gated, alpha, limit, shift, interleaved),
                             num_modalities};
   inputs.check();
@@ -231,10 +235,11 @@ at::Tensor moe_mlp_inference(
     const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
     const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
     const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
-    const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias, std::string_view act,
+    const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias,
+    const OptionalTensor& gate_up_scales, const OptionalTensor& down_scales, std::string_view act,
     bool gated, double alpha, double limit, double shift, bool interleaved) {
   check_compute_dtype(hidden_states, "hidden_states");
-  check_compute_dtype(gate_up_proj, "gate_up_proj");
+  if (!gate_up_scales) check_compute_dtype(gate_up_proj, "gate_up_proj");
   if (extra_gate_up_proj) check_compute_dtype(*extra_gate_up_proj, "extra_gate_up_proj");
   if (extra_down_proj) check_compute_dtype(*extra_down_proj, "extra_down_proj");
   check_shape(topk_weights, "topk_weights", {-1, -1});
@@ -243,7 +248,7 @@ at::Tensor moe_mlp_inference(
   check_shape(down_proj, "down_proj", {-1, -1, -1});
   if (extra_gate_up_proj) check_shape(*extra_gate_up_proj, "extra_gate_up_proj", {-1, -1, -1});
   if (extra_down_proj) check_shape(*extra_down_proj, "extra_down_proj", {-1, -1, -1});
-  const at::ScalarType dtype = gate_up_proj.scalar_type();
+  const at::ScalarType dtype = (gate_up_scales ? hidden_states : gate_up_proj).scalar_type();
   const bool transposed_up = is_transposed(gate_up_proj);
   const bool transposed_down = is_transposed(down_proj);
   const int64_t num_modalities = modalities_of(gate_up_lora_A, down_lora_A);
@@ -260,7 +265,8 @@ at::Tensor moe_mlp_inference(
       in_layout(extra_down_proj, transposed_down, dtype),
       contiguous(gate_up_lora_A), contiguous(gate_up_lora_B),
       contiguous(gate_up_scaling, at::kFloat), contiguous(down_lora_A), contiguous(down_lora_B),
-      contiguous(down_scaling, at::kFloat), contiguous(gate_up_bias), act, gated, alpha, limit,
+      contiguous(down_scaling, at::kFloat), contiguous(gate_up_bias),
+      contiguous(gate_up_scales), contiguous(down_scales), act, gated, alpha, limit,
       shift, interleaved, num_modalities, /*save_for_backward=*/false));
 }
 

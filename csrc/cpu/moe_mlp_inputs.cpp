@@ -21,6 +21,33 @@ void check_lora(const LoraTensors& lora, at::ScalarType dtype, int64_t num_modal
   check_tensor(*lora.scaling, scaling.c_str(), at::kFloat, {num_modalities});
 }
 
+// A frozen stack of E matrices (rows, columns), which is packed where it has scales.
+void check_base(const at::Tensor& stack, const std::string& name, const OptionalTensor& scales,
+                at::ScalarType dtype, int64_t rows, int64_t columns, bool transposed) {
+  const Packing packing = packing_of(stack);
+  const std::string scales_name = name + "_scales";
+  TORCH_CHECK((packing == Packing::none) != scales.has_value(), scales_name,
+              " must be given for a packed stack and for no other");
+  const int64_t E = stack.size(0);
+  if (packing == Packing::none) {
+    check_stack(stack, name.c_str(), dtype, {E, rows, columns}, transposed);
+  } else if (packing == Packing::nf4) {
+    TORCH_CHECK(columns % 2 == 0, name, " must have rows of whole bytes, has ", columns, " codes");
+    check_tensor(stack, name.c_str(), at::kByte, {E, rows, columns / 2});
+    check_tensor(*scales, scales_name.c_str(), at::kFloat, {-1});
+    const int64_t weights = E * rows * columns, given = scales->numel();
+    TORCH_CHECK(given >= 1, scales_name, " must not be empty");
+    const int64_t block = nf4_block(weights, given);
+    TORCH_CHECK((weights + block - 1) / block == given, scales_name,
+                " must have a scale for each block of a power of two, but has ", given, " for ",
+                weights, " weights");
+  } else {
+    const auto blocks = [](int64_t size) { return (size + kFp8Block - 1) / kFp8Block; };
+    check_tensor(stack, name.c_str(), at::kFloat8_e4m3fn, {E, rows, columns});
+    check_tensor(*scales, scales_name.c_str(), at::kFloat, {E, blocks(rows), blocks(columns)});
+  }
+}
+
 }  // namespace
 
 ExpertForm expert_form(std::string_view act, bool gated, double alpha, double limit, double shift,
@@ -54,12 +81,15 @@ void MoeMlpInputs::check() const {
 
   const bool transposed_up = is_transposed(gate_up_proj);
   const bool transposed_down = is_transposed(down_proj);
-  check_stack(gate_up_proj, "gate_up_proj", dtype, {-1, -1, H}, transposed_up);
+  check_shape(gate_up_proj, "gate_up_proj", {-1, -1, -1});
+  check_shape(down_proj, "down_proj", {gate_up_proj.size(0), -1, -1});
+  check_base(gate_up_proj, "gate_up_proj", gate_up_scales, dtype, gate_up_proj.size(1), H,
+             transposed_up);
   const int64_t E = gate_up_proj.size(0), N = gate_up_proj.size(1), I = N / form.factor();
   TORCH_CHECK(E >= 1 && I >= 1 && H >= 1 && N % form.factor() == 0,
               "gate_up_proj must be (experts, ", form.act.gated ? "2 * " : "",
               "intermediate, hidden), none of them 0, is ", gate_up_proj.sizes());
-  check_stack(down_proj, "down_proj", dtype, {E, H, I}, transposed_down);
+  check_base(down_proj, "down_proj", down_scales, dtype, H, I, transposed_down);
   check_together(extra_gate_up_proj, "extra_gate_up_proj", extra_down_proj, "extra_down_proj");
   const int64_t X = extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0;
   if (extra_gate_up_proj) {

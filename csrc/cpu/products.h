@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "packed.h"
 #include "parallel.h"
 #include "segments.h"
 
@@ -42,6 +43,41 @@ struct Matrix {
     } else {
       kernels<scalar_t>().pack(data + column, ld, n, K, nv, panel);
     }
+  }
+};
+
+// Depth of a piece of a packed weight's transpose that is unpacked at once: with the columns of a
+// panel it leaves most of a second-level cache to the rest. Even, for the pairs of bf16.
+constexpr int64_t kUnpackDepth = 512;
+
+// An expert's weight as operand B, which may be packed.
+template <typename scalar_t>
+struct ExpertMatrix {
+  Matrix<scalar_t> plain;  // of a packed weight `transposed` alone is meant
+  const PackedStack* packed = nullptr;
+  int64_t expert = 0;
+
+  // Rows of B to pack for all panels before the next ones.
+  int64_t step(int64_t K) const {
+    if (!plain.transposed) return kPackRows;
+    return packed ? kUnpackDepth : K;
+  }
+
+  // Returns columns [column, column + n) of rows [k, k + depth); scratch: n * depth elements, where
+  // it is packed.
+  Matrix<scalar_t> part(int64_t column, int64_t n, int64_t k, int64_t depth,
+                        scalar_t* scratch) const {
+    const bool transposed = plain.transposed;
+    if (!packed) {
+      const Matrix<scalar_t> rows = plain.rows_from(k);
+      return {rows.data + column * (transposed ? plain.ld : 1), plain.ld, transposed};
+    }
+    if (transposed) {
+      packed->unpack(expert, column, n, k, depth, scratch);
+      return {scratch, depth, true};
+    }
+    packed->unpack(expert, k, depth, column, n, scratch);
+    return {scratch, n, false};
   }
 };
 
@@ -301,7 +337,8 @@ struct ExpertProduct {
   int64_t K;
   ColumnPlan plan;
   Extension<scalar_t> extension;
-  bool direct = false;  // read the weights unpacked; they must be transposed
+  bool direct = false;  // do not pack the weights into panels; they must be transposed
+  bool packed = false;  // they are stored packed
 
   int64_t max_depth() const { return std::max(K, extension.rank); }
 };
@@ -313,25 +350,31 @@ class ItemPanels {
   ItemPanels(Scratch& scratch, const ExpertProduct<scalar_t>& product)
       : product_(product),
         panels_(product.plan.panels),
-        base_(scratch.take<char>(product.direct ? 0 : panels_ * panel_bytes(product.K))),
+        base_(scratch.take<char>(base_bytes(product))),
+        unpacked_(scratch.take<scalar_t>(unpacked_elements(product))),
         low_rank_(scratch.take<char>(product.segments.num_modalities * panels_ *
                                      panel_bytes(product.extension.rank))),
         narrowed_(scratch.take<scalar_t>(product.plan.width * product.extension.rank)) {}
 
   static int64_t bytes(const ExpertProduct<scalar_t>& product) {
     const int64_t panels = product.plan.panels, rank = product.extension.rank;
-    return Scratch::bytes<char>(product.direct ? 0 : panels * panel_bytes(product.K)) +
+    return Scratch::bytes<char>(base_bytes(product)) +
+           Scratch::bytes<scalar_t>(unpacked_elements(product)) +
            Scratch::bytes<char>(product.segments.num_modalities * panels * panel_bytes(rank)) +
            Scratch::bytes<scalar_t>(product.plan.width * rank);
   }
   static int64_t panel_bytes(int64_t K) { return kernels<scalar_t>().panel_bytes(K, 2); }
 
   // For rows of one expert.
-  void pack(const Matrix<scalar_t>& base, int64_t expert, RowRange rows,
+  void pack(const ExpertMatrix<scalar_t>& base, int64_t expert, RowRange rows,
             const ItemColumns& columns) {
     columns_ = columns;
-    weight_ = base;
-    if (!product_.direct) pack_base(base);
+    weight_ = base.plain;
+    if (!product_.direct) {
+      pack_base(base);
+    } else if (base.packed) {
+      unpack_base(base);
+    }
     if (!extended(expert)) return;
     const int64_t rank = product_.extension.rank;
     for (int64_t m = 1; m <= product_.segments.num_modalities; ++m) {
@@ -367,13 +410,33 @@ class ItemPanels {
   }
 
  private:
-  void pack_base(const Matrix<scalar_t>& base) {
-    const int64_t K = product_.K, step = base.transposed ? K : kPackRows;
+  // Panels, or the unpacked rows of a weight that is packed: they take no more room.
+  static int64_t base_bytes(const ExpertProduct<scalar_t>& product) {
+    if (product.direct && !product.packed) return 0;
+    return product.plan.panels * panel_bytes(product.K);
+  }
+  static int64_t unpacked_elements(const ExpertProduct<scalar_t>& product) {
+    return product.packed && !product.direct ? product.plan.width * kUnpackDepth : 0;
+  }
+  void pack_base(const ExpertMatrix<scalar_t>& base) {
+    const int64_t K = product_.K, step = base.step(K);
     for (int64_t k = 0; k < K; k += step) {
+      const int64_t depth = std::min(step, K - k);
       for (int64_t i = 0; i < columns_.num_panels; ++i) {
-        base.rows_from(k).pack(columns_.begin[i], columns_.size[i], std::min(step, K - k), 2,
-                               base_ + i * panel_bytes(K) + panel_bytes(k));
+        base.part(columns_.begin[i], columns_.size[i], k, depth, unpacked_)
+            .pack(0, columns_.size[i], depth, 2, base_ + i * panel_bytes(K) + panel_bytes(k));
       }
+    }
+  }
+  // Unpacks the item's rows of W side by side, and reads them there as if they were stored so.
+  void unpack_base(const ExpertMatrix<scalar_t>& base) {
+    const int64_t K = product_.K;
+    weight_ = {reinterpret_cast<scalar_t*>(base_), K, true};
+    for (int64_t i = 0; i < columns_.num_panels; ++i) {
+      const int64_t row = i * product_.plan.width;
+      base.part(columns_.begin[i], columns_.size[i], 0, K,
+                reinterpret_cast<scalar_t*>(base_) + row * K);
+      columns_.begin[i] = row;
     }
   }
   static RowRange overlap(RowRange a, RowRange b) {
@@ -389,6 +452,7 @@ class ItemPanels {
   const ExpertProduct<scalar_t>& product_;
   int64_t panels_;
   char* base_;
+  scalar_t* unpacked_;
   char* low_rank_;
   scalar_t* narrowed_;
   Matrix<scalar_t> weight_{};

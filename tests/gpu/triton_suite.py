@@ -23,7 +23,14 @@ from torch.utils.checkpoint import checkpoint
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels import tune
-from moe_kernels.ops import LoraWeights, lora_linear, moe_mlp, triton_launches
+from moe_kernels.ops import (
+    LoraWeights,
+    lora_linear,
+    moe_mlp,
+    quantise_fp8,
+    quantise_nf4,
+    triton_launches,
+)
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.dispatch import reference
 from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
@@ -83,6 +90,36 @@ def test_other_layouts_match_the_reference(layout, filled_memory):
     shape = Shape(T=9, K=2, E=2, H=21, I=19, r=3)
     variant = {"num_modalities": 2, "num_extra": 1} | made
     check(torch.float32, shape, seed=len(layout), options=options, **variant)
+
+
+@pytest.mark.parametrize(
+    ("pack", "dtype", "num_extra"),
+    [(quantise_nf4, torch.float16, 1), (quantise_fp8, torch.float32, 0)],
+)
+def test_bits_of_a_packed_base_are_those_of_the_unpacked_one(pack, dtype, num_extra, filled_memory):
+    """In both directions, in sizes that no block divides. By themselves the tiles differ."""
+    shape = Shape(T=5, K=2, E=2, H=150, I=18, r=3)
+    inputs = on_device(make_moe_inputs(shape, num_modalities=2, num_extra=num_extra).to(dtype))
+    packed = {name: pack(getattr(inputs, name)) for name in ("gate_up_proj", "down_proj")}
+    plain = {name: stack.dequantise() for name, stack in packed.items()}
+    grad_out = torch.randn_like(inputs.hidden_states)
+    with triton_tiles.force(triton_tiles.built_in(torch.float16, 0, packed=True)[-1][1]):
+        found = run(inputs._replace(**packed), "triton", grad_out)
+        expected = run(inputs._replace(**plain), "triton", grad_out)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "nemotron_h"])
+def test_bits_of_a_packed_base_in_another_layout(layout):
+    made, options = LAYOUTS[layout]
+    shape = Shape(T=9, K=2, E=2, H=22, I=18, r=3)
+    inputs = on_device(make_moe_inputs(shape, **made).to(torch.float32))
+    packed = inputs._replace(gate_up_proj=quantise_nf4(inputs.gate_up_proj))
+    plain = inputs._replace(gate_up_proj=packed.gate_up_proj.dequantise())
+    found = call(packed, "triton", **options)
+    with triton_tiles.force(triton_tiles.built_in(torch.float32, 0, packed=True)[-1][1]):
+        assert torch.equal(found, call(plain, "triton", **options))
 
 
 def test_text_rows_do_not_see_adapters_in_another_layout():
@@ -549,15 +586,15 @@ def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
     weight = torch.empty(shape.E, 2 * shape.I, shape.H, device=DEVICE)
     weights = ExpertWeights(weight, *[None] * 10)
     triton_tiles.forget_stored()
-    before = triton_tiles.choose_tiles(shape.T * shape.K, weights)
+    before = triton_tiles.choose_tiles(shape.T * shape.K, weights, dtype)
     best, seconds = tune.tune(shape, dtype, DEVICE, trials=1, limit=1)
     assert best == tune.candidates(shape.T * shape.K // shape.E, dtype)[0] != before
     assert seconds > 0
     tune.store(triton_tiles.key_of(weight), [(0, before), (100, best)])
-    assert triton_tiles.choose_tiles(0, weights) == before
-    assert triton_tiles.choose_tiles(100 * shape.E, weights) == best
+    assert triton_tiles.choose_tiles(0, weights, dtype) == before
+    assert triton_tiles.choose_tiles(100 * shape.E, weights, dtype) == best
     tune.store("another", [(0, best)])
-    assert triton_tiles.choose_tiles(0, weights) == before  # kept beside the new entry
+    assert triton_tiles.choose_tiles(0, weights, dtype) == before  # kept beside the new entry
     triton_tiles.forget_stored()
 
 

@@ -44,7 +44,7 @@ class Problem:
         perm, _, _, _, segment_offsets = self.dispatch()
         routed = (self.hidden_states, self.topk_weights, perm, segment_offsets)
         loras = (*self.gate_up_lora, *self.down_lora)
-        return [*routed, *self.experts, None, None, *loras, None, *SILU]
+        return [*routed, *self.experts, None, None, *loras, *[None] * 3, *SILU]
 
     def forward(self, save=True, num_modalities=1, arguments=None):
         arguments = self.arguments() if arguments is None else arguments
@@ -54,7 +54,7 @@ class Problem:
         routed = (self.hidden_states, self.topk_ids, self.topk_weights)
         loras = (*self.gate_up_lora, *self.down_lora)
         return _native.ops().moe_mlp_inference(
-            *routed, *self.experts, self.modality_ids, *extra, *loras, None, *SILU
+            *routed, *self.experts, self.modality_ids, *extra, *loras, *[None] * 3, *SILU
         )
 
     def backward(self, grad_out, needs=ALL_NEEDS, frozen_extra=0):
@@ -302,7 +302,7 @@ REFUSED = {
     "slots": (dict(topk_weights=torch.ones(8, 3)), r"perm must have shape \[24\]"),
     "hidden": (
         dict(hidden_states=torch.ones(8, 33)),
-        r"gate_up_proj must have shape \[-1, -1, 33\]",
+        r"gate_up_proj must have shape \[4, 32, 33\]",
     ),
     "mixed": (dict(hidden_states=torch.ones(8, 32).bfloat16()), "gate_up_proj must be BFloat16"),
     "strides": (dict(hidden_states=torch.ones(32, 8).t()), "hidden_states must be contiguous"),
@@ -320,6 +320,30 @@ REFUSED = {
         "down_scaling must be Float",
     ),
 }
+
+
+CODES = torch.zeros(4, 32, 16, dtype=torch.uint8)
+STORED = torch.zeros(4, 32, 32, dtype=torch.float8_e4m3fn)
+REFUSED_PACKED = {
+    "without": (CODES, None, "gate_up_proj_scales must be given for a packed stack"),
+    "plain": (torch.zeros(4, 32, 32), torch.ones(64), "given for a packed stack and for no other"),
+    "codes": (CODES[..., :8].contiguous(), torch.ones(64), r"must have shape \[4, 32, 16\]"),
+    "none": (CODES, torch.ones(0), "must not be empty"),
+    "scales": (CODES, torch.ones(63), "must have a scale for each block"),
+    "double": (CODES, torch.ones(64).double(), "gate_up_proj_scales must be Float"),
+    "blocks": (STORED, torch.ones(4, 2, 1), r"must have shape \[4, 1, 1\]"),
+    "strides": (STORED.transpose(1, 2), torch.ones(4, 1, 1), "gate_up_proj must be contiguous"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_PACKED)
+def test_refuses_packed(tiny, case):
+    stack, scales, message = REFUSED_PACKED[case]
+    arguments = tiny.arguments()
+    arguments[4] = stack
+    arguments[-len(SILU) - 2] = scales
+    with pytest.raises(RuntimeError, match=message):
+        tiny.forward(arguments=arguments)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -357,7 +381,7 @@ def test_refuses_rows_out_of_order(tiny):
 @pytest.mark.parametrize("num_modalities", [-1, 2**62 - 1, 2**63 - 1])
 def test_refuses_a_number_of_modalities_that_overflows(tiny, num_modalities):
     arguments = [*tiny.arguments()[:3], torch.zeros(1, dtype=torch.long), *tiny.experts]
-    arguments += [*[None] * 9, *SILU]
+    arguments += [*[None] * 11, *SILU]
     with pytest.raises(RuntimeError, match="num_modalities must be between 0"):
         tiny.forward(save=False, num_modalities=num_modalities, arguments=arguments)
 

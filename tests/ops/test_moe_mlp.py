@@ -155,7 +155,7 @@ def test_opcheck_in_other_layouts(backend, layout):
     inputs.requires_grad_()
     extras, loras = inputs[8:10], [*inputs.gate_up_lora, *inputs.down_lora, inputs.gate_up_bias]
     form = activation_module.expert_form(options["act"], options.get("interleaved", False))
-    arguments = (*inputs[:6], *extras, *loras, 0, *form, True, backend)
+    arguments = (*inputs[:6], *extras, *loras, None, None, 0, *form, True, backend)
     torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, arguments)
 
 
@@ -168,8 +168,8 @@ def test_opcheck_of_the_backward_in_other_layouts(backend, layout):
     extras, loras = inputs[8:10], [*inputs.gate_up_lora, *inputs.down_lora, inputs.gate_up_bias]
     form = activation_module.expert_form(options["act"], options.get("interleaved", False))
     forward = torch.ops.moe_kernels.moe_mlp
-    _, *saved = forward(*inputs[:6], *extras, *loras, 0, *form, True, backend)
-    fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, *saved)
+    _, *saved = forward(*inputs[:6], *extras, *loras, None, None, 0, *form, True, backend)
+    fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, None, None, *saved)
     torch.library.opcheck(
         torch.ops.moe_kernels.moe_mlp_backward.default,
         (torch.randn_like(inputs.hidden_states), *fixed, [True] * 8, 0, *form, backend),
@@ -207,7 +207,7 @@ def test_opcheck(backend, variant):
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     args = (*inputs[:6], inputs.extra_gate_up_proj, inputs.extra_down_proj, *loras)
     frozen = int(variant == "added_experts")
-    arguments = (*args, inputs.gate_up_bias, frozen, *SILU, True, backend)
+    arguments = (*args, inputs.gate_up_bias, None, None, frozen, *SILU, True, backend)
     torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, arguments)
 
 
@@ -231,7 +231,7 @@ def test_opcheck_of_the_native_op_where_nothing_trains(variant):
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     extras = (inputs.extra_gate_up_proj, inputs.extra_down_proj)
     op = _native.ops().moe_mlp_inference.default
-    rest = (*extras, *loras, None, *SILU)
+    rest = (*extras, *loras, None, None, None, *SILU)
     torch.library.opcheck(op, (*inputs[:6], *rest), test_utils=("test_schema",))
     out = op(inputs.hidden_states.half(), *inputs[1:6], *rest)
     assert out.dtype == inputs.gate_up_proj.dtype
@@ -246,7 +246,7 @@ def test_opcheck_of_the_backward(backend, dtype, variant):
     inputs = inputs.to(dtype, lora_dtype=torch.float32)
     loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
     extras = (inputs.extra_gate_up_proj, inputs.extra_down_proj)
-    loras.append(inputs.gate_up_bias)
+    loras += [inputs.gate_up_bias, None, None]
     _, *saved = torch.ops.moe_kernels.moe_mlp(*inputs[:6], *extras, *loras, 0, *SILU, True, backend)
     fixed = (inputs.hidden_states, *inputs[2:5], *extras, *loras, *saved)
     grad_out = torch.randn(inputs.hidden_states.shape, dtype=dtype)
@@ -574,7 +574,7 @@ def test_frozen_extra_out_of_range(frozen):
 @pytest.mark.parametrize("frozen", [-1, 3])
 def test_the_ops_refuse_frozen_extra_out_of_range(frozen):
     inputs = make_moe_inputs(SHAPES["tiny"], num_extra=2, ranks=(0, 0)).to(torch.float32)
-    extra = (None, inputs.extra_gate_up_proj, inputs.extra_down_proj, *[None] * 7)
+    extra = (None, inputs.extra_gate_up_proj, inputs.extra_down_proj, *[None] * 9)
     match = r"frozen_extra must be an integer in 0\.\.2, got"
     with pytest.raises(ValueError, match=match):
         torch.ops.moe_kernels.moe_mlp(*inputs[:5], *extra, frozen, *SILU, True, "reference")

@@ -11,6 +11,7 @@ from moe_kernels.ops.gradients import must_save
 from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
 from moe_kernels.ops.moe_mlp import autograd
 from moe_kernels.ops.moe_mlp.activation import Activation, ExpertForm, expert_form
+from moe_kernels.ops.moe_mlp.packed import PackedWeights
 from moe_kernels.ops.moe_mlp.weights import check_frozen_extra
 
 _FROZEN = "the experts of the base are frozen and get no gradient"
@@ -20,8 +21,8 @@ def moe_mlp(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | PackedWeights,
+    down_proj: Tensor | PackedWeights,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -54,8 +55,12 @@ def moe_mlp(
         topk_ids: (T, K) int64, experts of each token, of 0..E+X-1.
         topk_weights: (T, K) float, their weights.
         gate_up_proj: (E, N, H), frozen: rows [gate; up], or see ``interleaved``. A transposed view
-            of a stack that is stored (E, H, N) is read where it is, without a copy.
-        down_proj: (E, H, I), frozen, of the same dtype. It may be a view of (E, I, H) too.
+            of a stack that is stored (E, H, N) is read where it is, without a copy. Or packed:
+            :class:`Nf4Weights` or :class:`Fp8Weights`, which are unpacked tile by tile in each
+            pass. The results are those for the stack that ``dequantise()`` gives, on the CPU
+            backends to the bit.
+        down_proj: (E, H, I), frozen, of the same dtype. It may be a view of (E, I, H), or packed,
+            too.
         gate_up_bias: (E+X, N), frozen, of the same dtype, those of added experts last. None: none.
         down_bias: (E+X, H), likewise.
         modality_ids: (T,) int, -1..M. None: the base path and nothing else.
@@ -94,12 +99,17 @@ def moe_mlp(
             gate_up_bias=gate_up_proj_bias, down_bias=down_proj_bias,
             act=act, interleaved=True,
         )
+
+    A base that stays in 4 bits::
+
+        gate_up_proj, down_proj = quantise_nf4(gate_up_proj), quantise_nf4(down_proj)
+        out = moe_mlp(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj)
     """
     form = expert_form(act, interleaved)
-    checks.tensors(
-        hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights,
-        gate_up_proj=gate_up_proj, down_proj=down_proj,
-    )  # fmt: skip
+    checks.tensors(hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights)
+    for name, stack in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if not isinstance(stack, PackedWeights):
+            checks.tensors(**{name: stack})
     checks.optional_tensors(
         gate_up_bias=gate_up_bias, down_bias=down_bias, modality_ids=modality_ids,
         extra_gate_up_proj=extra_gate_up_proj, extra_down_proj=extra_down_proj,
@@ -133,14 +143,23 @@ def moe_mlp(
         *down_lora,
     )
     save = must_save(*inputs)
+    (gate_up, gate_up_scales), (down, down_scales) = map(_stored, (gate_up_proj, down_proj))
     out = autograd.run(
-        inputs[0], topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *inputs[2:],
-        gate_up_bias, frozen_extra=frozen_extra, form=form, save_for_backward=save, backend=backend,
+        inputs[0], topk_ids, topk_weights, gate_up, down, modality_ids, *inputs[2:], gate_up_bias,
+        gate_up_scales, down_scales,
+        frozen_extra=frozen_extra, form=form, save_for_backward=save, backend=backend,
     )  # fmt: skip
     if down_bias is not None:
         biases = down_bias[: gate_up_proj.shape[0]], down_bias[gate_up_proj.shape[0] :]
         out = _add_down_bias(out, topk_ids, topk_weights, modality_ids, biases)
     return out.to(hidden_states.dtype)
+
+
+def _stored(weights: Tensor | PackedWeights) -> tuple[Tensor, Tensor | None]:
+    """Return a frozen stack and its scales, as the registered op takes them."""
+    if isinstance(weights, PackedWeights):
+        return weights.stack, weights.scales
+    return weights, None
 
 
 def _add_down_bias(
@@ -182,13 +201,14 @@ def _check_base(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | PackedWeights,
+    down_proj: Tensor | PackedWeights,
     form: ExpertForm,
 ) -> None:
     checks.ndim("hidden_states", hidden_states, 2)
     checks.floating("hidden_states", hidden_states)
-    checks.ndim("gate_up_proj", gate_up_proj, 3)
+    if isinstance(gate_up_proj, Tensor):
+        checks.ndim("gate_up_proj", gate_up_proj, 3)
     checks.floating("gate_up_proj", gate_up_proj)
     num_experts, rows, hidden = gate_up_proj.shape
     if hidden_states.shape[1] != hidden or rows % form.factor or num_experts == 0:
@@ -205,8 +225,9 @@ def _check_base(
         raise ValueError("topk_ids must have at least one expert a token, got top-k 0")
     checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape))
     checks.floating("topk_weights", topk_weights)
-    checks.frozen("gate_up_proj", gate_up_proj, _FROZEN)
-    checks.frozen("down_proj", down_proj, _FROZEN)
+    for name, stack in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if not isinstance(stack, PackedWeights):
+            checks.frozen(name, stack, _FROZEN)
     for name, tensor in (
         ("topk_ids", topk_ids),
         ("topk_weights", topk_weights),
@@ -219,8 +240,8 @@ def _check_base(
 def _check_extra(
     extra_gate_up_proj: Tensor | None,
     extra_down_proj: Tensor | None,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | PackedWeights,
+    down_proj: Tensor | PackedWeights,
 ) -> None:
     if (extra_gate_up_proj is None) != (extra_down_proj is None):
         raise ValueError("extra_gate_up_proj and extra_down_proj must be given together")
@@ -238,7 +259,9 @@ def _check_extra(
         checks.device(name, extra, base.device)
 
 
-def _check_bias(name: str, bias: Tensor | None, stack: Tensor, num_extra: int) -> None:
+def _check_bias(
+    name: str, bias: Tensor | None, stack: Tensor | PackedWeights, num_extra: int
+) -> None:
     if bias is None:
         return
     checks.shape(name, bias, (stack.shape[0] + num_extra, stack.shape[1]))
@@ -250,8 +273,8 @@ def _check_bias(name: str, bias: Tensor | None, stack: Tensor, num_extra: int) -
 def _check_loras(
     gate_up_lora: LoraWeights | None,
     down_lora: LoraWeights | None,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | PackedWeights,
+    down_proj: Tensor | PackedWeights,
 ) -> int:
     counts = []
     for name, lora, weight in (

@@ -24,7 +24,13 @@ from moe_kernels.ops.gradients import (
 )
 from moe_kernels.ops.moe_mlp import native_impl
 from moe_kernels.ops.moe_mlp.activation import ExpertForm
-from moe_kernels.ops.moe_mlp.weights import TRAINABLE, ExpertWeights, Saved, check_frozen_extra
+from moe_kernels.ops.moe_mlp.weights import (
+    TRAINABLE,
+    ExpertWeights,
+    Saved,
+    check_frozen_extra,
+    check_scales,
+)
 
 
 def _moe_mlp(
@@ -43,6 +49,8 @@ def _moe_mlp(
     down_B: Tensor | None,
     down_scaling: Tensor | None,
     gate_up_bias: Tensor | None,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     frozen_extra: int,
     act: str,
     gated: bool,
@@ -57,6 +65,7 @@ def _moe_mlp(
     named = locals()
     weights, form = select(ExpertWeights, named), select(ExpertForm, named)
     check_frozen_extra(frozen_extra, weights.num_extra)
+    check_scales(weights)
     checks.id_ranges(topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         out, saved = backends.implementation("moe_mlp", backend).forward(
@@ -109,6 +118,8 @@ def _moe_mlp_backward(
     down_B: Tensor | None,
     down_scaling: Tensor | None,
     gate_up_bias: Tensor | None,
+    gate_up_scales: Tensor | None,
+    down_scales: Tensor | None,
     pre_act: Tensor,
     u1: Tensor,
     u2: Tensor,
@@ -134,6 +145,7 @@ def _moe_mlp_backward(
     weights, form = select(ExpertWeights, named), select(ExpertForm, named)
     saved = select(Saved, named)
     check_frozen_extra(frozen_extra, weights.num_extra)
+    check_scales(weights)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         grads = backends.implementation("moe_mlp", backend).backward(
             grad_out.contiguous(),

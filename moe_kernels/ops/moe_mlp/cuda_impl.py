@@ -22,11 +22,12 @@ def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
 
     It does for 16-bit weights in whole vectors of 16 bytes, on devices where its kernels are the
     faster ones. Of layouts it has the usual one alone: SwiGLU of rows [gate; up], without a bias,
-    and stacks that are not stored transposed.
+    and stacks that are stored neither transposed nor packed.
     """
-    hidden, inter = weights.down_proj.shape[1:]
+    hidden, inter = weights.sizes
     return (
         form == SILU
+        and not weights.is_packed
         and weights.gate_up_bias is None
         and weights.gate_up_proj.is_contiguous()
         and weights.down_proj.is_contiguous()

@@ -71,7 +71,7 @@ class Layer(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int]:
         """Hidden and intermediate size, H and I."""
-        return self.weights.down_proj.shape[1:]
+        return self.weights.sizes
 
     def stacks(self, name: str) -> tuple[Tensor, Tensor, bool]:
         """Return a frozen stack, the added experts' (or a stand-in), and whether there are any."""
@@ -96,8 +96,8 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Return out (T, H), and what the backward pass needs."""
     check_dtype(hidden_states.dtype)
-    weights = weights.in_compute_dtype(adapters=False)
-    tiles = choose_tiles(topk_ids.numel(), weights)
+    weights = weights.in_compute_dtype(hidden_states.dtype, adapters=False)
+    tiles = choose_tiles(topk_ids.numel(), weights, hidden_states.dtype)
     fields, (expert_tiles, adapted_tiles) = launches.shared.dispatch_with_maps(
         topk_ids,
         weights.num_experts,
@@ -144,8 +144,8 @@ def backward(
         return []
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
     need_A1, need_B1, need_A2, need_B2 = need_lora
-    weights = weights.in_compute_dtype(adapters=False)
-    tiles = choose_tiles(saved.perm.numel(), weights)
+    weights = weights.in_compute_dtype(hidden_states.dtype, adapters=False)
+    tiles = choose_tiles(saved.perm.numel(), weights, hidden_states.dtype)
     frozen = frozen_extra if need_extra_gate_up or need_extra_down else None
     expert_tiles, adapted_tiles, chunks, *added = _backward_maps(
         launches, tiles, saved, weights, form, frozen
@@ -236,7 +236,7 @@ def _backward_maps(
 
 def _largest_sum(weights: ExpertWeights) -> int:
     """Return the number of elements of an expert's largest adapter gradient."""
-    (hidden, inter), (of_gate_up, of_down) = weights.down_proj.shape[1:], weights.ranks
+    (hidden, inter), (of_gate_up, of_down) = weights.sizes, weights.ranks
     return max(
         1, of_gate_up * max(hidden, weights.gate_up_proj.shape[1]), of_down * max(hidden, inter)
     )

@@ -51,7 +51,7 @@ def forward(
         topk_ids, weights.num_experts, modality_ids, weights.num_modalities
     )
     rows, top_k = perm.numel(), topk_weights.shape[1]
-    weights = weights.in_compute_dtype()
+    weights = weights.unpacked(hidden_states.dtype).in_compute_dtype(hidden_states.dtype)
     acc = acc_dtype(hidden_states.dtype)
     pre_act = hidden_states.new_empty(rows, weights.gate_up_proj.shape[1])
     pre_act[segment_offsets[-1] :] = 0
@@ -96,7 +96,7 @@ def backward(
         dB1 = sum dpre^T (s1 u1)         dA1 = sum (s1 du1)^T x
     """
     top_k = topk_weights.shape[1]
-    weights = weights.in_compute_dtype()
+    weights = weights.unpacked(hidden_states.dtype).in_compute_dtype(hidden_states.dtype)
     pre_act, u1, u2, perm, inv_perm, segment_offsets = saved
     acc = acc_dtype(hidden_states.dtype)
     grads = _Gradients.zeros(hidden_states, topk_weights, perm, weights, needs)

@@ -12,6 +12,13 @@ from moe_kernels.ops.moe_mlp import gpu
 from moe_kernels.ops.moe_mlp import triton_kernels as kernels
 from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.gpu import Layer, LayerLaunches
+from moe_kernels.ops.moe_mlp.packed import (
+    FP8_BLOCK,
+    is_packed,
+    nf4_block,
+    nf4_values,
+    unpacked_shape,
+)
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, is_transposed
 
@@ -31,10 +38,14 @@ def _stack(layer: Layer, name: str, block_n: int, *, transposed: bool) -> dict[s
     ``transposed``: whether a product is with W^T. In the kernels' sense it is whether W is stored
     (n, k), the other way around for a stack that is a transposed view.
     The stack goes in as a descriptor for the copy engine where the device has one and the stack
-    allows it: there are no added experts, whose stack would be another descriptor; rows are a
-    multiple of 16 bytes; and where k runs over rows, the next expert's rows never fill a block up.
+    allows it: it is not packed; there are no added experts, whose stack would be another
+    descriptor; rows are a multiple of 16 bytes; and where k runs over rows, the next expert's rows
+    never fill a block up.
     """
     base, extra, has_extra = layer.stacks(name)
+    if is_packed(base):
+        flags = {"HAS_EXTRA": has_extra, "TMA": False, "TRANSPOSED": transposed}
+        return {"w": base.view(torch.uint8), "extra_ptr": extra, **flags, **_scales(layer, name)}
     stored = base
     if is_transposed(base):
         stored, transposed = base.transpose(1, 2), not transposed
@@ -50,7 +61,21 @@ def _stack(layer: Layer, name: str, block_n: int, *, transposed: bool) -> dict[s
     )
     stack = TensorDescriptor.from_tensor(stored.flatten(0, 1), list(block)) if tma else base
     flags = {"HAS_EXTRA": has_extra, "TMA": tma, "TRANSPOSED": transposed}
-    return {"w": stack, "extra_ptr": extra, **flags}
+    return {"w": stack, "extra_ptr": extra, **flags, **_NOT_PACKED}
+
+
+_NOT_PACKED = {"scales_ptr": None, "codes_ptr": None, "PACKING": "none", "SCALE_BLOCK": 1}
+
+
+def _scales(layer: Layer, name: str) -> dict[str, object]:
+    """Return the kernels' arguments that unpack a frozen stack."""
+    stack = getattr(layer.weights, name)
+    scales = getattr(layer.weights, name.replace("proj", "scales"))
+    if stack.dtype == torch.uint8:
+        form = {"PACKING": "nf4", "SCALE_BLOCK": nf4_block(stack, scales)}
+    else:
+        form = {"PACKING": "fp8", "SCALE_BLOCK": FP8_BLOCK}
+    return {"scales_ptr": scales, "codes_ptr": nf4_values(stack.device), **form}
 
 
 def _routed(layer: Layer) -> dict[str, object]:
@@ -128,7 +153,7 @@ def grouped_gemm(
     """Return (T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A."""
     lora_A, lora_B, scaling = layer.lora(name)
     weights = _stack(layer, stack, layer.tiles.n, transposed=transposed)
-    shape = weights["extra_ptr"].shape
+    shape = unpacked_shape(getattr(layer.weights, stack))
     size_n, size_k = shape[1:] if transposed else shape[:0:-1]
     matrix = lora_B if transposed else lora_A
     rank = _rank(lora_A if u is not None else None)

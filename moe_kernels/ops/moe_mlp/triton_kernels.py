@@ -35,10 +35,14 @@ def _tile_ids(num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _expert_matrix(
-    w, extra_ptr, expert, num_base, size, HAS_EXTRA: tl.constexpr, TMA: tl.constexpr
-):
-    """Return a pointer to an expert's matrix, frozen or added; with TMA the stack's descriptor."""
-    if TMA:
+    w, extra_ptr, expert, num_base, size, HAS_EXTRA: tl.constexpr, TMA: tl.constexpr,
+    PACKING: tl.constexpr,
+):  # fmt: skip
+    """Return a pointer to an expert's matrix, frozen or added.
+
+    With TMA it is the stack's descriptor, and of a packed stack the pointer to the stack.
+    """
+    if TMA or PACKING != "none":
         return w
     else:
         ptr = w + tl.minimum(expert, num_base - 1) * size
@@ -49,17 +53,89 @@ def _expert_matrix(
 
 
 @triton.jit
+def _fp8_values(stored):
+    """Return the values of bytes of float8_e4m3fn in float32, whatever the device converts."""
+    magnitude = (stored & 127).to(tl.int32)
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(magnitude == 127, float("nan"), value)
+    return tl.where(stored > 127, -value, value)
+
+
+@triton.jit
+def _unpack(
+    w, scales_ptr, codes_ptr, rows, columns, height, ld, mask, PACKING: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Return weights of a packed stack, at ``rows`` of it as one matrix of ``ld`` columns.
+
+    ``height`` is the number of rows of an expert. Scales and codes are read by index; only "nf4"
+    has codes.
+    """
+    index = rows.to(tl.int64) * ld + columns
+    if PACKING == "nf4":
+        pair = tl.load(w + index // 2, mask=mask, other=0).to(tl.int32)
+        code = tl.where(index % 2 == 0, pair >> 4, pair & 15)
+        value = tl.load(codes_ptr + code)
+        scale = tl.load(scales_ptr + index // SCALE_BLOCK, mask=mask, other=0.0)
+    else:
+        value = _fp8_values(tl.load(w + index, mask=mask, other=0))
+        block = rows // height * tl.cdiv(height, SCALE_BLOCK) + rows % height // SCALE_BLOCK
+        scale = block * tl.cdiv(ld, SCALE_BLOCK) + columns // SCALE_BLOCK
+        scale = tl.load(scales_ptr + scale, mask=mask, other=0.0)
+    return (value * scale).to(dtype)
+
+
+@triton.jit
+def _load_packed(
+    w, extra_ptr, scales_ptr, codes_ptr, row, k, n, size_k, size_n, num_base, height, ld,
+    TRANSPOSED: tl.constexpr, HAS_EXTRA: tl.constexpr, PACKING: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Load (BLOCK_K, BLOCK_N) at (k, n) of the matrix that begins at ``row`` of a packed stack.
+
+    Added experts follow the stack's rows, and are not packed.
+    """
+    offs_k, offs_n = (k + tl.arange(0, BLOCK_K))[:, None], (n + tl.arange(0, BLOCK_N))[None, :]
+    mask = (offs_k < size_k) & (offs_n < size_n)
+    rows, columns = row + offs_k, offs_n
+    if TRANSPOSED:
+        rows, columns = row + offs_n, offs_k
+    if HAS_EXTRA:
+        if row >= num_base * height:
+            index = (rows - num_base * height).to(tl.int64) * ld + columns
+            part = tl.load(extra_ptr + index, mask=mask, other=0.0)
+        else:
+            part = _unpack(
+                w, scales_ptr, codes_ptr, rows, columns, height, ld, mask, PACKING, SCALE_BLOCK,
+                dtype,
+            )  # fmt: skip
+    else:
+        part = _unpack(
+            w, scales_ptr, codes_ptr, rows, columns, height, ld, mask, PACKING, SCALE_BLOCK, dtype
+        )
+    return part
+
+
+@triton.jit
 def _load_weights(
-    w, row, k, n, size_k, size_n, ld, TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    w, extra_ptr, scales_ptr, codes_ptr, row, k, n, size_k, size_n, num_base, height, ld,
+    TRANSPOSED: tl.constexpr, HAS_EXTRA: tl.constexpr, TMA: tl.constexpr, PACKING: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Load (BLOCK_K, BLOCK_N) at (k, n) of an expert's matrix, stored (n, k) if TRANSPOSED.
 
     ``ld`` is the length of a stored row, of which columns from size_n on are not loaded.
     With TMA the copy engine loads it, at ``row`` of the stack as one matrix. Columns that it reads
     beyond the expert's n are never stored; beyond k it reads zeros, or the blocks fit exactly.
+    Weights of a packed stack (PACKING is "nf4" or "fp8") are unpacked, at ``row`` too.
     """
-    if TMA:
+    if PACKING != "none":
+        return _load_packed(
+            w, extra_ptr, scales_ptr, codes_ptr, row, k, n, size_k, size_n, num_base, height, ld,
+            TRANSPOSED, HAS_EXTRA, PACKING, SCALE_BLOCK, BLOCK_K, BLOCK_N, dtype,
+        )  # fmt: skip
+    elif TMA:
         if TRANSPOSED:
             return tl.trans(w.load([row + n, k]))
         else:
@@ -74,37 +150,52 @@ def _load_weights(
 
 @triton.jit
 def _product(
-    left_ptr, left_rows, w, row, n, size_k, size_n, mask_m, TRANSPOSED: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    left_ptr, left_rows, w, extra_ptr, scales_ptr, codes_ptr, row, n, size_k, size_n, num_base,
+    mask_m, TRANSPOSED: tl.constexpr, HAS_EXTRA: tl.constexpr, TMA: tl.constexpr,
+    PACKING: tl.constexpr, SCALE_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return left W in float32."""
+    dtype: tl.constexpr = left_ptr.dtype.element_ty
     ld = size_k if TRANSPOSED else size_n
+    height = size_n if TRANSPOSED else size_k
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, size_k, BLOCK_K):
         left = load_rows(left_ptr, left_rows, size_k, mask_m, k + tl.arange(0, BLOCK_K), size_k)
-        part = _load_weights(w, row, k, n, size_k, size_n, ld, TRANSPOSED, TMA, BLOCK_K, BLOCK_N)
+        part = _load_weights(
+            w, extra_ptr, scales_ptr, codes_ptr, row, k, n, size_k, size_n, num_base, height, ld,
+            TRANSPOSED, HAS_EXTRA, TMA, PACKING, SCALE_BLOCK, BLOCK_K, BLOCK_N, dtype,
+        )  # fmt: skip
         acc = dot(left, part, acc)
     return acc
 
 
 @triton.jit
 def _two_products(
-    x_ptr, token, w, expert, n, hidden, inter, mask_m, TRANSPOSED: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, token, w, extra_ptr, scales_ptr, codes_ptr, expert, n, hidden, inter, num_base, mask_m,
+    TRANSPOSED: tl.constexpr, HAS_EXTRA: tl.constexpr, TMA: tl.constexpr, PACKING: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return x W^T in float32, for rows n.. of gate and the same rows of up, which come after."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     ld = hidden if TRANSPOSED else 2 * inter
-    row = (expert * (2 * inter if TRANSPOSED else hidden)).to(tl.int32)
-    half = w if TMA else w + inter * (hidden if TRANSPOSED else 1)
+    height = 2 * inter if TRANSPOSED else hidden
+    row = (expert * height).to(tl.int32)
+    # A packed stack is stored (n, k), and is read at rows as TMA reads it.
+    half = w if TMA or PACKING != "none" else w + inter * (hidden if TRANSPOSED else 1)
     up_row = row + inter if TRANSPOSED else row
     up_n = n + inter if TMA and not TRANSPOSED else n
     for k in range(0, hidden, BLOCK_K):
         x = load_rows(x_ptr, token, hidden, mask_m, k + tl.arange(0, BLOCK_K), hidden)
-        wg = _load_weights(w, row, k, n, hidden, inter, ld, TRANSPOSED, TMA, BLOCK_K, BLOCK_N)
+        wg = _load_weights(
+            w, extra_ptr, scales_ptr, codes_ptr, row, k, n, hidden, inter, num_base, height, ld,
+            TRANSPOSED, HAS_EXTRA, TMA, PACKING, SCALE_BLOCK, BLOCK_K, BLOCK_N, dtype,
+        )  # fmt: skip
         wu = _load_weights(
-            half, up_row, k, up_n, hidden, inter, ld, TRANSPOSED, TMA, BLOCK_K, BLOCK_N
+            half, extra_ptr, scales_ptr, codes_ptr, up_row, k, up_n, hidden, inter, num_base,
+            height, ld, TRANSPOSED, HAS_EXTRA, TMA, PACKING, SCALE_BLOCK, BLOCK_K, BLOCK_N, dtype,
         )  # fmt: skip
         gate = dot(x, wg, gate)
         up = dot(x, wu, up)
@@ -290,6 +381,8 @@ def gate_up_kernel(
     x_ptr,  # (T, hidden)
     w,  # (E, width, hidden) if TRANSPOSED, else (E, hidden, width); or with TMA a descriptor
     extra_ptr,  # (X, ...)
+    scales_ptr,  # of a packed stack
+    codes_ptr,  # (16,): the values of NF4
     bias_ptr,  # (E + X, width)
     perm_ptr,  # (T * TOP_K,)
     tiles_ptr,  # (3, num_tiles) of experts, the tail after the last
@@ -314,6 +407,8 @@ def gate_up_kernel(
     HAS_EXTRA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
+    PACKING: tl.constexpr,  # of the frozen stack: "none", "nf4" or "fp8"
+    SCALE_BLOCK: tl.constexpr,  # weights with one scale, in each direction for "fp8"
     TRANSPOSED: tl.constexpr,
     ACT: tl.constexpr,
     ORDER: tl.constexpr,  # "paired": gate, then up; "interleaved"; "alone": no gate
@@ -345,17 +440,19 @@ def gate_up_kernel(
     up = tl.zeros((BLOCK_M, SPAN), dtype=tl.float32)
     if expert < num_experts:
         token = tl.load(perm_ptr + first + local, mask=mask_m, other=0) // TOP_K
-        w = _expert_matrix(w, extra_ptr, expert, num_base, width * hidden, HAS_EXTRA, TMA)
+        w = _expert_matrix(w, extra_ptr, expert, num_base, width * hidden, HAS_EXTRA, TMA, PACKING)
         if PAIRED:
             gate, up = _two_products(
-                x_ptr, token, w, expert, n, hidden, inter, mask_m, TRANSPOSED, TMA, BLOCK_M,
+                x_ptr, token, w, extra_ptr, scales_ptr, codes_ptr, expert, n, hidden, inter,
+                num_base, mask_m, TRANSPOSED, HAS_EXTRA, TMA, PACKING, SCALE_BLOCK, BLOCK_M,
                 BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             row = (expert * (width if TRANSPOSED else hidden)).to(tl.int32)
             gate = _product(
-                x_ptr, token, w, row, span_n, hidden, width, mask_m, TRANSPOSED, TMA, BLOCK_M,
-                SPAN, BLOCK_K,
+                x_ptr, token, w, extra_ptr, scales_ptr, codes_ptr, row, span_n, hidden, width,
+                num_base, mask_m, TRANSPOSED, HAS_EXTRA, TMA, PACKING, SCALE_BLOCK, BLOCK_M, SPAN,
+                BLOCK_K,
             )  # fmt: skip
     bias_ptr += expert * width
     with_bias = expert < num_experts  # rows that were not dispatched have none, and stay zeros
@@ -384,6 +481,8 @@ def grouped_gemm_kernel(
     left_ptr,  # (T * TOP_K, size_k)
     w,  # (E, size_n, size_k) if TRANSPOSED, else (E, size_k, size_n); or a descriptor
     extra_ptr,  # (X, ...)
+    scales_ptr,  # of a packed stack
+    codes_ptr,  # (16,): the values of NF4
     tiles_ptr,  # (3, num_tiles) of experts
     segments_ptr,
     u_ptr,  # (T * TOP_K, RANK)
@@ -404,6 +503,8 @@ def grouped_gemm_kernel(
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     TMA: tl.constexpr,
+    PACKING: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -419,11 +520,12 @@ def grouped_gemm_kernel(
     mask_m = local < count
     n = pid_n * BLOCK_N
     offs_n = n + tl.arange(0, BLOCK_N)
-    w = _expert_matrix(w, extra_ptr, expert, num_base, size_k * size_n, HAS_EXTRA, TMA)
+    w = _expert_matrix(w, extra_ptr, expert, num_base, size_k * size_n, HAS_EXTRA, TMA, PACKING)
     row = (expert * (size_n if TRANSPOSED else size_k)).to(tl.int32)
     acc = _product(
-        left_ptr + first * size_k, local, w, row, n, size_k, size_n, mask_m, TRANSPOSED, TMA,
-        BLOCK_M, BLOCK_N, BLOCK_K,
+        left_ptr + first * size_k, local, w, extra_ptr, scales_ptr, codes_ptr, row, n, size_k,
+        size_n, num_base, mask_m, TRANSPOSED, HAS_EXTRA, TMA, PACKING, SCALE_BLOCK, BLOCK_M,
+        BLOCK_N, BLOCK_K,
     )  # fmt: skip
     base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
     if base > 0:
@@ -533,6 +635,8 @@ def act_backward_kernel(
     grad_ptr,  # (T, hidden)
     w,  # (E, inter, hidden) if TRANSPOSED, else (E, hidden, inter); or a descriptor
     extra_ptr,  # (X, ...)
+    scales_ptr,  # of a packed stack
+    codes_ptr,  # (16,): the values of NF4
     perm_ptr,
     tiles_ptr,
     segments_ptr,
@@ -560,6 +664,8 @@ def act_backward_kernel(
     BLOCK_R: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     TMA: tl.constexpr,
+    PACKING: tl.constexpr,  # of the frozen stack: "none", "nf4" or "fp8"
+    SCALE_BLOCK: tl.constexpr,  # weights with one scale, in each direction for "fp8"
     TRANSPOSED: tl.constexpr,
     ACT: tl.constexpr,
     ORDER: tl.constexpr,
@@ -581,11 +687,12 @@ def act_backward_kernel(
     n = pid_n * BLOCK_N
     offs_n = n + tl.arange(0, BLOCK_N)
     slot = tl.load(perm_ptr + first + local, mask=mask_m, other=0)
-    w = _expert_matrix(w, extra_ptr, expert, num_base, hidden * inter, HAS_EXTRA, TMA)
+    w = _expert_matrix(w, extra_ptr, expert, num_base, hidden * inter, HAS_EXTRA, TMA, PACKING)
     row = (expert * (inter if TRANSPOSED else hidden)).to(tl.int32)
     acc = _product(
-        grad_ptr, slot // TOP_K, w, row, n, hidden, inter, mask_m, TRANSPOSED, TMA, BLOCK_M,
-        BLOCK_N, BLOCK_K,
+        grad_ptr, slot // TOP_K, w, extra_ptr, scales_ptr, codes_ptr, row, n, hidden, inter,
+        num_base, mask_m, TRANSPOSED, HAS_EXTRA, TMA, PACKING, SCALE_BLOCK, BLOCK_M, BLOCK_N,
+        BLOCK_K,
     )  # fmt: skip
     weight = tl.load(weights_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
     dots_ptr += pid_n * num_rows

@@ -63,8 +63,16 @@ _FLOAT32: dict[int, Table] = {
 }
 
 
-def built_in(dtype: torch.dtype, capability: int) -> Table:
-    """Return the table for a dtype and a compute capability (90 for sm_90)."""
+# Of stacks that are packed, on all devices: what is loaded lives in registers until it is unpacked.
+# Chosen by what the compiler made of them, not yet by a GPU.
+_PACKED_HALF: Table = ((64, Tiles(64, 64, 32, 64, 8, 4, 2)), (0, Tiles(16, 64, 32, 64, 8, 4, 2)))
+_PACKED_FLOAT32: Table = ((64, Tiles(32, 32, 16, 16, 8, 4, 2)), (0, Tiles(16, 32, 16, 16, 8, 2, 2)))
+
+
+def built_in(dtype: torch.dtype, capability: int, *, packed: bool = False) -> Table:
+    """Return the table for a dtype, a compute capability (90 for sm_90), and how W is stored."""
+    if packed:
+        return _PACKED_FLOAT32 if dtype == torch.float32 else _PACKED_HALF
     tables = _FLOAT32 if dtype == torch.float32 else _HALF
     return tables[max((least for least in tables if least <= capability), default=min(tables))]
 
@@ -72,12 +80,15 @@ def built_in(dtype: torch.dtype, capability: int) -> Table:
 _forced: Tiles | None = None
 
 
-def choose_tiles(rows: int, weights: ExpertWeights) -> Tiles:
-    """Return the tiles for ``rows`` pairs of a token and one of its experts."""
+def choose_tiles(rows: int, weights: ExpertWeights, dtype: torch.dtype) -> Tiles:
+    """Return the tiles for ``rows`` pairs of a token and one of its experts, computed in dtype."""
     if _forced is not None:
         return _forced
     stack = weights.gate_up_proj
-    table = _table(stack.device, stack.dtype, stack.shape)
+    if weights.is_packed:
+        table = built_in(dtype, capability(stack.device), packed=True)
+    else:
+        table = _table(stack.device, dtype, stack.shape)
     # Added experts do not count: adding some changes no bit of the rows that do not choose them.
     average = rows // stack.shape[0]
     return next((tiles for least, tiles in table if average >= least), table[-1][1])

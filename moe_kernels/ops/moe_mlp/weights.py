@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from moe_kernels.ops.moe_mlp.packed import is_packed, unpack, unpacked_shape
 
 # Fields of ExpertWeights that may take a gradient, in the order of the backward op's needs[2:].
 TRAINABLE = (
@@ -13,6 +16,15 @@ TRAINABLE = (
     "down_A",
     "down_B",
 )
+
+
+def check_scales(weights: "ExpertWeights") -> None:
+    """Raise ValueError unless packed stacks, and no others, have scales."""
+    for name in ("gate_up", "down"):
+        stack, scales = getattr(weights, f"{name}_proj"), getattr(weights, f"{name}_scales")
+        if is_packed(stack) != (scales is not None):
+            needs = "needs" if scales is None else "takes no"
+            raise ValueError(f"{name}_proj of {stack.dtype} {needs} {name}_scales")
 
 
 def check_frozen_extra(frozen_extra: int, num_extra: int) -> None:
@@ -37,7 +49,8 @@ class ExpertWeights(NamedTuple):
     """Weights of ``moe_mlp``: the frozen stack, added experts, low-rank pairs and a bias, or None.
 
     Shapes as in :func:`moe_kernels.ops.moe_mlp`; ``*_A``, ``*_B`` and ``*_scaling`` are the fields
-    of ``LoraWeights``. The bias of the down projection is no matter of a backend.
+    of ``LoraWeights``. The bias of the down projection is no matter of a backend. A frozen stack
+    that is packed has ``*_scales``, see :class:`~moe_kernels.ops.moe_mlp.packed.PackedWeights`.
     """
 
     gate_up_proj: Tensor
@@ -51,6 +64,18 @@ class ExpertWeights(NamedTuple):
     down_B: Tensor | None
     down_scaling: Tensor | None
     gate_up_bias: Tensor | None
+    gate_up_scales: Tensor | None = None
+    down_scales: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Hidden and intermediate size, H and I."""
+        return unpacked_shape(self.down_proj)[1:]
+
+    @property
+    def is_packed(self) -> bool:
+        """True if a frozen stack is packed."""
+        return self.gate_up_scales is not None or self.down_scales is not None
 
     @property
     def num_extra(self) -> int:
@@ -77,12 +102,23 @@ class ExpertWeights(NamedTuple):
         """Return the fields named in :data:`TRAINABLE`, in its order."""
         return tuple(getattr(self, name) for name in TRAINABLE)
 
-    def in_compute_dtype(self, *, adapters: bool = True) -> "ExpertWeights":
-        """Contiguous, with added experts and adapters cast to the base's dtype, scaling to fp32.
+    def unpacked(self, dtype: torch.dtype) -> "ExpertWeights":
+        """Return the same weights, a packed stack as a plain one of ``dtype``."""
+        fields = {
+            f"{name}_proj": unpack(getattr(self, f"{name}_proj"), scales, dtype)
+            for name, scales in (("gate_up", self.gate_up_scales), ("down", self.down_scales))
+            if scales is not None
+        }
+        return self._replace(**fields, gate_up_scales=None, down_scales=None)
 
-        A frozen stack that is stored transposed stays so, and added experts take its layout.
+    def in_compute_dtype(self, dtype: torch.dtype, *, adapters: bool = True) -> "ExpertWeights":
+        """Contiguous, with added experts and adapters cast to ``dtype``, scaling to fp32.
+
+        A frozen stack that is stored transposed or packed stays so. Added experts are never packed,
+        and are stored transposed where the stack is.
 
         Args:
+            dtype: of the computation. A frozen stack that is not packed must have it.
             adapters: False leaves ``*_A`` and ``*_B`` in their own dtype.
         """
 
@@ -91,12 +127,14 @@ class ExpertWeights(NamedTuple):
                 return None
             if name.endswith("proj"):
                 base = getattr(self, name.removeprefix("extra_"))
+                if is_packed(base):
+                    return (tensor if tensor is base else tensor.to(dtype)).contiguous()
                 return _in_layout(tensor.to(base.dtype), transposed=is_transposed(base))
-            if name.endswith("scaling"):
+            if name.endswith(("scaling", "scales")):
                 return tensor.float().contiguous()
             if name.endswith(("_A", "_B")) and not adapters:
                 return tensor.contiguous()
-            return tensor.to(self.gate_up_proj.dtype).contiguous()
+            return tensor.to(dtype).contiguous()
 
         return ExpertWeights(*map(convert, self._fields, self))
 
