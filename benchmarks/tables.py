@@ -15,6 +15,7 @@ PAGES = {
     cpu.RESULTS: ("README.md", "docs/results/cpu.md", "docs/peft.md"),
     gpu.RESULTS: ("docs/results/gpu.md",),
     ranks.RESULTS: ("docs/scaling.md",),
+    cpu.PACKED: ("docs/kernels.md",),
 }
 
 # What stands between the markers <!-- bench:NAME --> of a page, out of its results.
@@ -33,6 +34,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "decode_gap": cpu.decode_gap,
     "added": cpu.added,
     "peft": cpu.peft,
+    "packed": cpu.packed,
     "gpu_layers": gpu.layers,
     "gpu_ceilings": gpu.ceilings,
     "gpu_rates": gpu.rates,

@@ -9,11 +9,13 @@ from lib.pages import machine, milliseconds
 from lib.pages.tables import MODES, added_steps_table, case_title, interval, summary, summary_of_two
 from lib.providers import ACCELERATED, ADDED_KINDS, HF_TRAINING, PEFT
 from lib.records import compare, fastest, measured_backend, time_of
+from lib.timing import ratio, summarize
 
 RESULTS = "cpu.json"
 AGAIN = "cpu-again.json"  # a second run of the same sources
 ADDED_ALONE = "cpu-added.json"  # added experts alone, where RESULTS is older than they
 WITH_PEFT = "cpu-peft.json"  # a run with accelerated PEFT, where RESULTS is older than it
+PACKED = "cpu-packed.json"  # a run of packed.py
 _ADDED_TARGETS = (12, 13)
 
 
@@ -139,6 +141,21 @@ def peft(results: Mapping) -> str:
         "PEFT's peak, MiB", "accelerated, MiB",
     )  # fmt: skip
     return f"{machine(run)}\n{markdown(header, rows)}"
+
+
+def packed(results: Mapping) -> str:
+    """Milliseconds of a call on a packed base, and how much faster that is than unpacking first."""
+    rows = []
+    for record in results["records"]:
+        seconds = record["seconds"]
+        for name in ("nf4", "fp8"):
+            first = seconds[f"{name}, unpacked first"]
+            medians = (summarize(each).median for each in (seconds["plain"], seconds[name], first))
+            title = f"{record['mode']}, {record['shape']} T={record['tokens']}, {name}"
+            faster = interval(ratio(first, seconds[name]))
+            rows.append((title, *(f"{median * 1e3:.3g}" for median in medians), faster))
+    header = ("bf16", "plain, ms", "packed, ms", "unpacked first, ms", "times as fast (20-80 %)")
+    return f"{machine(results)}\n{markdown(header, rows)}"
 
 
 def _accelerated(results: Mapping) -> list[Mapping]:
