@@ -7,9 +7,11 @@ The hidden sizes are large enough to expose a wrong implementation. At 48 it wou
 import pytest
 import torch
 from support.moe_mlp import LAYOUTS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import ops
 from moe_kernels.ops import LoraWeights
+from moe_kernels.ops.moe_mlp import api
 from moe_kernels.testing import (
     Shape,
     make_modality_ids,
@@ -107,6 +109,40 @@ def test_other_layouts(backend, dtype, layout):
         down_bias=torch.cat([inputs.down_bias, extra.down_bias]),
     )
     assert torch.equal(call(added, backend, **options)[text], expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_bias_that_is_not_finite(backend, value):
+    """Only rows that choose its expert notice, whether it is the base's or an added one."""
+    made, options = LAYOUTS["gpt_oss"]
+    inputs = make_moe_inputs(Shape(T=64, K=2, E=8, H=64, I=32), num_extra=2, **made)
+    inputs = inputs.to(torch.float32)
+    expected, bias = call(inputs, backend, **options), inputs.down_bias.clone()
+    bias[[3, 9], 1] = value
+    found = call(inputs._replace(down_bias=bias), backend, **options)
+    chosen = ((inputs.topk_ids == 3) | (inputs.topk_ids == 9)).any(1) & (inputs.modality_ids >= 0)
+    assert chosen.any() and not chosen.all()
+    assert torch.equal(found[~chosen], expected[~chosen]) and found[chosen].isnan().all()
+
+
+def test_the_memory_of_biases():
+    """A tensor of tokens by top-k by experts would be much larger than all else."""
+    tokens, top_k, experts = 64, 8, 32
+    made = {"bias": True, "gated": False}
+    inputs = make_moe_inputs(Shape(T=tokens, K=top_k, E=experts, H=16, I=16), **made)
+    sizes = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out))
+            return out
+
+    biases = inputs.down_bias, inputs.down_bias[:0]
+    with Spy():
+        api._add_down_bias(inputs.hidden_states, *inputs[1:3], inputs.modality_ids, biases)
+    assert max(sizes) <= tokens * (experts + 1)
 
 
 @BACKENDS

@@ -62,7 +62,7 @@ def moe_mlp(
         down_proj: (E, H, I), frozen, of the same dtype. It may be a view of (E, I, H), or packed,
             too.
         gate_up_bias: (E+X, N), frozen, of the same dtype, those of added experts last. None: none.
-        down_bias: (E+X, H), likewise.
+        down_bias: (E+X, H), likewise. An Inf or NaN in it makes a row that chooses the expert NaN.
         modality_ids: (T,) int, -1..M. None: the base path and nothing else.
         gate_up_lora: update of ``gate_up_proj``, in the base's dtype or float32; see
             :class:`LoraWeights`. None: no update.
@@ -172,24 +172,37 @@ def _add_down_bias(
     """Add the sum of each token's weighted biases, in float32, or float64 for float64.
 
     The biases of frozen experts and of added ones are a product of T rows each: a row's bits depend
-    neither on the routing of others nor on experts that it does not choose. A row of a left operand
-    is a sum over K in one order, where a scatter would need atomics on a GPU if a token chooses an
-    expert twice. Experts out of range match none.
+    neither on the routing of others nor on experts that it does not choose. A product would carry a
+    NaN or infinity to every row, so that zeros take its place: only a row that chooses the expert
+    becomes NaN. Experts out of range match none.
     """
-    acc = acc_dtype(out.dtype)
-    routed = None if modality_ids is None else (modality_ids >= 0)[:, None, None]
-    first, total = 0, out.to(acc)
+    acc, number = acc_dtype(out.dtype), sum(map(len, biases))
+    valid = (topk_ids >= 0) & (topk_ids < number)
+    if modality_ids is not None:
+        valid = valid & (modality_ids >= 0)[:, None]
+    ids = torch.where(valid, topk_ids, number)
     with without_autocast(out.device):
-        for bias in biases:
-            experts = torch.arange(first, first + bias.shape[0], device=out.device)
-            first += bias.shape[0]
-            if bias.shape[0] == 0:
-                continue
-            chosen = topk_ids[:, :, None] == experts
-            chosen = chosen if routed is None else chosen & routed
-            shares = torch.where(chosen, topk_weights.to(acc)[:, :, None], 0).sum(1)  # (T, experts)
-            total = total + shares @ bias.to(acc)
-    return total.to(out.dtype)
+        shares = _shares(ids, topk_weights.to(acc), number)
+        total, sound = out.to(acc), []
+        for bias, share in zip(biases, shares.split([*map(len, biases), 1], 1)[:2], strict=True):
+            finite = bias.isfinite()
+            total = total + share @ torch.where(finite, bias, 0).to(acc)
+            sound.append(finite.all(1))
+    sound = torch.cat([*sound, sound[0].new_ones(1)])[ids].all(1)
+    return torch.where(sound[:, None], total, torch.nan).to(out.dtype)
+
+
+def _shares(ids: Tensor, weights: Tensor, number: int) -> Tensor:
+    """Return the weight (T, number + 1) of each expert in each row, for ids 0..number (T, K).
+
+    A row writes one element at a time, since sums of several would need atomics on a GPU, where a
+    token may choose an expert twice.
+    """
+    total = weights.new_zeros(ids.shape[0], number + 1)
+    for k in range(ids.shape[1]):
+        column = slice(k, k + 1)
+        total = total + torch.zeros_like(total).scatter(1, ids[:, column], weights[:, column])
+    return total
 
 
 def _trains(*loras: LoraWeights | None) -> bool:
