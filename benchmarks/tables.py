@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from lib import pages, result_files
 from lib.pages import cpu, gpu, ranks, readme
 from lib.pages.tables import steps_table, summary, targets_table
-from shared import markers
+from shared import markers, memory_tables
 
 # The pages that show each file of results.
 PAGES = {
@@ -40,7 +40,11 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "gpu_rates": gpu.rates,
     "gpu_kernels": gpu.kernels,
     "loading": ranks.loading,
+    "training_memory": lambda results: memory_tables.measured(
+        result_files.read(result_files.RESULTS / memory_tables.RESULTS)
+    ),
     # by formula, of no results
+    "fits": lambda results: memory_tables.fits(),
     "sent": lambda results: ranks.sent(ranks.Cluster()),
     "times": lambda results: ranks.times(ranks.Cluster()),
     "mask": lambda results: ranks.mask(ranks.Cluster()),

@@ -2,22 +2,38 @@
 
     python python/estimate_memory.py                  # OLMoE, Mixtral, Qwen-MoE
     python python/estimate_memory.py --model FOLDER   # another model's config
+    python python/estimate_memory.py --fits           # which switches fit which card, term by term
+    python python/estimate_memory.py --measure FILE   # train a small model and compare, on the CPU
 
 Models are built from their published sizes on the "meta" device, so nothing is downloaded and no
-memory is used. Activations come on top: they depend on batch, length and checkpointing.
+memory is used. In the first table activations come on top: they depend on batch, length and
+checkpointing. shared/memory.py has the formulas of --fits. --measure trains in processes of their
+own, and needs Linux, and bitsandbytes for experts in NF4.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
+from shared import memory_run
 from shared.cli import Options, exit_code, option, parse
 from shared.full_size import MODELS, patched_on_meta
+from shared.memory import sizes_of, terms
+from shared.memory_tables import fits, measured
 from shared.models import load_config
 from shared.tables import markdown_table
 
-from moe_kernels import ModalityLoraConfig
+from moe_kernels import ModalityLoraConfig, info
+from moe_kernels.files import replacing
 
 GIB = 2**30
 
@@ -29,6 +45,9 @@ class EstimateOptions(Options):
     r: int = option(16, "rank of the updates", at_least=1)
     num_tokens: int = option(8194, "added image tokens", at_least=1)
     model: str | None = option(None, "folder or hub id of another model's config")
+    fits: bool = option(False, "print the memory of a training step by term, and what fits a card")
+    tokens: int = option(4096, "tokens of a card's batch, for --fits", at_least=1)
+    measure: str | None = option(None, "file (JSON) for measurements of a small model on the CPU")
 
 
 def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, float]:
@@ -40,7 +59,38 @@ def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, flo
     return {"base": base / 1e9, "trained": trained / 1e6, "gib": (2 * base + 16 * trained) / GIB}
 
 
+def measurements() -> Iterator[dict]:
+    """Yield what processes of their own measured, and the formula's terms; NF4 if it is here."""
+    packed = (False, True) if importlib.util.find_spec("bitsandbytes") else (False,)
+    for nf4, checkpointed, tokens in itertools.product(packed, (False, True), (256, 1024)):
+        trial = {"hidden": 1024, "layers": 4, "threads": 2, "tokens": tokens}
+        trial |= {"nf4": nf4, "checkpointed": checkpointed}
+        # As large tensors do, the small ones of this model go back to the system when freed.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+        command = [sys.executable, memory_run.__file__, json.dumps(trial)]
+        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+        config = memory_run.config_of(trial["hidden"], trial["layers"])
+        sizes = sizes_of(patched_on_meta(config, memory_run.lora(), memory_run.NUM_TOKENS))
+        of = terms(sizes, tokens, nf4=nf4, checkpointed=checkpointed)
+        yield trial | json.loads(done.stdout.splitlines()[-1]) | {"terms": of}
+
+
+def measure(path: Path) -> None:
+    """Write measurements with the versions that made them, and print their table."""
+    environment = info.collect()
+    if importlib.util.find_spec("bitsandbytes"):
+        environment["bitsandbytes"] = version("bitsandbytes")
+    results = {"environment": environment, "records": list(measurements())}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    print(measured(results))
+
+
 def run(options: EstimateOptions) -> None:
+    if options.measure is not None:
+        return measure(Path(options.measure))
+    if options.fits:
+        return print(fits(options.tokens, options.r, options.num_tokens))
     name = options.model
     models = {name: load_config(name)} if name else MODELS
     head = ("model", "base weights", "trained (experts + attention)", "trained (attention)")

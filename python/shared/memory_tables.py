@@ -1,0 +1,70 @@
+"""Tables of the memory of training: what fits which card by formula, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from moe_kernels import ModalityLoraConfig
+from shared.full_size import MODELS, patched_on_meta
+from shared.memory import peak, sizes_of, terms
+from shared.tables import markdown_table
+
+RESULTS = "training-memory.json"  # in benchmarks/results
+SHOWN = ("Mixtral-8x7B", "Qwen3-30B-A3B")
+GB = 1e9
+# Bytes for the model on a card of so many GB: less 2 GiB for the driver, workspaces and gaps.
+CARDS = {80: 78 * 2**30, 24: 22 * 2**30}
+_BOTH, _ATTENTION = ("experts", "attention"), ("attention",)
+# what is said, targets of the adapters, settings of the formula
+SWITCHES: tuple[tuple[str, tuple[str, ...], Mapping], ...] = (
+    ("bf16", _BOTH, {}),
+    ("bf16, attention alone", _ATTENTION, {}),
+    ("NF4", _BOTH, {"nf4": True}),
+    ("NF4, attention alone", _ATTENTION, {"nf4": True}),
+    ("NF4, all activations kept", _BOTH, {"nf4": True, "checkpointed": False}),
+    ("NF4, without the fused loss", _BOTH, {"nf4": True, "fused_loss": False}),
+    ("NF4, DDP on 8 cards", _BOTH, {"nf4": True, "ddp": True}),
+    ("bf16, FSDP2 on 8 cards", _BOTH, {"ranks": 8}),
+)
+
+
+def estimates(tokens: int, rank: int, num_tokens: int) -> Iterator[tuple[str, str, dict]]:
+    """Yield name, switches and terms in bytes of each model and each of ``SWITCHES``."""
+    for name in SHOWN:
+        sizes = {}
+        for targets in (_BOTH, _ATTENTION):
+            lora = ModalityLoraConfig(r=rank, target_modules=targets)
+            sizes[targets] = sizes_of(patched_on_meta(MODELS[name], lora, num_tokens))
+        for said, targets, settings in SWITCHES:
+            yield name, said, terms(sizes[targets], tokens, **{"fused_loss": True} | settings)
+
+
+def fits(tokens: int = 4096, rank: int = 16, num_tokens: int = 8194) -> str:
+    """Return the table of terms in GB, and of the cards that each configuration fits."""
+    rows, names = [], []
+    for name, said, of in estimates(tokens, rank, num_tokens):
+        names = list(of)
+        most = peak(of)
+        cards = ("yes" if most <= room else "no" for room in CARDS.values())
+        values = (f"{value / GB:.1f}" for value in (*of.values(), most))
+        rows.append((name, said, *values, *cards))
+    head = ("model", "switches", *names, "peak, GB", *(f"{card} GB card" for card in CARDS))
+    return markdown_table(head, rows) + "\n"
+
+
+def measured(results: Mapping) -> str:
+    """Return the table of a file of measurements beside the formula."""
+    head = ("experts", "activations", "tokens", "base, GB", "peak measured, GB", "formula", "ratio")
+    rows = []
+    for record in results["records"]:
+        found, of = record["measured"], record["terms"]
+        rows.append(
+            (
+                "NF4" if record["nf4"] else "bf16",
+                "checkpointed" if record["checkpointed"] else "kept",
+                f"{record['tokens']}",
+                f"{of['base'] / GB:.2f}", f"{found / GB:.2f}", f"{peak(of) / GB:.2f}",
+                f"{peak(of) / found:.2f}",
+            )
+        )  # fmt: skip
+    return markdown_table(head, rows) + "\n"
