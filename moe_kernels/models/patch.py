@@ -289,11 +289,24 @@ def _check_kind(model: nn.Module, name: str) -> None:
     if is_patched(model):
         raise ValueError(f"this {name} is already patched: unpatch() it first")
     if not model.can_generate() or model.get_output_embeddings() is None:
-        raise ValueError(f"{name} is not supported: it has no language-model head")
+        heads = [f"model.{each}" for each in _children_with_heads(model)]
+        advice = f": patch {' or '.join(heads)}" if heads else ""
+        raise ValueError(f"{name} is not supported: it has no language-model head{advice}")
     if not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(f"{name} is not supported: it does not generate token by token")
     if reasons := _table_problems(model):
         raise ValueError(f"{name} is not supported: {'; '.join(reasons)}")
+
+
+def _children_with_heads(model: PreTrainedModel) -> list[str]:
+    """Return the names of a model's parts that are language models, as Qwen3-Omni's thinker is."""
+    return [
+        name
+        for name, child in model.named_children()
+        if isinstance(child, PreTrainedModel)
+        and child.can_generate()
+        and child.get_output_embeddings() is not None
+    ]
 
 
 def _why_no_experts(parts: Sequence[LayerParts]) -> str:

@@ -32,6 +32,8 @@ def of_folder(folder: str | Path) -> dict[str, str]:
         >>> of_folder("gpt-oss-20b")["experts"]
         'supported'
     """
+    if not Path(folder, "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json of transformers: name a folder with one")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except OSError as error:

@@ -282,6 +282,8 @@ def test_a_folder_without_a_model(tmp_path, capsys):
         with pytest.raises(SystemExit):
             info.main(["--model", str(tmp_path / ("" if text else "missing"))])
         assert re.search(match, capsys.readouterr().err)
+    with pytest.raises(ValueError, match="^no such folder! has no config.json .*: name a folder"):
+        support.of_folder("no such folder!")
     settings = {"model_type": "mixtral", "architectures": ["OwnForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit):

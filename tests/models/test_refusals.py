@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.families import make_family
 from support.model_zoo import (
     VOCAB,
     fill,
@@ -27,6 +28,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralModel,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
@@ -35,7 +37,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.models import sharding
 from moe_kernels.models.handle import get_patched
-from moe_kernels.models.parts import find_experts
+from moe_kernels.models.parts import find_experts, find_parts
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms
 
@@ -98,6 +100,31 @@ def test_experts_without_the_interface_of_transformers():
         "called: docs/families.md lists classes that are"
     )
     refused(Llama4ForCausalLM(config), ValueError, re.escape(match))
+
+
+def test_a_model_with_a_language_model_in_it():
+    """Qwen3-Omni has no head, and its thinker has one."""
+
+    class Whole(PreTrainedModel):
+        _supports_sdpa = True
+
+        def __init__(self, thinker):
+            super().__init__(thinker.config)
+            self.thinker = thinker
+
+    whole = Whole(make_model("mixtral"))
+    refused(
+        whole, ValueError, "Whole is not supported: .* language-model head: patch model.thinker"
+    )
+    patch_model(whole.thinker).unpatch()
+
+
+def test_attention_of_which_some_layers_are_another():
+    """One layer refuses the target for all; the other layers can be named."""
+    model = make_family("minimax")
+    refused(model, ValueError, r"layer \d: self_attn is MiniMaxLightningAttention with qkv_proj")
+    ours = [i for i, each in enumerate(find_parts(model)) if each.attention]
+    patch_model(model, ModalityLoraConfig(layers_to_transform=tuple(ours))).unpatch()
 
 
 def test_a_model_without_a_head():
