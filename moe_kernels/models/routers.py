@@ -286,9 +286,14 @@ class _Trial:
         return _same([found], [self.logits])
 
     def gives_routing(self, candidate: Routing) -> bool:
+        return _same(self._route(candidate), self.expected)
+
+    def gives_experts(self, candidate: Routing) -> bool:
+        return _equal(self._route(candidate)[1], self.expected[1])
+
+    def _route(self, candidate: Routing) -> tuple[Tensor, Tensor]:
         bias = self.bias if candidate.biased else None
-        found = route(self.logits, candidate, bias=bias, dtype=self.rows.dtype)
-        return _same(found, self.expected)
+        return route(self.logits, candidate, bias=bias, dtype=self.rows.dtype)
 
 
 def find_routing(router: nn.Module) -> Routing:
@@ -322,8 +327,14 @@ def _find(router: nn.Module, dtype: torch.dtype) -> Routing | str:
         kinds = ["exact"]
     if not kinds:
         return "does not compute the logits of a linear layer"
+    others = set()  # choices that give other experts, whatever follows them
     for candidate in _candidates(router, trials[0], kinds):
-        if all(each.gives_routing(candidate) for each in trials):
+        choice = tuple(getattr(candidate, name) for name in _CHOICE)
+        if choice in others:
+            continue
+        if not trials[0].gives_experts(candidate):
+            others.add(choice)
+        elif all(each.gives_routing(candidate) for each in trials):
             return candidate
     return "does not choose and weigh experts by softmax or sigmoid, a bias, groups and top-k"
 
@@ -339,6 +350,7 @@ def _check_calls(router: nn.Module) -> None:
             raise ValueError(f"{name}.{path} has hooks, which would not run: take them away first")
 
 
+_CHOICE = ("score", "own_dtype", "biased", "groups", "in_order")  # what decides the experts
 _MODES = ((False, False), (True, False), (False, True))  # training, faint
 _LOGITS = ("own", "float32", "widened")
 _CORRECTION = "e_score_correction_bias"

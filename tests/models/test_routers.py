@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.models import routers
 from moe_kernels.models.context import ModalityContext
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_parts, parts_of
@@ -104,6 +105,22 @@ def test_a_router_has_the_same_routing_in_every_precision(family):
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     assert [(each.score, each.normalise) for each in found] == [("softmax_after", False)]
+
+
+def test_a_choice_of_other_experts_is_tried_once(monkeypatch):
+    """Else a refusal tries every score, scale and cast with every choice: over 1000 of them."""
+    model, parts = groups("deepseek_v3", **GROUPED)
+    replace_class_forward(parts.router, last_experts)
+    tried = []
+    monkeypatch.setattr(routers, "route", lambda *a, **k: tried.append(a) or route(*a, **k))
+    with pytest.raises(ValueError, match="does not choose and weigh experts by softmax"):
+        find_routing(parts.router)
+    assert 20 < len(tried) < 200
+
+
+def last_experts(self, hidden_states):
+    logits, scores, indices = super(type(self), self).forward(hidden_states)
+    return logits, scores, 7 - indices
 
 
 def test_hooks_on_a_router_do_not_see_the_trial():
