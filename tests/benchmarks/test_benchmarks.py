@@ -338,10 +338,21 @@ def test_a_block_has_its_router_and_its_added_expert(bench, case, monkeypatch, d
     assert "relative RMS" in block.error(ids)
 
 
+def tries_an_activation(hidden_states):
+    """Return whether patching finds out what an activation is: rows are a gate and an up."""
+    return hidden_states.shape[1] == 2
+
+
 def test_peft_is_compared_with_itself_accelerated(bench, case, monkeypatch):
     """Kernels compute the accelerated experts, PEFT the others; both train the same adapters."""
     calls, moe_mlp = [], ops.moe_mlp
-    monkeypatch.setattr(ops, "moe_mlp", lambda *args, **k: calls.append(1) or moe_mlp(*args, **k))
+
+    def counted(hidden_states, *args, **keywords):
+        if not tries_an_activation(hidden_states):
+            calls.append(1)
+        return moe_mlp(hidden_states, *args, **keywords)
+
+    monkeypatch.setattr(ops, "moe_mlp", counted)
     problem = bench.cases.make_problem(case)
     oracle = bench.check.Oracle(problem)
     for name, called in (("peft:eager", 0), ("peft_accelerated:reference", 1)):
@@ -357,7 +368,12 @@ def test_peft_is_compared_with_itself_accelerated(bench, case, monkeypatch):
 
 def test_a_wrong_accelerated_step_meets_no_target(bench, monkeypatch):
     moe_mlp = ops.moe_mlp
-    monkeypatch.setattr(ops, "moe_mlp", lambda *args, **keywords: 1.01 * moe_mlp(*args, **keywords))
+
+    def wrong(hidden_states, *args, **keywords):
+        out = moe_mlp(hidden_states, *args, **keywords)
+        return out if tries_an_activation(hidden_states) else 1.01 * out
+
+    monkeypatch.setattr(ops, "moe_mlp", wrong)
     record = bench.training.run(bench.steps.MODELS["tiny"], bench.runs.Options(rounds=1))
     assert "relative RMS" in record["providers"]["peft_accelerated"]["error"]
     verdicts = bench.targets.judge({"steps": [record]}, "cpu")
