@@ -34,6 +34,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "decode_gap": cpu.decode_gap,
     "added": cpu.added,
     "peft": cpu.peft,
+    "low_rank": cpu.low_rank,
     "packed": cpu.packed,
     "gpu_layers": gpu.layers,
     "gpu_ceilings": gpu.ceilings,

@@ -15,6 +15,7 @@ RESULTS = "cpu.json"
 AGAIN = "cpu-again.json"  # a second run of the same sources
 ADDED_ALONE = "cpu-added.json"  # added experts alone, where RESULTS is older than they
 WITH_PEFT = "cpu-peft.json"  # a run with accelerated PEFT, where RESULTS is older than it
+OVERHEAD = "cpu-overhead.json"  # the section of this name alone, where RESULTS is older
 PACKED = "cpu-packed.json"  # a run of packed.py
 _ADDED_TARGETS = (12, 13)
 
@@ -141,6 +142,13 @@ def peft(results: Mapping) -> str:
         "PEFT's peak, MiB", "accelerated, MiB",
     )  # fmt: skip
     return f"{machine(run)}\n{markdown(header, rows)}"
+
+
+def low_rank(results: Mapping) -> str:
+    """Time of a layer with adapters over its time without, in the newest run that has it."""
+    path = result_files.RESULTS / OVERHEAD
+    run = result_files.read(path) if path.exists() else results
+    return f"{machine(run)}\n{overhead(run)}"
 
 
 def packed(results: Mapping) -> str:
