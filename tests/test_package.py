@@ -37,6 +37,11 @@ def test_import_is_lean(imported, heavy):
     assert not heavy & set(loaded.split())
 
 
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="'moe_kernels' has no attribute 'nothing'"):
+        moe_kernels.nothing  # noqa: B018
+
+
 def test_public_names():
     for name in moe_kernels.__all__:
         assert getattr(moe_kernels, name) is not None

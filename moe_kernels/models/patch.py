@@ -42,6 +42,7 @@ from moe_kernels.models.parts import (
     LayerParts,
     all_experts,
     find_decoder,
+    find_experts,
     find_parts,
     trainable_dtype,
 )
@@ -299,13 +300,14 @@ def _check_kind(model: nn.Module, name: str) -> None:
 
 
 def _children_with_heads(model: PreTrainedModel) -> list[str]:
-    """Return the names of a model's parts that are language models, as Qwen3-Omni's thinker is."""
+    """Return the names of parts that are language models with experts, as Qwen3-Omni's thinker."""
     return [
         name
         for name, child in model.named_children()
         if isinstance(child, PreTrainedModel)
         and child.can_generate()
         and child.get_output_embeddings() is not None
+        and find_experts(child) is not None
     ]
 
 

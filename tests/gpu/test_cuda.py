@@ -18,7 +18,12 @@ CASES = str(Path(__file__).with_name("cuda_suite.py"))
 @NEEDS_EXTENSION
 @NEEDS_TRITON
 @pytest.mark.parametrize(
-    "selected", ["test_matches or odd or shapes", "not test_matches and not odd and not shapes"]
+    "selected",
+    [
+        # the kernels on the host, below, take the same cases in half precision
+        pytest.param("test_matches or odd or shapes", marks=pytest.mark.slow),
+        "not test_matches and not odd and not shapes",
+    ],
 )
 def test_layers(selected):
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

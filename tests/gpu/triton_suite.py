@@ -377,7 +377,13 @@ def test_text_rows_do_not_see_adapters(value):
             assert not torch.equal(after[name], before[name])
 
 
-@pytest.mark.parametrize("tiles", [None, BIG_TILES], ids=["few rows", "many rows"])
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        pytest.param(None, id="few rows"),
+        pytest.param(BIG_TILES, id="many rows", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, *DTYPES[2:]], ids=str)
 @pytest.mark.parametrize("seed", range(3 if ON_GPU else 1))
 def test_text_bits_at_a_size_that_shows(dtype, seed, tiles):

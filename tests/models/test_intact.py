@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import accelerate
 import pytest
@@ -124,9 +125,16 @@ def replace_forward(experts):
     return functools.partial(type(experts).forward, base)
 
 
-@pytest.mark.parametrize("added", [False, True], ids=["adapters", "added experts"])
-@pytest.mark.parametrize("place", ["experts", "block", "router"])
-@pytest.mark.parametrize("compiled", [False, True])
+def replaced_forwards():
+    """Yield arguments of the next test; compiling takes seconds, so one such case is quick."""
+    for case in itertools.product([False, True], ["experts", "block", "router"], [False, True]):
+        compiled, place, added = case
+        slow = [pytest.mark.slow] if compiled and (place, added) != ("experts", False) else []
+        name = f"{compiled}-{place}-{'added experts' if added else 'adapters'}"
+        yield pytest.param(*case, marks=slow, id=name)
+
+
+@pytest.mark.parametrize(("compiled", "place", "added"), replaced_forwards())
 def test_experts_computed_by_another_forward_are_detected(compiled, place, added):
     targets = () if added else ("experts", "router")
     missing = "gate" if place == "router" else "experts"
