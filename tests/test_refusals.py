@@ -201,7 +201,8 @@ REFUSALS = {
     ),
     "another layout": (
         model_with(normed), ValueError,
-        "a norm after each expert", "layer 1", "docs/patching.md says which layouts are",
+        "has_post_expert_norm, and no post_expert_norm", "layer 1",
+        "docs/patching.md says which layouts are",
     ),
     "a quantised model": (
         model_with(packed), ValueError,

@@ -143,8 +143,12 @@ def experts_forward(
             }
         weights |= _stacked(added)
     rows = hidden_states, top_k_index.to(torch.int64), top_k_weights
-    if sharding.spread(self) is not None:
-        *rows, modality_ids = _one_expert_each(*rows, modality_ids, self.num_experts)
+    if form.normed or sharding.spread(self) is not None:
+        here = self.num_experts + sum(each.num_added for each in added)
+        *rows, modality_ids = _one_expert_each(*rows, modality_ids, here)
+    routed_weights = rows[2]
+    if form.normed:
+        rows[2] = torch.ones_like(routed_weights)
     names = up_name(self), "down_proj"
     stacks = {name: form.stack(self, name) for name in names}
     computed = {name: stacks[name] for name in names if is_parametrized(self, name)}
@@ -159,9 +163,12 @@ def experts_forward(
             **form.biases(self, added),
             **weights,
         )
-    if len(output) == len(hidden_states):
-        return output
-    return output.view(*top_k_index.shape, -1).sum(1)
+    if form.normed:
+        output = self.post_expert_norm(output) * routed_weights
+        output = torch.where((modality_ids >= 0)[:, None], output, 0)  # a norm may have a bias
+    if len(output) != len(hidden_states):
+        output = output.view(*top_k_index.shape, -1).sum(1)
+    return output.to(hidden_states.dtype)
 
 
 def part_of_rank(experts: nn.Module) -> Callable[[ModalityLora], LoraWeights]:

@@ -20,10 +20,9 @@ from moe_kernels.models import sharding
 from moe_kernels.models.parts import up_name
 from moe_kernels.ops import Activation
 
-# attribute of an experts module -> the meaning of a value that is not supported
-_REFUSED = {"has_post_expert_norm": "a norm after each expert"}
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _LAYOUT = ("has_gate", "is_concatenated", "is_transposed", "has_bias")
+_NORMED = "has_post_expert_norm"  # the oldest versions lack it
 # Names that classes have for the values of a clamped SwiGLU.
 _ALPHAS, _LIMITS = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
 _UNCLAMPED = ("silu", "gelu", "gelu_tanh", "relu_squared")
@@ -43,12 +42,14 @@ class Form(NamedTuple):
         interleaved: rows of the first stack are gate, up, gate, up, ...
         transposed: stacks are stored (E, in, out).
         biased: both projections have biases.
+        normed: the module's ``post_expert_norm`` is applied to each expert's output.
     """
 
     act: Activation
     interleaved: bool = False
     transposed: bool = False
     biased: bool = False
+    normed: bool = False
 
     def stack(self, experts: nn.Module, name: str) -> Tensor:
         """Return a stack of weights (E, out, in), a view if it is stored transposed."""
@@ -87,7 +88,8 @@ def problems(experts: nn.Module) -> list[str]:
             f"{', '.join(missing)}), through which the kernels are called: docs/families.md lists "
             "classes that are"
         )
-    reasons += [meaning for name, meaning in _REFUSED.items() if getattr(experts, name, False)]
+    if getattr(experts, _NORMED, False) and getattr(experts, "post_expert_norm", None) is None:
+        reasons.append(f"{_NORMED}, and no post_expert_norm")
     if sharding.spread_without_mask(experts):
         reasons.append(sharding.NO_MASK)
     if getattr(experts, "has_bias", False):
@@ -115,6 +117,7 @@ def not_plain(experts: nn.Module) -> list[str]:
         "interleaved gate and up rows": form.interleaved,
         "transposed expert weights": form.transposed,
         "expert biases": form.biased,
+        "a norm after each expert": form.normed,
         f"activation {form.act.name} (only SiLU)": form.act.name != "silu",
     }
     return [meaning for meaning, holds in found.items() if holds]
@@ -143,7 +146,7 @@ def _number_of(experts: nn.Module) -> int:
 def _deciding(experts: nn.Module) -> tuple:
     """Return all that a form follows from, which is compared in each forward."""
     own, cls = experts.__dict__, type(experts)
-    names = (*_LAYOUT, *_REFUSED, *_ALPHAS, *_LIMITS, "_apply_gate", "act_fn")
+    names = (*_LAYOUT, _NORMED, *_ALPHAS, *_LIMITS, "_apply_gate", "act_fn")
     act = own["_modules"].get("act_fn")
     inside = () if act is None else _settings(act)
     spread = sharding.spread_without_mask(experts)
@@ -170,7 +173,8 @@ def _find(experts: nn.Module) -> Form | str:
     if isinstance(act, str):
         return act
     interleaved = act.gated and not experts.is_concatenated
-    found = Form(act, interleaved, bool(experts.is_transposed), bool(experts.has_bias))
+    normed = bool(getattr(experts, _NORMED, False))
+    found = Form(act, interleaved, bool(experts.is_transposed), bool(experts.has_bias), normed)
     if found not in _FORMS:
         _FORMS.append(found)
     _known[experts] = deciding, _FORMS.index(found)

@@ -13,10 +13,11 @@ from support.model_zoo import make_model, refused, token_ids
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_kernels import ModalityLoraConfig, accelerate_peft, info, patch_model
 from moe_kernels.models import forms, support
-from moe_kernels.models.experts import IMPLEMENTATION
+from moe_kernels.models.experts import IMPLEMENTATION, experts_forward
 from moe_kernels.models.forms import Form, form_of, problems
 from moe_kernels.models.parts import find_experts
 from moe_kernels.ops import Activation
@@ -261,7 +262,7 @@ def test_adapters_of_peft_on_another_activation():
         accelerate_peft(wrapped)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "muse_spark", "qwen3_vl_moe", "gemma4"])
+@pytest.mark.parametrize("family", ["gpt_oss", "inkling2", "qwen3_vl_moe", "gemma4"])
 def test_what_a_folder_gets(family, tmp_path, capsys):
     """The answers on the device meta are those of the model itself."""
     model = make_family(family)
@@ -271,7 +272,7 @@ def test_what_a_folder_gets(family, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found.pop("class") == type(model).__name__
     assert found == support.of_model(model)
-    assert (found["experts"] == "supported") == (family != "muse_spark")
+    assert (found["experts"] == "supported") == (family != "inkling2")
     assert "\n" not in "".join(found.values())
 
 
@@ -302,3 +303,31 @@ def test_text_keeps_its_bits_on_the_reference(family):
         with torch.no_grad():
             before, after = model(ids).logits, model(others).logits
         assert torch.equal(before[0], after[0]) and torch.equal(before[1, :5], after[1, :5])
+
+
+@torch.no_grad()
+def test_a_norm_after_each_expert():
+    """transformers' own code is right; a norm with a bias must leave padding at zero."""
+    torch.manual_seed(0)
+    made = experts(has_post_expert_norm=True).double()
+    made.post_expert_norm = nn.LayerNorm(made.hidden_dim).double()
+    made.post_expert_norm.bias.normal_()
+    x = torch.randn(7, made.hidden_dim, dtype=torch.float64)
+    ids = torch.stack([torch.randperm(made.num_experts)[:2] for _ in range(7)])
+    weights = torch.rand(7, 2, dtype=torch.float64)
+    expected = ALL_EXPERTS_FUNCTIONS["batched_mm"](made, x, ids, weights)
+    assert relative_rms(experts_forward(made, x, ids, weights), expected) < 1e-12
+    padded = torch.tensor([0, -1, 0, 0, 0, 0, -1])
+    made._modality_context = SimpleNamespace(
+        row_ids=lambda: padded, backend=None, module_ran=lambda name: None
+    )
+    made._modality_lora = {}
+    out = experts_forward(made, x, ids, weights)
+    assert out[padded < 0].eq(0).all()
+    assert relative_rms(out[padded == 0], expected[padded == 0]) < 1e-12
+
+
+def test_a_norm_after_each_expert_is_not_computed_for_peft():
+    made = experts(has_post_expert_norm=True)
+    made.post_expert_norm = nn.LayerNorm(made.hidden_dim)
+    assert forms.not_plain(made) == ["a norm after each expert"]

@@ -138,7 +138,7 @@ def test_a_model_without_a_head():
     ("break_it", "match"),
     [
         (lambda experts: setattr(experts, "act_fn", nn.Mish()), r"activation Mish \(only silu, ge"),
-        (lambda experts: setattr(experts, "has_post_expert_norm", True), "norm after each expert"),
+        (lambda experts: setattr(experts, "has_post_expert_norm", True), "no post_expert_norm"),
         (lambda experts: delattr(experts, "has_gate"), r"built on .* \(no has_gate\)"),
         (lambda experts: delattr(experts, "down_proj"), "no stacked down_proj"),
     ],
