@@ -134,7 +134,11 @@ def test_text_rows_do_not_see_adapters_in_another_layout():
     assert torch.equal(call(inputs, "triton", **options)[text], before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [DTYPES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in DTYPES[1:])],
+    ids=str,
+)
 @pytest.mark.parametrize("variant", ["two_modalities", "added_experts", "shared_a", "own_ranks"])
 def test_odd_sizes(dtype, variant):
     check(dtype, SHAPES["odd"], **VARIANTS[variant])
@@ -173,7 +177,7 @@ def test_where_the_parts_of_du_are_large(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 6))]
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3, 4, 5))]
 )
 def test_random_shapes(seed):
     """Draw sizes, rank, routing, mask and dtype at random."""
@@ -352,7 +356,9 @@ def test_a_route_may_flip_at_recompute():
     assert inputs.hidden_states.grad.isfinite().all() and inputs.hidden_states.grad.any()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
+@pytest.mark.parametrize(
+    "value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow), 3.0]
+)
 def test_text_rows_do_not_see_adapters(value):
     """Rows of one modality do not see another's adapters either, while these are finite."""
     inputs = make_moe_inputs(SHAPES["tiny"], num_modalities=2).to(torch.float32)

@@ -201,7 +201,7 @@ def test_the_level_is_the_one_asked_for():
         extension.prefer_brgemm(True)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_on_a_smaller_instruction_set(capability):
     """The same tests pass with the wider kernels switched off."""
     run_pytest(__file__, "-k", SELECTED, ATEN_CPU_CAPABILITY=capability)

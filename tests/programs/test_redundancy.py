@@ -272,6 +272,7 @@ def test_an_interrupted_stage_is_not_taken_for_another_rate(program, tmp_path):
     assert len(list(tmp_path.glob("*.partial/begun"))) == 2
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_process_and_not_of_its_parent(program):
     """The peak of a large parent, which getrusage hands on, is not counted."""
     code = (

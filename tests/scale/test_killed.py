@@ -52,7 +52,10 @@ def work(folder, who):
     os._exit(0)
 
 
-@pytest.mark.parametrize("who", PLACES)
+@pytest.mark.parametrize(
+    "who",
+    [pytest.param(who, marks=[pytest.mark.slow] if n else []) for n, who in enumerate(PLACES)],
+)
 def test_the_old_adapter_stays_whole(who, tmp_path):
     codes = [KILLED if rank == PLACES[who][0] else 0 for rank in range(2)]
     run_ranks(__file__, tmp_path / "adapter", who, codes=codes)
