@@ -202,6 +202,7 @@ def test_a_wrong_provider_gets_no_speed_up(bench, case, monkeypatch, what):
     assert "refused: " in bench.tables.providers_table(record, "both")
 
 
+@pytest.mark.slow
 def test_the_programs_run(bench, tmp_path):
     """Each program runs on its smallest case; figures and pages show the results."""
     path = tmp_path / "cpu.json"

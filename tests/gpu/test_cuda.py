@@ -15,28 +15,16 @@ NEEDS_EXTENSION = pytest.mark.skipif(not _native.is_available(), reason=f"{_nati
 CASES = str(Path(__file__).with_name("cuda_suite.py"))
 
 
+@pytest.mark.slow  # the kernels on the host, below, take most cases in half precision
 @NEEDS_EXTENSION
 @NEEDS_TRITON
 @pytest.mark.parametrize(
-    "selected",
-    [
-        # the kernels on the host, below, take the same cases in half precision
-        pytest.param("test_matches or odd or shapes", marks=pytest.mark.slow),
-        "not test_matches and not odd and not shapes",
-    ],
+    "selected", ["test_matches or odd or shapes", "not test_matches and not odd and not shapes"]
 )
 def test_layers(selected):
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     # Tests of one kind of device are skipped on the other.
-    run_pytest(CASES, "-k", selected, "-m", "not slow", may_skip=True, **environment)
-
-
-@pytest.mark.slow
-@NEEDS_EXTENSION
-@NEEDS_TRITON
-def test_layers_of_large_cases():
-    environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    run_pytest(CASES, "-m", "slow", may_skip=True, **environment)
+    run_pytest(CASES, "-k", selected, may_skip=True, **environment)
 
 
 @NEEDS_EXTENSION
