@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.attacks import today
+from support.ranks import errors_of
 
 
 def pytest_addoption(parser):
@@ -32,6 +33,12 @@ def filled_memory(monkeypatch):
     assert torch.ones(1).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def scene_errors(request, tmp_path_factory):
+    """Play a module's scenes on two ranks, once; return what went wrong by scene."""
+    return errors_of(request.path, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture

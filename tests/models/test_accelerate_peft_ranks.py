@@ -5,15 +5,13 @@ All scenes run in one pair of processes, each on both ranks; the test fails with
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import get_peft_model
 from support.model_zoo import VOCAB, make_model, token_ids
 from support.peft_models import fill_adapters, lora_config, make_pair
-from support.ranks import errors_of, play, run_ranks
+from support.ranks import play
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -132,19 +130,10 @@ SCENES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("peft")
-    run_ranks(__file__, folder)
-    return errors_of(folder)
-
-
 @pytest.mark.parametrize("scene", SCENES)
-def test_two_ranks(scene, errors):
-    assert scene not in errors, errors[scene]
+def test_two_ranks(scene, scene_errors):
+    assert scene not in scene_errors, scene_errors[scene]
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    play(SCENES, dist.get_rank(), Path(sys.argv[1]))
-    dist.destroy_process_group()
+    play(SCENES, sys.argv[1])

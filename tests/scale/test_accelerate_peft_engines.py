@@ -3,16 +3,14 @@
 import importlib
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import get_peft_model
 from support import engines_on_cpu
 from support.model_zoo import VOCAB, make_model, token_ids
 from support.peft_models import fill_adapters, lora_config, make_pair, make_peft
-from support.ranks import errors_of, play, run_ranks
+from support.ranks import errors_of, play
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -226,15 +224,13 @@ SCENES = ENGINES | {"rows": rows}
 
 
 def test_rows_resume_under_fsdp2(tmp_path):
-    run_ranks(__file__, tmp_path, "rows")
-    errors = errors_of(tmp_path)
+    errors = errors_of(__file__, tmp_path, "rows")
     assert not errors, errors
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_by_accelerate(engine, tmp_path):
-    run_ranks(__file__, tmp_path, engine)
-    errors = errors_of(tmp_path)
+    errors = errors_of(__file__, tmp_path, engine)
     assert not errors, errors
     settings = {"dtype": torch.float32, "target_modules": ["q_proj"]}
     expected, look = train(make_peft(**settings), tmp_path / "one", per_device_train_batch_size=4)
@@ -253,8 +249,5 @@ if __name__ == "__main__":
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
-    else:
-        dist.init_process_group("gloo")
     engines_on_cpu.allow()
-    play({engine: SCENES[engine]}, dist.get_rank(), Path(sys.argv[1]))
-    dist.destroy_process_group()
+    play({engine: SCENES[engine]}, sys.argv[1])

@@ -6,14 +6,13 @@ All scenes run in one pair of processes, each on both ranks; the test fails with
 import dataclasses
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.model_zoo import VOCAB, make_model, randomise, token_ids
-from support.ranks import errors_of, play, run_ranks
+from support.ranks import errors_of, play
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
@@ -592,13 +591,10 @@ SCENES = {
 
 
 def test_every_scene(tmp_path):
-    run_ranks(__file__, tmp_path)
+    errors = errors_of(__file__, tmp_path)
     assert (tmp_path / list(SCENES)[-1]).is_dir()
-    assert not (errors := errors_of(tmp_path)), "\n".join(errors.values())
+    assert not errors, "\n".join(errors.values())
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    play(SCENES, dist.get_rank(), Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    play(SCENES, sys.argv[1])

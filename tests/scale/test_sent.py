@@ -6,12 +6,10 @@ believe that there are others: what it gathers are no values, but the messages h
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from support.ranks import errors_of, play, run_ranks
+from support.ranks import errors_of, play
 from support.sent import base, formulas, patched, step
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -60,8 +58,7 @@ SCENES = {"fsdp2": fsdp2, "ddp": ddp}
 
 
 def test_two_ranks_send_what_the_formulas_say(tmp_path):
-    run_ranks(__file__, tmp_path)
-    assert not (errors := errors_of(tmp_path)), "\n".join(errors.values())
+    assert not (errors := errors_of(__file__, tmp_path)), "\n".join(errors.values())
 
 
 @pytest.fixture(params=[64, 512])
@@ -82,8 +79,4 @@ def test_many_ranks_would_send_what_the_formulas_say(ranks, per_node, evenly):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    play(SCENES, dist.get_rank(), Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    play(SCENES, sys.argv[1])

@@ -5,14 +5,14 @@ transformers spreads them: by DistributedConfig, with FSDP2 and a batch for each
 """
 
 import copy
+import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.model_zoo import VOCAB, make_model, token_ids
-from support.ranks import errors_of, play, run_ranks
+from support.ranks import errors_of, play
 from support.saved_adapters import ADAPTER
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -301,28 +301,16 @@ def copies_of_experts(rank, folder):
 FOUR = {"copies_of_experts": copies_of_experts}
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, folder)
-    return errors_of(folder)
-
-
 @pytest.mark.parametrize("scene", sorted(SCENES))
-def test_two_ranks(scene, errors):
-    assert scene not in errors, errors[scene]
+def test_two_ranks(scene, scene_errors):
+    assert scene not in scene_errors, scene_errors[scene]
 
 
 @pytest.mark.slow
 def test_four_ranks(tmp_path):
-    run_ranks(__file__, tmp_path, codes=(0, 0, 0, 0))
-    assert not (errors := errors_of(tmp_path, 4)), "\n".join(errors.values())
+    assert not (errors := errors_of(__file__, tmp_path, number=4)), "\n".join(errors.values())
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    scenes = SCENES if dist.get_world_size() == 2 else FOUR
-    play(scenes, dist.get_rank(), Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    scenes = SCENES if os.environ["WORLD_SIZE"] == "2" else FOUR
+    play(scenes, sys.argv[1])

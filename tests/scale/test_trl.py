@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from support import engines_on_cpu
 from support.model_zoo import VOCAB, token_ids
 from support.patched_models import patched_model
-from support.ranks import errors_of, play, run_ranks
+from support.ranks import errors_of, play
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -318,8 +317,7 @@ SCENES = {each.__name__: each for each in (sft_by_fsdp2, dpo_by_ddp)}
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_two_ranks(scene, tmp_path):
-    run_ranks(__file__, tmp_path, scene)
-    assert not (errors := errors_of(tmp_path)), "\n".join(errors.values())
+    assert not (errors := errors_of(__file__, tmp_path, scene)), "\n".join(errors.values())
 
 
 def test_a_year_old_trl(tmp_path):
@@ -341,8 +339,5 @@ def test_a_year_old_trl(tmp_path):
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
     engines_on_cpu.allow()
-    play({sys.argv[2]: SCENES[sys.argv[2]]}, dist.get_rank(), Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    play({sys.argv[2]: SCENES[sys.argv[2]]}, sys.argv[1])

@@ -3,7 +3,6 @@
 import itertools
 import sys
 import warnings
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from support.model_zoo import VOCAB, make_model, token_ids
 from support.patched_models import patched_model
-from support.ranks import errors_of, play, run_ranks
+from support.ranks import play
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -350,21 +349,10 @@ ALL = (
 SCENES = {each.__name__: each for each in ALL}
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, folder)
-    return errors_of(folder)
-
-
 @pytest.mark.parametrize("scene", sorted(SCENES))
-def test_two_ranks(scene, errors):
-    assert scene not in errors, errors[scene]
+def test_two_ranks(scene, scene_errors):
+    assert scene not in scene_errors, scene_errors[scene]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    play(SCENES, dist.get_rank(), Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    play(SCENES, sys.argv[1])

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
-def run_ranks(script: str, *arguments: object, codes: Sequence[int] = (0, 0)) -> list[str]:
+def run_ranks(script: str | Path, *arguments: object, codes: Sequence[int] = (0, 0)) -> list[str]:
     """Run ``python script arguments`` as every rank; return what each printed.
 
     The test fails with the output of a rank that does not exit with its code of ``codes``.
@@ -26,7 +27,7 @@ def run_ranks(script: str, *arguments: object, codes: Sequence[int] = (0, 0)) ->
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, script, *map(str, arguments)],
+            [sys.executable, *map(str, (script, *arguments))],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -44,24 +45,33 @@ def run_ranks(script: str, *arguments: object, codes: Sequence[int] = (0, 0)) ->
     return outputs
 
 
-def play(scenes: Mapping[str, Callable], rank: int, folder: Path) -> None:
-    """Play scenes ``f(rank, folder)`` on this rank, each in a folder of its own.
+def play(scenes: Mapping[str, Callable], folder: str) -> None:
+    """Play scenes ``f(rank, folder)``, each in a folder of its own, in a process of a group.
 
-    What went wrong is kept for :func:`errors_of`.
+    The process joins a group of gloo unless it belongs to one, and leaves it. What went wrong is
+    kept for :func:`errors_of`.
     """
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     errors = {}
     for name, scene in scenes.items():
-        own = folder / name
+        own = Path(folder, name)
         own.mkdir(exist_ok=True)
         try:
-            scene(rank, own)
+            scene(dist.get_rank(), own)
         except BaseException:  # the other scenes still have something to say
             errors[name] = traceback.format_exc()
-    torch.save(errors, folder / f"errors-{rank}.pt")
+    torch.save(errors, Path(folder, f"errors-{dist.get_rank()}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def errors_of(folder: Path, number: int = 2) -> dict[str, str]:
-    """Return what went wrong by scene, on all ranks."""
+def errors_of(
+    script: str | Path, folder: Path, *arguments: object, number: int = 2
+) -> dict[str, str]:
+    """Run a script that plays scenes on ranks; return what went wrong by scene, on all ranks."""
+    run_ranks(script, folder, *arguments, codes=(0,) * number)
     found = {}
     for rank in range(number):
         for name, text in torch.load(folder / f"errors-{rank}.pt").items():
