@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_kernels import ops
+from moe_kernels import backends, ops
 from moe_kernels.layers import AddedExperts, ModalityLora
 from moe_kernels.models import forms, packed, sharding
 from moe_kernels.models.context import ModalityContext
 from moe_kernels.models.parts import up_name, up_stack
-from moe_kernels.ops import LoraWeights
+from moe_kernels.ops import LoraWeights, PackedWeights
 from moe_kernels.ops.dtypes import FLOATS
 from moe_kernels.registration import IMPLEMENTATION
 
@@ -149,10 +149,10 @@ def experts_forward(
     routed_weights = rows[2]
     if form.normed:
         rows[2] = torch.ones_like(routed_weights)
-    names = up_name(self), "down_proj"
-    stacks = {name: form.stack(self, name) for name in names}
-    computed = {name: stacks[name] for name in names if is_parametrized(self, name)}
-    with packed.read_again(computed, functools.partial(form.stack, self)):
+    read = functools.partial(_stack, self, form, backend)
+    stacks = {name: read(name) for name in (up_name(self), "down_proj")}
+    computed = {n: _computed(stack) for n, stack in stacks.items() if is_parametrized(self, n)}
+    with packed.read_again(computed, lambda name: _computed(read(name))):
         output = ops.moe_mlp(
             *rows,
             *stacks.values(),
@@ -169,6 +169,21 @@ def experts_forward(
     if len(output) != len(hidden_states):
         output = output.view(*top_k_index.shape, -1).sum(1)
     return output.to(hidden_states.dtype)
+
+
+def _stack(
+    experts: nn.Module, form: forms.Form, backend: str | None, name: str
+) -> Tensor | PackedWeights:
+    """Return a stack of weights (E, out, in), packed where the op unpacks it tile by tile."""
+    found = None if form.transposed else packed.recipe(experts, name)
+    if found is None or backends.select(backend, found.device, found.dtype) == "reference":
+        return form.stack(experts, name)  # the reference would unpack it whole, with more memory
+    return found
+
+
+def _computed(stack: Tensor | PackedWeights) -> Tensor:
+    """Return what was computed for this call of a parametrised stack: the weights, or scales."""
+    return stack.scales if isinstance(stack, PackedWeights) else stack
 
 
 def part_of_rank(experts: nn.Module) -> Callable[[ModalityLora], LoraWeights]:

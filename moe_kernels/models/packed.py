@@ -2,8 +2,9 @@
 
 ``torch.nn.utils.parametrize`` keeps a tensor of its own in a weight's place, and computes the
 weight from it whenever the module's attribute is read. bitsandbytes packs stacks of experts so
-(``replace_parameter_4bit``). A layer's weights are then in full size while it computes, and neither
-before nor after: what only needs their shape reads none, and autograd keeps none.
+(``replace_parameter_4bit``). Where the op can unpack a weight itself, it gets the stored data: see
+:func:`recipe`. Otherwise a layer's weights are in full size while it computes, and neither before
+nor after: what only needs their shape reads none, and autograd keeps none.
 """
 
 import contextlib
@@ -15,11 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from moe_kernels.models import recipes
+from moe_kernels.ops import PackedWeights
 from moe_kernels.ops.gradients import PLAIN, in_transform, is_plain
 
 _NAN = float("nan")
-# By the module that holds a weight's parts: what the weight follows from, and what was found.
-_known: WeakKeyDictionary[nn.Module, tuple[tuple, Tensor]] = WeakKeyDictionary()
+
+
+class _Found(NamedTuple):
+    """Facts of a parametrised weight, found by reading it once.
+
+    Attributes:
+        deciding: what this follows from.
+        outline: see :func:`outline`.
+        has_recipe: the op unpacks the weight itself, to the same bits.
+    """
+
+    deciding: tuple
+    outline: Tensor
+    has_recipe: bool
+
+
+_known: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()  # by what holds the parts
 
 
 def outline(module: nn.Module, name: str) -> Tensor | None:
@@ -29,29 +47,43 @@ def outline(module: nn.Module, name: str) -> Tensor | None:
     device. The weight is computed once to learn these; one of a tensor's subclass is returned.
     """
     if is_parametrized(module, name):
-        return _outline_of_computed(module, name)
+        found = _find(module, name)
+        return found.outline if isinstance(found, _Found) else found
     # In a forward of expert parallelism a plain tensor is there, this rank's part.
     found = getattr(module, name, None)
     is_parameter = isinstance(found, nn.Parameter) or name in module._parameters
     return found if is_parameter and isinstance(found, Tensor) else None
 
 
-def _outline_of_computed(module: nn.Module, name: str) -> Tensor | None:
+def recipe(module: nn.Module, name: str) -> PackedWeights | None:
+    """Return a module's parametrised weight as stored, for the op to unpack; None: it cannot."""
+    found = _find(module, name) if is_parametrized(module, name) else None
+    if not isinstance(found, _Found) or not found.has_recipe:
+        return None
+    return recipes.nf4(module.parametrizations[name])
+
+
+def _find(module: nn.Module, name: str) -> _Found | Tensor | None:
+    """Return what was found of a parametrised weight, or one of a subclass itself."""
     stored = module.parametrizations[name]
     parts = (*stored.parameters(), *stored.buffers())
     deciding = tuple((part.shape, part.dtype, part.device) for part in parts)
     found = _known.get(stored)
-    if found is None or found[0] != deciding:
+    if found is None or found.deciding != deciding:
         with torch.no_grad():
             weight = getattr(module, name)
-        if not isinstance(weight, Tensor):
-            return None
         if type(weight) not in PLAIN:
-            return weight
-        like = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        like = like.fill_(_NAN) if weight.is_floating_point() else like
-        found = _known[stored] = deciding, like.expand(weight.shape)
-    return found[1]
+            return weight if isinstance(weight, Tensor) else None
+        own = recipes.nf4(stored)
+        has_recipe = own is not None and recipes.gives(own, weight)
+        found = _known[stored] = _Found(deciding, _outline_of(weight), has_recipe)
+    return found
+
+
+def _outline_of(weight: Tensor) -> Tensor:
+    like = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    like = like.fill_(_NAN) if weight.is_floating_point() else like
+    return like.expand(weight.shape)
 
 
 def parametrised(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -1,4 +1,4 @@
-"""Packed experts, which a parametrisation unpacks at each read, as bitsandbytes' are.
+"""Packed experts, which a parametrisation unpacks at each read, or the op tile by tile.
 
 They compute what the unpacked model computes, bit for bit, and nothing keeps the unpacked weights.
 """
@@ -11,12 +11,20 @@ import torch.distributed as dist
 from support.families import make_family
 from support.model_zoo import assert_same_snapshot as assert_same
 from support.model_zoo import make_model, randomise, refused, snapshot, token_ids
-from support.packed_experts import FourBits, dequantised, kept, pack_experts, reads
+from support.packed_experts import (
+    Bnb4bitParametrization,
+    FourBits,
+    dequantised,
+    kept,
+    pack_experts,
+    pack_in_nf4,
+    reads,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moe_kernels import add_modality_tokens, patch_model
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models.parts import find_experts
 from moe_kernels.moextend import ExpertExtender
 
@@ -24,14 +32,18 @@ NUM_TOKENS = 16
 BF16 = {"dtype": torch.bfloat16}
 
 
-def pair(plain):
+# By how experts are packed: what is read, and what the op unpacks itself.
+PACKED = pytest.mark.parametrize("pack", [pack_experts, pack_in_nf4])
+
+
+def pair(plain, pack=pack_experts):
     """Return the packed model and the one of its unpacked weights."""
-    packed = pack_experts(copy.deepcopy(plain))
+    packed = pack(copy.deepcopy(plain))
     return packed, dequantised(packed, plain)
 
 
-def patch(model):
-    patched = patch_model(model)
+def patch(model, backend=None):
+    patched = patch_model(model, ModalityLoraConfig(backend=backend))
     add_modality_tokens(model, "image", NUM_TOKENS)
     randomise(patched)
     return patched
@@ -68,15 +80,17 @@ PLAIN = pytest.mark.parametrize(
 )
 
 
+@PACKED
 @PLAIN
-def test_same_bits_as_the_unpacked_model(plain):
-    steps = [step(patch(model)) for model in pair(plain())]
+def test_same_bits_as_the_unpacked_model(plain, pack):
+    steps = [step(patch(model)) for model in pair(plain(), pack)]
     assert equal(*steps)
     assert all(each.isfinite().all() and each.any() for each in steps[0][2:])
 
 
-def test_text_keeps_its_bits_when_adapters_change():
-    patched = patch(pack_experts(make_model("mixtral", **BF16)))
+@PACKED
+def test_text_keeps_its_bits_when_adapters_change(pack):
+    patched = patch(pack(make_model("mixtral", **BF16)))
     ids = token_ids(2, 12)
     with torch.no_grad():
         before = patched.model(ids).logits[..., : patched.base_vocabulary]
@@ -96,11 +110,44 @@ def test_each_stack_is_unpacked_once_for_each_use():
     assert reads(model) == 3 * stacks
 
 
+def in_fp4():
+    """Return a model whose quantisation states say that the codes have other values."""
+    model = pack_in_nf4(make_model("mixtral"))
+    for module in model.modules():
+        if isinstance(module, Bnb4bitParametrization):
+            module.quant_state.quant_type = "fp4"
+    return model
+
+
+UNPACKED_BY = {  # model, backend, by whom
+    "nf4": (lambda: pack_in_nf4(make_model("mixtral")), None, "op"),
+    "rounded_in_another_way": (lambda: pack_in_nf4(make_model("mixtral"), 1.001), None, "read"),
+    "another_code": (in_fp4, None, "read"),
+    "stored_transposed": (lambda: pack_in_nf4(make_family("gpt_oss")), None, "read"),
+    "the_reference_unpacks_all": (lambda: pack_in_nf4(make_model("mixtral")), "reference", "read"),
+}
+
+
+@pytest.mark.parametrize("case", UNPACKED_BY)
+def test_the_op_unpacks_where_it_can(case):
+    make, backend, by = UNPACKED_BY[case]
+    model = make()
+    patched = patch(model, backend)
+    stacks = reads(model)
+    assert stacks == 2 * len(model.model.layers)  # by patching, to learn of each
+    step(patched)
+    assert reads(model) == (stacks if by == "op" else 3 * stacks)
+    with torch.no_grad():
+        model.eval()(token_ids(1, 1))  # one token has an op of its own
+    assert reads(model) == (stacks if by == "op" else 4 * stacks)
+
+
+@PACKED
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize("experts_extended", [False, True])
-def test_no_unpacked_weight_is_kept_for_backward(reentrant, experts_extended):
+def test_no_unpacked_weight_is_kept_for_backward(reentrant, experts_extended, pack):
     plain = make_model("mixtral", **BF16)
-    packed, same = pair(plain)
+    packed, same = pair(plain, pack)
     handles = [patch(model) for model in (packed, same)]
     if experts_extended:
         for patched in handles:
@@ -134,9 +181,10 @@ def test_other_hooks_on_saved_tensors_see_all_but_the_weights():
     assert shape not in seen
 
 
-def test_save_load_copy_and_unpatch(tmp_path):
+@PACKED
+def test_save_load_copy_and_unpatch(tmp_path, pack):
     plain = make_model("mixtral", **BF16)
-    packed, same = pair(plain)
+    packed, same = pair(plain, pack)
     before = snapshot(packed)
     patched = patch(packed)
     expected = step(patched)

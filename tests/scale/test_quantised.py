@@ -1,6 +1,11 @@
 """Models that bitsandbytes and torchao have quantised: experts in NF4, and linear layers beside."""
 
+import contextlib
 import copy
+import itertools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from transformers import (
 
 from moe_kernels import ModalityLoraConfig, SaveAdapter, add_modality_tokens, patch_model
 from moe_kernels.models.parts import all_experts
+from moe_kernels.ops import Nf4Weights
 
 pytestmark = pytest.mark.scale
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "dtype": torch.bfloat16}
@@ -25,15 +31,42 @@ EXPERTS = ModalityLoraConfig(r=4, target_modules=("experts",))
 TEXT_AND_IMAGE = torch.tensor([[0], [1]])
 
 
-def in_nf4(model):
+def in_nf4(model, **settings):
     """Pack experts as Axolotl does."""
     parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    settings = {"compress_statistics": True, "quant_type": "nf4"} | settings
     for experts in all_experts(model).values():
         for name in ("gate_up_proj", "down_proj"):
-            parametrize.replace_parameter_4bit(
-                experts, name, compress_statistics=True, quant_type="nf4"
-            )
+            parametrize.replace_parameter_4bit(experts, name, **settings)
     return model
+
+
+def states(model):
+    """Yield the parametrisation of each stack, and what it unpacks."""
+    for experts in all_experts(model).values():
+        for stored in experts.parametrizations.values():
+            yield stored[0], stored.original
+
+
+def unpacked_by_reading(model):
+    """Let the parametrisations of a model be ones that the op does not know."""
+    for unpack, _ in states(model):
+        unpack.__class__ = type("Other", (type(unpack),), {})
+    return model
+
+
+@contextlib.contextmanager
+def reads():
+    """Give a list of the shapes that bitsandbytes unpacks within."""
+    functional, found = pytest.importorskip("bitsandbytes.functional"), []
+    own = functional.dequantize_4bit
+
+    def counted(packed, state):
+        found.append(tuple(state.shape))
+        return own(packed, state)
+
+    with mock.patch.object(functional, "dequantize_4bit", counted):
+        yield found
 
 
 def patch(model, config=None):
@@ -66,6 +99,98 @@ def test_experts_in_nf4_compute_as_the_unpacked_model(family, checkpointed, tmp_
     handles[1].load_adapter(tmp_path)
     handles[0].unpatch()
     assert type(packed.model.layers[0].mlp.experts).__name__.startswith("Parametrized")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_values_are_those_of_bitsandbytes(dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    shapes = (2, 6, 16), (3, 50, 22), (4, 192, 96), (1, 3, 34)
+    blocks = 32, 64, 128, 256, 512, 1024, 2048, 4096
+    for shape, block, nested in itertools.product(shapes, blocks, (False, True)):
+        settings = {"blocksize": block, "compress_statistics": nested, "quant_type": "nf4"}
+        packed, state = functional.quantize_4bit(torch.randn(shape).to(dtype), **settings)
+        absmax = state.absmax
+        if nested:
+            absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        found = Nf4Weights(packed, absmax, shape, dtype, block).dequantise()
+        assert torch.equal(found, functional.dequantize_4bit(packed, state)), (shape, block)
+
+
+SETTINGS = {
+    "nested": ({}, 0),
+    "plain_scales": ({"compress_statistics": False, "blocksize": 128}, 0),
+    "fp4": ({"quant_type": "fp4"}, 2),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_bits_are_those_of_unpacking_by_reading(case):
+    """The op unpacks NF4 alone; other codes are read in each pass, once a stack."""
+    settings, times = SETTINGS[case]
+    packed = in_nf4(make_model("mixtral", **SIZES), **settings)
+    handles = [patch(m) for m in (packed, unpacked_by_reading(copy.deepcopy(packed)))]
+    found = []
+    for patched, passes in zip(handles, (times, 2), strict=True):
+        with reads() as unpacked:
+            found.append(step(patched))
+        assert len(unpacked) == passes * 2 * len(patched.model.model.layers)
+        with torch.no_grad():
+            found[-1].append(patched.model.eval()(token_ids(1, 1)).logits)
+    assert all(map(torch.equal, *found))
+
+
+def test_experts_in_nf4_generate_and_run_in_threads():
+    packed = in_nf4(make_model("mixtral", **SIZES))
+    ours, other = (patch(m) for m in (packed, unpacked_by_reading(copy.deepcopy(packed))))
+    ids = token_ids(2, 6)
+    settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = other.model.eval().generate(ids, **settings)
+    model = ours.model.eval()
+    assert torch.equal(model.generate(ids, **settings), expected)
+    with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+        alone = [model(token_ids(1, n)).logits for n in (5, 9)]
+        together = list(pool.map(logits_of(model), [5, 9] * 6))
+    assert all(map(torch.equal, together, alone * 6))
+
+
+def logits_of(model):
+    """Return a function from a number of tokens to their logits."""
+
+    @torch.no_grad()
+    def call(number):
+        return model(token_ids(1, number)).logits
+
+    return call
+
+
+def test_autograd_keeps_no_expanded_scales():
+    """They are expanded again in the backward pass."""
+    patched = patch(in_nf4(make_model("mixtral", **SIZES)))
+    sizes = {-(-packed.numel() * 2 // 64) for _, packed in states(patched.model)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        step(patched)
+    assert len(kept) > 100
+    assert not sizes & {t.numel() for t in kept if t.dtype == torch.float32 and t.ndim == 1}
+
+
+def test_copies_of_experts_in_nf4():
+    """By deepcopy, before patching and after; pickle is refused."""
+    packed = in_nf4(make_model("mixtral", **SIZES))
+    expected = step(patch(copy.deepcopy(packed)))
+    patched = patch(packed)
+    with reads() as unpacked:
+        copied = copy.deepcopy(patched.model).train()
+        ids = token_ids(2, 12)
+        output = copied(ids, labels=ids, modality_ids=TEXT_AND_IMAGE.expand_as(ids))
+        output.loss.backward()
+    assert len(unpacked) == 2 * len(copied.model.layers)  # to learn of each
+    found = [output.logits, output.loss, *(p.grad for p in copied.parameters() if p.requires_grad)]
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(TypeError, match="a patched model cannot be pickled"):
+        pickle.dumps(patched.model)
 
 
 def test_a_trainer_on_experts_in_nf4(tmp_path):
