@@ -48,8 +48,9 @@ def check_source(model: Any) -> None:
 
     Raises:
         TypeError: it is not a plain transformers model.
-        ValueError: it is a Mixture of Experts already, is quantised, its class is not supported, it
-            has biases that no Mixture-of-Experts class has, or its head contradicts its config.
+        ValueError: it is a Mixture of Experts already, is quantised or offloaded, its class is not
+            supported, it has biases that no Mixture-of-Experts class has, or its head contradicts
+            its config.
     """
     name = type(model).__name__
     if hasattr(model, "peft_config"):
@@ -63,6 +64,11 @@ def check_source(model: Any) -> None:
     if type(model) not in SUPPORTED:
         known = "; ".join(f"{cls.__name__} ({target})" for cls, target in SUPPORTED.items())
         raise ValueError(f"{name} is not supported; supported are {known}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} has weights on the device meta (offloaded by accelerate?): load it on one "
+            "device (device_map={'': device})"
+        )
     if _has_quantised_weights(model):
         raise ValueError(f"{name} is quantised: load it in bfloat16, float16 or float32")
     for bias in ("mlp_bias", "attention_bias"):

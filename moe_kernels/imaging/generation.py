@@ -26,6 +26,7 @@ from moe_kernels.imaging.sequence import (
 from moe_kernels.imaging.tokenizer import ImageTokenizer
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import get_patched
+from moe_kernels.models.offload import device_of_model
 from moe_kernels.modes import ending_with, evaluating
 
 if TYPE_CHECKING:
@@ -158,14 +159,14 @@ def generate_image_codes(
         model, vocabulary, tokens_per_image, guidance_scale, empty_caption=empty_caption
     )
     processors = LogitsProcessorList([guidance, ImageTokensProcessor(vocabulary, tokens_per_image)])
-    batches = []
+    batches, device = [], device_of_model(model)
     bar = tqdm(total=len(prompts), desc="drawing", unit="image", disable=not progress)
-    with _generating(model), _seeded(model.device, seed), bar:
+    with _generating(model), _seeded(device, seed), bar:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             batch = collate([{"input_ids": torch.tensor(ids, device="cpu")} for ids in part])
             output = model.generate(
-                **{name: tensor.to(model.device) for name, tensor in batch.items()},
+                **{name: tensor.to(device) for name, tensor in batch.items()},
                 **sampling,
                 do_sample=True,
                 max_new_tokens=tokens_per_image,
@@ -206,7 +207,7 @@ def _check_settings(
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    if model.device.type == "meta":
+    if device_of_model(model).type == "meta":
         raise ValueError("the model is on the meta device, where it has no weights: load it first")
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from moe_kernels.imaging.sequence import ImageCollator, ImageVocabulary, image_prompt
+from moe_kernels.models.offload import device_of_model
 
 _LARGEST_GUIDANCE = 10_000  # far larger scales make scores infinite
 
@@ -143,7 +144,7 @@ class _UnconditionalBranch:
 
     def __init__(self, model: PreTrainedModel, prompt: Sequence[int]):
         self.model = model
-        self.prompt = torch.tensor(prompt, device=model.device)
+        self.prompt = torch.tensor(prompt, device=device_of_model(model))
         self.cache = DynamicCache()
         self.seen: torch.Tensor | None = None  # (B, S) input_ids of the last step
         self.mask: torch.Tensor | None = None  # (B, columns of the cache)

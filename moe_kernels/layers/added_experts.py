@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_kernels.layers.resident import Resident
 from moe_kernels.layers.whole import whole
 from moe_kernels.ops.dtypes import without_autocast
 
@@ -11,7 +12,7 @@ CALIBRATIONS = ("additive", "multiplicative")
 _STD = 0.02
 
 
-class Calibration(nn.Module):
+class Calibration(Resident):
     """``B GELU(A v)``, MoExtend's term in the routing of a layer with N experts.
 
     A (hidden, N) is small and normal, B (N, hidden) is zero, so that training starts at the router
@@ -62,7 +63,7 @@ class Calibration(nn.Module):
         return f"{self.form}, {tuple(self.calibration_A.shape)}"
 
 
-class AddedExperts(nn.Module):
+class AddedExperts(Resident):
     """X experts that one extension added to a layer; not initialised, except the calibration.
 
     Parameters: ``gate_up_proj`` (X, 2I, H), or (X, I, H) without a gate, and ``down_proj``

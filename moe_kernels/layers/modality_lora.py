@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
+from moe_kernels.layers.resident import Resident
 from moe_kernels.layers.whole import whole
 from moe_kernels.ops import LoraWeights
 
 
-class ModalityLora(nn.Module):
+class ModalityLora(Resident):
     """Parameters ``lora_A`` and ``lora_B`` of one projection, for M added modalities.
 
     For a linear layer ``lora_A`` is (M, r, in) and ``lora_B`` (M, out, r). With ``num_experts`` E

@@ -4,7 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_kernels.layers.resident import Resident
 from moe_kernels.layers.whole import whole
+
+
+class _Linear(Resident, nn.Linear):
+    """Linear layer of a projector."""
 
 
 class ModalityProjector(nn.Module):
@@ -43,7 +48,7 @@ class ModalityProjector(nn.Module):
         self.in_features, self.hidden_features, self.num_layers = sizes[0], sizes[-2], num_layers
         layers: list[nn.Module] = []
         for size, following in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(size, following, device=device, dtype=dtype), nn.GELU()]
+            layers += [_Linear(size, following, device=device, dtype=dtype), nn.GELU()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, features: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from moe_kernels.layers import AddedExperts, ModalityProjector
 from moe_kernels.models import (
     adapter_files,
     added_experts,
+    offload,
     packed,
     projectors,
     quantisation,
@@ -286,15 +287,18 @@ def _fingerprint(parameters: dict[str, nn.Parameter], model: nn.Module) -> str:
     Rounding gives a float32 copy of a bfloat16 model the same hash. A float16 copy may differ, as
     it was rounded before. Experts that a parametrisation unpacks count as what they are unpacked
     to, so that the unpacked model has the same hash; of a quantised linear layer the kind counts.
+    Weights that accelerate has offloaded are read one at a time.
     """
-    computed = {original_name(name): at for name, at in packed.parametrised(model).items()}
     base = {n: p for n, p in parameters.items() if not (is_added(n) or packed.is_part(n))}
     kinds = {name: p for name, p in base.items() if quantisation.is_packed(p)}
-    plain = dict(sorted((name, p) for name, p in base.items() if name not in kinds))
+    read = {original_name(name): at for name, at in packed.parametrised(model).items()}
+    brought = {original_name(name): at for name, at in offload.offloaded(model).items()}
+    read |= {n: at for n, at in brought.items() if n in base and n not in kinds}
+    plain = dict(sorted((n, p) for n, p in base.items() if n not in kinds and n not in read))
     samples = sharding.samples(plain, _FINGERPRINT_SAMPLES)
     shapes = {name: sharding.whole_shape(parameter) for name, parameter in plain.items()}
-    for name, (module, own) in computed.items():
-        weight = {name: getattr(module, own)}  # one at a time is in full size
+    for name, (module, own) in read.items():
+        weight = {name: offload.value(module, own)}  # one at a time is in full size
         samples |= sharding.samples(weight, _FINGERPRINT_SAMPLES)
         shapes[name] = weight[name].shape
         del weight

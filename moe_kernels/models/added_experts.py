@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from moe_kernels.layers import AddedExperts, Calibration
-from moe_kernels.models import experts, forms, routers, sharding
+from moe_kernels.models import experts, forms, offload, routers, sharding
 from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.intact import modalities_of_peft
@@ -136,7 +136,8 @@ def _build_layer(
     weight, form = up_stack(parts.experts), forms.form_of(parts.experts)
     _, *sizes = sharding.whole_shape(weight)
     rows, hidden = reversed(sizes) if form.transposed else sizes
-    options = {"device": device or weight.device, "dtype": trainable_dtype(weight)}
+    device = device or offload.device_of(parts.experts, weight)
+    options = {"device": device, "dtype": trainable_dtype(weight)}
     calibration = None
     if config.calibration is not None:
         visible = parts.num_experts + num_competing + number

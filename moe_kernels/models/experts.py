@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_kernels import backends, ops
 from moe_kernels.layers import AddedExperts, ModalityLora
-from moe_kernels.models import forms, packed, sharding
+from moe_kernels.models import forms, offload, packed, sharding
 from moe_kernels.models.context import ModalityContext
 from moe_kernels.models.parts import up_name, up_stack
 from moe_kernels.ops import LoraWeights, PackedWeights
@@ -40,13 +40,14 @@ def backend_problem(experts: nn.Module, backend: str | None) -> str | None:
     Experts of :func:`expert_problems` without any.
     """
     form, weight = forms.form_of(experts), up_stack(experts)
-    if form == forms.PLAIN or weight.is_meta:
+    device = offload.device_of(experts, weight)
+    if form == forms.PLAIN or device.type == "meta":
         return None
-    options = {"device": weight.device, "dtype": weight.dtype}
+    options = {"device": device, "dtype": weight.dtype}
     rows = 2 * 16 if form.act.gated else 16
     up, down = (torch.zeros(shape, **options) for shape in ((2, rows, 16), (2, 16, 16)))
     biases = {"gate_up_bias": up[:, :, 0], "down_bias": down[:, :, 0]} if form.biased else {}
-    ids = torch.zeros(1, 1, device=weight.device, dtype=torch.int64)
+    ids = torch.zeros(1, 1, device=device, dtype=torch.int64)
     hidden_states = torch.zeros(1, 16, **options)
     arguments = (hidden_states, ids, hidden_states[:, :1], up, down)
     settings = {"act": form.act, "interleaved": form.interleaved, "backend": backend}
@@ -151,8 +152,11 @@ def experts_forward(
         rows[2] = torch.ones_like(routed_weights)
     read = functools.partial(_stack, self, form, backend)
     stacks = {name: read(name) for name in (up_name(self), "down_proj")}
-    computed = {n: _computed(stack) for n, stack in stacks.items() if is_parametrized(self, n)}
-    with packed.read_again(computed, lambda name: _computed(read(name))):
+    brought = offload.is_offloaded(self)
+    passing = {
+        n: _computed(stack) for n, stack in stacks.items() if brought or is_parametrized(self, n)
+    }
+    with packed.read_again(passing, lambda name: _computed(read(name))):
         output = ops.moe_mlp(
             *rows,
             *stacks.values(),

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moe_kernels import ops
 from moe_kernels.layers import AddedExperts
-from moe_kernels.models import sharding
+from moe_kernels.models import offload, sharding
 from moe_kernels.models.parts import up_name
 from moe_kernels.ops import Activation
 
@@ -53,7 +53,7 @@ class Form(NamedTuple):
 
     def stack(self, experts: nn.Module, name: str) -> Tensor:
         """Return a stack of weights (E, out, in), a view if it is stored transposed."""
-        weight = getattr(experts, name)
+        weight = offload.value(experts, name)
         return weight.transpose(1, 2) if self.transposed else weight
 
     def stacks(self, experts: nn.Module) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class Form(NamedTuple):
         if not self.biased:
             return {}
         names = {"gate_up_bias": f"{up_name(experts)}_bias", "down_bias": "down_proj_bias"}
-        found = {name: getattr(experts, own) for name, own in names.items()}
+        found = {name: offload.value(experts, own) for name, own in names.items()}
         if not added:
             return found
         return {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
-from moe_kernels.models import sharding
+from moe_kernels.models import offload, sharding
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.context import CopiedAlone, Forwards, Switches
 from moe_kernels.models.intact import (
@@ -75,9 +75,11 @@ class PatchState(CopiedAlone):
         self.extensions: list[ExtensionConfig] = []
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.links: tuple[Link, ...] = ()
+        tied = offload.tied_copies(model)
         self.base_shapes = {
             without_wrappers(name): tuple(sharding.whole_shape(parameter))
             for name, parameter in model.named_parameters()
+            if name not in tied
         }
         self.base_vocabulary: int = model.get_input_embeddings().num_embeddings
         self.added_tokens: dict[str, int] = {}
@@ -196,7 +198,8 @@ class PatchState(CopiedAlone):
 
         Raises:
             ValueError: the model was unpatched since, or patched anew.
-            RuntimeError: a module of the model was replaced since, or its parameters offloaded.
+            RuntimeError: a module of the model was replaced since, or accelerate runs it in a way
+                that leaves out what was added.
         """
         self._check_current()
         check_links(self.links)
@@ -208,7 +211,7 @@ class PatchState(CopiedAlone):
         Raises:
             ValueError: the model was unpatched since, or patched anew.
             RuntimeError: a module of the model, or the implementation of its experts, was replaced
-                since, or its parameters are offloaded, or sharded by an engine that is refused.
+                since, or accelerate or an engine that is refused has taken its parameters.
         """
         self.check_in_place()
         check_experts(self.parts)

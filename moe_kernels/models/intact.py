@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_kernels.models import sharding
+from moe_kernels.models import offload, sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.parts import LayerParts
 
@@ -92,17 +92,9 @@ def check_peft(model: nn.Module, links: Iterable[Link]) -> None:
 
 
 def check_offload(model: nn.Module) -> None:
-    """Raise RuntimeError if accelerate has moved parameters of the model elsewhere."""
-    if "_hf_hook" not in model.__dict__:
-        return
-    moved = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if moved:
-        raise RuntimeError(
-            f"accelerate has offloaded {len(moved)} parameters after patch_model, such as "
-            f"{moved[0]}, and brings none of the adapters' back: call "
-            "accelerate.hooks.remove_hook_from_submodules(model), and keep a patched model on one "
-            "device (cpu_offload, disk_offload and device maps are not supported)"
-        )
+    """Raise RuntimeError if accelerate runs the model so that what was added is not computed."""
+    if problem := offload.problem(model):
+        raise RuntimeError(f"after patch_model, {problem}")
 
 
 def check_experts(parts: Iterable[LayerParts]) -> None:

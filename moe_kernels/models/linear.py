@@ -1,6 +1,5 @@
 """Masked low-rank updates of linear layers, in attention and routers."""
 
-import types
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from moe_kernels import ops
 from moe_kernels.layers import ModalityLora
 from moe_kernels.models.context import MISSING, ModalityContext
+from moe_kernels.models.instance_forward import reset_forward, set_forward
 
 
 def masked_linear(module: nn.Module, hidden_states: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def attach(
     module.__dict__["_modality_name"] = name
     module.__dict__["_modality_context"] = context
     module.__dict__["_modality_lora"] = lora
-    module.forward = types.MethodType(forward, module)
+    set_forward(module, forward)
 
 
 def detach(module: nn.Module) -> None:
@@ -64,5 +64,6 @@ def detach(module: nn.Module) -> None:
     if "_modality_context" in module.__dict__:
         own = module.__dict__
         own["_modality_context"].await_module(own["_modality_name"], awaited=False)
-        for name in ("_modality_context", "_modality_lora", "_modality_name", "forward"):
-            module.__dict__.pop(name, None)  # the user may have removed the forward
+        for name in ("_modality_context", "_modality_lora", "_modality_name"):
+            del own[name]
+        reset_forward(module)

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import checkpoint_names, sharding
+from moe_kernels.models import checkpoint_names, offload, sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.forwards import forward_of
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
+from moe_kernels.models.instance_forward import reset_forward, set_forward
 from moe_kernels.models.intact import needs_ours
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
@@ -34,6 +35,7 @@ def attach(patched: PatchState) -> None:
     model = patched.model
     for name, function in _methods_of(type(model)).items():
         setattr(model, name, types.MethodType(function, model))
+    set_forward(model, forward_of(type(model)))
     model.__dict__[_LOSS] = LossOverColumns(
         patched.switches, model.loss_function, model.__dict__.get(_LOSS)
     )
@@ -44,6 +46,7 @@ def detach(model: PreTrainedModel) -> None:
     """Undo :func:`attach`, if it was called."""
     for name in (*_methods_of(type(model)), HANDLE):
         model.__dict__.pop(name, None)
+    reset_forward(model)
     loss = model.__dict__.get(_LOSS)
     if isinstance(loss, LossOverColumns):
         del model.__dict__[_LOSS]
@@ -56,7 +59,6 @@ def _methods_of(model_class: type[PreTrainedModel]) -> dict:
     batching = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
     return {
         **{n: _refuse_continuous_batching for n in batching if hasattr(model_class, n)},
-        "forward": forward_of(model_class),
         "get_output_embeddings": _get_output_embeddings_of(model_class),
         "generate": _generate_of(model_class),
         "prepare_inputs_for_generation": _prepare_inputs_of(model_class),
@@ -87,6 +89,7 @@ def _save_pretrained_of(model_class: type[PreTrainedModel]):
         patched.check_in_place()
         if state_dict is None:
             check_values(patched)
+            _check_saving(self)
         warnings.warn(
             "save_pretrained of a patched model writes the base model, with all that was added as "
             "further tensors: Trainer resumes from them, but from_pretrained leaves them out; "
@@ -98,11 +101,21 @@ def _save_pretrained_of(model_class: type[PreTrainedModel]):
     return save_pretrained
 
 
+def _check_saving(model: PreTrainedModel) -> None:
+    """Raise RuntimeError if transformers would not find the weights that accelerate offloaded."""
+    if offload.offloaded(model) and not hasattr(model, "hf_device_map"):
+        raise RuntimeError(
+            "save_pretrained finds no weights that cpu_offload or disk_offload of accelerate has "
+            "taken: offload by a device map (dispatch_model, from_pretrained), or call "
+            "remove_hook_from_submodules of accelerate.hooks first; save_adapter(folder) works"
+        )
+
+
 def _as_base(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with the same modules, but the base's methods and settings."""
     base = object.__new__(type(model))
     base.__dict__.update(model.__dict__)
-    for name in (*_methods_of(type(model)), HANDLE):
+    for name in (*_methods_of(type(model)), HANDLE, "forward"):
         base.__dict__.pop(name, None)  # the user may have removed one
     base.config = copy.deepcopy(model.config)
     size = get_patched(model).base_vocabulary

@@ -74,7 +74,8 @@ def _find(module: nn.Module, name: str) -> _Found | Tensor | None:
             weight = getattr(module, name)
         if type(weight) not in PLAIN:
             return weight if isinstance(weight, Tensor) else None
-        own = recipes.nf4(stored)
+        # Parts on the device meta are offloaded: they come where the weight is computed.
+        own = None if any(part.is_meta for part in parts) else recipes.nf4(stored)
         has_recipe = own is not None and recipes.gives(own, weight)
         found = _known[stored] = _Found(deciding, _outline_of(weight), has_recipe)
     return found

@@ -5,7 +5,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.models import added_experts, projectors, quantisation, sharding, tokens
+from moe_kernels.models import (
+    added_experts,
+    offload,
+    projectors,
+    quantisation,
+    sharding,
+    tokens,
+)
 from moe_kernels.models.config import ExtensionConfig
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.intact import without_wrappers
@@ -70,12 +77,14 @@ def check_values(
     """Return all parameters by their names at patching, and the shapes that they should have.
 
     Raises:
-        ValueError: a parameter's values are not here, because it is sharded, offloaded or emptied.
+        ValueError: a parameter's values are not here, because it is sharded or emptied.
     """
     found = named_parameters(patched.model)
     # First, since the other shapes follow from these. A weight of another class, which its own
     # library quantised for example, is no obstacle.
-    _check_values(found, patched.base_shapes, sharded_too, any_class=True)
+    brought = set(map(original_name, offload.offloaded(patched.model)))
+    here = {name: parameter for name, parameter in found.items() if name not in brought}
+    _check_values(here, patched.base_shapes, sharded_too, any_class=True)
     added = expected_shapes(patched, *contents(patched))
     _check_values(found, added, sharded_too, any_class=False)
     return found, patched.base_shapes | added
@@ -138,8 +147,8 @@ def _check_values(
             raise ValueError(
                 f"the values of {name} are not here: it {problem}. save_adapter and load_adapter, "
                 "called on all ranks, gather what FSDP2 (fully_shard) and DeepSpeed have sharded; "
-                "of a model that FSDP1 has sharded, or that is offloaded, nothing can be saved or "
-                "loaded: use FSDP2, or load its full state_dict into a patched model that is whole"
+                "of a model that FSDP1 has sharded nothing can be saved or loaded: use FSDP2, or "
+                "load its full state_dict into a patched model that is whole"
             )
 
 

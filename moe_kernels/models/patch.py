@@ -17,6 +17,7 @@ from moe_kernels.models import (
     forms,
     linear,
     methods,
+    offload,
     parameters,
     projectors,
     quantisation,
@@ -37,6 +38,7 @@ from moe_kernels.models.context import (
 )
 from moe_kernels.models.forwards import ForeignForward, RequireGrad
 from moe_kernels.models.handle import PatchState, is_patched
+from moe_kernels.models.instance_forward import has_own_forward
 from moe_kernels.models.intact import find_links, patched_modules
 from moe_kernels.models.parts import (
     LayerParts,
@@ -183,7 +185,8 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
     other instances are not touched.
 
     A model may be sharded already, by FSDP2 or by DeepSpeed ZeRO-3 before ``deepspeed.initialize``.
-    All ranks call this then, and add_modality_tokens after it.
+    All ranks call this then, and add_modality_tokens after it. Its weights may be offloaded to the
+    CPU or a disk by accelerate; what is added stays on the device that computes.
 
     Args:
         model: a language model with stacked experts; docs/families.md lists classes.
@@ -202,7 +205,7 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
     """
     config = config or ModalityLoraConfig()
     if config.backend is not None and isinstance(model, nn.Module):
-        backends.select(config.backend, next(model.parameters()).device)
+        backends.select(config.backend, offload.device_of_model(model))
     find = RoutingFinder()
     parts, projections = _check_model(model, config, find)
     patched = PatchedModel(model, config, parts, projections)
@@ -324,28 +327,20 @@ def _why_no_experts(parts: Sequence[LayerParts]) -> str:
     return "no layer has experts; moe_kernels.conversion.dense_to_moe makes some of a dense model"
 
 
-_DISPATCHED = (
-    "accelerate keeps its weights on several devices, the CPU or a disk (a device map, cpu_offload "
-    "or disk_offload), and would bring none of the adapters: load it on one device "
-    "(device_map={'': device}), or shard it by FSDP2, whose CPUOffloadPolicy keeps parameters on "
-    "the CPU, or by DeepSpeed"
-)
-
-
 def _table_problems(model: PreTrainedModel) -> list[str]:
     """List why added tokens could not work."""
     if problem := sharding.problem(model):
         return [problem]  # the other reasons follow from it
-    if "_hf_hook" in model.__dict__:
-        return [_DISPATCHED]
+    if problem := offload.problem(model):
+        return [problem]
     reasons = []
     weight = getattr(model.get_input_embeddings(), "weight", torch.ones(1))
     if not sharding.whole_shape(weight).numel():
         reasons.append(
             "its embedding table is empty: its engine keeps it elsewhere; use FSDP2 (fully_shard)"
         )
-    if "forward" in model.__dict__:
-        reasons.append("its forward was replaced (by a device map, or accelerate's autocast?)")
+    if has_own_forward(model):
+        reasons.append("its forward was replaced (by accelerate's autocast?)")
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module, required in ((table, nn.Embedding), (head, nn.Linear)):
         found = sharding.plain_class(module)
@@ -353,15 +348,15 @@ def _table_problems(model: PreTrainedModel) -> list[str]:
             reasons.append(f"a {type(module).__name__} where nn.{required.__name__} is needed")
         elif problem := quantisation.weight_problem(module):
             reasons.append(f"its {'table' if module is table else 'head'} has {problem}")
-        elif "forward" in module.__dict__:
-            reasons.append(f"its {required.__name__} has a forward of its own (a device map?)")
+        elif has_own_forward(module):
+            reasons.append(f"its {required.__name__} has a forward of its own")
     return reasons
 
 
 @torch.no_grad()
 def _reads_weight(table: nn.Module) -> bool:
     """Return whether an embedding that scales or normalises rows does so with other rows too."""
-    weight = table.weight if isinstance(table, nn.Embedding) else None
+    weight = offload.value(table, "weight") if isinstance(table, nn.Embedding) else None
     if weight is None or not weight.is_floating_point() or sharding.is_sharded(weight):
         return False
     if weight.is_meta:  # no values to try it with
@@ -409,8 +404,8 @@ def _attention_problems(parts: LayerParts) -> list[str]:
             reasons.append(f"self_attn.{name} is {problem}")
         elif problem := quantisation.weight_problem(module):
             reasons.append(f"self_attn.{name} has {problem}")
-        elif "forward" in module.__dict__:
-            reasons.append(f"self_attn.{name} has a forward of its own (a device map?)")
+        elif has_own_forward(module):
+            reasons.append(f"self_attn.{name} has a forward of its own")
     return reasons
 
 
@@ -486,7 +481,7 @@ def _make_lora(projection: Projection, patched: PatchedModel) -> ModalityLora:
         config.alpha(projection.name),
         num_experts=stack[0] if stack else None,
         shared_A=config.shared_A,
-        device=weight.device,
+        device=offload.device_of(projection.module, weight),
         dtype=trainable_dtype(weight),
     )
     if sharding.spread(projection.module) is not None:

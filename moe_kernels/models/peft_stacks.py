@@ -20,6 +20,7 @@ from moe_kernels.models import sharding
 from moe_kernels.models.context import MISSING, EndForward, ModalityContext
 from moe_kernels.models.experts import expert_problems
 from moe_kernels.models.forms import not_plain
+from moe_kernels.models.instance_forward import has_own_forward
 from moe_kernels.models.intact import is_wrapper
 from moe_kernels.models.methods import NO_DATA_PARALLEL
 from moe_kernels.models.peft_names import by_sequence, number_of_hooks
@@ -183,9 +184,8 @@ def _refuse_data_parallel() -> NoReturn:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Return whether a module's forward is not its class's, which accelerate leaves bound."""
-    own = module.__dict__.get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    """Return whether a module's forward is not its class's alone."""
+    return "_hf_hook" in module.__dict__ or has_own_forward(module)
 
 
 def _calls(module: nn.Module) -> bool:

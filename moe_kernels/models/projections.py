@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe_kernels.layers import ModalityLora
 from moe_kernels.layers.modality_lora import pair_shapes
-from moe_kernels.models import packed, sharding
+from moe_kernels.models import offload, packed, sharding
 from moe_kernels.models.config import (
     EXPERT_PROJECTIONS,
     ROUTER,
@@ -46,7 +46,7 @@ class Projection:
     @property
     def weight(self) -> Tensor:
         """The frozen weight (out, in) or (E, out, in), read now: a view if it is transposed."""
-        weight = getattr(self.module, self.parameter)
+        weight = offload.value(self.module, self.parameter)
         return weight.mT if self.transposed else weight
 
     @property

@@ -3,7 +3,7 @@
 from torch import nn
 
 from moe_kernels.layers import ModalityProjector
-from moe_kernels.models import sharding
+from moe_kernels.models import offload, sharding
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.parts import trainable_dtype
 
@@ -30,10 +30,11 @@ def build(patched: PatchState, settings: dict, device: str | None = None) -> Mod
 
     ``device``: None: that of the table.
     """
-    table = patched.model.get_input_embeddings().weight
+    module = patched.model.get_input_embeddings()
+    table = module.weight
     return ModalityProjector(
         out_features=sharding.whole_shape(table)[1],
-        device=device or table.device,
+        device=device or offload.device_of(module, table),
         dtype=trainable_dtype(table),
         **settings,
     )

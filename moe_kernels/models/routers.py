@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_kernels.layers import AddedExperts, Calibration, ModalityLora
-from moe_kernels.models import linear, quantisation, sharding
+from moe_kernels.models import linear, offload, quantisation, sharding
 from moe_kernels.models.config import ROUTER
 from moe_kernels.models.context import MISSING, ModalityContext
+from moe_kernels.models.instance_forward import OF_ACCELERATE, has_own_forward
 from moe_kernels.models.parts import LayerParts, router_linear, up_stack, why_no_router
 from moe_kernels.ops.dtypes import without_autocast
 
@@ -311,7 +312,8 @@ def find_routing(router: nn.Module) -> Routing:
     top_k, num_experts = getattr(router, "top_k", 0), sharding.whole_shape(weight)[0]
     if isinstance(top_k, int) and top_k > num_experts:
         raise ValueError(f"{name} chooses {top_k} experts of {num_experts}")
-    with without_autocast(torch.device("cpu") if weight.is_meta else weight.device):
+    device = offload.device_of(router_linear(router), weight)
+    with without_autocast(torch.device("cpu") if device.type == "meta" else device):
         found = _find(router, weight.dtype)
     if isinstance(found, str):
         raise ValueError(f"{name} {found}")
@@ -343,9 +345,9 @@ def _check_calls(router: nn.Module) -> None:
     """Raise ValueError unless the router and all in it are called as their classes say."""
     name = type(router).__name__
     for path, module in router.named_modules():
-        if "forward" in module.__dict__:
+        if has_own_forward(module):
             owner = f"{name}.{path}" if path else name
-            raise ValueError(f"{owner} has a forward of its own (a device map?)")
+            raise ValueError(f"{owner} has a forward of its own")
         if path and (module._forward_hooks or module._forward_pre_hooks):
             raise ValueError(f"{name}.{path} has hooks, which would not run: take them away first")
 
@@ -369,8 +371,8 @@ def _linear(kind: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 def _bias_of(router: nn.Module) -> Tensor | None:
     """Return the bias (E,) of a router, or of a module in it, that corrects the choice, if any."""
     for module in router.modules():
-        if (bias := getattr(module, _CORRECTION, None)) is not None:
-            return bias.flatten()
+        if getattr(module, _CORRECTION, None) is not None:
+            return offload.value(module, _CORRECTION).flatten()
     return None
 
 
@@ -452,7 +454,7 @@ def _forward(
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
     own, routing = self.__dict__, self.__dict__["_routing"]
     context: ModalityContext = own["_modality_context"]
-    dtype, weight = hidden_states.dtype, router_linear(self).weight
+    dtype, weight = hidden_states.dtype, offload.value(router_linear(self), "weight")
     if routing.logits in ("float32", "exact"):
         hidden_states, weight = hidden_states.float(), weight.float()
     if own["_modality_lora"] is None:
@@ -515,7 +517,8 @@ def _twin(
     corrects the choice gets some too: it starts at zero, where it could not be seen.
     """
 
-    def value(name: str, like: Tensor) -> Tensor:
+    def value(name: str) -> Tensor:
+        like = offload.value(module, name)
         if name != _CORRECTION and not like.is_meta:
             return sharding.gather(like).to(dtype)
         drawn = torch.randn(sharding.whole_shape(like), generator=generator, device="cpu")
@@ -523,13 +526,15 @@ def _twin(
         return drawn.to("cpu" if like.is_meta else like.device, dtype)
 
     twin = copy.copy(module)
+    for name in OF_ACCELERATE:
+        twin.__dict__.pop(name, None)  # it would run the module itself
     twin.__dict__["training"] = training
     twin.__dict__["_parameters"] = {
-        name: parameter if parameter is None else nn.Parameter(value(name, parameter), False)
+        name: parameter if parameter is None else nn.Parameter(value(name), False)
         for name, parameter in module._parameters.items()
     }
     twin.__dict__["_buffers"] = {
-        name: value(name, buffer) if name == _CORRECTION else buffer
+        name: value(name) if name == _CORRECTION else buffer
         for name, buffer in module._buffers.items()
     }
     twin.__dict__["_modules"] = {

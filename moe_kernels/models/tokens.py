@@ -1,7 +1,6 @@
 """Added tokens: rows for a new modality beside the frozen embedding table and head."""
 
 import copy
-import types
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,12 @@ from moe_kernels.init.rows import (
     check_row_init,
     initial_rows,
 )
+from moe_kernels.layers.resident import Resident
 from moe_kernels.layers.whole import whole
-from moe_kernels.models import sharding
+from moe_kernels.models import offload, sharding
 from moe_kernels.models.context import Switches
 from moe_kernels.models.handle import get_patched
+from moe_kernels.models.instance_forward import reset_forward, set_forward
 from moe_kernels.models.parts import find_decoder, trainable_dtype
 from moe_kernels.models.undo import all_or_nothing
 
@@ -148,7 +149,10 @@ def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Module]:
     unties the weights; the rows stay shared.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    shared = ROWS in head.__dict__ if hasattr(head, ROWS) else table.weight is head.weight
+    if hasattr(head, ROWS):
+        shared = ROWS in head.__dict__
+    else:
+        shared = table.weight is head.weight or bool(offload.tied_copies(model))
     return {"embedding": table} if shared else {"embedding": table, "head": head}
 
 
@@ -156,14 +160,14 @@ def attach_head(model: PreTrainedModel, switches: Switches) -> None:
     """Let the head give logits of the rows that are added later, or compute the loss itself."""
     head = model.get_output_embeddings()
     head.__dict__[_SWITCHES] = switches
-    head.forward = types.MethodType(_head_forward, head)
+    set_forward(head, _head_forward)
 
 
 def remove(model: PreTrainedModel) -> None:
     """Undo :func:`attach_head` and remove all rows; the caller restores the vocabulary's sizes."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if hasattr(module, ROWS) or _SWITCHES in module.__dict__:
-            module.__dict__.pop("forward", None)
+            reset_forward(module)
         module.__dict__.pop(_SWITCHES, None)
         if hasattr(module, ROWS):
             module.__dict__.pop(ROWS, None) if ROWS in module.__dict__ else delattr(module, ROWS)
@@ -199,7 +203,7 @@ def _initial_rows(
     """Draw rows of the embedding and, unless tied, of the head; return them with diagnostics."""
     rows, diagnostics = {}, {}
     for name, module in modules_with_rows(model).items():
-        weight = sharding.gather(module.weight)
+        weight = sharding.gather(offload.value(module, "weight"))
         new, report = initial_rows(weight, **options)
         rows[module] = new.to(trainable_dtype(weight))
         if report is not None:
@@ -207,7 +211,7 @@ def _initial_rows(
     return rows, diagnostics
 
 
-class AddedRows(nn.ParameterDict):
+class AddedRows(Resident, nn.ParameterDict):
     """Added rows (n, H) by modality, in the order of their ids."""
 
     def joined(self) -> Tensor:
@@ -219,7 +223,7 @@ def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
     if not hasattr(module, ROWS):
         setattr(module, ROWS, AddedRows())
         if isinstance(module, nn.Embedding):
-            module.forward = types.MethodType(_embedding_forward, module)
+            set_forward(module, _embedding_forward)
     added = getattr(module, ROWS)
     added[modality] = nn.Parameter(rows)
     sharding.shard_beside(added, module.weight)
@@ -324,6 +328,12 @@ class JoinedHead:
     def weight(self) -> Tensor:
         """Text rows, then added rows, (V + n, H)."""
         head = self._head
+        if offload.is_offloaded(head):
+            raise RuntimeError(
+                "a fused head reads the weight of lm_head without calling it, and accelerate has "
+                "offloaded it: keep lm_head out of the offloading (device map), or use "
+                "patched.fused_loss = True in transformers' Trainer"
+            )
         rows = {name: whole(each) for name, each in getattr(head, ROWS).items()}
         for name, each in (("weight", head.weight), *rows.items()):
             partitioned = hasattr(each, "ds_status")  # ZeRO-3, even if it is gathered by chance now

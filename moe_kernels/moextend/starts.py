@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.layers import AddedExperts
+from moe_kernels.models import offload
 from moe_kernels.models.added_experts import added_experts, count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.forms import form_of
@@ -127,9 +128,9 @@ def _stacks(parts: LayerParts) -> dict[str, list[Tensor]]:
     form = form_of(parts.experts)
     base = dict(zip(("gate_up_proj", "down_proj"), form.stacks(parts.experts), strict=True))
     base |= form.biases(parts.experts, ())
-    if (bias := getattr(parts.router, "bias", None)) is not None:
-        base["router_bias"] = bias
-    base["router_columns"] = router_linear(parts.router).weight
+    if getattr(parts.router, "bias", None) is not None:
+        base["router_bias"] = offload.value(parts.router, "bias")
+    base["router_columns"] = offload.value(router_linear(parts.router), "weight")
     earlier = added_experts(parts.layer)
     return {
         name: [weight, *(getattr(each, name) for each in earlier)] for name, weight in base.items()

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
-from moe_kernels.models import experts, routers, sharding
+from moe_kernels.models import experts, offload, routers, sharding
 from moe_kernels.models.added_experts import count_experts
 from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
@@ -67,7 +67,7 @@ def score_layers(
             before, widths = _count(patched, batches, counted, bar)
             _tune(patched, batches, steps, lr, changes, bar)
             after, _ = _count(patched, batches, counted, bar)
-    device = next(patched.model.parameters()).device
+    device = offload.device_of_model(patched.model)
     before, after = _sum_over_ranks(before, device), _sum_over_ranks(after, device)
     _check_seen(before, counted)
     return LayerScores(tuple(patched.moe_layers), before, after, widths, modality, count)
@@ -137,7 +137,9 @@ def _tunable_routers(patched: PatchState) -> Iterator[list[nn.Parameter]]:
                 )
             weight = router_linear(router).weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            routers.tune(router, nn.Parameter(torch.zeros_like(weight, dtype=dtype)))
+            device = offload.device_of(router_linear(router), weight)
+            change = torch.zeros_like(weight, dtype=dtype, device=device)
+            routers.tune(router, nn.Parameter(change))
         yield [router.__dict__["_tuned"] for router in tuned]
 
 

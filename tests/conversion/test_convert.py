@@ -295,6 +295,8 @@ def test_refuses_weights_that_are_not_as_the_config_says():
     )
     with pytest.raises(ValueError, match="is quantised"):
         dense_to_moe(quantised, 4, 2)
+    with pytest.raises(ValueError, match="on the device meta .offloaded by accelerate"):
+        dense_to_moe(make_dense().to("meta"), 4, 2)
     carrying = make_dense()
     carrying.peft_config = {}
     with pytest.raises(TypeError, match="PEFT"):

@@ -7,14 +7,12 @@ import itertools
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from support.model_zoo import make_model, token_ids
 from support.patched_models import patched_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.models.intact import check_experts
@@ -23,63 +21,10 @@ from moe_kernels.moextend import ExpertExtender
 TARGETS = ("experts", "attention", "router")
 IDS = token_ids(2, 7)
 CALL = {"input_ids": IDS, "modality_ids": torch.ones_like(IDS), "use_cache": False}
-PLACES = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 
 
 def make():
     return patched_model("mixtral", ModalityLoraConfig(r=2, target_modules=TARGETS))
-
-
-def dispatched(model, folder):
-    places = dict.fromkeys(PLACES, "cpu") | {"model.layers.0": "disk"}
-    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
-
-
-OFFLOADS = {
-    "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, "cpu"),
-    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder, "cpu"),
-    "dispatch_model": dispatched,
-}
-
-
-@pytest.mark.parametrize("offload", OFFLOADS)
-def test_offloaded_parameters_are_named(offload, tmp_path):
-    """accelerate brings back the weights of modules that run, and adapters are none of them."""
-    model, patched = make()
-    expected = model(**CALL).logits
-    patched.save_adapter(tmp_path / "adapter")
-    OFFLOADS[offload](model, tmp_path / "weights")
-    for attempt in (
-        lambda: model(**CALL),
-        lambda: patched.save_adapter(tmp_path / "other"),
-        lambda: patched.load_adapter(tmp_path / "adapter"),
-        patched.unpatch,
-    ):
-        with pytest.raises(RuntimeError, match="accelerate has offloaded .*remove_hook_from_sub"):
-            attempt()
-    assert not (tmp_path / "other").exists()
-    remove_hook_from_submodules(model)
-    assert torch.equal(model(**CALL).logits, expected)
-    patched.unpatch()
-
-
-@pytest.mark.parametrize("offload", OFFLOADS)
-def test_an_offloaded_model_is_not_patched(offload, tmp_path):
-    model = make_model("mixtral")
-    expected = model(IDS).logits
-    OFFLOADS[offload](model, tmp_path / "weights")
-    for targets in ((), TARGETS):
-        with pytest.raises(ValueError, match="accelerate keeps .*offload.*device_map={'': device}"):
-            patch_model(model, ModalityLoraConfig(target_modules=targets))
-    assert torch.equal(model(IDS).logits, expected)
-
-
-@pytest.mark.parametrize("places", ["cpu", {"": "cpu"}, "auto"], ids=str)
-def test_a_device_map_of_one_device_is_none(places, tmp_path):
-    make_model("mixtral").save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
-    patch_model(model, ModalityLoraConfig(target_modules=TARGETS))
-    model(**CALL)
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate"])
