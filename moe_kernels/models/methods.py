@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import checkpoint_names, offload, sharding
+from moe_kernels.models import checkpoint_names, offload, packed, sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.forwards import forward_of
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
@@ -96,6 +96,8 @@ def _save_pretrained_of(model_class: type[PreTrainedModel]):
             "save_adapter(folder) writes what load_adapter reads",
             stacklevel=2,
         )
+        if packed.parametrised(self):  # transformers' conversions would split what is packed
+            kwargs.setdefault("save_original_format", False)
         return inner(_as_base(self), save_directory, *args, state_dict=state_dict, **kwargs)
 
     return save_pretrained

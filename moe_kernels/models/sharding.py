@@ -188,6 +188,8 @@ def _spread_problem(experts: nn.Module, model: nn.Module) -> str | None:
 
 def may_be_held(module: nn.Module) -> bool:
     """Return whether an engine may hold a module's own parameters: what is quick to see."""
+    if is_parametrized(module) and any(map(is_sharded, module.parametrizations.parameters())):
+        return True
     return _MANAGED in module.__dict__ or any(
         isinstance(parameter, DTensor) for parameter in module._parameters.values()
     )

@@ -193,17 +193,28 @@ def test_copies_of_experts_in_nf4():
         pickle.dumps(patched.model)
 
 
-def test_a_trainer_on_experts_in_nf4(tmp_path):
+def trained(folder, resume=None):
+    """Train experts in NF4 for four steps by a Trainer; return the parameters before and after."""
     patched = patch(in_nf4(make_model("mixtral", **SIZES)))
-    ids = token_ids(4, 12)
+    ids = token_ids(8, 12)
     rows = [{"input_ids": row, "labels": row, "modality_ids": row % 2} for row in ids]
     before = [p.detach().clone() for p in patched.trainable_parameters()]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=2, save_strategy="no"
-    )
+        output_dir=str(folder), report_to=[], use_cpu=True, max_steps=4, save_steps=2,
+        per_device_train_batch_size=2, learning_rate=1e-2, disable_tqdm=True,
+    )  # fmt: skip
     callbacks = [SaveAdapter(patched)]
-    Trainer(model=patched.model, args=arguments, train_dataset=rows, callbacks=callbacks).train()
-    assert not all(map(torch.equal, before, patched.trainable_parameters()))
+    trainer = Trainer(model=patched.model, args=arguments, train_dataset=rows, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return before, list(patched.trainable_parameters())
+
+
+def test_a_trainer_on_experts_in_nf4(tmp_path):
+    """A run that is resumed has the bits of one that went through."""
+    before, after = trained(tmp_path)
+    assert not all(map(torch.equal, before, after))
+    _, resumed = trained(tmp_path, str(tmp_path / "checkpoint-2"))
+    assert all(map(torch.equal, resumed, after))
 
 
 QUANTISERS = {
