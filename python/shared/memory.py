@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from moe_kernels import PatchedModel
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: a code, and scales that are packed too
+_SCALES = 4 / 64  # bytes of a weight: its scale, expanded
 _CHUNK = 2**25  # logits that the fused loss holds at a time
 _LOGIT = 2 + 4 + 4 + 4  # bytes: in 16 bits, in float32, of log_softmax, of its gradient
 
@@ -83,7 +84,7 @@ def terms(
     Args:
         sizes: of the model, with a base in bf16 and adapters in float32, trained by AdamW.
         tokens: of a device's batch.
-        nf4: experts are packed by bitsandbytes, and unpacked layer by layer.
+        nf4: experts are packed by bitsandbytes; a layer's scales are expanded while it computes.
         checkpointed: each layer keeps its input alone, and is computed again.
         fused_loss: ``patched.fused_loss``.
         ranks: over which FSDP2 shards all parameters; 1: none is sharded.
@@ -100,7 +101,7 @@ def terms(
         "adapters and AdamW": 12 * sizes.trained / ranks,
         "gradients": 4 * sizes.trained / ranks,
         "gathered or in buckets": gathered,
-        "unpacked experts": 2 * sizes.experts / sizes.layers if nf4 else 0,
+        "expanded scales": _SCALES * sizes.experts / sizes.layers if nf4 else 0,
         "kept for backward": tokens * 2 * sizes.hidden * sizes.layers
         if checkpointed
         else layer * sizes.layers,
@@ -115,10 +116,7 @@ def peak(of: dict[str, float]) -> float:
     Gradients appear as what was kept for them goes.
     """
     always = (
-        of["base"]
-        + of["adapters and AdamW"]
-        + of["gathered or in buckets"]
-        + of["unpacked experts"]
+        of["base"] + of["adapters and AdamW"] + of["gathered or in buckets"] + of["expanded scales"]
     )
     at_loss = of["kept for backward"] + of["logits"]
     return always + max(at_loss, of["gradients"] + of["one layer's backward"])

@@ -49,7 +49,7 @@ def test_sizes_follow_from_the_model(program):
         assert sizes[1].experts == 2 * sizes[0].experts == 2 * 8 * 3 * 256 * 896
         assert kept[1] - kept[0] == pytest.approx(128 * sizes[0].kept, rel=0.1)
         packed, whole = memory.terms(sizes[1], 128, nf4=True), 2 * sizes[1].experts
-        assert packed["unpacked experts"] == whole / 2
+        assert packed["expanded scales"] == whole / 2 * 4 / (2 * 64)
         assert packed["base"] == pytest.approx(base - whole * (1 - 0.516 / 2), rel=1e-3)
         assert memory.terms(sizes[1], 128, ranks=8)["base"] == base / 8
 

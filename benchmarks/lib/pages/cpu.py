@@ -17,6 +17,7 @@ ADDED_ALONE = "cpu-added.json"  # added experts alone, where RESULTS is older th
 WITH_PEFT = "cpu-peft.json"  # a run with accelerated PEFT, where RESULTS is older than it
 OVERHEAD = "cpu-overhead.json"  # the section of this name alone, where RESULTS is older
 PACKED = "cpu-packed.json"  # a run of packed.py
+PACKED_STEP = "cpu-packed-step.json"  # a run of packed_step.py
 _ADDED_TARGETS = (12, 13)
 
 
@@ -164,6 +165,24 @@ def packed(results: Mapping) -> str:
             rows.append((title, *(f"{median * 1e3:.3g}" for median in medians), faster))
     header = ("bf16", "plain, ms", "packed, ms", "unpacked first, ms", "times as fast (20-80 %)")
     return f"{machine(results)}\n{markdown(header, rows)}"
+
+
+def packed_step(results: Mapping) -> str:
+    """Time and memory of a training step on experts in NF4, by what unpacks them."""
+    record = results["record"]
+    rows, seconds = [], record["seconds"]
+    for name in ("the op", "reading"):
+        milliseconds = f"{summarize(seconds[name]).median * 1e3:.0f}"
+        peak = f"{record['peak_bytes'][name] / 2**20:.0f}"
+        faster = interval(ratio(seconds["reading"], seconds["the op"])) if name == "the op" else ""
+        rows.append((name, milliseconds, faster, peak))
+    layer = record["layer_bytes"] / 2**20
+    header = ("unpacked by", "step, ms", "times as fast (20-80 %)", "peak, MiB")
+    text = (
+        f"Two layers of hidden size {record['hidden']}, {record['tokens']} tokens; the experts of "
+        f"a layer are {layer:.0f} MiB in bf16.\n"
+    )
+    return f"{machine(results)}{text}\n{markdown(header, rows)}"
 
 
 def _accelerated(results: Mapping) -> list[Mapping]:
