@@ -176,6 +176,19 @@ def test_autograd_keeps_no_expanded_scales():
     assert not sizes & {t.numel() for t in kept if t.dtype == torch.float32 and t.ndim == 1}
 
 
+def test_experts_in_nf4_compile_whole():
+    """With the bits of the model that is not compiled."""
+    packed = in_nf4(make_model("mixtral", **SIZES))
+    expected = step(patch(copy.deepcopy(packed)))
+    patched = patch(packed)
+    ids = token_ids(2, 12)
+    compiled = torch.compile(packed.train(), backend="eager", fullgraph=True)
+    output = compiled(ids, labels=ids, modality_ids=TEXT_AND_IMAGE.expand_as(ids))
+    output.loss.backward()
+    found = [output.logits, output.loss, *(p.grad for p in patched.trainable_parameters())]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_copies_of_experts_in_nf4():
     """By deepcopy, before patching and after; pickle is refused."""
     packed = in_nf4(make_model("mixtral", **SIZES))
