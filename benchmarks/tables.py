@@ -16,7 +16,6 @@ PAGES = {
     gpu.RESULTS: ("docs/results/gpu.md",),
     ranks.RESULTS: ("docs/scaling.md",),
     cpu.PACKED: ("docs/kernels.md",),
-    cpu.PACKED_STEP: ("docs/patching.md",),
 }
 
 # What stands between the markers <!-- bench:NAME --> of a page, out of its results.
@@ -37,7 +36,6 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "peft": cpu.peft,
     "low_rank": cpu.low_rank,
     "packed": cpu.packed,
-    "packed_step": cpu.packed_step,
     "gpu_layers": gpu.layers,
     "gpu_ceilings": gpu.ceilings,
     "gpu_rates": gpu.rates,
