@@ -17,6 +17,7 @@ from moe_kernels.models.intact import (
     check_experts,
     check_links,
     check_offload,
+    check_peft,
     without_wrappers,
 )
 from moe_kernels.models.parts import LayerParts, find_decoder
@@ -211,9 +212,11 @@ class PatchState(CopiedAlone):
         Raises:
             ValueError: the model was unpatched since, or patched anew.
             RuntimeError: a module of the model, or the implementation of its experts, was replaced
-                since, or accelerate or an engine that is refused has taken its parameters.
+                since, or PEFT has adapted others of its modules, or accelerate or an engine that is
+                refused has taken its parameters.
         """
         self.check_in_place()
+        check_peft(self.model, self.links)
         check_experts(self.parts)
         check_engine(self.model, self.links)
 

@@ -20,6 +20,7 @@ from moe_kernels.models import (
     offload,
     parameters,
     projectors,
+    prompts,
     quantisation,
     routers,
     sharding,
@@ -282,6 +283,12 @@ def _check_spread(name: str, parts: Sequence[LayerParts], config: ModalityLoraCo
 
 def _check_kind(model: nn.Module, name: str) -> None:
     """Raise unless this is a plain language model of transformers; ``name`` is its class."""
+    if isinstance(model, nn.Module) and (wrapper := prompts.prompt_around(model)):
+        raise TypeError(
+            f"{name} is or is within a {wrapper} of PEFT, whose prompt (prefix, prompt, p-tuning) "
+            "has no modality: take its base (base = model.get_base_model()), delete PEFT's model "
+            "(del model), and patch the base"
+        )
     if hasattr(model, "peft_config"):
         raise TypeError(
             f"{name} carries PEFT adapters: merge or unload them first "
@@ -454,6 +461,7 @@ def _attach_model(patched: PatchedModel) -> None:
     tokens.attach_head(model, patched.switches)
     patched.hooks += ForeignForward(model).register()
     methods.attach(patched)
+    prompts.watch()
     patched.links = find_links(model, patched_modules(model, patched.parts))
 
 

@@ -577,22 +577,70 @@ def test_peft_beside_our_patch_is_found():
     patched.unpatch()
 
 
-def test_peft_on_what_is_not_ours_is_found():
+SHARED = {"target_modules": ["shared_expert.gate_proj"]}
+NOT_OURS = {
+    "LoraConfig": SHARED,
+    "IA3Config": SHARED | {"feedforward_modules": SHARED["target_modules"]},
+    "AdaLoraConfig": SHARED | {"total_step": 10},
+    "OFTConfig": SHARED | {"oft_block_size": 4},
+    "VeraConfig": SHARED,
+    "LoHaConfig": SHARED,
+    "LNTuningConfig": {"target_modules": ["input_layernorm"]},
+}
+
+
+@pytest.mark.parametrize("method", NOT_OURS)
+def test_peft_on_what_is_not_ours_is_found(method, tmp_path):
     """Its adapters on shared experts replace no module of ours, but ours were frozen by it."""
     peft = pytest.importorskip("peft")
     model, patched = patched_model("qwen2_moe", num_tokens=3)
     trained = list(patched.trainable_parameters())
-    config = peft.LoraConfig(target_modules=["shared_expert.gate_proj"])
-    wrapped = peft.get_peft_model(model, config)
+    patched.save_adapter(tmp_path / "before")
+    wrapped = peft.get_peft_model(model, getattr(peft, method)(**NOT_OURS[method]))
     assert not list(patched.trainable_parameters())
-    with pytest.raises(RuntimeError, match="PEFT has taken .*it froze .*accelerate_peft.*requires"):
-        wrapped(input_ids=token_ids(1, 4))
+    for attempt in (
+        lambda: wrapped(input_ids=token_ids(1, 4)),
+        lambda: patched.save_adapter(tmp_path / "other"),
+        lambda: patched.load_adapter(tmp_path / "before"),
+    ):
+        with pytest.raises(RuntimeError, match="PEFT has taken .*it froze .*accelerate_.*requires"):
+            attempt()
+    assert not (tmp_path / "other").exists()
     wrapped.unload()
+    patched.save_adapter(tmp_path / "other")
     for parameter in trained:
         parameter.requires_grad_(True)
     ids = token_ids(1, 4)
     model.train()(input_ids=ids, labels=ids, modality_ids=torch.ones_like(ids)).loss.backward()
     assert all(parameter.grad is not None for parameter in trained)
+
+
+PROMPTS = {
+    "PrefixTuningConfig": {},
+    "PromptTuningConfig": {},
+    "PromptEncoderConfig": {"encoder_hidden_size": 16},
+    "CartridgeConfig": {},
+}
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+def test_prompts_of_peft_are_refused(method):
+    """They leave no mark on their base, which they freeze. Both orders."""
+    peft = pytest.importorskip("peft")
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4} | PROMPTS[method]
+    config = getattr(peft, method)(**settings)
+    model, patched = patched_model("mixtral", num_tokens=3)
+    trained = list(patched.trainable_parameters())
+    for each in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(RuntimeError, match="PeftModelForCausalLM .*would freeze .*unpatch"):
+            peft.get_peft_model(each, config)
+    assert all(parameter.requires_grad for parameter in trained)
+    wrapped = peft.get_peft_model(patched.unpatch(), config)
+    for each in (wrapped, model):
+        with pytest.raises(TypeError, match="within a PeftModelForCausalLM .*get_base_model.*del"):
+            patch_model(each)
+    del wrapped, each
+    patch_model(model)
 
 
 def test_peft_that_stopped_halfway_at_our_adapters_is_found():
