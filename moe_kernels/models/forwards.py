@@ -30,6 +30,7 @@ from moe_kernels.models.intact import (
 from moe_kernels.models.loss import LossOverColumns
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parts import find_decoder
+from moe_kernels.models.shared_batch import check_batch
 from moe_kernels.models.tokens import beside_rows
 from moe_kernels.models.training import check_training
 
@@ -105,6 +106,7 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
         attention_mask=kwargs.get("attention_mask"),
         cache=cache_of(kwargs),
     )
+    check_batch(patched, kwargs, modality_ids)
     if not patched.adapters_enabled:
         # The ids carry this, since checkpointing hands them to its recompute; a switch would
         # be read anew.

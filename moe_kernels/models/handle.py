@@ -56,6 +56,7 @@ class PatchState(CopiedAlone):
         checked: the numbers of extensions and of modalities with tokens at which a training forward
             has found no fault.
         compared_at: the places where ranks compare what they have at these numbers.
+        shared_batches: the kinds of batches of which all ranks had the same, where they must.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class PatchState(CopiedAlone):
         self.warned: set[str] = set()
         self.checked: set[tuple[int, int]] = set()
         self.compared_at: dict[tuple[int, int], str] = {}
+        self.shared_batches: set[tuple] = set()
 
     @property
     def moe_layers(self) -> dict[int, LayerParts]:

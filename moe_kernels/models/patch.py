@@ -274,11 +274,8 @@ def _check_backend(name: str, parts: Sequence[LayerParts], backend: str | None) 
 def _check_spread(name: str, parts: Sequence[LayerParts], config: ModalityLoraConfig) -> None:
     """Raise ValueError if experts are spread over ranks, and rows cannot carry their modality."""
     spread = any(each.experts and sharding.spread(each.experts) for each in parts)
-    if spread and len(config.modalities) > sharding.SPREAD_MODALITIES:
-        raise ValueError(
-            f"{name}: {len(config.modalities)} modalities, and experts that are spread over ranks "
-            f"(expert parallelism) tell {sharding.SPREAD_MODALITIES} apart"
-        )
+    if spread and (problem := sharding.modalities_problem(len(config.modalities))):
+        raise ValueError(f"{name}: {problem}")
 
 
 def _check_kind(model: nn.Module, name: str) -> None:

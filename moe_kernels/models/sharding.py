@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 _NO_VALUE = -1
 _MANAGED = "_is_fsdp_managed_module"  # FSDP marks modules so, for dynamo
 SPREAD = "_moe_kernels_spread"  # where an experts module has its SpreadExperts
-SPREAD_MODALITIES = 256  # whole numbers that bfloat16 has, in which rows carry their modality
+_SPREAD_MODALITIES = 256  # whole numbers that bfloat16 has, in which rows carry their modality
 NO_MASK = (
     "expert parallelism by an implementation that brings rows to their experts without their "
     'modality: load the model with DistributedConfig(ep_size=..., ep_implementation="moe_kernels")'
@@ -39,6 +39,16 @@ def spread_without_mask(experts: nn.Module) -> bool:
     return bool(getattr(experts, "_is_expert_parallel", False)) and spread(experts) is None
 
 
+def modalities_problem(number: int) -> str | None:
+    """Return why experts that are spread over ranks cannot tell so many modalities apart."""
+    if number <= _SPREAD_MODALITIES:
+        return None
+    return (
+        f"{number} modalities, and experts that are spread over ranks (expert parallelism) tell "
+        f"{_SPREAD_MODALITIES} apart"
+    )
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether an engine has sharded a parameter, so that reading it takes all ranks."""
     return isinstance(parameter, DTensor) or is_zero3(parameter)
@@ -53,12 +63,15 @@ def is_model_sharded(model: nn.Module) -> bool:
 
 def members(parameters: Iterable[Tensor]) -> tuple[int, ...] | None:
     """Return the ranks that hold the sharded ones of these parameters; None: none is sharded."""
+    meshes, groups = set(), set()
     for parameter in parameters:
         if isinstance(parameter, DTensor):
-            return tuple(sorted(parameter.device_mesh.mesh.flatten().tolist()))
-        if is_zero3(parameter):
-            return tuple(sorted(dist.get_process_group_ranks(parameter.ds_process_group)))
-    return None
+            meshes.add(parameter.device_mesh)
+        elif is_zero3(parameter):
+            groups.add(parameter.ds_process_group)
+    ranks = [rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()]
+    ranks += [rank for group in groups for rank in dist.get_process_group_ranks(group)]
+    return tuple(sorted(set(ranks))) or None
 
 
 def trained_copies(parameters: Iterable[Tensor]) -> bool:
@@ -175,10 +188,19 @@ def _spread_problem(experts: nn.Module, model: nn.Module) -> str | None:
         return None
     if is_parametrized(experts):
         return "its weights are packed, and expert parallelism spreads plain ones: load it unpacked"
+    if experts.__dict__.get("_added_experts"):
+        return "experts were added to it, which cannot be spread over ranks (expert parallelism)"
+    for lora in experts.__dict__.get("_modality_lora", {}).values():
+        if problem := modalities_problem(whole_shape(lora.lora_A)[0]):
+            return problem
     if found.shares_batch:
         return None
-    table = model.get_input_embeddings().weight
-    if isinstance(table, DTensor):
+    if found.tp_mesh.size() > 1:
+        return (
+            "expert parallelism of ranks of which some hold the same batch, and others do not: let "
+            "all ranks that share the experts hold one batch, or each its own"
+        )
+    if may_be_held(model.get_input_embeddings()):  # in a forward FSDP2 may have gathered it
         return None
     return (
         "expert parallelism of ranks with batches of their own needs FSDP2, which takes the mean "

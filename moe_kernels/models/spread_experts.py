@@ -79,7 +79,7 @@ class SpreadExperts(EPImplementation):
     def _part_of(self, parameter: Tensor) -> Tensor:
         """Return the part of (M, E, ...) on this rank, or all of (M, 1, ...)."""
         values = whole(parameter)
-        if not sharding.is_sharded(parameter):
+        if self.shares_batch:  # else FSDP2 takes the mean over ranks
             values = _SumGradient.apply(values, self.ep_mesh.get_group())
         if values.shape[1] == 1:
             return values

@@ -1,5 +1,6 @@
 """Checks of a training forward for faults that show in no loss, each made once."""
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -15,6 +16,7 @@ from moe_kernels.models import sharding
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.intact import modalities_of_peft
 from moe_kernels.models.parameters import named_adapter_parameters, original_name
+from moe_kernels.models.ranks import Ranks
 from moe_kernels.ops.gradients import in_graph_capture, in_transform
 
 
@@ -50,7 +52,8 @@ def _check(patched: PatchState, ids_given: bool) -> None:
     if several and patched.compare_ranks:
         if stage not in patched.compared_at:  # else it was refused there, and is again
             patched.compared_at[stage] = _new_place(patched)
-        _check_ranks(patched, patched.compared_at[stage])
+        with _leaving_together(patched.model):
+            _check_ranks(patched, patched.compared_at[stage])
     patched.checked.add(stage)
 
 
@@ -117,6 +120,7 @@ def _warn_of_one_rank(model: nn.Module) -> None:
 # --- ranks
 
 _SAMPLES = 16
+_TIMEOUT = 600.0  # seconds to wait for ranks that may still load or compile
 _numbers: Counter[str] = Counter()  # of structures that this process has compared, by base model
 
 
@@ -124,6 +128,17 @@ def _new_place(patched: PatchState) -> str:
     base = _hash(patched.base_shapes)
     _numbers[base] += 1
     return f"moe_kernels/structure/{base}/{_numbers[base]}"
+
+
+def _leaving_together(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let an error of one rank reach all, where they compute each forward together.
+
+    Those without it would wait for its collectives. Other ranks may run forwards alone.
+    """
+    members = sharding.members(model.parameters())
+    if members is None:
+        return contextlib.nullcontext()
+    return Ranks(members, "the first training forward", _TIMEOUT).leaving_together()
 
 
 def _check_ranks(patched: PatchState, place: str) -> None:

@@ -7,6 +7,7 @@ transformers spreads them: by DistributedConfig, with FSDP2 and a batch for each
 import copy
 import re
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from support.model_zoo import FAMILIES, VOCAB, make_model, randomise, token_ids
 from support.ranks import errors_of, play
 from support.saved_adapters import ADAPTER
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.models import sharding
+from moe_kernels.models import sharding, shared_batch
 from moe_kernels.moextend import ExpertExtender
 
 IMAGE = 7
@@ -78,8 +80,9 @@ def spread(model, own_batches=False):
 def patch(model, *, like=None, **settings):
     """Patch a model, with the random values of another handle, or of its own."""
     torch.manual_seed(0)
-    patched = patch_model(model, ModalityLoraConfig(r=3, target_modules=TARGETS, **settings))
-    add_modality_tokens(model, "image", IMAGE)
+    settings = {"r": 3, "target_modules": TARGETS} | settings
+    patched = patch_model(model, ModalityLoraConfig(**settings))
+    add_modality_tokens(model, patched.config.modalities[0], IMAGE)
     generator = torch.Generator().manual_seed(1)
     values = {} if like is None else dict(like.named_trainable_parameters())
     for name, parameter in patched.named_trainable_parameters():
@@ -119,6 +122,7 @@ def train_alike(rank, folder, path, text=(), checkpointing=False, **distributed)
     """Compare losses, gradients and saved files with those of one process; return both handles."""
     settings = {"shared_A": distributed.pop("shared_A", False)}
     settings["modalities"] = distributed.pop("modalities", ("image",))
+    settings["target_modules"] = distributed.pop("target_modules", TARGETS)
     alone = patch(load(path), **settings)
     patched = patch(load(path, **distributed), like=alone, **settings)
     if checkpointing:
@@ -202,6 +206,29 @@ def loads_and_trains_on(rank, folder):
         assert (found - expected).norm() < 1e-9 * expected.norm(), name
 
 
+def resumes_with_the_same_bits(rank, folder):
+    """Train on from the adapter and each rank's state of the optimiser."""
+    path = base(rank, folder)
+    for own_batches in (False, True):
+        adapter, runs, state = folder / str(own_batches), [], None
+        for steps in ((0, 1, 2), (2,)):
+            model = load(path, ep_size=2) if own_batches else spread(load(path))
+            runs.append(patch(model))
+            optimiser = torch.optim.AdamW(list(runs[-1].trainable_parameters()), lr=0.1)
+            if state is not None:
+                runs[-1].load_adapter(adapter)
+                optimiser.load_state_dict(state)
+            for step in steps:
+                if step == 2 and state is None:
+                    runs[-1].save_adapter(adapter)
+                    state = copy.deepcopy(optimiser.state_dict())
+                model(**batch(2 * step + own_batches * rank)).loss.backward()
+                optimiser.step()
+                optimiser.zero_grad()
+        for found, expected in zip(*(run.trainable_parameters() for run in runs), strict=True):
+            assert torch.equal(sharding.local(found), sharding.local(expected))
+
+
 def an_expert_group_without_rows(rank, folder):
     """All rows go to the experts of rank 0: rank 1 takes part in each collective all the same."""
     path = folder / "base"
@@ -255,7 +282,7 @@ def text_keeps_its_bits_at_equal_counts(rank, folder):
 
 
 def unpatched_it_is_the_base(rank, folder):
-    path, ids = base(rank, folder), token_ids(2, 8, seed=rank)
+    path, ids = base(rank, folder), token_ids(2, 8)
     for model in (load(path, ep_size=2), spread(load(path))):
         with torch.no_grad():
             expected = model(ids).logits
@@ -274,6 +301,10 @@ def refusals(rank, folder):
             patch_model(load(path, ep_size=2, ep_implementation=name))
     with pytest.raises(ValueError, match="batches of their own needs FSDP2, which takes the mean"):
         patch_model(spread(load(path), own_batches=True))
+    model, meshes = load(path), init_device_mesh("cpu", (2, 1), mesh_dim_names=("tp", "ep"))
+    apply_expert_parallelism(model, meshes["ep"], meshes["tp"], plan_of(model), NAME)
+    with pytest.raises(ValueError, match="some hold the same batch, and others do not: let all"):
+        patch_model(model)
     model = load(path, ep_size=2)
     many = ModalityLoraConfig(modalities=tuple(f"m{number}" for number in range(257)))
     with pytest.raises(ValueError, match="257 modalities, and .*spread over ranks .* tell 256"):
@@ -292,10 +323,81 @@ def refusals(rank, folder):
         copy.deepcopy(spread(load(path)))
 
 
+def patched_before(rank, folder):
+    """Spread the experts of a patched model, and give the rest to FSDP2 in one of the runs."""
+    path = base(rank, folder)
+    for own_batches in (False, True):
+        batches = [batch(each if own_batches else 0) for each in range(2)]
+        alone, patched = patch(load(path)), patch(load(path))
+        spread(patched.model, own_batches)
+        if own_batches:
+            mesh = init_device_mesh("cpu", (2,))
+            experts = {p for name, p in patched.model.named_parameters() if ".experts." in name}
+            for unit in (*patched.model.model.layers, patched.model):
+                fully_shard(unit, mesh=mesh, ignored_params=experts)
+        (sum(losses(alone.model, batches)) / 2).backward()
+        patched.model(**batches[rank]).loss.backward()
+        assert_gradients(patched, alone)
+        own = folder / str(own_batches)
+        own.mkdir(exist_ok=True)
+        saved_as_one_process(rank, own, patched, alone)
+    many = patch(load(path), modalities=tuple(f"m{number}" for number in range(257)))
+    with pytest.raises(RuntimeError, match="after patch_model, .*257 modalities, and .*tell 256"):
+        spread(many.model)(**batch(0, text=(0,)))
+    extended = patch(load(path))
+    ExpertExtender(extended.model).extend([1], 1, init=0)
+    with pytest.raises(RuntimeError, match="after patch_model, .*1.mlp.experts: experts were ad"):
+        spread(extended.model)(**batch(0))
+
+
+def told_on_all_ranks(message, call):
+    """Check that a call raises on both ranks: none of them may wait for the other."""
+    with pytest.raises(RuntimeError, match=message):
+        call()
+    dist.barrier()
+
+
+def other_batches(rank, folder):
+    """With one batch for all ranks, the sum of two batches' outputs has a plausible loss."""
+    path, same = base(rank, folder), batch(0)
+    patched = patch(spread(load(path)))
+    ids = same["input_ids"]
+    for found, inputs in (
+        ("sequence of tokens and set of labels", batch(rank)),
+        ("set of labels", same | {"labels": ids.clone().fill_(rank)}),
+        ("modality_ids", same | {"modality_ids": torch.full_like(ids, rank)}),
+        ("shape of the batch", {"input_ids": ids[: 1 + rank]}),
+        ("shape of the batch", same if rank == 0 else {"input_ids": ids}),
+    ):
+        for model in (patched.model.train(), patched.model.eval()):
+            message = f"found another {found}.* on rank . than .*spread over ranks.*same inputs"
+            told_on_all_ranks(message, lambda: model(**inputs))  # noqa: B023
+    alone = patch(load(path))
+    assert abs(losses(patched.model, [same])[0] - losses(alone.model, [same])[0]) < 1e-6
+    with mock.patch.object(shared_batch, "_TIMEOUT", 0.2):
+        if rank == 0:
+            with pytest.raises(RuntimeError, match="on rank 0 of 2 alone, within 0.2 seconds"):
+                patched.model(ids[:, :5])
+    dist.barrier()
+
+
+def other_seeds(rank, folder):
+    """Each rank has whole adapters, which must start alike: both ranks say so."""
+    model = spread(load(base(rank, folder)))
+    torch.manual_seed(rank)
+    patch_model(model, ModalityLoraConfig(r=3))
+    add_modality_tokens(model, "image", IMAGE)
+    told_on_all_ranks("rank . trains from other values than", lambda: model.train()(**batch(0)))
+
+
 ALL = (
     with_fsdp2,
     without_fsdp2,
+    patched_before,
+    other_batches,
+    other_seeds,
     loads_and_trains_on,
+    resumes_with_the_same_bits,
     an_expert_group_without_rows,
     generates,
     text_keeps_its_bits_at_equal_counts,
@@ -345,8 +447,19 @@ def test_two_ranks(scene, scene_errors):
     assert scene not in scene_errors, scene_errors[scene]
 
 
+def families_of_other_names(rank, folder):
+    """Families whose table transformers leaves to FSDP2's root, which gathers it for a forward."""
+    for family in ("nemotron_h", "zaya"):
+        own = folder / family
+        own.mkdir(exist_ok=True)
+        train_alike(rank, own, base(rank, own, family), ep_size=2, target_modules=("experts",))
+
+
+SLOW = [("every_family", 2), ("copies_of_experts", 4), ("families_of_other_names", 2)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("scene", "number"), [("every_family", 2), ("copies_of_experts", 4)])
+@pytest.mark.parametrize(("scene", "number"), SLOW)
 def test_one_scene(scene, number, tmp_path):
     errors = errors_of(__file__, tmp_path, scene, number=number)
     assert (tmp_path / scene).is_dir()
