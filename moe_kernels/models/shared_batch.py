@@ -29,8 +29,8 @@ _TIMEOUT = 600.0  # seconds to wait for ranks that may still load data
 def check_batch(patched: PatchState, inputs: Mapping[str, Any], modality_ids: Tensor) -> None:
     """Compare a batch with those of the other ranks, if it must be the same on all of them.
 
-    That takes the values of all inputs and a meeting of the ranks, so that it is done for the first
-    batch of each shape, in training and out of it.
+    That takes the values of all inputs and a meeting of the ranks, so it is done for the first
+    batch of each shape of tokens, in training and out of it.
 
     Args:
         patched: the model whose forward begins.
@@ -47,7 +47,9 @@ def check_batch(patched: PatchState, inputs: Mapping[str, Any], modality_ids: Te
     tensors = {name: each for name, each in inputs.items() if isinstance(each, Tensor)}
     tensors["modality_ids"] = modality_ids
     shapes = [(name, *each.shape) for name, each in sorted(tensors.items())]
-    kind = patched.model.training and torch.is_grad_enabled(), *shapes
+    # Not the shapes of masks, which grow with each token that is generated.
+    of_tokens = (shape for shape in shapes if shape[0] in _PARTS)
+    kind = patched.model.training and torch.is_grad_enabled(), *of_tokens
     if kind in patched.shared_batches:
         return
     ranks = Ranks(members, "a forward with one batch for all ranks", _TIMEOUT)
