@@ -241,7 +241,7 @@ def _check_model(
     size = model.get_input_embeddings().num_embeddings
     if outside := [each for ids in config.token_ids.values() for each in ids if each >= size]:
         raise ValueError(f"token_ids has {outside}: {name} has tokens 0..{size - 1}")
-    _check_quantised_layers(name, model)
+    _check_linear_layers(name, model)
     projections = find_projections(model, config, parts)
     if config.target_modules and not projections:
         raise ValueError(
@@ -252,15 +252,11 @@ def _check_model(
     return parts, projections
 
 
-def _check_quantised_layers(name: str, model: nn.Module) -> None:
-    """Raise ValueError if text would change with pictures in a layer that is quantised."""
+def _check_linear_layers(name: str, model: nn.Module) -> None:
+    """Raise ValueError if text might change with pictures in a layer that gets no adapter."""
     dtype = model.get_input_embeddings().weight.dtype
-    if mixing := quantisation.mixing_linear(find_decoder(model), dtype):
-        raise ValueError(
-            f"{name} is not supported: the bits of a row of the quantised {mixing} depend on other "
-            "rows, so that text would change with pictures: load it with llm_int8_threshold=0, "
-            "with a scale for each row, or unquantised"
-        )
+    if problem := quantisation.linear_problem(find_decoder(model), dtype):
+        raise ValueError(f"{name} is not supported: {problem}")
 
 
 def _check_backend(name: str, parts: Sequence[LayerParts], backend: str | None) -> None:

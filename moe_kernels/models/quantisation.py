@@ -22,6 +22,12 @@ _OF_QUANTISER = ("quantization_method", "hf_quantizer")
 _CONFIG_FLAGS = ("quantization_config", "_is_quantized")
 _CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)  # in buffers: of GPTQ, AWQ and others
 _TRIED = 16  # rows
+_WIDTHS = ("in_features", "infeatures")  # names of a linear layer's input size
+_KNOWN = ("torch.nn.modules.", "transformers.models.")
+_USE = (
+    "load it unquantised, with llm_int8_threshold=0, or with a scale for each row of activations "
+    "(or use nn.Linear there)"
+)
 _REMEDY = (
     "leave it out of the quantisation (modules_to_not_convert, llm_int8_skip_modules, filter_fn), "
     "or load it unpacked (GgufConfig and FineGrainedFP8Config have dequantize=True)"
@@ -65,31 +71,103 @@ def is_packed(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def mixing_linear(decoder: nn.Module, dtype: torch.dtype) -> str | None:
-    """Return the first quantised linear layer in which a row's bits depend on others; None: none.
+def linear_problem(decoder: nn.Module, dtype: torch.dtype) -> str | None:
+    """Return why text might change with pictures in a layer that computes a linear one's output.
 
     LLM.int8 computes those columns in 16 bits that are large in any row, and some layers have one
-    scale for all rows of a batch. Text would then change with the pictures beside it. Each layer
-    is tried, as a copy, on rows of which half get larger.
+    scale for all rows of a batch, also beside a plain weight. Each layer that is not nn.Linear is
+    tried, as a copy, on rows of which some get huge; the others must keep their bits.
     """
     for name, module in decoder.named_modules():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        width = getattr(module, "in_features", None)
-        if width is None or not (codes := [each for each in own if is_packed(each)]):
+        if "parametrizations" in name.split(".") or not _may_mix(module):
             continue
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(_TRIED, width, generator=generator, dtype=torch.float32, device="cpu")
-        larger = torch.cat([rows[: _TRIED // 2], 100 * rows[_TRIED // 2 :]])
+        layer = f"{name} ({sharding.plain_class(module).__name__})"
         try:
-            trial = copy.deepcopy(module)
-            found = [
-                trial(each.to(codes[0].device, dtype))[: _TRIED // 2] for each in (rows, larger)
-            ]
-        except (RuntimeError, NotImplementedError, ValueError):
-            continue  # it does not run here: neither will the model
-        if not torch.equal(*found):
-            return f"{name} ({type(module).__name__})"
+            mixes = _mixes(module, dtype)
+        except Exception as error:  # of any library
+            if not _is_linear(module):
+                continue  # another module that has a matrix
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            return (
+                f"whether text would change with pictures cannot be tried in {layer}, which does "
+                f"not run by itself ({why}): {_USE}"
+            )
+        if mixes:
+            return (
+                f"the bits of a row of {layer} depend on other rows, so that text would change "
+                f"with pictures: {_USE}"
+            )
     return None
+
+
+def _may_mix(module: nn.Module) -> bool:
+    """Return whether a module may stand in a linear layer's place without computing as nn.Linear.
+
+    The classes of transformers' models do not mix rows unless a quantiser has changed them.
+    """
+    cls = sharding.plain_class(module)
+    replaced = "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+    known = cls.forward is nn.Linear.forward or cls.__module__.startswith(_KNOWN)
+    changed = replaced or any(map(is_packed, module.parameters(recurse=False)))
+    if isinstance(module, nn.Embedding) or (known and not changed):
+        return False
+    return _is_linear(module) or (not known and getattr(_own_matrix(module), "ndim", 0) == 2)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module says that it is a linear layer, or stores a matrix as codes."""
+    if isinstance(module, nn.Linear) or any(hasattr(module, name) for name in _WIDTHS):
+        return True
+    known = sharding.plain_class(module).__module__.startswith(_KNOWN)
+    return not known and (matrix := _own_matrix(module)) is not None and is_packed(matrix)
+
+
+def _own_matrix(module: nn.Module) -> Tensor | None:
+    """Return a module's own packed weight, or its weight, or None."""
+    for buffer in module.buffers(recurse=False):
+        if buffer.ndim > 1 and buffer.dtype in _CODES:
+            return buffer
+    own = dict(module.named_parameters(recurse=False))
+    return next(filter(is_packed, own.values()), own.get("weight"))
+
+
+def _mixes(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether rows of a layer depend on others, as a copy of it computes.
+
+    Raises:
+        ValueError: it is sharded already.
+        Exception: its own, if it does not take rows.
+    """
+    own = [*module.parameters(), *module.buffers()]
+    if any(map(sharding.is_sharded, own)):
+        raise ValueError("it is sharded already: patch the model before")
+    device = own[0].device if own else torch.device("cpu")
+    width = next((getattr(module, n) for n in _WIDTHS if hasattr(module, n)), None)
+    width = _own_matrix(module).shape[-1] if width is None else width
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_TRIED, width, generator=generator, dtype=torch.float32, device="cpu")
+    huge = rows.clone()
+    huge[_TRIED // 4 :] *= torch.finfo(dtype).max / (4 * rows.abs().max())
+    # In two sequences: rows may be mixed in each of them, or at each place in them.
+    batches = [each.to(device, dtype).view(2, -1, width) for each in (rows, huge)]
+    trial = copy.deepcopy(module)
+    for training in (False, True):
+        trial.train(training)
+        first, second = (_seeded(trial, each)[0, : _TRIED // 4] for each in batches)
+        if not torch.equal(first, second):
+            return True
+    return False
+
+
+def _seeded(layer: nn.Module, batch: Tensor) -> Tensor:
+    """Return what a layer computes, with the same dropout each time."""
+    devices = [batch.device] if batch.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        output = layer(batch)
+    if not isinstance(output, Tensor) or output.shape[:2] != batch.shape[:2]:
+        raise TypeError("it gives no row for each row")
+    return output
 
 
 def take_flags(model: PreTrainedModel) -> dict:

@@ -262,11 +262,123 @@ def test_linear_layers_that_are_quantised_and_not_adapted(tmp_path):
     patch_model(model, ModalityLoraConfig(target_modules=("experts", "router"))).unpatch()
 
 
-def test_a_quantised_layer_whose_rows_depend_on_each_other():
-    """LLM.int8 with a threshold is one; text would change with the pictures beside it."""
-    model = quantise_attention(make_model("mixtral"), by_row=False)
-    match = r"quantised layers.0.self_attn.q_proj \(Linear8\) depend on other rows.*threshold=0"
+class OneScale(nn.Linear):
+    """A linear layer that rounds what it gets by one scale for all rows; its weight is plain."""
+
+    def forward(self, x):
+        size = x.abs().max()
+        return super().forward((x / size * 127).round() * (size / 127))
+
+
+class OneScaleOfCodes(nn.Module):
+    """The same, with codes in a buffer, without a size, and for rows of sequences alone."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("codes", linear.weight.detach().mul(64).to(torch.int8))
+
+    def forward(self, x):
+        assert x.ndim == 3
+        return x / x.abs().max() @ self.codes.float().T
+
+
+class OneScaleOfRows(nn.Module):
+    """The same of a plain matrix, which says of itself neither a size nor that it is linear."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach())
+
+    def forward(self, x):
+        return x / x.abs().max() @ self.weight.T
+
+
+def replace_output(make, **attributes):
+    """Return a model whose last layer has another module in its output projection's place."""
+    model = make_model("mixtral")
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = make(attention.o_proj)
+    vars(attention.o_proj).update(attributes)
+    return model
+
+
+def with_one_scale(linear):
+    other = OneScale(linear.in_features, linear.out_features, bias=False)
+    other.weight = linear.weight
+    return other
+
+
+def with_a_forward_of_its_own(linear):
+    """As compressed-tensors changes a layer."""
+    linear.forward = functools.partial(OneScale.forward, with_one_scale(linear))
+    return linear
+
+
+def limited(linear, threshold=1e4):
+    """Return a layer that treats columns in which any row is large in another way, as LLM.int8."""
+    other = with_one_scale(linear)
+
+    def forward(x):
+        large = x.abs().reshape(-1, x.shape[-1]).amax(0) > threshold
+        return nn.functional.linear(torch.where(large, x, x.bfloat16().to(x.dtype)), linear.weight)
+
+    other.forward = forward
+    return other
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(Linear8, by_row=False),
+        with_one_scale,
+        OneScaleOfCodes,
+        OneScaleOfRows,
+        with_a_forward_of_its_own,
+        limited,
+    ],
+    ids=["codes", "plain", "unsized_codes", "unsized_plain", "replaced_forward", "threshold"],
+)
+def test_a_layer_whose_rows_depend_on_each_other(make):
+    """Text would change with the pictures beside it."""
+    match = r"a row of layers.1.self_attn.o_proj \(\w+\) depend on other rows.*threshold=0"
+    refused(replace_output(make), ValueError, match, EXPERTS)
+
+
+def test_a_layer_that_cannot_be_tried():
+    def fails(x):
+        raise KeyError("no kernel")
+
+    model = replace_output(Linear8, forward=fails)
+    match = r"tried in layers.1.self_attn.o_proj \(Linear8\), .* \(KeyError: 'no kernel'\): load it"
     refused(model, ValueError, match, EXPERTS)
+
+
+def test_layers_that_are_linear_by_another_name():
+    """A subclass without a forward, a wrapper, and a module with a matrix that takes no rows."""
+
+    class Plain(nn.Linear):
+        pass
+
+    class Wrapped(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.base_layer = linear.in_features, linear
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.dropout(x)
+
+    class Table(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.inner, self.weight = linear, nn.Parameter(torch.ones(2, 3))
+
+        def forward(self, x):
+            return self.inner(x) + self.weight.mean()
+
+    patch_model(replace_output(lambda linear: Plain(linear.in_features, 32)), EXPERTS)
+    patch_model(replace_output(Wrapped), EXPERTS)
+    patch_model(replace_output(Table), EXPERTS)
 
 
 @pytest.mark.parametrize("place", ["lm_head", "model.embed_tokens"])

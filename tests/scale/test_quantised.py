@@ -290,9 +290,23 @@ def test_an_adapted_layer_that_is_quantised_is_refused_when_patching(folder, nam
         patch_model(load(folder, QUANTISERS[name]()))
 
 
-def test_llm_int8_with_a_threshold_is_refused(folder):
-    model = load(folder, BitsAndBytesConfig(load_in_8bit=True))
+@pytest.mark.parametrize("threshold", [6.0, 450.0, 1e4])
+def test_llm_int8_with_a_threshold_is_refused(folder, threshold):
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
     with pytest.raises(ValueError, match=r"q_proj \(Linear8bitLt\) depend on .*threshold=0"):
+        patch_model(load(folder, config), EXPERTS)
+
+
+def test_float8_training_with_one_scale_is_refused():
+    """Its weights are plain floats."""
+    float8 = pytest.importorskip("torchao.float8")
+    model = make_model("mixtral", **SIZES)
+    float8.convert_to_float8_training(
+        model,
+        config=float8.Float8LinearConfig(emulate=True),
+        module_filter_fn=lambda module, name: "self_attn" in name,
+    )
+    with pytest.raises(ValueError, match=r"self_attn.q_proj \(Float8Linear\) depend on other rows"):
         patch_model(model, EXPERTS)
 
 
