@@ -93,7 +93,11 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     check_experts(patched.parts)
     _check_engine(patched)
     patched.switches.check_recompute(model.training or torch.is_grad_enabled())
-    check_training(patched, ids_given=modality_ids is not None)
+    check_training(
+        patched,
+        ids_given=modality_ids is not None,
+        embeds_train=getattr(kwargs.get("inputs_embeds"), "requires_grad", False),
+    )
     if kwargs.get("inputs_embeds") is not None:
         embeds = require_grad_for_checkpointing(model, kwargs["inputs_embeds"])
         kwargs["inputs_embeds"] = beside_rows(embeds, model.get_input_embeddings())

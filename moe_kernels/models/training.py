@@ -20,27 +20,31 @@ from moe_kernels.models.ranks import Ranks
 from moe_kernels.ops.gradients import in_graph_capture, in_transform
 
 
-def check_training(patched: PatchState, *, ids_given: bool) -> None:
+def check_training(patched: PatchState, *, ids_given: bool, embeds_train: bool) -> None:
     """Find adapters that cannot learn, and ranks that were patched differently.
 
     Args:
         patched: the model whose forward begins.
         ids_given: the caller has given modality ids.
+        embeds_train: the caller has given embeddings that take a gradient.
 
     Warns:
         UserWarning: adapters of a modality get no gradient, or are on few ranks.
 
     Raises:
-        RuntimeError: added parameters have no values, or other ranks were patched differently.
+        RuntimeError: nothing trains, added parameters have no values, or other ranks were patched
+            differently.
     """
     if patched.model.training and torch.is_grad_enabled():
-        _check(patched, ids_given)
+        _check(patched, ids_given, embeds_train)
 
 
 @torch.compiler.assume_constant_result  # a compiled forward makes the checks when it is compiled
-def _check(patched: PatchState, ids_given: bool) -> None:
+def _check(patched: PatchState, ids_given: bool, embeds_train: bool) -> None:
     if not ids_given:
         _warn_of_idle_adapters(patched)
+    if not embeds_train and _has_values():
+        _check_anything_trains(patched.model)
     stage = len(patched.extensions), len(patched.added_tokens)
     if stage in patched.checked:
         return
@@ -77,6 +81,24 @@ def _warn_of_idle_adapters(patched: PatchState) -> None:
 def _has_values() -> bool:
     """Return whether values can be read here; a later forward is checked otherwise."""
     return not (in_transform() or in_graph_capture() or torch.compiler.is_exporting())
+
+
+def _check_anything_trains(model: nn.Module) -> None:
+    """Raise RuntimeError if what was added is frozen, and all else of the model too.
+
+    The loss would have a gradient all the same, where checkpointing makes embeddings require grad.
+    A model of which anything trains is its user's choice.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if next(named_adapter_parameters(model), None) is not None:
+        raise RuntimeError(
+            "this training forward teaches nothing: every parameter of the model was frozen after "
+            "patch_model, those that it added too (by peft.prepare_model_for_kbit_training or "
+            "model.requires_grad_(False)?). Call these before patch_model, or requires_grad_(True) "
+            "on what shall train. For a forward that is not to train: model.eval(), or "
+            "torch.no_grad()"
+        )
 
 
 def _check_values(model: nn.Module) -> None:

@@ -1,10 +1,12 @@
-"""Training forwards whose adapters get no gradient: one warning, where a loss shows nothing."""
+"""Training forwards whose adapters get no gradient: a warning or error, since no loss shows it."""
 
 import warnings
 
+import peft
 import pytest
 import torch
 from support.model_zoo import VOCAB, make_model, token_ids
+from torch import nn
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 
@@ -66,3 +68,42 @@ def test_nothing_that_idles(settings):
     if num_tokens:
         add_modality_tokens(model, "image", num_tokens)
     assert idle(lambda: model(IDS % VOCAB)) == []
+
+
+def freeze(model):
+    model.requires_grad_(False)
+
+
+def freeze_for_kbit(model):
+    """Freeze all, and let the embeddings require grad."""
+    model.is_loaded_in_4bit = True
+    peft.prepare_model_for_kbit_training(model)
+
+
+@pytest.mark.parametrize("freeze_all", [freeze, freeze_for_kbit])
+@pytest.mark.parametrize("forwards", [0, 1])
+def test_all_was_frozen_after_patching(freeze_all, forwards):
+    model, _ = make()
+    call = {"input_ids": IDS, "modality_ids": torch.ones_like(IDS)}
+    for _ in range(forwards):
+        model(**call)
+    freeze_all(model)
+    for forward in (torch.compile(model, backend="eager"), model.train()):
+        with pytest.raises(RuntimeError, match="teaches nothing: .*kbit_training.*before patch_mo"):
+            forward(**call)
+    with torch.no_grad():
+        model(**call)
+    model.eval()(**call)
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model.train()(inputs_embeds=embeds, modality_ids=call["modality_ids"])  # what made them learns
+    model.encoder = nn.Linear(2, 2)  # another part of the model does
+    model(**call)
+
+
+def test_some_was_frozen_after_patching():
+    model, patched = make()
+    first, *others = patched.trainable_parameters()
+    for parameter in others:
+        parameter.requires_grad_(False)
+    model(IDS, labels=IDS, modality_ids=torch.ones_like(IDS)).loss.backward()
+    assert first.grad is not None
