@@ -6,7 +6,7 @@ No class is replaced: ``set_experts_implementation("moe_kernels")`` makes transf
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,8 @@ def _weight_problems(experts: nn.Module) -> list[str]:
         weights = [w for w in (up, down) if not sharding.is_sharded(w)]
         classes = {type(weight.data) for weight in weights} - {Tensor}
         reasons += [f"expert weights of class {cls.__name__}" for cls in classes]
+        found = (packed.problem(experts, name) for name in (up_name(experts), "down_proj"))
+        reasons += filter(None, found)
     return reasons
 
 
@@ -156,6 +158,8 @@ def experts_forward(
     passing = {
         n: _computed(stack) for n, stack in stacks.items() if brought or is_parametrized(self, n)
     }
+    if is_parametrized(self):
+        _check_cast(stacks["down_proj"].dtype, weights.values())
     with packed.read_again(passing, lambda name: _computed(read(name))):
         output = ops.moe_mlp(
             *rows,
@@ -188,6 +192,19 @@ def _stack(
 def _computed(stack: Tensor | PackedWeights) -> Tensor:
     """Return what was computed for this call of a parametrised stack: the weights, or scales."""
     return stack.scales if isinstance(stack, PackedWeights) else stack
+
+
+def _check_cast(computed_in: torch.dtype, added: Iterable[LoraWeights | Tensor | int]) -> None:
+    """Raise RuntimeError if what was added has a dtype that the packed experts have not."""
+    tensors = (each[0] if isinstance(each, LoraWeights) else each for each in added)
+    found = {each.dtype for each in tensors if isinstance(each, Tensor)}
+    if others := found - {computed_in, torch.float32}:
+        raise RuntimeError(
+            f"the model was cast to {others.pop()} after patch_model, and its packed experts still "
+            f"compute in {computed_in}, in which they were packed: cast the model before its "
+            "experts are packed, or after patch_model what was added alone, to torch.float32 "
+            "(for p in patched.trainable_parameters(): p.data = p.data.float())"
+        )
 
 
 def part_of_rank(experts: nn.Module) -> Callable[[ModalityLora], LoraWeights]:

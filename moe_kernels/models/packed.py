@@ -8,19 +8,22 @@ nor after: what only needs their shape reads none, and autograd keeps none.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from moe_kernels.models import recipes
+from moe_kernels.modes import evaluating
 from moe_kernels.ops import PackedWeights
 from moe_kernels.ops.gradients import PLAIN, in_transform, is_plain
 
 _NAN = float("nan")
+_PARTS = "parametrizations"
 
 
 class _Found(NamedTuple):
@@ -30,11 +33,13 @@ class _Found(NamedTuple):
         deciding: what this follows from.
         outline: see :func:`outline`.
         has_recipe: the op unpacks the weight itself, to the same bits.
+        problem: why it cannot be read again in the backward pass; None: it can.
     """
 
     deciding: tuple
     outline: Tensor
     has_recipe: bool
+    problem: str | None
 
 
 _known: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()  # by what holds the parts
@@ -56,11 +61,23 @@ def outline(module: nn.Module, name: str) -> Tensor | None:
 
 
 def recipe(module: nn.Module, name: str) -> PackedWeights | None:
-    """Return a module's parametrised weight as stored, for the op to unpack; None: it cannot."""
+    """Return a module's parametrised weight as stored, for the op to unpack; None: it cannot.
+
+    Raises:
+        ValueError: the weight was parametrised after patching, and has a :func:`problem`.
+    """
     found = _find(module, name) if is_parametrized(module, name) else None
-    if not isinstance(found, _Found) or not found.has_recipe:
+    if not isinstance(found, _Found):
         return None
-    return recipes.nf4(module.parametrizations[name])
+    if found.problem is not None:
+        raise ValueError(found.problem)
+    return recipes.nf4(module.parametrizations[name]) if found.has_recipe else None
+
+
+def problem(module: nn.Module, name: str) -> str | None:
+    """Return why a module's weight cannot be read again in the backward pass; None: it can."""
+    found = _find(module, name) if is_parametrized(module, name) else None
+    return found.problem if isinstance(found, _Found) else None
 
 
 def _find(module: nn.Module, name: str) -> _Found | Tensor | None:
@@ -70,15 +87,45 @@ def _find(module: nn.Module, name: str) -> _Found | Tensor | None:
     deciding = tuple((part.shape, part.dtype, part.device) for part in parts)
     found = _known.get(stored)
     if found is None or found.deciding != deciding:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(stored):  # some change what they store in training
             weight = getattr(module, name)
         if type(weight) not in PLAIN:
             return weight if isinstance(weight, Tensor) else None
         # Parts on the device meta are offloaded: they come where the weight is computed.
         own = None if any(part.is_meta for part in parts) else recipes.nf4(stored)
         has_recipe = own is not None and recipes.gives(own, weight)
-        found = _known[stored] = _Found(deciding, _outline_of(weight), has_recipe)
+        facts = _outline_of(weight), has_recipe, None if has_recipe else _problem(stored, name)
+        found = _known[stored] = _Found(deciding, *facts)
     return found
+
+
+@torch.no_grad()
+def _problem(stored: ParametrizationList, name: str) -> str | None:
+    """Return why two reads of a weight in training may differ, by two reads of a copy of its parts.
+
+    Some parametrisations draw noise or improve an estimate at each read (``spectral_norm``).
+    """
+    if recipes.is_of_bitsandbytes(stored):
+        return None  # it unpacks what it stores, and a copy would need memory
+    classes = ", ".join(type(each).__name__ for each in stored)
+    try:
+        trial = copy.deepcopy(stored).train()
+    except RuntimeError as error:
+        return f"the parametrisation of {name} ({classes}) cannot be copied to try it: {error}"
+    devices = {part.device for part in stored.parameters() if part.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        first, second = trial(), trial()
+    if first.is_meta or torch.equal(_bits(first), _bits(second)):
+        return None
+    return (
+        f"the parametrisation of {name} ({classes}) gives another weight at each read in training, "
+        "so that text would change and backward pass differ from forward: make the weight plain "
+        f"(torch.nn.utils.parametrize.remove_parametrizations(experts, {name!r}))"
+    )
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(torch.uint8)  # NaN is not equal to itself
 
 
 def _outline_of(weight: Tensor) -> Tensor:
@@ -99,7 +146,13 @@ def parametrised(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def is_part(name: str) -> bool:
     """Return whether a parameter of this name is a part from which a weight is computed."""
-    return "parametrizations" in name.split(".")
+    return _PARTS in name.split(".")
+
+
+def weight_of(name: str) -> str:
+    """Return the name of the weight that a parameter is a part of, or is."""
+    above, *parts = name.split(f".{_PARTS}.")
+    return f"{above}.{parts[0].partition('.')[0]}" if parts else name
 
 
 class _Again(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_kernels.models import (
     added_experts,
     offload,
+    packed,
     projectors,
     quantisation,
     sharding,
@@ -61,9 +62,11 @@ def whole_parameters(patched: PatchState, sharded_too: bool = False) -> dict[str
             the model has low-rank pairs, rows or experts that were not added to it.
     """
     found, expected = check_values(patched, sharded_too)
-    found = {name: p for name, p in found.items() if name in expected or is_added(name)}
-    if differing := sorted(found.keys() ^ expected.keys()):
-        what = "unknown" if differing[0] in found else "missing"
+    # A weight may have been packed or unpacked since: what it computes counts, not its parts.
+    weights = {packed.weight_of(name) for name in expected}
+    found = {n: p for n, p in found.items() if packed.weight_of(n) in weights or is_added(n)}
+    if differing := sorted({packed.weight_of(name) for name in found} ^ weights):
+        what = "missing" if differing[0] in weights else "unknown"
         raise ValueError(
             f"the model is not as it was patched: the parameter {differing[0]} is {what} (one of "
             f"{len(differing)})"

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moe_kernels.models import sharding
+from moe_kernels.models import offload, sharding
+from moe_kernels.models.instance_forward import has_own_forward
+from moe_kernels.modes import evaluating
 from moe_kernels.ops.dtypes import FLOATS
 
 _FLAG = "is_quantized"
@@ -106,9 +108,8 @@ def _may_mix(module: nn.Module) -> bool:
     The classes of transformers' models do not mix rows unless a quantiser has changed them.
     """
     cls = sharding.plain_class(module)
-    replaced = "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
     known = cls.forward is nn.Linear.forward or cls.__module__.startswith(_KNOWN)
-    changed = replaced or any(map(is_packed, module.parameters(recurse=False)))
+    changed = has_own_forward(module) or any(map(is_packed, module.parameters(recurse=False)))
     if isinstance(module, nn.Embedding) or (known and not changed):
         return False
     return _is_linear(module) or (not known and getattr(_own_matrix(module), "ndim", 0) == 2)
@@ -141,7 +142,7 @@ def _mixes(module: nn.Module, dtype: torch.dtype) -> bool:
     own = [*module.parameters(), *module.buffers()]
     if any(map(sharding.is_sharded, own)):
         raise ValueError("it is sharded already: patch the model before")
-    device = own[0].device if own else torch.device("cpu")
+    device = offload.device_of(module, own[0]) if own else torch.device("cpu")
     width = next((getattr(module, n) for n in _WIDTHS if hasattr(module, n)), None)
     width = _own_matrix(module).shape[-1] if width is None else width
     generator = torch.Generator().manual_seed(0)
@@ -150,12 +151,14 @@ def _mixes(module: nn.Module, dtype: torch.dtype) -> bool:
     huge[_TRIED // 4 :] *= torch.finfo(dtype).max / (4 * rows.abs().max())
     # In two sequences: rows may be mixed in each of them, or at each place in them.
     batches = [each.to(device, dtype).view(2, -1, width) for each in (rows, huge)]
-    trial = copy.deepcopy(module)
-    for training in (False, True):
-        trial.train(training)
-        first, second = (_seeded(trial, each)[0, : _TRIED // 4] for each in batches)
-        if not torch.equal(first, second):
-            return True
+    # What accelerate brings to a layer is a copy already.
+    trial = module if offload.is_offloaded(module) else copy.deepcopy(module)
+    with evaluating(trial):
+        for training in (False, True):
+            trial.train(training)
+            first, second = (_seeded(trial, each)[0, : _TRIED // 4] for each in batches)
+            if not torch.equal(first, second):
+                return True
     return False
 
 

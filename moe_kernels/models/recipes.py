@@ -22,8 +22,7 @@ def nf4(stored: ParametrizationList) -> Nf4Weights | None:
     themselves are expanded, at each call: kept for all layers, they would take an eighth of the
     codes' memory.
     """
-    cls = type(stored[0])
-    if (cls.__module__, cls.__qualname__) != _BITSANDBYTES or len(stored) > 1:
+    if not is_of_bitsandbytes(stored):
         return None
     state, packed = stored[0].quant_state, stored.original
     if state.quant_type != "nf4" or packed.is_meta or type(packed) not in PLAIN:
@@ -32,6 +31,12 @@ def nf4(stored: ParametrizationList) -> Nf4Weights | None:
         return Nf4Weights(packed, _scales(state), tuple(state.shape), state.dtype, state.blocksize)
     except (TypeError, ValueError):  # stored in another way than the op reads
         return None
+
+
+def is_of_bitsandbytes(stored: ParametrizationList) -> bool:
+    """Return whether bitsandbytes' parametrisation, and no other, computes a weight."""
+    classes = [(type(each).__module__, type(each).__qualname__) for each in stored]
+    return classes == [_BITSANDBYTES]
 
 
 def _scales(state) -> Tensor:

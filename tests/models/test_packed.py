@@ -23,9 +23,10 @@ from support.packed_experts import (
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, parametrize
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.models.parts import find_experts
+from moe_kernels.models.parts import all_experts, find_experts
 from moe_kernels.moextend import ExpertExtender
 
 NUM_TOKENS = 16
@@ -233,8 +234,92 @@ def test_a_parametrisation_of_packed_values():
     experts = find_experts(model)
     stack = experts.down_proj.detach().to(torch.int8)
     experts.down_proj = nn.Parameter(stack, requires_grad=False)
-    nn.utils.parametrize.register_parametrization(experts, "down_proj", Codes(), unsafe=True)
+    parametrize.register_parametrization(experts, "down_proj", Codes(), unsafe=True)
     refused(model, ValueError, r"layer 0: quantised expert weights \(torch.int8\); load them in")
+
+
+class Noise(nn.Module):
+    def forward(self, weight):
+        return weight + torch.randn_like(weight) if self.training else weight
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight + weight.flip(0)
+
+
+PARAMETRISED = {
+    "Noise": lambda experts, name: parametrize.register_parametrization(experts, name, Noise()),
+    "_SpectralNorm": parametrizations.spectral_norm,
+    "Symmetric, Noise": lambda experts, name: (
+        parametrize.register_parametrization(experts, name, Symmetric()),
+        parametrize.register_parametrization(experts, name, Noise()),
+    ),
+}
+
+
+@pytest.mark.parametrize("classes", PARAMETRISED)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_weight_that_changes_between_reads(classes, training):
+    match = rf"parametrisation of down_proj \({classes}\) gives another weight at each read"
+    later = make_model("mixtral").train(training)
+    patch_model(later)
+    PARAMETRISED[classes](find_experts(later), "down_proj")
+    with pytest.raises(ValueError, match=match):
+        later(token_ids(1, 4))
+    model = make_model("mixtral").train(training)
+    PARAMETRISED[classes](find_experts(model), "down_proj")
+    torch.manual_seed(0)
+    refused(model, ValueError, f"layer 0: the {match}")
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_weight_that_is_the_same_at_each_read():
+    model = make_model("mixtral")
+    with torch.no_grad():
+        find_experts(model).down_proj[0, 0, 0] = torch.nan  # is not equal to itself
+    parametrize.register_parametrization(find_experts(model), "down_proj", Symmetric())
+    patch_model(model)
+
+
+@PACKED
+def test_experts_packed_or_unpacked_after_patching(pack, tmp_path):
+    """What they compute then is the base: its adapters load where the base is the same."""
+    plain = make_model("mixtral", **BF16)
+    packed, same = pair(plain, pack)
+    later, unpacked = copy.deepcopy(plain), copy.deepcopy(packed)
+    handles = {n: patch(m) for n, m in (("later", later), ("unpacked", unpacked), ("same", same))}
+    pack(later)
+    for experts in all_experts(unpacked).values():
+        weights = {name: getattr(experts, name).detach() for name in experts.parametrizations}
+        del experts.parametrizations
+        experts.__class__ = type(experts).__mro__[1]
+        for name, weight in weights.items():
+            setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+    for name, patched in handles.items():
+        patched.save_adapter(tmp_path / name)
+        for other in handles.values():
+            other.load_adapter(tmp_path / name)
+    assert equal(step(handles["later"]), step(handles["same"]))
+
+
+@PACKED
+@pytest.mark.parametrize("experts_extended", [False, True])
+def test_a_model_that_is_cast_after_patching(pack, experts_extended):
+    patched = patch(pack(make_model("mixtral", **BF16)))
+    if experts_extended:
+        ExpertExtender(patched.model).extend("all", init=0)
+    patched.model.half()
+    match = (
+        "cast to torch.float16 after patch_model, and its packed experts still compute in torch.b"
+    )
+    with pytest.raises(RuntimeError, match=match):
+        patched.model(token_ids(1, 4))
+    for parameter in patched.trainable_parameters():
+        parameter.data = parameter.data.float()
+    assert patched.model(token_ids(1, 4)).logits.dtype == torch.float16
 
 
 def test_sharded_packed_experts():
