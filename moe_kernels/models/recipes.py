@@ -24,11 +24,11 @@ def nf4(stored: ParametrizationList) -> Nf4Weights | None:
     """
     if not is_of_bitsandbytes(stored):
         return None
-    state, packed = stored[0].quant_state, stored.original
-    if state.quant_type != "nf4" or packed.is_meta or type(packed) not in PLAIN:
+    packed = stored.original
+    if packed.is_meta or type(packed) not in PLAIN:
         return None
     try:
-        return Nf4Weights(packed, _scales(state), tuple(state.shape), state.dtype, state.blocksize)
+        return Nf4Weights.from_quant_state(packed, stored[0].quant_state)
     except (TypeError, ValueError):  # stored in another way than the op reads
         return None
 
@@ -37,16 +37,6 @@ def is_of_bitsandbytes(stored: ParametrizationList) -> bool:
     """Return whether bitsandbytes' parametrisation, and no other, computes a weight."""
     classes = [(type(each).__module__, type(each).__qualname__) for each in stored]
     return classes == [_BITSANDBYTES]
-
-
-def _scales(state) -> Tensor:
-    """Return the scales of a ``QuantState`` in float32, as bitsandbytes expands them."""
-    if not state.nested:
-        return state.absmax
-    from bitsandbytes.functional import dequantize_blockwise
-
-    with torch.no_grad():
-        return dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
 
 
 def gives(recipe: Nf4Weights, weight: Tensor) -> bool:

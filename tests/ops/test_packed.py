@@ -1,5 +1,7 @@
 """``moe_mlp`` on a frozen base that stays packed: against the same op on the unpacked weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.moe_mlp import LAYOUTS, SILU, call, run
@@ -173,6 +175,16 @@ def stack_of(**changes):
     return lambda: Nf4Weights(**(arguments | changes))
 
 
+def of_state(**changes):
+    """Return how NF4 weights are made of a quantisation state with some attributes changed."""
+    state = {
+        "quant_type": "nf4", "nested": False, "absmax": torch.ones(3), "shape": (2, 6, 16),
+        "dtype": torch.float32, "blocksize": 64,
+    }  # fmt: skip
+    codes = torch.zeros(96, dtype=torch.uint8)
+    return lambda: Nf4Weights.from_quant_state(codes, SimpleNamespace(**(state | changes)))
+
+
 def fp8_of(**changes):
     arguments = {
         "weight": torch.zeros(2, 6, 200).to(torch.float8_e4m3fn), "scale_inv": torch.ones(2, 1, 2),
@@ -184,7 +196,10 @@ def fp8_of(**changes):
 BAD = {
     "type": (stack_of(packed=[1]), TypeError, "packed must be a tensor, got list"),
     "codes": (stack_of(packed=torch.zeros(96)), TypeError, "packed must be uint8"),
-    "nested": (stack_of(absmax=torch.ones(3).byte()), TypeError, "absmax must be float32"),
+    "nested": (
+        stack_of(absmax=torch.ones(3).byte()), TypeError,
+        "absmax must be float32, got uint8, .*Nf4Weights.from_quant_state expands them",
+    ),
     "few": (stack_of(absmax=torch.ones(2)), ValueError, "absmax must have 3 elements"),
     "many": (
         stack_of(packed=torch.zeros(97).byte()), ValueError,
@@ -193,6 +208,26 @@ BAD = {
     "odd": (stack_of(shape=(2, 6, 15)), ValueError, "must be whole bytes"),
     "block": (stack_of(block=96), ValueError, "block must be a power of two"),
     "flat": (stack_of(shape=(12, 16)), ValueError, "must be a stack"),
+    "floats": (stack_of(shape=(2.0, 6.0, 16.0)), ValueError, "of integers, got .2.0, 6.0, 16.0"),
+    "no_shape": (stack_of(shape=None), ValueError, "of integers, got None"),
+    "codes_of_another_kind": (
+        of_state(quant_type="fp4"), ValueError,
+        "the codes are fp4, not nf4: pack with quant_type='nf4', or unpack them",
+    ),
+    "no_state": (
+        lambda: Nf4Weights.from_quant_state(torch.zeros(96).byte(), None), TypeError,
+        "must be a QuantState of bitsandbytes, got NoneType without quant_type",
+    ),
+    "pack_a_list": (lambda: quantise_nf4([1]), TypeError, "weight must be a tensor, got list"),
+    "pack_odd_rows": (lambda: quantise_nf4(torch.ones(1, 3, 7)), ValueError, "must be whole bytes"),
+    "pack_no_block": (
+        lambda: quantise_nf4(torch.ones(1, 2, 8), block=0), ValueError, "block must be a power",
+    ),
+    "pack_nothing": (lambda: quantise_nf4(torch.ones(0, 2, 8)), ValueError, "must have experts"),
+    "pack_integers": (
+        lambda: quantise_fp8(torch.ones(1, 2, 8).int()), TypeError, "weight must be float32",
+    ),
+    "pack_a_matrix": (lambda: quantise_fp8(torch.ones(2, 8)), ValueError, "weight must have 3 dim"),
     "dtype": (stack_of(dtype=torch.int8), TypeError, "dtype must be float32"),
     "grad": (
         stack_of(absmax=torch.ones(3, requires_grad=True)), ValueError, "absmax requires grad",
@@ -208,6 +243,18 @@ def test_bad_packed_weights_are_refused(case):
     make, error, words = BAD[case]
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("pack", ["nf4", "fp8"])
+@pytest.mark.parametrize("which", ["gate_up_proj", "down_proj"])
+def test_scales_that_require_grad_later_are_refused(pack, which):
+    inputs, _ = packed(make_moe_inputs(FEW).to(torch.float32), PACK[pack])
+    stack = getattr(inputs, which)
+    name = stack.fields[1]
+    getattr(stack, name).requires_grad_()
+    match = rf"{which}.{name} requires grad, but .* call {which}.{name}.requires_grad_\(False\)"
+    with pytest.raises(ValueError, match=match):
+        call(inputs, "reference")
 
 
 @pytest.mark.parametrize("backend", WORKING)

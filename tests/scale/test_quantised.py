@@ -109,11 +109,15 @@ def test_values_are_those_of_bitsandbytes(dtype):
     for shape, block, nested in itertools.product(shapes, blocks, (False, True)):
         settings = {"blocksize": block, "compress_statistics": nested, "quant_type": "nf4"}
         packed, state = functional.quantize_4bit(torch.randn(shape).to(dtype), **settings)
-        absmax = state.absmax
-        if nested:
-            absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
-        found = Nf4Weights(packed, absmax, shape, dtype, block).dequantise()
+        found = Nf4Weights.from_quant_state(packed, state).dequantise()
         assert torch.equal(found, functional.dequantize_4bit(packed, state)), (shape, block)
+
+
+def test_codes_of_fp4_are_refused():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed, state = functional.quantize_4bit(torch.randn(2, 6, 16), quant_type="fp4")
+    with pytest.raises(ValueError, match="the codes are fp4, not nf4"):
+        Nf4Weights.from_quant_state(packed, state)
 
 
 SETTINGS = {

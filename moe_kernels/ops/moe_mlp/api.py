@@ -239,7 +239,9 @@ def _check_base(
     checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape))
     checks.floating("topk_weights", topk_weights)
     for name, stack in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if not isinstance(stack, PackedWeights):
+        if isinstance(stack, PackedWeights):
+            stack.check_frozen(f"{name}.")
+        else:
             checks.frozen(name, stack, _FROZEN)
     for name, tensor in (
         ("topk_ids", topk_ids),

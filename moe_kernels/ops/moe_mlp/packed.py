@@ -7,6 +7,7 @@ the op computes in.
 
 import functools
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ NF4 = (
 )  # fmt: skip
 FP8_BLOCK = 128  # rows, and columns, that share a scale
 _FP8 = torch.float8_e4m3fn
+_OF_QUANT_STATE = ("quant_type", "nested", "absmax", "shape", "dtype", "blocksize")
 _FROZEN = "a packed base is frozen and gets no gradient"
 
 
@@ -35,17 +37,24 @@ class PackedWeights:
         dtype: the dtype in which an op computes with them.
         stack: (E, n, ...) as the kernels take it, uint8 for NF4 and float8_e4m3fn for FP8.
         scales: float32, as the kernels take them.
+        fields: the names of the attributes that hold both as they were given.
     """
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
     stack: Tensor
     scales: Tensor
+    fields: ClassVar[tuple[str, str]]
 
     @property
     def device(self) -> torch.device:
         """Device of the packed weights."""
         return self.stack.device
+
+    def check_frozen(self, prefix: str = "") -> None:
+        """Raise ValueError if a tensor that was given requires grad, or does so since."""
+        for name in self.fields:
+            checks.frozen(prefix + name, getattr(self, name), _FROZEN)
 
     def dequantise(self) -> Tensor:
         """Return the weights (E, n, k) in ``dtype``, those that the kernels compute with."""
@@ -69,9 +78,11 @@ class Nf4Weights(PackedWeights):
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, size or device; scales that require grad.
 
-    Example, a parameter of bitsandbytes with its ``quant_state``::
+    Example, codes with their scales::
 
-        Nf4Weights(packed, quant_state.absmax, tuple(quant_state.shape), quant_state.dtype)
+        Nf4Weights(codes, scales, (num_experts, 2 * intermediate, hidden), torch.bfloat16)
+
+    :meth:`from_quant_state` takes what bitsandbytes has packed.
     """
 
     packed: Tensor
@@ -79,17 +90,15 @@ class Nf4Weights(PackedWeights):
     shape: tuple[int, int, int]
     dtype: torch.dtype
     block: int = 64
+    fields = "packed", "absmax"
 
     def __post_init__(self):
         checks.tensors(packed=self.packed, absmax=self.absmax)
         checks.dtype("packed", self.packed, (torch.uint8,))
         checks.contiguous("packed", self.packed)
-        _check_common(self, "absmax", self.absmax, self.packed.device)
-        if type(self.block) is not int or self.block < 2 or self.block & (self.block - 1):
-            raise ValueError(f"block must be a power of two from 2 on, got {self.block!r}")
+        _check_common(self, self.packed.device)
+        _check_nf4(self.shape, self.block)
         experts, rows, columns = self.shape
-        if columns % 2:
-            raise ValueError(f"rows of packed 4-bit weights must be whole bytes, got {self.shape}")
         number = experts * rows * columns
         for name, tensor, size in (
             ("packed", self.packed, number // 2),
@@ -100,6 +109,36 @@ class Nf4Weights(PackedWeights):
                     f"{name} must have {size} elements for weights {self.shape} in blocks of "
                     f"{self.block}, got {tensor.numel()}"
                 )
+
+    @classmethod
+    def from_quant_state(cls, packed: Tensor, quant_state: Any) -> "Nf4Weights":
+        """Return a stack that bitsandbytes has packed; nested scales are expanded in a copy.
+
+        Args:
+            packed: the codes, uint8, as ``quantize_4bit`` returns them.
+            quant_state: their ``QuantState``, of a stack (E, n, k).
+
+        Raises:
+            TypeError: not a ``QuantState``, or codes of another dtype.
+            ValueError: codes of another type than NF4, or what the class refuses.
+
+        Example, the experts of ``replace_parameter_4bit``::
+
+            stored = experts.parametrizations.gate_up_proj
+            Nf4Weights.from_quant_state(stored.original, stored[0].quant_state)
+        """
+        if missing := [name for name in _OF_QUANT_STATE if not hasattr(quant_state, name)]:
+            raise TypeError(
+                f"quant_state must be a QuantState of bitsandbytes, got "
+                f"{type(quant_state).__name__} without {missing[0]}"
+            )
+        if quant_state.quant_type != "nf4":
+            raise ValueError(
+                f"the codes are {quant_state.quant_type}, not nf4: pack with quant_type='nf4', or "
+                "unpack them (bitsandbytes.functional.dequantize_4bit)"
+            )
+        scales, shape = _expanded(quant_state), tuple(quant_state.shape)
+        return cls(packed, scales, shape, quant_state.dtype, quant_state.blocksize)
 
     @property
     def stack(self) -> Tensor:
@@ -136,13 +175,13 @@ class Fp8Weights(PackedWeights):
     weight: Tensor
     scale_inv: Tensor
     dtype: torch.dtype
+    fields = "weight", "scale_inv"
 
     def __post_init__(self):
         checks.tensors(weight=self.weight, scale_inv=self.scale_inv)
         checks.dtype("weight", self.weight, (_FP8,))
         checks.contiguous("weight", self.weight)
-        _check_common(self, "scale_inv", self.scale_inv, self.weight.device)
-        checks.frozen("weight", self.weight, _FROZEN)
+        _check_common(self, self.weight.device)
         experts, rows, columns = self.shape
         checks.shape("scale_inv", self.scale_inv, (experts, *map(_fp8_blocks, (rows, columns))))
 
@@ -162,15 +201,57 @@ class Fp8Weights(PackedWeights):
         return self.scale_inv
 
 
-def _check_common(weights: PackedWeights, name: str, scales: Tensor, device: torch.device) -> None:
-    if len(weights.shape) != 3 or min(weights.shape) < 1:
-        raise ValueError(f"packed weights must be a stack (E, n, k), got {tuple(weights.shape)}")
+def _expanded(quant_state: Any) -> Tensor:
+    """Return the scales of a ``QuantState`` in float32, as bitsandbytes expands them."""
+    if not quant_state.nested:
+        return quant_state.absmax
+    from bitsandbytes.functional import dequantize_blockwise
+
+    with torch.no_grad():
+        scales = dequantize_blockwise(quant_state.absmax, quant_state.state2)
+        return scales.add_(quant_state.offset).float()
+
+
+def _check_common(weights: PackedWeights, device: torch.device) -> None:
+    shape = weights.shape
+    sizes = (int, torch.SymInt)
+    is_shape = isinstance(shape, tuple) and all(isinstance(size, sizes) for size in shape)
+    if not is_shape or len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            "packed weights must be a stack, their shape a tuple (E, n, k) of integers, got "
+            f"{shape!r}"
+        )
     if weights.dtype not in FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise TypeError(f"dtype must be {names}, got {weights.dtype}")
+    name = weights.fields[1]
+    scales = getattr(weights, name)
+    if scales.dtype == torch.uint8:
+        raise TypeError(
+            f"{name} must be float32, got uint8, as scales are that are quantised themselves "
+            "(compress_statistics=True): Nf4Weights.from_quant_state expands them"
+        )
     checks.dtype(name, scales, (torch.float32,))
     checks.device(name, scales, device)
-    checks.frozen(name, scales, _FROZEN)
+    weights.check_frozen()
+
+
+def _check_nf4(shape: tuple[int, int, int], block: int) -> None:
+    if type(block) is not int or block < 2 or block & (block - 1):
+        raise ValueError(f"block must be a power of two from 2 on, got {block!r}")
+    if shape[2] % 2:
+        raise ValueError(
+            f"rows of packed 4-bit weights must be whole bytes, k even, got {tuple(shape)}"
+        )
+
+
+def _check_plain(weight: Tensor) -> None:
+    """Raise unless this is a stack (E, n, k) of floats that can be packed."""
+    checks.tensors(weight=weight)
+    checks.floating("weight", weight)
+    checks.ndim("weight", weight, 3)
+    if not weight.numel():
+        raise ValueError(f"weight must have experts, rows and columns, got {tuple(weight.shape)}")
 
 
 def _fp8_blocks(size: int) -> int:
@@ -178,7 +259,14 @@ def _fp8_blocks(size: int) -> int:
 
 
 def quantise_nf4(weight: Tensor, *, block: int = 64) -> Nf4Weights:
-    """Pack a stack (E, n, k) in NF4, each weight as the nearest code of its block's scale."""
+    """Pack a stack (E, n, k) in NF4, each weight as the nearest code of its block's scale.
+
+    Raises:
+        TypeError: not a tensor of floats.
+        ValueError: not a stack, an odd k, or a block that is no power of two.
+    """
+    _check_plain(weight)
+    _check_nf4(weight.shape, block)
     flat = weight.detach().float().flatten()
     number = flat.numel()
     padded = flat.new_zeros(-(-number // block) * block)
@@ -194,7 +282,13 @@ def quantise_nf4(weight: Tensor, *, block: int = 64) -> Nf4Weights:
 
 
 def quantise_fp8(weight: Tensor) -> Fp8Weights:
-    """Pack a stack (E, n, k) in FP8, the largest weight of a block as the largest FP8 value."""
+    """Pack a stack (E, n, k) in FP8, the largest weight of a block as the largest FP8 value.
+
+    Raises:
+        TypeError: not a tensor of floats.
+        ValueError: not a stack.
+    """
+    _check_plain(weight)
     experts, rows, columns = weight.shape
     high, wide = _fp8_blocks(rows), _fp8_blocks(columns)
     padded = torch.zeros(experts, high * FP8_BLOCK, wide * FP8_BLOCK, device=weight.device)
