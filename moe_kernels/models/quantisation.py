@@ -151,8 +151,7 @@ def _mixes(module: nn.Module, dtype: torch.dtype) -> bool:
     huge[_TRIED // 4 :] *= torch.finfo(dtype).max / (4 * rows.abs().max())
     # In two sequences: rows may be mixed in each of them, or at each place in them.
     batches = [each.to(device, dtype).view(2, -1, width) for each in (rows, huge)]
-    # What accelerate brings to a layer is a copy already.
-    trial = module if offload.is_offloaded(module) else copy.deepcopy(module)
+    trial = _copy_of(module)
     with evaluating(trial):
         for training in (False, True):
             trial.train(training)
@@ -160,6 +159,16 @@ def _mixes(module: nn.Module, dtype: torch.dtype) -> bool:
             if not torch.equal(first, second):
                 return True
     return False
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """Return a copy of a layer, or itself if it has none; some lay their weights out anew."""
+    if offload.is_offloaded(module):
+        return module  # accelerate brings copies of its weights
+    try:
+        return copy.deepcopy(module)
+    except RuntimeError:  # of torch: a tensor's subclass that cannot be copied
+        return module
 
 
 def _seeded(layer: nn.Module, batch: Tensor) -> Tensor:

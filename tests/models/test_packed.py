@@ -286,7 +286,7 @@ def test_a_weight_that_is_the_same_at_each_read():
 
 @PACKED
 def test_experts_packed_or_unpacked_after_patching(pack, tmp_path):
-    """What they compute then is the base: its adapters load where the base is the same."""
+    """Adapters load where the base computes the same; what is computed now is the base."""
     plain = make_model("mixtral", **BF16)
     packed, same = pair(plain, pack)
     later, unpacked = copy.deepcopy(plain), copy.deepcopy(packed)

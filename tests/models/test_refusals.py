@@ -309,7 +309,7 @@ def with_one_scale(linear):
 
 
 def with_a_forward_of_its_own(linear):
-    """As compressed-tensors changes a layer."""
+    """Replace a layer's forward, as compressed-tensors does."""
     linear.forward = functools.partial(OneScale.forward, with_one_scale(linear))
     return linear
 
