@@ -24,7 +24,7 @@ from moe_kernels.models.intact import (
     check_engine,
     check_experts,
     check_links,
-    check_offload,
+    check_new_hooks,
     check_peft,
 )
 from moe_kernels.models.loss import LossOverColumns
@@ -89,7 +89,7 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     model = patched.model
     check_links(patched.links)
     check_peft(model, patched.links)
-    check_offload(model)
+    _check_hooks(patched)
     check_experts(patched.parts)
     _check_engine(patched)
     patched.switches.check_recompute(model.training or torch.is_grad_enabled())
@@ -120,7 +120,13 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
     kwargs["modality_ids"] = modality_ids
 
 
-@torch.compiler.assume_constant_result  # a compiled forward makes the check when it is compiled
+# A compiled forward makes these checks when it is compiled.
+@torch.compiler.assume_constant_result
+def _check_hooks(patched: PatchState) -> None:
+    check_new_hooks(patched.model, patched.links)
+
+
+@torch.compiler.assume_constant_result
 def _check_engine(patched: PatchState) -> None:
     check_engine(patched.model, patched.links)
 

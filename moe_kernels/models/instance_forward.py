@@ -47,6 +47,12 @@ def has_own_forward(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
+def was_hooked(module: nn.Module) -> bool:
+    """Return whether accelerate has a hook on a module, or has taken one off."""
+    own = module.__dict__
+    return _HOOK in own or ("forward" in own and not has_own_forward(module))
+
+
 def _of_accelerate(module: nn.Module) -> functools.partial | None:
     """Return the function that accelerate has put around a module's forward, below wrappers."""
     found = module.__dict__.get("forward")

@@ -97,6 +97,12 @@ def check_offload(model: nn.Module) -> None:
         raise RuntimeError(f"after patch_model, {problem}")
 
 
+def check_new_hooks(model: nn.Module, links: Iterable[Link]) -> None:
+    """Raise as :func:`check_offload` does; only if the modules that links watch have a new hook."""
+    if offload.has_unchecked_hook((model, *(link.module for link in links))):
+        check_offload(model)
+
+
 def check_experts(parts: Iterable[LayerParts]) -> None:
     """Raise RuntimeError if transformers would compute experts without what was added to them."""
     checked = None

@@ -6,15 +6,23 @@ weight is a parameter on the device meta, whose values the hook's ``weights_map`
 adds stays in memory (``layers/resident.py``).
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers import PreTrainedModel
 
 from moe_kernels.layers.resident import Resident, hooks_of
-from moe_kernels.models import sharding
+from moe_kernels.models import recipes, sharding
+from moe_kernels.models.instance_forward import was_hooked
 
 _TAKE_OFF = "take the hooks off (accelerate.hooks.remove_hook_from_submodules(model))"
+# Hooks of models that problem() found sound. A forward searches all modules only if it meets
+# another hook: a large model has ten thousand modules.
+_checked: WeakSet[Any] = WeakSet()
 
 
 def _hook(module: nn.Module) -> Any | None:
@@ -63,14 +71,18 @@ def offloaded(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def tied_copies(model: nn.Module) -> set[str]:
+def tied_copies(model: PreTrainedModel) -> set[str]:
     """Return the names of tied parameters that are objects of their own, with the same values.
 
     Each hook of accelerate puts an object of its own in a weight's place, and leaves one there when
-    it is taken off.
+    it is taken off. Without hooks, then or now, the user has untied the weights, as where the
+    configuration says that they are not tied.
     """
+    # In any module: what a hook left on table and head is lost when they are patched and unpatched.
+    if not any(map(was_hooked, model.modules())):
+        return set()
     found = set()
-    for copied, source in getattr(model, "all_tied_weights_keys", {}).items():
+    for copied, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         values = [_value_at(model, name) for name in (copied, source)]
         if values[0] is values[1] or any(v is None or _is_elsewhere(v) for v in values):
             continue
@@ -95,29 +107,37 @@ def _is_elsewhere(tensor: Tensor) -> bool:
 
 def problem(model: nn.Module) -> str | None:
     """Return why a model cannot compute what is added to it as accelerate runs it; None: it can."""
-    if "_hf_hook" not in model.__dict__:
+    named = {path or type(model).__name__: module for path, module in model.named_modules()}
+    hooks = [(name, each, hook) for name, each in named.items() for hook in _hooks_on(each)]
+    if not hooks:
         return None
-    devices = set()
-    for path, module in model.named_modules():
-        name = path or type(model).__name__
-        for hook in hooks_of(module.__dict__.get("_hf_hook")):
-            if found := _hook_problem(name, module, hook):
-                return found
-            if hook.execution_device is not None:
-                devices.add(str(_device(hook)))
+    if found := next(filter(None, (_hook_problem(*each) for each in hooks)), None):
+        return found
+    for name, module in named.items():
         parameters = module._parameters.values() if isinstance(module, Resident) else ()
         if any(parameter is not None and parameter.is_meta for parameter in parameters):
             return (
                 f"accelerate has moved {name} to the device meta, which was added and trains: "
                 f"{_TAKE_OFF}, unpatch() it, and offload it before patch_model"
             )
-    if len(devices) > 1:
+    on = {str(_device(hook)) for *_, hook in hooks if hook.execution_device is not None}
+    if len(on) > 1:
         return (
-            f"accelerate computes it on several devices ({', '.join(sorted(devices))}), which is "
+            f"accelerate computes it on several devices ({', '.join(sorted(on))}), which is "
             "not supported: load it with a device map of one device (device_map={'': device}), or "
             "of one beside 'cpu' and 'disk'; or shard it by FSDP2 or DeepSpeed"
         )
+    _checked.update(hook for *_, hook in hooks)
     return None
+
+
+def has_unchecked_hook(modules: Iterable[nn.Module]) -> bool:
+    """Return whether accelerate has set a hook on a module since :func:`problem` found none."""
+    return any(hook not in _checked for module in modules for hook in _hooks_on(module))
+
+
+def _hooks_on(module: nn.Module) -> Iterator[Any]:
+    return hooks_of(module.__dict__.get("_hf_hook"))
 
 
 def _hook_problem(name: str, module: nn.Module, hook: Any) -> str | None:
@@ -131,6 +151,14 @@ def _hook_problem(name: str, module: nn.Module, hook: Any) -> str | None:
             f"accelerate brings {name} with all that is in it, adapters too, which it does not "
             f"have (preload_module_classes with {type(module).__name__}): {_TAKE_OFF}, offload it "
             "without preload_module_classes, and make an optimiser after that"
+        )
+    packed = isinstance(module, ParametrizationList) and recipes.is_of_bitsandbytes(module)
+    if packed and _offloads(hook):
+        return (
+            f"accelerate has offloaded {name}, which bitsandbytes has packed "
+            "(replace_parameter_4bit): state_dict() gives what it stores another name, by which "
+            f"accelerate does not find it; {_TAKE_OFF}, or use a device map with these layers on "
+            "the device that computes"
         )
     return None
 

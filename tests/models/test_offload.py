@@ -6,6 +6,7 @@ Without a GPU they run on the CPU too. All must have the bits of the model that 
 import copy
 import inspect
 import itertools
+from unittest import mock
 
 import accelerate
 import pytest
@@ -14,11 +15,13 @@ from accelerate.hooks import remove_hook_from_submodules
 from support.families import make_family
 from support.model_zoo import make_model, randomise, token_ids
 from support.packed_experts import pack_experts, pack_in_nf4
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, initialise_lora, patch_model
 from moe_kernels.imaging.generation import _check_weights
 from moe_kernels.imaging.processors import _UnconditionalBranch
+from moe_kernels.models import offload as offloading
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.tokens import JoinedHead
 from moe_kernels.moextend import ExpertExtender
@@ -109,6 +112,28 @@ def test_everything_has_the_bits_of_the_whole_model(offload, tied, after, tmp_pa
     reloaded = patch_model(model, ModalityLoraConfig.from_adapter(tmp_path / "here"))
     reloaded.load_adapter(tmp_path / "here")
     assert torch.equal(model(**CALL).logits, whole(**CALL).logits)
+    again = patch_model(reloaded.unpatch(), ModalityLoraConfig.from_adapter(tmp_path / "here"))
+    again.load_adapter(tmp_path / "here")  # its rows are those of a head that is tied, or not
+
+
+@pytest.mark.parametrize("offload", [None, "cpu_offload"])
+def test_a_head_that_was_untied_by_a_copy_has_rows_of_its_own(offload, tmp_path):
+    """Without hooks, or where the configuration says so, equal values are not those of a tie."""
+
+    def untied(family):
+        model = make_model(family, tie_word_embeddings=True)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = offload is None
+        return model
+
+    handles = [prepared(tmp_path, offload, make=untied)[1] for _ in range(2)]
+    names = dict(handles[0].named_trainable_parameters())
+    assert "lm_head.added_rows.image" in names
+    if offload is None:
+        for patched in handles:
+            patched.model.lm_head.weight.data.add_(0.1)
+    handles[0].save_adapter(tmp_path)
+    handles[1].load_adapter(tmp_path)
 
 
 @ORDER
@@ -214,13 +239,12 @@ def test_routers_with_a_layer_or_a_bias_and_experts_with_biases(family, tmp_path
 
 
 @ORDER
-@pytest.mark.parametrize("pack", [pytest.param(pack_experts, marks=slow), pack_in_nf4])
-def test_packed_experts(pack, after, tmp_path):
+def test_packed_experts(after, tmp_path):
     """accelerate brings their codes where a weight is computed from these."""
     found = []
     for offload in (None, "disk_offload"):
         model, patched = prepared(
-            tmp_path, offload, after, make=lambda family: pack(make_model(family))
+            tmp_path, offload, after, make=lambda family: pack_experts(make_model(family))
         )
         patched.save_adapter(tmp_path / str(offload))
         model(**CALL, labels=IDS).loss.backward()
@@ -293,8 +317,15 @@ def on_several(model):
     model.lm_head._hf_hook.execution_device = "cuda:1"
 
 
+def preloading_one_layer(model):
+    layer = model.model.layers[0]
+    accelerate.cpu_offload(layer, "cpu", preload_module_classes=["MixtralDecoderLayer"])
+
+
+PRELOADED = r"brings model.layers.0 with all.*take the hooks off.*without preload_module_classes"
 REFUSED = {
-    "preloaded": (preloading, r"brings model.layers.0 with all.*without preload_module_classes"),
+    "preloaded": (preloading, PRELOADED),
+    "one layer preloaded": (preloading_one_layer, PRELOADED),
     "with_hook": (
         lambda model: accelerate.cpu_offload_with_hook(model, "cpu"),
         r"MixtralForCausalLM has accelerate's CpuOffload.*take the hooks off",
@@ -337,11 +368,35 @@ def test_what_would_leave_out_adapters_is_refused_after_patching(kind, tmp_path)
     patched.unpatch()
 
 
+def test_a_forward_looks_at_all_modules_only_after_a_new_hook(tmp_path):
+    model, _ = prepared(tmp_path)
+    with mock.patch.object(offloading, "problem", wraps=offloading.problem) as search:
+        for index, layer in enumerate(model.model.layers, 1):
+            accelerate.cpu_offload(layer.mlp, "cpu")
+            for _ in range(2):
+                model(**CALL)
+            assert search.call_count == index
+
+
+def test_experts_that_bitsandbytes_has_packed_are_refused(tmp_path):
+    """tests/scale/test_quantised.py packs by the library itself."""
+    match = "has offloaded model.layers.0.mlp.experts.*bitsandbytes has packed.*take the hooks off"
+    for after in (False, True):
+        with pytest.raises((ValueError, RuntimeError), match=match):
+            model, _ = prepared(
+                tmp_path, "cpu_offload", after, make=lambda family: pack_in_nf4(make_model(family))
+            )
+            assert after
+            model(**CALL)
+
+
 def test_what_was_moved_in_an_unknown_way_is_refused(tmp_path):
     model, patched = prepared(tmp_path, "cpu_offload")
     lora = model.model.layers[1].modality_lora.q_proj
     lora.lora_A = torch.nn.Parameter(lora.lora_A.to("meta"))
     with pytest.raises(RuntimeError, match=r"layers.1.modality_lora.q_proj to the device meta"):
+        patched.save_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="lora_A must be on cpu, got meta"):
         model(**CALL)
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from support.model_zoo import make_model, randomise, token_ids
 from support.packed_experts import dequantised
 from torch import nn
@@ -141,6 +142,24 @@ def test_bits_are_those_of_unpacking_by_reading(case):
         with torch.no_grad():
             found[-1].append(patched.model.eval()(token_ids(1, 1)).logits)
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_experts_in_nf4_that_accelerate_offloads_are_refused(after):
+    """accelerate does not find what is packed: unpatched the model does not run either."""
+    model = in_nf4(make_model("mixtral", **SIZES))
+    if after:
+        patched = patch(model)
+    cpu_offload(model, "cpu")
+    kind = RuntimeError if after else ValueError
+    with pytest.raises(kind, match="has offloaded model.layers.0.mlp.*bitsandbytes has packed"):
+        model(token_ids(1, 3)) if after else patch_model(model, EXPERTS)
+    if not after:
+        with pytest.raises(KeyError, match=r"gate_up_proj\.original"):
+            model(token_ids(1, 3))
+        return
+    with pytest.raises(RuntimeError, match="bitsandbytes has packed"):
+        patched.unpatch()
 
 
 def test_experts_in_nf4_generate_and_run_in_threads():
