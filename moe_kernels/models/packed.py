@@ -8,16 +8,16 @@ nor after: what only needs their shape reads none, and autograd keeps none.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from moe_kernels.models import recipes
+from moe_kernels.models.trial_copies import same_bits, trial_copy
 from moe_kernels.modes import evaluating
 from moe_kernels.ops import PackedWeights
 from moe_kernels.ops.gradients import PLAIN, in_transform, is_plain
@@ -84,7 +84,8 @@ def _find(module: nn.Module, name: str) -> _Found | Tensor | None:
     """Return what was found of a parametrised weight, or one of a subclass itself."""
     stored = module.parametrizations[name]
     parts = (*stored.parameters(), *stored.buffers())
-    deciding = tuple((part.shape, part.dtype, part.device) for part in parts)
+    kinds = tuple(ref(each) for each in stored)
+    deciding = (kinds, *((part.shape, part.dtype, part.device) for part in parts))
     found = _known.get(stored)
     if found is None or found.deciding != deciding:
         with torch.no_grad(), evaluating(stored):  # some change what they store in training
@@ -108,24 +109,17 @@ def _problem(stored: ParametrizationList, name: str) -> str | None:
     if recipes.is_of_bitsandbytes(stored):
         return None  # it unpacks what it stores, and a copy would need memory
     classes = ", ".join(type(each).__name__ for each in stored)
-    try:
-        trial = copy.deepcopy(stored).train()
-    except RuntimeError as error:
-        return f"the parametrisation of {name} ({classes}) cannot be copied to try it: {error}"
+    trial = trial_copy(stored).train()
     devices = {part.device for part in stored.parameters() if part.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         first, second = trial(), trial()
-    if first.is_meta or torch.equal(_bits(first), _bits(second)):
+    if same_bits(first, second):
         return None
     return (
         f"the parametrisation of {name} ({classes}) gives another weight at each read in training, "
         "so that text would change and backward pass differ from forward: make the weight plain "
         f"(torch.nn.utils.parametrize.remove_parametrizations(experts, {name!r}))"
     )
-
-
-def _bits(weight: Tensor) -> Tensor:
-    return weight.contiguous().view(torch.uint8)  # NaN is not equal to itself
 
 
 def _outline_of(weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from moe_kernels.models import (
     forms,
     linear,
     methods,
+    mixing,
     offload,
     parameters,
     projectors,
@@ -255,7 +256,7 @@ def _check_model(
 def _check_linear_layers(name: str, model: nn.Module) -> None:
     """Raise ValueError if text might change with pictures in a layer that gets no adapter."""
     dtype = model.get_input_embeddings().weight.dtype
-    if problem := quantisation.linear_problem(find_decoder(model), dtype):
+    if problem := mixing.linear_problem(find_decoder(model), dtype):
         raise ValueError(f"{name} is not supported: {problem}")
 
 
@@ -279,8 +280,9 @@ def _check_kind(model: nn.Module, name: str) -> None:
     if isinstance(model, nn.Module) and (wrapper := prompts.prompt_around(model)):
         raise TypeError(
             f"{name} is or is within a {wrapper} of PEFT, whose prompt (prefix, prompt, p-tuning) "
-            "has no modality: take its base (base = model.get_base_model()), delete PEFT's model "
-            "(del model), and patch the base"
+            "has no modality: take its base (base = model.get_base_model()), let go of PEFT's "
+            "model wherever it is held (del model, and a Trainer that has it), and patch the base; "
+            "or load the base again"
         )
     if hasattr(model, "peft_config"):
         raise TypeError(

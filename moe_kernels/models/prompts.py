@@ -24,19 +24,22 @@ def watch() -> None:
 def prompt_around(model: nn.Module) -> str | None:
     """Return the class of PEFT's model with a prompt that a model is, or is within, or None.
 
-    PEFT freezes the whole base of a prompt, so that a model with trainable parameters is none.
+    PEFT freezes the base of a prompt, so that a model is none of which most parameters train.
     """
     if _has_prompt(model):
         return type(model).__name__
-    if "peft" not in sys.modules or any(p.requires_grad for p in model.parameters()):
+    kind = getattr(sys.modules.get("peft"), "PeftModel", None)
+    if not isinstance(kind, type):  # another module may have the name
         return None
-    if _find(model) is not None:
+    train = [parameter.requires_grad for parameter in model.parameters()]
+    if 2 * sum(train) > len(train):
+        return None
+    if _find(model, kind) is not None:
         gc.collect()  # it may be one that nobody holds any more
-    return _find(model)
+    return _find(model, kind)
 
 
-def _find(model: nn.Module) -> str | None:
-    kind = sys.modules["peft"].PeftModel
+def _find(model: nn.Module, kind: type) -> str | None:
     for each in gc.get_objects():
         # Not isinstance, which asks objects for __class__: some proxies answer with an error.
         if issubclass(type(each), kind) and _has_prompt(each):

@@ -3,6 +3,8 @@
 import copy
 import functools
 import re
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +38,7 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.models import sharding
+from moe_kernels.models import mixing, quantisation, sharding
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_experts, find_parts
 from moe_kernels.moextend import ExpertExtender
@@ -340,8 +342,13 @@ def limited(linear, threshold=1e4):
 )
 def test_a_layer_whose_rows_depend_on_each_other(make):
     """Text would change with the pictures beside it."""
-    match = r"a row of layers.1.self_attn.o_proj \(\w+\) depend on other rows.*threshold=0"
-    refused(replace_output(make), ValueError, match, EXPERTS)
+    model = replace_output(make)
+    codes = quantisation.has_packed_weights(model)
+    match = (
+        r"a row of layers.1.self_attn.o_proj \(\w+\) depend on other rows, .* with pictures: "
+        + ("load it unquantised, .*threshold=0" if codes else "let it compute each row by itself")
+    )
+    refused(model, ValueError, match, EXPERTS)
 
 
 def test_a_layer_that_cannot_be_tried():
@@ -376,9 +383,97 @@ def test_layers_that_are_linear_by_another_name():
         def forward(self, x):
             return self.inner(x) + self.weight.mean()
 
+    class Generated(nn.Linear):
+        """It has dropout of a generator of its own."""
+
+        def __init__(self, linear):
+            super().__init__(linear.in_features, linear.out_features)
+            self.generator = torch.Generator()
+
+        def forward(self, x):
+            y = super().forward(x)
+            kept = torch.rand(y.shape, generator=self.generator) > 0.1
+            return y * kept if self.training else y
+
+    class Finite(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x) * super().forward(x)
+            if not y.isfinite().all():
+                raise FloatingPointError("overflow")
+            return y
+
+    class Own(nn.Linear):
+        pass
+
+    Own.forward = lambda self, x: nn.functional.linear(x, self.weight)
+
+    def broken(linear):
+        other = Own(linear.in_features, linear.out_features)
+        other.weight.data[0, 0] = torch.nan  # is not equal to itself
+        return other
+
     patch_model(replace_output(lambda linear: Plain(linear.in_features, 32)), EXPERTS)
     patch_model(replace_output(Wrapped), EXPERTS)
     patch_model(replace_output(Table), EXPERTS)
+    patch_model(replace_output(Generated), EXPERTS)
+    patch_model(replace_output(lambda linear: Finite(linear.in_features, 32)), EXPERTS)
+    patch_model(replace_output(broken), EXPERTS)
+    model = replace_output(broken).to(torch.bfloat16)
+    model.model.layers[1].self_attn.o_proj.float()
+    patch_model(model, EXPERTS)
+    patch_model(replace_output(broken).to("meta"), EXPERTS)
+
+
+class Largest(nn.Linear):
+    """A linear layer that notes the largest number that it got in training."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.largest.copy_(torch.maximum(self.largest, x.abs().max()))
+        return nn.functional.linear(x, self.weight)
+
+
+def without_copies(model):
+    output = model.model.layers[1].self_attn.o_proj
+    output.lock, output.scale = threading.Lock(), output.weight.sum() * 1
+
+
+def offloaded(model):
+    pytest.importorskip("accelerate").cpu_offload(model, "cpu")
+
+
+@pytest.mark.parametrize("change", [lambda model: None, without_copies, offloaded])
+def test_a_trial_leaves_the_layer_alone(change, monkeypatch):
+    """Its buffers, hooks, its replaced forward and the generators of all devices."""
+    model = replace_output(Largest).train()
+    output, seen = model.model.layers[1].self_attn.o_proj, []
+    change(model)
+    output.register_forward_hook(lambda *call: seen.append(call))
+    query = model.model.layers[1].self_attn.q_proj
+    query.forward = (lambda inner: lambda x: (seen.append(x), inner(x))[1])(query.forward)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seen.append)
+    state = torch.random.get_rng_state()
+    assert mixing.linear_problem(model.model, torch.float32) is None
+    assert not seen and output.largest == 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_one_layer_of_each_kind_is_tried(monkeypatch):
+    tried = []
+    trial = mixing._mixes
+    monkeypatch.setattr(mixing, "_mixes", lambda *call: tried.append(call) or trial(*call))
+    layers = nn.ModuleList(Largest(nn.Linear(8, 8 + 8 * (n > 5))) for n in range(9))
+    assert mixing.linear_problem(layers, torch.float32) is None
+    assert len(tried) == 2  # by shape
+    layers[3].register_buffer("switch", torch.ones((), dtype=torch.int64))
+    layers[4].register_buffer("switch", torch.zeros((), dtype=torch.int64))
+    layers[7].state = SimpleNamespace(threshold=6.0)
+    assert mixing.linear_problem(layers, torch.float32) is None
+    assert len(tried) == 2 + 5
 
 
 @pytest.mark.parametrize("place", ["lm_head", "model.embed_tokens"])
@@ -748,11 +843,17 @@ def test_prompts_of_peft_are_refused(method):
             peft.get_peft_model(each, config)
     assert all(parameter.requires_grad for parameter in trained)
     wrapped = peft.get_peft_model(patched.unpatch(), config)
+    model.lm_head.weight.requires_grad_(True)  # hides no prompt
     for each in (wrapped, model):
-        with pytest.raises(TypeError, match="within a PeftModelForCausalLM .*get_base_model.*del"):
+        with pytest.raises(TypeError, match="within a PeftModelForCausalLM .*get_base_.*a Trainer"):
             patch_model(each)
     del wrapped, each
     patch_model(model)
+
+
+def test_another_module_that_is_named_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace())
+    patch_model(make_model("mixtral").requires_grad_(False))
 
 
 def test_peft_that_stopped_halfway_at_our_adapters_is_found():
