@@ -52,7 +52,8 @@ class PatchState(CopiedAlone):
             logits of all tokens at once; ``logits`` of their output is None.
         compare_ranks: True: the first training forward compares the patch with that of other ranks.
             False: the ranks train models of their own.
-        warned: modalities of which a training forward has warned that their adapters are idle.
+        warned: modalities of which a training forward has warned that their adapters are idle; the
+            empty name if it has warned that all is frozen.
         checked: the numbers of extensions and of modalities with tokens at which a training forward
             has found no fault.
         compared_at: the places where ranks compare what they have at these numbers.

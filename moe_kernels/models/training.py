@@ -29,11 +29,11 @@ def check_training(patched: PatchState, *, ids_given: bool, embeds_train: bool) 
         embeds_train: the caller has given embeddings that take a gradient.
 
     Warns:
-        UserWarning: adapters of a modality get no gradient, or are on few ranks.
+        UserWarning: adapters of a modality get no gradient, no parameter trains, or adapters are on
+            few ranks.
 
     Raises:
-        RuntimeError: nothing trains, added parameters have no values, or other ranks were patched
-            differently.
+        RuntimeError: added parameters have no values, or other ranks were patched differently.
     """
     if patched.model.training and torch.is_grad_enabled():
         _check(patched, ids_given, embeds_train)
@@ -44,7 +44,7 @@ def _check(patched: PatchState, ids_given: bool, embeds_train: bool) -> None:
     if not ids_given:
         _warn_of_idle_adapters(patched)
     if not embeds_train and _has_values():
-        _check_anything_trains(patched.model)
+        _warn_of_frozen(patched)
     stage = len(patched.extensions), len(patched.added_tokens)
     if stage in patched.checked:
         return
@@ -83,22 +83,27 @@ def _has_values() -> bool:
     return not (in_transform() or in_graph_capture() or torch.compiler.is_exporting())
 
 
-def _check_anything_trains(model: nn.Module) -> None:
-    """Raise RuntimeError if what was added is frozen, and all else of the model too.
+def _warn_of_frozen(patched: PatchState) -> None:
+    """Warn if what was added is frozen, and all else of the model too.
 
     The loss would have a gradient all the same, where checkpointing makes embeddings require grad.
-    A model of which anything trains is its user's choice.
+    What trains may also be outside of the model's parameters, as a vector that a hook adds.
     """
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    if _FROZEN in patched.warned or any(p.requires_grad for p in patched.model.parameters()):
         return
-    if next(named_adapter_parameters(model), None) is not None:
-        raise RuntimeError(
-            "this training forward teaches nothing: every parameter of the model was frozen after "
-            "patch_model, those that it added too (by peft.prepare_model_for_kbit_training or "
-            "model.requires_grad_(False)?). Call these before patch_model, or requires_grad_(True) "
-            "on what shall train. For a forward that is not to train: model.eval(), or "
-            "torch.no_grad()"
+    if next(named_adapter_parameters(patched.model), None) is not None:
+        patched.warned.add(_FROZEN)
+        warnings.warn(
+            "this training forward teaches the model nothing: every parameter of it was frozen "
+            "after patch_model, those that it added too (by peft.prepare_model_for_kbit_training "
+            "or model.requires_grad_(False)?). Call these before patch_model, or "
+            "requires_grad_(True) on what shall train. If something else trains (a vector in a "
+            "hook, say), call model.eval(), which still lets gradients flow, or ignore this",
+            stacklevel=2,
         )
+
+
+_FROZEN = ""  # among the names of modalities that were warned of; no modality has this name
 
 
 def _check_values(model: nn.Module) -> None:
