@@ -198,7 +198,7 @@ BAD = {
     "codes": (stack_of(packed=torch.zeros(96)), TypeError, "packed must be uint8"),
     "nested": (
         stack_of(absmax=torch.ones(3).byte()), TypeError,
-        "absmax must be float32, got uint8, .*Nf4Weights.from_quant_state expands them",
+        "absmax must be float32, got uint8: .*expanded by Nf4Weights.from_quant_state",
     ),
     "few": (stack_of(absmax=torch.ones(2)), ValueError, "absmax must have 3 elements"),
     "many": (

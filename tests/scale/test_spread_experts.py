@@ -372,6 +372,9 @@ def other_batches(rank, folder):
         for model in (patched.model.train(), patched.model.eval()):
             message = f"found another {found}.* on rank . than .*spread over ranks.*same inputs"
             told_on_all_ranks(message, lambda: model(**inputs))  # noqa: B023
+    embeds = patched.model.get_input_embeddings()(ids).detach()
+    for near in (embeds * (1 + 1e-6 * rank), embeds):  # as of an encoder on other cards
+        patched.model(inputs_embeds=near, modality_ids=torch.ones_like(ids))
     alone = patch(load(path))
     assert abs(losses(patched.model, [same])[0] - losses(alone.model, [same])[0]) < 1e-6
     with mock.patch.object(shared_batch, "_TIMEOUT", 0.2):

@@ -228,8 +228,8 @@ def _check_common(weights: PackedWeights, device: torch.device) -> None:
     scales = getattr(weights, name)
     if scales.dtype == torch.uint8:
         raise TypeError(
-            f"{name} must be float32, got uint8, as scales are that are quantised themselves "
-            "(compress_statistics=True): Nf4Weights.from_quant_state expands them"
+            f"{name} must be float32, got uint8: scales that are quantised themselves "
+            "(compress_statistics=True) are expanded by Nf4Weights.from_quant_state"
         )
     checks.dtype(name, scales, (torch.float32,))
     checks.device(name, scales, device)
