@@ -31,6 +31,7 @@ from shared.memory import sizes_of, terms
 from shared.memory_tables import fits, measured
 from shared.models import load_config
 from shared.tables import markdown_table
+from tqdm import tqdm
 
 from moe_kernels import ModalityLoraConfig, info
 from moe_kernels.files import replacing
@@ -59,20 +60,40 @@ def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, flo
     return {"base": base / 1e9, "trained": trained / 1e6, "gib": (2 * base + 16 * trained) / GIB}
 
 
+def trials() -> Iterator[dict]:
+    """Yield what is measured: each way to keep activations, and the way that ``--fits`` assumes."""
+    packed = (False, True) if importlib.util.find_spec("bitsandbytes") else (False,)
+    both = ["experts", "attention"]
+    for nf4 in packed:
+        for checkpointed, tokens in itertools.product((False, True), (256, 1024)):
+            yield {
+                "nf4": nf4, "checkpointed": checkpointed, "tokens": tokens, "fused_loss": False,
+                "targets": both,
+            }  # fmt: skip
+        for targets in (both, ["attention"]):
+            yield {
+                "nf4": nf4, "checkpointed": True, "tokens": 1024, "fused_loss": True,
+                "targets": targets,
+            }  # fmt: skip
+
+
 def measurements() -> Iterator[dict]:
     """Yield what processes of their own measured, and the formula's terms; NF4 if it is here."""
-    packed = (False, True) if importlib.util.find_spec("bitsandbytes") else (False,)
-    for nf4, checkpointed, tokens in itertools.product(packed, (False, True), (256, 1024)):
-        trial = {"hidden": 1024, "layers": 4, "threads": 2, "tokens": tokens}
-        trial |= {"nf4": nf4, "checkpointed": checkpointed}
+    for trial in tqdm(list(trials())):
+        trial |= {"hidden": 1024, "layers": 4, "threads": 2}
         # As large tensors do, the small ones of this model go back to the system when freed.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
         command = [sys.executable, memory_run.__file__, json.dumps(trial)]
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-        config = memory_run.config_of(trial["hidden"], trial["layers"])
-        sizes = sizes_of(patched_on_meta(config, memory_run.lora(), memory_run.NUM_TOKENS))
-        of = terms(sizes, tokens, nf4=nf4, checkpointed=checkpointed)
-        yield trial | json.loads(done.stdout.splitlines()[-1]) | {"terms": of}
+        yield trial | json.loads(done.stdout.splitlines()[-1]) | {"terms": terms_of(trial)}
+
+
+def terms_of(trial: dict) -> dict[str, float]:
+    """Return the formula's terms of a trial."""
+    config = memory_run.config_of(trial["hidden"], trial["layers"])
+    patched = patched_on_meta(config, memory_run.lora(trial), memory_run.NUM_TOKENS)
+    switches = {name: trial[name] for name in ("nf4", "checkpointed", "fused_loss")}
+    return terms(sizes_of(patched), trial["tokens"], **switches)
 
 
 def measure(path: Path) -> None:
@@ -89,13 +110,13 @@ def measure(path: Path) -> None:
 def run(options: EstimateOptions) -> None:
     if options.measure is not None:
         return measure(Path(options.measure))
-    if options.fits:
-        return print(fits(options.tokens, options.r, options.num_tokens))
     name = options.model
-    models = {name: load_config(name)} if name else MODELS
+    models = {name: load_config(name)} if name else None
+    if options.fits:
+        return print(fits(options.tokens, options.r, options.num_tokens, models))
     head = ("model", "base weights", "trained (experts + attention)", "trained (attention)")
     rows = []
-    for name, config in models.items():
+    for name, config in (models or MODELS).items():
         cells = []
         for targets in (("experts", "attention"), ("attention",)):
             lora = ModalityLoraConfig(r=options.r, target_modules=targets)

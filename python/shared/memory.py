@@ -111,12 +111,13 @@ def terms(
 
 
 def peak(of: dict[str, float]) -> float:
-    """Return the most bytes at one time: at the loss, or in the backward pass of the first layer.
+    """Return the most bytes at one time: at the loss, or in the backward pass of a layer.
 
-    Gradients appear as what was kept for them goes.
+    Of the layers it is the last or the first: what was kept goes as gradients appear.
     """
     always = (
         of["base"] + of["adapters and AdamW"] + of["gathered or in buckets"] + of["expanded scales"]
     )
     at_loss = of["kept for backward"] + of["logits"]
-    return always + max(at_loss, of["gradients"] + of["one layer's backward"])
+    in_layer = max(of["kept for backward"], of["gradients"]) + of["one layer's backward"]
+    return always + max(at_loss, in_layer)

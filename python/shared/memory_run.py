@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,9 +31,9 @@ def config_of(hidden: int, layers: int) -> MixtralConfig:
     )  # fmt: skip
 
 
-def lora() -> ModalityLoraConfig:
-    """Return the adapters of the trial."""
-    return ModalityLoraConfig(r=RANK, target_modules=("experts", "attention"))
+def lora(trial: Mapping) -> ModalityLoraConfig:
+    """Return the adapters of a trial."""
+    return ModalityLoraConfig(r=RANK, target_modules=tuple(trial["targets"]))
 
 
 def held() -> int:
@@ -67,10 +68,11 @@ def make(trial: dict) -> PatchedModel:
                 replace_parameter_4bit(
                     layer.mlp.experts, name, compress_statistics=True, quant_type="nf4"
                 )
-    patched = patch_model(model, lora())
+    patched = patch_model(model, lora(trial))
     add_modality_tokens(model, "image", NUM_TOKENS)
     if trial["checkpointed"]:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    patched.fused_loss = trial["fused_loss"]
     return patched
 
 

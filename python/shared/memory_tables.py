@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from transformers import PreTrainedConfig
+
 from moe_kernels import ModalityLoraConfig
 from shared.full_size import MODELS, patched_on_meta
 from shared.memory import peak, sizes_of, terms
@@ -28,21 +30,32 @@ SWITCHES: tuple[tuple[str, tuple[str, ...], Mapping], ...] = (
 )
 
 
-def estimates(tokens: int, rank: int, num_tokens: int) -> Iterator[tuple[str, str, dict]]:
+def estimates(
+    tokens: int, rank: int, num_tokens: int, models: Mapping[str, PreTrainedConfig]
+) -> Iterator[tuple[str, str, dict]]:
     """Yield name, switches and terms in bytes of each model and each of ``SWITCHES``."""
-    for name in SHOWN:
+    for name, config in models.items():
         sizes = {}
         for targets in (_BOTH, _ATTENTION):
             lora = ModalityLoraConfig(r=rank, target_modules=targets)
-            sizes[targets] = sizes_of(patched_on_meta(MODELS[name], lora, num_tokens))
+            sizes[targets] = sizes_of(patched_on_meta(config, lora, num_tokens))
         for said, targets, settings in SWITCHES:
             yield name, said, terms(sizes[targets], tokens, **{"fused_loss": True} | settings)
 
 
-def fits(tokens: int = 4096, rank: int = 16, num_tokens: int = 8194) -> str:
-    """Return the table of terms in GB, and of the cards that each configuration fits."""
+def fits(
+    tokens: int = 4096,
+    rank: int = 16,
+    num_tokens: int = 8194,
+    models: Mapping[str, PreTrainedConfig] | None = None,
+) -> str:
+    """Return the table of terms in GB, and of the cards that each configuration fits.
+
+    ``models``: configurations by name; None: those of ``SHOWN``.
+    """
     rows, names = [], []
-    for name, said, of in estimates(tokens, rank, num_tokens):
+    models = models or {name: MODELS[name] for name in SHOWN}
+    for name, said, of in estimates(tokens, rank, num_tokens, models):
         names = list(of)
         most = peak(of)
         cards = ("yes" if most <= room else "no" for room in CARDS.values())
@@ -53,18 +66,27 @@ def fits(tokens: int = 4096, rank: int = 16, num_tokens: int = 8194) -> str:
 
 
 def measured(results: Mapping) -> str:
-    """Return the table of a file of measurements beside the formula."""
-    head = ("experts", "activations", "tokens", "base, GB", "peak measured, GB", "formula", "ratio")
+    """Return the table of a file of measurements beside the formula.
+
+    "Beyond the model" is the peak less what the process held once the model was made.
+    """
+    head = (
+        "experts", "adapters", "activations", "loss", "tokens", "peak measured, GB", "formula",
+        "ratio", "beyond the model, GB", "formula",
+    )  # fmt: skip
     rows = []
     for record in results["records"]:
         found, of = record["measured"], record["terms"]
+        step = peak(of) - of["base"] - of["adapters and AdamW"] / 3
         rows.append(
             (
                 "NF4" if record["nf4"] else "bf16",
+                " and ".join(record["targets"]),
                 "checkpointed" if record["checkpointed"] else "kept",
+                "fused" if record["fused_loss"] else "of logits",
                 f"{record['tokens']}",
-                f"{of['base'] / GB:.2f}", f"{found / GB:.2f}", f"{peak(of) / GB:.2f}",
-                f"{peak(of) / found:.2f}",
+                f"{found / GB:.2f}", f"{peak(of) / GB:.2f}", f"{peak(of) / found:.2f}",
+                f"{(found - record['loaded']) / GB:.2f}", f"{step / GB:.2f}",
             )
         )  # fmt: skip
     return markdown_table(head, rows) + "\n"

@@ -20,16 +20,23 @@ def test_measurements_follow_the_formula(program):
     """The page says by it which model fits which card."""
     with imported("shared.memory_tables") as tables, imported("shared.memory") as memory:
         records = json.loads((RESULTS / tables.RESULTS).read_text())["records"]
-        cases = {(each["nf4"], each["checkpointed"]) for each in records}
-        assert cases == set(itertools.product((False, True), repeat=2))
-        run = program.memory_run
+        cases = {(each["nf4"], each["checkpointed"], each["fused_loss"]) for each in records}
+        with_logits = set(itertools.product((False, True), (False, True), (False,)))
+        assert cases >= with_logits | {(False, True, True)}
         for record in records:
-            config = run.config_of(record["hidden"], record["layers"])
-            patched = program.patched_on_meta(config, run.lora(), run.NUM_TOKENS)
-            settings = {name: record[name] for name in ("nf4", "checkpointed")}
-            of = memory.terms(memory.sizes_of(patched), record["tokens"], **settings)
+            of = program.terms_of(record)
             assert of == pytest.approx(record["terms"])
             assert memory.peak(of) == pytest.approx(record["measured"], rel=0.1)
+
+
+def test_what_is_kept_is_there_in_the_last_layers_backward():
+    """With many tokens it outgrows the gradients of adapters."""
+    with imported("shared.memory") as memory:
+        of = dict.fromkeys(
+            ("base", "adapters and AdamW", "gathered or in buckets", "expanded scales"), 0.0
+        )
+        of |= {"logits": 1.0, "gradients": 2.0, "kept for backward": 7.0, "one layer's backward": 4}
+        assert memory.peak(of) == 11
 
 
 def test_sizes_follow_from_the_model(program):
@@ -38,6 +45,7 @@ def test_sizes_follow_from_the_model(program):
         sizes, kept = [], []
         for layers in (1, 2):
             trial = {"hidden": 256, "layers": layers, "nf4": False, "checkpointed": False}
+            trial |= {"fused_loss": False, "targets": ["experts", "attention"]}
             patched = program.memory_run.make(trial)
             sizes.append(memory.sizes_of(patched))
             kept.append(saved_bytes(patched.model, torch.arange(128)[None]))
@@ -78,3 +86,10 @@ def test_the_table_says_what_fits(program, capsys):
     found = {(row[0].strip(), row[1].strip()): row[-2].strip() for row in rows}
     assert found["Mixtral-8x7B", "bf16"] == "no" and found["Mixtral-8x7B", "NF4"] == "yes"
     assert found["Qwen3-30B-A3B", "bf16, attention alone"] == "yes"
+
+
+def test_the_table_says_it_of_another_model(program, capsys, tmp_path):
+    program.memory_run.config_of(512, 2).save_pretrained(tmp_path)
+    assert program.main(["--fits", "--model", str(tmp_path)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows and all(str(tmp_path) in row for row in rows if row)
