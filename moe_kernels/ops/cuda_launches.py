@@ -4,6 +4,8 @@ Native ops where supported, Triton's kernels otherwise. The choice depends only 
 and the device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,7 @@ from moe_kernels.ops.triton_launches import (
     Shrink,
     Wgrad,
     capability,
-    du_parts_fit,
-    shrink_to_du,
+    parts_fit,
 )
 
 # Compute capabilities whose matrix instructions (wgmma, tcgen05) Triton's GEMMs use and the
@@ -40,6 +41,8 @@ def shrink(args: Shrink) -> Tensor:
     """See :func:`moe_kernels.ops.triton_launches.shrink`."""
     if uses_triton_gemm(args.left.device):
         return TRITON_SHARED.shrink(args)
+    if args.segments is not None:
+        args.out.zero_()
     _native.ops().shrink(
         args.out,
         args.left,
@@ -56,15 +59,19 @@ def shrink(args: Shrink) -> Tensor:
     return args.out
 
 
-def wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
-    """See :func:`moe_kernels.ops.triton_launches.wgrad`."""
-    if uses_triton_gemm(args.right.device):
-        return TRITON_SHARED.wgrad(args)
-    du, columns = None, _native.cuda_limit("COLUMNS_OF_PART")
-    if args.matrix is not None and not du_parts_fit(args, columns):
-        du, args = shrink_to_du(shrink, args), args._replace(matrix=None)
+def wgrad(
+    problems: Sequence[Wgrad], dots: Tensor | None = None
+) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
+    """See :func:`moe_kernels.ops.triton_launches.wgrad`; the problems run one after another."""
+    tensors = dots if dots is not None else problems[0].right
+    if uses_triton_gemm(tensors.device):
+        return TRITON_SHARED.wgrad(problems, dots)
+    return [_wgrad(args) for args in problems], None if dots is None else dots.sum(0)
+
+
+def _wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
     weights = args.weights
-    out, du_of_pass = _native.ops().wgrad(
+    sums, du = _native.ops().wgrad(
         args.left,
         args.right,
         args.perm,
@@ -79,14 +86,19 @@ def wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
         args.left_by_token,
         args.right_by_token,
     )
-    return out, du if args.matrix is None else du_of_pass
+    return sums, None if args.matrix is None else du
 
 
-def gives_du(rank: int, dy: Tensor) -> bool:
+def gives_du(rank: int, dy: Tensor, num_rows: int) -> bool:
     """Return whether du comes with dB: not in float32, which has no matrix instructions for it."""
     if uses_triton_gemm(dy.device):
-        return TRITON_SHARED.gives_du(rank, dy)
-    return dy.dtype != torch.float32 and rank <= _native.cuda_limit("MAX_RANK_WITH_DU")
+        return TRITON_SHARED.gives_du(rank, dy, num_rows)
+    columns = _native.cuda_limit("COLUMNS_OF_PART")
+    return (
+        dy.dtype != torch.float32
+        and rank <= _native.cuda_limit("MAX_RANK_WITH_DU")
+        and parts_fit(rank, dy.shape[1], num_rows, columns)
+    )
 
 
 def add_low_rank(args: LowRank) -> None:

@@ -1,7 +1,7 @@
 """Launches of the Triton kernels that several ops use."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,13 +35,15 @@ class Shrink(NamedTuple):
         matrix: (M, experts, r, k) if ``rank_first``, else (M, experts, k, r).
         perm: (T*K,).
         tiles: tiles of each pair (modality, expert).
-        out: (T*K, r); rows without an adapter are not written.
+        out: (T*K, r).
         rank_first: whether the rank is the matrices' first axis.
         by_token: whether rows of ``left`` are tokens.
         top_k: K.
         num_base: experts of each modality in ``tiles``.
         experts: matrices of each modality: ``num_base``, or 1 that all share.
         block_k: depth of a step of Triton's kernel.
+        segments: offsets of the sorted rows' segments. With them rows without an adapter get zeros;
+            otherwise they are not written.
     """
 
     left: Tensor
@@ -55,10 +57,14 @@ class Shrink(NamedTuple):
     num_base: int
     experts: int
     block_k: int
+    segments: Tensor | None = None
 
 
 class Wgrad(NamedTuple):
-    """Arguments of a ``wgrad`` launch: sums of (factor * weight * left)^T right over rows.
+    """A problem of a ``wgrad`` launch: sums of (factor * weight * left)^T right over rows.
+
+    One launch takes one problem or two. These share ``perm`` and ``top_k`` and may differ in all
+    else, but only the first has a ``matrix``.
 
     Attributes:
         left: (T, height) if ``left_by_token``, else (T*K, height).
@@ -168,7 +174,9 @@ def shrink_warps(block_m: int) -> int:
 
 
 def shrink(args: Shrink) -> Tensor:
-    """Write left M to the adapted rows of ``args.out``, and return it."""
+    """Write left M to the adapted rows of ``args.out``, zeros to others if asked; return it."""
+    if args.segments is not None:
+        args.out.zero_()
     (num_rows, rank), size_k, tiles = args.out.shape, args.left.shape[1], args.tiles
     block_r = min(rank_block(args.left.dtype), max(16, triton.next_power_of_2(rank)))
     if tiles.num_tiles and num_rows:
@@ -195,25 +203,39 @@ def shrink(args: Shrink) -> Tensor:
     return args.out
 
 
-def wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
-    """Return each group's sum in float32, and du = right @ matrix if there is a matrix.
+def wgrad(
+    problems: Sequence[Wgrad], dots: Tensor | None = None
+) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
+    """Return each problem's sums and its du, and the sum over n of ``dots`` (n, T, K).
 
-    The sums are (groups, height, width), or (groups, width, height) if ``transposed``. du is
-    (T*K, height) in float32, of which rows of no group are not written. It is a pass of its own
-    where its parts by columns would be too large.
+    Args:
+        problems: none, one or two; only the first may have a matrix.
+        dots: (n, T, K) float32, parts that are added in order; or None.
+
+    Returns:
+        for each problem its groups' sums in float32, (groups, height, width), or (groups, width,
+        height) if ``transposed``, and du = right @ matrix (T*K, height) in float32, of which rows
+        of no group are not written, or None without a matrix; and (T, K), or None without dots.
+
+    Example:
+        >>> [(grad_B, du), (grad_A, _)], grad_weights = wgrad([of_B, of_A], dots)
     """
+    return [_wgrad(args) for args in problems], None if dots is None else dots.sum(0)
+
+
+def _wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
     num_groups, height, width = (
         args.rows.groups.shape[1],
         args.left.shape[1],
         args.right.shape[1],
     )
-    blocks = functools.partial(
-        wgrad_blocks, height, width, args.right.dtype, capability=capability(args.right.device)
+    block_h, block_n, block_p, warps = wgrad_blocks(
+        height,
+        width,
+        args.right.dtype,
+        with_du=args.matrix is not None,
+        capability=capability(args.right.device),
     )
-    du = None
-    if args.matrix is not None and not du_parts_fit(args, blocks(with_du=True)[1]):
-        du, args = shrink_to_du(shrink, args), args._replace(matrix=None)
-    block_h, block_n, block_p, warps = blocks(with_du=args.matrix is not None)
     grid = (args.rows.num_tiles, -(-height // block_h), -(-width // block_n))
 
     def empty(*shape: int) -> Tensor:
@@ -226,7 +248,7 @@ def wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
         _launch_wgrad(args, grid, out, partial, parts, (block_h, block_n, block_p), warps)
     if num_groups:
         _finish_wgrad(args, partial, out)
-    return out, du if parts is None else _sum_parts(parts, args.tiles)
+    return out, None if parts is None else _sum_parts(parts, args.tiles)
 
 
 def _launch_wgrad(
@@ -289,33 +311,6 @@ def _finish_wgrad(args: Wgrad, partial: Tensor, out: Tensor) -> None:
     )
 
 
-def du_parts_fit(args: Wgrad, columns: int) -> bool:
-    """Return whether du may come with dB: it takes a float32 part for each ``columns`` of dy."""
-    parts = -(-args.right.shape[1] // columns)
-    return 4 * parts * args.perm.numel() * args.left.shape[1] <= MAX_BYTES_OF_PARTS
-
-
-def shrink_to_du(shrink: Callable[[Shrink], Tensor], args: Wgrad) -> Tensor:
-    """Return du = right @ matrix (T*K, r) in float32, by a backend's ``shrink``."""
-    dy, groups = args.right, max(1, args.matrix.shape[0])
-    shape = args.perm.numel(), args.matrix.shape[2]
-    return shrink(
-        Shrink(
-            left=dy,
-            matrix=args.matrix,
-            perm=args.perm,
-            tiles=args.tiles,
-            out=torch.empty(shape, dtype=torch.float32, device=dy.device),
-            rank_first=False,
-            by_token=args.right_by_token,
-            top_k=args.top_k,
-            num_base=groups,
-            experts=groups,
-            block_k=16 if dy.dtype == torch.float32 else 64,
-        )
-    )
-
-
 def _sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
     """Return the sum over n of (n, rows, r) on the rows of the tiles; others are not written."""
     num_parts, rows, rank = parts.shape
@@ -358,9 +353,20 @@ def add_low_rank(args: LowRank) -> None:
         )
 
 
-def gives_du(rank: int, dy: Tensor) -> bool:
-    """Return whether the parts of du cost less than another reading of dy."""
-    return rank <= MAX_RANK_WITH_DU
+def gives_du(rank: int, dy: Tensor, num_rows: int) -> bool:
+    """Return whether ``wgrad`` should give du (num_rows, rank) beside dB.
+
+    It should where the parts of du cost less than another reading of dy, and are not too large.
+    """
+    _, columns, _, _ = wgrad_blocks(
+        rank, dy.shape[1], dy.dtype, with_du=True, capability=capability(dy.device)
+    )
+    return rank <= MAX_RANK_WITH_DU and parts_fit(rank, dy.shape[1], num_rows, columns)
+
+
+def parts_fit(rank: int, width: int, num_rows: int, columns: int) -> bool:
+    """Return whether float32 parts of du, one for each ``columns`` of dy, are not too large."""
+    return 4 * -(-width // columns) * num_rows * rank <= MAX_BYTES_OF_PARTS
 
 
 class SharedLaunches(NamedTuple):
@@ -370,15 +376,15 @@ class SharedLaunches(NamedTuple):
         dispatch_with_maps: see :mod:`moe_kernels.ops.dispatch.triton_impl`.
         tile_maps: see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`.
         shrink, wgrad, add_low_rank: see the functions of this module.
-        gives_du: whether ``wgrad`` should return du too, for a rank and dy.
+        gives_du: whether ``wgrad`` should return du too, for a rank, dy and the number of rows.
     """
 
     dispatch_with_maps: Callable[..., tuple[tuple[Tensor, ...], list[TileMap]]]
     tile_maps: Callable[..., list[TileMap]]
     shrink: Callable[[Shrink], Tensor]
-    wgrad: Callable[[Wgrad], tuple[Tensor, Tensor | None]]
+    wgrad: Callable[..., tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]]
     add_low_rank: Callable[[LowRank], None]
-    gives_du: Callable[[int, Tensor], bool]
+    gives_du: Callable[[int, Tensor, int], bool]
 
 
 TRITON_SHARED = SharedLaunches(

@@ -53,9 +53,9 @@ def forward(
     lora_A, lora_B, scaling = lora.for_kernels()
     perm = dispatched.perm
     tiles = TileMap(dispatched.tiles, dispatched.groups, perm.numel(), BLOCK_M)
-    new = hidden_states.new_zeros if save_for_backward else hidden_states.new_empty
-    u = new(perm.numel(), lora_A.shape[1])
-    _shrink(launches, hidden_states, lora_A, perm, tiles, u, rank_first=True)
+    u = hidden_states.new_empty(perm.numel(), lora_A.shape[1])
+    segments = dispatched.segment_offsets if save_for_backward else None
+    _shrink(launches, hidden_states, lora_A, perm, tiles, u, rank_first=True, segments=segments)
     launches.add_low_rank(
         LowRank(u, lora_B, scaling, perm, tiles, out, rank_last=True, block_n=BLOCK_N)
     )
@@ -82,48 +82,29 @@ def backward(
     )
     need_A, need_B = needs
     need_du = grad_hidden is not None or need_A
-    together = need_du and need_B and launches.gives_du(lora_A.shape[1], grad_out)
-    if need_B:
-        matrix = lora_B if together else None
-        grad_B, du = launches.wgrad(
-            Wgrad(
-                left=u,
-                right=grad_out,
-                perm=perm,
-                rows=chunks,
-                factors=scaling,
-                top_k=1,
-                transposed=True,
-                right_by_token=True,
-                matrix=matrix,
-                tiles=tiles,
-            )
-        )
-    if need_du and not together:
+    together = need_du and need_B and launches.gives_du(lora_A.shape[1], grad_out, perm.numel())
+    rows = {"perm": perm, "rows": chunks, "factors": scaling, "top_k": 1, "right_by_token": True}
+    of_B = Wgrad(
+        left=u, right=grad_out, transposed=True, matrix=lora_B if together else None, tiles=tiles,
+        **rows,
+    )  # fmt: skip
+    problems = {"B": of_B} if need_B else {}
+    grads, du = {}, None
+    if together:
+        [(grads["B"], du)], _ = launches.wgrad([problems.pop("B")])
+    elif need_du:
         du = torch.empty(perm.numel(), lora_A.shape[1], dtype=torch.float32, device=perm.device)
         _shrink(launches, grad_out, lora_B, perm, tiles, du, rank_first=False)
     if grad_hidden is not None:
         launches.add_low_rank(
             LowRank(du, lora_A, scaling, perm, tiles, grad_hidden, rank_last=False, block_n=BLOCK_N)
         )
-    grads = []
     if need_A:
-        grad_A, _ = launches.wgrad(
-            Wgrad(
-                left=du,
-                right=hidden_states,
-                perm=perm,
-                rows=chunks,
-                factors=scaling,
-                top_k=1,
-                transposed=False,
-                right_by_token=True,
-            )
-        )
-        grads.append(grad_A)
-    if need_B:
-        grads.append(grad_B)
-    return grads
+        problems["A"] = Wgrad(left=du, right=hidden_states, transposed=False, **rows)
+    if problems:
+        sums, _ = launches.wgrad([*problems.values()])
+        grads |= {name: grad for name, (grad, _) in zip(problems, sums, strict=True)}
+    return [grads[name] for name in ("A", "B") if name in grads]
 
 
 def _adapter_maps(num_modalities: int, *blocks: int) -> RequestedMaps:
@@ -139,6 +120,7 @@ def _shrink(
     out: Tensor,
     *,
     rank_first: bool,
+    segments: Tensor | None = None,
 ) -> None:
     launches.shrink(
         Shrink(
@@ -153,5 +135,6 @@ def _shrink(
             num_base=1,
             experts=1,
             block_k=BLOCK_K,
+            segments=segments,
         )
     )

@@ -113,14 +113,13 @@ def act_backward(
             layer, grad_out, pre_act, du2, act_of_adapted=act_of_adapted, act_of_added=act_of_added
         )
     arguments = _gemm_arguments(layer, grad_out, "down_proj", "down", du2, "A")
-    d_pre, act, dots = _native.ops().act_backward(
+    return _native.ops().act_backward(
         *arguments,
         match_routing_weights(grad_out, layer.topk_weights),
         pre_act,
         act_of_adapted,
         act_of_added,
     )
-    return d_pre, act, dots.sum(0)
 
 
 def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:

@@ -2,13 +2,14 @@
 
 There is no host sync and no float atomic, and every sum has a fixed order.
 
-Forward: shrink, gate_up with the activation, shrink, down, weighted combine. Backward: one pass
-each for du2 with dB2 (two where that moves less), dA' with all that follows from it, du1 with dB1,
-the rows of dX and their combine, dA1 and dA2, and one for each weight of the added experts that
-train.
+Forward, 7 launches with adapters: dispatch and the tile maps, shrink, gate_up with the activation,
+shrink, down, weighted combine. Backward, 9: the tile maps; du2; dA' with all that follows from it;
+dB1 with du1, and dA2; what finishes their sums; the rows of dX and their combine; dB2 and dA1; what
+finishes these. Where du1 costs less in a pass of its own it is a launch more, and the gradients of
+added experts are two more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class LayerLaunches(NamedTuple):
         shared: launches that other ops use too.
         tile_rows: rows of a tile of one expert, and of one adapter, from Triton's tiles, the number
             of rows, the weights (shapes, layout, dtype and device alone) and how experts compute.
-        gate_up, grouped_gemm, act_backward, combine: the others.
+        gate_up, grouped_gemm, combine: the others.
+        act_backward: its third result are parts (n, T, K) of <dA', a>, which ``wgrad`` adds.
     """
 
     shared: SharedLaunches
@@ -164,32 +166,36 @@ def backward(
         chunks=chunks,
         added=added[0] if added else None,
     )
-    du2, grad_B2 = _du_and_dB(layer, "down", saved.u2, grad_out, True, need_B2)
+    du2 = _shrink_to_du(layer, grad_out, "down")
     d_pre, act, dots = launches.act_backward(
         layer, grad_out, saved.pre_act, du2, act_of_adapted=need_A2, act_of_added=need_extra_down
     )
-    du1, grad_B1 = _du_and_dB(layer, "gate_up", saved.u1, d_pre, need_hidden or need_A1, need_B1)
-    grads = []
+    (grad_B1, grad_A2), du1, grad_weights = _first_sums(
+        layer, saved.u1, d_pre, du2, act, dots if need_weights else None,
+        need_du=need_hidden or need_A1, need_B1=need_B1, need_A2=need_A2,
+    )  # fmt: skip
+    grad_hidden = None
     if need_hidden:
         d_rows = launches.grouped_gemm(
             layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False
         )
-        grads.append(launches.combine(layer, d_rows, weighted=False))
-    if need_weights:
-        grads.append(dots)
-    if need_extra_gate_up:
-        grads.append(_extra_gradient(layer, d_pre, hidden_states, weighted=False))
-    if need_extra_down:
-        grads.append(_extra_gradient(layer, grad_out, act, weighted=True))
-    if need_A1:
-        grads.append(_grad_A(layer, "gate_up", du1, hidden_states))
-    if need_B1:
-        grads.append(grad_B1)
-    if need_A2:
-        grads.append(_grad_A(layer, "down", du2, act))
-    if need_B2:
-        grads.append(grad_B2)
-    return grads
+        grad_hidden = launches.combine(layer, d_rows, weighted=False)
+    grad_A1, grad_B2 = _sums(
+        layer,
+        _sum_for_A(layer, "gate_up", du1, hidden_states) if need_A1 else None,
+        _sum_for_B(layer, "down", saved.u2, grad_out) if need_B2 else None,
+    )
+    extra_gate_up, extra_down = _sums(
+        layer,
+        _sum_for_extra(layer, d_pre, hidden_states, weighted=False) if need_extra_gate_up else None,
+        _sum_for_extra(layer, grad_out, act, weighted=True) if need_extra_down else None,
+    )
+    grads = (
+        grad_hidden, grad_weights, extra_gate_up, extra_down,
+        _of_A(layer, "gate_up", grad_A1), _of_B(layer, "gate_up", grad_B1),
+        _of_A(layer, "down", grad_A2), _of_B(layer, "down", grad_B2),
+    )  # fmt: skip
+    return [grad for grad in grads if grad is not None]
 
 
 def _forward_maps(
@@ -251,19 +257,32 @@ def _shrink_to_u(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
     lora_A, _, _ = layer.lora(name)
     if lora_A is None:
         return left.new_empty(layer.num_rows, 0)
-    out = (left.new_zeros if save else left.new_empty)(layer.num_rows, lora_A.shape[2])
-    return _shrink(layer, left, lora_A, out, by_token=name == "gate_up", rank_first=True)
+    out = left.new_empty(layer.num_rows, lora_A.shape[2])
+    by_token = name == "gate_up"
+    return _shrink(layer, left, lora_A, out, by_token=by_token, rank_first=True, fill=save)
 
 
-def _shrink_to_du(layer: Layer, dy: Tensor, lora_B: Tensor, *, by_token: bool) -> Tensor:
-    """Return du = dy B (T*K, r) in float32; only adapted rows are written."""
-    rank = lora_B.shape[3]
-    out = torch.empty(layer.num_rows, rank, dtype=torch.float32, device=dy.device)
-    return _shrink(layer, dy, lora_B, out, by_token=by_token, rank_first=False)
+def _shrink_to_du(layer: Layer, dy: Tensor, name: str) -> Tensor | None:
+    """Return du = dy B (T*K, r) in float32, written on adapted rows alone; None without adapters.
+
+    ``dy`` are the rows of d_pre, or grad_out by token for the down projection.
+    """
+    _, lora_B, _ = layer.lora(name)
+    if lora_B is None:
+        return None
+    out = torch.empty(layer.num_rows, lora_B.shape[3], dtype=torch.float32, device=dy.device)
+    return _shrink(layer, dy, lora_B, out, by_token=name == "down", rank_first=False)
 
 
 def _shrink(
-    layer: Layer, left: Tensor, matrix: Tensor, out: Tensor, *, by_token: bool, rank_first: bool
+    layer: Layer,
+    left: Tensor,
+    matrix: Tensor,
+    out: Tensor,
+    *,
+    by_token: bool,
+    rank_first: bool,
+    fill: bool = False,
 ) -> Tensor:
     return layer.shared.shrink(
         Shrink(
@@ -278,84 +297,121 @@ def _shrink(
             num_base=layer.num_base,
             experts=matrix.shape[1],
             block_k=layer.tiles.k,
+            segments=layer.segments if fill else None,
         )
     )
 
 
-def _du_and_dB(
-    layer: Layer, name: str, u: Tensor, dy: Tensor, need_du: bool, need_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return du = dy B (T*K, r) in float32, written on adapted rows alone, and dB.
+def _first_sums(
+    layer: Layer,
+    u1: Tensor,
+    d_pre: Tensor,
+    du2: Tensor | None,
+    act: Tensor,
+    dots: Tensor | None,
+    *,
+    need_du: bool,
+    need_B1: bool,
+    need_A2: bool,
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Return (dB1, dA2), du1 (T*K, r) in float32, and the sum of the parts ``dots``.
 
-    Both come from one pass over dy where that is cheaper. ``dy`` are the rows of d_pre, or grad_out
-    by token for the down projection.
+    du1 comes from dB1's pass over d_pre where that is cheaper.
     """
-    lora_A, lora_B, _ = layer.lora(name)
-    if lora_A is None:
-        return None, None
-    by_token = name == "down"
-    together = need_du and need_B and layer.shared.gives_du(lora_A.shape[2], dy)
-    grad, du = None, None
-    if need_B:
-        grad, du = _wgrad(
-            layer,
-            name,
-            u,
-            dy,
-            right_by_token=by_token,
-            transposed=True,
-            matrix=lora_B.flatten(0, 1) if together else None,
-            tiles=layer.adapted_tiles,
-        )
-        grad = grad.view(lora_B.shape)
+    lora_A, _, _ = layer.lora("gate_up")
+    need_du = need_du and lora_A is not None
+    together = need_du and need_B1 and layer.shared.gives_du(lora_A.shape[2], d_pre, layer.num_rows)
+    problems = [
+        _sum_for_B(layer, "gate_up", u1, d_pre, with_du=together) if need_B1 else None,
+        _sum_for_A(layer, "down", du2, act) if need_A2 else None,
+    ]
+    found, dots = _wgrad(layer, problems, dots)
+    sums, (du, _) = zip(*found, strict=True)
     if need_du and not together:
-        du = _shrink_to_du(layer, dy, lora_B, by_token=by_token)
-    return du, grad
+        du = _shrink_to_du(layer, d_pre, "gate_up")
+    return sums, du, dots
 
 
-def _grad_A(layer: Layer, name: str, du: Tensor, left: Tensor) -> Tensor:
-    """Return dA in float32, from du and hidden_states, or du and the activation for "down"."""
-    lora_A, _, _ = layer.lora(name)
-    grad, _ = _wgrad(layer, name, du, left, right_by_token=name == "gate_up", transposed=False)
-    grad = grad.view(layer.weights.num_modalities, layer.num_base, *lora_A.shape[2:])
-    return grad.sum(1, keepdim=True) if lora_A.shape[1] != layer.num_base else grad
+def _sums(layer: Layer, *problems: Wgrad | None) -> list[Tensor | None]:
+    """Return the sums of each problem, all from one launch; None for None."""
+    found, _ = _wgrad(layer, problems)
+    return [sums for sums, _ in found]
 
 
 def _wgrad(
-    layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options
-) -> tuple[Tensor, Tensor | None]:
-    """Return sums of (s w skinny)^T wide over each adapter's rows.
+    layer: Layer, problems: Sequence[Wgrad | None], dots: Tensor | None = None
+) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
+    """Launch ``wgrad`` for the problems that are not None, if there is anything to do."""
+    present = [problem for problem in problems if problem is not None]
+    if not present and dots is None:
+        return [(None, None) for _ in problems], None
+    found, dots = layer.shared.wgrad(present, dots)
+    results = iter(found)
+    return [(None, None) if problem is None else next(results) for problem in problems], dots
+
+
+def _sum_for_B(layer: Layer, name: str, u: Tensor, dy: Tensor, *, with_du: bool = False) -> Wgrad:
+    """Return the problem of dB, and of du = dy B if ``with_du``."""
+    _, lora_B, _ = layer.lora(name)
+    return _sum_for(
+        layer,
+        name,
+        u,
+        dy,
+        right_by_token=name == "down",
+        transposed=True,
+        matrix=lora_B.flatten(0, 1) if with_du else None,
+        tiles=layer.adapted_tiles,
+    )
+
+
+def _sum_for_A(layer: Layer, name: str, du: Tensor, left: Tensor) -> Wgrad:
+    """Return the problem of dA, of du and hidden_states, or of du and the activation for "down"."""
+    return _sum_for(layer, name, du, left, right_by_token=name == "gate_up", transposed=False)
+
+
+def _sum_for(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options) -> Wgrad:
+    """Return the problem of sums of (s w skinny)^T wide over each adapter's rows.
 
     Only the down projection's rows have the routing weight w.
     """
-    return layer.shared.wgrad(
-        Wgrad(
-            left=skinny,
-            right=wide,
-            perm=layer.perm,
-            rows=layer.chunks,
-            factors=layer.lora(name)[2],
-            weights=layer.topk_weights if name == "down" else None,
-            top_k=layer.top_k,
-            **options,
-        )
+    return Wgrad(
+        left=skinny,
+        right=wide,
+        perm=layer.perm,
+        rows=layer.chunks,
+        factors=layer.lora(name)[2],
+        weights=layer.topk_weights if name == "down" else None,
+        top_k=layer.top_k,
+        **options,
     )
 
 
-def _extra_gradient(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Tensor:
-    """Return the sum of (w left)^T right over each added expert's rows; zeros without rows."""
-    grad, _ = layer.shared.wgrad(
-        Wgrad(
-            left=left,
-            right=right,
-            perm=layer.perm,
-            rows=layer.added,
-            factors=torch.ones(1, dtype=torch.float32, device=left.device),
-            weights=layer.topk_weights if weighted else None,
-            top_k=layer.top_k,
-            transposed=False,
-            left_by_token=weighted,
-            right_by_token=not weighted,
-        )
+def _sum_for_extra(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Wgrad:
+    """Return the problem of sums of (w left)^T right over each added expert's rows."""
+    return Wgrad(
+        left=left,
+        right=right,
+        perm=layer.perm,
+        rows=layer.added,
+        factors=torch.ones(1, dtype=torch.float32, device=left.device),
+        weights=layer.topk_weights if weighted else None,
+        top_k=layer.top_k,
+        transposed=False,
+        left_by_token=weighted,
+        right_by_token=not weighted,
     )
-    return grad
+
+
+def _of_A(layer: Layer, name: str, sums: Tensor | None) -> Tensor | None:
+    """Return dA from each pair's sums: (M, E, r, n), or (M, 1, r, n) where experts share A."""
+    if sums is None:
+        return None
+    lora_A, _, _ = layer.lora(name)
+    grad = sums.view(layer.weights.num_modalities, layer.num_base, *lora_A.shape[2:])
+    return grad.sum(1, keepdim=True) if lora_A.shape[1] != layer.num_base else grad
+
+
+def _of_B(layer: Layer, name: str, sums: Tensor | None) -> Tensor | None:
+    """Return dB (M, E, n, r) from each pair's sums."""
+    return None if sums is None else sums.view(layer.lora(name)[1].shape)

@@ -187,9 +187,10 @@ def act_backward(
     act_of_adapted: bool,
     act_of_added: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d_pre (T*K, 2I or I), act (T*K, I) of the requested rows, and <dA', a> (T, K).
+    """Return d_pre (T*K, 2I or I), act (T*K, I) of the requested rows, and parts of <dA', a>.
 
-    <dA', a> is in float32, and 0 for rows that were not dispatched.
+    The parts (n, T, K), whose sum over n is <dA', a>, are in float32, and 0 for rows that were not
+    dispatched.
     """
     hidden, inter = layer.sizes
     lora_A, _, scaling = layer.lora("down")
@@ -226,7 +227,7 @@ def act_backward(
             **_blocks(layer.tiles, block_n),
             **cap,
         )
-    return d_pre, act, dots.sum(0)
+    return d_pre, act, dots
 
 
 def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
