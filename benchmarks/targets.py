@@ -327,7 +327,10 @@ def _gpu_launches() -> Iterator[Target]:
         9, "speed of dispatch and tile maps over torch's dispatch", "dispatch", dispatch_speed, 4.0,
         at_least=True,
     )  # fmt: skip
-    low_rank = ("shrink x", "shrink act", "du2, dB2", "du1, dB1", "dA1", "dA2")
+    low_rank = (
+        "shrink x", "shrink act", "du2", "dB1, du1 and dA2", "finish dB1, du1 and dA2", "du1",
+        "dB2 and dA1",
+    )  # fmt: skip
     for number, name, kernels, costs, limit in (
         (10, "combine", "combine", ("combine", "combine dX"), 0.85),
         (11, "low-rank passes", "shrink|wgrad|sum_parts", low_rank, 0.8),

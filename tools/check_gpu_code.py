@@ -42,7 +42,7 @@ from moe_kernels.ops.dispatch import triton_impl as dispatch
 from moe_kernels.ops.lora_linear import triton_impl as linear
 from moe_kernels.ops.moe_mlp import triton_kernels as moe_mlp
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, built_in
-from moe_kernels.ops.triton_tile_maps import tile_map_kernel
+from moe_kernels.ops.triton_tile_maps import tile_maps_kernel
 
 # Shared memory of a program, of a multiprocessor, and registers of it, by compute capability.
 DEVICES = {80: (163, 164, 65536), 90: (227, 228, 65536), 100: (227, 228, 65536)}
@@ -70,16 +70,18 @@ _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Pointers that are not of the compute dtype. Float32 adapters take the most registers.
 _POINTERS = dict.fromkeys(
     ("perm_ptr", "inv_perm_ptr", "tiles_ptr", "segments_ptr", "groups_ptr", "num_rows_ptr",
-     "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr"), "i64",
+     "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr", "maps_ptr"), "i64",
 ) | dict.fromkeys(
-    ("scaling_ptr", "factors_ptr", "du_ptr", "dots_ptr", "du_parts_ptr", "partial_ptr",
-     "parts_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr", "matrix_ptr", "scales_ptr", "codes_ptr"),
+    ("scaling_ptr", "factors_ptr", "factors2_ptr", "du_ptr", "dots_ptr", "dots_out_ptr",
+     "du_parts_ptr", "partial_ptr", "partial2_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr",
+     "matrix_ptr", "scales_ptr", "codes_ptr"),
     "fp32",
 )  # fmt: skip
 _SCALARS = dict.fromkeys(("alpha", "limit", "shift"), "fp32")
 _MULTIPLES = (
-    "hidden", "inter", "size_k", "size_n", "width", "height", "stride_mk", "stride_mr", "stride_vr",
-    "stride_vn", "stride_h", "stride_w",
+    "hidden", "inter", "size_k", "size_n", "width", "width2", "height", "height2", "size", "size2",
+    "stride_mk", "stride_mr", "stride_vr", "stride_vn", "stride_h", "stride_h2", "stride_w",
+    "stride_w2",
 )  # fmt: skip
 
 
@@ -216,16 +218,15 @@ def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ker
     """Yield the kernels of u and du, for experts and for a projection."""
     block_r = min(rank, launches.rank_block(dtype))
     common = {"TOP_K": TOP_K, "RANK": rank, "BLOCK_R": block_r}
-    for m, k in {(tiles.m, tiles.k), (linear.BLOCK_M, linear.BLOCK_K)}:
+    k = launches.shrink_depth(dtype)
+    for m in {min(tiles.m, launches.ADAPTER_ROWS), linear.BLOCK_M}:
         for by_token, backward in itertools.product((True, False), (False, True)):
             constants = common | {"BY_TOKEN": by_token, "BLOCK_M": m, "BLOCK_K": k}
-            constants |= {"stride_mr" if backward else "stride_mk": 1}
+            constants |= {"stride_mr" if backward else "stride_mk": 1, "FILL": not backward}
             pointers = {"out_ptr": "fp32"} if backward else {}
             yield Kernel(
                 shared.shrink_kernel, constants, launches.shrink_warps(m), pointers=pointers
             )
-        parts = {"RANK": rank, "BLOCK_R": min(launches.MAX_SUMMED, rank), "BLOCK_M": m}
-        yield Kernel(shared.sum_parts_kernel, parts, pointers={"out_ptr": "fp32"}, gemm=False)
     block = {"RANK": rank, "BLOCK_R": launches.STEP_R, "BLOCK_M": linear.BLOCK_M}
     for unit in ("stride_vr", "stride_vn"):
         constants = block | {"BLOCK_N": linear.BLOCK_N, unit: 1}
@@ -233,42 +234,61 @@ def _shrink_kernels(tiles: Tiles, rank: int, dtype: torch.dtype) -> Iterator[Ker
 
 
 def _low_rank_sums(rank: int, dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
-    """Yield the gradients of B, with du where that is one pass, and of A, in both projections."""
-    for of_down in (True, False):
-        with_du = [False, True] if rank <= launches.MAX_RANK_WITH_DU else [False]
-        for du in with_du:
-            of_B = {"RIGHT_BY_TOKEN": of_down, "WITH_DU": du, "stride_h": 1}
-            yield _sum(rank, dtype, arch, WEIGHTED=of_down, **of_B)
-        of_A = {"RIGHT_BY_TOKEN": not of_down, "WITH_DU": False, "stride_w": 1}
-        yield _sum(rank, dtype, arch, left="fp32", WEIGHTED=of_down, **of_A)
-    finish = {"out_ptr": "fp32"}
-    yield Kernel(shared.finish_wgrad_kernel, {"BLOCK_N": 1024}, pointers=finish, gemm=False)
+    """Yield the gradients of B and A, two in a launch and alone, with du where that is one pass.
+
+    In a layer those of B of gate_up and A of down are a launch, and those of B of down and A of
+    gate_up; in a projection those of B and A.
+    """
+    of_B = {"RIGHT_BY_TOKEN": False, "WEIGHTED": False, "stride_h": 1}
+    of_A = {"RIGHT_BY_TOKEN": False, "WEIGHTED": True, "stride_w": 1}
+    by_token = {"RIGHT_BY_TOKEN": True}
+    for du in [False, True] if rank <= launches.MAX_RANK_WITH_DU else [False]:
+        yield _sums(rank, dtype, arch, of_B, of_A, left2="fp32", with_du=du)
+        for alone in (of_B, of_B | by_token):
+            yield _sums(rank, dtype, arch, alone, with_du=du)
+    of_down = of_B | by_token | {"WEIGHTED": True}
+    yield _sums(rank, dtype, arch, of_down, of_A | by_token | {"WEIGHTED": False}, left2="fp32")
+    yield _sums(rank, dtype, arch, of_A, left="fp32")
+    for rows in (launches.ADAPTER_ROWS, 16):
+        constants = {"BLOCK_M": rows, "BLOCK": launches.FINISHED}
+        pointers = dict.fromkeys(("out_ptr", "out2_ptr"), "fp32")
+        yield Kernel(shared.finish_wgrad_kernel, constants, pointers=pointers, gemm=False)
 
 
 def _added_expert_sums(dtype: torch.dtype, arch: int) -> Iterator[Kernel]:
-    """Yield the gradients of both weights of added experts."""
-    for of_down in (True, False):
-        yield _sum(
-            2048, dtype, arch, WEIGHTED=of_down, LEFT_BY_TOKEN=of_down, RIGHT_BY_TOKEN=not of_down,
-            WITH_DU=False, stride_w=1,
-        )  # fmt: skip
+    """Yield the gradients of both weights of added experts, in a launch and alone."""
+    of_gate_up = {"RIGHT_BY_TOKEN": True, "WEIGHTED": False, "stride_w": 1}
+    of_down = {"LEFT_BY_TOKEN": True, "RIGHT_BY_TOKEN": False, "WEIGHTED": True, "stride_w": 1}
+    yield _sums(2048, dtype, arch, of_gate_up, of_down)
+    yield _sums(2048, dtype, arch, of_gate_up)
+    yield _sums(2048, dtype, arch, of_down)
 
 
-def _sum(
-    height: int, dtype: torch.dtype, arch: int, left: str | None = None, **constants
+def _sums(
+    height: int,
+    dtype: torch.dtype,
+    arch: int,
+    first: dict[str, object],
+    second: dict[str, object] | None = None,
+    *,
+    with_du: bool = False,
+    **left: str,
 ) -> Kernel:
-    *blocks, warps = launches.wgrad_blocks(
-        height, 2048, dtype, with_du=constants["WITH_DU"], capability=arch
-    )
-    constants = {"TOP_K": TOP_K, "LEFT_BY_TOKEN": False} | constants
+    """Return ``wgrad_kernel`` for a problem or two; ``left`` and ``left2`` are their dtypes."""
+    *blocks, warps = launches.wgrad_blocks(height, 2048, dtype, with_du=with_du, capability=arch)
+    constants = {"TOP_K": TOP_K, "WITH_DU": with_du, "TWO": second is not None}
+    for number, problem in (("", first), ("2", first if second is None else second)):
+        named = {"LEFT_BY_TOKEN": False} | problem
+        constants |= {f"{name}{number}": value for name, value in named.items()}
     constants |= dict(zip(("BLOCK_H", "BLOCK_N", "BLOCK_P"), blocks, strict=True))
-    pointers = {"out_ptr": "fp32"} | ({"left_ptr": left} if left else {})
+    pointers = dict.fromkeys(("out_ptr", "out2_ptr"), "fp32")
+    pointers |= {f"{name}_ptr": of for name, of in left.items()}
     return Kernel(shared.wgrad_kernel, constants, warps, pointers=pointers, gemm=False)
 
 
 def _dispatch_kernels() -> Iterator[Kernel]:
     for groups in (16, 2048):  # upper limits on the number of groups of rows
-        yield Kernel(tile_map_kernel, {"BLOCK_G": groups, "BLOCK_T": 128}, gemm=False)
+        yield Kernel(tile_maps_kernel, {"BLOCK_G": groups, "BLOCK_T": 128}, gemm=False)
     for mask in (True, False):
         constants = {"TOP_K": TOP_K, "HAS_MODALITIES": mask, **dispatch.BLOCKS}
         yield Kernel(dispatch.dispatch_kernel, constants, gemm=False)
@@ -284,7 +304,7 @@ def compile_job(
 
 def compile_one(kernel: Kernel, dtype: str, arch: int) -> tuple[tuple[str, ...], list[str]]:
     """Compile a kernel; return its row of the table, and what is wrong."""
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": True}
     if kernel.registers:
         options["maxnreg"] = kernel.registers
     compiled = triton.compile(

@@ -11,20 +11,21 @@ from typing import NamedTuple
 from lib.cases import Case
 from lib.markdown import markdown
 
-# By backend: the highest rank for which du and dB are one pass over dY, and the columns of dY in a
-# part of du. Under "cuda", whose grouped GEMMs are the extension's here, as they are before sm_90,
+# By backend: the highest rank for which du1 and dB1 are one pass over d_pre, and its columns in a
+# part of du1. Under "cuda", whose grouped GEMMs are the extension's here, as they are before sm_90,
 # float32 takes two passes at every rank.
 PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 
 
 class Cost(NamedTuple):
-    """Operations and bytes of one launch."""
+    """Operations and bytes of a launch, or of two that follow each other."""
 
     kernel: str
     flops: float
     read: float  # bytes
     written: float
     avoidable: float = 0.0  # bytes read again, and partial sums that are written and read
+    launches: int = 1
 
     @property
     def bytes(self) -> float:
@@ -72,6 +73,7 @@ def forward(case: Case) -> Iterator[Cost]:
     """Yield the launches of a forward pass that saves the pre-activation, in order."""
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
+    yield _dispatch(case)
     yield Cost("shrink x", skinny * shape.H, s.a_x + s.lora_gate_up, s.u)
     yield Cost(
         "gate_up", (wide * shape.H + skinny) * 2 * shape.I,
@@ -88,42 +90,43 @@ def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
     """Yield the launches of a backward pass, in order.
 
     It computes gradients of hidden_states, topk_weights and the adapters, the latter in float32. At
-    a low rank, du and dB are one pass over dY, which writes partial sums of du by its columns; at a
-    higher rank they are two (see :data:`PARTS_OF_DU`).
+    a low rank, du1 and dB1 are one pass over d_pre, which writes parts of du1 by its columns; at a
+    higher rank du1 is a launch more (see :data:`PARTS_OF_DU`).
     """
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
-    to_fp32 = 4 / case.torch_dtype.itemsize
     highest, columns = PARTS_OF_DU[backend]
     together = shape.r <= highest and (backend != "cuda" or case.torch_dtype.itemsize == 2)
-
-    def du_and_dB(name: str, flops: float, dy: float, width: int, lora: float, grad: float) -> Cost:
-        parts = to_fp32 * s.u * -(-width // columns) if together else 0
-        read = (dy if together else 2 * dy) + lora + parts
-        written = parts + to_fp32 * s.u + grad
-        return Cost(name, flops, read, written, 2 * parts if together else dy)
-
+    du = 4 / case.torch_dtype.itemsize * s.u
+    parts = du * -(-2 * shape.I // columns) if together else 0
     # Gradients of adapters that no row uses are written too: they are zeros.
-    grad_A, grad_B = (4 * shape.E * shape.r * width for width in (shape.H, shape.I))
-    yield du_and_dB(
-        "du2, dB2", 2 * skinny * shape.H, s.a_x, shape.H, s.lora_down, grad_A
-    )  # fmt: skip
+    by_hidden, by_inter = (4 * shape.E * shape.r * width for width in (shape.H, shape.I))
+    yield Cost("tile maps", 0, 0, 0)
+    yield Cost("du2", skinny * shape.H, s.a_x + s.lora_down, du)
     yield Cost(
-        "dA' and SwiGLU", (wide * shape.H + skinny) * shape.I,
-        s.x + s.down + s.pre + to_fp32 * s.u, s.pre + s.a_act,
+        "dA' and SwiGLU", (wide * shape.H + skinny) * shape.I, s.x + s.down + s.pre + du,
+        s.pre + s.a_act,
     )  # fmt: skip
-    yield du_and_dB(
-        "du1, dB1", 4 * skinny * shape.I, s.a_pre, 2 * shape.I, s.lora_gate_up, 2 * grad_B
-    )  # fmt: skip
+    flops = (5 if together else 3) * skinny * shape.I
+    read, written = s.a_pre + s.lora_gate_up + s.a_act + du, 3 * by_inter
+    yield Cost("dB1, du1 and dA2", flops, read, written + parts, parts)
+    yield Cost("finish dB1, du1 and dA2", 0, parts, du if together else 0, parts)
+    if not together:
+        yield Cost("du1", 2 * skinny * shape.I, s.a_pre, du, s.a_pre)
     yield Cost(
-        "dX rows",
-        (2 * wide * shape.I + skinny) * shape.H,
-        s.pre + s.gate_up + to_fp32 * s.u,
-        s.rows,
-    )
+        "dX rows", (2 * wide * shape.I + skinny) * shape.H, s.pre + s.gate_up + du, s.rows
+    )  # fmt: skip
     yield Cost("combine dX", wide * shape.H, s.rows, s.x)
-    yield Cost("dA1", skinny * shape.H, s.a_x + to_fp32 * s.u, grad_A)
-    yield Cost("dA2", skinny * shape.I, s.a_act + to_fp32 * s.u, grad_B)
+    # grad_out was read for du2 already.
+    yield Cost(
+        "dB2 and dA1", 2 * skinny * shape.H, 2 * s.a_x + du, 2 * by_hidden, s.a_x
+    )  # fmt: skip
+    yield Cost("finish dB2 and dA1", 0, 0, 0)
+
+
+def _dispatch(case: Case) -> Cost:
+    """The sort and the tile maps: ids are read, perm and inv_perm written, in 64 bits."""
+    return Cost("dispatch, tile maps", 0, 8 * case.rows, 16 * case.rows, launches=2)
 
 
 def floor(case: Case, mode: str) -> Cost:
@@ -146,14 +149,17 @@ def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") 
     """Tabulate both passes; ``bandwidth`` is in TB/s."""
     rows = []
     for mode, costs in (("forward", [*forward(case)]), ("backward", [*backward(case, backend)])):
-        total = Cost(f"all of {mode}", *(sum(c[i] for c in costs) for i in (1, 2, 3)))
-        for cost in (*costs, total, floor(case, mode)):
+        sums = (sum(c[i] for c in costs) for i in (1, 2, 3))
+        total = Cost(f"all of {mode}", *sums, launches=sum(c.launches for c in costs))
+        for cost in (*costs, total, floor(case, mode)._replace(launches=0)):
             memory, compute = cost.bytes / bandwidth / 1e9, cost.flops / tflops / 1e9
             rows.append(
                 (
-                    cost.kernel, f"{cost.flops / 1e9:.1f}", f"{cost.read / 1e6:.0f}",
-                    f"{cost.written / 1e6:.0f}", f"{max(memory, compute):.3f}",
-                    "memory" if memory > compute else "arithmetic",
+                    cost.kernel, str(cost.launches or ""), f"{cost.flops / 1e9:.1f}",
+                    f"{cost.read / 1e6:.0f}", f"{cost.written / 1e6:.0f}",
+                    f"{max(memory, compute):.3f}", "memory" if memory > compute else "arithmetic",
                 )
             )  # fmt: skip
-    return markdown(("kernel", "GFLOP", "MB read", "MB written", "ms", "bound by"), rows)
+    return markdown(
+        ("kernel", "launches", "GFLOP", "MB read", "MB written", "ms", "bound by"), rows
+    )

@@ -2,9 +2,9 @@
 // device and for the host.
 //
 // A tile is at most `block` rows of one group of sorted rows. A group of c rows has ceil(c / block)
-// tiles; all groups together have at most num_rows / block + groups. That many are written, and
-// tiles beyond the last real one have no rows. moe_kernels/ops/triton_tile_maps.py makes the same
-// maps in Triton.
+// tiles; all groups together have at most num_rows / block + groups, and never more than num_rows.
+// That many are written, and tiles beyond the last real one have no rows.
+// moe_kernels/ops/triton_tile_maps.py makes the same maps in Triton.
 #pragma once
 
 #include "host_device.h"
@@ -53,7 +53,9 @@ struct Segments {
 };
 
 inline int64_t most_tiles(int64_t num_rows, int64_t num_groups, int64_t block) {
-  return num_groups == 0 ? 0 : num_rows / block + num_groups;
+  if (num_groups == 0) return 0;
+  const int64_t tiles = num_rows / block + num_groups;
+  return tiles < num_rows ? tiles : num_rows;  // a tile has a row
 }
 
 // Counts the tiles of each group, and its partial sums; both are then scanned.

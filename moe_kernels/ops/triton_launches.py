@@ -14,12 +14,14 @@ from moe_kernels.ops.triton_kernels import (
     add_low_rank_kernel,
     finish_wgrad_kernel,
     shrink_kernel,
-    sum_parts_kernel,
     wgrad_kernel,
 )
+from moe_kernels.ops.triton_launch import launch
 from moe_kernels.ops.triton_tile_maps import TileMap, tile_maps
 
-MAX_SUMMED = 32  # columns of the rank in a program of sum_parts_kernel: wider ones spill
+FINISHED = 1024  # elements of a program of finish_wgrad_kernel
+ADAPTER_ROWS = 32  # of a tile of one adapter: many programs, as each one waits for memory
+ROWS_FILLED = 512  # about so many rows without an adapter for a program that writes zeros
 MAX_BYTES_OF_PARTS = 2**28  # of du by columns of dy; beyond it du is a pass of its own
 STEP_R = 16  # columns of the rank in one step of an extension: wider ones spill
 MAX_RANK_WITH_DU = 16  # highest rank at which du comes with dB, in parts by columns of dy
@@ -41,7 +43,6 @@ class Shrink(NamedTuple):
         top_k: K.
         num_base: experts of each modality in ``tiles``.
         experts: matrices of each modality: ``num_base``, or 1 that all share.
-        block_k: depth of a step of Triton's kernel.
         segments: offsets of the sorted rows' segments. With them rows without an adapter get zeros;
             otherwise they are not written.
     """
@@ -56,15 +57,15 @@ class Shrink(NamedTuple):
     top_k: int
     num_base: int
     experts: int
-    block_k: int
     segments: Tensor | None = None
 
 
 class Wgrad(NamedTuple):
     """A problem of a ``wgrad`` launch: sums of (factor * weight * left)^T right over rows.
 
-    One launch takes one problem or two. These share ``perm`` and ``top_k`` and may differ in all
-    else, but only the first has a ``matrix``.
+    One launch takes one problem or two. These share ``perm``, ``rows``, ``top_k``, the number of
+    factors and the dtype of ``right``; they may differ in all else, but only the first has a
+    ``matrix``.
 
     Attributes:
         left: (T, height) if ``left_by_token``, else (T*K, height).
@@ -161,11 +162,20 @@ def wgrad_blocks(
     """
     if dtype == torch.float32:
         *most, step, warps = 16, 64, 16, 4
+    elif with_du:
+        *most, step, warps = (16, 256, 64, 8) if capability >= 90 else (16, 128, 32, 4)
     else:
-        wide = with_du and capability >= 90
-        *most, step, warps = (64, 256, 64, 8) if wide else (64, 128, 32, 4)
+        *most, step, warps = 64, 128, 32, 4
     blocks = (max(16, triton.next_power_of_2(size)) for size in (height, width))
     return *map(min, most, blocks), step, warps
+
+
+def shrink_depth(dtype: torch.dtype) -> int:
+    """Return the depth of a step of ``shrink_kernel``: few steps, each of which waits for memory.
+
+    float32 has no matrix instructions, so the compiler unrolls over the depth.
+    """
+    return 16 if dtype == torch.float32 else 128
 
 
 def shrink_warps(block_m: int) -> int:
@@ -175,38 +185,56 @@ def shrink_warps(block_m: int) -> int:
 
 def shrink(args: Shrink) -> Tensor:
     """Write left M to the adapted rows of ``args.out``, zeros to others if asked; return it."""
-    if args.segments is not None:
-        args.out.zero_()
     (num_rows, rank), size_k, tiles = args.out.shape, args.left.shape[1], args.tiles
     block_r = min(rank_block(args.left.dtype), max(16, triton.next_power_of_2(rank)))
-    if tiles.num_tiles and num_rows:
-        shrink_kernel[(tiles.num_tiles, -(-rank // block_r))](
-            left_ptr=args.left,
-            m_ptr=args.matrix,
-            perm_ptr=args.perm,
-            tiles_ptr=tiles.tiles,
-            out_ptr=args.out,
-            num_tiles=tiles.num_tiles,
-            num_base=args.num_base,
-            experts_of_m=args.experts,
-            size_k=size_k,
-            stride_mk=1 if args.rank_first else rank,
-            stride_mr=size_k if args.rank_first else 1,
-            TOP_K=args.top_k,
-            BY_TOKEN=args.by_token,
-            RANK=rank,
-            BLOCK_R=block_r,
-            BLOCK_M=tiles.block,
-            BLOCK_K=args.block_k,
-            num_warps=shrink_warps(tiles.block),
-        )
+    fill = args.segments is not None
+    programs = tiles.num_tiles
+    if fill:  # so many for the base rows of each expert, and for the rows behind the last adapter's
+        programs += (args.num_base + 1) * -(-num_rows // (ROWS_FILLED * (args.num_base + 1)))
+    launch(
+        shrink_kernel,
+        (programs if num_rows else 0, -(-rank // block_r)),
+        left_ptr=args.left,
+        m_ptr=args.matrix,
+        perm_ptr=args.perm,
+        tiles_ptr=tiles.tiles,
+        segments_ptr=args.segments if fill else args.perm,
+        out_ptr=args.out,
+        num_tiles=tiles.num_tiles,
+        num_base=args.num_base,
+        experts_of_m=args.experts,
+        num_modalities=tiles.groups.shape[1] // args.num_base,
+        num_rows=num_rows,
+        size_k=size_k,
+        stride_mk=1 if args.rank_first else rank,
+        stride_mr=size_k if args.rank_first else 1,
+        TOP_K=args.top_k,
+        BY_TOKEN=args.by_token,
+        FILL=fill,
+        RANK=rank,
+        BLOCK_R=block_r,
+        BLOCK_M=tiles.block,
+        BLOCK_K=shrink_depth(args.left.dtype),
+        num_warps=shrink_warps(tiles.block),
+    )
     return args.out
+
+
+class Parts(NamedTuple):
+    """Memory of a problem's results, and of what the launch after ``wgrad_kernel`` adds."""
+
+    out: Tensor  # (groups, height, width) or (groups, width, height)
+    partial: Tensor  # of the same shape but for the groups
+    du_parts: Tensor | None  # (column blocks, T*K, height)
+    du: Tensor | None  # (T*K, height)
 
 
 def wgrad(
     problems: Sequence[Wgrad], dots: Tensor | None = None
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
     """Return each problem's sums and its du, and the sum over n of ``dots`` (n, T, K).
+
+    Two launches: one for all sums by tiles, and one that adds them.
 
     Args:
         problems: none, one or two; only the first may have a matrix.
@@ -220,75 +248,67 @@ def wgrad(
     Example:
         >>> [(grad_B, du), (grad_A, _)], grad_weights = wgrad([of_B, of_A], dots)
     """
-    return [_wgrad(args) for args in problems], None if dots is None else dots.sum(0)
+    parts = []
+    if problems:
+        heights, widths = ([getattr(a, n).shape[1] for a in problems] for n in ("left", "right"))
+        right, with_du = problems[0].right, problems[0].matrix is not None
+        *blocks, warps = wgrad_blocks(
+            max(heights),
+            max(widths),
+            right.dtype,
+            with_du=with_du,
+            capability=capability(right.device),
+        )
+        parts = [_parts_of(args, blocks[1]) for args in problems]
+        _launch_wgrad(problems, parts, blocks, warps)
+    sum_of_dots = None if dots is None else dots.new_empty(dots.shape[1:])
+    _finish_wgrad(problems, parts, dots, sum_of_dots)
+    return [(each.out, each.du) for each in parts], sum_of_dots
 
 
-def _wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
-    num_groups, height, width = (
-        args.rows.groups.shape[1],
-        args.left.shape[1],
-        args.right.shape[1],
-    )
-    block_h, block_n, block_p, warps = wgrad_blocks(
-        height,
-        width,
-        args.right.dtype,
-        with_du=args.matrix is not None,
-        capability=capability(args.right.device),
-    )
-    grid = (args.rows.num_tiles, -(-height // block_h), -(-width // block_n))
+def _parts_of(args: Wgrad, columns: int) -> Parts:
+    """Allocate a problem's results; ``columns`` are those of a part of du."""
+    height, width = args.left.shape[1], args.right.shape[1]
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=args.left.device)
 
     shape = (width, height) if args.transposed else (height, width)
-    out, partial = empty(num_groups, *shape), empty(args.rows.num_partials, *shape)
-    parts = None if args.matrix is None else empty(grid[2], args.perm.numel(), height)
-    if num_groups and args.rows.num_rows:
-        _launch_wgrad(args, grid, out, partial, parts, (block_h, block_n, block_p), warps)
-    if num_groups:
-        _finish_wgrad(args, partial, out)
-    return out, None if parts is None else _sum_parts(parts, args.tiles)
+    out, partial = empty(args.rows.groups.shape[1], *shape), empty(args.rows.num_partials, *shape)
+    if args.matrix is None:
+        return Parts(out, partial, None, None)
+    rows = args.perm.numel()
+    return Parts(out, partial, empty(-(-width // columns), rows, height), empty(rows, height))
 
 
 def _launch_wgrad(
-    args: Wgrad,
-    grid: tuple[int, int, int],
-    out: Tensor,
-    partial: Tensor,
-    parts: Tensor | None,
-    blocks: tuple[int, int, int],
-    warps: int,
+    problems: Sequence[Wgrad], parts: Sequence[Parts], blocks: Sequence[int], warps: int
 ) -> None:
-    """Sum each tile of ``args.rows``; write du's parts by columns if there is a matrix."""
-    height, width = args.left.shape[1], args.right.shape[1]
-    num_groups = args.rows.groups.shape[1]
-    wgrad_kernel[grid](
-        left_ptr=args.left,
-        right_ptr=args.right,
-        perm_ptr=args.perm,
-        tiles_ptr=args.rows.tiles,
-        groups_ptr=args.rows.groups,
-        factors_ptr=args.factors,
-        weights_ptr=args.factors if args.weights is None else args.weights,
-        matrix_ptr=args.right if args.matrix is None else args.matrix,
-        out_ptr=out,
-        partial_ptr=partial,
-        du_parts_ptr=out if parts is None else parts,
-        num_tiles=args.rows.num_tiles,
+    """Sum each tile of the problems' rows; write du's parts by columns if there is a matrix."""
+    first, rows = problems[0], problems[0].rows
+    num_groups = rows.groups.shape[1]
+    programs = sum(
+        -(-args.left.shape[1] // blocks[0]) * -(-args.right.shape[1] // blocks[1])
+        for args in problems
+    )
+    launch(
+        wgrad_kernel,
+        (rows.num_tiles * programs,),
+        **_problem("", first, parts[0]),
+        **_problem("2", problems[-1], parts[-1]),
+        matrix_ptr=first.right if first.matrix is None else first.matrix,
+        du_parts_ptr=parts[0].out if first.matrix is None else parts[0].du_parts,
+        perm_ptr=first.perm,
+        tiles_ptr=rows.tiles,
+        groups_ptr=rows.groups,
+        num_tiles=rows.num_tiles,
         num_groups=num_groups,
-        groups_of_factor=num_groups // args.factors.numel(),
-        num_rows=args.rows.num_rows,
-        chunk=args.rows.block,
-        height=height,
-        width=width,
-        stride_h=1 if args.transposed else width,
-        stride_w=height if args.transposed else 1,
-        TOP_K=args.top_k,
-        WEIGHTED=args.weights is not None,
-        LEFT_BY_TOKEN=args.left_by_token,
-        RIGHT_BY_TOKEN=args.right_by_token,
-        WITH_DU=args.matrix is not None,
+        groups_of_factor=num_groups // first.factors.numel(),
+        num_rows=rows.num_rows,
+        chunk=rows.block,
+        TOP_K=first.top_k,
+        WITH_DU=first.matrix is not None,
+        TWO=len(problems) == 2,
         BLOCK_H=blocks[0],
         BLOCK_N=blocks[1],
         BLOCK_P=blocks[2],
@@ -296,61 +316,96 @@ def _launch_wgrad(
     )
 
 
-def _finish_wgrad(args: Wgrad, partial: Tensor, out: Tensor) -> None:
-    """Add the partial sums of groups of several tiles; write zeros for groups without rows."""
-    num_groups, size = out.shape[0], out.shape[1] * out.shape[2]
-    # The second axis of a grid ends at 65,535.
-    finish_wgrad_kernel[(-(-size // 1024), num_groups)](
-        groups_ptr=args.rows.groups,
-        partial_ptr=partial,
-        out_ptr=out,
+def _problem(number: str, args: Wgrad, parts: Parts) -> dict[str, object]:
+    """Return the arguments of ``wgrad_kernel`` for its problem of this number."""
+    height, width = args.left.shape[1], args.right.shape[1]
+    return {
+        f"left{number}_ptr": args.left,
+        f"right{number}_ptr": args.right,
+        f"factors{number}_ptr": args.factors,
+        f"weights{number}_ptr": args.factors if args.weights is None else args.weights,
+        f"out{number}_ptr": parts.out,
+        f"partial{number}_ptr": parts.partial,
+        f"height{number}": height,
+        f"width{number}": width,
+        f"stride_h{number}": 1 if args.transposed else width,
+        f"stride_w{number}": height if args.transposed else 1,
+        f"WEIGHTED{number}": args.weights is not None,
+        f"LEFT_BY_TOKEN{number}": args.left_by_token,
+        f"RIGHT_BY_TOKEN{number}": args.right_by_token,
+    }
+
+
+def _finish_wgrad(
+    problems: Sequence[Wgrad],
+    parts: Sequence[Parts],
+    dots: Tensor | None,
+    sum_of_dots: Tensor | None,
+) -> None:
+    """Add the partial sums of groups of several tiles, the parts of du and the dots.
+
+    Groups without rows get zeros.
+    """
+    block = FINISHED
+    sizes = [each.out[0].numel() if len(each.out) else 0 for each in parts]
+    num_groups = problems[0].rows.groups.shape[1] if problems else 0
+    du = parts[0].du if parts else None
+    tiles = None if du is None else problems[0].tiles
+    nothing = dots if dots is not None else parts[0].out
+    programs = sum(num_groups * -(-size // block) for size in sizes)
+    if du is not None:
+        programs += tiles.num_tiles * -(-tiles.block * du.shape[1] // block)
+    if dots is not None:
+        programs += -(-sum_of_dots.numel() // block)
+    launch(
+        finish_wgrad_kernel,
+        (programs,),
+        groups_ptr=problems[0].rows.groups if problems else nothing,
+        partial_ptr=parts[0].partial if parts else nothing,
+        partial2_ptr=parts[-1].partial if parts else nothing,
+        out_ptr=parts[0].out if parts else nothing,
+        out2_ptr=parts[-1].out if parts else nothing,
+        tiles_ptr=nothing if du is None else tiles.tiles,
+        du_parts_ptr=nothing if du is None else parts[0].du_parts,
+        du_ptr=nothing if du is None else du,
+        dots_ptr=nothing if dots is None else dots,
+        dots_out_ptr=nothing if dots is None else sum_of_dots,
         num_groups=num_groups,
-        chunk=args.rows.block,
-        size=size,
-        BLOCK_N=1024,
+        chunk=problems[0].rows.block if problems else 1,
+        size=sizes[0] if sizes else 0,
+        size2=sizes[1] if len(sizes) == 2 else 0,
+        num_tiles=0 if du is None else tiles.num_tiles,
+        num_rows=0 if du is None else du.shape[0],
+        num_parts=0 if du is None else len(parts[0].du_parts),
+        height=0 if du is None else du.shape[1],
+        num_dots=0 if dots is None else len(dots),
+        size_of_dots=0 if dots is None else sum_of_dots.numel(),
+        BLOCK_M=16 if du is None else tiles.block,
+        BLOCK=block,
     )
-
-
-def _sum_parts(parts: Tensor, tiles: TileMap) -> Tensor:
-    """Return the sum over n of (n, rows, r) on the rows of the tiles; others are not written."""
-    num_parts, rows, rank = parts.shape
-    out = parts.new_empty(rows, rank)
-    block_r = min(MAX_SUMMED, max(16, triton.next_power_of_2(rank)))
-    if tiles.num_tiles and rows:
-        sum_parts_kernel[(tiles.num_tiles, -(-rank // block_r))](
-            parts_ptr=parts,
-            out_ptr=out,
-            tiles_ptr=tiles.tiles,
-            num_tiles=tiles.num_tiles,
-            num_parts=num_parts,
-            num_rows=rows,
-            RANK=rank,
-            BLOCK_R=block_r,
-            BLOCK_M=tiles.block,
-        )
-    return out
 
 
 def add_low_rank(args: LowRank) -> None:
     """Add s u V to the adapted rows of ``args.out`` in place."""
     rank, width = args.u.shape[1], args.out.shape[1]
-    if args.tiles.num_tiles and args.perm.numel():
-        add_low_rank_kernel[(args.tiles.num_tiles, -(-width // args.block_n))](
-            u_ptr=args.u,
-            v_ptr=args.matrix,
-            scaling_ptr=args.scaling,
-            perm_ptr=args.perm,
-            tiles_ptr=args.tiles.tiles,
-            out_ptr=args.out,
-            num_tiles=args.tiles.num_tiles,
-            width=width,
-            stride_vr=1 if args.rank_last else width,
-            stride_vn=rank if args.rank_last else 1,
-            RANK=rank,
-            BLOCK_R=STEP_R,
-            BLOCK_M=args.tiles.block,
-            BLOCK_N=args.block_n,
-        )
+    launch(
+        add_low_rank_kernel,
+        (args.tiles.num_tiles if args.perm.numel() else 0, -(-width // args.block_n)),
+        u_ptr=args.u,
+        v_ptr=args.matrix,
+        scaling_ptr=args.scaling,
+        perm_ptr=args.perm,
+        tiles_ptr=args.tiles.tiles,
+        out_ptr=args.out,
+        num_tiles=args.tiles.num_tiles,
+        width=width,
+        stride_vr=1 if args.rank_last else width,
+        stride_vn=rank if args.rank_last else 1,
+        RANK=rank,
+        BLOCK_R=STEP_R,
+        BLOCK_M=args.tiles.block,
+        BLOCK_N=args.block_n,
+    )
 
 
 def gives_du(rank: int, dy: Tensor, num_rows: int) -> bool:

@@ -1,9 +1,10 @@
 """Tile maps: the rows that each program of a Triton kernel takes, found on the device.
 
-A tile is at most ``block`` rows of one group of sorted rows, and one launch makes a map. A group of
-c rows has ceil(c / block) tiles; all groups together have at most num_rows // block + groups. That
-bound follows from shapes alone, so the host allocates it without knowing the counts. Tiles beyond
-the last real one have no rows, and their programs return at once.
+A tile is at most ``block`` rows of one group of sorted rows, and one launch makes several maps. A
+group of c rows has ceil(c / block) tiles; all groups together have at most num_rows // block +
+groups, and never more than num_rows. That bound follows from shapes alone, so the host allocates it
+without knowing the counts. Tiles beyond the last real one have no rows, and their programs return
+at once.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from moe_kernels.ops.triton_launch import launch
 
 
 class Groups(NamedTuple):
@@ -92,31 +95,63 @@ def _bounds(segments_ptr, group, num_segments, num_rows, period, stride, offset,
     return first, tl.where(behind, num_rows, end)
 
 
+@triton.jit
+def _of_map(which, first, second, third, fourth):
+    """Return a map's value."""
+    return tl.where(
+        which == 0, first, tl.where(which == 1, second, tl.where(which == 2, third, fourth))
+    )
+
+
+@triton.jit
+def _size(num_rows, num_groups, block):
+    """Return how many tiles a map has, as :func:`most_tiles` does, and its numbers in memory."""
+    tiles = tl.where(num_groups > 0, tl.minimum(num_rows, num_rows // block + num_groups), 0)
+    return tiles, 3 * (tiles + num_groups)
+
+
 # One compilation serves all shapes: the kernel gains nothing from constant arguments.
 @triton.jit(
     do_not_specialize=[
-        "num_segments", "num_rows", "num_groups", "num_tiles", "block", "period", "stride",
-        "offset", "width",
+        "num_segments", "num_rows",
+        "num0", "period0", "stride0", "offset0", "width0", "block0",
+        "num1", "period1", "stride1", "offset1", "width1", "block1",
+        "num2", "period2", "stride2", "offset2", "width2", "block2",
+        "num3", "period3", "stride3", "offset3", "width3", "block3",
     ]
 )  # fmt: skip
-def tile_map_kernel(
+def tile_maps_kernel(
     segments_ptr,  # (num_segments + 1,)
-    tiles_ptr,  # (3, num_tiles)
-    groups_ptr,  # (3, num_groups)
+    maps_ptr,  # of each map in turn (3, tiles) and (3, groups)
     num_segments,
     num_rows,
-    num_groups,
-    num_tiles,
-    block,
-    period,
-    stride,
-    offset,
-    width,
-    BLOCK_G: tl.constexpr,  # at least num_groups
+    num0, period0, stride0, offset0, width0, block0,
+    num1, period1, stride1, offset1, width1, block1,
+    num2, period2, stride2, offset2, width2, block2,
+    num3, period3, stride3, offset3, width3, block3,
+    BLOCK_G: tl.constexpr,  # at least the groups of every map
     BLOCK_T: tl.constexpr,
-):
-    """Write one group's tiles, after those of earlier groups, and a share of the empty tiles."""
+):  # fmt: skip
+    """Write a group's tiles, after those of earlier groups, and a share of its map's empty tiles.
+
+    The programs are the groups of the first map, then those of the next ones.
+    """
     this = tl.program_id(0)
+    two, three = num0 + num1, num0 + num1 + num2
+    which = (this >= num0).to(tl.int32) + (this >= two).to(tl.int32) + (this >= three).to(tl.int32)
+    this -= _of_map(which, 0, num0, two, three)
+    _, size0 = _size(num_rows, num0, block0)
+    _, size1 = _size(num_rows, num1, block1)
+    _, size2 = _size(num_rows, num2, block2)
+    tiles_ptr = maps_ptr + _of_map(which, 0, size0, size0 + size1, size0 + size1 + size2)
+    num_groups = _of_map(which, num0, num1, num2, num3)
+    period = _of_map(which, period0, period1, period2, period3)
+    stride = _of_map(which, stride0, stride1, stride2, stride3)
+    offset = _of_map(which, offset0, offset1, offset2, offset3)
+    width = _of_map(which, width0, width1, width2, width3)
+    block = _of_map(which, block0, block1, block2, block3)
+    num_tiles, _ = _size(num_rows, num_groups, block)
+    groups_ptr = tiles_ptr + 3 * num_tiles
     block = block.to(tl.int64)  # times a number of tiles
     groups = tl.arange(0, BLOCK_G)
     present = groups < num_groups
@@ -146,41 +181,56 @@ def tile_map_kernel(
             tl.store(tiles_ptr + row * num_tiles + tile + offs, 0, mask=tile + offs < num_tiles)
 
 
+MAX_MAPS = 4  # of one launch
+_NO_GROUPS = Groups(0, 1, 0, 0, 0)
+
+
 def most_tiles(num_rows: int, num_groups: int, block: int) -> int:
     """Return how many tiles the groups can have, whatever the routing."""
-    return num_rows // block + num_groups if num_groups else 0
-
-
-def tile_map(segment_offsets: Tensor, groups: Groups, num_rows: int, block: int) -> TileMap:
-    """Make the map of tiles of ``block`` rows for groups of ``num_rows`` sorted rows."""
-    num_tiles = most_tiles(num_rows, groups.num, block)
-    written = TileMap(
-        segment_offsets.new_empty(3, num_tiles), segment_offsets.new_empty(3, groups.num),
-        num_rows, block,
-    )  # fmt: skip
-    if groups.num:
-        tile_map_kernel[(groups.num,)](
-            segments_ptr=segment_offsets,
-            tiles_ptr=written.tiles,
-            groups_ptr=written.groups,
-            num_segments=segment_offsets.numel() - 1,
-            num_rows=num_rows,
-            num_groups=groups.num,
-            num_tiles=num_tiles,
-            block=block,
-            period=groups.period,
-            stride=groups.stride,
-            offset=groups.offset,
-            width=groups.width,
-            BLOCK_G=triton.next_power_of_2(groups.num),
-            BLOCK_T=128,
-        )
-    return written
+    return min(num_rows, num_rows // block + num_groups) if num_groups else 0
 
 
 def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) -> list[TileMap]:
-    """:func:`tile_map` for each pair of groups and rows of a tile."""
-    return [tile_map(segment_offsets, groups, num_rows, block) for groups, block in requested]
+    """Make a map of tiles of so many rows for each groups of ``num_rows`` sorted rows.
+
+    Up to four maps are one launch.
+    """
+    if len(requested) > MAX_MAPS:
+        first, others = requested[:MAX_MAPS], requested[MAX_MAPS:]
+        return [
+            *tile_maps(segment_offsets, num_rows, first),
+            *tile_maps(segment_offsets, num_rows, others),
+        ]
+    shapes = [
+        (3, columns)
+        for groups, block in requested
+        for columns in (most_tiles(num_rows, groups.num, block), groups.num)
+    ]
+    memory = segment_offsets.new_empty(sum(rows * columns for rows, columns in shapes))
+    parts = memory.split([rows * columns for rows, columns in shapes])
+    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    padded = [*requested, *[(_NO_GROUPS, 1)] * (MAX_MAPS - len(requested))]
+    numbers = {
+        f"{name}{index}": number
+        for index, (groups, block) in enumerate(padded)
+        for name, number in (*groups._asdict().items(), ("block", block))
+    }
+    nums = [groups.num for groups, _ in padded]
+    launch(
+        tile_maps_kernel,
+        (sum(nums),),
+        segments_ptr=segment_offsets,
+        maps_ptr=memory,
+        num_segments=segment_offsets.numel() - 1,
+        num_rows=num_rows,
+        **numbers,
+        BLOCK_G=triton.next_power_of_2(max(nums)),
+        BLOCK_T=128,
+    )
+    return [
+        TileMap(tiles, groups, num_rows, block)
+        for tiles, groups, (_, block) in zip(views[::2], views[1::2], requested, strict=True)
+    ]
 
 
 def chunk_rows(num_rows: int, size: int) -> int:

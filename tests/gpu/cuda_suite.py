@@ -13,6 +13,7 @@ import torch
 from gpu.triton_suite import (  # noqa: F401  (collected here)
     DEVICE,
     check,
+    launches_of,
     on_device,
     test_a_captured_graph_gives_the_same_bits,
     test_lora_linear,
@@ -49,7 +50,7 @@ if ON_GPU:  # without a GPU they would repeat the tests of the Triton backend, s
 from moe_kernels import _native, backends
 from moe_kernels.ops import LoraWeights, cuda_launches, lora_linear, triton_launches
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
-from moe_kernels.ops.moe_mlp import gpu
+from moe_kernels.ops.moe_mlp import cuda_impl, gpu
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
 
 SHARED = {"dispatch_with_maps", "tile_maps", "shrink", "wgrad", "combine"}
@@ -184,6 +185,17 @@ def test_a_layer_calls_the_native_ops(calls, variant, wgrads):
     assert names[:6] == forward
     backward = ["act_backward", "combine", "grouped_gemm", "shrink", "tile_maps"]
     assert sorted(names[6:]) == [*backward, *["wgrad"] * wgrads]  # du1 with dB1
+
+
+@pytest.mark.skipif(ON_GPU, reason="counts without a device: run on a machine without a GPU")
+@pytest.mark.parametrize(
+    ("variant", "inference", "training"),
+    [({}, 7, 23), ({"modality": None, "ranks": (0, 0)}, 5, 10)],
+)
+def test_the_number_of_launches(variant, inference, training, monkeypatch):
+    inputs = make_moe_inputs(VECTORS, **variant).to(torch.float16)
+    first, *both = launches_of(inputs, cuda_impl, monkeypatch)
+    assert (len(first), sum(map(len, both))) == (inference, training), both
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

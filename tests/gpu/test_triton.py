@@ -1,5 +1,6 @@
 """Run ``triton_suite.py`` in processes of its own."""
 
+import ast
 import json
 import os
 import subprocess
@@ -10,7 +11,10 @@ import pytest
 from support.devices import NEEDS_TRITON, ON_GPU
 from support.processes import run_pytest
 
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "run.py"
+from moe_kernels.ops.triton_launch import launch
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "benchmarks" / "run.py"
 CASES = Path(__file__).with_name("triton_suite.py")
 _SHARES = (
     "test_matches or test_compiles",
@@ -30,6 +34,26 @@ def run_suite(*selection):
 @pytest.mark.parametrize("selected", SHARES)
 def test_kernels(selected):
     run_suite("-k", selected, "-m", "not slow")
+
+
+def test_every_launch_pins_the_fused_multiply_add():
+    """Its default differs between releases of Triton, and so would the last bits."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **options: launched.append((grid, options))
+
+    launch(Kernel(), (2,), x=1)
+    launch(Kernel(), (2, 0), x=1)
+    assert launched == [((2,), {"x": 1, "enable_fp_fusion": True})]
+    by_subscript = {
+        path.name
+        for path in (ROOT / "moe_kernels" / "ops").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    }
+    assert by_subscript == {"triton_launch.py"}
 
 
 @pytest.mark.slow

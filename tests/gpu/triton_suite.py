@@ -8,12 +8,14 @@ import json
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from support import moe_mlp as moe_mlp_inputs
 from support.devices import NEEDS_CUDA, ON_GPU
 from support.host_kernels import tile_map
+from support.launches import Launches
 from support.moe_mlp import LAYOUTS, SILU, VARIANTS, call, check_frozen_extra, run, strided
 from support.patched_models import check_compiles
 from support.registered_ops import make, results, same
@@ -276,7 +278,7 @@ def test_tile_maps(block, seed):
         (maps.by_adapter(base, modalities), segments.pairs),
         (maps.by_added_expert(base, extra, modalities), segments.added),
     ):
-        found = maps.tile_map(segments.offsets.to(DEVICE), groups, segments.rows, block)
+        [found] = maps.tile_maps(segments.offsets.to(DEVICE), segments.rows, [(groups, block)])
         tiles, rows_of_groups = tile_map(bounds, segments.rows, block)
         num = int((tiles[1] < tiles[2]).sum())
         assert num <= found.num_tiles
@@ -530,24 +532,70 @@ def test_the_host_never_waits(tokens, no_values):
     shape = replace(SHAPES["tiny"], T=tokens, K=8, E=9)
     inputs = on_device(make_moe_inputs(shape, num_extra=1, num_modalities=2).to(torch.float32))
     with NoSync():
-        layer_of(inputs, triton_moe_mlp, [True] * 8)
+        forward_of(inputs, triton_moe_mlp)([True] * 8)
 
 
-def layer_of(inputs, implementation, needs):
-    """Compute a layer forward and backward by a backend's functions, without autograd."""
-    loras = [
-        tensor
-        for lora in (inputs.gate_up_lora, inputs.down_lora)
-        for tensor in lora or (None, None, None)
-    ]
+def forward_of(inputs, implementation, save=True):
+    """Compute a layer by a backend's functions; return its backward, which takes ``needs``."""
+    none = (None, None, None)
+    loras = [*(inputs.gate_up_lora or none), *(inputs.down_lora or none)]
     weights = ExpertWeights(*inputs[3:5], *inputs[8:10], *loras, None)
-    x, ids, topk_weights = inputs[:3]
-    form = ExpertForm(*SILU)
-    out, saved = implementation.forward(
-        x, ids, topk_weights, inputs.modality_ids, weights, form, True
+    x, ids, topk_weights, form = *inputs[:3], ExpertForm(*SILU)
+    _, saved = implementation.forward(
+        x, ids, topk_weights, inputs.modality_ids, weights, form, save
     )
-    grad_out = torch.ones_like(out)
-    return implementation.backward(grad_out, x, topk_weights, weights, form, saved, needs)
+    return partial(implementation.backward, x, x, topk_weights, weights, form, saved)
+
+
+def launches_of(inputs, implementation, monkeypatch):
+    """Return the launches of inference, and those of a forward and a backward in training."""
+    adapted, extended = inputs.gate_up_lora is not None, inputs.extra_gate_up_proj is not None
+    seen = Launches(monkeypatch)
+    with seen:
+        forward_of(inputs, implementation, save=False)
+        inference, seen.names = seen.names, []
+        backward = forward_of(inputs, implementation)
+        forward, seen.names = seen.names, []
+        backward([True, True, extended, extended, *[adapted] * 4])
+    return inference, forward, seen.names
+
+
+LAUNCHED = Shape(T=5, K=2, E=2, H=24, I=16, r=4)
+FORWARD = ["dispatch", "tile_maps", "shrink", "gate_up", "shrink", "grouped_gemm", "combine"]
+BACKWARD = [
+    "tile_maps", "shrink", "act_backward", "wgrad", "finish_wgrad", "grouped_gemm", "combine",
+    "wgrad", "finish_wgrad",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(ON_GPU, reason="counts in the interpreter: run on a machine without a GPU")
+@pytest.mark.parametrize(
+    ("variant", "forward", "backward"),
+    [
+        ({}, FORWARD, BACKWARD),
+        ({"modality": "text"}, FORWARD, BACKWARD),
+        ({"num_extra": 1}, FORWARD, [*BACKWARD, "aten::ones", "wgrad", "finish_wgrad"]),
+        (
+            {"modality": None, "ranks": (0, 0)},
+            [name for name in FORWARD if name != "shrink"],
+            ["tile_maps", "act_backward", "finish_wgrad", "grouped_gemm", "combine"],
+        ),
+    ],
+)
+def test_launches(variant, forward, backward, monkeypatch):
+    """At most 7 in inference and 16 in training; of text alone, M = 0, 5 and 10."""
+    inputs = make_moe_inputs(LAUNCHED, **variant).to(torch.float32)
+    found = launches_of(inputs, triton_moe_mlp, monkeypatch)
+    names = [[name.removesuffix("_kernel") for name in names] for names in found]
+    assert names == [forward, forward, backward]
+
+
+@pytest.mark.skipif(ON_GPU, reason="counts in the interpreter: run on a machine without a GPU")
+def test_launches_at_a_rank_that_gives_no_du(monkeypatch):
+    """du1 is then a pass of its own."""
+    inputs = make_moe_inputs(replace(LAUNCHED, r=17)).to(torch.float32)
+    _, _, backward = launches_of(inputs, triton_moe_mlp, monkeypatch)
+    assert len(backward) == len(BACKWARD) + 1 and backward.count("shrink_kernel") == 2
 
 
 @NEEDS_CUDA

@@ -207,7 +207,7 @@ def tile_map(bounds: list[tuple[int, int]], num_rows: int, block: int) -> tuple[
         groups.append((low, high, partial))
         partial += len(group_tiles) if len(group_tiles) > 1 else 0
         tiles += group_tiles
-    max_tiles = num_rows // block + len(bounds) if bounds else 0
+    max_tiles = min(num_rows, num_rows // block + len(bounds)) if bounds else 0
     tiles += [(0, 0, 0)] * (max_tiles - len(tiles))
     return tuple(
         torch.tensor(rows, dtype=torch.int64).view(-1, 3).T.contiguous() for rows in (tiles, groups)

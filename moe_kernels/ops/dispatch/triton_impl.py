@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.ops.dispatch import reference
+from moe_kernels.ops.triton_launch import launch
 from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap, tile_maps
 
 MAX_COUNTED = 4096  # rows: 16 million comparisons
@@ -98,7 +99,9 @@ def dispatch(
     fields = tuple(torch.empty(n, dtype=torch.int64, device=topk_ids.device) for n in sizes)
     grid = sum(triton.cdiv(n, BLOCKS["BLOCK"]) for n in (rows, num_segments + 1))
     perm, inv_perm, tokens_per_expert, expert_offsets, segment_offsets = fields
-    dispatch_kernel[(grid,)](
+    launch(
+        dispatch_kernel,
+        (grid,),
         topk_ids_ptr=topk_ids,
         modality_ids_ptr=topk_ids if modality_ids is None else modality_ids,
         perm_ptr=perm,

@@ -10,6 +10,7 @@ from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.lora_linear.rows import LinearDispatch
 from moe_kernels.ops.lora_weights import LoraWeights
 from moe_kernels.ops.triton_launches import (
+    ADAPTER_ROWS,
     TRITON_SHARED,
     LowRank,
     SharedLaunches,
@@ -19,7 +20,7 @@ from moe_kernels.ops.triton_launches import (
 )
 from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap
 
-BLOCK_M, BLOCK_N, BLOCK_K = 32, 128, 64
+BLOCK_M, BLOCK_N = ADAPTER_ROWS, 128
 
 
 def num_tiles(num_tokens: int, num_modalities: int) -> int:
@@ -134,7 +135,6 @@ def _shrink(
             top_k=1,
             num_base=1,
             experts=1,
-            block_k=BLOCK_K,
             segments=segments,
         )
     )

@@ -185,10 +185,8 @@ def backward(
         _sum_for_A(layer, "gate_up", du1, hidden_states) if need_A1 else None,
         _sum_for_B(layer, "down", saved.u2, grad_out) if need_B2 else None,
     )
-    extra_gate_up, extra_down = _sums(
-        layer,
-        _sum_for_extra(layer, d_pre, hidden_states, weighted=False) if need_extra_gate_up else None,
-        _sum_for_extra(layer, grad_out, act, weighted=True) if need_extra_down else None,
+    extra_gate_up, extra_down = _extra_sums(
+        layer, d_pre, hidden_states, grad_out, act, need_extra_gate_up, need_extra_down
     )
     grads = (
         grad_hidden, grad_weights, extra_gate_up, extra_down,
@@ -296,7 +294,6 @@ def _shrink(
             top_k=layer.top_k,
             num_base=layer.num_base,
             experts=matrix.shape[1],
-            block_k=layer.tiles.k,
             segments=layer.segments if fill else None,
         )
     )
@@ -387,20 +384,30 @@ def _sum_for(layer: Layer, name: str, skinny: Tensor, wide: Tensor, **options) -
     )
 
 
-def _sum_for_extra(layer: Layer, left: Tensor, right: Tensor, *, weighted: bool) -> Wgrad:
-    """Return the problem of sums of (w left)^T right over each added expert's rows."""
-    return Wgrad(
-        left=left,
-        right=right,
-        perm=layer.perm,
-        rows=layer.added,
-        factors=torch.ones(1, dtype=torch.float32, device=left.device),
-        weights=layer.topk_weights if weighted else None,
-        top_k=layer.top_k,
-        transposed=False,
-        left_by_token=weighted,
-        right_by_token=not weighted,
+def _extra_sums(
+    layer: Layer,
+    d_pre: Tensor,
+    hidden_states: Tensor,
+    grad_out: Tensor,
+    act: Tensor,
+    need_gate_up: bool,
+    need_down: bool,
+) -> list[Tensor | None]:
+    """Return the gradients of both weights of the added experts, from one launch."""
+    if not (need_gate_up or need_down):
+        return [None, None]
+    common = {
+        "perm": layer.perm,
+        "rows": layer.added,
+        "factors": torch.ones(1, dtype=torch.float32, device=d_pre.device),
+        "top_k": layer.top_k,
+        "transposed": False,
+    }
+    of_gate_up = Wgrad(left=d_pre, right=hidden_states, right_by_token=True, **common)
+    of_down = Wgrad(
+        left=grad_out, right=act, weights=layer.topk_weights, left_by_token=True, **common
     )
+    return _sums(layer, of_gate_up if need_gate_up else None, of_down if need_down else None)
 
 
 def _of_A(layer: Layer, name: str, sums: Tensor | None) -> Tensor | None:

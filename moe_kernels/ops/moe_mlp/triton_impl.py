@@ -21,11 +21,12 @@ from moe_kernels.ops.moe_mlp.packed import (
 )
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, is_transposed
+from moe_kernels.ops.triton_launch import launch
 
 
 def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights, form: ExpertForm) -> tuple[int, int]:
-    """Return the rows of a tile of one expert, and of one adapter: the same number."""
-    return tiles.m, tiles.m
+    """Return the rows of a tile of one expert, and of one adapter."""
+    return tiles.m, min(tiles.m, shared.ADAPTER_ROWS)
 
 
 def _rank(lora_A: Tensor | None) -> dict[str, int]:
@@ -122,9 +123,9 @@ def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Te
     bias = layer.weights.gate_up_bias
     pre_act = x.new_empty(layer.num_rows if save else 0, layer.form.factor * inter)
     act = x.new_empty(layer.num_rows, inter)
-    if layer.num_rows == 0:
-        return pre_act, act
-    kernels.gate_up_kernel[_grid(layer, inter, block_n)](
+    launch(
+        kernels.gate_up_kernel,
+        _grid(layer, inter, block_n),
         x_ptr=x,
         bias_ptr=layer.topk_weights if bias is None else bias,
         perm_ptr=layer.perm,
@@ -158,23 +159,24 @@ def grouped_gemm(
     matrix = lora_B if transposed else lora_A
     rank = _rank(lora_A if u is not None else None)
     out = left.new_empty(layer.num_rows, size_n)
-    if layer.num_rows:
-        kernels.grouped_gemm_kernel[_grid(layer, size_n, layer.tiles.n)](
-            left_ptr=left,
-            u_ptr=left if u is None else u,
-            v_ptr=weights["extra_ptr"] if matrix is None else matrix,
-            scaling_ptr=layer.topk_weights if scaling is None else scaling,
-            out_ptr=out,
-            size_k=size_k,
-            size_n=size_n,
-            experts_of_v=1 if matrix is None else matrix.shape[1],
-            stride_vr=1 if transposed else size_n,
-            stride_vn=rank["RANK"] if transposed else 1,
-            **weights,
-            **_routed(layer),
-            **rank,
-            **_blocks(layer.tiles, layer.tiles.n),
-        )
+    launch(
+        kernels.grouped_gemm_kernel,
+        _grid(layer, size_n, layer.tiles.n),
+        left_ptr=left,
+        u_ptr=left if u is None else u,
+        v_ptr=weights["extra_ptr"] if matrix is None else matrix,
+        scaling_ptr=layer.topk_weights if scaling is None else scaling,
+        out_ptr=out,
+        size_k=size_k,
+        size_n=size_n,
+        experts_of_v=1 if matrix is None else matrix.shape[1],
+        stride_vr=1 if transposed else size_n,
+        stride_vn=rank["RANK"] if transposed else 1,
+        **weights,
+        **_routed(layer),
+        **rank,
+        **_blocks(layer.tiles, layer.tiles.n),
+    )
     return out
 
 
@@ -199,34 +201,35 @@ def act_backward(
     d_pre = torch.empty_like(pre_act)
     act = pre_act.new_empty(layer.num_rows if act_of_adapted or act_of_added else 0, inter)
     shape = (-(-inter // block_n), *layer.topk_weights.shape)
-    dots = torch.zeros(shape, dtype=torch.float32, device=pre_act.device)
+    dots = torch.empty(shape, dtype=torch.float32, device=pre_act.device)
     cap = {"maxnreg": layer.tiles.act_registers} if layer.tiles.act_registers else {}
-    if layer.num_rows:
-        kernels.act_backward_kernel[_grid(layer, inter, block_n)](
-            grad_ptr=grad_out,
-            perm_ptr=layer.perm,
-            du_ptr=grad_out if du2 is None else du2,
-            a_ptr=stack["extra_ptr"] if lora_A is None else lora_A,
-            scaling_ptr=layer.topk_weights if scaling is None else scaling,
-            weights_ptr=layer.topk_weights,
-            pre_ptr=pre_act,
-            dpre_ptr=d_pre,
-            act_ptr=act,
-            dots_ptr=dots,
-            num_rows=layer.num_rows,
-            hidden=hidden,
-            inter=inter,
-            experts_of_a=1 if lora_A is None else lora_A.shape[1],
-            TOP_K=layer.top_k,
-            WRITE_ADAPTED=act_of_adapted,
-            WRITE_ADDED=act_of_added,
-            **stack,
-            **_form(layer.form),
-            **_routed(layer),
-            **_rank(lora_A),
-            **_blocks(layer.tiles, block_n),
-            **cap,
-        )
+    launch(
+        kernels.act_backward_kernel,
+        _grid(layer, inter, block_n),
+        grad_ptr=grad_out,
+        perm_ptr=layer.perm,
+        du_ptr=grad_out if du2 is None else du2,
+        a_ptr=stack["extra_ptr"] if lora_A is None else lora_A,
+        scaling_ptr=layer.topk_weights if scaling is None else scaling,
+        weights_ptr=layer.topk_weights,
+        pre_ptr=pre_act,
+        dpre_ptr=d_pre,
+        act_ptr=act,
+        dots_ptr=dots,
+        num_rows=layer.num_rows,
+        hidden=hidden,
+        inter=inter,
+        experts_of_a=1 if lora_A is None else lora_A.shape[1],
+        TOP_K=layer.top_k,
+        WRITE_ADAPTED=act_of_adapted,
+        WRITE_ADDED=act_of_added,
+        **stack,
+        **_form(layer.form),
+        **_routed(layer),
+        **_rank(lora_A),
+        **_blocks(layer.tiles, block_n),
+        **cap,
+    )
     return d_pre, act, dots
 
 
@@ -235,18 +238,19 @@ def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
     tokens, width = layer.topk_weights.shape[0], rows.shape[1]
     out = rows.new_empty(tokens, width)
     block = min(1024, triton.next_power_of_2(width))
-    if tokens and width:
-        kernels.combine_kernel[(tokens, -(-width // block))](
-            rows_ptr=rows,
-            inv_perm_ptr=layer.inv_perm,
-            num_rows_ptr=layer.segments[-1:],
-            weights_ptr=layer.topk_weights,
-            out_ptr=out,
-            width=width,
-            TOP_K=layer.top_k,
-            WEIGHTED=weighted,
-            BLOCK_N=block,
-        )
+    launch(
+        kernels.combine_kernel,
+        (tokens, -(-width // block)),
+        rows_ptr=rows,
+        inv_perm_ptr=layer.inv_perm,
+        num_rows_ptr=layer.segments[-1:],
+        weights_ptr=layer.topk_weights,
+        out_ptr=out,
+        width=width,
+        TOP_K=layer.top_k,
+        WEIGHTED=weighted,
+        BLOCK_N=block,
+    )
     return out
 
 

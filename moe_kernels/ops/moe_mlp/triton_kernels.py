@@ -679,7 +679,7 @@ def act_backward_kernel(
     """Compute dA' = dO W + s du A; store <dA', a>, d(gate) and d(up) of w dA', and a."""
     pid_m, pid_n = _tile_ids(num_tiles, tl.cdiv(inter, BLOCK_N), GROUP_M)
     expert, first, end = tile_of(tiles_ptr, pid_m, num_tiles)
-    if (first >= end) | (expert >= num_experts):
+    if first >= end:
         return
     dtype: tl.constexpr = dpre_ptr.dtype.element_ty
     local, count = tl.arange(0, BLOCK_M), (end - first).to(tl.int32)
@@ -687,6 +687,10 @@ def act_backward_kernel(
     n = pid_n * BLOCK_N
     offs_n = n + tl.arange(0, BLOCK_N)
     slot = tl.load(perm_ptr + first + local, mask=mask_m, other=0)
+    dots_ptr += pid_n * num_rows
+    if expert >= num_experts:  # rows that were not dispatched
+        tl.store(dots_ptr + slot, tl.zeros((BLOCK_M,), dtype=tl.float32), mask=mask_m)
+        return
     w = _expert_matrix(w, extra_ptr, expert, num_base, hidden * inter, HAS_EXTRA, TMA, PACKING)
     row = (expert * (inter if TRANSPOSED else hidden)).to(tl.int32)
     acc = _product(
@@ -695,7 +699,6 @@ def act_backward_kernel(
         BLOCK_K,
     )  # fmt: skip
     weight = tl.load(weights_ptr + slot, mask=mask_m, other=0.0).to(tl.float32)
-    dots_ptr += pid_n * num_rows
     base = _base_rows(segments_ptr, expert, num_base, first, count, num_modalities, RANK)
     if base > 0:
         of_added = local < tl.where(expert < num_base, 0, base)
