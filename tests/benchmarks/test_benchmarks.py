@@ -462,7 +462,7 @@ def test_one_pass_over_dY_moves_less(bench, rank, fewer):
 
 
 def test_the_cost_model_counts_launches(bench):
-    """As tests/gpu counts them."""
+    """Compare with what tests/gpu counts."""
     case = bench.cases.Case.named("olmoe")
     forward, backward = bench.costs.forward(case), bench.costs.backward(case)
     assert [sum(cost.launches for cost in costs) for costs in (forward, backward)] == [7, 9]

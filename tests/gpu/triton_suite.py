@@ -560,6 +560,18 @@ def launches_of(inputs, implementation, monkeypatch):
     return inference, forward, seen.names
 
 
+@pytest.mark.parametrize("rank", [3, 20])
+def test_saved_rows_without_an_adapter_are_zeros(rank, filled_memory):
+    """They are rows of text, of padding and of added experts; a memset no longer makes them."""
+    shape = Shape(T=40, K=2, E=3, H=24, I=16, r=rank)
+    inputs = make_moe_inputs(shape, num_modalities=2, num_extra=1).to(torch.float32)
+    saved = forward_of(on_device(inputs), triton_moe_mlp).args[-1]
+    slots = saved.perm.cpu()
+    adapted = (inputs.modality_ids > 0).repeat_interleave(2) & (inputs.topk_ids.view(-1) < 3)
+    for u in (saved.u1.cpu(), saved.u2.cpu()):
+        assert not u[~adapted[slots]].any() and u[adapted[slots]].any(1).all()
+
+
 LAUNCHED = Shape(T=5, K=2, E=2, H=24, I=16, r=4)
 FORWARD = ["dispatch", "tile_maps", "shrink", "gate_up", "shrink", "grouped_gemm", "combine"]
 BACKWARD = [
