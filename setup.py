@@ -3,7 +3,7 @@
 Environment variables:
     MOE_KERNELS_SKIP_CPP=1    build no extension: a pure Python package
     MOE_KERNELS_SKIP_CUDA=1   build the CPU kernels only
-    MOE_KERNELS_FORCE_CUDA=1  build the CUDA kernels, or fail
+    MOE_KERNELS_FORCE_CUDA=1  build the CUDA kernels with nvcc, or fail
     TORCH_CUDA_ARCH_LIST      architectures of the CUDA kernels
     CUDA_HOME                 the CUDA toolkit; default: that of the nvcc on the path
     PYTORCH_NVCC              command for nvcc when ninja builds, such as "ccache nvcc"
@@ -216,6 +216,37 @@ def default_arch_list(version: tuple[int, int]) -> str:
     return "8.0;9.0a;10.0+PTX" if version >= (12, 8) else "8.0+PTX;9.0a"
 
 
+def why_no_launches() -> str | None:
+    """Return why the launches of kernels that NVRTC compiles at first use cannot be built, or None.
+
+    They need no part of CUDA, not even a torch that is built for it.
+    """
+    from torch import __version__ as torch_version
+    from torch.utils.cpp_extension import include_paths
+
+    if flag("MOE_KERNELS_SKIP_CUDA"):
+        return "MOE_KERNELS_SKIP_CUDA is set"
+    if sys.platform != "linux":
+        return "kernels without nvcc are for Linux"
+    headers = [Path(path) / "c10/core/impl/DeviceGuardImplInterface.h" for path in include_paths()]
+    if not any("getStreamNativeHandle" in path.read_text() for path in headers if path.exists()):
+        return f"torch {torch_version} does not give the handle of a stream, later ones do"
+    return None
+
+
+def launches() -> list[str]:
+    """Write a C++ file for each .cu file, of which a C++ compiler then builds the launches."""
+    folder = ROOT / "build" / "launches"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for source in sources_in("csrc/cuda", "*.cu"):
+        path, text = folder / f"{Path(source).stem}.cpp", f'#include "../../{source}"\n'
+        if not path.exists() or path.read_text() != text:  # else ninja would build it again
+            path.write_text(text)
+        written.append(str(path.relative_to(ROOT)))
+    return written
+
+
 def usable_arch_list(requested: str) -> tuple[str, list[str]]:
     """Split a TORCH_CUDA_ARCH_LIST into the usable architectures and those before 8.0.
 
@@ -226,8 +257,12 @@ def usable_arch_list(requested: str) -> tuple[str, list[str]]:
     return ";".join(entry for entry in entries if entry not in old), old
 
 
-def extension(cuda: Path | None):
-    """Return the extension moe_kernels._C, with CUDA kernels if a toolkit is passed."""
+def extension(cuda: Path | None, by_name: bool):
+    """Return the extension moe_kernels._C.
+
+    With a toolkit it has CUDA kernels. Else, ``by_name``, it has the launches of kernels that NVRTC
+    compiles.
+    """
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     openmp = openmp_flags()
@@ -240,6 +275,12 @@ def extension(cuda: Path | None):
     macros = [("MOE_KERNELS_CXX_FLAGS", f'"{" ".join(flags)}"')]
     options = {"name": "moe_kernels._C", "extra_link_args": openmp}
     if cuda is None:
+        if by_name:
+            own = "csrc/cuda/no_toolkit"
+            sources += sources_in("csrc/cuda", "*.cpp") + sources_in(own, "*.cpp") + launches()
+            macros += [("MOE_KERNELS_WITH_CUDA", None), ("MOE_KERNELS_BY_NAME", None)]
+            # Kernels are read, not compiled, so their pragmas and casts do not matter.
+            flags = [*flags, "-Wno-unknown-pragmas", "-Wno-strict-aliasing", f"-I{ROOT / own}"]
         return CppExtension(
             sources=sources,
             define_macros=macros,
@@ -287,6 +328,19 @@ def pure_python(reason: str) -> dict:
     return {"cmdclass": {"build_py": BuildPythonAndNote}}
 
 
+def copy_sources():
+    """Return the command build_py, extended to copy what NVRTC compiles into the package."""
+
+    class BuildPythonAndSources(build_py):
+        def run(self) -> None:
+            super().run()
+            if not self.editable_mode:  # else they are read where they are
+                folder = Path(self.build_lib) / "moe_kernels" / "csrc" / "cuda"
+                shutil.copytree(ROOT / "csrc" / "cuda", folder, dirs_exist_ok=True)
+
+    return BuildPythonAndSources
+
+
 def build_command(no_cuda: str | None):
     """Return torch's build_ext, extended to write _build_info.json beside the module."""
     from torch import __version__ as torch_version
@@ -332,14 +386,23 @@ def decide() -> dict:
         if force_cuda:
             raise SystemExit(f"MOE_KERNELS_FORCE_CUDA is set, but {no_build}")
         return pure_python(no_build)
-    say(
-        f"building the CPU kernels; no CUDA kernels: {missing}"
-        if missing
-        else f"building the CPU kernels and the CUDA kernels ({home})"
-    )
+    if not missing:
+        say(f"building the CPU kernels and the CUDA kernels ({home})")
+        return {
+            "ext_modules": [extension(home, by_name=False)],
+            "cmdclass": {"build_ext": build_command(None)},
+        }
+    no_launches = why_no_launches()
+    if no_launches:
+        missing = "; ".join(dict.fromkeys((missing, no_launches)))
+        say(f"building the CPU kernels; no CUDA kernels: {missing}")
+        commands = {}
+    else:
+        say(f"building the CPU kernels; CUDA kernels will be compiled at first use: {missing}")
+        commands = {"build_py": copy_sources()}
     return {
-        "ext_modules": [extension(cuda=None if missing else home)],
-        "cmdclass": {"build_ext": build_command(missing)},
+        "ext_modules": [extension(None, by_name=not no_launches)],
+        "cmdclass": {"build_ext": build_command(missing), **commands},
     }
 
 

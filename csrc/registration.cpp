@@ -12,6 +12,9 @@
 #include "cuda/host_device.h"
 #include "cuda/tiles.h"
 #include "ops.h"
+#ifdef MOE_KERNELS_BY_NAME
+#include "cuda/no_toolkit/by_name.h"
+#endif
 
 #ifndef MOE_KERNELS_CUDA_ARCH_LIST
 #define MOE_KERNELS_CUDA_ARCH_LIST ""
@@ -148,6 +151,35 @@ py::dict build_info() {
   return info;
 }
 
+#ifdef MOE_KERNELS_BY_NAME
+
+// Gives the function (file, name, major, minor) -> (image, symbol, error) that compiles a kernel.
+void set_cuda_compiler(py::function function) {
+  // Never destroyed: a launch may come as late as the end of Python.
+  const auto* compile = new py::function(std::move(function));
+  moe_kernels::cuda::set_compiler([compile](const auto& kernel, int major, int minor) {
+    const py::gil_scoped_acquire gil;
+    try {
+      const py::tuple made = (*compile)(kernel.file, kernel.name, major, minor);
+      return moe_kernels::cuda::Compiled{made[0].cast<std::string>(), made[1].cast<std::string>(),
+                                         made[2].cast<std::string>()};
+    } catch (const py::error_already_set& error) {
+      return moe_kernels::cuda::Compiled{{}, {}, error.what()};
+    }
+  });
+}
+
+// Returns (file, name) of every kernel that may be compiled.
+std::vector<std::pair<std::string, std::string>> cuda_kernels() {
+  std::vector<std::pair<std::string, std::string>> kernels;
+  for (const auto* kernel : moe_kernels::cuda::named_kernels()) {
+    kernels.emplace_back(kernel->file, kernel->name);
+  }
+  return kernels;
+}
+
+#endif
+
 // Returns an element of newly allocated memory: NaN where poison is on.
 double fresh_value() { return moe_kernels::cpu::empty({1}, at::kFloat).item<double>(); }
 
@@ -164,6 +196,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_features", &moe_kernels::cpu::cpu_features);
   m.def("prefer_brgemm", &moe_kernels::cpu::prefer_brgemm, py::arg("on"));
+#ifdef MOE_KERNELS_BY_NAME
+  m.def("set_cuda_compiler", &set_cuda_compiler, py::arg("function"));
+  m.def("cuda_kernels", &cuda_kernels);
+#endif
   m.def("set_poison", &moe_kernels::cpu::set_poison, py::arg("on"));
   m.def("fresh_value", &fresh_value);
 }

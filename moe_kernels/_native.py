@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from moe_kernels import env
+from moe_kernels import _nvrtc, env
 
 _NOTE = Path(__file__).with_name("_build_info.json")
 _REBUILD = "rebuild with `pip install --no-build-isolation --force-reinstall --no-deps .`"
@@ -78,8 +78,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     if env.brgemm() is not None:
         extension.prefer_brgemm(env.brgemm())
+    if _compiles_kernels(extension):
+        extension.set_cuda_compiler(_nvrtc.compile_kernel)
     reason = _why_not_this_torch(extension.build_info()["torch_version"])
     return (None, reason) if reason else (extension, None)
+
+
+def _compiles_kernels(extension: ModuleType) -> bool:
+    """Return whether this extension's CUDA kernels are compiled when they are first launched."""
+    return hasattr(extension, "set_cuda_compiler")
 
 
 def is_available() -> bool:
@@ -100,13 +107,23 @@ def has_cuda_kernel(op: str) -> bool:
 
 
 def why_no_cuda() -> str | None:
-    """Return None where the extension has CUDA kernels, else the reason."""
+    """Return None where the extension has CUDA kernels or can compile them, else the reason."""
     if reason := why_not():
         return f"the extension is missing: {reason}"
     if has_cuda_kernel("dispatch"):
-        return None
+        return _nvrtc.why_not() if compiles_cuda_kernels() else None
     reason = _note().get("no_cuda") or "the build left no note of why"
     return f"the extension was built without CUDA kernels ({reason})"
+
+
+def compiles_cuda_kernels() -> bool:
+    """Return whether CUDA kernels are compiled when they are first launched, not by the build."""
+    return is_available() and _compiles_kernels(_load()[0])
+
+
+def cuda_kernels() -> list[tuple[str, str]]:
+    """Return (file, C++ name) of all CUDA kernels that are compiled when first launched."""
+    return _load()[0].cuda_kernels() if compiles_cuda_kernels() else []
 
 
 @functools.cache  # every call of an op asks
@@ -114,8 +131,10 @@ def runs_on(capability: tuple[int, int]) -> bool:
     """Return whether the CUDA kernels run on a device of this compute capability.
 
     They do if they were built for it, for an earlier one of the same major version, or as PTX for
-    an earlier one.
+    an earlier one. Kernels that are compiled at their first use are compiled for the device.
     """
+    if compiles_cuda_kernels():
+        return _nvrtc.runs_on(capability)
     arch_list = build_info().get("cuda_arch_list", "")
     for major, minor, own, ptx in re.findall(r"(\d+)\.(\d+)(a?)(\+PTX)?", arch_list):
         built = (int(major), int(minor))

@@ -60,10 +60,14 @@ def _why_no_triton(index: int | None) -> str | None:
         return "no CUDA device (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
     if torch.version.hip:
         return "the kernels have not been tried on ROCm"
-    major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) < _LEAST_CAPABILITY:
-        return f"the kernels need compute capability 8.0 or later, this device has {major}.{minor}"
-    return None
+    return _why_too_old(torch.cuda.get_device_capability(index))
+
+
+def _why_too_old(capability: tuple[int, int]) -> str | None:
+    if capability >= _LEAST_CAPABILITY:
+        return None
+    major, minor = capability
+    return f"the kernels need compute capability 8.0 or later, this device has {major}.{minor}"
 
 
 def _why_no_cuda(index: int | None) -> str | None:
@@ -72,6 +76,8 @@ def _why_no_cuda(index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     capability = torch.cuda.get_device_capability(index)
+    if not _native.runs_on(capability) and _native.compiles_cuda_kernels():
+        return _why_too_old(capability)
     if not _native.runs_on(capability):
         return (
             f"the extension was not built for this device, {capability[0]}.{capability[1]}: build "

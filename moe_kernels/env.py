@@ -16,6 +16,10 @@ once".
     The file with the Triton tiles that ``python -m moe_kernels.tune`` chose; default
     ``~/.cache/moe_kernels/tiles.json``. Read once.
 
+``MOE_KERNELS_CACHE=path``
+    The folder of what is computed once for a machine: CUDA kernels that were compiled at their
+    first use. Default: ``moe_kernels`` in ``XDG_CACHE_HOME``, or in ``~/.cache``.
+
 ``setup.py`` describes the variables that it alone reads.
 """
 
@@ -61,3 +65,11 @@ def tiles_path() -> Path:
     """Return the path of the file of tuned Triton tiles, which need not exist."""
     value = os.environ.get("MOE_KERNELS_TILES", "").strip()
     return Path(value) if value else Path.home() / ".cache/moe_kernels/tiles.json"
+
+
+def cache_path() -> Path:
+    """Return the folder for what is computed once for a machine, which need not exist."""
+    if value := os.environ.get("MOE_KERNELS_CACHE", "").strip():
+        return Path(value)
+    value = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(value) if value else Path.home() / ".cache") / "moe_kernels"

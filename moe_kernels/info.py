@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from moe_kernels import _native, backends
+from moe_kernels import _native, backends, env
 
 _DISTRIBUTIONS = {
     "moe_kernels": "modality-moe-kernels",
@@ -52,6 +52,17 @@ def _devices() -> list[str]:
     return names
 
 
+def _build() -> dict:
+    """Return facts about the extension, or why there is none."""
+    facts = _native.build_info()
+    if not facts:
+        return {"extension": _native.why_not()}
+    if not _native.compiles_cuda_kernels():
+        return facts
+    folder = env.cache_path() / "kernels"
+    return facts | {"cuda kernels": f"compiled by NVRTC at their first use, kept in {folder}"}
+
+
 def _cuda_ops() -> dict[str, str]:
     """Map each part of a layer to the kernels that the backend "cuda" runs for it."""
     return {
@@ -66,7 +77,7 @@ def collect() -> dict:
     return {
         "versions": {"python": platform.python_version(), "torch CUDA": torch.version.cuda}
         | versions,
-        "build": _native.build_info() or {"extension": _native.why_not()},
+        "build": _build(),
         "backends": {name: reason or "ok" for name, reason in backends.available().items()},
         "backend cuda": _cuda_ops() if _native.why_no_cuda() is None else {},
         "devices": _devices(),

@@ -2,6 +2,7 @@
 
     python tools/check_gpu_code.py                 # what `make check-gpu-code` runs
     python tools/check_gpu_code.py --dtype fp16    # the other half precision
+    python tools/check_gpu_code.py --compiler nvrtc --arch 90    # one compiler and one GPU
 
 For each architecture, kernel, dtype, tile and set of compile-time arguments that the package uses,
 it prints registers, spilled stores, shared memory, programs that fit a multiprocessor, and matrix
@@ -11,7 +12,8 @@ It fails on a spill (for a kernel whose registers are capped, on more than a few
 memory than the device has, and on an sm_90 GEMM without warp-group instructions.
 
 CUDA kernels are compiled where nvcc is found, in the way setup.py finds it. There it also fails on
-a warning, and on a GEMM of half precision without matrix instructions.
+a warning, and on a GEMM of half precision without matrix instructions. Where NVRTC is found, it
+compiles every kernel that an extension built without nvcc launches, one by one as at first use.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -36,6 +39,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_kernels import _native, _nvrtc
 from moe_kernels.ops import triton_kernels as shared
 from moe_kernels.ops import triton_launches as launches
 from moe_kernels.ops.dispatch import triton_impl as dispatch
@@ -341,8 +345,11 @@ def _faults(
     return faults
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Return the registers of a thread, and the number of spilled stores."""
+def _resources(cubin: bytes, symbol: str = "") -> tuple[int, int]:
+    """Return the registers of a thread, and the number of spilled stores.
+
+    Of the kernel ``symbol`` or, without it, of the only one.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -352,7 +359,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
             ).stdout
             for option in ("-res-usage", "-sass")
         )
-    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\bSTL\b", code))
+    usage = re.search(rf"Function {symbol}[^:]*:\s+REG:(\d+)", usage)
+    body = code.partition(f"Function : {symbol}")[2].partition("Function :")[0]
+    return int(usage[1]), len(re.findall(r"\bSTL\b", body))
 
 
 def nvcc_command() -> list[str] | None:
@@ -438,6 +447,34 @@ def check_cuda(archs: list[int]) -> int:
     return wrong
 
 
+def check_nvrtc(archs: list[int]) -> int:
+    """Print a row for each kernel that NVRTC compiles at first use; return the number of faults."""
+    try:
+        print(f"NVRTC {_nvrtc.version()}")
+    except RuntimeError as error:
+        print(f"the kernels were not compiled as at first use: {error}")
+        return 0
+    if not _native.compiles_cuda_kernels():
+        print("the kernels were not compiled as at first use: this extension was built with nvcc")
+        return 0
+    jobs = [(arch, *kernel) for arch in archs for kernel in _native.cuda_kernels()]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = list(tqdm(pool.map(_compile_as_at_first_use, jobs), total=len(jobs), unit="kernel"))
+    print(markdown(("device", "file", "kernel", "registers", "spills", "processor s"), rows))
+    return sum(row[4] != "0" for row in rows)
+
+
+def _compile_as_at_first_use(job: tuple[int, str, str]) -> tuple[str, ...]:
+    arch, file, name = job
+    target = _nvrtc._target(arch, _nvrtc._supported())
+    begin = time.process_time()
+    cubin, symbol = _nvrtc._run_nvrtc(f'#include "{file}"\n', name, target)
+    seconds = time.process_time() - begin
+    registers, spills = _resources(cubin, symbol)
+    short = name.replace("moe_kernels::cuda::", "")
+    return target, file, short, str(registers), str(spills), f"{seconds:.1f}"
+
+
 def check_triton(args: argparse.Namespace) -> int:
     """Print a row for each Triton kernel, and return the number of kernels with faults."""
     jobs = {}
@@ -465,13 +502,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", type=int, choices=DEVICES, default=[*DEVICES])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--rank", nargs="+", type=int, default=[*RANKS])
+    compilers = ("triton", "nvcc", "nvrtc")
+    parser.add_argument("--compiler", nargs="+", choices=compilers, default=compilers)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    failed = check_triton(args) + check_cuda(args.arch)
-    return 1 if failed else 0
+    checks = {
+        "triton": lambda: check_triton(args),
+        "nvcc": lambda: check_cuda(args.arch),
+        "nvrtc": lambda: check_nvrtc(args.arch),
+    }
+    failed = [checks[compiler]() for compiler in args.compiler]
+    return 1 if any(failed) else 0
 
 
 if __name__ == "__main__":

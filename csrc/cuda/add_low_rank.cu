@@ -73,12 +73,17 @@ __global__ void __launch_bounds__(Loop::kThreads, 4) add_low_rank_kernel(AddLowR
   }
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+namespace {
+
 template <typename T, typename V>
 cudaError_t launch_tiles(const AddLowRank& args, cudaStream_t stream) {
   using Last = Mainloop<T, kRows, true, false>;
   using First = Mainloop<T, kRows, false, false>;
-  const auto kernel =
-      args.rank_last ? add_low_rank_kernel<Last, V> : add_low_rank_kernel<First, V>;
+  const auto kernel = args.rank_last ? MOE_KERNEL(add_low_rank_kernel, Last, V)
+                                     : MOE_KERNEL(add_low_rank_kernel, First, V);
   const dim3 grid(args.num_tiles, ceil_div(args.width, Last::kColumns));
   return launch(kernel, grid, Last::kThreads, 0, stream, args);
 }
@@ -103,5 +108,6 @@ cudaError_t launch_add_low_rank(const AddLowRank& args, Scalar out, Scalar v,
   return v_is_float ? launch_tiles<__nv_bfloat16, float>(args, stream)
                     : launch_tiles<__nv_bfloat16, __nv_bfloat16>(args, stream);
 }
+#endif
 
 }  // namespace moe_kernels::cuda

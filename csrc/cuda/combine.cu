@@ -49,17 +49,23 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Combine args) {
   static_cast<Vec*>(args.out)[token * vectors + column] = result;
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+namespace {
+
 template <typename T>
 cudaError_t launch_rows(const Combine& combine, Scalar weights, cudaStream_t stream) {
   const int64_t vectors = combine.num_tokens * (combine.width / Vector<T>::kSize);
   const auto blocks = static_cast<unsigned>((vectors + kThreads - 1) / kThreads);
   switch (weights) {
     case Scalar::kFloat:
-      return launch(combine_kernel<T, float>, blocks, kThreads, 0, stream, combine);
+      return launch(MOE_KERNEL(combine_kernel, T, float), blocks, kThreads, 0, stream, combine);
     case Scalar::kHalf:
-      return launch(combine_kernel<T, __half>, blocks, kThreads, 0, stream, combine);
+      return launch(MOE_KERNEL(combine_kernel, T, __half), blocks, kThreads, 0, stream, combine);
     case Scalar::kBFloat16:
-      return launch(combine_kernel<T, __nv_bfloat16>, blocks, kThreads, 0, stream, combine);
+      return launch(MOE_KERNEL(combine_kernel, T, __nv_bfloat16), blocks, kThreads, 0, stream,
+                    combine);
   }
   return cudaErrorInvalidValue;
 }
@@ -78,5 +84,6 @@ cudaError_t launch_combine(const Combine& combine, Scalar rows, Scalar weights,
   }
   return cudaErrorInvalidValue;
 }
+#endif
 
 }  // namespace moe_kernels::cuda

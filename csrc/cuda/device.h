@@ -2,7 +2,7 @@
 //
 // When tests compile the kernels for the host, cuda_on_host.h provides the same functions and
 // stands in for the device. CUTLASS could not run there, and would have to be installed for a
-// build.
+// build. In a build without nvcc, by_name.h launches what NVRTC compiles.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,8 +14,14 @@
 #include "host_device.h"
 #include "scalar.h"
 
+#ifdef MOE_KERNELS_BY_NAME
+#include "by_name.h"
+#else
+// A kernel and its template arguments, which must be types, for launch().
+#define MOE_KERNEL(kernel, ...) kernel __VA_OPT__(<__VA_ARGS__>)
 #ifndef __CUDACC__
 #include "cuda_on_host.h"
+#endif
 #endif
 
 namespace moe_kernels::cuda {
@@ -92,6 +98,7 @@ __device__ __forceinline__ void multiply<__half>(float (&acc)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+#ifndef __CUDACC_RTC__
 // The first 48 KiB of shared memory need no attribute.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
@@ -104,6 +111,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
+#endif
 
 #endif
 

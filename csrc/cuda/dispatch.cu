@@ -105,15 +105,18 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+#ifndef __CUDACC_RTC__
 cudaError_t launch_dispatch(const Sort& sort, int* counts, const DispatchOut& out,
                             const TileMaps& maps, cudaStream_t stream) {
   const int keys = sort.num_keys();
   const cudaError_t error =
-      launch(count_kernel, sort.num_blocks, kThreads, sizeof(int) * keys, stream, sort, counts);
+      launch(MOE_KERNEL(count_kernel), sort.num_blocks, kThreads, sizeof(int) * keys, stream, sort,
+             counts);
   if (error != cudaSuccess) return error;
   const int of_maps = maps.num_maps == 0 ? 0 : ints_of_maps(maps), blocks = blocks_of_map(maps);
-  return launch(place_kernel, sort.num_blocks + maps.num_maps * blocks, kThreads,
+  return launch(MOE_KERNEL(place_kernel), sort.num_blocks + maps.num_maps * blocks, kThreads,
                 bytes_of_place(keys, of_maps), stream, sort, counts, out, maps, blocks);
 }
+#endif
 
 }  // namespace moe_kernels::cuda

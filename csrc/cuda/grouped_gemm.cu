@@ -239,6 +239,11 @@ __global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
   epilogue.store(loop, args, tile, tile.base, tile.count);
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+namespace {
+
 template <typename T, int kBlockM, typename Epilogue>
 cudaError_t launch_tiles(const GroupedGemm& gemm, const Epilogue& epilogue, bool v_is_float,
                          cudaStream_t stream) {
@@ -249,8 +254,8 @@ cudaError_t launch_tiles(const GroupedGemm& gemm, const Epilogue& epilogue, bool
   constexpr size_t bytes = Loop::kStages * sizeof(typename Loop::Stage) +
                            sizeof(float) * Loop::kWarpsN * kBlockM;
   static_assert(bytes <= kMaxSharedBytes);
-  return launch(grouped_gemm_kernel<Loop, Epilogue>, static_cast<unsigned>(blocks), Loop::kThreads,
-                bytes, stream, gemm, epilogue, v_is_float);
+  return launch(MOE_KERNEL(grouped_gemm_kernel, Loop, Epilogue), static_cast<unsigned>(blocks),
+                Loop::kThreads, bytes, stream, gemm, epilogue, v_is_float);
 }
 
 template <typename T, typename Epilogue>
@@ -317,5 +322,6 @@ cudaError_t launch_act_backward(const GroupedGemm& gemm, const ActBackward& act,
   const auto make = [&](auto value) { return ActGradients<decltype(value)>{act}; };
   return launch_gemm(gemm, make, dtype, v, block_m, stream);
 }
+#endif
 
 }  // namespace moe_kernels::cuda

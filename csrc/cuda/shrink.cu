@@ -226,24 +226,35 @@ __device__ void add_slices(const float* sums, const Shrink& args, int64_t first,
 template <typename T, int kTiles>
 constexpr int kResident = sizeof(T) == 2 && kTiles == 2 ? 2 : 1;
 
-template <typename T, typename M, int kTiles, bool kRankFirst>
-__global__ void __launch_bounds__(kThreads, (kResident<T, kTiles>))
+// Dtypes and sizes of a kernel.
+template <typename T_, typename M_, int kTiles_, bool kRankFirst_>
+struct Form {
+  using T = T_;
+  using M = M_;
+  static constexpr int kTiles = kTiles_;
+  static constexpr bool kRankFirst = kRankFirst_;
+};
+
+template <typename F>
+__global__ void __launch_bounds__(kThreads, (kResident<typename F::T, F::kTiles>))
     shrink_kernel(Shrink args, bool fast, bool out_is_float) {
   const Tile tile = tile_of(args.tiles, blockIdx.x, args.num_tiles);
   if (tile.first >= tile.end) return;
-  using OfWarp = Sums<T, kTiles>;
+  using T = typename F::T;
+  using M = typename F::M;
+  using OfWarp = Sums<T, F::kTiles>;
   auto* sums = reinterpret_cast<float*>(shared_memory());  // (kSlices, kRows, kColumns)
   const int64_t modality = tile.group / args.num_base, expert = tile.group % args.num_base;
   const int64_t index = modality * args.experts_of_m + (args.experts_of_m == 1 ? 0 : expert);
   const int column = blockIdx.y * OfWarp::kColumns, of_lane = column + OfWarp::first_column();
-  const Columns<T, M, OfWarp::kOfLane, kRankFirst> columns{
+  const Columns<T, M, OfWarp::kOfLane, F::kRankFirst> columns{
       static_cast<const M*>(args.matrix) + index * args.size_k * args.rank,
       fast && of_lane >= args.rank ? 0 : of_lane, args.size_k, args.rank};
   for (int64_t first = tile.first; first < tile.end; first += kRows) {
     if (fast) {
-      sum_slice<T, kTiles, true>(args, columns, first, tile.end, sums);
+      sum_slice<T, F::kTiles, true>(args, columns, first, tile.end, sums);
     } else {
-      sum_slice<T, kTiles, false>(args, columns, first, tile.end, sums);
+      sum_slice<T, F::kTiles, false>(args, columns, first, tile.end, sums);
     }
     __syncthreads();
     if (out_is_float) {
@@ -255,13 +266,20 @@ __global__ void __launch_bounds__(kThreads, (kResident<T, kTiles>))
   }
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+namespace {
+
 template <typename T, typename M, int kTiles>
 cudaError_t launch_columns(const Shrink& args, bool out_is_float, cudaStream_t stream) {
   // k and a lane's columns are whole vectors.
   const bool fast = args.size_k % Vector<T>::kSize == 0 && is_aligned(args.left) &&
                     is_aligned(args.matrix) && args.rank % Sums<T, kTiles>::kOfLane == 0;
+  using First = Form<T, M, kTiles, true>;
+  using Last = Form<T, M, kTiles, false>;
   const auto kernel =
-      args.rank_first ? shrink_kernel<T, M, kTiles, true> : shrink_kernel<T, M, kTiles, false>;
+      args.rank_first ? MOE_KERNEL(shrink_kernel, First) : MOE_KERNEL(shrink_kernel, Last);
   const dim3 grid(args.num_tiles, ceil_div(args.rank, 8 * kTiles));
   constexpr size_t bytes = sizeof(float) * kSlices * kRows * 8 * kTiles;
   static_assert(bytes <= kMaxSharedBytes);
@@ -297,5 +315,6 @@ cudaError_t launch_shrink(const Shrink& shrink, Scalar left, Scalar matrix, Scal
   }
   return cudaErrorInvalidValue;
 }
+#endif
 
 }  // namespace moe_kernels::cuda

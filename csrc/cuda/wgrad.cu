@@ -401,12 +401,18 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+namespace {
+
 cudaError_t launch_finish(const Wgrad& args, cudaStream_t stream) {
   const int of_group = ceil_div(static_cast<int64_t>(args.height) * args.width, kMaxFinished);
   const int64_t rows = args.chunk < args.num_rows ? args.chunk : args.num_rows;
   const int of_tile = args.matrix == nullptr ? 0 : ceil_div(rows * args.height, kMaxFinished);
   const unsigned blocks = args.num_groups * of_group + args.num_tiles * of_tile;
-  return launch(finish_wgrad_kernel, blocks, kFinishThreads, 0, stream, args, of_group, of_tile);
+  return launch(MOE_KERNEL(finish_wgrad_kernel), blocks, kFinishThreads, 0, stream, args, of_group,
+                of_tile);
 }
 
 // M: the dtype of the matrix, or void.
@@ -421,7 +427,7 @@ cudaError_t launch_tiles(const Wgrad& args, cudaStream_t stream) {
                     ceil_div(args.width, S::kWidth));
     const Vectors vectors{args.height % Left::kSize == 0 && is_aligned(args.left),
                           args.width % Right::kSize == 0 && is_aligned(args.right)};
-    const cudaError_t error = launch(wgrad_kernel<S, M, OfStep>, grid, S::kThreads,
+    const cudaError_t error = launch(MOE_KERNEL(wgrad_kernel, S, M, OfStep), grid, S::kThreads,
                                      sizeof(Shared<S, OfStep>), stream, args, vectors);
     if (error != cudaSuccess) return error;
   }
@@ -490,5 +496,6 @@ cudaError_t launch_wgrad(const Wgrad& wgrad, Scalar left, Scalar right, Scalar w
   }
   return cudaErrorInvalidValue;
 }
+#endif
 
 }  // namespace moe_kernels::cuda

@@ -9,7 +9,7 @@ from support.devices import NEEDS_TRITON
 from support.processes import run_pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_kernels import _native, backends, info
+from moe_kernels import _native, _nvrtc, backends, info
 
 NEEDS_EXTENSION = pytest.mark.skipif(not _native.is_available(), reason=f"{_native.why_not()}")
 CASES = str(Path(__file__).with_name("cuda_suite.py"))
@@ -45,6 +45,7 @@ def works(monkeypatch):
     """Imitate a machine that has everything."""
     monkeypatch.setattr(_native, "why_not", lambda: None)
     monkeypatch.setattr(_native, "has_cuda_kernel", lambda op: True)
+    monkeypatch.setattr(_native, "compiles_cuda_kernels", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda_arch_list": "8.0;9.0a;10.0+PTX"})
@@ -101,6 +102,21 @@ def test_it_needs_a_build_for_the_device(works, arch_list, runs):
         assert reason is None or f"not built for this device, {device[0]}.{device[1]}" in reason
 
 
+def test_kernels_compiled_at_first_use_need_no_build_for_the_device(works):
+    works.setattr(_native, "compiles_cuda_kernels", lambda: True)
+    works.setattr(_native, "build_info", lambda: {"cuda_arch_list": ""})
+    works.setattr(_nvrtc, "why_not", lambda: None)
+    for device, runs in (((8, 0), True), ((12, 1), True), ((7, 5), False)):
+        works.setattr(torch.cuda, "get_device_capability", lambda _, device=device: device)
+        assert (backends.available()["cuda"] is None) == runs
+    assert "need compute capability 8.0 or later" in backends.available()["cuda"]
+    assert "compiled by NVRTC at their first use" in info.collect()["build"]["cuda kernels"]
+    works.setattr(_nvrtc, "why_not", lambda: "NVRTC was not found")
+    assert backends.available()["cuda"] == "NVRTC was not found"
+    with pytest.raises(RuntimeError, match="'cuda' is not available: NVRTC was not found"):
+        backends.select("cuda", torch.device("cuda"))
+
+
 def test_the_info_page_says_whose_kernels_run(works, capsys):
     works.setattr(_native, "has_cuda_kernel", lambda op: op in ("dispatch", "combine"))
     found = info.collect()["backend cuda"]
@@ -116,7 +132,8 @@ def test_the_info_page_says_whose_kernels_run(works, capsys):
 
 def test_a_build_with_cuda_has_every_op():
     """A build without CUDA has no CUDA kernel of any op."""
-    expected = bool(_native.build_info().get("cuda_arch_list"))
+    built = bool(_native.build_info().get("cuda_arch_list"))
+    expected = built or _native.compiles_cuda_kernels()
     names = {name for name, _ in info._CUDA_OPS.values()} | {"dispatch_with_maps"}
     assert names == {*CALLS}
     for name in names:

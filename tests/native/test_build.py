@@ -21,12 +21,13 @@ NOT_SOURCE = shutil.ignore_patterns(
 )
 REPORT = """
 import json, torch
-from moe_kernels import _native
+from moe_kernels import _native, _nvrtc
 used = False
 if _native.is_available():
     perm, *_ = _native.ops().dispatch(torch.tensor([[1], [0]]), 2, None, 0)
     used = perm.tolist() == [1, 0]
 reasons = {"why_not": _native.why_not(), "why_no_cuda": _native.why_no_cuda()}
+reasons["cuda_sources"] = str(_nvrtc._SOURCES)
 print(json.dumps({"file": _native.__file__, "used": used, **reasons}))
 """
 
@@ -183,16 +184,21 @@ def building(setup_module, monkeypatch):
     monkeypatch.setattr(setup_module, "why_no_build", lambda: None)
     monkeypatch.setenv("CUDA_HOME", "/a/toolkit")
     monkeypatch.setattr(setup_module, "why_no_cuda", lambda *found: None)
-    monkeypatch.setattr(setup_module, "extension", lambda cuda: cuda)
+    monkeypatch.setattr(setup_module, "why_no_launches", lambda: "this is no Linux")
+    monkeypatch.setattr(setup_module, "extension", lambda cuda, by_name: (cuda, by_name))
     return setup_module
 
 
 def test_what_is_built(building, monkeypatch, capsys):
-    assert building.decide()["ext_modules"] == [Path("/a/toolkit")]
+    assert building.decide()["ext_modules"] == [(Path("/a/toolkit"), False)]
     assert "the CUDA kernels (/a/toolkit)" in capsys.readouterr().err
     monkeypatch.setattr(building, "why_no_cuda", lambda *found: "there is no nvcc")
-    assert building.decide()["ext_modules"] == [None]
-    assert "no CUDA kernels: there is no nvcc" in capsys.readouterr().err
+    assert building.decide()["ext_modules"] == [(None, False)]
+    assert "no CUDA kernels: there is no nvcc; this is no Linux" in capsys.readouterr().err
+    monkeypatch.setattr(building, "why_no_launches", lambda: None)
+    decided = building.decide()
+    assert decided["ext_modules"] == [(None, True)] and "build_py" in decided["cmdclass"]
+    assert "compiled at first use: there is no nvcc" in capsys.readouterr().err
     monkeypatch.setattr(building, "why_no_build", lambda: "there is no Python.h")
     assert list(building.decide()["cmdclass"]) == ["build_py"]
     assert "there is no Python.h: installing as pure Python" in capsys.readouterr().err
@@ -207,7 +213,7 @@ def test_skip_cpp_builds_nothing(building, monkeypatch, capsys):
 @pytest.mark.parametrize("what", ["why_no_build", "why_no_cuda"])
 def test_force_cuda_fails_with_the_reason(building, monkeypatch, what):
     monkeypatch.setenv("MOE_KERNELS_FORCE_CUDA", "1")
-    assert building.decide()["ext_modules"] == [Path("/a/toolkit")]
+    assert building.decide()["ext_modules"] == [(Path("/a/toolkit"), False)]
     monkeypatch.setattr(building, what, lambda *found: "this is missing")
     with pytest.raises(SystemExit, match="FORCE_CUDA is set, but this is missing"):
         building.decide()
@@ -224,7 +230,7 @@ def test_contradicting_flags_are_an_error(building, monkeypatch, other):
 @pytest.mark.parametrize("openmp", [True, False])
 def test_openmp_is_used_where_the_compiler_has_it(setup_module, monkeypatch, capsys, openmp):
     monkeypatch.setattr(setup_module, "compiles", lambda source, flags: openmp)
-    extension = setup_module.extension(cuda=None)
+    extension = setup_module.extension(cuda=None, by_name=False)
     macros = dict(extension.define_macros)
     for flags in (
         extension.extra_compile_args["cxx"],
@@ -238,11 +244,37 @@ def test_openmp_is_used_where_the_compiler_has_it(setup_module, monkeypatch, cap
 def test_file_names_in_the_extension_are_without_folders(setup_module):
     if setup_module.why_no_build():
         pytest.skip(setup_module.why_no_build())
-    extension = setup_module.extension(cuda=None)
+    extension = setup_module.extension(cuda=None, by_name=False)
     flags = extension.extra_compile_args["cxx"]
     assert f"-ffile-prefix-map={ROOT}=modality-moe-kernels" in flags
     assert f"-ffile-prefix-map={Path(torch.__file__).parent}=torch" in flags
     assert str(ROOT) not in dict(extension.define_macros)["MOE_KERNELS_CXX_FLAGS"]
+
+
+def test_every_kernel_has_its_launches_without_nvcc(setup_module, monkeypatch, tmp_path):
+    """The C++ compiler gets a file for each .cu file, and no file that needs nvcc."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(setup_module, "ROOT", tmp_path)
+    extension = setup_module.extension(cuda=None, by_name=True)
+    assert all(source.endswith(".cpp") for source in extension.sources)
+    kernels = {path.stem for path in (tmp_path / "csrc/cuda").glob("*.cu")}
+    assert {Path(source).stem for source in extension.sources} >= kernels | {"launchers", "by_name"}
+    written = tmp_path / "build/launches/combine.cpp"
+    assert (written.parent / "../../csrc/cuda/combine.cu").is_file()
+    assert written.read_text() == '#include "../../csrc/cuda/combine.cu"\n'
+    assert ("MOE_KERNELS_BY_NAME", None) in extension.define_macros
+
+
+def test_why_there_are_no_launches(setup_module, monkeypatch):
+    monkeypatch.delenv("MOE_KERNELS_SKIP_CUDA", raising=False)
+    if sys.platform == "linux":
+        assert setup_module.why_no_launches() is None
+    monkeypatch.setattr(torch.utils.cpp_extension, "include_paths", lambda: ["/nowhere"])
+    assert "does not give the handle of a stream" in setup_module.why_no_launches()
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "for Linux" in setup_module.why_no_launches()
+    monkeypatch.setenv("MOE_KERNELS_SKIP_CUDA", "1")
+    assert setup_module.why_no_launches() == "MOE_KERNELS_SKIP_CUDA is set"
 
 
 @pytest.mark.parametrize("command", ["sdist", "egg_info", "dist_info"])
@@ -423,8 +455,9 @@ def test_install_from_the_source_tree(source, python, editable):
     for folder in (source, Path(torch.__file__).parent):
         assert str(folder).encode() not in built.read_bytes()
     if torch.version.cuda is None:
-        reason = "built without CUDA kernels (the installed torch is built without CUDA)"
-        assert reason in found["why_no_cuda"]
+        assert found["why_no_cuda"] == "the installed torch is built without CUDA"
+        assert Path(found["cuda_sources"], "combine.cu").is_file()
+        assert found["cuda_sources"].startswith(str(source)) is editable
 
 
 @pytest.mark.slow

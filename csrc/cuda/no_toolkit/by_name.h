@@ -1,0 +1,101 @@
+// Launches kernels that are not linked, by their names: for a build without nvcc. The C++ compiler
+// reads the .cu files for their launches and for the names and parameters of their kernels, which
+// NVRTC compiles when they are first launched (moe_kernels/_nvrtc.py).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <tuple>
+#include <typeinfo>
+#include <vector>
+
+namespace moe_kernels::cuda {
+
+constexpr int kMaxDevices = 64;
+
+// A kernel with its template arguments, and what is loaded of it on each device.
+struct NamedKernel {
+  std::string file;  // name of its .cu file
+  std::string name;  // a C++ expression for it
+  std::array<std::atomic<void*>, kMaxDevices> functions = {};
+
+  NamedKernel(const char* file, const char* name, std::vector<const std::type_info*> arguments);
+};
+
+// Every kernel that the launches of this library name.
+const std::vector<NamedKernel*>& named_kernels();
+
+// Launches it in the current context, after compiling and loading it where it is new. Throws
+// c10::Error with what to do. Safe to call from several threads.
+void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_bytes,
+                  cudaStream_t stream, void** arguments);
+
+// Makes the context of a device current in this thread if there is none: the driver launches into
+// the current one.
+void bind_context(int device);
+
+// What the compiler makes: an image for the driver and the kernel's symbol in it, or an error.
+struct Compiled {
+  std::string image, symbol, error;
+};
+// Compiles a kernel for a device of this compute capability.
+using Compiler = std::function<Compiled(const NamedKernel& kernel, int major, int minor)>;
+
+// Gives the compiler, once, before the first launch.
+void set_compiler(Compiler compiler);
+
+// A kernel whose parameters are known.
+template <typename Function>
+struct TypedKernel {
+  NamedKernel* kernel;
+};
+
+// Name: a type with the names of the kernel and of its file.
+template <typename Name, typename... Arguments>
+struct Instance {
+  static inline NamedKernel kernel{Name::file(), Name::name(), {&typeid(Arguments)...}};
+};
+
+// A kernel and its template arguments, which must be types, for launch().
+#define MOE_KERNEL(kernel_, ...)                                                      \
+  [] {                                                                                \
+    struct Name {                                                                     \
+      static const char* file() { return __FILE__; }                                  \
+      static const char* name() { return #kernel_; }                                  \
+    };                                                                                \
+    using Function = decltype(&kernel_ __VA_OPT__(<__VA_ARGS__>));                    \
+    return TypedKernel<Function>{&Instance<Name __VA_OPT__(, ) __VA_ARGS__>::kernel}; \
+  }()
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(TypedKernel<void (*)(Parameters...)> kernel, dim3 grid, int threads,
+                   size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  std::tuple<Parameters...> values(arguments...);
+  std::apply(
+      [&](auto&... each) {
+        void* pointers[] = {&each...};
+        launch_named(*kernel.kernel, grid, threads, shared_bytes, stream, pointers);
+      },
+      values);
+  return cudaSuccess;
+}
+
+// --- what the kernels ask of the hardware; see device.h
+
+unsigned char* shared_memory();
+float sigmoid(float value);
+void copy_async(void* shared, const void* global, bool present);
+void commit_copies();
+template <int kGroups>
+void wait_copies();
+void load_matrices(uint32_t (&out)[4], const void* row);
+void load_matrices_transposed(uint32_t (&out)[4], const void* row);
+template <typename T>
+void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+}  // namespace moe_kernels::cuda

@@ -1,0 +1,167 @@
+"""Kernels that are compiled at first use, on stand-ins for driver, NVRTC and a torch with CUDA.
+
+Run by ``test_nvrtc.py``, in a process of its own that finds the stand-ins by their names.
+"""
+
+import ctypes
+import threading
+
+import pytest
+import torch
+from support import stub_cuda
+
+from moe_kernels import _nvrtc
+
+torch.version.cuda = "13.0"
+_nvrtc._folders = list  # an NVRTC that is installed must not come first
+DRIVER = stub_cuda.Driver()
+NVRTC = ctypes.CDLL("libnvrtc.so.13")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Give each test a cache of its own, and no launches."""
+    monkeypatch.setenv("MOE_KERNELS_CACHE", str(tmp_path / "cache"))
+    DRIVER.take_launches()
+    return tmp_path / "cache" / "kernels"
+
+
+def combine(dtype, weights=None):
+    """Sum two rows of 16 for each of three tokens."""
+    rows = torch.ones(6, 16, dtype=dtype)
+    weights = None if weights is None else torch.ones(3, 2, dtype=weights)
+    stub_cuda.call("combine", rows, torch.arange(6), torch.tensor([6]), weights, 3)
+    return rows
+
+
+def compile_one(name="combine_kernel<float, float>", major=9, minor=0):
+    return _nvrtc.compile_kernel("combine.cu", f"moe_kernels::cuda::{name}", major, minor)
+
+
+def test_it_is_available():
+    assert _nvrtc.why_not() is None
+    assert _nvrtc.version() == "13.0"
+
+
+def test_a_launch_has_what_the_kernel_takes(capfd):
+    rows = combine(torch.bfloat16)
+    said = capfd.readouterr().err
+    assert "compiling combine_kernel<__nv_bfloat16, float> for sm_90a, at its first use" in said
+    assert said.startswith("moe_kernels: ") and said.endswith(" s\n")
+    modules = DRIVER.library.modules_loaded()
+    (launch,) = DRIVER.take_launches()
+    assert launch == {
+        "symbol": "moe_kernels::cuda::combine_kernel<__nv_bfloat16, float>",
+        "x": 1, "y": 1, "z": 1, "threads": 256, "shared": 0, "stream": 0x5712,
+        "first": rows.data_ptr(),
+    }  # fmt: skip
+    combine(torch.bfloat16)
+    assert capfd.readouterr().err == "" and DRIVER.library.modules_loaded() == modules
+    assert len(DRIVER.take_launches()) == 1
+
+
+def test_launches_keep_their_order_and_grids():
+    ids = torch.randint(0, 4, (10, 2))
+    stub_cuda.call("dispatch_with_maps", ids, 4, None, 0, [16], [5, 5, 1, 0, 1])
+    count, place = DRIVER.take_launches()
+    assert count["symbol"].endswith("count_kernel") and place["symbol"].endswith("place_kernel")
+    assert (count["x"], place["x"]) == (1, 2)  # a block of the sort, and one of the map
+    assert count["first"] == place["first"] == ids.data_ptr()
+
+
+def test_much_shared_memory_is_asked_for():
+    left, matrix = torch.ones(4, 32).half(), torch.ones(1, 1, 64, 32).half()
+    tiles = torch.tensor([[0], [0], [4]])
+    out = torch.empty(4, 64).half()
+    stub_cuda.call("shrink", out, left, matrix, torch.arange(4), tiles, 1, 1, 1, 1, True, True)
+    (launch,) = DRIVER.take_launches()
+    assert launch["shared"] == DRIVER.library.shared_bytes_allowed() == 4 * 64 * 64 * 4
+
+
+def test_threads_compile_a_kernel_once_and_have_a_context():
+    compiled, contexts = NVRTC.programs_compiled(), DRIVER.library.contexts_retained()
+    threads = [threading.Thread(target=combine, args=(torch.half, torch.half)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(DRIVER.take_launches()) == 4
+    assert NVRTC.programs_compiled() == compiled + 1
+    assert DRIVER.library.contexts_retained() == contexts + 4
+
+
+def test_a_kernel_is_kept_on_disk(folder):
+    compiled = NVRTC.programs_compiled()
+    image, symbol, error = compile_one()
+    assert error == "" and symbol.endswith("combine_kernel<float, float>")
+    assert b'#include "combine.cu"' in image and b"--gpu-architecture=sm_90a" in image
+    assert compile_one() == (image, symbol, "") and NVRTC.programs_compiled() == compiled + 1
+    (entry,) = folder.glob("*.bin")
+    for damaged in (entry.read_bytes()[:-1], b"", b"[]\n", b"no line"):
+        entry.write_bytes(damaged)
+        assert compile_one() == (image, symbol, "")
+    assert NVRTC.programs_compiled() == compiled + 5
+    compile_one(major=8)
+    compile_one("combine_kernel<float, __half>")
+    assert len([*folder.glob("*.bin")]) == 3
+
+
+def test_other_sources_are_compiled_again(folder, monkeypatch):
+    compile_one()
+    monkeypatch.setattr(_nvrtc, "_digest_of_sources", lambda: "other")
+    compile_one()
+    assert len([*folder.glob("*.bin")]) == 2
+
+
+def test_without_a_folder_it_compiles_and_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_KERNELS_CACHE", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="cannot keep compiled kernels.*MOE_KERNELS_CACHE"):
+        image, _, error = compile_one()
+    assert image and not error
+
+
+@pytest.mark.parametrize(
+    ("arch", "target"),
+    [
+        (80, "sm_80"), (86, "sm_80"), (90, "sm_90a"), (100, "sm_100a"), (103, "sm_100"),
+        (121, "compute_100"),
+    ],
+)  # fmt: skip
+def test_it_compiles_for_the_device_or_what_runs_on_it(arch, target):
+    assert _nvrtc._target(arch, [75, 80, 90, 100]) == target
+
+
+def test_a_device_that_nvrtc_does_not_know_is_refused():
+    _, _, error = compile_one(major=7, minor=5)
+    assert "NVRTC 13.0 knows no GPU like sm_75, only [80, 90, 100]" in error
+
+
+def test_a_source_that_does_not_compile_shows_the_log(capfd):
+    image, _, error = compile_one("broken")
+    assert image == b"" and "compiling broken for sm_90a, at its first use ... failed" in (
+        capfd.readouterr().err
+    )
+    assert "the CUDA kernel moe_kernels::cuda::broken cannot be compiled: NVRTC 13.0 says" in error
+    assert "kernel.cu(1): error: broken" in error
+
+
+def test_a_new_kernel_in_a_capture_is_refused():
+    DRIVER.library.set_capturing(1)
+    try:
+        with pytest.raises(RuntimeError, match="capture of a CUDA graph.*call the layer once"):
+            combine(torch.float32, torch.float32)
+    finally:
+        DRIVER.library.set_capturing(0)
+    combine(torch.float32, torch.float32)
+    DRIVER.library.set_capturing(1)
+    combine(torch.float32, torch.float32)
+    DRIVER.library.set_capturing(0)
+    assert len(DRIVER.take_launches()) == 2
+
+
+def test_an_error_of_the_driver_names_the_kernel():
+    DRIVER.library.fail_next_launch(700)
+    message = r"could not launch .*combine_kernel.*: an illegal memory access .* \(error 700\)"
+    with pytest.raises(RuntimeError, match=message):
+        combine(torch.bfloat16, torch.bfloat16)
