@@ -9,6 +9,25 @@
 #include <tuple>
 #include <vector>
 
+namespace moe_kernels {
+
+// A layer whose output alone is wanted, on the CPU and, for a few tokens, on CUDA.
+using MoeMlpInferenceOp = at::Tensor(
+    const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& modality_ids,
+    const std::optional<at::Tensor>& extra_gate_up_proj,
+    const std::optional<at::Tensor>& extra_down_proj,
+    const std::optional<at::Tensor>& gate_up_lora_A,
+    const std::optional<at::Tensor>& gate_up_lora_B,
+    const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
+    const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
+    const std::optional<at::Tensor>& gate_up_bias,
+    const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
+    std::string_view act, bool gated, double alpha, double limit, double shift, bool interleaved);
+
+}  // namespace moe_kernels
+
 namespace moe_kernels::cpu {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
@@ -31,20 +50,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
 
 // dispatch and moe_mlp_forward in one call, for tensors of any layout, keeping nothing for a
 // backward pass. num_modalities follows from the adapters.
-at::Tensor moe_mlp_inference(
-    const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
-    const std::optional<at::Tensor>& modality_ids,
-    const std::optional<at::Tensor>& extra_gate_up_proj,
-    const std::optional<at::Tensor>& extra_down_proj,
-    const std::optional<at::Tensor>& gate_up_lora_A,
-    const std::optional<at::Tensor>& gate_up_lora_B,
-    const std::optional<at::Tensor>& gate_up_scaling, const std::optional<at::Tensor>& down_lora_A,
-    const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
-    const std::optional<at::Tensor>& gate_up_bias,
-    const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
-    std::string_view act, bool gated, double alpha,
-    double limit, double shift, bool interleaved);
+MoeMlpInferenceOp moe_mlp_inference;
 
 // needs: hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_lora_A,
 // gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order.
@@ -150,6 +156,9 @@ using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre,
     const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
     const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added);
 
+// moe_mlp_inference on CUDA takes what cuda::decode_takes says, of bfloat16 or float16: SwiGLU of
+// rows [gate; up] without a bias, in stacks that are stored as they are. It makes other tensors fit.
+
 // Each op's checks and the tensors that it returns, not yet filled, on any device. An op on meta
 // tensors does nothing else, and an op on CUDA begins with it.
 namespace outputs {
@@ -163,6 +172,7 @@ AddLowRankOp add_low_rank;
 GateUpOp gate_up;
 GroupedGemmOp grouped_gemm;
 ActBackwardOp act_backward;
+MoeMlpInferenceOp moe_mlp_inference;
 }  // namespace outputs
 
 namespace cuda {
@@ -176,6 +186,7 @@ AddLowRankOp add_low_rank;
 GateUpOp gate_up;
 GroupedGemmOp grouped_gemm;
 ActBackwardOp act_backward;
+MoeMlpInferenceOp moe_mlp_inference;
 }  // namespace cuda
 
 }  // namespace moe_kernels

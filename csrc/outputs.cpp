@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 
 #include "checks.h"
+#include "cuda/decode_shapes.h"
 #include "cuda/grouped_gemm_shapes.h"
 #include "cuda/host_device.h"
 #include "cuda/tiles.h"
@@ -164,6 +166,39 @@ void check_experts(const Experts& args, bool by_token, bool transposed, bool gat
   const int64_t num_modalities = segments / experts - 1, rank = size_of(args.u, 1);
   check_low_rank(args, transposed ? args.left.scalar_type() : at::kFloat, num_modalities,
                  transposed ? of_stack : rank, transposed ? rank : of_stack);
+}
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// A low-rank pair of `stack` (experts, out, in). Returns its number of modalities, 0 without it.
+int64_t check_pair(const at::Tensor& stack, const OptionalTensor& a, const OptionalTensor& b,
+                   const OptionalTensor& scaling, const std::string& name) {
+  TORCH_CHECK(a.has_value() == b.has_value() && a.has_value() == scaling.has_value(), name,
+              "_lora_A, _lora_B and _scaling must be given together or not at all");
+  if (!a) return 0;
+  const int64_t experts = stack.size(0);
+  check_float_or_like(stack, *a, (name + "_lora_A").c_str(), {-1, -1, -1, stack.size(2)});
+  check_vectors(*a, (name + "_lora_A").c_str());
+  const int64_t modalities = a->size(0), rank = a->size(2);
+  TORCH_CHECK(a->size(1) == experts || a->size(1) == 1, name, "_lora_A must be of ", experts,
+              " experts, or of 1 that all share, is of ", a->size(1));
+  TORCH_CHECK(modalities >= 1 && modalities < kMaxInt && rank >= 1, name,
+              "_lora_A must have a modality and a rank, is ", a->sizes());
+  check_like(stack, *b, (name + "_lora_B").c_str(), a->scalar_type(),
+             {modalities, experts, stack.size(1), rank});
+  check_like(stack, *scaling, (name + "_scaling").c_str(), at::kFloat, {modalities});
+  return modalities;
+}
+
+void check_added(const at::Tensor& stack, const at::Tensor& extra, const char* name) {
+  check_like(stack, extra, name, stack.scalar_type(), {-1, stack.size(1), stack.size(2)});
+  check_vectors(extra, name);
+}
+
+void check_stack_of(const at::Tensor& hidden_states, const at::Tensor& stack, const char* name,
+                    std::initializer_list<int64_t> sizes) {
+  check_like(hidden_states, stack, name, hidden_states.scalar_type(), sizes);
+  check_vectors(stack, name);
 }
 
 }  // namespace
@@ -361,6 +396,55 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
                               left.options().dtype(at::kFloat));
   const int64_t act_rows = act_of_adapted || act_of_added ? rows : 0;
   return {at::empty_like(pre_act), at::empty({act_rows, inter}, left.options()), dots};
+}
+
+at::Tensor moe_mlp_inference(
+    const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const OptionalTensor& modality_ids, const OptionalTensor& extra_gate_up_proj,
+    const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
+    const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
+    const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
+    const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias,
+    const OptionalTensor& gate_up_scales, const OptionalTensor& down_scales, std::string_view act,
+    bool gated, double, double, double, bool interleaved) {
+  TORCH_CHECK(act == "silu" && gated && !interleaved && !gate_up_bias && !gate_up_scales &&
+                  !down_scales,
+              "moe_mlp_inference on CUDA computes SwiGLU of rows [gate; up], without a bias and "
+              "from stacks that are not packed");
+  TORCH_CHECK(scalar_of(hidden_states) != cuda::Scalar::kFloat,
+              "hidden_states must be bfloat16 or float16, is ", hidden_states.scalar_type());
+  check_like(hidden_states, hidden_states, "hidden_states", hidden_states.scalar_type(), {-1, -1});
+  check_like(hidden_states, topk_ids, "topk_ids", at::kLong, {hidden_states.size(0), -1});
+  const int64_t tokens = topk_ids.size(0), top_k = topk_ids.size(1), H = hidden_states.size(1);
+  check_float_or_like(hidden_states, topk_weights, "topk_weights", {tokens, top_k});
+  if (modality_ids) check_like(hidden_states, *modality_ids, "modality_ids", at::kLong, {tokens});
+  TORCH_CHECK(gate_up_proj.dim() == 3 && gate_up_proj.size(0) >= 1 && gate_up_proj.size(1) % 2 == 0,
+              "gate_up_proj must be (experts, 2 * inter, hidden), is ", gate_up_proj.sizes());
+  const int64_t E = gate_up_proj.size(0), inter = gate_up_proj.size(1) / 2;
+  const int64_t rank = std::max(size_of(gate_up_lora_A, 2), size_of(down_lora_A, 2));
+  TORCH_CHECK(cuda::decode_takes(tokens, top_k, H, inter, rank), "moe_mlp_inference on CUDA takes ",
+              "at most ", cuda::kMaxDecodeTokens, " tokens with ", cuda::kMaxDecodeRows,
+              " experts in all, ranks of at most ", cuda::kMaxDecodeRank,
+              " and sizes that are multiples of 8, less than 2^24; there are ", tokens, " with ",
+              top_k, " each, rank ", rank, ", hidden size ", H, " and intermediate size ", inter);
+  check_stack_of(hidden_states, gate_up_proj, "gate_up_proj", {E, 2 * inter, H});
+  check_stack_of(hidden_states, down_proj, "down_proj", {E, H, inter});
+  check_together(extra_gate_up_proj, "extra_gate_up_proj", extra_down_proj, "extra_down_proj");
+  if (extra_gate_up_proj) {
+    check_added(gate_up_proj, *extra_gate_up_proj, "extra_gate_up_proj");
+    check_added(down_proj, *extra_down_proj, "extra_down_proj");
+    TORCH_CHECK(extra_gate_up_proj->size(0) == extra_down_proj->size(0),
+                "both projections must have the same number of added experts");
+  }
+  TORCH_CHECK(E + size_of(extra_gate_up_proj, 0) < kMaxInt, "there must be fewer than 2^31 experts");
+  const int64_t of_up =
+      check_pair(gate_up_proj, gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up");
+  const int64_t of_down = check_pair(down_proj, down_lora_A, down_lora_B, down_scaling, "down");
+  TORCH_CHECK(of_up == 0 || of_down == 0 || of_up == of_down,
+              "both pairs of adapters must have the same number of modalities, have ", of_up,
+              " and ", of_down);
+  return at::empty_like(hidden_states);
 }
 
 }  // namespace moe_kernels::outputs

@@ -8,6 +8,7 @@
 
 #include "cpu/alloc.h"
 #include "cpu/gemm.h"
+#include "cuda/decode_shapes.h"
 #include "cuda/grouped_gemm_shapes.h"
 #include "cuda/host_device.h"
 #include "cuda/tiles.h"
@@ -117,6 +118,7 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, Meta, m) {
   m.impl("gate_up", &moe_kernels::outputs::gate_up);
   m.impl("grouped_gemm", &moe_kernels::outputs::grouped_gemm);
   m.impl("act_backward", &moe_kernels::outputs::act_backward);
+  m.impl("moe_mlp_inference", &moe_kernels::outputs::moe_mlp_inference);
 }
 
 #ifdef MOE_KERNELS_WITH_CUDA
@@ -131,6 +133,7 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CUDA, m) {
   m.impl("gate_up", &moe_kernels::cuda::gate_up);
   m.impl("grouped_gemm", &moe_kernels::cuda::grouped_gemm);
   m.impl("act_backward", &moe_kernels::cuda::act_backward);
+  m.impl("moe_mlp_inference", &moe_kernels::cuda::moe_mlp_inference);
 }
 #endif
 
@@ -193,6 +196,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of moe_kernels; loading it registers torch.ops.moe_kernels_native.";
   m.def("grouped_gemm_block_m", &moe_kernels::cuda::grouped_gemm_block_m, py::arg("num_rows"),
         py::arg("num_experts"));
+  m.def("decode_takes", &moe_kernels::cuda::decode_takes, py::arg("tokens"), py::arg("top_k"),
+        py::arg("hidden"), py::arg("inter"), py::arg("rank"));
   m.def("build_info", &build_info);
   m.def("cpu_features", &moe_kernels::cpu::cpu_features);
   m.def("prefer_brgemm", &moe_kernels::cpu::prefer_brgemm, py::arg("on"));

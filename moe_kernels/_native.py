@@ -160,6 +160,11 @@ def grouped_gemm_block(num_rows: int, num_experts: int) -> int:
     return _load()[0].grouped_gemm_block_m(num_rows, num_experts)
 
 
+def decode_takes(tokens: int, top_k: int, hidden: int, inter: int, rank: int) -> bool:
+    """Return whether the two CUDA kernels of decoding take a layer of these sizes."""
+    return _load()[0].decode_takes(tokens, top_k, hidden, inter, rank)
+
+
 def ops():
     """Return ``torch.ops.moe_kernels_native``, or raise RuntimeError with the reason."""
     extension, reason = _load()

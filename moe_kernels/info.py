@@ -32,6 +32,10 @@ _CUDA_OPS = {
     "gate and up, with SwiGLU": ("gate_up", _PRODUCTS),
     "down, and d(hidden_states)": ("grouped_gemm", _PRODUCTS),
     "d(pre-activation)": ("act_backward", _PRODUCTS),
+    "a layer of up to 16 tokens, where nothing trains": (
+        "moe_mlp_inference",
+        f", in two kernels, for {_VECTORS}",
+    ),
     "combine": ("combine", " for rows of whole 16 bytes, else Triton"),
     "lora_linear's u B^T": ("add_low_rank", f" for {_VECTORS}"),
 }

@@ -376,7 +376,9 @@ def nvcc_command() -> list[str] | None:
 
 def needs_matrix_instructions(kernel: str) -> bool:
     """Return whether a kernel multiplies in half precision, by its name, plain or mangled."""
-    multiplies = r"(?<![a-z_])(grouped_gemm|wgrad|shrink|add_low_rank)_kernel"
+    multiplies = (
+        r"(?<![a-z_])(grouped_gemm|wgrad|shrink|add_low_rank|decode_gate_up|decode_down)_kernel"
+    )
     return bool(re.search(multiplies, kernel) and re.search("__half|__nv_bfloat16", kernel))
 
 

@@ -17,6 +17,11 @@ from lib.markdown import markdown
 PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 
 
+# Tokens, and tokens times top-k, up to which "cuda" decodes (csrc/cuda/decode_shapes.h), and the
+# columns of the activation for which it sums a part of u2.
+MOST_DECODED, COLUMNS_OF_PART = (16, 128), 32
+
+
 class Cost(NamedTuple):
     """Operations and bytes of a launch, or of two that follow each other."""
 
@@ -129,12 +134,51 @@ def _dispatch(case: Case) -> Cost:
     return Cost("dispatch, tile maps", 0, 8 * case.rows, 16 * case.rows, launches=2)
 
 
+def is_decoded(case: Case) -> bool:
+    """Return whether the backend "cuda" computes the case in two kernels where nothing trains."""
+    return MOST_DECODED[0] >= case.shape.T and case.rows <= MOST_DECODED[1]
+
+
+def decoding(case: Case) -> Iterator[Cost]:
+    """Yield the two launches of a few tokens where nothing trains.
+
+    They read the experts that the tokens choose: as many as expected if each chooses at random.
+    Adapters are read in float32. Each block of gate_up reads A1 of its expert again, from the L2.
+    """
+    shape, s = case.shape, sizes_of(case)
+    wide, skinny = _flops(case)
+    chosen, adapted = (_share_chosen(case, tokens) for tokens in (shape.T, case.num_image))
+    to_fp32 = 4 / case.torch_dtype.itemsize
+    lora = (4 * shape.E * shape.r * size for size in (shape.H + 3 * shape.I, shape.H))
+    lora_up, lora_down = (adapted * size for size in lora)
+    parts = to_fp32 * s.u * -(-shape.I // COLUMNS_OF_PART)
+    up = (wide * shape.H + skinny) * 2 * shape.I + skinny * (shape.H + shape.I)
+    yield Cost("gate_up, u1, parts of u2", up, s.x + chosen * s.gate_up + lora_up, s.act + parts)
+    yield Cost(
+        "down, u2, sum", (wide * shape.I + skinny) * shape.H,
+        s.act + chosen * s.down + lora_down + parts, s.x,
+    )  # fmt: skip
+
+
+def _share_chosen(case: Case, tokens: int) -> float:
+    """Share of the experts that some of the tokens are expected to choose."""
+    return 1 - (1 - case.shape.K / case.shape.E) ** tokens
+
+
 def floor(case: Case, mode: str) -> Cost:
-    """The least that any implementation which saves the pre-activation must move."""
+    """The least that any implementation which saves the pre-activation must move.
+
+    With "decoding", that is for an implementation that saves nothing.
+    """
     s = sizes_of(case)
-    flops = sum(cost.flops for cost in {"forward": forward, "backward": backward}[mode](case))
+    passes = {"forward": forward, "backward": backward, "decoding": decoding}
+    flops = sum(cost.flops for cost in passes[mode](case))
     weights = s.gate_up + s.down + s.lora_gate_up + s.lora_down
     grads = 4 / case.torch_dtype.itemsize * (s.lora_gate_up + s.lora_down)
+    if mode == "decoding":
+        chosen, adapted = (_share_chosen(case, tokens) for tokens in (case.shape.T, case.num_image))
+        low_rank = adapted * 4 * case.shape.E * case.shape.r * (2 * case.shape.H + 3 * case.shape.I)
+        return Cost("floor", flops, s.x + chosen * (s.gate_up + s.down) + low_rank, s.x)
     if mode == "forward":
         return Cost("floor", flops, s.x + weights, s.x + s.pre)
     return Cost("floor", flops, 2 * s.x + weights + s.pre, s.x + grads)
@@ -146,9 +190,12 @@ def _flops(case: Case) -> tuple[float, float]:
 
 
 def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") -> str:
-    """Tabulate both passes; ``bandwidth`` is in TB/s."""
+    """Tabulate both passes, and decoding where the backend does; ``bandwidth`` is in TB/s."""
     rows = []
-    for mode, costs in (("forward", [*forward(case)]), ("backward", [*backward(case, backend)])):
+    modes = {"forward": [*forward(case)], "backward": [*backward(case, backend)]}
+    if backend == "cuda" and is_decoded(case):
+        modes["decoding"] = [*decoding(case)]
+    for mode, costs in modes.items():
         sums = (sum(c[i] for c in costs) for i in (1, 2, 3))
         total = Cost(f"all of {mode}", *sums, launches=sum(c.launches for c in costs))
         for cost in (*costs, total, floor(case, mode)._replace(launches=0)):

@@ -98,6 +98,35 @@ __device__ __forceinline__ void multiply<__half>(float (&acc)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Loads 16 bytes of a weight that is read once, past the L1, where the rows are kept.
+__device__ __forceinline__ uint4 load_once(const void* global) {
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+      : "l"(global));
+  return words;
+}
+
+// Brings a line of global memory into the L2.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
+}
+
+// Lets the next kernel of the stream start, if it is launched by launch_early, as soon as all
+// blocks have come here.
+__device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
+// Waits for the end of the kernel before, and for what it has written.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 #ifndef __CUDACC_RTC__
 // The first 48 KiB of shared memory need no attribute.
 template <typename... Parameters, typename... Arguments>
@@ -110,6 +139,41 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
+}
+
+// Returns whether kernels may overlap. Compiled for a device before sm_90, a kernel does not wait.
+// Drivers before 12.3 cannot capture such a launch in a graph.
+template <typename Kernel>
+cudaError_t may_overlap(Kernel kernel, bool& overlaps) {
+  cudaFuncAttributes compiled;
+  int driver = 0;
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  overlaps = error == cudaSuccess && compiled.ptxVersion >= 90 && driver >= 12030;
+  return error;
+}
+
+// Launches a kernel that may start before the one before it in the stream has ended. It must call
+// wait_for_previous_kernel before it reads what that one writes.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads,
+                         size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  bool overlaps = false;
+  cudaError_t error = may_overlap(kernel, overlaps);
+  if (error != cudaSuccess) return error;
+  if (!overlaps) return launch(kernel, grid, threads, shared_bytes, stream, arguments...);
+  if (shared_bytes > 48 * 1024) return cudaErrorInvalidValue;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 #endif
 
@@ -177,6 +241,14 @@ __device__ inline Vector<T> load_vector(const T* row, int k, int size, bool alig
   for (int i = 0; i < Vector<T>::kSize; ++i) {
     if (k + i < size) out.values[i] = row[k + i];
   }
+  return out;
+}
+
+// Loads a vector of weights from an aligned address, or returns zeros.
+template <typename T>
+__device__ inline Vector<T> load_weights(const T* from, bool present) {
+  Vector<T> out = {};
+  if (present) *reinterpret_cast<uint4*>(&out) = load_once(from);
   return out;
 }
 

@@ -478,6 +478,17 @@ def test_the_cost_model_has_the_parts_of_the_kernels(bench):
         assert cuda == tuple(map(_native.cuda_limit, names))
 
 
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (8, 42)])
+def test_decoding_reads_the_experts_that_tokens_choose(bench, tokens, experts):
+    case = bench.cases.Case.named("olmoe", T=tokens, image_share=1.0)
+    costs, floor = [*bench.costs.decoding(case)], bench.costs.floor(case, "decoding")
+    moved = sum(cost.bytes for cost in costs)
+    assert floor.bytes < moved < 1.01 * floor.bytes
+    assert 0.99 < floor.bytes / (experts * (case.expert_bytes + 4 * 16 * 7168)) < 1.01
+    assert bench.costs.is_decoded(case)
+    assert not bench.costs.is_decoded(bench.cases.Case.named("olmoe", T=17))
+
+
 def test_which_cuda_kernels_must_have_matrix_instructions(bench):
     pytest.importorskip("triton")
     from check_gpu_code import _MATRIX
@@ -486,7 +497,7 @@ def test_which_cuda_kernels_must_have_matrix_instructions(bench):
     code = "HMMA.16816.F32 R4, R8 ; HFMA2.MMA R6, -RZ, RZ, 0, 0 ; HGMMA.64x8x16.F32 R24 ;"
     assert len(_MATRIX.findall(code)) == 2
     half, mangled = "_kernel<__half, float, 2, true>", "_kernelINS1_5ShapeI13__nv_bfloat16fEE"
-    for name in ("grouped_gemm", "wgrad", "shrink", "add_low_rank"):
+    for name in ("grouped_gemm", "wgrad", "shrink", "add_low_rank", "decode_down"):
         assert needs(name + half) and needs(f"_ZN12moe_kernels12{name}{mangled}")
         assert not needs(f"{name}_kernel<float, float, 2, true>")
     assert not needs(f"combine{half}") and not needs(f"_ZN19finish_wgrad{mangled}")

@@ -5,6 +5,7 @@ check that the layers call the ops with the right arguments. If CUDA_KERNELS_ON_
 of the kernels compiled for the CPU, these compute the ops.
 """
 
+import ctypes
 import os
 from dataclasses import replace
 
@@ -51,6 +52,8 @@ from moe_kernels import _native, backends
 from moe_kernels.ops import LoraWeights, cuda_launches, lora_linear, triton_launches
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import cuda_impl, gpu
+from moe_kernels.ops.moe_mlp.activation import SILU
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
 
 SHARED = {"dispatch_with_maps", "tile_maps", "shrink", "wgrad", "combine"}
@@ -241,6 +244,90 @@ def test_triton_multiplies_between_the_low_rank_passes_of_the_extension():
     check(torch.float16, shape, seed=1, options=options, num_modalities=2, **made)
 
 
+DECODED = Shape(T=5, K=3, E=6, H=48, I=24, r=5)
+FEW = [
+    "two_modalities", "added_experts", "shared_a", "own_ranks", "gate_up_only", "down_only",
+    "no_mask", "all_padding", "repeated",
+]  # fmt: skip
+
+
+def decoded(inputs):
+    """Return the output where nothing trains, as the op and as a call around the dispatcher."""
+    with torch.no_grad():
+        alone = cuda_impl.inference(*_positional(inputs), form=SILU)
+        assert torch.equal(call(inputs, "triton"), alone)
+    return alone
+
+
+def _positional(inputs):
+    """Return the tensors in the order of the native op."""
+    loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
+    extras = inputs.extra_gate_up_proj, inputs.extra_down_proj
+    return *inputs[:5], inputs.modality_ids, *extras, *loras, inputs.gate_up_bias, None, None
+
+
+@pytest.mark.parametrize("variant", FEW)
+def test_decoding_matches_the_reference(calls, variant):
+    dtype = (torch.float16, torch.bfloat16)[len(variant) % 2]
+    inputs = make_moe_inputs(DECODED, seed=3, **VARIANTS[variant])
+    inputs = inputs.to(dtype, lora_dtype=torch.float32)
+    actual = decoded(on_device(inputs))
+    assert {name for name, _ in calls} == {"moe_mlp_inference"}
+    assert_close(actual.cpu(), call(inputs.to(torch.float64), "reference"), dtype=dtype)
+
+
+@pytest.mark.skipif("CUDA_KERNELS_ON_HOST" not in os.environ, reason="counts launches on the host")
+def test_decoding_a_token_is_two_launches():
+    library = ctypes.CDLL(os.environ["CUDA_KERNELS_ON_HOST"])
+    inputs = make_moe_inputs(Shape(T=1, K=8, E=64, H=64, I=32, r=16), modality="image")
+    inputs, before = inputs.to(torch.bfloat16), library.launches()
+    with torch.no_grad():
+        call(inputs, "triton")
+    assert library.launches() - before == 2
+
+
+@pytest.mark.parametrize(
+    "odd", ["nothing", "tokens", "rows", "rank", "size", "float32", "stack", "bias", "transposed"]
+)
+def test_what_is_decoded_follows_from_shapes_and_layout(odd):
+    sizes = {
+        "tokens": {"T": 17}, "rows": {"K": 26, "E": 26}, "rank": {"r": 65}, "size": {"I": 20}
+    }.get(odd, {})  # fmt: skip
+    variant = {"bias": {"bias": True}, "transposed": {"transposed": True}}.get(odd, {})
+    inputs = make_moe_inputs(replace(DECODED, **sizes), **variant)
+    inputs = inputs.to(torch.float32 if odd == "float32" else torch.float16)
+    if odd == "stack":
+        memory = inputs.down_proj.new_zeros(inputs.down_proj.numel() + 1)
+        inputs = inputs._replace(down_proj=memory[1:].view(inputs.down_proj.shape))
+    tensors = _positional(inputs)
+    weights = ExpertWeights(*tensors[3:5], *tensors[6:])
+    assert cuda_impl.decodes(inputs.topk_ids, weights, SILU) == (odd == "nothing")
+
+
+@pytest.mark.parametrize("odd", ["hidden_states", "lora_A", "topk_weights", "extra"])
+def test_what_is_decoded_is_made_to_fit(odd):
+    """Unaligned tensors and those of another dtype give the same bits."""
+    inputs = make_moe_inputs(DECODED, num_extra=1).to(torch.float16, lora_dtype=torch.float32)
+    inputs = inputs._replace(topk_weights=inputs.topk_weights.half().float())
+    inputs = on_device(inputs)
+    expected = decoded(inputs)
+
+    def moved(tensor):
+        memory = tensor.new_empty(tensor.numel() + 1)
+        return memory[1:].view(tensor.shape).copy_(tensor)
+
+    if odd == "hidden_states":
+        other = inputs._replace(hidden_states=moved(inputs.hidden_states))
+    elif odd == "lora_A":
+        lora = inputs.down_lora
+        other = inputs._replace(down_lora=lora._replace(lora_A=moved(lora.lora_A)))
+    elif odd == "topk_weights":
+        other = inputs._replace(topk_weights=inputs.topk_weights.half())
+    else:
+        other = inputs._replace(extra_gate_up_proj=inputs.extra_gate_up_proj.float())
+    assert torch.equal(decoded(other), expected)
+
+
 @pytest.mark.parametrize("odd", ["hidden_states", "topk_weights"])
 def test_inputs_are_made_to_fit(odd):
     """Unaligned tokens and weights of another dtype give the same bits."""
@@ -272,7 +359,8 @@ def test_opcheck(calls):
     layer(VECTORS, torch.float16, num_extra=1)
     layer(replace(VECTORS, r=40), torch.float16)  # a pass of its own computes du
     lora_linear_results(torch.float16, "triton", *lora_linear_inputs(70, 5, torch.float16))
-    assert {name for name, _ in calls} == ALL | {"add_low_rank"}
+    decoded(make_moe_inputs(DECODED, num_extra=1).to(torch.float16))
+    assert {name for name, _ in calls} == ALL | {"add_low_rank", "moe_mlp_inference"}
     for name, arguments in calls:
         detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
         torch.library.opcheck(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import host_kernels
 from support.devices import NEEDS_TRITON
+from support.moe_mlp import SILU
 from support.processes import run_pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -36,7 +37,7 @@ def test_layers(selected):
 def test_layers_by_the_kernels_on_the_host(tmp_path):
     """Run layers, launchers and kernels unchanged; only the device is imitated."""
     library = str(host_kernels.build_ops(tmp_path))
-    selected = "half_precision or lora_linear or native_ops or opcheck or made_to_fit"
+    selected = "half_precision or lora_linear or native_ops or opcheck or made_to_fit or decod"
     run_pytest(CASES, "-k", selected, TRITON_INTERPRET="1", CUDA_KERNELS_ON_HOST=library)
 
 
@@ -175,6 +176,11 @@ CALLS = {
         (*products(halves(10, 16), halves(4, 16, 136), None, empty(20, 5), empty(1, 4, 5, 136)),
          empty(10, 2), halves(20, 272), False, False), [(20, 272), (0, 136), (2, 10, 2)]
     ),
+    "moe_mlp_inference": (
+        (halves(10, 16), integers(10, 2), empty(10, 2), halves(3, 48, 16), halves(3, 16, 24), None,
+         halves(1, 48, 16), halves(1, 16, 24), empty(1, 3, 5, 16), empty(1, 3, 48, 5), empty(1),
+         halves(1, 1, 4, 24), halves(1, 3, 16, 4), empty(1), None, None, None, *SILU), [(10, 16)]
+    ),
     "dispatch": ((integers(10, 2), 4, None, 1), [(20,), (20,), (4,), (5,), (9,)]),
     "dispatch_with_maps": (
         (integers(10, 2), 4, None, 1, [16, 8], [5, 5, 2, 0, 2, 4, 4, 2, 1, 1]),
@@ -266,6 +272,23 @@ REFUSALS = [
     ("gate_up", 7, empty(2, 3, 48, 5), "v must have shape"),
     ("gate_up", 7, empty(1, 2, 48, 5), "v must be of 3 experts, or of 1 that all share, is of 2"),
     ("gate_up", 9, 32, "block_m must be 16, 64 or 128, is 32"),
+    ("moe_mlp_inference", 0, empty(10, 16), "hidden_states must be bfloat16 or float16"),
+    ("moe_mlp_inference", 0, halves(16, 10).T, "hidden_states must be contiguous"),
+    ("moe_mlp_inference", 1, integers(9, 2), "topk_ids must have shape"),
+    ("moe_mlp_inference", 2, empty(10, 3), "topk_weights must have shape"),
+    ("moe_mlp_inference", 3, halves(3, 47, 16), "gate_up_proj must be .experts, 2 . inter"),
+    ("moe_mlp_inference", 3, halves(3, 32, 16), "down_proj must have shape"),
+    ("moe_mlp_inference", 4, empty(3, 16, 24), "down_proj must be Half"),
+    ("moe_mlp_inference", 5, integers(9), "modality_ids must have shape"),
+    ("moe_mlp_inference", 6, None, "extra_down_proj must be given together"),
+    ("moe_mlp_inference", 7, halves(2, 16, 24), "same number of added experts"),
+    ("moe_mlp_inference", 8, empty(1, 3, 65, 16), "at most 16 tokens .* ranks of at most 64"),
+    ("moe_mlp_inference", 8, empty(1, 2, 5, 16), "of 3 experts, or of 1 that all share, is of 2"),
+    ("moe_mlp_inference", 8, empty(1, 3, 5, 8), "gate_up_lora_A must have shape"),
+    ("moe_mlp_inference", 9, None, "gate_up_lora_A, _lora_B and _scaling must be given together"),
+    ("moe_mlp_inference", 9, empty(1, 3, 48, 4), "gate_up_lora_B must have shape"),
+    ("moe_mlp_inference", 14, halves(4, 48), "without a bias"),
+    ("moe_mlp_inference", 17, "gelu", "computes SwiGLU of rows"),
     ("grouped_gemm", 6, halves(20, 5), "u must be Float"),
     ("grouped_gemm", 0, halves(10, 48), "left must have shape"),
     ("grouped_gemm", 10, True, "stack must have shape"),

@@ -13,22 +13,6 @@ pytestmark = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.miss
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return cuda.build(tmp_path_factory.mktemp("cuda"))
-
-
-@pytest.fixture(params=["ascending", "descending"])
-def library(compiled, request):
-    """Run threads and blocks in one order with late copies, or in the other with early copies.
-
-    A missing barrier shows in one of the two.
-    """
-    descending = request.param == "descending"
-    compiled.set_order(descending, descending)
-    return compiled
-
-
 class Routed:
     """Rows sorted by expert and modality; the last ``num_extra`` experts are added ones."""
 

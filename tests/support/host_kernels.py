@@ -79,6 +79,16 @@ class ActBackward(ctypes.Structure):
     )
 
 
+class Decode(ctypes.Structure):
+    _fields_ = fields(
+        pointer="topk_ids modality_ids topk_weights hidden_states gate_up down extra_gate_up "
+        "extra_down a1 b1 scaling1 a2 b2 scaling2 act parts out",
+        int="tokens top_k num_base num_experts num_modalities hidden inter rank1 rank2 "
+        "experts_of_a1 experts_of_a2",
+        bool="weights_are_float is_float1 is_float2",
+    )
+
+
 def cuda_include() -> Path | None:
     """Return the folder of CUDA's headers, or None."""
     compiler = shutil.which("nvcc")
@@ -125,7 +135,7 @@ def build(folder: Path) -> ctypes.CDLL:
     path = linked(folder / "kernels.so", compiled(folder, HOST / "cuda_kernels_host.cpp", *kernels))
     library = ctypes.CDLL(str(path))
     for structure in (
-        DispatchOut, Maps, Combine, Shrink, Wgrad, GroupedGemm, ActBackward, AddLowRank
+        DispatchOut, Maps, Combine, Shrink, Wgrad, GroupedGemm, ActBackward, AddLowRank, Decode,
     ):  # fmt: skip
         size = getattr(library, f"size_of_{structure.__name__.lower()}")
         size.restype = ctypes.c_size_t

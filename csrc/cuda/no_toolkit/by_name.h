@@ -85,6 +85,13 @@ cudaError_t launch(TypedKernel<void (*)(Parameters...)> kernel, dim3 grid, int t
   return cudaSuccess;
 }
 
+// See device.h. Without nvcc such a kernel does not overlap the one before it.
+template <typename Kernel, typename... Arguments>
+cudaError_t launch_early(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
+                         cudaStream_t stream, const Arguments&... arguments) {
+  return launch(kernel, grid, threads, shared_bytes, stream, arguments...);
+}
+
 // --- what the kernels ask of the hardware; see device.h
 
 unsigned char* shared_memory();
@@ -95,6 +102,10 @@ template <int kGroups>
 void wait_copies();
 void load_matrices(uint32_t (&out)[4], const void* row);
 void load_matrices_transposed(uint32_t (&out)[4], const void* row);
+uint4 load_once(const void* global);
+void prefetch(const void* global);
+void start_next_kernel();
+void wait_for_previous_kernel();
 template <typename T>
 void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 

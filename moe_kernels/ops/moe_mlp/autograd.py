@@ -22,7 +22,6 @@ from moe_kernels.ops.gradients import (
     transformed_function,
     way,
 )
-from moe_kernels.ops.moe_mlp import native_impl
 from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.weights import (
     TRAINABLE,
@@ -30,6 +29,7 @@ from moe_kernels.ops.moe_mlp.weights import (
     Saved,
     check_frozen_extra,
     check_scales,
+    nothing_saved,
 )
 
 
@@ -61,7 +61,10 @@ def _moe_mlp(
     save_for_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return out (T, H) and the fields of ``Saved``. Only the backward uses ``frozen_extra``."""
+    """Return out (T, H) and the fields of ``Saved``, without rows unless it saves.
+
+    Only the backward uses ``frozen_extra``.
+    """
     named = locals()
     weights, form = select(ExpertWeights, named), select(ExpertForm, named)
     check_frozen_extra(frozen_extra, weights.num_extra)
@@ -77,6 +80,8 @@ def _moe_mlp(
             form,
             save_for_backward,
         )
+    if not save_for_backward:
+        saved = nothing_saved(hidden_states, topk_ids, weights)
     return out, *saved
 
 
@@ -88,15 +93,16 @@ moe_mlp_op = torch.library.custom_op("moe_kernels::moe_mlp", _moe_mlp, mutates_a
 def _(*arguments):
     named = _FORWARD.by_name(arguments)
     hidden_states, topk_ids = named["hidden_states"], named["topk_ids"]
-    weights = select(ExpertWeights, named)
+    weights, out = select(ExpertWeights, named), hidden_states.new_empty(hidden_states.shape)
+    if not named["save_for_backward"]:
+        return out, *nothing_saved(hidden_states, topk_ids, weights)
     rows = topk_ids.numel()
-    saved = rows if named["save_for_backward"] else 0
     num_segments = weights.num_experts * (weights.num_modalities + 1)
     return (
-        hidden_states.new_empty(hidden_states.shape),
-        hidden_states.new_empty(saved, weights.gate_up_proj.shape[1]),
-        hidden_states.new_empty(saved, weights.ranks[0]),
-        hidden_states.new_empty(saved, weights.ranks[1]),
+        out,
+        hidden_states.new_empty(rows, weights.gate_up_proj.shape[1]),
+        hidden_states.new_empty(rows, weights.ranks[0]),
+        hidden_states.new_empty(rows, weights.ranks[1]),
         topk_ids.new_empty(rows),
         topk_ids.new_empty(rows),
         topk_ids.new_empty(num_segments + 1),
@@ -216,6 +222,10 @@ _transformed = transformed_function(_NAME, _moe_mlp, _setup_context, _backward)
 _transformed_backward = transformed_function(_NAME, _moe_mlp_backward, **_SECOND)
 
 
+# Backends with an op of the extension for all of a layer, "cuda" for a few tokens.
+_IN_ONE_CALL = ("cpu", "cuda")
+
+
 def run(
     *tensors: Tensor | None,
     frozen_extra: int,
@@ -232,6 +242,8 @@ def run(
         return way(torch.ops.moe_kernels.moe_mlp, _transformed)(*arguments)[0]
     if save_for_backward:
         return _plain.apply(*arguments)[0]
-    if backend == "cpu":
-        return native_impl.inference(*tensors, form=form)
+    if backend in _IN_ONE_CALL:
+        out = backends.implementation("moe_mlp", backend).inference(*tensors, form=form)
+        if out is not None:
+            return out
     return _moe_mlp(*arguments)[0]

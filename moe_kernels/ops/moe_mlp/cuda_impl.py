@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from moe_kernels import _native
+from moe_kernels.ops import checks
 from moe_kernels.ops.cuda_launches import CUDA_SHARED, match_routing_weights, uses_triton_gemm
-from moe_kernels.ops.moe_mlp import gpu
+from moe_kernels.ops.moe_mlp import gpu, native_impl
 from moe_kernels.ops.moe_mlp.activation import SILU, ExpertForm
 from moe_kernels.ops.moe_mlp.gpu import Layer
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
-from moe_kernels.ops.moe_mlp.weights import ExpertWeights
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved, nothing_saved
 
 _ADAPTER_BLOCK = 64  # rows that a block of `shrink` takes at once
 
@@ -21,20 +22,39 @@ def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
     """Return whether the extension multiplies with the experts' weights.
 
     It does for 16-bit weights in whole vectors of 16 bytes, on devices where its kernels are the
-    faster ones. Of layouts it has the usual one alone: SwiGLU of rows [gate; up], without a bias,
-    and stacks that are stored neither transposed nor packed.
+    faster ones.
     """
     hidden, inter = weights.sizes
+    return (
+        not uses_triton_gemm(weights.gate_up_proj.device)
+        and _has_usual_layout(weights, form)
+        and hidden % 8 == inter % 8 == 0
+        and 4 * hidden * inter < 2**31
+    )
+
+
+def decodes(topk_ids: Tensor, weights: ExpertWeights, form: ExpertForm) -> bool:
+    """Return whether two kernels compute the layer without dispatch: for a few tokens.
+
+    They read the weights once, which takes most of the time, so they run on every device.
+    """
+    sizes = (*topk_ids.shape, *weights.sizes, max(weights.ranks))
+    return _native.decode_takes(*sizes) and _has_usual_layout(weights, form)
+
+
+def _has_usual_layout(weights: ExpertWeights, form: ExpertForm) -> bool:
+    """Return whether experts are in the layout, and of a dtype, that the extension computes.
+
+    That is SwiGLU of rows [gate; up], without a bias, and stacks of 16 bits that are stored
+    neither transposed nor packed.
+    """
     return (
         form == SILU
         and not weights.is_packed
         and weights.gate_up_bias is None
+        and weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
         and weights.gate_up_proj.is_contiguous()
         and weights.down_proj.is_contiguous()
-        and not uses_triton_gemm(weights.gate_up_proj.device)
-        and weights.gate_up_proj.dtype in (torch.bfloat16, torch.float16)
-        and hidden % 8 == inter % 8 == 0
-        and 4 * hidden * inter < 2**31
         and _is_aligned(weights.gate_up_proj)
         and _is_aligned(weights.down_proj)
     )
@@ -140,5 +160,46 @@ CUDA_LAYER = TRITON_LAYER._replace(
     act_backward=act_backward,
     combine=combine,
 )
-forward = partial(gpu.forward, CUDA_LAYER)
 backward = partial(gpu.backward, CUDA_LAYER)
+
+
+def forward(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    modality_ids: Tensor | None,
+    weights: ExpertWeights,
+    form: ExpertForm,
+    save_for_backward: bool,
+) -> tuple[Tensor, Saved]:
+    """Return out (T, H), and what the backward pass needs."""
+    routed = hidden_states, topk_ids, topk_weights
+    if save_for_backward or not decodes(topk_ids, weights, form):
+        return gpu.forward(CUDA_LAYER, *routed, modality_ids, weights, form, save_for_backward)
+    out = native_impl.inference(*routed, *weights[:2], modality_ids, *weights[2:], form=form)
+    return out, nothing_saved(hidden_states, topk_ids, weights)
+
+
+def inference(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    modality_ids: Tensor | None,
+    *others: Tensor | None,
+    form: ExpertForm,
+) -> Tensor | None:
+    """out (T, H) by two kernels in one call, or None where they do not take the input.
+
+    ``others`` are the rest of ExpertWeights' fields. A call of Python's course takes longer than a
+    layer for one token.
+    """
+    weights = ExpertWeights(gate_up_proj, down_proj, *others)
+    if not decodes(topk_ids, weights, form):
+        return None
+    checks.id_ranges(topk_ids, weights.num_experts, modality_ids, weights.num_modalities, "cuda")
+    return native_impl.inference(
+        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *others,
+        form=form,
+    )  # fmt: skip

@@ -142,8 +142,9 @@ class ExpertWeights(NamedTuple):
 class Saved(NamedTuple):
     """Tensors that a forward pass of ``moe_mlp`` keeps for the backward pass.
 
-    The first three have no rows where nothing is saved. Their rows that nothing is computed for
-    are zeros, so that every output of the op is a function of its inputs.
+    The op returns them without rows where nothing is saved (:func:`nothing_saved`). Rows of the
+    first three that nothing is computed for are zeros, so that every output of the op is a function
+    of its inputs.
 
     Attributes:
         pre_act: (T*K, 2I or I), before the activation, in sorted order; columns in the order of the
@@ -161,3 +162,10 @@ class Saved(NamedTuple):
     perm: Tensor
     inv_perm: Tensor
     segment_offsets: Tensor
+
+
+def nothing_saved(hidden_states: Tensor, topk_ids: Tensor, weights: ExpertWeights) -> Saved:
+    """Return the fields of a forward pass that keeps nothing: tensors without rows."""
+    widths = (weights.gate_up_proj.shape[1], *weights.ranks)
+    rows = (hidden_states.new_empty(0, width) for width in widths)
+    return Saved(*rows, *(topk_ids.new_empty(0) for _ in range(3)))

@@ -4,6 +4,7 @@
 
 #include "../../../csrc/cuda/add_low_rank.h"
 #include "../../../csrc/cuda/combine.h"
+#include "../../../csrc/cuda/decode.h"
 #include "../../../csrc/cuda/dispatch.h"
 #include "../../../csrc/cuda/grouped_gemm.h"
 #include "../../../csrc/cuda/shrink.h"
@@ -13,8 +14,10 @@
 using namespace moe_kernels::cuda;
 
 extern "C" void set_order(bool descending, bool early_copies) {
-  host::order = {descending, early_copies};
+  host::order = {descending, early_copies, false};
 }
+
+extern "C" void set_late_launches(bool on) { host::order.late_launches = on; }
 
 extern "C" int launches() { return host::launches; }
 
@@ -94,4 +97,10 @@ extern "C" bool supports(int dtype, int64_t size_k, int64_t size_n) {
 extern "C" size_t size_of_addlowrank() { return sizeof(AddLowRank); }
 extern "C" int add_low_rank(const AddLowRank* given, int out, int v) {
   return launch_add_low_rank(*given, Scalar(out), Scalar(v), nullptr);
+}
+
+extern "C" size_t size_of_decode() { return sizeof(Decode); }
+extern "C" int parts_of_decode(int inter) { return static_cast<int>(decode_parts(inter)); }
+extern "C" int decode(const Decode* given, int dtype) {
+  return launch_decode(*given, Scalar(dtype), nullptr);
 }

@@ -4,6 +4,10 @@
 
 #include <torch/library.h>
 
+#include "cuda_on_host.h"
+
+extern "C" int launches() { return host::launches; }
+
 TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("dispatch", &moe_kernels::cuda::dispatch);
   m.impl("dispatch_with_maps", &moe_kernels::cuda::dispatch_with_maps);
@@ -15,4 +19,5 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("gate_up", &moe_kernels::cuda::gate_up);
   m.impl("grouped_gemm", &moe_kernels::cuda::grouped_gemm);
   m.impl("act_backward", &moe_kernels::cuda::act_backward);
+  m.impl("moe_mlp_inference", &moe_kernels::cuda::moe_mlp_inference);
 }

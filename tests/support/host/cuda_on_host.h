@@ -4,7 +4,8 @@
 // A fiber gives way only where it waits for others: at a barrier and at a collective of its warp.
 // Missing barriers show: a warp runs as far as it can before the next, in ascending or descending
 // order; an asynchronous copy happens as late as it may, in the wait for it, or at once
-// (host::order); and shared memory begins as NaN.
+// (host::order); and shared memory begins as NaN. A kernel that may overlap the one before begins
+// before it, if host::order says so.
 // Threads that wait for each other in vain end the launch with an error.
 #pragma once
 
@@ -21,6 +22,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../../../csrc/cuda/host_device.h"
@@ -38,6 +41,8 @@ namespace host {
 struct Order {
   bool descending;    // threads, and blocks
   bool early_copies;  // asynchronous ones: at once
+  // A launch waits until a kernel that was launched to overlap it waits for it.
+  bool late_launches;
 };
 inline Order order;
 inline int launches;  // so far
@@ -99,6 +104,9 @@ inline Block block;
 inline Fiber* current;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
+inline std::function<cudaError_t()> late;  // the launch that waits
+inline uint64_t grids_done;  // of those that another kernel waited for
+inline cudaError_t error;  // of that launch
 
 inline void wait_for(const uint64_t* counter, uint64_t target) {
   current->counter = counter;
@@ -169,6 +177,25 @@ inline bool run_warp(int warp, int num_threads) {
   return progress;
 }
 
+// Runs the launch that waits, in the middle of a block of the next one.
+inline void run_late_launch() {
+  std::vector<Fiber> own_fibers(kMaxThreads);
+  std::vector<unsigned char> own_stacks;
+  Block own_block;
+  std::swap(fibers, own_fibers);
+  std::swap(stacks, own_stacks);
+  std::swap(block, own_block);
+  const auto kept = std::make_tuple(threadIdx, blockIdx, blockDim, gridDim, body);
+  const auto launch = std::move(late);
+  late = nullptr;
+  error = launch();
+  std::tie(threadIdx, blockIdx, blockDim, gridDim, body) = kept;
+  std::swap(fibers, own_fibers);
+  std::swap(stacks, own_stacks);
+  std::swap(block, own_block);
+  ++grids_done;
+}
+
 // Whether all threads of the block came to their end.
 inline bool run_block(int num_threads, size_t shared_bytes) {
   prepare(num_threads, shared_bytes);
@@ -178,7 +205,9 @@ inline bool run_block(int num_threads, size_t shared_bytes) {
     for (int i = 0; i < warps; ++i) {
       progress |= run_warp(order.descending ? warps - 1 - i : i, num_threads);
     }
-    if (!progress) {
+    if (!progress && late) {
+      run_late_launch();
+    } else if (!progress) {
       std::fprintf(stderr, "block %u: threads wait for each other in vain\n", blockIdx.x);
       return false;
     }
@@ -379,6 +408,21 @@ inline float widen(__half, uint16_t bits) {
 
 }  // namespace on_host
 
+inline uint4 load_once(const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) host::fail("a weight that is not aligned");
+  return *static_cast<const uint4*>(global);
+}
+
+inline void prefetch(const void* global) {
+  static_cast<void>(*static_cast<const volatile char*>(global));
+}
+
+inline void start_next_kernel() {}
+
+inline void wait_for_previous_kernel() {
+  if (host::late) host::wait_for(&host::grids_done, host::grids_done + 1);
+}
+
 // acc (16, 8) += a (16, 16) b (16, 8), the fragments of mma.sync.m16n8k16.
 template <typename T>
 void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -408,8 +452,24 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
                    cudaStream_t, const Arguments&... arguments) {
   if (shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
   ++host::launches;
+  const auto run = [=] {
+    host::body = [=] { kernel(arguments...); };
+    return host::run_grid(grid, threads, shared_bytes);
+  };
+  if (!host::order.late_launches) return run();
+  host::late = run;
+  return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads,
+                         size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) return cudaErrorInvalidValue;
+  ++host::launches;
+  host::error = cudaSuccess;
   host::body = [&] { kernel(arguments...); };
-  return host::run_grid(grid, threads, shared_bytes);
+  const cudaError_t error = host::run_grid(grid, threads, shared_bytes);
+  return error == cudaSuccess ? host::error : error;
 }
 
 }  // namespace moe_kernels::cuda
