@@ -43,6 +43,7 @@ from moe_kernels import _native, _nvrtc
 from moe_kernels.ops import triton_kernels as shared
 from moe_kernels.ops import triton_launches as launches
 from moe_kernels.ops.dispatch import triton_impl as dispatch
+from moe_kernels.ops.dispatch import triton_sort
 from moe_kernels.ops.lora_linear import triton_impl as linear
 from moe_kernels.ops.moe_mlp import triton_kernels as moe_mlp
 from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, built_in
@@ -75,7 +76,7 @@ _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _POINTERS = dict.fromkeys(
     ("perm_ptr", "inv_perm_ptr", "tiles_ptr", "segments_ptr", "groups_ptr", "num_rows_ptr",
      "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr", "maps_ptr"), "i64",
-) | dict.fromkeys(
+) | dict.fromkeys(("counts_ptr", "before_ptr", "totals_ptr"), "i32") | dict.fromkeys(
     ("scaling_ptr", "factors_ptr", "factors2_ptr", "du_ptr", "dots_ptr", "dots_out_ptr",
      "du_parts_ptr", "partial_ptr", "partial2_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr",
      "matrix_ptr", "scales_ptr", "codes_ptr"),
@@ -296,6 +297,12 @@ def _dispatch_kernels() -> Iterator[Kernel]:
     for mask in (True, False):
         constants = {"TOP_K": TOP_K, "HAS_MODALITIES": mask, **dispatch.BLOCKS}
         yield Kernel(dispatch.dispatch_kernel, constants, gemm=False)
+    for keys in (256, 4096):  # upper limits on the number of segments
+        ids = {"TOP_K": TOP_K, "HAS_MODALITIES": True, "KEYS": keys}
+        block = {"BLOCK": triton_sort.BLOCKS["BLOCK"]}
+        yield Kernel(triton_sort.count_kernel, ids | block, gemm=False)
+        yield Kernel(triton_sort.place_kernel, ids | triton_sort.BLOCKS, gemm=False)
+    yield Kernel(triton_sort.scan_kernel, triton_sort.SCAN_BLOCKS, gemm=False)
 
 
 def compile_job(

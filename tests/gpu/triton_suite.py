@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_kernels import tune
 from moe_kernels.ops import (
     LoraWeights,
+    linear_dispatch,
     lora_linear,
     moe_mlp,
     quantise_fp8,
@@ -34,7 +35,7 @@ from moe_kernels.ops import (
     triton_launches,
 )
 from moe_kernels.ops import triton_tile_maps as maps
-from moe_kernels.ops.dispatch import reference
+from moe_kernels.ops.dispatch import reference, triton_sort
 from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
 from moe_kernels.ops.moe_mlp import triton_impl as triton_moe_mlp
 from moe_kernels.ops.moe_mlp import triton_tiles
@@ -266,6 +267,52 @@ def test_dispatch(routing, tokens, top_k, modalities):
     actual = triton_dispatch.dispatch(*arguments, modalities)
     for field, expected_field in zip(actual, expected, strict=True):
         assert torch.equal(field.cpu(), expected_field)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "modalities", "kind"),
+    [
+        (1, 1, 1, 0, "ragged"),
+        (90, 3, 512, 3, "ragged"),  # 2,049 keys
+        (40, 8, 64, 1, "balanced"),
+        (300, 1, 1, 2, "one expert"),  # as for lora_linear
+        (129, 2, 5, 1, "one expert"),
+        (256, 1, 300, 0, "nowhere"),
+        pytest.param(1500, 8, 64, 1, "ragged", marks=pytest.mark.slow),
+        pytest.param(600, 1, 1, 4093, "balanced", marks=pytest.mark.slow),
+        *[(131_000, 8, 512, 3, "ragged"), (1_000_000, 8, 64, 1, "one expert")] * ON_GPU,
+    ],
+)
+def test_dispatch_of_long_batches(tokens, top_k, experts, modalities, kind, monkeypatch):
+    """In blocks of 256 rows: one, several, and one that is not full."""
+    monkeypatch.setattr(triton_dispatch, "MAX_COUNTED", 0)
+    monkeypatch.setattr(reference, "dispatch", None)  # torch does not sort
+    ids = torch.randint(0, experts, (tokens, top_k))
+    if kind == "ragged":
+        ids = ids * ids // experts
+    if kind == "one expert":
+        ids[:] = experts - 1
+    if kind != "balanced":
+        ids[torch.rand(ids.shape) < 0.1] = -1
+        ids[torch.rand(ids.shape) < (1 if kind == "nowhere" else 0.1)] = experts
+    modality = torch.randint(-1, modalities + 2, (tokens,)) if modalities else None
+    arguments = ids.to(DEVICE), experts, None if modality is None else modality.to(DEVICE)
+    actual = triton_dispatch.dispatch(*arguments, modalities)
+    monkeypatch.undo()
+    expected = reference.dispatch(ids, experts, modality, modalities)
+    for field, expected_field in zip(actual, expected, strict=True):
+        assert torch.equal(field.cpu(), expected_field)
+
+
+def test_torch_sorts_what_has_too_many_segments(monkeypatch):
+    monkeypatch.setattr(triton_dispatch, "MAX_COUNTED", 0)
+    sorted_by = []
+    monkeypatch.setattr(triton_sort, "sort", lambda *sizes: sorted_by.append("triton"))
+    monkeypatch.setattr(reference, "dispatch", lambda *sizes: sorted_by.append("torch"))
+    ids = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
+    for experts in (4094, 4095):
+        triton_dispatch.dispatch(ids, experts, None, 0)
+    assert sorted_by == ["triton", "torch"]
 
 
 @pytest.mark.parametrize("block", [1, 16, 300])
@@ -525,7 +572,7 @@ def no_values(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse(getattr(torch.Tensor, name)))
 
 
-@pytest.mark.parametrize(  # sorted by our own kernel, and by torch
+@pytest.mark.parametrize(  # sorted in one launch, and in three
     "tokens", [13, pytest.param(700, marks=pytest.mark.slow)]
 )
 def test_the_host_never_waits(tokens, no_values):
@@ -600,6 +647,19 @@ def test_launches(variant, forward, backward, monkeypatch):
     found = launches_of(inputs, triton_moe_mlp, monkeypatch)
     names = [[name.removesuffix("_kernel") for name in names] for names in found]
     assert names == [forward, forward, backward]
+
+
+@pytest.mark.skipif(ON_GPU, reason="counts in the interpreter: run on a machine without a GPU")
+@pytest.mark.parametrize("most_counted", [20, 19])
+def test_launches_of_dispatch(most_counted, monkeypatch):
+    """A counting sort takes three; the rows of a linear layer are sorted by the same launches."""
+    monkeypatch.setattr(triton_dispatch, "MAX_COUNTED", most_counted)
+    sort = ["dispatch"] if most_counted == 20 else ["count", "scan", "place"]
+    with Launches(monkeypatch) as seen:
+        triton_dispatch.dispatch(torch.zeros(10, 2, dtype=torch.int64), 3, None, 1)
+        linear_dispatch(torch.zeros(20, dtype=torch.int64), 1, backend="triton")
+    names = [name.removesuffix("_kernel") for name in seen.names]
+    assert [n for n in names if "aten" not in n] == [*sort, *sort, "tile_maps"]
 
 
 @pytest.mark.skipif(ON_GPU, reason="counts in the interpreter: run on a machine without a GPU")

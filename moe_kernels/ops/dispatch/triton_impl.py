@@ -1,8 +1,9 @@
-"""``dispatch`` in Triton: counting in one launch for a short batch, torch's sort for a long one.
+"""``dispatch`` in Triton: one launch for a short batch, a counting sort in three for a long one.
 
 A row's place is the number of rows that come before it. Counting them for every row takes work that
-grows with the square of the rows, but a batch of decoding needs one small launch for it, where a
-sort and what follows it need twenty.
+grows with the square of the rows, but a batch of decoding needs one small launch for it. A long
+batch is sorted by ``triton_sort``, or by torch in eighteen launches where there are more than 4,094
+pairs of an expert and a modality.
 """
 
 import torch
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.ops.dispatch import reference
+from moe_kernels.ops.dispatch import reference, triton_sort
+from moe_kernels.ops.dispatch.triton_sort import segments_of
 from moe_kernels.ops.triton_launch import launch
 from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap, tile_maps
 
@@ -24,16 +26,11 @@ def _sort_keys(
     TOP_K: tl.constexpr, HAS_MODALITIES: tl.constexpr,
 ):  # fmt: skip
     """Return segment * num_rows + row: a stable order; rows that are not dispatched come last."""
-    mask = rows < num_rows
-    expert = tl.load(topk_ids_ptr + rows, mask=mask, other=-1)
-    modality = tl.zeros_like(expert)
-    if HAS_MODALITIES:
-        modality = tl.load(modality_ids_ptr + rows // TOP_K, mask=mask, other=-1)
-    routed = (expert >= 0) & (expert < num_experts)
-    routed = routed & (modality >= 0) & (modality <= num_modalities)
-    groups = num_modalities + 1
-    segment = tl.where(routed, expert * groups + modality, num_experts * groups)
-    return tl.where(mask, segment * num_rows + rows, (num_experts * groups + 1) * num_rows)
+    segment = segments_of(
+        topk_ids_ptr, modality_ids_ptr, rows, num_rows, num_experts, num_modalities, TOP_K,
+        HAS_MODALITIES,
+    )  # fmt: skip
+    return segment * num_rows + rows
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "num_modalities"])
@@ -93,15 +90,29 @@ def dispatch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of ``Dispatch``, in order, for (T, K) and (T,) ids."""
     rows, num_segments = topk_ids.numel(), num_experts * (num_modalities + 1)
-    if not 0 < rows <= MAX_COUNTED:
+    is_short = 0 < rows <= MAX_COUNTED
+    if not is_short and not triton_sort.supports(rows, num_experts, num_modalities):
         return reference.dispatch(topk_ids, num_experts, modality_ids, num_modalities)
     sizes = (rows, rows, num_experts, num_experts + 1, num_segments + 1)
     fields = tuple(torch.empty(n, dtype=torch.int64, device=topk_ids.device) for n in sizes)
-    grid = sum(triton.cdiv(n, BLOCKS["BLOCK"]) for n in (rows, num_segments + 1))
+    write = _count if is_short else triton_sort.sort
+    write(topk_ids, num_experts, modality_ids, num_modalities, fields)
+    return fields
+
+
+def _count(
+    topk_ids: Tensor,
+    num_experts: int,
+    modality_ids: Tensor | None,
+    num_modalities: int,
+    fields: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """Write the fields of ``Dispatch``, in order, for (T, K) and (T,) ids, in one launch."""
     perm, inv_perm, tokens_per_expert, expert_offsets, segment_offsets = fields
+    rows, offsets = topk_ids.numel(), segment_offsets.numel()
     launch(
         dispatch_kernel,
-        (grid,),
+        (sum(triton.cdiv(n, BLOCKS["BLOCK"]) for n in (rows, offsets)),),
         topk_ids_ptr=topk_ids,
         modality_ids_ptr=topk_ids if modality_ids is None else modality_ids,
         perm_ptr=perm,
@@ -116,7 +127,6 @@ def dispatch(
         HAS_MODALITIES=modality_ids is not None,
         **BLOCKS,
     )
-    return fields
 
 
 def dispatch_with_maps(
