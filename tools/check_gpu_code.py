@@ -75,7 +75,7 @@ _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Pointers that are not of the compute dtype. Float32 adapters take the most registers.
 _POINTERS = dict.fromkeys(
     ("perm_ptr", "inv_perm_ptr", "tiles_ptr", "segments_ptr", "groups_ptr", "num_rows_ptr",
-     "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr", "maps_ptr"), "i64",
+     "topk_ids_ptr", "modality_ids_ptr", "tokens_ptr", "experts_ptr"), "i64",
 ) | dict.fromkeys(("counts_ptr", "before_ptr", "totals_ptr"), "i32") | dict.fromkeys(
     ("scaling_ptr", "factors_ptr", "factors2_ptr", "du_ptr", "dots_ptr", "dots_out_ptr",
      "du_parts_ptr", "partial_ptr", "partial2_ptr", "a_ptr", "b_ptr", "v_ptr", "m_ptr",

@@ -104,10 +104,9 @@ def _of_map(which, first, second, third, fourth):
 
 
 @triton.jit
-def _size(num_rows, num_groups, block):
-    """Return how many tiles a map has, as :func:`most_tiles` does, and its numbers in memory."""
-    tiles = tl.where(num_groups > 0, tl.minimum(num_rows, num_rows // block + num_groups), 0)
-    return tiles, 3 * (tiles + num_groups)
+def _most_tiles(num_rows, num_groups, block):
+    """Return how many tiles a map has, as :func:`most_tiles` does."""
+    return tl.where(num_groups > 0, tl.minimum(num_rows, num_rows // block + num_groups), 0)
 
 
 # One compilation serves all shapes: the kernel gains nothing from constant arguments.
@@ -122,7 +121,8 @@ def _size(num_rows, num_groups, block):
 )  # fmt: skip
 def tile_maps_kernel(
     segments_ptr,  # (num_segments + 1,)
-    maps_ptr,  # of each map in turn (3, tiles) and (3, groups)
+    tiles_ptr,  # (3, tiles) of each map in turn
+    groups_ptr,  # (3, groups) of each map in turn
     num_segments,
     num_rows,
     num0, period0, stride0, offset0, width0, block0,
@@ -140,18 +140,18 @@ def tile_maps_kernel(
     two, three = num0 + num1, num0 + num1 + num2
     which = (this >= num0).to(tl.int32) + (this >= two).to(tl.int32) + (this >= three).to(tl.int32)
     this -= _of_map(which, 0, num0, two, three)
-    _, size0 = _size(num_rows, num0, block0)
-    _, size1 = _size(num_rows, num1, block1)
-    _, size2 = _size(num_rows, num2, block2)
-    tiles_ptr = maps_ptr + _of_map(which, 0, size0, size0 + size1, size0 + size1 + size2)
+    groups_ptr += 3 * _of_map(which, 0, num0, two, three)
+    tiles0 = _most_tiles(num_rows, num0, block0)
+    tiles1 = _most_tiles(num_rows, num1, block1)
+    tiles2 = _most_tiles(num_rows, num2, block2)
+    tiles_ptr += 3 * _of_map(which, 0, tiles0, tiles0 + tiles1, tiles0 + tiles1 + tiles2)
     num_groups = _of_map(which, num0, num1, num2, num3)
     period = _of_map(which, period0, period1, period2, period3)
     stride = _of_map(which, stride0, stride1, stride2, stride3)
     offset = _of_map(which, offset0, offset1, offset2, offset3)
     width = _of_map(which, width0, width1, width2, width3)
     block = _of_map(which, block0, block1, block2, block3)
-    num_tiles, _ = _size(num_rows, num_groups, block)
-    groups_ptr = tiles_ptr + 3 * num_tiles
+    num_tiles = _most_tiles(num_rows, num_groups, block)
     block = block.to(tl.int64)  # times a number of tiles
     groups = tl.arange(0, BLOCK_G)
     present = groups < num_groups
@@ -201,14 +201,11 @@ def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) 
             *tile_maps(segment_offsets, num_rows, first),
             *tile_maps(segment_offsets, num_rows, others),
         ]
-    shapes = [
-        (3, columns)
-        for groups, block in requested
-        for columns in (most_tiles(num_rows, groups.num, block), groups.num)
-    ]
-    memory = segment_offsets.new_empty(sum(rows * columns for rows, columns in shapes))
-    parts = memory.split([rows * columns for rows, columns in shapes])
-    views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    tiles, of_tiles = _in_one_tensor(
+        segment_offsets, [most_tiles(num_rows, groups.num, block) for groups, block in requested]
+    )
+    # Apart from the tiles: both may be outputs of an op, which must not share memory.
+    groups_of, of_groups = _in_one_tensor(segment_offsets, [groups.num for groups, _ in requested])
     padded = [*requested, *[(_NO_GROUPS, 1)] * (MAX_MAPS - len(requested))]
     numbers = {
         f"{name}{index}": number
@@ -220,7 +217,8 @@ def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) 
         tile_maps_kernel,
         (sum(nums),),
         segments_ptr=segment_offsets,
-        maps_ptr=memory,
+        tiles_ptr=tiles,
+        groups_ptr=groups_of,
         num_segments=segment_offsets.numel() - 1,
         num_rows=num_rows,
         **numbers,
@@ -229,8 +227,14 @@ def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) 
     )
     return [
         TileMap(tiles, groups, num_rows, block)
-        for tiles, groups, (_, block) in zip(views[::2], views[1::2], requested, strict=True)
+        for tiles, groups, (_, block) in zip(of_tiles, of_groups, requested, strict=True)
     ]
+
+
+def _in_one_tensor(like: Tensor, columns: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Return new memory like ``like``, and its parts, each (3, columns)."""
+    memory = like.new_empty(3 * sum(columns))
+    return memory, [part.view(3, -1) for part in memory.split([3 * n for n in columns])]
 
 
 def chunk_rows(num_rows: int, size: int) -> int:
