@@ -41,14 +41,25 @@ def _why_not(name: str, index: int | None = None) -> str | None:
     """Return why a backend does not work on the CUDA device ``index`` (None: current), or None."""
     if name == "cpu":
         return _native.why_not()
-    if name == "triton":
-        return _why_no_triton(index)
-    return _why_no_cuda(index) if name == "cuda" else None
+    if name == "reference":
+        return None
+    if index is None:  # whichever is current may change
+        return _WHY_NOT_ON[name](index)
+    return _why_not_on(name, index, triton_is_interpreted())
 
 
 # A compiled program uses the answer as a constant, since it cannot trace the search. The line is
 # all that torch.compiler.assume_constant_result does, after importing the compiler for seconds.
 _why_not._dynamo_marked_constant = True
+
+
+@functools.cache  # every call of an op asks
+def _why_not_on(name: str, index: int, interpreted: bool) -> str | None:
+    """Return why a backend does not work on a device.
+
+    Triton's interpreter alone can be turned on while a program runs, so the answer depends on it.
+    """
+    return _WHY_NOT_ON[name](index)
 
 
 def _why_no_triton(index: int | None) -> str | None:
@@ -88,6 +99,9 @@ def _why_no_cuda(index: int | None) -> str | None:
             "triton is not installed, and the extension's kernels do not do everything without it"
         )
     return None
+
+
+_WHY_NOT_ON = {"triton": _why_no_triton, "cuda": _why_no_cuda}
 
 
 def triton_is_interpreted() -> bool:

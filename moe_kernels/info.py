@@ -1,6 +1,7 @@
 """``python -m moe_kernels.info``: versions, build, backends and devices, to paste into a report."""
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -67,6 +68,14 @@ def _build() -> dict:
     return facts | {"cuda kernels": f"compiled by NVRTC at their first use, kept in {folder}"}
 
 
+def _tiles() -> str:
+    """Say where Triton's tiles come from: with others a layer has other last bits."""
+    path = env.tiles_path()
+    if not path.is_file():
+        return "built in"
+    return f"{path}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
 def _cuda_ops() -> dict[str, str]:
     """Map each part of a layer to the kernels that the backend "cuda" runs for it."""
     return {
@@ -84,6 +93,7 @@ def collect() -> dict:
         "build": _build(),
         "backends": {name: reason or "ok" for name, reason in backends.available().items()},
         "backend cuda": _cuda_ops() if _native.why_no_cuda() is None else {},
+        "triton tiles": _tiles(),
         "devices": _devices(),
         "threads": torch.get_num_threads(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),

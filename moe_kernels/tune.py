@@ -25,7 +25,7 @@ from moe_kernels import backends, env
 from moe_kernels.files import replacing
 from moe_kernels.ops import moe_mlp
 from moe_kernels.ops.moe_mlp import triton_tiles
-from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
+from moe_kernels.ops.moe_mlp.tiles import Tiles, force
 from moe_kernels.testing import MoeInputs, Shape, assert_close, make_moe_inputs
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -64,7 +64,7 @@ def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, lim
     found += [tiles for least, tiles in chosen if average >= least and tiles not in found][:1]
     for tiles in tqdm(found[: limit or None], desc=f"T = {shape.T}", unit="tile"):
         try:
-            with triton_tiles.force(tiles):
+            with force(tiles):
                 for name, tensor in _run(inputs, grad_out).items():
                     assert_close(tensor, expected[name], dtype=dtype, name=name)
                 seconds = _seconds(inputs, grad_out, trials)

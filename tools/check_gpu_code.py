@@ -46,7 +46,8 @@ from moe_kernels.ops.dispatch import triton_impl as dispatch
 from moe_kernels.ops.dispatch import triton_sort
 from moe_kernels.ops.lora_linear import triton_impl as linear
 from moe_kernels.ops.moe_mlp import triton_kernels as moe_mlp
-from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, built_in
+from moe_kernels.ops.moe_mlp.tiles import Tiles
+from moe_kernels.ops.moe_mlp.triton_tiles import built_in
 from moe_kernels.ops.triton_tile_maps import tile_maps_kernel
 
 # Shared memory of a program, of a multiprocessor, and registers of it, by compute capability.

@@ -51,9 +51,11 @@ def works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(_native, "build_info", lambda: {"cuda_arch_list": "8.0;9.0a;10.0+PTX"})
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
-    _native.runs_on.cache_clear()
+    for cached in (_native.runs_on, backends._why_not_on):
+        cached.cache_clear()
     yield monkeypatch
-    _native.runs_on.cache_clear()
+    for cached in (_native.runs_on, backends._why_not_on):
+        cached.cache_clear()
 
 
 def test_it_works_where_everything_is_there(works):
@@ -64,6 +66,24 @@ def test_it_works_where_everything_is_there(works):
     works.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="'cuda' needs tensors on a CUDA device, got cpu"):
         backends.select("cuda", torch.device("cpu"))
+
+
+def test_a_device_is_asked_once(works):
+    """Every call of an op chooses its backend; the environment may change between calls."""
+    asked = []
+    works.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0))
+    for index in (0, 0, 1, 0):
+        for name in ("cuda", "triton", None):
+            assert backends.select(name, torch.device("cuda", index)) == (name or "cuda")
+    assert asked == [0, 0, 1, 1]  # by each of the two backends
+    works.setenv("MOE_KERNELS_BACKEND", "triton")
+    assert backends.select(None, torch.device("cuda", 0)) == "triton"
+    works.setenv("TRITON_INTERPRET", "1")
+    assert backends.select("triton", torch.device("cpu", 0)) == "triton"
+    works.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="'triton' needs tensors on a CUDA device, got cpu"):
+        backends.select("triton", torch.device("cpu", 0))
+    assert len(asked) == 4
 
 
 def test_it_says_what_is_missing(works):
@@ -129,6 +149,16 @@ def test_the_info_page_says_whose_kernels_run(works, capsys):
     works.setattr(_native, "has_cuda_kernel", lambda op: False)
     info.main([])
     assert "backend cuda: none" in capsys.readouterr().out
+
+
+def test_the_info_page_has_the_hash_of_tuned_tiles(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("MOE_KERNELS_TILES", str(path))
+    assert info.collect()["triton tiles"] == "built in"
+    path.write_text("{}")
+    assert info.collect()["triton tiles"] == f"{path}, sha256 44136fa355b3"
+    path.write_text("{ }")
+    assert not info.collect()["triton tiles"].endswith("44136fa355b3")
 
 
 def test_a_build_with_cuda_has_every_op():

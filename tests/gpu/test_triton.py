@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.devices import NEEDS_TRITON, ON_GPU
 from support.processes import run_pytest
 
@@ -54,6 +55,45 @@ def test_every_launch_pins_the_fused_multiply_add():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
     }
     assert by_subscript == {"triton_launch.py"}
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_launch_that_fails_within_a_capture(capturing, monkeypatch):
+    """The first launch of a kernel compiles and loads it, which the driver then refuses."""
+
+    class Kernel:
+        __name__ = "combine_kernel"
+
+        def __getitem__(self, grid):
+            def run(**arguments):
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+            return run
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    words = "^combine_kernel .* CUDA graph .*operation not permitted.*run the layer once before"
+    with pytest.raises(RuntimeError, match=words if capturing else "^operation not permitted"):
+        launch(Kernel(), (1,))
+
+
+@NEEDS_TRITON
+def test_more_groups_than_the_second_axis_of_a_grid_has_programs(monkeypatch):
+    """It ends at 65,535: more was a bare CUDA error."""
+    from moe_kernels.ops import triton_launches
+    from moe_kernels.ops.triton_tile_maps import TileMap
+
+    grids, num_groups, one = [], 70_000, torch.ones(1, 1)
+    monkeypatch.setattr(triton_launches, "launch", lambda _, grid, **rest: grids.append(grid))
+    monkeypatch.setattr(triton_launches, "INTERPRETED", True)
+    monkeypatch.setattr(triton_launches, "capability", lambda device: 90)
+    rows = TileMap(torch.zeros(3, 1), torch.zeros(3, num_groups), 1, 16)
+    problem = triton_launches.Wgrad(
+        one, one, torch.zeros(1), rows, torch.ones(1), top_k=1, transposed=False
+    )
+    triton_launches.wgrad([problem])
+    assert grids[-1][0] >= num_groups
+    assert all(programs <= 65_535 for grid in grids for programs in grid[1:])
 
 
 @pytest.mark.slow

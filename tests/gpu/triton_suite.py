@@ -7,6 +7,7 @@ whether kernels are interpreted.
 import json
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -37,10 +38,10 @@ from moe_kernels.ops import (
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.dispatch import reference, triton_sort
 from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
+from moe_kernels.ops.moe_mlp import gpu, triton_tiles
 from moe_kernels.ops.moe_mlp import triton_impl as triton_moe_mlp
-from moe_kernels.ops.moe_mlp import triton_tiles
 from moe_kernels.ops.moe_mlp.activation import ExpertForm
-from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
+from moe_kernels.ops.moe_mlp.tiles import Tiles, force
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 from moe_kernels.testing import (
     SHAPES,
@@ -106,7 +107,7 @@ def test_bits_of_a_packed_base_are_those_of_the_unpacked_one(pack, dtype, num_ex
     packed = {name: pack(getattr(inputs, name)) for name in ("gate_up_proj", "down_proj")}
     plain = {name: stack.dequantise() for name, stack in packed.items()}
     grad_out = torch.randn_like(inputs.hidden_states)
-    with triton_tiles.force(triton_tiles.built_in(torch.float16, 0, packed=True)[-1][1]):
+    with force(triton_tiles.built_in(torch.float16, 0, packed=True)[-1][1]):
         found = run(inputs._replace(**packed), "triton", grad_out)
         expected = run(inputs._replace(**plain), "triton", grad_out)
     for name, value in expected.items():
@@ -121,8 +122,32 @@ def test_bits_of_a_packed_base_in_another_layout(layout):
     packed = inputs._replace(gate_up_proj=quantise_nf4(inputs.gate_up_proj))
     plain = inputs._replace(gate_up_proj=packed.gate_up_proj.dequantise())
     found = call(packed, "triton", **options)
-    with triton_tiles.force(triton_tiles.built_in(torch.float32, 0, packed=True)[-1][1]):
+    with force(triton_tiles.built_in(torch.float32, 0, packed=True)[-1][1]):
         assert torch.equal(found, call(plain, "triton", **options))
+
+
+def test_forced_tiles_are_those_of_a_call_and_its_backward(monkeypatch):
+    """Autograd runs backward in a thread of its own on a GPU, and may run it later."""
+    inputs = on_device(make_moe_inputs(SHAPES["tiny"]).to(torch.float32)).requires_grad_()
+    tiles, used = Tiles(32, 32, 16, 16, 8, 4, 2), []
+
+    def choose(*arguments):
+        used.append(triton_tiles.choose_tiles(*arguments))
+        return used[-1]
+
+    def in_another_thread(function):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function).result()
+
+    monkeypatch.setattr(gpu, "choose_tiles", choose)
+    with force(tiles):
+        out = call(inputs, "triton")
+        usual = in_another_thread(lambda: call(inputs, "triton"))
+    in_another_thread(out.sum().backward)
+    assert used[0] == used[2] == tiles != used[1]
+    with force(tiles):
+        in_another_thread(usual.sum().backward)
+    assert used[3] == used[1]
 
 
 def test_text_rows_do_not_see_adapters_in_another_layout():
@@ -218,7 +243,7 @@ def test_stacks_of_more_than_2_to_the_31_elements():
     local = torch.searchsorted(used, ids)
     expected = results(torch.float64, local, [stack[used] for stack in stacks], "reference")
     # The interpreter is slow for every step, whatever the step's size, so take large ones.
-    with triton_tiles.force(None if ON_GPU else Tiles(16, 2048, 512, 512, 8, 4, 2)):
+    with force(None if ON_GPU else Tiles(16, 2048, 512, 512, 8, 4, 2)):
         actual = results(dtype, ids, stacks, "triton")
     for found, wanted in zip(actual, expected, strict=True):
         assert_close(found, wanted, dtype=dtype)
@@ -444,7 +469,7 @@ def test_text_bits_at_a_size_that_shows(dtype, seed, tiles):
         topk_ids=torch.where(text[:, None], inputs.topk_ids, flipped),
         modality_ids=torch.where(text, 0, 1),
     )
-    with torch.no_grad(), triton_tiles.force(tiles):
+    with torch.no_grad(), force(tiles):
         before, after = (call(on_device(i), "triton").cpu() for i in (inputs, changed))
     assert torch.equal(after[text], before[text])
     assert not torch.equal(after, before)

@@ -23,6 +23,7 @@ from moe_kernels.ops.gradients import (
     way,
 )
 from moe_kernels.ops.moe_mlp.activation import ExpertForm
+from moe_kernels.ops.moe_mlp.tiles import force, forced
 from moe_kernels.ops.moe_mlp.weights import (
     TRAINABLE,
     ExpertWeights,
@@ -197,7 +198,7 @@ def _setup_context(ctx, inputs, output):
         named["hidden_states"], named["topk_weights"], *select(ExpertWeights, named), *saved
     )
     ctx.frozen_extra, ctx.backend = named["frozen_extra"], named["backend"]
-    ctx.form = select(ExpertForm, named)
+    ctx.form, ctx.tiles = select(ExpertForm, named), forced()
 
 
 def _backward(ctx, grad_out, *_):
@@ -209,7 +210,8 @@ def _backward(ctx, grad_out, *_):
     plain = not torch.is_grad_enabled() and is_plain(grad_out, *saved)
     registered = torch.ops.moe_kernels.moe_mlp_backward
     compute = _moe_mlp_backward if plain else way(registered, _transformed_backward)
-    needed = compute(grad_out, *saved, needs, ctx.frozen_extra, *ctx.form, ctx.backend)
+    with force(ctx.tiles):
+        needed = compute(grad_out, *saved, needs, ctx.frozen_extra, *ctx.form, ctx.backend)
     return _FORWARD.gradients(needed, needs)
 
 

@@ -11,8 +11,8 @@ from moe_kernels.ops.cuda_launches import CUDA_SHARED, match_routing_weights, us
 from moe_kernels.ops.moe_mlp import gpu, native_impl
 from moe_kernels.ops.moe_mlp.activation import SILU, ExpertForm
 from moe_kernels.ops.moe_mlp.gpu import Layer
+from moe_kernels.ops.moe_mlp.tiles import Tiles
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
-from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved, nothing_saved
 
 _ADAPTER_BLOCK = 64  # rows that a block of `shrink` takes at once

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.moe_mlp.activation import ExpertForm
-from moe_kernels.ops.moe_mlp.triton_tiles import Tiles, choose_tiles
+from moe_kernels.ops.moe_mlp.tiles import Tiles
+from moe_kernels.ops.moe_mlp.triton_tiles import choose_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
 from moe_kernels.ops.triton_launches import SharedLaunches, Shrink, Wgrad, check_dtype
 from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap

@@ -19,7 +19,7 @@ from moe_kernels.ops.moe_mlp.packed import (
     nf4_values,
     unpacked_shape,
 )
-from moe_kernels.ops.moe_mlp.triton_tiles import Tiles
+from moe_kernels.ops.moe_mlp.tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, is_transposed
 from moe_kernels.ops.triton_launch import launch
 

@@ -7,42 +7,15 @@ here.
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from moe_kernels import env
+from moe_kernels.ops.moe_mlp.tiles import Tiles, forced
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 from moe_kernels.ops.triton_launches import capability
-
-
-class Tiles(NamedTuple):
-    """Shape and launch settings of a tile.
-
-    Attributes:
-        m: rows.
-        n: columns of a GEMM without gate.
-        n_gated: columns of gate, and as many of up, where both are held at once.
-        k: depth of a step of the sum.
-        group: row tiles that use the same weights one after the other.
-        warps: warps of a program.
-        stages: stages of the pipeline of loads.
-        act_registers: most registers of a thread in the dA' kernel, so that two of its programs
-            share a multiprocessor: one stores while the other multiplies. 0: no limit.
-    """
-
-    m: int
-    n: int
-    n_gated: int
-    k: int
-    group: int
-    warps: int
-    stages: int
-    act_registers: int = 0
-
 
 Table = Sequence[tuple[int, Tiles]]
 
@@ -77,13 +50,10 @@ def built_in(dtype: torch.dtype, capability: int, *, packed: bool = False) -> Ta
     return tables[max((least for least in tables if least <= capability), default=min(tables))]
 
 
-_forced: Tiles | None = None
-
-
 def choose_tiles(rows: int, weights: ExpertWeights, dtype: torch.dtype) -> Tiles:
     """Return the tiles for ``rows`` pairs of a token and one of its experts, computed in dtype."""
-    if _forced is not None:
-        return _forced
+    if (tiles := forced()) is not None:
+        return tiles
     stack = weights.gate_up_proj
     if weights.is_packed:
         table = built_in(dtype, capability(stack.device), packed=True)
@@ -145,14 +115,3 @@ def forget_stored() -> None:
     """Forget the tuned tables: the next choice of tiles reads the file again."""
     _stored.cache_clear()
     _table.cache_clear()
-
-
-@contextmanager
-def force(tiles: Tiles | None) -> Iterator[None]:
-    """Use these tiles in every launch, to time or test them; None: the usual choice."""
-    global _forced
-    _forced = tiles
-    try:
-        yield
-    finally:
-        _forced = None
