@@ -28,8 +28,8 @@ LIB = (
     "timing",
 )  # fmt: skip
 PROGRAMS = (
-    "bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "loading", "packed", "packed_step",
-    "plot", "run", "scaling", "targets",
+    "bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "host_time", "loading", "packed",
+    "packed_step", "plot", "run", "scaling", "targets",
 )  # fmt: skip
 
 
