@@ -112,22 +112,28 @@ using CombineOp = at::Tensor(const at::Tensor& rows, const at::Tensor& inv_perm,
                              const at::Tensor& num_rows, const std::optional<at::Tensor>& weights,
                              int64_t num_tokens);
 
-// out = left M on the rows of the tiles alone, which are of num_pairs pairs (modality, expert): see
-// csrc/cuda/shrink.h. `matrix` (..., rank, size_k) if rank_first, else (..., size_k, rank), has
-// `experts` of these for each modality: num_base, or 1 that all share.
+// out = left M on the rows of the tiles, which are of num_pairs pairs (modality, expert): see
+// csrc/cuda/shrink.h. With segment_offsets other rows get zeros; without, they are not written.
+// `matrix` (..., rank, size_k) if rank_first, else (..., size_k, rank), has `experts` of these for
+// each modality: num_base, or 1 that all share.
 using ShrinkOp = void(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-                      const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs,
+                      const at::Tensor& perm, const at::Tensor& tiles,
+                      const std::optional<at::Tensor>& segment_offsets, int64_t num_pairs,
                       int64_t num_base, int64_t experts, int64_t top_k, bool by_token,
                       bool rank_first);
 
-// (groups, height, width), or the last two exchanged, float32: sums of (factor * weight * left)^T
-// right over each group's rows; and right matrix (T * K, height) in float32 on these rows alone, or
-// no rows without a matrix: see csrc/cuda/wgrad.h. `tiles` are of `chunk` rows.
-using WgradOp = std::tuple<at::Tensor, at::Tensor>(
-    const at::Tensor& left, const at::Tensor& right, const at::Tensor& perm,
-    const at::Tensor& tiles, const at::Tensor& groups, const at::Tensor& factors,
-    const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& matrix,
-    int64_t chunk, int64_t top_k, bool transposed, bool left_by_token, bool right_by_token);
+// Returns the sums of at most two problems, (groups, height, width), or the last two exchanged, in
+// float32: of (factor * weight * left)^T right over each group's rows. Then right[0] matrix
+// (T * K, height) in float32 on the rows of its groups alone, or nothing without a matrix; and the
+// sum over n of dots (n, T, K), or nothing without dots: see csrc/cuda/wgrad.h. Only dots alone
+// need no perm.
+using WgradOp = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor>(
+    at::TensorList left, at::TensorList right, at::TensorList tiles, at::TensorList groups,
+    at::TensorList factors, const c10::List<std::optional<at::Tensor>>& weights,
+    const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
+    const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
+    const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
+    const std::optional<at::Tensor>& dots, int64_t top_k);
 
 // out[token] += s u V on the rows of the tiles alone, which are of modalities: see
 // csrc/cuda/add_low_rank.h.

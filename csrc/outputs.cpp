@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -105,6 +104,46 @@ void check_du(const at::Tensor& left, const at::Tensor& right, const at::Tensor&
               cuda::kMaxRankWithDu, " columns of left; they are ", left.toString(), " of ",
               left.sizes(), " and ", right.toString());
   check_float_or_like(right, matrix, "matrix", {num_groups, right.size(1), left.size(1)});
+}
+
+// A problem of wgrad.
+struct Sums {
+  const at::Tensor &left, &right, &tiles, &groups, &factors;
+  std::optional<at::Tensor> weights, matrix;
+  int64_t chunk;
+  bool left_by_token, right_by_token;
+};
+
+// Checks a problem of wgrad; returns a bound on the blocks of each of its launches.
+int64_t check_sums(const Sums& args, const at::Tensor& perm, int64_t top_k) {
+  const at::Tensor &left = args.left, &right = args.right;
+  check_half_or_float(right, "right");
+  const int64_t rows = check_perm(right, perm, top_k), tokens = rows / top_k;
+  check_like(right, right, "right", right.scalar_type(), {args.right_by_token ? tokens : rows, -1});
+  check_float_or_like(right, left, "left", {args.left_by_token ? tokens : rows, -1});
+  check_like(right, args.tiles, "tiles", at::kLong, {3, -1});
+  check_like(right, args.groups, "groups", at::kLong, {3, -1});
+  check_like(right, args.factors, "factors", at::kFloat, {-1});
+  if (args.weights) check_float_or_like(right, *args.weights, "weights", {tokens, top_k});
+  const int64_t num_groups = args.groups.size(1), height = left.size(1), width = right.size(1);
+  TORCH_CHECK(num_groups < 1 << 16 && height <= kMaxGrid * 16 && width <= kMaxGrid * 128 &&
+                  args.tiles.size(1) < kMaxInt && args.chunk >= 1,
+              "wgrad takes fewer than 2^16 groups, at most ", kMaxGrid * 16,
+              " columns of left and ", kMaxGrid * 128, " of right, and at least a row in a chunk");
+  TORCH_CHECK(args.factors.numel() >= 1 && num_groups % args.factors.numel() == 0,
+              "factors must be one for each of as many neighbouring groups, there are ",
+              args.factors.numel(), " for ", num_groups);
+  if (args.matrix) check_du(left, right, *args.matrix, num_groups);
+  // Of the first: one for 16 x 128 of a tile's sums. Of the second: one for 1,024 elements of a
+  // sum, or of a tile of du.
+  const int64_t tiles = args.tiles.size(1), chunk = std::min(args.chunk, rows);
+  const int64_t of_tiles = tiles * (height / 16 + 1) * (width / 128 + 1);
+  const int64_t finishing = num_groups * (height * width / 1024 + 1) +
+                            (args.matrix ? tiles * (chunk * height / 1024 + 1) : 0);
+  TORCH_CHECK(std::max(of_tiles, finishing) < kMaxInt,
+              "wgrad takes sums of fewer elements, there are ", num_groups, " of ", height, " x ",
+              width);
+  return std::max(of_tiles, finishing);
 }
 
 int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
@@ -277,7 +316,8 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at:
 }
 
 void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-            const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
+            const at::Tensor& perm, const at::Tensor& tiles,
+            const std::optional<at::Tensor>& segment_offsets, int64_t num_pairs, int64_t num_base,
             int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
   check_half_or_float(left, "left");
   const int64_t rows = check_perm(left, perm, top_k);
@@ -285,7 +325,8 @@ void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& mat
   check_float_or_like(left, out, "out", {rows, -1});
   check_like(left, tiles, "tiles", at::kLong, {3, -1});
   const int64_t size_k = left.size(1), rank = out.size(1);
-  TORCH_CHECK(size_k < kMaxInt && rank < kMaxInt && tiles.size(1) < kMaxInt,
+  // The kernel's blocks are one for each tile, and one for 512 rows that get zeros.
+  TORCH_CHECK(size_k < kMaxInt && rank < kMaxInt && tiles.size(1) + rows / 512 < kMaxInt,
               "left, out and tiles must have fewer than 2^31 columns");
   TORCH_CHECK(num_base >= 1 && num_base < kMaxInt && (experts == 1 || experts == num_base),
               "experts must be 1 or num_base = ", num_base, ", is ", experts);
@@ -293,42 +334,51 @@ void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& mat
                                             rank_first ? size_k : rank, experts);
   TORCH_CHECK(num_pairs == modalities * num_base, "tiles must be of the pairs of ", modalities,
               " modalities and ", num_base, " experts, are of ", num_pairs);
+  if (!segment_offsets) return;
+  check_like(left, *segment_offsets, "segment_offsets", at::kLong, {-1});
+  TORCH_CHECK(segment_offsets->numel() > num_base * (modalities + 1),
+              "segment_offsets must have ", modalities + 1, " segments for each of ", num_base,
+              " experts, and one entry more, has ", segment_offsets->numel());
 }
 
-std::tuple<at::Tensor, at::Tensor> wgrad(const at::Tensor& left, const at::Tensor& right,
-                                         const at::Tensor& perm, const at::Tensor& tiles,
-                                         const at::Tensor& groups, const at::Tensor& factors,
-                                         const std::optional<at::Tensor>& weights,
-                                         const std::optional<at::Tensor>& matrix, int64_t chunk,
-                                         int64_t top_k, bool transposed, bool left_by_token,
-                                         bool right_by_token) {
-  check_half_or_float(right, "right");
-  const int64_t rows = check_perm(right, perm, top_k), tokens = rows / top_k;
-  check_like(right, right, "right", right.scalar_type(), {right_by_token ? tokens : rows, -1});
-  check_float_or_like(right, left, "left", {left_by_token ? tokens : rows, -1});
-  check_like(right, tiles, "tiles", at::kLong, {3, -1});
-  check_like(right, groups, "groups", at::kLong, {3, -1});
-  check_like(right, factors, "factors", at::kFloat, {-1});
-  if (weights) check_float_or_like(right, *weights, "weights", {tokens, top_k});
-  const int64_t num_groups = groups.size(1), height = left.size(1), width = right.size(1);
-  TORCH_CHECK(num_groups < 1 << 16 && height <= kMaxGrid * 16 && width <= kMaxGrid * 128 &&
-                  tiles.size(1) < kMaxInt && chunk >= 1,
-              "wgrad takes fewer than 2^16 groups, at most ", kMaxGrid * 16,
-              " columns of left and ", kMaxGrid * 128, " of right, and at least a row in a chunk");
-  TORCH_CHECK(factors.numel() >= 1 && num_groups % factors.numel() == 0,
-              "factors must be one for each of as many neighbouring groups, there are ",
-              factors.numel(), " for ", num_groups);
-  if (matrix) check_du(left, right, *matrix, num_groups);
-  // Blocks of the second pass: one for 1,024 elements of a sum, or of a tile of du.
-  TORCH_CHECK(num_groups * (height * width / 1024 + 1) +
-                      (matrix ? tiles.size(1) * (std::min(chunk, rows) * height / 1024 + 1) : 0) <
-                  kMaxInt,
-              "wgrad takes sums of fewer elements, there are ", num_groups, " of ", height, " x ",
-              width);
-  const auto options = right.options().dtype(at::kFloat);
-  const at::Tensor out = transposed ? at::empty({num_groups, width, height}, options)
-                                    : at::empty({num_groups, height, width}, options);
-  return {out, at::empty({matrix ? rows : 0, height}, options)};
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
+    at::TensorList left, at::TensorList right, at::TensorList tiles, at::TensorList groups,
+    at::TensorList factors, const c10::List<std::optional<at::Tensor>>& weights,
+    const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
+    const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
+    const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
+    const std::optional<at::Tensor>& dots, int64_t top_k) {
+  const size_t num = left.size();
+  for (const size_t size : {right.size(), tiles.size(), groups.size(), factors.size(),
+                            weights.size(), chunks.size(), transposed.size(),
+                            left_by_token.size(), right_by_token.size()}) {
+    TORCH_CHECK(size == num, "every list must have an entry for each of ", num,
+                " problems, one has ", size);
+  }
+  TORCH_CHECK(num <= cuda::kMaxProblems && (num > 0 ? perm.has_value() : dots && !matrix),
+              "wgrad takes at most ", cuda::kMaxProblems,
+              " problems with perm, or dots alone; there are ", num, " problems");
+  const at::Tensor& first = num > 0 ? *perm : *dots;
+  const int64_t tokens = num > 0 ? check_perm(first, first, top_k) / top_k : -1;
+  if (dots) check_like(first, *dots, "dots", at::kFloat, {-1, tokens, top_k});
+  const auto options = first.options().dtype(at::kFloat);
+  std::vector<at::Tensor> sums;
+  int64_t blocks = dots ? dots->numel() / 1024 : 0;
+  for (size_t i = 0; i < num; ++i) {
+    TORCH_CHECK(right[i].scalar_type() == right[0].scalar_type(),
+                "right must have one dtype in all problems, has ", right[0].toString(), " and ",
+                right[i].toString());
+    const Sums problem{left[i],    right[i],  tiles[i],         groups[i],
+                       factors[i], weights[i], i == 0 ? matrix : std::nullopt,
+                       chunks[i],  left_by_token[i], right_by_token[i]};
+    blocks += check_sums(problem, first, top_k);
+    const int64_t height = left[i].size(1), width = right[i].size(1);
+    sums.push_back(transposed[i] ? at::empty({groups[i].size(1), width, height}, options)
+                                 : at::empty({groups[i].size(1), height, width}, options));
+  }
+  TORCH_CHECK(blocks < kMaxInt, "wgrad takes sums of fewer elements");
+  return {sums, at::empty({matrix ? tokens * top_k : 0, matrix ? left[0].size(1) : 0}, options),
+          at::empty({dots ? dots->size(1) : 0, top_k}, options)};
 }
 
 void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,
@@ -391,8 +441,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
   TORCH_CHECK(weights.numel() == rows, "weights must have an entry for each of ", rows, " rows");
   check_like(left, pre_act, "pre_act", left.scalar_type(), {rows, 2 * inter});
   check_vectors(pre_act, "pre_act");
-  // Rows that were not dispatched get no dot.
-  const auto dots = at::zeros({cuda::grouped_gemm_parts(inter), weights.size(0), weights.size(1)},
+  const auto dots = at::empty({cuda::grouped_gemm_parts(inter), weights.size(0), weights.size(1)},
                               left.options().dtype(at::kFloat));
   const int64_t act_rows = act_of_adapted || act_of_added ? rows : 0;
   return {at::empty_like(pre_act), at::empty({act_rows, inter}, left.options()), dots};

@@ -66,12 +66,13 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " -> Tensor out");
   m.def(
       "shrink(Tensor(a!) out, Tensor left, Tensor matrix, Tensor perm, Tensor tiles,"
-      " int num_pairs, int num_base, int experts, int top_k, bool by_token, bool rank_first) -> "
-      "()");
+      " Tensor? segment_offsets, int num_pairs, int num_base, int experts, int top_k,"
+      " bool by_token, bool rank_first) -> ()");
   m.def(
-      "wgrad(Tensor left, Tensor right, Tensor perm, Tensor tiles, Tensor groups, Tensor factors,"
-      " Tensor? weights, Tensor? matrix, int chunk, int top_k, bool transposed, bool left_by_token,"
-      " bool right_by_token) -> (Tensor out, Tensor du)");
+      "wgrad(Tensor[] left, Tensor[] right, Tensor[] tiles, Tensor[] groups, Tensor[] factors,"
+      " Tensor?[] weights, Tensor? matrix, int[] chunks, bool[] transposed, bool[] left_by_token,"
+      " bool[] right_by_token, Tensor? perm, Tensor? dots, int top_k)"
+      " -> (Tensor[] sums, Tensor du, Tensor sum_of_dots)");
   m.def(
       "add_low_rank(Tensor(a!) out, Tensor u, Tensor v, Tensor scaling, Tensor perm, Tensor tiles,"
       " bool rank_last) -> ()");

@@ -60,6 +60,8 @@ struct Rows {
   static constexpr bool kAllRows = false;
   T* out;  // (T * K, size_n)
 
+  __device__ void pass_over(const GroupedGemm&, const Tile&, int) const {}
+
   template <typename Loop>
   __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
                         int high) const {
@@ -154,6 +156,13 @@ struct ActGradients {
                                   : to_float(static_cast<const T*>(with.weights)[slot]);
   }
 
+  // Rows that were not dispatched get no dot.
+  __device__ void pass_over(const GroupedGemm& args, const Tile& tile, int part) const {
+    for (int64_t row = tile.first + threadIdx.x; row < tile.end; row += blockDim.x) {
+      with.dots[part * with.num_rows + args.perm[row]] = 0.0f;
+    }
+  }
+
   template <typename Loop>
   __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
                         int high) const {
@@ -216,7 +225,10 @@ __global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
       tile_ids(args.num_tiles, (args.size_n + Loop::kColumns - 1) / Loop::kColumns);
   const Tile of_map = tile_of(args.tiles, ids.x, args.num_tiles);
   const bool dispatched = of_map.group < args.num_experts;
-  if (of_map.first >= of_map.end || !(dispatched || Epilogue::kAllRows)) return;
+  if (of_map.first >= of_map.end) return;
+  if constexpr (!Epilogue::kAllRows) {
+    if (!dispatched) return epilogue.pass_over(args, of_map, ids.y);
+  }
   ExpertTile tile{of_map.group, of_map.first, static_cast<int>(of_map.end - of_map.first), 0,
                   ids.y * Loop::kColumns, ids.y};
   tile.base = base_rows(args, tile);

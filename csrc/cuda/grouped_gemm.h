@@ -63,7 +63,7 @@ cudaError_t launch_d_rows(const GroupedGemm& gemm, void* out, Scalar dtype, Scal
 
 // Computes dA' = dO W + s u A, u in float32. It stores <dA', a>, the gradient of the pre-activation
 // for weight * dA', and on requested rows a = silu(gate) * up of the rounded pre-activation. Rows
-// that were not dispatched are not written.
+// that were not dispatched get a <dA', a> of 0, and nothing else.
 // left: dO by token; stack (E, size_k, size_n); v = A (M, E or 1, rank, size_n).
 cudaError_t launch_act_backward(const GroupedGemm& gemm, const ActBackward& act, Scalar dtype,
                                 Scalar v, int block_m, cudaStream_t stream);

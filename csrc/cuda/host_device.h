@@ -26,6 +26,9 @@ constexpr int kMaxKeys = 2400;
 // its sums do not fit into the registers.
 constexpr int kMaxRankWithDu = 32;
 
+// Sums over rows, problems, of one launch of wgrad.
+constexpr int kMaxProblems = 2;
+
 // Columns of dY that are summed in one part of du.
 constexpr int kColumnsOfPart = 256;
 

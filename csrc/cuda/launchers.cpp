@@ -160,19 +160,23 @@ at::Tensor combine(const at::Tensor& rows, const at::Tensor& inv_perm, const at:
 }
 
 void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& matrix,
-            const at::Tensor& perm, const at::Tensor& tiles, int64_t num_pairs, int64_t num_base,
+            const at::Tensor& perm, const at::Tensor& tiles,
+            const std::optional<at::Tensor>& segment_offsets, int64_t num_pairs, int64_t num_base,
             int64_t experts, int64_t top_k, bool by_token, bool rank_first) {
   const c10::cuda::CUDAGuard guard(left.device());
-  outputs::shrink(out, left, matrix, perm, tiles, num_pairs, num_base, experts, top_k, by_token,
-                  rank_first);
+  outputs::shrink(out, left, matrix, perm, tiles, segment_offsets, num_pairs, num_base, experts,
+                  top_k, by_token, rank_first);
   const Shrink args{
       .left = left.const_data_ptr(),
       .matrix = matrix.const_data_ptr(),
       .perm = perm.const_data_ptr<int64_t>(),
       .tiles = tiles.const_data_ptr<int64_t>(),
+      .segments = segment_offsets ? segment_offsets->const_data_ptr<int64_t>() : nullptr,
       .out = out.mutable_data_ptr(),
       .num_tiles = static_cast<int>(tiles.size(1)),
+      .num_rows = static_cast<int>(perm.numel()),
       .num_base = static_cast<int>(num_base),
+      .num_modalities = static_cast<int>(num_pairs / num_base),
       .experts_of_m = static_cast<int>(experts),
       .size_k = static_cast<int>(left.size(1)),
       .rank = static_cast<int>(out.size(1)),
@@ -184,49 +188,69 @@ void shrink(const at::Tensor& out, const at::Tensor& left, const at::Tensor& mat
                                c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<at::Tensor, at::Tensor> wgrad(const at::Tensor& left, const at::Tensor& right,
-                                         const at::Tensor& perm, const at::Tensor& tiles,
-                                         const at::Tensor& groups, const at::Tensor& factors,
-                                         const std::optional<at::Tensor>& weights,
-                                         const std::optional<at::Tensor>& matrix, int64_t chunk,
-                                         int64_t top_k, bool transposed, bool left_by_token,
-                                         bool right_by_token) {
-  const c10::cuda::CUDAGuard guard(right.device());
-  const auto made = outputs::wgrad(left, right, perm, tiles, groups, factors, weights, matrix,
-                                   chunk, top_k, transposed, left_by_token, right_by_token);
-  const auto& [out, du] = made;
-  if (out.numel() == 0) return made;
-  const int64_t rows = perm.numel(), partials = rows > chunk ? 2 * (rows / chunk) : 0;
-  const int width = static_cast<int>(right.size(1));
-  const at::Tensor partial = at::empty({partials * out.stride(0)}, out.options());
-  const at::Tensor parts = at::empty({wgrad_parts(width) * du.numel()}, out.options());
-  const Wgrad args{
-      .left = left.const_data_ptr(),
-      .right = right.const_data_ptr(),
-      .perm = perm.const_data_ptr<int64_t>(),
-      .tiles = tiles.const_data_ptr<int64_t>(),
-      .groups = groups.const_data_ptr<int64_t>(),
-      .factors = factors.const_data_ptr<float>(),
-      .weights = pointer_of(weights),
-      .matrix = pointer_of(matrix),
-      .out = out.mutable_data_ptr<float>(),
-      .partial = partial.mutable_data_ptr<float>(),
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
+    at::TensorList left, at::TensorList right, at::TensorList tiles, at::TensorList groups,
+    at::TensorList factors, const c10::List<std::optional<at::Tensor>>& weights,
+    const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
+    const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
+    const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
+    const std::optional<at::Tensor>& dots, int64_t top_k) {
+  TORCH_CHECK(perm || dots, "wgrad takes problems with perm, or dots alone");
+  const c10::cuda::CUDAGuard guard((perm ? *perm : *dots).device());
+  const auto made =
+      outputs::wgrad(left, right, tiles, groups, factors, weights, matrix, chunks, transposed,
+                     left_by_token, right_by_token, perm, dots, top_k);
+  const auto& [sums, du, sum_of_dots] = made;
+  const int64_t rows = perm ? perm->numel() : sum_of_dots.numel();
+  Wgrad args{
+      .problems = {},
+      .perm = perm ? perm->const_data_ptr<int64_t>() : nullptr,
       .du = du.mutable_data_ptr<float>(),
-      .parts = parts.mutable_data_ptr<float>(),
-      .chunk = chunk,
+      .parts = nullptr,
+      .dots = dots ? dots->const_data_ptr<float>() : nullptr,
+      .sum_of_dots = sum_of_dots.mutable_data_ptr<float>(),
       .num_rows = rows,
-      .num_tiles = static_cast<int>(tiles.size(1)),
-      .num_groups = static_cast<int>(groups.size(1)),
-      .groups_of_factor = static_cast<int>(groups.size(1) / factors.numel()),
-      .height = static_cast<int>(left.size(1)),
-      .width = width,
+      .num_problems = static_cast<int>(left.size()),
+      .num_dots = dots ? static_cast<int>(dots->size(0)) : 0,
       .top_k = static_cast<int>(top_k),
-      .transposed = transposed,
-      .left_by_token = left_by_token,
-      .right_by_token = right_by_token,
   };
-  C10_CUDA_CHECK(launch_wgrad(args, scalar_of(left), scalar_of(right), scalar_of(weights),
-                              scalar_of(matrix), c10::cuda::getCurrentCUDAStream()));
+  std::vector<at::Tensor> scratch;
+  const auto unwritten = [&](int64_t size) {
+    scratch.push_back(at::empty({size}, sum_of_dots.options()));
+    return scratch.back().mutable_data_ptr<float>();
+  };
+  if (matrix) {
+    args.parts = unwritten(wgrad_parts(static_cast<int>(right[0].size(1))) * du.numel());
+  }
+  for (size_t i = 0; i < left.size(); ++i) {
+    const std::optional<at::Tensor> its_weights = weights[i];
+    const int64_t partials = rows > chunks[i] ? 2 * (rows / chunks[i]) : 0;
+    args.problems[i] = {
+        .left = left[i].const_data_ptr(),
+        .right = right[i].const_data_ptr(),
+        .tiles = tiles[i].const_data_ptr<int64_t>(),
+        .groups = groups[i].const_data_ptr<int64_t>(),
+        .factors = factors[i].const_data_ptr<float>(),
+        .weights = pointer_of(its_weights),
+        .matrix = i == 0 ? pointer_of(matrix) : nullptr,
+        .out = sums[i].mutable_data_ptr<float>(),
+        .partial = unwritten(partials * sums[i].size(1) * sums[i].size(2)),
+        .chunk = chunks[i],
+        .left_dtype = scalar_of(left[i]),
+        .weights_dtype = scalar_of(its_weights),
+        .matrix_dtype = scalar_of(matrix),
+        .num_tiles = static_cast<int>(tiles[i].size(1)),
+        .num_groups = static_cast<int>(groups[i].size(1)),
+        .groups_of_factor = static_cast<int>(groups[i].size(1) / factors[i].numel()),
+        .height = static_cast<int>(left[i].size(1)),
+        .width = static_cast<int>(right[i].size(1)),
+        .transposed = transposed[i],
+        .left_by_token = left_by_token[i],
+        .right_by_token = right_by_token[i],
+    };
+  }
+  const Scalar right_dtype = right.empty() ? Scalar::kFloat : scalar_of(right[0]);
+  C10_CUDA_CHECK(launch_wgrad(args, right_dtype, c10::cuda::getCurrentCUDAStream()));
   return made;
 }
 

@@ -1,9 +1,11 @@
-// Shrink: GEMMs of adapted rows and a low-rank matrix. Every row is read once, into registers.
+// Shrink: GEMMs of adapted rows and a low-rank matrix. Every row is read once.
 //
 // The four lanes that share a row of a fragment load 16 bytes of it each, 64 neighbouring bytes
 // together. Tensor cores expect other columns in these lanes. Since the order of k within a sum is
-// free, both operands use the order in which the lanes hold it, and need no shared memory. The
-// warps of a block share rows and split k; the only barrier is at the end.
+// free, both operands use the order in which the lanes hold it, and no lane needs another's loads.
+// Rows are copied to shared memory several steps ahead, where a lane finds what it copied itself;
+// the matrix is loaded a step ahead, into registers. The warps of a block share rows and split k;
+// the only barrier is at the end.
 #include "shrink.h"
 
 #include <type_traits>
@@ -13,11 +15,11 @@
 namespace moe_kernels::cuda {
 namespace {
 
-constexpr int kRowsOfWarp = 32;
-constexpr int kRowWarps = 2;
-constexpr int kSlices = 4;  // slices of k
-constexpr int kRows = kRowsOfWarp * kRowWarps;
-constexpr int kThreads = 32 * kRowWarps * kSlices;
+constexpr int kRows = 32;
+constexpr int kSlices = 4;  // slices of k, one for each warp
+constexpr int kThreads = 32 * kSlices;
+constexpr int kStages = 4;    // steps of rows being copied or in use
+constexpr int kFilled = 512;  // rows of a block that writes zeros
 
 // Neighbours in memory, in as few accesses as their alignment allows.
 template <typename M, int kSize>
@@ -163,49 +165,105 @@ struct Sums<float, kTiles> {
   }
 };
 
-// Rows of a warp: row lane / 4 of each group of 8. Rows beyond the end read the tile's first row
-// and are not stored.
+// A lane's rows, lane / 4 of each group of 8. Rows beyond the end read the tile's first row and are
+// not stored.
 template <typename T>
-__device__ void find_rows(const Shrink& args, int64_t first, int64_t end, const T* (&rows)[4]) {
-  const int local = threadIdx.x / 32 % kRowWarps * kRowsOfWarp + threadIdx.x % 32 / 4;
+struct Rows {
+  const T* rows[4];
+
+  __device__ Rows(const Shrink& args, int64_t first, int64_t end) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t place = first + local + 8 * i < end ? first + local + 8 * i : first;
-    const int64_t row = args.by_token ? token_of(args.perm, place, args.top_k) : place;
-    rows[i] = static_cast<const T*>(args.left) + row * args.size_k;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t own = first + threadIdx.x % 32 / 4 + 8 * i, place = own < end ? own : first;
+      const int64_t row = args.by_token ? token_of(args.perm, place, args.top_k) : place;
+      rows[i] = static_cast<const T*>(args.left) + row * args.size_k;
+    }
+  }
+};
+
+// Steps of a warp's slice of k. Two neighbouring steps of two-byte elements are one of its slice.
+template <typename T>
+struct Steps {
+  static constexpr int kStep = 4 * Vector<T>::kSize, kPair = sizeof(T) == 2 ? 2 : 1;
+
+  // First k of a step, of the warp and of this lane.
+  static __device__ int first(int step) {
+    const int warp = threadIdx.x / 32;
+    return ((step / kPair * kSlices + warp) * kPair + step % kPair) * kStep;
+  }
+  static __device__ int of_lane(int step) {
+    return first(step) + threadIdx.x % 4 * Vector<T>::kSize;
+  }
+};
+
+// A ring of steps of the rows, in which each lane has its own places.
+template <typename T>
+struct Ring {
+  Vector<T> vectors[kStages][4][kThreads];
+
+  __device__ void start(const Rows<T>& from, int step, int size_k) {
+    const int k = Steps<T>::of_lane(step);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      copy_async(&vectors[step % kStages][i][threadIdx.x], from.rows[i] + k, k < size_k);
+    }
+    commit_copies();
+  }
+
+  __device__ void read(int step, Vector<T> (&to)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = vectors[step % kStages][i][threadIdx.x];
+  }
+};
+
+// Loads a lane's elements of the matrix for a step; zeros beyond the last k.
+template <bool kFast, typename T, int kOfLane, typename Columns>
+__device__ void load_columns(const Columns& columns, int step, int size_k,
+                             Vector<T> (&to)[kOfLane]) {
+  const int k = Steps<T>::of_lane(step);
+  if (k < size_k) {
+    columns.template load<kFast>(k, to);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kOfLane; ++n) to[n] = {};
   }
 }
 
-// Sums the rows from `first` over this warp's slice of k, to (kRows, columns). Two steps of four
-// vectors run at once where registers suffice, so that the loads of their rows overlap.
-template <typename T, int kTiles, bool kFast, typename Columns>
-__device__ void sum_slice(const Shrink& args, const Columns& columns, int64_t first, int64_t end,
-                          float* to) {
-  constexpr int kStep = 4 * Vector<T>::kSize, kSteps = sizeof(T) == 2 ? 2 : 1;
-  const int warp = threadIdx.x / 32;
-  const T* rows[4];
-  find_rows(args, first, end, rows);
-  Sums<T, kTiles> sums;
-  for (int start = warp / kRowWarps * kSteps * kStep; start < args.size_k;
-       start += kSlices * kSteps * kStep) {
-    const int k = start + threadIdx.x % 4 * Vector<T>::kSize;
-    Vector<T> left[kSteps][4] = {};
+// Sums the rows over this warp's slice of k; rows and matrix of whole vectors, at multiples of 16
+// bytes.
+template <typename Sums, typename T, typename Columns>
+__device__ void sum_slice(const Rows<T>& rows, const Columns& columns, int size_k, Ring<T>& ring,
+                          Sums& sums) {
+  Vector<T> right[Sums::kOfLane];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (k + step * kStep >= args.size_k) continue;
+  for (int step = 0; step < kStages - 1; ++step) ring.start(rows, step, size_k);
+  load_columns<true>(columns, 0, size_k, right);
+  for (int step = 0; Steps<T>::first(step) < size_k; ++step) {
+    Vector<T> left[4], next[Sums::kOfLane];
+    ring.start(rows, step + kStages - 1, size_k);
+    load_columns<true>(columns, step + 1, size_k, next);
+    wait_copies<kStages - 1>();
+    ring.read(step, left);
+    sums.add(left, right);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        left[step][i] = load_vector(rows[i], k + step * kStep, args.size_k, kFast);
-      }
-    }
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Vector<T> right[sums.kOfLane] = {};
-      if (k + step * kStep < args.size_k) columns.template load<kFast>(k + step * kStep, right);
-      sums.add(left[step], right);
-    }
+    for (int n = 0; n < Sums::kOfLane; ++n) right[n] = next[n];
   }
-  sums.store(to + (warp / kRowWarps * kRows + warp % kRowWarps * kRowsOfWarp) * sums.kColumns);
+  wait_copies<0>();
+}
+
+// The same for rows and a matrix of any size and alignment.
+template <typename Sums, typename T, typename Columns>
+__device__ void sum_any_slice(const Rows<T>& rows, const Columns& columns, int size_k,
+                              Sums& sums) {
+  for (int step = 0; Steps<T>::first(step) < size_k; ++step) {
+    Vector<T> left[4], right[Sums::kOfLane];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      left[i] = load_vector(rows.rows[i], Steps<T>::of_lane(step), size_k, false);
+    }
+    load_columns<false>(columns, step, size_k, right);
+    sums.add(left, right);
+  }
 }
 
 template <typename Out>
@@ -222,9 +280,43 @@ __device__ void add_slices(const float* sums, const Shrink& args, int64_t first,
   }
 }
 
+// Whether a sorted row has an adapter: its segment is of a frozen expert and an added modality.
+__device__ bool is_adapted(const Shrink& args, int64_t row) {
+  const int of_expert = args.num_modalities + 1, num = args.num_base * of_expert;
+  if (row >= args.segments[num]) return false;
+  int low = 0, high = num;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (args.segments[middle] <= row ? low : high) = middle;
+  }
+  return low % of_expert != 0;
+}
+
+// Writes zeros to the rows without an adapter among kFilled.
+template <typename Out>
+__device__ void fill(const Shrink& args, int64_t first) {
+  const int64_t end = first + kFilled < args.num_rows ? first + kFilled : args.num_rows;
+  const int lane = threadIdx.x % 32, rank = args.rank;
+  for (int64_t start = first + threadIdx.x / 32 * 32; start < end; start += kThreads) {
+    const int64_t row = start + lane;
+    const unsigned without = __ballot_sync(0xffffffffu, row < end && !is_adapted(args, row));
+    Out* to = static_cast<Out*>(args.out) + start * rank;
+    for (int i = lane; i < 32 * rank; i += 32) {
+      if (without >> (i / rank) & 1u) to[i] = from_float<Out>(0.0f);
+    }
+  }
+}
+
+// A block's shared memory.
+template <typename T, int kTiles>
+struct Shared {
+  Ring<T> ring;
+  float sums[kSlices][kRows][Sums<T, kTiles>::kColumns];
+};
+
 // Blocks per multiprocessor, limited by the registers of their sums.
 template <typename T, int kTiles>
-constexpr int kResident = sizeof(T) == 2 && kTiles == 2 ? 2 : 1;
+constexpr int kResident = sizeof(T) != 2 ? 2 : kTiles == 2 ? 4 : kTiles == 4 ? 3 : 2;
 
 // Dtypes and sizes of a kernel.
 template <typename T_, typename M_, int kTiles_, bool kRankFirst_>
@@ -235,15 +327,22 @@ struct Form {
   static constexpr bool kRankFirst = kRankFirst_;
 };
 
+// First come the blocks of the tiles, then those that write zeros.
 template <typename F>
 __global__ void __launch_bounds__(kThreads, (kResident<typename F::T, F::kTiles>))
     shrink_kernel(Shrink args, bool fast, bool out_is_float) {
+  using T = typename F::T;
+  const int filled = static_cast<int>(blockIdx.x) - args.num_tiles;
+  if (filled >= 0) {
+    if (blockIdx.y > 0) return;
+    const int64_t first = static_cast<int64_t>(filled) * kFilled;
+    return out_is_float ? fill<float>(args, first) : fill<T>(args, first);
+  }
   const Tile tile = tile_of(args.tiles, blockIdx.x, args.num_tiles);
   if (tile.first >= tile.end) return;
-  using T = typename F::T;
   using M = typename F::M;
   using OfWarp = Sums<T, F::kTiles>;
-  auto* sums = reinterpret_cast<float*>(shared_memory());  // (kSlices, kRows, kColumns)
+  auto& shared = *reinterpret_cast<Shared<T, F::kTiles>*>(shared_memory());
   const int64_t modality = tile.group / args.num_base, expert = tile.group % args.num_base;
   const int64_t index = modality * args.experts_of_m + (args.experts_of_m == 1 ? 0 : expert);
   const int column = blockIdx.y * OfWarp::kColumns, of_lane = column + OfWarp::first_column();
@@ -251,16 +350,20 @@ __global__ void __launch_bounds__(kThreads, (kResident<typename F::T, F::kTiles>
       static_cast<const M*>(args.matrix) + index * args.size_k * args.rank,
       fast && of_lane >= args.rank ? 0 : of_lane, args.size_k, args.rank};
   for (int64_t first = tile.first; first < tile.end; first += kRows) {
+    const Rows<T> rows(args, first, tile.end);
+    OfWarp sums;
     if (fast) {
-      sum_slice<T, F::kTiles, true>(args, columns, first, tile.end, sums);
+      sum_slice(rows, columns, args.size_k, shared.ring, sums);
     } else {
-      sum_slice<T, F::kTiles, false>(args, columns, first, tile.end, sums);
+      sum_any_slice(rows, columns, args.size_k, sums);
     }
+    float* of_slices = shared.sums[0][0];
+    sums.store(of_slices + threadIdx.x / 32 * kRows * OfWarp::kColumns);
     __syncthreads();
     if (out_is_float) {
-      add_slices<float>(sums, args, first, tile.end, column, OfWarp::kColumns);
+      add_slices<float>(of_slices, args, first, tile.end, column, OfWarp::kColumns);
     } else {
-      add_slices<T>(sums, args, first, tile.end, column, OfWarp::kColumns);
+      add_slices<T>(of_slices, args, first, tile.end, column, OfWarp::kColumns);
     }
     __syncthreads();
   }
@@ -280,10 +383,12 @@ cudaError_t launch_columns(const Shrink& args, bool out_is_float, cudaStream_t s
   using Last = Form<T, M, kTiles, false>;
   const auto kernel =
       args.rank_first ? MOE_KERNEL(shrink_kernel, First) : MOE_KERNEL(shrink_kernel, Last);
-  const dim3 grid(args.num_tiles, ceil_div(args.rank, 8 * kTiles));
-  constexpr size_t bytes = sizeof(float) * kSlices * kRows * 8 * kTiles;
-  static_assert(bytes <= kMaxSharedBytes);
-  return launch(kernel, grid, kThreads, bytes, stream, args, fast, out_is_float);
+  const int filling = args.segments == nullptr ? 0 : ceil_div(args.num_rows, kFilled);
+  const dim3 grid(args.num_tiles + filling, ceil_div(args.rank, 8 * kTiles));
+  static_assert(sizeof(Shared<T, kTiles>) <= kMaxSharedBytes);
+  if (grid.x == 0) return cudaSuccess;
+  return launch(kernel, grid, kThreads, sizeof(Shared<T, kTiles>), stream, args, fast,
+                out_is_float);
 }
 
 template <typename T, typename M>
@@ -301,7 +406,7 @@ cudaError_t launch_shrink(const Shrink& shrink, Scalar left, Scalar matrix, Scal
   if ((!out_is_float && out != left) || (!matrix_is_float && matrix != left)) {
     return cudaErrorInvalidValue;
   }
-  if (shrink.num_tiles == 0 || shrink.rank == 0) return cudaSuccess;
+  if (shrink.rank == 0) return cudaSuccess;
   switch (left) {
     case Scalar::kFloat:  // more sums than these would not fit into the registers
       return launch_columns<float, float, 2>(shrink, true, stream);

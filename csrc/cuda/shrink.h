@@ -15,9 +15,12 @@ struct Shrink {
   const void* matrix;    // (M, experts_of_m, rank, size_k) if rank_first, else (..., size_k, rank)
   const int64_t* perm;   // (T * K)
   const int64_t* tiles;  // (3, num_tiles) of pairs (modality, expert), number m * num_base + expert
-  void* out;             // (T * K, rank)
+  const int64_t* segments;  // (num_base * (num_modalities + 1) + 1 or more), or null
+  void* out;                // (T * K, rank)
   int num_tiles;
+  int num_rows;  // T * K
   int num_base;
+  int num_modalities;
   int experts_of_m;  // num_base, or 1: all experts share the matrix
   int size_k;
   int rank;
@@ -26,7 +29,8 @@ struct Shrink {
   bool rank_first;
 };
 
-// Computes out = left M on the rows of the tiles alone; other rows are not written.
+// Computes out = left M on the rows of the tiles. With `segments`, the offsets of the sorted rows'
+// segments, other rows get zeros; without, they are not written.
 //
 // `matrix` is float32 or of left's dtype, and rounded to that; `out` float32 or of left's dtype.
 // Any sizes and alignments; 16-byte rows (and pointers) are read 16 bytes at a time.

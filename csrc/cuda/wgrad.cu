@@ -1,14 +1,14 @@
 // Wgrad: sums of outer products over rows, with du = rows times a matrix. The wide operand is read
 // once, by asynchronous copies several steps of rows ahead.
 //
-// A block handles 128 columns of `right` and up to 64 of `left` for one tile of rows; 256 and up to
-// 32 where it also multiplies `right` by its columns of `matrix`. The rows of a step are written to
-// shared memory one step before its copies start. Their entries of `perm` are loaded two steps
-// before that, and the `weights` that these point to one step before, so that no load is waited
-// for.
+// A block handles 128 columns of `right` and up to 64 of `left` for one tile of rows of a problem;
+// 256 and up to 32 where it also multiplies `right` by its columns of `matrix`, and 256 in the
+// other problem of that launch. The rows of a step are written to shared memory one step before its
+// copies start. Their entries of `perm` are loaded two steps before that, and the `weights` that
+// these point to one step before, so that no load is waited for.
 #include "wgrad.h"
 
-#include <type_traits>
+#include <algorithm>
 
 #include "device.h"
 
@@ -16,15 +16,14 @@ namespace moe_kernels::cuda {
 namespace {
 
 constexpr int kStages = 3;          // steps of rows being loaded or in use
-constexpr int kMaxFinished = 1024;  // elements per block of the second pass
+constexpr int kMaxFinished = 1024;  // elements of a block of the finish
 constexpr int kFinishThreads = 128;
 
 // Sizes and dtypes of a block's work. A warp has 32 columns of right.
-template <typename L, typename R, typename W, int kHeight_, int kWidth_>
+template <typename L, typename R, int kHeight_, int kWidth_>
 struct Shape {
   using Left = L;
   using Right = R;
-  using Weight = W;
   static constexpr int kHeight = kHeight_;
   static constexpr int kWidth = kWidth_;
   static constexpr int kThreads = kWidth;
@@ -50,42 +49,67 @@ struct Row {
   float factor;
 };
 
-// Whether all rows begin at a multiple of 16 bytes and have whole vectors.
-struct Vectors {
-  bool left;
-  bool right;
+// A block's part of a problem: a tile of rows, and the first of its columns of both operands.
+struct Work {
+  const Wgrad& args;
+  const WgradProblem& problem;
+  Tile tile;
+  int height;
+  int width;
+  int part;  // of du
 };
+
+// Whether all rows begin at a multiple of 16 bytes and have whole vectors.
+template <typename V>
+__device__ bool has_vectors(const void* rows, int size) {
+  return size % Vector<V>::kSize == 0 && is_aligned(rows);
+}
+
+// Returns a routing weight as stored: a conversion would wait for the load.
+__device__ inline uint32_t weight_of(const WgradProblem& problem, int slot) {
+  if (slot < 0 || problem.weights == nullptr) return 0;
+  return problem.weights_dtype == Scalar::kFloat
+             ? static_cast<const uint32_t*>(problem.weights)[slot]
+             : static_cast<const uint16_t*>(problem.weights)[slot];
+}
+
+template <typename R>
+__device__ float converted(const WgradProblem& problem, uint32_t weight) {
+  if (problem.weights == nullptr) return 1.0f;
+  if constexpr (sizeof(R) == 2) {
+    if (problem.weights_dtype != Scalar::kFloat) {
+      const auto half = static_cast<uint16_t>(weight);
+      return to_float(*reinterpret_cast<const R*>(&half));
+    }
+  }
+  return *reinterpret_cast<const float*>(&weight);
+}
 
 template <typename S>
 struct Block {
-  using Weight = typename S::Weight;
+  using Right = typename S::Right;
   static constexpr int kRows = S::kRows;
 
   Stage<S> stages[kStages];
   Row rows[kStages + 1][kRows];
 
   // Entry of perm for this thread's row of a step, -1 beyond the end.
-  static __device__ int slot_of(const Wgrad& args, int step, int64_t first, int64_t end) {
-    const int64_t place = first + static_cast<int64_t>(step) * kRows + threadIdx.x;
-    return threadIdx.x < kRows && place < end ? static_cast<int>(args.perm[place]) : -1;
+  static __device__ int slot_of(const Work& work, int step) {
+    const int64_t place = work.tile.first + static_cast<int64_t>(step) * kRows + threadIdx.x;
+    return threadIdx.x < kRows && place < work.tile.end ? static_cast<int>(work.args.perm[place])
+                                                        : -1;
   }
 
-  // Returned as stored: a conversion would wait for the load.
-  static __device__ Weight weight_of(const Wgrad& args, int slot) {
-    const auto* weights = static_cast<const Weight*>(args.weights);
-    return slot < 0 || weights == nullptr ? from_float<Weight>(1.0f) : weights[slot];
-  }
-
-  __device__ void write_row(const Wgrad& args, int step, int64_t first, int slot, Weight weight,
-                            float factor) {
+  __device__ void write_row(const Work& work, int step, int slot, uint32_t weight, float factor) {
     if (threadIdx.x >= kRows) return;
     Row row = {-1, -1, 0.0f};
     if (slot >= 0) {
-      const int token = slot / args.top_k;
-      const int place = static_cast<int>(first) + step * kRows + static_cast<int>(threadIdx.x);
-      row.left = args.left_by_token ? token : place;
-      row.right = args.right_by_token ? token : place;
-      row.factor = factor * to_float(weight);
+      const int token = slot / work.args.top_k;
+      const int place =
+          static_cast<int>(work.tile.first) + step * kRows + static_cast<int>(threadIdx.x);
+      row.left = work.problem.left_by_token ? token : place;
+      row.right = work.problem.right_by_token ? token : place;
+      row.factor = factor * converted<Right>(work.problem, weight);
     }
     rows[step % (kStages + 1)][threadIdx.x] = row;
   }
@@ -114,20 +138,21 @@ struct Block {
     }
   }
 
-  __device__ void load(const Wgrad& args, Vectors vectors, int step, int column, int height) {
+  __device__ void load(const Work& work, int step) {
+    const WgradProblem& problem = work.problem;
     Stage<S>& stage = stages[step % kStages];
     const Row* of = rows[step % (kStages + 1)];
-    copy<typename S::Right, S::kWidth, true>(stage.right, of, args.right, column, args.width,
-                                             vectors.right);
-    copy<typename S::Left, S::kHeight, false>(stage.left, of, args.left, height, args.height,
-                                              vectors.left);
+    copy<Right, S::kWidth, true>(stage.right, of, problem.right, work.width, problem.width,
+                                 has_vectors<Right>(problem.right, problem.width));
+    using Left = typename S::Left;
+    copy<Left, S::kHeight, false>(stage.left, of, problem.left, work.height, problem.height,
+                                  has_vectors<Left>(problem.left, problem.height));
   }
 };
 
-template <typename T>
-__device__ float* place_of(float* out, const T& args, int h, int w) {
-  return out + (args.transposed ? static_cast<int64_t>(w) * args.height + h
-                                : static_cast<int64_t>(h) * args.width + w);
+__device__ float* place_of(float* out, const WgradProblem& problem, int h, int w) {
+  return out + (problem.transposed ? static_cast<int64_t>(w) * problem.height + h
+                                   : static_cast<int64_t>(h) * problem.width + w);
 }
 
 // Sums of a warp: 32 columns of right by kHeight of left, as tensor-core fragments.
@@ -169,7 +194,8 @@ struct Sums {
     }
   }
 
-  __device__ void store(const Wgrad& args, float* out, int height, int width) {
+  __device__ void store(const Work& work, float* out) const {
+    const WgradProblem& problem = work.problem;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -177,9 +203,11 @@ struct Sums {
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
-          const int w = width + 32 * warp + 16 * i + lane / 4 + part / 2 * 8;
-          const int h = height + 8 * j + lane % 4 * 2 + part % 2;
-          if (w < args.width && h < args.height) *place_of(out, args, h, w) = acc[i][j][part];
+          const int w = work.width + 32 * warp + 16 * i + lane / 4 + part / 2 * 8;
+          const int h = work.height + 8 * j + lane % 4 * 2 + part % 2;
+          if (w < problem.width && h < problem.height) {
+            *place_of(out, problem, h, w) = acc[i][j][part];
+          }
         }
       }
     }
@@ -204,13 +232,13 @@ struct Sums<S, float> {
     }
   }
 
-  __device__ void store(const Wgrad& args, float* out, int height, int width) {
-    const int w = width + threadIdx.x;
+  __device__ void store(const Work& work, float* out) const {
+    const WgradProblem& problem = work.problem;
+    const int w = work.width + threadIdx.x;
 #pragma unroll
-    for (int h = 0; h < S::kHeight; ++h) {
-      if (w < args.width && height + h < args.height) {
-        *place_of(out, args, height + h, w) = acc[h];
-      }
+    for (int i = 0; i < S::kHeight; ++i) {
+      const int h = work.height + i;
+      if (w < problem.width && h < problem.height) *place_of(out, problem, h, w) = acc[i];
     }
   }
 };
@@ -234,23 +262,32 @@ struct DuOfStep {
   static __device__ int row_tile() { return threadIdx.x / 32 % kRowTiles * 16; }
   static __device__ int rank_tile() { return threadIdx.x / 32 % kFragments / kRowTiles * 8; }
 
-  // Loads the block's columns, from `width` on, of the group's (width, height); M: its dtype.
+  // Loads the block's columns of the group's (width, height).
+  __device__ void load(const Work& work) {
+    if (work.problem.matrix_dtype == Scalar::kFloat) {
+      load_as<float>(work);
+    } else {
+      load_as<R>(work);
+    }
+  }
+
   template <typename M>
-  __device__ void load(const Wgrad& args, int64_t group, int width) {
-    const auto* of_group =
-        static_cast<const M*>(args.matrix) +
-        group * args.width * static_cast<int64_t>(args.height);
+  __device__ void load_as(const Work& work) {
+    const WgradProblem& problem = work.problem;
+    const auto* of_group = static_cast<const M*>(problem.matrix) +
+                           work.tile.group * problem.width * static_cast<int64_t>(problem.height);
     const int n = rank_tile() + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        const int w = width + slice() * kColumns + 16 * k + 8 * part + threadIdx.x % 4 * 2;
+        const int w = work.width + slice() * kColumns + 16 * k + 8 * part + threadIdx.x % 4 * 2;
         float pair[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int64_t at = static_cast<int64_t>(w + e) * args.height + n;
-          pair[e] = w + e < args.width && n < args.height ? to_float(of_group[at]) : 0.0f;
+          const int64_t at = static_cast<int64_t>(w + e) * problem.height + n;
+          const bool present = w + e < problem.width && n < problem.height;
+          pair[e] = present ? to_float(of_group[at]) : 0.0f;
         }
         matrix[k][part] = pack<R>(pair[0], pair[1]);
       }
@@ -274,17 +311,17 @@ struct DuOfStep {
     }
   }
 
-  // Stores a step's rows, if they lie between the tile's `first` and `end`; after a barrier.
-  static __device__ void store(const Wgrad& args, const Shared& shared, int step, int64_t first,
-                               int64_t end) {
+  // Stores a step's rows, if they lie in the tile; after a barrier.
+  static __device__ void store(const Work& work, const Shared& shared, int step) {
+    const int64_t height = work.problem.height;
     for (int i = threadIdx.x; i < S::kRows * S::kHeight; i += S::kThreads) {
       const int row = i / S::kHeight, n = i % S::kHeight;
-      const int64_t place = first + static_cast<int64_t>(step) * S::kRows + row;
-      if (place >= end || n >= args.height) continue;
+      const int64_t place = work.tile.first + static_cast<int64_t>(step) * S::kRows + row;
+      if (place >= work.tile.end || n >= height) continue;
       float sum = 0.0f;
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) sum += shared.slices[step % 2][slice][row][n];
-      args.parts[(blockIdx.z * args.num_rows + place) * args.height + n] = sum;
+      work.args.parts[(work.part * work.args.num_rows + place) * height + n] = sum;
     }
   }
 };
@@ -294,111 +331,177 @@ template <typename S>
 struct NoDu {
   struct Shared {};
 
+  __device__ void load(const Work&) {}
   __device__ void multiply_step(const typename S::Right*, int, Shared&) {}
-  static __device__ void store(const Wgrad&, const Shared&, int, int64_t, int64_t) {}
+  static __device__ void store(const Work&, const Shared&, int) {}
 };
 
 // Destination of a tile's sums: a group of several tiles has a partial sum for each.
-__device__ float* sums_of(const Wgrad& args, const Tile& tile) {
-  const int64_t low = args.groups[tile.group], high = args.groups[args.num_groups + tile.group];
-  const int64_t size = static_cast<int64_t>(args.height) * args.width;
-  if (high - low <= args.chunk) return args.out + tile.group * size;
-  const int64_t partial =
-      args.groups[2 * args.num_groups + tile.group] + (tile.first - low) / args.chunk;
-  return args.partial + partial * size;
+__device__ float* sums_of(const WgradProblem& problem, const Tile& tile) {
+  const int64_t* groups = problem.groups + tile.group;
+  const int64_t low = groups[0], high = groups[problem.num_groups];
+  const int64_t size = static_cast<int64_t>(problem.height) * problem.width;
+  if (high - low <= problem.chunk) return problem.out + tile.group * size;
+  const int64_t partial = groups[2 * problem.num_groups] + (tile.first - low) / problem.chunk;
+  return problem.partial + partial * size;
 }
 
-template <typename S, typename OfStep>
-struct Shared {
-  Block<S> block;
-  typename OfStep::Shared du;
+// How a block works on a problem: its shape, and what computes du.
+template <typename S_, template <typename> typename OfStep_>
+struct Way {
+  using S = S_;
+  using OfStep = OfStep_<S>;
+  struct Shared {
+    Block<S> block;
+    typename OfStep::Shared du;
+  };
+
+  // The number of a problem's blocks, and what one of them does.
+  static MOE_HOST_DEVICE int64_t blocks(const WgradProblem& problem) {
+    const int64_t heights = (problem.height + S::kHeight - 1) / S::kHeight;
+    return heights * ((problem.width + S::kWidth - 1) / S::kWidth) * problem.num_tiles;
+  }
+  static __device__ Work work_of(const Wgrad& args, const WgradProblem& problem, int block) {
+    const int heights = (problem.height + S::kHeight - 1) / S::kHeight;
+    const int place = block / problem.num_tiles, part = place / heights;
+    return {args, problem, tile_of(problem.tiles, block % problem.num_tiles, problem.num_tiles),
+            place % heights * S::kHeight, part * S::kWidth, part};
+  }
 };
 
-template <typename S, typename M, typename OfStep>
-__global__ void __launch_bounds__(S::kThreads) wgrad_kernel(Wgrad args, Vectors vectors) {
-  const Tile tile = tile_of(args.tiles, blockIdx.x, args.num_tiles);
+// Sums a tile of rows.
+template <typename Way>
+__device__ void sum_tile(const Wgrad& args, const WgradProblem& problem, int number) {
+  using S = typename Way::S;
+  using OfStep = typename Way::OfStep;
+  const Work work = Way::work_of(args, problem, number);
+  const Tile& tile = work.tile;
   if (tile.first >= tile.end) return;
-  auto& [block, du] = *reinterpret_cast<Shared<S, OfStep>*>(shared_memory());
-  const int height = blockIdx.y * S::kHeight, width = blockIdx.z * S::kWidth;
-  const float factor = args.factors[tile.group / args.groups_of_factor];
+  auto& [block, du] = *reinterpret_cast<typename Way::Shared*>(shared_memory());
+  const float factor = problem.factors[tile.group / problem.groups_of_factor];
   const int steps = static_cast<int>((tile.end - tile.first + S::kRows - 1) / S::kRows);
 #pragma unroll
   for (int step = 0; step < kStages; ++step) {
-    const int its = Block<S>::slot_of(args, step, tile.first, tile.end);
-    block.write_row(args, step, tile.first, its, Block<S>::weight_of(args, its), factor);
+    const int its = Block<S>::slot_of(work, step);
+    block.write_row(work, step, its, weight_of(problem, its), factor);
   }
-  int slot = Block<S>::slot_of(args, kStages, tile.first, tile.end);
+  int slot = Block<S>::slot_of(work, kStages);
   __syncthreads();
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) block.load(args, vectors, step, width, height);
+    if (step < steps) block.load(work, step);
     commit_copies();
   }
   Sums<S> sums;
   OfStep of_step;
-  if constexpr (!std::is_void_v<M>) of_step.template load<M>(args, tile.group, width);
+  of_step.load(work);
   for (int step = 0; step < steps; ++step) {
-    const auto weight = Block<S>::weight_of(args, slot);
-    const int next = Block<S>::slot_of(args, step + kStages + 1, tile.first, tile.end);
+    const uint32_t weight = weight_of(problem, slot);
+    const int next = Block<S>::slot_of(work, step + kStages + 1);
     wait_copies<kStages - 2>();
     __syncthreads();
-    if (step + kStages - 1 < steps) {
-      block.load(args, vectors, step + kStages - 1, width, height);
-    }
+    if (step + kStages - 1 < steps) block.load(work, step + kStages - 1);
     commit_copies();
-    if (step > 0) OfStep::store(args, du, step - 1, tile.first, tile.end);
+    if (step > 0) OfStep::store(work, du, step - 1);
     of_step.multiply_step(block.stages[step % kStages].right, step, du);
     sums.add(block, step);
-    block.write_row(args, step + kStages, tile.first, slot, weight, factor);
+    block.write_row(work, step + kStages, slot, weight, factor);
     slot = next;
   }
-  sums.store(args, sums_of(args, tile), height, width);
-  if constexpr (!std::is_void_v<M>) {
-    __syncthreads();
-    OfStep::store(args, du, steps - 1, tile.first, tile.end);
+  sums.store(work, sums_of(problem, tile));
+  __syncthreads();
+  OfStep::store(work, du, steps - 1);
+}
+
+// A kernel's problems: up to kHeight columns of left in a block. With kDuHeight, the first has du,
+// and a block up to so many columns of its left.
+template <typename R_, int kHeight, int kDuHeight_>
+struct Form {
+  using R = R_;
+  static constexpr int kDuHeight = kDuHeight_;
+  static constexpr int kThreads = kDuHeight == 0 ? 128 : kColumnsOfPart;
+  template <typename L>
+  using Plain = Way<Shape<L, R, kHeight, kThreads>, NoDu>;
+  using WithDu = Way<Shape<R, R, kDuHeight, kThreads>, DuOfStep>;
+};
+
+// First come the blocks of the first problem.
+template <typename F>
+__global__ void __launch_bounds__(F::kThreads)
+    wgrad_kernel(const __grid_constant__ Wgrad args, int blocks_of_first) {
+  using R = typename F::R;
+  const int block = blockIdx.x;
+  const bool second = block >= blocks_of_first;
+  if constexpr (F::kDuHeight > 0) {
+    if (!second) return sum_tile<typename F::WithDu>(args, args.problems[0], block);
+  }
+  const WgradProblem& problem = args.problems[second];
+  const int number = second ? block - blocks_of_first : block;
+  if (problem.left_dtype == Scalar::kFloat) {
+    sum_tile<typename F::template Plain<float>>(args, problem, number);
+  } else {
+    sum_tile<typename F::template Plain<R>>(args, problem, number);
   }
 }
 
 // Adds a share of the partial sums of a group, in the order of the tiles; zeros without tiles.
-__device__ void finish_sums(const Wgrad& args, int64_t group, int64_t share) {
-  const int64_t rows = args.groups[args.num_groups + group] - args.groups[group];
-  if (rows > 0 && rows <= args.chunk) return;
-  const int64_t size = static_cast<int64_t>(args.height) * args.width;
-  const int64_t first = share * kMaxFinished;
-  const int64_t partial = args.groups[2 * args.num_groups + group];
+__device__ void finish_sums(const WgradProblem& problem, int64_t group, int64_t share) {
+  const int64_t* groups = problem.groups + group;
+  const int64_t rows = groups[problem.num_groups] - groups[0];
+  if (rows > 0 && rows <= problem.chunk) return;
+  const int64_t size = static_cast<int64_t>(problem.height) * problem.width;
+  const int64_t first = share * kMaxFinished, partial = groups[2 * problem.num_groups];
   for (int64_t i = first + threadIdx.x; i < first + kMaxFinished && i < size; i += kFinishThreads) {
     float sum = 0.0f;
-    for (int64_t tile = 0; tile * args.chunk < rows; ++tile) {
-      sum += args.partial[(partial + tile) * size + i];
+    for (int64_t tile = 0; tile * problem.chunk < rows; ++tile) {
+      sum += problem.partial[(partial + tile) * size + i];
     }
-    args.out[group * size + i] = sum;
+    problem.out[group * size + i] = sum;
   }
 }
 
-// Adds the parts of a share of du of a tile's rows, in order.
-__device__ void finish_du(const Wgrad& args, const Tile& tile, int64_t share) {
-  const int64_t first = tile.first * args.height + share * kMaxFinished;
-  const int64_t rest = tile.end * args.height, all = args.num_rows * args.height;
-  const int64_t end = first + kMaxFinished < rest ? first + kMaxFinished : rest;
-  const int parts = wgrad_parts(args.width);
+// Adds elements [first, end) of `num` parts of `size` elements, in order.
+__device__ void add_parts(float* out, const float* parts, int num, int64_t size, int64_t first,
+                          int64_t end) {
+  end = first + kMaxFinished < end ? first + kMaxFinished : end;
   for (int64_t i = first + threadIdx.x; i < end; i += kFinishThreads) {
     float sum = 0.0f;
 #pragma unroll 8
-    for (int part = 0; part < parts; ++part) sum += args.parts[part * all + i];
-    args.du[i] = sum;
+    for (int part = 0; part < num; ++part) sum += parts[part * size + i];
+    out[i] = sum;
   }
 }
 
-// First come the blocks of each group's sums, then those of each tile's du.
+// Blocks of the finish, in this order, each with a share of kMaxFinished elements at most.
+struct Finish {
+  int of_group[kMaxProblems];  // blocks of a group
+  int sums[kMaxProblems];      // of all groups
+  int of_tile;                 // of the first problem, for du
+  int du;                      // of all its tiles
+  int dots;
+};
+
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_wgrad_kernel(Wgrad args, int of_group, int of_tile) {
-  const int of_sums = args.num_groups * of_group, block = blockIdx.x;
-  if (block < of_sums) {
-    finish_sums(args, block / of_group, block % of_group);
-  } else {
-    const Tile tile = tile_of(args.tiles, (block - of_sums) / of_tile, args.num_tiles);
-    finish_du(args, tile, (block - of_sums) % of_tile);
+    finish_wgrad_kernel(const __grid_constant__ Wgrad args, Finish blocks) {
+  int block = blockIdx.x;
+#pragma unroll
+  for (int i = 0; i < kMaxProblems; ++i) {
+    if (block < blocks.sums[i]) {
+      const int of_group = blocks.of_group[i];
+      return finish_sums(args.problems[i], block / of_group, block % of_group);
+    }
+    block -= blocks.sums[i];
   }
+  if (block < blocks.du) {
+    const WgradProblem& problem = args.problems[0];
+    const int64_t height = problem.height, share = block % blocks.of_tile;
+    const Tile tile = tile_of(problem.tiles, block / blocks.of_tile, problem.num_tiles);
+    return add_parts(args.du, args.parts, wgrad_parts(problem.width), args.num_rows * height,
+                     tile.first * height + share * kMaxFinished, tile.end * height);
+  }
+  const int64_t share = block - blocks.du;
+  add_parts(args.sum_of_dots, args.dots, args.num_dots, args.num_rows, share * kMaxFinished,
+            args.num_rows);
 }
 
 }  // namespace
@@ -406,93 +509,109 @@ __global__ void __launch_bounds__(kFinishThreads)
 #ifndef __CUDACC_RTC__
 namespace {
 
-cudaError_t launch_finish(const Wgrad& args, cudaStream_t stream) {
-  const int of_group = ceil_div(static_cast<int64_t>(args.height) * args.width, kMaxFinished);
-  const int64_t rows = args.chunk < args.num_rows ? args.chunk : args.num_rows;
-  const int of_tile = args.matrix == nullptr ? 0 : ceil_div(rows * args.height, kMaxFinished);
-  const unsigned blocks = args.num_groups * of_group + args.num_tiles * of_tile;
-  return launch(MOE_KERNEL(finish_wgrad_kernel), blocks, kFinishThreads, 0, stream, args, of_group,
-                of_tile);
+bool has_du(const Wgrad& args) {
+  return args.num_problems > 0 && args.problems[0].matrix != nullptr;
 }
 
-// M: the dtype of the matrix, or void.
-template <typename S, typename M = void>
-cudaError_t launch_tiles(const Wgrad& args, cudaStream_t stream) {
-  using OfStep = std::conditional_t<std::is_void_v<M>, NoDu<S>, DuOfStep<S>>;
-  using Left = Vector<typename S::Left>;
-  using Right = Vector<typename S::Right>;
-  static_assert(sizeof(Shared<S, OfStep>) <= kMaxSharedBytes);
-  if (args.num_tiles > 0 && args.num_rows > 0) {
-    const dim3 grid(args.num_tiles, ceil_div(args.height, S::kHeight),
-                    ceil_div(args.width, S::kWidth));
-    const Vectors vectors{args.height % Left::kSize == 0 && is_aligned(args.left),
-                          args.width % Right::kSize == 0 && is_aligned(args.right)};
-    const cudaError_t error = launch(MOE_KERNEL(wgrad_kernel, S, M, OfStep), grid, S::kThreads,
-                                     sizeof(Shared<S, OfStep>), stream, args, vectors);
+Finish blocks_of_finish(const Wgrad& args) {
+  Finish blocks = {};
+  for (int i = 0; i < args.num_problems; ++i) {
+    const WgradProblem& problem = args.problems[i];
+    const int64_t size = static_cast<int64_t>(problem.height) * problem.width;
+    blocks.of_group[i] = ceil_div(size, kMaxFinished);
+    blocks.sums[i] = problem.num_groups * blocks.of_group[i];
+  }
+  if (has_du(args)) {
+    const WgradProblem& problem = args.problems[0];
+    const int64_t rows = std::min(problem.chunk, args.num_rows);
+    blocks.of_tile = ceil_div(rows * problem.height, kMaxFinished);
+    blocks.du = problem.num_tiles * blocks.of_tile;
+  }
+  if (args.num_dots > 0) blocks.dots = ceil_div(args.num_rows, kMaxFinished);
+  return blocks;
+}
+
+cudaError_t launch_finish(const Wgrad& args, cudaStream_t stream) {
+  const Finish blocks = blocks_of_finish(args);
+  const int all = blocks.sums[0] + blocks.sums[1] + blocks.du + blocks.dots;
+  if (all == 0) return cudaSuccess;
+  return launch(MOE_KERNEL(finish_wgrad_kernel), all, kFinishThreads, 0, stream, args, blocks);
+}
+
+template <typename F>
+constexpr size_t bytes_of() {
+  const size_t plain = std::max(sizeof(typename F::template Plain<float>::Shared),
+                                sizeof(typename F::template Plain<typename F::R>::Shared));
+  if constexpr (F::kDuHeight == 0) {
+    return plain;
+  } else {
+    return std::max(plain, sizeof(typename F::WithDu::Shared));
+  }
+}
+
+template <typename F>
+int64_t blocks_of(const Wgrad& args, int problem) {
+  if (args.num_rows == 0 || problem >= args.num_problems) return 0;
+  if constexpr (F::kDuHeight > 0) {
+    if (problem == 0) return F::WithDu::blocks(args.problems[0]);
+  }
+  return F::template Plain<float>::blocks(args.problems[problem]);
+}
+
+template <typename F>
+cudaError_t launch_form(const Wgrad& args, cudaStream_t stream) {
+  static_assert(bytes_of<F>() <= kMaxSharedBytes);
+  const int64_t first = blocks_of<F>(args, 0), second = blocks_of<F>(args, 1);
+  if (first + second > 0) {
+    const cudaError_t error =
+        launch(MOE_KERNEL(wgrad_kernel, F), static_cast<unsigned>(first + second), F::kThreads,
+               bytes_of<F>(), stream, args, static_cast<int>(first));
     if (error != cudaSuccess) return error;
   }
   return launch_finish(args, stream);
 }
 
-template <typename L, typename R, typename W>
-cudaError_t launch_heights(const Wgrad& args, cudaStream_t stream) {
-  if constexpr (sizeof(R) == 2) {
-    if (args.height > 16) return launch_tiles<Shape<L, R, W, 64, 128>>(args, stream);
-  }
-  return launch_tiles<Shape<L, R, W, 16, 128>>(args, stream);
-}
-
-template <typename R, typename W, typename M>
-cudaError_t launch_with_matrix(const Wgrad& args, cudaStream_t stream) {
-  return args.height > 16
-             ? launch_tiles<Shape<R, R, W, 32, kColumnsOfPart>, M>(args, stream)
-             : launch_tiles<Shape<R, R, W, 16, kColumnsOfPart>, M>(args, stream);
-}
-
-// Whether an operand is float32; otherwise it has right's dtype.
-struct Floats {
-  bool left;
-  bool matrix;
-};
-
-template <typename R, typename W>
-cudaError_t launch_weights(const Wgrad& args, Floats floats, cudaStream_t stream) {
-  if (args.matrix != nullptr) {
-    if (floats.left) return cudaErrorInvalidValue;
-    return floats.matrix ? launch_with_matrix<R, W, float>(args, stream)
-                         : launch_with_matrix<R, W, R>(args, stream);
-  }
-  return floats.left ? launch_heights<float, R, W>(args, stream)
-                     : launch_heights<R, R, W>(args, stream);
+template <typename R, int kDuHeight>
+cudaError_t launch_heights(const Wgrad& args, bool tall, cudaStream_t stream) {
+  return tall ? launch_form<Form<R, 64, kDuHeight>>(args, stream)
+              : launch_form<Form<R, 16, kDuHeight>>(args, stream);
 }
 
 template <typename R>
-cudaError_t launch_right(const Wgrad& args, Floats floats, bool weights_are_float,
-                         cudaStream_t stream) {
-  return weights_are_float ? launch_weights<R, float>(args, floats, stream)
-                           : launch_weights<R, R>(args, floats, stream);
+cudaError_t launch_halves(const Wgrad& args, cudaStream_t stream) {
+  bool tall = false;
+  for (int i = has_du(args); i < args.num_problems; ++i) tall |= args.problems[i].height > 16;
+  if (!has_du(args)) return launch_heights<R, 0>(args, tall, stream);
+  return args.problems[0].height > 16 ? launch_heights<R, 32>(args, tall, stream)
+                                      : launch_heights<R, 16>(args, tall, stream);
 }
 
 bool fits(Scalar scalar, Scalar right) { return scalar == Scalar::kFloat || scalar == right; }
 
+bool is_supported(const Wgrad& args, Scalar right) {
+  for (int i = 0; i < args.num_problems; ++i) {
+    const WgradProblem& problem = args.problems[i];
+    if (!fits(problem.left_dtype, right) || !fits(problem.weights_dtype, right)) return false;
+    if (problem.matrix == nullptr) continue;
+    if (i > 0 || right == Scalar::kFloat || problem.left_dtype != right ||
+        problem.height > kMaxRankWithDu || !fits(problem.matrix_dtype, right)) {
+      return false;
+    }
+  }
+  return args.num_problems <= kMaxProblems;
+}
+
 }  // namespace
 
-cudaError_t launch_wgrad(const Wgrad& wgrad, Scalar left, Scalar right, Scalar weights,
-                         Scalar matrix, cudaStream_t stream) {
-  const Floats floats{left == Scalar::kFloat, matrix == Scalar::kFloat};
-  const bool weights_are_float = weights == Scalar::kFloat;
-  if (!fits(left, right) || !fits(weights, right) || !fits(matrix, right) ||
-      (wgrad.matrix != nullptr && (right == Scalar::kFloat || wgrad.height > kMaxRankWithDu))) {
-    return cudaErrorInvalidValue;
-  }
-  if (wgrad.num_groups == 0 || wgrad.height == 0 || wgrad.width == 0) return cudaSuccess;
+cudaError_t launch_wgrad(const Wgrad& wgrad, Scalar right, cudaStream_t stream) {
+  if (!is_supported(wgrad, right)) return cudaErrorInvalidValue;
   switch (right) {
     case Scalar::kFloat:
-      return launch_heights<float, float, float>(wgrad, stream);
+      return launch_form<Form<float, 16, 0>>(wgrad, stream);
     case Scalar::kHalf:
-      return launch_right<__half>(wgrad, floats, weights_are_float, stream);
+      return launch_halves<__half>(wgrad, stream);
     case Scalar::kBFloat16:
-      return launch_right<__nv_bfloat16>(wgrad, floats, weights_are_float, stream);
+      return launch_halves<__nv_bfloat16>(wgrad, stream);
   }
   return cudaErrorInvalidValue;
 }

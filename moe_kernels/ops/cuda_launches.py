@@ -41,14 +41,13 @@ def shrink(args: Shrink) -> Tensor:
     """See :func:`moe_kernels.ops.triton_launches.shrink`."""
     if uses_triton_gemm(args.left.device):
         return TRITON_SHARED.shrink(args)
-    if args.segments is not None:
-        args.out.zero_()
     _native.ops().shrink(
         args.out,
         args.left,
         args.matrix,
         args.perm,
         args.tiles.tiles,
+        args.segments,
         args.tiles.groups.shape[1],
         args.num_base,
         args.experts,
@@ -62,31 +61,34 @@ def shrink(args: Shrink) -> Tensor:
 def wgrad(
     problems: Sequence[Wgrad], dots: Tensor | None = None
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
-    """See :func:`moe_kernels.ops.triton_launches.wgrad`; the problems run one after another."""
-    tensors = dots if dots is not None else problems[0].right
-    if uses_triton_gemm(tensors.device):
+    """See :func:`moe_kernels.ops.triton_launches.wgrad`; two launches do all."""
+    first = problems[0] if problems else None
+    if uses_triton_gemm((dots if first is None else first.right).device):
         return TRITON_SHARED.wgrad(problems, dots)
-    return [_wgrad(args) for args in problems], None if dots is None else dots.sum(0)
-
-
-def _wgrad(args: Wgrad) -> tuple[Tensor, Tensor | None]:
-    weights = args.weights
-    sums, du = _native.ops().wgrad(
-        args.left,
-        args.right,
-        args.perm,
-        args.rows.tiles,
-        args.rows.groups,
-        args.factors,
-        None if weights is None else match_routing_weights(args.right, weights),
-        args.matrix,
-        args.rows.block,
-        args.top_k,
-        args.transposed,
-        args.left_by_token,
-        args.right_by_token,
+    matrix = None if first is None else first.matrix
+    sums, du, sum_of_dots = _native.ops().wgrad(
+        [args.left for args in problems],
+        [args.right for args in problems],
+        [args.rows.tiles for args in problems],
+        [args.rows.groups for args in problems],
+        [args.factors for args in problems],
+        [_weights(args) for args in problems],
+        matrix,
+        [args.rows.block for args in problems],
+        [args.transposed for args in problems],
+        [args.left_by_token for args in problems],
+        [args.right_by_token for args in problems],
+        None if first is None else first.perm,
+        dots,
+        dots.shape[2] if first is None else first.top_k,
     )
-    return sums, None if args.matrix is None else du
+    of_first = [None if matrix is None else du, None]
+    found = list(zip(sums, of_first, strict=False))
+    return found, None if dots is None else sum_of_dots
+
+
+def _weights(args: Wgrad) -> Tensor | None:
+    return None if args.weights is None else match_routing_weights(args.right, args.weights)
 
 
 def gives_du(rank: int, dy: Tensor, num_rows: int) -> bool:

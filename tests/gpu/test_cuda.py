@@ -37,7 +37,9 @@ def test_layers(selected):
 def test_layers_by_the_kernels_on_the_host(tmp_path):
     """Run layers, launchers and kernels unchanged; only the device is imitated."""
     library = str(host_kernels.build_ops(tmp_path))
-    selected = "half_precision or lora_linear or native_ops or opcheck or made_to_fit or decod"
+    selected = (
+        "half_precision or lora_linear or native_ops or opcheck or made_to_fit or decod or launches"
+    )
     run_pytest(CASES, "-k", selected, TRITON_INTERPRET="1", CUDA_KERNELS_ON_HOST=library)
 
 
@@ -227,14 +229,25 @@ CALLS = {
          False), []
     ),
     "wgrad": (
-        (halves(20, 3), halves(10, 6), integers(20), integers(3, 6), integers(3, 4), empty(1),
-         empty(10, 2), empty(4, 6, 3), 16, 2, False, False, True), [(4, 3, 6), (20, 3)]
+        ([halves(20, 3), empty(20, 40)], [halves(10, 6), halves(20, 8)], [integers(3, 6)] * 2,
+         [integers(3, 4)] * 2, [empty(1), empty(2)], [None, empty(10, 2)], empty(4, 6, 3),
+         [16, 16], [True, False], [False, False], [True, False], integers(20), empty(5, 10, 2), 2),
+        [(4, 6, 3), (4, 40, 8), (20, 3), (10, 2)]
     ),
     "shrink": (
-        (empty(20, 3), empty(10, 8), empty(1, 4, 3, 8), integers(20), integers(3, 6), 4, 4, 4, 2,
-         True, True), []
+        (empty(20, 3), empty(10, 8), empty(1, 4, 3, 8), integers(20), integers(3, 6), integers(9),
+         4, 4, 4, 2, True, True), []
     ),
 }  # fmt: skip
+
+
+def on_cuda(value):
+    """Return a tensor, or a list with tensors, as on a GPU; in a mode of fake tensors."""
+    if isinstance(value, list):
+        return [on_cuda(part) for part in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    return empty(*value.shape, dtype=value.dtype, device="cuda")
 
 
 @NEEDS_EXTENSION
@@ -245,10 +258,7 @@ def test_shapes_without_memory(op, fake):
     mode = FakeTensorMode()
     if fake:
         with mode:
-            arguments = [
-                empty(*a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a
-                for a in arguments
-            ]
+            arguments = [on_cuda(argument) for argument in arguments]
     found = getattr(_native.ops(), op)(*arguments)
     found = [found] if isinstance(found, torch.Tensor) else found or []
     found = [t for part in found for t in (part if isinstance(part, list) else [part])]
@@ -275,15 +285,19 @@ REFUSALS = [
     ("combine", 0, empty(8, 20).T, "rows must be contiguous"),
     ("combine", 1, empty(20), "inv_perm must be Long"),
     ("combine", 4, 9, "as many for each of 9 tokens"),
-    ("wgrad", 0, empty(20, 3, dtype=torch.bfloat16), "left must be Half"),
-    ("wgrad", 0, empty(20, 3), "with a matrix wgrad takes left and right of bfloat16 or float16"),
-    ("wgrad", 0, halves(20, 33), "at most 32 columns of left"),
-    ("wgrad", 1, halves(20, 6), "right must have shape"),
-    ("wgrad", 5, empty(3), "factors must be one for each of as many neighbouring groups"),
-    ("wgrad", 6, empty(10, 3), "weights must have shape"),
-    ("wgrad", 7, empty(4, 3, 6), "matrix must have shape"),
-    ("wgrad", 8, 0, "at least a row in a chunk"),
-    ("wgrad", 9, 3, "perm must have top_k = 3 entries for each token"),
+    ("wgrad", 0, [empty(20, 3, dtype=torch.bfloat16), empty(20, 40)], "left must be Half"),
+    ("wgrad", 0, [empty(20, 3)] * 2, "with a matrix wgrad takes left and right of bfloat16 or"),
+    ("wgrad", 0, [halves(20, 33), empty(20, 40)], "at most 32 columns of left"),
+    ("wgrad", 0, [halves(20, 3)], "an entry for each of 1 problems, one has 2"),
+    ("wgrad", 1, [halves(20, 6), halves(20, 8)], "right must have shape"),
+    ("wgrad", 1, [halves(10, 6), empty(20, 8)], "right must have one dtype in all problems"),
+    ("wgrad", 4, [empty(3), empty(2)], "factors must be one for each of as many neighbouring"),
+    ("wgrad", 5, [None, empty(10, 3)], "weights must have shape"),
+    ("wgrad", 6, empty(4, 3, 6), "matrix must have shape"),
+    ("wgrad", 7, [16, 0], "at least a row in a chunk"),
+    ("wgrad", 11, None, "at most 2 problems with perm, or dots alone"),
+    ("wgrad", 12, empty(5, 20, 1), "dots must have shape"),
+    ("wgrad", 13, 3, "perm must have top_k = 3 entries for each token"),
     ("add_low_rank", 0, empty(10, 16), "out must be bfloat16 or float16"),
     ("add_low_rank", 0, halves(10, 12), "a multiple of 16 bytes"),
     ("add_low_rank", 1, halves(10, 3), "u must be Float"),
@@ -329,8 +343,9 @@ REFUSALS = [
     ("shrink", 2, empty(1, 4, 8, 3), "matrix must end with 3 x 8"),
     ("shrink", 2, empty(1, 3, 3, 8), "matrix must have 4 for each modality, has 3"),
     ("shrink", 2, empty(1, 4, 3, 8, dtype=torch.float16), "float32 or Float, is"),
-    ("shrink", 5, 8, "pairs of 1 modalities and 4 experts, are of 8"),
-    ("shrink", 7, 2, "experts must be 1 or num_base = 4"),
+    ("shrink", 5, integers(8), "must have 2 segments for each of 4 experts"),
+    ("shrink", 6, 8, "pairs of 1 modalities and 4 experts, are of 8"),
+    ("shrink", 8, 2, "experts must be 1 or num_base = 4"),
 ]
 
 

@@ -160,23 +160,26 @@ def test_combine_adds_the_rows_of_each_token(library, dtype, weighted):
 # --- shrink
 
 
-def shrink(library, routed, left, matrix, out, rank_first, by_token, block):
+def shrink(library, routed, left, matrix, out, rank_first, by_token, block, fill=False):
     tiles, _ = cuda.tile_map(routed.pairs(), routed.rows, block)
     rank = out.shape[1]
     given = cuda.structure(
-        cuda.Shrink, left=left, matrix=matrix, perm=routed.perm, tiles=tiles, out=out,
-        num_tiles=tiles.shape[1], num_base=routed.num_base, experts_of_m=matrix.shape[1],
-        size_k=left.shape[1], rank=rank, top_k=routed.top_k, by_token=by_token,
-        rank_first=rank_first,
+        cuda.Shrink, left=left, matrix=matrix, perm=routed.perm, tiles=tiles,
+        segments=routed.segments if fill else None, out=out, num_tiles=tiles.shape[1],
+        num_rows=routed.rows, num_base=routed.num_base, num_modalities=routed.num_modalities,
+        experts_of_m=matrix.shape[1], size_k=left.shape[1], rank=rank, top_k=routed.top_k,
+        by_token=by_token, rank_first=rank_first,
     )  # fmt: skip
+    launches = library.launches()
     cuda.call(library.shrink, given, left.dtype, matrix.dtype, out.dtype)
+    assert library.launches() <= launches + 1
     return out
 
 
 def check_shrink(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_first, by_token,
-                  shared, kind, block):  # fmt: skip
-    routed = Routed(*shape, size_k + rank, kind)
-    experts = 1 if shared else routed.num_experts
+                  shared, kind, block, num_extra=0):  # fmt: skip
+    routed = Routed(*shape, size_k + rank, kind, num_extra)
+    experts = 1 if shared else routed.num_base
     size = (rank, size_k) if rank_first else (size_k, rank)
     matrix = routed.randn(routed.num_modalities, experts, *size, dtype=matrix_dtype)
     left = routed.randn(routed.tokens if by_token else routed.rows, size_k, dtype=dtype)
@@ -189,14 +192,14 @@ def check_shrink(library, shape, size_k, rank, dtype, *, matrix_dtype, rank_firs
     expected = torch.full((routed.rows, rank), NAN, dtype=torch.float64)
     rows = left[routed.perm // routed.top_k] if by_token else left
     for pair, (first, end) in enumerate(routed.pairs()):
-        expert = 0 if shared else pair % routed.num_experts
-        m = matrix[pair // routed.num_experts, expert].to(dtype).double()
+        expert = 0 if shared else pair % routed.num_base
+        m = matrix[pair // routed.num_base, expert].to(dtype).double()
         expected[first:end] = rows[first:end].double() @ (m.T if rank_first else m)
     assert torch.equal(out.isnan().any(1), ~adapted) and torch.equal(out.isnan().all(1), ~adapted)
     check(out[adapted], expected[adapted], out.dtype)
     again = torch.full_like(out, NAN)
-    shrink(library, routed, left, matrix, again, rank_first, by_token, block)
-    assert torch.equal(out[adapted], again[adapted])
+    shrink(library, routed, left, matrix, again, rank_first, by_token, block, fill=True)
+    assert torch.equal(out[adapted], again[adapted]) and not again[~adapted].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,7 +212,7 @@ def test_shrink_is_the_product_of_adapted_rows(library, dtype, rank_first, size_
     check_shrink(
         library, (37, 3, 5, 2), size_k, rank, dtype, by_token=rank % 2 == 0, kind=0,
         matrix_dtype=torch.float32 if size_k % 3 else dtype, rank_first=rank_first,
-        shared=rank == 8, block=[16, 128][rank % 2],
+        shared=rank == 8, block=[16, 128][rank % 2], num_extra=rank % 3,
     )  # fmt: skip
 
 
@@ -218,83 +221,166 @@ def test_shrink_is_the_product_of_adapted_rows(library, dtype, rank_first, size_
 def test_shrink_on_any_routing(library, kind, tokens):
     check_shrink(
         library, (tokens, 2, 4, 1), 48, 16, torch.bfloat16, by_token=False, kind=kind,
-        matrix_dtype=torch.float32, rank_first=True, shared=False, block=64,
+        matrix_dtype=torch.float32, rank_first=True, shared=False, block=32,
+    )  # fmt: skip
+
+
+def test_shrink_writes_the_zeros_of_many_rows(library):
+    """Several blocks write them, and text rows lie beside adapted ones in each."""
+    check_shrink(
+        library, (700, 2, 4, 2), 8, 5, torch.bfloat16, by_token=True, kind=6, num_extra=1,
+        matrix_dtype=torch.bfloat16, rank_first=True, shared=False, block=32,
     )  # fmt: skip
 
 
 # --- wgrad
 
 
-def wgrad(library, routed, left, right, factors, weights, out, *, chunk, transposed, left_by_token,
-          right_by_token, matrix=None):  # fmt: skip
-    """Fill ``out``; with a matrix, return right @ matrix, which is NaN in other rows."""
+class Sums:
+    """Random operands of the sums of (factor * weight * left)^T right over each pair's rows."""
+
+    def __init__(self, routed, height, width, dtype, *, left_dtype, weights_dtype, transposed,
+                 left_by_token, right_by_token, matrix_dtype=None):  # fmt: skip
+        self.routed, self.transposed = routed, transposed
+        self.by_token = {"left_by_token": left_by_token, "right_by_token": right_by_token}
+        self.left = self._rows(height, left_dtype, left_by_token)
+        self.right = self._rows(width, dtype, right_by_token)
+        self.factors = torch.rand(routed.num_modalities, generator=routed.generator) + 0.5
+        self.weights = None if weights_dtype is None else routed.weights.to(weights_dtype)
+        self.matrix = None
+        if matrix_dtype is not None:
+            size = len(routed.pairs()), width, height
+            self.matrix = routed.randn(*size, dtype=matrix_dtype, fan_in=width)
+
+    def _rows(self, width, dtype, by_token):
+        routed = self.routed
+        rows = routed.randn(routed.tokens if by_token else routed.rows, width, dtype=dtype)
+        if not by_token:
+            rows[~routed.adapted()] = NAN
+        return rows
+
+    def unwritten(self, number):
+        height, width = self.left.shape[1], self.right.shape[1]
+        size = (width, height) if self.transposed else (height, width)
+        return torch.full((number, *size), NAN)
+
+    def problem(self, tiles, groups, chunk, out, partial):
+        num_groups = groups.shape[1]
+        dtypes = [
+            torch.float32 if tensor is None else tensor.dtype
+            for tensor in (self.left, self.weights, self.matrix)
+        ]
+        return cuda.structure(
+            cuda.WgradProblem, left=self.left, right=self.right, tiles=tiles, groups=groups,
+            factors=self.factors, weights=self.weights, matrix=self.matrix, out=out,
+            partial=partial, chunk=chunk, left_dtype=dtypes[0], weights_dtype=dtypes[1],
+            matrix_dtype=dtypes[2], num_tiles=tiles.shape[1], num_groups=num_groups,
+            groups_of_factor=num_groups // self.factors.numel(), height=self.left.shape[1],
+            width=self.right.shape[1], transposed=self.transposed, **self.by_token,
+        )  # fmt: skip
+
+    def expected(self):
+        """Return the sums, and right @ matrix of the pairs' rows or None, in float64."""
+        routed, dtype = self.routed, self.right.dtype
+        slots = routed.perm
+        tokens = slots // routed.top_k
+        scaled = (self.left[tokens] if self.by_token["left_by_token"] else self.left).float()
+        if self.weights is not None:
+            scaled = scaled * self.weights.flatten()[slots].float()[:, None]
+        rows = (self.right[tokens] if self.by_token["right_by_token"] else self.right).double()
+        sums, du = [], []
+        for pair, (first, end) in enumerate(routed.pairs()):
+            factor = self.factors[pair // routed.num_experts]
+            left = (factor * scaled[first:end]).to(dtype).double()
+            sums.append(left.T @ rows[first:end])
+            if self.matrix is not None:
+                du.append(rows[first:end] @ self.matrix[pair].to(dtype).double())
+        sums = torch.stack(sums)
+        return sums.mT if self.transposed else sums, torch.cat(du) if du else None
+
+
+def wgrad(library, routed, sums, chunk, dots=None):
+    """Return the sums, du of the first, which is NaN in other rows, and the sum of the dots."""
     tiles, groups = cuda.tile_map(routed.pairs(), routed.rows, chunk)
     partials = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
-    height, width = left.shape[1], right.shape[1]
-    rows = 0 if matrix is None else routed.rows
-    du = torch.full((rows, height), NAN)
+    outs = [its.unwritten(groups.shape[1]) for its in sums]
+    problems = [
+        its.problem(tiles, groups, chunk, out, its.unwritten(partials))
+        for its, out in zip(sums, outs, strict=True)
+    ]
+    while len(problems) < 2:
+        problems.append(cuda.WgradProblem())
+        problems[-1].guarded = []
+    height, width, rows = 0, 0, 0
+    if sums and sums[0].matrix is not None:
+        height, width, rows = sums[0].left.shape[1], sums[0].right.shape[1], routed.rows
+    du, sum_of_dots = torch.full((rows, height), NAN), torch.full((routed.rows,), NAN)
     given = cuda.structure(
-        cuda.Wgrad, left=left, right=right, perm=routed.perm, tiles=tiles, groups=groups,
-        factors=factors, weights=weights, matrix=matrix, out=out,
-        partial=torch.full((partials, *out.shape[1:]), NAN), du=du,
-        parts=torch.full((library.parts_of_wgrad(width), rows, height), NAN), chunk=chunk,
-        num_rows=routed.rows, num_tiles=tiles.shape[1],
-        num_groups=out.shape[0], groups_of_factor=out.shape[0] // factors.numel(),
-        height=height, width=width, top_k=routed.top_k, transposed=transposed,
-        left_by_token=left_by_token, right_by_token=right_by_token,
+        cuda.Wgrad, problems=problems, perm=routed.perm, du=du,
+        parts=torch.full((library.parts_of_wgrad(width), rows, height), NAN), dots=dots,
+        sum_of_dots=sum_of_dots, num_rows=routed.rows, num_problems=len(sums),
+        num_dots=0 if dots is None else len(dots), top_k=routed.top_k,
     )  # fmt: skip
-    dtypes = [torch.float32 if t is None else t.dtype for t in (left, right, weights, matrix)]
     launches = library.launches()
-    cuda.call(library.wgrad, given, *dtypes)
+    cuda.call(library.wgrad, given, sums[0].right.dtype if sums else torch.float32)
     assert library.launches() <= launches + 2
-    return du
+    return outs, du, sum_of_dots
 
 
-def check_wgrad(library, shape, height, width, dtype, *, left_dtype, weights_dtype, transposed,
-                left_by_token, right_by_token, kind, chunk, matrix_dtype=None):  # fmt: skip
+def check_wgrad(library, shape, height, width, dtype, *, kind, chunk, **options):
     routed = Routed(*shape, height + width, kind)
-    counts = {True: routed.tokens, False: routed.rows}
-    left = routed.randn(counts[left_by_token], height, dtype=left_dtype)
-    right = routed.randn(counts[right_by_token], width, dtype=dtype)
-    adapted = routed.adapted()
-    for tensor, by_token in ((left, left_by_token), (right, right_by_token)):
-        if not by_token:
-            tensor[~adapted] = NAN
-    factors = torch.rand(routed.num_modalities, generator=routed.generator) + 0.5
-    weights = None if weights_dtype is None else routed.weights.to(weights_dtype)
-    pairs = routed.pairs()
-    size = (width, height) if transposed else (height, width)
-    out = torch.full((len(pairs), *size), NAN)
-    matrix = None
-    if matrix_dtype is not None:
-        matrix = routed.randn(len(pairs), width, height, dtype=matrix_dtype, fan_in=width)
-    options = {
-        "chunk": chunk, "transposed": transposed, "left_by_token": left_by_token,
-        "right_by_token": right_by_token, "matrix": matrix,
-    }  # fmt: skip
-    du = wgrad(library, routed, left, right, factors, weights, out, **options)
-
-    slots = routed.perm
-    scaled = (left[slots // routed.top_k] if left_by_token else left).float()
-    if weights is not None:
-        scaled = scaled * weights.flatten()[slots].float()[:, None]
-    rows = (right[slots // routed.top_k] if right_by_token else right).double()
-    expected = torch.zeros(len(pairs), height, width, dtype=torch.float64)
-    for pair, (first, end) in enumerate(pairs):
-        factor = factors[pair // routed.num_experts]
-        expected[pair] = (factor * scaled[first:end]).to(dtype).double().T @ rows[first:end]
+    sums = Sums(routed, height, width, dtype, **options)
+    (out,), du, _ = wgrad(library, routed, [sums], chunk)
+    expected, product = sums.expected()
+    for pair, (first, end) in enumerate(routed.pairs()):
         assert first < end or not out[pair].any()
-        if matrix is not None:
-            product = rows[first:end] @ matrix[pair].to(dtype).double()
-            check(du[first:end], product, torch.float32)
-    if matrix is not None:
+    if product is not None:
+        adapted = routed.adapted()
         assert torch.equal(du.isnan().any(1), ~adapted)
         assert torch.equal(du.isnan().all(1), ~adapted)
+        order = [row for first, end in routed.pairs() for row in range(first, end)]
+        check(du[order], product, torch.float32)
     # float16 and bfloat16: factor * weight * left may be rounded to a neighbour.
-    check(out, expected.mT if transposed else expected, dtype)
-    again = torch.full_like(out, NAN)
-    same = wgrad(library, routed, left, right, factors, weights, again, **options)
+    check(out, expected, dtype)
+    (again,), same, _ = wgrad(library, routed, [sums], chunk)
     assert torch.equal(out, again) and torch.equal(du.nan_to_num(), same.nan_to_num())
+
+
+OF_B = {"transposed": True, "left_by_token": False}
+OF_A = {"transposed": False, "left_by_token": False, "left_dtype": torch.float32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heights", "with_du", "kind"), [((16, 5), True, 0), ((20, 40), True, 3), ((3, 33), False, 6),
+                                     ((8, 8), True, 4)]
+)  # fmt: skip
+def test_two_problems_and_the_dots_in_one_launch(library, dtype, heights, with_du, kind):
+    """Each has the bits of its own launch, and the dots are added in order."""
+    with_du = with_du and dtype != torch.float32
+    routed = Routed(80, 2, 3, 2, sum(heights), kind)
+    of_B = OF_B | {"left_dtype": dtype, "weights_dtype": None if with_du else torch.float32}
+    sums = [
+        Sums(routed, heights[0], 300, dtype, right_by_token=not with_du,
+             matrix_dtype=torch.float32 if with_du else None, **of_B),
+        Sums(routed, heights[1], 136, dtype, right_by_token=heights[1] == 33, weights_dtype=dtype,
+             **OF_A),
+    ]  # fmt: skip
+    dots = routed.randn(3, routed.rows)
+    outs, du, sum_of_dots = wgrad(library, routed, sums, 24, dots)
+    assert torch.equal(sum_of_dots, dots[0] + dots[1] + dots[2])
+    for number, its in enumerate(sums):
+        check(outs[number], its.expected()[0], dtype)
+        (alone,), its_du, none = wgrad(library, routed, [its], 24)
+        assert torch.equal(outs[number], alone) and none.isnan().all()
+        if number == 0:
+            assert torch.equal(du.nan_to_num(), its_du.nan_to_num())
+
+
+def test_the_dots_alone(library):
+    routed = Routed(700, 2, 3, 1, 1)
+    dots = routed.randn(2, routed.rows)
+    assert torch.equal(wgrad(library, routed, [], 32, dots)[2], dots[0] + dots[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -483,7 +569,7 @@ def run_act_backward(library, product, block_m, pre, weights, adapted=True, adde
     routed, inter = product.routed, product.size_n
     d_pre = torch.full((routed.rows, 2 * inter), NAN, dtype=product.dtype)
     act = torch.full((routed.rows, inter), NAN, dtype=product.dtype)
-    dots = torch.zeros(library.parts(inter), routed.rows)
+    dots = torch.full((library.parts(inter), routed.rows), NAN)
     given = cuda.structure(
         cuda.ActBackward, weights=weights, pre=pre, d_pre=d_pre, act=act, dots=dots,
         num_rows=routed.rows, weights_are_float=weights.dtype == torch.float32,

@@ -619,10 +619,10 @@ def forward_of(inputs, implementation, save=True):
     return partial(implementation.backward, x, x, topk_weights, weights, form, saved)
 
 
-def launches_of(inputs, implementation, monkeypatch):
+def launches_of(inputs, implementation, monkeypatch, **of_ops):
     """Return the launches of inference, and those of a forward and a backward in training."""
     adapted, extended = inputs.gate_up_lora is not None, inputs.extra_gate_up_proj is not None
-    seen = Launches(monkeypatch)
+    seen = Launches(monkeypatch, **of_ops)
     with seen:
         forward_of(inputs, implementation, save=False)
         inference, seen.names = seen.names, []
@@ -634,10 +634,14 @@ def launches_of(inputs, implementation, monkeypatch):
 
 @pytest.mark.parametrize("rank", [3, 20])
 def test_saved_rows_without_an_adapter_are_zeros(rank, filled_memory):
+    check_saved_zeros(triton_moe_mlp, rank, torch.float32)
+
+
+def check_saved_zeros(implementation, rank, dtype):
     """They are rows of text, of padding and of added experts; a memset no longer makes them."""
     shape = Shape(T=40, K=2, E=3, H=24, I=16, r=rank)
-    inputs = make_moe_inputs(shape, num_modalities=2, num_extra=1).to(torch.float32)
-    saved = forward_of(on_device(inputs), triton_moe_mlp).args[-1]
+    inputs = make_moe_inputs(shape, num_modalities=2, num_extra=1).to(dtype)
+    saved = forward_of(on_device(inputs), implementation).args[-1]
     slots = saved.perm.cpu()
     adapted = (inputs.modality_ids > 0).repeat_interleave(2) & (inputs.topk_ids.view(-1) < 3)
     for u in (saved.u1.cpu(), saved.u2.cpu()):

@@ -45,9 +45,12 @@ def combine(
 
 
 def shrink(
-    out: Tensor, left: Tensor, matrix: Tensor, perm: Tensor, tiles: Tensor, num_pairs: int,
-    num_base: int, experts: int, top_k: int, by_token: bool, rank_first: bool,
+    out: Tensor, left: Tensor, matrix: Tensor, perm: Tensor, tiles: Tensor,
+    segment_offsets: Tensor | None, num_pairs: int, num_base: int, experts: int, top_k: int,
+    by_token: bool, rank_first: bool,
 ) -> None:  # fmt: skip
+    if segment_offsets is not None:
+        out.zero_()
     matrices = matrix.reshape(-1, experts, *matrix.shape[-2:]).to(left.dtype).float()
     for pair, first, end in tiles.T.tolist():
         rows = perm[first:end] // top_k if by_token else slice(first, end)
@@ -57,28 +60,43 @@ def shrink(
 
 
 def wgrad(
-    left: Tensor, right: Tensor, perm: Tensor, tiles: Tensor, groups: Tensor, factors: Tensor,
-    weights: Tensor | None, matrix: Tensor | None, chunk: int, top_k: int, transposed: bool,
-    left_by_token: bool, right_by_token: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    left: list[Tensor], right: list[Tensor], tiles: list[Tensor], groups: list[Tensor],
+    factors: list[Tensor], weights: list[Tensor | None], matrix: Tensor | None,
+    chunks: list[int], transposed: list[bool], left_by_token: list[bool],
+    right_by_token: list[bool], perm: Tensor | None, dots: Tensor | None, top_k: int,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    lists = left, right, tiles, groups, factors, weights, chunks, transposed
+    problems = zip(*lists, left_by_token, right_by_token, strict=True)
+    sums = [sums_of(*problem, perm, top_k) for problem in problems]
+    du = torch.empty(0, 0)
+    if matrix is not None:
+        rows = right[0][perm // top_k] if right_by_token[0] else right[0]
+        du = torch.full((perm.numel(), left[0].shape[1]), float("nan"))
+        for pair_matrix, (first, end) in zip(matrix, groups[0][:2].T.tolist(), strict=True):
+            du[first:end] = rows[first:end].float() @ pair_matrix.to(rows.dtype).float()
+    return sums, du, torch.empty(0, top_k) if dots is None else dots.sum(0)
+
+
+def sums_of(
+    left: Tensor, right: Tensor, tiles: Tensor, groups: Tensor, factors: Tensor,
+    weights: Tensor | None, chunk: int, transposed: bool, left_by_token: bool,
+    right_by_token: bool, perm: Tensor, top_k: int,
+) -> Tensor:  # fmt: skip
+    """Return the sums of a problem of ``wgrad``."""
     bounds = groups[:2].T.tolist()
     expected_tiles, expected_groups = tile_map(bounds, perm.numel(), chunk)
     assert torch.equal(tiles, expected_tiles) and torch.equal(groups, expected_groups)
     factors = factors.repeat_interleave(len(bounds) // factors.numel())
-    sums, height = [], left.shape[1]
-    du = torch.full((0 if matrix is None else perm.numel(), height), float("nan"))
-    for group, ((first, end), factor) in enumerate(zip(bounds, factors, strict=True)):
+    sums = [torch.empty(0, left.shape[1], right.shape[1])]
+    for (first, end), factor in zip(bounds, factors, strict=True):
         slots, rows = perm[first:end], slice(first, end)
         scaled = factor * left[slots // top_k if left_by_token else rows].float()
         if weights is not None:
             scaled = scaled * weights.reshape(-1)[slots, None].float()
         right_rows = right[slots // top_k if right_by_token else rows].float()
-        product = scaled.to(right.dtype).float().T @ right_rows
-        sums.append(product.T if transposed else product)
-        if matrix is not None:
-            du[first:end] = right_rows @ matrix[group].to(right.dtype).float()
-    shape = (right.shape[1], height)[:: 1 if transposed else -1]
-    return torch.stack(sums) if sums else torch.empty(0, *shape), du
+        sums.append((scaled.to(right.dtype).float().T @ right_rows)[None])
+    sums = torch.cat(sums)
+    return sums.mT.contiguous() if transposed else sums
 
 
 def experts(

@@ -43,8 +43,8 @@ class Combine(ctypes.Structure):
 
 class Shrink(ctypes.Structure):
     _fields_ = fields(
-        pointer="left matrix perm tiles out",
-        int="num_tiles num_base experts_of_m size_k rank top_k",
+        pointer="left matrix perm tiles segments out",
+        int="num_tiles num_rows num_base num_modalities experts_of_m size_k rank top_k",
         bool="by_token rank_first",
     )
 
@@ -55,13 +55,25 @@ class AddLowRank(ctypes.Structure):
     )
 
 
-class Wgrad(ctypes.Structure):
+class WgradProblem(ctypes.Structure):
     _fields_ = fields(
-        pointer="left right perm tiles groups factors weights matrix out partial du parts",
-        long="chunk num_rows",
-        int="num_tiles num_groups groups_of_factor height width top_k",
+        pointer="left right tiles groups factors weights matrix out partial",
+        long="chunk",
+        int="left_dtype weights_dtype matrix_dtype num_tiles num_groups groups_of_factor height"
+        " width",
         bool="transposed left_by_token right_by_token",
     )
+
+
+class Wgrad(ctypes.Structure):
+    _fields_ = [
+        ("problems", 2 * WgradProblem),
+        *fields(
+            pointer="perm du parts dots sum_of_dots",
+            long="num_rows",
+            int="num_problems num_dots top_k",
+        ),
+    ]
 
 
 class GroupedGemm(ctypes.Structure):
@@ -135,7 +147,8 @@ def build(folder: Path) -> ctypes.CDLL:
     path = linked(folder / "kernels.so", compiled(folder, HOST / "cuda_kernels_host.cpp", *kernels))
     library = ctypes.CDLL(str(path))
     for structure in (
-        DispatchOut, Maps, Combine, Shrink, Wgrad, GroupedGemm, ActBackward, AddLowRank, Decode,
+        DispatchOut, Maps, Combine, Shrink, WgradProblem, Wgrad, GroupedGemm, ActBackward,
+        AddLowRank, Decode,
     ):  # fmt: skip
         size = getattr(library, f"size_of_{structure.__name__.lower()}")
         size.restype = ctypes.c_size_t
@@ -185,9 +198,16 @@ def structure(kind: type, **values) -> ctypes.Structure:
 
 
 def plain(value, guarded: list[Guarded]):
-    """Convert a value for ctypes: a tensor to a pointer to its copy, a dtype to a ``Scalar``."""
+    """Convert a value for ctypes: a tensor to a pointer to its copy, a dtype to a ``Scalar``.
+
+    A list of structures becomes an array of them.
+    """
     if isinstance(value, torch.dtype):
         return SCALARS[value]
+    if isinstance(value, list):
+        for part in value:
+            guarded += part.guarded
+        return (type(value[0]) * len(value))(*value)
     if isinstance(value, ctypes.Structure):
         guarded += value.guarded
         return ctypes.byref(value)

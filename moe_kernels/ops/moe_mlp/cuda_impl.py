@@ -15,7 +15,7 @@ from moe_kernels.ops.moe_mlp.tiles import Tiles
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved, nothing_saved
 
-_ADAPTER_BLOCK = 64  # rows that a block of `shrink` takes at once
+_ADAPTER_BLOCK = 32  # rows that a block of `shrink` takes at once
 
 
 def supports(weights: ExpertWeights, form: ExpertForm) -> bool:

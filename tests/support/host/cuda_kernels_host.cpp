@@ -66,10 +66,10 @@ extern "C" int shrink(const Shrink* given, int left, int matrix, int out) {
 }
 
 extern "C" size_t size_of_wgrad() { return sizeof(Wgrad); }
+extern "C" size_t size_of_wgradproblem() { return sizeof(WgradProblem); }
 extern "C" int parts_of_wgrad(int width) { return wgrad_parts(width); }
-extern "C" int wgrad(const Wgrad* given, int left, int right, int weights, int matrix) {
-  return launch_wgrad(*given, Scalar(left), Scalar(right), Scalar(weights), Scalar(matrix),
-                      nullptr);
+extern "C" int wgrad(const Wgrad* given, int right) {
+  return launch_wgrad(*given, Scalar(right), nullptr);
 }
 
 extern "C" size_t size_of_groupedgemm() { return sizeof(GroupedGemm); }
