@@ -5,6 +5,14 @@ from typing import Any
 import torch
 
 
+def next_power_of_2(number: int) -> int:
+    """Return the least power of 2 that is at least ``number``, and 1 for 0.
+
+    Triton's own, and its ``cdiv``, may also run in a kernel, which costs the host microseconds.
+    """
+    return 1 << max(0, number - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch a kernel on a grid; one without programs launches nothing.
 

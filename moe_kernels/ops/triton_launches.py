@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_kernels import backends
@@ -16,7 +15,7 @@ from moe_kernels.ops.triton_kernels import (
     shrink_kernel,
     wgrad_kernel,
 )
-from moe_kernels.ops.triton_launch import launch
+from moe_kernels.ops.triton_launch import launch, next_power_of_2
 from moe_kernels.ops.triton_tile_maps import TileMap, tile_maps
 
 FINISHED = 1024  # elements of a program of finish_wgrad_kernel
@@ -152,6 +151,7 @@ def rank_block(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else 64
 
 
+@functools.cache  # every backward pass asks several times
 def wgrad_blocks(
     height: int, width: int, dtype: torch.dtype, *, with_du: bool, capability: int
 ) -> tuple[int, int, int, int]:
@@ -166,7 +166,7 @@ def wgrad_blocks(
         *most, step, warps = (16, 256, 64, 8) if capability >= 90 else (16, 128, 32, 4)
     else:
         *most, step, warps = 64, 128, 32, 4
-    blocks = (max(16, triton.next_power_of_2(size)) for size in (height, width))
+    blocks = (max(16, next_power_of_2(size)) for size in (height, width))
     return *map(min, most, blocks), step, warps
 
 
@@ -186,7 +186,7 @@ def shrink_warps(block_m: int) -> int:
 def shrink(args: Shrink) -> Tensor:
     """Write left M to the adapted rows of ``args.out``, zeros to others if asked; return it."""
     (num_rows, rank), size_k, tiles = args.out.shape, args.left.shape[1], args.tiles
-    block_r = min(rank_block(args.left.dtype), max(16, triton.next_power_of_2(rank)))
+    block_r = min(rank_block(args.left.dtype), max(16, next_power_of_2(rank)))
     fill = args.segments is not None
     programs = tiles.num_tiles
     if fill:  # so many for the base rows of each expert, and for the rows behind the last adapter's

@@ -7,6 +7,7 @@ without knowing the counts. Tiles beyond the last real one have no rows, and the
 at once.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.ops.triton_launch import launch
+from moe_kernels.ops.triton_launch import launch, next_power_of_2
 
 
 class Groups(NamedTuple):
@@ -201,34 +202,41 @@ def tile_maps(segment_offsets: Tensor, num_rows: int, requested: RequestedMaps) 
             *tile_maps(segment_offsets, num_rows, first),
             *tile_maps(segment_offsets, num_rows, others),
         ]
-    tiles, of_tiles = _in_one_tensor(
-        segment_offsets, [most_tiles(num_rows, groups.num, block) for groups, block in requested]
-    )
+    tile_columns, group_columns, numbers = _maps_of(num_rows, tuple(requested))
+    tiles, of_tiles = _in_one_tensor(segment_offsets, tile_columns)
     # Apart from the tiles: both may be outputs of an op, which must not share memory.
-    groups_of, of_groups = _in_one_tensor(segment_offsets, [groups.num for groups, _ in requested])
-    padded = [*requested, *[(_NO_GROUPS, 1)] * (MAX_MAPS - len(requested))]
-    numbers = {
-        f"{name}{index}": number
-        for index, (groups, block) in enumerate(padded)
-        for name, number in (*groups._asdict().items(), ("block", block))
-    }
-    nums = [groups.num for groups, _ in padded]
+    groups_of, of_groups = _in_one_tensor(segment_offsets, group_columns)
     launch(
         tile_maps_kernel,
-        (sum(nums),),
+        (sum(group_columns),),
         segments_ptr=segment_offsets,
         tiles_ptr=tiles,
         groups_ptr=groups_of,
         num_segments=segment_offsets.numel() - 1,
         num_rows=num_rows,
         **numbers,
-        BLOCK_G=triton.next_power_of_2(max(nums)),
-        BLOCK_T=128,
     )
     return [
         TileMap(tiles, groups, num_rows, block)
         for tiles, groups, (_, block) in zip(of_tiles, of_groups, requested, strict=True)
     ]
+
+
+@functools.lru_cache(1024)  # every layer of a model asks the same
+def _maps_of(
+    num_rows: int, requested: tuple[tuple[Groups, int], ...]
+) -> tuple[list[int], list[int], dict[str, int]]:
+    """Return the columns of each map's tiles and groups, and the kernel's numbers of all maps."""
+    padded = [*requested, *[(_NO_GROUPS, 1)] * (MAX_MAPS - len(requested))]
+    numbers = {
+        f"{name}{index}": number
+        for index, (groups, block) in enumerate(padded)
+        for name, number in (*groups._asdict().items(), ("block", block))
+    }
+    group_columns = [groups.num for groups, _ in requested]
+    numbers |= {"BLOCK_G": next_power_of_2(max(group_columns)), "BLOCK_T": 128}
+    tile_columns = [most_tiles(num_rows, groups.num, block) for groups, block in requested]
+    return tile_columns, group_columns, numbers
 
 
 def _in_one_tensor(like: Tensor, columns: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -244,4 +252,4 @@ def chunk_rows(num_rows: int, size: int) -> int:
     are fewer tiles where the partial sums, up to two for each, would take more than 256 MiB.
     """
     tiles = min(32, max(1, 2**25 // size))
-    return max(512, triton.next_power_of_2(num_rows // tiles))
+    return max(512, next_power_of_2(num_rows // tiles))

@@ -112,7 +112,7 @@ def _count(
     rows, offsets = topk_ids.numel(), segment_offsets.numel()
     launch(
         dispatch_kernel,
-        (sum(triton.cdiv(n, BLOCKS["BLOCK"]) for n in (rows, offsets)),),
+        (sum(-(-n // BLOCKS["BLOCK"]) for n in (rows, offsets)),),
         topk_ids_ptr=topk_ids,
         modality_ids_ptr=topk_ids if modality_ids is None else modality_ids,
         perm_ptr=perm,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.ops.triton_launch import launch
+from moe_kernels.ops.triton_launch import launch, next_power_of_2
 
 MAX_KEYS = 4095  # segments and the last one, which a program holds at once: more of them spill
 BLOCKS = {"BLOCK": 256, "STEP": 16}  # rows of a program, and rows it looks at in one step
@@ -158,7 +158,7 @@ def sort(
     """
     rows, num_keys = topk_ids.numel(), num_experts * (num_modalities + 1) + 1
     perm, inv_perm, tokens_per_expert, expert_offsets, segment_offsets = fields
-    num_blocks = triton.cdiv(rows, BLOCKS["BLOCK"])
+    num_blocks = -(-rows // BLOCKS["BLOCK"])
     counts = torch.empty(num_blocks, num_keys, dtype=torch.int32, device=topk_ids.device)
     totals = torch.empty(num_keys, dtype=torch.int32, device=topk_ids.device)
     ids = {
@@ -169,12 +169,12 @@ def sort(
         "num_modalities": num_modalities,
         "TOP_K": topk_ids.shape[1],
         "HAS_MODALITIES": modality_ids is not None,
-        "KEYS": triton.next_power_of_2(num_keys + 1),
+        "KEYS": next_power_of_2(num_keys + 1),
     }
     launch(count_kernel, (num_blocks,), counts_ptr=counts, BLOCK=BLOCKS["BLOCK"], **ids)
     launch(
         scan_kernel,
-        (triton.cdiv(num_keys, SCAN_BLOCKS["BLOCK_KEYS"]),),
+        (-(-num_keys // SCAN_BLOCKS["BLOCK_KEYS"]),),
         counts_ptr=counts,
         totals_ptr=totals,
         num_blocks=num_blocks,

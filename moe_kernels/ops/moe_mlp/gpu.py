@@ -10,6 +10,7 @@ added experts are two more.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ class LayerLaunches(NamedTuple):
     grouped_gemm: Callable[..., Tensor]
     act_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     combine: Callable[..., Tensor]
+
+
+_LORA = {
+    name: attrgetter(f"{name}_A", f"{name}_B", f"{name}_scaling") for name in ("gate_up", "down")
+}
 
 
 class Layer(NamedTuple):
@@ -84,7 +90,8 @@ class Layer(NamedTuple):
 
     def lora(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return lora_A, lora_B and scaling of "gate_up" or "down"; None where there is none."""
-        return tuple(getattr(self.weights, f"{name}_{part}") for part in ("A", "B", "scaling"))
+        fields = _LORA[name]
+        return fields(self.weights)
 
 
 def forward(

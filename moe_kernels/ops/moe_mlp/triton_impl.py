@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -21,7 +20,7 @@ from moe_kernels.ops.moe_mlp.packed import (
 )
 from moe_kernels.ops.moe_mlp.tiles import Tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, is_transposed
-from moe_kernels.ops.triton_launch import launch
+from moe_kernels.ops.triton_launch import launch, next_power_of_2
 
 
 def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights, form: ExpertForm) -> tuple[int, int]:
@@ -237,7 +236,7 @@ def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:
     """Return (T, N) sums over each token's rows; zeros for a token without rows."""
     tokens, width = layer.topk_weights.shape[0], rows.shape[1]
     out = rows.new_empty(tokens, width)
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     launch(
         kernels.combine_kernel,
         (tokens, -(-width // block)),
