@@ -56,8 +56,9 @@ void check_groups(at::IntArrayRef numbers, size_t map, int64_t num_segments) {
   bool valid = num >= 0 && num <= cuda::kMaxKeys && (num == 0 || period >= 1);
   for (const int64_t number : groups) valid &= number >= 0 && number < kMaxInt;
   // The last group of a period, in the last period, must not begin behind the last segment.
-  valid = valid && (num == 0 || (std::min(num, period) - 1) * stride + (num - 1) / period + offset <=
-                                    num_segments);
+  valid = valid &&
+          (num == 0 || (std::min(num, period) - 1) * stride + (num - 1) / period + offset <=
+                           num_segments);
   TORCH_CHECK(valid, "groups of map ", map, " must be at most ", cuda::kMaxKeys,
               ", and begin with segments of 0..", num_segments, "; they are ", groups);
 }
@@ -486,7 +487,8 @@ at::Tensor moe_mlp_inference(
     TORCH_CHECK(extra_gate_up_proj->size(0) == extra_down_proj->size(0),
                 "both projections must have the same number of added experts");
   }
-  TORCH_CHECK(E + size_of(extra_gate_up_proj, 0) < kMaxInt, "there must be fewer than 2^31 experts");
+  TORCH_CHECK(E + size_of(extra_gate_up_proj, 0) < kMaxInt,
+              "there must be fewer than 2^31 experts");
   const int64_t of_up =
       check_pair(gate_up_proj, gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up");
   const int64_t of_down = check_pair(down_proj, down_lora_A, down_lora_B, down_scaling, "down");

@@ -19,6 +19,10 @@ once".
 ``MOE_KERNELS_CACHE=path``
     The folder of what is computed once for a machine: CUDA kernels that were compiled at their
     first use. Default: ``moe_kernels`` in ``XDG_CACHE_HOME``, or in ``~/.cache``.
+``MOE_KERNELS_DECODE=1``
+    Compute at most 16 tokens by two CUDA kernels, under backend "cuda" and where nothing is saved
+    for a backward pass. Off by default: they have not yet run on a GPU, and their last bits differ
+    from those of a forward that saves.
 
 ``setup.py`` describes the variables that it alone reads.
 """
@@ -59,6 +63,11 @@ def backend() -> str | None:
     """Return the backend that ``backend=None`` means, or None for the built-in order."""
     value = os.environ.get("MOE_KERNELS_BACKEND", "").strip()
     return value or None
+
+
+def decode() -> bool:
+    """Return whether the backend "cuda" may compute a few tokens by its two kernels of decoding."""
+    return _boolean("MOE_KERNELS_DECODE")
 
 
 def tiles_path() -> Path:

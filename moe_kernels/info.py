@@ -35,7 +35,7 @@ _CUDA_OPS = {
     "d(pre-activation)": ("act_backward", _PRODUCTS),
     "a layer of up to 16 tokens, where nothing trains": (
         "moe_mlp_inference",
-        f", in two kernels, for {_VECTORS}",
+        f", in two kernels, for {_VECTORS}, with MOE_KERNELS_DECODE=1: off until run on a GPU",
     ),
     "combine": ("combine", " for rows of whole 16 bytes, else Triton"),
     "lora_linear's u B^T": ("add_low_rank", f" for {_VECTORS}"),

@@ -17,8 +17,8 @@ from lib.markdown import markdown
 PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 
 
-# Tokens, and tokens times top-k, up to which "cuda" decodes (csrc/cuda/decode_shapes.h), and the
-# columns of the activation for which it sums a part of u2.
+# Tokens, and tokens times top-k, up to which "cuda" decodes (csrc/cuda/decode_shapes.h) with
+# MOE_KERNELS_DECODE=1, and the columns of the activation for which it sums a part of u2.
 MOST_DECODED, COLUMNS_OF_PART = (16, 128), 32
 
 
@@ -138,7 +138,7 @@ def _dispatch(case: Case) -> Cost:
 
 
 def is_decoded(case: Case) -> bool:
-    """Return whether the backend "cuda" computes the case in two kernels where nothing trains."""
+    """Return whether two kernels of "cuda" take the case where nothing trains, if switched on."""
     return MOST_DECODED[0] >= case.shape.T and case.rows <= MOST_DECODED[1]
 
 
@@ -193,7 +193,7 @@ def _flops(case: Case) -> tuple[float, float]:
 
 
 def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") -> str:
-    """Tabulate both passes, and decoding where the backend does; ``bandwidth`` is in TB/s."""
+    """Tabulate both passes, and decoding where the backend can; ``bandwidth`` is in TB/s."""
     rows = []
     modes = {"forward": [*forward(case)], "backward": [*backward(case, backend)]}
     if backend == "cuda" and is_decoded(case):

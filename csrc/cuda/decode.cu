@@ -597,7 +597,8 @@ __device__ void add_parts_of_u2(const Decode& args, const Routing& routing, floa
     const int modality = i < elements ? routing.modality[i / rank] : 0;
     float sum = 0.0f;
     if (modality > 0) {
-      const float* parts = args.parts + static_cast<int64_t>(i / rank) * num_parts * rank + i % rank;
+      const float* parts =
+          args.parts + static_cast<int64_t>(i / rank) * num_parts * rank + i % rank;
 #pragma unroll 8
       for (int part = own; part < num_parts; part += kLanes) {
         sum += parts[static_cast<int64_t>(part) * rank];
@@ -700,13 +701,14 @@ cudaError_t launch_both(const Decode& args, cudaStream_t stream) {
   };
   const dim3 grid(static_cast<unsigned>(decode_parts(args.inter)),
                   rows < most_tiles ? rows : most_tiles);
-  const cudaError_t error = launch(MOE_KERNEL(decode_gate_up_kernel, T), grid,
-                                   threads(args.rank1 + args.rank2), sizeof(SharedUp), stream, args);
+  const cudaError_t error =
+      launch(MOE_KERNEL(decode_gate_up_kernel, T), grid, threads(args.rank1 + args.rank2),
+             sizeof(SharedUp), stream, args);
   if (error != cudaSuccess) return error;
   const size_t floats = static_cast<size_t>(rows) * (slices * kColumnsDown + args.rank2);
   return launch_early(MOE_KERNEL(decode_down_kernel, T), dim3(args.hidden / kColumnsDown),
-                      threads(args.rank2), sizeof(SharedDown) + sizeof(float) * floats, stream, args,
-                      slices);
+                      threads(args.rank2), sizeof(SharedDown) + sizeof(float) * floats, stream,
+                      args, slices);
 }
 
 }  // namespace

@@ -28,8 +28,9 @@ inline bool decode_takes(int64_t tokens, int64_t top_k, int64_t hidden, int64_t 
                          int64_t rank) {
   constexpr int64_t kMost = std::numeric_limits<int>::max();
   return tokens <= kMaxDecodeTokens && top_k >= 1 && tokens * top_k <= kMaxDecodeRows &&
-         hidden >= 8 && inter >= 8 && hidden % 8 == 0 && inter % 8 == 0 && hidden <= kMost / kMaxDecodeRows &&
-         inter <= kMost / kMaxDecodeRows && rank <= kMaxDecodeRank;
+         hidden >= 8 && inter >= 8 && hidden % 8 == 0 && inter % 8 == 0 &&
+         hidden <= kMost / kMaxDecodeRows && inter <= kMost / kMaxDecodeRows &&
+         rank <= kMaxDecodeRank;
 }
 
 }  // namespace moe_kernels::cuda

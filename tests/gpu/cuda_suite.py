@@ -278,6 +278,12 @@ FEW = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def decode(monkeypatch):
+    """Switch on the two kernels of decoding."""
+    monkeypatch.setenv("MOE_KERNELS_DECODE", "1")
+
+
 def decoded(inputs):
     """Return the output where nothing trains, as the op and as a call around the dispatcher."""
     with torch.no_grad():
@@ -294,6 +300,7 @@ def _positional(inputs):
 
 
 @pytest.mark.parametrize("variant", FEW)
+@pytest.mark.usefixtures("decode")
 def test_decoding_matches_the_reference(calls, variant):
     dtype = (torch.float16, torch.bfloat16)[len(variant) % 2]
     inputs = make_moe_inputs(DECODED, seed=3, **VARIANTS[variant])
@@ -304,6 +311,7 @@ def test_decoding_matches_the_reference(calls, variant):
 
 
 @pytest.mark.skipif(ON_HOST is None, reason="counts launches on the host")
+@pytest.mark.usefixtures("decode")
 def test_decoding_a_token_is_two_launches():
     library = ctypes.CDLL(ON_HOST)
     inputs = make_moe_inputs(Shape(T=1, K=8, E=64, H=64, I=32, r=16), modality="image")
@@ -316,6 +324,7 @@ def test_decoding_a_token_is_two_launches():
 @pytest.mark.parametrize(
     "odd", ["nothing", "tokens", "rows", "rank", "size", "float32", "stack", "bias", "transposed"]
 )
+@pytest.mark.usefixtures("decode")
 def test_what_is_decoded_follows_from_shapes_and_layout(odd):
     sizes = {
         "tokens": {"T": 17}, "rows": {"K": 26, "E": 26}, "rank": {"r": 65}, "size": {"I": 20}
@@ -331,7 +340,19 @@ def test_what_is_decoded_follows_from_shapes_and_layout(odd):
     assert cuda_impl.decodes(inputs.topk_ids, weights, SILU) == (odd == "nothing")
 
 
+def test_nothing_is_decoded_unless_switched_on(calls, monkeypatch):
+    """By default a forward that saves nothing has the bits of one that saves."""
+    monkeypatch.delenv("MOE_KERNELS_DECODE", raising=False)
+    inputs = on_device(make_moe_inputs(DECODED, num_extra=1).to(torch.float16))
+    assert cuda_impl.inference(*_positional(inputs), form=SILU) is None
+    with torch.no_grad():
+        alone = call(inputs, "triton")
+    assert torch.equal(call(inputs.requires_grad_(), "triton"), alone)
+    assert "moe_mlp_inference" not in {name for name, _ in calls}
+
+
 @pytest.mark.parametrize("odd", ["hidden_states", "lora_A", "topk_weights", "extra"])
+@pytest.mark.usefixtures("decode")
 def test_what_is_decoded_is_made_to_fit(odd):
     """Unaligned tensors and those of another dtype give the same bits."""
     inputs = make_moe_inputs(DECODED, num_extra=1).to(torch.float16, lora_dtype=torch.float32)
@@ -381,6 +402,7 @@ def test_it_compiles_into_one_graph_with_the_same_bits():
     assert same(results(compiled, x, adapters), expected)
 
 
+@pytest.mark.usefixtures("decode")
 def test_opcheck(calls):
     """Check schema, shapes and refusals on fake tensors, for every call of both layers."""
     layer(VECTORS, torch.float16, num_extra=1)

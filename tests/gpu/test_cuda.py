@@ -146,6 +146,9 @@ def test_the_info_page_says_whose_kernels_run(works, capsys):
     assert found["dispatch"].startswith("CUDA up to 2,399 pairs")
     assert found["combine"] == "CUDA for rows of whole 16 bytes, else Triton"
     assert found["tile maps"] == "Triton"
+    works.setattr(_native, "has_cuda_kernel", lambda op: True)
+    few = info.collect()["backend cuda"]["a layer of up to 16 tokens, where nothing trains"]
+    assert few.endswith("with MOE_KERNELS_DECODE=1: off until run on a GPU")
     info.main([])
     assert "backend cuda:\n  dispatch: CUDA" in capsys.readouterr().out
     works.setattr(_native, "has_cuda_kernel", lambda op: False)

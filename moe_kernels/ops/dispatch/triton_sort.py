@@ -1,4 +1,4 @@
-"""A stable counting sort of routed rows in three Triton launches, without atomics.
+"""A stable counting sort of routed rows in three Triton launches, without global atomics.
 
 A row's place is the start of its segment, plus the rows of that segment in earlier blocks of rows,
 plus those that come earlier in its own block. The first launch counts every block's rows of each

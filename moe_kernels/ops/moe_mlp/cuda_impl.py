@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_kernels import _native
+from moe_kernels import _native, env
 from moe_kernels.ops import checks
 from moe_kernels.ops.cuda_launches import CUDA_SHARED, match_routing_weights, uses_triton_gemm
 from moe_kernels.ops.moe_mlp import gpu, native_impl
@@ -36,8 +36,12 @@ def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
 def decodes(topk_ids: Tensor, weights: ExpertWeights, form: ExpertForm) -> bool:
     """Return whether two kernels compute the layer without dispatch: for a few tokens.
 
-    They read the weights once, which takes most of the time, so they run on every device.
+    They read the weights once, which takes most of the time, so they run on every device. They have
+    not yet run on a GPU and give other last bits than the course of training, so the environment
+    must ask for them (``MOE_KERNELS_DECODE``).
     """
+    if not env.decode():
+        return False
     sizes = (*topk_ids.shape, *weights.sizes, max(weights.ranks))
     return _native.decode_takes(*sizes) and _has_usual_layout(weights, form)
 
@@ -190,7 +194,7 @@ def inference(
     *others: Tensor | None,
     form: ExpertForm,
 ) -> Tensor | None:
-    """out (T, H) by two kernels in one call, or None where they do not take the input.
+    """out (T, H) by two kernels in one call, or None where `decodes` is false.
 
     ``others`` are the rest of ExpertWeights' fields. A call of Python's course takes longer than a
     layer for one token.
