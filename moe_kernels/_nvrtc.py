@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from moe_kernels import env, files
+from moe_kernels._version import __version__
 
 try:
     import fcntl
@@ -31,6 +32,9 @@ _HERE = Path(__file__).resolve().parent
 _SOURCES = next(
     (path for path in (_HERE / "csrc/cuda", _HERE.parent / "csrc/cuda") if path.is_dir()), None
 )
+# What NVRTC is told beside the target: options, and the folders of headers below the sources.
+_FLAGS = ("--std=c++20", "--device-as-default-execution-space")
+_HEADERS = (".", "no_toolkit", "no_toolkit/std")
 _LEAST_ARCH = 80
 # From this one on, instructions that only this very architecture has need an "a" in its name.
 _FIRST_OWN_ARCH = 90
@@ -114,12 +118,13 @@ def _target(arch: int, supported: Sequence[int]) -> str:
 
 
 def _entry(file: str, name: str, target: str) -> Path:
-    """Return the path of a kernel on disk: a new one for other sources, and another NVRTC.
+    """Return the path of a kernel on disk: a new one for other sources, options and versions.
 
     The driver has no part in it: it loads the same image in every version.
     """
-    key = json.dumps([_digest_of_sources(), file, name, target, version()])
-    return env.cache_path() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()}.bin"
+    parts = [__version__, _digest_of_sources(), file, name, target, _FLAGS, _HEADERS, version()]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return env.cache_path() / "kernels" / f"{key}.bin"
 
 
 @functools.cache
@@ -189,11 +194,8 @@ def _compile(file: str, name: str, target: str) -> tuple[bytes, str]:
 
 def _run_nvrtc(source: str, name: str, target: str) -> tuple[bytes, str]:
     library, program = _library(), ctypes.c_void_p()
-    own = _SOURCES / "no_toolkit"
-    options = [
-        f"--gpu-architecture={target}", "--std=c++20", "--device-as-default-execution-space",
-        *(f"--include-path={path}" for path in (_SOURCES, own, own / "std")),
-    ]  # fmt: skip
+    folders = [f"--include-path={_SOURCES / folder}" for folder in _HEADERS]
+    options = [f"--gpu-architecture={target}", *_FLAGS, *folders]
     _check(
         library.nvrtcCreateProgram(
             ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None

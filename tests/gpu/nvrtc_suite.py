@@ -108,11 +108,26 @@ def test_a_kernel_is_kept_on_disk(folder):
     assert len([*folder.glob("*.bin")]) == 3
 
 
-def test_other_sources_are_compiled_again(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("_digest_of_sources", lambda: "other"),
+        ("__version__", "other"),
+        ("version", lambda: "other"),
+        ("_HEADERS", (".", "no_toolkit")),
+    ],
+)
+def test_what_differs_is_compiled_again(folder, monkeypatch, what, other):
     compile_one()
-    monkeypatch.setattr(_nvrtc, "_digest_of_sources", lambda: "other")
+    monkeypatch.setattr(_nvrtc, what, other)
     compile_one()
     assert len([*folder.glob("*.bin")]) == 2
+
+
+def test_another_option_reaches_nvrtc_though_the_sources_are_the_same(monkeypatch):
+    assert b"--use_fast_math" not in compile_one()[0]
+    monkeypatch.setattr(_nvrtc, "_FLAGS", (*_nvrtc._FLAGS, "--use_fast_math"))
+    assert b"--use_fast_math" in compile_one()[0]
 
 
 def test_without_a_folder_it_compiles_and_says_so(tmp_path, monkeypatch):
