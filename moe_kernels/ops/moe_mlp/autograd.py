@@ -4,6 +4,9 @@ Saved for backward are hidden_states, topk_weights, the pre-activation, u1 = x A
 u2 = a A2^T (unscaled) and the dispatch, all of shapes that do not depend on the routing.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,23 +70,32 @@ def _moe_mlp(
     Only the backward uses ``frozen_extra``.
     """
     named = locals()
+    out, saved = _compute(named)
+    if not save_for_backward:
+        saved = nothing_saved(hidden_states, topk_ids, select(ExpertWeights, named))
+    return out, *saved
+
+
+def _compute(named: Mapping[str, Any]) -> tuple[Tensor, Saved]:
+    """Return what a backend's forward returns for the arguments of :func:`_moe_mlp`, by name."""
     weights, form = select(ExpertWeights, named), select(ExpertForm, named)
-    check_frozen_extra(frozen_extra, weights.num_extra)
+    hidden_states, topk_ids, ids = (
+        named[name] for name in ("hidden_states", "topk_ids", "modality_ids")
+    )
+    check_frozen_extra(named["frozen_extra"], weights.num_extra)
     check_scales(weights)
-    checks.id_ranges(topk_ids, weights.num_experts, modality_ids, weights.num_modalities, backend)
+    backend = named["backend"]
+    checks.id_ranges(topk_ids, weights.num_experts, ids, weights.num_modalities, backend)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
-        out, saved = backends.implementation("moe_mlp", backend).forward(
+        return backends.implementation("moe_mlp", backend).forward(
             hidden_states.contiguous(),
             topk_ids.contiguous(),
-            topk_weights.contiguous(),
-            None if modality_ids is None else modality_ids.contiguous(),
+            named["topk_weights"].contiguous(),
+            None if ids is None else ids.contiguous(),
             weights,
             form,
-            save_for_backward,
+            named["save_for_backward"],
         )
-    if not save_for_backward:
-        saved = nothing_saved(hidden_states, topk_ids, weights)
-    return out, *saved
 
 
 _FORWARD = OpArguments(_moe_mlp, differentiable=("hidden_states", "topk_weights", *TRAINABLE))
@@ -248,4 +260,4 @@ def run(
         out = backends.implementation("moe_mlp", backend).inference(*tensors, form=form)
         if out is not None:
             return out
-    return _moe_mlp(*arguments)[0]
+    return _compute(_FORWARD.by_name(arguments))[0]
