@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu.triton_suite import BACKWARD as TRITON_BACKWARD
 from gpu.triton_suite import (  # noqa: F401  (collected here)
     DEVICE,
+    LAUNCHED,
     check,
     check_saved_zeros,
     launches_of,
@@ -226,6 +228,19 @@ def test_the_number_of_launches(variant, forward, backward, monkeypatch):
     assert [*launches_of(inputs, cuda_impl, monkeypatch, of_ops=of_ops)] == [
         forward, forward, backward
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(ON_HOST is None, reason="counts the launches of kernels on the host")
+def test_the_number_of_launches_where_triton_multiplies(monkeypatch):
+    monkeypatch.setattr(cuda_launches, "TRITON_FROM", 0)
+    inputs = make_moe_inputs(replace(LAUNCHED, T=17)).to(torch.float16)  # decoding takes fewer
+    of_ops = ctypes.CDLL(ON_HOST).launches
+    inference, forward, backward = launches_of(inputs, cuda_impl, monkeypatch, of_ops=of_ops)
+    triton = ["shrink", "gate_up", "shrink", "grouped_gemm"]
+    expected = [*DISPATCH, *(f"{name}_kernel" for name in triton), "combine"]
+    assert inference == forward == expected
+    assert [name for name in backward if "kernel" not in name] == ["tile_maps", "combine"]
+    assert [name.removesuffix("_kernel") for name in backward] == TRITON_BACKWARD
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -692,11 +692,15 @@ def test_launches_of_dispatch(most_counted, monkeypatch):
 
 
 @pytest.mark.skipif(ON_GPU, reason="counts in the interpreter: run on a machine without a GPU")
-def test_launches_at_a_rank_that_gives_no_du(monkeypatch):
-    """du1 is then a pass of its own."""
-    inputs = make_moe_inputs(replace(LAUNCHED, r=17)).to(torch.float32)
-    _, _, backward = launches_of(inputs, triton_moe_mlp, monkeypatch)
-    assert len(backward) == len(BACKWARD) + 1 and backward.count("shrink_kernel") == 2
+@pytest.mark.parametrize(("rank", "backward"), [(4, 9), (17, 10)])
+def test_launches_of_many_rows(rank, backward, monkeypatch):
+    """The sort takes two launches more, and du1 at a rank that gives none with dB1 one more."""
+    monkeypatch.setattr(triton_dispatch, "MAX_COUNTED", LAUNCHED.T * LAUNCHED.K - 1)
+    inputs = make_moe_inputs(replace(LAUNCHED, r=rank)).to(torch.float32)
+    found = launches_of(inputs, triton_moe_mlp, monkeypatch)
+    assert found[0][:3] == ["count_kernel", "scan_kernel", "place_kernel"]
+    assert [len(names) for names in found] == [9, 9, backward]
+    assert found[2].count("shrink_kernel") == backward - 8
 
 
 @NEEDS_CUDA
