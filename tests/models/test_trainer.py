@@ -189,7 +189,7 @@ def test_gradient_accumulation_is_the_big_batch(tmp_path):
         patched = make_patched()
         randomise(patched)
         trainer = make_trainer(
-            patched.model, tmp_path, examples(), optimizers=sgd(patched), max_steps=2,
+            patched.model, tmp_path, examples(), optimizers=sgd(patched), max_steps=1,
             per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_grad_norm=0,
         )  # fmt: skip
         before = values(patched)
@@ -198,8 +198,8 @@ def test_gradient_accumulation_is_the_big_batch(tmp_path):
         results.append({name: after[name] - before[name] for name in after})
     for name, big in results[0].items():
         assert big.any(), name
-        # Rounding differs with the number of tokens, and two steps of a random model magnify it.
-        assert (results[1][name] - big).norm() / big.norm() < 1e-2, name
+        # One step: a second would magnify rounding, which differs with the number of tokens.
+        assert (results[1][name] - big).norm() / big.norm() < 1e-4, name
 
 
 def gradients(patched, batches, *, embeds=False):
