@@ -32,7 +32,7 @@ BELOW = {
     "info": ("backends", "models"),
     "backends": ("_native",),
     "_native": ("_nvrtc",),
-    "_nvrtc": ("env", "files"),
+    "_nvrtc": ("env", "files", "_version"),
     "env": (),
     "tensor_files": ("files",),
     "files": (),
