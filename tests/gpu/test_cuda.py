@@ -34,6 +34,7 @@ def test_layers(selected):
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="imitates a GPU: run on a machine without one"
 )
+@pytest.mark.slow
 def test_layers_by_the_kernels_on_the_host(tmp_path):
     """Run layers, launchers and kernels unchanged; only the device is imitated."""
     library = str(host_kernels.build_ops(tmp_path))

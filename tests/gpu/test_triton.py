@@ -32,7 +32,9 @@ def run_suite(*selection):
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize("selected", SHARES)
+@pytest.mark.parametrize(
+    "selected", (SHARES[0], pytest.param(SHARES[1], marks=pytest.mark.slow), *SHARES[2:])
+)
 def test_kernels(selected):
     run_suite("-k", selected, "-m", "not slow")
 
