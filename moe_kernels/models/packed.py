@@ -10,7 +10,7 @@ nor after: what only needs their shape reads none, and autograd keeps none.
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,14 @@ class _Found(NamedTuple):
     """Facts of a parametrised weight, found by reading it once.
 
     Attributes:
-        deciding: what this follows from.
+        computing: the parametrisations that this follows from.
+        deciding: shapes, dtypes and devices that it follows from.
         outline: see :func:`outline`.
         has_recipe: the op unpacks the weight itself, to the same bits.
         problem: why it cannot be read again in the backward pass; None: it can.
     """
 
+    computing: tuple[nn.Module, ...]
     deciding: tuple
     outline: Tensor
     has_recipe: bool
@@ -84,10 +86,9 @@ def _find(module: nn.Module, name: str) -> _Found | Tensor | None:
     """Return what was found of a parametrised weight, or one of a subclass itself."""
     stored = module.parametrizations[name]
     parts = (*stored.parameters(), *stored.buffers())
-    kinds = tuple(ref(each) for each in stored)
-    deciding = (kinds, *((part.shape, part.dtype, part.device) for part in parts))
+    deciding = tuple((part.shape, part.dtype, part.device) for part in parts)
     found = _known.get(stored)
-    if found is None or found.deciding != deciding:
+    if found is None or found.deciding != deciding or not _are(found.computing, stored):
         with torch.no_grad(), evaluating(stored):  # some change what they store in training
             weight = getattr(module, name)
         if type(weight) not in PLAIN:
@@ -96,8 +97,15 @@ def _find(module: nn.Module, name: str) -> _Found | Tensor | None:
         own = None if any(part.is_meta for part in parts) else recipes.nf4(stored)
         has_recipe = own is not None and recipes.gives(own, weight)
         facts = _outline_of(weight), has_recipe, None if has_recipe else _problem(stored, name)
-        found = _known[stored] = _Found(deciding, *facts)
+        found = _known[stored] = _Found(tuple(stored), deciding, *facts)
     return found
+
+
+def _are(modules: tuple[nn.Module, ...], others: ParametrizationList) -> bool:
+    """Return whether these are the same objects; torch.compile traces this comparison."""
+    return len(modules) == len(others) and all(
+        one is other for one, other in zip(modules, others, strict=True)
+    )
 
 
 @torch.no_grad()
