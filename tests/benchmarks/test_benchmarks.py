@@ -133,8 +133,15 @@ def test_memory_formulas_agree_with_what_is_kept(bench, case, provider):
 # --- providers
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("routing", ["balanced", "zipf"])
+@pytest.mark.parametrize(
+    ("dtype", "routing"),
+    [
+        ("bfloat16", "balanced"),
+        ("float32", "zipf"),
+        pytest.param("float32", "balanced", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "zipf", marks=pytest.mark.slow),
+    ],
+)
 def test_every_provider_is_right_or_says_why_it_is_missing(bench, dtype, routing):
     case = bench.cases.Case.named("small", dtype=dtype, routing=routing)
     names = [name for name in bench.providers.provider_names() if "compiled" not in name]  # slow

@@ -5,8 +5,10 @@ from support import host_kernels
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    return host_kernels.build(tmp_path_factory.mktemp("cuda"))
+def compiled(tmp_path_factory, request):
+    """Return the library of kernels, which one of xdist's workers builds for all of them."""
+    folder = tmp_path_factory.getbasetemp()
+    return host_kernels.build(folder.parent if hasattr(request.config, "workerinput") else folder)
 
 
 @pytest.fixture(params=["ascending", "descending"])

@@ -204,9 +204,12 @@ def test_the_level_is_the_one_asked_for():
 @pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_on_a_smaller_instruction_set(capability):
     """The same tests pass with the wider kernels switched off."""
-    run_pytest(__file__, "-k", SELECTED, ATEN_CPU_CAPABILITY=capability)
-    moe_mlp = str(OPS_TESTS / "test_moe_mlp.py")
-    run_pytest(moe_mlp, "-k", "bits_are_the_same", ATEN_CPU_CAPABILITY=capability)
+    files, selected = (
+        (__file__, OPS_TESTS / "test_moe_mlp.py"),
+        f"({SELECTED}) or bits_are_the_same",
+    )
+    fast = "-m", "not slow"
+    run_pytest(*map(str, files), "-k", selected, *fast, ATEN_CPU_CAPABILITY=capability)
 
 
 @pytest.mark.skipif(

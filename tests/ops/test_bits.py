@@ -6,6 +6,7 @@ The hidden sizes are large enough to expose a wrong implementation. At 48 it wou
 
 import pytest
 import torch
+from support.covers import each_pair
 from support.moe_mlp import LAYOUTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,8 @@ from moe_kernels.testing import (
 )
 
 WORKING = working_backends()
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+HALF_AND_WHOLE = [torch.float32, torch.bfloat16]
+DTYPES = pytest.mark.parametrize("dtype", HALF_AND_WHOLE, ids=str)
 BACKENDS = pytest.mark.parametrize("backend", WORKING)
 
 
@@ -34,12 +36,13 @@ def scaled(lora, factor):
     return LoraWeights(lora.lora_A * factor, lora.lora_B * factor, lora.scaling)
 
 
-@BACKENDS
-@DTYPES
-@pytest.mark.parametrize("num_tokens", [64, 200])
-@pytest.mark.parametrize(("seed", "threads"), [(0, 1), (0, 2), (1, 1), (2, 1)])
-def test_any_adapter(backend, dtype, num_tokens, seed, threads, thread_count):
+@each_pair(
+    backend=WORKING, dtype=HALF_AND_WHOLE, num_tokens=[64, 200],
+    seed_and_threads=[(0, 1), (0, 2), (1, 1), (2, 1)],
+)  # fmt: skip
+def test_any_adapter(backend, dtype, num_tokens, seed_and_threads, thread_count):
     """Any adapter values leave text unchanged; threads are fixed since the reference needs that."""
+    seed, threads = seed_and_threads
     thread_count(threads)
     shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256, r=16)
     inputs = make_moe_inputs(shape, seed=seed, num_extra=1).to(dtype)
@@ -55,10 +58,7 @@ def test_any_adapter(backend, dtype, num_tokens, seed, threads, thread_count):
     assert torch.equal(call(none, backend)[text], expected)
 
 
-@BACKENDS
-@DTYPES
-@pytest.mark.parametrize("num_tokens", [64, 200])
-@pytest.mark.parametrize("seed", range(3))
+@each_pair(backend=WORKING, dtype=HALF_AND_WHOLE, num_tokens=[64, 200], seed=range(3))
 def test_any_other_rows(backend, dtype, num_tokens, seed):
     """Values, modality and routing of the other rows change, and so do all row counts."""
     shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256, r=16)
@@ -155,9 +155,7 @@ def test_the_other_rows_values_may_be_nan(backend, dtype):
     assert torch.equal(call(inputs, backend)[text], expected)
 
 
-@BACKENDS
-@DTYPES
-@pytest.mark.parametrize("num_tokens", [1, 62, 66, 72, 76, 200])
+@each_pair(backend=WORKING, dtype=HALF_AND_WHOLE, num_tokens=[1, 62, 66, 72, 76, 200])
 def test_added_experts_that_no_row_chooses(backend, dtype, num_tokens):
     """Unchosen experts change no bits, even if a choice of kernels by E would differ for E + X."""
     shape = Shape(T=num_tokens, K=2, E=8, H=512, I=256)

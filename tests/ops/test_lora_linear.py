@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.covers import each_pair
 from support.devices import NEEDS_CUDA
 
 from moe_kernels import ops, testing
@@ -156,11 +157,11 @@ def test_work_follows_the_mask(modality, trained, matmul_flops):
     assert (adapted > 0) == (modality in ("mixed", "image"))
 
 
-@pytest.mark.parametrize("backend", WORKING)
-@pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("modality", ["mixed", "text", "image", "padding", None])
-@pytest.mark.parametrize("size", [(0, 7, 5), (1, 7, 5), (37, 41, 19), (200, 128, 64)])
+@each_pair(
+    size=[(0, 7, 5), (1, 7, 5), (37, 41, 19), (200, 128, 64)],
+    modality=["mixed", "text", "image", "padding", None], bias=[True, False],
+    dtype=testing.TOLERANCES, backend=WORKING,
+)  # fmt: skip
 def test_matches_the_definition(backend, dtype, bias, modality, size):
     num_tokens, inner, out = size
     args = make(num_tokens, inner, out, modality=modality, bias=bias)

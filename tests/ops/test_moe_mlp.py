@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.covers import each_pair
 from support.devices import NEEDS_CUDA
 from support.moe_mlp import (
     LAYOUTS,
@@ -211,10 +212,10 @@ def test_opcheck(backend, variant):
     torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, arguments)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "small"])  # kernels read unpacked and packed weights
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
-@pytest.mark.parametrize("backend", WORKING)
+@each_pair(
+    backend=WORKING, dtype=testing.TOLERANCES, variant=VARIANTS,
+    shape=["tiny", "small"],  # kernels read unpacked and packed weights
+)  # fmt: skip
 def test_where_nothing_trains_the_bits_are_the_same(backend, dtype, variant, shape):
     """If nothing trains, the native backend is a single op that also sorts the rows."""
     inputs = make_moe_inputs(SHAPES[shape], seed=5, **VARIANTS[variant])
@@ -238,9 +239,10 @@ def test_opcheck_of_the_native_op_where_nothing_trains(variant):
     assert out.dtype == inputs.gate_up_proj.dtype
 
 
-@pytest.mark.parametrize("backend", WORKING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", ["added_experts", "gate_up_only", "down_only", "all_padding"])
+@each_pair(
+    backend=WORKING, dtype=[torch.float32, torch.bfloat16],
+    variant=["added_experts", "gate_up_only", "down_only", "all_padding"],
+)  # fmt: skip
 def test_opcheck_of_the_backward(backend, dtype, variant):
     """The backward op has no autograd formula, so only its schema and fake version are checked."""
     inputs = make_moe_inputs(SHAPES["tiny"], **VARIANTS[variant])
@@ -261,10 +263,9 @@ def test_opcheck_of_the_backward(backend, dtype, variant):
         )
 
 
-@pytest.mark.parametrize("shape", ["tiny", "odd", "small"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
-@pytest.mark.parametrize("backend", WORKING)
+@each_pair(
+    backend=WORKING, dtype=testing.TOLERANCES, variant=VARIANTS, shape=["tiny", "odd", "small"]
+)
 def test_backend_matches_the_float64_reference(backend, dtype, variant, shape):
     seed = len(variant) + len(shape)
     low = make_moe_inputs(SHAPES[shape], seed=seed, **VARIANTS[variant]).to(dtype)
@@ -279,10 +280,10 @@ def is_clamped(layout):
     return layout in ("clamped", "gpt_oss")
 
 
-@pytest.mark.parametrize("shape", ["tiny", "odd", "small"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
-@pytest.mark.parametrize("backend", [name for name in WORKING if name != "reference"])
+@each_pair(
+    backend=[name for name in WORKING if name != "reference"], dtype=testing.TOLERANCES,
+    layout=LAYOUTS, shape=["tiny", "odd", "small"],
+)  # fmt: skip
 def test_every_layout_matches_the_float64_reference(backend, dtype, layout, shape, filled_memory):
     """Padding, two modalities and added experts included; and where nothing trains, the bits."""
     made, options = LAYOUTS[layout]

@@ -1,6 +1,7 @@
 """Launch functions of the CUDA kernels, compiled as plain C++ and called through ctypes."""
 
 import ctypes
+import fcntl
 import mmap
 import os
 import shlex
@@ -123,7 +124,7 @@ def missing() -> str | None:
 def compiled(folder: Path, *sources: Path, more: tuple[str, ...] = ()) -> list[str]:
     """Compile sources to object files, with extra flags; warnings are errors."""
     flags = [
-        "-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
+        "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
         "-fno-strict-aliasing",
         "-fPIC", "-isystem", str(cuda_include()), f"-I{HOST}", *more,
     ]  # fmt: skip
@@ -142,9 +143,15 @@ def linked(path: Path, objects: list[str], *more: str) -> Path:
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """Build and load the library of launch functions."""
-    kernels = sorted(KERNELS.glob("*.cu"))
-    path = linked(folder / "kernels.so", compiled(folder, HOST / "cuda_kernels_host.cpp", *kernels))
+    """Build the library of launch functions in a folder that has none yet, and load it.
+
+    Several processes may share the folder: one builds, and the others wait.
+    """
+    path = folder / "kernels.so"
+    with open(folder / "kernels.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            linked(path, compiled(folder, HOST / "cuda_kernels_host.cpp", *KERNELS.glob("*.cu")))
     library = ctypes.CDLL(str(path))
     for structure in (
         DispatchOut, Maps, Combine, Shrink, WgradProblem, Wgrad, GroupedGemm, ActBackward,
