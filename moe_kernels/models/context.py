@@ -52,6 +52,31 @@ _LEFT_OUT = (
 )
 
 
+class SortedRows:
+    """Rows sorted by modality, each time once for all linear modules that see the same ids.
+
+    Ids are the same if they are one tensor, so a place for these must not outlive a forward:
+    the next one may have written other ids into the tensor.
+    """
+
+    def __init__(self):
+        self._made: list[tuple[Tensor, tuple[int, str, bool], LinearDispatch]] = []
+
+    def of(self, modality_ids: Tensor, num_modalities: int, backend: str) -> LinearDispatch:
+        """Return the rows of (B, S) ids, sorted when the first module asks.
+
+        They are sorted anew with gradients after without: autograd cannot save tensors of
+        inference mode.
+        """
+        key = num_modalities, backend, torch.is_grad_enabled()
+        for ids, made_for, dispatched in self._made:
+            if ids is modality_ids and made_for == key:
+                return dispatched
+        dispatched = linear_dispatch(modality_ids.reshape(-1), num_modalities, backend=backend)
+        self._made.append((modality_ids, key, dispatched))
+        return dispatched
+
+
 @dataclass
 class LayerCall:
     """State of one forward of one layer.
@@ -59,15 +84,13 @@ class LayerCall:
     Attributes:
         modality_ids: (B, S) int64.
         added_experts: whether routers may choose added experts.
-        linear_dispatches: rows sorted for the layer's adapted linear modules, by number of
-            modalities, backend and grad mode: autograd cannot save tensors of inference mode.
-            Made when the first module asks.
+        sorted_rows: rows sorted for adapted linear modules. All layers of a forward share them.
         pending: names of the layer's patched modules that have not run yet.
     """
 
     modality_ids: Tensor
     added_experts: bool = True
-    linear_dispatches: dict[tuple[int, str, bool], LinearDispatch] = field(default_factory=dict)
+    sorted_rows: SortedRows = field(default_factory=SortedRows)
     pending: tuple[str, ...] = ()
 
 
@@ -261,14 +284,21 @@ class ModalityContext(PerThread):
     Attributes:
         backend: passed to the ops.
         switches: those of the model.
+        forwards: those of the model.
         awaited: names of the layer's modules that must run in each forward, as something was added
             to them.
     """
 
-    def __init__(self, backend: str | None, switches: Switches | None = None):
+    def __init__(
+        self,
+        backend: str | None,
+        switches: Switches | None = None,
+        forwards: "Forwards | None" = None,
+    ):
         super().__init__()
         self.backend = backend
         self.switches = switches or Switches()
+        self.forwards = forwards or Forwards()
         self.awaited: tuple[str, ...] = ()
 
     @property
@@ -315,8 +345,8 @@ class ModalityContext(PerThread):
             yield
 
     def start(self, modality_ids: Tensor, added_experts: bool = True) -> None:
-        """Begin a forward: nothing of the one before is kept."""
-        self.call = LayerCall(modality_ids, added_experts)
+        """Begin a forward of the layer, which shares the model's sorted rows and nothing else."""
+        self.call = LayerCall(modality_ids, added_experts, self.forwards.sorted_rows)
 
     def finish(self) -> None:
         """End a forward: a part of the layer that is called by itself must not use its ids."""
@@ -338,12 +368,8 @@ class ModalityContext(PerThread):
             weight: of the linear module; its device and dtype choose the backend.
         """
         backend = backends.select(self.backend, weight.device, weight.dtype)
-        dispatches = self.call.linear_dispatches
-        key = num_modalities, backend, torch.is_grad_enabled()
-        if key not in dispatches:
-            ids = self.call.modality_ids.reshape(-1)
-            dispatches[key] = linear_dispatch(ids, num_modalities, backend=backend)
-        return dispatches[key], backend
+        rows = self.call.sorted_rows.of(self.call.modality_ids, num_modalities, backend)
+        return rows, backend
 
 
 class Forwards(PerThread):
@@ -364,6 +390,7 @@ class Forwards(PerThread):
         """Return the calls of the layers, for :meth:`end`."""
         if not self.running:
             self.clear()
+            self._local.sorted_rows = SortedRows()
         self._local.running = getattr(self._local, "running", 0) + 1
         return [context.call for context in self.contexts]
 
@@ -387,9 +414,19 @@ class Forwards(PerThread):
         """True while a forward of the patched model's own runs in this thread."""
         return getattr(self._local, "running", 0) > 0
 
+    @property
+    def sorted_rows(self) -> SortedRows:
+        """Rows that the layers of the forward in this thread share; new ones outside of it.
+
+        A layer that backward recomputes is outside, and sorts its rows itself.
+        """
+        return self._local.sorted_rows if self.running else SortedRows()
+
     def end(self, before: list[LayerCall | None]) -> None:
         """Give the layers their calls of before this forward."""
         self._local.running -= 1
+        if not self.running:
+            self._local.sorted_rows = None
         for context, call in zip(self.contexts, before, strict=True):
             context.call = call
 

@@ -418,7 +418,7 @@ def _attach_layer(parts: LayerParts, patched: PatchedModel, find: RoutingFinder)
     ``mlp.experts``, or any ``experts.gate_up_proj``, transformers would take them for base weights
     when it saves: it would split and rename them, and resuming would silently lose them.
     """
-    context = ModalityContext(patched.config.backend, patched.switches)
+    context = ModalityContext(patched.config.backend, patched.switches, patched.forwards)
     patched.forwards.contexts.append(context)
     first, last = parts.self_attn, parts.experts
     take = TakeModalityIds if first is not None else TakeModalityIdsOfLayer

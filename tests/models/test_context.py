@@ -1,4 +1,4 @@
-"""The rows that a layer sorts once in a forward for all its linear modules, and then forgets."""
+"""The rows that a forward sorts once for the linear modules of all layers, and then forgets."""
 
 import contextlib
 
@@ -37,12 +37,13 @@ def batches():
 
 
 @CHECKPOINTING
-def test_a_layer_sorts_its_rows_once_a_forward(checkpointing):
+def test_a_forward_sorts_its_rows_once(checkpointing):
+    """A layer that is recomputed sorts them for itself."""
     model, _ = make(checkpointing)
     ids, (mask, _) = batches()
     with Calls() as calls:
         loss = model(ids, modality_ids=mask, labels=ids).loss
-    assert calls.names.count("linear_dispatch") == LAYERS
+    assert calls.names.count("linear_dispatch") == 1
     assert calls.names.count("lora_linear") == 5 * LAYERS  # q, k, v, o and the router
     with Calls() as calls:
         loss.backward()
@@ -82,12 +83,23 @@ def contexts(model):
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not"])
 def test_nothing_is_kept_after_a_forward(checkpointing):
     """A part that is called by itself must not use the ids, and the rows would stay in memory."""
-    model, _ = make(checkpointing)
+    model, patched = make(checkpointing)
     ids, (mask, _) = batches()
     loss = model(ids, modality_ids=mask, labels=ids).loss
     assert all(context.call is None for context in contexts(model))
+    assert patched.forwards.sorted_rows is not patched.forwards.sorted_rows
     loss.backward()
     assert all(context.call is None for context in contexts(model))
+
+
+def test_ids_written_into_the_same_tensor():
+    """Rows are sorted for the ids of their forward, not for the tensor that holds these."""
+    model, _ = make()
+    ids, (mask, other) = batches()
+    with torch.no_grad():
+        expected = model(ids, modality_ids=other.clone()).logits
+        model(ids, modality_ids=mask)
+        assert torch.equal(model(ids, modality_ids=mask.copy_(other)).logits, expected)
 
 
 @FAMILY

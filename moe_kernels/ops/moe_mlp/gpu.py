@@ -104,7 +104,7 @@ def forward(
     form: ExpertForm,
     save_for_backward: bool,
 ) -> tuple[Tensor, Saved]:
-    """Return out (T, H), and what the backward pass needs."""
+    """Return out (T, H), and what the backward pass needs, whole only if it is to be saved."""
     check_dtype(hidden_states.dtype)
     weights = weights.in_compute_dtype(hidden_states.dtype, adapters=False)
     tiles = choose_tiles(topk_ids.numel(), weights, hidden_states.dtype)
@@ -133,8 +133,6 @@ def forward(
     u2 = _shrink_to_u(layer, act, "down", save_for_backward)
     expert_out = launches.grouped_gemm(layer, act, "down_proj", "down", u2, transposed=True)
     out = launches.combine(layer, expert_out, weighted=True)
-    if not save_for_backward:
-        u1, u2 = (u.new_empty(0, u.shape[1]) for u in (u1, u2))
     return out, Saved(pre_act, u1, u2, perm, inv_perm, segment_offsets)
 
 

@@ -43,7 +43,8 @@ def force(tiles: Tiles | None) -> Iterator[None]:
     """Use these tiles in every launch, to time or test them; None: the usual choice.
 
     They hold for calls of this thread, and for the backward passes of those calls, in whatever
-    thread and whenever these run.
+    thread and whenever these run. ``torch.compile`` decides earlier: a compiled call has the tiles
+    that hold when it runs, and its backward pass those that hold when that runs.
 
     Example:
         >>> with force(Tiles(16, 64, 32, 64, 8, 4, 2)):
