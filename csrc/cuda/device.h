@@ -11,6 +11,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__) && !defined(__CUDACC_RTC__)
+#include <map>
+#include <utility>
+
+#include "asked_once.h"
+#endif
 #include "host_device.h"
 #include "scalar.h"
 
@@ -128,29 +134,48 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 #ifndef __CUDACC_RTC__
-// The first 48 KiB of shared memory need no attribute.
+// Finds what was asked about a kernel on the current device.
+inline cudaError_t find_asked(const void* kernel, AskedOnce*& asked) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, AskedOnce> all;
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  asked = &all[{kernel, device}];
+  return cudaSuccess;
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (shared_bytes > kSharedWithoutAttribute) {
+    AskedOnce* asked = nullptr;
+    cudaError_t error = find_asked(reinterpret_cast<const void*>(kernel), asked);
+    if (error != cudaSuccess) return error;
+    error = asked->allow_shared(shared_bytes, [&](int bytes) {
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    });
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
 
-// Returns whether kernels may overlap. Compiled for a device before sm_90, a kernel does not wait.
-// Drivers before 12.3 cannot capture such a launch in a graph.
+// Gives whether a kernel may overlap the one before it, on the current device.
 template <typename Kernel>
 cudaError_t may_overlap(Kernel kernel, bool& overlaps) {
-  cudaFuncAttributes compiled;
-  int driver = 0;
-  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
-  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
-  overlaps = error == cudaSuccess && compiled.ptxVersion >= 90 && driver >= 12030;
-  return error;
+  AskedOnce* asked = nullptr;
+  const cudaError_t error = find_asked(reinterpret_cast<const void*>(kernel), asked);
+  if (error != cudaSuccess) return error;
+  return asked->may_overlap(overlaps, [&](bool& found) {
+    cudaFuncAttributes compiled;
+    int driver = 0;
+    cudaError_t failed = cudaFuncGetAttributes(&compiled, kernel);
+    if (failed == cudaSuccess) failed = cudaDriverGetVersion(&driver);
+    found = compiled.ptxVersion >= kFirstArchThatWaits && driver >= kDriverThatCapturesOverlap;
+    return failed;
+  });
 }
 
 // Launches a kernel that may start before the one before it in the stream has ended. It must call
@@ -162,7 +187,7 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads,
   cudaError_t error = may_overlap(kernel, overlaps);
   if (error != cudaSuccess) return error;
   if (!overlaps) return launch(kernel, grid, threads, shared_bytes, stream, arguments...);
-  if (shared_bytes > 48 * 1024) return cudaErrorInvalidValue;
+  if (shared_bytes > kSharedWithoutAttribute) return cudaErrorInvalidValue;
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

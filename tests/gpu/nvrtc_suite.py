@@ -53,7 +53,7 @@ def test_a_launch_has_what_the_kernel_takes(capfd):
     assert launch == {
         "symbol": "moe_kernels::cuda::combine_kernel<__nv_bfloat16, float>",
         "x": 1, "y": 1, "z": 1, "threads": 256, "shared": 0, "stream": 0x5712,
-        "first": rows.data_ptr(),
+        "first": rows.data_ptr(), "device": 0, "early": 0,
     }  # fmt: skip
     combine(torch.bfloat16)
     assert capfd.readouterr().err == "" and DRIVER.library.modules_loaded() == modules
@@ -73,15 +73,78 @@ def test_much_shared_memory_is_asked_for():
     left, matrix = torch.ones(4, 32).half(), torch.ones(1, 1, 64, 32).half()
     tiles = torch.tensor([[0], [0], [4]])
     out = torch.empty(4, 64).half()
-    stub_cuda.call(
-        "shrink", out, left, matrix, torch.arange(4), tiles, None, 1, 1, 1, 1, True, True
-    )
-    (launch,) = DRIVER.take_launches()
+    asked = DRIVER.library.times_shared_was_asked()
+    for _ in range(3):  # once for a kernel on a device
+        stub_cuda.call(
+            "shrink", out, left, matrix, torch.arange(4), tiles, None, 1, 1, 1, 1, True, True
+        )
+    launch, *_ = DRIVER.take_launches()
     assert launch["shared"] == DRIVER.library.shared_bytes_allowed() == 2**16
+    assert DRIVER.library.times_shared_was_asked() == asked + 1
+
+
+def decode(dtype):
+    """Run a layer of 2 experts, 64 x 32, on one token; return its launches."""
+    x, ids = torch.ones(1, 64, dtype=dtype), torch.zeros(1, 1, dtype=torch.long)
+    stacks = torch.ones(2, 64, 64, dtype=dtype), torch.ones(2, 64, 32, dtype=dtype)
+    weights, nothing = torch.ones(1, 1, dtype=dtype), [None] * 12
+    swiglu = ("silu", True, 0.0, 0.0, 0.0, False)
+    stub_cuda.call("moe_mlp_inference", x, ids, weights, *stacks, *nothing, *swiglu)
+    return DRIVER.take_launches()
+
+
+def test_the_second_kernel_of_decoding_starts_early_where_it_waits():
+    asked = DRIVER.library.times_overlap_was_asked()
+    for _ in range(3):
+        up, down = decode(torch.bfloat16)
+        assert "gate_up" in up["symbol"] and "down" in down["symbol"]
+        assert (up["early"], down["early"]) == (0, 1)
+    assert DRIVER.library.times_overlap_was_asked() == asked + 1  # once for a kernel on a device
+    DRIVER.library.compile_for(80)  # there it does not wait
+    try:
+        assert [launch["early"] for launch in decode(torch.half)] == [0, 0]
+    finally:
+        DRIVER.library.compile_for(90)
+
+
+def test_each_device_has_its_own_kernels():
+    modules = DRIVER.library.modules_loaded()
+    try:
+        for device in (0, 1, 0, 1):
+            DRIVER.torch_device.set_current_device(device)
+            combine(torch.float32, torch.half)
+    finally:
+        DRIVER.torch_device.set_current_device(0)
+    assert [launch["device"] for launch in DRIVER.take_launches()] == [0, 1, 0, 1]
+    assert DRIVER.library.modules_loaded() == modules + 2
+    assert DRIVER.library.no_context_is_current()
+
+
+def test_another_librarys_context_is_left_as_it_was():
+    modules, called = DRIVER.library.modules_loaded(), []
+
+    def run():
+        DRIVER.library.make_a_foreign_context_current()
+        combine(torch.float32, torch.bfloat16)
+        called.append(DRIVER.library.a_foreign_context_is_current())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    combine(torch.float32, torch.bfloat16)  # fails if it was loaded into the other context
+    assert called == [1] and len(DRIVER.take_launches()) == 2
+    assert DRIVER.library.modules_loaded() == modules + 1
+
+
+def test_an_error_that_a_launch_returns_has_cudas_name_and_words():
+    words = DRIVER.torch_device.words_of_an_error
+    words.restype = ctypes.c_char_p
+    expected = "CUDA error: invalid argument (cudaErrorInvalidValue, 1) from launch_it(2)"
+    assert expected in words().decode()
 
 
 def test_threads_compile_a_kernel_once_and_have_a_context():
-    compiled, contexts = NVRTC.programs_compiled(), DRIVER.library.contexts_retained()
+    compiled = NVRTC.programs_compiled()
     threads = [threading.Thread(target=combine, args=(torch.half, torch.half)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -89,7 +152,7 @@ def test_threads_compile_a_kernel_once_and_have_a_context():
         thread.join()
     assert len(DRIVER.take_launches()) == 4
     assert NVRTC.programs_compiled() == compiled + 1
-    assert DRIVER.library.contexts_retained() == contexts + 4
+    assert DRIVER.library.contexts_retained() == 2  # one for each device that had a launch
 
 
 def test_a_kernel_is_kept_on_disk(folder):
@@ -179,6 +242,7 @@ def test_a_new_kernel_in_a_capture_is_refused():
 
 def test_an_error_of_the_driver_names_the_kernel():
     DRIVER.library.fail_next_launch(700)
-    message = r"could not launch .*combine_kernel.*: an illegal memory access .* \(error 700\)"
+    message = r"could not launch .*combine_kernel.*: cuLaunchKernelEx returned "
+    message += r"CUDA_ERROR_ILLEGAL_ADDRESS, an illegal memory access was encountered \(700\)"
     with pytest.raises(RuntimeError, match=message):
         combine(torch.bfloat16, torch.bfloat16)

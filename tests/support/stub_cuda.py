@@ -9,10 +9,10 @@ import torch
 from support.host_kernels import COMPILER
 from torch import Tensor
 
-from moe_kernels import _native
+from moe_kernels import _native, _nvrtc
 
 STUBS = Path(__file__).with_name("stubs")
-NUMBERS = ("x", "y", "z", "threads", "shared", "stream", "first")
+NUMBERS = ("x", "y", "z", "threads", "shared", "stream", "first", "device", "early")
 
 
 def missing() -> str | None:
@@ -30,7 +30,8 @@ def build(folder: Path) -> Path:
     """Build the stand-ins into a folder, for LD_LIBRARY_PATH."""
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
-    headers = [f"-isystem{path}" for path in include_paths()]
+    own = f"-isystem{_nvrtc._SOURCES / 'no_toolkit'}"
+    headers = [own, *(f"-isystem{path}" for path in include_paths())]
     for source, name in {
         "cuda_driver.cpp": "libcuda.so.1", "nvrtc.cpp": "libnvrtc.so.13",
         "torch_device.cpp": "libtorch_device.so",
@@ -49,7 +50,7 @@ class Driver:
         self.library = ctypes.CDLL("libcuda.so.1")
         self.library.symbol_of.restype = ctypes.c_char_p
         self.library.number_of.restype = ctypes.c_uint64
-        ctypes.CDLL("libtorch_device.so")
+        self.torch_device = ctypes.CDLL("libtorch_device.so")
 
     def take_launches(self) -> list[dict]:
         """Return the launches so far, oldest first, and forget them."""

@@ -16,13 +16,31 @@ namespace {
 
 constexpr const char* kDriver = "libcuda.so.1";
 // Values of the driver's enumerations, which never change.
-constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76, kMaxDynamicSharedSize = 8;
-constexpr size_t kSharedBytesWithoutAttribute = 48 * 1024;
+constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;     // of a device
+constexpr int kPtxVersion = 5, kMaxDynamicSharedSize = 8;       // of a function
+constexpr int kProgrammaticSerialization = 6;                   // of a launch
 
 using Handle = void*;  // of a context, module or function
 
+// As CUlaunchAttribute and CUlaunchConfig of cuda.h.
+struct Attribute {
+  int id;
+  int unused;
+  int value;
+  char rest[60];
+};
+struct Config {
+  unsigned grid[3], block[3], shared_bytes;
+  cudaStream_t stream;
+  Attribute* attributes;
+  unsigned num_attributes;
+};
+static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56);
+
 struct Driver {
+  int (*cuGetErrorName)(int, const char**);
   int (*cuGetErrorString)(int, const char**);
+  int (*cuDriverGetVersion)(int*);
   int (*cuCtxGetCurrent)(Handle*);
   int (*cuCtxSetCurrent)(Handle);
   int (*cuCtxGetDevice)(int*);
@@ -31,9 +49,9 @@ struct Driver {
   int (*cuStreamIsCapturing)(cudaStream_t, int*);
   int (*cuModuleLoadDataEx)(Handle*, const void*, unsigned, int*, void**);
   int (*cuModuleGetFunction)(Handle*, Handle, const char*);
+  int (*cuFuncGetAttribute)(int*, int, Handle);
   int (*cuFuncSetAttribute)(Handle, int, int);
-  int (*cuLaunchKernel)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                        unsigned, cudaStream_t, void**, void**);
+  int (*cuLaunchKernelEx)(const Config*, Handle, void**, void**);
 
   Driver() {
     void* library = dlopen(kDriver, RTLD_NOW | RTLD_LOCAL);
@@ -44,7 +62,9 @@ struct Driver {
       TORCH_CHECK(address != nullptr, kDriver, " has no ", name, ": update the NVIDIA driver");
       std::memcpy(&function, &address, sizeof(address));
     };
+    find(cuGetErrorName, "cuGetErrorName");
     find(cuGetErrorString, "cuGetErrorString");
+    find(cuDriverGetVersion, "cuDriverGetVersion");
     find(cuCtxGetCurrent, "cuCtxGetCurrent");
     find(cuCtxSetCurrent, "cuCtxSetCurrent");
     find(cuCtxGetDevice, "cuCtxGetDevice");
@@ -53,16 +73,9 @@ struct Driver {
     find(cuStreamIsCapturing, "cuStreamIsCapturing");
     find(cuModuleLoadDataEx, "cuModuleLoadDataEx");
     find(cuModuleGetFunction, "cuModuleGetFunction");
+    find(cuFuncGetAttribute, "cuFuncGetAttribute");
     find(cuFuncSetAttribute, "cuFuncSetAttribute");
-    find(cuLaunchKernel, "cuLaunchKernel");
-  }
-
-  void check(int error, const char* what, const char* of) const {
-    if (error == 0) return;
-    const char* text = nullptr;
-    cuGetErrorString(error, &text);
-    TORCH_CHECK(false, "the CUDA driver could not ", what, " ", of, ": ",
-                text == nullptr ? "unknown error" : text, " (error ", error, ")");
+    find(cuLaunchKernelEx, "cuLaunchKernelEx");
   }
 };
 
@@ -70,6 +83,20 @@ const Driver& driver() {
   static const Driver loaded;
   return loaded;
 }
+
+void check(int error, const char* function, const char* what, const std::string& of) {
+  if (error == 0) return;
+  const char *name = nullptr, *text = nullptr;
+  driver().cuGetErrorName(error, &name);
+  driver().cuGetErrorString(error, &text);
+  TORCH_CHECK(false, "the CUDA driver could not ", what, " ", of, ": ", function, " returned ",
+              name == nullptr ? "an unknown error" : name, ", ", text == nullptr ? "" : text,
+              " (", error, ")");
+}
+
+// Calls a function of the driver, or throws with what could not be done.
+#define CALL_DRIVER(what, of, function, ...) \
+  check(driver().function(__VA_ARGS__), #function, what, of)
 
 std::vector<NamedKernel*>& all_kernels() {
   static std::vector<NamedKernel*> kernels;
@@ -94,35 +121,62 @@ std::string source_of(const std::type_info& type) {
   return source;
 }
 
-void* load(NamedKernel& kernel, int device, cudaStream_t stream) {
+LoadedKernel& load(NamedKernel& kernel, int device, cudaStream_t stream) {
   int capturing = 0, major = 0, minor = 0;
-  driver().check(driver().cuStreamIsCapturing(stream, &capturing), "ask about the stream of",
-                 kernel.name.c_str());
+  CALL_DRIVER("ask about the stream of", kernel.name, cuStreamIsCapturing, stream, &capturing);
   TORCH_CHECK(capturing == 0, "moe_kernels would have to compile and load the CUDA kernel ",
               kernel.name, " inside the capture of a CUDA graph, which the driver does not allow: "
               "call the layer once on inputs of this shape and dtype before the capture");
-  const auto attribute = [&](int which, int* value) {
-    driver().check(driver().cuDeviceGetAttribute(value, which, device), "describe the device for",
-                   kernel.name.c_str());
-  };
-  attribute(kCapabilityMajor, &major);
-  attribute(kCapabilityMinor, &minor);
+  CALL_DRIVER("describe the device for", kernel.name, cuDeviceGetAttribute, &major,
+              kCapabilityMajor, device);
+  CALL_DRIVER("describe the device for", kernel.name, cuDeviceGetAttribute, &minor,
+              kCapabilityMinor, device);
   TORCH_CHECK(compiler(), "nothing was set to compile ", kernel.name);
   // Outside the lock: the compiler waits for Python, whose lock another launching thread may hold.
   const Compiled compiled = compiler()(kernel, major, minor);
   TORCH_CHECK(compiled.error.empty(), compiled.error);
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  void* function = kernel.functions[device].load();
-  if (function != nullptr) return function;
-  Handle module = nullptr;
-  driver().check(
-      driver().cuModuleLoadDataEx(&module, compiled.image.data(), 0, nullptr, nullptr), "load",
-      kernel.name.c_str());
-  driver().check(driver().cuModuleGetFunction(&function, module, compiled.symbol.c_str()), "find",
-                 kernel.name.c_str());
-  kernel.functions[device].store(function);
-  return function;
+  LoadedKernel* loaded = kernel.on_device[device].load();
+  if (loaded != nullptr) return *loaded;
+  Handle module = nullptr, function = nullptr;
+  CALL_DRIVER("load", kernel.name, cuModuleLoadDataEx, &module, compiled.image.data(), 0, nullptr,
+              nullptr);
+  CALL_DRIVER("find", kernel.name, cuModuleGetFunction, &function, module,
+              compiled.symbol.c_str());
+  loaded = new LoadedKernel{function};  // never destroyed, as its module
+  kernel.on_device[device].store(loaded);
+  return *loaded;
+}
+
+// Returns whether a kernel may overlap the one before it.
+bool may_overlap(const NamedKernel& kernel, LoadedKernel& loaded) {
+  bool overlaps = false;
+  loaded.asked.may_overlap(overlaps, [&](bool& found) {
+    int arch = 0, version = 0;
+    CALL_DRIVER("describe", kernel.name, cuFuncGetAttribute, &arch, kPtxVersion, loaded.function);
+    CALL_DRIVER("describe itself for", kernel.name, cuDriverGetVersion, &version);
+    found = arch >= kFirstArchThatWaits && version >= kDriverThatCapturesOverlap;
+    return cudaSuccess;
+  });
+  return overlaps;
+}
+
+// Returns the context that torch has on a device, which CUDA's runtime calls the primary one.
+Handle context_of_torch(int device) {
+  TORCH_CHECK(0 <= device && device < kMaxDevices, "CUDA device ", device, " is not one of ",
+              kMaxDevices);
+  static std::array<std::atomic<Handle>, kMaxDevices> contexts = {};
+  Handle context = contexts[device].load(std::memory_order_acquire);
+  if (context != nullptr) return context;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  context = contexts[device].load();
+  if (context != nullptr) return context;
+  CALL_DRIVER("give the context of", "device " + std::to_string(device), cuDevicePrimaryCtxRetain,
+              &context, device);
+  contexts[device].store(context);
+  return context;
 }
 
 }  // namespace
@@ -142,30 +196,39 @@ const std::vector<NamedKernel*>& named_kernels() { return all_kernels(); }
 
 void set_compiler(Compiler given) { compiler() = std::move(given); }
 
-void bind_context(int device) {
-  Handle context = nullptr;
-  driver().check(driver().cuCtxGetCurrent(&context), "give", "the current context");
-  if (context != nullptr) return;
-  driver().check(driver().cuDevicePrimaryCtxRetain(&context, device), "give", "a context");
-  driver().check(driver().cuCtxSetCurrent(context), "set", "a context");
+ContextGuard::ContextGuard(int device) {
+  const Handle context = context_of_torch(device);
+  CALL_DRIVER("give", "the current context", cuCtxGetCurrent, &before_);
+  if (before_ == context) return;
+  CALL_DRIVER("set", "the context of torch", cuCtxSetCurrent, context);
+  changed_ = true;
+}
+
+ContextGuard::~ContextGuard() {
+  if (changed_) driver().cuCtxSetCurrent(before_);  // unchecked: a destructor does not throw
 }
 
 void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_bytes,
-                  cudaStream_t stream, void** arguments) {
+                  cudaStream_t stream, void** arguments, bool early) {
   int device = 0;
-  driver().check(driver().cuCtxGetDevice(&device), "give the device of", kernel.name.c_str());
-  TORCH_CHECK(device < kMaxDevices, "more than ", kMaxDevices, " devices");
-  void* function = kernel.functions[device].load(std::memory_order_acquire);
-  if (function == nullptr) function = load(kernel, device, stream);
-  if (shared_bytes > kSharedBytesWithoutAttribute) {
-    driver().check(driver().cuFuncSetAttribute(function, kMaxDynamicSharedSize,
-                                               static_cast<int>(shared_bytes)),
-                   "give shared memory to", kernel.name.c_str());
-  }
-  driver().check(driver().cuLaunchKernel(function, grid.x, grid.y, grid.z, threads, 1, 1,
-                                         static_cast<unsigned>(shared_bytes), stream, arguments,
-                                         nullptr),
-                 "launch", kernel.name.c_str());
+  CALL_DRIVER("give the device of", kernel.name, cuCtxGetDevice, &device);
+  LoadedKernel* found = kernel.on_device[device].load(std::memory_order_acquire);
+  LoadedKernel& loaded = found == nullptr ? load(kernel, device, stream) : *found;
+  loaded.asked.allow_shared(shared_bytes, [&](int bytes) {
+    CALL_DRIVER("give shared memory to", kernel.name, cuFuncSetAttribute, loaded.function,
+                kMaxDynamicSharedSize, bytes);
+    return cudaSuccess;
+  });
+  Attribute overlap = {.id = kProgrammaticSerialization, .unused = 0, .value = 1, .rest = {}};
+  const bool overlaps = early && may_overlap(kernel, loaded);
+  const Config config = {.grid = {grid.x, grid.y, grid.z},
+                         .block = {static_cast<unsigned>(threads), 1, 1},
+                         .shared_bytes = static_cast<unsigned>(shared_bytes),
+                         .stream = stream,
+                         .attributes = overlaps ? &overlap : nullptr,
+                         .num_attributes = overlaps ? 1u : 0u};
+  CALL_DRIVER("launch", kernel.name, cuLaunchKernelEx, &config, loaded.function, arguments,
+              nullptr);
 }
 
 }  // namespace moe_kernels::cuda

@@ -14,15 +14,23 @@
 #include <typeinfo>
 #include <vector>
 
+#include "../asked_once.h"
+
 namespace moe_kernels::cuda {
 
 constexpr int kMaxDevices = 64;
+
+// A kernel in the context that torch has on a device.
+struct LoadedKernel {
+  void* function;
+  AskedOnce asked = {};
+};
 
 // A kernel with its template arguments, and what is loaded of it on each device.
 struct NamedKernel {
   std::string file;  // name of its .cu file
   std::string name;  // a C++ expression for it
-  std::array<std::atomic<void*>, kMaxDevices> functions = {};
+  std::array<std::atomic<LoadedKernel*>, kMaxDevices> on_device = {};
 
   NamedKernel(const char* file, const char* name, std::vector<const std::type_info*> arguments);
 };
@@ -30,14 +38,25 @@ struct NamedKernel {
 // Every kernel that the launches of this library name.
 const std::vector<NamedKernel*>& named_kernels();
 
-// Launches it in the current context, after compiling and loading it where it is new. Throws
-// c10::Error with what to do. Safe to call from several threads.
+// Launches it on the device of the living ContextGuard, after compiling and loading it where it is
+// new there. `early`: it may start before the kernel before it has ended. Throws c10::Error with
+// what to do. Safe to call from several threads.
 void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_bytes,
-                  cudaStream_t stream, void** arguments);
+                  cudaStream_t stream, void** arguments, bool early);
 
-// Makes the context of a device current in this thread if there is none: the driver launches into
-// the current one.
-void bind_context(int device);
+// Makes the context that torch has on a device current in this thread while it lives. The driver
+// launches into the current one, which may be none, or another library's.
+class ContextGuard {
+ public:
+  explicit ContextGuard(int device);
+  ~ContextGuard();
+  ContextGuard(const ContextGuard&) = delete;
+  ContextGuard& operator=(const ContextGuard&) = delete;
+
+ private:
+  void* before_ = nullptr;
+  bool changed_ = false;
+};
 
 // What the compiler makes: an image for the driver and the kernel's symbol in it, or an error.
 struct Compiled {
@@ -73,23 +92,30 @@ struct Instance {
   }()
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(TypedKernel<void (*)(Parameters...)> kernel, dim3 grid, int threads,
-                   size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch_typed(TypedKernel<void (*)(Parameters...)> kernel, dim3 grid, int threads,
+                         size_t shared_bytes, cudaStream_t stream, bool early,
+                         const Arguments&... arguments) {
   std::tuple<Parameters...> values(arguments...);
   std::apply(
       [&](auto&... each) {
         void* pointers[] = {&each...};
-        launch_named(*kernel.kernel, grid, threads, shared_bytes, stream, pointers);
+        launch_named(*kernel.kernel, grid, threads, shared_bytes, stream, pointers, early);
       },
       values);
   return cudaSuccess;
 }
 
-// See device.h. Without nvcc such a kernel does not overlap the one before it.
+template <typename Kernel, typename... Arguments>
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  return launch_typed(kernel, grid, threads, shared_bytes, stream, false, arguments...);
+}
+
+// See device.h.
 template <typename Kernel, typename... Arguments>
 cudaError_t launch_early(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
                          cudaStream_t stream, const Arguments&... arguments) {
-  return launch(kernel, grid, threads, shared_bytes, stream, arguments...);
+  return launch_typed(kernel, grid, threads, shared_bytes, stream, true, arguments...);
 }
 
 // --- what the kernels ask of the hardware; see device.h

@@ -1,5 +1,6 @@
 // Stands in for libcuda.so.1: it loads any image, notes launches, and runs nothing. Like the driver
-// it launches in the current context alone, and loads nothing while a stream is captured.
+// it launches in the current context alone, kernels that were loaded there, and loads nothing while
+// a stream is captured. There are two devices.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -11,12 +12,30 @@ struct Launch {
   std::string symbol;
   unsigned grid[3], threads, shared;
   uint64_t stream, first;  // `first`: the first eight bytes of the kernel's first argument
+  unsigned device, early;
+};
+
+struct Function {
+  std::string symbol;
+  void* context;
+};
+
+// As in cuda.h.
+struct Attribute {
+  int id, unused, value;
+  char rest[60];
+};
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const Attribute* attributes;
+  unsigned count;
 };
 
 std::vector<Launch> launches;
-std::vector<std::string*> functions;
+char primary[2], foreign;  // contexts, by their addresses
 thread_local void* context = nullptr;
-int loaded, retained, shared_bytes, capturing, fails;
+int loaded, retained, shared_bytes, shared_asked, overlap_asked, capturing, fails, arch = 90;
 
 }  // namespace
 
@@ -29,15 +48,29 @@ const char* symbol_of(int i) { return launches[i].symbol.c_str(); }
 uint64_t number_of(int i, int which) {
   const Launch& at = launches[i];
   const uint64_t numbers[] = {at.grid[0], at.grid[1], at.grid[2], at.threads,
-                              at.shared,  at.stream,  at.first};
+                              at.shared,  at.stream,  at.first,  at.device, at.early};
   return numbers[which];
 }
 int modules_loaded() { return loaded; }
 int contexts_retained() { return retained; }
 int shared_bytes_allowed() { return shared_bytes; }
+int times_shared_was_asked() { return shared_asked; }
+int times_overlap_was_asked() { return overlap_asked; }
+void compile_for(int given) { arch = given; }
+void make_a_foreign_context_current() { context = &foreign; }
+int a_foreign_context_is_current() { return context == &foreign; }
+int no_context_is_current() { return context == nullptr; }
 void set_capturing(int on) { capturing = on; }
 void fail_next_launch(int error) { fails = error; }
 
+int cuGetErrorName(int, const char** name) {
+  *name = "CUDA_ERROR_ILLEGAL_ADDRESS";
+  return 0;
+}
+int cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
 int cuGetErrorString(int, const char** text) {
   *text = "an illegal memory access was encountered";
   return 0;
@@ -51,12 +84,13 @@ int cuCtxSetCurrent(void* current) {
   return 0;
 }
 int cuCtxGetDevice(int* device) {
-  *device = 0;
+  *device = context == &primary[1];
   return context == nullptr ? 201 : 0;
 }
-int cuDevicePrimaryCtxRetain(void** primary, int) {
+int cuDevicePrimaryCtxRetain(void** given, int device) {
+  if (device < 0 || device > 1) return 101;
   ++retained;
-  *primary = &retained;
+  *given = &primary[device];
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
@@ -73,20 +107,31 @@ int cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**)
   return capturing ? 900 : 0;
 }
 int cuModuleGetFunction(void** function, void*, const char* symbol) {
-  functions.push_back(new std::string(symbol));
-  *function = functions.back();
+  *function = new Function{symbol, context};
+  return 0;
+}
+int cuFuncGetAttribute(int* value, int attribute, void*) {
+  ++overlap_asked;
+  *value = attribute == 5 ? arch : 0;
   return 0;
 }
 int cuFuncSetAttribute(void*, int, int bytes) {
+  ++shared_asked;
   shared_bytes = bytes;
   return 0;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned,
-                   unsigned, unsigned shared, void* stream, void** arguments, void**) {
+int cuLaunchKernelEx(const Config* config, void* loaded_function, void** arguments, void**) {
+  const auto* function = static_cast<Function*>(loaded_function);
   if (context == nullptr) return 201;
+  if (function->context != context) return 400;
   if (const int error = fails) return fails = 0, error;
-  Launch launch{*static_cast<std::string*>(function), {x, y, z}, threads, shared,
-                reinterpret_cast<uint64_t>(stream), 0};
+  unsigned early = 0;
+  for (unsigned i = 0; i < config->count; ++i) {
+    if (config->attributes[i].id == 6) early = config->attributes[i].value;
+  }
+  const unsigned* grid = config->grid;
+  Launch launch{function->symbol, {grid[0], grid[1], grid[2]}, config->block[0], config->shared,
+                reinterpret_cast<uint64_t>(config->stream), 0, context == &primary[1], early};
   std::memcpy(&launch.first, arguments[0], sizeof(launch.first));
   launches.push_back(launch);
   return 0;

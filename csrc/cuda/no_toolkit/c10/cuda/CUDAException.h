@@ -8,6 +8,6 @@
 #define C10_CUDA_CHECK(call)                                                              \
   do {                                                                                    \
     const cudaError_t error = (call);                                                     \
-    TORCH_CHECK(error == cudaSuccess, "CUDA kernels: invalid argument (cudaError_t ",     \
-                static_cast<int>(error), ")");                                            \
+    TORCH_CHECK(error == cudaSuccess, "CUDA error: invalid argument (",                   \
+                "cudaErrorInvalidValue, ", static_cast<int>(error), ") from ", #call);        \
   } while (0)
