@@ -13,6 +13,7 @@ Environment variables:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -234,17 +235,37 @@ def why_no_launches() -> str | None:
     return None
 
 
+def manifest_of_cuda() -> str:
+    """Return the digests of what NVRTC reads, by the package's own file."""
+    path = Path(__file__).resolve().parent / "moe_kernels" / "_cuda_sources.py"
+    spec = importlib.util.spec_from_file_location("moe_kernels_cuda_sources", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.manifest(ROOT / "csrc" / "cuda")
+
+
 def launches() -> list[str]:
-    """Write a C++ file for each .cu file, of which a C++ compiler then builds the launches."""
+    """Write the C++ files of a build without nvcc, and return their paths.
+
+    There is one for each .cu file, of which a C++ compiler builds the launches, and one that keeps
+    the digests of the sources. It also makes setuptools link anew after a change of any of them.
+    """
     folder = ROOT / "build" / "launches"
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for source in sources_in("csrc/cuda", "*.cu"):
-        path, text = folder / f"{Path(source).stem}.cpp", f'#include "../../{source}"\n'
+    texts = {
+        Path(source).stem: f'#include "../../{source}"\n'
+        for source in sources_in("csrc/cuda", "*.cu")
+    }
+    lines = "".join(f'    "{line}\\n"\n' for line in manifest_of_cuda().splitlines())
+    texts["sources"] = (
+        '#include "../../csrc/cuda/no_toolkit/by_name.h"\n\n'
+        f"const char* moe_kernels::cuda::sources() {{\n  return\n{lines}    ;\n}}\n"
+    )
+    for name, text in texts.items():
+        path = folder / f"{name}.cpp"
         if not path.exists() or path.read_text() != text:  # else ninja would build it again
             path.write_text(text)
-        written.append(str(path.relative_to(ROOT)))
-    return written
+    return [str((folder / f"{name}.cpp").relative_to(ROOT)) for name in texts]
 
 
 def usable_arch_list(requested: str) -> tuple[str, list[str]]:

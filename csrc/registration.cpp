@@ -205,6 +205,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef MOE_KERNELS_BY_NAME
   m.def("set_cuda_compiler", &set_cuda_compiler, py::arg("function"));
   m.def("cuda_kernels", &cuda_kernels);
+  m.attr("CUDA_SOURCES") = moe_kernels::cuda::sources();
 #endif
   m.def("set_poison", &moe_kernels::cpu::set_poison, py::arg("on"));
   m.def("fresh_value", &fresh_value);

@@ -79,6 +79,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if env.brgemm() is not None:
         extension.prefer_brgemm(env.brgemm())
     if _compiles_kernels(extension):
+        _nvrtc.expect_sources(getattr(extension, "CUDA_SOURCES", ""))  # an old build has none
         extension.set_cuda_compiler(_nvrtc.compile_kernel)
     reason = _why_not_this_torch(extension.build_info()["torch_version"])
     return (None, reason) if reason else (extension, None)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from moe_kernels import env, files
+from moe_kernels import _cuda_sources, env, files
 from moe_kernels._version import __version__
 
 try:
@@ -29,15 +29,16 @@ except ImportError:  # Windows, where the extension is not built this way
 _DRIVER = "libcuda.so.1"
 _HERE = Path(__file__).resolve().parent
 # In an installed package, or beside it in the repository.
-_SOURCES = next(
-    (path for path in (_HERE / "csrc/cuda", _HERE.parent / "csrc/cuda") if path.is_dir()), None
-)
+_INSIDE, _BESIDE = _HERE / "csrc/cuda", _HERE.parent / "csrc/cuda"
+_SOURCES = _BESIDE if _BESIDE.is_dir() and not _INSIDE.is_dir() else _INSIDE
 # What NVRTC is told beside the target: options, and the folders of headers below the sources.
 _FLAGS = ("--std=c++20", "--device-as-default-execution-space")
 _HEADERS = (".", "no_toolkit", "no_toolkit/std")
 _LEAST_ARCH = 80
 # From this one on, instructions that only this very architecture has need an "a" in its name.
 _FIRST_OWN_ARCH = 90
+# What the extension was built from, as _cuda_sources.manifest gives it; None: no extension asked.
+_built_from: str | None = None
 
 
 class _Failed(RuntimeError):
@@ -56,7 +57,16 @@ def why_not() -> str | None:
         return f"the CUDA driver does not load ({error}): install the NVIDIA driver"
     except _Failed as error:
         return str(error)
-    return None
+    return why_other_sources()
+
+
+def expect_sources(built_from: str) -> None:
+    """Compile only sources that an extension was built from, by their manifest.
+
+    Its launches know the parameters that the kernels had then; others would be passed wrongly.
+    """
+    global _built_from
+    _built_from = built_from
 
 
 def runs_on(capability: tuple[int, int]) -> bool:
@@ -91,6 +101,8 @@ def compile_kernel(file: str, name: str, major: int, minor: int) -> tuple[bytes,
 
 
 def _compiled(file: str, name: str, arch: int) -> tuple[bytes, str]:
+    if reason := why_other_sources():
+        raise _Failed(reason)
     target = _target(arch, _supported())
     path = _entry(file, name, target)
     if found := _read(path):
@@ -122,19 +134,24 @@ def _entry(file: str, name: str, target: str) -> Path:
 
     The driver has no part in it: it loads the same image in every version.
     """
-    parts = [__version__, _digest_of_sources(), file, name, target, _FLAGS, _HEADERS, version()]
+    sources = _cuda_sources.manifest(_SOURCES)
+    parts = [__version__, sources, file, name, target, _FLAGS, _HEADERS, version()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return env.cache_path() / "kernels" / f"{key}.bin"
 
 
-@functools.cache
-def _digest_of_sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(_SOURCES.rglob("*")):
-        if path.is_file():
-            text = path.read_bytes()
-            digest.update(f"{path.relative_to(_SOURCES)} {len(text)}\n".encode() + text)
-    return digest.hexdigest()
+def why_other_sources() -> str | None:
+    """Return None where the sources are those of the extension's build, else the reason."""
+    changed = [] if _built_from is None else _cuda_sources.changed(_SOURCES, _built_from)
+    if not changed:
+        return None
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return (
+        f"{', '.join(changed[:3])}{more} in {_SOURCES} changed after the extension was built, "
+        "whose launches may pass other parameters than these kernels take: rebuild with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps .`, or with `-e .` in "
+        "the place of `.` if it was installed so"
+    )
 
 
 def _read(path: Path) -> tuple[bytes, str] | None:

@@ -467,6 +467,9 @@ def check_nvrtc(archs: list[int]) -> int:
     if not _native.compiles_cuda_kernels():
         print("the kernels were not compiled as at first use: this extension was built with nvcc")
         return 0
+    if reason := _nvrtc.why_other_sources():
+        print(f"the extension names other kernels: {reason}")
+        return 1
     jobs = [(arch, *kernel) for arch in archs for kernel in _native.cuda_kernels()]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         rows = list(tqdm(pool.map(_compile_as_at_first_use, jobs), total=len(jobs), unit="kernel"))

@@ -4,13 +4,14 @@ Run by ``test_nvrtc.py``, in a process of its own that finds the stand-ins by th
 """
 
 import ctypes
+import shutil
 import threading
 
 import pytest
 import torch
 from support import stub_cuda
 
-from moe_kernels import _nvrtc
+from moe_kernels import _native, _nvrtc, backends
 
 torch.version.cuda = "13.0"
 _nvrtc._folders = list  # an NVRTC that is installed must not come first
@@ -136,6 +137,26 @@ def test_another_librarys_context_is_left_as_it_was():
     assert DRIVER.library.modules_loaded() == modules + 1
 
 
+def test_changed_sources_are_refused_before_any_work(tmp_path, monkeypatch):
+    folder = shutil.copytree(_nvrtc._SOURCES, tmp_path / "cuda")
+    monkeypatch.setattr(_nvrtc, "_SOURCES", folder)
+    for read_by_no_kernel in ("launchers.cpp", "combine.cu~"):
+        (folder / read_by_no_kernel).write_text("")
+    assert _nvrtc.why_not.__wrapped__() is None
+    with open(folder / "combine.h", "a") as header:
+        header.write("// another parameter\n")
+    (folder / "new.cu").write_text("")
+    message = rf"combine.h, new.cu in {folder} changed after the extension was built.*rebuild with"
+    compiled = NVRTC.programs_compiled()
+    with pytest.raises(RuntimeError, match=message):
+        combine(torch.half, torch.float32)
+    assert NVRTC.programs_compiled() == compiled and not DRIVER.take_launches()
+    monkeypatch.setattr(_nvrtc, "why_not", _nvrtc.why_not.__wrapped__)
+    assert "changed after the extension was built" in _native.why_no_cuda()
+    with pytest.raises(RuntimeError, match=f"'cuda' is not available: {message}"):
+        backends.select("cuda", torch.device("cuda"))
+
+
 def test_an_error_that_a_launch_returns_has_cudas_name_and_words():
     words = DRIVER.torch_device.words_of_an_error
     words.restype = ctypes.c_char_p
@@ -174,7 +195,6 @@ def test_a_kernel_is_kept_on_disk(folder):
 @pytest.mark.parametrize(
     ("what", "other"),
     [
-        ("_digest_of_sources", lambda: "other"),
         ("__version__", "other"),
         ("version", lambda: "other"),
         ("_HEADERS", (".", "no_toolkit")),

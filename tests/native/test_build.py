@@ -1,5 +1,6 @@
 """The build: its decisions on each kind of machine, and the messages when something is missing."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -263,6 +264,16 @@ def test_every_kernel_has_its_launches_without_nvcc(setup_module, monkeypatch, t
     assert (written.parent / "../../csrc/cuda/combine.cu").is_file()
     assert written.read_text() == '#include "../../csrc/cuda/combine.cu"\n'
     assert ("MOE_KERNELS_BY_NAME", None) in extension.define_macros
+    noted = tmp_path / "build/launches/sources.cpp"
+    assert "build/launches/sources.cpp" in extension.sources
+    text = noted.read_text()
+    for file in ("combine.cu", "combine.h", "no_toolkit/std/cstdint"):
+        digest = hashlib.sha256((tmp_path / "csrc/cuda" / file).read_bytes()).hexdigest()
+        assert f'"{digest} {file}\\n"' in text
+    with open(tmp_path / "csrc/cuda/combine.h", "a") as header:
+        header.write("\n")
+    setup_module.launches()  # so that the file is new, and setuptools links anew
+    assert noted.read_text() != text
 
 
 def test_why_there_are_no_launches(setup_module, monkeypatch):

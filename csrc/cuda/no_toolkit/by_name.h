@@ -38,6 +38,9 @@ struct NamedKernel {
 // Every kernel that the launches of this library name.
 const std::vector<NamedKernel*>& named_kernels();
 
+// The digests of the sources that this build has read, as moe_kernels/_cuda_sources.py writes them.
+const char* sources();
+
 // Launches it on the device of the living ContextGuard, after compiling and loading it where it is
 // new there. `early`: it may start before the kernel before it has ended. Throws c10::Error with
 // what to do. Safe to call from several threads.
