@@ -13,7 +13,7 @@ def pytest_addoption(parser):
         "--attack-seed", type=int, default=today(), help="seed of the tries; default: the date"
     )
     group.addoption(
-        "--attack-share", default="24", help="tries of each attack: a number, or a share as in 5%%"
+        "--attack-share", default="12", help="tries of each attack: a number, or a share as in 5%%"
     )
 
 

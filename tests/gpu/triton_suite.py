@@ -79,15 +79,32 @@ def check(dtype, shape, seed=0, options=None, **variant):
         assert_close(value.cpu(), expected[name], dtype=dtype, name=name)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The interpreter takes seconds for each. The others of these differ in their routing or mask, which
+# test_dispatch and test_tile_maps vary too, or have less than one of these.
+SOON = {
+    "shared_a", "own_ranks", "gate_up_only", "down_only", "no_adapter", "no_mask", "all_padding",
+    "half_empty",
+}  # fmt: skip
+
+
+def soon(names, chosen):
+    """Return parameters, of which those that are not chosen are slow."""
+    assert {*chosen} <= {*names}
+    return [pytest.param(n, marks=[] if n in chosen else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("variant", soon(VARIANTS, SOON))
 def test_matches_the_reference(variant):
     check(torch.float32, SHAPES["tiny"], seed=len(variant), **VARIANTS[variant])
 
 
-# Each order of gate and up, storage and activation; the interpreter is slow.
+# Each order of gate and up, storage and activation.
 @pytest.mark.parametrize(
     "layout",
-    ["transposed", "bias", "gelu_tanh", "interleaved", "gelu_alone", "gpt_oss", "all_else"],
+    soon(
+        ["transposed", "bias", "gelu_tanh", "interleaved", "gelu_alone", "gpt_oss", "all_else"],
+        ["gelu_tanh", "interleaved", "gelu_alone", "gpt_oss", "all_else"],
+    ),
 )
 def test_other_layouts_match_the_reference(layout, filled_memory):
     made, options = LAYOUTS[layout]
@@ -257,7 +274,7 @@ def test_stacks_of_more_than_2_to_the_31_elements():
     [
         (300, 64, 64, 4, None),
         pytest.param(300, 72, 40, 2, None, marks=pytest.mark.slow),
-        (9, 128, 128, 4, "transposed"),
+        pytest.param(9, 128, 128, 4, "transposed", marks=pytest.mark.slow),
         (9, 128, 128, 4, "gpt_oss"),
         pytest.param(9, 128, 128, 4, "nemotron_h", marks=pytest.mark.slow),
     ],
@@ -394,7 +411,7 @@ def test_inputs_of_any_layout():
 
 
 def test_autocast_changes_nothing():
-    inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float16, lora_dtype=torch.float32))
+    inputs = on_device(make_moe_inputs(SHAPES["tiny"]).to(torch.float16, lora_dtype=torch.float32))
     grad_out = torch.randn_like(inputs.hidden_states)
     plain = run(inputs, "triton", grad_out)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -481,6 +498,7 @@ def _filled(tensor, modality, value):
     return tensor
 
 
+@pytest.mark.slow  # the interpreter runs programs in one order
 def test_the_same_bits_twice():
     inputs = on_device(make_moe_inputs(SHAPES["odd"]).to(torch.float32))
     grad_out = torch.randn_like(inputs.hidden_states)
@@ -488,11 +506,17 @@ def test_the_same_bits_twice():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("trained", ["hidden_states", "topk_weights", "down_lora", "gate_up_lora"])
-def test_only_the_gradients_asked_for(trained):
+@pytest.fixture(scope="module")
+def all_gradients():
+    """Compute a small layer; return its inputs, the gradient of its output and all results."""
     inputs = on_device(make_moe_inputs(SHAPES["tiny"]).to(torch.float32))
     grad_out = torch.randn_like(inputs.hidden_states)
-    everything = run(inputs, "triton", grad_out)
+    return inputs, grad_out, run(inputs, "triton", grad_out)
+
+
+@pytest.mark.parametrize("trained", ["hidden_states", "topk_weights", "down_lora", "gate_up_lora"])
+def test_only_the_gradients_asked_for(trained, all_gradients):
+    inputs, grad_out, everything = all_gradients
     tensors = {
         name: tensor.detach().requires_grad_(name.startswith(trained))
         for name, tensor in inputs.differentiable().items()
@@ -512,9 +536,22 @@ def test_only_the_gradients_asked_for(trained):
         assert tensor.grad is None or torch.equal(tensor.grad, everything[name])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "modalities", "rank"), [(37, 1, 5), (37, 2, 5), (37, 1, 20), (1300, 1, 5)]
+    ("dtype", "tokens", "modalities", "rank"),
+    [
+        *[(torch.float32, 37, 2, 5), (torch.float32, 37, 1, 20), (torch.float32, 1300, 1, 5)],
+        (torch.float16, 37, 2, 5),
+        *[
+            pytest.param(dtype, *sizes, marks=pytest.mark.slow)
+            for dtype, *sizes in [
+                (torch.float32, 37, 1, 5),
+                (torch.float16, 37, 1, 5),
+                (torch.float16, 37, 1, 20),
+                (torch.float16, 1300, 1, 5),
+                *[(dtype, 37, 2, 20) for dtype in DTYPES[2:]],
+            ]
+        ],
+    ],
 )
 def test_lora_linear(dtype, tokens, modalities, rank):
     generator = torch.Generator().manual_seed(modalities)
@@ -545,7 +582,7 @@ def test_lora_linear(dtype, tokens, modalities, rank):
 
 
 @pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
-@pytest.mark.parametrize("op", ["moe_mlp", "lora_linear"])
+@pytest.mark.parametrize("op", [pytest.param("moe_mlp", marks=pytest.mark.slow), "lora_linear"])
 def test_compiles_into_one_graph(op):
     function, x, adapters = make(op, "triton")
     expected = results(function, x, adapters)

@@ -81,8 +81,15 @@ def freeze_for_kbit(model):
     peft.prepare_model_for_kbit_training(model)
 
 
-@pytest.mark.parametrize("freeze_all", [freeze, freeze_for_kbit])
-@pytest.mark.parametrize("forwards", [0, 1])
+@pytest.mark.parametrize(
+    ("freeze_all", "forwards"),
+    [
+        (freeze, 1),
+        (freeze_for_kbit, 0),
+        pytest.param(freeze, 0, marks=pytest.mark.slow),
+        pytest.param(freeze_for_kbit, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_all_was_frozen_after_patching(freeze_all, forwards):
     model, _ = make()
     call = {"input_ids": IDS, "modality_ids": torch.ones_like(IDS)}
