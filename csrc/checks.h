@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace moe_kernels {
@@ -62,17 +63,63 @@ inline void check_like(const at::Tensor& first, const at::Tensor& tensor, const 
   check_layout(tensor, name, dtype, sizes);
 }
 
-// An adapter may be stored in float32 beside operands of lower precision.
-inline void check_adapter(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
-                          std::initializer_list<int64_t> sizes) {
+// Checks a tensor that is float32 or has the dtype of the operands that it is multiplied with, as
+// what trains may be wider than what is frozen. float64 has nothing wider.
+inline void check_float_or(at::ScalarType dtype, const at::Tensor& first, const at::Tensor& tensor,
+                           const char* name, std::initializer_list<int64_t> sizes) {
   const bool wide = tensor.scalar_type() == at::kFloat && dtype != at::kDouble;
-  check_tensor(tensor, name, wide ? at::kFloat : dtype, sizes);
+  check_like(first, tensor, name, wide ? at::kFloat : dtype, sizes);
 }
 
 inline void check_together(const std::optional<at::Tensor>& a, const char* a_name,
                            const std::optional<at::Tensor>& b, const char* b_name) {
   TORCH_CHECK(a.has_value() == b.has_value(), a_name, " and ", b_name,
               " must be given together or not at all");
+}
+
+// Matrices of a frozen stack, unpacked.
+struct MatricesOf {
+  int64_t experts, out, in;
+};
+
+// Checks a low-rank pair beside a frozen stack. Returns its number of modalities, 0 without it.
+inline int64_t check_pair(const at::Tensor& first, at::ScalarType dtype, const MatricesOf& stack,
+                          const std::optional<at::Tensor>& a, const std::optional<at::Tensor>& b,
+                          const std::optional<at::Tensor>& scaling, const std::string& name) {
+  const std::string of_a = name + "_lora_A";
+  TORCH_CHECK(a.has_value() == b.has_value() && a.has_value() == scaling.has_value(), name,
+              "_lora_A, _lora_B and _scaling must be given together or not at all");
+  if (!a) return 0;
+  check_float_or(dtype, first, *a, of_a.c_str(), {-1, -1, -1, stack.in});
+  const int64_t modalities = a->size(0), rank = a->size(2);
+  TORCH_CHECK(a->size(1) == stack.experts || a->size(1) == 1, of_a, " must be of ", stack.experts,
+              " experts, or of 1 that all share, is of ", a->size(1));
+  TORCH_CHECK(modalities >= 1 && rank >= 1, of_a, " must have a modality and a rank, is ",
+              a->sizes());
+  check_like(first, *b, (name + "_lora_B").c_str(), a->scalar_type(),
+             {modalities, stack.experts, stack.out, rank});
+  check_like(first, *scaling, (name + "_scaling").c_str(), at::kFloat, {modalities});
+  return modalities;
+}
+
+// Checks the shapes with which a layer's arguments fit each other before anything is sorted.
+inline void check_routed(const at::Tensor& hidden_states, const at::Tensor& topk_ids,
+                         const at::Tensor& topk_weights, const at::Tensor& gate_up_proj,
+                         const at::Tensor& down_proj,
+                         const std::optional<at::Tensor>& extra_gate_up_proj,
+                         const std::optional<at::Tensor>& extra_down_proj) {
+  check_shape(hidden_states, "hidden_states", {-1, -1});
+  check_shape(topk_ids, "topk_ids", {hidden_states.size(0), -1});
+  check_shape(topk_weights, "topk_weights", {topk_ids.size(0), topk_ids.size(1)});
+  check_shape(gate_up_proj, "gate_up_proj", {-1, -1, -1});
+  check_shape(down_proj, "down_proj", {gate_up_proj.size(0), -1, -1});
+  check_together(extra_gate_up_proj, "extra_gate_up_proj", extra_down_proj, "extra_down_proj");
+  if (!extra_gate_up_proj) return;
+  check_shape(*extra_gate_up_proj, "extra_gate_up_proj", {-1, -1, -1});
+  check_shape(*extra_down_proj, "extra_down_proj", {-1, -1, -1});
+  TORCH_CHECK(extra_gate_up_proj->size(0) == extra_down_proj->size(0),
+              "both projections must have the same number of added experts, have ",
+              extra_gate_up_proj->size(0), " and ", extra_down_proj->size(0));
 }
 
 // The compute dtypes: float32, float64, bfloat16, float16.

@@ -163,7 +163,9 @@ using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre,
     const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added);
 
 // moe_mlp_inference on CUDA takes what cuda::decode_takes says, of bfloat16 or float16: SwiGLU of
-// rows [gate; up] without a bias, in stacks that are stored as they are. It makes other tensors fit.
+// rows [gate; up] without a bias, in stacks that are stored as they are. It copies nothing: tensors
+// are contiguous, those that are read 16 bytes at once begin at a multiple of it, and added experts
+// and adapters are float32 or of that dtype.
 
 // Each op's checks and the tensors that it returns, not yet filled, on any device. An op on meta
 // tensors does nothing else, and an op on CUDA begins with it.

@@ -66,8 +66,7 @@ void check_groups(at::IntArrayRef numbers, size_t map, int64_t num_segments) {
 // Checks that `tensor` is float32 or has the dtype of the rows that it multiplies.
 void check_float_or_like(const at::Tensor& rows, const at::Tensor& tensor, const char* name,
                          std::initializer_list<int64_t> sizes) {
-  const bool wide = tensor.scalar_type() == at::kFloat;
-  check_like(rows, tensor, name, wide ? at::kFloat : rows.scalar_type(), sizes);
+  check_float_or(rows.scalar_type(), rows, tensor, name, sizes);
 }
 
 // Returns the number of sorted rows in `perm`, each of a token and one of its top_k experts.
@@ -127,10 +126,11 @@ int64_t check_sums(const Sums& args, const at::Tensor& perm, int64_t top_k) {
   check_like(right, args.factors, "factors", at::kFloat, {-1});
   if (args.weights) check_float_or_like(right, *args.weights, "weights", {tokens, top_k});
   const int64_t num_groups = args.groups.size(1), height = left.size(1), width = right.size(1);
-  TORCH_CHECK(num_groups < 1 << 16 && height <= kMaxGrid * 16 && width <= kMaxGrid * 128 &&
+  TORCH_CHECK(num_groups < kMaxInt && height < kMaxInt && width < kMaxInt &&
                   args.tiles.size(1) < kMaxInt && args.chunk >= 1,
-              "wgrad takes fewer than 2^16 groups, at most ", kMaxGrid * 16,
-              " columns of left and ", kMaxGrid * 128, " of right, and at least a row in a chunk");
+              "wgrad takes fewer than 2^31 groups, tiles and columns, and at least a row in a "
+              "chunk; there are ", num_groups, " groups, ", args.tiles.size(1), " tiles, ", height,
+              " columns of left and ", width, " of right, and ", args.chunk, " rows in a chunk");
   TORCH_CHECK(args.factors.numel() >= 1 && num_groups % args.factors.numel() == 0,
               "factors must be one for each of as many neighbouring groups, there are ",
               args.factors.numel(), " for ", num_groups);
@@ -210,28 +210,12 @@ void check_experts(const Experts& args, bool by_token, bool transposed, bool gat
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// A low-rank pair of `stack` (experts, out, in). Returns its number of modalities, 0 without it.
-int64_t check_pair(const at::Tensor& stack, const OptionalTensor& a, const OptionalTensor& b,
-                   const OptionalTensor& scaling, const std::string& name) {
-  TORCH_CHECK(a.has_value() == b.has_value() && a.has_value() == scaling.has_value(), name,
-              "_lora_A, _lora_B and _scaling must be given together or not at all");
-  if (!a) return 0;
-  const int64_t experts = stack.size(0);
-  check_float_or_like(stack, *a, (name + "_lora_A").c_str(), {-1, -1, -1, stack.size(2)});
-  check_vectors(*a, (name + "_lora_A").c_str());
-  const int64_t modalities = a->size(0), rank = a->size(2);
-  TORCH_CHECK(a->size(1) == experts || a->size(1) == 1, name, "_lora_A must be of ", experts,
-              " experts, or of 1 that all share, is of ", a->size(1));
-  TORCH_CHECK(modalities >= 1 && modalities < kMaxInt && rank >= 1, name,
-              "_lora_A must have a modality and a rank, is ", a->sizes());
-  check_like(stack, *b, (name + "_lora_B").c_str(), a->scalar_type(),
-             {modalities, experts, stack.size(1), rank});
-  check_like(stack, *scaling, (name + "_scaling").c_str(), at::kFloat, {modalities});
-  return modalities;
-}
-
-void check_added(const at::Tensor& stack, const at::Tensor& extra, const char* name) {
-  check_like(stack, extra, name, stack.scalar_type(), {-1, stack.size(1), stack.size(2)});
+// Added experts, of the dtype of the stack or float32, both projections alike.
+void check_added(const at::Tensor& stack, const at::Tensor& extra, at::ScalarType dtype,
+                 const char* name) {
+  TORCH_CHECK(dtype == at::kFloat || dtype == stack.scalar_type(), name, " must be float32 or ",
+              stack.scalar_type(), ", is ", dtype);
+  check_like(stack, extra, name, dtype, {-1, stack.size(1), stack.size(2)});
   check_vectors(extra, name);
 }
 
@@ -464,12 +448,16 @@ at::Tensor moe_mlp_inference(
               "from stacks that are not packed");
   TORCH_CHECK(scalar_of(hidden_states) != cuda::Scalar::kFloat,
               "hidden_states must be bfloat16 or float16, is ", hidden_states.scalar_type());
-  check_like(hidden_states, hidden_states, "hidden_states", hidden_states.scalar_type(), {-1, -1});
-  check_like(hidden_states, topk_ids, "topk_ids", at::kLong, {hidden_states.size(0), -1});
+  check_routed(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, extra_gate_up_proj,
+               extra_down_proj);
+  const at::ScalarType dtype = hidden_states.scalar_type();
+  check_like(hidden_states, hidden_states, "hidden_states", dtype, {-1, -1});
+  check_vectors(hidden_states, "hidden_states");
+  check_like(hidden_states, topk_ids, "topk_ids", at::kLong, {-1, -1});
   const int64_t tokens = topk_ids.size(0), top_k = topk_ids.size(1), H = hidden_states.size(1);
   check_float_or_like(hidden_states, topk_weights, "topk_weights", {tokens, top_k});
   if (modality_ids) check_like(hidden_states, *modality_ids, "modality_ids", at::kLong, {tokens});
-  TORCH_CHECK(gate_up_proj.dim() == 3 && gate_up_proj.size(0) >= 1 && gate_up_proj.size(1) % 2 == 0,
+  TORCH_CHECK(gate_up_proj.size(0) >= 1 && gate_up_proj.size(1) % 2 == 0,
               "gate_up_proj must be (experts, 2 * inter, hidden), is ", gate_up_proj.sizes());
   const int64_t E = gate_up_proj.size(0), inter = gate_up_proj.size(1) / 2;
   const int64_t rank = std::max(size_of(gate_up_lora_A, 2), size_of(down_lora_A, 2));
@@ -480,21 +468,22 @@ at::Tensor moe_mlp_inference(
               top_k, " each, rank ", rank, ", hidden size ", H, " and intermediate size ", inter);
   check_stack_of(hidden_states, gate_up_proj, "gate_up_proj", {E, 2 * inter, H});
   check_stack_of(hidden_states, down_proj, "down_proj", {E, H, inter});
-  check_together(extra_gate_up_proj, "extra_gate_up_proj", extra_down_proj, "extra_down_proj");
   if (extra_gate_up_proj) {
-    check_added(gate_up_proj, *extra_gate_up_proj, "extra_gate_up_proj");
-    check_added(down_proj, *extra_down_proj, "extra_down_proj");
-    TORCH_CHECK(extra_gate_up_proj->size(0) == extra_down_proj->size(0),
-                "both projections must have the same number of added experts");
+    const at::ScalarType wide = extra_gate_up_proj->scalar_type();
+    check_added(gate_up_proj, *extra_gate_up_proj, wide, "extra_gate_up_proj");
+    check_added(down_proj, *extra_down_proj, wide, "extra_down_proj");
   }
   TORCH_CHECK(E + size_of(extra_gate_up_proj, 0) < kMaxInt,
               "there must be fewer than 2^31 experts");
-  const int64_t of_up =
-      check_pair(gate_up_proj, gate_up_lora_A, gate_up_lora_B, gate_up_scaling, "gate_up");
-  const int64_t of_down = check_pair(down_proj, down_lora_A, down_lora_B, down_scaling, "down");
+  const int64_t of_up = check_pair(hidden_states, dtype, {E, 2 * inter, H}, gate_up_lora_A,
+                                   gate_up_lora_B, gate_up_scaling, "gate_up");
+  const int64_t of_down = check_pair(hidden_states, dtype, {E, H, inter}, down_lora_A, down_lora_B,
+                                     down_scaling, "down");
   TORCH_CHECK(of_up == 0 || of_down == 0 || of_up == of_down,
               "both pairs of adapters must have the same number of modalities, have ", of_up,
               " and ", of_down);
+  TORCH_CHECK(std::max(of_up, of_down) < kMaxInt, "there must be fewer than 2^31 modalities");
+  if (gate_up_lora_A) check_vectors(*gate_up_lora_A, "gate_up_lora_A");
   return at::empty_like(hidden_states);
 }
 

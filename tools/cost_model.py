@@ -2,6 +2,9 @@
 
     python tools/cost_model.py --shape olmoe --tokens 8192 --backend cuda
 
+Of at most 16 tokens under "cuda" it has both courses of inference: the default one, which is that
+of training, and the two kernels that MOE_KERNELS_DECODE=1 switches on.
+
 It needs no GPU and measures nothing: an unnecessary pass over a tensor shows in the bytes.
 Milliseconds are those of --bandwidth and --tflops, whichever takes longer: a lower bound. See
 benchmarks/lib/costs.py for what is counted.

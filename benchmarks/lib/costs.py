@@ -76,13 +76,32 @@ def sizes_of(case: Case) -> Sizes:
 
 def forward(case: Case) -> Iterator[Cost]:
     """Yield the launches of a forward pass that saves the pre-activation, in order."""
-    shape, s = case.shape, sizes_of(case)
+    s = sizes_of(case)
+    yield from _forward(case, s, s.pre)
+
+
+def inference(case: Case) -> Iterator[Cost]:
+    """Yield the launches of a few tokens where nothing trains, by the course of training.
+
+    It is the default. It saves nothing, and reads the experts that :func:`decoding` reads.
+    """
+    s = sizes_of(case)
+    chosen, adapted = (_share_chosen(case, tokens) for tokens in (case.shape.T, case.num_image))
+    s = s._replace(
+        gate_up=chosen * s.gate_up, down=chosen * s.down,
+        lora_gate_up=adapted * s.lora_gate_up, lora_down=adapted * s.lora_down,
+    )  # fmt: skip
+    yield from _forward(case, s, 0)
+
+
+def _forward(case: Case, s: Sizes, saved: float) -> Iterator[Cost]:
+    shape = case.shape
     wide, skinny = _flops(case)
     yield _dispatch(case)
     yield Cost("shrink x", skinny * shape.H, s.a_x + s.lora_gate_up, s.u)
     yield Cost(
         "gate_up", (wide * shape.H + skinny) * 2 * shape.I,
-        s.x + s.gate_up + s.u + s.lora_gate_up, s.pre + s.act,
+        s.x + s.gate_up + s.u + s.lora_gate_up, saved + s.act,
     )  # fmt: skip
     yield Cost("shrink act", skinny * shape.I, s.a_act + s.lora_down, s.u)
     yield Cost(
@@ -193,14 +212,24 @@ def _flops(case: Case) -> tuple[float, float]:
 
 
 def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") -> str:
-    """Tabulate both passes, and decoding where the backend can; ``bandwidth`` is in TB/s."""
+    """Tabulate both passes, and both courses of a few tokens under "cuda".
+
+    ``bandwidth`` is in TB/s.
+    """
     rows = []
-    modes = {"forward": [*forward(case)], "backward": [*backward(case, backend)]}
+    modes = [
+        ("forward", "forward", forward(case)),
+        ("backward", "backward", backward(case, backend)),
+    ]
     if backend == "cuda" and is_decoded(case):
-        modes["decoding"] = [*decoding(case)]
-    for mode, costs in modes.items():
+        modes += [
+            ("inference, the default course", "decoding", inference(case)),
+            ("inference in two kernels, MOE_KERNELS_DECODE=1", "decoding", decoding(case)),
+        ]
+    for name, mode, launches in modes:
+        costs = [*launches]
         sums = (sum(c[i] for c in costs) for i in (1, 2, 3))
-        total = Cost(f"all of {mode}", *sums, launches=sum(c.launches for c in costs))
+        total = Cost(f"all of {name}", *sums, launches=sum(c.launches for c in costs))
         for cost in (*costs, total, floor(case, mode)._replace(launches=0)):
             memory, compute = cost.bytes / bandwidth / 1e9, cost.flops / tflops / 1e9
             rows.append(

@@ -28,9 +28,9 @@ struct LoraLinearInputs {
     check_compute_dtype(hidden_states, "hidden_states");
     const at::ScalarType dtype = hidden_states.scalar_type();
     check_tensor(hidden_states, "hidden_states", dtype, {-1, -1});
-    check_adapter(lora_A, "lora_A", dtype, {-1, -1, hidden_states.size(1)});
+    check_float_or(dtype, hidden_states, lora_A, "lora_A", {-1, -1, hidden_states.size(1)});
     TORCH_CHECK(rank() >= 1 && in() >= 1, "lora_A must have a rank and a width of at least 1");
-    check_adapter(lora_B, "lora_B", dtype, {num_modalities(), -1, rank()});
+    check_float_or(dtype, hidden_states, lora_B, "lora_B", {num_modalities(), -1, rank()});
     TORCH_CHECK(out() >= 1, "lora_B must have a width of at least 1");
     check_tensor(scaling, "scaling", at::kFloat, {num_modalities()});
     check_tensor(perm, "perm", at::kLong, {tokens()});

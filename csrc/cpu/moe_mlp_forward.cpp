@@ -242,12 +242,8 @@ at::Tensor moe_mlp_inference(
   if (!gate_up_scales) check_compute_dtype(gate_up_proj, "gate_up_proj");
   if (extra_gate_up_proj) check_compute_dtype(*extra_gate_up_proj, "extra_gate_up_proj");
   if (extra_down_proj) check_compute_dtype(*extra_down_proj, "extra_down_proj");
-  check_shape(topk_weights, "topk_weights", {-1, -1});
-  check_shape(topk_ids, "topk_ids", {topk_weights.size(0), topk_weights.size(1)});
-  check_shape(gate_up_proj, "gate_up_proj", {-1, -1, -1});
-  check_shape(down_proj, "down_proj", {-1, -1, -1});
-  if (extra_gate_up_proj) check_shape(*extra_gate_up_proj, "extra_gate_up_proj", {-1, -1, -1});
-  if (extra_down_proj) check_shape(*extra_down_proj, "extra_down_proj", {-1, -1, -1});
+  check_routed(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, extra_gate_up_proj,
+               extra_down_proj);
   const at::ScalarType dtype = (gate_up_scales ? hidden_states : gate_up_proj).scalar_type();
   const bool transposed_up = is_transposed(gate_up_proj);
   const bool transposed_down = is_transposed(down_proj);

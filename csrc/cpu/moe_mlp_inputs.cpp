@@ -5,20 +5,12 @@
 namespace moe_kernels::cpu {
 namespace {
 
-void check_lora(const LoraTensors& lora, at::ScalarType dtype, int64_t num_modalities,
-                int64_t num_experts, int64_t in, int64_t out) {
-  const std::string a = std::string(lora.name) + "_lora_A", b = std::string(lora.name) + "_lora_B";
-  const std::string scaling = std::string(lora.name) + "_scaling";
-  check_together(lora.A, a.c_str(), lora.B, b.c_str());
-  check_together(lora.A, a.c_str(), lora.scaling, scaling.c_str());
-  if (!lora.present()) return;
-  check_adapter(*lora.A, a.c_str(), dtype, {num_modalities, -1, -1, in});
-  TORCH_CHECK(lora.A->size(1) == 1 || lora.A->size(1) == num_experts, a,
-              " must hold one matrix for each of the ", num_experts,
-              " experts or one shared by all, holds ", lora.A->size(1));
-  TORCH_CHECK(lora.rank() >= 1, a, " must have a rank of at least 1");
-  check_adapter(*lora.B, b.c_str(), dtype, {num_modalities, num_experts, out, lora.rank()});
-  check_tensor(*lora.scaling, scaling.c_str(), at::kFloat, {num_modalities});
+void check_lora(const LoraTensors& lora, const at::Tensor& hidden_states,
+                const MatricesOf& stack, int64_t num_modalities) {
+  const int64_t found = check_pair(hidden_states, hidden_states.scalar_type(), stack, lora.A,
+                                   lora.B, lora.scaling, lora.name);
+  TORCH_CHECK(!lora.present() || found == num_modalities, lora.name, "_lora_A must be of ",
+              num_modalities, " modalities, is of ", found);
 }
 
 // A frozen stack of E matrices (rows, columns), which is packed where it has scales.
@@ -103,8 +95,8 @@ void MoeMlpInputs::check() const {
   check_tensor(segment_offsets, "segment_offsets", at::kLong, {(E + X) * (num_modalities + 1) + 1});
   check_offsets(segment_offsets, "segment_offsets", slots);
   check_ascending(perm, "perm", segment_offsets);
-  check_lora(gate_up, dtype, num_modalities, E, H, N);
-  check_lora(down, dtype, num_modalities, E, I, H);
+  check_lora(gate_up, hidden_states, {E, N, H}, num_modalities);
+  check_lora(down, hidden_states, {E, H, I}, num_modalities);
 }
 
 }  // namespace moe_kernels::cpu

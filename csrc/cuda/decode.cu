@@ -286,11 +286,62 @@ struct SharedUp {
 };
 static_assert(sizeof(SharedUp) <= 48 * 1024);
 
-template <typename T>
-__device__ const T* matrix_of(const void* stack, const void* extra, int num_base, int expert,
+// Whether an expert's matrices are float32: added ones train, and may be wider than the others.
+__device__ bool is_wide(const Decode& args, int expert) {
+  return args.extra_is_float && expert >= args.num_base;
+}
+
+// An expert's matrix, of W: T, or float where is_wide.
+template <typename W>
+__device__ const W* matrix_of(const void* stack, const void* extra, int num_base, int expert,
                               int64_t size) {
-  if (expert < num_base) return static_cast<const T*>(stack) + expert * size;
-  return static_cast<const T*>(extra) + (expert - num_base) * size;
+  if (expert < num_base) return static_cast<const W*>(stack) + expert * size;
+  return static_cast<const W*>(extra) + (expert - num_base) * size;
+}
+
+// Loads a lane's vector of weights of W, as T, or returns zeros.
+template <typename T, typename W>
+__device__ Vector<T> load_as(const W* from, bool present) {
+  if constexpr (std::is_same_v<T, W>) {
+    return load_weights(from, present);
+  } else {
+    return present ? load_rounded<T>(from) : Vector<T>{};
+  }
+}
+
+// Adds a warp's slice of k for 8 columns of gate and of up, from matrices of W. Of float, a few
+// steps at a time: rounding takes registers. The order of k is the same.
+template <typename W, int kSteps, typename T>
+__device__ void add_gate_up(const Decode& args, const TileOfSlots& tile, const Rows<T>& rows,
+                            int slice, int column, float (&acc)[2][4]) {
+  const int64_t size = static_cast<int64_t>(args.inter) * args.hidden;
+  constexpr int kColumns = kStepsUp * kStep, kNext = kSlicesUp * kColumns;
+  const W* gate =
+      matrix_of<W>(args.gate_up, args.extra_gate_up, args.num_base, tile.expert, 2 * size) +
+      static_cast<int64_t>(column) * args.hidden + slice * kColumns + lane_column();
+  const W* up = gate + size;
+  const int end = column < args.inter ? args.hidden : 0;  // beyond the last column: nothing
+  constexpr int kAtOnce = kSteps * kStep;
+  Vector<T> right[kSteps][2];
+  const auto load = [&](int k) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const bool present = k + step * kStep < end;
+      right[step][0] = load_as<T>(gate + step * kStep, present);
+      right[step][1] = load_as<T>(up + step * kStep, present);
+    }
+  };
+  int k = slice * kColumns + lane_column();
+  load(k);
+  for (int start = slice * kColumns; start < args.hidden;) {
+    add_products(rows, right, k, args.hidden, acc);
+    const int step = (start + kAtOnce) % kColumns == 0 ? kNext - kColumns + kAtOnce : kAtOnce;
+    start += step;
+    k += step;
+    gate += step;
+    up += step;
+    load(k);
+  }
 }
 
 // A warp's slice of k for 8 columns of gate and of up.
@@ -299,31 +350,11 @@ __device__ void sum_gate_up(const Decode& args, const TileOfSlots& tile, const R
                             SharedUp& shared) {
   const int warp = threadIdx.x / 32, slice = warp % kSlicesUp, of_block = warp / kSlicesUp * 8;
   const int column = blockIdx.x * kDecodeColumns + of_block + threadIdx.x % 32 / 4;
-  const int64_t size = static_cast<int64_t>(args.inter) * args.hidden;
-  constexpr int kColumns = kStepsUp * kStep, kNext = kSlicesUp * kColumns;
-  const T* gate =
-      matrix_of<T>(args.gate_up, args.extra_gate_up, args.num_base, tile.expert, 2 * size) +
-      static_cast<int64_t>(column) * args.hidden + slice * kColumns + lane_column();
-  const T* up = gate + size;
-  const int end = column < args.inter ? args.hidden : 0;  // beyond the last column: nothing
-  Vector<T> right[kStepsUp][2];
-  const auto load = [&](int k) {
-#pragma unroll
-    for (int step = 0; step < kStepsUp; ++step) {
-      const bool present = k + step * kStep < end;
-      right[step][0] = load_weights(gate + step * kStep, present);
-      right[step][1] = load_weights(up + step * kStep, present);
-    }
-    gate += kNext;
-    up += kNext;
-  };
   float acc[2][4] = {};
-  int k = slice * kColumns + lane_column();
-  load(k);
-  for (int start = slice * kColumns; start < args.hidden; start += kNext) {
-    add_products(rows, right, k, args.hidden, acc);
-    k += kNext;
-    load(k);
+  if (is_wide(args, tile.expert)) {
+    add_gate_up<float, 1>(args, tile, rows, slice, column, acc);
+  } else {
+    add_gate_up<T, kStepsUp>(args, tile, rows, slice, column, acc);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -536,51 +567,89 @@ struct Walk {
   }
 };
 
+// A lane's row of an expert's matrix, of W as in matrix_of.
+template <typename W>
+__device__ const W* row_of_down(const Decode& args, int expert) {
+  const int64_t size = static_cast<int64_t>(args.hidden) * args.inter;
+  const int column = blockIdx.x * kColumnsDown + threadIdx.x % 32 / 4;
+  return matrix_of<W>(args.down, args.extra_down, args.num_base, expert, size) +
+         static_cast<int64_t>(column) * args.inter;
+}
+
 // Loads a lane's weights of kStepsDown steps; beyond the last column of k they are zeros.
 template <typename T>
 __device__ void load_down(const Decode& args, int expert, int start,
                           Vector<T> (&right)[kStepsDown][1]) {
-  const int64_t size = static_cast<int64_t>(args.hidden) * args.inter;
-  const T* weights =
-      matrix_of<T>(args.down, args.extra_down, args.num_base, expert, size);
-  const int column = blockIdx.x * kColumnsDown + threadIdx.x % 32 / 4;
-  const T* row = weights + static_cast<int64_t>(column) * args.inter;
+  const T* row = row_of_down<T>(args, expert);
 #pragma unroll
   for (int step = 0; step < kStepsDown; ++step) {
     const int k = start + lane_column() + step * kStep;
-    right[step][0] = load_weights(row + k, k < args.inter);
+    right[step][0] = load_as<T>(row + k, k < args.inter);
   }
 }
+
+// Returns where a warp begins on its way.
+__device__ Walk first_of_walk(const Decode& args, int slices, const Routing& routing) {
+  constexpr int kColumns = kStepsDown * kStep;
+  const int warp = threadIdx.x / 32, start = warp % slices * kColumns;
+  return {routing.num_tiles, args.inter, warp / slices,    start,
+          start,             kProductWarps / slices, slices * kColumns};
+}
+
+// Stores a lane's sums of a tile and a slice of k, and clears them.
+__device__ void store_down(const Decode& args, int slices, const TileOfSlots& tile,
+                           SharedDown& shared, float (&acc)[1][4]) {
+  const int first = threadIdx.x / 32 % slices * args.tokens * args.top_k;
+  for_each_sum(acc[0], [&](int row, int column, float value) {
+    if (row >= tile.count) return;
+    shared.products()[(first + tile.slot(row)) * kColumnsDown + column] = value;
+  });
+#pragma unroll
+  for (int i = 0; i < 4; ++i) acc[0][i] = 0.0f;
+}
+
+__device__ int slot_itself(int slot) { return slot; }
 
 // A warp's share of a W2^T. The first weights are on their way before the activation is there.
 template <typename T>
 __device__ void multiply_down(const Decode& args, int slices, SharedDown& shared) {
   const Routing& routing = shared.routing;
-  const int warp = threadIdx.x / 32, slice = warp % slices, rows = args.tokens * args.top_k;
-  constexpr int kColumns = kStepsDown * kStep;
-  Walk walk{routing.num_tiles, args.inter,     warp / slices, slice * kColumns, slice * kColumns,
-            kProductWarps / slices, slices * kColumns};
+  Walk walk = first_of_walk(args, slices, routing);
   Vector<T> right[kStepsDown][1];
   float acc[1][4] = {};
+  // Passes over the tiles that multiply_wide_down has.
   const auto load = [&] {
+    while (!walk.done() && is_wide(args, TileOfSlots(routing, walk.tile).expert)) walk.advance();
     if (!walk.done()) load_down(args, TileOfSlots(routing, walk.tile).expert, walk.start, right);
   };
   load();
   wait_for_previous_kernel();
   while (!walk.done()) {
     const TileOfSlots tile(routing, walk.tile);
-    const Rows<T> left(args.act, tile, args.inter, [](int slot) { return slot; });
+    const Rows<T> left(args.act, tile, args.inter, slot_itself);
     add_products(left, right, walk.start + lane_column(), args.inter, acc);
-    if (walk.ends_tile()) {
-      for_each_sum(acc[0], [&](int row, int column, float value) {
-        if (row >= tile.count) return;
-        shared.products()[(slice * rows + tile.slot(row)) * kColumnsDown + column] = value;
-      });
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[0][i] = 0.0f;
-    }
+    if (walk.ends_tile()) store_down(args, slices, tile, shared, acc);
     walk.advance();
     load();
+  }
+}
+
+// The same for experts whose matrices are float32, a step at a time: rounding takes registers.
+template <typename T>
+__device__ void multiply_wide_down(const Decode& args, int slices, SharedDown& shared) {
+  float acc[1][4] = {};
+  for (Walk walk = first_of_walk(args, slices, shared.routing); !walk.done(); walk.advance()) {
+    const TileOfSlots tile(shared.routing, walk.tile);
+    if (!is_wide(args, tile.expert)) continue;
+    const Rows<T> left(args.act, tile, args.inter, slot_itself);
+    const float* row = row_of_down<float>(args, tile.expert);
+    int k = walk.start + lane_column();
+#pragma unroll 1
+    for (int step = 0; step < kStepsDown; ++step, k += kStep) {
+      const Vector<T> right[1][1] = {{load_as<T>(row + k, k < args.inter)}};
+      add_products(left, right, k, args.inter, acc);
+    }
+    if (walk.ends_tile()) store_down(args, slices, tile, shared, acc);
   }
 }
 
@@ -673,6 +742,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident)
   find_tiles(args, shared.routing);
   if (threadIdx.x < 32 * kProductWarps) {
     multiply_down<T>(args, slices, shared);
+    if (args.extra_is_float) multiply_wide_down<T>(args, slices, shared);
   } else {
     prefetch_down(args, shared.routing);
     wait_for_previous_kernel();

@@ -19,7 +19,8 @@ struct Decode {
   const void* hidden_states;    // (T, hidden)
   const void* gate_up;          // (num_base, 2 * inter, hidden), the frozen experts
   const void* down;             // (num_base, hidden, inter)
-  const void* extra_gate_up;    // (num_experts - num_base, ...), the added ones, or null
+  // (num_experts - num_base, ...), the added ones, or null: float32 or of the compute dtype
+  const void* extra_gate_up;
   const void* extra_down;
   const void* a1;         // (num_modalities, experts_of_a1, rank1, hidden)
   const void* b1;         // (num_modalities, num_base, 2 * inter, rank1)
@@ -42,6 +43,7 @@ struct Decode {
   int experts_of_a1;  // num_base, or 1: all experts share it
   int experts_of_a2;
   bool weights_are_float;
+  bool extra_is_float;
   bool is_float1;  // a1 and b1
   bool is_float2;
 };

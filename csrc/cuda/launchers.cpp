@@ -339,26 +339,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
   return made;
 }
 
-namespace {
-
 using OptionalTensor = std::optional<at::Tensor>;
-
-// Makes a tensor fit: contiguous, and at a multiple of 16 bytes.
-at::Tensor fitting(const at::Tensor& tensor) {
-  const at::Tensor made = tensor.contiguous();
-  const bool aligned = reinterpret_cast<uintptr_t>(made.const_data_ptr()) % 16 == 0;
-  return aligned ? made : made.clone();
-}
-
-OptionalTensor fitting(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(fitting(*tensor)) : std::nullopt;
-}
-
-OptionalTensor fitting(const OptionalTensor& tensor, at::ScalarType dtype) {
-  return tensor ? OptionalTensor(fitting(tensor->to(dtype))) : std::nullopt;
-}
-
-}  // namespace
 
 at::Tensor moe_mlp_inference(
     const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
@@ -371,62 +352,54 @@ at::Tensor moe_mlp_inference(
     const OptionalTensor& gate_up_scales, const OptionalTensor& down_scales, std::string_view act,
     bool gated, double alpha, double limit, double shift, bool interleaved) {
   const c10::cuda::CUDAGuard guard(hidden_states.device());
-  const at::ScalarType dtype = gate_up_proj.scalar_type();
-  const at::Tensor x = fitting(hidden_states.to(dtype)), ids = topk_ids.contiguous();
-  const bool weights_fit = topk_weights.scalar_type() == dtype;
-  const at::Tensor weights = topk_weights.to(weights_fit ? dtype : at::kFloat).contiguous();
-  const OptionalTensor modalities = fitting(modality_ids);
-  const OptionalTensor extra_up = fitting(extra_gate_up_proj, dtype);
-  const OptionalTensor extra_down = fitting(extra_down_proj, dtype);
-  const OptionalTensor a1 = fitting(gate_up_lora_A), b1 = fitting(gate_up_lora_B);
-  const OptionalTensor a2 = fitting(down_lora_A), b2 = fitting(down_lora_B);
-  const OptionalTensor scaling1 = fitting(gate_up_scaling, at::kFloat);
-  const OptionalTensor scaling2 = fitting(down_scaling, at::kFloat);
   const at::Tensor out = outputs::moe_mlp_inference(
-      x, ids, weights, gate_up_proj, down_proj, modalities, extra_up, extra_down, a1, b1, scaling1,
-      a2, b2, scaling2, gate_up_bias, gate_up_scales, down_scales, act, gated, alpha, limit, shift,
-      interleaved);
+      hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids,
+      extra_gate_up_proj, extra_down_proj, gate_up_lora_A, gate_up_lora_B, gate_up_scaling,
+      down_lora_A, down_lora_B, down_scaling, gate_up_bias, gate_up_scales, down_scales, act,
+      gated, alpha, limit, shift, interleaved);
   const auto size = [](const OptionalTensor& tensor, int64_t dim) {
     return tensor ? static_cast<int>(tensor->size(dim)) : 0;
   };
-  const int64_t inter = down_proj.size(2), rank2 = size(a2, 2);
-  const at::Tensor rows = at::empty({ids.numel(), inter}, x.options());
-  const at::Tensor parts =
-      at::empty({ids.numel(), decode_parts(inter), rank2}, x.options().dtype(at::kFloat));
+  const int64_t inter = down_proj.size(2), rank2 = size(down_lora_A, 2);
+  const at::Tensor rows = at::empty({topk_ids.numel(), inter}, hidden_states.options());
+  const at::Tensor parts = at::empty({topk_ids.numel(), decode_parts(inter), rank2},
+                                     hidden_states.options().dtype(at::kFloat));
   const Decode args{
-      .topk_ids = ids.const_data_ptr<int64_t>(),
-      .modality_ids = modalities ? modalities->const_data_ptr<int64_t>() : nullptr,
-      .topk_weights = weights.const_data_ptr(),
-      .hidden_states = x.const_data_ptr(),
+      .topk_ids = topk_ids.const_data_ptr<int64_t>(),
+      .modality_ids = modality_ids ? modality_ids->const_data_ptr<int64_t>() : nullptr,
+      .topk_weights = topk_weights.const_data_ptr(),
+      .hidden_states = hidden_states.const_data_ptr(),
       .gate_up = gate_up_proj.const_data_ptr(),
       .down = down_proj.const_data_ptr(),
-      .extra_gate_up = pointer_of(extra_up),
-      .extra_down = pointer_of(extra_down),
-      .a1 = pointer_of(a1),
-      .b1 = pointer_of(b1),
-      .scaling1 = static_cast<const float*>(pointer_of(scaling1)),
-      .a2 = pointer_of(a2),
-      .b2 = pointer_of(b2),
-      .scaling2 = static_cast<const float*>(pointer_of(scaling2)),
+      .extra_gate_up = pointer_of(extra_gate_up_proj),
+      .extra_down = pointer_of(extra_down_proj),
+      .a1 = pointer_of(gate_up_lora_A),
+      .b1 = pointer_of(gate_up_lora_B),
+      .scaling1 = static_cast<const float*>(pointer_of(gate_up_scaling)),
+      .a2 = pointer_of(down_lora_A),
+      .b2 = pointer_of(down_lora_B),
+      .scaling2 = static_cast<const float*>(pointer_of(down_scaling)),
       .act = rows.mutable_data_ptr(),
       .parts = parts.mutable_data_ptr<float>(),
       .out = out.mutable_data_ptr(),
-      .tokens = static_cast<int>(ids.size(0)),
-      .top_k = static_cast<int>(ids.size(1)),
+      .tokens = static_cast<int>(topk_ids.size(0)),
+      .top_k = static_cast<int>(topk_ids.size(1)),
       .num_base = static_cast<int>(gate_up_proj.size(0)),
-      .num_experts = static_cast<int>(gate_up_proj.size(0)) + size(extra_up, 0),
-      .num_modalities = a1 ? size(a1, 0) : size(a2, 0),
-      .hidden = static_cast<int>(x.size(1)),
+      .num_experts = static_cast<int>(gate_up_proj.size(0)) + size(extra_gate_up_proj, 0),
+      .num_modalities = gate_up_lora_A ? size(gate_up_lora_A, 0) : size(down_lora_A, 0),
+      .hidden = static_cast<int>(hidden_states.size(1)),
       .inter = static_cast<int>(inter),
-      .rank1 = size(a1, 2),
+      .rank1 = size(gate_up_lora_A, 2),
       .rank2 = static_cast<int>(rank2),
-      .experts_of_a1 = size(a1, 1),
-      .experts_of_a2 = size(a2, 1),
-      .weights_are_float = !weights_fit,
-      .is_float1 = scalar_of(a1) == Scalar::kFloat,
-      .is_float2 = scalar_of(a2) == Scalar::kFloat,
+      .experts_of_a1 = size(gate_up_lora_A, 1),
+      .experts_of_a2 = size(down_lora_A, 1),
+      .weights_are_float = scalar_of(topk_weights) == Scalar::kFloat,
+      .extra_is_float =
+          extra_gate_up_proj && scalar_of(*extra_gate_up_proj) == Scalar::kFloat,
+      .is_float1 = scalar_of(gate_up_lora_A) == Scalar::kFloat,
+      .is_float2 = scalar_of(down_lora_A) == Scalar::kFloat,
   };
-  C10_CUDA_CHECK(launch_decode(args, scalar_of(x), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_decode(args, scalar_of(hidden_states), c10::cuda::getCurrentCUDAStream()));
   return out;
 }
 

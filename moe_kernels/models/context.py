@@ -576,7 +576,8 @@ def resolve_modality_ids(
         )
     elif _can_branch() and (not modality_ids.is_cuda or env.check_values()):
         checks.modality_range(modality_ids, num_modalities)
-    modality_ids = modality_ids.to(device=device, dtype=torch.int64)
+    # Contiguous, so that no layer copies them.
+    modality_ids = modality_ids.to(device=device, dtype=torch.int64).contiguous()
     if (real := find_real(attention_mask, shape[1], cache)) is not None:
         modality_ids = torch.where(real.to(device), modality_ids, -1)
     return modality_ids

@@ -38,9 +38,23 @@ def by_expert(num_experts: int, num_modalities: int) -> Groups:
     return Groups(num_experts + 1, num_experts + 1, segments, 0, segments)
 
 
+MAX_GROUPS = 2**20  # elements that a Triton program may hold: it scans the groups of a map
+
+
 def by_adapter(num_base: int, num_modalities: int) -> Groups:
-    """Group the rows by pair (added modality m, expert), number (m - 1) * num_base + expert."""
-    return Groups(num_base * num_modalities, num_base, num_modalities + 1, 1, 1)
+    """Group the rows by pair (added modality m, expert), number (m - 1) * num_base + expert.
+
+    Raises:
+        ValueError: there are more than 2^20 pairs.
+    """
+    num = num_base * num_modalities
+    if num > MAX_GROUPS:
+        raise ValueError(
+            f"a tile map holds {MAX_GROUPS:,} pairs of an expert and an added modality, there are "
+            f"{num:,} ({num_base:,} experts, {num_modalities:,} modalities): use fewer, or the "
+            'backend "reference"'
+        )
+    return Groups(num, num_base, num_modalities + 1, 1, 1)
 
 
 def by_added_expert(first: int, num_added: int, num_modalities: int) -> Groups:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.launches import COUNTS
 
 from moe_kernels import _native, backends, ops
 
@@ -471,8 +472,8 @@ def test_one_pass_over_dY_moves_less(bench, rank, fewer):
 def test_the_cost_model_counts_launches(bench):
     """Compare with what tests/gpu counts."""
     case = bench.cases.Case.named("olmoe")
-    forward, backward = bench.costs.forward(case), bench.costs.backward(case)
-    assert [sum(cost.launches for cost in costs) for costs in (forward, backward)] == [7, 9]
+    found = {mode: [*getattr(bench.costs, mode)(case)] for mode in COUNTS}
+    assert {mode: sum(c.launches for c in costs) for mode, costs in found.items()} == COUNTS
 
 
 def test_the_cost_model_has_the_parts_of_the_kernels(bench):
@@ -483,6 +484,18 @@ def test_the_cost_model_has_the_parts_of_the_kernels(bench):
     if _native.is_available():
         names = "MAX_RANK_WITH_DU", "COLUMNS_OF_PART"
         assert cuda == tuple(map(_native.cuda_limit, names))
+
+
+def test_the_cost_model_says_which_course_a_few_tokens_take(bench):
+    case = bench.cases.Case.named("olmoe", T=1, image_share=1.0)
+    printed = bench.costs.table(case, 3.0, 800.0, "cuda")
+    default, switched = (
+        next(line for line in printed.splitlines() if f"all of inference{name}" in line).split("|")
+        for name in (", the default course", " in two kernels, MOE_KERNELS_DECODE=1")
+    )
+    assert [int(default[2]), int(switched[2])] == [COUNTS["inference"], COUNTS["decoding"]]
+    assert float(default[4]) < 120  # MB: of the experts that one token chooses
+    assert "inference" not in bench.costs.table(case, 3.0, 800.0, "triton")
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (8, 42)])

@@ -33,6 +33,7 @@ from gpu.triton_suite import (  # noqa: F401  (collected here)
 )
 from support import cuda_stand_ins
 from support.devices import NEEDS_CUDA, ON_GPU
+from support.launches import COUNTS, Launches
 from support.moe_mlp import LAYOUTS, VARIANTS, call
 from support.registered_ops import make, results, same
 from torch.utils._pytree import tree_map_only
@@ -53,7 +54,7 @@ if ON_GPU:  # without a GPU they would repeat the tests of the Triton backend, s
     )
 
 from moe_kernels import _native, backends
-from moe_kernels.ops import LoraWeights, cuda_launches, lora_linear, triton_launches
+from moe_kernels.ops import LoraWeights, checks, cuda_launches, lora_linear, triton_launches
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import cuda_impl, gpu
 from moe_kernels.ops.moe_mlp.activation import SILU
@@ -225,6 +226,7 @@ def test_the_number_of_launches(variant, forward, backward, monkeypatch):
     """At most 7 in inference and 16 in training; without adapters 5 and 10."""
     inputs = make_moe_inputs(VECTORS, **variant).to(torch.float16)
     of_ops = ctypes.CDLL(ON_HOST).launches
+    assert (len(FORWARD), len(BACKWARD)) == (COUNTS["forward"], COUNTS["backward"])
     assert [*launches_of(inputs, cuda_impl, monkeypatch, of_ops=of_ops)] == [
         forward, forward, backward
     ]  # fmt: skip
@@ -325,34 +327,59 @@ def test_decoding_matches_the_reference(calls, variant):
     assert_close(actual.cpu(), call(inputs.to(torch.float64), "reference"), dtype=dtype)
 
 
+def moved(tensor):
+    """Return a copy that does not begin at a multiple of 16 bytes."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
 @pytest.mark.skipif(ON_HOST is None, reason="counts launches on the host")
 @pytest.mark.usefixtures("decode")
-def test_decoding_a_token_is_two_launches():
-    library = ctypes.CDLL(ON_HOST)
-    inputs = make_moe_inputs(Shape(T=1, K=8, E=64, H=64, I=32, r=16), modality="image")
-    inputs, before = inputs.to(torch.bfloat16), library.launches()
-    with torch.no_grad():
-        call(inputs, "triton")
-    assert library.launches() - before == 2
+@pytest.mark.parametrize("variant", [{"modality": "image"}, {"num_extra": 2}, {"ranks": (0, 0)}])
+def test_decoding_a_token_is_two_launches(monkeypatch, variant):
+    """No tensor is copied of those that patched models hand over: what trains is float32."""
+    inputs = make_moe_inputs(Shape(T=1, K=8, E=64, H=64, I=32, r=16), **variant)
+    inputs = inputs.to(torch.bfloat16, lora_dtype=torch.float32)
+    inputs = inputs._replace(modality_ids=moved(inputs.modality_ids))  # as a slice of more
+    if inputs.extra_gate_up_proj is not None:
+        extras = (inputs.extra_gate_up_proj.float(), inputs.extra_down_proj.float())
+        inputs = inputs._replace(extra_gate_up_proj=extras[0], extra_down_proj=extras[1])
+    monkeypatch.setattr(checks, "reads_values", lambda device: False)  # as on a GPU
+    seen = Launches(monkeypatch, of_ops=ctypes.CDLL(ON_HOST).launches)
+    with torch.no_grad(), seen:
+        cuda_impl.inference(*_positional(inputs), form=SILU)
+    assert seen.names == ["moe_mlp_inference"] * COUNTS["decoding"]
 
 
 @pytest.mark.parametrize(
-    "odd", ["nothing", "tokens", "rows", "rank", "size", "float32", "stack", "bias", "transposed"]
-)
+    "odd",
+    [
+        "nothing", "tokens", "rows", "rank", "size", "float32", "stack", "bias", "transposed",
+        "hidden_states", "strided", "lora_A", "scaling", "extra", "topk_weights",
+    ],
+)  # fmt: skip
 @pytest.mark.usefixtures("decode")
 def test_what_is_decoded_follows_from_shapes_and_layout(odd):
     sizes = {
         "tokens": {"T": 17}, "rows": {"K": 26, "E": 26}, "rank": {"r": 65}, "size": {"I": 20}
     }.get(odd, {})  # fmt: skip
     variant = {"bias": {"bias": True}, "transposed": {"transposed": True}}.get(odd, {})
-    inputs = make_moe_inputs(replace(DECODED, **sizes), **variant)
+    inputs = make_moe_inputs(replace(DECODED, **sizes), num_extra=1, **variant)
     inputs = inputs.to(torch.float32 if odd == "float32" else torch.float16)
-    if odd == "stack":
-        memory = inputs.down_proj.new_zeros(inputs.down_proj.numel() + 1)
-        inputs = inputs._replace(down_proj=memory[1:].view(inputs.down_proj.shape))
+    lora, x = inputs.gate_up_lora, inputs.hidden_states
+    others = {
+        "stack": {"down_proj": moved(inputs.down_proj)},
+        "hidden_states": {"hidden_states": moved(x)},
+        "strided": {"hidden_states": x.T.contiguous().T},
+        "lora_A": {"gate_up_lora": lora._replace(lora_A=moved(lora.lora_A))},
+        "scaling": {"gate_up_lora": lora._replace(scaling=lora.scaling.double())},
+        "extra": {"extra_down_proj": inputs.extra_down_proj.float()},
+        "topk_weights": {"topk_weights": inputs.topk_weights.double()},
+    }
+    inputs = inputs._replace(**others.get(odd, {}))
     tensors = _positional(inputs)
     weights = ExpertWeights(*tensors[3:5], *tensors[6:])
-    assert cuda_impl.decodes(inputs.topk_ids, weights, SILU) == (odd == "nothing")
+    assert cuda_impl.decodes(*tensors[:3], tensors[5], weights, SILU) == (odd == "nothing")
 
 
 def test_nothing_is_decoded_unless_switched_on(calls, monkeypatch):
@@ -366,28 +393,27 @@ def test_nothing_is_decoded_unless_switched_on(calls, monkeypatch):
     assert "moe_mlp_inference" not in {name for name, _ in calls}
 
 
-@pytest.mark.parametrize("odd", ["hidden_states", "lora_A", "topk_weights", "extra"])
+@pytest.mark.parametrize("odd", ["modality_ids", "lora", "topk_weights", "extra"])
 @pytest.mark.usefixtures("decode")
-def test_what_is_decoded_is_made_to_fit(odd):
-    """Unaligned tensors and those of another dtype give the same bits."""
+def test_what_is_decoded_as_it_is(odd):
+    """Tensors that are read one by one begin anywhere; others may be wider than the base."""
     inputs = make_moe_inputs(DECODED, num_extra=1).to(torch.float16, lora_dtype=torch.float32)
     inputs = inputs._replace(topk_weights=inputs.topk_weights.half().float())
     inputs = on_device(inputs)
     expected = decoded(inputs)
 
-    def moved(tensor):
-        memory = tensor.new_empty(tensor.numel() + 1)
-        return memory[1:].view(tensor.shape).copy_(tensor)
-
-    if odd == "hidden_states":
-        other = inputs._replace(hidden_states=moved(inputs.hidden_states))
-    elif odd == "lora_A":
-        lora = inputs.down_lora
-        other = inputs._replace(down_lora=lora._replace(lora_A=moved(lora.lora_A)))
+    if odd == "modality_ids":
+        other = inputs._replace(modality_ids=moved(inputs.modality_ids))
+    elif odd == "lora":
+        lora = type(inputs.down_lora)(*map(moved, inputs.down_lora))
+        other = inputs._replace(down_lora=lora)
     elif odd == "topk_weights":
         other = inputs._replace(topk_weights=inputs.topk_weights.half())
     else:
-        other = inputs._replace(extra_gate_up_proj=inputs.extra_gate_up_proj.float())
+        other = inputs._replace(
+            extra_gate_up_proj=inputs.extra_gate_up_proj.float(),
+            extra_down_proj=inputs.extra_down_proj.float(),
+        )
     assert torch.equal(decoded(other), expected)
 
 

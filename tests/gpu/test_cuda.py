@@ -11,6 +11,7 @@ from support.processes import run_pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_kernels import _native, _nvrtc, backends, info
+from moe_kernels.ops import triton_tile_maps
 
 NEEDS_EXTENSION = pytest.mark.skipif(not _native.is_available(), reason=f"{_native.why_not()}")
 CASES = str(Path(__file__).with_name("cuda_suite.py"))
@@ -329,6 +330,7 @@ REFUSALS = [
     ("moe_mlp_inference", 4, empty(3, 16, 24), "down_proj must be Half"),
     ("moe_mlp_inference", 5, integers(9), "modality_ids must have shape"),
     ("moe_mlp_inference", 6, None, "extra_down_proj must be given together"),
+    ("moe_mlp_inference", 6, empty(1, 48, 16), "extra_down_proj must be Float, is Half"),
     ("moe_mlp_inference", 7, halves(2, 16, 24), "same number of added experts"),
     ("moe_mlp_inference", 8, empty(1, 3, 65, 16), "at most 16 tokens .* ranks of at most 64"),
     ("moe_mlp_inference", 8, empty(1, 2, 5, 16), "of 3 experts, or of 1 that all share, is of 2"),
@@ -359,6 +361,23 @@ def test_dispatch_takes_as_many_pairs_as_a_block_counts():
     ops, ids = _native.ops(), integers(10, 2)
     assert ops.dispatch_with_maps(ids, 1, None, 2398, [], [])[4].numel() == 2400
     assert ops.dispatch(ids, 4, None, 599)[4].numel() == 2401
+
+
+@NEEDS_EXTENSION
+def test_backward_takes_as_many_pairs_as_forward():
+    """Forward has no limit near 2^16 pairs; so a backward pass has none."""
+    pairs = 2**16 + 2
+    arguments = list(CALLS["wgrad"][0])
+    arguments[3] = [integers(3, pairs), integers(3, 4)]
+    arguments[6] = None
+    sums, _, _ = _native.ops().wgrad(*arguments)
+    assert sums[0].shape == (pairs, 6, 3)
+
+
+def test_more_pairs_than_a_tile_map_holds_are_refused():
+    assert triton_tile_maps.by_adapter(2**10, 2**10).num == 2**20
+    with pytest.raises(ValueError, match=r"holds 1,048,576 pairs .* there are 1,049,600 \(1,024 e"):
+        triton_tile_maps.by_adapter(2**10, 2**10 + 1)
 
 
 @NEEDS_EXTENSION

@@ -1,5 +1,6 @@
 """The two kernels of decoding, compiled for the CPU, against float64."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -31,6 +32,7 @@ class Case:
     shared: bool = False
     lora_dtype: torch.dtype = torch.float32
     weights_dtype: torch.dtype = torch.float32
+    wide_extra: bool = False  # added experts in float32
     sentinel: bool = False  # an expert out of range
 
 
@@ -43,7 +45,26 @@ CASES = [
     Case(5, 2, 6, hidden=264, inter=8, ranks=(0, 17), weights_dtype=torch.float16),
     Case(3, 1, 5, inter=1048, ranks=(20, 0)), Case(7, 5, 9, ranks=(0, 0), sentinel=True),
     Case(8, 16, 4, modalities=2, extra=1, routing="repeated", ids=(1, 2, 0, -1, 1, 3, -2, 2)),
+    Case(2, 2, 2, hidden=520, inter=264, extra=2, wide_extra=True, ids=(1, 0)),
 ]  # fmt: skip
+
+
+def ragged_cases() -> list[Case]:
+    """Sizes beside multiples of 512, and each number of tokens and of experts for a token."""
+    sizes = [(520, 1048), (1048, 520), (8, 8), (16, 24), (136, 40), (264, 520)]
+    cases = []
+    for number, (tokens, top_k) in enumerate(itertools.product(range(1, 17), (1, 2, 4, 8))):
+        hidden, inter = sizes[number % len(sizes)]
+        extra = number % 3
+        cases.append(
+            Case(
+                tokens, top_k, top_k + number % 5, hidden, inter,
+                ranks=((16, 16), (0, 0), (5, 20))[number % 3], modalities=2, extra=extra,
+                wide_extra=extra == 2, ids=None if number % 7 == 0 else (),
+                routing=("balanced", "zipf")[number // 2 % 2],
+            )
+        )  # fmt: skip
+    return cases
 
 
 class Problem:
@@ -90,6 +111,10 @@ class Problem:
     def randn(self, *size: int, fan_in: int = 1) -> Tensor:
         return (torch.randn(*size, generator=self.generator) / fan_in**0.5).to(self.dtype)
 
+    def extra(self, stack: Tensor) -> Tensor:
+        added = stack[self.case.experts :].clone()
+        return added.float() if self.case.wide_extra else added
+
     def run(self, library) -> Tensor:
         case, experts = self.case, self.case.experts
         out = torch.full_like(self.x, NAN)
@@ -100,7 +125,7 @@ class Problem:
             cuda.Decode, topk_ids=self.ids, modality_ids=self.modality_ids,
             topk_weights=self.weights, hidden_states=self.x,
             gate_up=up[:experts].clone(), down=down[:experts].clone(),
-            extra_gate_up=up[experts:].clone(), extra_down=down[experts:].clone(),
+            extra_gate_up=self.extra(up), extra_down=self.extra(down),
             a1=a1, b1=b1, scaling1=scaling1, a2=a2, b2=b2, scaling2=scaling2,
             act=torch.full((rows, case.inter), NAN, dtype=self.dtype),
             parts=torch.full((rows, library.parts_of_decode(case.inter), case.ranks[1]), NAN),
@@ -108,7 +133,7 @@ class Problem:
             num_experts=experts + case.extra, num_modalities=case.modalities, hidden=case.hidden,
             inter=case.inter, rank1=case.ranks[0], rank2=case.ranks[1],
             experts_of_a1=a1.shape[1], experts_of_a2=a2.shape[1],
-            weights_are_float=self.weights.dtype == torch.float32,
+            weights_are_float=self.weights.dtype == torch.float32, extra_is_float=case.wide_extra,
             is_float1=a1.dtype == torch.float32, is_float2=a2.dtype == torch.float32,
         )  # fmt: skip
         launches = library.launches()
@@ -158,6 +183,15 @@ def test_a_layer_is_that_of_float64(library, dtype, case):
     out = problem.run(library)
     assert_close(out, problem.expected(), dtype=dtype)
     assert torch.equal(problem.run(library), out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", ragged_cases(), ids=str)
+def test_ragged_sizes(library, dtype, case):
+    for seed in (0,) if case.hidden * case.inter > 2**17 else range(3):
+        problem = Problem(case, dtype, seed=seed)
+        assert_close(problem.run(library), problem.expected(), dtype=dtype)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)

@@ -16,7 +16,7 @@ import torch
 from support import moe_mlp as moe_mlp_inputs
 from support.devices import NEEDS_CUDA, ON_GPU
 from support.host_kernels import tile_map
-from support.launches import Launches
+from support.launches import COUNTS, Launches
 from support.moe_mlp import LAYOUTS, SILU, VARIANTS, call, check_frozen_extra, run, strided
 from support.patched_models import check_compiles
 from support.registered_ops import make, results, same
@@ -713,6 +713,7 @@ def test_launches(variant, forward, backward, monkeypatch):
     found = launches_of(inputs, triton_moe_mlp, monkeypatch)
     names = [[name.removesuffix("_kernel") for name in names] for names in found]
     assert names == [forward, forward, backward]
+    assert (len(FORWARD), len(BACKWARD)) == (COUNTS["forward"], COUNTS["backward"])
 
 
 @pytest.mark.skipif(ON_GPU, reason="counts in the interpreter: run on a machine without a GPU")

@@ -98,7 +98,7 @@ class Decode(ctypes.Structure):
         "extra_down a1 b1 scaling1 a2 b2 scaling2 act parts out",
         int="tokens top_k num_base num_experts num_modalities hidden inter rank1 rank2 "
         "experts_of_a1 experts_of_a2",
-        bool="weights_are_float is_float1 is_float2",
+        bool="weights_are_float extra_is_float is_float1 is_float2",
     )
 
 

@@ -33,17 +33,48 @@ def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
     )
 
 
-def decodes(topk_ids: Tensor, weights: ExpertWeights, form: ExpertForm) -> bool:
+def decodes(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    modality_ids: Tensor | None,
+    weights: ExpertWeights,
+    form: ExpertForm,
+) -> bool:
     """Return whether two kernels compute the layer without dispatch: for a few tokens.
 
     They read the weights once, which takes most of the time, so they run on every device. They have
     not yet run on a GPU and give other last bits than the course of training, so the environment
-    must ask for them (``MOE_KERNELS_DECODE``).
+    must ask for them (``MOE_KERNELS_DECODE``). They take tensors as they are: a copy would be a
+    launch for every token.
     """
     if not env.decode():
         return False
     sizes = (*topk_ids.shape, *weights.sizes, max(weights.ranks))
-    return _native.decode_takes(*sizes) and _has_usual_layout(weights, form)
+    return (
+        _native.decode_takes(*sizes)
+        and _has_usual_layout(weights, form)
+        and _has_usual_dtypes(hidden_states, topk_weights, weights)
+        and all(
+            t is None or t.is_contiguous()
+            for t in (hidden_states, topk_ids, topk_weights, modality_ids, *weights[2:10])
+        )
+        and all(
+            t is None or _is_aligned(t) for t in (hidden_states, *weights[2:4], weights.gate_up_A)
+        )
+    )
+
+
+def _has_usual_dtypes(hidden_states: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> bool:
+    """Return whether the two kernels of decoding read these dtypes, beside experts of 16 bits."""
+    dtype, extra = weights.gate_up_proj.dtype, weights.extra_gate_up_proj
+    scalings = (weights.gate_up_scaling, weights.down_scaling)
+    return (
+        hidden_states.dtype == dtype
+        and topk_weights.dtype in (dtype, torch.float32)
+        and all(scaling is None or scaling.dtype == torch.float32 for scaling in scalings)
+        and (extra is None or extra.dtype == weights.extra_down_proj.dtype)
+    )
 
 
 def _has_usual_layout(weights: ExpertWeights, form: ExpertForm) -> bool:
@@ -178,7 +209,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Return out (T, H), and what the backward pass needs."""
     routed = hidden_states, topk_ids, topk_weights
-    if save_for_backward or not decodes(topk_ids, weights, form):
+    if save_for_backward or not decodes(*routed, modality_ids, weights, form):
         return gpu.forward(CUDA_LAYER, *routed, modality_ids, weights, form, save_for_backward)
     out = native_impl.inference(*routed, *weights[:2], modality_ids, *weights[2:], form=form)
     return out, nothing_saved(hidden_states, topk_ids, weights)
@@ -200,10 +231,8 @@ def inference(
     layer for one token.
     """
     weights = ExpertWeights(gate_up_proj, down_proj, *others)
-    if not decodes(topk_ids, weights, form):
+    routed = hidden_states, topk_ids, topk_weights
+    if not decodes(*routed, modality_ids, weights, form):
         return None
     checks.id_ranges(topk_ids, weights.num_experts, modality_ids, weights.num_modalities, "cuda")
-    return native_impl.inference(
-        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, modality_ids, *others,
-        form=form,
-    )  # fmt: skip
+    return native_impl.inference(*routed, gate_up_proj, down_proj, modality_ids, *others, form=form)
