@@ -1,4 +1,4 @@
-"""What ``make test`` runs of a product of parameters."""
+"""The part of a product of parameters that ``make test`` runs."""
 
 import itertools
 

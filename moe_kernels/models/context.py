@@ -9,10 +9,10 @@ A layer without ``self_attn`` takes them itself, and its recompute carries them.
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ _LEFT_OUT = (
 class SortedRows:
     """Rows sorted by modality, each time once for all linear modules that see the same ids.
 
-    Ids are the same if they are one tensor, so a place for these must not outlive a forward:
-    the next one may have written other ids into the tensor.
+    Ids are the same if they are one tensor, so each forward has a place of its own for them: before
+    the next, or one within it, other ids may have been written into the tensor.
     """
 
     def __init__(self):
@@ -372,6 +372,13 @@ class ModalityContext(PerThread):
         return rows, backend
 
 
+class Outer(NamedTuple):
+    """State that the layers had when a forward of the model began: that of a forward around it."""
+
+    calls: list[LayerCall | None]
+    sorted_rows: SortedRows
+
+
 class Forwards(PerThread):
     """Forwards of the whole model that run in this thread, one of them within another.
 
@@ -386,27 +393,28 @@ class Forwards(PerThread):
         super().__init__()
         self.contexts: list[ModalityContext] = []
 
-    def begin(self) -> list[LayerCall | None]:
-        """Return the calls of the layers, for :meth:`end`."""
+    def begin(self) -> Outer:
+        """Return what the layers had before, for :meth:`end`."""
         if not self.running:
             self.clear()
-            self._local.sorted_rows = SortedRows()
+        outer = Outer([context.call for context in self.contexts], self.sorted_rows)
         self._local.running = getattr(self._local, "running", 0) + 1
-        return [context.call for context in self.contexts]
+        self._local.sorted_rows = SortedRows()
+        return outer
 
     def clear(self) -> None:
         """Take from the layers the calls that a recompute has left which failed."""
         for context in self.contexts:
             context.call = None
 
-    def check_ended(self, before: Sequence[LayerCall | None] = ()) -> None:
+    def check_ended(self, outer: Outer | None = None) -> None:
         """Raise RuntimeError if the experts of a layer did not run in the forward that ends.
 
         Args:
-            before: what :meth:`begin` returned; default: no forward ran before.
+            outer: what :meth:`begin` returned; default: no forward ran before.
         """
         for index, context in enumerate(self.contexts):
-            if context.call is not None and context.call is not (before[index] if before else None):
+            if context.call is not None and context.call is not (outer and outer.calls[index]):
                 raise RuntimeError(_LEFT_OUT.format(f"the experts of layer {index}"))
 
     @property
@@ -422,12 +430,11 @@ class Forwards(PerThread):
         """
         return self._local.sorted_rows if self.running else SortedRows()
 
-    def end(self, before: list[LayerCall | None]) -> None:
-        """Give the layers their calls of before this forward."""
+    def end(self, outer: Outer) -> None:
+        """Give the layers what they had before this forward."""
         self._local.running -= 1
-        if not self.running:
-            self._local.sorted_rows = None
-        for context, call in zip(self.contexts, before, strict=True):
+        self._local.sorted_rows = outer.sorted_rows
+        for context, call in zip(self.contexts, outer.calls, strict=True):
             context.call = call
 
 

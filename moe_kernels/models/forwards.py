@@ -56,15 +56,15 @@ def forward_of(model_class: type[PreTrainedModel]) -> Callable:
         if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
             _check_loss(self)
         _prepare(patched, kwargs, modality_ids)
-        call, before = ModelCall(_fused_loss(patched, kwargs)), patched.forwards.begin()
+        call, outer = ModelCall(_fused_loss(patched, kwargs)), patched.forwards.begin()
         if patched.decoder is not self.base_model:
             call.for_decoder = {n: kwargs.pop(n) for n in _OF_LAYERS if n in kwargs}
         try:
             with patched.switches.in_forward(call):
                 output = inner(self, **kwargs)
-            patched.forwards.check_ended(before)
+            patched.forwards.check_ended(outer)
         finally:
-            patched.forwards.end(before)
+            patched.forwards.end(outer)
         if not call.head_ran and (patched.added_tokens or call.fused_loss is not None):
             raise RuntimeError(_HEAD_LEFT_OUT.format(_place(type(self).forward)))
         return output if call.fused_loss is None else _without_logits(output)

@@ -102,6 +102,23 @@ def test_ids_written_into_the_same_tensor():
         assert torch.equal(model(ids, modality_ids=mask.copy_(other)).logits, expected)
 
 
+def test_ids_written_into_the_tensor_of_a_forward_around():
+    model, _ = make()
+    ids, (mask, other) = batches()
+    inner = []
+
+    def call(*args):
+        if not inner:
+            inner.append(None)
+            inner[0] = model(ids, modality_ids=mask.copy_(other)).logits
+
+    with torch.no_grad():
+        expected = model(ids, modality_ids=other.clone()).logits
+        with model.model.layers[1].mlp.gate.register_forward_pre_hook(call):
+            model(ids, modality_ids=mask)
+    assert torch.equal(inner[0], expected)
+
+
 @FAMILY
 @pytest.mark.parametrize("part", ["mlp", "mlp.experts", "mlp.gate", "self_attn.q_proj"])
 def test_a_part_called_by_itself_is_refused(family, part):
