@@ -10,7 +10,9 @@
 # make results   measure the claims about expert redundancy and about added experts (hours); all of
 #                docs/results/redundancy.md needs RESULTS="--emoji FOLDER --real MODEL"
 # make results-quick   repeat a few of these runs and compare them with the pages (15 minutes)
-# make check-gpu-code   compile the GPU kernels, which needs no GPU, and report their resources
+# make check-gpu-code   compile the GPU kernels, which needs no GPU, and report their resources:
+#                every CUDA kernel, and of the Triton kernels a part that has all pairs of arguments
+#                (GPU_CODE=--all: every one)
 # make lint      check with ruff: lint and format
 #
 # Every target first sets up $(VENV). Variables:
@@ -19,7 +21,8 @@
 #   PYTHON   the Python that creates it
 #   PYTEST   arguments for pytest
 #   ATTACKS  which attacks: ATTACKS="--attack-share 10% --attack-seed 1 -k patch_model"
-#   DEMO, BENCH, RESULTS   arguments for the demo, benchmarks/run.py and python/redundancy.py
+#   DEMO, BENCH, RESULTS, GPU_CODE   arguments for the demo, benchmarks/run.py,
+#            python/redundancy.py and tools/check_gpu_code.py
 
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
@@ -110,7 +113,7 @@ results-quick: $(INSTALLED)
 
 check-gpu-code: $(INSTALLED)
 	$(PY) tools/cost_model.py
-	$(PY) tools/check_gpu_code.py
+	$(PY) tools/check_gpu_code.py $(GPU_CODE)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -1,11 +1,13 @@
 """Compiles every GPU kernel without a GPU, and reads the resources that the compilers report.
 
     python tools/check_gpu_code.py                 # what `make check-gpu-code` runs
+    python tools/check_gpu_code.py --all           # every Triton kernel; hours on a busy machine
     python tools/check_gpu_code.py --dtype fp16    # the other half precision
     python tools/check_gpu_code.py --compiler nvrtc --arch 90    # one compiler and one GPU
 
-For each architecture, kernel, dtype, tile and set of compile-time arguments that the package uses,
-it prints registers, spilled stores, shared memory, programs that fit a multiprocessor, and matrix
+Of each Triton kernel it compiles so many of the architectures, dtypes, tiles and compile-time
+arguments that the package uses that any two values occur together; --all compiles every set. It
+prints registers, spilled stores, shared memory, programs that fit a multiprocessor, and matrix
 instructions.
 
 It fails on a spill (for a kernel whose registers are capped, on more than a few), on more shared
@@ -25,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -488,6 +491,36 @@ def _compile_as_at_first_use(job: tuple[int, str, str]) -> tuple[str, ...]:
     return target, file, short, str(registers), str(spills), f"{seconds:.1f}"
 
 
+def cover(keys: Iterable[tuple]) -> list[tuple]:
+    """Choose keys so that any two parts that occur together in one do so in a chosen one.
+
+    Of several that add as many pairs it takes the first, so the choice is the same at each run.
+    """
+    pairs = {key: frozenset(itertools.combinations(enumerate(key), 2)) for key in keys}
+    missing, chosen = frozenset().union(*pairs.values()), []
+    while missing:
+        pairs = {key: left for key, found in pairs.items() if (left := found & missing)}
+        best = max(pairs, key=lambda key: len(pairs[key]))
+        missing -= pairs[best]
+        chosen.append(best)
+    return chosen
+
+
+def _cover_of_each_kernel(jobs: dict[tuple, tuple]) -> dict[tuple, tuple]:
+    """Choose jobs of each kernel in which any two values of its arguments occur."""
+    names, by_kernel = defaultdict(set), defaultdict(dict)
+    for _, _, kernel, *constants in jobs:
+        names[kernel].update(name for name, _ in constants)
+    for job in jobs:
+        arch, dtype, kernel, *constants = job
+        values = dict(constants)
+        key = arch, dtype, *(values.get(name) for name in sorted(names[kernel]))
+        by_kernel[kernel].setdefault(key, job)
+    return {
+        found[key]: jobs[found[key]] for found in by_kernel.values() for key in cover(found)
+    }  # fmt: skip
+
+
 def check_triton(args: argparse.Namespace) -> int:
     """Print a row for each Triton kernel, and return the number of kernels with faults."""
     jobs = {}
@@ -497,6 +530,9 @@ def check_triton(args: argparse.Namespace) -> int:
             for index, kernel in enumerate(kernels(tiles, rank, dtype, arch)):
                 key = (arch, dtype, kernel.function.__name__, *sorted(kernel.constants.items()))
                 jobs[key] = (arch, dtype, rank, tiles, index)
+    number = len(jobs)
+    if not args.all:
+        jobs = _cover_of_each_kernel(jobs)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         running = pool.map(compile_job, *zip(*jobs.values(), strict=True))
         results = list(tqdm(running, total=len(jobs), unit="kernel"))
@@ -504,7 +540,7 @@ def check_triton(args: argparse.Namespace) -> int:
               "programs an SM", "wgmma/tcgen05", "mma", "wrong")  # fmt: skip
     print(markdown(header, [row for row, _ in results]))
     failed = sum(bool(wrong) for _, wrong in results)
-    print(f"{len(results)} Triton kernels compiled, {failed} with something wrong")
+    print(f"{len(results)} of {number} Triton kernels compiled, {failed} with something wrong")
     return failed
 
 
@@ -515,6 +551,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", type=int, choices=DEVICES, default=[*DEVICES])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--rank", nargs="+", type=int, default=[*RANKS])
+    parser.add_argument(
+        "--all", action="store_true",
+        help="every Triton kernel, not as many as have any two values of its arguments in one",
+    )  # fmt: skip
     compilers = ("triton", "nvcc", "nvrtc")
     parser.add_argument("--compiler", nargs="+", choices=compilers, default=compilers)
     return parser.parse_args(arguments)

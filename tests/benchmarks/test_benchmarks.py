@@ -1,6 +1,7 @@
 """The benchmarks: statistics, order, memory, checks, files, and the README's tables."""
 
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -507,6 +508,17 @@ def test_decoding_reads_the_experts_that_tokens_choose(bench, tokens, experts):
     assert 0.99 < floor.bytes / (experts * (case.expert_bytes + 4 * 16 * 7168)) < 1.01
     assert bench.costs.is_decoded(case)
     assert not bench.costs.is_decoded(bench.cases.Case.named("olmoe", T=17))
+
+
+def test_the_kernels_that_are_compiled_have_all_pairs_of_values(bench):
+    pytest.importorskip("triton")
+    from check_gpu_code import cover
+
+    keys = [*itertools.product((80, 90, 100), ("bf16", "fp32"), (1, 2), (False, True, None))]
+    chosen = cover(keys)
+    assert len(chosen) < len(keys) / 3 and chosen == cover(keys)
+    pairs = {pair for key in keys for pair in itertools.combinations(enumerate(key), 2)}
+    assert pairs == {p for key in chosen for p in itertools.combinations(enumerate(key), 2)}
 
 
 def test_which_cuda_kernels_must_have_matrix_instructions(bench):
