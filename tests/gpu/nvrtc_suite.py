@@ -6,6 +6,7 @@ Run by ``test_nvrtc.py``, in a process of its own that finds the stand-ins by th
 import ctypes
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_the_second_kernel_of_decoding_starts_early_where_it_waits():
         DRIVER.library.compile_for(90)
 
 
+@pytest.mark.parametrize(("version", "dtype"), [(12020, torch.half), (12030, torch.bfloat16)])
+def test_only_drivers_that_capture_overlap_are_asked_for_it(version, dtype):
+    DRIVER.torch_device.set_current_device(1)  # its kernels have not been asked about
+    DRIVER.library.set_driver_version(version)
+    try:
+        up, down = decode(dtype)
+    finally:
+        DRIVER.library.set_driver_version(13000)
+        DRIVER.torch_device.set_current_device(0)
+    assert (up["early"], down["early"]) == (0, version >= 12030)
+
+
 def test_each_device_has_its_own_kernels():
     modules = DRIVER.library.modules_loaded()
     try:
@@ -121,20 +134,42 @@ def test_each_device_has_its_own_kernels():
     assert DRIVER.library.no_context_is_current()
 
 
+def in_a_thread(run):
+    """Run in a thread of its own, which begins without a context."""
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
 def test_another_librarys_context_is_left_as_it_was():
     modules, called = DRIVER.library.modules_loaded(), []
 
     def run():
-        DRIVER.library.make_a_foreign_context_current()
+        DRIVER.library.make_a_foreign_context_current(0)
         combine(torch.float32, torch.bfloat16)
-        called.append(DRIVER.library.a_foreign_context_is_current())
+        called.append(DRIVER.library.a_foreign_context_is_current(0))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
+    in_a_thread(run)
     combine(torch.float32, torch.bfloat16)  # fails if it was loaded into the other context
     assert called == [1] and len(DRIVER.take_launches()) == 2
     assert DRIVER.library.modules_loaded() == modules + 1
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_another_librarys_context_on_another_device_is_left_as_it_was(device):
+    """Torch's own guard leaves torch's context on the device that it found."""
+    found = []
+
+    def run():
+        DRIVER.library.make_a_foreign_context_current(1)
+        found.append(DRIVER.torch_device.device_within_a_guard(device))
+        found.append(DRIVER.library.a_foreign_context_is_current(1))
+
+    try:
+        in_a_thread(run)
+    finally:
+        DRIVER.torch_device.set_current_device(0)
+    assert found == [device, 1]
 
 
 def test_changed_sources_are_refused_before_any_work(tmp_path, monkeypatch):
@@ -198,6 +233,7 @@ def test_a_kernel_is_kept_on_disk(folder):
         ("__version__", "other"),
         ("version", lambda: "other"),
         ("_HEADERS", (".", "no_toolkit")),
+        ("_cuda_sources", SimpleNamespace(manifest=lambda folder: "other", changed=lambda *_: [])),
     ],
 )
 def test_what_differs_is_compiled_again(folder, monkeypatch, what, other):

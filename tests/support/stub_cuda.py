@@ -37,7 +37,9 @@ def build(folder: Path) -> Path:
         "torch_device.cpp": "libtorch_device.so",
     }.items():  # fmt: skip
         flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", *headers]
-        libraries = [f"-L{TORCH_LIB_PATH}", "-lc10"] if source == "torch_device.cpp" else []
+        libraries = []
+        if source == "torch_device.cpp":
+            libraries = [f"-L{TORCH_LIB_PATH}", "-lc10", str(folder / "libcuda.so.1")]
         paths = [str(STUBS / source), *libraries, "-o", str(folder / name)]
         subprocess.run([*COMPILER, *flags, *paths], check=True)
     return folder
@@ -50,6 +52,10 @@ class Driver:
         self.library = ctypes.CDLL("libcuda.so.1")
         self.library.symbol_of.restype = ctypes.c_char_p
         self.library.number_of.restype = ctypes.c_uint64
+        # It uses functions of the extension, which Python has loaded for itself alone.
+        from moe_kernels import _C
+
+        ctypes.CDLL(_C.__file__, mode=ctypes.RTLD_GLOBAL)
         self.torch_device = ctypes.CDLL("libtorch_device.so")
 
     def take_launches(self) -> list[dict]:

@@ -196,16 +196,22 @@ const std::vector<NamedKernel*>& named_kernels() { return all_kernels(); }
 
 void set_compiler(Compiler given) { compiler() = std::move(given); }
 
-ContextGuard::ContextGuard(int device) {
-  const Handle context = context_of_torch(device);
+KeptContext::KeptContext() {
   CALL_DRIVER("give", "the current context", cuCtxGetCurrent, &before_);
-  if (before_ == context) return;
-  CALL_DRIVER("set", "the context of torch", cuCtxSetCurrent, context);
-  changed_ = true;
 }
 
-ContextGuard::~ContextGuard() {
-  if (changed_) driver().cuCtxSetCurrent(before_);  // unchecked: a destructor does not throw
+KeptContext::~KeptContext() {  // unchecked: a destructor does not throw
+  Handle context = nullptr;
+  driver().cuCtxGetCurrent(&context);
+  if (context != before_) driver().cuCtxSetCurrent(before_);
+}
+
+void use_context_of_torch(int device) {
+  const Handle context = context_of_torch(device);
+  Handle current = nullptr;
+  CALL_DRIVER("give", "the current context", cuCtxGetCurrent, &current);
+  if (current == context) return;
+  CALL_DRIVER("set", "the context of torch", cuCtxSetCurrent, context);
 }
 
 void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_bytes,

@@ -41,25 +41,28 @@ const std::vector<NamedKernel*>& named_kernels();
 // The digests of the sources that this build has read, as moe_kernels/_cuda_sources.py writes them.
 const char* sources();
 
-// Launches it on the device of the living ContextGuard, after compiling and loading it where it is
+// Launches it on the device of the current context, after compiling and loading it where it is
 // new there. `early`: it may start before the kernel before it has ended. Throws c10::Error with
 // what to do. Safe to call from several threads.
 void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_bytes,
                   cudaStream_t stream, void** arguments, bool early);
 
-// Makes the context that torch has on a device current in this thread while it lives. The driver
-// launches into the current one, which may be none, or another library's.
-class ContextGuard {
+// Makes this thread's context current again when it is destroyed: none, torch's or another
+// library's.
+class KeptContext {
  public:
-  explicit ContextGuard(int device);
-  ~ContextGuard();
-  ContextGuard(const ContextGuard&) = delete;
-  ContextGuard& operator=(const ContextGuard&) = delete;
+  KeptContext();
+  ~KeptContext();
+  KeptContext(const KeptContext&) = delete;
+  KeptContext& operator=(const KeptContext&) = delete;
 
  private:
   void* before_ = nullptr;
-  bool changed_ = false;
 };
+
+// Makes the context that torch has on a device current in this thread: the driver launches into the
+// current one.
+void use_context_of_torch(int device);
 
 // What the compiler makes: an image for the driver and the kernel's symbol in it, or an error.
 struct Compiled {

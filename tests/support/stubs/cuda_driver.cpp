@@ -33,9 +33,10 @@ struct Config {
 };
 
 std::vector<Launch> launches;
-char primary[2], foreign;  // contexts, by their addresses
+char primary[2], foreign[2];  // contexts, by their addresses, of each device
 thread_local void* context = nullptr;
 int loaded, retained, shared_bytes, shared_asked, overlap_asked, capturing, fails, arch = 90;
+int version_of_driver = 13000;
 
 }  // namespace
 
@@ -57,8 +58,9 @@ int shared_bytes_allowed() { return shared_bytes; }
 int times_shared_was_asked() { return shared_asked; }
 int times_overlap_was_asked() { return overlap_asked; }
 void compile_for(int given) { arch = given; }
-void make_a_foreign_context_current() { context = &foreign; }
-int a_foreign_context_is_current() { return context == &foreign; }
+void set_driver_version(int given) { version_of_driver = given; }
+void make_a_foreign_context_current(int device) { context = &foreign[device]; }
+int a_foreign_context_is_current(int device) { return context == &foreign[device]; }
 int no_context_is_current() { return context == nullptr; }
 void set_capturing(int on) { capturing = on; }
 void fail_next_launch(int error) { fails = error; }
@@ -68,7 +70,7 @@ int cuGetErrorName(int, const char** name) {
   return 0;
 }
 int cuDriverGetVersion(int* version) {
-  *version = 13000;
+  *version = version_of_driver;
   return 0;
 }
 int cuGetErrorString(int, const char** text) {
@@ -84,7 +86,7 @@ int cuCtxSetCurrent(void* current) {
   return 0;
 }
 int cuCtxGetDevice(int* device) {
-  *device = context == &primary[1];
+  *device = context == &primary[1] || context == &foreign[1];
   return context == nullptr ? 201 : 0;
 }
 int cuDevicePrimaryCtxRetain(void** given, int device) {

@@ -9,10 +9,13 @@
 namespace c10::cuda {
 
 struct CUDAGuard {
-  explicit CUDAGuard(c10::Device device)
-      : guard(device), context(impl::VirtualGuardImpl(DeviceType::CUDA).getDevice().index()) {}
+  explicit CUDAGuard(c10::Device device) : guard(device) {
+    const impl::VirtualGuardImpl torch(DeviceType::CUDA);
+    moe_kernels::cuda::use_context_of_torch(torch.getDevice().index());
+  }
+  // Restored last: `guard` leaves torch's context on the device that was current.
+  moe_kernels::cuda::KeptContext context;
   c10::DeviceGuard guard;
-  moe_kernels::cuda::ContextGuard context;  // of the device that `guard` has made torch's current
 };
 
 }  // namespace c10::cuda
