@@ -125,15 +125,15 @@ using ShrinkOp = void(const at::Tensor& out, const at::Tensor& left, const at::T
 // Returns the sums of at most two problems, (groups, height, width), or the last two exchanged, in
 // float32: of (factor * weight * left)^T right over each group's rows. Then right[0] matrix
 // (T * K, height) in float32 on the rows of its groups alone, or nothing without a matrix; and the
-// sum over n of dots (n, T, K), or nothing without dots: see csrc/cuda/wgrad.h. Only dots alone
-// need no perm.
+// sum over n of dots (n, T, K) in dots_dtype, or nothing without dots: see csrc/cuda/wgrad.h. Only
+// dots alone need no perm.
 using WgradOp = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor>(
     at::TensorList left, at::TensorList right, at::TensorList tiles, at::TensorList groups,
     at::TensorList factors, const c10::List<std::optional<at::Tensor>>& weights,
     const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
     const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
     const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
-    const std::optional<at::Tensor>& dots, int64_t top_k);
+    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k);
 
 // out[token] += s u V on the rows of the tiles alone, which are of modalities: see
 // csrc/cuda/add_low_rank.h.

@@ -332,7 +332,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
     const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
     const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
     const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
-    const std::optional<at::Tensor>& dots, int64_t top_k) {
+    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k) {
   const size_t num = left.size();
   for (const size_t size : {right.size(), tiles.size(), groups.size(), factors.size(),
                             weights.size(), chunks.size(), transposed.size(),
@@ -362,8 +362,11 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
                                  : at::empty({groups[i].size(1), height, width}, options));
   }
   TORCH_CHECK(blocks < kMaxInt, "wgrad takes sums of fewer elements");
+  const auto sum_of_dots =
+      at::empty({dots ? dots->size(1) : 0, top_k}, options.dtype(dots_dtype));
+  check_half_or_float(sum_of_dots, "the sum of dots");
   return {sums, at::empty({matrix ? tokens * top_k : 0, matrix ? left[0].size(1) : 0}, options),
-          at::empty({dots ? dots->size(1) : 0, top_k}, options)};
+          sum_of_dots};
 }
 
 void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,

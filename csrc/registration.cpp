@@ -71,7 +71,8 @@ TORCH_LIBRARY(moe_kernels_native, m) {
   m.def(
       "wgrad(Tensor[] left, Tensor[] right, Tensor[] tiles, Tensor[] groups, Tensor[] factors,"
       " Tensor?[] weights, Tensor? matrix, int[] chunks, bool[] transposed, bool[] left_by_token,"
-      " bool[] right_by_token, Tensor? perm, Tensor? dots, int top_k)"
+      " bool[] right_by_token, Tensor? perm, Tensor? dots, ScalarType dots_dtype,"
+      " int top_k)"
       " -> (Tensor[] sums, Tensor du, Tensor sum_of_dots)");
   m.def(
       "add_low_rank(Tensor(a!) out, Tensor u, Tensor v, Tensor scaling, Tensor perm, Tensor tiles,"

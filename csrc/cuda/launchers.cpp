@@ -194,12 +194,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
     const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
     const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
     const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
-    const std::optional<at::Tensor>& dots, int64_t top_k) {
+    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k) {
   TORCH_CHECK(perm || dots, "wgrad takes problems with perm, or dots alone");
   const c10::cuda::CUDAGuard guard((perm ? *perm : *dots).device());
   const auto made =
       outputs::wgrad(left, right, tiles, groups, factors, weights, matrix, chunks, transposed,
-                     left_by_token, right_by_token, perm, dots, top_k);
+                     left_by_token, right_by_token, perm, dots, dots_dtype, top_k);
   const auto& [sums, du, sum_of_dots] = made;
   const int64_t rows = perm ? perm->numel() : sum_of_dots.numel();
   Wgrad args{
@@ -208,15 +208,16 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
       .du = du.mutable_data_ptr<float>(),
       .parts = nullptr,
       .dots = dots ? dots->const_data_ptr<float>() : nullptr,
-      .sum_of_dots = sum_of_dots.mutable_data_ptr<float>(),
+      .sum_of_dots = sum_of_dots.mutable_data_ptr(),
       .num_rows = rows,
+      .dots_dtype = scalar_of(sum_of_dots),
       .num_problems = static_cast<int>(left.size()),
       .num_dots = dots ? static_cast<int>(dots->size(0)) : 0,
       .top_k = static_cast<int>(top_k),
   };
   std::vector<at::Tensor> scratch;
   const auto unwritten = [&](int64_t size) {
-    scratch.push_back(at::empty({size}, sum_of_dots.options()));
+    scratch.push_back(at::empty({size}, du.options()));
     return scratch.back().mutable_data_ptr<float>();
   };
   if (matrix) {

@@ -461,15 +461,23 @@ __device__ void finish_sums(const WgradProblem& problem, int64_t group, int64_t 
 }
 
 // Adds elements [first, end) of `num` parts of `size` elements, in order.
-__device__ void add_parts(float* out, const float* parts, int num, int64_t size, int64_t first,
+template <typename Out>
+__device__ void add_parts(Out* out, const float* parts, int num, int64_t size, int64_t first,
                           int64_t end) {
   end = first + kMaxFinished < end ? first + kMaxFinished : end;
   for (int64_t i = first + threadIdx.x; i < end; i += kFinishThreads) {
     float sum = 0.0f;
 #pragma unroll 8
     for (int part = 0; part < num; ++part) sum += parts[part * size + i];
-    out[i] = sum;
+    out[i] = from_float<Out>(sum);
   }
+}
+
+// Adds a share of the dots.
+template <typename Out>
+__device__ void add_dots(const Wgrad& args, int64_t share) {
+  add_parts(static_cast<Out*>(args.sum_of_dots), args.dots, args.num_dots, args.num_rows,
+            share * kMaxFinished, args.num_rows);
 }
 
 // Blocks of the finish, in this order, each with a share of kMaxFinished elements at most.
@@ -500,8 +508,9 @@ __global__ void __launch_bounds__(kFinishThreads)
                      tile.first * height + share * kMaxFinished, tile.end * height);
   }
   const int64_t share = block - blocks.du;
-  add_parts(args.sum_of_dots, args.dots, args.num_dots, args.num_rows, share * kMaxFinished,
-            args.num_rows);
+  if (args.dots_dtype == Scalar::kFloat) return add_dots<float>(args, share);
+  if (args.dots_dtype == Scalar::kHalf) return add_dots<__half>(args, share);
+  add_dots<__nv_bfloat16>(args, share);
 }
 
 }  // namespace

@@ -43,8 +43,9 @@ struct Wgrad {
   float* du;            // (T * K, height) of the first problem, with a matrix
   float* parts;         // (wgrad_parts(width), T * K, height)
   const float* dots;    // (num_dots, T * K)
-  float* sum_of_dots;   // (T * K)
+  void* sum_of_dots;    // (T * K), of dots_dtype
   int64_t num_rows;     // T * K
+  Scalar dots_dtype;
   int num_problems;     // 0, 1 or 2
   int num_dots;         // 0: no sum of dots
   int top_k;
@@ -53,7 +54,7 @@ struct Wgrad {
 // Computes out[g] of each problem: the sum over the group's rows, in order, of
 // (factor * weight * left)^T right; zeros for a group without rows. The rows of each tile are
 // summed first, then the tiles, in order. Two launches do all: the tiles of every problem, and what
-// adds their sums. The second also adds the dots, in order.
+// adds their sums. The second also adds the dots, in order and in float32, and rounds their sum.
 //
 // If the first problem has a matrix, du = right matrix[g] on the rows of the groups alone, reading
 // `right` once for both. Then height is at most kMaxRankWithDu, and right has two-byte elements.

@@ -59,12 +59,14 @@ def shrink(args: Shrink) -> Tensor:
 
 
 def wgrad(
-    problems: Sequence[Wgrad], dots: Tensor | None = None
+    problems: Sequence[Wgrad],
+    dots: Tensor | None = None,
+    dots_dtype: torch.dtype = torch.float32,
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
     """See :func:`moe_kernels.ops.triton_launches.wgrad`; two launches do all."""
     first = problems[0] if problems else None
     if uses_triton_gemm((dots if first is None else first.right).device):
-        return TRITON_SHARED.wgrad(problems, dots)
+        return TRITON_SHARED.wgrad(problems, dots, dots_dtype)
     matrix = None if first is None else first.matrix
     sums, du, sum_of_dots = _native.ops().wgrad(
         [args.left for args in problems],
@@ -80,6 +82,7 @@ def wgrad(
         [args.right_by_token for args in problems],
         None if first is None else first.perm,
         dots,
+        dots_dtype if dots_dtype in (torch.float16, torch.bfloat16) else torch.float32,
         dots.shape[2] if first is None else first.top_k,
     )
     of_first = [None if matrix is None else du, None]

@@ -230,7 +230,9 @@ class Parts(NamedTuple):
 
 
 def wgrad(
-    problems: Sequence[Wgrad], dots: Tensor | None = None
+    problems: Sequence[Wgrad],
+    dots: Tensor | None = None,
+    dots_dtype: torch.dtype = torch.float32,
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
     """Return each problem's sums and its du, and the sum over n of ``dots`` (n, T, K).
 
@@ -239,6 +241,7 @@ def wgrad(
     Args:
         problems: none, one or two; only the first may have a matrix.
         dots: (n, T, K) float32, parts that are added in order; or None.
+        dots_dtype: what their sum, in float32, is rounded to.
 
     Returns:
         for each problem its groups' sums in float32, (groups, height, width), or (groups, width,
@@ -246,7 +249,7 @@ def wgrad(
         of no group are not written, or None without a matrix; and (T, K), or None without dots.
 
     Example:
-        >>> [(grad_B, du), (grad_A, _)], grad_weights = wgrad([of_B, of_A], dots)
+        >>> [(grad_B, du), (grad_A, _)], grad_weights = wgrad([of_B, of_A], dots, torch.bfloat16)
     """
     parts = []
     if problems:
@@ -261,7 +264,7 @@ def wgrad(
         )
         parts = [_parts_of(args, blocks[1]) for args in problems]
         _launch_wgrad(problems, parts, blocks, warps)
-    sum_of_dots = None if dots is None else dots.new_empty(dots.shape[1:])
+    sum_of_dots = None if dots is None else dots.new_empty(dots.shape[1:], dtype=dots_dtype)
     _finish_wgrad(problems, parts, dots, sum_of_dots)
     return [(each.out, each.du) for each in parts], sum_of_dots
 

@@ -214,7 +214,11 @@ BACKWARD = [
     ("variant", "forward", "backward"),
     [
         ({}, FORWARD, BACKWARD),
-        ({"num_extra": 1}, FORWARD, [*BACKWARD, "aten::ones", "wgrad", "wgrad"]),
+        (
+            {"num_extra": 1},
+            FORWARD,
+            [*BACKWARD, "aten::ones", "wgrad", "wgrad", *["aten::_to_copy"] * 2],
+        ),
         (
             {"modality": None, "ranks": (0, 0)},
             [name for name in FORWARD if name != "shrink"],
@@ -224,20 +228,20 @@ BACKWARD = [
 )
 def test_the_number_of_launches(variant, forward, backward, monkeypatch):
     """At most 7 in inference and 16 in training; without adapters 5 and 10."""
-    inputs = make_moe_inputs(VECTORS, **variant).to(torch.float16)
+    inputs = make_moe_inputs(VECTORS, **variant)
+    inputs = inputs.to(torch.float16, lora_dtype=torch.float32)
     of_ops = ctypes.CDLL(ON_HOST).launches
     assert (len(FORWARD), len(BACKWARD)) == (COUNTS["forward"], COUNTS["backward"])
-    assert [*launches_of(inputs, cuda_impl, monkeypatch, of_ops=of_ops)] == [
-        forward, forward, backward
-    ]  # fmt: skip
+    assert [*launches_of(inputs, monkeypatch, of_ops=of_ops)] == [forward, forward, backward]
 
 
 @pytest.mark.skipif(ON_HOST is None, reason="counts the launches of kernels on the host")
 def test_the_number_of_launches_where_triton_multiplies(monkeypatch):
     monkeypatch.setattr(cuda_launches, "TRITON_FROM", 0)
-    inputs = make_moe_inputs(replace(LAUNCHED, T=17)).to(torch.float16)  # decoding takes fewer
+    inputs = make_moe_inputs(replace(LAUNCHED, T=17))  # decoding takes fewer
+    inputs = inputs.to(torch.float16, lora_dtype=torch.float32)
     of_ops = ctypes.CDLL(ON_HOST).launches
-    inference, forward, backward = launches_of(inputs, cuda_impl, monkeypatch, of_ops=of_ops)
+    inference, forward, backward = launches_of(inputs, monkeypatch, of_ops=of_ops)
     triton = ["shrink", "gate_up", "shrink", "grouped_gemm"]
     expected = [*DISPATCH, *(f"{name}_kernel" for name in triton), "combine"]
     assert inference == forward == expected
@@ -349,6 +353,24 @@ def test_decoding_a_token_is_two_launches(monkeypatch, variant):
     with torch.no_grad(), seen:
         cuda_impl.inference(*_positional(inputs), form=SILU)
     assert seen.names == ["moe_mlp_inference"] * COUNTS["decoding"]
+
+
+@NEEDS_CUDA
+@pytest.mark.usefixtures("decode")
+def test_a_captured_graph_of_a_few_tokens_gives_the_same_bits(calls):
+    inputs = make_moe_inputs(DECODED, num_extra=1)
+    inputs = on_device(inputs.to(torch.bfloat16, lora_dtype=torch.float32))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        expected = call(inputs, "triton")
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.graph(graph, stream=stream):
+            found = call(inputs, "triton")
+    assert [name for name, _ in calls] == ["moe_mlp_inference"] * 2
+    found.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,8 @@ CALLS = {
     "wgrad": (
         ([halves(20, 3), empty(20, 40)], [halves(10, 6), halves(20, 8)], [integers(3, 6)] * 2,
          [integers(3, 4)] * 2, [empty(1), empty(2)], [None, empty(10, 2)], empty(4, 6, 3),
-         [16, 16], [True, False], [False, False], [True, False], integers(20), empty(5, 10, 2), 2),
+         [16, 16], [True, False], [False, False], [True, False], integers(20), empty(5, 10, 2),
+         torch.bfloat16, 2),
         [(4, 6, 3), (4, 40, 8), (20, 3), (10, 2)]
     ),
     "shrink": (
@@ -302,7 +303,8 @@ REFUSALS = [
     ("wgrad", 7, [16, 0], "at least a row in a chunk"),
     ("wgrad", 11, None, "at most 2 problems with perm, or dots alone"),
     ("wgrad", 12, empty(5, 20, 1), "dots must have shape"),
-    ("wgrad", 13, 3, "perm must have top_k = 3 entries for each token"),
+    ("wgrad", 13, torch.float64, "the sum of dots must be float32, bfloat16 or float16"),
+    ("wgrad", 14, 3, "perm must have top_k = 3 entries for each token"),
     ("add_low_rank", 0, empty(10, 16), "out must be bfloat16 or float16"),
     ("add_low_rank", 0, halves(10, 12), "a multiple of 16 bytes"),
     ("add_low_rank", 1, halves(10, 3), "u must be Float"),

@@ -299,7 +299,7 @@ class Sums:
         return sums.mT if self.transposed else sums, torch.cat(du) if du else None
 
 
-def wgrad(library, routed, sums, chunk, dots=None):
+def wgrad(library, routed, sums, chunk, dots=None, dots_dtype=torch.float32):
     """Return the sums, du of the first, which is NaN in other rows, and the sum of the dots."""
     tiles, groups = cuda.tile_map(routed.pairs(), routed.rows, chunk)
     partials = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
@@ -314,12 +314,13 @@ def wgrad(library, routed, sums, chunk, dots=None):
     height, width, rows = 0, 0, 0
     if sums and sums[0].matrix is not None:
         height, width, rows = sums[0].left.shape[1], sums[0].right.shape[1], routed.rows
-    du, sum_of_dots = torch.full((rows, height), NAN), torch.full((routed.rows,), NAN)
+    du = torch.full((rows, height), NAN)
+    sum_of_dots = torch.full((routed.rows,), NAN, dtype=dots_dtype)
     given = cuda.structure(
         cuda.Wgrad, problems=problems, perm=routed.perm, du=du,
         parts=torch.full((library.parts_of_wgrad(width), rows, height), NAN), dots=dots,
-        sum_of_dots=sum_of_dots, num_rows=routed.rows, num_problems=len(sums),
-        num_dots=0 if dots is None else len(dots), top_k=routed.top_k,
+        sum_of_dots=sum_of_dots, num_rows=routed.rows, dots_dtype=dots_dtype,
+        num_problems=len(sums), num_dots=0 if dots is None else len(dots), top_k=routed.top_k,
     )  # fmt: skip
     launches = library.launches()
     cuda.call(library.wgrad, given, sums[0].right.dtype if sums else torch.float32)
@@ -377,10 +378,12 @@ def test_two_problems_and_the_dots_in_one_launch(library, dtype, heights, with_d
             assert torch.equal(du.nan_to_num(), its_du.nan_to_num())
 
 
-def test_the_dots_alone(library):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dots_alone(library, dtype):
     routed = Routed(700, 2, 3, 1, 1)
     dots = routed.randn(2, routed.rows)
-    assert torch.equal(wgrad(library, routed, [], 32, dots)[2], dots[0] + dots[1])
+    found = wgrad(library, routed, [], 32, dots, dtype)[2]
+    assert torch.equal(found, (dots[0] + dots[1]).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_kernels import tune
 from moe_kernels.ops import (
     LoraWeights,
+    checks,
     linear_dispatch,
     lora_linear,
     moe_mlp,
@@ -38,7 +39,7 @@ from moe_kernels.ops import (
 from moe_kernels.ops import triton_tile_maps as maps
 from moe_kernels.ops.dispatch import reference, triton_sort
 from moe_kernels.ops.dispatch import triton_impl as triton_dispatch
-from moe_kernels.ops.moe_mlp import gpu, triton_tiles
+from moe_kernels.ops.moe_mlp import autograd, gpu, triton_tiles
 from moe_kernels.ops.moe_mlp import triton_impl as triton_moe_mlp
 from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.tiles import Tiles, force
@@ -656,16 +657,20 @@ def forward_of(inputs, implementation, save=True):
     return partial(implementation.backward, x, x, topk_weights, weights, form, saved)
 
 
-def launches_of(inputs, implementation, monkeypatch, **of_ops):
-    """Return the launches of inference, and those of a forward and a backward in training."""
-    adapted, extended = inputs.gate_up_lora is not None, inputs.extra_gate_up_proj is not None
+def launches_of(inputs, monkeypatch, **of_ops):
+    """Return the launches of ``moe_mlp`` in inference, and in training, forward and backward."""
+    monkeypatch.setattr(checks, "reads_values", lambda device: False)  # as on a GPU
+    monkeypatch.setattr(autograd, "is_plain", lambda *tensors: True)  # though a mode is active
+    inputs.requires_grad_()
+    leaves, grad_out = list(inputs.differentiable().values()), inputs.hidden_states.detach()
     seen = Launches(monkeypatch, **of_ops)
     with seen:
-        forward_of(inputs, implementation, save=False)
+        with torch.no_grad():
+            call(inputs, "triton")
         inference, seen.names = seen.names, []
-        backward = forward_of(inputs, implementation)
+        out = call(inputs, "triton")
         forward, seen.names = seen.names, []
-        backward([True, True, extended, extended, *[adapted] * 4])
+        torch.autograd.grad(out, leaves, grad_out)
     return inference, forward, seen.names
 
 
@@ -699,7 +704,11 @@ BACKWARD = [
     [
         ({}, FORWARD, BACKWARD),
         ({"modality": "text"}, FORWARD, BACKWARD),
-        ({"num_extra": 1}, FORWARD, [*BACKWARD, "aten::ones", "wgrad", "finish_wgrad"]),
+        (
+            {"num_extra": 1},
+            FORWARD,
+            [*BACKWARD, "aten::ones", "wgrad", "finish_wgrad", *["aten::_to_copy"] * 2],
+        ),
         (
             {"modality": None, "ranks": (0, 0)},
             [name for name in FORWARD if name != "shrink"],
@@ -709,8 +718,9 @@ BACKWARD = [
 )
 def test_launches(variant, forward, backward, monkeypatch):
     """At most 7 in inference and 16 in training; of text alone, M = 0, 5 and 10."""
-    inputs = make_moe_inputs(LAUNCHED, **variant).to(torch.float32)
-    found = launches_of(inputs, triton_moe_mlp, monkeypatch)
+    inputs = make_moe_inputs(LAUNCHED, **variant)
+    inputs = inputs.to(torch.float16, lora_dtype=torch.float32)
+    found = launches_of(inputs, monkeypatch)
     names = [[name.removesuffix("_kernel") for name in names] for names in found]
     assert names == [forward, forward, backward]
     assert (len(FORWARD), len(BACKWARD)) == (COUNTS["forward"], COUNTS["backward"])
@@ -735,7 +745,7 @@ def test_launches_of_many_rows(rank, backward, monkeypatch):
     """The sort takes two launches more, and du1 at a rank that gives none with dB1 one more."""
     monkeypatch.setattr(triton_dispatch, "MAX_COUNTED", LAUNCHED.T * LAUNCHED.K - 1)
     inputs = make_moe_inputs(replace(LAUNCHED, r=rank)).to(torch.float32)
-    found = launches_of(inputs, triton_moe_mlp, monkeypatch)
+    found = launches_of(inputs, monkeypatch)
     assert found[0][:3] == ["count_kernel", "scan_kernel", "place_kernel"]
     assert [len(names) for names in found] == [9, 9, backward]
     assert found[2].count("shrink_kernel") == backward - 8

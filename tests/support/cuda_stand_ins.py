@@ -63,7 +63,8 @@ def wgrad(
     left: list[Tensor], right: list[Tensor], tiles: list[Tensor], groups: list[Tensor],
     factors: list[Tensor], weights: list[Tensor | None], matrix: Tensor | None,
     chunks: list[int], transposed: list[bool], left_by_token: list[bool],
-    right_by_token: list[bool], perm: Tensor | None, dots: Tensor | None, top_k: int,
+    right_by_token: list[bool], perm: Tensor | None, dots: Tensor | None,
+    dots_dtype: torch.dtype, top_k: int,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     lists = left, right, tiles, groups, factors, weights, chunks, transposed
     problems = zip(*lists, left_by_token, right_by_token, strict=True)
@@ -74,7 +75,8 @@ def wgrad(
         du = torch.full((perm.numel(), left[0].shape[1]), float("nan"))
         for pair_matrix, (first, end) in zip(matrix, groups[0][:2].T.tolist(), strict=True):
             du[first:end] = rows[first:end].float() @ pair_matrix.to(rows.dtype).float()
-    return sums, du, torch.empty(0, top_k) if dots is None else dots.sum(0)
+    dots = torch.empty(0, top_k) if dots is None else dots.sum(0)
+    return sums, du, dots.to(dots_dtype)
 
 
 def sums_of(

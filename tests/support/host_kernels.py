@@ -72,7 +72,7 @@ class Wgrad(ctypes.Structure):
         *fields(
             pointer="perm du parts dots sum_of_dots",
             long="num_rows",
-            int="num_problems num_dots top_k",
+            int="dots_dtype num_problems num_dots top_k",
         ),
     ]
 

@@ -6,7 +6,7 @@ Forward, 7 launches with adapters: dispatch and the tile maps, shrink, gate_up w
 shrink, down, weighted combine. Backward, 9: the tile maps; du2; dA' with all that follows from it;
 dB1 with du1, and dA2; what finishes their sums; the rows of dX and their combine; dB2 and dA1; what
 finishes these. Where du1 costs less in a pass of its own it is a launch more, and the gradients of
-added experts are two more.
+added experts are three more, with the launch that makes their factors.
 """
 
 from collections.abc import Callable, Sequence
@@ -147,7 +147,10 @@ def backward(
     needs: list[bool],
     frozen_extra: int = 0,
 ) -> list[Tensor]:
-    """Return the gradients that ``needs`` asks for, in its order; of parameters in float32."""
+    """Return the gradients that ``needs`` asks for, in its order; of parameters in float32.
+
+    That of routing weights has their dtype, on "cuda" if it is float32 or of 16 bits.
+    """
     if not any(needs):
         return []
     need_hidden, need_weights, need_extra_gate_up, need_extra_down, *need_lora = needs
@@ -348,7 +351,7 @@ def _wgrad(
     present = [problem for problem in problems if problem is not None]
     if not present and dots is None:
         return [(None, None) for _ in problems], None
-    found, dots = layer.shared.wgrad(present, dots)
+    found, dots = layer.shared.wgrad(present, dots, layer.topk_weights.dtype)
     results = iter(found)
     return [(None, None) if problem is None else next(results) for problem in problems], dots
 
