@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,15 @@ from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.analysis.statistics import RoutingStatistics
 from moe_kernels.models.parts import find_moe_blocks
 
-_ADDING = threading.Lock()  # of the module: a deepcopy of a recorded model copies its recorder
+class _Sums(NamedTuple):
+    """Sums of a layer over forwards."""
+
+    counts: Tensor  # (M, E)
+    rows: Tensor  # (M,)
+    entropy: Tensor  # (M,)
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*map(torch.add, self, other))
 
 
 class RoutingRecorder:
@@ -61,9 +70,9 @@ class RoutingRecorder:
         self._row_modality = RowModality(model, modality_of, modalities)
         self.modalities = self._row_modality.names
         self._blocks = find_moe_blocks(model)
-        self._counts: dict[str, Tensor] = {}
-        self._rows: dict[str, Tensor] = {}
-        self._entropy_sum: dict[str, Tensor] = {}
+        # By layer and thread: each thread adds to its own sums, in one assignment. A lock would stay
+        # taken for ever if an interrupt came just before its release.
+        self._sums: dict[tuple[str, int], _Sums] = {}
         self._hooks: ExitStack | None = None
 
     def __enter__(self) -> RoutingRecorder:
@@ -101,19 +110,20 @@ class RoutingRecorder:
         Raises:
             RuntimeError: no forward ran while the recorder was open.
         """
-        if not self._counts:
+        sums: dict[str, _Sums] = {}
+        for (name, _), new in [*self._sums.items()]:
+            sums[name] = sums[name] + new if name in sums else new
+        if not sums:
             raise RuntimeError("nothing was recorded: no forward ran while the recorder was open")
-        layers = tuple(name for name in self._blocks if name in self._counts)
-        widths = tuple(self._counts[name].shape[-1] for name in layers)
+        layers = tuple(name for name in self._blocks if name in sums)
+        widths = tuple(sums[name].counts.shape[-1] for name in layers)
         shape = (len(layers), len(self.modalities), max(widths))
         counts = torch.zeros(shape, dtype=torch.int64, device="cpu")
         for layer, (name, width) in enumerate(zip(layers, widths, strict=True)):
-            counts[layer, :, :width] = self._counts[name].cpu()
-        rows, entropy_sum = (
-            torch.stack([sums[name].cpu() for name in layers])
-            for sums in (self._rows, self._entropy_sum)
-        )
-        return RoutingStatistics(self.modalities, layers, counts, rows, entropy_sum, widths)
+            counts[layer, :, :width] = sums[name].counts.cpu()
+        rows = torch.stack([sums[name].rows.cpu() for name in layers])
+        entropy = torch.stack([sums[name].entropy.cpu() for name in layers])
+        return RoutingStatistics(self.modalities, layers, counts, rows, entropy, widths)
 
     @torch.no_grad()
     def _add(self, layer: str, inputs: Tensor, logits: Tensor, indices: Tensor) -> None:
@@ -131,10 +141,6 @@ class RoutingRecorder:
         # A router may exclude an expert by a logit of -inf: entr(0) is 0, but 0 * log(0) is NaN.
         entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1)
         entropy_sum = torch.where(members, entropy, 0.0).sum(1)
-        with _ADDING:
-            for sums, new in (
-                (self._counts, counts),
-                (self._rows, members.sum(1)),
-                (self._entropy_sum, entropy_sum),
-            ):
-                sums[layer] = sums[layer] + new if layer in sums else new
+        place = layer, threading.get_ident()
+        new = _Sums(counts, members.sum(1), entropy_sum)
+        self._sums[place] = self._sums[place] + new if place in self._sums else new
