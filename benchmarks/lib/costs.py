@@ -12,8 +12,8 @@ from lib.cases import Case
 from lib.markdown import markdown
 
 # By backend: the highest rank for which du1 and dB1 are one pass over d_pre, and its columns in a
-# part of du1. Under "cuda", whose grouped GEMMs are the extension's here, as they are before sm_90,
-# float32 takes two passes at every rank.
+# part of du1. Under "cuda", whose low-rank passes are the extension's here, float32 takes two
+# passes at every rank.
 PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 
 
@@ -179,6 +179,61 @@ def decoding(case: Case) -> Iterator[Cost]:
     yield Cost(
         "down, u2, sum", (wide * shape.I + skinny) * shape.H,
         s.act + chosen * s.down + lora_down + parts, s.x,
+    )  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """Tiles of a product on the engine of sm_90 (csrc/cuda/engine_mainloop.h), rows by experts."""
+
+    kernel: str
+    columns: int  # of the output in a tile
+    number: int
+    flops: float  # of one tile
+
+    def milliseconds(self, tflops: float, multiprocessors: int, edges: float) -> float:
+        """Predict the time: a multiprocessor takes its tiles one after the other.
+
+        Args:
+            tflops: rate of all multiprocessors within the main loop.
+            multiprocessors: their number.
+            edges: microseconds of the first loads and of the last stores, which overlap nothing.
+        """
+        turns = -(-self.number // multiprocessors)
+        return turns * self.flops * multiprocessors / tflops / 1e9 + edges / 1e3
+
+
+def engine(case: Case) -> Iterator[Tiles]:
+    """Yield the products of a layer, forward and backward, with balanced experts."""
+    shape, block = case.shape, 128
+    of_rows = shape.E * -(-case.rows // (shape.E * block))
+    products = (
+        ("gate_up", 128, shape.I, 256, shape.H), ("down", 256, shape.H, 256, shape.I),
+        ("dA' and SwiGLU", 128, shape.I, 128, shape.H),
+        ("dX rows", 256, shape.H, 256, 2 * shape.I),
+    )  # fmt: skip
+    for kernel, columns, size_n, width, size_k in products:
+        number = of_rows * -(-size_n // columns)
+        yield Tiles(kernel, columns, number, 2 * block * width * size_k)
+
+
+def engine_table(case: Case, tflops: float, multiprocessors: int, edges: float) -> str:
+    """Tabulate what the engine's tiles predict. TFLOP/s count the layer's operations alone."""
+    useful = {
+        cost.kernel: cost.flops
+        for cost in (*forward(case), *backward(case, "cuda"))
+    }  # fmt: skip
+    rows = []
+    for tiles in engine(case):
+        turns = -(-tiles.number // multiprocessors)
+        ms = tiles.milliseconds(tflops, multiprocessors, edges)
+        rows.append(
+            (
+                tiles.kernel, f"128 x {tiles.columns}", str(tiles.number), str(turns), f"{ms:.3f}",
+                f"{useful[tiles.kernel] / ms / 1e9:.0f}",
+            )
+        )  # fmt: skip
+    return markdown(
+        ("product", "tile", "tiles", "a multiprocessor", "ms", "TFLOP/s"), rows
     )  # fmt: skip
 
 
