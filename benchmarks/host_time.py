@@ -2,6 +2,7 @@
 
     python benchmarks/host_time.py                         # this checkout
     python benchmarks/host_time.py --against ../earlier    # beside another one, in pairs
+    python benchmarks/host_time.py --library ops.so        # a native op a half, beside one a launch
 
 Every launch does nothing: Triton looks for its compiled kernel as always, but that is an empty
 function, and native ops give new memory alone. Tensors are on the CPU, and small in the sizes that
@@ -11,12 +12,13 @@ torch asks of a device. It is the time of one thread: waiting for a busy machine
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,21 +29,37 @@ HERE = Path(__file__).resolve()
 BACKENDS = ("triton", "cuda")  # "cuda" as on sm_90: dispatch, tile maps and combine are native
 ADAPTERS = {"adapters": 16, "none": 0}  # rank
 HALVES = ("forward alone", "forward", "backward")
+WITHOUT_API = ("forward without checks and autograd", "backward without them")
+# Courses of "cuda" where the extension multiplies: a native op for each half, or for each launch.
+COURSES = ("cuda, an op a half", "cuda, an op a launch")
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.measure:
         return _serve(args)
+    if args.library:
+        build(args.library)
+        _print(args, COURSES[:1], [(HERE.parents[1], course) for course in COURSES])
+        return 0
     checkouts = [HERE.parents[1], *([args.against] if args.against else [])]
-    rows = []
-    for backend in BACKENDS:
-        for name, rank in ADAPTERS.items():
-            samples = _in_turn(checkouts, args, backend, rank)
-            rows += [_row(backend, name, half, samples) for half in HALVES]
-    header = ["backend", "adapters", "half", "us", "us against", "ratio (20-80 %)"]
-    print(markdown(header[: 4 if args.against is None else None], rows))
+    _print(args, BACKENDS, [(checkout, None) for checkout in checkouts])
     return 0
+
+
+def _print(
+    args: argparse.Namespace, backends: Sequence[str], measured: list[tuple[Path, str | None]]
+) -> None:
+    """Print times of the backends by each measured checkout, or by its own course instead."""
+    rows = []
+    for backend in backends:
+        for name, rank in ADAPTERS.items():
+            workers = [(path, course or backend) for path, course in measured]
+            samples = _in_turn(workers, args, rank)
+            halves = (*HALVES, *WITHOUT_API) if args.library else HALVES
+            rows += [_row(backend, name, i, half, samples) for i, half in enumerate(halves)]
+    header = ["backend", "adapters", "half", "us", "us against", "ratio (20-80 %)"]
+    print(markdown(header[: 4 if len(measured) == 1 else None], rows))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--against", type=Path, help="another checkout, with its extension")
+    parser.add_argument("--library", type=Path, help="of tests/support/host_kernels.build_ops")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--calls", type=int, default=20, help="of each half in a round")
@@ -57,19 +76,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _in_turn(
-    checkouts: list[Path], args: argparse.Namespace, backend: str, rank: int
+    measured: list[tuple[Path, str]], args: argparse.Namespace, rank: int
 ) -> list[list[list[float]]]:
-    """Return microseconds of each half by checkout and round; the checkouts take turns."""
+    """Return microseconds of each half by checkout and course, and round; these take turns."""
     options = ["--tokens", str(args.tokens), "--calls", str(args.calls)]
-    command = [sys.executable, str(HERE), *options, "--measure", backend, str(rank)]
+    options += ["--library", str(args.library)] if args.library else []
     workers = [
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, str(HERE), *options, "--measure", course, str(rank)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {
                 "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"
             },
         )
-        for path in checkouts
+        for path, course in measured
     ]  # fmt: skip
     try:
         rounds = [[_ask(worker) for worker in workers] for _ in range(args.rounds)]
@@ -88,8 +108,9 @@ def _ask(worker: subprocess.Popen) -> list[float]:
     return [float(value) for value in line.split()]
 
 
-def _row(backend: str, adapters: str, half: str, samples: list[list[list[float]]]) -> list[str]:
-    index = HALVES.index(half)
+def _row(
+    backend: str, adapters: str, index: int, half: str, samples: list[list[list[float]]]
+) -> list[str]:
     times = [[each[index] for each in rounds] for rounds in samples]
     cells = [backend, adapters, half, *(f"{statistics.median(each):.0f}" for each in times)]
     if len(times) > 1:
@@ -103,8 +124,10 @@ def _serve(args: argparse.Namespace) -> int:
     """Print the microseconds of each half for each line of the input."""
     backend, rank = args.measure[0], int(args.measure[1])
     torch.set_num_threads(1)
-    make_launches_do_nothing(backend)
-    halves = _halves(args.tokens, backend, rank)
+    make_launches_do_nothing(backend, args.library)
+    halves = _halves(args.tokens, backend.partition(",")[0], rank)
+    if args.library:
+        halves += _without_api(halves)
     for half in halves:
         half()
     for _ in sys.stdin:
@@ -119,7 +142,18 @@ def _seconds(half: Callable[[], object], calls: int) -> float:
     return (time.thread_time() - began) / calls
 
 
-def make_launches_do_nothing(backend: str) -> None:
+def build(path: Path) -> None:
+    """Build the library of native ops, unless it is there."""
+    if path.exists():
+        return
+    sys.path.insert(0, str(HERE.parents[1] / "tests"))
+    from support import host_kernels
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host_kernels.build_ops(path.parent).rename(path)
+
+
+def make_launches_do_nothing(backend: str, library: Path | None = None) -> None:
     """Replace compiled kernels, native ops and the device, an H100, on which both would run."""
     from triton.runtime import JITFunction, driver
 
@@ -137,11 +171,28 @@ def make_launches_do_nothing(backend: str) -> None:
     checks.reads_values = lambda device: False  # nor are values read on a GPU
     select, device = backends.select, torch.device("cuda", 0)
     backends.select = lambda name, _, *dtype: select(name, device, *dtype)
-    if backend == "cuda":
+    if backend != "triton":
         torch._C._dispatch_has_kernel_for_dispatch_key = lambda *names: True
         _native.why_no_cuda = lambda: None  # older checkouts ask torch and the extension themselves
         _native.runs_on = lambda capability: True
+    if backend in COURSES:
+        _take_ops_of(library, in_one_call=backend == COURSES[0])
+    elif backend == "cuda":
         _native.ops = lambda: _NativeOps
+
+
+def _take_ops_of(library: Path, *, in_one_call: bool) -> None:
+    """Use a library's ops, on a device where the extension multiplies."""
+    from moe_kernels import _native
+    from moe_kernels.ops.moe_mlp import cuda_impl
+
+    _native.ops()  # registers the ops that the library has kernels of
+    torch.ops.load_library(str(library.resolve()))
+    ctypes.CDLL(str(library.resolve())).set_idle(True)
+    os.environ["MOE_KERNELS_ENGINE"] = "1"
+    _native.has_engine = lambda: True
+    if not in_one_call:
+        cuda_impl.in_one_call = lambda *layer: False
 
 
 class _Driver:
@@ -225,6 +276,28 @@ def _halves(tokens: int, backend: str, rank: int) -> list[Callable[[], object]]:
         return torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
 
     return [forward_alone, forward, backward]
+
+
+def _without_api(halves: list[Callable[[], object]]) -> list[Callable[[], object]]:
+    """Return the backend's own forward and backward, with the arguments that the halves give."""
+    from moe_kernels.ops.moe_mlp import cuda_impl
+
+    seen = {}
+
+    def record(name: str) -> Callable[[], object]:
+        function = getattr(cuda_impl, name)
+
+        def recorded(*arguments: object) -> object:
+            seen[name] = arguments
+            return function(*arguments)
+
+        setattr(cuda_impl, name, recorded)
+        return torch.no_grad()(lambda: function(*seen[name]))
+
+    alone = [record("forward"), record("backward")]
+    for half in halves[1:]:
+        half()
+    return alone
 
 
 if __name__ == "__main__":

@@ -71,6 +71,17 @@ inline void check_float_or(at::ScalarType dtype, const at::Tensor& first, const 
   check_like(first, tensor, name, wide ? at::kFloat : dtype, sizes);
 }
 
+// Returns whether a tensor begins at a multiple of 16 bytes; one without memory does.
+inline bool is_aligned(const at::Tensor& tensor) {
+  return tensor.is_meta() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// Kernels load 16 bytes at once.
+inline void check_vectors(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(is_aligned(tensor) && tensor.size(-1) * tensor.element_size() % 16 == 0, name,
+              " must begin at, and have rows of, a multiple of 16 bytes");
+}
+
 inline void check_together(const std::optional<at::Tensor>& a, const char* a_name,
                            const std::optional<at::Tensor>& b, const char* b_name) {
   TORCH_CHECK(a.has_value() == b.has_value(), a_name, " and ", b_name,

@@ -26,18 +26,15 @@ using MoeMlpInferenceOp = at::Tensor(
     const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
     std::string_view act, bool gated, double alpha, double limit, double shift, bool interleaved);
 
-}  // namespace moe_kernels
-
-namespace moe_kernels::cpu {
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
-    const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
-    int64_t num_modalities);
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
-    const at::Tensor& hidden_states, const at::Tensor& topk_weights, const at::Tensor& perm,
-    const at::Tensor& segment_offsets, const at::Tensor& gate_up_proj,
-    const at::Tensor& down_proj, const std::optional<at::Tensor>& extra_gate_up_proj,
+// A layer with its dispatch: out (T, H), then what a backward pass needs, without rows unless it
+// saves: pre_act, u1, u2, perm, inv_perm and segment_offsets. num_modalities follows from the
+// adapters.
+using MoeMlpForwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                   at::Tensor, at::Tensor>(
+    const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const std::optional<at::Tensor>& modality_ids,
+    const std::optional<at::Tensor>& extra_gate_up_proj,
     const std::optional<at::Tensor>& extra_down_proj,
     const std::optional<at::Tensor>& gate_up_lora_A,
     const std::optional<at::Tensor>& gate_up_lora_B,
@@ -45,19 +42,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
     const std::optional<at::Tensor>& gate_up_bias,
     const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
-    std::string_view act, bool gated, double alpha,
-    double limit, double shift, bool interleaved, int64_t num_modalities, bool save_for_backward);
-
-// dispatch and moe_mlp_forward in one call, for tensors of any layout, keeping nothing for a
-// backward pass. num_modalities follows from the adapters.
-MoeMlpInferenceOp moe_mlp_inference;
+    std::string_view act, bool gated, double alpha, double limit, double shift, bool interleaved,
+    bool save_for_backward);
 
 // needs: hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_lora_A,
-// gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order.
-// Gradients of the first frozen_extra added experts are not computed: zeros.
-std::vector<at::Tensor> moe_mlp_backward(
+// gate_up_lora_B, down_lora_A, down_lora_B; returns the gradients of those needed, in this order,
+// of parameters in float32. Gradients of the first frozen_extra added experts are not computed:
+// zeros. Only CUDA reads inv_perm.
+using MoeMlpBackwardOp = std::vector<at::Tensor>(
     const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& topk_weights,
-    const at::Tensor& perm, const at::Tensor& segment_offsets,
+    const at::Tensor& perm, const at::Tensor& inv_perm, const at::Tensor& segment_offsets,
     const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
     const std::optional<at::Tensor>& extra_gate_up_proj,
     const std::optional<at::Tensor>& extra_down_proj,
@@ -67,10 +61,24 @@ std::vector<at::Tensor> moe_mlp_backward(
     const std::optional<at::Tensor>& down_lora_B, const std::optional<at::Tensor>& down_scaling,
     const std::optional<at::Tensor>& gate_up_bias,
     const std::optional<at::Tensor>& gate_up_scales, const std::optional<at::Tensor>& down_scales,
-    std::string_view act, bool gated, double alpha,
-    double limit, double shift, bool interleaved, const at::Tensor& pre_act, const at::Tensor& u1,
-    const at::Tensor& u2, int64_t num_modalities, const c10::List<bool>& needs,
-    int64_t frozen_extra);
+    std::string_view act, bool gated, double alpha, double limit, double shift, bool interleaved,
+    const at::Tensor& pre_act, const at::Tensor& u1, const at::Tensor& u2, int64_t num_modalities,
+    const c10::List<bool>& needs, int64_t frozen_extra);
+
+}  // namespace moe_kernels
+
+namespace moe_kernels::cpu {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
+    const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& modality_ids,
+    int64_t num_modalities);
+
+MoeMlpForwardOp moe_mlp_forward;
+
+// moe_mlp_forward for tensors of any layout, keeping nothing for a backward pass.
+MoeMlpInferenceOp moe_mlp_inference;
+
+MoeMlpBackwardOp moe_mlp_backward;
 
 at::Tensor lora_linear_forward(at::Tensor& out, const at::Tensor& hidden_states,
                                const at::Tensor& perm, const at::Tensor& segment_offsets,
@@ -162,10 +170,17 @@ using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre,
     const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
     const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added);
 
-// moe_mlp_inference on CUDA takes what cuda::decode_takes says, of bfloat16 or float16: SwiGLU of
-// rows [gate; up] without a bias, in stacks that are stored as they are. It copies nothing: tensors
-// are contiguous, those that are read 16 bytes at once begin at a multiple of it, and added experts
-// and adapters are float32 or of that dtype.
+// The ops of whole layers take bfloat16 or float16 on CUDA: SwiGLU of rows [gate; up] without a
+// bias, in stacks that are stored as they are. moe_mlp_inference takes what cuda::decode_takes says
+// of that. It copies nothing: tensors are contiguous, those that are read 16 bytes at once begin at
+// a multiple of it, and added experts and adapters are float32 or of that dtype.
+
+// moe_mlp_forward and moe_mlp_backward on CUDA, and without memory: the other ops in turn. They
+// make tensors fit, other than the stacks.
+namespace course {
+MoeMlpForwardOp moe_mlp_forward;
+MoeMlpBackwardOp moe_mlp_backward;
+}  // namespace course
 
 // Each op's checks and the tensors that it returns, not yet filled, on any device. An op on meta
 // tensors does nothing else, and an op on CUDA begins with it.

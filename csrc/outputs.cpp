@@ -33,14 +33,6 @@ void check_half_or_float(const at::Tensor& tensor, const char* name) {
               " must be float32, bfloat16 or float16, is ", dtype);
 }
 
-// Kernels load 16 bytes at once. A tensor without memory has only its rows' length checked.
-void check_vectors(const at::Tensor& tensor, const char* name) {
-  const bool aligned =
-      tensor.is_meta() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  TORCH_CHECK(aligned && tensor.size(-1) * tensor.element_size() % 16 == 0, name,
-              " must begin at, and have rows of, a multiple of 16 bytes");
-}
-
 // Arguments that the grouped GEMMs share.
 struct Experts {
   const at::Tensor &left, &stack;
@@ -195,8 +187,8 @@ void check_experts(const Experts& args, bool by_token, bool transposed, bool gat
   const int64_t of_stack = gated ? 2 * size_n : size_n;
   check_stacks(args, transposed ? of_stack : size_k, transposed ? size_k : of_stack);
   check_like(args.left, args.tiles, "tiles", at::kLong, {3, -1});
-  TORCH_CHECK(args.block_m == 16 || args.block_m == 64 || args.block_m == 128,
-              "block_m must be 16, 64 or 128, is ", args.block_m);
+  TORCH_CHECK(args.block_m == 16 || args.block_m == 128, "block_m must be 16 or 128, is ",
+              args.block_m);
   const int64_t experts = args.stack.size(0) + size_of(args.extra, 0);
   check_like(args.left, args.segment_offsets, "segment_offsets", at::kLong, {-1});
   const int64_t segments = args.segment_offsets.numel() - 1;
@@ -429,7 +421,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
   TORCH_CHECK(weights.numel() == rows, "weights must have an entry for each of ", rows, " rows");
   check_like(left, pre_act, "pre_act", left.scalar_type(), {rows, 2 * inter});
   check_vectors(pre_act, "pre_act");
-  const auto dots = at::empty({cuda::grouped_gemm_parts(inter), weights.size(0), weights.size(1)},
+  const int64_t parts = cuda::grouped_gemm_parts(inter, block_m);
+  const auto dots = at::empty({parts, weights.size(0), weights.size(1)},
                               left.options().dtype(at::kFloat));
   const int64_t act_rows = act_of_adapted || act_of_added ? rows : 0;
   return {at::empty_like(pre_act), at::empty({act_rows, inter}, left.options()), dots};

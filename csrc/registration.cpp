@@ -11,6 +11,7 @@
 #include "cuda/decode_shapes.h"
 #include "cuda/grouped_gemm_shapes.h"
 #include "cuda/host_device.h"
+#include "cuda/plan.h"
 #include "cuda/tiles.h"
 #include "ops.h"
 #ifdef MOE_KERNELS_BY_NAME
@@ -32,13 +33,14 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " -> (Tensor perm, Tensor inv_perm, Tensor tokens_per_expert, Tensor expert_offsets,"
       " Tensor segment_offsets)");
   m.def(
-      "moe_mlp_forward(Tensor hidden_states, Tensor topk_weights, Tensor perm,"
-      " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj, Tensor? extra_gate_up_proj,"
+      "moe_mlp_forward(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights,"
+      " Tensor gate_up_proj, Tensor down_proj, Tensor? modality_ids, Tensor? extra_gate_up_proj,"
       " Tensor? extra_down_proj, Tensor? gate_up_lora_A, Tensor? gate_up_lora_B,"
       " Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B, Tensor? down_scaling,"
       " Tensor? gate_up_bias, Tensor? gate_up_scales, Tensor? down_scales, str act, bool gated,"
-      " float alpha, float limit, float shift, bool interleaved, int num_modalities, bool save_for_backward)"
-      " -> (Tensor out, Tensor pre_act, Tensor u1, Tensor u2)");
+      " float alpha, float limit, float shift, bool interleaved, bool save_for_backward)"
+      " -> (Tensor out, Tensor pre_act, Tensor u1, Tensor u2, Tensor perm, Tensor inv_perm,"
+      " Tensor segment_offsets)");
   m.def(
       "moe_mlp_inference(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights,"
       " Tensor gate_up_proj, Tensor down_proj, Tensor? modality_ids, Tensor? extra_gate_up_proj,"
@@ -48,12 +50,13 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " float alpha, float limit, float shift, bool interleaved) -> Tensor out");
   m.def(
       "moe_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor topk_weights, Tensor perm,"
-      " Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj,"
+      " Tensor inv_perm, Tensor segment_offsets, Tensor gate_up_proj, Tensor down_proj,"
       " Tensor? extra_gate_up_proj, Tensor? extra_down_proj, Tensor? gate_up_lora_A,"
       " Tensor? gate_up_lora_B, Tensor? gate_up_scaling, Tensor? down_lora_A, Tensor? down_lora_B,"
       " Tensor? down_scaling, Tensor? gate_up_bias, Tensor? gate_up_scales, Tensor? down_scales,"
-      " str act, bool gated, float alpha, float limit, float shift, bool interleaved, Tensor pre_act, Tensor u1, Tensor u2, int num_modalities,"
-      " bool[] needs, int frozen_extra=0) -> Tensor[]");
+      " str act, bool gated, float alpha, float limit, float shift, bool interleaved,"
+      " Tensor pre_act, Tensor u1, Tensor u2, int num_modalities, bool[] needs,"
+      " int frozen_extra=0) -> Tensor[]");
   m.def(
       "dispatch_with_maps(Tensor topk_ids, int num_experts, Tensor? modality_ids,"
       " int num_modalities, int[] blocks, int[] groups)"
@@ -121,6 +124,8 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, Meta, m) {
   m.impl("grouped_gemm", &moe_kernels::outputs::grouped_gemm);
   m.impl("act_backward", &moe_kernels::outputs::act_backward);
   m.impl("moe_mlp_inference", &moe_kernels::outputs::moe_mlp_inference);
+  m.impl("moe_mlp_forward", &moe_kernels::course::moe_mlp_forward);
+  m.impl("moe_mlp_backward", &moe_kernels::course::moe_mlp_backward);
 }
 
 #ifdef MOE_KERNELS_WITH_CUDA
@@ -136,6 +141,8 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CUDA, m) {
   m.impl("grouped_gemm", &moe_kernels::cuda::grouped_gemm);
   m.impl("act_backward", &moe_kernels::cuda::act_backward);
   m.impl("moe_mlp_inference", &moe_kernels::cuda::moe_mlp_inference);
+  m.impl("moe_mlp_forward", &moe_kernels::course::moe_mlp_forward);
+  m.impl("moe_mlp_backward", &moe_kernels::course::moe_mlp_backward);
 }
 #endif
 
@@ -195,9 +202,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_MAPS") = moe_kernels::cuda::kMaxMaps;
   m.attr("MAX_RANK_WITH_DU") = moe_kernels::cuda::kMaxRankWithDu;
   m.attr("COLUMNS_OF_PART") = moe_kernels::cuda::kColumnsOfPart;
+  m.attr("ADAPTER_BLOCK") = moe_kernels::cuda::kAdapterBlock;
   m.doc() = "Native ops of moe_kernels; loading it registers torch.ops.moe_kernels_native.";
   m.def("grouped_gemm_block_m", &moe_kernels::cuda::grouped_gemm_block_m, py::arg("num_rows"),
         py::arg("num_experts"));
+  m.def("chunk_rows", &moe_kernels::cuda::chunk_rows, py::arg("num_rows"), py::arg("size"));
+  m.def("gives_du", &moe_kernels::cuda::gives_du, py::arg("rank"), py::arg("width"),
+        py::arg("num_rows"));
   m.def("decode_takes", &moe_kernels::cuda::decode_takes, py::arg("tokens"), py::arg("top_k"),
         py::arg("hidden"), py::arg("inter"), py::arg("rank"));
   m.def("build_info", &build_info);

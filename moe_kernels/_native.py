@@ -128,6 +128,15 @@ def cuda_kernels() -> list[tuple[str, str]]:
 
 
 @functools.cache  # every call of an op asks
+def has_engine() -> bool:
+    """Return whether the extension has, or compiles, kernels for sm_90 with its own instructions.
+
+    Built for 9.0 without the "a" they are empty.
+    """
+    return compiles_cuda_kernels() or "9.0a" in build_info().get("cuda_arch_list", "")
+
+
+@functools.cache  # every call of an op asks
 def runs_on(capability: tuple[int, int]) -> bool:
     """Return whether the CUDA kernels run on a device of this compute capability.
 
@@ -152,13 +161,23 @@ def max_dispatch_keys() -> int:
 
 
 def cuda_limit(name: str) -> int:
-    """Return MAX_MAPS, MAX_RANK_WITH_DU or COLUMNS_OF_PART of the compiled CUDA kernels."""
+    """Return MAX_MAPS, ADAPTER_BLOCK and the like of the compiled CUDA kernels."""
     return getattr(_load()[0], name)
 
 
 def grouped_gemm_block(num_rows: int, num_experts: int) -> int:
     """Return the rows of a tile of the CUDA grouped GEMMs."""
     return _load()[0].grouped_gemm_block_m(num_rows, num_experts)
+
+
+def chunk_rows(num_rows: int, size: int) -> int:
+    """Return the rows of a tile of a sum over rows, with ``size`` elements, of the CUDA kernels."""
+    return _load()[0].chunk_rows(num_rows, size)
+
+
+def gives_du(rank: int, width: int, num_rows: int) -> bool:
+    """Return whether the CUDA kernels compute du (num_rows, rank) in the pass of dB."""
+    return _load()[0].gives_du(rank, width, num_rows)
 
 
 def decode_takes(tokens: int, top_k: int, hidden: int, inter: int, rank: int) -> bool:

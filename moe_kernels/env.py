@@ -23,6 +23,9 @@ once".
     Compute at most 16 tokens by two CUDA kernels, under backend "cuda" and where nothing is saved
     for a backward pass. Off by default: they have not yet run on a GPU, and their last bits differ
     from those of a forward that saves.
+``MOE_KERNELS_ENGINE=1``
+    Multiply with the experts' weights by the extension's own kernels on an sm_90, under backend
+    "cuda"; otherwise Triton's do. Off by default: they have not yet run on a GPU.
 
 ``setup.py`` describes the variables that it alone reads.
 """
@@ -68,6 +71,11 @@ def backend() -> str | None:
 def decode() -> bool:
     """Return whether the backend "cuda" may compute a few tokens by its two kernels of decoding."""
     return _boolean("MOE_KERNELS_DECODE")
+
+
+def engine() -> bool:
+    """Return whether the backend "cuda" multiplies by its own kernels on an sm_90."""
+    return _boolean("MOE_KERNELS_ENGINE")
 
 
 def tiles_path() -> Path:

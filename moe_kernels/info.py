@@ -21,8 +21,8 @@ _DISTRIBUTIONS = {
 }
 
 _VECTORS = "bfloat16 and float16 in sizes that 8 divides, else Triton"
-_LOW_RANK = ", but Triton on sm_90 and sm_10x"
-_PRODUCTS = f" for {_VECTORS}; Triton on sm_90 and sm_10x"
+_LOW_RANK = ", but Triton on sm_10x, and on sm_90 without MOE_KERNELS_ENGINE=1"
+_PRODUCTS = f" on sm_90 with MOE_KERNELS_ENGINE=1, off until run on a GPU, for {_VECTORS}"
 _PAIRS = " up to 2,399 pairs of an expert and a modality, else Triton"
 # Part of a layer -> the native op that computes it under backend "cuda", and its conditions.
 _CUDA_OPS = {
@@ -36,6 +36,10 @@ _CUDA_OPS = {
     "a layer of up to 16 tokens, where nothing trains": (
         "moe_mlp_inference",
         f", in two kernels, for {_VECTORS}, with MOE_KERNELS_DECODE=1: off until run on a GPU",
+    ),
+    "a layer's forward, and its backward": (
+        "moe_mlp_forward",
+        f", one call each{_PRODUCTS}, and{_PAIRS}",
     ),
     "combine": ("combine", " for rows of whole 16 bytes, else Triton"),
     "lora_linear's u B^T": ("add_low_rank", f" for {_VECTORS}"),

@@ -75,6 +75,7 @@ NOT_PACKED = {"scales_ptr": None, "codes_ptr": None, "PACKING": "none", "SCALE_B
 PACKED = ({"PACKING": "nf4", "SCALE_BLOCK": 64}, {"PACKING": "fp8", "SCALE_BLOCK": 128})
 # HMMA and HGMMA, but not HFMA2.MMA, with which sm_90 moves constants.
 _MATRIX = re.compile(r"(?<![.\w])HG?MMA\b")
+_OF_WARPGROUP = re.compile(r"(?<![.\w])HGMMA\b")
 _OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Pointers that are not of the compute dtype. Float32 adapters take the most registers.
 _POINTERS = dict.fromkeys(
@@ -385,11 +386,13 @@ def nvcc_command() -> list[str] | None:
     return command if command and shutil.which(command[0]) else None
 
 
-def needs_matrix_instructions(kernel: str) -> bool:
-    """Return whether a kernel multiplies in half precision, by its name, plain or mangled."""
-    multiplies = (
-        r"(?<![a-z_])(grouped_gemm|wgrad|shrink|add_low_rank|decode_gate_up|decode_down)_kernel"
-    )
+def needs_matrix_instructions(kernel: str, arch: int) -> bool:
+    """Return whether a kernel multiplies in half precision, by its name, plain or mangled.
+
+    The engine is empty but on sm_90.
+    """
+    names = "grouped_gemm|wgrad|shrink|add_low_rank|decode_gate_up|decode_down"
+    multiplies = rf"(?<![a-z_])({names}{'|engine' if arch == 90 else ''})_kernel"
     return bool(re.search(multiplies, kernel) and re.search("__half|__nv_bfloat16", kernel))
 
 
@@ -419,12 +422,18 @@ def compile_cuda(nvcc: list[str], source: Path, arch: int) -> tuple[list[tuple[s
 
 
 def _matrix_instructions(path: str) -> dict[str, int]:
-    """Count the matrix instructions of each kernel in an object file."""
+    """Count the matrix instructions of each kernel in an object file.
+
+    Of the engine they are those of a warpgroup: others are of its low-rank term.
+    """
     command = [str(_OBJDUMP), "-sass", path]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     _, *functions = re.split(r"Function : (\w+)", code)
     parts = zip(functions[::2], functions[1::2], strict=True)
-    return {name: len(_MATRIX.findall(body)) for name, body in parts}
+    return {
+        name: len((_OF_WARPGROUP if "engine_kernel" in name else _MATRIX).findall(body))
+        for name, body in parts
+    }
 
 
 def _demangled(name: str) -> str:
@@ -448,7 +457,7 @@ def check_cuda(archs: list[int]) -> int:
         compiled, complaint = compile_cuda(nvcc, source, arch)
         wrong += bool(complaint) + sum(row[2] != "0" for row in compiled)
         names = [row[0] for row in compiled if row[3] == "0"]
-        without = list(filter(needs_matrix_instructions, names))
+        without = [name for name in names if needs_matrix_instructions(name, arch)]
         if without:
             complaint = f"without matrix instructions: {', '.join(without)}"
             wrong += len(without)

@@ -402,7 +402,7 @@ void check_saved(const MoeMlpInputs& in, const at::Tensor& grad_out, const at::T
 
 std::vector<at::Tensor> moe_mlp_backward(
     const at::Tensor& grad_out, const at::Tensor& hidden_states, const at::Tensor& topk_weights,
-    const at::Tensor& perm, const at::Tensor& segment_offsets,
+    const at::Tensor& perm, const at::Tensor& /*inv_perm*/, const at::Tensor& segment_offsets,
     const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
     const OptionalTensor& extra_gate_up_proj, const OptionalTensor& extra_down_proj,
     const OptionalTensor& gate_up_lora_A, const OptionalTensor& gate_up_lora_B,

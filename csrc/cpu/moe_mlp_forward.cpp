@@ -196,17 +196,25 @@ int64_t modalities_of(const OptionalTensor& gate_up_lora_A, const OptionalTensor
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
-    const at::Tensor& hidden_states, const at::Tensor& topk_weights, const at::Tensor& perm,
-    const at::Tensor& segment_offsets, const at::Tensor& gate_up_proj,
-    const at::Tensor& down_proj, const OptionalTensor& extra_gate_up_proj,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+moe_mlp_forward(
+    const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
+    const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
+    const OptionalTensor& modality_ids, const OptionalTensor& extra_gate_up_proj,
     const OptionalTensor& extra_down_proj, const OptionalTensor& gate_up_lora_A,
     const OptionalTensor& gate_up_lora_B, const OptionalTensor& gate_up_scaling,
     const OptionalTensor& down_lora_A, const OptionalTensor& down_lora_B,
     const OptionalTensor& down_scaling, const OptionalTensor& gate_up_bias,
     const OptionalTensor& gate_up_scales, const OptionalTensor& down_scales, std::string_view act,
-    bool gated, double alpha, double limit, double shift, bool interleaved, int64_t num_modalities,
+    bool gated, double alpha, double limit, double shift, bool interleaved,
     bool save_for_backward) {
+  check_routed(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, extra_gate_up_proj,
+               extra_down_proj);
+  const int64_t num_modalities = modalities_of(gate_up_lora_A, down_lora_A);
+  const int64_t num_experts =
+      gate_up_proj.size(0) + (extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0);
+  const auto sorted = dispatch(topk_ids, num_experts, modality_ids, num_modalities);
+  const at::Tensor &perm = std::get<0>(sorted), &segment_offsets = std::get<4>(sorted);
   const MoeMlpInputs inputs{hidden_states,
                             topk_weights,
                             perm,
@@ -223,9 +231,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> moe_mlp_forward(
                             expert_form(act, gated, alpha, limit, shift, interleaved),
                             num_modalities};
   inputs.check();
-  return AT_DISPATCH_FLOATING_TYPES_AND2(
+  const auto found = AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, hidden_states.scalar_type(), "moe_mlp_forward",
       [&] { return Forward<scalar_t>(inputs, save_for_backward).run(); });
+  const auto saved = [&](const at::Tensor& of_dispatch) {
+    return save_for_backward ? of_dispatch : empty({0}, at::kLong);
+  };
+  return std::tuple_cat(
+      found, std::make_tuple(saved(perm), saved(std::get<1>(sorted)), saved(segment_offsets)));
 }
 
 at::Tensor moe_mlp_inference(
@@ -247,23 +260,19 @@ at::Tensor moe_mlp_inference(
   const at::ScalarType dtype = (gate_up_scales ? hidden_states : gate_up_proj).scalar_type();
   const bool transposed_up = is_transposed(gate_up_proj);
   const bool transposed_down = is_transposed(down_proj);
-  const int64_t num_modalities = modalities_of(gate_up_lora_A, down_lora_A);
   const int64_t num_experts =
       gate_up_proj.size(0) + (extra_gate_up_proj ? extra_gate_up_proj->size(0) : 0);
   const at::Tensor ids = topk_ids.contiguous();
   check_topk_ids(ids, num_experts);
-  const auto sorted = dispatch(ids, num_experts, contiguous(modality_ids), num_modalities);
   return std::get<0>(moe_mlp_forward(
-      hidden_states.to(dtype).contiguous(), topk_weights.contiguous(), std::get<0>(sorted),
-      std::get<4>(sorted), in_layout(gate_up_proj, transposed_up),
-      in_layout(down_proj, transposed_down),
-      in_layout(extra_gate_up_proj, transposed_up, dtype),
-      in_layout(extra_down_proj, transposed_down, dtype),
-      contiguous(gate_up_lora_A), contiguous(gate_up_lora_B),
-      contiguous(gate_up_scaling, at::kFloat), contiguous(down_lora_A), contiguous(down_lora_B),
-      contiguous(down_scaling, at::kFloat), contiguous(gate_up_bias),
-      contiguous(gate_up_scales), contiguous(down_scales), act, gated, alpha, limit,
-      shift, interleaved, num_modalities, /*save_for_backward=*/false));
+      hidden_states.to(dtype).contiguous(), ids, topk_weights.contiguous(),
+      in_layout(gate_up_proj, transposed_up), in_layout(down_proj, transposed_down),
+      contiguous(modality_ids), in_layout(extra_gate_up_proj, transposed_up, dtype),
+      in_layout(extra_down_proj, transposed_down, dtype), contiguous(gate_up_lora_A),
+      contiguous(gate_up_lora_B), contiguous(gate_up_scaling, at::kFloat),
+      contiguous(down_lora_A), contiguous(down_lora_B), contiguous(down_scaling, at::kFloat),
+      contiguous(gate_up_bias), contiguous(gate_up_scales), contiguous(down_scales), act, gated,
+      alpha, limit, shift, interleaved, /*save_for_backward=*/false));
 }
 
 }  // namespace moe_kernels::cpu

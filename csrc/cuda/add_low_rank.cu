@@ -1,6 +1,7 @@
 // Adds s u V to adapted rows, which are read and written once, 16 bytes per thread and access.
 #include "add_low_rank.h"
 
+#include "extension.h"
 #include "grouped_gemm_mainloop.h"
 
 namespace moe_kernels::cuda {
@@ -18,7 +19,7 @@ __device__ void visit_rows(const AddLowRank& args, const ExpertTile& tile, Visit
     const int64_t token = row < tile.count ? args.perm[tile.first + row] : 0;
     auto* of_row = static_cast<typename Loop::T*>(args.out) + token * args.width;
 #pragma unroll
-    for (int j = 0; j < kTilesN; j += 4) {
+    for (int j = 0; j < Loop::kTilesN; j += 4) {
       const int n = tile.column + Loop::column_of(j + Loop::lane() % 4);
       visit(half, j, of_row + n, row < tile.count && n < args.width);
     }
@@ -45,10 +46,10 @@ __device__ void add_to_rows(const AddLowRank& args, const ExpertTile& tile, int6
   sizes.size_n = args.width;
   const int64_t size = static_cast<int64_t>(args.rank) * args.width;
   const bool vectors = args.rank % 4 == 0 && is_aligned(args.u) && is_aligned(args.v);
-  loop.add_modality(sizes, tile,
-                    static_cast<const typename Loop::U*>(args.u) + tile.first * args.rank,
-                    static_cast<const V*>(args.v) + modality * size, args.scaling[modality], 0,
-                    tile.count, vectors);
+  add_modality(loop, sizes, tile,
+               static_cast<const typename Loop::U*>(args.u) + tile.first * args.rank,
+               static_cast<const V*>(args.v) + modality * size, args.scaling[modality], 0,
+               tile.count, vectors);
   visit_rows<Loop>(args, tile, [&](int half, int j, T* to, bool present) {
     uint32_t words[4];
 #pragma unroll

@@ -133,6 +133,15 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Shows the compiler that a value is the same in all lanes of a warp.
+__device__ __forceinline__ int same_in_warp(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// Hides from the compiler where a value comes from, so that it does not compute what follows from
+// it ahead of time.
+__device__ __forceinline__ void forget(int& value) { asm volatile("" : "+r"(value)); }
+
 #ifndef __CUDACC_RTC__
 // Finds what was asked about a kernel on the current device.
 inline cudaError_t find_asked(const void* kernel, AskedOnce*& asked) {

@@ -38,7 +38,7 @@ struct ActBackward {
   const void* pre;      // (T * K, 2 * size_n), the pre-activation
   void* d_pre;          // (T * K, 2 * size_n)
   void* act;            // (T * K, size_n); only requested rows are written
-  float* dots;          // (grouped_gemm_parts(size_n), num_rows), <dA', a> by token and slot
+  float* dots;          // (grouped_gemm_parts(size_n, block_m), num_rows), <dA', a> by slot
   int64_t num_rows;     // T * K
   bool weights_are_float;
   bool act_of_adapted;  // rows that have a low-rank term

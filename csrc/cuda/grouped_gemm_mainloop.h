@@ -12,50 +12,24 @@
 
 #include "device.h"
 #include "grouped_gemm.h"
+#include "grouped_gemm_tiles.h"
 
 namespace moe_kernels::cuda {
 
 constexpr int kBlockK = 64;
-constexpr int kTilesN = 8;  // fragments of 8 columns of a warp
-
-// Rows of one expert, and columns of its matrix.
-struct ExpertTile {
-  int64_t expert;
-  int64_t first;  // row
-  int count;      // of rows
-  int base;       // rows before the first adapted one
-  int column;     // of the output
-  int part;       // number of the columns' tile
-};
-
-// Loads four neighbours of a row of `size` from k on, zeros beyond it. `vectors`: rows consist of
-// whole vectors.
-__device__ inline float4 four(const float* row, int k, int size, bool vectors) {
-  if (vectors && k < size) return *reinterpret_cast<const float4*>(row + k);
-  return {k < size ? row[k] : 0.0f, k + 1 < size ? row[k + 1] : 0.0f,
-          k + 2 < size ? row[k + 2] : 0.0f, k + 3 < size ? row[k + 3] : 0.0f};
-}
-template <typename T>
-__device__ inline float4 four(const T* row, int k, int size, bool vectors) {
-  if (vectors && k < size) {
-    const uint2 words = *reinterpret_cast<const uint2*>(row + k);
-    const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
-    return {low.x, low.y, high.x, high.y};
-  }
-  return {k < size ? to_float(row[k]) : 0.0f, k + 1 < size ? to_float(row[k + 1]) : 0.0f,
-          k + 2 < size ? to_float(row[k + 2]) : 0.0f, k + 3 < size ? to_float(row[k + 3]) : 0.0f};
-}
 
 // kTransposed: matrices are stored (size_n, size_k), V (size_n, rank); else (size_k, size_n), V
 // (rank, size_n). kGated: columns of gate and, size_n further on, of up.
-template <typename T_, int kBlockM_, bool kTransposed, bool kGated>
+template <typename T_, int kBlockM_, bool kTransposed_, bool kGated_>
 struct Mainloop {
+  static constexpr bool kTransposed = kTransposed_, kGated = kGated_;
   using T = T_;
   using U = std::conditional_t<kTransposed, T, float>;
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kWarpsM = kBlockM == 16 ? 1 : 2, kWarpsN = 2;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kTilesM = kBlockM / (16 * kWarpsM);
+  static constexpr int kTilesN = 8;  // fragments of 8 columns of a warp
   static constexpr int kStages = kBlockM == 16 ? 4 : 3;
   static constexpr int kResident = kBlockM == 128 ? 2 : 3;  // blocks per multiprocessor
   static constexpr int kChunks = kBlockK / 8;               // chunks of 16 bytes in a row
@@ -206,120 +180,6 @@ struct Mainloop {
       }
     }
   }
-
-  // Loads fragment j of V for 16 steps of the rank from r on. The four lanes of a column hold four
-  // neighbours each, and so do those of a row of u: the order within a sum is free.
-  template <typename V>
-  static __device__ void load_v(const GroupedGemm& args, const V* v, int column, int r, int j,
-                                bool vectors, uint32_t (&b)[2]) {
-    const int from = r + lane() % 4 * 4, n = column + column_of(0) + lane() / 4;
-    // A part that all threads share needs no registers.
-    const int on = j % (kWarpColumns / 8) * 8;
-    const int row = on + (j * 8 < kWarpColumns ? 0 : args.size_n);
-    const int64_t ld = args.size_n;
-    float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (n + on < args.size_n) {
-      if constexpr (kTransposed) {
-        const V* own = v + static_cast<int64_t>(n) * args.rank;
-        values = four(own + row * args.rank, from, args.rank, vectors);
-      } else {
-        const V* own = v + from * ld + n + on;
-        if (from < args.rank) values.x = to_float(own[0]);
-        if (from + 1 < args.rank) values.y = to_float(own[ld]);
-        if (from + 2 < args.rank) values.z = to_float(own[2 * ld]);
-        if (from + 3 < args.rank) values.w = to_float(own[3 * ld]);
-      }
-    }
-    b[0] = pack<T>(values.x, values.y);
-    b[1] = pack<T>(values.z, values.w);
-  }
-
-  // Loads s u of the tile's rows from low to high, zeros elsewhere.
-  static __device__ void load_u(const GroupedGemm& args, const U* u, float scale, int i, int r,
-                                int low, int high, bool vectors, uint32_t (&a)[4]) {
-    const int from = r + lane() % 4 * 4;
-    const U* own = u + static_cast<int64_t>(row_of(0, 0)) * args.rank;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(i, half);
-      float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (row >= low && row < high) {
-        values = four(own + below(i, half) * args.rank, from, args.rank, vectors);
-      }
-      a[half] = pack<T>(scale * values.x, scale * values.y);
-      a[2 + half] = pack<T>(scale * values.z, scale * values.w);
-    }
-  }
-
-  // Adds s u V to the rows from low to high, of one modality.
-  template <typename V>
-  __device__ void add_modality(const GroupedGemm& args, const ExpertTile& tile, const U* u,
-                               const V* v, float scale, int low, int high, bool vectors) {
-#pragma unroll 1
-    for (int r = 0; r < args.rank; r += 16) {
-      uint32_t a[kTilesM][4];
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) load_u(args, u, scale, i, r, low, high, vectors, a[i]);
-#pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-        uint32_t b[2];
-        load_v(args, v, tile.column, r, j, vectors, b);
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) multiply<T>(acc[i][j], a[i], b);
-      }
-    }
-  }
-
-  // Adds s u V, in one pass for each modality of the tile. Rows of the base modality must have been
-  // stored before: rows of another modality get 0 * V, which is zero only while V is finite.
-  template <typename V>
-  __device__ void extend(const GroupedGemm& args, const ExpertTile& tile) {
-    const int64_t size = static_cast<int64_t>(args.rank) * args.size_n * (kGated ? 2 : 1);
-    const U* u = static_cast<const U*>(args.u) + tile.first * args.rank;
-    const auto* stack = static_cast<const V*>(args.v);
-    const bool vectors = args.rank % 4 == 0 && is_aligned(args.u) && is_aligned(args.v);
-    for (int m = 0; m < args.num_modalities; ++m) {
-      const int64_t* segment =
-          args.segments + tile.expert * (args.num_modalities + 1) + m + 1;
-      const int64_t low = segment[0] - tile.first, high = segment[1] - tile.first;
-      if (low >= high || low >= tile.count || high <= 0) continue;
-      const int64_t expert = args.experts_of_v == 1 ? 0 : tile.expert;
-      const int64_t index = static_cast<int64_t>(m) * args.experts_of_v + expert;
-      add_modality(args, tile, u, stack + index * size, args.scaling[m],
-                   static_cast<int>(low < 0 ? 0 : low),
-                   static_cast<int>(high < tile.count ? high : tile.count), vectors);
-    }
-  }
 };
-
-// Transposes the 4 x 4 words of the four lanes that share a fragment's row: word j of lane c goes
-// to word c of lane j. Two columns of each of four fragments become eight neighbours.
-__device__ inline void transpose_quad(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const bool second = (threadIdx.x & bit) != 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t& low = words[bit == 1 ? 2 * i : i];
-      uint32_t& high = words[bit == 1 ? 2 * i + 1 : i + 2];
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, second ? low : high, bit);
-      (second ? low : high) = got;
-    }
-  }
-}
-
-template <typename T>
-__device__ inline void store_words(T* to, const uint32_t (&words)[4]) {
-  *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
-}
-
-template <typename T>
-__device__ inline void load_words(const T* from, uint32_t (&words)[4]) {
-  const uint4 loaded = *reinterpret_cast<const uint4*>(from);
-  words[0] = loaded.x;
-  words[1] = loaded.y;
-  words[2] = loaded.z;
-  words[3] = loaded.w;
-}
 
 }  // namespace moe_kernels::cuda

@@ -9,17 +9,17 @@
 
 namespace moe_kernels::cuda {
 
-constexpr int kBlockN = 128;  // columns of a block
+constexpr int kBlockN = 128;  // columns of a block of few rows, or with a long epilogue
 
-// Rows of a tile of the map, 16, 64 or 128. Half a tile of each expert is empty on average.
+// Rows of a tile of the map: 16, or the engine's 128. Half a tile of each expert is empty on
+// average, but a tile reads its expert's matrix once.
 inline int grouped_gemm_block_m(int64_t num_rows, int64_t num_experts) {
-  const int64_t average = num_rows / num_experts;
-  return average >= 256 ? 128 : average >= 32 ? 64 : 16;
+  return num_rows / num_experts >= 32 ? 128 : 16;
 }
 
-// Blocks of columns of launch_act_backward; `dots` has a part for each.
-inline int grouped_gemm_parts(int64_t size_n) {
-  return static_cast<int>((size_n + kBlockN - 1) / kBlockN);
+// Parts of `dots` of launch_act_backward: one for each warp across a block's columns.
+inline int grouped_gemm_parts(int64_t size_n, int64_t block_m) {
+  return static_cast<int>((size_n + kBlockN - 1) / kBlockN) * (block_m == 16 ? 2 : 1);
 }
 
 // Returns whether the launches support these: bfloat16 or float16, sizes that are multiples of 8,

@@ -15,6 +15,7 @@ from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.analysis.statistics import RoutingStatistics
 from moe_kernels.models.parts import find_moe_blocks
 
+
 class _Sums(NamedTuple):
     """Sums of a layer over forwards."""
 
@@ -70,8 +71,8 @@ class RoutingRecorder:
         self._row_modality = RowModality(model, modality_of, modalities)
         self.modalities = self._row_modality.names
         self._blocks = find_moe_blocks(model)
-        # By layer and thread: each thread adds to its own sums, in one assignment. A lock would stay
-        # taken for ever if an interrupt came just before its release.
+        # By layer and thread: each thread adds to its own sums, in one assignment. A lock would
+        # stay taken for ever if an interrupt came just before its release.
         self._sums: dict[tuple[str, int], _Sums] = {}
         self._hooks: ExitStack | None = None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_kernels import _native
+from moe_kernels import _native, env
 from moe_kernels.ops.cuda_tile_maps import tile_maps
 from moe_kernels.ops.dispatch.cuda_impl import dispatch_with_maps
 from moe_kernels.ops.triton_launches import (
@@ -18,18 +18,35 @@ from moe_kernels.ops.triton_launches import (
     Shrink,
     Wgrad,
     capability,
-    parts_fit,
 )
 
-# Compute capabilities whose matrix instructions (wgmma, tcgen05) Triton's GEMMs use and the
-# extension's do not, so Triton's are used on them. On an H100 Triton's are half as fast again
-# (docs/kernels.md, note 5); 10.x has not been measured.
+# Compute capabilities on which the low-rank passes are Triton's: its matrix instructions are wgmma
+# and tcgen05 there, the extension's are not (docs/kernels.md, note 5). 10.x has not been measured.
 TRITON_FROM, TRITON_BELOW = 90, 120
+ENGINE = 90  # compute capability of the engine: wgmma exists on this one alone
 
 
-def uses_triton_gemm(device: torch.device) -> bool:
-    """Return whether the experts' GEMMs and the low-rank passes are Triton's on this device."""
-    return TRITON_FROM <= capability(device) < TRITON_BELOW
+def has_engine(device: torch.device) -> bool:
+    """Return whether the experts' GEMMs are the extension's on this device.
+
+    They have not yet run on a GPU, so the environment must ask for them (``MOE_KERNELS_ENGINE``).
+
+    Raises:
+        RuntimeError: it asks, but the extension was built without them.
+    """
+    if not env.engine() or capability(device) != ENGINE:
+        return False
+    if not _native.has_engine():
+        raise RuntimeError(
+            "MOE_KERNELS_ENGINE=1 asks for the engine of sm_90, which this extension was built "
+            'without: build it again with "9.0a" in TORCH_CUDA_ARCH_LIST, or unset the variable'
+        )
+    return True
+
+
+def uses_triton_passes(device: torch.device) -> bool:
+    """Return whether the low-rank passes are Triton's on this device."""
+    return TRITON_FROM <= capability(device) < TRITON_BELOW and not has_engine(device)
 
 
 def match_routing_weights(rows: Tensor, weights: Tensor) -> Tensor:
@@ -39,7 +56,7 @@ def match_routing_weights(rows: Tensor, weights: Tensor) -> Tensor:
 
 def shrink(args: Shrink) -> Tensor:
     """See :func:`moe_kernels.ops.triton_launches.shrink`."""
-    if uses_triton_gemm(args.left.device):
+    if uses_triton_passes(args.left.device):
         return TRITON_SHARED.shrink(args)
     _native.ops().shrink(
         args.out,
@@ -65,7 +82,7 @@ def wgrad(
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
     """See :func:`moe_kernels.ops.triton_launches.wgrad`; two launches do all."""
     first = problems[0] if problems else None
-    if uses_triton_gemm((dots if first is None else first.right).device):
+    if uses_triton_passes((dots if first is None else first.right).device):
         return TRITON_SHARED.wgrad(problems, dots, dots_dtype)
     matrix = None if first is None else first.matrix
     sums, du, sum_of_dots = _native.ops().wgrad(
@@ -96,14 +113,16 @@ def _weights(args: Wgrad) -> Tensor | None:
 
 def gives_du(rank: int, dy: Tensor, num_rows: int) -> bool:
     """Return whether du comes with dB: not in float32, which has no matrix instructions for it."""
-    if uses_triton_gemm(dy.device):
+    if uses_triton_passes(dy.device):
         return TRITON_SHARED.gives_du(rank, dy, num_rows)
-    columns = _native.cuda_limit("COLUMNS_OF_PART")
-    return (
-        dy.dtype != torch.float32
-        and rank <= _native.cuda_limit("MAX_RANK_WITH_DU")
-        and parts_fit(rank, dy.shape[1], num_rows, columns)
-    )
+    return dy.dtype != torch.float32 and _native.gives_du(rank, dy.shape[1], num_rows)
+
+
+def chunk_rows(num_rows: int, size: int, device: torch.device) -> int:
+    """See :func:`moe_kernels.ops.triton_launches.chunk_rows`."""
+    if uses_triton_passes(device):
+        return TRITON_SHARED.chunk_rows(num_rows, size, device)
+    return _native.chunk_rows(num_rows, size)
 
 
 def add_low_rank(args: LowRank) -> None:
@@ -132,4 +151,5 @@ CUDA_SHARED = TRITON_SHARED._replace(
     wgrad=wgrad,
     add_low_rank=add_low_rank,
     gives_du=gives_du,
+    chunk_rows=chunk_rows,
 )

@@ -427,6 +427,16 @@ def parts_fit(rank: int, width: int, num_rows: int, columns: int) -> bool:
     return 4 * -(-width // columns) * num_rows * rank <= MAX_BYTES_OF_PARTS
 
 
+def chunk_rows(num_rows: int, size: int, device: torch.device) -> int:
+    """Return the rows of a tile for a sum over rows with ``size`` elements: about 32 tiles in all.
+
+    Then one long group does not delay the launch, and a few groups still give many programs. There
+    are fewer tiles where the partial sums, up to two for each, would take more than 256 MiB.
+    """
+    tiles = min(32, max(1, 2**25 // size))
+    return max(512, next_power_of_2(num_rows // tiles))
+
+
 class SharedLaunches(NamedTuple):
     """A backend's launches that several ops share.
 
@@ -435,6 +445,7 @@ class SharedLaunches(NamedTuple):
         tile_maps: see :func:`moe_kernels.ops.triton_tile_maps.tile_maps`.
         shrink, wgrad, add_low_rank: see the functions of this module.
         gives_du: whether ``wgrad`` should return du too, for a rank, dy and the number of rows.
+        chunk_rows: rows of a tile of a sum of ``wgrad``, for all rows, a sum's elements, a device.
     """
 
     dispatch_with_maps: Callable[..., tuple[tuple[Tensor, ...], list[TileMap]]]
@@ -443,6 +454,7 @@ class SharedLaunches(NamedTuple):
     wgrad: Callable[..., tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]]
     add_low_rank: Callable[[LowRank], None]
     gives_du: Callable[[int, Tensor, int], bool]
+    chunk_rows: Callable[[int, int, torch.device], int]
 
 
 TRITON_SHARED = SharedLaunches(
@@ -452,4 +464,5 @@ TRITON_SHARED = SharedLaunches(
     wgrad=wgrad,
     add_low_rank=add_low_rank,
     gives_du=gives_du,
+    chunk_rows=chunk_rows,
 )

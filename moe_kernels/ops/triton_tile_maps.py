@@ -257,13 +257,3 @@ def _in_one_tensor(like: Tensor, columns: Sequence[int]) -> tuple[Tensor, list[T
     """Return new memory like ``like``, and its parts, each (3, columns)."""
     memory = like.new_empty(3 * sum(columns))
     return memory, [part.view(3, -1) for part in memory.split([3 * n for n in columns])]
-
-
-def chunk_rows(num_rows: int, size: int) -> int:
-    """Return the rows of a tile for a sum over rows with ``size`` elements: about 32 tiles in all.
-
-    Then one long group does not delay the launch, and a few groups still give many programs. There
-    are fewer tiles where the partial sums, up to two for each, would take more than 256 MiB.
-    """
-    tiles = min(32, max(1, 2**25 // size))
-    return max(512, next_power_of_2(num_rows // tiles))

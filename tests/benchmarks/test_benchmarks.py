@@ -487,6 +487,23 @@ def test_the_cost_model_has_the_parts_of_the_kernels(bench):
         assert cuda == tuple(map(_native.cuda_limit, names))
 
 
+def test_the_engine_is_predicted_from_its_tiles(bench):
+    # 65,536 rows of 64 experts, H = 2048, I = 1024
+    case = bench.cases.Case.named("olmoe", T=8192, image_share=0.0)
+    found = {tiles.kernel: tiles for tiles in bench.costs.engine(case)}
+    assert [tiles.number for tiles in found.values()] == 4 * [512 * 8]
+    operations = [tiles.number * tiles.flops for tiles in found.values()]
+    costs = (*bench.costs.forward(case), *bench.costs.backward(case, "cuda"))
+    assert operations == [c.flops for c in costs if c.kernel in found]
+    gate_up = found["gate_up"]
+    assert gate_up.milliseconds(700, 128, 0) == pytest.approx(operations[0] / 700e9)
+    # One tile more takes a whole turn, and the edges come once.
+    more = gate_up._replace(number=gate_up.number + 1)
+    turn = gate_up.flops * 128 / 700e9
+    assert more.milliseconds(700, 128, 5) == pytest.approx(operations[0] / 700e9 + turn + 0.005)
+    assert "| 128 x 256 | 4096" in bench.costs.engine_table(case, 700, 132, 10)
+
+
 def test_the_cost_model_says_which_course_a_few_tokens_take(bench):
     case = bench.cases.Case.named("olmoe", T=1, image_share=1.0)
     printed = bench.costs.table(case, 3.0, 800.0, "cuda")
@@ -523,16 +540,17 @@ def test_the_kernels_that_are_compiled_have_all_pairs_of_values(bench):
 
 def test_which_cuda_kernels_must_have_matrix_instructions(bench):
     pytest.importorskip("triton")
-    from check_gpu_code import _MATRIX
+    from check_gpu_code import _MATRIX, _OF_WARPGROUP
     from check_gpu_code import needs_matrix_instructions as needs
 
     code = "HMMA.16816.F32 R4, R8 ; HFMA2.MMA R6, -RZ, RZ, 0, 0 ; HGMMA.64x8x16.F32 R24 ;"
-    assert len(_MATRIX.findall(code)) == 2
+    assert len(_MATRIX.findall(code)) == 2 and len(_OF_WARPGROUP.findall(code)) == 1
     half, mangled = "_kernel<__half, float, 2, true>", "_kernelINS1_5ShapeI13__nv_bfloat16fEE"
     for name in ("grouped_gemm", "wgrad", "shrink", "add_low_rank", "decode_down"):
-        assert needs(name + half) and needs(f"_ZN12moe_kernels12{name}{mangled}")
-        assert not needs(f"{name}_kernel<float, float, 2, true>")
-    assert not needs(f"combine{half}") and not needs(f"_ZN19finish_wgrad{mangled}")
+        assert needs(name + half, 80) and needs(f"_ZN12moe_kernels12{name}{mangled}", 100)
+        assert not needs(f"{name}_kernel<float, float, 2, true>", 90)
+    assert not needs(f"combine{half}", 90) and not needs(f"_ZN19finish_wgrad{mangled}", 90)
+    assert needs(f"engine{half}", 90) and not needs(f"engine{half}", 100)
 
 
 # --- several ranks

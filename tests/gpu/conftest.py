@@ -18,5 +18,5 @@ def library(compiled, request):
     A missing barrier shows in one of the two.
     """
     descending = request.param == "descending"
-    compiled.set_order(descending, descending)
+    compiled.set_order(descending, descending, False)
     return compiled

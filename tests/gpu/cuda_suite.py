@@ -54,10 +54,10 @@ if ON_GPU:  # without a GPU they would repeat the tests of the Triton backend, s
     )
 
 from moe_kernels import _native, backends
-from moe_kernels.ops import LoraWeights, checks, cuda_launches, lora_linear, triton_launches
+from moe_kernels.ops import LoraWeights, checks, lora_linear
 from moe_kernels.ops.lora_linear import triton_impl as lora_linear_impl
 from moe_kernels.ops.moe_mlp import cuda_impl, gpu
-from moe_kernels.ops.moe_mlp.activation import SILU
+from moe_kernels.ops.moe_mlp.activation import SILU, ExpertForm
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights
 from moe_kernels.testing import SHAPES, Shape, assert_close, make_moe_inputs
 
@@ -77,9 +77,11 @@ else:
 def cuda_for_triton(monkeypatch):
     """Run "cuda" where a case names "triton", which works without a GPU too.
 
-    The extension multiplies on every device, whatever the number of rows.
+    The extension multiplies, as on an sm_90 whose user asks for it.
     """
-    monkeypatch.setattr(cuda_launches, "TRITON_FROM", 1000)
+    monkeypatch.setenv("MOE_KERNELS_ENGINE", "1")
+    if not ON_GPU:
+        monkeypatch.setattr(_native, "has_engine", lambda: True)
     implementation = backends.implementation
     monkeypatch.setattr(
         backends,
@@ -89,7 +91,17 @@ def cuda_for_triton(monkeypatch):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def python_course(monkeypatch):
+    """Call a native op for each launch, in place of one for each half."""
+    monkeypatch.setattr(cuda_impl, "in_one_call", lambda *layer: False)
+
+
+if ON_HOST is None:
+    pytestmark = pytest.mark.usefixtures("python_course")  # only the extension has the other one
+
+
+@pytest.fixture
+def calls(monkeypatch, python_course):
     """Record (name, arguments) of every call of a native op."""
     made = []
 
@@ -168,15 +180,15 @@ def test_lora_linear_in_half_precision(monkeypatch, calls, dtype, tokens, rank):
         assert_close(tensor, reference, dtype=dtype)
 
 
-@pytest.mark.parametrize("most", [2**28, 0])
-def test_half_precision_where_the_parts_of_du_are_large(monkeypatch, calls, most):
+def test_du_comes_with_dB_unless_its_parts_are_large(calls):
     """A pass of its own then computes du1; one always computes du2."""
-    monkeypatch.setattr(gpu, "check_dtype", lambda dtype: None)
-    monkeypatch.setattr(triton_launches, "MAX_BYTES_OF_PARTS", most)
-    shape = Shape(T=50, K=3, E=3, H=72, I=40, r=12)
-    check(torch.bfloat16, shape, seed=3, num_modalities=2)
-    names = [name for name, _ in calls]
-    assert (names.count("shrink"), names.count("wgrad")) == (3 if most else 4, 2)
+    gives_du = _native.gives_du
+    assert gives_du(32, 256, 2**21) and not gives_du(32, 257, 2**21) and not gives_du(33, 1, 1)
+    for rank, shrinks in ((12, 3), (40, 4)):
+        calls.clear()
+        layer(replace(VECTORS, r=rank), torch.float16)
+        names = [name for name, _ in calls]
+        assert (names.count("shrink"), names.count("wgrad")) == (shrinks, 2)
 
 
 @NEEDS_CUDA
@@ -199,6 +211,76 @@ def test_a_layer_calls_the_native_ops(calls, variant, wgrads):
 @pytest.mark.parametrize("rank", [3, 20])
 def test_saved_rows_without_an_adapter_are_zeros_in_half_precision(rank, filled_memory):
     check_saved_zeros(cuda_impl, rank, torch.float16)
+
+
+def halves(inputs, *, save=True, needs=None, frozen_extra=0):
+    """Return the output, what is saved if it is, and the gradients that are needed."""
+    loras = [*(inputs.gate_up_lora or (None,) * 3), *(inputs.down_lora or (None,) * 3)]
+    extras = inputs.extra_gate_up_proj, inputs.extra_down_proj
+    weights = ExpertWeights(*inputs[3:5], *extras, *loras, None)
+    x, ids, topk_weights, form = *inputs[:3], ExpertForm(*SILU)
+    out, saved = cuda_impl.forward(x, ids, topk_weights, inputs.modality_ids, weights, form, save)
+    if not save:
+        return [out]
+    if needs is None:
+        needs = [tensor is not None for tensor in (x, topk_weights, *weights.trainable())]
+    grad_out = x.flip(0).contiguous()
+    grads = cuda_impl.backward(grad_out, x, topk_weights, weights, form, saved, needs, frozen_extra)
+    return [out, *saved, *grads]
+
+
+def check_bits(inputs, **options):
+    """Check that one op for each half gives the bits of the course of ``gpu``."""
+    inputs = on_device(inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "check_dtype", lambda dtype: None)
+        in_one_call = halves(inputs, **options)
+        patch.setattr(cuda_impl, "in_one_call", lambda *layer: False)
+        in_turn = halves(inputs, **options)
+    assert [(t.shape, t.dtype) for t in in_one_call] == [(t.shape, t.dtype) for t in in_turn]
+    for index, (a, b) in enumerate(zip(in_one_call, in_turn, strict=True)):
+        assert torch.equal(a, b), index
+
+
+NEEDS_HALVES = pytest.mark.skipif(
+    ON_HOST is None and not ON_GPU, reason="needs the launches of the extension"
+)
+
+
+@NEEDS_HALVES
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_half_in_one_call_gives_the_bits_of_the_course(variant, filled_memory):
+    dtype = (torch.float16, torch.bfloat16)[len(variant) % 2]
+    made = make_moe_inputs(VECTORS, seed=len(variant), **VARIANTS[variant])
+    check_bits(made.to(dtype, lora_dtype=torch.float32))
+    low = made.to(dtype)
+    check_bits(low)
+    check_bits(low._replace(topk_weights=made.topk_weights.float()), save=False)
+
+
+@NEEDS_HALVES
+@pytest.mark.parametrize(("shape", "options"), OTHERS, ids=str)
+def test_a_half_of_other_shapes_in_one_call_gives_the_bits_of_the_course(shape, options):
+    check_bits(make_moe_inputs(shape, seed=7, **options).to(torch.bfloat16))
+
+
+# hidden_states, topk_weights, both weights of added experts, A and B of gate_up, those of down.
+SUBSETS = [
+    "10000000", "01000000", "00100000", "00010000", "00001000", "00000100", "00000010",
+    "00000001", "11000000", "10001000", "10000100", "00001100", "00000110", "01100001",
+    "00001001", "11110000", "11001111", "00000000",
+]  # fmt: skip
+
+
+@NEEDS_HALVES
+@pytest.mark.parametrize("rank", [5, 40])  # du1 in the pass of dB1, or in its own
+def test_any_gradients_of_a_half_in_one_call_are_those_of_the_course(rank):
+    variant = {"num_extra": 3, "num_modalities": 2, "shared_a": True}
+    inputs = make_moe_inputs(replace(VECTORS, T=20, r=rank), **variant).to(torch.float16)
+    for subset in SUBSETS:
+        needs = [flag == "1" for flag in subset]
+        for frozen_extra in (0, 2) if needs[2] or needs[3] else (0,):
+            check_bits(inputs, needs=needs, frozen_extra=frozen_extra)
 
 
 DISPATCH = ["dispatch_with_maps"] * 2  # count, and sort with the maps
@@ -227,17 +309,27 @@ BACKWARD = [
     ],
 )
 def test_the_number_of_launches(variant, forward, backward, monkeypatch):
-    """At most 7 in inference and 16 in training; without adapters 5 and 10."""
+    """At most 7 in inference and 16 in training; without adapters 5 and 10.
+
+    One op for each half launches as many as the ops in turn.
+    """
     inputs = make_moe_inputs(VECTORS, **variant)
     inputs = inputs.to(torch.float16, lora_dtype=torch.float32)
     of_ops = ctypes.CDLL(ON_HOST).launches
     assert (len(FORWARD), len(BACKWARD)) == (COUNTS["forward"], COUNTS["backward"])
-    assert [*launches_of(inputs, monkeypatch, of_ops=of_ops)] == [forward, forward, backward]
+    in_one_call = launches_of(inputs, monkeypatch, of_ops=of_ops)
+    monkeypatch.setattr(cuda_impl, "in_one_call", lambda *layer: False)
+    in_turn = launches_of(inputs, monkeypatch, of_ops=of_ops)
+    assert [*in_turn] == [forward, forward, backward]
+    launched = [name for name in backward if "aten" not in name]
+    of_torch = ["aten::fill_"] * (len(backward) - len(launched))
+    native = ["moe_mlp_backward"] * len(launched) + of_torch
+    assert [*in_one_call] == [["moe_mlp_forward"] * len(forward)] * 2 + [native]
 
 
 @pytest.mark.skipif(ON_HOST is None, reason="counts the launches of kernels on the host")
 def test_the_number_of_launches_where_triton_multiplies(monkeypatch):
-    monkeypatch.setattr(cuda_launches, "TRITON_FROM", 0)
+    monkeypatch.delenv("MOE_KERNELS_ENGINE")
     inputs = make_moe_inputs(replace(LAUNCHED, T=17))  # decoding takes fewer
     inputs = inputs.to(torch.float16, lora_dtype=torch.float32)
     of_ops = ctypes.CDLL(ON_HOST).launches
@@ -249,9 +341,17 @@ def test_the_number_of_launches_where_triton_multiplies(monkeypatch):
     assert [name.removesuffix("_kernel") for name in backward] == TRITON_BACKWARD
 
 
+def test_an_engine_that_was_not_built_is_refused_before_any_launch(monkeypatch, calls):
+    """Built for 9.0, and not for 9.0a, its kernels are empty."""
+    monkeypatch.setattr(_native, "has_engine", lambda: False)
+    with pytest.raises(RuntimeError, match='built without: build it again with "9.0a" in TORCH'):
+        layer(VECTORS, torch.float16)
+    assert not calls
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_where_triton_multiplies(calls, monkeypatch, dtype):
-    monkeypatch.setattr(cuda_launches, "TRITON_FROM", 0)
+    monkeypatch.delenv("MOE_KERNELS_ENGINE")
     check(dtype, replace(VECTORS, r=24), num_modalities=2, num_extra=1)
     assert {name for name, _ in calls} == {"dispatch_with_maps", "tile_maps", "combine"}
 
@@ -466,13 +566,15 @@ def test_it_compiles_into_one_graph_with_the_same_bits():
 
 
 @pytest.mark.usefixtures("decode")
-def test_opcheck(calls):
+def test_opcheck(calls, monkeypatch):
     """Check schema, shapes and refusals on fake tensors, for every call of both layers."""
     layer(VECTORS, torch.float16, num_extra=1)
     layer(replace(VECTORS, r=40), torch.float16)  # a pass of its own computes du
     lora_linear_results(torch.float16, "triton", *lora_linear_inputs(70, 5, torch.float16))
     decoded(make_moe_inputs(DECODED, num_extra=1).to(torch.float16))
     assert {name for name, _ in calls} == ALL | {"add_low_rank", "moe_mlp_inference"}
+    monkeypatch.setattr(cuda_impl, "in_one_call", lambda *layer: ON_HOST is not None or ON_GPU)
+    layer(VECTORS, torch.float16, num_extra=1)
     for name, arguments in calls:
         detached = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
         torch.library.opcheck(

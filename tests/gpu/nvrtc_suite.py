@@ -45,6 +45,18 @@ def test_it_is_available():
     assert _nvrtc.version() == "13.0"
 
 
+def test_the_engine_is_launched_with_its_map_of_the_experts():
+    left, stack = (torch.ones(size, dtype=torch.bfloat16) for size in ((8, 64), (2, 272, 64)))
+    tiles = torch.tensor([[0, 1, 0], [0, 4, 0], [4, 8, 0]])
+    sorted_rows = torch.arange(8), tiles, torch.tensor([0, 4, 8])
+    stub_cuda.call("gate_up", left, stack, None, *sorted_rows, None, None, None, 128, True)
+    (launch,) = DRIVER.take_launches()
+    own = "engine_kernel<moe_kernels::cuda::Engine<__nv_bfloat16, true, true, false>"
+    assert own in launch["symbol"]
+    assert launch["first"] == stack.data_ptr()
+    assert [launch[name] for name in ("x", "threads", "shared")] == [3 * 2, 384, 4 * 49152 + 72]
+
+
 def test_a_launch_has_what_the_kernel_takes(capfd):
     rows = combine(torch.bfloat16)
     said = capfd.readouterr().err

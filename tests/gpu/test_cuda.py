@@ -40,7 +40,8 @@ def test_layers_by_the_kernels_on_the_host(tmp_path):
     """Run layers, launchers and kernels unchanged; only the device is imitated."""
     library = str(host_kernels.build_ops(tmp_path))
     selected = (
-        "half_precision or lora_linear or native_ops or opcheck or made_to_fit or decod or launches"
+        "half_precision or lora_linear or native_ops or opcheck or made_to_fit or decod or "
+        "launches or in_one_call or any_gradients"
     )
     run_pytest(CASES, "-k", selected, TRITON_INTERPRET="1", CUDA_KERNELS_ON_HOST=library)
 
@@ -172,7 +173,8 @@ def test_a_build_with_cuda_has_every_op():
     """A build without CUDA has no CUDA kernel of any op."""
     built = bool(_native.build_info().get("cuda_arch_list"))
     expected = built or _native.compiles_cuda_kernels()
-    names = {name for name, _ in info._CUDA_OPS.values()} | {"dispatch_with_maps"}
+    names = {name for name, _ in info._CUDA_OPS.values()}
+    names |= {"dispatch_with_maps", "moe_mlp_backward"}
     assert names == {*CALLS}
     for name in names:
         assert _native.has_cuda_kernel(name) == expected
@@ -199,6 +201,15 @@ def products(left, stack, extra, u, v):
     )  # fmt: skip
 
 
+def of_layer(*, inference):
+    """Return a layer's weights and form, with the modality ids in inference and in forward."""
+    return (
+        halves(3, 48, 16), halves(3, 16, 24), *([None] if inference else []),
+        halves(1, 48, 16), halves(1, 16, 24), empty(1, 3, 5, 16), empty(1, 3, 48, 5), empty(1),
+        halves(1, 1, 4, 24), halves(1, 3, 16, 4), empty(1), None, None, None, *SILU,
+    )  # fmt: skip
+
+
 # Ten tokens that choose two of four experts each; one expert and one modality are added.
 CALLS = {
     "gate_up": (
@@ -211,12 +222,21 @@ CALLS = {
     ),
     "act_backward": (
         (*products(halves(10, 16), halves(4, 16, 136), None, empty(20, 5), empty(1, 4, 5, 136)),
-         empty(10, 2), halves(20, 272), False, False), [(20, 272), (0, 136), (2, 10, 2)]
+         empty(10, 2), halves(20, 272), False, False), [(20, 272), (0, 136), (4, 10, 2)]
     ),
     "moe_mlp_inference": (
-        (halves(10, 16), integers(10, 2), empty(10, 2), halves(3, 48, 16), halves(3, 16, 24), None,
-         halves(1, 48, 16), halves(1, 16, 24), empty(1, 3, 5, 16), empty(1, 3, 48, 5), empty(1),
-         halves(1, 1, 4, 24), halves(1, 3, 16, 4), empty(1), None, None, None, *SILU), [(10, 16)]
+        (halves(10, 16), integers(10, 2), empty(10, 2), *of_layer(inference=True)), [(10, 16)]
+    ),
+    "moe_mlp_forward": (
+        (halves(10, 16), integers(10, 2), empty(10, 2), *of_layer(inference=True), True),
+        [(10, 16), (20, 48), (20, 5), (20, 4), (20,), (20,), (9,)],
+    ),
+    "moe_mlp_backward": (
+        (halves(10, 16), halves(10, 16), empty(10, 2), integers(20), integers(20), integers(9),
+         *of_layer(inference=False), halves(20, 48), halves(20, 5), halves(20, 4), 1, [True] * 8,
+         0),
+        [(10, 16), (10, 2), (1, 48, 16), (1, 16, 24), (1, 3, 5, 16), (1, 3, 48, 5), (1, 1, 4, 24),
+         (1, 3, 16, 4)],
     ),
     "dispatch": ((integers(10, 2), 4, None, 1), [(20,), (20,), (4,), (5,), (9,)]),
     "dispatch_with_maps": (
@@ -322,11 +342,11 @@ REFUSALS = [
     ("gate_up", 6, empty(20, 5), "u must be Half"),
     ("gate_up", 7, empty(2, 3, 48, 5), "v must have shape"),
     ("gate_up", 7, empty(1, 2, 48, 5), "v must be of 3 experts, or of 1 that all share, is of 2"),
-    ("gate_up", 9, 32, "block_m must be 16, 64 or 128, is 32"),
+    ("gate_up", 9, 32, "block_m must be 16 or 128, is 32"),
     ("moe_mlp_inference", 0, empty(10, 16), "hidden_states must be bfloat16 or float16"),
     ("moe_mlp_inference", 0, halves(16, 10).T, "hidden_states must be contiguous"),
     ("moe_mlp_inference", 1, integers(9, 2), "topk_ids must have shape"),
-    ("moe_mlp_inference", 2, empty(10, 3), "topk_weights must have shape"),
+    ("moe_mlp_inference", 2, empty(9, 2), "topk_weights must have shape"),
     ("moe_mlp_inference", 3, halves(3, 47, 16), "gate_up_proj must be .experts, 2 . inter"),
     ("moe_mlp_inference", 3, halves(3, 32, 16), "down_proj must have shape"),
     ("moe_mlp_inference", 4, empty(3, 16, 24), "down_proj must be Half"),
@@ -341,6 +361,21 @@ REFUSALS = [
     ("moe_mlp_inference", 9, empty(1, 3, 48, 4), "gate_up_lora_B must have shape"),
     ("moe_mlp_inference", 14, halves(4, 48), "without a bias"),
     ("moe_mlp_inference", 17, "gelu", "computes SwiGLU of rows"),
+    ("moe_mlp_forward", 0, empty(10, 16), "hidden_states must be bfloat16 or float16"),
+    ("moe_mlp_forward", 1, integers(9, 2), "topk_ids must have shape"),
+    ("moe_mlp_forward", 3, halves(3, 40, 16), "extra_gate_up_proj must have shape"),
+    ("moe_mlp_forward", 4, halves(3, 24, 16).mT, "down_proj must be contiguous"),
+    ("moe_mlp_forward", 8, empty(2, 3, 5, 16), "gate_up_lora_B must have shape"),
+    ("moe_mlp_forward", 11, halves(2, 1, 4, 24), "down_lora_B must have shape"),
+    ("moe_mlp_forward", 14, halves(4, 48), "without a bias"),
+    ("moe_mlp_backward", 0, halves(9, 16), "grad_out must have shape"),
+    ("moe_mlp_backward", 4, integers(19), "inv_perm must have shape"),
+    ("moe_mlp_backward", 5, integers(8), "segment_offsets must have shape"),
+    ("moe_mlp_backward", 19, "gelu", "compute SwiGLU of rows"),
+    ("moe_mlp_backward", 25, halves(0, 48), "pre_act must have shape"),
+    ("moe_mlp_backward", 28, 2, "num_modalities must be that of the adapters, 1, is 2"),
+    ("moe_mlp_backward", 29, [True] * 7, "an entry for each of 8 tensors"),
+    ("moe_mlp_backward", 30, 2, "frozen_extra must be in 0..1, is 2"),
     ("grouped_gemm", 6, halves(20, 5), "u must be Float"),
     ("grouped_gemm", 0, halves(10, 48), "left must have shape"),
     ("grouped_gemm", 10, True, "stack must have shape"),

@@ -35,33 +35,27 @@ class Problem:
     gate_up_lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     down_lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-    def dispatch(self):
-        num_experts = self.experts[0].shape[0]
-        return _native.ops().dispatch(self.topk_ids, num_experts, self.modality_ids, 1)
-
-    def arguments(self):
-        """Return the arguments that forward and backward share."""
-        perm, _, _, _, segment_offsets = self.dispatch()
-        routed = (self.hidden_states, self.topk_weights, perm, segment_offsets)
-        loras = (*self.gate_up_lora, *self.down_lora)
-        return [*routed, *self.experts, None, None, *loras, *[None] * 3, *SILU]
-
-    def forward(self, save=True, num_modalities=1, arguments=None):
-        arguments = self.arguments() if arguments is None else arguments
-        return _native.ops().moe_mlp_forward(*arguments, num_modalities, save)
-
-    def inference(self, extra=(None, None)):
+    def arguments(self, extra=(None, None)):
+        """Return the arguments that forward and inference share."""
         routed = (self.hidden_states, self.topk_ids, self.topk_weights)
         loras = (*self.gate_up_lora, *self.down_lora)
-        return _native.ops().moe_mlp_inference(
-            *routed, *self.experts, self.modality_ids, *extra, *loras, *[None] * 3, *SILU
-        )
+        return [*routed, *self.experts, self.modality_ids, *extra, *loras, *[None] * 3, *SILU]
 
-    def backward(self, grad_out, needs=ALL_NEEDS, frozen_extra=0):
-        saved = self.forward()[1:]
+    def forward(self, save=True, arguments=None):
+        arguments = self.arguments() if arguments is None else arguments
+        return _native.ops().moe_mlp_forward(*arguments, save)
+
+    def inference(self, extra=(None, None)):
+        return _native.ops().moe_mlp_inference(*self.arguments(extra))
+
+    def backward(self, grad_out, needs=ALL_NEEDS, frozen_extra=0, num_modalities=1, **dispatch):
+        """Return gradients; ``dispatch`` replaces perm, inv_perm or segment_offsets."""
+        _, *saved, perm, inv_perm, segment_offsets = self.forward()
+        of_rows = {"perm": perm, "inv_perm": inv_perm, "segment_offsets": segment_offsets}
         return _native.ops().moe_mlp_backward(
-            grad_out, *self.arguments(), *saved, 1, needs, frozen_extra
-        )
+            grad_out, self.hidden_states, self.topk_weights, *(of_rows | dispatch).values(),
+            *self.experts, *self.arguments()[6:], *saved, num_modalities, needs, frozen_extra,
+        )  # fmt: skip
 
     def with_adapters(self, value):
         def fill(lora):
@@ -162,7 +156,7 @@ def test_long_sums_over_k_are_accurate():
         torch.float32, tokens=8, hidden=8192, inter=16, experts=1, top_k=1, rank=4
     )
     problem.modality_ids.fill_(1)
-    _, pre_act, u1, _ = problem.forward()
+    _, pre_act, u1, *_ = problem.forward()
     x, gate_up = problem.hidden_states.double(), problem.experts[0][0].double()
     lora_A, lora_B = (weight[0, 0].double() for weight in problem.gate_up_lora[:2])
     u = x @ lora_A.T
@@ -254,12 +248,12 @@ def test_everything_that_counts_is_written(poison, dtype):
 def test_saved_tensors_have_fixed_shapes():
     problem = make_problem(torch.float32)
     slots = problem.topk_ids.numel()
-    shapes = [(slots, 256), (slots, 16), (slots, 16)]
+    shapes = [(slots, 256), (slots, 16), (slots, 16), (slots,), (slots,), (9,)]
     assert [saved.shape for saved in problem.forward()[1:]] == shapes
     out, *saved = problem.forward(save=False)
     assert torch.equal(out, problem.forward()[0])
     assert torch.equal(out, problem.inference())
-    assert [tensor.shape[0] for tensor in saved] == [0, 0, 0]
+    assert [tensor.shape[0] for tensor in saved] == [0] * 6
 
 
 def test_only_the_gradients_asked_for():
@@ -302,7 +296,7 @@ def test_dispatch_is_a_stable_sort(modalities):
 
 REFUSED = {
     "dtype": (dict(topk_weights=torch.ones(8, 2, dtype=torch.int32)), "topk_weights must be float"),
-    "slots": (dict(topk_weights=torch.ones(8, 3)), r"perm must have shape \[24\]"),
+    "slots": (dict(topk_weights=torch.ones(8, 3)), r"topk_weights must have shape \[8, 2\]"),
     "hidden": (
         dict(hidden_states=torch.ones(8, 33)),
         r"gate_up_proj must have shape \[4, 32, 33\]",
@@ -343,7 +337,7 @@ REFUSED_PACKED = {
 def test_refuses_packed(tiny, case):
     stack, scales, message = REFUSED_PACKED[case]
     arguments = tiny.arguments()
-    arguments[4] = stack
+    arguments[3] = stack
     arguments[-len(SILU) - 2] = scales
     with pytest.raises(RuntimeError, match=message):
         tiny.forward(arguments=arguments)
@@ -373,20 +367,18 @@ def test_inference_refuses_weights_of_another_rank(tiny):
 
 def test_refuses_rows_out_of_order(tiny):
     """The combine step finds a token's rows by their order within a segment, so it must ascend."""
-    _, _, perm, segment_offsets, *_ = arguments = tiny.arguments()
+    *_, perm, _, segment_offsets = tiny.forward()
     first = int((segment_offsets.diff() > 1).nonzero()[0])
     start = int(segment_offsets[first])
     perm[[start, start + 1]] = perm[[start + 1, start]]
     with pytest.raises(RuntimeError, match="perm must ascend within each segment"):
-        tiny.forward(save=False, arguments=arguments)
+        tiny.backward(torch.ones(8, 32), perm=perm)
 
 
 @pytest.mark.parametrize("num_modalities", [-1, 2**62 - 1, 2**63 - 1])
 def test_refuses_a_number_of_modalities_that_overflows(tiny, num_modalities):
-    arguments = [*tiny.arguments()[:3], torch.zeros(1, dtype=torch.long), *tiny.experts]
-    arguments += [*[None] * 11, *SILU]
     with pytest.raises(RuntimeError, match="num_modalities must be between 0"):
-        tiny.forward(save=False, num_modalities=num_modalities, arguments=arguments)
+        tiny.backward(torch.ones(8, 32), num_modalities=num_modalities)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +403,6 @@ def test_refuses_a_bias_of_another_shape_and_extras_of_another_layout(tiny):
     transposed = replace(tiny, experts=tuple(t.mT.contiguous().mT for t in tiny.experts))
     arguments = transposed.arguments()
     arguments[6:8] = [torch.ones(1, *t.shape[1:]) for t in tiny.experts]
-    arguments[3] = torch.cat([arguments[3], arguments[3][-1:], arguments[3][-1:]])
     with pytest.raises(RuntimeError, match="extra_gate_up_proj must be a transposed view"):
         transposed.forward(arguments=arguments)
     mixed = replace(tiny, experts=(tiny.experts[0][:, ::2], tiny.experts[1][..., :8]))
@@ -420,10 +411,10 @@ def test_refuses_a_bias_of_another_shape_and_extras_of_another_layout(tiny):
 
 
 def test_refuses_a_slot_twice(tiny):
-    arguments = tiny.arguments()
-    arguments[2][0] = arguments[2][-1]
+    *_, perm, _, _ = tiny.forward()
+    perm[0] = perm[-1]
     with pytest.raises(RuntimeError, match="perm must be a permutation"):
-        tiny.forward(save=False, arguments=arguments)
+        tiny.backward(torch.ones(8, 32), perm=perm)
 
 
 def test_lora_linear_refuses_a_weight_without_columns():

@@ -121,14 +121,25 @@ def missing() -> str | None:
     return None
 
 
-def compiled(folder: Path, *sources: Path, more: tuple[str, ...] = ()) -> list[str]:
-    """Compile sources to object files, with extra flags; warnings are errors."""
-    flags = [
-        "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",
-        "-fno-strict-aliasing",
-        "-fPIC", "-isystem", str(cuda_include()), f"-I{HOST}", *more,
+def compiler_flags() -> list[str]:
+    """Return the flags for kernels on the host; warnings are errors."""
+    return [
+        "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi",
+        "-U_FORTIFY_SOURCE", "-fno-strict-aliasing",
+        "-fPIC", "-isystem", str(cuda_include()), f"-I{HOST}",
     ]  # fmt: skip
-    objects = []
+
+
+def executable(path: Path, source: Path, kernels: Path) -> Path:
+    """Compile a program from one file and the headers of the kernels in a folder."""
+    flags = [*compiler_flags(), "-std=c++20", f"-I{kernels}"]
+    subprocess.run([*COMPILER, *flags, str(source), "-o", str(path)], check=True)
+    return path
+
+
+def compiled(folder: Path, *sources: Path, more: tuple[str, ...] = ()) -> list[str]:
+    """Compile sources to object files, with extra flags."""
+    flags, objects = [*compiler_flags(), *more], []
     for source in sources:
         objects.append(str(folder / f"{source.stem}.o"))
         command = [*COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]]
@@ -168,7 +179,8 @@ def build_ops(folder: Path) -> Path:
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
     headers = [f"-isystem{path}" for path in include_paths()]
-    sources = HOST / "cuda_launchers_host.cpp", KERNELS.parent / "outputs.cpp"
+    plain = (KERNELS.parent / name for name in ("outputs.cpp", "layer.cpp", "course.cpp"))
+    sources = HOST / "cuda_launchers_host.cpp", *plain
     objects = compiled(
         folder, *sources, more=("-std=c++20", f"-I{HOST / 'cuda_on_host'}", *headers)
     )

@@ -2,6 +2,8 @@
 // few functions are declared here, since no header of CUDA may be there.
 #include "by_name.h"
 
+#include "../sm90.h"
+
 #include <c10/util/Exception.h>
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -17,6 +19,7 @@ namespace {
 constexpr const char* kDriver = "libcuda.so.1";
 // Values of the driver's enumerations, which never change.
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;     // of a device
+constexpr int kMultiprocessorCount = 16;                        // of a device
 constexpr int kPtxVersion = 5, kMaxDynamicSharedSize = 8;       // of a function
 constexpr int kProgrammaticSerialization = 6;                   // of a launch
 
@@ -52,6 +55,8 @@ struct Driver {
   int (*cuFuncGetAttribute)(int*, int, Handle);
   int (*cuFuncSetAttribute)(Handle, int, int);
   int (*cuLaunchKernelEx)(const Config*, Handle, void**, void**);
+  int (*cuTensorMapEncodeTiled)(void*, int, unsigned, void*, const uint64_t*, const uint64_t*,
+                                const unsigned*, const unsigned*, int, int, int, int);
 
   Driver() {
     void* library = dlopen(kDriver, RTLD_NOW | RTLD_LOCAL);
@@ -76,6 +81,7 @@ struct Driver {
     find(cuFuncGetAttribute, "cuFuncGetAttribute");
     find(cuFuncSetAttribute, "cuFuncSetAttribute");
     find(cuLaunchKernelEx, "cuLaunchKernelEx");
+    find(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled");
   }
 };
 
@@ -236,5 +242,29 @@ void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_byt
   CALL_DRIVER("launch", kernel.name, cuLaunchKernelEx, &config, loaded.function, arguments,
               nullptr);
 }
+
+namespace sm90 {
+
+cudaError_t encode_tiled(TensorMap* map, const Encoding& with) {
+  CALL_DRIVER("describe", "experts to the copy engine", cuTensorMapEncodeTiled, map, with.element,
+              3, with.matrix, with.sizes, with.strides, with.box, with.steps, 0, kSwizzle128Bytes,
+              kPromoteTo256Bytes, 0);
+  return cudaSuccess;
+}
+
+cudaError_t count_multiprocessors(int& number) {
+  int device = 0, major = 0, minor = 0;
+  CALL_DRIVER("give", "the device of the engine", cuCtxGetDevice, &device);
+  const auto ask = [&](int& value, int attribute) {
+    CALL_DRIVER("describe", "the device of the engine", cuDeviceGetAttribute, &value, attribute,
+                device);
+  };
+  ask(number, kMultiprocessorCount);
+  ask(major, kCapabilityMajor);
+  ask(minor, kCapabilityMinor);
+  return major == 9 && minor == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace sm90
 
 }  // namespace moe_kernels::cuda

@@ -136,6 +136,8 @@ void load_matrices(uint32_t (&out)[4], const void* row);
 void load_matrices_transposed(uint32_t (&out)[4], const void* row);
 uint4 load_once(const void* global);
 void prefetch(const void* global);
+int same_in_warp(int value);
+void forget(int& value);
 void start_next_kernel();
 void wait_for_previous_kernel();
 template <typename T>

@@ -77,7 +77,7 @@ def backward(
 ) -> list[Tensor]:
     """Add s (dy B) A to ``grad_hidden`` in place; return those of dA and dB that are needed."""
     lora_A, lora_B, scaling = lora.for_kernels()
-    chunk = maps.chunk_rows(perm.numel(), max(lora_A.numel(), lora_B.numel()))
+    chunk = launches.chunk_rows(perm.numel(), max(lora_A.numel(), lora_B.numel()), perm.device)
     tiles, chunks = launches.tile_maps(
         segment_offsets, perm.numel(), _adapter_maps(segment_offsets.numel() - 2, BLOCK_M, chunk)
     )

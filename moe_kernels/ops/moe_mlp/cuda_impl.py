@@ -1,21 +1,22 @@
 """``moe_mlp`` by the extension's CUDA kernels where they support it, by Triton's otherwise."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from moe_kernels import _native, env
 from moe_kernels.ops import checks
-from moe_kernels.ops.cuda_launches import CUDA_SHARED, match_routing_weights, uses_triton_gemm
+from moe_kernels.ops.cuda_launches import (
+    CUDA_SHARED,
+    has_engine,
+    match_routing_weights,
+    uses_triton_passes,
+)
 from moe_kernels.ops.moe_mlp import gpu, native_impl
 from moe_kernels.ops.moe_mlp.activation import SILU, ExpertForm
 from moe_kernels.ops.moe_mlp.gpu import Layer
 from moe_kernels.ops.moe_mlp.tiles import Tiles
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved, nothing_saved
-
-_ADAPTER_BLOCK = 32  # rows that a block of `shrink` takes at once
 
 
 def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
@@ -26,11 +27,20 @@ def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
     """
     hidden, inter = weights.sizes
     return (
-        not uses_triton_gemm(weights.gate_up_proj.device)
+        has_engine(weights.gate_up_proj.device)
         and _has_usual_layout(weights, form)
         and hidden % 8 == inter % 8 == 0
         and 4 * hidden * inter < 2**31
     )
+
+
+def in_one_call(weights: ExpertWeights, form: ExpertForm) -> bool:
+    """Return whether one native op makes every launch of a forward, and one of a backward.
+
+    They give the bits of the course in ``gpu``, and cost the host less.
+    """
+    segments = weights.num_experts * (weights.num_modalities + 1)
+    return supports(weights, form) and segments < _native.max_dispatch_keys()
 
 
 def decodes(
@@ -106,12 +116,12 @@ def _aligned(tensor: Tensor) -> Tensor:
 def tile_rows(tiles: Tiles, rows: int, weights: ExpertWeights, form: ExpertForm) -> tuple[int, int]:
     """Return the rows of a tile of one expert, as the GEMMs take them, and of one adapter."""
     expert_rows, adapter_rows = TRITON_LAYER.tile_rows(tiles, rows, weights, form)
-    if uses_triton_gemm(weights.gate_up_proj.device):
+    if uses_triton_passes(weights.gate_up_proj.device):
         return expert_rows, adapter_rows
     if supports(weights, form):
         # Added experts are left out, as in Triton's choice of tiles.
         expert_rows = _native.grouped_gemm_block(rows, weights.gate_up_proj.shape[0])
-    return expert_rows, _ADAPTER_BLOCK
+    return expert_rows, _native.cuda_limit("ADAPTER_BLOCK")
 
 
 def _gemm_arguments(
@@ -195,7 +205,6 @@ CUDA_LAYER = TRITON_LAYER._replace(
     act_backward=act_backward,
     combine=combine,
 )
-backward = partial(gpu.backward, CUDA_LAYER)
 
 
 def forward(
@@ -209,10 +218,30 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """Return out (T, H), and what the backward pass needs."""
     routed = hidden_states, topk_ids, topk_weights
-    if save_for_backward or not decodes(*routed, modality_ids, weights, form):
-        return gpu.forward(CUDA_LAYER, *routed, modality_ids, weights, form, save_for_backward)
-    out = native_impl.inference(*routed, *weights[:2], modality_ids, *weights[2:], form=form)
-    return out, nothing_saved(hidden_states, topk_ids, weights)
+    if not save_for_backward and decodes(*routed, modality_ids, weights, form):
+        out = native_impl.inference(*routed, *weights[:2], modality_ids, *weights[2:], form=form)
+        return out, nothing_saved(hidden_states, topk_ids, weights)
+    rest = modality_ids, weights, form, save_for_backward
+    if in_one_call(weights, form):
+        return native_impl.forward_of(*routed, *rest)
+    return gpu.forward(CUDA_LAYER, *routed, *rest)
+
+
+def backward(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    form: ExpertForm,
+    saved: Saved,
+    needs: list[bool],
+    frozen_extra: int = 0,
+) -> list[Tensor]:
+    """Return the gradients that ``needs`` asks for, in its order; of parameters in float32."""
+    arguments = grad_out, hidden_states, topk_weights, weights, form, saved, needs, frozen_extra
+    if in_one_call(weights, form):
+        return native_impl.backward_of(*arguments)
+    return gpu.backward(CUDA_LAYER, *arguments)
 
 
 def inference(

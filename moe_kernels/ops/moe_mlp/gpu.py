@@ -232,7 +232,8 @@ def _backward_maps(
     rows, segment_offsets = saved.perm.numel(), saved.segment_offsets
     requested = _forward_maps(launches, tiles, rows, weights, form)
     pairs, _ = requested[1]
-    requested.append((pairs, maps.chunk_rows(rows, _largest_sum(weights))))
+    chunk = launches.shared.chunk_rows(rows, _largest_sum(weights), segment_offsets.device)
+    requested.append((pairs, chunk))
     num_base, segments = weights.gate_up_proj.shape[0], weights.num_modalities + 1
     groups = maps.by_added_expert(num_base, weights.num_extra, weights.num_modalities)
     added = (groups, max(1, rows))  # no chunks: programs enough, and partial sums would be large

@@ -38,22 +38,34 @@ def forward(
     form: ExpertForm,
     save_for_backward: bool,
 ) -> tuple[Tensor, Saved]:
-    """Return out (T, H), and what the backward pass needs."""
-    num_modalities = weights.num_modalities
-    perm, inv_perm, _, _, segment_offsets = _native.ops().dispatch(
-        topk_ids, weights.num_experts, modality_ids, num_modalities
+    """Return out (T, H), and what the backward pass needs, without rows unless it saves."""
+    weights = weights.in_compute_dtype(hidden_states.dtype, adapters=False)
+    return forward_of(
+        hidden_states, topk_ids, topk_weights, modality_ids, weights, form, save_for_backward
     )
-    out, pre_act, u1, u2 = _native.ops().moe_mlp_forward(
+
+
+def forward_of(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    modality_ids: Tensor | None,
+    weights: ExpertWeights,
+    form: ExpertForm,
+    save_for_backward: bool,
+) -> tuple[Tensor, Saved]:
+    """Do what :func:`forward` does, for weights that the op takes as they are."""
+    out, *saved = _native.ops().moe_mlp_forward(
         hidden_states,
+        topk_ids,
         topk_weights,
-        perm,
-        segment_offsets,
-        *weights.in_compute_dtype(hidden_states.dtype, adapters=False),
+        *weights[:2],
+        modality_ids,
+        *weights[2:],
         *form,
-        num_modalities,
         save_for_backward,
     )
-    return out, Saved(pre_act, u1, u2, perm, inv_perm, segment_offsets)
+    return out, Saved(*saved)
 
 
 def backward(
@@ -67,13 +79,31 @@ def backward(
     frozen_extra: int = 0,
 ) -> list[Tensor]:
     """Return the gradients that ``needs`` asks for, in its order."""
+    weights = weights.in_compute_dtype(hidden_states.dtype, adapters=False)
+    return backward_of(
+        grad_out, hidden_states, topk_weights, weights, form, saved, needs, frozen_extra
+    )
+
+
+def backward_of(
+    grad_out: Tensor,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    weights: ExpertWeights,
+    form: ExpertForm,
+    saved: Saved,
+    needs: list[bool],
+    frozen_extra: int,
+) -> list[Tensor]:
+    """Do what :func:`backward` does, for weights that the op takes as they are."""
     return _native.ops().moe_mlp_backward(
         grad_out,
         hidden_states,
         topk_weights,
         saved.perm,
+        saved.inv_perm,
         saved.segment_offsets,
-        *weights.in_compute_dtype(hidden_states.dtype, adapters=False),
+        *weights,
         *form,
         saved.pre_act,
         saved.u1,

@@ -13,8 +13,8 @@
 
 using namespace moe_kernels::cuda;
 
-extern "C" void set_order(bool descending, bool early_copies) {
-  host::order = {descending, early_copies, false};
+extern "C" void set_order(bool descending, bool early_copies, bool last_first) {
+  host::order = {descending, early_copies, false, last_first};
 }
 
 extern "C" void set_late_launches(bool on) { host::order.late_launches = on; }
@@ -89,7 +89,7 @@ extern "C" int act_backward(const GroupedGemm* given, const ActBackward* act, in
   return launch_act_backward(*given, *act, Scalar(dtype), Scalar(v), block_m, nullptr);
 }
 extern "C" int block_m(int64_t rows, int experts) { return grouped_gemm_block_m(rows, experts); }
-extern "C" int parts(int size_n) { return grouped_gemm_parts(size_n); }
+extern "C" int parts(int size_n, int block_m) { return grouped_gemm_parts(size_n, block_m); }
 extern "C" bool supports(int dtype, int64_t size_k, int64_t size_n) {
   return grouped_gemm_supports(Scalar(dtype), size_k, size_n);
 }

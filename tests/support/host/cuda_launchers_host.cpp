@@ -7,6 +7,7 @@
 #include "cuda_on_host.h"
 
 extern "C" int launches() { return host::launches; }
+extern "C" void set_idle(bool idle) { host::idle = idle; }
 
 TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("dispatch", &moe_kernels::cuda::dispatch);
@@ -20,4 +21,6 @@ TORCH_LIBRARY_IMPL(moe_kernels_native, CPU, m) {
   m.impl("grouped_gemm", &moe_kernels::cuda::grouped_gemm);
   m.impl("act_backward", &moe_kernels::cuda::act_backward);
   m.impl("moe_mlp_inference", &moe_kernels::cuda::moe_mlp_inference);
+  m.impl("moe_mlp_forward", &moe_kernels::course::moe_mlp_forward);
+  m.impl("moe_mlp_backward", &moe_kernels::course::moe_mlp_backward);
 }

@@ -96,7 +96,7 @@ int cuDevicePrimaryCtxRetain(void** given, int device) {
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? 9 : 0;  // compute capability 9.0
+  *value = attribute == 75 ? 9 : attribute == 16 ? 132 : 0;  // an H100
   return 0;
 }
 int cuStreamIsCapturing(void*, int* status) {
@@ -120,6 +120,15 @@ int cuFuncGetAttribute(int* value, int attribute, void*) {
 int cuFuncSetAttribute(void*, int, int bytes) {
   ++shared_asked;
   shared_bytes = bytes;
+  return 0;
+}
+int cuTensorMapEncodeTiled(void* map, int element, unsigned rank, void* matrix, const uint64_t* sizes,
+                           const uint64_t* strides, const unsigned* box, const unsigned*, int,
+                           int swizzle, int, int) {
+  const uint64_t given[] = {reinterpret_cast<uint64_t>(matrix), static_cast<uint64_t>(element), rank,
+                            sizes[0], sizes[1], sizes[2], strides[0], strides[1], box[0], box[1],
+                            box[2], static_cast<uint64_t>(swizzle)};
+  std::memcpy(map, given, sizeof(given));
   return 0;
 }
 int cuLaunchKernelEx(const Config* config, void* loaded_function, void** arguments, void**) {

@@ -1,0 +1,82 @@
+"""The engine of an sm_90 on the host: asynchronous work in every order, and faults that it finds.
+
+The host cannot see a missing ``fence_for_products`` or ``fence_barriers``, nor conflicts of banks.
+"""
+
+import shutil
+import subprocess
+
+import pytest
+from support import host_kernels
+
+pytestmark = pytest.mark.skipif(
+    host_kernels.missing() is not None, reason=str(host_kernels.missing())
+)
+LAST = "    sm90::wait_products<0>();\n    free_stage(step - 1);"
+# What was taken from engine_mainloop.h, and what stands there instead.
+FAULTS = {
+    "no wait for a load": [
+        ("sm90::wait_barrier(&shared().full[at], step / kStages & 1);", "")],
+    "no wait for a free stage": [
+        ("sm90::wait_barrier(&shared().empty[at], (step / kStages & 1) ^ 1);", "")],
+    "a stage is freed while it is read": [
+        ("if (k > 0) free_stage(step - 1);", ""),
+        ("sm90::wait_products<1>();", "free_stage(step);\n      sm90::wait_products<1>();"),
+        (LAST, "sm90::wait_products<0>();"),
+    ],
+    "the last stage is not freed": [
+        (LAST, "sm90::wait_products<0>();")],
+    "sums are read too early": [
+        (LAST, "free_stage(step - 1);")],
+    "a wrong phase of empty": [
+        ("empty[at], (step / kStages & 1) ^ 1", "empty[at], step / kStages & 1")],
+    "a wrong phase of full": [
+        ("&shared().full[at], step / kStages & 1", "&shared().full[at], (step / kStages & 1) ^ 1")],
+    "rows of left are not swizzled": [("(chunk ^ (local & 7)) * 8", "chunk * 8")],
+    "a wrong distance of boxes": [("kBoxRows * 128)", "kBoxRows * 64)")],
+    "a wrong step of k": [("part * 16 * (kTransposed ? 1 : 64)", "part * 16")],
+    "copies do not count": [
+        ("sm90::init_barrier(&shared().full[stage], 1 + kGroup);",
+         "sm90::init_barrier(&shared().full[stage], 1);"),
+        ("sm90::arrive_when_copied(&shared().full[at]);", "")],
+    "too few bytes are awaited": [("sizeof(stage.right));", "sizeof(stage.right) / 2);")],
+    "both warpgroups take the same tiles": [
+        ("return !kInTurn || turn % 2 == same_in_warp(consumer() / kGroup);",
+         "return !kInTurn || same_in_warp(turn) % 2 == 0;")],
+    "steps of the other warpgroup are not counted": [
+        ("step += (args.size_k + kBlockK - 1) / kBlockK;", "")],
+    "warpgroups do not wait for their turn": [
+        ("if (kInTurn) sm90::wait_barrier(&shared().turn, (turn & 1) ^ 1);", "")],
+    "the next turn does not begin": [
+        ("if (kInTurn && lane() == 0) sm90::arrive(&shared().turn);", "")],
+    "as many free a stage as multiply two": [
+        ("sm90::init_barrier(&shared().empty[stage], kTogether / 32);",
+         "sm90::init_barrier(&shared().empty[stage], 8);")],
+    "up beside the expert's": [("i * (kGated ? args.size_n : kBoxRows)", "i * kBoxRows")],
+    "an added expert's matrix from the base": [
+        ("of_base ? &maps.base : &maps.extra", "&maps.base")],
+}  # fmt: skip
+
+
+def run(folder, changes=()):
+    """Compile the check with these changes of the engine, and return its exit status."""
+    sources = shutil.copytree(host_kernels.KERNELS, folder / "cuda")
+    engine = sources / "engine_mainloop.h"
+    text = engine.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    engine.write_text(text)
+    source = host_kernels.HOST / "engine_host.cpp"
+    check = host_kernels.executable(folder / "check", source, sources)
+    return subprocess.run([check], capture_output=True).returncode
+
+
+def test_every_order_of_asynchronous_work(tmp_path):
+    assert run(tmp_path) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, tmp_path):
+    assert run(tmp_path, FAULTS[fault]) != 0
