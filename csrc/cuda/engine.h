@@ -90,7 +90,7 @@ cudaError_t launch_engine(const GroupedGemm& gemm, const Epilogue& epilogue, boo
   int blocks = 0;
   cudaError_t error = sm90::count_multiprocessors(blocks);
   if (error == cudaSuccess) error = make_map<Loop>(gemm.stack, gemm.num_base, gemm, maps.base);
-  if (error == cudaSuccess && gemm.extra != nullptr) {
+  if (error == cudaSuccess && gemm.num_experts > gemm.num_base) {
     error = make_map<Loop>(gemm.extra, gemm.num_experts - gemm.num_base, gemm, maps.extra);
   }
   if (error != cudaSuccess) return error;

@@ -163,7 +163,9 @@ struct Engine {
   static __device__ void begin_turn(int turn) {
     if (kInTurn) sm90::wait_barrier(&shared().turn, (turn & 1) ^ 1);
   }
+  // All lanes have seen that the turn began before one ends it.
   static __device__ void end_turn() {
+    if constexpr (kInTurn) __syncwarp();
     if (kInTurn && lane() == 0) sm90::arrive(&shared().turn);
   }
 

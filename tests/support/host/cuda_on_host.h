@@ -258,7 +258,11 @@ inline bool run_block(int num_threads, size_t shared_bytes) {
     if (late) {
       run_late_launch();
     } else {
-      std::fprintf(stderr, "block %u: threads wait for each other in vain\n", blockIdx.x);
+      std::fprintf(stderr, "block %u: threads wait for each other in vain:", blockIdx.x);
+      for (int i = 0; i < num_threads; ++i) {
+        if (!fibers[i].finished) std::fprintf(stderr, " %d", i);
+      }
+      std::fprintf(stderr, "\n");
       return false;
     }
   }
