@@ -387,6 +387,7 @@ def test_a_parameter_of_the_model_itself():
         get_peft_model(Model(), LoraConfig(target_parameters=["down_proj"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [pytest.param("model", marks=pytest.mark.slow), "layers"])
 def test_a_compiled_model_takes_other_names(how):
     """Layers that are handed names are left uncompiled: a graph would keep its first names."""

@@ -71,10 +71,10 @@ def replace_forward(experts):
 
 
 def replaced_forwards():
-    """Yield arguments of the next test; compiling takes seconds, so one such case is quick."""
+    """Yield arguments of the next test; compiling takes half a minute, so these are slow."""
     for case in itertools.product([False, True], ["experts", "block", "router"], [False, True]):
         compiled, place, added = case
-        slow = [pytest.mark.slow] if compiled and (place, added) != ("experts", False) else []
+        slow = [pytest.mark.slow] if compiled else []
         name = f"{compiled}-{place}-{'added experts' if added else 'adapters'}"
         yield pytest.param(*case, marks=slow, id=name)
 

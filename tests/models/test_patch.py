@@ -544,5 +544,6 @@ def test_a_patched_model_compiles_into_one_graph(family):
     check_compiles(family, None)
 
 
+@pytest.mark.slow
 def test_a_model_with_added_experts_compiles_into_one_graph():
     check_compiles("mixtral", None, extended=True)

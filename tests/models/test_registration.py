@@ -93,6 +93,7 @@ def test_a_model_is_made_with_it(tmp_path):
     torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_made_with_it_compiles_into_one_graph(tmp_path):
     make_model("mixtral").save_pretrained(tmp_path)
     torch.save(token_ids(2, 5), tmp_path / "tensors.pt")

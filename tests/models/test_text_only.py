@@ -72,6 +72,7 @@ def test_the_switch_is_for_all_threads_and_stays():
             patched.added_tokens_enabled = True
 
 
+@pytest.mark.slow
 def test_a_compiled_model_sees_it():
     model, patched = patched_model(num_tokens=ADDED)
     torch._dynamo.reset()

@@ -55,6 +55,7 @@ def test_values_are_checked_by_a_compiled_forward_and_after_a_trace():
             forward(**call)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_warns_too():
     model, _ = make()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -124,6 +124,7 @@ def interrupt(monkeypatch, monitor, step, how):
     monkeypatch.setattr(monitor, "on_step_end", on_step_end)
 
 
+@pytest.mark.slow
 def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
     demo, finished, tmp_path, monkeypatch
 ):
