@@ -74,8 +74,8 @@ def run(program, *arguments):
     [
         "import transformers.integrations.moe, moe_kernels",
         FIRST,
-        FIRST + PROBED,
-        FIRST + INTERRUPTED,
+        pytest.param(FIRST + PROBED, marks=pytest.mark.slow),
+        pytest.param(FIRST + INTERRUPTED, marks=pytest.mark.slow),
     ],
     ids=["after", "before", "after a probe", "after an import that failed"],
 )

@@ -86,7 +86,7 @@ def freeze_for_kbit(model):
     ("freeze_all", "forwards"),
     [
         (freeze, 1),
-        (freeze_for_kbit, 0),
+        pytest.param(freeze_for_kbit, 0, marks=pytest.mark.slow),
         pytest.param(freeze, 0, marks=pytest.mark.slow),
         pytest.param(freeze_for_kbit, 1, marks=pytest.mark.slow),
     ],
