@@ -8,8 +8,8 @@
 namespace moe_kernels::cuda {
 namespace {
 
-// Calls visit(tile, dispatched) for each tile with rows of this block, in the same order for the
-// threads that load and for those that multiply.
+// Calls visit(tile of the map, number of its columns) for each tile with rows of this block, in the
+// same order for the threads that load and for those that multiply.
 template <typename Loop, typename Visit>
 __device__ void each_tile(const GroupedGemm& args, Visit visit) {
   const int columns = (args.size_n + Loop::kColumns - 1) / Loop::kColumns;
