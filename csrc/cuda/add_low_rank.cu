@@ -42,14 +42,13 @@ __device__ void add_to_rows(const AddLowRank& args, const ExpertTile& tile, int6
     }
   });
   GroupedGemm sizes = {};
+  sizes.u = args.u;
   sizes.rank = args.rank;
   sizes.size_n = args.width;
   const int64_t size = static_cast<int64_t>(args.rank) * args.width;
   const bool vectors = args.rank % 4 == 0 && is_aligned(args.u) && is_aligned(args.v);
-  add_modality(loop, sizes, tile,
-               static_cast<const typename Loop::U*>(args.u) + tile.first * args.rank,
-               static_cast<const V*>(args.v) + modality * size, args.scaling[modality], 0,
-               tile.count, vectors);
+  add_modality<false>(loop, sizes, tile, static_cast<const V*>(args.v) + modality * size,
+                      args.scaling[modality], 0, tile.count, vectors);
   visit_rows<Loop>(args, tile, [&](int half, int j, T* to, bool present) {
     uint32_t words[4];
 #pragma unroll

@@ -3,19 +3,24 @@
 //   acc[i][j][2 * half + e] is row row_of(i, half), column column_of(j) + lane % 4 * 2 + e.
 #pragma once
 
+#include <type_traits>
+
 #include "grouped_gemm.h"
 #include "grouped_gemm_tiles.h"
+#include "parts_of_u.h"
 
 namespace moe_kernels::cuda {
 
-// act = silu(gate) * up, and the pre-activation if it is saved.
+// act = silu(gate) * up, the pre-activation if it is saved, and parts of u2 = act A2^T.
 template <typename T>
 struct GateUp {
   static constexpr bool kTransposed = true, kGated = true, kByToken = true;
   static constexpr bool kAllRows = true;  // rows that were not dispatched get zeros
   static constexpr bool kLong = false;    // whether storing takes as long as multiplying
+  static constexpr bool kParts = false;   // whether u may come in parts, and its sum is wanted
   T* pre;  // (T * K, 2 * size_n), or null
   T* act;  // (T * K, size_n)
+  PartsOfU u2;
 
   template <typename Loop>
   __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
@@ -25,6 +30,7 @@ struct GateUp {
     T* own_pre = pre + loop.own(tile, 2 * size_n);
     const int n = tile.column + loop.column_of(loop.lane() % 4);
     constexpr int kGate = Loop::kTilesN / 2;  // fragments
+    Stored<Loop, kGate> stored;
 #pragma unroll
     for (int i = 0; i < Loop::kTilesM; ++i) {
 #pragma unroll
@@ -45,6 +51,7 @@ struct GateUp {
           const bool present = row >= low && row < high && n + 8 * first < size_n;
           transpose_quad(product);
           if (present) store_words(own_act + below * size_n + 8 * first, product);
+          stored.keep(i, half, first, product, present);
           if (pre == nullptr) continue;
           transpose_quad(gate);
           transpose_quad(up);
@@ -53,6 +60,7 @@ struct GateUp {
         }
       }
     }
+    if (u2.rank > 0 && high > tile.base) stored.multiply(u2, args, tile);
   }
 };
 
@@ -60,10 +68,18 @@ struct GateUp {
 template <typename T, bool kTransposed_>
 struct Rows {
   static constexpr bool kTransposed = kTransposed_, kGated = false, kByToken = false;
-  static constexpr bool kAllRows = false, kLong = false;
+  static constexpr bool kAllRows = false, kLong = false, kParts = true;
   T* out;  // (T * K, size_n)
 
-  __device__ void pass_over(const GroupedGemm&, const Tile&, int, int, int, int) const {}
+  // Rows that were not dispatched get a u of zeros.
+  __device__ void pass_over(const GroupedGemm& args, const Tile& tile, int first_part, int,
+                            int thread, int num_threads) const {
+    if (args.sum == nullptr || first_part > 0) return;
+    using U = std::conditional_t<kTransposed, T, float>;
+    for (int64_t k = tile.first * args.rank + thread; k < tile.end * args.rank; k += num_threads) {
+      static_cast<U*>(args.sum)[k] = from_float<U>(0.0f);
+    }
+  }
 
   template <typename Loop>
   __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
@@ -109,7 +125,7 @@ struct ActGradient {
 template <typename T>
 struct ActGradients {
   static constexpr bool kTransposed = false, kGated = false, kByToken = true;
-  static constexpr bool kAllRows = false, kLong = true;
+  static constexpr bool kAllRows = false, kLong = true, kParts = false;
   ActBackward with;
 
   // Handles 32 columns of a row from fragment j on; returns this lane's part of <dA', a>.

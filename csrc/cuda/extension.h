@@ -1,27 +1,31 @@
 // The low-rank term of a grouped GEMM: it is added to the sums of a main loop, by tensor cores.
 #pragma once
 
+#include <type_traits>
+
 #include "grouped_gemm.h"
 #include "grouped_gemm_tiles.h"
 
 namespace moe_kernels::cuda {
 
-// Loads four neighbours of a row of `size` from k on, zeros beyond it. `vectors`: rows consist of
-// whole vectors.
-__device__ inline float4 four(const float* row, int k, int size, bool vectors) {
-  if (vectors && k < size) return *reinterpret_cast<const float4*>(row + k);
-  return {k < size ? row[k] : 0.0f, k + 1 < size ? row[k + 1] : 0.0f,
-          k + 2 < size ? row[k + 2] : 0.0f, k + 3 < size ? row[k + 3] : 0.0f};
+// Whether this warp writes u of its rows, beside the product.
+template <typename Loop>
+__device__ inline bool writes_sum(const GroupedGemm& args, const ExpertTile& tile) {
+  return args.sum != nullptr && tile.column == 0 && Loop::warp_n() == 0;
 }
-template <typename T>
-__device__ inline float4 four(const T* row, int k, int size, bool vectors) {
-  if (vectors && k < size) {
-    const uint2 words = *reinterpret_cast<const uint2*>(row + k);
-    const float2 low = unpack<T>(words.x), high = unpack<T>(words.y);
-    return {low.x, low.y, high.x, high.y};
+
+// Writes zeros to u of a tile's rows of the base modality.
+template <typename Loop>
+__device__ inline void clear_sum(const GroupedGemm& args, const ExpertTile& tile) {
+  using U = typename Loop::U;
+#pragma unroll
+  for (int i = 0; i < 2 * Loop::kTilesM; ++i) {
+    const int row = Loop::row_of(i / 2, i % 2);
+    U* sum = static_cast<U*>(args.sum) + (tile.first + row) * args.rank;
+    for (int k = Loop::lane() % 4; row < tile.base && k < args.rank; k += 4) {
+      sum[k] = from_float<U>(0.0f);
+    }
   }
-  return {k < size ? to_float(row[k]) : 0.0f, k + 1 < size ? to_float(row[k + 1]) : 0.0f,
-          k + 2 < size ? to_float(row[k + 2]) : 0.0f, k + 3 < size ? to_float(row[k + 3]) : 0.0f};
 }
 
 // Loads fragment j of V for 16 steps of the rank from r on. The four lanes of a column hold four
@@ -52,29 +56,69 @@ __device__ inline void load_v(const GroupedGemm& args, const V* v, int column, i
   b[1] = pack<typename Loop::T>(values.z, values.w);
 }
 
+// Adds the parts of u in their order: four neighbours of the two rows of fragment i, of which the
+// first `sizes` exist. Four parts are on their way at once.
+template <bool kVectors, typename Loop>
+__device__ inline void add_parts(const GroupedGemm& args, int64_t own, int i, int k,
+                                 const int (&sizes)[2], float4 (&sums)[2]) {
+  const float* part = static_cast<const float*>(args.u) + own;
+#pragma unroll 4
+  for (int number = 0; number < args.num_parts; ++number) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 more =
+          four(part + Loop::below(i, half) * args.rank, k, sizes[half], kVectors);
+      float4& sum = sums[half];
+      sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+    }
+    part += static_cast<int64_t>(args.num_rows) * args.rank;
+  }
+  using U = typename Loop::U;
+  if constexpr (!std::is_same_v<U, float>) {
+#pragma unroll
+    for (float4& sum : sums) {
+      const float2 low = unpack<U>(pack<U>(sum.x, sum.y)), high = unpack<U>(pack<U>(sum.z, sum.w));
+      sum = {low.x, low.y, high.x, high.y};
+    }
+  }
+}
+
 // Loads s u of the tile's rows from low to high, zeros elsewhere.
-template <typename Loop>
-__device__ inline void load_u(const GroupedGemm& args, const typename Loop::U* u, float scale,
-                              int i, int r, int low, int high, bool vectors, uint32_t (&a)[4]) {
+template <bool kParts, typename Loop>
+__device__ inline void load_u(const GroupedGemm& args, const ExpertTile& tile, float scale, int i,
+                              int r, int low, int high, bool vectors, uint32_t (&a)[4]) {
+  using U = typename Loop::U;
   const int from = r + Loop::lane() % 4 * 4;
-  const auto* own = u + static_cast<int64_t>(Loop::row_of(0, 0)) * args.rank;
+  const int64_t own = (tile.first + Loop::row_of(0, 0)) * args.rank;
+  int sizes[2];
+  float4 values[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = Loop::row_of(i, half);
-    float4 values = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (row >= low && row < high) {
-      values = four(own + Loop::below(i, half) * args.rank, from, args.rank, vectors);
+    sizes[half] = row >= low && row < high ? args.rank : 0;
+    if (kParts && args.num_parts > 0) continue;
+    values[half] = four(static_cast<const U*>(args.u) + own + Loop::below(i, half) * args.rank,
+                        from, sizes[half], vectors);
+  }
+  if (kParts && args.num_parts > 0) {
+    vectors ? add_parts<true, Loop>(args, own, i, from, sizes, values)
+            : add_parts<false, Loop>(args, own, i, from, sizes, values);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (kParts && writes_sum<Loop>(args, tile)) {
+      store_four(static_cast<U*>(args.sum) + own + Loop::below(i, half) * args.rank, from,
+                 sizes[half], vectors, values[half]);
     }
-    a[half] = pack<typename Loop::T>(scale * values.x, scale * values.y);
-    a[2 + half] = pack<typename Loop::T>(scale * values.z, scale * values.w);
+    a[half] = pack<typename Loop::T>(scale * values[half].x, scale * values[half].y);
+    a[2 + half] = pack<typename Loop::T>(scale * values[half].z, scale * values[half].w);
   }
 }
 
 // Adds s u V to the rows from low to high, of one modality.
-template <typename Loop, typename V>
+template <bool kParts, typename Loop, typename V>
 __device__ inline void add_modality(Loop& loop, const GroupedGemm& args, const ExpertTile& tile,
-                                    const typename Loop::U* u, const V* v, float scale, int low,
-                                    int high, bool vectors) {
+                                    const V* v, float scale, int low, int high, bool vectors) {
 #pragma unroll 1
   for (int r = 0; r < args.rank; r += 16) {
     int rank = args.rank;
@@ -82,7 +126,7 @@ __device__ inline void add_modality(Loop& loop, const GroupedGemm& args, const E
     uint32_t a[Loop::kTilesM][4];
 #pragma unroll
     for (int i = 0; i < Loop::kTilesM; ++i) {
-      load_u<Loop>(args, u, scale, i, r, low, high, vectors, a[i]);
+      load_u<kParts, Loop>(args, tile, scale, i, r, low, high, vectors, a[i]);
     }
 #pragma unroll
     for (int j = 0; j < Loop::kTilesN; ++j) {
@@ -98,22 +142,14 @@ __device__ inline void add_modality(Loop& loop, const GroupedGemm& args, const E
 
 // Adds s u V, in one pass for each modality of the tile. Rows of the base modality must have been
 // stored before: rows of another modality get 0 * V, which is zero only while V is finite.
-template <typename V, typename Loop>
+template <typename V, bool kParts, typename Loop>
 __device__ inline void extend(Loop& loop, const GroupedGemm& args, const ExpertTile& tile) {
   const int64_t size = static_cast<int64_t>(args.rank) * args.size_n * (Loop::kGated ? 2 : 1);
-  const auto* u = static_cast<const typename Loop::U*>(args.u) + tile.first * args.rank;
-  const auto* stack = static_cast<const V*>(args.v);
   const bool vectors = args.rank % 4 == 0 && is_aligned(args.u) && is_aligned(args.v);
-  for (int m = 0; m < args.num_modalities; ++m) {
-    const int64_t* segment = args.segments + tile.expert * (args.num_modalities + 1) + m + 1;
-    const int64_t low = segment[0] - tile.first, high = segment[1] - tile.first;
-    if (low >= high || low >= tile.count || high <= 0) continue;
-    const int64_t expert = args.experts_of_v == 1 ? 0 : tile.expert;
-    const int64_t index = static_cast<int64_t>(m) * args.experts_of_v + expert;
-    add_modality(loop, args, tile, u, stack + index * size, args.scaling[m],
-                 static_cast<int>(low < 0 ? 0 : low),
-                 static_cast<int>(high < tile.count ? high : tile.count), vectors);
-  }
+  each_modality(args, tile, [&](int m, int low, int high) {
+    const V* v = matrix_for<V>(args.v, tile, m, args.experts_of_v, size);
+    add_modality<kParts>(loop, args, tile, v, args.scaling[m], low, high, vectors);
+  });
 }
 
 // Stores the rows of the base modality before the others get their low-rank term, since 0 * Inf
@@ -124,11 +160,14 @@ __device__ inline void store_and_extend(Loop& loop, const Epilogue& epilogue,
                                         const GroupedGemm& args, const ExpertTile& tile,
                                         bool v_is_float) {
   if (tile.base > 0) epilogue.store(loop, args, tile, 0, tile.base);
+  if (Epilogue::kParts && tile.base > 0 && writes_sum<Loop>(args, tile)) {
+    clear_sum<Loop>(args, tile);
+  }
   if (tile.base == tile.count) return;
   if (v_is_float) {
-    extend<float>(loop, args, tile);
+    extend<float, Epilogue::kParts>(loop, args, tile);
   } else {
-    extend<typename Loop::T>(loop, args, tile);
+    extend<typename Loop::T, Epilogue::kParts>(loop, args, tile);
   }
   epilogue.store(loop, args, tile, tile.base, tile.count);
 }

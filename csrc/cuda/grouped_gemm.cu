@@ -91,11 +91,12 @@ cudaError_t launch_gemm(const GroupedGemm& gemm, Make make, Scalar dtype, Scalar
 
 }  // namespace
 
-cudaError_t launch_gate_up(const GroupedGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
-                           int block_m, cudaStream_t stream) {
+cudaError_t launch_gate_up(const GroupedGemm& gemm, void* pre, void* act, const PartsOfU& u2,
+                           Scalar dtype, Scalar v, int block_m, cudaStream_t stream) {
+  if (u2.rank > 0 && gemm.rank == 0) return cudaErrorInvalidValue;
   const auto make = [&](auto value) {
     using T = decltype(value);
-    return GateUp<T>{static_cast<T*>(pre), static_cast<T*>(act)};
+    return GateUp<T>{static_cast<T*>(pre), static_cast<T*>(act), u2};
   };
   return launch_gemm(gemm, make, dtype, v, block_m, stream);
 }

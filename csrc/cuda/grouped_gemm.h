@@ -11,7 +11,8 @@
 namespace moe_kernels::cuda {
 
 // Operands of left W + s u V, row by row. u has the compute dtype in the two GEMMs of the forward
-// pass and is float32 in those of the backward pass; v is float32 or of the compute dtype.
+// pass and is float32 in those of the backward pass; v is float32 or of the compute dtype. Parts of
+// u are float32, and are added in order before the sum is rounded to the dtype of u.
 struct GroupedGemm {
   const void* left;   // (T, size_k) where rows go by token, else (T * K, size_k)
   const void* stack;  // (num_base, ...), the frozen experts
@@ -19,9 +20,12 @@ struct GroupedGemm {
   const int64_t* perm;      // (T * K)
   const int64_t* tiles;     // (3, num_tiles) of experts, the rows not dispatched after the last
   const int64_t* segments;  // (num_experts * (num_modalities + 1) + 1)
-  const void* u;            // (T * K, rank), not scaled
+  const void* u;            // (T * K, rank), or (parts, T * K, rank), not scaled
   const void* v;            // (num_modalities, experts_of_v, ...)
   const float* scaling;     // (num_modalities)
+  void* sum;      // (T * K, rank), gets u, zeros in rows without a low-rank term; or null
+  int num_rows;   // T * K
+  int num_parts;  // of u; 0: u is whole
   int num_tiles;
   int num_base;
   int num_experts;
@@ -31,6 +35,15 @@ struct GroupedGemm {
   int size_k;
   int size_n;
   int top_k;
+};
+
+// u = out A^T of what a GEMM stores, in parts: one for each warp across its columns.
+struct PartsOfU {
+  const void* a;  // (num_modalities, experts, rank, size_n), float32 or of the compute dtype
+  float* parts;   // (gate_up_parts(size_n, block_m), T * K, rank); rows with an adapter are written
+  int experts;    // num_base, or 1: all experts share A
+  int rank;       // 0: no parts
+  bool is_float;
 };
 
 struct ActBackward {
@@ -47,9 +60,10 @@ struct ActBackward {
 
 // Computes act = silu(gate) * up of (gate, up) = x W^T + s u B^T, and stores gate and up, rounded,
 // if pre is not null. Rows that were not dispatched get zeros. left: x by token (size_k hidden);
-// stack (E, 2 * size_n, size_k); v = B (M, E, 2 * size_n, rank).
-cudaError_t launch_gate_up(const GroupedGemm& gemm, void* pre, void* act, Scalar dtype, Scalar v,
-                           int block_m, cudaStream_t stream);
+// stack (E, 2 * size_n, size_k); v = B (M, E, 2 * size_n, rank). Parts of u2 = act A2^T need a rank
+// of u.
+cudaError_t launch_gate_up(const GroupedGemm& gemm, void* pre, void* act, const PartsOfU& u2,
+                           Scalar dtype, Scalar v, int block_m, cudaStream_t stream);
 
 // out (T * K, size_n) = left W^T + s u B^T; rows that were not dispatched are not written.
 // left: sorted rows; stack (E, size_n, size_k); v = B (M, E, size_n, rank).

@@ -22,6 +22,11 @@ inline int grouped_gemm_parts(int64_t size_n, int64_t block_m) {
   return static_cast<int>((size_n + kBlockN - 1) / kBlockN) * (block_m == 16 ? 2 : 1);
 }
 
+// Parts of u2 of launch_gate_up, likewise. A block of few rows has half as many columns.
+inline int gate_up_parts(int64_t size_n, int64_t block_m) {
+  return grouped_gemm_parts(block_m == 16 ? 2 * size_n : size_n, block_m);
+}
+
 // Returns whether the launches support these: bfloat16 or float16, sizes that are multiples of 8,
 // and an expert's matrix of less than 2^31 elements. Moreover, left, stack, extra and outputs must
 // be aligned to 16 bytes.

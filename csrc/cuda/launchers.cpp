@@ -56,6 +56,9 @@ GroupedGemm make_gemm(const at::Tensor& left, const at::Tensor& stack,
       .u = pointer_of(u),
       .v = pointer_of(v),
       .scaling = scaling ? scaling->const_data_ptr<float>() : nullptr,
+      .sum = nullptr,
+      .num_rows = static_cast<int>(rows),
+      .num_parts = 0,
       .num_tiles = static_cast<int>(tiles.size(1)),
       .num_base = static_cast<int>(stack.size(0)),
       .num_experts = static_cast<int>(num_experts),
@@ -288,7 +291,7 @@ std::tuple<at::Tensor, at::Tensor> gate_up(
   const GroupedGemm gemm =
       make_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, act.size(1));
   C10_CUDA_CHECK(launch_gate_up(gemm, save ? pre_act.mutable_data_ptr() : nullptr,
-                                act.mutable_data_ptr(), scalar_of(left), scalar_of(v),
+                                act.mutable_data_ptr(), PartsOfU{}, scalar_of(left), scalar_of(v),
                                 static_cast<int>(block_m), c10::cuda::getCurrentCUDAStream()));
   return made;
 }

@@ -509,12 +509,24 @@ class Product:
         self.scaling = torch.rand(routed.num_modalities, generator=routed.generator) + 0.5
         self.u[~routed.adapted()] = NAN
 
-    def run(self, function, block_m, *outputs):
+    def parts_of_u(self, number):
+        """Return random parts (number, rows, rank) of u, which becomes their sum."""
+        parts = self.routed.randn(number, *self.u.shape)
+        parts[:, ~self.routed.adapted()] = NAN
+        added = torch.zeros(self.u.shape)
+        for part in parts:
+            added = added + part
+        self.u = added.to(self.u.dtype)
+        return parts
+
+    def run(self, function, block_m, *outputs, parts=None, sum_of_parts=None):
         tiles, _ = cuda.tile_map(self.routed.experts(), self.routed.rows, block_m)
         given = cuda.structure(
             cuda.GroupedGemm, left=self.left, stack=self.stack, extra=self.extra,
-            perm=self.routed.perm, tiles=tiles, segments=self.routed.segments, u=self.u, v=self.v,
-            scaling=self.scaling, num_tiles=tiles.shape[1], num_base=self.routed.num_base,
+            perm=self.routed.perm, tiles=tiles, segments=self.routed.segments,
+            u=self.u if parts is None else parts, v=self.v, scaling=self.scaling, sum=sum_of_parts,
+            num_rows=self.routed.rows, num_parts=0 if parts is None else len(parts),
+            num_tiles=tiles.shape[1], num_base=self.routed.num_base,
             num_experts=self.routed.num_experts, num_modalities=self.routed.num_modalities,
             experts_of_v=self.v.shape[1], rank=self.rank, size_k=self.size_k, size_n=self.size_n,
             top_k=self.routed.top_k,
@@ -531,6 +543,15 @@ class Product:
         for first, end in self.routed.experts()[self.routed.num_base : -1]:
             rows[first:end] = True
         return rows
+
+    def times_a(self, rows, a):
+        """Return u = rows A^T in float64 for every row with an adapter, NaN elsewhere."""
+        out = torch.full((self.routed.rows, a.shape[2]), NAN, dtype=torch.float64)
+        for pair, (first, end) in enumerate(self.routed.pairs()):
+            modality, expert = divmod(pair, self.routed.num_base)
+            matrix = a[modality, min(expert, a.shape[1] - 1)].to(self.dtype).double()
+            out[first:end] = rows[first:end].double() @ matrix.T
+        return out
 
     def expected(self):
         """Return (rows, width) in float64, with NaN for rows that were not dispatched."""
@@ -554,17 +575,24 @@ def swiglu(pre):
     return torch.nn.functional.silu(gate) * up
 
 
-def run_gate_up(library, product, block_m, save=True):
+def run_gate_up(library, product, block_m, save=True, a=None):
+    """Return pre and act, and with ``a`` (modalities, experts, rank, inter) the parts of u2."""
     routed, inter = product.routed, product.size_n
     act = torch.full((routed.rows, inter), NAN, dtype=product.dtype)
     pre = torch.full((routed.rows, 2 * inter), NAN, dtype=product.dtype)
-    product.run(library.gate_up, block_m, pre if save else None, act)
-    return pre, act
+    experts, rank = (1, 0) if a is None else a.shape[1:3]
+    parts = torch.full((library.parts_of_u(inter, block_m), routed.rows, rank), NAN)
+    u2 = cuda.structure(
+        cuda.PartsOfU, a=a, parts=parts, experts=experts, rank=rank,
+        is_float=a is not None and a.dtype == torch.float32,
+    )  # fmt: skip
+    product.run(library.gate_up, block_m, pre if save else None, act, u2)
+    return (pre, act) if a is None else (pre, act, parts)
 
 
-def run_rows(library, product, block_m):
+def run_rows(library, product, block_m, **parts):
     out = torch.full((product.routed.rows, product.size_n), NAN, dtype=product.dtype)
-    product.run(library.down if product.transposed else library.d_rows, block_m, out)
+    product.run(library.down if product.transposed else library.d_rows, block_m, out, **parts)
     return out
 
 
@@ -613,6 +641,22 @@ def test_gate_up_and_its_activation(library, dtype, case):
     assert not pre[dispatched.stop :].any() and not act[dispatched.stop :].any()
     unsaved, again = run_gate_up(library, product, block, save=False)
     assert unsaved.isnan().all() and torch.equal(act, again)
+    if product.rank:
+        check_parts_of_u2(library, product, block, pre, act)
+
+
+def check_parts_of_u2(library, product, block, pre, act):
+    """Check the parts of u2 for some ranks, and that pre and act keep their bits beside them."""
+    routed, dtype, inter = product.routed, product.dtype, product.size_n
+    for rank in (1, 7, 16) if product.rank % 2 else (24, 64):
+        experts = 1 if rank == 7 else routed.num_base
+        a = routed.randn(routed.num_modalities, experts, rank, inter, fan_in=inter)
+        a = a if rank % 3 else a.to(dtype)
+        *same, parts = run_gate_up(library, product, block, a=a)
+        assert torch.equal(same[0], pre) and torch.equal(same[1], act)
+        adapted = routed.adapted()
+        assert parts[:, ~adapted].isnan().all()
+        check(parts[:, adapted].sum(0), product.times_a(act, a)[adapted], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -627,6 +671,13 @@ def test_rows_times_their_experts_weights(library, dtype, transposed, case):
     assert out[last:].isnan().all()
     again = run_rows(library, product, block)
     assert torch.equal(out[:last], again[:last])
+    for number in (1, 6) if product.rank else ():
+        parts, saved = product.parts_of_u(number), torch.full_like(product.u, NAN)
+        found = run_rows(library, product, block, parts=parts, sum_of_parts=saved)
+        assert torch.equal(found[:last], run_rows(library, product, block)[:last])
+        assert torch.equal(saved, product.u.nan_to_num())  # zeros without a low-rank term
+        unsaved = run_rows(library, product, block, parts=parts)
+        assert torch.equal(found[:last], unsaved[:last])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -696,6 +747,24 @@ def test_text_rows_keep_their_bits_whatever_the_adapters_hold(library, block, ba
     for first, second in zip(before, outputs(), strict=True):
         assert torch.equal(first[text], second[text])
     assert not torch.equal(before[0], outputs()[0])
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_values_of_other_rows_and_modalities_do_not_reach_u2(library, block):
+    """A tile has rows of text and of two modalities."""
+    routed = Routed(80, 2, 2, 2, 6)
+    product = Product(routed, 72, 136, 16, torch.float16, torch.float32, transposed=True,
+                      gated=True, by_token=True)  # fmt: skip
+    a = routed.randn(2, 2, 20, 136)
+    of_second = torch.zeros(routed.rows, dtype=torch.bool)
+    for first, end in routed.pairs()[2:]:
+        of_second[first:end] = True
+    parts = run_gate_up(library, product, block, a=a)[2]
+    product.left[routed.modality_ids != 2] = NAN
+    a[0] = float("inf")
+    again = run_gate_up(library, product, block, a=a)[2]
+    assert of_second.any() and torch.equal(parts[:, of_second], again[:, of_second])
+    assert again[:, ~of_second].sum(0).isnan().all()  # a part may have no columns
 
 
 @pytest.mark.parametrize("block", [16, 128])

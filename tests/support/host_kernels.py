@@ -79,9 +79,14 @@ class Wgrad(ctypes.Structure):
 
 class GroupedGemm(ctypes.Structure):
     _fields_ = fields(
-        pointer="left stack extra perm tiles segments u v scaling",
-        int="num_tiles num_base num_experts num_modalities experts_of_v rank size_k size_n top_k",
+        pointer="left stack extra perm tiles segments u v scaling sum",
+        int="num_rows num_parts num_tiles num_base num_experts num_modalities experts_of_v rank "
+        "size_k size_n top_k",
     )
+
+
+class PartsOfU(ctypes.Structure):
+    _fields_ = fields(pointer="a parts", int="experts rank", bool="is_float")
 
 
 class ActBackward(ctypes.Structure):
@@ -165,8 +170,8 @@ def build(folder: Path) -> ctypes.CDLL:
             linked(path, compiled(folder, HOST / "cuda_kernels_host.cpp", *KERNELS.glob("*.cu")))
     library = ctypes.CDLL(str(path))
     for structure in (
-        DispatchOut, Maps, Combine, Shrink, WgradProblem, Wgrad, GroupedGemm, ActBackward,
-        AddLowRank, Decode,
+        DispatchOut, Maps, Combine, Shrink, WgradProblem, Wgrad, GroupedGemm, PartsOfU,
+        ActBackward, AddLowRank, Decode,
     ):  # fmt: skip
         size = getattr(library, f"size_of_{structure.__name__.lower()}")
         size.restype = ctypes.c_size_t

@@ -74,9 +74,10 @@ extern "C" int wgrad(const Wgrad* given, int right) {
 
 extern "C" size_t size_of_groupedgemm() { return sizeof(GroupedGemm); }
 extern "C" size_t size_of_actbackward() { return sizeof(ActBackward); }
-extern "C" int gate_up(const GroupedGemm* given, void* pre, void* act, int dtype, int v,
-                       int block_m) {
-  return launch_gate_up(*given, pre, act, Scalar(dtype), Scalar(v), block_m, nullptr);
+extern "C" size_t size_of_partsofu() { return sizeof(PartsOfU); }
+extern "C" int gate_up(const GroupedGemm* given, void* pre, void* act, const PartsOfU* u2,
+                       int dtype, int v, int block_m) {
+  return launch_gate_up(*given, pre, act, *u2, Scalar(dtype), Scalar(v), block_m, nullptr);
 }
 extern "C" int down(const GroupedGemm* given, void* out, int dtype, int v, int block_m) {
   return launch_down(*given, out, Scalar(dtype), Scalar(v), block_m, nullptr);
@@ -90,6 +91,7 @@ extern "C" int act_backward(const GroupedGemm* given, const ActBackward* act, in
 }
 extern "C" int block_m(int64_t rows, int experts) { return grouped_gemm_block_m(rows, experts); }
 extern "C" int parts(int size_n, int block_m) { return grouped_gemm_parts(size_n, block_m); }
+extern "C" int parts_of_u(int size_n, int block_m) { return gate_up_parts(size_n, block_m); }
 extern "C" bool supports(int dtype, int64_t size_k, int64_t size_n) {
   return grouped_gemm_supports(Scalar(dtype), size_k, size_n);
 }

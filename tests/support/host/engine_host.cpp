@@ -80,6 +80,7 @@ GroupedGemm gemm(const std::vector<T>& left, int hidden, int width, const void* 
       .left = left.data(), .stack = w.data(), .extra = w.data() + kBase * width * hidden,
       .perm = routing.perm.data(), .tiles = routing.tiles.data(),
       .segments = routing.segments.data(), .u = u_of, .v = b.data(), .scaling = scaling.data(),
+      .sum = nullptr, .num_rows = kRows, .num_parts = 0,
       .num_tiles = routing.num_tiles, .num_base = kBase, .num_experts = kExperts,
       .num_modalities = kModalities, .experts_of_v = kBase,
       .rank = u_of == nullptr ? 0 : kRank, .size_k = hidden, .size_n = kInter, .top_k = kTopK,
@@ -99,7 +100,7 @@ struct Error {
 bool gate_up_is_right() {
   std::vector<T> pre(kRows * 2 * kInter, __float2bfloat16(NAN)), act(kRows * kInter, pre[0]);
   if (launch_engine<Engine<T, true, true, false>>(gemm(x, kShort, 2 * kInter, u.data()),
-                                           GateUp<T>{pre.data(), act.data()}, false, nullptr) !=
+                                           GateUp<T>{pre.data(), act.data(), {}}, false, nullptr) !=
       cudaSuccess) {
     return false;
   }
