@@ -1,13 +1,50 @@
 """Argument checks shared by the ops. Only those of ids read values."""
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_kernels import env
 from moe_kernels.ops.dtypes import FLOATS
-from moe_kernels.ops.gradients import PLAIN, in_transform, is_differentiated
+from moe_kernels.ops.gradients import PLAIN, in_transform, is_differentiated, is_plain
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+_MOST_KNOWN = 4096
+_KNOWN: set[tuple] = set()  # layouts that have passed
+
+
+def once(check: Callable, form: Hashable, *arguments: Any) -> bool:
+    """Call a check that reads no values, unless plain tensors of the same layouts have passed it.
+
+    Args:
+        check: takes the form and the arguments, and raises.
+        form: what the check depends on beside layouts.
+        arguments: tensors, NamedTuples of tensors, and None. With others it is called every time.
+
+    Returns:
+        Whether all are plain (:func:`~moe_kernels.ops.gradients.is_plain`).
+    """
+    flat = []
+    for argument in arguments:
+        flat += argument if isinstance(argument, tuple) else (argument,)
+    if not is_plain(*flat):
+        check(form, *arguments)
+        return False
+    layouts = [
+        t is not None and (t.is_nested or t.shape, t.dtype, t.device, t.layout, t.requires_grad)
+        for t in flat
+    ]
+    key = (check, form, torch.is_grad_enabled(), *map(type, arguments), *layouts)
+    if key not in _KNOWN:
+        check(form, *arguments)
+        if len(_KNOWN) >= _MOST_KNOWN:  # many batch sizes
+            _KNOWN.clear()
+        _KNOWN.add(key)
+    return True
 
 
 def tensors(**named: object) -> None:
@@ -39,7 +76,7 @@ def ndim(name: str, tensor: Tensor, expected: int) -> None:
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ValueError unless ``tensor`` has the shape ``expected``."""
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected:
         raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 

@@ -8,10 +8,12 @@ forward mode and second derivatives.
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -25,10 +27,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Return whether an op on these tensors may be computed without the dispatcher.
 
     It is False where something must see the op: tracing and compilation, a dispatch
-    mode of this thread (selective checkpointing, counters of operations), a functorch transform,
-    forward mode differentiation, a tensor's subclass, a meta tensor. Elsewhere ``torch.library``
-    would add a few tenths of a millisecond a layer, forward and backward, as much as a small
-    layer's GEMM.
+    mode of this thread (selective checkpointing, counters of operations), a functorch transform or
+    a tensor that outlived it, forward mode differentiation, a tensor's subclass, a meta tensor.
+    Elsewhere ``torch.library`` would add a few tenths of a millisecond a layer, forward and
+    backward, as much as a small layer's GEMM.
     """
     return (
         not torch.compiler.is_compiling()
@@ -36,23 +38,31 @@ def is_plain(*tensors: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None  # of torch.jit.trace
         and forward_ad._current_level < 0
-        and all(t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors)
+        and all(map(_is_plain, tensors))
+    )
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    return tensor is None or (
+        type(tensor) in PLAIN and not tensor.is_meta and not is_functorch_wrapped_tensor(tensor)
     )
 
 
 def plain_function(
     name: str, compute: Callable, setup_context: Callable, backward: Callable
-) -> type[torch.autograd.Function]:
-    """Build the op ``name`` for plain tensors, from the formulas that are registered for it."""
+) -> Callable:
+    """Build the op ``name`` for plain tensors, with its first output alone and its formulas."""
 
     # With a setup_context of its own PyTorch would inspect the signature at every call.
     def forward(ctx, *arguments):
         output = compute(*arguments)
         setup_context(ctx, arguments, output)
-        return output
+        return output[0]
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods)
+    function = type(name, (torch.autograd.Function,), methods)
+    # Function's own apply would unwrap what outlived its transform, and plain tensors did not.
+    return super(torch.autograd.Function, function).apply
 
 
 def transformed_function(
@@ -209,6 +219,11 @@ def _has_tangent(argument: Any) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
+def in_dtype_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype of another, at once where there is nothing to do."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
 class OpArguments:
     """Names of a registered op's arguments, and positions of those that may take a gradient.
 
@@ -221,6 +236,11 @@ class OpArguments:
     def __init__(self, function: Callable, differentiable: Sequence[str]):
         self.names = tuple(inspect.signature(function).parameters)
         self.positions = tuple(map(self.names.index, differentiable))
+
+    def group(self, kind: type[Fields]) -> Callable[[Sequence], Fields]:
+        """Return how to build a NamedTuple from the arguments with the names of its fields."""
+        pick = itemgetter(*map(self.names.index, kind._fields))
+        return lambda arguments: kind._make(pick(arguments))
 
     def by_name(self, arguments: Sequence) -> dict[str, Any]:
         """Map each argument's name to its value."""
@@ -249,4 +269,4 @@ class OpArguments:
 
 def select(kind: type[Fields], named: Mapping[str, Any]) -> Fields:
     """Build a NamedTuple from the entries of ``named`` that have the names of its fields."""
-    return kind(**{name: named[name] for name in kind._fields})
+    return kind._make(itemgetter(*kind._fields)(named))

@@ -58,12 +58,12 @@ def _check_common(name: str, lora: LoraWeights, weight: Tensor, ndim: int) -> No
     if not isinstance(lora, LoraWeights):
         raise TypeError(f"{name} must be a LoraWeights, got {type(lora).__name__}")
     checks.tensors(**{f"{name}.{field}": value for field, value in lora._asdict().items()})
-    for field in ("lora_A", "lora_B"):
-        tensor = getattr(lora, field)
+    is_wide = weight.dtype in (torch.float32, torch.float64)
+    allowed = (weight.dtype,) if is_wide else (weight.dtype, torch.float32)
+    for field, tensor in (("lora_A", lora.lora_A), ("lora_B", lora.lora_B)):
         checks.ndim(f"{name}.{field}", tensor, ndim)
         checks.device(f"{name}.{field}", tensor, weight.device)
-        allowed = {weight.dtype, torch.float32} - ({torch.float32} if _is_double(weight) else set())
-        checks.dtype(f"{name}.{field}", tensor, tuple(sorted(allowed, key=str)))
+        checks.dtype(f"{name}.{field}", tensor, allowed)
     if lora.lora_A.dtype != lora.lora_B.dtype:
         raise TypeError(
             f"{name}.lora_A is {lora.lora_A.dtype} but lora_B {lora.lora_B.dtype}: use one dtype"
@@ -74,7 +74,3 @@ def _check_common(name: str, lora: LoraWeights, weight: Tensor, ndim: int) -> No
     checks.device(f"{name}.scaling", lora.scaling, weight.device)
     checks.floating(f"{name}.scaling", lora.scaling)
     checks.frozen(f"{name}.scaling", lora.scaling, "scaling is a constant")
-
-
-def _is_double(weight: Tensor) -> bool:
-    return weight.dtype == torch.float64

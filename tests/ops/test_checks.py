@@ -92,3 +92,25 @@ def test_a_meta_tensor_beside_others_is_refused(op):
     given = arguments()
     with pytest.raises(ValueError, match="must be on meta, got cpu"):
         op(**given | {"x": given["x"].to("meta")})
+
+
+def test_checks_again_where_a_layout_differs():
+    given = arguments()
+    moe_mlp(**given)
+    stack = given["gate_up_proj"]
+    moe_mlp(**given | {"gate_up_proj": stack.clone()})  # as before
+    with pytest.raises(ValueError, match="gate_up_proj requires grad"):
+        moe_mlp(**given | {"gate_up_proj": stack.clone().requires_grad_()})
+    with pytest.raises(TypeError, match="gate_up_proj must be .*, got torch.int64"):
+        moe_mlp(**given | {"gate_up_proj": stack.long()})
+    with pytest.raises(ValueError, match="gate_up_proj must be on cpu, got meta"):
+        moe_mlp(**given | {"gate_up_proj": stack.to("meta")})
+    with pytest.raises(ValueError, match="gate_up_proj must be"):
+        moe_mlp(**given | {"gate_up_proj": stack[:, :3]})
+
+
+def test_takes_what_outlived_its_transform():
+    given, outlived = arguments(), []
+    torch.func.grad(lambda x: [outlived.append(x), x.sum()][1])(given["x"])
+    assert torch._C._functorch.is_functorch_wrapped_tensor(outlived[0])
+    assert torch.equal(moe_mlp(**given | {"x": outlived[0]}), moe_mlp(**given))

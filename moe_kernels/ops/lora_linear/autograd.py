@@ -15,6 +15,7 @@ from moe_kernels.ops.gradients import (
     OpArguments,
     by_element,
     check_saved,
+    in_dtype_of,
     is_plain,
     no_second_derivative,
     plain_function,
@@ -138,7 +139,7 @@ def _lora_linear_backward(
             grad_hidden,
             needs[1:],
         )
-    grads = [grad.to(lora_A.dtype) for grad in params]
+    grads = [in_dtype_of(grad, lora_A) for grad in params]
     return [grad_hidden, *grads] if needs[0] else grads
 
 
@@ -185,7 +186,7 @@ def _setup_context(ctx, inputs, output):
     ctx.backend = named["backend"]
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return _FORWARD.gradients()
     refuse_batched_gradient(_NAME, grad_out)
@@ -215,5 +216,5 @@ def run(*arguments: Tensor | bool | str | None) -> Tensor:
     if not is_plain(*tensors):
         return way(torch.ops.moe_kernels.lora_linear, _transformed)(*arguments)[0]
     if save_for_backward:
-        return _plain.apply(*arguments)[0]
+        return _plain(*arguments)
     return _lora_linear(*arguments)[0]

@@ -7,7 +7,7 @@ from moe_kernels import backends
 from moe_kernels.ops import checks
 from moe_kernels.ops.dispatch.api import check_modality_ids
 from moe_kernels.ops.dtypes import acc_dtype, without_autocast
-from moe_kernels.ops.gradients import must_save
+from moe_kernels.ops.gradients import in_dtype_of, must_save
 from moe_kernels.ops.lora_weights import LoraWeights, check_expert_lora
 from moe_kernels.ops.moe_mlp import autograd
 from moe_kernels.ops.moe_mlp.activation import Activation, ExpertForm, expert_form
@@ -106,27 +106,17 @@ def moe_mlp(
         out = moe_mlp(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj)
     """
     form = expert_form(act, interleaved)
-    checks.tensors(hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights)
-    for name, stack in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if not isinstance(stack, PackedWeights):
-            checks.tensors(**{name: stack})
-    checks.optional_tensors(
-        gate_up_bias=gate_up_bias, down_bias=down_bias, modality_ids=modality_ids,
-        extra_gate_up_proj=extra_gate_up_proj, extra_down_proj=extra_down_proj,
+    plain = checks.once(
+        _check, form, hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias,
+        down_bias, modality_ids, extra_gate_up_proj, extra_down_proj, gate_up_lora, down_lora,
     )  # fmt: skip
-    _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, form)
-    _check_extra(extra_gate_up_proj, extra_down_proj, gate_up_proj, down_proj)
     num_extra = 0 if extra_gate_up_proj is None else extra_gate_up_proj.shape[0]
-    _check_bias("gate_up_bias", gate_up_bias, gate_up_proj, num_extra)
-    _check_bias("down_bias", down_bias, down_proj, num_extra)
     check_frozen_extra(frozen_extra, num_extra)
     if num_extra and frozen_extra == num_extra:
         extra_gate_up_proj, extra_down_proj = extra_gate_up_proj.detach(), extra_down_proj.detach()
-    num_modalities = _check_loras(gate_up_lora, down_lora, gate_up_proj, down_proj)
     if modality_ids is not None:
-        check_modality_ids(modality_ids, hidden_states.shape[0], hidden_states.device)
         modality_ids = modality_ids.long()
-        if num_modalities == 0:  # only padding matters
+        if gate_up_lora is None and down_lora is None:  # only padding matters
             modality_ids = modality_ids.clamp(max=0)
     backend = backends.select(backend, hidden_states.device, gate_up_proj.dtype)
 
@@ -135,7 +125,7 @@ def moe_mlp(
     gate_up_lora = gate_up_lora or (None, None, None)
     down_lora = down_lora or (None, None, None)
     inputs = (
-        hidden_states.to(gate_up_proj.dtype),
+        in_dtype_of(hidden_states, gate_up_proj),
         topk_weights,
         extra_gate_up_proj,
         extra_down_proj,
@@ -147,12 +137,12 @@ def moe_mlp(
     out = autograd.run(
         inputs[0], topk_ids, topk_weights, gate_up, down, modality_ids, *inputs[2:], gate_up_bias,
         gate_up_scales, down_scales,
-        frozen_extra=frozen_extra, form=form, save_for_backward=save, backend=backend,
+        frozen_extra=frozen_extra, form=form, save_for_backward=save, backend=backend, plain=plain,
     )  # fmt: skip
     if down_bias is not None:
         biases = down_bias[: gate_up_proj.shape[0]], down_bias[gate_up_proj.shape[0] :]
         out = _add_down_bias(out, topk_ids, topk_weights, modality_ids, biases)
-    return out.to(hidden_states.dtype)
+    return in_dtype_of(out, hidden_states)
 
 
 def _stored(weights: Tensor | PackedWeights) -> tuple[Tensor, Tensor | None]:
@@ -208,6 +198,39 @@ def _shares(ids: Tensor, weights: Tensor, number: int) -> Tensor:
 def _trains(*loras: LoraWeights | None) -> bool:
     """Return whether an adapter needs a gradient, which is zeros where no row uses the adapter."""
     return must_save(*(tensor for lora in loras if lora is not None for tensor in lora[:2]))
+
+
+def _check(
+    form: ExpertForm,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor | PackedWeights,
+    down_proj: Tensor | PackedWeights,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    modality_ids: Tensor | None,
+    extra_gate_up_proj: Tensor | None,
+    extra_down_proj: Tensor | None,
+    gate_up_lora: LoraWeights | None,
+    down_lora: LoraWeights | None,
+) -> None:
+    checks.tensors(hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights)
+    for name, stack in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if not isinstance(stack, PackedWeights):
+            checks.tensors(**{name: stack})
+    checks.optional_tensors(
+        gate_up_bias=gate_up_bias, down_bias=down_bias, modality_ids=modality_ids,
+        extra_gate_up_proj=extra_gate_up_proj, extra_down_proj=extra_down_proj,
+    )  # fmt: skip
+    _check_base(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, form)
+    _check_extra(extra_gate_up_proj, extra_down_proj, gate_up_proj, down_proj)
+    num_extra = 0 if extra_gate_up_proj is None else extra_gate_up_proj.shape[0]
+    _check_bias("gate_up_bias", gate_up_bias, gate_up_proj, num_extra)
+    _check_bias("down_bias", down_bias, down_proj, num_extra)
+    _check_loras(gate_up_lora, down_lora, gate_up_proj, down_proj)
+    if modality_ids is not None:
+        check_modality_ids(modality_ids, hidden_states.shape[0], hidden_states.device)
 
 
 def _check_base(
@@ -290,7 +313,7 @@ def _check_loras(
     down_lora: LoraWeights | None,
     gate_up_proj: Tensor | PackedWeights,
     down_proj: Tensor | PackedWeights,
-) -> int:
+) -> None:
     counts = []
     for name, lora, weight in (
         ("gate_up_lora", gate_up_lora, gate_up_proj),
@@ -303,4 +326,3 @@ def _check_loras(
         raise ValueError(
             f"gate_up_lora and down_lora must have the same number of modalities, got {counts}"
         )
-    return counts[0] if counts else 0

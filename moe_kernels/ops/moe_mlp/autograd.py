@@ -4,8 +4,7 @@ Saved for backward are hidden_states, topk_weights, the pre-activation, u1 = x A
 u2 = a A2^T (unscaled) and the dispatch, all of shapes that do not depend on the routing.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +15,12 @@ from moe_kernels.ops.dtypes import on_device, without_autocast
 from moe_kernels.ops.gradients import (
     OpArguments,
     check_saved,
+    in_dtype_of,
     is_plain,
     no_second_derivative,
     plain_function,
     refuse_batched_gradient,
     register_formulas,
-    select,
     transformed_function,
     way,
 )
@@ -69,45 +68,54 @@ def _moe_mlp(
 
     Only the backward uses ``frozen_extra``.
     """
-    named = locals()
-    out, saved = _compute(named)
+    arguments = tuple(locals().values())
+    out, saved = _compute(*arguments)
     if not save_for_backward:
-        saved = nothing_saved(hidden_states, topk_ids, select(ExpertWeights, named))
+        saved = nothing_saved(hidden_states, topk_ids, _weights_of(arguments))
     return out, *saved
 
 
-def _compute(named: Mapping[str, Any]) -> tuple[Tensor, Saved]:
-    """Return what a backend's forward returns for the arguments of :func:`_moe_mlp`, by name."""
-    weights, form = select(ExpertWeights, named), select(ExpertForm, named)
-    hidden_states, topk_ids, ids = (
-        named[name] for name in ("hidden_states", "topk_ids", "modality_ids")
-    )
-    check_frozen_extra(named["frozen_extra"], weights.num_extra)
+def _compute(*arguments: Any) -> tuple[Tensor, Saved]:
+    """Return what a backend's forward returns for the arguments of :func:`_moe_mlp`."""
+    weights, form, others = (of(arguments) for of in (_weights_of, _form_of, _others_of))
+    hidden_states, topk_ids, topk_weights, ids, frozen_extra, save_for_backward, backend = others
+    check_frozen_extra(frozen_extra, weights.num_extra)
     check_scales(weights)
-    backend = named["backend"]
     checks.id_ranges(topk_ids, weights.num_experts, ids, weights.num_modalities, backend)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
         return backends.implementation("moe_mlp", backend).forward(
             hidden_states.contiguous(),
             topk_ids.contiguous(),
-            named["topk_weights"].contiguous(),
+            topk_weights.contiguous(),
             None if ids is None else ids.contiguous(),
             weights,
             form,
-            named["save_for_backward"],
+            save_for_backward,
         )
 
 
+class _Others(NamedTuple):
+    """Arguments of :func:`_moe_mlp` beside the experts' weights and form."""
+
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    modality_ids: Tensor | None
+    frozen_extra: int
+    save_for_backward: bool
+    backend: str
+
+
 _FORWARD = OpArguments(_moe_mlp, differentiable=("hidden_states", "topk_weights", *TRAINABLE))
+_weights_of, _form_of, _others_of = map(_FORWARD.group, (ExpertWeights, ExpertForm, _Others))
 moe_mlp_op = torch.library.custom_op("moe_kernels::moe_mlp", _moe_mlp, mutates_args=())
 
 
 @moe_mlp_op.register_fake
 def _(*arguments):
-    named = _FORWARD.by_name(arguments)
-    hidden_states, topk_ids = named["hidden_states"], named["topk_ids"]
-    weights, out = select(ExpertWeights, named), hidden_states.new_empty(hidden_states.shape)
-    if not named["save_for_backward"]:
+    hidden_states, topk_ids, *_, save_for_backward, _ = _others_of(arguments)
+    weights, out = _weights_of(arguments), hidden_states.new_empty(hidden_states.shape)
+    if not save_for_backward:
         return out, *nothing_saved(hidden_states, topk_ids, weights)
     rows = topk_ids.numel()
     num_segments = weights.num_experts * (weights.num_modalities + 1)
@@ -160,9 +168,8 @@ def _moe_mlp_backward(
     They are those of hidden_states, topk_weights, extra_gate_up_proj, extra_down_proj, gate_up_A,
     gate_up_B, down_A and down_B. For the first ``frozen_extra`` added experts zeros are returned.
     """
-    named = locals()
-    weights, form = select(ExpertWeights, named), select(ExpertForm, named)
-    saved = select(Saved, named)
+    arguments = tuple(locals().values())
+    weights, form, saved = (of(arguments) for of in _OF_BACKWARD)
     check_frozen_extra(frozen_extra, weights.num_extra)
     check_scales(weights)
     with on_device(hidden_states.device), without_autocast(hidden_states.device):
@@ -177,10 +184,11 @@ def _moe_mlp_backward(
             frozen_extra,
         )
     needed = _needed(hidden_states, topk_weights, weights, needs)
-    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, needed, strict=True)]
+    return list(map(in_dtype_of, grads, needed))
 
 
 _BACKWARD = OpArguments(_moe_mlp_backward, differentiable=())
+_OF_BACKWARD = tuple(map(_BACKWARD.group, (ExpertWeights, ExpertForm, Saved)))
 moe_mlp_backward_op = torch.library.custom_op(
     "moe_kernels::moe_mlp_backward", _moe_mlp_backward, mutates_args=()
 )
@@ -189,7 +197,7 @@ moe_mlp_backward_op = torch.library.custom_op(
 @moe_mlp_backward_op.register_fake
 def _(*arguments):
     named = _BACKWARD.by_name(arguments)
-    weights = select(ExpertWeights, named)
+    weights = _OF_BACKWARD[0](arguments)
     needed = _needed(named["hidden_states"], named["topk_weights"], weights, named["needs"])
     return [tensor.new_empty(tensor.shape) for tensor in needed]
 
@@ -202,15 +210,13 @@ def _needed(
 
 
 def _setup_context(ctx, inputs, output):
-    named, (_, *saved) = _FORWARD.by_name(inputs), output
+    others, (_, *saved) = _others_of(inputs), output
     ctx.mark_non_differentiable(*saved)
-    check_saved(_NAME, named["save_for_backward"], ctx.needs_input_grad)
+    check_saved(_NAME, others.save_for_backward, ctx.needs_input_grad)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        named["hidden_states"], named["topk_weights"], *select(ExpertWeights, named), *saved
-    )
-    ctx.frozen_extra, ctx.backend = named["frozen_extra"], named["backend"]
-    ctx.form, ctx.tiles = select(ExpertForm, named), forced()
+    ctx.save_for_backward(others.hidden_states, others.topk_weights, *_weights_of(inputs), *saved)
+    ctx.frozen_extra, ctx.backend = others.frozen_extra, others.backend
+    ctx.form, ctx.tiles = _form_of(inputs), forced()
 
 
 def _backward(ctx, grad_out, *_):
@@ -246,18 +252,19 @@ def run(
     form: ExpertForm,
     save_for_backward: bool,
     backend: str,
+    plain: bool,
 ) -> Tensor:
     """Return the first output of :func:`_moe_mlp`, around the dispatcher for plain tensors.
 
-    Then no ``TorchFunctionMode`` sees the op either.
+    Then no ``TorchFunctionMode`` sees the op either. ``plain`` says that they are known to be so.
     """
     arguments = (*tensors, frozen_extra, *form, save_for_backward, backend)
-    if not is_plain(*tensors):
+    if not (plain or is_plain(*tensors)):
         return way(torch.ops.moe_kernels.moe_mlp, _transformed)(*arguments)[0]
     if save_for_backward:
-        return _plain.apply(*arguments)[0]
+        return _plain(*arguments)
     if backend in _IN_ONE_CALL:
         out = backends.implementation("moe_mlp", backend).inference(*tensors, form=form)
         if out is not None:
             return out
-    return _compute(_FORWARD.by_name(arguments))[0]
+    return _compute(*arguments)[0]
