@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Loop::kThreads, 1)
     Loop loop;
     Loop::begin_turn(turn);
     if (dispatched) loop.run(args, step);
-    Loop::end_turn();
+    Loop::end_turn(turn);
     if constexpr (!Epilogue::kAllRows) {
       if (!dispatched) {
         return epilogue.pass_over(args, of_map, column_tile, 1,

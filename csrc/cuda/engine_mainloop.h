@@ -52,7 +52,7 @@ struct Engine {
     Stage stages[kStages];
     uint64_t full[kStages];   // a stage was loaded
     uint64_t empty[kStages];  // a stage was multiplied
-    uint64_t turn;            // a tile was multiplied
+    uint64_t turns[2];        // a warpgroup has multiplied a tile, the even or the odd one
   };
   static_assert(sizeof(Shared) <= sm90::kMaxSharedBytes);
 
@@ -82,7 +82,7 @@ struct Engine {
         sm90::init_barrier(&shared().full[stage], 1 + kGroup);
         sm90::init_barrier(&shared().empty[stage], kTogether / 32);
       }
-      sm90::init_barrier(&shared().turn, kTogether / 32);
+      for (uint64_t& ended : shared().turns) sm90::init_barrier(&ended, kTogether / 32);
       sm90::fence_barriers();
     }
     __syncthreads();
@@ -159,14 +159,15 @@ struct Engine {
   }
 
   // Waits until the tiles before have been multiplied: a wait for a stage tells two phases apart,
-  // not three.
+  // not three. So does this one, and a warp may be here before others of its warpgroup have ended
+  // their last turn. Hence each warpgroup has a barrier, which waits for this turn of the other.
   static __device__ void begin_turn(int turn) {
-    if (kInTurn) sm90::wait_barrier(&shared().turn, (turn & 1) ^ 1);
+    if (kInTurn) sm90::wait_barrier(&shared().turns[(turn + 1) % 2], ((turn + 1) / 2 & 1) ^ 1);
   }
   // All lanes have seen that the turn began before one ends it.
-  static __device__ void end_turn() {
+  static __device__ void end_turn(int turn) {
     if constexpr (kInTurn) __syncwarp();
-    if (kInTurn && lane() == 0) sm90::arrive(&shared().turn);
+    if (kInTurn && lane() == 0) sm90::arrive(&shared().turns[turn % 2]);
   }
 
   // Computes acc = left W of a tile. By all threads that multiply it.

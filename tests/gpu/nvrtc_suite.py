@@ -54,7 +54,7 @@ def test_the_engine_is_launched_with_its_map_of_the_experts():
     own = "engine_kernel<moe_kernels::cuda::Engine<__nv_bfloat16, true, true, false>"
     assert own in launch["symbol"]
     assert launch["first"] == stack.data_ptr()
-    assert [launch[name] for name in ("x", "threads", "shared")] == [3 * 2, 384, 4 * 49152 + 72]
+    assert [launch[name] for name in ("x", "threads", "shared")] == [3 * 2, 384, 4 * 49152 + 80]
 
 
 def test_a_launch_has_what_the_kernel_takes(capfd):

@@ -46,9 +46,14 @@ FAULTS = {
     "steps of the other warpgroup are not counted": [
         ("step += (args.size_k + kBlockK - 1) / kBlockK;", "")],
     "warpgroups do not wait for their turn": [
-        ("if (kInTurn) sm90::wait_barrier(&shared().turn, (turn & 1) ^ 1);", "")],
+        ("if (kInTurn) sm90::wait_barrier(&shared().turns[(turn + 1) % 2],"
+         " ((turn + 1) / 2 & 1) ^ 1);", "")],
+    "one barrier for the turns of both warpgroups": [
+        ("sm90::wait_barrier(&shared().turns[(turn + 1) % 2], ((turn + 1) / 2 & 1) ^ 1);",
+         "sm90::wait_barrier(&shared().turns[0], (turn & 1) ^ 1);"),
+        ("sm90::arrive(&shared().turns[turn % 2]);", "sm90::arrive(&shared().turns[0]);")],
     "the next turn does not begin": [
-        ("if (kInTurn && lane() == 0) sm90::arrive(&shared().turn);", "")],
+        ("if (kInTurn && lane() == 0) sm90::arrive(&shared().turns[turn % 2]);", "")],
     "as many free a stage as multiply two": [
         ("sm90::init_barrier(&shared().empty[stage], kTogether / 32);",
          "sm90::init_barrier(&shared().empty[stage], 8);")],
