@@ -1,12 +1,10 @@
 // A layer's forward and its backward in one op each: the course that
-// moe_kernels/ops/moe_mlp/gpu.py defines, with the launches of the ops on CUDA. The ops are called
-// through torch, so the course runs on tensors without memory too, and its checks and shapes are
-// theirs.
+// moe_kernels/ops/moe_mlp/gpu.py defines, with the launches of the ops on CUDA. On tensors without
+// memory it makes the ops' checks and outputs alone.
 //
 // Notation: dA' is the gradient of the activation without the routing weight; du = dy B.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/ones.h>
@@ -19,30 +17,14 @@
 #include "ops.h"
 
 namespace moe_kernels::course {
+
+const Launches* on_device = nullptr;
+
 namespace {
 
-template <typename Op>
-c10::TypedOperatorHandle<Op> find(const char* name) {
-  const std::string full = std::string("moe_kernels_native::") + name;
-  return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Op>();
-}
-
-struct Launches {
-  c10::TypedOperatorHandle<DispatchWithMapsOp> dispatch_with_maps =
-      find<DispatchWithMapsOp>("dispatch_with_maps");
-  c10::TypedOperatorHandle<TileMapsOp> tile_maps = find<TileMapsOp>("tile_maps");
-  c10::TypedOperatorHandle<ShrinkOp> shrink = find<ShrinkOp>("shrink");
-  c10::TypedOperatorHandle<GateUpOp> gate_up = find<GateUpOp>("gate_up");
-  c10::TypedOperatorHandle<GroupedGemmOp> grouped_gemm = find<GroupedGemmOp>("grouped_gemm");
-  c10::TypedOperatorHandle<ActBackwardOp> act_backward = find<ActBackwardOp>("act_backward");
-  c10::TypedOperatorHandle<WgradOp> wgrad = find<WgradOp>("wgrad");
-  c10::TypedOperatorHandle<CombineOp> combine = find<CombineOp>("combine");
-};
-
-const Launches& launches() {
-  static const Launches found;
-  return found;
-}
+constexpr Launches kWithoutMemory = {
+    outputs::dispatch_with_maps, outputs::tile_maps,    outputs::shrink, outputs::gate_up,
+    outputs::grouped_gemm,       outputs::act_backward, outputs::wgrad,  outputs::combine};
 
 struct Map {
   at::Tensor tiles, groups;
@@ -80,8 +62,13 @@ struct Course {
   const Layer& layer;
   const cuda::LayerShapes shapes;
   const cuda::Plan plan;
+  const Launches& launches;
 
-  explicit Course(const Layer& of) : layer(of), shapes(shapes_of(of)), plan(shapes) {}
+  explicit Course(const Layer& of)
+      : layer(of),
+        shapes(shapes_of(of)),
+        plan(shapes),
+        launches(of.hidden_states.is_meta() ? kWithoutMemory : *on_device) {}
 
   at::Tensor empty(int64_t columns, at::ScalarType dtype) const {
     return at::empty({shapes.rows(), columns}, layer.hidden_states.options().dtype(dtype));
@@ -91,7 +78,7 @@ struct Course {
   void shrink(const Sorted& sorted, const at::Tensor& out, const at::Tensor& left,
               const at::Tensor& matrix, bool by_token, bool rank_first, bool fill) const {
     const OptionalTensor segments = fill ? OptionalTensor(sorted.segment_offsets) : std::nullopt;
-    launches().shrink.call(out, left, matrix, sorted.perm, sorted.pairs.tiles, segments,
+    launches.shrink(out, left, matrix, sorted.perm, sorted.pairs.tiles, segments,
                            sorted.pairs.groups.size(1), shapes.num_base, matrix.size(1),
                            shapes.top_k, by_token, rank_first);
   }
@@ -99,7 +86,7 @@ struct Course {
   at::Tensor grouped_gemm(const Sorted& sorted, const at::Tensor& left, const ExpertStack& stack,
                           const OptionalTensor& u, const LowRankPair& pair,
                           bool transposed) const {
-    return launches().grouped_gemm.call(
+    return launches.grouped_gemm(
         left, stack.base, stack.extra(), sorted.perm, sorted.experts.tiles, sorted.segment_offsets,
         u, u ? (transposed ? pair.b : pair.a) : std::nullopt, u ? pair.scaling : std::nullopt,
         sorted.experts.block, transposed);
@@ -107,7 +94,7 @@ struct Course {
 
   at::Tensor combine(const Sorted& sorted, const at::Tensor& rows,
                      const OptionalTensor& weights) const {
-    return launches().combine.call(rows, sorted.inv_perm, sorted.num_dispatched(), weights,
+    return launches.combine(rows, sorted.inv_perm, sorted.num_dispatched(), weights,
                                    shapes.tokens);
   }
 };
@@ -128,7 +115,7 @@ Sorted sort(const Course& course, const at::Tensor& topk_ids, const OptionalTens
   const cuda::Plan& plan = course.plan;
   const cuda::RequestedMaps maps{&plan.experts, &plan.pairs};
   const auto [perm, inv_perm, tokens, experts, segment_offsets, made] =
-      launches().dispatch_with_maps.call(topk_ids, course.shapes.num_experts(), modality_ids,
+      course.launches.dispatch_with_maps(topk_ids, course.shapes.num_experts(), modality_ids,
                                     course.shapes.modalities, maps.blocks, maps.groups);
   return {perm, inv_perm, segment_offsets, map_of(made, 0, plan.experts),
           map_of(made, 1, plan.pairs)};
@@ -142,7 +129,7 @@ forward(const Layer& layer, const at::Tensor& topk_ids, const OptionalTensor& mo
   const LowRankPair &up = layer.gate_up_lora, &down = layer.down_lora;
   const Sorted sorted = sort(course, topk_ids, modality_ids);
   const OptionalTensor u1 = shrink_to_u(course, sorted, x, up, /*by_token=*/true, save);
-  const auto [pre_act, act] = launches().gate_up.call(
+  const auto [pre_act, act] = course.launches.gate_up(
       x, layer.gate_up_proj.base, layer.gate_up_proj.extra(), sorted.perm, sorted.experts.tiles,
       sorted.segment_offsets, u1, up.b, up.scaling, sorted.experts.block, save);
   const OptionalTensor u2 = shrink_to_u(course, sorted, act, down, /*by_token=*/false, save);
@@ -230,7 +217,7 @@ struct Backward {
 
   std::vector<at::Tensor> tile_maps(const at::Tensor& segment_offsets,
                                     const cuda::RequestedMaps& maps) const {
-    return launches().tile_maps.call(segment_offsets, shapes.rows(), maps.blocks, maps.groups);
+    return course.launches.tile_maps(segment_offsets, shapes.rows(), maps.blocks, maps.groups);
   }
 
   // Returns du = dy B (T * K, r) in float32, written on adapted rows alone; nothing without
@@ -264,7 +251,7 @@ struct Backward {
     }
     const OptionalTensor perm =
         problems.empty() ? std::nullopt : OptionalTensor(sorted.perm);
-    const auto [sums, du, sum_of_dots] = launches().wgrad.call(
+    const auto [sums, du, sum_of_dots] = course.launches.wgrad(
         left, right, tiles, groups, factors, weights, matrix, blocks, transposed, left_by_token,
         right_by_token, perm, dots, layer.topk_weights.scalar_type(), shapes.top_k);
     return {sums, du, sum_of_dots};
@@ -318,7 +305,7 @@ struct Backward {
     make_maps();
     const LowRankPair &up = layer.gate_up_lora, &down = layer.down_lora;
     const OptionalTensor du2 = shrink_to_du(grad_out, down, /*by_token=*/true);
-    const auto [d_pre, act, dots] = launches().act_backward.call(
+    const auto [d_pre, act, dots] = course.launches.act_backward(
         grad_out, layer.down_proj.base, layer.down_proj.extra(), sorted.perm, sorted.experts.tiles,
         sorted.segment_offsets, du2, down.a, down.scaling, sorted.experts.block,
         layer.topk_weights, pre_act, needs.a2, needs.added_down);

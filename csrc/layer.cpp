@@ -17,7 +17,7 @@ OptionalTensor fitting(const OptionalTensor& tensor) {
 }
 
 OptionalTensor fitting(const OptionalTensor& tensor, at::ScalarType dtype) {
-  return tensor ? OptionalTensor(moe_kernels::fitting(tensor->to(dtype))) : std::nullopt;
+  return fitting(tensor && tensor->scalar_type() != dtype ? tensor->to(dtype) : tensor);
 }
 
 void check_form(const Layer& layer) {

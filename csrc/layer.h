@@ -7,6 +7,8 @@
 #include <optional>
 #include <string_view>
 
+#include "ops.h"
+
 namespace moe_kernels {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -45,6 +47,24 @@ struct Layer {
     return a ? a->size(0) : 0;
   }
 };
+
+// The ops that a course launches: those of CUDA, or their outputs alone.
+namespace course {
+
+struct Launches {
+  DispatchWithMapsOp* dispatch_with_maps;
+  TileMapsOp* tile_maps;
+  ShrinkOp* shrink;
+  GateUpOp* gate_up;
+  GroupedGemmOp* grouped_gemm;
+  ActBackwardOp* act_backward;
+  WgradOp* wgrad;
+  CombineOp* combine;
+};
+
+extern const Launches* on_device;  // set where kernels are built
+
+}  // namespace course
 
 // Makes a tensor fit the kernels: contiguous, and at a multiple of 16 bytes.
 at::Tensor fitting(const at::Tensor& tensor);

@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "../layer.h"
 #include "../ops.h"
 #include "add_low_rank.h"
 #include "combine.h"
@@ -218,17 +219,17 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
       .num_dots = dots ? static_cast<int>(dots->size(0)) : 0,
       .top_k = static_cast<int>(top_k),
   };
-  std::vector<at::Tensor> scratch;
-  const auto unwritten = [&](int64_t size) {
-    scratch.push_back(at::empty({size}, du.options()));
-    return scratch.back().mutable_data_ptr<float>();
+  const int64_t parts = matrix ? wgrad_parts(static_cast<int>(right[0].size(1))) * du.numel() : 0;
+  const auto partials = [&](size_t i) {
+    return rows > chunks[i] ? 2 * (rows / chunks[i]) * sums[i].size(1) * sums[i].size(2) : 0;
   };
-  if (matrix) {
-    args.parts = unwritten(wgrad_parts(static_cast<int>(right[0].size(1))) * du.numel());
-  }
+  int64_t size = parts;
+  for (size_t i = 0; i < left.size(); ++i) size += partials(i);
+  const at::Tensor scratch = at::empty({size}, du.options());
+  args.parts = scratch.mutable_data_ptr<float>();
+  float* partial = args.parts + parts;
   for (size_t i = 0; i < left.size(); ++i) {
     const std::optional<at::Tensor> its_weights = weights[i];
-    const int64_t partials = rows > chunks[i] ? 2 * (rows / chunks[i]) : 0;
     args.problems[i] = {
         .left = left[i].const_data_ptr(),
         .right = right[i].const_data_ptr(),
@@ -238,7 +239,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
         .weights = pointer_of(its_weights),
         .matrix = i == 0 ? pointer_of(matrix) : nullptr,
         .out = sums[i].mutable_data_ptr<float>(),
-        .partial = unwritten(partials * sums[i].size(1) * sums[i].size(2)),
+        .partial = partial,
         .chunk = chunks[i],
         .left_dtype = scalar_of(left[i]),
         .weights_dtype = scalar_of(its_weights),
@@ -252,6 +253,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
         .left_by_token = left_by_token[i],
         .right_by_token = right_by_token[i],
     };
+    partial += partials(i);
   }
   const Scalar right_dtype = right.empty() ? Scalar::kFloat : scalar_of(right[0]);
   C10_CUDA_CHECK(launch_wgrad(args, right_dtype, c10::cuda::getCurrentCUDAStream()));
@@ -343,8 +345,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
   return made;
 }
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 at::Tensor moe_mlp_inference(
     const at::Tensor& hidden_states, const at::Tensor& topk_ids, const at::Tensor& topk_weights,
     const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
@@ -407,4 +407,11 @@ at::Tensor moe_mlp_inference(
   return out;
 }
 
+namespace {
+
+constexpr course::Launches kLaunches = {dispatch_with_maps, tile_maps,    shrink, gate_up,
+                                        grouped_gemm,       act_backward, wgrad,  combine};
+[[maybe_unused]] const bool kUsed = (course::on_device = &kLaunches, true);
+
+}  // namespace
 }  // namespace moe_kernels::cuda
