@@ -187,7 +187,7 @@ def build_ops(folder: Path) -> Path:
     plain = (KERNELS.parent / name for name in ("outputs.cpp", "layer.cpp", "course.cpp"))
     sources = HOST / "cuda_launchers_host.cpp", *plain
     objects = compiled(
-        folder, *sources, more=("-std=c++20", f"-I{HOST / 'cuda_on_host'}", *headers)
+        folder, *sources, more=("-std=c++20", "-O3", f"-I{HOST / 'cuda_on_host'}", *headers)
     )
     objects += compiled(folder, *KERNELS.glob("*.cu"))
     libraries = ["-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{TORCH_LIB_PATH}"]
