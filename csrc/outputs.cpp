@@ -187,8 +187,8 @@ void check_experts(const Experts& args, bool by_token, bool transposed, bool gat
   const int64_t of_stack = gated ? 2 * size_n : size_n;
   check_stacks(args, transposed ? of_stack : size_k, transposed ? size_k : of_stack);
   check_like(args.left, args.tiles, "tiles", at::kLong, {3, -1});
-  TORCH_CHECK(args.block_m == 16 || args.block_m == 128, "block_m must be 16 or 128, is ",
-              args.block_m);
+  TORCH_CHECK(args.block_m == 16 || args.block_m == 128 || args.block_m == 256,
+              "block_m must be 16, 128 or 256, is ", args.block_m);
   const int64_t experts = args.stack.size(0) + size_of(args.extra, 0);
   check_like(args.left, args.segment_offsets, "segment_offsets", at::kLong, {-1});
   const int64_t segments = args.segment_offsets.numel() - 1;

@@ -155,20 +155,52 @@ inline cudaError_t find_asked(const void* kernel, AskedOnce*& asked) {
   return cudaSuccess;
 }
 
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, size_t shared_bytes) {
+  if (shared_bytes <= kSharedWithoutAttribute) return cudaSuccess;
+  AskedOnce* asked = nullptr;
+  const cudaError_t error = find_asked(reinterpret_cast<const void*>(kernel), asked);
+  if (error != cudaSuccess) return error;
+  return asked->allow_shared(shared_bytes, [&](int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  });
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
-  if (shared_bytes > kSharedWithoutAttribute) {
-    AskedOnce* asked = nullptr;
-    cudaError_t error = find_asked(reinterpret_cast<const void*>(kernel), asked);
-    if (error != cudaSuccess) return error;
-    error = asked->allow_shared(shared_bytes, [&](int bytes) {
-      return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    });
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), dim3 grid,
+                        int threads, size_t shared_bytes, cudaStream_t stream,
+                        const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Launches a kernel whose blocks form clusters of `cluster` neighbours. They divide the grid.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, unsigned grid, int threads,
+                            size_t shared_bytes, cudaStream_t stream,
+                            const Arguments&... arguments) {
+  if (cluster == 1) return launch(kernel, grid, threads, shared_bytes, stream, arguments...);
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute clusters = {};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  return launch_with(clusters, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 // Gives whether a kernel may overlap the one before it, on the current device.
@@ -200,14 +232,7 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads,
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch_with(early, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 #endif
 

@@ -8,15 +8,19 @@
 namespace moe_kernels::cuda {
 namespace {
 
-// Calls visit(tile of the map, number of its columns) for each tile with rows of this block, in the
-// same order for the threads that load and for those that multiply.
+// Calls visit(tile of the map, number of its columns) for each tile with rows of this cluster, in
+// the same order for the threads that load and for those that multiply. The tile has this block's
+// rows, if any.
 template <typename Loop, typename Visit>
 __device__ void each_tile(const GroupedGemm& args, Visit visit) {
   const int columns = (args.size_n + Loop::kColumns - 1) / Loop::kColumns;
-  for (int id = blockIdx.x; id < args.num_tiles * columns; id += gridDim.x) {
+  for (int id = blockIdx.x / Loop::kCluster; id < args.num_tiles * columns;
+       id += gridDim.x / Loop::kCluster) {
     const int2 ids = tile_ids(id, args.num_tiles, columns);
-    const Tile of_map = tile_of(args.tiles, ids.x, args.num_tiles);
-    if (of_map.first < of_map.end) visit(of_map, ids.y);
+    Tile of_map = tile_of(args.tiles, ids.x, args.num_tiles);
+    if (of_map.first >= of_map.end) continue;
+    Loop::keep_own_rows(of_map);
+    visit(of_map, ids.y);
   }
 }
 
@@ -94,9 +98,10 @@ cudaError_t launch_engine(const GroupedGemm& gemm, const Epilogue& epilogue, boo
     error = make_map<Loop>(gemm.extra, gemm.num_experts - gemm.num_base, gemm, maps.extra);
   }
   if (error != cudaSuccess) return error;
-  return launch(MOE_KERNEL(engine_kernel, Loop, Epilogue),
-                static_cast<unsigned>(tiles < blocks ? tiles : blocks), Loop::kThreads,
-                sizeof(typename Loop::Shared), stream, maps, gemm, epilogue, v_is_float);
+  const int64_t most = blocks / Loop::kCluster, clusters = tiles < most ? tiles : most;
+  return launch_clusters(MOE_KERNEL(engine_kernel, Loop, Epilogue), Loop::kCluster,
+                         static_cast<unsigned>(clusters * Loop::kCluster), Loop::kThreads,
+                         sizeof(typename Loop::Shared), stream, maps, gemm, epilogue, v_is_float);
 }
 
 }  // namespace

@@ -8,6 +8,10 @@
 // (kInTurn) each has every second tile, so that one multiplies while the other stores: for an
 // epilogue that takes long. The order of k is the same for every tile, and which block or warpgroup
 // takes a tile changes no bit.
+//
+// Two blocks may form a cluster (kCluster) and take the two halves of the same 256 rows in step.
+// Each loads half of W for both, so that W leaves the L2 once for 256 rows. A block without rows
+// loads for the other, and multiplies zeros.
 #pragma once
 
 #include <type_traits>
@@ -23,12 +27,14 @@ struct ExpertMaps {
   sm90::TensorMap base, extra;
 };
 
-// kTransposed, kGated: see Mainloop. kInTurn: each warpgroup has every second tile.
-template <typename T_, bool kTransposed_, bool kGated_, bool kInTurn_>
+// kTransposed, kGated: see Mainloop. kInTurn: each warpgroup has every second tile. kCluster: 1 or
+// 2 blocks share what is loaded of W.
+template <typename T_, bool kTransposed_, bool kGated_, bool kInTurn_, int kCluster_>
 struct Engine {
   static constexpr bool kTransposed = kTransposed_, kGated = kGated_, kInTurn = kInTurn_;
   using T = T_;
   using U = std::conditional_t<kTransposed, T, float>;
+  static constexpr int kCluster = kCluster_;
   static constexpr int kGroup = 128;  // threads of a warpgroup
   static constexpr int kThreads = 3 * kGroup;
   static constexpr int kTogether = kInTurn ? kGroup : 2 * kGroup;  // threads that multiply a tile
@@ -43,6 +49,8 @@ struct Engine {
   static constexpr int kToLoad = kGated ? 56 : 40, kToMultiply = (504 - kToLoad) / 2;
   // Rows of a box: of W's rows if kTransposed, else of k.
   static constexpr int kBoxRows = kTransposed ? 128 : kBlockK;
+  // Boxes of a stage that a block loads.
+  static constexpr int kOwnBoxes = kWidth * kBlockK / (kBoxRows * 64) / kCluster;
 
   struct Stage {
     T left[kBlockM * kBlockK];
@@ -55,6 +63,7 @@ struct Engine {
     uint64_t turns[2];        // a warpgroup has multiplied a tile, the even or the odd one
   };
   static_assert(sizeof(Shared) <= sm90::kMaxSharedBytes);
+  static_assert(kOwnBoxes * kCluster * kBoxRows * 64 == kWidth * kBlockK);
 
   float acc[kTilesM][kTilesN][4] = {};
 
@@ -64,6 +73,20 @@ struct Engine {
   static __device__ int consumer() { return threadIdx.x - kGroup; }
   static __device__ int lane() { return threadIdx.x % 32; }
   static __device__ int warp_n() { return 0; }
+
+  // Number of the block in its cluster.
+  static __device__ int rank() { return kCluster == 1 ? 0 : blockIdx.x % kCluster; }
+
+  // Leaves a tile of the map this block's rows. Without any it begins where it did: load() looks up
+  // its first row.
+  static __device__ void keep_own_rows(Tile& of_map) {
+    if constexpr (kCluster > 1) {
+      const int64_t first = of_map.first + rank() * kBlockM, end = first + kBlockM;
+      const bool any = first < of_map.end;
+      of_map.first = any ? first : of_map.first;
+      of_map.end = !any ? of_map.first : end < of_map.end ? end : of_map.end;
+    }
+  }
 
   // See Mainloop.
   static __device__ int row_of(int i, int half) {
@@ -80,12 +103,16 @@ struct Engine {
       sm90::check_swizzle(&shared());
       for (int stage = 0; stage < kStages; ++stage) {
         sm90::init_barrier(&shared().full[stage], 1 + kGroup);
-        sm90::init_barrier(&shared().empty[stage], kTogether / 32);
+        sm90::init_barrier(&shared().empty[stage], kCluster * kTogether / 32);
       }
       for (uint64_t& ended : shared().turns) sm90::init_barrier(&ended, kTogether / 32);
       sm90::fence_barriers();
     }
-    __syncthreads();
+    if constexpr (kCluster == 1) {
+      __syncthreads();
+    } else {
+      sm90::meet_cluster();
+    }
   }
 
   // Starts to copy columns k, k + 1, ... of the tile's rows of left. Rows and columns that are not
@@ -105,20 +132,22 @@ struct Engine {
     }
   }
 
-  // Starts to copy the expert's matrix; elements beyond its edges are zeros.
+  // Starts to copy this block's part of the expert's matrix to the cluster; elements beyond the
+  // matrix' edges are zeros.
   static __device__ void load_right(const ExpertMaps& maps, const GroupedGemm& args,
                                     const ExpertTile& tile, int k, T* to, uint64_t* full) {
     const bool of_base = tile.expert < args.num_base;
     const sm90::TensorMap* map = of_base ? &maps.base : &maps.extra;
     const int depth = of_base ? tile.expert : tile.expert - args.num_base;
 #pragma unroll
-    for (int i = 0; i < kWidth * kBlockK / (kBoxRows * 64); ++i) {
+    for (int own = 0; own < kOwnBoxes; ++own) {
+      const int i = rank() * kOwnBoxes + own;
       T* box = to + i * kBoxRows * 64;
       if constexpr (kTransposed) {
         const int row = tile.column + i * (kGated ? args.size_n : kBoxRows);
-        sm90::load_box(map, box, k, row, depth, full);
+        sm90::load_box<kCluster>(map, box, k, row, depth, full);
       } else {
-        sm90::load_box(map, box, tile.column + i * 64, k, depth, full);
+        sm90::load_box<kCluster>(map, box, tile.column + i * 64, k, depth, full);
       }
     }
   }
@@ -199,7 +228,8 @@ struct Engine {
     for (auto& sums : acc) sm90::fence_sums(sums);
   }
 
-  // Waits until all that was loaded has been multiplied, so that no copy outlives its thread.
+  // Waits until all that was loaded has been multiplied in the whole cluster, so that no copy
+  // outlives its thread, and nothing comes to a block that has ended.
   static __device__ void drain(int step) {
     for (int i = 0; i < kStages; ++i, ++step) {
       sm90::wait_barrier(&shared().empty[step % kStages], (step / kStages & 1) ^ 1);
@@ -207,8 +237,14 @@ struct Engine {
   }
 
   // A product may still be reading for other warps when it is complete for one: each arrives.
+  // What is next loaded into a stage comes from every block of the cluster: each is told.
   static __device__ void free_stage(int step) {
-    if (lane() == 0) sm90::arrive(&shared().empty[step % kStages]);
+    uint64_t* empty = &shared().empty[step % kStages];
+    if constexpr (kCluster == 1) {
+      if (lane() == 0) sm90::arrive(empty);
+    } else {
+      if (lane() < kCluster) sm90::arrive_at(empty, lane());
+    }
   }
 };
 

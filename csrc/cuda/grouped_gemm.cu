@@ -67,7 +67,11 @@ cudaError_t launch_block(const GroupedGemm& gemm, const Epilogue& epilogue, bool
       return launch_tiles<T, 16>(gemm, epilogue, v_is_float, stream);
     case 128:
       return launch_engine<
-          Engine<T, Epilogue::kTransposed, Epilogue::kGated, Epilogue::kLong>>(
+          Engine<T, Epilogue::kTransposed, Epilogue::kGated, Epilogue::kLong, 1>>(
+          gemm, epilogue, v_is_float, stream);
+    case 256:
+      return launch_engine<
+          Engine<T, Epilogue::kTransposed, Epilogue::kGated, Epilogue::kLong, 2>>(
           gemm, epilogue, v_is_float, stream);
     default:
       return cudaErrorInvalidValue;

@@ -11,10 +11,11 @@ namespace moe_kernels::cuda {
 
 constexpr int kBlockN = 128;  // columns of a block of few rows, or with a long epilogue
 
-// Rows of a tile of the map: 16, or the engine's 128. Half a tile of each expert is empty on
-// average, but a tile reads its expert's matrix once.
+// Rows of a tile of the map: 16, the engine's 128, or 256 for two blocks of it. Half a tile of each
+// expert is empty on average, but a tile reads its expert's matrix once.
 inline int grouped_gemm_block_m(int64_t num_rows, int64_t num_experts) {
-  return num_rows / num_experts >= 32 ? 128 : 16;
+  const int64_t average = num_rows / num_experts;
+  return average >= 1024 ? 256 : average >= 32 ? 128 : 16;
 }
 
 // Parts of `dots` of launch_act_backward: one for each warp across a block's columns.

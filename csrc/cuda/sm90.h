@@ -59,7 +59,7 @@ __device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
                : "memory");
 }
 
-// Lets the copy engine see barriers that were just made.
+// Lets the copy engine and the cluster see barriers that were just made.
 __device__ __forceinline__ void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
@@ -76,6 +76,25 @@ __device__ __forceinline__ void wait_barrier(uint64_t* barrier, int parity) {
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
                : "memory");
+}
+
+// Arrives at the barrier in the same place of a block of the cluster. It orders products that are
+// complete before copies that another block starts then, which needs no scope beyond the default:
+// .release.cluster would make each arrival wait for all of the thread's stores to global memory.
+__device__ __forceinline__ void arrive_at(uint64_t* barrier, int block) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(
+          shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+
+// Waits for all threads of the cluster.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
 }
 
 // Arrives, and announces bytes that load_box will bring.
@@ -96,14 +115,25 @@ __device__ __forceinline__ void arrive_when_copied(uint64_t* barrier) {
 // --- asynchronous work
 
 // Copies a box of a matrix to shared memory at a multiple of kSwizzle bytes. Its rows are 128
-// bytes, whose chunks of 16 change places: chunk c of row r is at c ^ r % 8.
+// bytes, whose chunks of 16 change places: chunk c of row r is at c ^ r % 8. It goes to the same
+// place of each of the cluster's kBlocks blocks, whose barriers each count its bytes.
+template <int kBlocks>
 __device__ __forceinline__ void load_box(const TensorMap* map, void* to, int column, int row,
                                          int depth, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(depth)
-      : "memory");
+  if constexpr (kBlocks == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(depth)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;\n" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(depth),
+        "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
+        : "memory");
+  }
 }
 
 // Orders what threads or their copies have written before what multiply() reads.
@@ -210,8 +240,11 @@ void init_barrier(uint64_t* barrier, int arrivals);
 void fence_barriers();
 void wait_barrier(uint64_t* barrier, int parity);
 void arrive(uint64_t* barrier);
+void arrive_at(uint64_t* barrier, int block);
+void meet_cluster();
 void arrive_expecting(uint64_t* barrier, int bytes);
 void arrive_when_copied(uint64_t* barrier);
+template <int kBlocks>
 void load_box(const TensorMap* map, void* to, int column, int row, int depth, uint64_t* barrier);
 void fence_for_products();
 uint64_t operand(const void* from, int stride);

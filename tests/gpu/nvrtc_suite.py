@@ -49,12 +49,16 @@ def test_the_engine_is_launched_with_its_map_of_the_experts():
     left, stack = (torch.ones(size, dtype=torch.bfloat16) for size in ((8, 64), (2, 272, 64)))
     tiles = torch.tensor([[0, 1, 0], [0, 4, 0], [4, 8, 0]])
     sorted_rows = torch.arange(8), tiles, torch.tensor([0, 4, 8])
-    stub_cuda.call("gate_up", left, stack, None, *sorted_rows, None, None, None, 128, True)
-    (launch,) = DRIVER.take_launches()
-    own = "engine_kernel<moe_kernels::cuda::Engine<__nv_bfloat16, true, true, false>"
-    assert own in launch["symbol"]
-    assert launch["first"] == stack.data_ptr()
-    assert [launch[name] for name in ("x", "threads", "shared")] == [3 * 2, 384, 4 * 49152 + 80]
+    for cluster in (1, 2):  # blocks that share 128 columns' weights for 128 rows each
+        rows = 128 * cluster
+        stub_cuda.call("gate_up", left, stack, None, *sorted_rows, None, None, None, rows, True)
+        (launch,) = DRIVER.take_launches()
+        own = f"cuda::Engine<__nv_bfloat16, true, true, false, {cluster}>"
+        assert f"engine_kernel<moe_kernels::{own}" in launch["symbol"]
+        assert launch["first"] == stack.data_ptr()
+        assert [launch[name] for name in ("x", "threads", "shared", "cluster")] == [
+            3 * 2 * cluster, 384, 4 * 49152 + 80, cluster,
+        ]  # fmt: skip
 
 
 def test_a_launch_has_what_the_kernel_takes(capfd):
@@ -67,7 +71,7 @@ def test_a_launch_has_what_the_kernel_takes(capfd):
     assert launch == {
         "symbol": "moe_kernels::cuda::combine_kernel<__nv_bfloat16, float>",
         "x": 1, "y": 1, "z": 1, "threads": 256, "shared": 0, "stream": 0x5712,
-        "first": rows.data_ptr(), "device": 0, "early": 0,
+        "first": rows.data_ptr(), "device": 0, "early": 0, "cluster": 1,
     }  # fmt: skip
     combine(torch.bfloat16)
     assert capfd.readouterr().err == "" and DRIVER.library.modules_loaded() == modules

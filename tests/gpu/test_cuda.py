@@ -342,7 +342,7 @@ REFUSALS = [
     ("gate_up", 6, empty(20, 5), "u must be Half"),
     ("gate_up", 7, empty(2, 3, 48, 5), "v must have shape"),
     ("gate_up", 7, empty(1, 2, 48, 5), "v must be of 3 experts, or of 1 that all share, is of 2"),
-    ("gate_up", 9, 32, "block_m must be 16 or 128, is 32"),
+    ("gate_up", 9, 32, "block_m must be 16, 128 or 256, is 32"),
     ("moe_mlp_inference", 0, empty(10, 16), "hidden_states must be bfloat16 or float16"),
     ("moe_mlp_inference", 0, halves(16, 10).T, "hidden_states must be contiguous"),
     ("moe_mlp_inference", 1, integers(9, 2), "topk_ids must have shape"),

@@ -1,6 +1,7 @@
 """The engine of an sm_90 on the host: asynchronous work in every order, and faults that it finds.
 
-The host cannot see a missing ``fence_for_products`` or ``fence_barriers``, nor conflicts of banks.
+The host cannot see a missing ``fence_for_products`` or ``fence_barriers``, nor the scopes of what
+blocks of a cluster tell each other, nor conflicts of banks.
 """
 
 import shutil
@@ -13,6 +14,7 @@ pytestmark = pytest.mark.skipif(
     host_kernels.missing() is not None, reason=str(host_kernels.missing())
 )
 LAST = "    sm90::wait_products<0>();\n    free_stage(step - 1);"
+TOLD = "if (lane() < kCluster) sm90::arrive_at(empty, lane());"
 # What was taken from engine_mainloop.h, and what stands there instead.
 FAULTS = {
     "no wait for a load": [
@@ -55,11 +57,28 @@ FAULTS = {
     "the next turn does not begin": [
         ("if (kInTurn && lane() == 0) sm90::arrive(&shared().turns[turn % 2]);", "")],
     "as many free a stage as multiply two": [
-        ("sm90::init_barrier(&shared().empty[stage], kTogether / 32);",
-         "sm90::init_barrier(&shared().empty[stage], 8);")],
+        ("sm90::init_barrier(&shared().empty[stage], kCluster * kTogether / 32);",
+         "sm90::init_barrier(&shared().empty[stage], kCluster * 8);")],
     "up beside the expert's": [("i * (kGated ? args.size_n : kBoxRows)", "i * kBoxRows")],
     "an added expert's matrix from the base": [
         ("of_base ? &maps.base : &maps.extra", "&maps.base")],
+    "a block is not told that the other has freed a stage": [
+        (TOLD, "if (lane() == 0) sm90::arrive(empty);")],
+    "a block is not told that it has freed a stage itself": [
+        (TOLD, "if (lane() == 0) sm90::arrive_at(empty, 1 - rank());")],
+    "a stage is free when one block has freed it": [
+        ("&shared().empty[stage], kCluster * kTogether / 32);",
+         "&shared().empty[stage], kTogether / 32);")],
+    "a half of W for one block": [
+        ("sm90::load_box<kCluster>(map, box, k, row", "sm90::load_box<1>(map, box, k, row")],
+    "both blocks load the same half": [("rank() * kOwnBoxes + own;", "own;")],
+    "both blocks load both halves": [
+        ("own < kOwnBoxes;", "own < kCluster * kOwnBoxes;"),
+        ("rank() * kOwnBoxes + own;", "own;")],
+    "both blocks take the same rows": [("of_map.first + rank() * kBlockM", "of_map.first")],
+    "a block loads before the other has barriers": [("sm90::meet_cluster();", "__syncthreads();")],
+    "a block ends before the other": [
+        ("sm90::wait_barrier(&shared().empty[step % kStages], (step / kStages & 1) ^ 1);", "")],
 }  # fmt: skip
 
 

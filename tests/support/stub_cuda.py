@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_kernels import _native, _nvrtc
 
 STUBS = Path(__file__).with_name("stubs")
-NUMBERS = ("x", "y", "z", "threads", "shared", "stream", "first", "device", "early")
+NUMBERS = ("x", "y", "z", "threads", "shared", "stream", "first", "device", "early",
+           "cluster")  # fmt: skip
 
 
 def missing() -> str | None:

@@ -21,7 +21,7 @@ constexpr const char* kDriver = "libcuda.so.1";
 constexpr int kCapabilityMajor = 75, kCapabilityMinor = 76;     // of a device
 constexpr int kMultiprocessorCount = 16;                        // of a device
 constexpr int kPtxVersion = 5, kMaxDynamicSharedSize = 8;       // of a function
-constexpr int kProgrammaticSerialization = 6;                   // of a launch
+constexpr int kClusterDimension = 4, kProgrammaticSerialization = 6;  // of a launch
 
 using Handle = void*;  // of a context, module or function
 
@@ -29,8 +29,7 @@ using Handle = void*;  // of a context, module or function
 struct Attribute {
   int id;
   int unused;
-  int value;
-  char rest[60];
+  unsigned value[16];
 };
 struct Config {
   unsigned grid[3], block[3], shared_bytes;
@@ -221,7 +220,7 @@ void use_context_of_torch(int device) {
 }
 
 void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_bytes,
-                  cudaStream_t stream, void** arguments, bool early) {
+                  cudaStream_t stream, void** arguments, bool early, int cluster) {
   int device = 0;
   CALL_DRIVER("give the device of", kernel.name, cuCtxGetDevice, &device);
   LoadedKernel* found = kernel.on_device[device].load(std::memory_order_acquire);
@@ -231,14 +230,20 @@ void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_byt
                 kMaxDynamicSharedSize, bytes);
     return cudaSuccess;
   });
-  Attribute overlap = {.id = kProgrammaticSerialization, .unused = 0, .value = 1, .rest = {}};
-  const bool overlaps = early && may_overlap(kernel, loaded);
+  Attribute attributes[2] = {};
+  unsigned number = 0;
+  if (early && may_overlap(kernel, loaded)) {
+    attributes[number++] = {kProgrammaticSerialization, 0, {1}};
+  }
+  if (cluster > 1) {
+    attributes[number++] = {kClusterDimension, 0, {static_cast<unsigned>(cluster), 1, 1}};
+  }
   const Config config = {.grid = {grid.x, grid.y, grid.z},
                          .block = {static_cast<unsigned>(threads), 1, 1},
                          .shared_bytes = static_cast<unsigned>(shared_bytes),
                          .stream = stream,
-                         .attributes = overlaps ? &overlap : nullptr,
-                         .num_attributes = overlaps ? 1u : 0u};
+                         .attributes = attributes,
+                         .num_attributes = number};
   CALL_DRIVER("launch", kernel.name, cuLaunchKernelEx, &config, loaded.function, arguments,
               nullptr);
 }

@@ -42,10 +42,10 @@ const std::vector<NamedKernel*>& named_kernels();
 const char* sources();
 
 // Launches it on the device of the current context, after compiling and loading it where it is
-// new there. `early`: it may start before the kernel before it has ended. Throws c10::Error with
-// what to do. Safe to call from several threads.
+// new there. `early`: it may start before the kernel before it has ended. `cluster`: blocks of a
+// cluster. Throws c10::Error with what to do. Safe to call from several threads.
 void launch_named(NamedKernel& kernel, dim3 grid, int threads, size_t shared_bytes,
-                  cudaStream_t stream, void** arguments, bool early);
+                  cudaStream_t stream, void** arguments, bool early, int cluster);
 
 // Makes this thread's context current again when it is destroyed: none, torch's or another
 // library's.
@@ -99,13 +99,14 @@ struct Instance {
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_typed(TypedKernel<void (*)(Parameters...)> kernel, dim3 grid, int threads,
-                         size_t shared_bytes, cudaStream_t stream, bool early,
+                         size_t shared_bytes, cudaStream_t stream, bool early, int cluster,
                          const Arguments&... arguments) {
   std::tuple<Parameters...> values(arguments...);
   std::apply(
       [&](auto&... each) {
         void* pointers[] = {&each...};
-        launch_named(*kernel.kernel, grid, threads, shared_bytes, stream, pointers, early);
+        launch_named(*kernel.kernel, grid, threads, shared_bytes, stream, pointers, early,
+                     cluster);
       },
       values);
   return cudaSuccess;
@@ -114,14 +115,21 @@ cudaError_t launch_typed(TypedKernel<void (*)(Parameters...)> kernel, dim3 grid,
 template <typename Kernel, typename... Arguments>
 cudaError_t launch(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
-  return launch_typed(kernel, grid, threads, shared_bytes, stream, false, arguments...);
+  return launch_typed(kernel, grid, threads, shared_bytes, stream, false, 1, arguments...);
 }
 
 // See device.h.
 template <typename Kernel, typename... Arguments>
 cudaError_t launch_early(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
                          cudaStream_t stream, const Arguments&... arguments) {
-  return launch_typed(kernel, grid, threads, shared_bytes, stream, true, arguments...);
+  return launch_typed(kernel, grid, threads, shared_bytes, stream, true, 1, arguments...);
+}
+
+template <typename Kernel, typename... Arguments>
+cudaError_t launch_clusters(Kernel kernel, int cluster, unsigned grid, int threads,
+                            size_t shared_bytes, cudaStream_t stream,
+                            const Arguments&... arguments) {
+  return launch_typed(kernel, grid, threads, shared_bytes, stream, false, cluster, arguments...);
 }
 
 // --- what the kernels ask of the hardware; see device.h

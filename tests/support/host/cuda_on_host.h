@@ -1,11 +1,11 @@
 // Plays a CUDA device on the host, so that plain C++ runs the kernels: every thread is a fiber, and
-// blocks come one after the other.
+// blocks come one after the other, those of a cluster together.
 //
 // A fiber gives way only where it waits for others: at a barrier and at a collective of its warp.
 // Missing barriers show: a warp runs as far as it can before the next, in ascending or descending
-// order; an asynchronous copy happens as late as it may, in the wait for it, or at once
-// (host::order); and shared memory begins as NaN. A kernel that may overlap the one before begins
-// before it, if host::order says so.
+// order, and so does a block of a cluster; an asynchronous copy happens as late as it may, in the
+// wait for it, or at once (host::order); and shared memory begins as NaN. A kernel that may overlap
+// the one before begins before it, if host::order says so.
 // Threads that wait for each other in vain end the launch with an error.
 #pragma once
 
@@ -42,7 +42,7 @@ inline dim3 blockDim, gridDim;
 namespace host {
 
 struct Order {
-  bool descending;    // threads, and blocks
+  bool descending;    // threads, and blocks; of a cluster too
   bool early_copies;  // and other asynchronous work: at once
   // A launch waits until a kernel that was launched to overlap it waits for it.
   bool late_launches;
@@ -50,6 +50,7 @@ struct Order {
 };
 inline Order order;
 inline int launches;  // so far
+inline int multiprocessors = 3;
 inline bool idle;     // launches do nothing: what is left is the host's part
 
 constexpr int kMaxThreads = 1024;
@@ -108,20 +109,29 @@ struct Barrier {
 using Products = std::vector<std::vector<std::function<void()>>>;
 
 struct Block {
+  uint3 index;
+  std::vector<Fiber> fibers;
+  std::unique_ptr<unsigned char[]> stacks;
   std::vector<unsigned char> shared;
   std::vector<std::vector<std::unique_ptr<Exchange>>> warps;
   int alive = 0, at_barrier = 0;
   uint64_t barriers = 0;
   std::map<const void*, Barrier> barriers_in_memory;
-  std::map<unsigned, Products> products;       // of each thread
-  std::vector<std::function<void()>> under_way;  // what goes on by itself
+  std::map<unsigned, Products> products;  // of each thread
+};
+
+// Blocks that run together.
+struct Cluster {
+  std::vector<Block> blocks;
+  int alive = 0, at_barrier = 0;  // threads
+  uint64_t barriers = 0;
+  std::vector<std::pair<Block*, std::function<void()>>> under_way;  // what goes on by itself
   uint64_t quiet = 0;  // how often nobody could go on and nothing was under way
   int waiting_for_quiet = 0;
 };
 
-inline std::vector<Fiber> fibers(kMaxThreads);
-inline std::vector<unsigned char> stacks;
-inline Block block;
+inline Cluster cluster;
+inline Block* block;  // whose thread runs
 inline Fiber* current;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
@@ -135,22 +145,39 @@ inline void wait_for(const uint64_t* counter, uint64_t target) {
   if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 }
 
-inline void release_barrier() {
-  if (block.at_barrier == 0 || block.at_barrier < block.alive) return;
-  block.at_barrier = 0;
-  ++block.barriers;
+// Of a block or a cluster.
+template <typename Threads>
+void release_barrier(Threads& threads) {
+  if (threads.at_barrier == 0 || threads.at_barrier < threads.alive) return;
+  threads.at_barrier = 0;
+  ++threads.barriers;
+}
+
+template <typename Threads>
+void meet(Threads& threads) {
+  ++threads.at_barrier;
+  const uint64_t target = threads.barriers + 1;
+  release_barrier(threads);
+  if (threads.barriers < target) wait_for(&threads.barriers, target);
 }
 
 inline void run_fiber() {
   body();
   current->finished = true;
-  --block.alive;
-  release_barrier();
+  --block->alive;
+  --cluster.alive;
+  release_barrier(*block);
+  release_barrier(cluster);
   _longjmp(scheduler, 1);
 }
 
+inline void enter(Block& entered) {
+  block = &entered;
+  blockIdx = entered.index;
+}
+
 __attribute__((noinline)) inline void resume(int thread) {
-  current = &fibers[thread];
+  current = &block->fibers[thread];
   threadIdx = {static_cast<unsigned>(thread), 0, 0};
   if (_setjmp(scheduler) != 0) return;
   if (current->started) _longjmp(current->place, 1);
@@ -158,8 +185,9 @@ __attribute__((noinline)) inline void resume(int thread) {
   setcontext(&current->start);
 }
 
-inline void prepare(int num_threads, size_t shared_bytes) {
-  stacks.resize(kStack * kMaxThreads);
+inline void prepare(Block& block, int num_threads, size_t shared_bytes) {
+  block.fibers.resize(kMaxThreads);
+  if (!block.stacks) block.stacks.reset(new unsigned char[kStack * kMaxThreads]);
   block.shared.assign(shared_bytes + kSharedAlignment, 0xff);
   block.warps.clear();
   block.warps.resize((num_threads + 31) / 32);
@@ -168,16 +196,15 @@ inline void prepare(int num_threads, size_t shared_bytes) {
   block.barriers = 0;
   block.barriers_in_memory.clear();
   block.products.clear();
-  block.waiting_for_quiet = 0;
   for (int thread = 0; thread < num_threads; ++thread) {
-    Fiber& fiber = fibers[thread];
+    Fiber& fiber = block.fibers[thread];
     fiber.started = fiber.finished = false;
     fiber.counter = nullptr;
     fiber.copies.clear();
     fiber.groups.clear();
     fiber.uncommitted = 0;
     getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = &stacks[kStack * thread];
+    fiber.start.uc_stack.ss_sp = &block.stacks[kStack * thread];
     fiber.start.uc_stack.ss_size = kStack;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, run_fiber, 0);
@@ -192,7 +219,7 @@ inline bool run_warp(int warp, int num_threads) {
     for (int i = 0; i < 32; ++i) {
       const int thread = 32 * warp + (order.descending ? 31 - i : i);
       if (thread >= num_threads) continue;
-      const Fiber& fiber = fibers[thread];
+      const Fiber& fiber = block->fibers[thread];
       if (fiber.finished || (fiber.counter != nullptr && *fiber.counter < fiber.target)) continue;
       resume(thread);
       progress = again = true;
@@ -204,90 +231,111 @@ inline bool run_warp(int warp, int num_threads) {
 // Begins work that no thread carries out: it is done at once, or when nobody can go on.
 inline void begin(std::function<void()> work) {
   if (order.early_copies) return work();
-  block.under_way.push_back(std::move(work));
+  cluster.under_way.emplace_back(block, std::move(work));
 }
 
 // Whether something was under way, one of which is done now.
 inline bool finish_one() {
-  if (block.under_way.empty()) return false;
-  const auto at = order.last_first ? block.under_way.end() - 1 : block.under_way.begin();
-  const auto work = std::move(*at);
-  block.under_way.erase(at);
+  auto& all = cluster.under_way;
+  if (all.empty()) return false;
+  const auto at = order.last_first ? all.end() - 1 : all.begin();
+  const auto [of, work] = std::move(*at);
+  all.erase(at);
+  enter(*of);
   work();
   return true;
 }
 
 // Lets those go on who wait as long as they may.
 inline bool tell_quiet() {
-  if (block.waiting_for_quiet == 0) return false;
-  block.waiting_for_quiet = 0;
-  ++block.quiet;
+  if (cluster.waiting_for_quiet == 0) return false;
+  cluster.waiting_for_quiet = 0;
+  ++cluster.quiet;
   return true;
 }
 
 // Runs the launch that waits, in the middle of a block of the next one.
 inline void run_late_launch() {
-  std::vector<Fiber> own_fibers(kMaxThreads);
-  std::vector<unsigned char> own_stacks;
-  Block own_block;
-  std::swap(fibers, own_fibers);
-  std::swap(stacks, own_stacks);
-  std::swap(block, own_block);
-  const auto kept = std::make_tuple(threadIdx, blockIdx, blockDim, gridDim, body);
+  Cluster own;
+  std::swap(cluster, own);
+  const auto kept = std::make_tuple(block, threadIdx, blockIdx, blockDim, gridDim, body);
   const auto launch = std::move(late);
   late = nullptr;
   error = launch();
-  std::tie(threadIdx, blockIdx, blockDim, gridDim, body) = kept;
-  std::swap(fibers, own_fibers);
-  std::swap(stacks, own_stacks);
-  std::swap(block, own_block);
+  std::tie(block, threadIdx, blockIdx, blockDim, gridDim, body) = kept;
+  std::swap(cluster, own);
   ++grids_done;
 }
 
-// Whether all threads of the block came to their end.
-inline bool run_block(int num_threads, size_t shared_bytes) {
-  prepare(num_threads, shared_bytes);
+// Runs a block as far as it comes without another. Returns whether it got any further.
+inline bool run_block(Block& entered, int num_threads) {
+  enter(entered);
   const int warps = (num_threads + 31) / 32;
-  while (block.alive > 0) {
-    bool progress = false;
+  bool progress = false, again = true;
+  while (again) {
+    again = false;
     for (int i = 0; i < warps; ++i) {
-      progress |= run_warp(order.descending ? warps - 1 - i : i, num_threads);
+      again |= run_warp(order.descending ? warps - 1 - i : i, num_threads);
+    }
+    progress |= again;
+  }
+  return progress;
+}
+
+// Whether all threads of the cluster came to their end.
+inline bool run_cluster(int num_threads) {
+  while (cluster.alive > 0) {
+    bool progress = false;
+    const size_t size = cluster.blocks.size();
+    for (size_t i = 0; i < size; ++i) {
+      progress |= run_block(cluster.blocks[order.descending ? size - 1 - i : i], num_threads);
     }
     if (!progress) progress = finish_one() || tell_quiet();
     if (progress) continue;
     if (late) {
       run_late_launch();
-    } else {
-      std::fprintf(stderr, "block %u: threads wait for each other in vain:", blockIdx.x);
+      continue;
+    }
+    for (const Block& block : cluster.blocks) {
+      std::fprintf(stderr, "block %u: threads wait for each other in vain:", block.index.x);
       for (int i = 0; i < num_threads; ++i) {
-        if (!fibers[i].finished) std::fprintf(stderr, " %d", i);
+        if (!block.fibers[i].finished) std::fprintf(stderr, " %d", i);
       }
       std::fprintf(stderr, "\n");
-      return false;
     }
+    return false;
   }
-  if (!block.under_way.empty()) fail("a copy that nobody waited for");
+  if (!cluster.under_way.empty()) fail("a copy that nobody waited for");
   return true;
 }
 
-inline cudaError_t run_grid(dim3 grid, int num_threads, size_t shared_bytes) {
+// `size`: neighbouring blocks of a cluster, which divide grid.x.
+inline cudaError_t run_grid(dim3 grid, int num_threads, size_t shared_bytes, unsigned size = 1) {
   blockDim = dim3(num_threads);
   gridDim = grid;
-  if (grid.y > 65535 || grid.z > 65535 || num_threads > kMaxThreads) {
+  if (grid.y > 65535 || grid.z > 65535 || num_threads > kMaxThreads || grid.x % size != 0) {
     return cudaErrorInvalidConfiguration;
   }
-  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t at = order.descending ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                static_cast<unsigned>(at / grid.x / grid.y)};
-    if (!run_block(num_threads, shared_bytes)) return cudaErrorLaunchFailure;
+  cluster.blocks.resize(size);
+  const uint64_t clusters = static_cast<uint64_t>(grid.x) / size * grid.y * grid.z;
+  for (uint64_t i = 0; i < clusters; ++i) {
+    const uint64_t first = (order.descending ? clusters - 1 - i : i) * size;
+    cluster.alive = num_threads * static_cast<int>(size);
+    cluster.at_barrier = cluster.waiting_for_quiet = 0;
+    for (unsigned rank = 0; rank < size; ++rank) {
+      const uint64_t at = first + rank;
+      cluster.blocks[rank].index = {static_cast<unsigned>(at % grid.x),
+                                    static_cast<unsigned>(at / grid.x % grid.y),
+                                    static_cast<unsigned>(at / grid.x / grid.y)};
+      prepare(cluster.blocks[rank], num_threads, shared_bytes);
+    }
+    if (!run_cluster(num_threads)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }
 
 inline Exchange& exchange_of(unsigned mask) {
-  auto& exchanges = block.warps[threadIdx.x / 32];
+  auto& exchanges = block->warps[threadIdx.x / 32];
   for (auto& exchange : exchanges) {
     if (exchange->mask == mask) return *exchange;
   }
@@ -325,6 +373,12 @@ Value given_by(const unsigned char (*data)[64], int lane) {
   return value;
 }
 
+inline unsigned char* shared_memory(Block& of) {
+  const auto address = reinterpret_cast<uintptr_t>(of.shared.data());
+  return reinterpret_cast<unsigned char*>((address + kSharedAlignment - 1) / kSharedAlignment *
+                                          kSharedAlignment);
+}
+
 inline void finish_copies(size_t groups_left) {
   while (current->groups.size() > groups_left) {
     const size_t count = current->groups.front();
@@ -339,10 +393,7 @@ inline void finish_copies(size_t groups_left) {
 // --- what CUDA declares itself
 
 inline void __syncthreads() {
-  ++host::block.at_barrier;
-  const uint64_t target = host::block.barriers + 1;
-  host::release_barrier();
-  if (host::block.barriers < target) host::wait_for(&host::block.barriers, target);
+  host::meet(*host::block);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) { host::exchange(mask, "syncwarp", 0); }
@@ -390,11 +441,7 @@ inline int atomicAdd(int* to, int value) {
 
 namespace moe_kernels::cuda {
 
-inline unsigned char* shared_memory() {
-  const auto address = reinterpret_cast<uintptr_t>(host::block.shared.data());
-  return reinterpret_cast<unsigned char*>((address + host::kSharedAlignment - 1) /
-                                          host::kSharedAlignment * host::kSharedAlignment);
-}
+inline unsigned char* shared_memory() { return host::shared_memory(*host::block); }
 
 inline float sigmoid(float value) { return 1.0f / (1.0f + std::exp(-value)); }
 
@@ -512,18 +559,24 @@ void multiply(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
-                   cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, int threads,
+                            size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
   if (shared_bytes > 227 * 1024) return cudaErrorInvalidValue;
   ++host::launches;
   if (host::idle) return cudaSuccess;
   const auto run = [=] {
     host::body = [=] { kernel(arguments...); };
-    return host::run_grid(grid, threads, shared_bytes);
+    return host::run_grid(grid, threads, shared_bytes, cluster);
   };
   if (!host::order.late_launches) return run();
   host::late = run;
   return cudaSuccess;
+}
+
+template <typename Kernel, typename... Arguments>
+cudaError_t launch(Kernel kernel, dim3 grid, int threads, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  return launch_clusters(kernel, 1, grid, threads, shared_bytes, stream, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>

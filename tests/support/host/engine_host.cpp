@@ -1,5 +1,6 @@
-// Runs the engine on one hard case in every order of asynchronous work, against float64. Exits with
-// 0 if all are right. tests/gpu/test_engine.py also compiles it with faults in the engine.
+// Runs the engine on one hard case in every order of asynchronous work, by single blocks and by
+// clusters, against float64. Exits with 0 if all are right and have the same bits.
+// tests/gpu/test_engine.py also compiles it with faults in the engine.
 #include <array>
 #include <cstdio>
 #include <random>
@@ -31,13 +32,14 @@ std::vector<T> random(size_t size, float scale) {
 double wide(T value) { return __bfloat162float(value); }
 
 // Rows in the order of their experts. In each, the rows of the second half of the tokens are of the
-// added modality; the last 20 tokens are not dispatched. The first expert has 156 rows, two tiles.
+// added modality; the last 20 tokens are not dispatched. The first expert has 156 rows, the others
+// less than a block's.
 struct Routing {
   std::vector<int64_t> perm, tiles, segments;
   std::vector<int> expert, modality;  // of each sorted row
   int num_tiles;
 
-  Routing() {
+  explicit Routing(int block) {
     std::vector<std::vector<int64_t>> rows((kModalities + 1) * kExperts + 1);
     for (int slot = 0; slot < kRows; ++slot) {
       const int token = slot / kTopK;
@@ -55,8 +57,8 @@ struct Routing {
     }
     for (int e = 0; e <= kExperts; ++e) {
       const int64_t end = e < kExperts ? segments[2 * e + 2] : kRows;
-      for (int64_t row = segments[2 * e]; row < end; row += 128) {
-        made.push_back({e, row, std::min(row + 128, end)});
+      for (int64_t row = segments[2 * e]; row < end; row += block) {
+        made.push_back({e, row, std::min(row + block, end)});
       }
     }
     made.push_back({0, 0, 0});  // a tile without rows
@@ -67,7 +69,8 @@ struct Routing {
   }
 };
 
-const Routing routing;
+// Of single blocks, and of clusters.
+const Routing routing(128), routing_of_clusters(256);
 const std::vector<T> x = random(kTokens * kShort, 1.0f);
 const std::vector<T> w = random(kExperts * kInter * kLong, 0.07f);
 const std::vector<T> u = random(kRows * kRank, 1.0f);
@@ -80,7 +83,6 @@ GroupedGemm gemm(const std::vector<T>& left, int hidden, int width, const void* 
       .left = left.data(), .stack = w.data(), .extra = w.data() + kBase * width * hidden,
       .perm = routing.perm.data(), .tiles = routing.tiles.data(),
       .segments = routing.segments.data(), .u = u_of, .v = b.data(), .scaling = scaling.data(),
-      .sum = nullptr, .num_rows = kRows, .num_parts = 0,
       .num_tiles = routing.num_tiles, .num_base = kBase, .num_experts = kExperts,
       .num_modalities = kModalities, .experts_of_v = kBase,
       .rank = u_of == nullptr ? 0 : kRank, .size_k = hidden, .size_n = kInter, .top_k = kTopK,
@@ -96,14 +98,28 @@ struct Error {
   bool large() const { return !(squares <= 1e-4 * size); }
 };
 
-// Of the sums (gate, up) = x W^T + s u B^T.
-bool gate_up_is_right() {
-  std::vector<T> pre(kRows * 2 * kInter, __float2bfloat16(NAN)), act(kRows * kInter, pre[0]);
-  if (launch_engine<Engine<T, true, true, false>>(gemm(x, kShort, 2 * kInter, u.data()),
-                                           GateUp<T>{pre.data(), act.data(), {}}, false, nullptr) !=
-      cudaSuccess) {
-    return false;
-  }
+using Values = std::vector<T>;
+
+// Runs an engine. Returns what `epilogue(out)` stores in `out`, or nothing after an error.
+template <typename Loop, typename Make>
+Values run(GroupedGemm gemm, int width, Make epilogue) {
+  if (Loop::kCluster > 1) gemm.tiles = routing_of_clusters.tiles.data();
+  if (Loop::kCluster > 1) gemm.num_tiles = routing_of_clusters.num_tiles;
+  Values out(kRows * width, __float2bfloat16(NAN));
+  const cudaError_t error = launch_engine<Loop>(gemm, epilogue(out.data()), false, nullptr);
+  return error == cudaSuccess ? out : Values();
+}
+
+// (kRows, 3 kInter): the sums (gate, up) = x W^T + s u B^T of all rows, then their activations.
+template <int kCluster>
+Values gate_up() {
+  return run<Engine<T, true, true, false, kCluster>>(
+      gemm(x, kShort, 2 * kInter, u.data()), 3 * kInter,
+      [](T* out) { return GateUp<T>{out, out + kRows * 2 * kInter, {}}; });
+}
+
+bool gate_up_is_right(const Values& out) {
+  if (out.empty()) return false;
   Error of_pre, of_act;
   for (int row = 0; row < kRows; ++row) {
     const int e = routing.expert[row], token = static_cast<int>(routing.perm[row]) / kTopK;
@@ -115,25 +131,25 @@ bool gate_up_is_right() {
       for (int r = 0; r < kRank && routing.modality[row] && e < kBase; ++r) {
         sums[n] += scaling[0] * wide(u[row * kRank + r]) * wide(b[(e * 2 * kInter + n) * kRank + r]);
       }
-      of_pre.add(wide(pre[row * 2 * kInter + n]), sums[n]);
+      of_pre.add(wide(out[row * 2 * kInter + n]), sums[n]);
     }
     for (int n = 0; n < kInter; ++n) {
       const double silu = sums[n] / (1 + std::exp(-sums[n]));
-      of_act.add(wide(act[row * kInter + n]), silu * sums[kInter + n]);
+      of_act.add(wide(out[(2 * kRows + row) * kInter + n]), silu * sums[kInter + n]);
     }
   }
   return !of_pre.large() && !of_act.large();
 }
 
-// Of rows times W, whose neighbours in memory are columns.
-template <bool kInTurn>
-bool rows_are_right(int hidden) {
-  std::vector<T> out(kRows * kInter, __float2bfloat16(NAN));
-  if (launch_engine<Engine<T, false, false, kInTurn>>(gemm(rows, hidden, kInter, nullptr),
-                                             Rows<T, false>{out.data()}, false, nullptr) !=
-      cudaSuccess) {
-    return false;
-  }
+// Rows times W, whose neighbours in memory are columns.
+template <bool kInTurn, int kCluster>
+Values rows_of(int hidden) {
+  return run<Engine<T, false, false, kInTurn, kCluster>>(
+      gemm(rows, hidden, kInter, nullptr), kInter, [](T* out) { return Rows<T, false>{out}; });
+}
+
+bool rows_are_right(const Values& out, int hidden) {
+  if (out.empty()) return false;
   Error error;
   for (int row = 0; row < routing.segments.back(); ++row) {
     for (int n = 0; n < kInter; ++n) {
@@ -148,15 +164,34 @@ bool rows_are_right(int hidden) {
   return !error.large();
 }
 
+bool same(const Values& first, const Values& second) {
+  return first.size() == second.size() &&
+         std::memcmp(first.data(), second.data(), first.size() * sizeof(T)) == 0;
+}
+
 }  // namespace
 
 int main() {
+  std::array<Values, 3> right;  // by single blocks, in the first order
   for (int order = 0; order < 6; ++order) {
     host::order = {(order & 1) != 0, order >= 4, false, (order & 2) != 0};
-    if (gate_up_is_right() && rows_are_right<false>(kShort) && rows_are_right<true>(kLong)) {
-      continue;
+    const std::array<Values, 3> single = {gate_up<1>(), rows_of<false, 1>(kShort),
+                                          rows_of<true, 1>(kLong)};
+    if (order == 0) {
+      right = single;
+      if (!gate_up_is_right(right[0]) || !rows_are_right(right[1], kShort) ||
+          !rows_are_right(right[2], kLong)) {
+        std::printf("wrong\n");
+        return 1;
+      }
     }
-    std::printf("wrong in order %d\n", order);
+    host::multiprocessors = order % 2 == 0 ? 3 : 5;  // one cluster, or two
+    const bool paired = same(gate_up<2>(), right[0]) && same(rows_of<false, 2>(kShort), right[1]) &&
+                        same(rows_of<true, 2>(kShort), right[1]);
+    host::multiprocessors = 3;
+    if (paired && same(single[0], right[0]) && same(single[1], right[1]) &&
+        same(single[2], right[2])) continue;
+    std::printf("other bits in order %d\n", order);
     return 1;
   }
   return 0;

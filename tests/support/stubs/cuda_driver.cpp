@@ -12,7 +12,7 @@ struct Launch {
   std::string symbol;
   unsigned grid[3], threads, shared;
   uint64_t stream, first;  // `first`: the first eight bytes of the kernel's first argument
-  unsigned device, early;
+  unsigned device, early, cluster;
 };
 
 struct Function {
@@ -22,8 +22,8 @@ struct Function {
 
 // As in cuda.h.
 struct Attribute {
-  int id, unused, value;
-  char rest[60];
+  int id, unused;
+  unsigned value[16];
 };
 struct Config {
   unsigned grid[3], block[3], shared;
@@ -49,7 +49,7 @@ const char* symbol_of(int i) { return launches[i].symbol.c_str(); }
 uint64_t number_of(int i, int which) {
   const Launch& at = launches[i];
   const uint64_t numbers[] = {at.grid[0], at.grid[1], at.grid[2], at.threads,
-                              at.shared,  at.stream,  at.first,  at.device, at.early};
+                              at.shared,  at.stream,  at.first,  at.device, at.early, at.cluster};
   return numbers[which];
 }
 int modules_loaded() { return loaded; }
@@ -136,13 +136,17 @@ int cuLaunchKernelEx(const Config* config, void* loaded_function, void** argumen
   if (context == nullptr) return 201;
   if (function->context != context) return 400;
   if (const int error = fails) return fails = 0, error;
-  unsigned early = 0;
+  unsigned early = 0, cluster = 1;
   for (unsigned i = 0; i < config->count; ++i) {
-    if (config->attributes[i].id == 6) early = config->attributes[i].value;
+    const Attribute& given = config->attributes[i];
+    if (given.id == 6) early = given.value[0];
+    if (given.id == 4) cluster = given.value[0];
+    if (given.id == 4 && (given.value[1] != 1 || given.value[2] != 1)) return 1;
   }
+  if (config->grid[0] % cluster != 0) return 1;
   const unsigned* grid = config->grid;
   Launch launch{function->symbol, {grid[0], grid[1], grid[2]}, config->block[0], config->shared,
-                reinterpret_cast<uint64_t>(config->stream), 0, context == &primary[1], early};
+                reinterpret_cast<uint64_t>(config->stream), 0, context == &primary[1], early, cluster};
   std::memcpy(&launch.first, arguments[0], sizeof(launch.first));
   launches.push_back(launch);
   return 0;
