@@ -8,7 +8,8 @@ of training, and the two kernels that MOE_KERNELS_DECODE=1 switches on.
 Under "cuda" it also predicts the products of the engine of sm_90, which MOE_KERNELS_ENGINE=1
 switches on, from its tiles: --loop-tflops is the rate within the main loop, --edges the time of the
 first loads and the last stores. The defaults follow from Triton's products on an H100, whose times
-fit a main loop of 670 to 730 TFLOP/s and 4 to 10 us a tile around it (docs/kernels.md).
+fit a main loop of 670 to 730 TFLOP/s and 4 to 10 us a tile around it (docs/kernels.md). It also has
+what the main loop reads from the L2, with the clusters that the shape has and without.
 
 It needs no GPU and measures nothing: an unnecessary pass over a tensor shows in the bytes.
 Milliseconds are those of --bandwidth and --tflops, whichever takes longer: a lower bound. See

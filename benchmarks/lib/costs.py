@@ -187,8 +187,19 @@ class Tiles(NamedTuple):
 
     kernel: str
     columns: int  # of the output in a tile
+    cluster: int  # blocks that share what they load of W
     number: int
     flops: float  # of one tile
+    left: float  # bytes of one tile
+    weights: float
+
+    def from_l2(self, cluster: int) -> float:
+        """Return the bytes that leave the L2 for all tiles, in clusters of so many blocks."""
+        return self.number * (self.left + self.weights / cluster)
+
+    def turns(self, multiprocessors: int) -> int:
+        """Return the most tiles that one multiprocessor takes."""
+        return -(-self.number // (multiprocessors // self.cluster * self.cluster))
 
     def milliseconds(self, tflops: float, multiprocessors: int, edges: float) -> float:
         """Predict the time: a multiprocessor takes its tiles one after the other.
@@ -198,14 +209,15 @@ class Tiles(NamedTuple):
             multiprocessors: their number.
             edges: microseconds of the first loads and of the last stores, which overlap nothing.
         """
-        turns = -(-self.number // multiprocessors)
+        turns = self.turns(multiprocessors)
         return turns * self.flops * multiprocessors / tflops / 1e9 + edges / 1e3
 
 
 def engine(case: Case) -> Iterator[Tiles]:
     """Yield the products of a layer, forward and backward, with balanced experts."""
-    shape, block = case.shape, 128
-    of_rows = shape.E * -(-case.rows // (shape.E * block))
+    shape, block, size = case.shape, 128, case.torch_dtype.itemsize
+    cluster = 2 if case.rows // shape.E >= 1024 else 1  # csrc/cuda/grouped_gemm_shapes.h
+    of_rows = cluster * shape.E * -(-case.rows // (shape.E * block * cluster))
     products = (
         ("gate_up", 128, shape.I, 256, shape.H), ("down", 256, shape.H, 256, shape.I),
         ("dA' and SwiGLU", 128, shape.I, 128, shape.H),
@@ -213,28 +225,37 @@ def engine(case: Case) -> Iterator[Tiles]:
     )  # fmt: skip
     for kernel, columns, size_n, width, size_k in products:
         number = of_rows * -(-size_n // columns)
-        yield Tiles(kernel, columns, number, 2 * block * width * size_k)
+        yield Tiles(
+            kernel, columns, cluster, number, flops=2 * block * width * size_k,
+            left=size * block * size_k, weights=size * width * size_k,
+        )  # fmt: skip
 
 
 def engine_table(case: Case, tflops: float, multiprocessors: int, edges: float) -> str:
-    """Tabulate what the engine's tiles predict. TFLOP/s count the layer's operations alone."""
+    """Tabulate what the engine's tiles predict. TFLOP/s count the layer's operations alone.
+
+    What leaves the L2 is operands of the main loop; "alone" is without clusters.
+    """
     useful = {
         cost.kernel: cost.flops
         for cost in (*forward(case), *backward(case, "cuda"))
     }  # fmt: skip
     rows = []
     for tiles in engine(case):
-        turns = -(-tiles.number // multiprocessors)
+        turns = tiles.turns(multiprocessors)
         ms = tiles.milliseconds(tflops, multiprocessors, edges)
         rows.append(
             (
                 tiles.kernel, f"128 x {tiles.columns}", str(tiles.number), str(turns), f"{ms:.3f}",
-                f"{useful[tiles.kernel] / ms / 1e9:.0f}",
+                f"{useful[tiles.kernel] / ms / 1e9:.0f}", str(tiles.cluster),
+                f"{tiles.from_l2(tiles.cluster) / 1e9:.1f}", f"{tiles.from_l2(1) / 1e9:.1f}",
             )
         )  # fmt: skip
-    return markdown(
-        ("product", "tile", "tiles", "a multiprocessor", "ms", "TFLOP/s"), rows
+    header = (
+        "product", "tile", "tiles", "a multiprocessor", "ms", "TFLOP/s", "cluster", "GB from L2",
+        "alone",
     )  # fmt: skip
+    return markdown(header, rows)
 
 
 def _share_chosen(case: Case, tokens: int) -> float:

@@ -502,6 +502,10 @@ def test_the_engine_is_predicted_from_its_tiles(bench):
     turn = gate_up.flops * 128 / 700e9
     assert more.milliseconds(700, 128, 5) == pytest.approx(operations[0] / 700e9 + turn + 0.005)
     assert "| 128 x 256 | 4096" in bench.costs.engine_table(case, 700, 132, 10)
+    # Of a tile's 128 rows and 256 columns, clusters of two read the columns half as often.
+    assert gate_up.from_l2(gate_up.cluster) == pytest.approx(gate_up.from_l2(1) * 2 / 3)
+    few = next(bench.costs.engine(bench.cases.Case.named("olmoe", T=8191, image_share=0.0)))
+    assert (few.cluster, few.number) == (1, gate_up.number)
 
 
 def test_the_cost_model_says_which_course_a_few_tokens_take(bench):
