@@ -83,13 +83,15 @@ struct Course {
                            shapes.top_k, by_token, rank_first);
   }
 
-  at::Tensor grouped_gemm(const Sorted& sorted, const at::Tensor& left, const ExpertStack& stack,
-                          const OptionalTensor& u, const LowRankPair& pair,
-                          bool transposed) const {
+  // Returns the product, and the sum of the parts of u if it is to be saved.
+  std::tuple<at::Tensor, at::Tensor> grouped_gemm(const Sorted& sorted, const at::Tensor& left,
+                                                  const ExpertStack& stack,
+                                                  const OptionalTensor& u, const LowRankPair& pair,
+                                                  bool transposed, bool save) const {
     return launches.grouped_gemm(
         left, stack.base, stack.extra(), sorted.perm, sorted.experts.tiles, sorted.segment_offsets,
         u, u ? (transposed ? pair.b : pair.a) : std::nullopt, u ? pair.scaling : std::nullopt,
-        sorted.experts.block, transposed);
+        sorted.experts.block, transposed, save);
   }
 
   at::Tensor combine(const Sorted& sorted, const at::Tensor& rows,
@@ -129,12 +131,15 @@ forward(const Layer& layer, const at::Tensor& topk_ids, const OptionalTensor& mo
   const LowRankPair &up = layer.gate_up_lora, &down = layer.down_lora;
   const Sorted sorted = sort(course, topk_ids, modality_ids);
   const OptionalTensor u1 = shrink_to_u(course, sorted, x, up, /*by_token=*/true, save);
-  const auto [pre_act, act] = course.launches.gate_up(
+  const bool in_parts = course.plan.u2_in_parts;
+  const auto [pre_act, act, parts] = course.launches.gate_up(
       x, layer.gate_up_proj.base, layer.gate_up_proj.extra(), sorted.perm, sorted.experts.tiles,
-      sorted.segment_offsets, u1, up.b, up.scaling, sorted.experts.block, save);
-  const OptionalTensor u2 = shrink_to_u(course, sorted, act, down, /*by_token=*/false, save);
-  const at::Tensor rows =
-      course.grouped_gemm(sorted, act, layer.down_proj, u2, down, /*transposed=*/true);
+      sorted.segment_offsets, u1, up.b, up.scaling, sorted.experts.block, save,
+      in_parts ? down.a : std::nullopt);
+  const OptionalTensor u2 =
+      in_parts ? parts : shrink_to_u(course, sorted, act, down, /*by_token=*/false, save);
+  const auto [rows, sum] = course.grouped_gemm(sorted, act, layer.down_proj, u2, down,
+                                               /*transposed=*/true, save && in_parts);
   const at::Tensor out = course.combine(sorted, rows, layer.topk_weights);
   const auto saved_u = [&](const OptionalTensor& u, int64_t rank) {
     return u && save ? *u : at::empty({save ? course.shapes.rows() : 0, rank}, x.options());
@@ -145,7 +150,7 @@ forward(const Layer& layer, const at::Tensor& topk_ids, const OptionalTensor& mo
   return {out,
           pre_act,
           saved_u(u1, up.rank()),
-          saved_u(u2, down.rank()),
+          in_parts ? sum : saved_u(u2, down.rank()),
           saved(sorted.perm),
           saved(sorted.inv_perm),
           saved(sorted.segment_offsets)};
@@ -323,8 +328,8 @@ struct Backward {
 
     std::vector<at::Tensor> grads;
     if (needs.hidden) {
-      const at::Tensor d_rows =
-          course.grouped_gemm(sorted, d_pre, layer.gate_up_proj, du1, up, /*transposed=*/false);
+      const auto [d_rows, _] = course.grouped_gemm(sorted, d_pre, layer.gate_up_proj, du1, up,
+                                                   /*transposed=*/false, /*save=*/false);
       grads.push_back(course.combine(sorted, d_rows, /*weights=*/std::nullopt));
     }
     if (needs.weights) grads.push_back(first.sum_of_dots);

@@ -151,18 +151,20 @@ using AddLowRankOp = void(const at::Tensor& out, const at::Tensor& u, const at::
 
 // The grouped GEMMs of routed rows and their experts' weights: see csrc/cuda/grouped_gemm.h.
 // `tiles` are of experts, in `block_m` rows; u, v and scaling are given together or not at all.
-using GateUpOp = std::tuple<at::Tensor, at::Tensor>(  // pre_act (no rows unless `save`), act
+// Parts of u2 (parts, T * K, rank) in float32 come of down_lora_A, and there are none without it.
+using GateUpOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // pre_act if `save`, act, parts
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save);
-using GroupedGemmOp = at::Tensor(const at::Tensor& left, const at::Tensor& stack,
-                                 const std::optional<at::Tensor>& extra, const at::Tensor& perm,
-                                 const at::Tensor& tiles, const at::Tensor& segment_offsets,
-                                 const std::optional<at::Tensor>& u,
-                                 const std::optional<at::Tensor>& v,
-                                 const std::optional<at::Tensor>& scaling, int64_t block_m,
-                                 bool transposed);
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save,
+    const std::optional<at::Tensor>& down_lora_A);
+// u is whole, or parts (n, T * K, rank) of it in float32. With `save` it returns the sum of the
+// parts beside the product, with zeros in rows without an adapter; else a tensor without rows.
+using GroupedGemmOp = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed, bool save);
 using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre, act, dots (n, T, K)
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,

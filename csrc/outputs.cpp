@@ -154,6 +154,22 @@ void check_stacks(const Experts& args, int64_t height, int64_t width) {
   check_vectors(*args.extra, "extra");
 }
 
+bool in_parts(const std::optional<at::Tensor>& u) { return u && u->dim() == 3; }
+
+// Checks matrices (num_modalities, experts, height, width) of the frozen experts, or of one that
+// they share.
+void check_adapters(const Experts& args, const at::Tensor& v, const char* name,
+                    int64_t num_modalities, int64_t height, int64_t width) {
+  check_float_or_like(args.left, v, name, {num_modalities, -1, height, width});
+  TORCH_CHECK(v.size(1) == args.stack.size(0) || v.size(1) == 1, name, " must be of ",
+              args.stack.size(0), " experts, or of 1 that all share, is of ", v.size(1));
+}
+
+int64_t modalities_of(const Experts& args) {
+  const int64_t experts = args.stack.size(0) + size_of(args.extra, 0);
+  return (args.segment_offsets.numel() - 1) / experts - 1;
+}
+
 // Checks the low-rank operands; v ends with (height, width), one of which is the rank.
 void check_low_rank(const Experts& args, at::ScalarType u_dtype, int64_t num_modalities,
                     int64_t height, int64_t width) {
@@ -161,12 +177,14 @@ void check_low_rank(const Experts& args, at::ScalarType u_dtype, int64_t num_mod
                   args.u.has_value() == args.scaling.has_value(),
               "u, v and scaling must be given together or not at all");
   if (!args.u) return;
-  check_like(args.left, *args.u, "u", u_dtype, {args.perm.size(0), -1});
-  check_float_or_like(args.left, *args.v, "v", {num_modalities, -1, height, width});
+  if (in_parts(args.u)) {
+    check_like(args.left, *args.u, "u", at::kFloat, {-1, args.perm.size(0), -1});
+    TORCH_CHECK(args.u->size(0) >= 1, "u must have at least one part");
+  } else {
+    check_like(args.left, *args.u, "u", u_dtype, {args.perm.size(0), -1});
+  }
+  check_adapters(args, *args.v, "v", num_modalities, height, width);
   check_like(args.left, *args.scaling, "scaling", at::kFloat, {num_modalities});
-  const int64_t experts = args.v->size(1);
-  TORCH_CHECK(experts == args.stack.size(0) || experts == 1, "v must be of ",
-              args.stack.size(0), " experts, or of 1 that all share, is of ", experts);
 }
 
 // Checks left W, or left W^T if `transposed`, with size_n columns in the output; if `gated`, the
@@ -195,8 +213,10 @@ void check_experts(const Experts& args, bool by_token, bool transposed, bool gat
   TORCH_CHECK(segments >= experts && segments % experts == 0 && segments < kMaxInt,
               "segment_offsets must have as many segments for each of ", experts,
               " experts, and one entry more, has ", segments + 1);
-  const int64_t num_modalities = segments / experts - 1, rank = size_of(args.u, 1);
-  check_low_rank(args, transposed ? args.left.scalar_type() : at::kFloat, num_modalities,
+  TORCH_CHECK(!by_token || !in_parts(args.u), "u must have shape [", rows, ", -1], has ",
+              args.u->sizes());
+  const int64_t rank = size_of(args.u, -1);
+  check_low_rank(args, transposed ? args.left.scalar_type() : at::kFloat, modalities_of(args),
                  transposed ? of_stack : rank, transposed ? rank : of_stack);
 }
 
@@ -380,31 +400,43 @@ void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& 
                       {modalities, rank_last ? width : rank, rank_last ? rank : width});
 }
 
-std::tuple<at::Tensor, at::Tensor> gate_up(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gate_up(
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save) {
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save,
+    const std::optional<at::Tensor>& down_lora_A) {
   TORCH_CHECK(stack.dim() == 3 && stack.size(1) % 2 == 0,
               "stack must be (experts, 2 * inter, hidden), is ", stack.sizes());
   const int64_t inter = stack.size(1) / 2;
-  check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
-                /*by_token=*/true, /*transposed=*/true, /*gated=*/true, inter);
-  return {at::empty({save ? perm.numel() : 0, 2 * inter}, left.options()),
-          at::empty({perm.numel(), inter}, left.options())};
+  const Experts args{left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m};
+  check_experts(args, /*by_token=*/true, /*transposed=*/true, /*gated=*/true, inter);
+  if (down_lora_A) {
+    TORCH_CHECK(u && u->size(1) > 0, "down_lora_A is taken with u alone");
+    check_adapters(args, *down_lora_A, "down_lora_A", modalities_of(args), -1, inter);
+    check_vectors(*down_lora_A, "down_lora_A");
+  }
+  const int64_t rows = perm.numel(), parts = cuda::gate_up_parts(inter, block_m);
+  return {at::empty({save ? rows : 0, 2 * inter}, left.options()),
+          at::empty({rows, inter}, left.options()),
+          at::empty({down_lora_A ? parts : 0, rows, size_of(down_lora_A, 2)},
+                    left.options().dtype(at::kFloat))};
 }
 
-at::Tensor grouped_gemm(const at::Tensor& left, const at::Tensor& stack,
-                        const std::optional<at::Tensor>& extra, const at::Tensor& perm,
-                        const at::Tensor& tiles, const at::Tensor& segment_offsets,
-                        const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-                        const std::optional<at::Tensor>& scaling, int64_t block_m,
-                        bool transposed) {
+std::tuple<at::Tensor, at::Tensor> grouped_gemm(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed, bool save) {
   TORCH_CHECK(stack.dim() == 3, "stack must have three dimensions, has ", stack.sizes());
   const int64_t size_n = stack.size(transposed ? 1 : 2);
   check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
                 /*by_token=*/false, transposed, /*gated=*/false, size_n);
-  return at::empty({perm.numel(), size_n}, left.options());
+  TORCH_CHECK(!save || in_parts(u), "save takes parts of u");
+  const int64_t rows = perm.numel();
+  return {at::empty({rows, size_n}, left.options()),
+          at::empty({save ? rows : 0, size_of(u, -1)},
+                    left.options().dtype(transposed ? left.scalar_type() : at::kFloat))};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(

@@ -82,12 +82,12 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       " bool rank_last) -> ()");
   m.def(
       "gate_up(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
-      " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m, bool save)"
-      " -> (Tensor pre_act, Tensor act)");
+      " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m, bool save,"
+      " Tensor? down_lora_A) -> (Tensor pre_act, Tensor act, Tensor parts)");
   m.def(
       "grouped_gemm(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
       " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m,"
-      " bool transposed) -> Tensor out");
+      " bool transposed, bool save) -> (Tensor out, Tensor sum)");
   m.def(
       "act_backward(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
       " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m, Tensor weights,"
@@ -209,6 +209,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_rows", &moe_kernels::cuda::chunk_rows, py::arg("num_rows"), py::arg("size"));
   m.def("gives_du", &moe_kernels::cuda::gives_du, py::arg("rank"), py::arg("width"),
         py::arg("num_rows"));
+  m.def("gives_u2", &moe_kernels::cuda::gives_u2, py::arg("num_rows"), py::arg("num_base"),
+        py::arg("inter"), py::arg("rank1"), py::arg("rank2"));
   m.def("decode_takes", &moe_kernels::cuda::decode_takes, py::arg("tokens"), py::arg("top_k"),
         py::arg("hidden"), py::arg("inter"), py::arg("rank"));
   m.def("build_info", &build_info);

@@ -180,6 +180,11 @@ def gives_du(rank: int, width: int, num_rows: int) -> bool:
     return _load()[0].gives_du(rank, width, num_rows)
 
 
+def gives_u2(num_rows: int, num_base: int, inter: int, rank1: int, rank2: int) -> bool:
+    """Return whether the CUDA kernels compute u2 (num_rows, rank2), in parts, with gate_up."""
+    return _load()[0].gives_u2(num_rows, num_base, inter, rank1, rank2)
+
+
 def decode_takes(tokens: int, top_k: int, hidden: int, inter: int, rank: int) -> bool:
     """Return whether the two CUDA kernels of decoding take a layer of these sizes."""
     return _load()[0].decode_takes(tokens, top_k, hidden, inter, rank)

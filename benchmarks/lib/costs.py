@@ -16,6 +16,9 @@ from lib.markdown import markdown
 # passes at every rank.
 PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 
+# The highest rank for which u2 comes in parts with gate_up on the engine of sm_90 (csrc/cuda/plan.h
+# has it and a limit on bytes), and the columns of the activation in a part, in tiles of 128 rows.
+PARTS_OF_U2 = (32, 128)
 
 # Tokens, and tokens times top-k, up to which "cuda" decodes (csrc/cuda/decode_shapes.h) with
 # MOE_KERNELS_DECODE=1, and the columns of the activation for which it sums a part of u2.
@@ -35,6 +38,10 @@ class Cost(NamedTuple):
     @property
     def bytes(self) -> float:
         return self.read + self.written
+
+    def plus(self, **more: float) -> "Cost":
+        """Return this launch with more of some fields."""
+        return self._replace(**{name: getattr(self, name) + more[name] for name in more})
 
     @property
     def useful_bytes(self) -> float:
@@ -74,10 +81,14 @@ def sizes_of(case: Case) -> Sizes:
     )  # fmt: skip
 
 
-def forward(case: Case) -> Iterator[Cost]:
-    """Yield the launches of a forward pass that saves the pre-activation, in order."""
+def forward(case: Case, *, engine: bool = False) -> Iterator[Cost]:
+    """Yield the launches of a forward pass that saves the pre-activation, in order.
+
+    Args:
+        engine: the products are those of the engine of sm_90.
+    """
     s = sizes_of(case)
-    yield from _forward(case, s, s.pre)
+    yield from _forward(case, s, s.pre, engine)
 
 
 def inference(case: Case) -> Iterator[Cost]:
@@ -94,19 +105,29 @@ def inference(case: Case) -> Iterator[Cost]:
     yield from _forward(case, s, 0)
 
 
-def _forward(case: Case, s: Sizes, saved: float) -> Iterator[Cost]:
+def _forward(case: Case, s: Sizes, saved: float, engine: bool = False) -> Iterator[Cost]:
     shape = case.shape
     wide, skinny = _flops(case)
+    highest, columns = PARTS_OF_U2
+    in_parts = engine and shape.r <= highest
+    of_u2 = skinny * shape.I
     yield _dispatch(case)
     yield Cost("shrink x", skinny * shape.H, s.a_x + s.lora_gate_up, s.u)
-    yield Cost(
+    up = Cost(
         "gate_up", (wide * shape.H + skinny) * 2 * shape.I,
         s.x + s.gate_up + s.u + s.lora_gate_up, saved + s.act,
     )  # fmt: skip
-    yield Cost("shrink act", skinny * shape.I, s.a_act + s.lora_down, s.u)
-    yield Cost(
+    down = Cost(
         "down", (wide * shape.I + skinny) * shape.H, s.act + s.down + s.u + s.lora_down, s.rows
     )
+    if in_parts:
+        parts = 4 / case.torch_dtype.itemsize * s.u * -(-shape.I // columns)
+        yield up.plus(flops=of_u2, read=s.lora_down, written=parts, avoidable=parts)
+        yield down.plus(read=parts - s.u, written=s.u, avoidable=parts)
+    else:
+        yield up
+        yield Cost("shrink act", of_u2, s.a_act + s.lora_down, s.u)
+        yield down
     yield Cost("combine", wide * shape.H, s.rows, s.x)
 
 
@@ -238,7 +259,7 @@ def engine_table(case: Case, tflops: float, multiprocessors: int, edges: float) 
     """
     useful = {
         cost.kernel: cost.flops
-        for cost in (*forward(case), *backward(case, "cuda"))
+        for cost in (*forward(case, engine=True), *backward(case, "cuda"))
     }  # fmt: skip
     rows = []
     for tiles in engine(case):
@@ -290,11 +311,14 @@ def _flops(case: Case) -> tuple[float, float]:
 def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") -> str:
     """Tabulate both passes, and both courses of a few tokens under "cuda".
 
+    Under "cuda" the forward pass is that of the engine of sm_90, but for float32.
+
     ``bandwidth`` is in TB/s.
     """
     rows = []
+    engine = backend == "cuda" and case.torch_dtype.itemsize == 2
     modes = [
-        ("forward", "forward", forward(case)),
+        ("forward", "forward", forward(case, engine=engine)),
         ("backward", "backward", backward(case, backend)),
     ]
     if backend == "cuda" and is_decoded(case):

@@ -95,10 +95,11 @@ __device__ inline void load_u(const GroupedGemm& args, const ExpertTile& tile, f
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = Loop::row_of(i, half);
-    sizes[half] = row >= low && row < high ? args.rank : 0;
-    if (kParts && args.num_parts > 0) continue;
+    const bool present = row >= low && row < high;
+    sizes[half] = present ? args.rank : 0;
+    if (!present || (kParts && args.num_parts > 0)) continue;
     values[half] = four(static_cast<const U*>(args.u) + own + Loop::below(i, half) * args.rank,
-                        from, sizes[half], vectors);
+                        from, args.rank, vectors);
   }
   if (kParts && args.num_parts > 0) {
     vectors ? add_parts<true, Loop>(args, own, i, from, sizes, values)

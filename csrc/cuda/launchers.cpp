@@ -59,13 +59,13 @@ GroupedGemm make_gemm(const at::Tensor& left, const at::Tensor& stack,
       .scaling = scaling ? scaling->const_data_ptr<float>() : nullptr,
       .sum = nullptr,
       .num_rows = static_cast<int>(rows),
-      .num_parts = 0,
+      .num_parts = u && u->dim() == 3 ? static_cast<int>(u->size(0)) : 0,
       .num_tiles = static_cast<int>(tiles.size(1)),
       .num_base = static_cast<int>(stack.size(0)),
       .num_experts = static_cast<int>(num_experts),
       .num_modalities = static_cast<int>((segment_offsets.numel() - 1) / num_experts) - 1,
       .experts_of_v = v ? static_cast<int>(v->size(1)) : 1,
-      .rank = u ? static_cast<int>(u->size(1)) : 0,
+      .rank = u ? static_cast<int>(u->size(-1)) : 0,
       .size_k = static_cast<int>(left.size(1)),
       .size_n = static_cast<int>(size_n),
       .top_k = tokens == 0 ? 1 : static_cast<int>(rows / tokens),
@@ -281,38 +281,47 @@ void add_low_rank(const at::Tensor& out, const at::Tensor& u, const at::Tensor& 
                                      c10::cuda::getCurrentCUDAStream()));
 }
 
-std::tuple<at::Tensor, at::Tensor> gate_up(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gate_up(
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save) {
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool save,
+    const std::optional<at::Tensor>& down_lora_A) {
   const c10::cuda::CUDAGuard guard(left.device());
   const auto made = outputs::gate_up(left, stack, extra, perm, tiles, segment_offsets, u, v,
-                                     scaling, block_m, save);
-  const auto& [pre_act, act] = made;
+                                     scaling, block_m, save, down_lora_A);
+  const auto& [pre_act, act, parts] = made;
   const GroupedGemm gemm =
       make_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, act.size(1));
+  const PartsOfU u2{
+      .a = pointer_of(down_lora_A),
+      .parts = parts.mutable_data_ptr<float>(),
+      .experts = down_lora_A ? static_cast<int>(down_lora_A->size(1)) : 1,
+      .rank = static_cast<int>(parts.size(2)),
+      .is_float = scalar_of(down_lora_A) == Scalar::kFloat,
+  };
   C10_CUDA_CHECK(launch_gate_up(gemm, save ? pre_act.mutable_data_ptr() : nullptr,
-                                act.mutable_data_ptr(), PartsOfU{}, scalar_of(left), scalar_of(v),
+                                act.mutable_data_ptr(), u2, scalar_of(left), scalar_of(v),
                                 static_cast<int>(block_m), c10::cuda::getCurrentCUDAStream()));
   return made;
 }
 
-at::Tensor grouped_gemm(const at::Tensor& left, const at::Tensor& stack,
-                        const std::optional<at::Tensor>& extra, const at::Tensor& perm,
-                        const at::Tensor& tiles, const at::Tensor& segment_offsets,
-                        const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
-                        const std::optional<at::Tensor>& scaling, int64_t block_m,
-                        bool transposed) {
+std::tuple<at::Tensor, at::Tensor> grouped_gemm(
+    const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
+    const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
+    const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
+    const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed, bool save) {
   const c10::cuda::CUDAGuard guard(left.device());
-  const at::Tensor out = outputs::grouped_gemm(left, stack, extra, perm, tiles, segment_offsets, u,
-                                               v, scaling, block_m, transposed);
-  const GroupedGemm gemm =
+  const auto made = outputs::grouped_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v,
+                                          scaling, block_m, transposed, save);
+  const auto& [out, sum] = made;
+  GroupedGemm gemm =
       make_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, out.size(1));
+  if (save) gemm.sum = sum.mutable_data_ptr();
   const auto launch = transposed ? launch_down : launch_d_rows;
   C10_CUDA_CHECK(launch(gemm, out.mutable_data_ptr(), scalar_of(left), scalar_of(v),
                         static_cast<int>(block_m), c10::cuda::getCurrentCUDAStream()));
-  return out;
+  return made;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(

@@ -15,6 +15,20 @@ namespace moe_kernels::cuda {
 
 constexpr int64_t kAdapterBlock = 32;  // rows that a block of `shrink` takes at once
 
+// Highest rank for which u2 comes in parts with gate_up. Each block of `down` reads its rows' parts
+// again: of an engine's main loop that is rank / 192 of the bytes. At a higher rank a pass over the
+// activation is cheaper.
+constexpr int64_t kMaxRankOfParts = 32;
+
+// Returns whether u2 comes in parts with gate_up. That launch finds rows with an adapter by its own
+// rank.
+inline bool gives_u2(int64_t num_rows, int64_t num_base, int64_t inter, int64_t rank1,
+                     int64_t rank2) {
+  const int64_t parts = gate_up_parts(inter, grouped_gemm_block_m(num_rows, num_base));
+  return rank1 > 0 && rank2 > 0 && rank2 <= kMaxRankOfParts &&
+         4 * parts * num_rows * rank2 <= kMaxBytesOfParts;
+}
+
 struct LayerShapes {
   int64_t tokens, top_k;
   int64_t hidden, inter;
@@ -39,6 +53,7 @@ struct Plan {
   MapRequest pairs;    // of every pair (modality, expert)
   MapRequest chunks;   // the same in long tiles, for sums over rows
   MapRequest added;    // of every added expert, a tile each: there are blocks enough
+  bool u2_in_parts;    // u2 comes with gate_up
   bool du_with_dB;     // du1 comes with dB1
 
   explicit Plan(const LayerShapes& of)
@@ -52,6 +67,7 @@ struct Plan {
         added{{of.num_added, of.num_added, of.segments_of_expert(),
                of.num_base * of.segments_of_expert(), of.segments_of_expert()},
               std::max<int64_t>(of.rows(), 1)},
+        u2_in_parts(gives_u2(of.rows(), of.num_base, of.inter, of.rank1, of.rank2)),
         du_with_dB(gives_du(of.rank1, 2 * of.inter, of.rows())) {
     const int64_t largest_sum =
         std::max<int64_t>({1, of.rank1 * std::max(of.hidden, 2 * of.inter),

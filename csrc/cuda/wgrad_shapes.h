@@ -12,7 +12,7 @@ namespace moe_kernels::cuda {
 constexpr int64_t kTilesOfSums = 32;             // about so many in all
 constexpr int64_t kLeastChunk = 512;             // rows of a tile
 constexpr int64_t kMaxPartialSums = 1 << 25;     // elements of a float32 for each tile: 128 MiB
-constexpr int64_t kMaxBytesOfParts = 1LL << 28;  // of du by columns of dY
+constexpr int64_t kMaxBytesOfParts = 1LL << 28;  // of du or u, by columns
 
 // Rows of a tile for a sum over rows with `size` elements. Then one long group does not delay the
 // launch, and a few groups still give many blocks. There are fewer tiles where the partial sums, up

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.launches import COUNTS
+from support.launches import COUNTS, ENGINE_COUNTS
 
 from moe_kernels import _native, backends, ops
 
@@ -475,6 +475,11 @@ def test_the_cost_model_counts_launches(bench):
     case = bench.cases.Case.named("olmoe")
     found = {mode: [*getattr(bench.costs, mode)(case)] for mode in COUNTS}
     assert {mode: sum(c.launches for c in costs) for mode, costs in found.items()} == COUNTS
+    of_engine = [*bench.costs.forward(case, engine=True)]
+    assert sum(c.launches for c in of_engine) == ENGINE_COUNTS["forward"]
+    sizes = bench.costs.sizes_of(case)  # act is not read again; parts count as avoidable
+    bytes_of = [sum(c.useful_bytes for c in costs) for costs in (of_engine, found["forward"])]
+    assert bytes_of[1] - bytes_of[0] == sizes.a_act + sizes.u
 
 
 def test_the_cost_model_has_the_parts_of_the_kernels(bench):
@@ -485,6 +490,11 @@ def test_the_cost_model_has_the_parts_of_the_kernels(bench):
     if _native.is_available():
         names = "MAX_RANK_WITH_DU", "COLUMNS_OF_PART"
         assert cuda == tuple(map(_native.cuda_limit, names))
+        rank, columns = bench.costs.PARTS_OF_U2
+        most = 2**28 // (4 * rank)  # rows in one part
+        for inter, r in ((columns, rank), (columns + 8, rank), (columns, rank + 1)):
+            given = _native.gives_u2(most, 1, inter, 1, r)
+            assert given == (inter <= columns and r <= rank)
 
 
 def test_the_engine_is_predicted_from_its_tiles(bench):
@@ -493,7 +503,7 @@ def test_the_engine_is_predicted_from_its_tiles(bench):
     found = {tiles.kernel: tiles for tiles in bench.costs.engine(case)}
     assert [tiles.number for tiles in found.values()] == 4 * [512 * 8]
     operations = [tiles.number * tiles.flops for tiles in found.values()]
-    costs = (*bench.costs.forward(case), *bench.costs.backward(case, "cuda"))
+    costs = (*bench.costs.forward(case, engine=True), *bench.costs.backward(case, "cuda"))
     assert operations == [c.flops for c in costs if c.kernel in found]
     gate_up = found["gate_up"]
     assert gate_up.milliseconds(700, 128, 0) == pytest.approx(operations[0] / 700e9)

@@ -33,7 +33,7 @@ from gpu.triton_suite import (  # noqa: F401  (collected here)
 )
 from support import cuda_stand_ins
 from support.devices import NEEDS_CUDA, ON_GPU
-from support.launches import COUNTS, Launches
+from support.launches import COUNTS, ENGINE_COUNTS, Launches
 from support.moe_mlp import LAYOUTS, VARIANTS, call
 from support.registered_ops import make, results, same
 from torch.utils._pytree import tree_map_only
@@ -184,11 +184,19 @@ def test_du_comes_with_dB_unless_its_parts_are_large(calls):
     """A pass of its own then computes du1; one always computes du2."""
     gives_du = _native.gives_du
     assert gives_du(32, 256, 2**21) and not gives_du(32, 257, 2**21) and not gives_du(33, 1, 1)
-    for rank, shrinks in ((12, 3), (40, 4)):
+    for rank, shrinks in ((12, 2), (40, 4)):  # u2 comes with gate_up, or in its own pass too
         calls.clear()
         layer(replace(VECTORS, r=rank), torch.float16)
         names = [name for name, _ in calls]
         assert (names.count("shrink"), names.count("wgrad")) == (shrinks, 2)
+
+
+def test_u2_comes_with_gate_up_unless_its_parts_are_large():
+    """In tiles of 128 rows there are half as many parts as in tiles of 16, or a quarter."""
+    rows, gives = 2**21, _native.gives_u2
+    assert gives(rows, 8, 128, 4, 32) and not gives(rows, 8, 129, 4, 32)
+    assert gives(rows, rows, 32, 4, 16) and not gives(rows, rows, 72, 4, 16)
+    assert not gives(1, 1, 8, 4, 33) and not gives(1, 1, 8, 0, 4) and not gives(1, 1, 8, 4, 0)
 
 
 @NEEDS_CUDA
@@ -202,10 +210,10 @@ def test_every_tile_matches_the_reference(dtype, tokens):
 def test_a_layer_calls_the_native_ops(calls, variant, wgrads):
     layer(VECTORS, torch.float16, **variant)
     names = [name for name, _ in calls]
-    forward = ["dispatch_with_maps", "shrink", "gate_up", "shrink", "grouped_gemm", "combine"]
-    assert names[:6] == forward
+    forward = ["dispatch_with_maps", "shrink", "gate_up", "grouped_gemm", "combine"]
+    assert names[:5] == forward
     backward = ["act_backward", "combine", "grouped_gemm", "shrink", "tile_maps"]
-    assert sorted(names[6:]) == [*backward, *["wgrad"] * wgrads]  # du1 with dB1
+    assert sorted(names[5:]) == [*backward, *["wgrad"] * wgrads]  # du1 with dB1
 
 
 @pytest.mark.parametrize("rank", [3, 20])
@@ -284,7 +292,7 @@ def test_any_gradients_of_a_half_in_one_call_are_those_of_the_course(rank):
 
 
 DISPATCH = ["dispatch_with_maps"] * 2  # count, and sort with the maps
-FORWARD = [*DISPATCH, "shrink", "gate_up", "shrink", "grouped_gemm", "combine"]
+FORWARD = [*DISPATCH, "shrink", "gate_up", "grouped_gemm", "combine"]
 BACKWARD = [
     "tile_maps", "shrink", "act_backward", "wgrad", "wgrad", "grouped_gemm", "combine", "wgrad",
     "wgrad",
@@ -309,21 +317,22 @@ BACKWARD = [
     ],
 )
 def test_the_number_of_launches(variant, forward, backward, monkeypatch):
-    """At most 7 in inference and 16 in training; without adapters 5 and 10.
+    """At most 6 in inference and 15 in training; without adapters 5 and 10.
 
     One op for each half launches as many as the ops in turn.
     """
     inputs = make_moe_inputs(VECTORS, **variant)
     inputs = inputs.to(torch.float16, lora_dtype=torch.float32)
     of_ops = ctypes.CDLL(ON_HOST).launches
-    assert (len(FORWARD), len(BACKWARD)) == (COUNTS["forward"], COUNTS["backward"])
+    assert (len(FORWARD), len(BACKWARD)) == (ENGINE_COUNTS["forward"], ENGINE_COUNTS["backward"])
     in_one_call = launches_of(inputs, monkeypatch, of_ops=of_ops)
     monkeypatch.setattr(cuda_impl, "in_one_call", lambda *layer: False)
     in_turn = launches_of(inputs, monkeypatch, of_ops=of_ops)
     assert [*in_turn] == [forward, forward, backward]
     launched = [name for name in backward if "aten" not in name]
-    of_torch = ["aten::fill_"] * (len(backward) - len(launched))
-    native = ["moe_mlp_backward"] * len(launched) + of_torch
+    of_torch = [name for name in backward if "aten" in name]
+    native = ["moe_mlp_backward"] * len(launched)
+    native += ["aten::fill_" if name == "aten::ones" else name for name in of_torch]
     assert [*in_one_call] == [["moe_mlp_forward"] * len(forward)] * 2 + [native]
 
 
@@ -604,6 +613,10 @@ def outcome(name, arguments):
         returned = [returned[0][:dispatched], *returned[1:]]
     if name == "act_backward":
         returned[1] = returned[1][rows_with_act(arguments)]
+    if name == "gate_up":
+        pre_act, act, parts = returned
+        end = int(arguments[5][len(arguments[1]) * (1 + len(arguments[8]))])  # of frozen experts
+        returned = pre_act, act, parts[:, [row for row in rows_with_act(arguments) if row < end]]
     return returned
 
 

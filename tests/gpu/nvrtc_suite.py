@@ -51,7 +51,8 @@ def test_the_engine_is_launched_with_its_map_of_the_experts():
     sorted_rows = torch.arange(8), tiles, torch.tensor([0, 4, 8])
     for cluster in (1, 2):  # blocks that share 128 columns' weights for 128 rows each
         rows = 128 * cluster
-        stub_cuda.call("gate_up", left, stack, None, *sorted_rows, None, None, None, rows, True)
+        low_rank = None, None, None
+        stub_cuda.call("gate_up", left, stack, None, *sorted_rows, *low_rank, rows, True, None)
         (launch,) = DRIVER.take_launches()
         own = f"cuda::Engine<__nv_bfloat16, true, true, false, {cluster}>"
         assert f"engine_kernel<moe_kernels::{own}" in launch["symbol"]

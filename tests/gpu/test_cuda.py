@@ -214,11 +214,11 @@ def of_layer(*, inference):
 CALLS = {
     "gate_up": (
         (*products(halves(10, 16), halves(3, 48, 16), halves(1, 48, 16), halves(20, 5),
-                   empty(1, 3, 48, 5)), True), [(20, 48), (20, 24)]
+                   empty(1, 3, 48, 5)), True, empty(1, 1, 4, 24)), [(20, 48), (20, 24), (2, 20, 4)]
     ),
     "grouped_gemm": (
-        (*products(halves(20, 48), halves(3, 48, 16), halves(1, 48, 16), empty(20, 5),
-                   halves(1, 1, 5, 16)), False), [(20, 16)]
+        (*products(halves(20, 48), halves(3, 48, 16), halves(1, 48, 16), empty(3, 20, 5),
+                   halves(1, 1, 5, 16)), False, True), [(20, 16), (20, 5)]
     ),
     "act_backward": (
         (*products(halves(10, 16), halves(4, 16, 136), None, empty(20, 5), empty(1, 4, 5, 136)),
@@ -342,7 +342,10 @@ REFUSALS = [
     ("gate_up", 6, empty(20, 5), "u must be Half"),
     ("gate_up", 7, empty(2, 3, 48, 5), "v must have shape"),
     ("gate_up", 7, empty(1, 2, 48, 5), "v must be of 3 experts, or of 1 that all share, is of 2"),
+    ("gate_up", 6, halves(2, 20, 5), "u must have shape"),
     ("gate_up", 9, 32, "block_m must be 16, 128 or 256, is 32"),
+    ("gate_up", 11, halves(1, 3, 4, 16), "down_lora_A must have shape"),
+    ("gate_up", 11, halves(1, 2, 4, 24), "of 3 experts, or of 1 that all share, is of 2"),
     ("moe_mlp_inference", 0, empty(10, 16), "hidden_states must be bfloat16 or float16"),
     ("moe_mlp_inference", 0, halves(16, 10).T, "hidden_states must be contiguous"),
     ("moe_mlp_inference", 1, integers(9, 2), "topk_ids must have shape"),
@@ -376,7 +379,10 @@ REFUSALS = [
     ("moe_mlp_backward", 28, 2, "num_modalities must be that of the adapters, 1, is 2"),
     ("moe_mlp_backward", 29, [True] * 7, "an entry for each of 8 tensors"),
     ("moe_mlp_backward", 30, 2, "frozen_extra must be in 0..1, is 2"),
-    ("grouped_gemm", 6, halves(20, 5), "u must be Float"),
+    ("grouped_gemm", 6, halves(3, 20, 5), "u must be Float"),
+    ("grouped_gemm", 6, empty(3, 19, 5), "u must have shape"),
+    ("grouped_gemm", 6, empty(0, 20, 5), "at least one part"),
+    ("grouped_gemm", 6, empty(20, 5), "save takes parts of u"),
     ("grouped_gemm", 0, halves(10, 48), "left must have shape"),
     ("grouped_gemm", 10, True, "stack must have shape"),
     ("act_backward", 10, empty(10, 3), "weights must have an entry for each of 20 rows"),

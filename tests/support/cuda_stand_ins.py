@@ -6,6 +6,8 @@ from torch import Tensor
 
 from moe_kernels.ops.dispatch import reference
 
+NAN = float("nan")
+
 
 def tile_maps(
     segment_offsets: Tensor, num_rows: int, blocks: list[int], groups: list[int]
@@ -119,31 +121,51 @@ def experts(
         out[first:end] = rows[first:end].float() @ weights[expert]
     if u is None:
         return out
-    v = v.expand(-1, len(stack), -1, -1).to(left.dtype).float()
+    u = sum_of(u, left.dtype if transposed else torch.float32)
     v = v.mT if transposed else v
-    for index in range(len(stack) * groups):
-        expert, modality = divmod(index, groups)
-        adapted = slice(segments[index], segments[index + 1])
-        if modality:
-            scaled = (scaling[modality - 1] * u[adapted].float()).to(left.dtype).float()
-            out[adapted] += scaled @ v[modality - 1, expert]
+    for modality, adapted, matrix in adapters(v.to(left.dtype).float(), segments, len(stack)):
+        out[adapted] += (scaling[modality] * u[adapted].float()).to(left.dtype).float() @ matrix
     return out
 
 
-def gate_up(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor]:
-    *arguments, save = arguments
-    left, segments = arguments[0], arguments[5]
+def sum_of(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return u, of which there may be parts."""
+    return u.sum(0).to(dtype) if u.dim() == 3 else u
+
+
+def adapters(stack: Tensor, segments: list[int], num_base: int):
+    """Yield modality, rows and matrix of each pair with an adapter."""
+    groups = len(stack) + 1
+    for index in range(num_base * groups):
+        expert, modality = divmod(index, groups)
+        if modality:
+            matrix = stack[modality - 1].expand(num_base, -1, -1)[expert]
+            yield modality - 1, slice(segments[index], segments[index + 1]), matrix
+
+
+def gate_up(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, save, a = arguments
+    left, stack, segments = arguments[0], arguments[1], arguments[5]
     pre_act = experts(*arguments, by_token=True, transposed=True).to(left.dtype)
     gate, up = pre_act.float().chunk(2, dim=1)
     act = (torch.nn.functional.silu(gate) * up).to(left.dtype)
     for tensor in (pre_act, act):
         tensor[segments[-1] :] = 0  # rows that are not dispatched
-    return pre_act if save else pre_act[:0].clone(), act
+    parts = torch.full((2, len(act), a.shape[2]) if a is not None else (0, len(act), 0), NAN)
+    if a is not None:
+        for _, rows, matrix in adapters(a.to(left.dtype).float(), segments.tolist(), len(stack)):
+            for part, half in zip(parts, (slice(8), slice(8, None)), strict=True):  # of the columns
+                part[rows] = act[rows, half].float() @ matrix[:, half].T
+    return pre_act if save else pre_act[:0].clone(), act, parts
 
 
-def grouped_gemm(*arguments: Tensor | int | bool | None) -> Tensor:
-    *arguments, transposed = arguments
-    return experts(*arguments, by_token=False, transposed=transposed).to(arguments[0].dtype)
+def grouped_gemm(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor]:
+    *arguments, transposed, save = arguments
+    left, u = arguments[0], arguments[6]
+    assert not save or u.dim() == 3
+    out = experts(*arguments, by_token=False, transposed=transposed).to(left.dtype)
+    dtype, rank = left.dtype if transposed else torch.float32, 0 if u is None else u.shape[-1]
+    return out, sum_of(u, dtype).nan_to_num() if save else out.new_empty(0, rank, dtype=dtype)
 
 
 def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +178,8 @@ def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor
     weighted = d_act * weights.reshape(-1, 1)[perm].float()
     d_gate = weighted * up * sigmoid * (1 + gate * (1 - sigmoid))
     d_pre = torch.cat([d_gate, weighted * gate * sigmoid], dim=1).to(left.dtype)
-    parts = torch.zeros(-(-act.shape[1] // 128), perm.numel())  # one part per 128 columns
+    of_warps = 2 if arguments[9] == 16 else 1
+    parts = torch.zeros(-(-act.shape[1] // 128) * of_warps, perm.numel())  # per 128 columns
     for part, columns in enumerate(torch.arange(act.shape[1]).split(128)):
         dots = (d_act[:, columns] * act[:, columns].float()).sum(1)
         parts[part, perm[:rows]] = dots[:rows]

@@ -130,7 +130,7 @@ def _gemm_arguments(
     """Return the first arguments of the native GEMMs; ``matrix`` is "A" or "B", the factor of u."""
     base, extra, has_extra = layer.stacks(stack)
     low_rank = (None, None, None)
-    if u is not None and u.shape[1]:
+    if u is not None and u.shape[-1]:
         low_rank = u, getattr(layer.weights, f"{name}_{matrix}"), layer.lora(name)[2]
     return (
         _aligned(left),
@@ -144,23 +144,38 @@ def _gemm_arguments(
     )
 
 
-def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """See `triton_impl.gate_up`."""
+def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See `triton_impl.gate_up`; u2 comes in parts where that is cheaper."""
     if not supports(layer.weights, layer.form):
         return TRITON_LAYER.gate_up(layer, x, u1, save)
     arguments = _gemm_arguments(layer, x, "gate_up_proj", "gate_up", u1, "B")
-    return _native.ops().gate_up(*arguments, save)
+    sizes = layer.num_rows, layer.num_base, layer.sizes[1]
+    in_parts = _native.gives_u2(*sizes, *layer.weights.ranks)
+    lora_A = _aligned(layer.weights.down_A) if in_parts else None
+    pre_act, act, parts = _native.ops().gate_up(*arguments, save, lora_A)
+    return pre_act, act, parts if in_parts else gpu.shrink_to_u(layer, act, "down", save)
 
 
 def grouped_gemm(
-    layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
-) -> Tensor:
-    """See `triton_impl.grouped_gemm`."""
+    layer: Layer,
+    left: Tensor,
+    stack: str,
+    name: str,
+    u: Tensor | None,
+    *,
+    transposed: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See `triton_impl.grouped_gemm`; it returns the sum of parts, without rows unless saved."""
     if not supports(layer.weights, layer.form):
-        return TRITON_LAYER.grouped_gemm(layer, left, stack, name, u, transposed=transposed)
+        return TRITON_LAYER.grouped_gemm(
+            layer, left, stack, name, u, transposed=transposed, save=save
+        )
     matrix = "B" if transposed else "A"
     arguments = _gemm_arguments(layer, left, stack, name, u, matrix)
-    return _native.ops().grouped_gemm(*arguments, transposed)
+    in_parts = u is not None and u.dim() == 3
+    out, summed = _native.ops().grouped_gemm(*arguments, transposed, save and in_parts)
+    return out, summed if in_parts else u
 
 
 def act_backward(

@@ -3,10 +3,11 @@
 There is no host sync and no float atomic, and every sum has a fixed order.
 
 Forward, 7 launches with adapters: dispatch and the tile maps, shrink, gate_up with the activation,
-shrink, down, weighted combine. Backward, 9: the tile maps; du2; dA' with all that follows from it;
-dB1 with du1, and dA2; what finishes their sums; the rows of dX and their combine; dB2 and dA1; what
-finishes these. Where du1 costs less in a pass of its own it is a launch more, and the gradients of
-added experts are three more, with the launch that makes their factors.
+shrink, down, weighted combine; 6 where gate_up gives u2 in parts, which down adds. Backward, 9: the
+tile maps; du2; dA' with all that follows from it; dB1 with du1, and dA2; what finishes their sums;
+the rows of dX and their combine; dB2 and dA1; what finishes these. Where du1 costs less in a pass
+of its own it is a launch more, and the gradients of added experts are three more, with the launch
+that makes their factors.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,14 +33,17 @@ class LayerLaunches(NamedTuple):
         shared: launches that other ops use too.
         tile_rows: rows of a tile of one expert, and of one adapter, from Triton's tiles, the number
             of rows, the weights (shapes, layout, dtype and device alone) and how experts compute.
-        gate_up, grouped_gemm, combine: the others.
+        gate_up: its third result is u2 (T*K, r2), or parts (n, T*K, r2) of it in float32.
+        grouped_gemm: takes either as u, and returns a whole u beside its product, or one without
+            rows for parts of which nothing is to be saved.
+        combine: the weighted sum of each token's rows.
         act_backward: its third result are parts (n, T, K) of <dA', a>, which ``wgrad`` adds.
     """
 
     shared: SharedLaunches
     tile_rows: Callable[[Tiles, int, ExpertWeights, ExpertForm], tuple[int, int]]
-    gate_up: Callable[..., tuple[Tensor, Tensor]]
-    grouped_gemm: Callable[..., Tensor]
+    gate_up: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    grouped_gemm: Callable[..., tuple[Tensor, Tensor | None]]
     act_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     combine: Callable[..., Tensor]
 
@@ -128,10 +132,12 @@ def forward(
         expert_tiles=expert_tiles,
         adapted_tiles=adapted_tiles,
     )
-    u1 = _shrink_to_u(layer, hidden_states, "gate_up", save_for_backward)
-    pre_act, act = launches.gate_up(layer, hidden_states, u1, save_for_backward)
-    u2 = _shrink_to_u(layer, act, "down", save_for_backward)
-    expert_out = launches.grouped_gemm(layer, act, "down_proj", "down", u2, transposed=True)
+    save = save_for_backward
+    u1 = shrink_to_u(layer, hidden_states, "gate_up", save)
+    pre_act, act, u2 = launches.gate_up(layer, hidden_states, u1, save)
+    expert_out, u2 = launches.grouped_gemm(
+        layer, act, "down_proj", "down", u2, transposed=True, save=save
+    )
     out = launches.combine(layer, expert_out, weighted=True)
     return out, Saved(pre_act, u1, u2, perm, inv_perm, segment_offsets)
 
@@ -185,8 +191,8 @@ def backward(
     )  # fmt: skip
     grad_hidden = None
     if need_hidden:
-        d_rows = launches.grouped_gemm(
-            layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False
+        d_rows, _ = launches.grouped_gemm(
+            layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False, save=False
         )
         grad_hidden = launches.combine(layer, d_rows, weighted=False)
     grad_A1, grad_B2 = _sums(
@@ -256,7 +262,7 @@ def _largest_sum(weights: ExpertWeights) -> int:
     )
 
 
-def _shrink_to_u(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
+def shrink_to_u(layer: Layer, left: Tensor, name: str, save: bool) -> Tensor:
     """Return u = left A^T (T*K, r); (T*K, 0) without adapters.
 
     A tensor that is saved for backward has zeros in rows without an adapter: an op's output is a

@@ -112,8 +112,8 @@ def _blocks(tiles: Tiles, block_n: int) -> dict[str, int]:
     }
 
 
-def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """Return pre_act (T*K, 2I or I), or no rows unless ``save``, and act (T*K, I)."""
+def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pre_act (T*K, 2I or I), or no rows unless ``save``, act (T*K, I), and u2 = act A^T."""
     hidden, inter = layer.sizes
     lora_A, lora_B, scaling = layer.lora("gate_up")
     block_n = layer.tiles.n_gated if layer.form.gated else layer.tiles.n
@@ -144,13 +144,20 @@ def gate_up(layer: Layer, x: Tensor, u1: Tensor, save: bool) -> tuple[Tensor, Te
         **_rank(lora_A),
         **_blocks(layer.tiles, block_n),
     )
-    return pre_act, act
+    return pre_act, act, gpu.shrink_to_u(layer, act, "down", save)
 
 
 def grouped_gemm(
-    layer: Layer, left: Tensor, stack: str, name: str, u: Tensor | None, *, transposed: bool
-) -> Tensor:
-    """Return (T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A."""
+    layer: Layer,
+    left: Tensor,
+    stack: str,
+    name: str,
+    u: Tensor | None,
+    *,
+    transposed: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (T*K, N) rows: left W^T + s u B^T if ``transposed``, else left W + s u A; and u."""
     lora_A, lora_B, scaling = layer.lora(name)
     weights = _stack(layer, stack, layer.tiles.n, transposed=transposed)
     shape = unpacked_shape(getattr(layer.weights, stack))
@@ -176,7 +183,7 @@ def grouped_gemm(
         **rank,
         **_blocks(layer.tiles, layer.tiles.n),
     )
-    return out
+    return out, u
 
 
 def act_backward(
