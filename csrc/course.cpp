@@ -235,9 +235,14 @@ struct Backward {
   }
 
   // Sums the problems in two launches. With a matrix, which is of the first, du is right matrix.
+  // Behind the sums of the problems come those of what act_backward has folded.
   Sums wgrad(const std::vector<Sum>& problems, const OptionalTensor& matrix = std::nullopt,
-             const OptionalTensor& dots = std::nullopt) const {
-    if (problems.empty() && !dots) return {};
+             const OptionalTensor& dots = std::nullopt,
+             const std::vector<at::Tensor>& folded = {}) const {
+    std::vector<at::Tensor> slots;
+    if (!folded.empty() && needs.b1) slots.push_back(folded[1]);
+    if (!folded.empty() && needs.a2) slots.push_back(folded[2]);
+    if (problems.empty() && !dots && slots.empty()) return {};
     std::vector<at::Tensor> left, right, tiles, groups, factors;
     c10::List<OptionalTensor> weights;
     std::vector<int64_t> blocks;
@@ -254,11 +259,10 @@ struct Backward {
       left_by_token.push_back(problem.left_by_token);
       right_by_token.push_back(problem.right_by_token);
     }
-    const OptionalTensor perm =
-        problems.empty() ? std::nullopt : OptionalTensor(sorted.perm);
     const auto [sums, du, sum_of_dots] = course.launches.wgrad(
         left, right, tiles, groups, factors, weights, matrix, blocks, transposed, left_by_token,
-        right_by_token, perm, dots, layer.topk_weights.scalar_type(), shapes.top_k);
+        right_by_token, sorted.perm, dots, layer.topk_weights.scalar_type(), shapes.top_k, slots,
+        sorted.segment_offsets, shapes.num_base, shapes.modalities);
     return {sums, du, sum_of_dots};
   }
 
@@ -306,38 +310,70 @@ struct Backward {
     return a.size(1) == shapes.num_base ? grad : grad.sum(1, /*keepdim=*/true);
   }
 
+  // Whether dA' leaves what the gradients of adapters need of its tiles.
+  bool folds() const { return course.plan.folds && (needs.hidden || needs.b1 || needs.a2); }
+
+  // What follows from dO W2: see ActBackwardOp.
+  auto act_backward(const OptionalTensor& du2) const {
+    const LowRankPair &up = layer.gate_up_lora, &down = layer.down_lora;
+    const auto if_folds = [&](const OptionalTensor& tensor) {
+      return folds() ? tensor : std::nullopt;
+    };
+    return course.launches.act_backward(
+        grad_out, layer.down_proj.base, layer.down_proj.extra(), sorted.perm, sorted.experts.tiles,
+        sorted.segment_offsets, du2, down.a, down.scaling, sorted.experts.block,
+        layer.topk_weights, pre_act, needs.a2 && !folds(), needs.added_down, if_folds(u1),
+        if_folds(up.b), if_folds(up.scaling), c10::List<bool>({needs.hidden, needs.b1, needs.a2}));
+  }
+
+  // Returns dB1, dA2, du1 and the sum of dots, where dA' has left nothing of these.
+  Sums first_sums(const at::Tensor& d_pre, const at::Tensor& act, const OptionalTensor& du2,
+                  const OptionalTensor& dots) const {
+    const LowRankPair& up = layer.gate_up_lora;
+    const bool together = needs.du1() && up.a && needs.b1 && course.plan.du_with_dB;
+    std::vector<Sum> problems;
+    if (needs.b1) problems.push_back(sum_for_b1(d_pre));
+    if (needs.a2) problems.push_back(sum_for_a2(*du2, act));
+    Sums sums = wgrad(problems, together ? OptionalTensor(up.b->flatten(0, 1)) : std::nullopt, dots);
+    if (needs.du1() && up.a && !together) sums.du = *shrink_to_du(d_pre, up, /*by_token=*/false);
+    return sums;
+  }
+
   std::vector<at::Tensor> run() {
     make_maps();
     const LowRankPair &up = layer.gate_up_lora, &down = layer.down_lora;
     const OptionalTensor du2 = shrink_to_du(grad_out, down, /*by_token=*/true);
-    const auto [d_pre, act, dots] = course.launches.act_backward(
-        grad_out, layer.down_proj.base, layer.down_proj.extra(), sorted.perm, sorted.experts.tiles,
-        sorted.segment_offsets, du2, down.a, down.scaling, sorted.experts.block,
-        layer.topk_weights, pre_act, needs.a2, needs.added_down);
-
-    const bool need_du1 = needs.du1() && up.a;
-    const bool together = need_du1 && needs.b1 && course.plan.du_with_dB;
-    std::vector<Sum> problems;
-    if (needs.b1) problems.push_back(sum_for_b1(d_pre));
-    if (needs.a2) problems.push_back(sum_for_a2(*du2, act));
-    const auto matrix = together ? OptionalTensor(up.b->flatten(0, 1)) : std::nullopt;
-    const Sums first = wgrad(problems, matrix,
-                             needs.weights ? OptionalTensor(dots) : std::nullopt);
-    OptionalTensor du1;
-    if (need_du1) du1 = together ? first.du : shrink_to_du(d_pre, up, /*by_token=*/false);
+    const auto [d_pre, act, parts_of_dots, folded] = act_backward(du2);
+    const OptionalTensor dots = needs.weights ? OptionalTensor(parts_of_dots) : std::nullopt;
+    Sums first;
+    if (!folds()) {
+      first = first_sums(d_pre, act, du2, dots);
+    } else if (needs.hidden) {
+      first.du = folded[0];
+    } else if (needs.a1) {
+      first.du = *shrink_to_du(d_pre, up, /*by_token=*/false);
+    }
 
     std::vector<at::Tensor> grads;
     if (needs.hidden) {
-      const auto [d_rows, _] = course.grouped_gemm(sorted, d_pre, layer.gate_up_proj, du1, up,
-                                                   /*transposed=*/false, /*save=*/false);
+      const bool save = folds() && needs.a1;
+      const auto [d_rows, du1] =
+          course.grouped_gemm(sorted, d_pre, layer.gate_up_proj,
+                              up.a ? OptionalTensor(first.du) : std::nullopt, up,
+                              /*transposed=*/false, save);
+      if (save) first.du = du1;
       grads.push_back(course.combine(sorted, d_rows, /*weights=*/std::nullopt));
     }
-    if (needs.weights) grads.push_back(first.sum_of_dots);
-
-    problems.clear();
-    if (needs.a1) problems.push_back(sum_for_a1(*du1));
+    std::vector<Sum> problems;
+    if (needs.a1) problems.push_back(sum_for_a1(first.du));
     if (needs.b2) problems.push_back(sum_for_b2());
-    const Sums last = wgrad(problems);
+    Sums last = folds() ? wgrad(problems, std::nullopt, dots, folded) : wgrad(problems);
+    if (folds()) {
+      first.sum_of_dots = last.sum_of_dots;
+      first.sums = {last.sums.begin() + problems.size(), last.sums.end()};
+      last.sums.resize(problems.size());
+    }
+    if (needs.weights) grads.push_back(first.sum_of_dots);
     for (const at::Tensor& grad : of_added(d_pre, act)) grads.push_back(grad);
     if (needs.a1) grads.push_back(of_a(last.sums.front(), *up.a));
     if (needs.b1) grads.push_back(first.sums.front().view(up.b->sizes()));

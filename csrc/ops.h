@@ -134,14 +134,17 @@ using ShrinkOp = void(const at::Tensor& out, const at::Tensor& left, const at::T
 // float32: of (factor * weight * left)^T right over each group's rows. Then right[0] matrix
 // (T * K, height) in float32 on the rows of its groups alone, or nothing without a matrix; and the
 // sum over n of dots (n, T, K) in dots_dtype, or nothing without dots: see csrc/cuda/wgrad.h. Only
-// dots alone need no perm.
+// without problems there is no need of a perm. Behind the sums of the problems come those of
+// `folded` (slots, ...), (num_modalities * num_base, ...), with the offsets of the segments.
 using WgradOp = std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor>(
     at::TensorList left, at::TensorList right, at::TensorList tiles, at::TensorList groups,
     at::TensorList factors, const c10::List<std::optional<at::Tensor>>& weights,
     const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
     const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
     const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
-    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k);
+    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k,
+    at::TensorList folded, const std::optional<at::Tensor>& segment_offsets, int64_t num_base,
+    int64_t num_modalities);
 
 // out[token] += s u V on the rows of the tiles alone, which are of modalities: see
 // csrc/cuda/add_low_rank.h.
@@ -165,12 +168,17 @@ using GroupedGemmOp = std::tuple<at::Tensor, at::Tensor>(
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
     const std::optional<at::Tensor>& scaling, int64_t block_m, bool transposed, bool save);
-using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(  // d_pre, act, dots (n, T, K)
+// Returns d_pre, act, dots (n, T, K), and with u1 three tensors of what the gradients of adapters
+// need, each empty unless `wanted`: du1 (n, T * K, rank) in parts, and the sums of dB1 and dA2 in
+// slots, see FoldedSums in csrc/cuda/wgrad.h.
+using ActBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>(
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
     const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
-    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added);
+    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added,
+    const std::optional<at::Tensor>& u1, const std::optional<at::Tensor>& gate_up_lora_B,
+    const std::optional<at::Tensor>& gate_up_scaling, const c10::List<bool>& wanted);
 
 // The ops of whole layers take bfloat16 or float16 on CUDA: SwiGLU of rows [gate; up] without a
 // bias, in stacks that are stored as they are. moe_mlp_inference takes what cuda::decode_takes says

@@ -139,6 +139,25 @@ int64_t check_sums(const Sums& args, const at::Tensor& perm, int64_t top_k) {
   return std::max(of_tiles, finishing);
 }
 
+// Checks sums in slots; returns a bound on the blocks that add them.
+int64_t check_folded(at::TensorList folded, const std::optional<at::Tensor>& segment_offsets,
+                     int64_t num_rows, int64_t num_base, int64_t num_modalities) {
+  TORCH_CHECK(segment_offsets && num_base >= 1 && num_modalities >= 1 &&
+                  num_base < kMaxInt / num_modalities,
+              "folded sums take segment_offsets, of at least one expert and one modality");
+  check_like(folded[0], *segment_offsets, "segment_offsets", at::kLong, {-1});
+  const int64_t pairs = num_base * num_modalities;
+  TORCH_CHECK(segment_offsets->numel() > pairs + num_base, "segment_offsets must have more than ",
+              pairs + num_base, " entries, has ", segment_offsets->numel());
+  int64_t blocks = 0;
+  for (const at::Tensor& slots : folded) {
+    check_like(folded[0], slots, "folded", at::kFloat,
+               {cuda::folded_slots(num_rows, pairs), -1, -1});
+    blocks += pairs * (slots.size(1) * slots.size(2) / 1024 + 1);
+  }
+  return blocks;
+}
+
 int64_t size_of(const std::optional<at::Tensor>& tensor, int64_t dim) {
   return tensor ? tensor->size(dim) : 0;
 }
@@ -344,7 +363,9 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
     const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
     const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
     const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
-    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k) {
+    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k,
+    at::TensorList folded, const std::optional<at::Tensor>& segment_offsets, int64_t num_base,
+    int64_t num_modalities) {
   const size_t num = left.size();
   for (const size_t size : {right.size(), tiles.size(), groups.size(), factors.size(),
                             weights.size(), chunks.size(), transposed.size(),
@@ -352,11 +373,14 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
     TORCH_CHECK(size == num, "every list must have an entry for each of ", num,
                 " problems, one has ", size);
   }
-  TORCH_CHECK(num <= cuda::kMaxProblems && (num > 0 ? perm.has_value() : dots && !matrix),
+  TORCH_CHECK(num <= cuda::kMaxProblems && folded.size() <= cuda::kMaxProblems &&
+                  (num > 0 || !matrix) &&
+                  (num + folded.size() > 0 ? perm.has_value() : dots.has_value()),
               "wgrad takes at most ", cuda::kMaxProblems,
-              " problems with perm, or dots alone; there are ", num, " problems");
-  const at::Tensor& first = num > 0 ? *perm : *dots;
-  const int64_t tokens = num > 0 ? check_perm(first, first, top_k) / top_k : -1;
+              " problems, and as many folded sums, with perm, or dots alone; there are ", num,
+              " problems and ", folded.size(), " folded sums");
+  const at::Tensor& first = perm ? *perm : *dots;
+  const int64_t tokens = perm ? check_perm(first, first, top_k) / top_k : -1;
   if (dots) check_like(first, *dots, "dots", at::kFloat, {-1, tokens, top_k});
   const auto options = first.options().dtype(at::kFloat);
   std::vector<at::Tensor> sums;
@@ -372,6 +396,13 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
     const int64_t height = left[i].size(1), width = right[i].size(1);
     sums.push_back(transposed[i] ? at::empty({groups[i].size(1), width, height}, options)
                                  : at::empty({groups[i].size(1), height, width}, options));
+  }
+  if (!folded.empty()) {
+    blocks += check_folded(folded, segment_offsets, first.numel(), num_base, num_modalities);
+  }
+  for (const at::Tensor& slots : folded) {
+    sums.push_back(
+        at::empty({num_modalities * num_base, slots.size(1), slots.size(2)}, options));
   }
   TORCH_CHECK(blocks < kMaxInt, "wgrad takes sums of fewer elements");
   const auto sum_of_dots =
@@ -439,16 +470,18 @@ std::tuple<at::Tensor, at::Tensor> grouped_gemm(
                     left.options().dtype(transposed ? left.scalar_type() : at::kFloat))};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> act_backward(
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
     const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
-    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added) {
+    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added,
+    const std::optional<at::Tensor>& u1, const std::optional<at::Tensor>& gate_up_lora_B,
+    const std::optional<at::Tensor>& gate_up_scaling, const c10::List<bool>& wanted) {
   TORCH_CHECK(stack.dim() == 3, "stack must have three dimensions, has ", stack.sizes());
   const int64_t inter = stack.size(2), rows = perm.numel();
-  check_experts({left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m},
-                /*by_token=*/true, /*transposed=*/false, /*gated=*/false, inter);
+  const Experts args{left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, block_m};
+  check_experts(args, /*by_token=*/true, /*transposed=*/false, /*gated=*/false, inter);
   check_float_or_like(left, weights, "weights", {left.size(0), -1});
   TORCH_CHECK(weights.numel() == rows, "weights must have an entry for each of ", rows, " rows");
   check_like(left, pre_act, "pre_act", left.scalar_type(), {rows, 2 * inter});
@@ -457,7 +490,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
   const auto dots = at::empty({parts, weights.size(0), weights.size(1)},
                               left.options().dtype(at::kFloat));
   const int64_t act_rows = act_of_adapted || act_of_added ? rows : 0;
-  return {at::empty_like(pre_act), at::empty({act_rows, inter}, left.options()), dots};
+  const int64_t rank = size_of(u1, 1);
+  if (u1) {
+    const int64_t modalities = modalities_of(args);
+    TORCH_CHECK(block_m >= cuda::kFoldedRows && u && rank >= 1 && rank <= cuda::kMaxFoldedRank &&
+                    u->size(1) <= cuda::kMaxFoldedRank && !act_of_adapted && wanted.size() == 3,
+                "u1 is taken with u, both of rank 1 to ", cuda::kMaxFoldedRank, ", in tiles of ",
+                cuda::kFoldedRows, " rows, and the activation of adapted rows is not written then");
+    TORCH_CHECK(gate_up_lora_B && gate_up_scaling,
+                "u1, gate_up_lora_B and gate_up_scaling must be given together or not at all");
+    check_like(left, *u1, "u1", left.scalar_type(), {rows, -1});
+    check_float_or_like(left, *gate_up_lora_B, "gate_up_lora_B",
+                        {modalities, stack.size(0), 2 * inter, rank});
+    check_like(left, *gate_up_scaling, "gate_up_scaling", at::kFloat, {modalities});
+  }
+  const auto folded = [&](int index, int64_t number, int64_t height, int64_t width) {
+    return at::empty({u1 && wanted[index] ? number : 0, height, width}, dots.options());
+  };
+  const int64_t slots = cuda::folded_slots(rows, u1 ? modalities_of(args) * stack.size(0) : 0);
+  return {at::empty_like(pre_act),
+          at::empty({act_rows, inter}, left.options()),
+          dots,
+          {folded(0, parts, rows, rank), folded(1, slots, 2 * inter, rank),
+           folded(2, slots, size_of(u, 1), inter)}};
 }
 
 at::Tensor moe_mlp_inference(

@@ -75,7 +75,7 @@ TORCH_LIBRARY(moe_kernels_native, m) {
       "wgrad(Tensor[] left, Tensor[] right, Tensor[] tiles, Tensor[] groups, Tensor[] factors,"
       " Tensor?[] weights, Tensor? matrix, int[] chunks, bool[] transposed, bool[] left_by_token,"
       " bool[] right_by_token, Tensor? perm, Tensor? dots, ScalarType dots_dtype,"
-      " int top_k)"
+      " int top_k, Tensor[] folded, Tensor? segment_offsets, int num_base, int num_modalities)"
       " -> (Tensor[] sums, Tensor du, Tensor sum_of_dots)");
   m.def(
       "add_low_rank(Tensor(a!) out, Tensor u, Tensor v, Tensor scaling, Tensor perm, Tensor tiles,"
@@ -91,8 +91,9 @@ TORCH_LIBRARY(moe_kernels_native, m) {
   m.def(
       "act_backward(Tensor left, Tensor stack, Tensor? extra, Tensor perm, Tensor tiles,"
       " Tensor segment_offsets, Tensor? u, Tensor? v, Tensor? scaling, int block_m, Tensor weights,"
-      " Tensor pre_act, bool act_of_adapted, bool act_of_added)"
-      " -> (Tensor d_pre, Tensor act, Tensor dots)");
+      " Tensor pre_act, bool act_of_adapted, bool act_of_added, Tensor? u1,"
+      " Tensor? gate_up_lora_B, Tensor? gate_up_scaling, bool[] wanted)"
+      " -> (Tensor d_pre, Tensor act, Tensor dots, Tensor[] folded)");
   m.def(
       "lora_linear_forward(Tensor(a!) out, Tensor hidden_states, Tensor perm,"
       " Tensor segment_offsets, Tensor lora_A, Tensor lora_B, Tensor scaling,"
@@ -209,6 +210,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_rows", &moe_kernels::cuda::chunk_rows, py::arg("num_rows"), py::arg("size"));
   m.def("gives_du", &moe_kernels::cuda::gives_du, py::arg("rank"), py::arg("width"),
         py::arg("num_rows"));
+  m.def("folds_gradients", &moe_kernels::cuda::folds_gradients, py::arg("num_rows"),
+        py::arg("num_base"), py::arg("modalities"), py::arg("inter"), py::arg("rank1"),
+        py::arg("rank2"));
   m.def("gives_u2", &moe_kernels::cuda::gives_u2, py::arg("num_rows"), py::arg("num_base"),
         py::arg("inter"), py::arg("rank1"), py::arg("rank2"));
   m.def("decode_takes", &moe_kernels::cuda::decode_takes, py::arg("tokens"), py::arg("top_k"),

@@ -180,6 +180,13 @@ def gives_du(rank: int, width: int, num_rows: int) -> bool:
     return _load()[0].gives_du(rank, width, num_rows)
 
 
+def folds_gradients(
+    num_rows: int, num_base: int, modalities: int, inter: int, rank1: int, rank2: int
+) -> bool:
+    """Return whether the engine's dA' leaves what the gradients of adapters need of its tiles."""
+    return _load()[0].folds_gradients(num_rows, num_base, modalities, inter, rank1, rank2)
+
+
 def gives_u2(num_rows: int, num_base: int, inter: int, rank1: int, rank2: int) -> bool:
     """Return whether the CUDA kernels compute u2 (num_rows, rank2), in parts, with gate_up."""
     return _load()[0].gives_u2(num_rows, num_base, inter, rank1, rank2)

@@ -20,6 +20,10 @@ PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 # has it and a limit on bytes), and the columns of the activation in a part, in tiles of 128 rows.
 PARTS_OF_U2 = (32, 128)
 
+# The highest rank at which the engine's dA' folds the gradients of adapters, and the rows and columns
+# of its tiles.
+FOLDED = (16, 128, 128)
+
 # Tokens, and tokens times top-k, up to which "cuda" decodes (csrc/cuda/decode_shapes.h) with
 # MOE_KERNELS_DECODE=1, and the columns of the activation for which it sums a part of u2.
 MOST_DECODED, COLUMNS_OF_PART = (16, 128), 32
@@ -131,13 +135,21 @@ def _forward(case: Case, s: Sizes, saved: float, engine: bool = False) -> Iterat
     yield Cost("combine", wide * shape.H, s.rows, s.x)
 
 
-def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
+def backward(case: Case, backend: str = "triton", *, engine: bool = False) -> Iterator[Cost]:
     """Yield the launches of a backward pass, in order.
 
     It computes gradients of hidden_states, topk_weights and the adapters, the latter in float32. At
     a low rank, du1 and dB1 are one pass over d_pre, which writes parts of du1 by its columns; at a
-    higher rank du1 is a launch more (see :data:`PARTS_OF_DU`).
+    higher rank du1 is a launch more (see :data:`PARTS_OF_DU`). On the engine of sm_90 du1, dB1 and
+    dA2 come with dA' at a low rank.
+
+    Args:
+        backend: whose low-rank passes they are.
+        engine: the products are those of the engine of sm_90.
     """
+    if engine and case.shape.r <= FOLDED[0]:
+        yield from _folded_backward(case)
+        return
     shape, s = case.shape, sizes_of(case)
     wide, skinny = _flops(case)
     highest, columns = PARTS_OF_DU[backend]
@@ -167,6 +179,31 @@ def backward(case: Case, backend: str = "triton") -> Iterator[Cost]:
         "dB2 and dA1", 2 * skinny * shape.H, 2 * s.a_x + du, 2 * by_hidden, s.a_x
     )  # fmt: skip
     yield Cost("finish dB2 and dA1", 0, 0, 0)
+
+
+def _folded_backward(case: Case) -> Iterator[Cost]:
+    """Yield the launches where dA' leaves parts of du1, and sums over its tiles for dB1 and dA2."""
+    shape, s = case.shape, sizes_of(case)
+    wide, skinny = _flops(case)
+    _, rows, columns = FOLDED
+    du = 4 / case.torch_dtype.itemsize * s.u
+    parts = du * -(-shape.I // columns)
+    by_hidden, by_inter = (4 * shape.E * shape.r * width for width in (shape.H, shape.I))
+    tiles = case.num_image * shape.K / rows + (shape.E if case.num_image else 0)
+    sums = 4 * tiles * 3 * shape.I * shape.r
+    yield Cost("tile maps", 0, 0, 0)
+    yield Cost("du2", skinny * shape.H, s.a_x + s.lora_down, du)
+    yield Cost(
+        "dA', SwiGLU, dB1, du1 and dA2", (wide * shape.H + 6 * skinny) * shape.I,
+        s.x + s.down + s.pre + du + s.u + s.lora_gate_up, s.pre + parts + sums, parts + sums,
+    )  # fmt: skip
+    yield Cost(
+        "dX rows", (2 * wide * shape.I + skinny) * shape.H, s.pre + s.gate_up + parts,
+        s.rows + du, parts,
+    )  # fmt: skip
+    yield Cost("combine dX", wide * shape.H, s.rows, s.x)
+    yield Cost("dB2 and dA1", 2 * skinny * shape.H, 2 * s.a_x + du, 2 * by_hidden, s.a_x)
+    yield Cost("finish dB1, dA2, dB2 and dA1", 0, sums, 3 * by_inter, sums)
 
 
 def _dispatch(case: Case) -> Cost:
@@ -311,7 +348,7 @@ def _flops(case: Case) -> tuple[float, float]:
 def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") -> str:
     """Tabulate both passes, and both courses of a few tokens under "cuda".
 
-    Under "cuda" the forward pass is that of the engine of sm_90, but for float32.
+    Under "cuda" both passes are those of the engine of sm_90, but for float32.
 
     ``bandwidth`` is in TB/s.
     """
@@ -319,7 +356,7 @@ def table(case: Case, bandwidth: float, tflops: float, backend: str = "triton") 
     engine = backend == "cuda" and case.torch_dtype.itemsize == 2
     modes = [
         ("forward", "forward", forward(case, engine=engine)),
-        ("backward", "backward", backward(case, backend)),
+        ("backward", "backward", backward(case, backend, engine=engine)),
     ]
     if backend == "cuda" and is_decoded(case):
         modes += [

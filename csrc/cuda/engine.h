@@ -86,6 +86,7 @@ cudaError_t make_map(const void* stack, int num_experts, const GroupedGemm& gemm
 template <typename Loop, typename Epilogue>
 cudaError_t launch_engine(const GroupedGemm& gemm, const Epilogue& epilogue, bool v_is_float,
                           cudaStream_t stream) {
+  static_assert(sizeof(typename Loop::Shared) + Epilogue::kScratch <= sm90::kMaxSharedBytes);
   if (gemm.size_k == 0) return cudaErrorInvalidValue;
   const int columns = ceil_div(gemm.size_n, Loop::kColumns);
   const int64_t tiles = static_cast<int64_t>(gemm.num_tiles) * columns;
@@ -101,7 +102,8 @@ cudaError_t launch_engine(const GroupedGemm& gemm, const Epilogue& epilogue, boo
   const int64_t most = blocks / Loop::kCluster, clusters = tiles < most ? tiles : most;
   return launch_clusters(MOE_KERNEL(engine_kernel, Loop, Epilogue), Loop::kCluster,
                          static_cast<unsigned>(clusters * Loop::kCluster), Loop::kThreads,
-                         sizeof(typename Loop::Shared), stream, maps, gemm, epilogue, v_is_float);
+                         sizeof(typename Loop::Shared) + Epilogue::kScratch, stream, maps, gemm,
+                         epilogue, v_is_float);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ struct Engine {
   static constexpr int kWarpsN = 1;
   static constexpr int kColumns = kGated ? kWidth / 2 : kWidth;  // of the output
   static constexpr int kWarpColumns = kColumns;
-  static constexpr int kStages = kInTurn ? 6 : 4;
+  static constexpr int kStages = kInTurn ? 5 : 4;
   // Registers of a thread, of 3 * 168 for the three groups. Two boxes of a gated matrix lie apart,
   // for which a thread that loads needs more.
   static constexpr int kToLoad = kGated ? 56 : 40, kToMultiply = (504 - kToLoad) / 2;
@@ -56,13 +56,12 @@ struct Engine {
     T left[kBlockM * kBlockK];
     T right[kWidth * kBlockK];
   };
-  struct Shared {
+  struct alignas(16) Shared {
     Stage stages[kStages];
     uint64_t full[kStages];   // a stage was loaded
     uint64_t empty[kStages];  // a stage was multiplied
     uint64_t turns[2];        // a warpgroup has multiplied a tile, the even or the odd one
   };
-  static_assert(sizeof(Shared) <= sm90::kMaxSharedBytes);
   static_assert(kOwnBoxes * kCluster * kBoxRows * 64 == kWidth * kBlockK);
 
   float acc[kTilesM][kTilesN][4] = {};
@@ -73,6 +72,13 @@ struct Engine {
   static __device__ int consumer() { return threadIdx.x - kGroup; }
   static __device__ int lane() { return threadIdx.x % 32; }
   static __device__ int warp_n() { return 0; }
+  static __device__ int warp_m() { return consumer() % kTogether / 32; }
+  // Shared memory of `bytes` beside the loop's, of the threads that multiply a tile.
+  static __device__ void* scratch(int bytes) {
+    return reinterpret_cast<unsigned char*>(&shared() + 1) + consumer() / kTogether * bytes;
+  }
+  // Waits for the others that multiply the tile.
+  static __device__ void meet() { sm90::meet(1 + consumer() / kTogether, kTogether); }
 
   // Number of the block in its cluster.
   static __device__ int rank() { return kCluster == 1 ? 0 : blockIdx.x % kCluster; }
@@ -226,6 +232,18 @@ struct Engine {
     sm90::wait_products<0>();
     free_stage(step - 1);
     for (auto& sums : acc) sm90::fence_sums(sums);
+  }
+
+  // Moves all sums but those of the first 32 columns in place of the ones before.
+  __device__ void move_sums() {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int j = 0; j + 4 < kTilesN; ++j) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) acc[i][j][part] = acc[i][j + 4][part];
+      }
+    }
   }
 
   // Waits until all that was loaded has been multiplied in the whole cluster, so that no copy

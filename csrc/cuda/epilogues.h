@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "adapter_tile.h"
 #include "grouped_gemm.h"
 #include "grouped_gemm_tiles.h"
 #include "parts_of_u.h"
@@ -18,6 +19,7 @@ struct GateUp {
   static constexpr bool kAllRows = true;  // rows that were not dispatched get zeros
   static constexpr bool kLong = false;    // whether storing takes as long as multiplying
   static constexpr bool kParts = false;   // whether u may come in parts, and its sum is wanted
+  static constexpr int kScratch = 0;      // bytes of shared memory beside the main loop's
   T* pre;  // (T * K, 2 * size_n), or null
   T* act;  // (T * K, size_n)
   PartsOfU u2;
@@ -69,6 +71,7 @@ template <typename T, bool kTransposed_>
 struct Rows {
   static constexpr bool kTransposed = kTransposed_, kGated = false, kByToken = false;
   static constexpr bool kAllRows = false, kLong = false, kParts = true;
+  static constexpr int kScratch = 0;
   T* out;  // (T * K, size_n)
 
   // Rows that were not dispatched get a u of zeros.
@@ -121,23 +124,28 @@ struct ActGradient {
   }
 };
 
-// Computes the gradient of the pre-activation, a, and <dA', a> from dA'.
-template <typename T>
+// Computes the gradient of the pre-activation, a, and <dA', a> from dA'. kFolds: and what the
+// gradients of adapters need of these, see AdapterTile.
+template <typename T, bool kFolds>
 struct ActGradients {
   static constexpr bool kTransposed = false, kGated = false, kByToken = true;
   static constexpr bool kAllRows = false, kLong = true, kParts = false;
+  static constexpr int kScratch = kFolds ? 2 * static_cast<int>(sizeof(FoldedRows<T>)) : 0;
   ActBackward with;
 
-  // Handles 32 columns of a row from fragment j on; returns this lane's part of <dA', a>.
-  template <typename Loop>
-  __device__ float columns(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile,
-                           int i, int half, int j, bool present, bool keep_act,
-                           float weight) const {
+  // Handles 32 columns of a row: fragments j to j + 3, `past` columns further on. Returns this
+  // lane's part of <dA', a>. kShares: writes the gradients and a to shared memory as well, with zeros
+  // where there is no row or column; else gives a.
+  template <bool kShares, typename Loop>
+  __device__ float columns(Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int i,
+                           int half, int j, int past, bool present, float weight,
+                           uint32_t (&act)[4]) const {
     const int size_n = args.size_n, row = loop.below(i, half);
     const int64_t own = loop.own(tile, 2 * size_n);
-    const int of_gate = row * 2 * size_n + 8 * j, of_up = of_gate + size_n;
-    const bool stored = present && tile.column + loop.column_of(loop.lane() % 4) + 8 * j < size_n;
-    uint32_t gate[4] = {}, up[4] = {}, act[4];
+    const int of_gate = row * 2 * size_n + 8 * j + past, of_up = of_gate + size_n;
+    const bool stored =
+        present && tile.column + loop.column_of(loop.lane() % 4) + 8 * j + past < size_n;
+    uint32_t gate[4] = {}, up[4] = {};
     if (stored) {
       // Read-only, or the compiler would wait for each group's loads behind the stores before it.
       load_words_once(static_cast<const T*>(with.pre) + own + of_gate, gate);
@@ -156,7 +164,7 @@ struct ActGradients {
       act[e] = pack<T>(first.act, second.act);
       const float2 a = unpack<T>(act[e]);
       // Beyond the last column a is 0, but 0 * Inf is not.
-      if (tile.column + loop.column_of(j + e) < size_n) {
+      if (tile.column + loop.column_of(j + e) + past < size_n) {
         dot += d_act[0] * a.x + d_act[1] * a.y;
       }
     }
@@ -164,16 +172,39 @@ struct ActGradients {
     transpose_quad(up);
     if (stored) store_words(static_cast<T*>(with.d_pre) + own + of_gate, gate);
     if (stored) store_words(static_cast<T*>(with.d_pre) + own + of_up, up);
-    if (!keep_act) return dot;
-    transpose_quad(act);
-    T* own_act = static_cast<T*>(with.act) + loop.own(tile, size_n);
-    if (stored) store_words(own_act + row * size_n + 8 * j, act);
+    if constexpr (kShares) {
+      transpose_quad(act);
+      auto& rows = AdapterTile<Loop>::shared();
+      int own_row = loop.row_of(i, half);
+      forget(own_row);
+      const int at = AdapterTile<Loop>::Rows::at(own_row, loop.lane() % 4);
+      write_words(rows.gate + at, gate, stored);
+      write_words(rows.up + at, up, stored);
+      write_words(rows.act + at, act, stored);
+    }
     return dot;
   }
 
-  __device__ float weight_of(int64_t slot) const {
-    return with.weights_are_float ? static_cast<const float*>(with.weights)[slot]
-                                  : to_float(static_cast<const T*>(with.weights)[slot]);
+  template <typename Loop>
+  __device__ void store_act(Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int i,
+                            int half, int j, bool present, uint32_t (&act)[4]) const {
+    transpose_quad(act);
+    T* own = static_cast<T*>(with.act) + loop.own(tile, args.size_n);
+    if (present && tile.column + loop.column_of(loop.lane() % 4) + 8 * j < args.size_n) {
+      store_words(own + loop.below(i, half) * args.size_n + 8 * j, act);
+    }
+  }
+
+  // Stores <dA', a> of a row, of which `dot` is this lane's part.
+  template <typename Loop>
+  __device__ void store_dot(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile,
+                            int row, bool present, float dot) const {
+    dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+    dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+    if (loop.lane() % 4 == 0 && present) {
+      const int64_t part = tile.part * Loop::kWarpsN + loop.warp_n();
+      with.dots[part * with.num_rows + args.perm[tile.first + row]] = dot;
+    }
   }
 
   // Rows that were not dispatched get no dot.
@@ -187,8 +218,11 @@ struct ActGradients {
   }
 
   template <typename Loop>
-  __device__ void store(const Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
+  __device__ void store(Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int low,
                         int high) const {
+    if constexpr (kFolds) {
+      if (low >= tile.base) return store_and_fold(loop, args, tile, low, high);
+    }
     const bool keep_act = low < tile.base ? with.act_of_added && tile.expert >= args.num_base
                                           : with.act_of_adapted;
 #pragma unroll
@@ -197,20 +231,43 @@ struct ActGradients {
       for (int half = 0; half < 2; ++half) {
         const int row = loop.row_of(i, half);
         const bool present = row >= low && row < high;
-        const float weight = present ? weight_of(args.perm[tile.first + row]) : 0.0f;
+        const float weight = present ? weight_of<T>(with, args.perm[tile.first + row]) : 0.0f;
         float dot = 0.0f;
 #pragma unroll
         for (int j = 0; j < Loop::kTilesN; j += 4) {
-          dot += columns(loop, args, tile, i, half, j, present, keep_act, weight);
+          uint32_t act[4];
+          dot += columns<false>(loop, args, tile, i, half, j, 0, present, weight, act);
+          if (keep_act) store_act(loop, args, tile, i, half, j, present, act);
         }
-        dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-        dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-        if (loop.lane() % 4 == 0 && present) {
-          const int64_t part = tile.part * Loop::kWarpsN + loop.warp_n();
-          with.dots[part * with.num_rows + args.perm[tile.first + row]] = dot;
-        }
+        store_dot(loop, args, tile, row, present, dot);
       }
     }
+  }
+
+  // Does the same with adapted rows, 32 columns of all rows at a time.
+  template <typename Loop>
+  __device__ void store_and_fold(Loop& loop, const GroupedGemm& args, const ExpertTile& tile,
+                                 int low, int high) const {
+    AdapterTile<Loop> fold{args, with, tile};
+    fold.write_weights(low, high);
+#pragma unroll 1
+    for (int past = 0; past < Loop::kColumns; past += 32) {
+#pragma unroll
+      for (int i = 0; i < Loop::kTilesM; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int row = loop.row_of(i, half);
+          forget(row);
+          uint32_t act[4];
+          const float dot = columns<true>(loop, args, tile, i, half, 0, past,
+                                    row >= low && row < high, fold.rows.weights[row], act);
+          fold.add_dot(row, past == 0, dot);
+        }
+      }
+      fold.add(tile.column + past);
+      loop.move_sums();
+    }
+    fold.store_dots(low, high);
   }
 };
 

@@ -64,7 +64,10 @@ cudaError_t launch_block(const GroupedGemm& gemm, const Epilogue& epilogue, bool
                          int block_m, cudaStream_t stream) {
   switch (block_m) {
     case 16:
-      return launch_tiles<T, 16>(gemm, epilogue, v_is_float, stream);
+      if constexpr (Epilogue::kScratch == 0) {
+        return launch_tiles<T, 16>(gemm, epilogue, v_is_float, stream);
+      }
+      return cudaErrorInvalidValue;
     case 128:
       return launch_engine<
           Engine<T, Epilogue::kTransposed, Epilogue::kGated, Epilogue::kLong, 1>>(
@@ -125,8 +128,17 @@ cudaError_t launch_d_rows(const GroupedGemm& gemm, void* out, Scalar dtype, Scal
 
 cudaError_t launch_act_backward(const GroupedGemm& gemm, const ActBackward& act, Scalar dtype,
                                 Scalar v, int block_m, cudaStream_t stream) {
-  const auto make = [&](auto value) { return ActGradients<decltype(value)>{act}; };
-  return launch_gemm(gemm, make, dtype, v, block_m, stream);
+  const auto launch = [&](auto folds) {
+    const auto make = [&](auto value) {
+      return ActGradients<decltype(value), decltype(folds)::value>{act};
+    };
+    return launch_gemm(gemm, make, dtype, v, block_m, stream);
+  };
+  if (act.adapters.rank == 0) return launch(std::false_type());
+  if (act.adapters.rank > kMaxFoldedRank || gemm.rank == 0 || gemm.rank > kMaxFoldedRank) {
+    return cudaErrorInvalidValue;
+  }
+  return launch(std::true_type());
 }
 #endif
 

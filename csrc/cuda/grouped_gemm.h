@@ -46,6 +46,20 @@ struct PartsOfU {
   bool is_float;
 };
 
+// What dA' leaves for the gradients of adapters, of rows with one: du1, and sums over the rows of a
+// tile. A pair of an expert and a modality has a slot for each tile that has rows of it, see
+// first_folded. Where a pointer is null there is no need.
+struct AdapterGradients {
+  const void* u1;        // (T * K, rank), of the compute dtype
+  const void* b1;        // (num_modalities, num_base, 2 * size_n, rank)
+  const float* scaling;  // (num_modalities), of u1
+  float* du1;            // (parts, T * K, rank): a part for each tile of columns
+  float* d_b1;           // (slots, 2 * size_n, rank)
+  float* d_a2;           // (slots, rank of u, size_n)
+  int rank;              // of u1; 0: nothing of all this
+  bool b_is_float;       // else of the compute dtype
+};
+
 struct ActBackward {
   const void* weights;  // (T, K), float32 or of the compute dtype
   const void* pre;      // (T * K, 2 * size_n), the pre-activation
@@ -56,6 +70,7 @@ struct ActBackward {
   bool weights_are_float;
   bool act_of_adapted;  // rows that have a low-rank term
   bool act_of_added;    // rows of added experts
+  AdapterGradients adapters;
 };
 
 // Computes act = silu(gate) * up of (gate, up) = x W^T + s u B^T, and stores gate and up, rounded,

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "host_device.h"
 #include "scalar.h"
 
 namespace moe_kernels::cuda {
@@ -26,6 +27,19 @@ inline int grouped_gemm_parts(int64_t size_n, int64_t block_m) {
 // Parts of u2 of launch_gate_up, likewise. A block of few rows has half as many columns.
 inline int gate_up_parts(int64_t size_n, int64_t block_m) {
   return grouped_gemm_parts(block_m == 16 ? 2 * size_n : size_n, block_m);
+}
+
+// Highest rank of both pairs at which dA' folds the gradients of adapters, and rows of its tiles.
+constexpr int kMaxFoldedRank = 16, kFoldedRows = 128;
+
+// First slot of the sums over the rows of a pair, which begin at sorted row `first`. Pairs are
+// numbered in the order of the rows. No two share a slot: n rows lie in n / kFoldedRows + 2 tiles at
+// most.
+MOE_HOST_DEVICE int64_t first_folded(int64_t first, int64_t pair) {
+  return first / kFoldedRows + 2 * pair;
+}
+inline int64_t folded_slots(int64_t num_rows, int64_t num_pairs) {
+  return num_rows / kFoldedRows + 2 * num_pairs;
 }
 
 // Returns whether the launches support these: bfloat16 or float16, sizes that are multiples of 8,

@@ -121,6 +121,13 @@ __device__ inline void store_words(T* to, const uint32_t (&words)[4]) {
   *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
 }
 
+// Writes the words, or zeros.
+template <typename T>
+__device__ inline void write_words(T* to, const uint32_t (&words)[4], bool present) {
+  *reinterpret_cast<uint4*>(to) =
+      present ? uint4{words[0], words[1], words[2], words[3]} : uint4{};
+}
+
 template <typename T>
 __device__ inline void load_words(const T* from, uint32_t (&words)[4]) {
   const uint4 loaded = *reinterpret_cast<const uint4*>(from);

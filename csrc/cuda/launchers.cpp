@@ -198,16 +198,24 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
     const std::optional<at::Tensor>& matrix, at::IntArrayRef chunks,
     const c10::List<bool>& transposed, const c10::List<bool>& left_by_token,
     const c10::List<bool>& right_by_token, const std::optional<at::Tensor>& perm,
-    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k) {
+    const std::optional<at::Tensor>& dots, at::ScalarType dots_dtype, int64_t top_k,
+    at::TensorList folded, const std::optional<at::Tensor>& segment_offsets, int64_t num_base,
+    int64_t num_modalities) {
   TORCH_CHECK(perm || dots, "wgrad takes problems with perm, or dots alone");
   const c10::cuda::CUDAGuard guard((perm ? *perm : *dots).device());
   const auto made =
       outputs::wgrad(left, right, tiles, groups, factors, weights, matrix, chunks, transposed,
-                     left_by_token, right_by_token, perm, dots, dots_dtype, top_k);
+                     left_by_token, right_by_token, perm, dots, dots_dtype, top_k, folded,
+                     segment_offsets, num_base, num_modalities);
   const auto& [sums, du, sum_of_dots] = made;
   const int64_t rows = perm ? perm->numel() : sum_of_dots.numel();
   Wgrad args{
       .problems = {},
+      .folded = {.sums = {},
+                 .segments = segment_offsets ? segment_offsets->const_data_ptr<int64_t>() : nullptr,
+                 .num_sums = static_cast<int>(folded.size()),
+                 .num_base = static_cast<int>(num_base),
+                 .num_modalities = static_cast<int>(num_modalities)},
       .perm = perm ? perm->const_data_ptr<int64_t>() : nullptr,
       .du = du.mutable_data_ptr<float>(),
       .parts = nullptr,
@@ -254,6 +262,13 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> wgrad(
         .right_by_token = right_by_token[i],
     };
     partial += partials(i);
+  }
+  for (size_t i = 0; i < folded.size(); ++i) {
+    args.folded.sums[i] = {
+        .slots = folded[i].const_data_ptr<float>(),
+        .out = sums[left.size() + i].mutable_data_ptr<float>(),
+        .size = folded[i].size(1) * folded[i].size(2),
+    };
   }
   const Scalar right_dtype = right.empty() ? Scalar::kFloat : scalar_of(right[0]);
   C10_CUDA_CHECK(launch_wgrad(args, right_dtype, c10::cuda::getCurrentCUDAStream()));
@@ -324,17 +339,23 @@ std::tuple<at::Tensor, at::Tensor> grouped_gemm(
   return made;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> act_backward(
     const at::Tensor& left, const at::Tensor& stack, const std::optional<at::Tensor>& extra,
     const at::Tensor& perm, const at::Tensor& tiles, const at::Tensor& segment_offsets,
     const std::optional<at::Tensor>& u, const std::optional<at::Tensor>& v,
     const std::optional<at::Tensor>& scaling, int64_t block_m, const at::Tensor& weights,
-    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added) {
+    const at::Tensor& pre_act, bool act_of_adapted, bool act_of_added,
+    const std::optional<at::Tensor>& u1, const std::optional<at::Tensor>& gate_up_lora_B,
+    const std::optional<at::Tensor>& gate_up_scaling, const c10::List<bool>& wanted) {
   const c10::cuda::CUDAGuard guard(left.device());
   const auto made = outputs::act_backward(left, stack, extra, perm, tiles, segment_offsets, u, v,
                                           scaling, block_m, weights, pre_act, act_of_adapted,
-                                          act_of_added);
-  const auto& [d_pre, act, dots] = made;
+                                          act_of_added, u1, gate_up_lora_B, gate_up_scaling,
+                                          wanted);
+  const auto& [d_pre, act, dots, folded] = made;
+  const auto place = [](const at::Tensor& tensor) {
+    return tensor.size(0) > 0 ? tensor.mutable_data_ptr<float>() : nullptr;
+  };
   const GroupedGemm gemm =
       make_gemm(left, stack, extra, perm, tiles, segment_offsets, u, v, scaling, stack.size(2));
   const ActBackward with{
@@ -347,6 +368,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> act_backward(
       .weights_are_float = weights.scalar_type() == at::kFloat,
       .act_of_adapted = act_of_adapted,
       .act_of_added = act_of_added,
+      .adapters = {.u1 = pointer_of(u1),
+                   .b1 = pointer_of(gate_up_lora_B),
+                   .scaling = static_cast<const float*>(pointer_of(gate_up_scaling)),
+                   .du1 = place(folded[0]),
+                   .d_b1 = place(folded[1]),
+                   .d_a2 = place(folded[2]),
+                   .rank = u1 ? static_cast<int>(u1->size(1)) : 0,
+                   .b_is_float = scalar_of(gate_up_lora_B) == Scalar::kFloat},
   };
   C10_CUDA_CHECK(launch_act_backward(gemm, with, scalar_of(left), scalar_of(v),
                                      static_cast<int>(block_m),

@@ -29,6 +29,18 @@ inline bool gives_u2(int64_t num_rows, int64_t num_base, int64_t inter, int64_t 
          4 * parts * num_rows * rank2 <= kMaxBytesOfParts;
 }
 
+// Returns whether dA' folds the gradients of adapters: where its tiles are the engine's, and what it
+// leaves takes no more memory than the activation, which then is not written, or 256 MiB.
+inline bool folds_gradients(int64_t num_rows, int64_t num_base, int64_t modalities, int64_t inter,
+                            int64_t rank1, int64_t rank2) {
+  const int64_t block = grouped_gemm_block_m(num_rows, num_base);
+  const int64_t slots = folded_slots(num_rows, num_base * modalities);
+  return block >= kFoldedRows && rank1 > 0 && rank2 > 0 &&
+         std::max(rank1, rank2) <= kMaxFoldedRank &&
+         4 * grouped_gemm_parts(inter, block) * num_rows * rank1 <= kMaxBytesOfParts &&
+         4 * slots * inter * (2 * rank1 + rank2) <= std::max(kMaxBytesOfParts, 2 * num_rows * inter);
+}
+
 struct LayerShapes {
   int64_t tokens, top_k;
   int64_t hidden, inter;
@@ -54,7 +66,8 @@ struct Plan {
   MapRequest chunks;   // the same in long tiles, for sums over rows
   MapRequest added;    // of every added expert, a tile each: there are blocks enough
   bool u2_in_parts;    // u2 comes with gate_up
-  bool du_with_dB;     // du1 comes with dB1
+  bool folds;          // du1, dB1 and dA2 come with dA'
+  bool du_with_dB;     // else du1 comes with dB1
 
   explicit Plan(const LayerShapes& of)
       : experts{{of.num_experts() + 1, of.num_experts() + 1, of.segments_of_expert(), 0,
@@ -68,6 +81,7 @@ struct Plan {
                of.num_base * of.segments_of_expert(), of.segments_of_expert()},
               std::max<int64_t>(of.rows(), 1)},
         u2_in_parts(gives_u2(of.rows(), of.num_base, of.inter, of.rank1, of.rank2)),
+        folds(folds_gradients(of.rows(), of.num_base, of.modalities, of.inter, of.rank1, of.rank2)),
         du_with_dB(gives_du(of.rank1, 2 * of.inter, of.rows())) {
     const int64_t largest_sum =
         std::max<int64_t>({1, of.rank1 * std::max(of.hidden, 2 * of.inter),

@@ -112,6 +112,12 @@ __device__ __forceinline__ void arrive_when_copied(uint64_t* barrier) {
                : "memory");
 }
 
+// Waits for the other threads that wait at one of the block's 16 barriers, of which 0 is
+// __syncthreads'.
+__device__ __forceinline__ void meet(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // --- asynchronous work
 
 // Copies a box of a matrix to shared memory at a multiple of kSwizzle bytes. Its rows are 128
@@ -244,6 +250,7 @@ void arrive_at(uint64_t* barrier, int block);
 void meet_cluster();
 void arrive_expecting(uint64_t* barrier, int bytes);
 void arrive_when_copied(uint64_t* barrier);
+void meet(int barrier, int threads);
 template <int kBlocks>
 void load_box(const TensorMap* map, void* to, int column, int row, int depth, uint64_t* barrier);
 void fence_for_products();

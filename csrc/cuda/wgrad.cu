@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "device.h"
+#include "grouped_gemm_shapes.h"
 
 namespace moe_kernels::cuda {
 namespace {
@@ -480,12 +481,32 @@ __device__ void add_dots(const Wgrad& args, int64_t share) {
             share * kMaxFinished, args.num_rows);
 }
 
+// Adds a share of the slots of a pair, number modality * num_base + expert.
+__device__ void add_slots(const Folded& folded, const FoldedSums& sums, int64_t pair,
+                          int64_t share) {
+  const int64_t modality = pair / folded.num_base, expert = pair % folded.num_base;
+  const int64_t* of_expert = folded.segments + expert * (folded.num_modalities + 1);
+  const int64_t low = of_expert[modality + 1], high = of_expert[modality + 2];
+  const int64_t first_tile = (low - of_expert[0]) / kFoldedRows;
+  const int64_t tiles = high > low ? (high - 1 - of_expert[0]) / kFoldedRows - first_tile + 1 : 0;
+  const int64_t slot = first_folded(low, expert * folded.num_modalities + modality);
+  const int64_t first = share * kMaxFinished;
+  for (int64_t i = first + threadIdx.x; i < first + kMaxFinished && i < sums.size;
+       i += kFinishThreads) {
+    float sum = 0.0f;
+    for (int64_t tile = 0; tile < tiles; ++tile) sum += sums.slots[(slot + tile) * sums.size + i];
+    sums.out[pair * sums.size + i] = sum;
+  }
+}
+
 // Blocks of the finish, in this order, each with a share of kMaxFinished elements at most.
 struct Finish {
   int of_group[kMaxProblems];  // blocks of a group
   int sums[kMaxProblems];      // of all groups
   int of_tile;                 // of the first problem, for du
   int du;                      // of all its tiles
+  int of_pair[kMaxProblems];   // blocks of a pair of the folded sums
+  int folded[kMaxProblems];    // of all pairs
   int dots;
 };
 
@@ -507,7 +528,16 @@ __global__ void __launch_bounds__(kFinishThreads)
     return add_parts(args.du, args.parts, wgrad_parts(problem.width), args.num_rows * height,
                      tile.first * height + share * kMaxFinished, tile.end * height);
   }
-  const int64_t share = block - blocks.du;
+  block -= blocks.du;
+#pragma unroll
+  for (int i = 0; i < kMaxProblems; ++i) {
+    if (block < blocks.folded[i]) {
+      const int of_pair = blocks.of_pair[i];
+      return add_slots(args.folded, args.folded.sums[i], block / of_pair, block % of_pair);
+    }
+    block -= blocks.folded[i];
+  }
+  const int64_t share = block;
   if (args.dots_dtype == Scalar::kFloat) return add_dots<float>(args, share);
   if (args.dots_dtype == Scalar::kHalf) return add_dots<__half>(args, share);
   add_dots<__nv_bfloat16>(args, share);
@@ -536,13 +566,19 @@ Finish blocks_of_finish(const Wgrad& args) {
     blocks.of_tile = ceil_div(rows * problem.height, kMaxFinished);
     blocks.du = problem.num_tiles * blocks.of_tile;
   }
+  for (int i = 0; i < args.folded.num_sums; ++i) {
+    blocks.of_pair[i] = ceil_div(args.folded.sums[i].size, kMaxFinished);
+    blocks.folded[i] =
+        blocks.of_pair[i] * args.folded.num_base * args.folded.num_modalities;
+  }
   if (args.num_dots > 0) blocks.dots = ceil_div(args.num_rows, kMaxFinished);
   return blocks;
 }
 
 cudaError_t launch_finish(const Wgrad& args, cudaStream_t stream) {
   const Finish blocks = blocks_of_finish(args);
-  const int all = blocks.sums[0] + blocks.sums[1] + blocks.du + blocks.dots;
+  const int all = blocks.sums[0] + blocks.sums[1] + blocks.du + blocks.folded[0] +
+                  blocks.folded[1] + blocks.dots;
   if (all == 0) return cudaSuccess;
   return launch(MOE_KERNEL(finish_wgrad_kernel), all, kFinishThreads, 0, stream, args, blocks);
 }

@@ -37,8 +37,24 @@ struct WgradProblem {
   bool right_by_token;
 };
 
+// Sums over rows that another launch has left in slots, see first_folded.
+struct FoldedSums {
+  const float* slots;  // (slots, size)
+  float* out;          // (num_modalities, num_base, size)
+  int64_t size;
+};
+
+struct Folded {
+  FoldedSums sums[kMaxProblems];
+  const int64_t* segments;  // (num_base * (num_modalities + 1) + 1 or more)
+  int num_sums;
+  int num_base;
+  int num_modalities;
+};
+
 struct Wgrad {
   WgradProblem problems[kMaxProblems];
+  Folded folded;
   const int64_t* perm;  // (T * K)
   float* du;            // (T * K, height) of the first problem, with a matrix
   float* parts;         // (wgrad_parts(width), T * K, height)
@@ -54,7 +70,8 @@ struct Wgrad {
 // Computes out[g] of each problem: the sum over the group's rows, in order, of
 // (factor * weight * left)^T right; zeros for a group without rows. The rows of each tile are
 // summed first, then the tiles, in order. Two launches do all: the tiles of every problem, and what
-// adds their sums. The second also adds the dots, in order and in float32, and rounds their sum.
+// adds their sums. The second also adds the dots, in order and in float32, and rounds their sum; and
+// it adds the slots of each pair of an expert and a modality, in order.
 //
 // If the first problem has a matrix, du = right matrix[g] on the rows of the groups alone, reading
 // `right` once for both. Then height is at most kMaxRankWithDu, and right has two-byte elements.

@@ -14,6 +14,7 @@ from moe_kernels.ops.cuda_tile_maps import tile_maps
 from moe_kernels.ops.dispatch.cuda_impl import dispatch_with_maps
 from moe_kernels.ops.triton_launches import (
     TRITON_SHARED,
+    Folded,
     LowRank,
     Shrink,
     Wgrad,
@@ -79,12 +80,14 @@ def wgrad(
     problems: Sequence[Wgrad],
     dots: Tensor | None = None,
     dots_dtype: torch.dtype = torch.float32,
+    folded: Folded | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
     """See :func:`moe_kernels.ops.triton_launches.wgrad`; two launches do all."""
-    first = problems[0] if problems else None
-    if uses_triton_passes((dots if first is None else first.right).device):
+    first = problems[0] if problems else folded
+    perm = None if first is None else first.perm
+    if uses_triton_passes((dots if perm is None else perm).device):
         return TRITON_SHARED.wgrad(problems, dots, dots_dtype)
-    matrix = None if first is None else first.matrix
+    matrix = problems[0].matrix if problems else None
     sums, du, sum_of_dots = _native.ops().wgrad(
         [args.left for args in problems],
         [args.right for args in problems],
@@ -97,13 +100,14 @@ def wgrad(
         [args.transposed for args in problems],
         [args.left_by_token for args in problems],
         [args.right_by_token for args in problems],
-        None if first is None else first.perm,
+        perm,
         dots,
         dots_dtype if dots_dtype in (torch.float16, torch.bfloat16) else torch.float32,
-        dots.shape[2] if first is None else first.top_k,
+        problems[0].top_k if problems else dots.shape[2] if dots is not None else 1,
+        *(([], None, 0, 0) if folded is None else folded[1:2] + folded[3:]),
     )
-    of_first = [None if matrix is None else du, None]
-    found = list(zip(sums, of_first, strict=False))
+    dus = [None if matrix is None else du, *[None] * (len(sums) - 1)]
+    found = list(zip(sums, dus, strict=False))
     return found, None if dots is None else sum_of_dots
 
 

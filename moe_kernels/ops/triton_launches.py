@@ -95,6 +95,26 @@ class Wgrad(NamedTuple):
     tiles: TileMap | None = None
 
 
+class Folded(NamedTuple):
+    """What a backend's dA' launch has left of du1, and of sums over each adapter's rows.
+
+    Attributes:
+        du1: (n, T*K, r1) float32, parts of du1.
+        slots: of dB1 (slots, 2I, r1), and of dA2 (slots, r2, I): those that are needed.
+        perm: (T*K,).
+        segments: offsets of the sorted rows' segments.
+        num_base: experts of each modality.
+        modalities: M.
+    """
+
+    du1: Tensor
+    slots: list[Tensor]
+    perm: Tensor
+    segments: Tensor
+    num_base: int
+    modalities: int
+
+
 class LowRank(NamedTuple):
     """Arguments of an ``add_low_rank`` launch: out[token] += s u V, in place, on adapted rows.
 
@@ -233,6 +253,7 @@ def wgrad(
     problems: Sequence[Wgrad],
     dots: Tensor | None = None,
     dots_dtype: torch.dtype = torch.float32,
+    folded: None = None,
 ) -> tuple[list[tuple[Tensor, Tensor | None]], Tensor | None]:
     """Return each problem's sums and its du, and the sum over n of ``dots`` (n, T, K).
 
@@ -242,6 +263,8 @@ def wgrad(
         problems: none, one or two; only the first may have a matrix.
         dots: (n, T, K) float32, parts that are added in order; or None.
         dots_dtype: what their sum, in float32, is rounded to.
+        folded: None; other backends add the slots of :class:`Folded` too, and return their sums
+            (M*E, ...) behind the problems'.
 
     Returns:
         for each problem its groups' sums in float32, (groups, height, width), or (groups, width,

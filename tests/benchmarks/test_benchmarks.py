@@ -480,6 +480,13 @@ def test_the_cost_model_counts_launches(bench):
     sizes = bench.costs.sizes_of(case)  # act is not read again; parts count as avoidable
     bytes_of = [sum(c.useful_bytes for c in costs) for costs in (of_engine, found["forward"])]
     assert bytes_of[1] - bytes_of[0] == sizes.a_act + sizes.u
+    folded, passes = [*bench.costs.backward(case, "cuda", engine=True)], found["backward"]
+    assert sum(c.launches for c in folded) == ENGINE_COUNTS["backward"]
+    assert sum(c.flops for c in folded) == sum(c.flops for c in passes)
+    bytes_of = [sum(c.useful_bytes for c in costs) for costs in (passes, folded)]
+    # d_pre is not read again, and the activation neither written nor read.
+    saved = sizes.a_pre + 2 * sizes.a_act
+    assert bytes_of[0] - bytes_of[1] == pytest.approx(saved, rel=0.02)
 
 
 def test_the_cost_model_has_the_parts_of_the_kernels(bench):
@@ -495,6 +502,8 @@ def test_the_cost_model_has_the_parts_of_the_kernels(bench):
         for inter, r in ((columns, rank), (columns + 8, rank), (columns, rank + 1)):
             given = _native.gives_u2(most, 1, inter, 1, r)
             assert given == (inter <= columns and r <= rank)
+        rank, rows, columns = bench.costs.FOLDED
+        assert [_native.folds_gradients(2**12, 1, 1, 64, r, r) for r in (rank, rank + 1)] == [1, 0]
 
 
 def test_the_engine_is_predicted_from_its_tiles(bench):

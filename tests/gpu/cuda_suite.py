@@ -17,6 +17,7 @@ from gpu.triton_suite import (  # noqa: F401  (collected here)
     LAUNCHED,
     check,
     check_saved_zeros,
+    compute_all_gradients,
     launches_of,
     on_device,
     test_a_captured_graph_gives_the_same_bits,
@@ -65,6 +66,7 @@ SHARED = {"dispatch_with_maps", "tile_maps", "shrink", "wgrad", "combine"}
 PRODUCTS = {"gate_up", "grouped_gemm", "act_backward"}
 ALL = SHARED | PRODUCTS
 VECTORS = Shape(T=37, K=3, E=5, H=48, I=24, r=5)  # all rows in whole vectors of 16 bytes
+FOLDS = replace(VECTORS, T=60)  # tiles of 128 rows
 OPS = _native.ops()
 ON_HOST = os.environ.get("CUDA_KERNELS_ON_HOST")
 if ON_HOST is not None:
@@ -96,6 +98,12 @@ def python_course(monkeypatch):
     monkeypatch.setattr(cuda_impl, "in_one_call", lambda *layer: False)
 
 
+@pytest.fixture
+def all_gradients(cuda_for_triton):
+    """Compute them on the backend "cuda"."""
+    return compute_all_gradients()
+
+
 if ON_HOST is None:
     pytestmark = pytest.mark.usefixtures("python_course")  # only the extension has the other one
 
@@ -124,6 +132,7 @@ def layer(shape, dtype=torch.float32, **variant):
 
 OTHERS = [
     (Shape(T=60, K=2, E=4, H=136, I=72, r=16), {}),
+    (Shape(T=150, K=2, E=2, H=136, I=264, r=16), {"num_modalities": 3, "num_extra": 1}),
     (Shape(T=50, K=3, E=3, H=72, I=40, r=40), {"num_modalities": 2, "shared_a": True}),
     (Shape(T=300, K=1, E=1, H=40, I=24, r=3), {"modality": "image"}),
     (Shape(T=600, K=1, E=2, H=24, I=16, r=8), {"modality": "image", "routing": "one_expert"}),
@@ -189,6 +198,18 @@ def test_du_comes_with_dB_unless_its_parts_are_large(calls):
         layer(replace(VECTORS, r=rank), torch.float16)
         names = [name for name, _ in calls]
         assert (names.count("shrink"), names.count("wgrad")) == (shrinks, 2)
+
+
+def test_gradients_of_adapters_come_with_dA_unless_they_take_much_memory(calls):
+    folds = _native.folds_gradients
+    assert folds(2**13, 8, 1, 64, 16, 16) and not folds(2**13, 8, 1, 64, 17, 16)
+    assert not folds(2**13, 8, 1, 64, 16, 0) and not folds(31, 1, 1, 64, 16, 16)
+    assert folds(2**16, 128, 1, 768, 16, 16)  # less than 256 MiB
+    assert not folds(2**15, 512, 2, 2048, 16, 16)  # more slots than tiles
+    assert folds(2**18, 128, 1, 768, 16, 16)  # less than the activation
+    layer(FOLDS, torch.float16)
+    names = [name for name, _ in calls]
+    assert (names.count("shrink"), names.count("wgrad")) == (2, 1)
 
 
 def test_u2_comes_with_gate_up_unless_its_parts_are_large():
@@ -281,10 +302,12 @@ SUBSETS = [
 
 
 @NEEDS_HALVES
-@pytest.mark.parametrize("rank", [5, 40])  # du1 in the pass of dB1, or in its own
-def test_any_gradients_of_a_half_in_one_call_are_those_of_the_course(rank):
+@pytest.mark.parametrize(
+    "shape", [replace(VECTORS, T=20), replace(VECTORS, T=20, r=40), FOLDS], ids=str
+)  # du1 in the pass of dB1, in its own, or with dA'
+def test_any_gradients_of_a_half_in_one_call_are_those_of_the_course(shape):
     variant = {"num_extra": 3, "num_modalities": 2, "shared_a": True}
-    inputs = make_moe_inputs(replace(VECTORS, T=20, r=rank), **variant).to(torch.float16)
+    inputs = make_moe_inputs(shape, **variant).to(torch.float16)
     for subset in SUBSETS:
         needs = [flag == "1" for flag in subset]
         for frozen_extra in (0, 2) if needs[2] or needs[3] else (0,):
@@ -297,34 +320,40 @@ BACKWARD = [
     "tile_maps", "shrink", "act_backward", "wgrad", "wgrad", "grouped_gemm", "combine", "wgrad",
     "wgrad",
 ]  # fmt: skip
+FOLDED = [
+    "tile_maps", "shrink", "act_backward", "grouped_gemm", "combine", "wgrad", "wgrad",
+]  # fmt: skip
 
 
 @pytest.mark.skipif(ON_HOST is None, reason="counts the launches of kernels on the host")
 @pytest.mark.parametrize(
-    ("variant", "forward", "backward"),
+    ("shape", "variant", "forward", "backward"),
     [
-        ({}, FORWARD, BACKWARD),
+        (FOLDS, {}, FORWARD, FOLDED),
+        (VECTORS, {}, FORWARD, BACKWARD),
         (
+            VECTORS,
             {"num_extra": 1},
             FORWARD,
             [*BACKWARD, "aten::ones", "wgrad", "wgrad", *["aten::_to_copy"] * 2],
         ),
         (
+            FOLDS,
             {"modality": None, "ranks": (0, 0)},
             [name for name in FORWARD if name != "shrink"],
             ["tile_maps", "act_backward", "wgrad", "grouped_gemm", "combine"],
         ),
     ],
 )
-def test_the_number_of_launches(variant, forward, backward, monkeypatch):
-    """At most 6 in inference and 15 in training; without adapters 5 and 10.
+def test_the_number_of_launches(shape, variant, forward, backward, monkeypatch):
+    """6 in inference and 13 in training, or 15 with few rows; without adapters 5 and 10.
 
     One op for each half launches as many as the ops in turn.
     """
-    inputs = make_moe_inputs(VECTORS, **variant)
+    inputs = make_moe_inputs(shape, **variant)
     inputs = inputs.to(torch.float16, lora_dtype=torch.float32)
     of_ops = ctypes.CDLL(ON_HOST).launches
-    assert (len(FORWARD), len(BACKWARD)) == (ENGINE_COUNTS["forward"], ENGINE_COUNTS["backward"])
+    assert (len(FORWARD), len(FOLDED)) == (ENGINE_COUNTS["forward"], ENGINE_COUNTS["backward"])
     in_one_call = launches_of(inputs, monkeypatch, of_ops=of_ops)
     monkeypatch.setattr(cuda_impl, "in_one_call", lambda *layer: False)
     in_turn = launches_of(inputs, monkeypatch, of_ops=of_ops)
@@ -612,7 +641,9 @@ def outcome(name, arguments):
         dispatched = int(arguments[5][-1])
         returned = [returned[0][:dispatched], *returned[1:]]
     if name == "act_backward":
-        returned[1] = returned[1][rows_with_act(arguments)]
+        d_pre, act, dots, folded = returned
+        returned = [d_pre, act[rows_with_act(arguments) if len(act) else []], dots]
+        returned += [part.nan_to_num() for part in folded[:1]]
     if name == "gate_up":
         pre_act, act, parts = returned
         end = int(arguments[5][len(arguments[1]) * (1 + len(arguments[8]))])  # of frozen experts

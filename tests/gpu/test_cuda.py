@@ -194,10 +194,10 @@ def halves(*size):
     return empty(*size, dtype=torch.float16)
 
 
-def products(left, stack, extra, u, v):
+def products(left, stack, extra, u, v, block=16):
     """Return the arguments with which the products of the experts begin."""
     return (
-        left, stack, extra, integers(20), integers(3, 6), integers(9), u, v, empty(1), 16
+        left, stack, extra, integers(20), integers(3, 6), integers(9), u, v, empty(1), block
     )  # fmt: skip
 
 
@@ -221,8 +221,11 @@ CALLS = {
                    halves(1, 1, 5, 16)), False, True), [(20, 16), (20, 5)]
     ),
     "act_backward": (
-        (*products(halves(10, 16), halves(4, 16, 136), None, empty(20, 5), empty(1, 4, 5, 136)),
-         empty(10, 2), halves(20, 272), False, False), [(20, 272), (0, 136), (4, 10, 2)]
+        (*products(halves(10, 16), halves(4, 16, 136), None, empty(20, 5), empty(1, 4, 5, 136),
+                   block=128),
+         empty(10, 2), halves(20, 272), False, False, halves(20, 3), empty(1, 4, 272, 3), empty(1),
+         [True, False, True]),
+        [(20, 272), (0, 136), (2, 10, 2), (2, 20, 3), (0, 272, 3), (8, 5, 136)],
     ),
     "moe_mlp_inference": (
         (halves(10, 16), integers(10, 2), empty(10, 2), *of_layer(inference=True)), [(10, 16)]
@@ -257,8 +260,8 @@ CALLS = {
         ([halves(20, 3), empty(20, 40)], [halves(10, 6), halves(20, 8)], [integers(3, 6)] * 2,
          [integers(3, 4)] * 2, [empty(1), empty(2)], [None, empty(10, 2)], empty(4, 6, 3),
          [16, 16], [True, False], [False, False], [True, False], integers(20), empty(5, 10, 2),
-         torch.bfloat16, 2),
-        [(4, 6, 3), (4, 40, 8), (20, 3), (10, 2)]
+         torch.bfloat16, 2, [empty(8, 272, 5)], integers(9), 4, 1),
+        [(4, 6, 3), (4, 40, 8), (4, 272, 5), (20, 3), (10, 2)]
     ),
     "shrink": (
         (empty(20, 3), empty(10, 8), empty(1, 4, 3, 8), integers(20), integers(3, 6), integers(9),
@@ -321,10 +324,13 @@ REFUSALS = [
     ("wgrad", 5, [None, empty(10, 3)], "weights must have shape"),
     ("wgrad", 6, empty(4, 3, 6), "matrix must have shape"),
     ("wgrad", 7, [16, 0], "at least a row in a chunk"),
-    ("wgrad", 11, None, "at most 2 problems with perm, or dots alone"),
+    ("wgrad", 11, None, "and as many folded sums, with perm, or dots alone"),
     ("wgrad", 12, empty(5, 20, 1), "dots must have shape"),
     ("wgrad", 13, torch.float64, "the sum of dots must be float32, bfloat16 or float16"),
     ("wgrad", 14, 3, "perm must have top_k = 3 entries for each token"),
+    ("wgrad", 15, [empty(7, 272, 5)], "folded must have shape"),
+    ("wgrad", 16, None, "folded sums take segment_offsets"),
+    ("wgrad", 16, integers(8), "segment_offsets must have more than 8 entries"),
     ("add_low_rank", 0, empty(10, 16), "out must be bfloat16 or float16"),
     ("add_low_rank", 0, halves(10, 12), "a multiple of 16 bytes"),
     ("add_low_rank", 1, halves(10, 3), "u must be Float"),
@@ -387,6 +393,12 @@ REFUSALS = [
     ("grouped_gemm", 10, True, "stack must have shape"),
     ("act_backward", 10, empty(10, 3), "weights must have an entry for each of 20 rows"),
     ("act_backward", 11, halves(20, 136), "pre_act must have shape"),
+    ("act_backward", 9, 16, "u1 is taken with u, both of rank 1 to 16, in tiles of 128 rows"),
+    ("act_backward", 12, True, "the activation of adapted rows is not written then"),
+    ("act_backward", 14, halves(20, 17), "u1 is taken with u, both of rank 1 to 16"),
+    ("act_backward", 14, empty(20, 3), "u1 must be Half"),
+    ("act_backward", 15, empty(1, 4, 136, 3), "gate_up_lora_B must have shape"),
+    ("act_backward", 16, None, "gate_up_scaling must be given together or not at all"),
     ("shrink", 0, empty(20, 3, dtype=torch.float16), "out must be Float"),
     ("shrink", 1, empty(20, 8), "left must have shape"),
     ("shrink", 2, empty(1, 4, 8, 3), "matrix must end with 3 x 8"),

@@ -299,8 +299,11 @@ class Sums:
         return sums.mT if self.transposed else sums, torch.cat(du) if du else None
 
 
-def wgrad(library, routed, sums, chunk, dots=None, dots_dtype=torch.float32):
-    """Return the sums, du of the first, which is NaN in other rows, and the sum of the dots."""
+def wgrad(library, routed, sums, chunk, dots=None, dots_dtype=torch.float32, folded=()):
+    """Return the sums, du of the first, which is NaN in other rows, and the sum of the dots.
+
+    ``folded`` are slots; their sums come behind those of the problems.
+    """
     tiles, groups = cuda.tile_map(routed.pairs(), routed.rows, chunk)
     partials = 2 * (routed.rows // chunk) if routed.rows > chunk else 0
     outs = [its.unwritten(groups.shape[1]) for its in sums]
@@ -309,15 +312,24 @@ def wgrad(library, routed, sums, chunk, dots=None, dots_dtype=torch.float32):
         for its, out in zip(sums, outs, strict=True)
     ]
     while len(problems) < 2:
-        problems.append(cuda.WgradProblem())
-        problems[-1].guarded = []
+        problems.append(cuda.empty(cuda.WgradProblem))
     height, width, rows = 0, 0, 0
     if sums and sums[0].matrix is not None:
         height, width, rows = sums[0].left.shape[1], sums[0].right.shape[1], routed.rows
     du = torch.full((rows, height), NAN)
+    of_slots = [torch.full((len(routed.pairs()), *slots.shape[1:]), NAN) for slots in folded]
+    parts = [
+        cuda.structure(cuda.FoldedSums, slots=slots, out=out, size=slots[0].numel())
+        for slots, out in zip(folded, of_slots, strict=True)
+    ]
+    parts += [cuda.empty(cuda.FoldedSums)] * (2 - len(parts))
+    its_folded = cuda.structure(
+        cuda.Folded, sums=parts, segments=routed.segments, num_sums=len(folded),
+        num_base=routed.num_base, num_modalities=routed.num_modalities,
+    )  # fmt: skip
     sum_of_dots = torch.full((routed.rows,), NAN, dtype=dots_dtype)
     given = cuda.structure(
-        cuda.Wgrad, problems=problems, perm=routed.perm, du=du,
+        cuda.Wgrad, problems=problems, folded=its_folded, perm=routed.perm, du=du,
         parts=torch.full((library.parts_of_wgrad(width), rows, height), NAN), dots=dots,
         sum_of_dots=sum_of_dots, num_rows=routed.rows, dots_dtype=dots_dtype,
         num_problems=len(sums), num_dots=0 if dots is None else len(dots), top_k=routed.top_k,
@@ -325,7 +337,7 @@ def wgrad(library, routed, sums, chunk, dots=None, dots_dtype=torch.float32):
     launches = library.launches()
     cuda.call(library.wgrad, given, sums[0].right.dtype if sums else torch.float32)
     assert library.launches() <= launches + 2
-    return outs, du, sum_of_dots
+    return outs + of_slots, du, sum_of_dots
 
 
 def check_wgrad(library, shape, height, width, dtype, *, kind, chunk, **options):
@@ -596,15 +608,16 @@ def run_rows(library, product, block_m, **parts):
     return out
 
 
-def run_act_backward(library, product, block_m, pre, weights, adapted=True, added=True):
+def run_act_backward(library, product, block_m, pre, weights, adapted=True, added=True, fold=None):
     routed, inter = product.routed, product.size_n
+    adapters = fold.structure() if fold else cuda.empty(cuda.AdapterGradients)
     d_pre = torch.full((routed.rows, 2 * inter), NAN, dtype=product.dtype)
     act = torch.full((routed.rows, inter), NAN, dtype=product.dtype)
     dots = torch.full((library.parts(inter, block_m), routed.rows), NAN)
     given = cuda.structure(
         cuda.ActBackward, weights=weights, pre=pre, d_pre=d_pre, act=act, dots=dots,
         num_rows=routed.rows, weights_are_float=weights.dtype == torch.float32,
-        act_of_adapted=adapted, act_of_added=added,
+        act_of_adapted=adapted, act_of_added=added, adapters=adapters,
     )  # fmt: skip
     product.run(library.act_backward, block_m, given)
     return d_pre, act, dots
@@ -718,6 +731,115 @@ def test_gradient_of_the_activation(library, dtype, case):
         )
         assert torch.equal(part[rows], act[rows]) and part[~rows].isnan().all()
         assert torch.equal(d_pre[:last], again[:last]) and torch.equal(dots, others)
+
+
+class Fold:
+    """What dA' leaves for the gradients of adapters, with random operands."""
+
+    def __init__(self, library, product, rank, b_dtype, du1=True, d_b1=True, d_a2=True):
+        self.product, self.routed, self.rank = product, product.routed, rank
+        routed, inter = product.routed, product.size_n
+        self.u1 = routed.randn(routed.rows, rank, dtype=product.dtype)
+        self.u1[~routed.adapted()] = NAN
+        size = routed.num_modalities, routed.num_base, 2 * inter, rank
+        self.b1 = routed.randn(*size, dtype=b_dtype)
+        self.scaling = torch.rand(routed.num_modalities, generator=routed.generator) + 0.5
+        slots = routed.rows // 128 + 2 * len(routed.pairs())
+        sizes = {
+            "du1": (du1, (library.parts(inter, 128), routed.rows, rank)),
+            "d_b1": (d_b1, (slots, 2 * inter, rank)),
+            "d_a2": (d_a2, (slots, product.rank, inter)),
+        }
+        self.outputs = {
+            name: torch.full(size, NAN) if needed else None
+            for name, (needed, size) in sizes.items()
+        }
+
+    def structure(self):
+        return cuda.structure(
+            cuda.AdapterGradients, u1=self.u1, b1=self.b1, scaling=self.scaling, rank=self.rank,
+            b_is_float=self.b1.dtype == torch.float32, **self.outputs,
+        )  # fmt: skip
+
+    def slots_of(self, pair):
+        """Return the slots that the rows of a pair (modality, expert) fill."""
+        modality, expert = divmod(pair, self.routed.num_base)
+        low, high = self.routed.pairs()[pair]
+        start = self.routed.experts()[expert][0]
+        first = low // 128 + 2 * (expert * self.routed.num_modalities + modality)
+        tiles = (high - 1 - start) // 128 - (low - start) // 128 + 1 if high > low else 0
+        return slice(first, first + tiles)
+
+    def expected(self, d_pre, act, weights):
+        """Return du1 (rows, r1) of adapted rows, dB1 and dA2 of each pair, in float64."""
+        routed, dtype = self.routed, self.product.dtype
+        du1, sums = torch.full((routed.rows, self.rank), NAN, dtype=torch.float64), []
+        d_pre, act = d_pre.double(), act.to(dtype).double()
+        for pair, (first, end) in enumerate(routed.pairs()):
+            modality, expert = divmod(pair, routed.num_base)
+            rows = slice(first, end)
+            du1[rows] = d_pre[rows] @ self.b1[modality, expert].to(dtype).double()
+            u1 = (self.scaling[modality] * self.u1[rows].float()).to(dtype).double()
+            factor = self.product.scaling[modality] * weights.flatten()[routed.perm[rows]].float()
+            du2 = (factor[:, None] * self.product.u[rows]).to(dtype).double()
+            sums.append((d_pre[rows].T @ u1, du2.T @ act[rows]))
+        d_b1, d_a2 = zip(*sums, strict=True)
+        return du1, torch.stack(d_b1), torch.stack(d_a2)
+
+
+# tokens, top-k, experts, modalities; hidden, inter, ranks of u1 and du2; kind of routing; added
+FOLD_CASES = [
+    (60, 2, 4, 2, 136, 72, 16, 16, 0, 1), (200, 2, 1, 3, 72, 136, 16, 8, 3, 0),
+    (150, 2, 2, 1, 200, 264, 3, 16, 2, 0), (90, 2, 3, 2, 64, 64, 8, 5, 3, 2),
+    (40, 2, 4, 1, 72, 136, 16, 16, 4, 0), (0, 2, 4, 1, 72, 40, 16, 4, 0, 0),
+    (1, 1, 2, 1, 64, 40, 4, 4, 2, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("case", FOLD_CASES, ids=str)
+def test_the_gradients_of_adapters_come_with_dA(library, dtype, case):
+    """The gradient of text may even be NaN."""
+    tokens, top_k, experts, modalities, hidden, inter, rank1, rank2, kind, num_extra = case
+    routed = Routed(tokens, top_k, experts + num_extra, modalities, 6, kind, num_extra)
+    v_dtype = dtype if rank2 % 5 == 0 else torch.float32
+    product = Product(routed, hidden, inter, rank2, dtype, v_dtype, transposed=False, by_token=True)
+    weights = routed.weights.to(dtype if rank1 == 8 else torch.float32)
+    pre = routed.randn(routed.rows, 2 * inter, dtype=dtype)
+    d_pre, act, dots = run_act_backward(library, product, 128, pre, weights)
+    adapted = product.rows_with_low_rank()
+    fold = Fold(library, product, rank1, dtype if rank1 == 3 else torch.float32)
+    again, kept, its_dots = run_act_backward(
+        library, product, 128, pre, weights, adapted=False, fold=fold
+    )
+    assert torch.equal(again.nan_to_num(), d_pre.nan_to_num())
+    added = product.rows_of_added_experts()
+    assert torch.equal(~kept.isnan().any(1), added) and torch.equal(kept[added], act[added])
+    check(its_dots, dots.double(), torch.float32)
+    found = fold.outputs["du1"].sum(0)
+    du1, d_b1, d_a2 = fold.expected(d_pre, act, weights)
+    assert torch.equal(found.isnan().all(1), ~adapted)
+    check(found[adapted], du1[adapted], dtype)
+    written = []
+    for pair in range(len(routed.pairs())):
+        slots = fold.slots_of(pair)
+        written += range(slots.start, slots.stop)
+    slots = fold.outputs["d_b1"], fold.outputs["d_a2"]
+    sums, _, again = wgrad(library, routed, [], 1, its_dots, folded=slots)
+    check(sums[0], d_b1, dtype)
+    check(sums[1], d_a2, dtype)
+    check(again, dots.double().sum(0), torch.float32)
+    assert len(set(written)) == len(written)
+    others = torch.ones(len(fold.outputs["d_b1"]), dtype=torch.bool)
+    others[written] = False
+    assert fold.outputs["d_b1"][others].isnan().all()
+    assert fold.outputs["d_a2"][others].isnan().all()
+    for name in fold.outputs:
+        alone = Fold(library, product, rank1, fold.b1.dtype, **{n: n == name for n in fold.outputs})
+        alone.u1, alone.b1, alone.scaling = fold.u1, fold.b1, fold.scaling
+        product.left[routed.modality_ids == 0] = NAN
+        run_act_backward(library, product, 128, pre, weights, adapted=False, fold=alone)
+        assert torch.equal(alone.outputs[name].nan_to_num(), fold.outputs[name].nan_to_num())
 
 
 def text_rows(routed):

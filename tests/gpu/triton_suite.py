@@ -518,12 +518,14 @@ def test_the_same_bits_twice():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.fixture(scope="module")
-def all_gradients():
+def compute_all_gradients():
     """Compute a small layer; return its inputs, the gradient of its output and all results."""
     inputs = on_device(make_moe_inputs(SHAPES["tiny"]).to(torch.float32))
     grad_out = torch.randn_like(inputs.hidden_states)
     return inputs, grad_out, run(inputs, "triton", grad_out)
+
+
+all_gradients = pytest.fixture(compute_all_gradients, scope="module")
 
 
 @pytest.mark.parametrize("trained", ["hidden_states", "topk_weights", "down_lora", "gate_up_lora"])

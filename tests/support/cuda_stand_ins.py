@@ -66,7 +66,8 @@ def wgrad(
     factors: list[Tensor], weights: list[Tensor | None], matrix: Tensor | None,
     chunks: list[int], transposed: list[bool], left_by_token: list[bool],
     right_by_token: list[bool], perm: Tensor | None, dots: Tensor | None,
-    dots_dtype: torch.dtype, top_k: int,
+    dots_dtype: torch.dtype, top_k: int, folded: list[Tensor], segments: Tensor | None,
+    num_base: int, modalities: int,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     lists = left, right, tiles, groups, factors, weights, chunks, transposed
     problems = zip(*lists, left_by_token, right_by_token, strict=True)
@@ -78,7 +79,20 @@ def wgrad(
         for pair_matrix, (first, end) in zip(matrix, groups[0][:2].T.tolist(), strict=True):
             du[first:end] = rows[first:end].float() @ pair_matrix.to(rows.dtype).float()
     dots = torch.empty(0, top_k) if dots is None else dots.sum(0)
+    for slots in folded:
+        pairs = [(m, e) for m in range(modalities) for e in range(num_base)]
+        sums.append(torch.stack([slots[slots_of(segments, modalities, *p)].sum(0) for p in pairs]))
     return sums, du, dots.to(dots_dtype)
+
+
+def slots_of(segments: Tensor, modalities: int, modality: int, expert: int) -> slice:
+    """Return the slots of the sums over a pair's rows, one for each tile of 128 of the expert's."""
+    start, low, high = segments[expert * (modalities + 1) :][
+        [0, modality + 1, modality + 2]
+    ].tolist()
+    first = low // 128 + 2 * (expert * modalities + modality)
+    tiles = (high - 1 - start) // 128 - (low - start) // 128 + 1 if high > low else 0
+    return slice(first, first + tiles)
 
 
 def sums_of(
@@ -168,8 +182,10 @@ def grouped_gemm(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor
     return out, sum_of(u, dtype).nan_to_num() if save else out.new_empty(0, rank, dtype=dtype)
 
 
-def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, weights, pre_act, keep_adapted, keep_added = arguments
+def act_backward(
+    *arguments: Tensor | int | bool | None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    *arguments, weights, pre_act, keep_adapted, keep_added, u1, b1, scaling, wanted = arguments
     left, perm, rows = arguments[0], arguments[3], int(arguments[5][-1])
     d_act = experts(*arguments, by_token=True, transposed=False)
     gate, up = pre_act.float().chunk(2, dim=1)
@@ -183,8 +199,49 @@ def act_backward(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor
     for part, columns in enumerate(torch.arange(act.shape[1]).split(128)):
         dots = (d_act[:, columns] * act[:, columns].float()).sum(1)
         parts[part, perm[:rows]] = dots[:rows]
+    folded = fold(d_pre, act, weights, *arguments[3:9], u1, b1, scaling, wanted)
     act = act if keep_adapted or keep_added else act[:0].clone()
-    return d_pre, act, parts.view(len(parts), *weights.shape)
+    return d_pre, act, parts.view(len(parts), *weights.shape), folded
+
+
+def fold(
+    d_pre: Tensor, act: Tensor, weights: Tensor, perm: Tensor, tiles: Tensor, segments: Tensor,
+    du2: Tensor | None, a2: Tensor | None, scaling2: Tensor | None, u1: Tensor | None,
+    b1: Tensor | None, scaling1: Tensor | None, wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Return du1 in parts, and dB1 and dA2 in slots of tiles of 128 rows; NaN elsewhere."""
+    if u1 is None:
+        return [torch.empty(0, 0, 0) for _ in wanted]
+    modalities, experts, width, rank = b1.shape
+    inter, nan = width // 2, float("nan")
+    slots = len(perm) // 128 + 2 * modalities * experts
+    du1 = torch.full((-(-inter // 128), len(perm), rank), nan)
+    d_b1, d_a2 = (
+        torch.full((slots, width, rank), nan),
+        torch.full((slots, du2.shape[1], inter), nan),
+    )
+    for modality in range(modalities):
+        for expert in range(experts):
+            of_expert = segments[expert * (modalities + 1) :]
+            start, low, high = of_expert[[0, modality + 1, modality + 2]].tolist()
+            matrix = b1[modality, expert].to(d_pre.dtype).float().unflatten(0, (2, inter))
+            by_half = d_pre[low:high].float().unflatten(1, (2, inter))
+            for part, columns in enumerate(torch.arange(inter).split(128)):
+                du1[part, low:high] = torch.einsum(
+                    "rhc,hcn->rn", by_half[:, :, columns], matrix[:, columns]
+                )
+            place = slots_of(segments, modalities, modality, expert)
+            for slot in range(place.start, place.stop):
+                tile = (low - start) // 128 + slot - place.start
+                rows = slice(max(low, start + 128 * tile), min(high, start + 128 * tile + 128))
+                left = (scaling1[modality] * u1[rows].float()).to(d_pre.dtype).float()
+                d_b1[slot] = d_pre[rows].float().T @ left
+                factor = scaling2[modality] * weights.reshape(-1)[perm[rows]].float()
+                left = (factor[:, None] * du2[rows]).to(d_pre.dtype).float()
+                d_a2[slot] = left.T @ act[rows].float()
+    return [
+        t if is_wanted else t[:0] for t, is_wanted in zip((du1, d_b1, d_a2), wanted, strict=True)
+    ]
 
 
 def add_low_rank(

@@ -66,9 +66,21 @@ class WgradProblem(ctypes.Structure):
     )
 
 
+class FoldedSums(ctypes.Structure):
+    _fields_ = fields(pointer="slots out", long="size")
+
+
+class Folded(ctypes.Structure):
+    _fields_ = [
+        ("sums", 2 * FoldedSums),
+        *fields(pointer="segments", int="num_sums num_base num_modalities"),
+    ]
+
+
 class Wgrad(ctypes.Structure):
     _fields_ = [
         ("problems", 2 * WgradProblem),
+        ("folded", Folded),
         *fields(
             pointer="perm du parts dots sum_of_dots",
             long="num_rows",
@@ -89,12 +101,19 @@ class PartsOfU(ctypes.Structure):
     _fields_ = fields(pointer="a parts", int="experts rank", bool="is_float")
 
 
+class AdapterGradients(ctypes.Structure):
+    _fields_ = fields(pointer="u1 b1 scaling du1 d_b1 d_a2", int="rank", bool="b_is_float")
+
+
 class ActBackward(ctypes.Structure):
-    _fields_ = fields(
-        pointer="weights pre d_pre act dots",
-        long="num_rows",
-        bool="weights_are_float act_of_adapted act_of_added",
-    )
+    _fields_ = [
+        *fields(
+            pointer="weights pre d_pre act dots",
+            long="num_rows",
+            bool="weights_are_float act_of_adapted act_of_added",
+        ),
+        ("adapters", AdapterGradients),
+    ]
 
 
 class Decode(ctypes.Structure):
@@ -170,8 +189,8 @@ def build(folder: Path) -> ctypes.CDLL:
             linked(path, compiled(folder, HOST / "cuda_kernels_host.cpp", *KERNELS.glob("*.cu")))
     library = ctypes.CDLL(str(path))
     for structure in (
-        DispatchOut, Maps, Combine, Shrink, WgradProblem, Wgrad, GroupedGemm, PartsOfU,
-        ActBackward, AddLowRank, Decode,
+        DispatchOut, Maps, Combine, Shrink, WgradProblem, Folded, Wgrad, GroupedGemm, PartsOfU,
+        AdapterGradients, ActBackward, AddLowRank, Decode,
     ):  # fmt: skip
         size = getattr(library, f"size_of_{structure.__name__.lower()}")
         size.restype = ctypes.c_size_t
@@ -214,11 +233,21 @@ class Guarded:
 def structure(kind: type, **values) -> ctypes.Structure:
     """Fill in a structure from tensors, dtypes, numbers and None (a null pointer)."""
     assert sorted(values) == sorted(name for name, _ in kind._fields_)
-    filled = kind()
-    filled.guarded = []
+    filled = empty(kind)
     for name, value in values.items():
-        setattr(filled, name, plain(value, filled.guarded))
+        if isinstance(value, ctypes.Structure):  # a part of this one
+            filled.guarded += value.guarded
+            setattr(filled, name, value)
+        else:
+            setattr(filled, name, plain(value, filled.guarded))
     return filled
+
+
+def empty(kind: type) -> ctypes.Structure:
+    """Return a structure of zeros and null pointers."""
+    made = kind()
+    made.guarded = []
+    return made
 
 
 def plain(value, guarded: list[Guarded]):

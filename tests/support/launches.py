@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # With adapters of a low rank and up to 4,096 rows, by course; decoding is under "cuda" alone.
 COUNTS = {"inference": 7, "forward": 7, "backward": 9, "decoding": 2}
-# Where the extension multiplies: u2 comes with gate_up.
-ENGINE_COUNTS = COUNTS | {"inference": 6, "forward": 6}
+# Where the extension multiplies: u2 comes with gate_up, and with many rows an expert the gradients
+# of adapters with dA'.
+ENGINE_COUNTS = COUNTS | {"inference": 6, "forward": 6, "backward": 7}
 
 # Ops of torch that give memory, and launch nothing.
 _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "set_")

@@ -13,10 +13,11 @@ from moe_kernels.ops.cuda_launches import (
 )
 from moe_kernels.ops.moe_mlp import gpu, native_impl
 from moe_kernels.ops.moe_mlp.activation import SILU, ExpertForm
-from moe_kernels.ops.moe_mlp.gpu import Layer
+from moe_kernels.ops.moe_mlp.gpu import Layer, Wanted
 from moe_kernels.ops.moe_mlp.tiles import Tiles
 from moe_kernels.ops.moe_mlp.triton_impl import TRITON_LAYER
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved, nothing_saved
+from moe_kernels.ops.triton_launches import Folded
 
 
 def supports(weights: ExpertWeights, form: ExpertForm) -> bool:
@@ -181,25 +182,32 @@ def grouped_gemm(
 def act_backward(
     layer: Layer,
     grad_out: Tensor,
-    pre_act: Tensor,
+    saved: Saved,
     du2: Tensor | None,
-    *,
-    act_of_adapted: bool,
-    act_of_added: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `triton_impl.act_backward`."""
-    if not supports(layer.weights, layer.form):
-        return TRITON_LAYER.act_backward(
-            layer, grad_out, pre_act, du2, act_of_adapted=act_of_adapted, act_of_added=act_of_added
-        )
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Tensor, Folded | None]:
+    """See `triton_impl.act_backward`; it folds where that is cheaper."""
+    weights = layer.weights
+    if not supports(weights, layer.form):
+        return TRITON_LAYER.act_backward(layer, grad_out, saved, du2, wanted)
     arguments = _gemm_arguments(layer, grad_out, "down_proj", "down", du2, "A")
-    return _native.ops().act_backward(
+    sizes = layer.num_base, weights.num_modalities, layer.sizes[1], *weights.ranks
+    folds = any(wanted[:3]) and _native.folds_gradients(layer.num_rows, *sizes)
+    _, lora_B, scaling = layer.lora("gate_up")
+    d_pre, act, dots, (du1, d_B1, d_A2) = _native.ops().act_backward(
         *arguments,
         match_routing_weights(grad_out, layer.topk_weights),
-        pre_act,
-        act_of_adapted,
-        act_of_added,
+        saved.pre_act,
+        wanted.A2 and not folds,
+        wanted.act_of_added,
+        *((saved.u1, lora_B, scaling) if folds else (None, None, None)),
+        wanted[:3],
     )
+    if not folds:
+        return d_pre, act, dots, None
+    slots = [sums for sums, is_wanted in ((d_B1, wanted.B1), (d_A2, wanted.A2)) if is_wanted]
+    folded = Folded(du1, slots, layer.perm, layer.segments, *sizes[:2])
+    return d_pre, act, dots, folded
 
 
 def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:

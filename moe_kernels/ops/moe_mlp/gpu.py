@@ -22,7 +22,7 @@ from moe_kernels.ops.moe_mlp.activation import ExpertForm
 from moe_kernels.ops.moe_mlp.tiles import Tiles
 from moe_kernels.ops.moe_mlp.triton_tiles import choose_tiles
 from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved
-from moe_kernels.ops.triton_launches import SharedLaunches, Shrink, Wgrad, check_dtype
+from moe_kernels.ops.triton_launches import Folded, SharedLaunches, Shrink, Wgrad, check_dtype
 from moe_kernels.ops.triton_tile_maps import RequestedMaps, TileMap
 
 
@@ -37,15 +37,25 @@ class LayerLaunches(NamedTuple):
         grouped_gemm: takes either as u, and returns a whole u beside its product, or one without
             rows for parts of which nothing is to be saved.
         combine: the weighted sum of each token's rows.
-        act_backward: its third result are parts (n, T, K) of <dA', a>, which ``wgrad`` adds.
+        act_backward: its third result are parts (n, T, K) of <dA', a>, which ``wgrad`` adds. Its
+            fourth is what it has folded, or None where du1, dB1 and dA2 are still to be computed.
     """
 
     shared: SharedLaunches
     tile_rows: Callable[[Tiles, int, ExpertWeights, ExpertForm], tuple[int, int]]
     gate_up: Callable[..., tuple[Tensor, Tensor, Tensor]]
     grouped_gemm: Callable[..., tuple[Tensor, Tensor | None]]
-    act_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    act_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Folded | None]]
     combine: Callable[..., Tensor]
+
+
+class Wanted(NamedTuple):
+    """What is needed of dA' beside the gradient of the pre-activation."""
+
+    du1: bool  # by dX
+    B1: bool
+    A2: bool
+    act_of_added: bool  # the activation of rows of added experts
 
 
 _LORA = {
@@ -182,24 +192,34 @@ def backward(
         added=added[0] if added else None,
     )
     du2 = _shrink_to_du(layer, grad_out, "down")
-    d_pre, act, dots = launches.act_backward(
-        layer, grad_out, saved.pre_act, du2, act_of_adapted=need_A2, act_of_added=need_extra_down
-    )
-    (grad_B1, grad_A2), du1, grad_weights = _first_sums(
-        layer, saved.u1, d_pre, du2, act, dots if need_weights else None,
-        need_du=need_hidden or need_A1, need_B1=need_B1, need_A2=need_A2,
-    )  # fmt: skip
+    wanted = Wanted(need_hidden, need_B1, need_A2, need_extra_down)
+    d_pre, act, dots, folded = launches.act_backward(layer, grad_out, saved, du2, wanted)
+    dots = dots if need_weights else None
+    if folded is None:
+        (grad_B1, grad_A2), du1, grad_weights = _first_sums(
+            layer, saved.u1, d_pre, du2, act, dots,
+            need_du=need_hidden or need_A1, need_B1=need_B1, need_A2=need_A2,
+        )  # fmt: skip
+    elif need_hidden:
+        du1 = folded.du1
+    elif need_A1:
+        du1 = _shrink_to_du(layer, d_pre, "gate_up")
     grad_hidden = None
     if need_hidden:
-        d_rows, _ = launches.grouped_gemm(
-            layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False, save=False
+        d_rows, du1 = launches.grouped_gemm(
+            layer, d_pre, "gate_up_proj", "gate_up", du1, transposed=False, save=need_A1
         )
         grad_hidden = launches.combine(layer, d_rows, weighted=False)
-    grad_A1, grad_B2 = _sums(
-        layer,
+    last = [
         _sum_for_A(layer, "gate_up", du1, hidden_states) if need_A1 else None,
         _sum_for_B(layer, "down", saved.u2, grad_out) if need_B2 else None,
-    )
+    ]
+    if folded is None:
+        grad_A1, grad_B2 = _sums(layer, *last)
+    else:
+        (grad_A1, grad_B2, grad_B1, grad_A2), grad_weights = _folded_sums(
+            layer, last, dots, folded, wanted
+        )
     extra_gate_up, extra_down = _extra_sums(
         layer, d_pre, hidden_states, grad_out, act, need_extra_gate_up, need_extra_down
     )
@@ -345,6 +365,23 @@ def _first_sums(
     return sums, du, dots
 
 
+def _folded_sums(
+    layer: Layer,
+    problems: Sequence[Wgrad | None],
+    dots: Tensor | None,
+    folded: Folded,
+    wanted: Wanted,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Return the sums of the problems, dB1 and dA2, and that of the parts ``dots``."""
+    found, dots = _wgrad(layer, problems, dots, folded)
+    sums = [sums for sums, _ in found]
+    of_slots = iter(sums[len(problems) :])
+    return [
+        *sums[: len(problems)],
+        *(next(of_slots) if is_wanted else None for is_wanted in (wanted.B1, wanted.A2)),
+    ], dots
+
+
 def _sums(layer: Layer, *problems: Wgrad | None) -> list[Tensor | None]:
     """Return the sums of each problem, all from one launch; None for None."""
     found, _ = _wgrad(layer, problems)
@@ -352,15 +389,22 @@ def _sums(layer: Layer, *problems: Wgrad | None) -> list[Tensor | None]:
 
 
 def _wgrad(
-    layer: Layer, problems: Sequence[Wgrad | None], dots: Tensor | None = None
+    layer: Layer,
+    problems: Sequence[Wgrad | None],
+    dots: Tensor | None = None,
+    folded: Folded | None = None,
 ) -> tuple[list[tuple[Tensor | None, Tensor | None]], Tensor | None]:
-    """Launch ``wgrad`` for the problems that are not None, if there is anything to do."""
+    """Launch ``wgrad`` for the problems that are not None, if there is anything to do.
+
+    The results of what was folded come behind those of the problems.
+    """
     present = [problem for problem in problems if problem is not None]
-    if not present and dots is None:
+    if not present and dots is None and (folded is None or not folded.slots):
         return [(None, None) for _ in problems], None
-    found, dots = layer.shared.wgrad(present, dots, layer.topk_weights.dtype)
+    found, dots = layer.shared.wgrad(present, dots, layer.topk_weights.dtype, folded)
     results = iter(found)
-    return [(None, None) if problem is None else next(results) for problem in problems], dots
+    of_problems = [(None, None) if problem is None else next(results) for problem in problems]
+    return [*of_problems, *results], dots
 
 
 def _sum_for_B(layer: Layer, name: str, u: Tensor, dy: Tensor, *, with_du: bool = False) -> Wgrad:

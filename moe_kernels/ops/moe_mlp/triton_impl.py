@@ -19,7 +19,7 @@ from moe_kernels.ops.moe_mlp.packed import (
     unpacked_shape,
 )
 from moe_kernels.ops.moe_mlp.tiles import Tiles
-from moe_kernels.ops.moe_mlp.weights import ExpertWeights, is_transposed
+from moe_kernels.ops.moe_mlp.weights import ExpertWeights, Saved, is_transposed
 from moe_kernels.ops.triton_launch import launch, next_power_of_2
 
 
@@ -189,23 +189,22 @@ def grouped_gemm(
 def act_backward(
     layer: Layer,
     grad_out: Tensor,
-    pre_act: Tensor,
+    saved: Saved,
     du2: Tensor | None,
-    *,
-    act_of_adapted: bool,
-    act_of_added: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wanted: gpu.Wanted,
+) -> tuple[Tensor, Tensor, Tensor, None]:
     """Return d_pre (T*K, 2I or I), act (T*K, I) of the requested rows, and parts of <dA', a>.
 
     The parts (n, T, K), whose sum over n is <dA', a>, are in float32, and 0 for rows that were not
-    dispatched.
+    dispatched. Nothing is folded.
     """
     hidden, inter = layer.sizes
+    pre_act = saved.pre_act
     lora_A, _, scaling = layer.lora("down")
     block_n = layer.tiles.n_gated
     stack = _stack(layer, "down_proj", block_n, transposed=False)
     d_pre = torch.empty_like(pre_act)
-    act = pre_act.new_empty(layer.num_rows if act_of_adapted or act_of_added else 0, inter)
+    act = pre_act.new_empty(layer.num_rows if wanted.A2 or wanted.act_of_added else 0, inter)
     shape = (-(-inter // block_n), *layer.topk_weights.shape)
     dots = torch.empty(shape, dtype=torch.float32, device=pre_act.device)
     cap = {"maxnreg": layer.tiles.act_registers} if layer.tiles.act_registers else {}
@@ -227,8 +226,8 @@ def act_backward(
         inter=inter,
         experts_of_a=1 if lora_A is None else lora_A.shape[1],
         TOP_K=layer.top_k,
-        WRITE_ADAPTED=act_of_adapted,
-        WRITE_ADDED=act_of_added,
+        WRITE_ADAPTED=wanted.A2,
+        WRITE_ADDED=wanted.act_of_added,
         **stack,
         **_form(layer.form),
         **_routed(layer),
@@ -236,7 +235,7 @@ def act_backward(
         **_blocks(layer.tiles, block_n),
         **cap,
     )
-    return d_pre, act, dots
+    return d_pre, act, dots, None
 
 
 def combine(layer: Layer, rows: Tensor, *, weighted: bool) -> Tensor:

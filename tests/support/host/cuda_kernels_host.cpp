@@ -65,6 +65,7 @@ extern "C" int shrink(const Shrink* given, int left, int matrix, int out) {
   return launch_shrink(*given, Scalar(left), Scalar(matrix), Scalar(out), nullptr);
 }
 
+extern "C" size_t size_of_folded() { return sizeof(Folded); }
 extern "C" size_t size_of_wgrad() { return sizeof(Wgrad); }
 extern "C" size_t size_of_wgradproblem() { return sizeof(WgradProblem); }
 extern "C" int parts_of_wgrad(int width) { return wgrad_parts(width); }
@@ -73,6 +74,7 @@ extern "C" int wgrad(const Wgrad* given, int right) {
 }
 
 extern "C" size_t size_of_groupedgemm() { return sizeof(GroupedGemm); }
+extern "C" size_t size_of_adaptergradients() { return sizeof(AdapterGradients); }
 extern "C" size_t size_of_actbackward() { return sizeof(ActBackward); }
 extern "C" size_t size_of_partsofu() { return sizeof(PartsOfU); }
 extern "C" int gate_up(const GroupedGemm* given, void* pre, void* act, const PartsOfU* u2,

@@ -117,6 +117,7 @@ struct Block {
   int alive = 0, at_barrier = 0;
   uint64_t barriers = 0;
   std::map<const void*, Barrier> barriers_in_memory;
+  std::map<int, Barrier> barriers_by_number;
   std::map<unsigned, Products> products;  // of each thread
 };
 
@@ -195,6 +196,7 @@ inline void prepare(Block& block, int num_threads, size_t shared_bytes) {
   block.at_barrier = 0;
   block.barriers = 0;
   block.barriers_in_memory.clear();
+  block.barriers_by_number.clear();
   block.products.clear();
   for (int thread = 0; thread < num_threads; ++thread) {
     Fiber& fiber = block.fibers[thread];

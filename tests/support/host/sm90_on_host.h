@@ -72,6 +72,18 @@ inline void arrive_when_copied(uint64_t* place) {
   });
 }
 
+// A barrier by its number, which is made where threads first come to it.
+inline void meet(int number, int threads) {
+  const auto [found, made] = host::block->barriers_by_number.try_emplace(
+      number, host::Barrier{threads, threads, 0, 0});
+  host::Barrier& barrier = found->second;
+  if (barrier.arrivals != threads) host::fail("another number of threads at a barrier");
+  const uint64_t phase = barrier.phases;
+  --barrier.pending;
+  end_phase(barrier);
+  if (barrier.phases == phase) host::wait_for(&barrier.phases, phase + 1);
+}
+
 // --- the copy engine
 
 inline void check_swizzle(const void*) {}
