@@ -20,8 +20,8 @@ PARTS_OF_DU = {"triton": (16, 256), "cuda": (32, 256)}
 # has it and a limit on bytes), and the columns of the activation in a part, in tiles of 128 rows.
 PARTS_OF_U2 = (32, 128)
 
-# The highest rank at which the engine's dA' folds the gradients of adapters, and the rows and columns
-# of its tiles.
+# The highest rank at which the engine's dA' folds the gradients of adapters, and the rows and
+# columns of its tiles.
 FOLDED = (16, 128, 128)
 
 # Tokens, and tokens times top-k, up to which "cuda" decodes (csrc/cuda/decode_shapes.h) with

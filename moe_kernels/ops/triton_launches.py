@@ -96,7 +96,7 @@ class Wgrad(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """What a backend's dA' launch has left of du1, and of sums over each adapter's rows.
+    """Parts of du1, and slots of sums over each adapter's rows, that a launch of dA' has left.
 
     Attributes:
         du1: (n, T*K, r1) float32, parts of du1.

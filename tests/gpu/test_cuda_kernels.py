@@ -734,7 +734,7 @@ def test_gradient_of_the_activation(library, dtype, case):
 
 
 class Fold:
-    """What dA' leaves for the gradients of adapters, with random operands."""
+    """Outputs of dA' for the gradients of adapters, of random operands."""
 
     def __init__(self, library, product, rank, b_dtype, du1=True, d_b1=True, d_a2=True):
         self.product, self.routed, self.rank = product, product.routed, rank

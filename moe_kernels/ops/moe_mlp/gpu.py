@@ -50,7 +50,7 @@ class LayerLaunches(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is needed of dA' beside the gradient of the pre-activation."""
+    """Results that are needed of dA' beside the gradient of the pre-activation."""
 
     du1: bool  # by dX
     B1: bool
