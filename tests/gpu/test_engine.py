@@ -82,10 +82,27 @@ FAULTS = {
 }  # fmt: skip
 
 
-def run(folder, changes=()):
+# Of adapter_tile.h.
+FAULTS_OF_FOLDS = {
+    "rows are read before they are written": [
+        ("write_left(pair);\n      Loop::meet();\n", "write_left(pair);\n")],
+    "rows are written before they were read": [
+        ("sum_rows(pair, column);\n      Loop::meet();\n", "sum_rows(pair, column);\n")],
+    "weights are read before they are written": [
+        ("                            : 0.0f;\n    Loop::meet();\n",
+         "                            : 0.0f;\n")],
+    "du1 begins anew": [("present && column > tile.column", "false")],
+    "du1 does not begin at 0": [("present && column > tile.column", "present")],
+    "all tiles have one slot": [
+        ("number) + before", "number) + 0 * before")],
+    "two rows change places": [("0xffffu : 0", "0xffff0000u : 0")],
+}  # fmt: skip
+
+
+def run(folder, changes=(), file="engine_mainloop.h"):
     """Compile the check with these changes of the engine, and return its exit status."""
     sources = shutil.copytree(host_kernels.KERNELS, folder / "cuda")
-    engine = sources / "engine_mainloop.h"
+    engine = sources / file
     text = engine.read_text()
     for old, new in changes:
         assert text.count(old) == 1, old
@@ -104,3 +121,9 @@ def test_every_order_of_asynchronous_work(tmp_path):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault, tmp_path):
     assert run(tmp_path, FAULTS[fault]) != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS_OF_FOLDS)
+def test_a_fault_in_folding_is_found(fault, tmp_path):
+    assert run(tmp_path, FAULTS_OF_FOLDS[fault], "adapter_tile.h") != 0

@@ -3,6 +3,7 @@
 // tests/gpu/test_engine.py also compiles it with faults in the engine.
 #include <array>
 #include <cstdio>
+#include <optional>
 #include <random>
 
 #include "cuda_on_host.h"
@@ -164,6 +165,92 @@ bool rows_are_right(const Values& out, int hidden) {
   return !error.large();
 }
 
+const Values pre = random(kRows * 2 * kInter, 1.0f);
+const std::vector<float> routing_weights(kRows, 0.7f);
+const std::vector<float> du2(kRows * kRank, 0.3f);
+
+// What dA' leaves for the gradients of adapters; -1 where it writes nothing.
+struct Folded {
+  static constexpr int kParts = (kInter + 127) / 128;
+  const int64_t slots = folded_slots(kRows, kBase * kModalities);
+  Values d_pre = Values(kRows * 2 * kInter), act = Values(kRows * kInter);
+  std::vector<float> dots = std::vector<float>(kParts * kRows, -1.0f);
+  std::vector<float> du1 = std::vector<float>(kParts * kRows * kRank, -1.0f);
+  std::vector<float> d_b1 = std::vector<float>(slots * 2 * kInter * kRank, -1.0f);
+  std::vector<float> d_a2 = std::vector<float>(slots * kRank * kInter, -1.0f);
+  bool ran = false;
+};
+
+template <int kCluster>
+Folded folded() {
+  Folded made;
+  const ActGradients<T, true> epilogue{{
+      .weights = routing_weights.data(), .pre = pre.data(), .d_pre = made.d_pre.data(),
+      .act = made.act.data(), .dots = made.dots.data(), .num_rows = kRows,
+      .weights_are_float = true, .act_of_adapted = false, .act_of_added = true,
+      .adapters = {.u1 = u.data(), .b1 = b.data(), .scaling = scaling.data(),
+                   .du1 = made.du1.data(), .d_b1 = made.d_b1.data(), .d_a2 = made.d_a2.data(),
+                   .rank = kRank, .b_is_float = false},
+  }};
+  GroupedGemm args = gemm(x, kShort, kInter, du2.data());
+  if (kCluster > 1) args.tiles = routing_of_clusters.tiles.data();
+  if (kCluster > 1) args.num_tiles = routing_of_clusters.num_tiles;
+  made.ran = launch_engine<Engine<T, false, false, true, kCluster>>(args, epilogue, false,
+                                                                    nullptr) == cudaSuccess;
+  return made;
+}
+
+// Compares with sums over the gradients that the same launch has stored.
+bool folded_is_right(const Folded& made) {
+  if (!made.ran) return false;
+  Error of_du1, of_b1, of_a2;
+  const auto rounded = [](double value) { return wide(__float2bfloat16(float(value))); };
+  for (int e = 0; e < kBase; ++e) {
+    const int low = routing.segments[2 * e + 1], high = routing.segments[2 * e + 2];
+    const int start = routing.segments[2 * e];
+    const int tiles = (high - 1 - start) / 128 - (low - start) / 128 + 1;
+    const int64_t slot = first_folded(low, e);
+    std::vector<double> b1(2 * kInter * kRank), a2(kRank * kInter);
+    for (int row = low; row < high; ++row) {
+      for (int r = 0; r < kRank; ++r) {
+        double found = 0, expected = 0;
+        for (int part = 0; part < Folded::kParts; ++part) {
+          found += made.du1[(part * kRows + row) * kRank + r];
+        }
+        const double left = rounded(scaling[0] * wide(u[row * kRank + r]));
+        const double of_down = rounded(scaling[0] * 0.7f * 0.3f);
+        for (int n = 0; n < 2 * kInter; ++n) {
+          const double gradient = wide(made.d_pre[row * 2 * kInter + n]);
+          expected += gradient * wide(b[(e * 2 * kInter + n) * kRank + r]);
+          b1[n * kRank + r] += left * gradient;
+        }
+        of_du1.add(found, expected);
+        for (int n = 0; n < kInter; ++n) {
+          const double gate = wide(pre[row * 2 * kInter + n]);
+          const double up = wide(pre[row * 2 * kInter + kInter + n]);
+          a2[r * kInter + n] += of_down * rounded(gate / (1 + std::exp(-gate)) * up);
+        }
+      }
+    }
+    const auto add = [&](Error& error, const std::vector<float>& in_slots,
+                         const std::vector<double>& sums) {
+      for (size_t i = 0; i < sums.size(); ++i) {
+        double found = 0;
+        for (int tile = 0; tile < tiles; ++tile) found += in_slots[(slot + tile) * sums.size() + i];
+        error.add(found, sums[i]);
+      }
+    };
+    add(of_b1, made.d_b1, b1);
+    add(of_a2, made.d_a2, a2);
+  }
+  return !of_du1.large() && !of_b1.large() && !of_a2.large();
+}
+
+bool same(const Folded& first, const Folded& second) {
+  return second.ran && first.du1 == second.du1 && first.d_b1 == second.d_b1 &&
+         first.d_a2 == second.d_a2 && first.dots == second.dots;
+}
+
 bool same(const Values& first, const Values& second) {
   return first.size() == second.size() &&
          std::memcmp(first.data(), second.data(), first.size() * sizeof(T)) == 0;
@@ -173,24 +260,30 @@ bool same(const Values& first, const Values& second) {
 
 int main() {
   std::array<Values, 3> right;  // by single blocks, in the first order
+  std::optional<Folded> right_folds;
   for (int order = 0; order < 6; ++order) {
     host::order = {(order & 1) != 0, order >= 4, false, (order & 2) != 0};
     const std::array<Values, 3> single = {gate_up<1>(), rows_of<false, 1>(kShort),
                                           rows_of<true, 1>(kLong)};
     if (order == 0) {
       right = single;
+      right_folds.emplace(folded<1>());
       if (!gate_up_is_right(right[0]) || !rows_are_right(right[1], kShort) ||
-          !rows_are_right(right[2], kLong)) {
+          !rows_are_right(right[2], kLong) || !folded_is_right(*right_folds)) {
         std::printf("wrong\n");
         return 1;
       }
     }
     host::multiprocessors = order % 2 == 0 ? 3 : 5;  // one cluster, or two
     const bool paired = same(gate_up<2>(), right[0]) && same(rows_of<false, 2>(kShort), right[1]) &&
-                        same(rows_of<true, 2>(kShort), right[1]);
+                        same(rows_of<true, 2>(kShort), right[1]) &&
+                        (order % 2 == 0 || same(folded<2>(), *right_folds));
     host::multiprocessors = 3;
     if (paired && same(single[0], right[0]) && same(single[1], right[1]) &&
-        same(single[2], right[2])) continue;
+        same(single[2], right[2]) &&
+        (order % 2 == 1 || same(folded<1>(), *right_folds))) {
+      continue;
+    }
     std::printf("other bits in order %d\n", order);
     return 1;
   }
