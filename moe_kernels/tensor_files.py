@@ -26,10 +26,20 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class Names:
-    """Names of the two files in their folder."""
+    """Names of the two files in their folder.
+
+    Attributes:
+        weights: the safetensors file.
+        config: the JSON beside it.
+        mark: a field that each of these configurations has, and no other library's under this name.
+        earlier: the names that older versions wrote, which other libraries have for their own
+            files; None: there are none.
+    """
 
     weights: str
     config: str
+    mark: str
+    earlier: "Names | None" = None
 
     @property
     def key(self) -> str:
@@ -42,41 +52,46 @@ class TensorFile:
 
     Attributes:
         path: the file.
+        names: those that it and the JSON beside it have.
         shapes: of its tensors, by name.
         dtypes: of its tensors, by name, as safetensors calls them.
         metadata: the strings in its header.
     """
 
-    def __init__(self, path: Path, file: safe_open):
-        self.path, self._file = path, file
+    def __init__(self, path: Path, names: Names, file: safe_open):
+        self.path, self.names, self._file = path, names, file
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
         self.dtypes = {name: each.get_dtype() for name, each in slices.items()}
         self.metadata = file.metadata() or {}
 
-    def config(self, names: Names) -> dict | None:
+    @property
+    def beside(self) -> Path:
+        """The JSON beside the file."""
+        return self.path.with_name(self.names.config)
+
+    def config(self) -> dict | None:
         """Return the configuration in the header; None: there is none.
 
         Warns:
-            UserWarning: the JSON beside the file is another one.
+            UserWarning: the JSON beside the file is another one of ours, or damaged.
 
         Raises:
             ValueError: it is not JSON.
         """
-        text = self.metadata.get(names.key)
+        text = self.metadata.get(self.names.key)
         if text is None:
             return None
         config = parse_json(text, f"the header of {self.path}")
-        beside = self.path.with_name(names.config)
-        if beside.is_file() and not _says(beside, config):
+        if self.beside.is_file() and _contradicts(self.beside, self.names.mark, config):
             warnings.warn(
-                f"{beside} is not the configuration of {names.weights} beside it, whose own header "
-                "counts: it was edited, or is that of another save",
+                f"{self.beside} is not the configuration of {self.path.name} beside it, whose own "
+                "header counts: it was edited, or is that of another save",
                 stacklevel=3,
             )
         return config
 
-    def read(self, names: Names) -> dict[str, Tensor]:
+    def read(self) -> dict[str, Tensor]:
         """Return all tensors.
 
         Raises:
@@ -89,8 +104,8 @@ class TensorFile:
                     f"{self.path}: {name} is {dtype}; tensors must be one of {', '.join(_FLOATS)}"
                 )
         tensors = {name: self._file.get_tensor(name) for name in self.shapes}
-        expected = self.metadata.get(_DIGEST)
-        if expected is not None and expected != _digest(self.metadata.get(names.key, ""), tensors):
+        expected, text = self.metadata.get(_DIGEST), self.metadata.get(self.names.key, "")
+        if expected is not None and expected != _digest(text, tensors):
             raise ValueError(
                 f"{self.path} is damaged: its content is not what was written (sha256); copy it "
                 "again, or save it anew"
@@ -103,6 +118,8 @@ def write(folder: Path, names: Names, tensors: dict[str, Tensor], config: dict) 
 
     The weights are replaced first: they carry the configuration that is read back, so an
     interruption between the two leaves good weights beside an older JSON, which only people read.
+    What an older version wrote there under earlier names is removed last, because it would be a
+    second adapter or tokenizer under the names of another library. Files of others stay.
 
     Raises:
         ValueError: a tensor is not float64, float32, float16 or bfloat16, or not finite.
@@ -114,6 +131,7 @@ def write(folder: Path, names: Names, tensors: dict[str, Tensor], config: dict) 
                 f"{', '.join(_FLOATS)}"
             )
     check_finite(tensors, folder / names.weights)
+    replaced = owned(folder, names.earlier) if names.earlier else []
     text = json.dumps(config, indent=2) + "\n"
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", names.key: text, _DIGEST: _digest(text, tensors)}
@@ -121,16 +139,58 @@ def write(folder: Path, names: Names, tensors: dict[str, Tensor], config: dict) 
         settings.write_text(text)
         save_file(tensors, weights, metadata=metadata)
         _sort_metadata(weights)
+    for path in replaced:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[TensorFile]:
-    """Open a safetensors file; raise a ValueError with its path if it is damaged."""
+def opened(folder: Path, names: Names, what: str) -> Iterator[TensorFile]:
+    """Open the weights in a folder; no tensor is read yet.
+
+    Those of an older version are opened where the present ones are missing.
+
+    Args:
+        what: they are, for the message, such as "adapter".
+
+    Raises:
+        FileNotFoundError: the folder has none of ours.
+        ValueError: the file is damaged; the message has its path.
+    """
+    found = names
+    if not (folder / names.weights).is_file():
+        found = names.earlier
+        if found is None or not (folder / found.weights).is_file() or not owned(folder, found):
+            raise FileNotFoundError(f"no {what} in {folder}: {names.weights} is missing")
+    path = folder / found.weights
     try:
         with safe_open(path, framework="pt") as file:
-            yield TensorFile(path, file)
+            yield TensorFile(path, found, file)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
+
+
+def owned(folder: Path, names: Names) -> list[Path]:
+    """Return which of the two files in a folder say by their configuration that they are ours."""
+    weights, config = folder / names.weights, folder / names.config
+    contents = {weights: _in_header(weights, names.key), config: _in_json(config)}
+    return [path for path, content in contents.items() if names.mark in content]
+
+
+def _in_header(path: Path, key: str) -> dict:
+    """Return the configuration in the header of a file; empty: it has none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return parse_json((file.metadata() or {}).get(key, "{}"), path)
+    except (OSError, ValueError, SafetensorError):
+        return {}
+
+
+def _in_json(path: Path) -> dict:
+    """Return the object in a file; empty: it has none that can be read."""
+    try:
+        return parse_json(path.read_bytes(), path)
+    except (OSError, ValueError):
+        return {}
 
 
 def parse_json(text: str | bytes, where: object) -> dict:
@@ -169,11 +229,13 @@ def check_finite(tensors: dict[str, Tensor], where: object) -> None:
             )
 
 
-def _says(path: Path, config: dict) -> bool:
+def _contradicts(path: Path, mark: str, config: dict) -> bool:
+    """Return whether a JSON is damaged, or another configuration of ours than this one."""
     try:
-        return parse_json(path.read_bytes(), path) == config
+        beside = parse_json(path.read_bytes(), path)
     except ValueError:
-        return False
+        return True
+    return mark in beside and beside != config
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:

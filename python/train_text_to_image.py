@@ -29,15 +29,14 @@ from safetensors.torch import save_file
 from shared.cli import exit_code, parse
 from shared.drawing import Setup, TextToImageOptions, run_stages
 from shared.files import copy_whole, replacing, save_figure, write_json
-from shared.outputs import ADAPTER, check_outputs
+from shared.outputs import ADAPTER, IMAGE_TOKENIZER, check_outputs
 from shared.reports.losses import plot_losses
 from shared.reports.text_to_image import plot_drawings, summarize
 from shared.stages import Stages
 
 FILES = (
-    *ADAPTER, "image_tokenizer/codebook.safetensors", "image_tokenizer/tokenizer_config.json",
-    "image_tokenizer-last-good/*", "held_out.safetensors", "report.json", "training.png",
-    "samples-guidance-*.png",
+    *ADAPTER, *IMAGE_TOKENIZER, "image_tokenizer-last-good/*", "held_out.safetensors",
+    "report.json", "training.png", "samples-guidance-*.png",
 )  # fmt: skip
 
 

@@ -20,7 +20,12 @@ from moe_kernels.imaging.arrays import as_tensor
 from moe_kernels.imaging.pixels import as_pixels
 from moe_kernels.tensor_files import TensorFile
 
-_NAMES = tensor_files.Names("codebook.safetensors", "tokenizer_config.json")
+_NAMES = tensor_files.Names(
+    "image_tokenizer.safetensors",
+    "image_tokenizer_config.json",
+    mark="image_shape",
+    earlier=tensor_files.Names("codebook.safetensors", "tokenizer_config.json", mark="image_shape"),
+)
 _CONFIG = {"type": str, "format_version": int, "num_codes": int, "image_shape": [int]}
 _FORMAT_VERSION = 1
 _COLLAPSED_BELOW = 0.1  # share of the codes in use
@@ -226,10 +231,19 @@ class CodebookTokenizer(ABC):
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write codebook.safetensors and tokenizer_config.json, each whole or not at all.
+        """Write image_tokenizer.safetensors and image_tokenizer_config.json into a folder.
+
+        Each is written whole or not at all. Model, text tokenizer and adapter may be in the same
+        folder. Where an older version wrote codebook.safetensors and tokenizer_config.json, these
+        two are removed afterwards; a tokenizer_config.json of a text tokenizer stays.
 
         Raises:
             ValueError: a tensor is not of floats, or not finite.
+
+        Example:
+            >>> tokenizer.save_pretrained("run")  # the text tokenizer
+            >>> image_tokenizer.save("run")
+            >>> image_tokenizer = load_image_tokenizer("run")
         """
         config = {
             "format_version": _FORMAT_VERSION,
@@ -261,7 +275,7 @@ class CodebookTokenizer(ABC):
             )
         try:
             cls._check_file(config, file)
-            tensors = {name: tensor.float() for name, tensor in file.read(_NAMES).items()}
+            tensors = {name: tensor.float() for name, tensor in file.read().items()}
             tensor_files.check_finite(tensors, file.path)
             return cls._restore(config, tensors)
         except ValueError as error:
@@ -271,17 +285,16 @@ class CodebookTokenizer(ABC):
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[TensorFile, dict[str, Any]]]:
     """Open a saved tokenizer: its file and its configuration."""
-    path, beside = folder / _NAMES.weights, folder / _NAMES.config
-    if not path.is_file():
-        raise FileNotFoundError(f"no image tokenizer in {folder}: {path.name} is missing")
-    with tensor_files.opened(path) as file:
-        config = file.config(_NAMES)
+    with tensor_files.opened(folder, _NAMES, "image tokenizer") as file:
+        config = file.config()
         if config is None:  # written by an older version
-            if not beside.is_file():
-                raise FileNotFoundError(f"no image tokenizer in {folder}: {beside.name} is missing")
-            config = tensor_files.parse_json(beside.read_bytes(), beside)
-        schema.check(config, _CONFIG, path)
-        _check_shape(config["image_shape"], path)
+            if not file.beside.is_file():
+                raise FileNotFoundError(
+                    f"no image tokenizer in {folder}: {file.beside.name} is missing"
+                )
+            config = tensor_files.parse_json(file.beside.read_bytes(), file.beside)
+        schema.check(config, _CONFIG, file.path)
+        _check_shape(config["image_shape"], file.path)
         yield file, config
 
 

@@ -4,31 +4,20 @@ The weights alone say which model they fit: see :mod:`moe_kernels.tensor_files`.
 """
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from moe_kernels import schema, tensor_files
 from moe_kernels.models import schemas
 from moe_kernels.tensor_files import TensorFile
 
-NAMES = tensor_files.Names("adapter_model.safetensors", "adapter_config.json")
+NAMES = tensor_files.Names("adapter_model.safetensors", "adapter_config.json", mark="layout")
 OURS, PEFT = "moe_kernels", "PEFT"  # who wrote an adapter: their files have the same names
 LAYOUT = 1  # raised when names or shapes of the saved tensors change
 
 
-@contextlib.contextmanager
-def opened(folder: Path) -> Iterator[TensorFile]:
-    """Open the weights in a folder; no tensor is read yet.
-
-    Raises:
-        FileNotFoundError: the folder has no adapter.
-        ValueError: the file is damaged.
-    """
-    path = folder / NAMES.weights
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {folder}: {NAMES.weights} is missing")
-    with tensor_files.opened(path) as file:
-        yield file
+def opened(folder: Path) -> contextlib.AbstractContextManager[TensorFile]:
+    """Open the weights in a folder; see :func:`moe_kernels.tensor_files.opened`."""
+    return tensor_files.opened(folder, NAMES, "adapter")
 
 
 def check_library(folder: Path, library: str) -> None:
@@ -57,7 +46,7 @@ def read_config(file: TensorFile) -> dict:
     Raises:
         ValueError: the header is damaged, not ours, of another layout, or a field has another type.
     """
-    saved = file.config(NAMES) or {}
+    saved = file.config() or {}
     if missing := {"layout", "lora", "added_tokens", "base_model", "versions"} - set(saved):
         raise ValueError(
             f"{file.path} was not written by moe_kernels: its header lacks "

@@ -275,7 +275,7 @@ def _read(
     default = trainable_dtype(patched.model.get_input_embeddings().weight)
     tensors = {
         name: tensor.to(parameters[name].dtype if name in parameters else default)
-        for name, tensor in file.read(NAMES).items()
+        for name, tensor in file.read().items()
     }
     tensor_files.check_finite(tensors, file.path)
     return tensors

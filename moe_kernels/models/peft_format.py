@@ -119,7 +119,7 @@ def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
         saved = _read_config(file)
         _check_config(patched.config, slots, saved, file.path.with_name(NAMES.config))
         _check_tensors(file, slots)
-        tensors = file.read(NAMES)
+        tensors = file.read()
     pairs = [pair for slot in slots for pair in _convert(tensors, slot)]
     tensor_files.check_finite({name: tensor for name, _, tensor in pairs}, file.path)
     kept = [parameter for _, parameter, _ in pairs]

@@ -8,6 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+IMAGE_TOKENIZER = (  # and its earlier names
+    "image_tokenizer/image_tokenizer.safetensors", "image_tokenizer/image_tokenizer_config.json",
+    "image_tokenizer/codebook.safetensors", "image_tokenizer/tokenizer_config.json",
+)  # fmt: skip
 # What a killed run leaves beside a file that it was replacing (moe_kernels.files); and did before.
 _LEFT = re.compile(r"\..+(-[a-z0-9_]{8}\.partial|\.tmp)")
 _STAGE = re.compile(r"stages/[^/]+-[0-9a-f]{12}(\.partial)?/.+")

@@ -99,8 +99,8 @@ def test_save_and_load(tokenizer, tmp_path):
     assert torch.equal(loaded.codebook, tokenizer.codebook)
     assert (loaded.patch_size, loaded.image_shape) == (4, (8, 12))
     assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == [
-        "codebook.safetensors",
-        "tokenizer_config.json",
+        "image_tokenizer.safetensors",
+        "image_tokenizer_config.json",
     ]
 
 

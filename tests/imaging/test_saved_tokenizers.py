@@ -1,4 +1,4 @@
-"""Files of image tokenizers that are damaged or strange: one ValueError that names them."""
+"""Files of image tokenizers: their names, and one ValueError that names a damaged one."""
 
 import json
 import math
@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.saved_adapters import TOKENIZER, rewrite
+from support.saved_adapters import EARLIER_TOKENIZER, TOKENIZER, give_earlier_names, rewrite
+from support.text_tokenizer import make_tokenizer
+from transformers import AutoTokenizer
 
 from moe_kernels.imaging import PatchTokenizer, VQTokenizer, load_image_tokenizer
 
-CONFIG, WEIGHTS = "tokenizer_config.json", "codebook.safetensors"
+WEIGHTS, CONFIG = TOKENIZER
 STRANGE = (None, "4", 0, -1, 4.0, True, [4], 10**9, 10**400, math.nan)
 
 
@@ -46,6 +48,35 @@ def test_a_whole_tokenizer_is_loaded(copy, saved):
     first, second = load_image_tokenizer(saved), load_image_tokenizer(copy)
     codes = torch.arange(2 * first.tokens_per_image).reshape(2, -1) % first.num_codes
     assert torch.equal(first.decode(codes), second.decode(codes))
+
+
+def test_earlier_names_are_read_and_give_way(copy):
+    tokenizer = load_image_tokenizer(copy)
+    give_earlier_names(copy, TOKENIZER, EARLIER_TOKENIZER)
+    assert torch.equal(load_image_tokenizer(copy).codebook, tokenizer.codebook)
+    tokenizer.save(copy)
+    assert sorted(path.name for path in copy.iterdir()) == sorted(TOKENIZER)
+    assert torch.equal(load_image_tokenizer(copy).codebook, tokenizer.codebook)
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_the_configuration_of_a_text_tokenizer_is_not_ours(copy, header):
+    """Under the earlier name it used to replace ours, or ours it."""
+    tokenizer, text = load_image_tokenizer(copy), make_tokenizer(bos_token="<s>")
+    give_earlier_names(copy, TOKENIZER, EARLIER_TOKENIZER)
+    weights = copy / EARLIER_TOKENIZER[0]
+    if not header:
+        save_file(load_file(weights), weights)  # as before there was one
+    text.save_pretrained(copy)
+    if header:
+        assert load_image_tokenizer(copy).num_codes == tokenizer.num_codes
+    else:
+        with pytest.raises(FileNotFoundError, match=f"no image tokenizer in {copy}: {WEIGHTS} is"):
+            load_image_tokenizer(copy)
+    tokenizer.save(copy)
+    assert weights.exists() is not header
+    assert AutoTokenizer.from_pretrained(copy).bos_token == "<s>"
+    assert torch.equal(load_image_tokenizer(copy).codebook, tokenizer.codebook)
 
 
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: str(value)[:10])

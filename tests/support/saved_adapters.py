@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-TOKENIZER = ("codebook.safetensors", "tokenizer_config.json")
+TOKENIZER = ("image_tokenizer.safetensors", "image_tokenizer_config.json")
+EARLIER_TOKENIZER = ("codebook.safetensors", "tokenizer_config.json")
 WEIGHTS, CONFIG = ADAPTER
 
 
@@ -30,6 +31,16 @@ def rewrite(folder, change_header=None, change_tensors=None, names=ADAPTER):
     metadata = {"format": "pt", names[1].removesuffix(".json"): text}
     save_file(tensors, folder / names[0], metadata=metadata)
     (folder / names[1]).write_text(text)
+
+
+def give_earlier_names(folder, names, earlier):
+    """Rename both files, and the configuration in the header, as older versions called them."""
+    header, tensors = read(folder, names)
+    for name in names:
+        (folder / name).unlink()
+    text = json.dumps(header)
+    save_file(tensors, folder / earlier[0], metadata={earlier[1].removesuffix(".json"): text})
+    (folder / earlier[1]).write_text(text)
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
