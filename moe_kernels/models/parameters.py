@@ -34,6 +34,12 @@ def is_added(name: str) -> bool:
     return any(part in _ADDED_NAMES for part in name.split("."))
 
 
+def is_row(name: str) -> bool:
+    """Return whether a parameter of this name is rows of added tokens."""
+    # The first part decides: below it stand names of modalities, which may be any.
+    return next((part for part in name.split(".") if part in _ADDED_NAMES), None) == tokens.ROWS
+
+
 def original_name(name: str) -> str:
     """Return a parameter's name without torch's wrappers around the modules above it."""
     parts = name.split(".")

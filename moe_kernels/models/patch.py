@@ -13,12 +13,14 @@ from moe_kernels.layers import ModalityLora
 from moe_kernels.models import (
     adapters,
     added_experts,
+    description,
     experts,
     forms,
     linear,
     methods,
     mixing,
     offload,
+    parameter_groups,
     parameters,
     projectors,
     prompts,
@@ -102,6 +104,51 @@ class PatchedModel(PatchState):
         for name, parameter in parameters.named_adapter_parameters(self.model):
             if parameter.requires_grad:
                 yield name, parameter
+
+    def parameter_groups(self, lr: float, *, rows_lr: float | None = None) -> list[dict]:
+        """Return what trains in groups for an optimizer of torch: adapters, then added rows.
+
+        Rows learn faster at a larger rate than adapters (docs/training.md), and get no weight
+        decay, which would pull them away from the lengths of text rows. Adapters, experts and
+        projectors get the optimizer's own. A group that would be empty is left out. Call it after
+        ``add_modality_tokens``, and before an engine makes the optimizer.
+
+        Args:
+            lr: learning rate of all but the rows.
+            rows_lr: learning rate of added rows; default: ``lr``.
+
+        Raises:
+            ValueError: nothing trains, a rate is negative or not finite, or ``rows_lr`` is given
+                and no added row trains.
+
+        Example:
+            >>> optimizer = torch.optim.AdamW(patched.parameter_groups(lr=3e-3, rows_lr=2e-2))
+        """
+        self.check_in_place()
+        return parameter_groups.adapters_and_rows(self, lr, rows_lr)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the numbers of values that train and of all values of the model.
+
+        Parts of a sharded parameter on other ranks count, and a packed weight counts as what it is
+        unpacked to.
+
+        Example:
+            >>> trained, total = patched.count_parameters()
+        """
+        return description.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of values that train, that of all, and the share, as PEFT's does.
+
+        Example:
+            >>> patched.print_trainable_parameters()
+            trainable params: 5,696 || all params: 33,760 || trainable%: 16.8720
+        """
+        print(description.trainable_line(self))
+
+    def __repr__(self) -> str:
+        return description.describe(self)
 
     def save_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.

@@ -105,6 +105,7 @@ class TeachingOptions(Options):
     gradient_accumulation: int = option(1, "batches in a step", at_least=1, metavar="N")
     gradient_checkpointing: bool = option(False, "use less memory; a third slower")
     lr: float = option(1e-3, "learning rate", above=0)
+    rows_lr: float | None = option(None, "learning rate of the added rows; default: --lr", above=0)
     caption_dropout: float = option(0.1, "share of captions left empty, for guidance")
 
 
@@ -348,6 +349,7 @@ def teach(setup: Setup, workspace: Workspace) -> dict[str, Any]:
         max_steps=options.steps, per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.gradient_accumulation, learning_rate=options.lr,
         warmup_steps=options.steps // 20, seed=options.seed, use_cpu=options.device == "cpu",
+        rows_lr=options.rows_lr,
     )  # fmt: skip
     painter.patched.save_adapter(workspace.folder / "adapter")
     caption = np.mean([len(ids) for ids in painter.caption_ids])

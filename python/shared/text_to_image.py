@@ -148,8 +148,7 @@ def measure_model(
     nll_end = mean_nll(model, images)
     with painter.patched.adapters_disabled():
         nll_off = mean_nll(model, images)
-    trained = sum(parameter.numel() for parameter in painter.patched.trainable_parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    trained, total = painter.patched.count_parameters()
     return painter, {
         "parameters": {"trained": trained, "total": total, "share": trained / total},
         "text": compare_text(unpatched, before, after, blocks),

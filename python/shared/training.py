@@ -183,7 +183,7 @@ def train(
     model: PreTrainedModel | PatchedModel, dataset: torch.utils.data.Dataset,
     held_out: Callable[[PreTrainedModel], float], workspace: Workspace, *,
     collator: Callable | None = None, optimizer: torch.optim.Optimizer | None = None,
-    every: int = 5, **arguments: Any,
+    rows_lr: float | None = None, every: int = 5, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train with transformers' Trainer, from the last complete checkpoint in the workspace.
 
@@ -193,6 +193,7 @@ def train(
     Args:
         held_out: returns the held-out loss of a model; computed seven times
         optimizer: replaces the Trainer's, for several learning rates
+        rows_lr: learning rate of added rows, of a PatchedModel; default: that of all
         every: steps that a loss of the result is the mean of
         arguments: of `TrainingArguments`
 
@@ -216,6 +217,12 @@ def train(
             f"transformers' Trainer would spread the model over {arguments.n_gpu} GPUs by "
             "nn.DataParallel: choose one of them by CUDA_VISIBLE_DEVICES"
         )
+    if rows_lr is not None:
+        optimizer = torch.optim.AdamW(
+            model.parameter_groups(arguments.learning_rate, rows_lr=rows_lr),
+            betas=(arguments.adam_beta1, arguments.adam_beta2), eps=arguments.adam_epsilon,
+            weight_decay=arguments.weight_decay,
+        )  # fmt: skip
     with stop_after_step() as stop:
         monitor = Monitor(arguments.max_steps, held_out, workspace, stop)
         trainer = (AdapterTrainer if isinstance(model, PatchedModel) else CheckedTrainer)(

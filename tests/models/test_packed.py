@@ -85,7 +85,9 @@ PLAIN = pytest.mark.parametrize(
 @PACKED
 @PLAIN
 def test_same_bits_as_the_unpacked_model(plain, pack):
-    steps = [step(patch(model)) for model in pair(plain(), pack)]
+    packed, unpacked = (patch(model) for model in pair(plain(), pack))
+    assert packed.count_parameters() == unpacked.count_parameters()
+    steps = [step(packed), step(unpacked)]
     assert equal(*steps)
     assert all(each.isfinite().all() and each.any() for each in steps[0][2:])
 

@@ -25,6 +25,7 @@ from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import patch as patch_module
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.parts import find_experts
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import TOLERANCES, assert_close, make_routing, relative_rms
 
 # Factor by which a model exceeds the rounding of its layers.
@@ -408,6 +409,59 @@ def test_only_adapters_and_added_rows_train(family):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert all(p.grad is None for p in frozen)
+
+
+def test_groups_of_parameters_for_an_optimizer():
+    """Rows have their own rate and no decay, whatever modalities are called."""
+    names = ("added_rows", "image")
+    model, patched = patched_model("mixtral", ModalityLoraConfig(r=4, modalities=names))
+    ExpertExtender(model).add_projector(in_features=5, modality="added_rows")
+    with pytest.raises(ValueError, match=r"none that train: call add_modality_tokens"):
+        patched.parameter_groups(1e-3, rows_lr=1e-2)
+    (alone,) = patched.parameter_groups(1e-3)
+    assert len(alone["params"]) == len(list(patched.trainable_parameters()))
+    add_modality_tokens(model, "image", 3)
+    for rate in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="rows_lr must be a finite number from 0 on"):
+            patched.parameter_groups(1e-3, rows_lr=rate)
+    optimizer = torch.optim.AdamW(patched.parameter_groups(1e-3, rows_lr=1e-2), weight_decay=0.1)
+    adapters, rows = optimizer.param_groups
+    assert adapters["params"] == alone["params"]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert {*rows["params"]} == {each.added_rows["image"] for each in (table, head)}
+    assert [(each["lr"], each["weight_decay"]) for each in (adapters, rows)] == [
+        (1e-3, 0.1), (1e-2, 0.0),
+    ]  # fmt: skip
+    assert {g["lr"] for g in patched.parameter_groups(1e-3)} == {1e-3}
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing that was added to the model trains"):
+        patched.parameter_groups(1e-3)
+
+
+def test_the_handle_says_what_was_added(capsys):
+    model = make_model("mixtral")
+    base = sum(parameter.numel() for parameter in model.parameters())
+    config = ModalityLoraConfig(r=4, rank_pattern={"down_proj": 2}, layers_to_transform=(1,))
+    patched = patch_model(model, config)
+    add_modality_tokens(model, "image", 3)
+    ExpertExtender(model).extend([0], 2, init=0)
+    trained = sum(parameter.numel() for parameter in patched.trainable_parameters())
+    assert patched.count_parameters() == (trained, base + trained)
+    patched.print_trainable_parameters()
+    share = 100 * trained / (base + trained)
+    assert capsys.readouterr().out == (
+        f"trainable params: {trained:,} || all params: {base + trained:,} || "
+        f"trainable%: {share:.4f}\n"
+    )
+    said = repr(patched)
+    for part in (
+        "MixtralForCausalLM", "modalities: image", "targets: experts, attention", "ranks: 2, 4",
+        "layers: 1 of 2 adapted, 2 with experts", "(chosen)", f"image 3 ({VOCAB}..{VOCAB + 2})",
+        "extensions: 2 experts in 1 layers for",
+    ):  # fmt: skip
+        assert part in said
+    patched.unpatch()
+    assert repr(patched) == "PatchedModel(MixtralForCausalLM, unpatched)"
 
 
 @FAMILY

@@ -49,8 +49,8 @@ def pictures(tmp_path_factory):
 def command(model_folder, pictures):
     return [
         str(model_folder), "--data", str(pictures), "--image-size", "8", "--held-out", "9",
-        "--num-codes", "16", "--steps", "6", "--batch", "4", "--lr", "2e-2", "--r", "4",
-        "--text-tokens", "128", "--text-block", "32", "--samples-per-caption", "2",
+        "--num-codes", "16", "--steps", "6", "--batch", "4", "--lr", "2e-2", "--rows-lr", "4e-2",
+        "--r", "4", "--text-tokens", "128", "--text-block", "32", "--samples-per-caption", "2",
         "--guidance", "1", "2", "--dtype", "float32", "--device", "cpu",
     ]  # fmt: skip
 

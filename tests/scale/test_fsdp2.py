@@ -133,7 +133,9 @@ def saves_the_bytes_of_one_process(rank, folder):
     ):
         expected = saved_whole(make(**settings), folder / f"whole-{number}", rank)
         patched = make(**settings)
+        sizes = patched.count_parameters()
         shard(patched.model)
+        assert patched.count_parameters() == sizes
         patched.save_adapter(folder / f"sharded-{number}")
         assert files(folder / f"sharded-{number}") == expected
 
