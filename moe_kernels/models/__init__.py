@@ -6,6 +6,7 @@ from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
 from moe_kernels.models.patch import PatchedModel, patch_model
 from moe_kernels.models.peft_experts import AcceleratedPeft, accelerate_peft, get_accelerated
 from moe_kernels.models.sharding import shard_evenly
+from moe_kernels.models.text_check import TextCheck
 from moe_kernels.models.tokens import add_modality_tokens
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LoraInitDiagnostics",
     "ModalityLoraConfig",
     "PatchedModel",
+    "TextCheck",
     "SaveAdapter",
     "accelerate_peft",
     "add_modality_tokens",

@@ -1,11 +1,11 @@
 """``patch_model``: add masked low-rank updates to a Mixture-of-Experts model of Hugging Face."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_kernels import backends
@@ -27,6 +27,7 @@ from moe_kernels.models import (
     quantisation,
     routers,
     sharding,
+    text_check,
     tokens,
 )
 from moe_kernels.models.config import (
@@ -41,7 +42,7 @@ from moe_kernels.models.context import (
     TakeModalityIdsOfLayer,
 )
 from moe_kernels.models.forwards import ForeignForward, RequireGrad
-from moe_kernels.models.handle import PatchState, is_patched
+from moe_kernels.models.handle import PatchState, get_patched, is_patched
 from moe_kernels.models.instance_forward import has_own_forward
 from moe_kernels.models.intact import find_links, patched_modules
 from moe_kernels.models.parts import (
@@ -59,6 +60,7 @@ from moe_kernels.models.projections import (
     find_projections,
 )
 from moe_kernels.models.routers import RoutingFinder
+from moe_kernels.models.text_check import TextCheck
 from moe_kernels.models.undo import all_or_nothing
 
 
@@ -149,6 +151,51 @@ class PatchedModel(PatchState):
 
     def __repr__(self) -> str:
         return description.describe(self)
+
+    def check_text(
+        self,
+        batches: Iterable[Mapping[str, Tensor] | Tensor] | Mapping[str, Tensor] | Tensor,
+        *,
+        since: TextCheck | None = None,
+    ) -> TextCheck:
+        """Compare logits of text, bit by bit, in up to four states of the model.
+
+        The model runs as it is now and with its adapters off, and so does a second model without
+        anything that was added, which has the same weights and takes no memory for them. With
+        ``since``, tokens that changed since an earlier check are counted too, whatever changed
+        them. Two kinds of figures are promised to be 0: tokens changed by the adapters, and tokens
+        changed since the reference. Patching itself rounds once, as any other kernel does, so the
+        unpatched model agrees to rounding.
+
+        All forwards are without gradients, in eval mode and within :meth:`text_only`. Afterwards
+        the model is as it was, each module in its mode, also if something was raised.
+
+        Args:
+            batches: of text alone: dicts with ``input_ids`` (B, S) and what else the model takes,
+                such as ``attention_mask``, or tensors of ids. ``labels`` are left out, and tokens
+                of padding are not compared.
+            since: the result of an earlier call with the same batches, such as before training.
+
+        Raises:
+            ValueError: a batch has no ``input_ids``, or tokens of an added modality; there is no
+                batch; ``since`` is of other batches; or the model is sharded, offloaded, adapted
+                by PEFT too, under accelerate's autocast, or has its adapters off.
+
+        Example:
+            >>> before = patched.check_text(batches)
+            >>> trainer.train()
+            >>> print(patched.check_text(batches, since=before))
+        """
+        self.check_computed()
+        text_check.check_possible(self)
+        return text_check.check(self, self._unpatched_twin(), batches, since)
+
+    def _unpatched_twin(self) -> PreTrainedModel:
+        """Return a second model of the same tensors, without what was added."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        twin = get_patched(copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors}))
+        twin._requires_grad = {}  # unpatching would set the flags of the shared parameters
+        return twin.unpatch()
 
     def save_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.

@@ -101,6 +101,7 @@ def test_text_keeps_its_bits_when_adapters_change(pack):
         randomise(patched, scale=1e18, seed=5)
         after = patched.model(ids).logits[..., : patched.base_vocabulary]
     assert torch.equal(after, before)
+    assert patched.check_text(ids).changed_by_adapters == 0
 
 
 def test_each_stack_is_unpacked_once_for_each_use():

@@ -3,9 +3,10 @@
 import contextlib
 import copy
 
+import accelerate
 import pytest
 import torch
-from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids
+from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids, unchanged
 from support.patched_models import patched_model
 from torch.nn import functional as F
 from transformers import GenerationConfig
@@ -212,3 +213,94 @@ def test_generate_is_that_of_the_class_after_unpatch():
     model, patched = patched_model(num_tokens=ADDED)
     patched.unpatch()
     assert "generate" not in model.__dict__ and "_loss_function" not in model.__dict__
+
+
+# --- the check that users make
+
+
+def padded_batches():
+    ids = token_ids(2, 12, seed=3)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0  # padding on the left
+    return [IDS, {"input_ids": ids, "attention_mask": mask, "labels": ids}]
+
+
+@FAMILY
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_check_text_compares_with_what_unpatching_gives(family, tied):
+    model, patched = patched_model(family, num_tokens=ADDED, tie_word_embeddings=tied)
+    train(patched, seed=1)
+    model.train().model.layers[0].eval()
+    (batch, other), weights = padded_batches(), [p.data_ptr() for p in model.parameters()]
+    with unchanged(model):
+        before = patched.check_text([batch, other])
+        train(patched, seed=2)
+        found = patched.check_text([batch, other], since=before)
+        train(patched, seed=1)
+    assert [p.data_ptr() for p in model.parameters()] == weights
+    assert not model.model.layers[0].training and model.model.layers[1].training
+    assert (found.changed_by_adapters, found.changed_since, found.tokens) == (0, 0, 2 * 10 + 19)
+    assert before.changed_since is None and "tokens changed since" not in repr(before)
+    assert "tokens changed since the reference  0 of 39" in repr(found)
+
+    def logits():
+        with torch.no_grad():
+            padded = model(other["input_ids"], attention_mask=other["attention_mask"]).logits
+            both = [model(batch).logits.flatten(0, 1), padded[other["attention_mask"].bool()]]
+            return torch.cat(both)[:, :VOCAB]
+
+    model.eval()
+    ours = logits()
+    patched.unpatch()
+    plain = logits()
+    assert found.changed_by_patching == int((ours != plain).any(-1).sum())
+    assert found.same_next_token == float((ours.argmax(-1) == plain.argmax(-1)).float().mean())
+    assert found.largest_difference == float((ours - plain).abs().max())
+    expected = (ours - plain).double().norm() / plain.double().norm()
+    assert found.relative_rms == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_check_text_finds_text_that_changed():
+    model, patched = patched_model(num_tokens=ADDED)
+    before = patched.check_text(IDS)
+
+    def leak(module, inputs, output):
+        return output + 1e-3 if patched.adapters_enabled else output
+
+    hook = model.get_output_embeddings().register_forward_hook(leak)
+    assert patched.check_text(IDS).changed_by_adapters == 20
+    hook.remove()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] += 1  # one logit of each token
+    found = patched.check_text(IDS, since=before)
+    assert (found.changed_by_adapters, found.changed_since) == (0, 20)
+
+
+def test_check_text_says_what_it_cannot_compare():
+    model, patched = patched_model(num_tokens=ADDED)
+    before = patched.check_text(IDS)
+    for batches, message in (
+        ([], "check_text got no batch"),
+        (IDS[0], r"needs input_ids, a tensor \(B, S\)"),
+        ({"inputs_embeds": torch.zeros(1, 2, 32)}, r"needs input_ids, a tensor \(B, S\)"),
+        (IDS + VOCAB, "batch 0 has tokens of image: check_text compares text alone"),
+        ([{"input_ids": IDS, "modality_ids": torch.ones_like(IDS)}], "has tokens of image"),
+    ):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            patched.check_text(batches)
+    for other in (IDS.flip(0), IDS[:1]):
+        with pytest.raises(ValueError, match="the reference was made of other batches"):
+            patched.check_text(other, since=before)
+    with patched.adapters_disabled(), pytest.raises(ValueError, match="they are off here"):
+        patched.check_text(IDS)
+    model._original_forward = model.forward
+    with pytest.raises(ValueError, match="unwrap_model.model, keep_fp32_wrapper=False. first"):
+        patched.check_text(IDS)
+    del model._original_forward
+    model.train().get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        patched.check_text(IDS)
+    assert model.training
+    accelerate.cpu_offload(model)
+    with pytest.raises(ValueError, match="sharded or offloaded: load the adapter into a whole"):
+        patched.check_text(IDS)
