@@ -62,6 +62,7 @@ def test_public_names():
     }
 
 
+@pytest.mark.slow  # it imports all in a process of its own
 def test_the_old_name_of_moextend_warns_and_is_the_same():
     python(
         "import warnings; warnings.simplefilter('error', DeprecationWarning)\n"

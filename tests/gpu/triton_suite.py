@@ -279,7 +279,7 @@ def test_stacks_of_more_than_2_to_the_31_elements():
         pytest.param(300, 64, 64, 4, None, marks=pytest.mark.slow),
         pytest.param(300, 72, 40, 2, None, marks=pytest.mark.slow),
         pytest.param(9, 128, 128, 4, "transposed", marks=pytest.mark.slow),
-        (9, 128, 128, 4, "gpt_oss"),
+        pytest.param(9, 128, 128, 4, "gpt_oss", marks=pytest.mark.slow),
         pytest.param(9, 128, 128, 4, "nemotron_h", marks=pytest.mark.slow),
     ],
 )
@@ -528,7 +528,13 @@ def compute_all_gradients():
 all_gradients = pytest.fixture(compute_all_gradients, scope="module")
 
 
-@pytest.mark.parametrize("trained", ["hidden_states", "topk_weights", "down_lora", "gate_up_lora"])
+@pytest.mark.parametrize(
+    "trained",
+    [
+        "hidden_states", "gate_up_lora",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk_weights", "down_lora")),
+    ],
+)  # fmt: skip
 def test_only_the_gradients_asked_for(trained, all_gradients):
     inputs, grad_out, everything = all_gradients
     tensors = {
@@ -553,12 +559,12 @@ def test_only_the_gradients_asked_for(trained, all_gradients):
 @pytest.mark.parametrize(
     ("dtype", "tokens", "modalities", "rank"),
     [
-        *[(torch.float32, 37, 2, 5), (torch.float32, 37, 1, 20), (torch.float32, 1300, 1, 5)],
-        (torch.float16, 37, 2, 5),
+        *[(torch.float32, 37, 2, 5), (torch.float32, 37, 1, 20), (torch.float16, 37, 2, 5)],
         *[
             pytest.param(dtype, *sizes, marks=pytest.mark.slow)
             for dtype, *sizes in [
                 (torch.float32, 37, 1, 5),
+                (torch.float32, 1300, 1, 5),
                 (torch.float16, 37, 1, 5),
                 (torch.float16, 37, 1, 20),
                 (torch.float16, 1300, 1, 5),
@@ -596,7 +602,8 @@ def test_lora_linear(dtype, tokens, modalities, rank):
 
 
 @pytest.mark.skipif(ON_GPU, reason="its tensors are on the CPU: run on a machine without a GPU")
-@pytest.mark.parametrize("op", [pytest.param("moe_mlp", marks=pytest.mark.slow), "lora_linear"])
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["moe_mlp", "lora_linear"])
 def test_compiles_into_one_graph(op):
     function, x, adapters = make(op, "triton")
     expected = results(function, x, adapters)
@@ -808,6 +815,7 @@ def test_tensors_may_be_on_another_device_than_the_current():
         assert torch.equal(call(elsewhere, "triton").cpu(), call(inputs, "triton").cpu())
 
 
+@pytest.mark.slow  # it times many tiles
 def test_tuned_tiles_are_stored_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_KERNELS_TILES", str(tmp_path / "new" / "tiles.json"))
     shape, dtype = SHAPES["tiny"], torch.float32

@@ -83,6 +83,7 @@ def test_the_name_exists(first):
     run(first + THEN)
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_model_is_made_with_it(tmp_path):
     """The package's own models are imported at the first call."""
     model, ids = make_model("mixtral"), token_ids(2, 5)

@@ -196,6 +196,7 @@ def test_a_coroutine_has_the_switches_of_its_creator(switch):
             assert torch.equal(found, logits(model, GIVEN, context)())
 
 
+@pytest.mark.slow  # it compiles
 def test_compiled_models_see_the_switches():
     model, patched = patched_model("olmoe", ModalityLoraConfig(r=4))
     torch._dynamo.reset()

@@ -195,7 +195,8 @@ def test_the_level_is_the_one_asked_for():
         extension.prefer_brgemm(True)
 
 
-@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
+@pytest.mark.slow  # it runs this file again
+@pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_on_a_smaller_instruction_set(capability):
     """The same tests pass with the wider kernels switched off."""
     files, selected = (

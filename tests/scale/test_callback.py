@@ -136,7 +136,10 @@ SCENES = {
     "ddp": ddp, "fsdp2": fsdp2, "zero2": zero(2),
     "zero3": zero(3, stage3_param_persistence_threshold=0),
 }  # fmt: skip
-MARKS = {"ddp": pytest.mark.slow, "zero2": pytest.mark.scale, "zero3": pytest.mark.scale}
+MARKS = {
+    "ddp": pytest.mark.slow, "fsdp2": pytest.mark.slow, "zero2": pytest.mark.scale,
+    "zero3": pytest.mark.scale,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
