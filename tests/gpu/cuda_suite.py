@@ -221,10 +221,12 @@ def test_u2_comes_with_gate_up_unless_its_parts_are_large():
 
 
 @NEEDS_CUDA
-@pytest.mark.parametrize("tokens", [40, 400, 4000])  # tiles of 16, 64 and 128 rows
+@pytest.mark.parametrize(("tokens", "block"), [(40, 16), (400, 128), (5000, 256)])
+@pytest.mark.parametrize("rank", [16, 24])  # gradients of adapters come with dA', or not
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_tile_matches_the_reference(dtype, tokens):
-    check(dtype, Shape(T=tokens, K=2, E=8, H=264, I=136, r=24), num_modalities=2, num_extra=1)
+def test_every_tile_matches_the_reference(dtype, rank, tokens, block):
+    assert _native.grouped_gemm_block(2 * tokens, 8) == block
+    check(dtype, Shape(T=tokens, K=2, E=8, H=264, I=136, r=rank), num_modalities=2, num_extra=1)
 
 
 @pytest.mark.parametrize(("variant", "wgrads"), [({}, 2), ({"num_extra": 1}, 3)])
@@ -642,17 +644,37 @@ def outcome(name, arguments):
         returned = [returned[0][:dispatched], *returned[1:]]
     if name == "act_backward":
         d_pre, act, dots, folded = returned
-        returned = [d_pre, act[rows_with_act(arguments) if len(act) else []], dots]
-        returned += [part.nan_to_num() for part in folded[:1]]
+        du1, *sums = folded
+        adapted, kept = adapted_rows(arguments), rows_with_act(arguments) if len(act) else []
+        kept = kept if arguments[12] else [row for row in kept if row not in adapted]
+        returned = [d_pre, act[kept], dots]
+        returned += [du1[:, adapted] if len(du1) else du1]
+        returned += [slots[written_slots(arguments)] if len(slots) else slots for slots in sums]
     if name == "gate_up":
         pre_act, act, parts = returned
-        end = int(arguments[5][len(arguments[1]) * (1 + len(arguments[8]))])  # of frozen experts
-        returned = pre_act, act, parts[:, [row for row in rows_with_act(arguments) if row < end]]
+        returned = pre_act, act, parts[:, adapted_rows(arguments)].sum(0)  # of as many as there are
     return returned
 
 
+def adapted_rows(arguments):
+    """Return the rows of frozen experts that have an adapter."""
+    end = int(arguments[5][len(arguments[1]) * (1 + len(arguments[8]))])
+    return [row for row in rows_with_act(arguments) if row < end]
+
+
+def written_slots(arguments):
+    """Return the slots in which act_backward leaves sums over the rows of tiles."""
+    stack, segments, modalities = arguments[1], arguments[5], len(arguments[8])
+    slots = []
+    for modality in range(modalities):
+        for expert in range(len(stack)):
+            of_pair = cuda_stand_ins.slots_of(segments, modalities, modality, expert)
+            slots += range(of_pair.start, of_pair.stop)
+    return slots
+
+
 def rows_with_act(arguments):
-    """Return the rows whose activation act_backward writes: adapted or of an added expert."""
+    """Return the rows whose activation act_backward may write: adapted or of an added expert."""
     stack, segments, scaling = arguments[1], arguments[5].tolist(), arguments[8]
     period = 1 + len(scaling)
     of_base = range(0, len(stack) * period, period)

@@ -179,7 +179,12 @@ def grouped_gemm(*arguments: Tensor | int | bool | None) -> tuple[Tensor, Tensor
     assert not save or u.dim() == 3
     out = experts(*arguments, by_token=False, transposed=transposed).to(left.dtype)
     dtype, rank = left.dtype if transposed else torch.float32, 0 if u is None else u.shape[-1]
-    return out, sum_of(u, dtype).nan_to_num() if save else out.new_empty(0, rank, dtype=dtype)
+    saved = torch.zeros(len(out) if save else 0, rank, dtype=dtype)
+    if save:
+        v, segments, stack = arguments[7], arguments[5].tolist(), arguments[1]
+        for _, adapted, _ in adapters(v, segments, len(stack)):
+            saved[adapted] = sum_of(u, dtype)[adapted]
+    return out, saved
 
 
 def act_backward(
@@ -211,7 +216,9 @@ def fold(
 ) -> list[Tensor]:  # fmt: skip
     """Return du1 in parts, and dB1 and dA2 in slots of tiles of 128 rows; NaN elsewhere."""
     if u1 is None:
-        return [torch.empty(0, 0, 0) for _ in wanted]
+        rank = 0 if du2 is None else du2.shape[1]
+        sizes = (len(perm), 0), (d_pre.shape[1], 0), (rank, act.shape[1])
+        return [torch.empty(0, *size) for size in sizes]
     modalities, experts, width, rank = b1.shape
     inter, nan = width // 2, float("nan")
     slots = len(perm) // 128 + 2 * modalities * experts
