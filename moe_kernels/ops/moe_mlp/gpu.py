@@ -5,9 +5,9 @@ There is no host sync and no float atomic, and every sum has a fixed order.
 Forward, 7 launches with adapters: dispatch and the tile maps, shrink, gate_up with the activation,
 shrink, down, weighted combine; 6 where gate_up gives u2 in parts, which down adds. Backward, 9: the
 tile maps; du2; dA' with all that follows from it; dB1 with du1, and dA2; what finishes their sums;
-the rows of dX and their combine; dB2 and dA1; what finishes these. Where du1 costs less in a pass
-of its own it is a launch more, and the gradients of added experts are three more, with the launch
-that makes their factors.
+the rows of dX and their combine; dB2 and dA1; what finishes these; 7 where dA' leaves du1, dB1 and
+dA2, whose sums the last launch finishes. Where du1 costs less in a pass of its own it is a launch
+more, and the gradients of added experts are three more, with the launch that makes their factors.
 """
 
 from collections.abc import Callable, Sequence
