@@ -57,6 +57,14 @@ cuda::LayerShapes shapes_of(const Layer& layer) {
   };
 }
 
+const Launches& launches_of(const Layer& layer) {
+  if (layer.hidden_states.is_meta()) return kWithoutMemory;
+  // Another tensor without memory brings a layer here in a build without kernels.
+  TORCH_CHECK(on_device != nullptr, "all tensors must be on meta, hidden_states is on ",
+              layer.hidden_states.device());
+  return *on_device;
+}
+
 // What the two halves share: the launches that occur in both.
 struct Course {
   const Layer& layer;
@@ -68,7 +76,7 @@ struct Course {
       : layer(of),
         shapes(shapes_of(of)),
         plan(shapes),
-        launches(of.hidden_states.is_meta() ? kWithoutMemory : *on_device) {}
+        launches(launches_of(of)) {}
 
   at::Tensor empty(int64_t columns, at::ScalarType dtype) const {
     return at::empty({shapes.rows(), columns}, layer.hidden_states.options().dtype(dtype));
@@ -79,8 +87,8 @@ struct Course {
               const at::Tensor& matrix, bool by_token, bool rank_first, bool fill) const {
     const OptionalTensor segments = fill ? OptionalTensor(sorted.segment_offsets) : std::nullopt;
     launches.shrink(out, left, matrix, sorted.perm, sorted.pairs.tiles, segments,
-                           sorted.pairs.groups.size(1), shapes.num_base, matrix.size(1),
-                           shapes.top_k, by_token, rank_first);
+                    sorted.pairs.groups.size(1), shapes.num_base, matrix.size(1), shapes.top_k,
+                    by_token, rank_first);
   }
 
   // Returns the product, and the sum of the parts of u if it is to be saved.
@@ -97,7 +105,7 @@ struct Course {
   at::Tensor combine(const Sorted& sorted, const at::Tensor& rows,
                      const OptionalTensor& weights) const {
     return launches.combine(rows, sorted.inv_perm, sorted.num_dispatched(), weights,
-                                   shapes.tokens);
+                            shapes.tokens);
   }
 };
 
@@ -118,7 +126,7 @@ Sorted sort(const Course& course, const at::Tensor& topk_ids, const OptionalTens
   const cuda::RequestedMaps maps{&plan.experts, &plan.pairs};
   const auto [perm, inv_perm, tokens, experts, segment_offsets, made] =
       course.launches.dispatch_with_maps(topk_ids, course.shapes.num_experts(), modality_ids,
-                                    course.shapes.modalities, maps.blocks, maps.groups);
+                                         course.shapes.modalities, maps.blocks, maps.groups);
   return {perm, inv_perm, segment_offsets, map_of(made, 0, plan.experts),
           map_of(made, 1, plan.pairs)};
 }
