@@ -1,6 +1,6 @@
-"""Draw the diagrams of the README and of docs/methods.md.
+"""Draw the diagrams of the README, docs/methods.md and docs/kernels.md.
 
-python tools/draw_figures.py                # writes docs/images/expert_gemm.svg and methods.svg
+python tools/draw_figures.py                # writes docs/images/*.svg
 python tools/draw_figures.py --output out   # writes them elsewhere
 """
 
@@ -194,7 +194,80 @@ def _gated_router(canvas: Canvas) -> None:
     canvas.text(left + 1.55, 0.42, "text does not see the added columns", 9.5, TEXT_EDGE)
 
 
-FIGURES = {"expert_gemm": expert_gemm, "methods": methods}
+def engine() -> Canvas:
+    """Tiles on their way through the GPU engine of sm_90, over time."""
+    canvas = Canvas(10.6, 5.2)
+    _tiles_together(canvas)
+    _tiles_in_turn(canvas)
+    canvas.arrow((2.3, 0.28), (10.3, 0.28), MUTED, width=1.2)
+    canvas.text(2.2, 0.28, "time, not to scale", 9.5, MUTED, ha="right")
+    return canvas
+
+
+TILES = [(TEXT, TEXT_EDGE), (IMAGE, IMAGE_EDGE), (FROZEN, FROZEN_EDGE), ("white", MUTED)]
+STEP, LANE = 0.26, 0.4  # of k, and the height of what a warpgroup does
+
+
+def _lane(canvas: Canvas, y: float, name: str) -> None:
+    canvas.text(2.2, y + LANE / 2, name, 9.5, ha="right")
+
+
+def _steps(canvas: Canvas, x: float, y: float, tile: int, count: int) -> float:
+    """Draw steps of k of a tile; return where they end."""
+    for i in range(count):
+        canvas.box(x + i * STEP, y, STEP, LANE, *TILES[tile], linewidth=0.8)
+    return x + count * STEP
+
+
+def _work(canvas: Canvas, x: float, y: float, tile: int, width: float, words: str) -> float:
+    canvas.box(x, y, width, LANE, *TILES[tile])
+    canvas.text(x + width / 2, y + LANE / 2, words, 9)
+    return x + width
+
+
+def _tiles_together(canvas: Canvas) -> None:
+    """A tile is multiplied by both warpgroups, and stored while the next one is loaded."""
+    canvas.text(0.3, 4.95, "A. gate and up, down, dX", 11.5, weight="bold", ha="left")
+    loads, multiplies = 4.3, 3.5
+    _lane(canvas, loads, "a warpgroup loads")
+    _lane(canvas, multiplies, "two multiply and store,\n64 rows each")
+    left, ahead, steps, store = 2.4, 4, 7, 0.95  # steps that are loaded ahead, and of a tile
+    busy = left + STEP
+    loaded = _steps(canvas, left, loads, 0, steps)
+    for tile in range(3):
+        canvas.arrow((busy + STEP / 2, loads), (busy + STEP / 2, multiplies + LANE), width=1.0)
+        if tile > 0:  # a stage is free again with each step that was multiplied
+            loaded = _steps(canvas, busy, loads, tile, steps - ahead)
+        busy = _work(canvas, busy, multiplies, tile, steps * STEP, f"multiply tile {tile + 1}")
+        if tile < 2:
+            _steps(canvas, loaded, loads, tile + 1, ahead)
+            busy = _work(canvas, busy, multiplies, tile, store, "store")
+    words = "the first steps of the next tile arrive while the sums of this one are stored"
+    canvas.text(6.3, 3.15, words, 9.5, MUTED)
+
+
+def _tiles_in_turn(canvas: Canvas) -> None:
+    """Each warpgroup has every second tile: one multiplies while the other computes gradients."""
+    canvas.text(0.3, 2.7, "B. dA', whose gradients take long", 11.5, weight="bold", ha="left")
+    loads, first, second = 2.05, 1.35, 0.75
+    for y, name in ((loads, "a warpgroup loads"), (first, "warpgroup 1"), (second, "warpgroup 2")):
+        _lane(canvas, y, name)
+    at, steps, long = 2.4, 7, 1.75
+    for tile in range(4):
+        _steps(canvas, at, loads, tile, steps if tile < 3 else 6)
+        y = first if tile % 2 == 0 else second
+        end = _work(canvas, at + STEP, y, tile, steps * STEP, f"multiply tile {tile + 1}")
+        if tile < 3:
+            end = _work(canvas, end, y, tile, long, "gradients, store")
+            other = second if tile % 2 == 0 else first
+            edge = y if tile % 2 == 0 else y + LANE
+            to = other + LANE if tile % 2 == 0 else other
+            turn = at + STEP + steps * STEP
+            canvas.arrow((turn, edge), (turn, to), IMAGE_EDGE, width=1.0)
+        at += steps * STEP
+
+
+FIGURES = {"expert_gemm": expert_gemm, "methods": methods, "engine": engine}
 
 
 def main() -> None:
