@@ -342,7 +342,8 @@ struct Backward {
     std::vector<Sum> problems;
     if (needs.b1) problems.push_back(sum_for_b1(d_pre));
     if (needs.a2) problems.push_back(sum_for_a2(*du2, act));
-    Sums sums = wgrad(problems, together ? OptionalTensor(up.b->flatten(0, 1)) : std::nullopt, dots);
+    const auto matrix = together ? OptionalTensor(up.b->flatten(0, 1)) : std::nullopt;
+    Sums sums = wgrad(problems, matrix, dots);
     if (needs.du1() && up.a && !together) sums.du = *shrink_to_du(d_pre, up, /*by_token=*/false);
     return sums;
   }

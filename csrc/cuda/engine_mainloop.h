@@ -4,10 +4,10 @@
 // into the next tile too: its first steps arrive while the sums of this one are stored.
 //
 // A tile has kBlockM rows of one expert and kWidth columns of W. If gated, half of these are
-// columns of gate and half the same columns of up. Either the two warpgroups have half of the rows each, or
-// (kInTurn) each has every second tile, so that one multiplies while the other stores: for an
-// epilogue that takes long. The order of k is the same for every tile, and which block or warpgroup
-// takes a tile changes no bit.
+// columns of gate and half the same columns of up. Either the two warpgroups have half of the rows
+// each, or (kInTurn) each has every second tile, so that one multiplies while the other stores: for
+// an epilogue that takes long. The order of k is the same for every tile, and which block or
+// warpgroup takes a tile changes no bit.
 //
 // Two blocks may form a cluster (kCluster) and take the two halves of the same 256 rows in step.
 // Each loads half of W for both, so that W leaves the L2 once for 256 rows. A block without rows

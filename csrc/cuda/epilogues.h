@@ -134,8 +134,8 @@ struct ActGradients {
   ActBackward with;
 
   // Handles 32 columns of a row: fragments j to j + 3, `past` columns further on. Returns this
-  // lane's part of <dA', a>. kShares: writes the gradients and a to shared memory as well, with zeros
-  // where there is no row or column; else gives a.
+  // lane's part of <dA', a>. kShares: writes the gradients and a to shared memory as well, with
+  // zeros where there is no row or column; else gives a.
   template <bool kShares, typename Loop>
   __device__ float columns(Loop& loop, const GroupedGemm& args, const ExpertTile& tile, int i,
                            int half, int j, int past, bool present, float weight,

@@ -33,8 +33,8 @@ inline int gate_up_parts(int64_t size_n, int64_t block_m) {
 constexpr int kMaxFoldedRank = 16, kFoldedRows = 128;
 
 // First slot of the sums over the rows of a pair, which begin at sorted row `first`. Pairs are
-// numbered in the order of the rows. No two share a slot: n rows lie in n / kFoldedRows + 2 tiles at
-// most.
+// numbered in the order of the rows. No two share a slot: n rows lie in at most n / kFoldedRows + 2
+// tiles.
 MOE_HOST_DEVICE int64_t first_folded(int64_t first, int64_t pair) {
   return first / kFoldedRows + 2 * pair;
 }

@@ -29,16 +29,17 @@ inline bool gives_u2(int64_t num_rows, int64_t num_base, int64_t inter, int64_t 
          4 * parts * num_rows * rank2 <= kMaxBytesOfParts;
 }
 
-// Returns whether dA' folds the gradients of adapters: where its tiles are the engine's, and what it
-// leaves takes no more memory than the activation, which then is not written, or 256 MiB.
+// Returns whether dA' folds the gradients of adapters: where its tiles are the engine's, and what
+// it leaves takes no more memory than the activation, which then is not written, or 256 MiB.
 inline bool folds_gradients(int64_t num_rows, int64_t num_base, int64_t modalities, int64_t inter,
                             int64_t rank1, int64_t rank2) {
   const int64_t block = grouped_gemm_block_m(num_rows, num_base);
   const int64_t slots = folded_slots(num_rows, num_base * modalities);
+  const int64_t bytes = 4 * slots * inter * (2 * rank1 + rank2), act = 2 * num_rows * inter;
   return block >= kFoldedRows && rank1 > 0 && rank2 > 0 &&
          std::max(rank1, rank2) <= kMaxFoldedRank &&
          4 * grouped_gemm_parts(inter, block) * num_rows * rank1 <= kMaxBytesOfParts &&
-         4 * slots * inter * (2 * rank1 + rank2) <= std::max(kMaxBytesOfParts, 2 * num_rows * inter);
+         bytes <= std::max(kMaxBytesOfParts, act);
 }
 
 struct LayerShapes {

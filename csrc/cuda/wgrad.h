@@ -70,8 +70,8 @@ struct Wgrad {
 // Computes out[g] of each problem: the sum over the group's rows, in order, of
 // (factor * weight * left)^T right; zeros for a group without rows. The rows of each tile are
 // summed first, then the tiles, in order. Two launches do all: the tiles of every problem, and what
-// adds their sums. The second also adds the dots, in order and in float32, and rounds their sum; and
-// it adds the slots of each pair of an expert and a modality, in order.
+// adds their sums. The second also adds the dots, in order and in float32, and rounds their sum;
+// and it adds the slots of each pair of an expert and a modality, in order.
 //
 // If the first problem has a matrix, du = right matrix[g] on the rows of the groups alone, reading
 // `right` once for both. Then height is at most kMaxRankWithDu, and right has two-byte elements.
