@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from moe_kernels import PatchedModel
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.modes import evaluating
+from moe_kernels.training import AdapterTrainer
 from shared.checkpoints import STATE, last_checkpoint, step_of
 from shared.cli import console
 from shared.stages import Workspace
@@ -112,14 +113,13 @@ def steps_per_second(state: TrainerState) -> float:
     return state.global_step / max(state.stateful_callbacks.get(_SECONDS, 0.0), 1e-9)
 
 
-class CheckedTrainer(Trainer):
-    """Trainer that stops when the loss is not finite, and saves no weights that are not finite.
+class _Checked:
+    """Part of a Trainer that stops when the loss is not finite, and saves no such weights.
 
-    Its checkpoints hold the tensors under the model's own names. Those of transformers' Trainer
-    name experts as ``save_pretrained`` does, and resuming from them would load no expert.
+    ``weights`` has the names of the files of a checkpoint that hold the model.
     """
 
-    weights = ("weights.safetensors",)  # the files of a checkpoint that hold the model
+    weights: tuple[str, ...]
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -132,14 +132,6 @@ class CheckedTrainer(Trainer):
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
             self._stop("the weights are not finite after this step")
         super()._save_checkpoint(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / self.weights[0]))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_model(self.model, str(Path(resume_from_checkpoint) / self.weights[0]))
 
     def go_on(self) -> None:
         """Train from the last whole checkpoint to the last step."""
@@ -160,23 +152,28 @@ class CheckedTrainer(Trainer):
         )
 
 
-class AdapterTrainer(CheckedTrainer):
-    """Trainer of a patched model whose checkpoints hold the adapter, not the frozen base.
+class CheckedTrainer(_Checked, Trainer):
+    """Trainer of a whole model whose checkpoints hold the tensors under the model's own names.
 
-    ``patched.load_adapter`` reads such a checkpoint.
+    Those of transformers' Trainer name experts as ``save_pretrained`` does, and resuming from them
+    would load no expert.
     """
 
-    weights = ("adapter_config.json", "adapter_model.safetensors")
-
-    def __init__(self, patched: PatchedModel, *args, **kwargs):
-        super().__init__(patched.model, *args, **kwargs)
-        self.patched = patched
+    weights = ("weights.safetensors",)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.patched.save_adapter(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / self.weights[0]))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.patched.load_adapter(resume_from_checkpoint)
+        load_model(self.model, str(Path(resume_from_checkpoint) / self.weights[0]))
+
+
+class CheckedAdapterTrainer(_Checked, AdapterTrainer):
+    """Trainer of what was added to a patched model."""
+
+    weights = AdapterTrainer.adapter_files
 
 
 def train(
@@ -217,18 +214,16 @@ def train(
             f"transformers' Trainer would spread the model over {arguments.n_gpu} GPUs by "
             "nn.DataParallel: choose one of them by CUDA_VISIBLE_DEVICES"
         )
-    if rows_lr is not None:
-        optimizer = torch.optim.AdamW(
-            model.parameter_groups(arguments.learning_rate, rows_lr=rows_lr),
-            betas=(arguments.adam_beta1, arguments.adam_beta2), eps=arguments.adam_epsilon,
-            weight_decay=arguments.weight_decay,
-        )  # fmt: skip
     with stop_after_step() as stop:
         monitor = Monitor(arguments.max_steps, held_out, workspace, stop)
-        trainer = (AdapterTrainer if isinstance(model, PatchedModel) else CheckedTrainer)(
-            model, arguments, train_dataset=dataset, data_collator=collator, callbacks=[monitor],
+        options = dict(
+            train_dataset=dataset, data_collator=collator, callbacks=[monitor],
             optimizers=(optimizer, None),
         )  # fmt: skip
+        if isinstance(model, PatchedModel):
+            trainer = CheckedAdapterTrainer(model, arguments, rows_lr=rows_lr, **options)
+        else:
+            trainer = CheckedTrainer(model, arguments, **options)
         trainer.remove_callback(transformers.PrinterCallback)
         try:
             trainer.go_on()

@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from support.model_zoo import VOCAB, token_ids
 from support.patched_models import patched_model
 from support.ranks import run_ranks
+from transformers import TrainingArguments
 
 from moe_kernels import ModalityLoraConfig
+from moe_kernels.training import AdapterTrainer
 
 IMAGE = 8
 
@@ -59,6 +62,41 @@ def work(folder):
     accelerator.end_training()
 
 
+def adapter_trainer(folder, steps):
+    """Return a trainer that has made ``steps`` steps, some of them in an earlier run."""
+    rows = [{"input_ids": ids, "labels": ids} for step in range(8) for ids in batch(step % 2, step)]
+    args = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2,
+        lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2,
+        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=False,
+    )  # fmt: skip
+    trainer = AdapterTrainer(
+        make_patched(), args, rows_lr=5e-2, train_dataset=rows, eval_dataset=rows
+    )
+    trainer.train(resume_from_checkpoint=(folder / "checkpoint-2").exists() or None)
+    return trainer
+
+
+def resume(folder):
+    """Check that a run in two parts ends as one in one part, on both ranks, with its best model."""
+    whole = adapter_trainer(folder / "whole", 4)
+    assert type(whole.model_wrapped).__name__ == "DistributedDataParallel"
+    adapter_trainer(folder / "parts", 2)
+    resumed = adapter_trainer(folder / "parts", 4)
+    assert resumed.state.global_step == 4 and resumed.state.best_global_step == 4
+    expected = dict(whole.patched.named_trainable_parameters())
+    for name, found in resumed.patched.named_trainable_parameters():
+        assert torch.equal(found, expected[name]), name
+        first = found.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(found, first), name
+    files = {path.name for path in (folder / "parts" / "checkpoint-4").iterdir()}
+    assert files >= {*AdapterTrainer.adapter_files, "rng_state_1.pth"}
+    assert not any("model" in name for name in files - {*AdapterTrainer.adapter_files})
+    resumed.accelerator.end_training()
+
+
 def test_gradients_are_the_mean_of_the_two(tmp_path):
     run_ranks(__file__, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
@@ -78,5 +116,9 @@ def test_gradients_are_the_mean_of_the_two(tmp_path):
         assert torch.equal(end, results[1]["end"][name]), name
 
 
+def test_an_adapter_trainer_resumes(tmp_path):
+    run_ranks(__file__, tmp_path, "resume")
+
+
 if __name__ == "__main__":
-    work(sys.argv[1])
+    resume(Path(sys.argv[1])) if sys.argv[2:] else work(sys.argv[1])

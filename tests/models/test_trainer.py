@@ -1,6 +1,7 @@
 """Drop-in: an ordinary ``transformers.Trainer`` script, checkpointing, mixed precision, resume."""
 
 import difflib
+import logging
 import runpy
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids, unchanged
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels import ModalityLoraConfig, PatchedModel, add_modality_tokens, patch_model
+from moe_kernels.training import AdapterTrainer
 
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 IMAGE = 8
@@ -48,19 +50,21 @@ def examples(size=16, *, image=True, length=12, seed=0):
     ]
 
 
-def make_trainer(model, folder, dataset, *, optimizers=(None, None), callbacks=(), **kwargs):
+def make_trainer(
+    model, folder, dataset, *, optimizers=(None, None), callbacks=(), rows_lr=None, **kwargs
+):
     settings = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4,
         "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1,
     }  # fmt: skip
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**settings | kwargs),
-        train_dataset=dataset,
-        optimizers=optimizers,
-        callbacks=list(callbacks),
-    )
+    options = {
+        "args": TrainingArguments(**settings | kwargs), "train_dataset": dataset,
+        "optimizers": optimizers, "callbacks": list(callbacks),
+    }  # fmt: skip
+    if isinstance(model, PatchedModel):
+        return AdapterTrainer(model, rows_lr=rows_lr, eval_dataset=dataset, **options)
+    return Trainer(model=model, **options)
 
 
 def values(patched):
@@ -348,6 +352,81 @@ def test_an_interrupted_run_ends_with_the_same_bits(family, checkpointing, tmp_p
     assert trainer.state.global_step == 4
     assert_same_bits(values(resumed), values(whole))
     assert all(not torch.equal(start[name], p) for name, p in values(whole).items())
+
+
+# --- checkpoints of the adapter alone
+
+
+def test_an_adapter_trainer_resumes_with_the_same_bits(tmp_path, caplog, monkeypatch):
+    """The base is in no checkpoint, and nothing warns of keys that are missing."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+
+    def make(folder, *callbacks):
+        patched = make_patched()
+        return patched, make_trainer(
+            patched, tmp_path / folder, examples(), save_strategy="steps", save_steps=2,
+            callbacks=callbacks, rows_lr=5e-2, weight_decay=0.1,
+        )  # fmt: skip
+
+    whole, trainer = make("whole")
+    trainer.train()
+    _, trainer = make("parts", Crash())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    checkpoint = tmp_path / "parts" / "checkpoint-2"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        *AdapterTrainer.adapter_files, "optimizer.pt", "scheduler.pt", "rng_state.pth",
+        "trainer_state.json", "training_args.bin",
+    }  # fmt: skip
+    resumed, trainer = make("parts")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert_same_bits(values(resumed), values(whole))
+    assert not [record for record in caplog.records if "missing" in record.getMessage()]
+    *groups, rows = trainer.optimizer.param_groups
+    assert {each["initial_lr"] for each in groups} == {1e-2} and rows["initial_lr"] == 5e-2
+    assert len(rows["params"]) == 2 and rows["weight_decay"] == 0
+    assert sum(len(each["params"]) for each in (*groups, rows)) == len(values(whole))
+
+
+def test_an_adapter_trainer_ends_with_the_best_model(tmp_path):
+    patched = make_patched()
+    trainer = make_trainer(
+        patched, tmp_path, examples(), load_best_model_at_end=True, eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the first
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    end = values(patched)
+    trainer.save_model(tmp_path / "saved")
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "saved"):
+        patched.load_adapter(folder)
+        assert_same_bits(values(patched), end)
+    patched.load_adapter(tmp_path / "checkpoint-4")
+    assert not all(torch.equal(end[name], value) for name, value in values(patched).items())
+
+
+def test_an_adapter_trainer_refuses_what_its_checkpoints_would_not_hold(tmp_path, monkeypatch):
+    patched = make_patched()
+    with pytest.raises(TypeError, match="the handle that patch_model.* got MixtralForCausalLM"):
+        AdapterTrainer(patched.model)
+    with pytest.raises(ValueError, match="rows_lr is for the optimizer that the Trainer makes"):
+        make_trainer(patched, tmp_path, examples(), optimizers=sgd(patched), rows_lr=1e-2)
+    trainer = make_trainer(patched, tmp_path, examples())
+    patched.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="model.norm.weight trains too .one of 1., .*SaveAdapter"):
+        trainer.train()
+    create = Trainer.create_accelerator_and_postprocess
+    for flag, engine in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+
+        def create_with_engine(self, flag=flag):
+            create(self)
+            setattr(self, flag, True)
+
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_with_engine)
+        with pytest.raises(ValueError, match=f"{engine} shards the model, .*SaveAdapter"):
+            make_trainer(patched, tmp_path, examples())
 
 
 def test_the_adapter_of_a_trained_model_loads_elsewhere(tmp_path):

@@ -1,0 +1,125 @@
+"""A Trainer of transformers whose checkpoints hold what was added to a model, not the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from moe_kernels.models import PatchedModel, sharding
+from moe_kernels.models.adapter_files import NAMES
+from moe_kernels.models.intact import modalities_of_peft
+from moe_kernels.models.parameters import is_added
+
+__all__ = ["AdapterTrainer"]
+
+_ELSE = "use transformers.Trainer(model=patched.model, callbacks=[SaveAdapter(patched)]) instead"
+
+
+class AdapterTrainer(Trainer):
+    """Trainer of a patched model, with checkpoints of the adapter, the optimizer and the progress.
+
+    The frozen base is in no checkpoint. ``patched.load_adapter`` reads each of them, and the folder
+    that ``save_model`` wrote. Resuming and ``load_best_model_at_end`` load the adapter into the
+    model that the script has made. It trains in one process or under DDP, where the first process
+    saves and each of them loads. All else is as in ``transformers.Trainer``.
+
+    Args:
+        patched: the handle that :func:`moe_kernels.patch_model` returned, tokens added.
+        args: as of ``transformers.Trainer``.
+        rows_lr: learning rate of added rows, which then get no weight decay; the schedule scales
+            it as it does ``args.learning_rate``. Default: rows train as all else does.
+        **options: further arguments of ``transformers.Trainer``, ``model`` excepted.
+
+    Raises:
+        TypeError: ``patched`` is not a handle.
+        ValueError: FSDP or DeepSpeed shards the model, or PEFT has adapted it too: their
+            checkpoints are of another kind. Or ``rows_lr`` is given beside an optimizer. In
+            ``train``: a parameter that was not added to the model trains too, which no checkpoint
+            would hold; or no added row trains, and ``rows_lr`` is given.
+
+    Example:
+        >>> from moe_kernels.training import AdapterTrainer
+        >>> args = TrainingArguments("out", learning_rate=3e-3, save_steps=100)
+        >>> trainer = AdapterTrainer(patched, args, rows_lr=2e-2, train_dataset=dataset)
+        >>> trainer.train(resume_from_checkpoint=True)
+    """
+
+    adapter_files = (NAMES.weights, NAMES.config)  # of a checkpoint
+
+    def __init__(
+        self,
+        patched: PatchedModel,
+        args: TrainingArguments | None = None,
+        *,
+        rows_lr: float | None = None,
+        **options: Any,
+    ):
+        if not isinstance(patched, PatchedModel):
+            raise TypeError(
+                "AdapterTrainer takes the handle that patch_model(model) returned, got "
+                f"{type(patched).__name__}"
+            )
+        if rows_lr is not None and options.get("optimizers", (None, None))[0] is not None:
+            raise ValueError(
+                "rows_lr is for the optimizer that the Trainer makes, and one is given: leave one "
+                "of them out, or make the optimizer of patched.parameter_groups(lr, rows_lr=...)"
+            )
+        if modalities_of_peft(patched.links):
+            raise ValueError(
+                "PEFT has adapted the model too, and AdapterTrainer's checkpoints would not hold "
+                f"its adapters: {_ELSE}"
+            )
+        super().__init__(patched.model, args, **options)
+        if engine := self._engine():
+            raise ValueError(
+                f"{engine} shards the model, and its own checkpoints hold the base too, which "
+                f"AdapterTrainer's do not: {_ELSE}"
+            )
+        self.patched, self.rows_lr = patched, rows_lr
+
+    def _engine(self) -> str | None:
+        """Return the name of the engine that shards the model or its optimizer, or None."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        return "FSDP" if self.is_fsdp_enabled or sharding.is_model_sharded(self.model) else None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as ``transformers.Trainer`` does, if the checkpoints hold all that trains."""
+        trained = (name for name, p in self.model.named_parameters() if p.requires_grad)
+        if others := [name for name in trained if not is_added(name)]:
+            raise ValueError(
+                f"{others[0]} trains too (one of {len(others)}), and was not added to the model, "
+                f"so that no checkpoint would hold it: freeze it, or {_ELSE}"
+            )
+        return super().train(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer, in which added rows are a group if they have a rate of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.rows_lr is not None:
+            groups = self.patched.parameter_groups(self.args.learning_rate, rows_lr=self.rows_lr)
+            rows = {id(parameter) for parameter in groups[-1]["params"]}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in rows]
+            optimizer.add_param_group(groups[-1])
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.patched.save_adapter(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.patched.load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.patched.load_adapter(self.state.best_model_checkpoint)
