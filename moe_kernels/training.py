@@ -1,11 +1,13 @@
-"""A Trainer of transformers whose checkpoints hold what was added to a model, not the model."""
+"""Training of what was added to a model: a Trainer of transformers, and Muon for stacks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -14,7 +16,7 @@ from moe_kernels.models.adapter_files import NAMES
 from moe_kernels.models.intact import modalities_of_peft
 from moe_kernels.models.parameters import is_added
 
-__all__ = ["AdapterTrainer"]
+__all__ = ["AdapterTrainer", "MatrixMuon"]
 
 _ELSE = "use transformers.Trainer(model=patched.model, callbacks=[SaveAdapter(patched)]) instead"
 
@@ -123,3 +125,69 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.patched.load_adapter(self.state.best_model_checkpoint)
+
+
+class MatrixMuon(torch.optim.Muon):
+    """Muon for stacks of matrices: each matrix in them is orthogonalised on its own.
+
+    ``torch.optim.Muon`` takes 2-D parameters alone. The low-rank pairs of experts are
+    (M, E, r, in) and (M, E, out, r); this makes the step that Muon would make if the matrix of each
+    modality and expert were a parameter. The optimizer's parameters are the stacks, so that
+    gradients are clipped, zeroed, accumulated and saved as ever. Matrices are computed one after
+    the other, as in ``torch.optim.Muon``. Added rows are a table, which Muon is not made for: give
+    them, and vectors, to another optimizer.
+
+    Args:
+        params: parameters (..., rows, columns), or groups of them.
+        **settings: of ``torch.optim.Muon``.
+
+    Raises:
+        ValueError: a parameter has fewer than two dimensions, or FSDP2 or ZeRO-3 has sharded it.
+
+    Example:
+        >>> named = dict(patched.named_trainable_parameters())
+        >>> pairs = [p for name, p in named.items() if name.endswith(("lora_A", "lora_B"))]
+        >>> muon = MatrixMuon(pairs, lr=2e-3, weight_decay=0.0)
+    """
+
+    def __init__(self, params: Iterable[Any], **settings: Any):
+        # The first parameter is none of ours: torch's class refuses those that are not 2-D.
+        super().__init__([torch.zeros(1, 1, requires_grad=True)], **settings)
+        self.param_groups.clear()
+        given = list(params)
+        for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+            self.add_param_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as an optimizer of torch does, if each of its parameters is a stack."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.ndim < 2 or sharding.is_sharded(parameter):
+                del self.param_groups[-1]
+                what = "is sharded" if parameter.ndim >= 2 else "is no matrix, nor a stack of them"
+                raise ValueError(
+                    f"MatrixMuon orthogonalises whole matrices, and a parameter of shape "
+                    f"{tuple(parameter.shape)} {what}: give it to another optimizer"
+                )
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        muon_momentum_bufs: list[Tensor],
+    ) -> bool:
+        stacks: tuple[list[Tensor], ...] = ([], [], [])
+        has_complex = super()._init_group(group, *stacks)
+        found = (params_with_grad, grads, muon_momentum_bufs)
+        for matrices, tensors in zip(found, stacks, strict=True):
+            for tensor in tensors:
+                matrices += _matrices(tensor)
+        return has_complex
+
+
+def _matrices(stack: Tensor) -> list[Tensor]:
+    """Return views (rows, columns) of the matrices of a stack, whatever its strides."""
+    if stack.ndim == 2:
+        return [stack]
+    return [matrix for part in stack.unbind() for matrix in _matrices(part)]

@@ -12,7 +12,7 @@ from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids, u
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_kernels import ModalityLoraConfig, PatchedModel, add_modality_tokens, patch_model
-from moe_kernels.training import AdapterTrainer
+from moe_kernels.training import AdapterTrainer, MatrixMuon
 
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 IMAGE = 8
@@ -313,6 +313,41 @@ def test_unpatch_after_mixed_precision(tmp_path):
     trainer = make_trainer(model, tmp_path, examples(image=False), bf16=True, max_steps=1)
     trainer.train()
     assert "_original_forward" in model.__dict__
+
+
+def test_muon_steps_each_matrix_of_experts_and_modalities_on_its_own(tmp_path):
+    model = make_model("mixtral")
+    patched = patch_model(model, ModalityLoraConfig(r=4, modalities=("image", "sound")))
+    randomise(patched)
+    pairs = list(patched.trainable_parameters())
+    alone = [
+        [torch.nn.Parameter(each.clone()) for each in pair.detach().flatten(0, -3)]
+        for pair in pairs
+    ]  # fmt: skip
+    settings = {"lr": 0.1, "weight_decay": 0.2}
+    muon = MatrixMuon([{"params": pairs[:3], "lr": 0.3}, {"params": pairs[3:]}], **settings)
+    expected = torch.optim.Muon(
+        [{"params": sum(alone[:3], []), "lr": 0.3}, {"params": sum(alone[3:], [])}], **settings
+    )
+    for step in range(3):
+        if step == 2:  # what it saves is what it goes on with
+            state = muon.state_dict()
+            muon = MatrixMuon([{"params": pairs[:3]}, {"params": pairs[3:]}], **settings)
+            muon.load_state_dict(state)
+        muon.zero_grad()
+        ids = token_ids(2, 12, seed=step)
+        model(ids, labels=ids, modality_ids=ids % 3).loss.backward()
+        for pair, matrices in zip(pairs, alone, strict=True):
+            for grad, matrix in zip(pair.grad.flatten(0, -3), matrices, strict=True):
+                matrix.grad = grad.clone()
+        muon.step()
+        expected.step()
+        for pair, matrices in zip(pairs, alone, strict=True):
+            assert torch.equal(pair, torch.stack([*matrices]).view(pair.shape))
+    vector = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix.*: give it to another"):
+        muon.add_param_group({"params": [vector]})
+    assert len(muon.param_groups) == 2
 
 
 # --- resume
