@@ -339,11 +339,12 @@ REFUSALS = {
     ),
     "an adapter in 8 bits": (
         patched_with(eighths), ValueError,
-        "is torch.float8_e4m3fn", "adapter_model.safetensors", "tensors must be one of F64",
+        "is torch.float8_e4m3fn", "modality_adapter.safetensors", "tensors must be one of F64",
     ),
     "a folder without PEFT's files": (
         patched_with(lambda model, patched: load_peft_adapter(patched, "image", "/nowhere")),
-        FileNotFoundError, "no adapter in", "/nowhere", "adapter_model.safetensors is missing",
+        FileNotFoundError, "no adapter of PEFT in", "/nowhere",
+        "adapter_model.safetensors is missing",
     ),
     "a folder without an image tokenizer": (
         lambda: load_image_tokenizer("/nowhere"), FileNotFoundError,

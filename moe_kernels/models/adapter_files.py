@@ -1,4 +1,4 @@
-"""Files of an adapter: ``adapter_model.safetensors`` beside ``adapter_config.json``.
+"""Files of an adapter: ``modality_adapter.safetensors``, beside ``modality_adapter_config.json``.
 
 The weights alone say which model they fit: see :mod:`moe_kernels.tensor_files`.
 """
@@ -10,8 +10,14 @@ from moe_kernels import schema, tensor_files
 from moe_kernels.models import schemas
 from moe_kernels.tensor_files import TensorFile
 
-NAMES = tensor_files.Names("adapter_model.safetensors", "adapter_config.json", mark="layout")
-OURS, PEFT = "moe_kernels", "PEFT"  # who wrote an adapter: their files have the same names
+_OF_PEFT = ("adapter_model.safetensors", "adapter_config.json")
+PEFT_NAMES = tensor_files.Names(*_OF_PEFT, mark="peft_type")
+NAMES = tensor_files.Names(
+    "modality_adapter.safetensors",
+    "modality_adapter_config.json",
+    mark="layout",
+    earlier=tensor_files.Names(*_OF_PEFT, mark="layout"),
+)
 LAYOUT = 1  # raised when names or shapes of the saved tensors change
 
 
@@ -20,23 +26,13 @@ def opened(folder: Path) -> contextlib.AbstractContextManager[TensorFile]:
     return tensor_files.opened(folder, NAMES, "adapter")
 
 
-def check_library(folder: Path, library: str) -> None:
-    """Raise ValueError if a folder has an adapter of the other library, which would be replaced.
-
-    Args:
-        folder: that ``library`` is to write into.
-        library: :data:`OURS` or :data:`PEFT`.
-    """
-    path = folder / NAMES.config
-    try:
-        saved = tensor_files.parse_json(path.read_bytes(), path)
-    except (OSError, ValueError):
-        return
-    found = PEFT if "peft_type" in saved else OURS if "layout" in saved else library
-    if found != library:
+def check_not_earlier(folder: Path) -> None:
+    """Raise ValueError if files of PEFT would replace an adapter of ours under earlier names."""
+    if tensor_files.owned(folder, NAMES.earlier):
         raise ValueError(
-            f"{folder} has an adapter of {found}, whose files have the same names and would be "
-            f"replaced: save that of {library} into another folder, such as one within"
+            f"{folder} has an adapter of moe_kernels under the names of an earlier version, which "
+            "are PEFT's, and it would be replaced: load it and save it by save_adapter, which "
+            "gives its files other names, or save that of PEFT into another folder"
         )
 
 

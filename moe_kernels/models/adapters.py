@@ -53,8 +53,6 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
     """
     with _together(patched, "save_adapter", timeout) as ranks:
         first = ranks is None or ranks.first
-        if first:
-            adapter_files.check_library(folder, adapter_files.OURS)
         parameters, tensors = whole_parameters(patched, sharded_too=True), {}
         if ranks is not None:  # before the first collective
             ranks.meet(_names_and_shapes(parameters))

@@ -5,7 +5,6 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_kernels.models import sharding
-from moe_kernels.models.intact import modalities_of_peft
 from moe_kernels.models.patch import PatchedModel
 
 
@@ -18,8 +17,7 @@ class SaveAdapter(TrainerCallback):
     model is gathered by all ranks (FSDP2, DeepSpeed ZeRO-3); else the main process writes alone.
 
     Of a model in PEFT's (:func:`moe_kernels.accelerate_peft` with a modality) it is the rows of
-    added tokens, and is in ``checkpoint-n/moe_kernels/adapter``: the Trainer takes each adapter
-    directly in a checkpoint for one of PEFT's.
+    added tokens.
 
     Args:
         patched: handle of the trained model.
@@ -36,10 +34,7 @@ class SaveAdapter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         """Save into the folder of the checkpoint that was just written."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if modalities_of_peft(self.patched.links):
-            folder /= "moe_kernels"
-        self._save(folder / "adapter", state)
+        self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter", state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs

@@ -198,11 +198,13 @@ class PatchedModel(PatchState):
         return twin.unpatch()
 
     def save_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
-        """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into ``folder``.
+        """Write ``modality_adapter.safetensors`` and ``modality_adapter_config.json``.
 
-        Files of an earlier adapter there stay whole until the new ones are complete. Of a model
-        that FSDP2 or DeepSpeed ZeRO-3 has sharded, call it on all ranks: the first of them writes,
-        and all return when it has, or raise the error that it got.
+        Model, tokenizers and an adapter of PEFT may be in the same folder. Files of an earlier
+        adapter there stay whole until the new ones are complete; those that an older version wrote
+        under PEFT's names are removed then. Of a model that FSDP2 or DeepSpeed ZeRO-3 has sharded,
+        call it on all ranks: the first of them writes, and all return when it has, or raise the
+        error that it got.
 
         Args:
             folder: of the adapter.
@@ -210,9 +212,13 @@ class PatchedModel(PatchState):
 
         Raises:
             ValueError: nothing could load the adapter again: values are not finite or not here, or
-                the model is not as it was patched; or the folder has an adapter of PEFT.
+                the model is not as it was patched.
             RuntimeError: other ranks of a sharded model did not call it in time, or one failed. If
                 the first rank writes for longer than ``timeout``, the new files may be there.
+
+        Example:
+            >>> trainer.save_model("run")
+            >>> patched.save_adapter("run")
         """
         adapters.save(self, Path(folder), timeout)
 

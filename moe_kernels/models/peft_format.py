@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_kernels import schema, tensor_files
 from moe_kernels.layers import ModalityLora
 from moe_kernels.models import adapter_files, schemas
-from moe_kernels.models.adapter_files import NAMES
+from moe_kernels.models.adapter_files import PEFT_NAMES
 from moe_kernels.models.config import (
     EXPERT_PROJECTIONS,
     ROUTER,
@@ -82,14 +82,14 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
     Raises:
         ValueError: an unknown modality, or a model with added tokens or experts, which PEFT's
             files do not hold; or a parameter that is not whole or not finite; or the folder has
-            files of ``save_adapter``.
+            files of ``save_adapter`` under the names of an earlier version, which are PEFT's.
     """
     index = patched.modality_id(modality) - 1
     if added := patched.added_tokens:
         raise ValueError(f"PEFT's files do not hold added tokens, the model has {added}")
     if patched.extensions:
         raise ValueError("PEFT's files do not hold added experts, the model has some")
-    adapter_files.check_library(Path(folder), adapter_files.PEFT)
+    adapter_files.check_not_earlier(Path(folder))
     whole_parameters(patched)
     tensors = {}
     for slot in _slots(patched):
@@ -99,7 +99,7 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
             lora_B = experts_B_to_peft(lora_B)
         tensors[f"{slot.name}.lora_A.weight"] = lora_A
         tensors[f"{slot.name}.lora_B.weight"] = lora_B
-    tensor_files.write(Path(folder), NAMES, tensors, _peft_config(patched))
+    tensor_files.write(Path(folder), PEFT_NAMES, tensors, _peft_config(patched))
 
 
 def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) -> None:
@@ -115,9 +115,9 @@ def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
         raise ValueError("shared_A: PEFT's experts have one lora_A each")
     slots = _slots(patched)
     whole_parameters(patched)
-    with adapter_files.opened(Path(folder)) as file:
+    with tensor_files.opened(Path(folder), PEFT_NAMES, "adapter of PEFT") as file:
         saved = _read_config(file)
-        _check_config(patched.config, slots, saved, file.path.with_name(NAMES.config))
+        _check_config(patched.config, slots, saved, file.beside)
         _check_tensors(file, slots)
         tensors = file.read()
     pairs = [pair for slot in slots for pair in _convert(tensors, slot)]
@@ -171,14 +171,14 @@ def _slot(projection: Projection) -> _Slot:
 
 def _read_config(file: TensorFile) -> dict:
     """Return PEFT's configuration beside an open file; it must be that of the file."""
-    path = file.path.with_name(NAMES.config)
+    path = file.beside
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter of PEFT in {path.parent}: {NAMES.config} is missing")
+        raise FileNotFoundError(f"no adapter of PEFT in {path.parent}: {path.name} is missing")
     saved = tensor_files.parse_json(path.read_bytes(), path)
-    text = file.metadata.get(NAMES.key)  # None in files that PEFT itself wrote
+    text = file.metadata.get(file.names.key)  # None in files that PEFT itself wrote
     if text is not None and tensor_files.parse_json(text, file.path) != saved:
         raise ValueError(
-            f"{path} is not the configuration of {NAMES.weights} beside it: it was edited, or is "
+            f"{path} is not the configuration of {file.path.name} beside it: it was edited, or is "
             "that of another save"
         )
     return saved

@@ -82,7 +82,7 @@ def _save(self: nn.Module, save_directory: str | os.PathLike, *args, **kwargs) -
     given = inspect.signature(save).bind(self, save_directory, *args, **kwargs)
     names = given.arguments.get("selected_adapters") or self.peft_config
     for folder in (Path(save_directory, "" if name == "default" else name) for name in names):
-        adapter_files.check_library(folder, adapter_files.PEFT)
+        adapter_files.check_not_earlier(folder)
     if not rows or given.arguments.get("save_embedding_layers", "auto") != "auto":
         return save(*given.args, **given.kwargs)
     given.arguments["save_embedding_layers"] = True

@@ -7,8 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-IMAGE_TOKENIZER = (  # and its earlier names
+# Both with their earlier names.
+ADAPTER = (
+    "adapter/modality_adapter_config.json", "adapter/modality_adapter.safetensors",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+)  # fmt: skip
+IMAGE_TOKENIZER = (
     "image_tokenizer/image_tokenizer.safetensors", "image_tokenizer/image_tokenizer_config.json",
     "image_tokenizer/codebook.safetensors", "image_tokenizer/tokenizer_config.json",
 )  # fmt: skip

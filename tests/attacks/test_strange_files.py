@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.model_zoo import assert_same_snapshot, make_model, randomise, snapshot
-from support.saved_adapters import ADAPTER, CONFIG, TOKENIZER, WEIGHTS, places, read, replaced
+from support.saved_adapters import ADAPTER, PEFT, TOKENIZER, places, read, replaced
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.imaging import PatchTokenizer, VQTokenizer, load_image_tokenizer
@@ -53,7 +53,7 @@ def load_peft(folder):
     with unchanged_if_refused(patched.model):
         load_peft_adapter(patched, "image", folder)
     save_peft_adapter(patched, "image", folder / "again")
-    return load_file(folder / "again" / WEIGHTS)
+    return load_file(folder / "again" / PEFT[0])
 
 
 def save_patches(folder):
@@ -86,7 +86,7 @@ class unchanged_if_refused:
 
 KINDS = {
     "adapter": (save_ours, load_ours, ADAPTER),
-    "PEFT's adapter": (save_peft, load_peft, ADAPTER),
+    "PEFT's adapter": (save_peft, load_peft, PEFT),
     "patches": (save_patches, load_tokenizer, TOKENIZER),
     "VQ": (save_vq, load_tokenizer, TOKENIZER),
 }
@@ -145,7 +145,7 @@ def test_a_file_cut_anywhere(kind, attack, tmp_path):
         data = (tmp_path / name).read_bytes()
         for length in attack.tries(len(data) - 2):
             (tmp_path / name).write_bytes(data[:length])
-            if name == CONFIG and kind == "PEFT's adapter" or name == weights:
+            if name in (PEFT[1], weights):
                 with pytest.raises(ValueError, match="damaged|is not the configuration of"):
                     load(tmp_path)
             else:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from support.added_experts import extended
 from support.model_zoo import FAMILY, VOCAB, make_model, token_ids, unchanged
 from support.peft_models import EXPERTS, experts_of, fill_adapters, lora_config
+from support.saved_adapters import ADAPTER, EARLIER_ADAPTER, WEIGHTS, give_earlier_names
 from torch.distributed.fsdp import StateDictType
 
 from moe_kernels import (
@@ -281,18 +282,31 @@ def test_files_of_both_libraries_do_not_replace_each_other(tmp_path):
     peft.add_adapter("other", lora_config())
     peft.save_pretrained(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(FileNotFoundError, match=f"no adapter in {tmp_path}: {WEIGHTS} is missing"):
+        patched.load_adapter(tmp_path)
     for folder in (tmp_path, tmp_path / "other"):
-        with pytest.raises(ValueError, match="has an adapter of PEFT, whose files have the same"):
-            patched.save_adapter(folder)
+        patched.save_adapter(folder)
+        before |= {folder / name: (folder / name).read_bytes() for name in ADAPTER}
+    peft.save_pretrained(tmp_path)
     assert all(path.read_bytes() == content for path, content in before.items())
-    patched.save_adapter(tmp_path / "rows" / "other")
-    rows = (tmp_path / "rows" / "other" / FILE).read_bytes()
+    patched.load_adapter(tmp_path)
+
+
+def test_an_adapter_under_the_names_of_peft_is_not_replaced(tmp_path):
+    """Earlier versions wrote under these names."""
+    peft, patched = make()
+    peft.add_adapter("other", lora_config())
+    patched.save_adapter(tmp_path / "other")
+    give_earlier_names(tmp_path / "other", ADAPTER, EARLIER_ADAPTER)
+    rows = (tmp_path / "other" / FILE).read_bytes()
     for settings in ({}, {"save_embedding_layers": False}, {"selected_adapters": ["other"]}):
-        with pytest.raises(ValueError, match="has an adapter of moe_kernels, whose files have the"):
-            peft.save_pretrained(tmp_path / "rows", **settings)
-    assert (tmp_path / "rows" / "other" / FILE).read_bytes() == rows
-    assert not (tmp_path / "rows" / FILE).exists()
-    peft.save_pretrained(tmp_path / "rows", selected_adapters=["default"])
+        with pytest.raises(ValueError, match="has an adapter of moe_kernels under the names of an"):
+            peft.save_pretrained(tmp_path, **settings)
+    assert (tmp_path / "other" / FILE).read_bytes() == rows
+    assert not (tmp_path / FILE).exists()
+    peft.save_pretrained(tmp_path, selected_adapters=["default"])
+    patched.save_adapter(tmp_path / "other")
+    peft.save_pretrained(tmp_path)
 
 
 def test_sharded_checkpoints_would_leave_out_the_rows(monkeypatch):
@@ -333,7 +347,7 @@ def test_rows_in_a_file_of_their_own(tmp_path):
     peft.save_pretrained(tmp_path, save_embedding_layers=False)
     assert all("lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     patched.save_adapter(tmp_path / "rows")
-    assert set(load_file(tmp_path / "rows" / "adapter_model.safetensors")) == set(ROWS)
+    assert set(load_file(tmp_path / "rows" / WEIGHTS)) == set(ROWS)
     for rows_first in (True, False):
         base = make_model("mixtral")
         loaded = patch_model(base, ModalityLoraConfig.from_adapter(tmp_path / "rows"))

@@ -84,7 +84,7 @@ def test_rows_of_added_tokens_resume(callback, tmp_path):
     model, callbacks = make()
     whole, expected = train(model, tmp_path, callbacks=callbacks, image=True)
     checkpoint = tmp_path / "checkpoint-2"
-    assert (checkpoint / "moe_kernels" / "adapter").exists() == callback
+    assert (checkpoint / "adapter").exists() == callback
     model, callbacks = make()
     losses, found = train(
         model, tmp_path / "again", resume=checkpoint, callbacks=callbacks, image=True

@@ -18,12 +18,12 @@ from support.model_zoo import (
     token_ids,
     unchanged,
 )
-from support.saved_adapters import WEIGHTS, read, rewrite
+from support.saved_adapters import ADAPTER, CONFIG, WEIGHTS, read, rewrite
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model, tensor_files
 from moe_kernels.models import adapter_files
 
-CONFIG = "adapter_config.json"
+KEY = CONFIG.removesuffix(".json")
 
 
 def make_patched(family="mixtral", *, num_tokens=5, config=None, **kwargs):
@@ -58,7 +58,7 @@ def test_the_same_bits_back(family, tied, tmp_path):
     randomise(patched)
     expected, state = logits(patched), snapshot(patched.model)
     patched.save_adapter(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(tmp_path)) == sorted(ADAPTER)
     randomise(patched, seed=9)
     assert not torch.equal(logits(patched), expected)
     patched.load_adapter(tmp_path)
@@ -190,7 +190,7 @@ FILES = {
         "not written by moe_kernels",
     ),
     "other JSON in its header": (
-        lambda f: save_file({"x": torch.zeros(2)}, f / WEIGHTS, metadata={"adapter_config": "{}"}),
+        lambda f: save_file({"x": torch.zeros(2)}, f / WEIGHTS, metadata={KEY: "{}"}),
         "not written by moe_kernels",
     ),
 }
@@ -255,9 +255,9 @@ def test_one_changed_layer_is_another_base(saved):
 def test_no_adapter_there(tmp_path):
     patched = make_patched()
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
+        with pytest.raises(FileNotFoundError, match=f"{WEIGHTS} is missing"):
             patched.load_adapter(folder)
-        with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
+        with pytest.raises(FileNotFoundError, match=f"{WEIGHTS} is missing"):
             ModalityLoraConfig.from_adapter(folder)
 
 
@@ -323,8 +323,8 @@ def test_a_crash_between_the_two_files(saved, monkeypatch):
         patched.save_adapter(saved)
     monkeypatch.undo()
     assert json.loads((saved / CONFIG).read_text())["lora"]["r"] == 4
-    assert sorted(os.listdir(saved)) == [CONFIG, WEIGHTS]
-    with pytest.warns(UserWarning, match="adapter_config.json is not the configuration of"):
+    assert sorted(os.listdir(saved)) == sorted(ADAPTER)
+    with pytest.warns(UserWarning, match=f"{CONFIG} is not the configuration of"):
         assert ModalityLoraConfig.from_adapter(saved) == config
     with pytest.warns(UserWarning, match="whose own header counts: it was edited, or is that of"):
         fresh = make_patched(config=ModalityLoraConfig.from_adapter(saved), num_tokens=0)

@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from support.families import make_family
 from support.model_zoo import make_model, randomise, token_ids
 from support.packed_experts import pack_experts, pack_in_nf4
+from support.saved_adapters import WEIGHTS
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,6 @@ CALL = {"input_ids": IDS, "modality_ids": torch.arange(7).expand(2, 7) % 2, "use
 TARGETS = ("experts", "attention", "router")
 PLACES = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 SOME = dict.fromkeys(PLACES, "cpu") | {"model.layers.0": "disk"}
-ADAPTER = "adapter_model.safetensors"
 
 
 def dispatched(model, folder):
@@ -101,7 +101,7 @@ def test_everything_has_the_bits_of_the_whole_model(offload, tied, after, tmp_pa
     assert same(trained(model, patched), trained(whole, expected))
     for handle, name in ((patched, "here"), (expected, "whole")):
         handle.save_adapter(tmp_path / name)
-    saved = [(tmp_path / name / ADAPTER).read_bytes() for name in ("here", "whole")]
+    saved = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("here", "whole")]
     assert saved[0] == saved[1]  # its header has the fingerprint of the base
     patched.load_adapter(tmp_path / "whole")
     assert torch.equal(model(**CALL).logits, whole(**CALL).logits)
@@ -250,7 +250,7 @@ def test_packed_experts(after, tmp_path):
         model(**CALL, labels=IDS).loss.backward()
         found.append([parameter.grad for parameter in patched.trainable_parameters()])
     assert same(*found)
-    saved = [(tmp_path / each / ADAPTER).read_bytes() for each in ("None", "disk_offload")]
+    saved = [(tmp_path / each / WEIGHTS).read_bytes() for each in ("None", "disk_offload")]
     assert saved[0] == saved[1]
 
 

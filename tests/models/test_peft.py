@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from support.model_zoo import FAMILIES, FAMILY, VOCAB, make_model, randomise, token_ids, unchanged
+from support.saved_adapters import ADAPTER, EARLIER_ADAPTER, give_earlier_names
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models import peft_format
@@ -329,9 +330,16 @@ def test_an_adapter_of_another_model(tmp_path):
 def test_a_folder_with_our_own_files(tmp_path):
     patched = make_patched("mixtral")
     patched.save_adapter(tmp_path)
-    with pytest.raises(ValueError, match="has an adapter of moe_kernels, whose files have"):
+    with pytest.raises(FileNotFoundError, match="no adapter of PEFT in .*: adapter_model.safe"):
+        peft_format.load_peft_adapter(patched, "image", tmp_path)
+    give_earlier_names(tmp_path, ADAPTER, EARLIER_ADAPTER)
+    with pytest.raises(ValueError, match="has an adapter of moe_kernels under the names of an"):
         peft_format.save_peft_adapter(patched, "image", tmp_path)
     patched.load_adapter(tmp_path)
+    patched.save_adapter(tmp_path)
+    peft_format.save_peft_adapter(patched, "image", tmp_path)
+    patched.load_adapter(tmp_path)
+    peft_format.load_peft_adapter(patched, "image", tmp_path)
 
 
 def test_what_peft_cannot_hold(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import threading
 
@@ -10,11 +11,19 @@ import torch
 from safetensors.torch import load_file
 from support.model_zoo import FAMILY, VOCAB, make_model, randomise, snapshot, token_ids
 from support.patched_models import patched_model
-from support.saved_adapters import CONFIG, WEIGHTS
+from support.saved_adapters import (
+    ADAPTER,
+    CONFIG,
+    EARLIER_ADAPTER,
+    WEIGHTS,
+    give_earlier_names,
+)
+from support.text_tokenizer import make_tokenizer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.imaging import PatchTokenizer, load_image_tokenizer
 from moe_kernels.models import adapters
 from moe_kernels.models.parameters import named_parameters, original_name
 from moe_kernels.models.peft_format import load_peft_adapter, save_peft_adapter
@@ -254,6 +263,61 @@ def test_equal_adapters_are_equal_files(tmp_path):
     assert len(files) == 2
 
 
+# --- one folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore:save_pretrained of a patched model")
+@pytest.mark.parametrize("has_peft", [True, False], ids=["PEFT", "no PEFT"])
+def test_all_parts_in_one_folder(has_peft, tmp_path, monkeypatch):
+    """No part replaces a file of another, so the order does not matter; each loader finds its own.
+
+    With PEFT installed, transformers looks for an adapter of PEFT beside the model.
+    """
+    if not has_peft:
+        for module in ("models.auto.auto_factory", "integrations.peft"):
+            monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: False)
+    patched, image_tokenizer = everything(), PatchTokenizer(torch.rand(8, 12), 2, (4, 6, 3))
+    text_tokenizer = make_tokenizer(bos_token="<s>", pad_token="<pad>")
+    savers = (patched.model.save_pretrained, text_tokenizer.save_pretrained, image_tokenizer.save,
+              patched.save_adapter)  # fmt: skip
+    found = []
+    for number, order in enumerate(itertools.permutations(savers)):
+        for save_part in order:
+            save_part(tmp_path / str(number))
+        found.append(contents(tmp_path / str(number)))
+    assert all(each == found[0] for each in found)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "0")
+    loaded = patch_model(model, ModalityLoraConfig.from_adapter(tmp_path / "0"))
+    loaded.load_adapter(tmp_path / "0")
+    assert torch.equal(logits(loaded), logits(patched))
+    again = AutoTokenizer.from_pretrained(tmp_path / "0")
+    assert (again.bos_token, again.pad_token) == ("<s>", "<pad>")
+    assert torch.equal(load_image_tokenizer(tmp_path / "0").codebook, image_tokenizer.codebook)
+
+
+@pytest.mark.filterwarnings("ignore:save_pretrained of a patched model")
+def test_earlier_names_are_read_and_give_way(tmp_path):
+    """They were PEFT's, and from_pretrained failed beside them."""
+    patched = everything()
+    patched.save_adapter(tmp_path)
+    expected = contents(tmp_path)
+    give_earlier_names(tmp_path, ADAPTER, EARLIER_ADAPTER)
+    assert sorted(contents(tmp_path)) == sorted(EARLIER_ADAPTER)
+    assert torch.equal(logits(reloaded(tmp_path)), logits(patched))
+    patched.model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="peft_type"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    patched.save_adapter(tmp_path)
+    assert {name: contents(tmp_path).get(name) for name in expected} == expected
+    assert not contents(tmp_path).keys() & set(EARLIER_ADAPTER)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 # --- several savers, and strangers' links
 
 
@@ -275,7 +339,7 @@ def test_two_savers_in_one_folder(tmp_path):
     for thread in threads:
         thread.join()
     assert not failures
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ADAPTER)
     found = logits(reloaded(tmp_path))
     assert any(torch.equal(found, logits(patched)) for patched in savers)
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.model_zoo import make_model, randomise, unchanged
 from support.patched_models import patched_model
-from support.saved_adapters import CONFIG, WEIGHTS, replaced, rewrite
+from support.saved_adapters import CONFIG, PEFT, WEIGHTS, replaced, rewrite
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.models.config import ExtensionConfig
@@ -121,9 +121,9 @@ def test_tensors_of_peft_that_are_no_weights(case, tmp_path):
     change, match = CONTENTS[case]
     _, patched = patched_model(config=ModalityLoraConfig(r=2))
     save_peft_adapter(patched, "image", tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
+    tensors = load_file(tmp_path / PEFT[0])
     change(tensors)
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, tmp_path / PEFT[0], metadata={"format": "pt"})
     with (
         unchanged(patched.model),
         pytest.raises(ValueError, match="_A.weight" + match[6:]),
@@ -165,9 +165,11 @@ def test_the_file_and_the_field_are_named(path, saved, fresh):
 @pytest.mark.parametrize("text", [DEEP, "[]", "3", "{", '{"layout": 1'])
 def test_a_header_that_is_no_object(text, saved, fresh):
     save_file(
-        {}, saved / WEIGHTS, metadata={"adapter_config": text.encode("utf-8", "replace").decode()}
+        {},
+        saved / WEIGHTS,
+        metadata={CONFIG.removesuffix(".json"): text.encode("utf-8", "replace").decode()},
     )
-    match = "the header of .*adapter_model.safetensors is damaged"
+    match = f"the header of .*{WEIGHTS} is damaged"
     with unchanged(fresh.model), pytest.raises(ValueError, match=match):
         fresh.load_adapter(saved)
     with pytest.raises(ValueError, match=match):
@@ -178,7 +180,7 @@ def test_a_header_that_is_no_object(text, saved, fresh):
 def test_peft_s_json_that_is_no_object(content, tmp_path):
     _, patched = patched_model(config=ModalityLoraConfig(r=2))
     save_peft_adapter(patched, "image", tmp_path)
-    (tmp_path / CONFIG).write_bytes(content)
+    (tmp_path / PEFT[1]).write_bytes(content)
     with (
         unchanged(patched.model),
         pytest.raises(ValueError, match="adapter_config.json is damaged"),
@@ -191,10 +193,11 @@ def test_peft_s_json_that_is_no_object(content, tmp_path):
 def test_peft_s_fields_of_another_type(field, value, tmp_path):
     _, patched = patched_model(config=ModalityLoraConfig(r=2))
     save_peft_adapter(patched, "image", tmp_path)
-    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)  # as PEFT does, without a header
-    config = json.loads((tmp_path / CONFIG).read_text())
+    weights, settings = (tmp_path / name for name in PEFT)
+    save_file(load_file(weights), weights)  # as PEFT does, without a header
+    config = json.loads(settings.read_text())
     config[field] = str(value) if isinstance(value, complex) else value
-    (tmp_path / CONFIG).write_text(json.dumps(config))
+    settings.write_text(json.dumps(config))
     with unchanged(patched.model), pytest.raises(ValueError, match=f"{field}|LoRA adapter of PEFT"):
         load_peft_adapter(patched, "image", tmp_path)
 
@@ -205,13 +208,11 @@ def test_json_beside_other_weights(tmp_path):
         _, patched = patched_model(config=ModalityLoraConfig(r=2, lora_alpha=alpha))
         save_peft_adapter(patched, "image", tmp_path / f"peft-{alpha}")
         patched.save_adapter(tmp_path / f"ours-{alpha}")
-    for kind in ("peft", "ours"):
-        (tmp_path / f"{kind}-8" / CONFIG).write_bytes(
-            (tmp_path / f"{kind}-4" / CONFIG).read_bytes()
-        )
+    for kind, name in (("peft", PEFT[1]), ("ours", CONFIG)):
+        (tmp_path / f"{kind}-8" / name).write_bytes((tmp_path / f"{kind}-4" / name).read_bytes())
     with pytest.raises(ValueError, match="is not the configuration of adapter_model.safetensors"):
         load_peft_adapter(patched, "image", tmp_path / "peft-8")
-    with pytest.warns(UserWarning, match="is not the configuration of adapter_model.safetensors"):
+    with pytest.warns(UserWarning, match=f"is not the configuration of {WEIGHTS}"):
         assert ModalityLoraConfig.from_adapter(tmp_path / "ours-8").lora_alpha == 8
 
 

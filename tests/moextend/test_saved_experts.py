@@ -17,7 +17,7 @@ from support.model_zoo import (
 )
 from support.patched_models import patched_model
 from support.registered_ops import same
-from support.saved_adapters import read, rewrite
+from support.saved_adapters import CONFIG, read, rewrite
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -288,7 +288,7 @@ def test_a_trainer_resumes(tmp_path):
 def test_what_the_files_say(tmp_path):
     everything().save_adapter(tmp_path)
     header, names = read(tmp_path)
-    assert header == json.loads((tmp_path / "adapter_config.json").read_text())
+    assert header == json.loads((tmp_path / CONFIG).read_text())
     one, two = header["extensions"]
     assert one["experts"] == {"0": 2} and one["sources"] == {"0": [0, 0]}
     assert one["modality"] == "image"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.programs import imported
+from support.saved_adapters import WEIGHTS
 
 OPTIONS = ["--quick", "--steps", "6"]
 
@@ -47,7 +48,7 @@ def stage(out, name):
 def trained(out):
     """Return every trained tensor: the text model's and the adapter's."""
     return load_file(stage(out, "pretrain") / "model" / "model.safetensors") | load_file(
-        stage(out, "teach") / "adapter" / "adapter_model.safetensors"
+        stage(out, "teach") / "adapter" / WEIGHTS
     )
 
 

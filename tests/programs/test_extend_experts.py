@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support.model_zoo import make_model
 from support.programs import imported, save_byte_tokenizer
+from support.saved_adapters import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +170,8 @@ def test_stopped_twice_it_goes_on_to_the_same_bits(
         assert list(tmp_path.glob(f"stages/{stage}-*.partial/checkpoints/checkpoint-{step}"))
         del stops[stage]
     assert program.main([*command, "--out", str(tmp_path)]) == 0
-    expected = load_file(finished / "adapter" / "adapter_model.safetensors")
-    actual = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = load_file(finished / "adapter" / WEIGHTS)
+    actual = load_file(tmp_path / "adapter" / WEIGHTS)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.model_zoo import make_model
 from support.programs import imported, save_byte_tokenizer
+from support.saved_adapters import WEIGHTS
 
 from moe_kernels.imaging import PatchTokenizer, load_image_tokenizer
 
@@ -115,8 +116,8 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
     (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-3")
     assert not (checkpoint / "model.safetensors").exists(), "the frozen base is in a checkpoint"
     assert program.main([*command, "--out", str(tmp_path)]) == 0
-    expected = load_file(finished / "adapter" / "adapter_model.safetensors")
-    actual = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = load_file(finished / "adapter" / WEIGHTS)
+    actual = load_file(tmp_path / "adapter" / WEIGHTS)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
@@ -142,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     assert program.main([*command, "--out", str(tmp_path)]) == 1
     assert "step 3" in capsys.readouterr().out
     (checkpoint,) = tmp_path.glob("stages/teach-*.partial/checkpoints/checkpoint-2")
-    kept = load_file(checkpoint / "adapter_model.safetensors")
+    kept = load_file(checkpoint / WEIGHTS)
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
     assert not (tmp_path / "adapter").exists()
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.model_zoo import VOCAB, make_model, randomise, token_ids
 from support.ranks import errors_of, play
+from support.saved_adapters import ADAPTER
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
@@ -43,7 +44,6 @@ from moe_kernels.moextend import ExpertExtender
 IMAGE = 7  # not even: the ranks' parts differ
 CONFIG = ModalityLoraConfig(r=3, target_modules=("experts", "attention", "router"))
 RICH = {"experts": True, "projector": True}
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def make(family="mixtral", *, seed=1, experts=False, projector=False, **settings):

@@ -8,7 +8,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+ADAPTER = ("modality_adapter.safetensors", "modality_adapter_config.json")
+PEFT = EARLIER_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 TOKENIZER = ("image_tokenizer.safetensors", "image_tokenizer_config.json")
 EARLIER_TOKENIZER = ("codebook.safetensors", "tokenizer_config.json")
 WEIGHTS, CONFIG = ADAPTER
