@@ -66,8 +66,11 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
             tensor_files.write(folder, NAMES, tensors, described)
 
 
-def load(patched: PatchState, folder: Path, timeout: float) -> None:
-    """Copy an adapter into a patched model, after all checks."""
+def load(patched: PatchState, folder: Path, tokenizer, timeout: float) -> None:
+    """Copy an adapter into a patched model, and the names of its tokens into a tokenizer.
+
+    All checks come before it.
+    """
     find = RoutingFinder()
     with _together(patched, _LOAD, timeout) as ranks:
         with adapter_files.opened(folder) as file:
@@ -82,12 +85,13 @@ def load(patched: PatchState, folder: Path, timeout: float) -> None:
             tensor_files.check_shapes(file, _expected_shapes(patched, saved, file))
             _check_frozen(file, saved)
             _check_routing(patched, saved, find)
+            names = tokens.find_names(tokenizer, patched.base_vocabulary, saved["added_tokens"])
             if ranks is not None:
                 _check_settled(patched, missing, saved, parameters)
             tensors = _read(patched, file, parameters)
         if ranks is not None:
             ranks.meet()  # before anything changes
-        _copy_in(patched, saved, missing, tensors, find)
+        _copy_in(patched, saved, missing, tensors, find, names)
 
 
 @contextlib.contextmanager
@@ -132,11 +136,13 @@ def _copy_in(
     missing: "_Missing",
     tensors: dict[str, Tensor],
     find: RoutingFinder,
+    names: tokens.NewNames,
 ) -> None:
     """Make what is missing, and copy all values in: wholly or not at all."""
     modules, frozen = missing.build(patched), saved.get("frozen")
     kept = [sharding.local(parameter) for _, parameter in named_adapter_parameters(patched.model)]
-    with all_or_nothing(patched.model, values=kept), torch.no_grad():
+    with all_or_nothing(patched.model, names.tokenizer, values=kept), torch.no_grad():
+        names.add()
         missing.attach(patched, modules, find)
         for name, parameter in named_adapter_parameters(patched.model):
             sharding.put(parameter, tensors[original_name(name)])
@@ -332,7 +338,7 @@ def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
         "frozen": frozen,
         "base_model": {
             "model_type": model.config.model_type,
-            "name_or_path": model.config.name_or_path,
+            **_base_of(model),
             "fingerprint": _fingerprint(parameters, model),
         },
         "versions": {
@@ -343,13 +349,29 @@ def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
     }
 
 
+def _base_of(model: nn.Module) -> dict[str, str | None]:
+    """Return where a model was loaded from: id or folder, and the commit of a hub's repository."""
+    config = model.config
+    return {
+        "name_or_path": config.name_or_path,
+        "revision": getattr(config, "_commit_hash", None),
+    }
+
+
+def _base_name(base: dict) -> str:
+    """Return where a base was loaded from, for people."""
+    revision = base.get("revision")  # absent in files of older versions
+    name = base["name_or_path"] or "unnamed"
+    return f"{name} at revision {revision}" if revision else name
+
+
 def _check_fits(patched: PatchState, saved: dict) -> None:
     """Raise ValueError unless type of model and configuration are those of the adapter."""
     model, base = patched.model, saved["base_model"]
     if base["model_type"] != model.config.model_type:
         raise ValueError(
-            f"the adapter is for a {base['model_type']!r} model, this is a "
-            f"{model.config.model_type!r}"
+            f"the adapter is for a {base['model_type']!r} model ({_base_name(base)}), this is a "
+            f"{model.config.model_type!r} ({_base_name(_base_of(model))})"
         )
     trained = ModalityLoraConfig.from_dict(saved["lora"]).to_dict()
     current = patched.config.to_dict()
@@ -366,8 +388,9 @@ def _check_base(patched: PatchState, saved: dict, parameters: dict[str, nn.Param
     base = saved["base_model"]
     if base["fingerprint"] not in _fingerprints(patched, parameters):
         raise ValueError(
-            f"the adapter was trained on other base weights ({base['name_or_path'] or 'unnamed'}), "
-            "or on a copy of these in another precision than float32 or bfloat16"
+            f"the adapter was trained on other base weights ({_base_name(base)}) than this model's "
+            f"({_base_name(_base_of(patched.model))}), or on a copy of these in another precision "
+            "than float32 or bfloat16"
         )
 
 

@@ -222,7 +222,7 @@ class PatchedModel(PatchState):
         """
         adapters.save(self, Path(folder), timeout)
 
-    def load_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
+    def load_adapter(self, folder: str | Path, tokenizer=None, *, timeout: float = 300.0) -> None:
         """Load the files of :meth:`save_adapter`, on all ranks if the model is sharded.
 
         Tokens, experts and projectors that the adapter has and the model lacks are added.
@@ -230,16 +230,26 @@ class PatchedModel(PatchState):
 
         Args:
             folder: of the adapter; every rank reads it.
+            tokenizer: gets the names ``<modality_i>`` of the added tokens, as from
+                :func:`moe_kernels.add_modality_tokens`, where it lacks them: without names, their
+                ids decode to nothing.
             timeout: seconds to wait for the other ranks of a sharded model.
 
         Raises:
             FileNotFoundError: the folder has no adapter.
-            ValueError: the adapter is of another shape, model or layout, or a file is damaged. The
-                model has not changed then.
+            ValueError: the adapter is of another shape, model or layout, or a file is damaged, or
+                the tokenizer's ids cannot match the model's. Model and tokenizer have not changed
+                then. The message names the base that the adapter was trained on, if it is another.
             RuntimeError: other ranks of a sharded model did not call it in time, one failed, or
                 they found different files.
+
+        Example:
+            >>> model = AutoModelForCausalLM.from_pretrained(name)
+            >>> tokenizer = AutoTokenizer.from_pretrained(name)
+            >>> patched = patch_model(model, ModalityLoraConfig.from_adapter("run"))
+            >>> patched.load_adapter("run", tokenizer)
         """
-        adapters.load(self, Path(folder), timeout)
+        adapters.load(self, Path(folder), tokenizer, timeout)
 
     def unpatch(self) -> PreTrainedModel:
         """Remove everything that was added and return the model as it was before, bit for bit.

@@ -31,7 +31,12 @@ ADAPTER = {
     "routing": Maybe({str: {"top_k": int, "normalise": bool}}),
     "projectors": Maybe({str: PROJECTOR}),
     "frozen": Maybe([str]),
-    "base_model": {"model_type": str, "name_or_path": Nullable(str), "fingerprint": str},
+    "base_model": {
+        "model_type": str,
+        "name_or_path": Nullable(str),
+        "revision": Maybe(Nullable(str)),
+        "fingerprint": str,
+    },
     "versions": {"moe_kernels": str},
 }
 PEFT = {

@@ -1,6 +1,7 @@
 """Added tokens: rows for a new modality beside the frozen embedding table and head."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,9 @@ def add_modality_tokens(
         **init_options,
     )
     ids = range(first, first + num_tokens)
-    names = [] if tokenizer is None else _new_names(tokenizer, modality, ids)
+    names = _names_after(tokenizer, ids.start, _named(modality, ids))
     with all_or_nothing(model, tokenizer):
-        if tokenizer is not None:
-            _extend_tokenizer(tokenizer, names)
+        names.add()
         _attach_rows(model, modality, new)
         if diagnostics:
             patched.init_diagnostics[modality] = diagnostics
@@ -353,13 +353,56 @@ class JoinedHead:
         return None if bias is None else F.pad(bias, (0, _num_added(self._head)))
 
 
-def _new_names(tokenizer, modality: str, ids: range) -> list[str]:
-    """Return the tokens ``<modality_i>`` for these ids, after fillers for the unused ids before."""
+@dataclass(frozen=True)
+class NewNames:
+    """Names of added tokens that a tokenizer lacks; without a tokenizer there are none."""
+
+    tokenizer: object
+    names: list[str]
+
+    def add(self) -> None:
+        """Let the tokenizer take over a copy that has them: what is added cannot be removed."""
+        if self.names:
+            grown = copy.deepcopy(self.tokenizer)
+            grown.add_tokens(self.names, special_tokens=True)
+            vars(self.tokenizer).update(vars(grown))
+
+
+def find_names(tokenizer, first: int, added_tokens: dict[str, int]) -> NewNames:
+    """Return what a tokenizer lacks to decode the added tokens of a model; it may have some.
+
+    Args:
+        tokenizer: of the model, or None.
+        first: id of the first added token.
+        added_tokens: their number by modality, in the order of their ids.
+
+    Raises:
+        ValueError: its ids cannot match those of the model.
+    """
+    if tokenizer is None:
+        return NewNames(None, [])
+    names, stop = {}, first
+    for modality, count in added_tokens.items():
+        names |= {name: stop + i for i, name in enumerate(_named(modality, range(count)))}
+        stop += count
+    vocabulary = tokenizer.get_vocab()
+    missing = {name: i for name, i in names.items() if vocabulary.get(name) != i}
+    return _names_after(tokenizer, min(missing.values(), default=first), list(missing))
+
+
+def _named(modality: str, ids: range) -> list[str]:
+    return [f"<{modality}_{i}>" for i in range(len(ids))]
+
+
+def _names_after(tokenizer, first: int, new: list[str]) -> NewNames:
+    """Return names whose ids begin at ``first``, after fillers for the unused ids before."""
+    if tokenizer is None or not new:
+        return NewNames(tokenizer, [])
     vocabulary = tokenizer.get_vocab()
     last = max(vocabulary.values(), default=-1)
-    if last >= ids.start:
+    if last >= first:
         raise ValueError(
-            f"the tokenizer has ids up to {last} but the model's table {ids.start} rows: "
+            f"the tokenizer has ids up to {last} but the model's table {first} rows: "
             "resize the model's embeddings before patching"
         )
     if last >= len(vocabulary):
@@ -367,15 +410,7 @@ def _new_names(tokenizer, modality: str, ids: range) -> list[str]:
             f"the tokenizer has {len(vocabulary)} tokens but ids up to {last}: added tokens would "
             "fall into the gaps"
         )
-    names = [f"<unused_{i}>" for i in range(last + 1, ids.start)]
-    names += [f"<{modality}_{i}>" for i in range(len(ids))]
+    names = [*(f"<unused_{i}>" for i in range(last + 1, first)), *new]
     if clash := set(names) & set(vocabulary):
         raise ValueError(f"the tokenizer has tokens of these names already: {sorted(clash)[:5]}")
-    return names
-
-
-def _extend_tokenizer(tokenizer, names: list[str]) -> None:
-    """Add special tokens by taking over a copy that has them: what is added cannot be removed."""
-    grown = copy.deepcopy(tokenizer)
-    grown.add_tokens(names, special_tokens=True)
-    vars(tokenizer).update(vars(grown))
+    return NewNames(tokenizer, names)

@@ -208,7 +208,10 @@ def test_a_file_that_is_not_right(damage, num_tokens, saved):
 
 
 MODELS = {
-    "another family": (lambda: make_patched("olmoe"), "for a 'mixtral' model, this is a 'olmoe'"),
+    "another family": (
+        lambda: make_patched("olmoe"),
+        r"for a 'mixtral' model \(unnamed\), this is a 'olmoe' \(unnamed\)",
+    ),
     "other weights": (lambda: make_patched(seed=1), "other base weights"),
     "another rank": (
         lambda: make_patched(config=ModalityLoraConfig(r=8)),
@@ -250,6 +253,21 @@ def test_one_changed_layer_is_another_base(saved):
     patched = patch_model(model, ModalityLoraConfig(r=4))
     with pytest.raises(ValueError, match="other base weights"):
         patched.load_adapter(saved)
+
+
+def test_the_base_is_named(tmp_path):
+    """By id and revision, which the configuration has of a model from the hub."""
+    patched, other = make_patched(), make_patched(seed=1)
+    patched.model.config._name_or_path = "a/base"
+    patched.model.config._commit_hash = "0123abc"
+    patched.save_adapter(tmp_path)
+    assert read(tmp_path)[0]["base_model"]["revision"] == "0123abc"
+    match = r"other base weights \(a/base at revision 0123abc\) than this model's \(unnamed\)"
+    with pytest.raises(ValueError, match=match):
+        other.load_adapter(tmp_path)
+    rewrite(tmp_path, lambda header: header["base_model"].pop("revision"))  # as in older files
+    with pytest.raises(ValueError, match=r"other base weights \(a/base\) than"):
+        other.load_adapter(tmp_path)
 
 
 def test_no_adapter_there(tmp_path):

@@ -173,6 +173,32 @@ def test_inits(init):
 # --- tokenizer
 
 
+@pytest.mark.parametrize("present", [False, True], ids=["tokens are new", "tokens are there"])
+def test_a_tokenizer_gets_the_tokens_of_an_adapter(present, tmp_path):
+    """Without names, the ids of an image decode to nothing."""
+    config = ModalityLoraConfig(r=2, modalities=("image", "sound"))
+    made = patch_model(make_model("mixtral"), config)
+    for modality in config.modalities:
+        add_modality_tokens(made.model, modality, 2)
+    made.save_adapter(tmp_path)
+    tokenizer, again = make_tokenizer(VOCAB - 3), make_tokenizer(VOCAB - 3)
+    if present:
+        add_modality_tokens(
+            patch_model(make_model("mixtral"), config).model, "image", 2, tokenizer=again
+        )
+    patched = made if present else patch_model(make_model("mixtral"), config)
+    assert tokenizer.decode([VOCAB, VOCAB + 2]) == ""
+    for each in (tokenizer, again, tokenizer):  # one has them already
+        patched.load_adapter(tmp_path, each)
+        assert each.convert_ids_to_tokens([VOCAB, VOCAB + 2]) == ["<image_0>", "<sound_0>"]
+        assert len(each) == VOCAB + 4
+    other = make_tokenizer(VOCAB + 1)
+    fresh = patch_model(make_model("mixtral"), config)
+    with unchanged(fresh.model), pytest.raises(ValueError, match="the tokenizer has ids up to"):
+        fresh.load_adapter(tmp_path, other)
+    assert len(other) == VOCAB + 1
+
+
 def test_the_tokenizer_keeps_step():
     model, _ = make_patched(modalities=("image", "sound"))
     tokenizer = make_tokenizer()
