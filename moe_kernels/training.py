@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.models import PatchedModel, sharding
 from moe_kernels.models.adapter_files import NAMES
 from moe_kernels.models.intact import modalities_of_peft
@@ -19,6 +21,14 @@ from moe_kernels.models.parameters import is_added
 __all__ = ["AdapterTrainer", "MatrixMuon"]
 
 _ELSE = "use transformers.Trainer(model=patched.model, callbacks=[SaveAdapter(patched)]) instead"
+
+
+class _OfTraining(RoutingRecorder):
+    """Recorder that leaves out forwards in eval mode."""
+
+    def _add(self, *args: Any) -> None:
+        if self.model.training:
+            super()._add(*args)
 
 
 class AdapterTrainer(Trainer):
@@ -34,6 +44,10 @@ class AdapterTrainer(Trainer):
         args: as of ``transformers.Trainer``.
         rows_lr: learning rate of added rows, which then get no weight decay; the schedule scales
             it as it does ``args.learning_rate``. Default: rows train as all else does.
+        log_routing: write into each log of the loss how evenly the experts were chosen since the
+            last one, by modality: ``routing/`` before the names of
+            :meth:`moe_kernels.analysis.RoutingStatistics.summary`. Evaluation is left out, and
+            activation checkpointing counts once. Under DDP it is of the process that logs.
         **options: further arguments of ``transformers.Trainer``, ``model`` excepted.
 
     Raises:
@@ -58,6 +72,7 @@ class AdapterTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         rows_lr: float | None = None,
+        log_routing: bool = False,
         **options: Any,
     ):
         if not isinstance(patched, PatchedModel):
@@ -82,6 +97,7 @@ class AdapterTrainer(Trainer):
                 f"AdapterTrainer's do not: {_ELSE}"
             )
         self.patched, self.rows_lr = patched, rows_lr
+        self._recorder = _OfTraining(patched.model) if log_routing else None
 
     def _engine(self) -> str | None:
         """Return the name of the engine that shards the model or its optimizer, or None."""
@@ -97,7 +113,16 @@ class AdapterTrainer(Trainer):
                 f"{others[0]} trains too (one of {len(others)}), and was not added to the model, "
                 f"so that no checkpoint would hold it: freeze it, or {_ELSE}"
             )
-        return super().train(*args, **kwargs)
+        with self._recorder or nullcontext():
+            return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what the Trainer does, and how the experts were chosen if ``log_routing`` is set."""
+        if self._recorder is not None and "loss" in logs:
+            found = self._recorder.statistics().summary()
+            logs |= {f"routing/{name}": round(value, 4) for name, value in found.items()}
+            self._recorder.clear()
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer, in which added rows are a group if they have a rate of their own."""

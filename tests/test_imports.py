@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 BELOW = {
     "__init__": ("ops", "models", "registration", "_version"),
     "extension": ("moextend",),
-    "training": ("models",),
+    "training": ("analysis",),
     "moextend": ("analysis",),
     "analysis": ("models",),
     "conversion": ("models",),

@@ -105,6 +105,10 @@ class RoutingRecorder:
         """Set the modality ids of the next forward's rows, (B, S) or (B * S,); -1: not counted."""
         self._row_modality.observed = modality_ids
 
+    def clear(self) -> None:
+        """Forget all forwards so far."""
+        self._sums.clear()
+
     def statistics(self) -> RoutingStatistics:
         """Return the sums over all forwards so far.
 

@@ -96,6 +96,27 @@ class RoutingStatistics:
         ) / 2
         return (nats / math.log(2)).clamp(min=0)
 
+    def summary(self) -> dict[str, float]:
+        """Return the means over layers of figures for a log, of the modalities that have rows.
+
+        ``<modality>_largest_load`` is the load of the expert that is chosen most, times E: 1 if
+        routing is even. ``<modality>_divergence`` is that of an added modality from the base one.
+
+        Example:
+            >>> sorted(recorder.statistics().summary())
+            ['image_divergence', 'image_largest_load', 'text_largest_load']
+        """
+        numbers = self.counts.new_tensor(self.num_experts, dtype=torch.float64)
+        largest = (self.load().amax(-1) * numbers.unsqueeze(1)).mean(0)
+        base, *_ = self.modalities
+        seen, found = self.seen(), {}
+        for number, name in enumerate(self.modalities):
+            if name in seen:
+                found[f"{name}_largest_load"] = float(largest[number])
+            if name in seen and base in seen and number:
+                found[f"{name}_divergence"] = float(self.divergence(base, name).mean())
+        return found
+
     def specialisation(self, first: str, second: str) -> torch.Tensor:
         """Return f(e|second) / (f(e|first) + f(e|second)), (L, E).
 

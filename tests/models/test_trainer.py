@@ -51,7 +51,7 @@ def examples(size=16, *, image=True, length=12, seed=0):
 
 
 def make_trainer(
-    model, folder, dataset, *, optimizers=(None, None), callbacks=(), rows_lr=None, **kwargs
+    model, folder, dataset, *, optimizers=(None, None), callbacks=(), own=None, **kwargs
 ):
     settings = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4,
@@ -63,7 +63,7 @@ def make_trainer(
         "optimizers": optimizers, "callbacks": list(callbacks),
     }  # fmt: skip
     if isinstance(model, PatchedModel):
-        return AdapterTrainer(model, rows_lr=rows_lr, eval_dataset=dataset, **options)
+        return AdapterTrainer(model, eval_dataset=dataset, **options | (own or {}))
     return Trainer(model=model, **options)
 
 
@@ -400,7 +400,7 @@ def test_an_adapter_trainer_resumes_with_the_same_bits(tmp_path, caplog, monkeyp
         patched = make_patched()
         return patched, make_trainer(
             patched, tmp_path / folder, examples(), save_strategy="steps", save_steps=2,
-            callbacks=callbacks, rows_lr=5e-2, weight_decay=0.1,
+            callbacks=callbacks, own={"rows_lr": 5e-2}, weight_decay=0.1,
         )  # fmt: skip
 
     whole, trainer = make("whole")
@@ -442,12 +442,45 @@ def test_an_adapter_trainer_ends_with_the_best_model(tmp_path):
     assert not all(torch.equal(end[name], value) for name, value in values(patched).items())
 
 
+def test_the_log_says_how_experts_are_chosen(tmp_path):
+    """Each log is of its own steps, without evaluation, and counts once under recomputation."""
+    logs = []
+    for checkpointing in (False, True):
+        patched, seen = make_patched(), []
+        trainer = make_trainer(
+            patched, tmp_path / str(checkpointing), examples(), own={"log_routing": True},
+            max_steps=2, eval_strategy="steps", eval_steps=1, learning_rate=0.0,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        recorder = trainer._recorder
+        recorder.clear = lambda recorder=recorder, seen=seen: (
+            seen.append(recorder.statistics()), type(recorder).clear(recorder)
+        )  # fmt: skip
+        trainer.train()
+        # A step has 4 sequences of 6 tokens of text and 6 of pictures, in each of 2 layers.
+        assert [each.rows.tolist() for each in seen] == [[[24, 24]] * 2] * 2
+        found = [
+            {k: v for k, v in entry.items() if k.startswith("routing/")}
+            for entry in trainer.state.log_history if "loss" in entry
+        ]  # fmt: skip
+        for entry, statistics in zip(found, seen, strict=True):
+            largest = (statistics.load().amax(-1) * 4).mean(0).tolist()
+            divergence = float(statistics.divergence("text", "image").mean())
+            assert entry == {
+                "routing/text_largest_load": round(largest[0], 4),
+                "routing/image_largest_load": round(largest[1], 4),
+                "routing/image_divergence": round(divergence, 4),
+            }
+        logs.append(found)
+    assert logs[0] == logs[1]
+
+
 def test_an_adapter_trainer_refuses_what_its_checkpoints_would_not_hold(tmp_path, monkeypatch):
     patched = make_patched()
     with pytest.raises(TypeError, match="the handle that patch_model.* got MixtralForCausalLM"):
         AdapterTrainer(patched.model)
     with pytest.raises(ValueError, match="rows_lr is for the optimizer that the Trainer makes"):
-        make_trainer(patched, tmp_path, examples(), optimizers=sgd(patched), rows_lr=1e-2)
+        make_trainer(patched, tmp_path, examples(), optimizers=sgd(patched), own={"rows_lr": 1e-2})
     trainer = make_trainer(patched, tmp_path, examples())
     patched.model.model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="model.norm.weight trains too .one of 1., .*SaveAdapter"):
