@@ -54,6 +54,7 @@ class PatchState(CopiedAlone):
             False: the ranks train models of their own.
         warned: modalities of which a training forward has warned that their adapters are idle; the
             empty name if it has warned that all is frozen.
+        warned_of_saving: True: ``save_pretrained`` has said what ``from_pretrained`` leaves out.
         checked: the numbers of extensions and of modalities with tokens at which a training forward
             has found no fault.
         compared_at: the places where ranks compare what they have at these numbers.
@@ -89,6 +90,7 @@ class PatchState(CopiedAlone):
         self.fused_loss = False
         self.compare_ranks = True
         self.warned: set[str] = set()
+        self.warned_of_saving = False
         self.checked: set[tuple[int, int]] = set()
         self.compared_at: dict[tuple[int, int], str] = {}
         self.shared_batches: set[tuple] = set()

@@ -90,12 +90,14 @@ def _save_pretrained_of(model_class: type[PreTrainedModel]):
         if state_dict is None:
             check_values(patched)
             _check_saving(self)
-        warnings.warn(
-            "save_pretrained of a patched model writes the base model, with all that was added as "
-            "further tensors: Trainer resumes from them, but from_pretrained leaves them out; "
-            "save_adapter(folder) writes what load_adapter reads",
-            stacklevel=2,
-        )
+        if not patched.warned_of_saving:  # a Trainer saves at each checkpoint
+            patched.warned_of_saving = True
+            warnings.warn(
+                "save_pretrained of a patched model writes the base model, with all that was added "
+                "as further tensors: Trainer resumes from them, but from_pretrained leaves them "
+                "out; save_adapter(folder) writes what load_adapter reads",
+                stacklevel=2,
+            )
         if packed.parametrised(self):  # transformers' conversions would split what is packed
             kwargs.setdefault("save_original_format", False)
         return inner(_as_base(self), save_directory, *args, state_dict=state_dict, **kwargs)
