@@ -398,8 +398,9 @@ class Forwards(PerThread):
         if not self.running:
             self.clear()
         outer = Outer([context.call for context in self.contexts], self.sorted_rows)
-        self._local.running = getattr(self._local, "running", 0) + 1
+        # In this order: an interrupt between the two leaves no forward that runs without rows.
         self._local.sorted_rows = SortedRows()
+        self._local.running = getattr(self._local, "running", 0) + 1
         return outer
 
     def clear(self) -> None:

@@ -343,7 +343,8 @@ def test_adapters_of_one_layer(layer):
     assert_same_model(ours, theirs)
 
 
-@pytest.mark.parametrize("adapters", ["one", pytest.param("two", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", ["one", "two"])
 def test_compiles_into_one_graph(adapters):
     """PEFT itself breaks the graph, where it parametrises the weights."""
     theirs, ours = make_pair(**OTHER)

@@ -130,6 +130,7 @@ SCENES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_two_ranks(scene, scene_errors):
     assert scene not in scene_errors, scene_errors[scene]

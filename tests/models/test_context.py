@@ -1,6 +1,7 @@
 """The rows that a forward sorts once for the linear modules of all layers, and then forgets."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.patched_models import patched_model
 from support.registered_ops import Calls
 
 from moe_kernels import ModalityLoraConfig
+from moe_kernels.models import context
 
 LAYERS = 2
 TARGETS = ("experts", "attention", "router")
@@ -90,6 +92,32 @@ def test_nothing_is_kept_after_a_forward(checkpointing):
     assert patched.forwards.sorted_rows is not patched.forwards.sorted_rows
     loss.backward()
     assert all(context.call is None for context in contexts(model))
+
+
+def test_an_interrupt_as_a_forward_begins(monkeypatch):
+    """The next forward of the thread must not take it for one that runs."""
+    model, _ = make()
+    ids, (mask, _) = batches()
+    expected = model(ids, modality_ids=mask).logits
+
+    class Interrupted(context.SortedRows):
+        made = 0
+
+        def __init__(self):
+            super().__init__()
+            Interrupted.made += 1
+            if Interrupted.made == 2:  # the first stands for those of no forward
+                raise KeyboardInterrupt
+
+    def forwards():
+        with monkeypatch.context() as patch:
+            patch.setattr(context, "SortedRows", Interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids, modality_ids=mask)
+        return model(ids, modality_ids=mask).logits
+
+    with ThreadPoolExecutor(1) as pool:  # a thread that no forward has run in
+        assert torch.equal(pool.submit(forwards).result(), expected)
 
 
 def test_ids_written_into_the_same_tensor():

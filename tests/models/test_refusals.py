@@ -758,6 +758,7 @@ def test_a_replaced_module_is_found(replace, tmp_path):
     patched.unpatch()
 
 
+@pytest.mark.slow  # it compiles
 def test_a_compiled_model_finds_a_replaced_module():
     model, _ = patched_model("olmoe")
     torch._dynamo.reset()

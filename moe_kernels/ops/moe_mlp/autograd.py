@@ -197,7 +197,7 @@ moe_mlp_backward_op = torch.library.custom_op(
 @moe_mlp_backward_op.register_fake
 def _(*arguments):
     named = _BACKWARD.by_name(arguments)
-    weights = _OF_BACKWARD[0](arguments)
+    weights, _, _ = (of(arguments) for of in _OF_BACKWARD)
     needed = _needed(named["hidden_states"], named["topk_weights"], weights, named["needs"])
     return [tensor.new_empty(tensor.shape) for tensor in needed]
 
