@@ -94,6 +94,7 @@ def resume(folder):
     files = {path.name for path in (folder / "parts" / "checkpoint-4").iterdir()}
     assert files >= {*AdapterTrainer.adapter_files, "rng_state_1.pth"}
     assert not any("model" in name for name in files - {*AdapterTrainer.adapter_files})
+    dist.barrier()  # no rank leaves while the other still hears from it
     resumed.accelerator.end_training()
 
 
