@@ -25,10 +25,12 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+LEAST_SETUPTOOLS = 77  # the first that reads `license = "Apache-2.0"` in pyproject.toml
 SKIPPED = "MOE_KERNELS_SKIP_CPP is set"
 CXX_FLAGS = [
     "-O3",
@@ -55,6 +57,20 @@ def flag(name: str) -> bool:
 
 def say(message: str) -> None:
     print(f"modality-moe-kernels: {message}", file=sys.stderr, flush=True)
+
+
+def check_setuptools() -> None:
+    """End with one sentence where setuptools would refuse pyproject.toml with a page.
+
+    pip brings a setuptools that is new enough, but not with --no-build-isolation.
+    """
+    found = setuptools.__version__
+    if int(found.split(".")[0]) < LEAST_SETUPTOOLS:
+        raise SystemExit(
+            f"modality-moe-kernels needs setuptools {LEAST_SETUPTOOLS} or later to be built, this "
+            f'is {found}: run `pip install "setuptools>={LEAST_SETUPTOOLS}"`, then the same '
+            "command again"
+        )
 
 
 def needs_extensions(argv: list[str]) -> bool:
@@ -397,7 +413,7 @@ def decide() -> dict:
         raise SystemExit(
             "modality-moe-kernels is compiled against the installed torch, but torch cannot be "
             f"imported ({error}): run `pip install torch`, then `pip install --no-build-isolation "
-            "modality-moe-kernels`, or set MOE_KERNELS_SKIP_CPP=1 for a pure Python package"
+            ".`, or set MOE_KERNELS_SKIP_CPP=1 for a pure Python package"
         ) from None
     missing = why_no_cuda(home, torch.version.cuda)
     if force_cuda and missing:
@@ -428,4 +444,5 @@ def decide() -> dict:
 
 
 if __name__ == "__main__":
+    check_setuptools()  # before setup() reads pyproject.toml
     setup(**decide())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,30 @@ def test_an_unclear_build_flag_is_an_error(setup_module, monkeypatch):
     monkeypatch.setenv("MOE_KERNELS_SKIP_CPP", "maybe")
     with pytest.raises(SystemExit, match="must be 0, 1, true or false"):
         setup_module.flag("MOE_KERNELS_SKIP_CPP")
+
+
+@pytest.mark.parametrize(("version", "built"), [("68.2.2", False), ("77.0.1", True)])
+def test_an_old_setuptools_is_refused_in_one_sentence(tmp_path, version, built):
+    """A stand-in of setuptools says its version, and that it came to read pyproject.toml."""
+    (tmp_path / "setuptools" / "command").mkdir(parents=True)
+    text = f"__version__ = {version!r}\ndef setup(**options): print('pyproject.toml is read')\n"
+    (tmp_path / "setuptools" / "__init__.py").write_text(text)
+    (tmp_path / "setuptools" / "command" / "build_py.py").write_text("build_py = object\n")
+    result = subprocess.run(
+        [sys.executable, "setup.py", "egg_info"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode == 0, "is read" in result.stdout) == (built, built)
+    refusal = 'this is 68.2.2: run `pip install "setuptools>=77"`'
+    assert (refusal in result.stderr and len(result.stderr.splitlines()) == 1) is not built
+
+
+def test_the_least_setuptools_is_that_of_pyproject(setup_module):
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert f"setuptools>={setup_module.LEAST_SETUPTOOLS}" in requires
 
 
 @pytest.fixture
