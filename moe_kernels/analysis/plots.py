@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_kernels import extras
 from moe_kernels.analysis.redundancy import ExpertRedundancy
 from moe_kernels.analysis.statistics import RoutingStatistics
 from moe_kernels.files import replacing
@@ -44,6 +45,7 @@ def plot_expert_load(
         modalities: one or two names; default: the first two that have rows in ``statistics``.
         title: title of the figure.
     """
+    extras.load("matplotlib", "plot_expert_load")
     modalities = tuple(modalities or statistics.seen()[:2])
     load = statistics.load() * statistics.counts.new_tensor(statistics.num_experts).view(-1, 1, 1)
     load = load.masked_fill(~statistics.exists().unsqueeze(1), torch.nan)
@@ -87,6 +89,7 @@ def plot_specialisation(
         modalities: the first and the second modality.
         title: title of the figure.
     """
+    extras.load("matplotlib", "plot_specialisation")
     first, second = modalities
     values = statistics.specialisation(first, second)
     values = values.masked_fill(statistics.unused(first, second), torch.nan)
@@ -135,6 +138,7 @@ def plot_divergence(
         modalities: the two modalities to compare.
         title: title of the figure; default: the names of the modalities.
     """
+    extras.load("matplotlib", "plot_divergence")
     by_label = statistics if isinstance(statistics, Mapping) else {"": statistics}
     layers = _same_layers(by_label)
     figure, panel = _line_panel(len(layers))
@@ -168,6 +172,7 @@ def plot_redundancy(
     Raises:
         ValueError: the two differ in their layers, modality or metric.
     """
+    extras.load("matplotlib", "plot_redundancy")
     by_label = {"before": before} | ({} if after is None else {"after": after})
     layers = _same_layers(by_label)
     kinds = {(redundancy.modality, redundancy.metric) for redundancy in by_label.values()}

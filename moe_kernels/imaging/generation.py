@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from moe_kernels import extras
 from moe_kernels.imaging.pixels import to_pil
 from moe_kernels.imaging.processors import (
     ImageGuidanceProcessor,
@@ -70,11 +71,13 @@ def generate_images(
         PIL pictures of mode "L" or "RGB", in the order of the captions.
 
     Raises:
+        ImportError: pillow is not installed.
         ValueError: the model has no image tokens, their number differs from the image tokenizer's,
             a caption contains image tokens or is too long, the tokenizer has no token to pad with,
             or a setting is out of range.
         TypeError: ``captions`` is a single string, or holds something else than strings.
     """
+    extras.load("PIL", "generate_images")
     if isinstance(captions, str):
         raise TypeError("captions must be a list of strings; got one string")
     vocabulary = vocabulary or _vocabulary_of(model)

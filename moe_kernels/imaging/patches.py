@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from moe_kernels import schema, tensor_files
+from moe_kernels import extras, schema, tensor_files
 from moe_kernels.imaging.pixels import as_pixels
 from moe_kernels.imaging.tokenizer import (
     CodebookTokenizer,
@@ -53,9 +53,12 @@ class PatchTokenizer(CodebookTokenizer):
         are more than ``max_patches`` distinct patches, it runs over a random sample of this size
         and the ``num_codes`` commonest patches. Warns if the images use fewer than a tenth of the
         codes.
-        """
-        from sklearn.cluster import KMeans
 
+        Raises:
+            ImportError: scikit-learn is not installed.
+            ValueError: images or settings do not fit.
+        """
+        cluster = extras.load("sklearn.cluster", "PatchTokenizer.fit")
         if num_codes < 1:
             raise ValueError(f"num_codes must be at least 1; got {num_codes}")
         pixels = as_pixels(images)
@@ -72,7 +75,7 @@ class PatchTokenizer(CodebookTokenizer):
             # Always include the commonest patches, so that the background keeps its own entry.
             chosen = torch.cat([counts.topk(num_codes).indices, chosen]).unique()
             patches, counts = patches[chosen], counts[chosen]
-        means = KMeans(num_codes, n_init=1, max_iter=25, tol=1e-3, random_state=seed)
+        means = cluster.KMeans(num_codes, n_init=1, max_iter=25, tol=1e-3, random_state=seed)
         means.fit(patches.numpy(), sample_weight=counts.double().numpy())
         fitted = cls(torch.from_numpy(means.cluster_centers_), patch_size, tuple(pixels.shape[1:]))
         warn_if_collapsed(fitted.codebook_usage(torch.from_numpy(means.labels_).long()))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_kernels import extras
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -83,12 +85,14 @@ def to_pil(images: Any) -> list[Image]:
     """Return PIL pictures of mode "L" or "RGB".
 
     images: (N, H, W[, C]), C 1 or 3, uint8 or float in [0, 1]
-    """
-    from PIL import Image
 
+    Raises:
+        ImportError: pillow is not installed.
+    """
+    create = extras.load("PIL.Image", "to_pil").fromarray
     pixels = as_pixels(images)
     if pixels.ndim == 4 and pixels.shape[3] not in (1, 3):
         raise ValueError(f"a picture must have 1 or 3 channels; got {pixels.shape[3]}")
     if pixels.ndim == 4 and pixels.shape[3] == 1:
         pixels = pixels[..., 0]
-    return [Image.fromarray(picture.numpy()) for picture in (pixels * 255).round().byte()]
+    return [create(picture.numpy()) for picture in (pixels * 255).round().byte()]

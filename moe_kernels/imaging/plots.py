@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_kernels import extras
 from moe_kernels.imaging.pixels import as_pixels
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def plot_samples(
     rows: Sequence[SampleRow], title: str, *, real_heading: str = "real, held out"
 ) -> Figure:
     """Draw a line for each caption: its text, the generated pictures, and real ones to compare."""
-    from matplotlib.figure import Figure
-
+    figures = extras.load("matplotlib.figure", "plot_samples")
     blocks = _blocks(rows, real_heading)
     if not blocks:
         raise ValueError("there are no pictures to plot")
@@ -70,7 +70,7 @@ def plot_samples(
     right = _CAPTION + sum(block.width + _GAP for block in blocks)
     bottom, top = len(rows) * _STEP * aspect, -aspect
     title_inches = 0.35 + 0.2 * len(title.splitlines())
-    figure = Figure(figsize=(right * _INCHES, (bottom - top) * _INCHES + title_inches))
+    figure = figures.Figure(figsize=(right * _INCHES, (bottom - top) * _INCHES + title_inches))
     panel = figure.add_axes((0, 0.01, 1, 1 - title_inches / figure.get_figheight()))
     for number, row in enumerate(rows):
         y = (number * _STEP + 0.5) * aspect

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_kernels import extras
+
 METRICS = ("euclidean", "cosine")
 SOLVERS = ("semirelaxed", "exact", "entropic")
 
@@ -233,13 +235,7 @@ def _check_plan(plan: Tensor, p: Tensor, q: Tensor | None, solver: str) -> None:
 
 def import_pot() -> ModuleType:
     """Import POT, or raise an ImportError that says what to install."""
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError(
-            "Gromov-Wasserstein initialisation needs POT: pip install 'modality-moe-kernels[ot]'"
-        ) from error
-    return ot
+    return extras.load("ot", "Gromov-Wasserstein initialisation")
 
 
 def check_names(solver: str, *metrics: str) -> None:

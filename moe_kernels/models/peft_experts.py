@@ -45,7 +45,8 @@ def accelerate_peft(
         A handle, whose ``undo`` gives the experts back to PEFT; see :func:`get_accelerated`.
 
     Raises:
-        TypeError: PEFT is not installed, or the model is not a module.
+        ImportError: PEFT is not installed.
+        TypeError: the model is not a module.
         ValueError: no adapted experts were found, or some that cannot be computed; nothing has
             changed then.
         RuntimeError: the named backend is not available.

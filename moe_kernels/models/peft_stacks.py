@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import ops
+from moe_kernels import extras, ops
 from moe_kernels.models import sharding
 from moe_kernels.models.context import MISSING, EndForward, ModalityContext
 from moe_kernels.models.experts import expert_problems
@@ -144,18 +144,15 @@ def find_stacks(model: nn.Module) -> dict[str, Stack]:
 
     Wrappers of matrices, such as a router's, are left to PEFT.
     """
-    try:
-        from peft.tuners.lora.layer import ParamWrapper
-    except ImportError as error:
-        raise TypeError("accelerate_peft needs PEFT: pip install peft") from error
+    wrapper_class = extras.load("peft.tuners.lora.layer", "accelerate_peft").ParamWrapper
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate_peft needs a model of PEFT, got {type(model).__name__}")
     found, inner = {}, set()
     for name, module in model.named_modules():
-        if not isinstance(module, ParamWrapper) or module in inner:
+        if not isinstance(module, wrapper_class) or module in inner:
             continue
         wrappers, experts = [], module
-        while isinstance(experts, ParamWrapper):
+        while isinstance(experts, wrapper_class):
             wrappers.append(experts)
             experts = experts.base_layer
         inner.update(wrappers)

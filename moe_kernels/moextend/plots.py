@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_kernels import extras
 from moe_kernels.files import replacing
 from moe_kernels.moextend.scores import LayerScores
 
@@ -34,13 +35,12 @@ def plot_layer_scores(
     Returns:
         The figure.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    figures = extras.load("matplotlib.figure", "plot_layer_scores")
+    matplotlib = extras.load("matplotlib", "plot_layer_scores")
     layers, rows = [str(layer) for layer in scores.layers], range(len(scores.layers))
     if chosen is None:
         chosen = scores.order[: max(1, len(layers) // 2)]
-    figure = Figure(figsize=(10, 1.5 + 0.3 * max(6, len(layers))), layout="constrained")
+    figure = figures.Figure(figsize=(10, 1.5 + 0.3 * max(6, len(layers))), layout="constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     numbers = scores.before.new_tensor(scores.num_experts).unsqueeze(1)
     exists = torch.arange(scores.before.shape[1], device=numbers.device) < numbers

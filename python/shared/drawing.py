@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import MISSING, dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_kernels import ModalityLoraConfig, imaging
+from moe_kernels import ModalityLoraConfig, extras, imaging
 from moe_kernels.imaging.generation import check_positions
 from moe_kernels.models import initialise_lora
 from shared import pictures
@@ -181,10 +180,11 @@ class Setup(StageSetup):
 
         Raises:
             ValueError: the model cannot be taught, no picture has a caption that is to be drawn,
-                the text is too short, or a start needs a package that is not installed.
+                or the text is too short.
+            ImportError: a start needs a package that is not installed.
         """
-        if {options.init, options.lora_init} & set(COUPLED_INITS) and find_spec("ot") is None:
-            raise ValueError("this --init needs POT: pip install 'modality-moe-kernels[ot]'")
+        if {options.init, options.lora_init} & set(COUPLED_INITS):
+            extras.load("ot", "this --init")
         require_experts(options.model)
         train, held_out = options.load_pictures()
         train.print_set_aside()

@@ -1,0 +1,42 @@
+"""Packages that only some functions need: each is in an extra of the distribution, or in none."""
+
+from importlib import import_module
+from types import ModuleType
+
+# What is imported -> the package that has it, and the extra of pyproject.toml that names this one.
+PACKAGES = {
+    "ot": ("POT", "ot"),
+    "PIL": ("pillow", "images"),
+    "sklearn": ("scikit-learn", "images"),
+    "matplotlib": ("matplotlib", "plots"),
+    "peft": ("peft", None),
+}
+
+
+def load(module: str, user: str) -> ModuleType:
+    """Import a module of a package that may be missing, or say what to install.
+
+    A function that needs one calls this first: whoever lacks it must not wait for a result that
+    cannot be given.
+
+    Args:
+        module: to import; its package is one of :data:`PACKAGES`.
+        user: what needs it, for the message.
+
+    Raises:
+        ImportError: the package is not installed.
+
+    Example:
+        >>> extras.load("matplotlib", "plot_samples")
+    """
+    root = module.partition(".")[0]
+    package, extra = PACKAGES[root]
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or root).partition(".")[0] != root:  # a package that this one needs
+            raise
+        from_here = f', or from a checkout pip install --no-build-isolation ".[{extra}]"'
+        raise ImportError(
+            f"{user} needs {package}: pip install {package}{from_here if extra else ''}"
+        ) from error
