@@ -69,7 +69,7 @@ $(TORCH_WAS): FORCE
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(PY) python/demo.py $(DEMO)
+	$(VENV)/bin/moe-kernels demo $(DEMO)
 
 test: $(INSTALLED)
 	$(call RUN_TESTS,$(VENV)) -m "not slow and not scale"

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from lib import pages, result_files
 from lib.pages import cpu, gpu, ranks, readme
 from lib.pages.tables import steps_table, summary, targets_table
-from shared import markers, memory_tables
+
+from moe_kernels.programs.shared import markers, memory_tables
 
 # The pages that show each file of results.
 PAGES = {

@@ -13,7 +13,7 @@ once".
 ``MOE_KERNELS_BACKEND=name``
     The backend that ``backend=None`` means.
 ``MOE_KERNELS_TILES=path``
-    The file with the Triton tiles that ``python -m moe_kernels.tune`` chose; default
+    The file with the Triton tiles that ``moe-kernels tune`` chose; default
     ``~/.cache/moe_kernels/tiles.json``. Read once.
 
 ``MOE_KERNELS_CACHE=path``

@@ -1,4 +1,4 @@
-"""``python -m moe_kernels.info``: versions, build, backends and devices, to paste into a report."""
+"""``moe-kernels info``: versions, build, backends and devices, to paste into a report."""
 
 import argparse
 import hashlib
@@ -119,7 +119,7 @@ def _lines(data: Mapping) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what :func:`collect` found, or what a model gets, as text or as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m moe_kernels.info", description=__doc__)
+    parser = argparse.ArgumentParser(prog="moe-kernels info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--model",

@@ -1,6 +1,6 @@
 """Time the Triton tiles on this machine's GPU and store the best ones.
 
-    python -m moe_kernels.tune --experts 64 --hidden 2048 --intermediate 1024 --top-k 8
+    moe-kernels tune --experts 64 --hidden 2048 --intermediate 1024 --top-k 8
 
 For each number of tokens every candidate runs forward and backward of ``moe_mlp`` on balanced
 routing, with float32 adapters on half the rows; on a GPU as a CUDA graph, which has no gaps between
@@ -134,7 +134,7 @@ def store(key: str, table: list[tuple[int, Tiles]]) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m moe_kernels.tune", description=__doc__,
+        prog="moe-kernels tune", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--experts", type=int, required=True)
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not table:
         raise SystemExit(
             f"no tiles could run on {device} in {args.dtype}: try fewer --tokens or another "
-            "--dtype, and see python -m moe_kernels.info"
+            "--dtype, and see moe-kernels info"
         )
     stack = torch.empty(
         args.experts, 2 * args.intermediate, args.hidden, dtype=dtype, device=device

@@ -8,7 +8,7 @@
     python python/redundancy.py --page             # write the page alone, from the JSON
 
 FOLDER is the unpacked npm package emoji-datasource-twitter; MODEL a pretrained Mixture of Experts,
-such as convert_dense_to_moe.py leaves.
+such as moe-kernels convert leaves.
 
 Every run trains a small text model to draw digits; studies/redundancy/runs.py defines what a run
 measures. Finished runs are kept under --out, keyed by their settings, and an interrupted sweep

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parent.parent
 PAGE, FAMILIES_PAGE, README = (
     ROOT / name for name in ("docs/patching.md", "docs/families.md", "README.md")
 )
-sys.path += [str(ROOT / "python"), str(ROOT / "tests")]
+sys.path.append(str(ROOT / "tests"))
 
-from shared import markers  # noqa: E402
 from support import families, family_page, model_zoo  # noqa: E402
 from support.family_checks import try_family  # noqa: E402
+
+from moe_kernels.programs.shared import markers  # noqa: E402
 
 
 def render(page: str) -> str:

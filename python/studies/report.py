@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from shared import markers
-from shared.tables import markdown_table as table
+
+from moe_kernels.programs.shared import markers
+from moe_kernels.programs.shared.tables import markdown_table as table
 
 SETUP = "setup"
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared.text_model import load_text_model
 from transformers import PreTrainedModel
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.moextend import ExpertExtender, join_features_and_text
+from moe_kernels.programs.shared.text_model import load_text_model
 from studies.moextend.runs import train_base_experts
 
 ROUNDS, WARM_UP, STEPS = 3, 3, 15

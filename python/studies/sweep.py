@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
-from shared.cli import Options, console, exit_code, option
-from shared.files import read_json, write_text
-from shared.options import LARGEST_SEED
-from shared.outputs import check_outputs
-from shared.stages import Stages, Workspace
 
 import moe_kernels
+from moe_kernels.programs.shared.cli import Options, console, exit_code, option
+from moe_kernels.programs.shared.files import read_json, write_text
+from moe_kernels.programs.shared.options import LARGEST_SEED
+from moe_kernels.programs.shared.outputs import check_outputs
+from moe_kernels.programs.shared.stages import Stages, Workspace
 from studies.report import Block, Results, render
 
 # The pages, and where results go unless --results says otherwise.
@@ -231,7 +231,7 @@ def pick(found: Mapping[str, Any], *names: str) -> dict[str, Any]:
 def training_arguments(
     steps: int, batch: int, lr: float, *, warmup_steps: int, seed: int
 ) -> dict[str, Any]:
-    """Return the arguments of :func:`shared.training.train` that all runs share."""
+    """Return the arguments of the programs' ``shared.training.train`` that all runs share."""
     return {
         "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr,
         "weight_decay": 0.01, "warmup_steps": warmup_steps, "seed": seed, "use_cpu": True,

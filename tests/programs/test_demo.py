@@ -102,7 +102,7 @@ def test_a_second_run_computes_nothing_again(demo, finished, monkeypatch):
     def fail(*_):
         raise AssertionError("a finished stage was built again")
 
-    from shared import drawing
+    from moe_kernels.programs.shared import drawing
 
     monkeypatch.setattr(demo, "pretrain", fail)
     monkeypatch.setattr(demo, "record_routing", fail)
@@ -129,7 +129,7 @@ def interrupt(monkeypatch, monitor, step, how):
 def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
     demo, finished, tmp_path, monkeypatch
 ):
-    from shared import training
+    from moe_kernels.programs.shared import training
 
     def ctrl_c(self, control):
         self.stop.set()
@@ -157,8 +157,8 @@ def test_stopped_in_both_trainings_it_ends_with_the_same_bits(
 def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
     demo, finished, tmp_path, monkeypatch
 ):
-    from shared import training
-    from shared.stages import Stages
+    from moe_kernels.programs.shared import training
+    from moe_kernels.programs.shared.stages import Stages
 
     class Killed(BaseException):
         pass
@@ -212,8 +212,8 @@ def test_settings_decide_what_is_computed_again(demo, finished, changed, kept):
 
 def stage_folders(demo, finished, **changed):
     """Return the stages' folders by name; no stage is computed."""
-    from shared import drawing
-    from shared.stages import Stage, Stages
+    from moe_kernels.programs.shared import drawing
+    from moe_kernels.programs.shared.stages import Stage, Stages
 
     class Named(Stages):
         def run(self, name, inputs, build, after=()):

@@ -16,7 +16,7 @@ from support.saved_adapters import WEIGHTS
 def program():
     """Import the program, with 120 of the 5,000 digits."""
     with imported("extend_experts") as module, pytest.MonkeyPatch.context() as patch:
-        encoder = sys.modules["shared.encoder"]
+        encoder = sys.modules["moe_kernels.programs.shared.encoder"]
         few = encoder.digits().take(np.arange(0, 4800, 40))
         patch.setattr(encoder, "digits", lambda: few)
         yield module
@@ -121,7 +121,7 @@ def test_the_page_says_how_to_load_the_adapter(program, finished, report):
     code = (finished / "report.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
     exec(code, names)
-    from shared import encoder
+    from moe_kernels.programs.shared import encoder
 
     questions, loaded = program.questions, encoder.load_encoder(finished / "encoder")
     extender = program.ExpertExtender(names["model"])
@@ -155,7 +155,7 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
 def test_stopped_twice_it_goes_on_to_the_same_bits(
     program, command, finished, tmp_path, monkeypatch
 ):
-    from shared import training
+    from moe_kernels.programs.shared import training
 
     original, stops = training.Monitor.on_step_end, {"align": 2, "tune": 3}
 
@@ -253,7 +253,7 @@ def test_refuses_a_dense_model_and_a_folder_that_is_not_there(program, command, 
     from transformers import LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path / "dense")
-    for folder, message in (("dense", "convert_dense_to_moe.py"), ("no", "is not a folder")):
+    for folder, message in (("dense", "moe-kernels convert"), ("no", "is not a folder")):
         out = tmp_path / "out"
         assert program.main([str(tmp_path / folder), *command[1:], "--out", str(out)]) == 1
         assert message in capsys.readouterr().out

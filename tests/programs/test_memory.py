@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from support.programs import PROGRAMS, imported
+from support.programs import STUDIES, imported
 
-RESULTS = PROGRAMS.parent / "benchmarks" / "results"
+RESULTS = STUDIES.parent / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from support.programs import PROGRAMS, imported
+from support.programs import STUDIES, imported
 
-RESULTS = PROGRAMS.parent / "docs" / "results"
+RESULTS = STUDIES.parent / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def program():
 
 @pytest.fixture(scope="module")
 def asking(program):
-    from shared import questions
+    from moe_kernels.programs.shared import questions
 
     return questions
 
@@ -129,8 +129,9 @@ def test_a_sweep_writes_its_page_and_a_second_one_computes_nothing(
 
 def check_scores(program, found, folder):
     """Check which tokens each score counted."""
-    from shared.stages import Stages
     from studies.moextend.runs import Setup
+
+    from moe_kernels.programs.shared.stages import Stages
 
     setup = Setup(program.QUICK, 0, Stages(folder / "stages"))
     top_k = program.QUICK.text.experts_per_token
@@ -304,7 +305,7 @@ def viewer(asking):
 
 
 def test_no_picture_is_in_two_parts(asking):
-    from shared import encoder
+    from moe_kernels.programs.shared import encoder
 
     settings = encoder.EncoderSettings(held_out=100)
     pictures = encoder.read_pictures(settings)
@@ -389,10 +390,10 @@ def test_right_answers_are_those_that_generation_writes(asking, pictures, tokeni
 def test_alignment_trains_the_projector_and_goes_on_from_a_checkpoint(
     asking, program, pictures, tokenizer, tmp_path
 ):
-    from shared.stages import Workspace
     from support.model_zoo import make_model
 
     from moe_kernels.moextend import ExpertExtender
+    from moe_kernels.programs.shared.stages import Workspace
 
     asked = asking.QuestionSet(pictures, asking.ask(pictures, "digit", None, 0), tokenizer)
     options = dict(

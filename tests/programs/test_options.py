@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.programs import PROGRAMS, imported
+from support.programs import STUDIES, imported
 
 from moe_kernels import imaging
+from moe_kernels.programs import commands
 
 DECLARED = {
     "analyze_routing": "RoutingOptions",
@@ -28,6 +29,10 @@ DECLARED = {
     "redundancy": "study.RedundancyOptions",
     "train_text_to_image": "TextToImageOptions",
 }
+COMMAND_OF = {
+    command.module.split(".")[-1]: f"moe-kernels {name}"
+    for name, command in commands.COMMANDS.items()
+}
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -38,7 +43,9 @@ def test_help_explains_every_option(name, capsys):
         fields = dataclasses.fields(attrgetter(DECLARED[name])(program))
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"python python/{name}.py" in text, "no example of a call"
+    command = COMMAND_OF.get(name, f"python python/{name}.py")
+    assert f"usage: {command} " in text or name in ("moextend", "redundancy")
+    assert text.count(command) > 1, "no example of a call"
     for field in fields:
         if "help" in field.metadata:
             spelling = re.escape(field.name.replace("_", "-"))
@@ -47,9 +54,9 @@ def test_help_explains_every_option(name, capsys):
 
 
 def test_options_are_declared_as_fields_alone():
-    programs = [PROGRAMS / f"{name}.py" for name in DECLARED]
-    for path in (*programs, *PROGRAMS.glob("s*/**/*.py")):
-        if path != PROGRAMS / "shared" / "cli.py":
+    programs = Path(commands.__file__).parent
+    for path in (*programs.rglob("*.py"), *STUDIES.rglob("*.py")):
+        if path != programs / "shared" / "cli.py":
             assert not re.search(r"argparse|add_argument", path.read_text()), path
 
 
@@ -231,9 +238,9 @@ def of_the_library():
 
 
 def of_a_program():
-    import shared.options
+    from moe_kernels.programs.shared.options import RunOptions
 
-    shared.options.RunOptions(device="meta")
+    RunOptions(device="meta")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +260,7 @@ def test_what_the_library_refuses_is_one_line(cli, work, message, tmp_path, caps
 
 def test_a_program_that_is_started_by_a_relative_path(cli, tmp_path, monkeypatch, capsys):
     """Python keeps the path as it was given."""
-    monkeypatch.chdir(PROGRAMS)
+    monkeypatch.chdir(STUDIES)
     code = compile("def work():\n    raise ValueError('not this')", "./demo.py", "exec")
     names = {}
     exec(code, names)
@@ -262,7 +269,7 @@ def test_a_program_that_is_started_by_a_relative_path(cli, tmp_path, monkeypatch
 
 
 def in_a_call_of_a_program():
-    from shared.training import in_batches
+    from moe_kernels.programs.shared.training import in_batches
 
     in_batches([1], 0)
 

@@ -89,7 +89,7 @@ def test_out_is_a_file(outputs, tmp_path):
 
 
 def test_a_folder_is_not_replaced_if_a_file_would_be_lost(outputs, tmp_path):
-    from shared.files import copy_whole
+    from moe_kernels.programs.shared.files import copy_whole
 
     fill(tmp_path, "new/weights", "adapter/weights", "adapter/mine")
     with pytest.raises(ValueError, match="adapter/mine would be lost"):
@@ -105,7 +105,7 @@ def test_a_folder_is_not_replaced_if_a_file_would_be_lost(outputs, tmp_path):
     "name", [".DS_Store", ".weights-0ab_cdef.partial/weights", ".weights.tmp", "empty/Thumbs.db"]
 )
 def test_what_is_accepted_at_the_start_is_not_refused_at_the_end(outputs, name, tmp_path):
-    from shared.files import copy_whole
+    from moe_kernels.programs.shared.files import copy_whole
 
     fill(tmp_path, f"{STAGE}/stage.json", "new/weights", "out/adapter/weights")
     fill(tmp_path / "out", f"{STAGE}/stage.json", f"adapter/{name}")

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.programs import PROGRAMS, imported
+from support.programs import STUDIES, imported
 
-RESULTS = PROGRAMS.parent / "docs" / "results"
+RESULTS = STUDIES.parent / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_a_rate_that_diverges_is_not_chosen(program, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_stage_is_not_taken_for_another_rate(program, tmp_path):
-    from shared.stages import Stages
+    from moe_kernels.programs.shared.stages import Stages
 
     def build(workspace):
         (workspace.folder / "begun").touch()
@@ -282,7 +282,7 @@ def test_memory_is_that_of_the_process_and_not_of_its_parent(program):
         "del taken; print(peak_bytes() - before)"
     )
     large = b"x" * (600 << 20)
-    command = [sys.executable, "-c", code, str(PROGRAMS)]
+    command = [sys.executable, "-c", code, str(STUDIES)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert 60 << 20 < int(output) < 96 << 20
     del large

@@ -90,7 +90,7 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
         raise AssertionError("a finished stage was built again")
 
     before = (finished / "report.json").read_text()
-    from shared import drawing
+    from moe_kernels.programs.shared import drawing
 
     for name in ("train", "measure_model", "draw_codes", "fit_tokenizer"):
         monkeypatch.setattr(drawing, name, fail)
@@ -101,7 +101,7 @@ def test_a_second_run_computes_nothing_again(program, command, finished, monkeyp
 def test_stopped_while_teaching_it_ends_with_the_same_bits(
     program, command, finished, tmp_path, monkeypatch
 ):
-    from shared import training
+    from moe_kernels.programs.shared import training
 
     original = training.Monitor.on_step_end
 
@@ -126,7 +126,7 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     program, command, tmp_path, monkeypatch, capsys
 ):
-    from shared import training
+    from moe_kernels.programs.shared import training
 
     original = training.Trainer.training_step
 
@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(
     program, command, tmp_path, monkeypatch, capsys
 ):
-    from shared import training
+    from moe_kernels.programs.shared import training
 
     original = training.Monitor.on_step_end
 
@@ -215,7 +215,7 @@ def test_says_what_is_wrong_with_the_data(program, command, options, message, tm
 
 
 def setup_of(program, command, folder):
-    from shared.stages import Stages
+    from moe_kernels.programs.shared.stages import Stages
 
     options = program.parse(program.TextToImageOptions, command, "")
     return program.Setup.load(options, Stages(folder))
@@ -228,7 +228,7 @@ def test_other_captions_are_another_run(program, command, pictures, tmp_path):
     listing = changed / "metadata.jsonl"
     listing.write_text(listing.read_text().replace("red", "crimson"))
 
-    from shared import drawing
+    from moe_kernels.programs.shared import drawing
 
     def inputs(folder):
         setup = setup_of(program, [*command, "--data", str(folder)], tmp_path)
@@ -239,7 +239,7 @@ def test_other_captions_are_another_run(program, command, pictures, tmp_path):
 
 def test_what_a_run_may_be_made_of(program, command, tmp_path):
     """Run a VQ-VAE, routers, checkpointing, the default dtype, pictures listed in a CSV file."""
-    from shared.drawing import tokenize
+    from moe_kernels.programs.shared.drawing import tokenize
 
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -270,7 +270,7 @@ def test_what_a_run_may_be_made_of(program, command, tmp_path):
 
 def test_warns_of_a_tokenizer_that_has_collapsed_on_these_pictures(program, command, tmp_path):
     """A tokenizer fitted on noise uses a few codes for squares of one colour."""
-    from shared.drawing import tokenize
+    from moe_kernels.programs.shared.drawing import tokenize
 
     noise = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)
     PatchTokenizer.fit(noise, num_codes=128).save(tmp_path / "fitted")
@@ -291,8 +291,8 @@ def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(
 
 def test_one_caption_alone_is_not_read_back(program, pictures):
     """A classifier needs two captions to tell apart."""
-    from shared.pictures import folder
-    from shared.text_to_image import CaptionReader, TokenizedPictures
+    from moe_kernels.programs.shared.pictures import folder
+    from moe_kernels.programs.shared.text_to_image import CaptionReader, TokenizedPictures
 
     some = folder(pictures, 8)
     red = some.take(np.flatnonzero(some.labels == 0))
@@ -305,7 +305,7 @@ def test_one_caption_alone_is_not_read_back(program, pictures):
 def test_a_caption_that_does_not_fit_into_the_positions_is_refused(program):
     from types import SimpleNamespace
 
-    from shared.drawing import check_length
+    from moe_kernels.programs.shared.drawing import check_length
 
     def painter(**config):
         model = SimpleNamespace(config=SimpleNamespace(**config))
@@ -326,7 +326,7 @@ def test_experts_that_grouped_mm_cannot_take(program, command, tmp_path):
 
 
 def test_emoji_are_read_by_category(program, tmp_path):
-    from shared import pictures
+    from moe_kernels.programs.shared import pictures
 
     (tmp_path / "img" / "twitter" / "64").mkdir(parents=True)
     entries = []
@@ -352,7 +352,7 @@ def test_a_dense_model_is_refused_before_any_work(program, command, tmp_path, ca
     LlamaConfig().save_pretrained(tmp_path / "dense")
     model, *rest = command
     assert program.main([str(tmp_path / "dense"), *rest, "--out", str(tmp_path / "out")]) == 1
-    assert "convert_dense_to_moe.py" in capsys.readouterr().out
+    assert "moe-kernels convert" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 

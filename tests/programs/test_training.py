@@ -20,7 +20,7 @@ def training():
 
 @pytest.fixture
 def stages(training, tmp_path):
-    from shared.stages import Stages
+    from moe_kernels.programs.shared.stages import Stages
 
     return Stages(tmp_path / "stages")
 
@@ -58,7 +58,7 @@ def full_disk(model, folder):
 
 
 def test_a_save_that_fails_costs_no_step(training, stages, tmp_path, monkeypatch):
-    from shared.stages import Stages
+    from moe_kernels.programs.shared.stages import Stages
 
     whole = learn(training, Stages(tmp_path / "whole"), save_weights)
     with pytest.raises(OSError, match="No space left"):
@@ -80,7 +80,7 @@ def test_a_save_that_fails_costs_no_step(training, stages, tmp_path, monkeypatch
 
 
 def test_a_result_that_cannot_be_written_costs_no_step(training, stages, monkeypatch):
-    from shared import stages as module
+    from moe_kernels.programs.shared import stages as module
 
     def fail(path, text):
         return full_disk(None, None) if path.name == "stage.json" else write(path, text)
@@ -107,7 +107,7 @@ FILES = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
 @pytest.fixture(scope="module")
 def checkpoints(training, tmp_path_factory):
     """Return a folder with the whole checkpoints of steps 6 and 7."""
-    from shared.stages import Stages
+    from moe_kernels.programs.shared.stages import Stages
 
     root = tmp_path_factory.mktemp("checkpoints")
     with pytest.raises(OSError, match="No space left"):
@@ -120,7 +120,7 @@ def checkpoints(training, tmp_path_factory):
 def test_a_checkpoint_without_all_of_its_files_is_not_resumed(
     training, checkpoints, name, harm, tmp_path, capsys
 ):
-    from shared.checkpoints import last_checkpoint, problem_of
+    from moe_kernels.programs.shared.checkpoints import last_checkpoint, problem_of
 
     folder = tmp_path / "checkpoints"
     shutil.copytree(checkpoints, folder)
@@ -143,7 +143,7 @@ def test_a_checkpoint_without_all_of_its_files_is_not_resumed(
 
 def test_damage_is_damage_whatever_it_raises(training, checkpoints, tmp_path):
     """Parts of an archive before its beginning raise OSError, odd flags NotImplementedError."""
-    from shared.checkpoints import problem_of
+    from moe_kernels.programs.shared.checkpoints import problem_of
 
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(checkpoints / "checkpoint-6", folder)
@@ -160,7 +160,7 @@ def test_damage_is_damage_whatever_it_raises(training, checkpoints, tmp_path):
 def test_a_checkpoint_that_cannot_be_read_now_is_kept(
     training, checkpoints, name, tmp_path, monkeypatch
 ):
-    from shared import checkpoints as module
+    from moe_kernels.programs.shared import checkpoints as module
 
     folder = tmp_path / "checkpoints"
     shutil.copytree(checkpoints, folder)
@@ -193,7 +193,7 @@ def test_checkpoints_of_another_kind_are_kept_but_not_counted(training, checkpoi
 
 
 def test_a_full_disk_does_not_hide_an_interruption(training, stages, monkeypatch):
-    from shared.stages import Workspace
+    from moe_kernels.programs.shared.stages import Workspace
 
     def stop(workspace):
         raise KeyboardInterrupt

@@ -32,7 +32,7 @@ def train(folder: Path, number: int | None = None, signal: int | None = None) ->
 
     sys.addaudithook(see)
     with imported("shared.training") as training:
-        from shared.stages import Stages
+        from moe_kernels.programs.shared.stages import Stages
 
         Stages(folder / "stages").run("learn", {}, lambda workspace: _learn(training, workspace))
     (folder / "operations").write_text(str(count))

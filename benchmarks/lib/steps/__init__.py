@@ -52,7 +52,7 @@ class Settings:
 
 
 MODELS = {
-    # The model and batches of python/demo.py: a caption, then 49 codes and two delimiters.
+    # The model and batches of `moe-kernels demo`: a caption, then 49 codes and two delimiters.
     "demo": Settings("demo", "float32", 1090, 128, 64, 4, 4, 16, 4, 16, 56, 51 / 56),
     # Two of OLMoE's 16 layers, and an eighth of its vocabulary, so that the head keeps its share.
     "olmoe": Settings("olmoe", "bfloat16", 50304 // 8, 2048, 1024, 2, 16, 64, 8, 1, 256, 0.5),

@@ -1,7 +1,7 @@
 """Tiles of the Triton kernels of ``moe_mlp``, chosen by shapes, dtype and device alone.
 
 The choice never depends on the routing, so a row's bits do not depend on the rest of the batch. For
-shapes that ``python -m moe_kernels.tune`` has measured, the tiles that it stored replace the tables
+shapes that ``moe-kernels tune`` has measured, the tiles that it stored replace the tables
 here.
 """
 

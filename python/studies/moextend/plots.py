@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from shared.files import save_figure
 
 from moe_kernels.moextend import plot_layer_scores
+from moe_kernels.programs.shared.files import save_figure
 from studies import report
 from studies.moextend.verdicts import layer_scores, since_start, tried_rates
 from studies.report import Results

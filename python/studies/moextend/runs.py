@@ -11,21 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from shared import questions
-from shared.encoder import EncodedPictures, EncoderSettings, load_encoded, train_encoder
-from shared.pictures import DIGITS
-from shared.questions import QuestionSet, Viewer, WordQuestion
-from shared.stages import Stages, Workspace
-from shared.text_model import TextModelSettings, load_text_model, pretrain
-from shared.text_to_image import compare_text, text_logits, text_nll
-from shared.texts import documentation, source_code, text_blocks
-from shared.training import mean_nll, train
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.moextend import ExpertExtender, LayerScores
+from moe_kernels.programs.shared import questions
+from moe_kernels.programs.shared.encoder import (
+    EncodedPictures,
+    EncoderSettings,
+    load_encoded,
+    train_encoder,
+)
+from moe_kernels.programs.shared.pictures import DIGITS
+from moe_kernels.programs.shared.questions import QuestionSet, Viewer, WordQuestion
+from moe_kernels.programs.shared.stages import Stages, Workspace
+from moe_kernels.programs.shared.text_model import TextModelSettings, load_text_model, pretrain
+from moe_kernels.programs.shared.text_to_image import compare_text, text_logits, text_nll
+from moe_kernels.programs.shared.texts import documentation, source_code, text_blocks
+from moe_kernels.programs.shared.training import mean_nll, train
 from studies.sweep import record_training, training_arguments
 
 KINDS = ("digit", "sum")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shared.cli import parse
-from shared.encoder import EncoderSettings
-from shared.text_model import TextModelSettings
-
+from moe_kernels.programs.shared.cli import parse
+from moe_kernels.programs.shared.encoder import EncoderSettings
+from moe_kernels.programs.shared.text_model import TextModelSettings
 from studies.moextend.plots import draw_pictures
 from studies.moextend.runs import DRAWS, Budget, Run, Setup, measure_run
 from studies.moextend.tables import BLOCKS

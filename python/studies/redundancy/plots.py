@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from shared.files import save_figure
 
 from moe_kernels import analysis
 from moe_kernels.imaging import PatchTokenizer, SampleRow, plot_samples
+from moe_kernels.programs.shared.files import save_figure
 from studies import report
 from studies.redundancy import verdicts
 from studies.report import Results

@@ -9,21 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared.models import load_causal_lm
-from shared.pictures import CaptionedPictures, digits, emoji
-from shared.stages import Stages, Workspace
-from shared.text_model import TextModelSettings, load_text_model, pretrain
-from shared.text_to_image import (
-    CaptionReader,
-    Painter,
-    TokenizedPictures,
-    compare_text,
-    measure_samples,
-    record_routing,
-    text_logits,
-)
-from shared.texts import documentation, text_blocks
-from shared.training import mean_nll, train
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +20,21 @@ from moe_kernels.init.rows import initial_rows
 from moe_kernels.models import initialise_lora
 from moe_kernels.models.tokens import ROWS
 from moe_kernels.moextend import ExpertExtender
+from moe_kernels.programs.shared.models import load_causal_lm
+from moe_kernels.programs.shared.pictures import CaptionedPictures, digits, emoji
+from moe_kernels.programs.shared.stages import Stages, Workspace
+from moe_kernels.programs.shared.text_model import TextModelSettings, load_text_model, pretrain
+from moe_kernels.programs.shared.text_to_image import (
+    CaptionReader,
+    Painter,
+    TokenizedPictures,
+    compare_text,
+    measure_samples,
+    record_routing,
+    text_logits,
+)
+from moe_kernels.programs.shared.texts import documentation, text_blocks
+from moe_kernels.programs.shared.training import mean_nll, train
 from studies.sweep import record_training, training_arguments
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shared.cli import option, parse
-from shared.models import count_experts
-from shared.stages import model_identity
-from shared.text_model import TextModelSettings
 from transformers import AutoConfig
 
 from moe_kernels.analysis import ExpertRedundancy
+from moe_kernels.programs.shared.cli import option, parse
+from moe_kernels.programs.shared.models import count_experts
+from moe_kernels.programs.shared.stages import model_identity
+from moe_kernels.programs.shared.text_model import TextModelSettings
 from studies.redundancy.plots import draw_pictures
 from studies.redundancy.runs import (
     FIXED_LOSS,

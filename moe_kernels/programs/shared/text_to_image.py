@@ -24,8 +24,8 @@ from moe_kernels.imaging import (
     nearest_distances,
     padding_id,
 )
-from shared.pictures import CaptionedPictures
-from shared.training import in_batches, mean_nll
+from moe_kernels.programs.shared.pictures import CaptionedPictures
+from moe_kernels.programs.shared.training import in_batches, mean_nll
 
 # Real pictures that every caption needs before a classifier is trained to read them.
 _PICTURES_TO_READ = 10

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from shared.files import read_text
+from moe_kernels.programs.shared.files import read_text
 
 PARTS = ("train", "choice", "test")
 

@@ -1,4 +1,4 @@
-"""The report of extend_experts.py: its page, its figures, and its table on the terminal."""
+"""The report of moe-kernels extend: its page, its figures, and its table on the terminal."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_kernels.moextend import LayerScores, plot_layer_scores
-from shared.cli import console
-from shared.files import save_figure, write_text
-from shared.reports.losses import plot_losses
-from shared.tables import markdown_table, print_rows, text_rows
+from moe_kernels.programs.shared.cli import console
+from moe_kernels.programs.shared.files import save_figure, write_text
+from moe_kernels.programs.shared.reports.losses import plot_losses
+from moe_kernels.programs.shared.tables import markdown_table, print_rows, text_rows
 
 _COLUMNS = 4
 _RIGHT, _WRONG = "tab:green", "tab:red"
@@ -59,7 +59,7 @@ projector = ExpertExtender(model).projector()    # saved with the adapter
 ```
 
 The figures of "experts tuned" were measured on a model loaded this way. `load_encoder({encoder!r})`
-of `python/shared/encoder.py` loads the frozen encoder.
+of `moe_kernels/programs/shared/encoder.py` loads the frozen encoder.
 """
 
 

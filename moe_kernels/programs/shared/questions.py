@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids, padding_id
 from moe_kernels.modes import evaluating
 from moe_kernels.moextend import ExpertExtender, join_features_and_text
-from shared.encoder import EncodedPictures
-from shared.pictures import DIGITS
-from shared.stages import Workspace
-from shared.training import in_batches, mean_nll, train
+from moe_kernels.programs.shared.encoder import EncodedPictures
+from moe_kernels.programs.shared.pictures import DIGITS
+from moe_kernels.programs.shared.stages import Workspace
+from moe_kernels.programs.shared.training import in_batches, mean_nll, train
 
 NUMBERS = (
     *DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",

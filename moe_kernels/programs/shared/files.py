@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_kernels.files import replacing
-from shared.outputs import files_of_users
+from moe_kernels.programs.shared.outputs import files_of_users
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Teach a text model to draw: options and stages of train_text_to_image.py and demo.py."""
+"""Teach a text model to draw: options and stages of `train_text_to_image` and `demo`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_kernels import ModalityLoraConfig, extras, imaging
 from moe_kernels.imaging.generation import check_positions
 from moe_kernels.models import initialise_lora
-from shared import pictures
-from shared.cli import Options, console, option
-from shared.models import load_causal_lm, load_tokenizer, require_experts
-from shared.options import ModelOptions, TextOptions, out_folder
-from shared.pictures import CaptionedPictures
-from shared.stages import Stages, StageSetup, Workspace, digest, model_identity
-from shared.text_to_image import (
+from moe_kernels.programs.shared import pictures
+from moe_kernels.programs.shared.cli import Options, console, option
+from moe_kernels.programs.shared.models import load_causal_lm, load_tokenizer, require_experts
+from moe_kernels.programs.shared.options import ModelOptions, TextOptions, out_folder
+from moe_kernels.programs.shared.pictures import CaptionedPictures
+from moe_kernels.programs.shared.stages import Stages, StageSetup, Workspace, digest, model_identity
+from moe_kernels.programs.shared.text_to_image import (
     CaptionReader,
     Painter,
     TokenizedPictures,
     measure_model,
     measure_samples,
 )
-from shared.training import mean_nll, train
+from moe_kernels.programs.shared.training import mean_nll, train
 
 ROW_INITS = ("normal", "gaussian", "mean", "gromov_wasserstein", "permuted")
 TARGET_MODULES = ("experts", "attention", "router")
@@ -220,7 +220,8 @@ def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
     """Return the numbers of the captions; without captions, of ten that the pictures have."""
     if unknown := [caption for caption in captions if caption not in train.names]:
         raise ValueError(
-            f"no picture has the caption {unknown[0]!r}; generate_images.py draws any caption"
+            f"no picture has the caption {unknown[0]!r}; "
+            "moe-kernels generate-images draws any caption"
         )
     if captions:
         return [train.names.index(caption) for caption in captions]

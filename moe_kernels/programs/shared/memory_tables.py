@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from transformers import PreTrainedConfig
 
 from moe_kernels import ModalityLoraConfig
-from shared.full_size import MODELS, patched_on_meta
-from shared.memory import peak, sizes_of, terms
-from shared.tables import markdown_table
+from moe_kernels.programs.shared.full_size import MODELS, patched_on_meta
+from moe_kernels.programs.shared.memory import peak, sizes_of, terms
+from moe_kernels.programs.shared.tables import markdown_table
 
 RESULTS = "training-memory.json"  # in benchmarks/results
 SHOWN = ("Mixtral-8x7B", "Qwen3-30B-A3B")

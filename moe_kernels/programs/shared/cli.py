@@ -96,9 +96,9 @@ class OptionParser(HfArgumentParser):
 
     _group = None  # the one that options are being added to
 
-    def __init__(self, options: type[Options], description: str):
+    def __init__(self, options: type[Options], description: str, prog: str | None = None):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(options, description=description, formatter_class=formatter)
+        super().__init__(options, prog=prog, description=description, formatter_class=formatter)
 
     def _add_dataclass_arguments(self, dtype: type[Options]) -> None:
         hints = get_type_hints(dtype)
@@ -138,15 +138,18 @@ def parse(
     options: type[Parsed],
     arguments: list[str] | None,
     description: str,
+    *,
+    prog: str | None = None,
     quick: Mapping[str, Any] | None = None,
 ) -> Parsed:
     """Parse a command line; end with exit code 2 where an option is refused.
 
     Args:
         arguments: None for those of the process
+        prog: name of the program in its usage; None: that of the file that was started
         quick: other defaults, for a program with an option --quick
     """
-    parser = OptionParser(options, description)
+    parser = OptionParser(options, description, prog)
     given = parser.parse_args(arguments)
     if quick and given.quick:
         parser.set_defaults(**quick)
@@ -165,13 +168,9 @@ _MENDABLE = (OSError, ImportError, MemoryError, torch.OutOfMemoryError, Safetens
 # The same, if one of these packages refuses what it was given. Python and the libraries beneath
 # raise it for faults of a program too, such as an item that is not in a list.
 _REFUSALS = (ValueError, ArithmeticError)
-_REFUSING = tuple(
-    os.path.join(os.path.abspath(folder), "")
-    for folder in (
-        *(Path(module.__file__).parent for module in (moe_kernels, transformers, huggingface_hub)),
-        Path(__file__).parents[1],
-    )
-)
+_REFUSING = [
+    Path(module.__file__).parent for module in (moe_kernels, transformers, huggingface_hub)
+]
 # torch raises a RuntimeError with these words where memory, a disk or a file is at fault.
 _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 _OF_FILES = ("inline_container", "PytorchStreamWriter", "PytorchStreamReader")
@@ -190,27 +189,27 @@ def exit_code(work: Callable[[], Any]) -> int:
         console.print("stopped; the same command continues from here")
         return 130
     except (*_MENDABLE, *_REFUSALS, RuntimeError) as error:
-        if (problem := _problem(error)) is None:
+        if (problem := _problem(error, Path(work.__code__.co_filename).parent)) is None:
             raise
         console.print(f"error: {problem}", markup=False, soft_wrap=True)
         return 1
     return 0
 
 
-def _problem(error: Exception) -> str | None:
-    """Return in one line what a user can mend; None for a fault of the program."""
+def _problem(error: Exception, folder: Path) -> str | None:
+    """Return in one line what a user can mend; None for a fault of the program in ``folder``."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or any(words in text for words in _OF_MEMORY):
         why = f" ({text})" if text else ""
         return f"there is too little memory{why}; a smaller batch, or model, needs less"
     if any(words in text for words in _OF_FILES):
         return f"a file could not be written or read to its end; is the disk full? ({text})"
-    is_mendable = isinstance(error, _MENDABLE) or _is_refusal(error)
+    is_mendable = isinstance(error, _MENDABLE) or _is_refusal(error, folder)
     return (text or type(error).__name__) if is_mendable else None
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Return whether a `raise` statement of one of our packages, or of transformers, raised it."""
+def _is_refusal(error: Exception, folder: Path) -> bool:
+    """Return whether a `raise` in ``folder``, in our package or in transformers raised it."""
     if not isinstance(error, _REFUSALS):
         return False
     place = error.__traceback__
@@ -218,4 +217,5 @@ def _is_refusal(error: Exception) -> bool:
         place = place.tb_next
     code = place.tb_frame.f_code
     is_raise = dis.opname[code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
-    return is_raise and os.path.abspath(code.co_filename).startswith(_REFUSING)
+    file = Path(os.path.abspath(code.co_filename))
+    return is_raise and any(file.is_relative_to(each.absolute()) for each in (*_REFUSING, folder))

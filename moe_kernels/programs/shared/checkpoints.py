@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from moe_kernels.files import is_of_the_system
-from shared.cli import console
+from moe_kernels.programs.shared.cli import console
 
 STATE = "trainer_state.json"
 # Files of transformers' Trainer, without which it would start the optimiser, the schedule or the

@@ -1,4 +1,4 @@
-"""The report of analyze_routing.py: its figures as JSON, its pictures, and its table."""
+"""The report of moe-kernels analyze-routing: its figures as JSON, its pictures, and its table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_kernels.analysis import (
     plot_redundancy,
     plot_specialisation,
 )
-from shared.cli import console
+from moe_kernels.programs.shared.cli import console
 
 _LABELS = {"entropy_nats": "router entropy, nats", "highest_load": "highest load"}
 

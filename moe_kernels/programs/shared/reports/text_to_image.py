@@ -1,4 +1,4 @@
-"""Drawings of train_text_to_image.py, and its table on the terminal."""
+"""Drawings of moe-kernels train-text-to-image, and its table on the terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from matplotlib.figure import Figure
 
 from moe_kernels import imaging
-from shared.cli import console
-from shared.drawing import PictureTokens
-from shared.tables import print_rows, text_rows
+from moe_kernels.programs.shared.cli import console
+from moe_kernels.programs.shared.drawing import PictureTokens
+from moe_kernels.programs.shared.tables import print_rows, text_rows
 
 
 def plot_drawings(

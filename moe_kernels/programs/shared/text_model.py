@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shared.stages import Workspace
-from shared.texts import documentation, text_blocks
-from shared.training import mean_nll, train
+from moe_kernels.programs.shared.stages import Workspace
+from moe_kernels.programs.shared.texts import documentation, text_blocks
+from moe_kernels.programs.shared.training import mean_nll, train
 
 
 @dataclass(frozen=True)

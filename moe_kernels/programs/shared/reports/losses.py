@@ -14,7 +14,7 @@ def plot_losses(
     """Return a figure with a panel for each history: training and held-out loss by step.
 
     Args:
-        histories: title -> what `shared.training.train` returns
+        histories: title -> what `moe_kernels.programs.shared.training.train` returns
         label: name and unit of the loss
     """
     figure = Figure(figsize=(1.5 + 5 * len(histories), 4), layout="constrained")

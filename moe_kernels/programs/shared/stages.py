@@ -18,8 +18,8 @@ import torch
 import transformers
 
 import moe_kernels
-from shared.cli import console
-from shared.files import write_text
+from moe_kernels.programs.shared.cli import console
+from moe_kernels.programs.shared.files import write_text
 
 CACHE_VERSION = 3  # raise it when a stage gives another result for the same settings
 _CHECKPOINTS = "checkpoints"

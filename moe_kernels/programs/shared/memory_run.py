@@ -1,4 +1,4 @@
-"""Process that trains two steps of a model and measures its own memory; see ``estimate_memory.py``.
+"""Process that trains two steps of a model and measures its own memory, for ``estimate_memory``.
 
 Arguments and result are JSON: what one of its ``TRIALS`` says, and bytes above those before the
 model was made.

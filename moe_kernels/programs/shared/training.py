@@ -28,10 +28,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from moe_kernels import PatchedModel
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.modes import evaluating
+from moe_kernels.programs.shared.checkpoints import STATE, last_checkpoint, step_of
+from moe_kernels.programs.shared.cli import console
+from moe_kernels.programs.shared.stages import Workspace
 from moe_kernels.training import AdapterTrainer
-from shared.checkpoints import STATE, last_checkpoint, step_of
-from shared.cli import console
-from shared.stages import Workspace
 
 _SECONDS = "seconds of steps"  # their key in the Trainer's state
 

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import moe_kernels
-from shared.cli import Options, option
-from shared.models import DTYPES
-from shared.texts import held_out_text, text_blocks
+from moe_kernels.programs.shared.cli import Options, option
+from moe_kernels.programs.shared.models import DTYPES
+from moe_kernels.programs.shared.texts import held_out_text, text_blocks
 
 LARGEST_SEED = 2**32 - 1  # numpy's and scikit-learn's
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.files import replacing, write_text
-from shared.pictures import DIGITS, CaptionedPictures, digits, emoji
-from shared.stages import Workspace
-from shared.texts import PARTS
+from moe_kernels.programs.shared.files import replacing, write_text
+from moe_kernels.programs.shared.pictures import DIGITS, CaptionedPictures, digits, emoji
+from moe_kernels.programs.shared.stages import Workspace
+from moe_kernels.programs.shared.texts import PARTS
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def require_experts(model: str) -> None:
     if count_experts(config) is None:
         raise ValueError(
             f"{model} is a dense {config.model_type!r} model: "
-            "convert_dense_to_moe.py makes a Mixture of Experts of it"
+            "moe-kernels convert makes a Mixture of Experts of it"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from shared.cli import console
+from moe_kernels.programs.shared.cli import console
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

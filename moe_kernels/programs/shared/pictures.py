@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cli import console
-from shared.picture_files import (
+from moe_kernels.programs.shared.cli import console
+from moe_kernels.programs.shared.picture_files import (
     Row,
     SetAside,
     caption_of,

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_kernels.analysis import RoutingStatistics, plot_expert_load
-from shared.cli import console
-from shared.drawing import Setup
-from shared.files import save_figure
-from shared.reports.losses import plot_losses
-from shared.reports.text_to_image import plot_drawings, training_rows
-from shared.tables import print_rows
+from moe_kernels.programs.shared.cli import console
+from moe_kernels.programs.shared.drawing import Setup
+from moe_kernels.programs.shared.files import save_figure
+from moe_kernels.programs.shared.reports.losses import plot_losses
+from moe_kernels.programs.shared.reports.text_to_image import plot_drawings, training_rows
+from moe_kernels.programs.shared.tables import print_rows
 
 RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
 
