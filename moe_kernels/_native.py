@@ -8,7 +8,6 @@ another torch can crash the process instead of raising.
 import functools
 import json
 import re
-import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,23 +40,13 @@ def _note() -> dict[str, str]:
 
 
 def _why_not_built(reason: str | None) -> str:
-    """Return why there is no extension; warn once if nobody asked for that.
-
-    ``reason`` is what the build noted, or None.
-    """
+    """Return why there is no extension; ``reason`` is what the build noted, or None."""
     if reason is None:
         return (
             "not built: install with a C++ compiler (on Debian, apt install g++) and without "
             "MOE_KERNELS_SKIP_CPP: `pip install --no-build-isolation .`"
         )
-    why = f"not built, because {reason}; mend that and {_REBUILD}"
-    if not reason.startswith("MOE_KERNELS_SKIP_CPP"):
-        warnings.warn(
-            f"moe_kernels was installed without its C++ kernels, and is slow on a CPU: {why}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return why
+    return f"not built, because {reason}; mend that and {_REBUILD}"
 
 
 @functools.cache
@@ -98,6 +87,15 @@ def is_available() -> bool:
 def why_not() -> str | None:
     """Return None where the native ops can be called, else the reason."""
     return _load()[1]
+
+
+def was_declined(*notes: str) -> bool:
+    """Return whether whoever built the package asked for less.
+
+    notes: of what is missing, "not_built" for the extension or "no_cuda" for its CUDA kernels
+    """
+    note = _note()
+    return any((note.get(name) or "").startswith("MOE_KERNELS_SKIP") for name in notes)
 
 
 def has_cuda_kernel(op: str) -> bool:

@@ -1,10 +1,12 @@
 """Backends of the ops: their names, which of them work here, and the choice of one.
 
-An explicit choice never falls back: the op runs on that backend or raises with the reason.
+An explicit choice never falls back: the op runs on that backend or raises with the reason. A choice
+that is left open falls back, and says so in a warning.
 """
 
 import functools
 import os
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -27,6 +29,10 @@ _MODULES = {
     "triton": "triton_impl",
     "cuda": "cuda_impl",
 }
+
+# Backend -> what the build notes where whoever built the package asked for its absence.
+_NOTES = {"cpu": ("not_built",), "cuda": ("not_built", "no_cuda")}
+_WARNED: set[tuple[str, str]] = set()  # chosen backends, with the best in their place
 
 # Searched once: searching the path at every call would cost more than a small layer.
 _HAS_TRITON = find_spec("triton") is not None
@@ -118,6 +124,10 @@ def select(backend: str | None, device: torch.device, dtype: torch.dtype = torch
         device: the device of the op's tensors.
         dtype: the dtype of the computation; it matters for ``backend=None`` alone.
 
+    Warns:
+        RuntimeWarning: None is not the best that the device could have, once a process; the
+            message says why, and what to do.
+
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the named backend does not work here, or not on this device; the message
@@ -127,7 +137,10 @@ def select(backend: str | None, device: torch.device, dtype: torch.dtype = torch
     if backend is None:
         known = device.type == "cpu" or dtype in _ON_GPUS
         order = _ORDER.get(device.type, ("reference",)) if known else ("reference",)
-        return next(name for name in order if _why_not(name, device.index) is None)
+        chosen = next(name for name in order if _why_not(name, device.index) is None)
+        if chosen != order[0]:
+            _warn_of_fallback(chosen, order[0], device.index)
+        return chosen
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(NAMES)}")
     if reason := _why_not(backend, device.index):
@@ -138,6 +151,29 @@ def select(backend: str | None, device: torch.device, dtype: torch.dtype = torch
     if backend in ("triton", "cuda") and device.type != "cuda" and not anywhere:
         raise RuntimeError(f"backend {backend!r} needs tensors on a CUDA device, got {device}")
     return backend
+
+
+def _warn_of_fallback(chosen: str, best: str, index: int | None) -> None:
+    """Warn once a process that ``backend=None`` is not the best for a device, unless asked for."""
+    if (chosen, best) in _WARNED:
+        return
+    _WARNED.add((chosen, best))
+    better = _ORDER[best][: _ORDER[best].index(chosen)]  # "cpu" and "cuda" are devices too
+    reasons = [
+        f"backend {name!r} is not available: {_why_not(name, index)}"
+        for name in better
+        if not _native.was_declined(*_NOTES.get(name, ()))
+    ]
+    if reasons:
+        slow = ", plain torch, which is slow" if chosen == "reference" else ""
+        warnings.warn(
+            f"moe_kernels computes by the backend {chosen!r}{slow}; {'; '.join(reasons)}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_warn_of_fallback._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_kernels import _native, backends, env, info
+from moe_kernels import _native, backends, env, info, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = shutil.ignore_patterns(
@@ -352,21 +352,92 @@ def test_not_built(monkeypatch, reloaded):
     assert _native.why_not().startswith("not built: install with a C++ compiler")
 
 
-def test_what_the_build_noted_is_a_warning_once(monkeypatch, reloaded):
-    """Nobody sees what a build prints under pip."""
-    monkeypatch.setattr(_native, "find_spec", lambda name: None)
-    monkeypatch.setattr(_native, "_note", lambda: {"not_built": "no working C++20 compiler"})
-    with pytest.warns(RuntimeWarning, match="slow on a CPU: not built, because no working") as seen:
-        assert "because no working C++20 compiler; mend that and rebuild" in _native.why_not()
-        assert not _native.is_available()
+@pytest.fixture
+def computes(monkeypatch, reloaded):
+    """Return a function that calls an op twice in a process without the extension.
+
+    Its arguments: what a build has noted, and ``backend`` of the op.
+    """
+    monkeypatch.setattr(backends, "_WARNED", set())
+
+    def compute(note, backend=None, built=False):
+        monkeypatch.setattr(_native, "find_spec", lambda name: True if built else None)
+        monkeypatch.setattr(_native, "_note", lambda: note)
+        for _ in range(2):
+            ops.linear_dispatch(torch.tensor([0, 1]), 1, backend=backend)
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("note", "reason"),
+    [
+        ({}, "not built: install with a C.. compiler"),
+        (
+            {"not_built": "no working C++20 compiler"},
+            "because no working C..20 compiler; mend that",
+        ),
+        ({"torch_version": "2.5.1"}, "built for torch 2.5.1, this is torch .*: rebuild with `pip"),
+    ],
+)
+def test_a_fallback_to_the_reference_is_a_warning_once(computes, note, reason):
+    """Nobody sees what a build prints under pip, nor that torch has changed since."""
+    with pytest.warns(RuntimeWarning, match=f"'reference', plain torch.*'cpu'.*{reason}") as seen:
+        computes(note, built="torch_version" in note)
     assert len(seen) == 1
 
 
-def test_what_was_asked_for_is_no_warning(setup_module, monkeypatch, reloaded, recwarn):
-    monkeypatch.setattr(_native, "find_spec", lambda name: None)
-    monkeypatch.setattr(_native, "_note", lambda: {"not_built": setup_module.SKIPPED})
-    assert "because MOE_KERNELS_SKIP_CPP is set" in _native.why_not()
+def test_what_was_asked_for_is_no_warning(setup_module, computes, monkeypatch, recwarn):
+    computes({"not_built": setup_module.SKIPPED})
+    computes({}, backend="reference")
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", "reference")
+    computes({})
     assert not recwarn
+
+
+def test_asking_what_there_is_is_no_fallback(monkeypatch, reloaded, recwarn):
+    monkeypatch.setattr(_native, "find_spec", lambda name: None)
+    assert backends.available()["cpu"].startswith("not built")
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("missing", "note", "expected"),
+    [
+        (("cuda",), {}, "'triton'; backend 'cuda' is not available: cuda is missing"),
+        (("cuda",), {"no_cuda": "MOE_KERNELS_SKIP_CUDA is set"}, None),
+        (
+            ("cuda", "triton"),
+            {},
+            "'reference', plain torch, which is slow; backend 'cuda' is not available: cuda is "
+            "missing; backend 'triton' is not available: triton is missing",
+        ),
+        ((), {}, None),
+    ],
+)
+def test_a_fallback_on_a_gpu_is_a_warning_once(monkeypatch, recwarn, missing, note, expected):
+    def why_not(name, index=None):
+        return f"{name} is missing" if name in missing else None
+
+    monkeypatch.setattr(backends, "_WARNED", set())
+    monkeypatch.setattr(backends, "_why_not", why_not)
+    monkeypatch.setattr(_native, "_note", lambda: note)
+    for _ in range(2):
+        backends.select(None, torch.device("cuda", 0), torch.bfloat16)
+    backends.select(None, torch.device("cuda", 0), torch.float64)  # the reference by design
+    found = [str(each.message) for each in recwarn]
+    assert found == ([f"moe_kernels computes by the backend {expected}"] if expected else [])
+
+
+def test_a_compiled_fallback_is_one_graph(computes, monkeypatch):
+    def compute(ids):
+        return ids + len(backends.select(None, ids.device))
+
+    monkeypatch.setattr(_native, "find_spec", lambda name: None)
+    monkeypatch.setattr(_native, "_note", dict)
+    compiled = torch.compile(compute, backend="eager", fullgraph=True)
+    with pytest.warns(RuntimeWarning, match="not built"):
+        assert compiled(torch.tensor([1])).item() == 1 + len("reference")
 
 
 def test_run_time_flags(monkeypatch):
@@ -511,8 +582,9 @@ def test_pure_python(source, python, reason):
     found = report(python)
     assert found["why_not"].startswith("not built") and not found["used"]
     assert ("no working C++20 compiler" in found["why_not"]) == (reason != "flag")
-    warned = run(python, "-c", "from moe_kernels import backends; backends.available()").stderr
-    assert ("is slow on a CPU: not built, because" in warned) == (reason != "flag")
+    choose = "import torch; backends.select(None, torch.device('cpu'))"
+    warned = run(python, "-c", f"from moe_kernels import backends; {choose}").stderr
+    assert ("is not available: not built, because" in warned) == (reason != "flag")
 
 
 @pytest.mark.slow
