@@ -36,7 +36,12 @@ def load(module: str, user: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or root).partition(".")[0] != root:  # a package that this one needs
             raise
-        from_here = f', or from a checkout pip install --no-build-isolation ".[{extra}]"'
-        raise ImportError(
-            f"{user} needs {package}: pip install {package}{from_here if extra else ''}"
-        ) from error
+        raise ImportError(f"{user} needs {package}: {advice(package, extra=extra)}") from error
+
+
+def advice(*packages: str, extra: str | None) -> str:
+    """Return what installs packages: the command for them, and that for the extra that has them."""
+    command = f"pip install {' '.join(packages)}"
+    if extra is None:
+        return command
+    return f'{command}, or from a checkout pip install --no-build-isolation ".[{extra}]"'

@@ -11,6 +11,8 @@ import importlib.util
 import sys
 from typing import NamedTuple
 
+from moe_kernels import extras
+
 # Package -> its distribution, of those that programs import beyond the library's own dependencies.
 _OF_PROGRAMS = {
     "accelerate": "accelerate",
@@ -80,7 +82,8 @@ def missing_packages(command: Command) -> str | None:
     ]
     if not absent:
         return None
-    return f"not installed: {', '.join(absent)}; from a checkout: pip install '.[demo,images]'"
+    how = extras.advice(*absent, extra="demo,images")
+    return f"not installed: {', '.join(absent)}; {how}"
 
 
 def refuse(problem: str) -> int:
