@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         add_modality_tokens,
         get_accelerated,
         initialise_lora,
+        load,
         patch_model,
         shard_evenly,
     )
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "get_accelerated",
     "initialise_lora",
+    "load",
     "ops",
     "patch_model",
     "shard_evenly",
@@ -47,6 +49,7 @@ _FROM_MODELS = (
     "add_modality_tokens",
     "get_accelerated",
     "initialise_lora",
+    "load",
     "patch_model",
     "shard_evenly",
 )

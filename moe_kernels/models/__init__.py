@@ -2,6 +2,7 @@
 
 from moe_kernels.models.callback import SaveAdapter
 from moe_kernels.models.config import ModalityLoraConfig
+from moe_kernels.models.loading import load
 from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
 from moe_kernels.models.patch import PatchedModel, patch_model
 from moe_kernels.models.peft_experts import AcceleratedPeft, accelerate_peft, get_accelerated
@@ -20,6 +21,7 @@ __all__ = [
     "add_modality_tokens",
     "get_accelerated",
     "initialise_lora",
+    "load",
     "patch_model",
     "shard_evenly",
 ]

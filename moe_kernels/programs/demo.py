@@ -54,6 +54,9 @@ class DemoOptions(BackendOptions):
     """Demo."""
 
     steps: int = option(1400, "training steps of text to image", at_least=1)
+    rows_lr: float | None = option(
+        None, "learning rate of the added rows; default: that of the adapters", above=0
+    )
     quick: bool = option(False, "tiny settings: shows that the demo runs, no more")
     out: Path = out_folder("demo")
 
@@ -67,7 +70,7 @@ class DemoOptions(BackendOptions):
         return TextToImageOptions(
             model=str(model), text_block=self.text_model.text_block,
             **DRAWING | (QUICK_DRAWING if self.quick else {}),
-            **self.pick("steps", "seed", "device", "backend", "out"),
+            **self.pick("steps", "rows_lr", "seed", "device", "backend", "out"),
         )  # fmt: skip
 
 

@@ -6,22 +6,13 @@ import pytest
 import torch
 from support.model_zoo import FAMILY, VOCAB, make_model, randomise, token_ids, unchanged
 from support.patched_models import patched_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.text_tokenizer import make_sized_tokenizer
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.testing import assert_close
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-
-
-def make_tokenizer(size=VOCAB, ids=None):
-    """Make a word-level tokenizer of ``size`` words."""
-    words = {"<pad>": 0} | {f"w{i}": i for i in (ids or range(1, size))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
 def make_patched(family="mixtral", modalities=("image",), **options):
@@ -181,7 +172,7 @@ def test_a_tokenizer_gets_the_tokens_of_an_adapter(present, tmp_path):
     for modality in config.modalities:
         add_modality_tokens(made.model, modality, 2)
     made.save_adapter(tmp_path)
-    tokenizer, again = make_tokenizer(VOCAB - 3), make_tokenizer(VOCAB - 3)
+    tokenizer, again = make_sized_tokenizer(VOCAB - 3), make_sized_tokenizer(VOCAB - 3)
     if present:
         add_modality_tokens(
             patch_model(make_model("mixtral"), config).model, "image", 2, tokenizer=again
@@ -192,7 +183,7 @@ def test_a_tokenizer_gets_the_tokens_of_an_adapter(present, tmp_path):
         patched.load_adapter(tmp_path, each)
         assert each.convert_ids_to_tokens([VOCAB, VOCAB + 2]) == ["<image_0>", "<sound_0>"]
         assert len(each) == VOCAB + 4
-    other = make_tokenizer(VOCAB + 1)
+    other = make_sized_tokenizer(VOCAB + 1)
     fresh = patch_model(make_model("mixtral"), config)
     with unchanged(fresh.model), pytest.raises(ValueError, match="the tokenizer has ids up to"):
         fresh.load_adapter(tmp_path, other)
@@ -201,7 +192,7 @@ def test_a_tokenizer_gets_the_tokens_of_an_adapter(present, tmp_path):
 
 def test_the_tokenizer_keeps_step():
     model, _ = make_patched(modalities=("image", "sound"))
-    tokenizer = make_tokenizer()
+    tokenizer = make_sized_tokenizer(VOCAB)
     image = add_modality_tokens(model, "image", 4, tokenizer=tokenizer)
     sound = add_modality_tokens(model, "sound", 2, tokenizer=tokenizer)
     assert len(tokenizer) == VOCAB + 6 == model.config.vocab_size
@@ -216,7 +207,7 @@ def test_the_tokenizer_keeps_step():
 def test_fillers_for_rows_without_a_token():
     """Tables are often longer than the vocabulary, so fillers take the ids between."""
     model, _ = make_patched()
-    tokenizer = make_tokenizer(VOCAB - 5)
+    tokenizer = make_sized_tokenizer(VOCAB - 5)
     image = add_modality_tokens(model, "image", 4, tokenizer=tokenizer)
     assert tokenizer.convert_tokens_to_ids("<image_0>") == image[0] == VOCAB
     assert len(tokenizer) == VOCAB + 4
@@ -224,7 +215,7 @@ def test_fillers_for_rows_without_a_token():
 
 
 def with_names(size, names):
-    tokenizer = make_tokenizer(size)
+    tokenizer = make_sized_tokenizer(size)
     tokenizer.add_tokens(names)
     return tokenizer
 
@@ -232,9 +223,12 @@ def with_names(size, names):
 @pytest.mark.parametrize(
     ("tokenizer", "match"),
     [
-        (make_tokenizer(VOCAB + 1), "resize the model's embeddings before patching"),
-        (make_tokenizer(ids=[*range(1, VOCAB - 5), VOCAB + 2]), "resize the model's embeddings"),
-        (make_tokenizer(ids=[*range(1, VOCAB - 5), VOCAB - 2]), "fall into the gaps"),
+        (make_sized_tokenizer(VOCAB + 1), "resize the model's embeddings before patching"),
+        (
+            make_sized_tokenizer(VOCAB, ids=[*range(1, VOCAB - 5), VOCAB + 2]),
+            "resize the model's embeddings",
+        ),
+        (make_sized_tokenizer(VOCAB, ids=[*range(1, VOCAB - 5), VOCAB - 2]), "fall into the gaps"),
         (with_names(VOCAB - 5, ["<image_1>"]), "names already: .*<image_1>"),
     ],
     ids=["too large", "an id above the table", "gaps", "clash"],
@@ -262,7 +256,7 @@ def test_a_tokenizer_that_cannot_keep_step(tokenizer, match):
 )
 def test_bad_arguments(args, kwargs, match):
     model, _ = make_patched()
-    tokenizer = make_tokenizer()
+    tokenizer = make_sized_tokenizer(VOCAB)
     with unchanged(model), pytest.raises(ValueError, match=match):
         add_modality_tokens(model, *args, tokenizer=tokenizer, **kwargs)
     assert len(tokenizer) == VOCAB

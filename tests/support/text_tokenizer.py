@@ -1,4 +1,4 @@
-"""A text tokenizer for the tests of ``moe_kernels.imaging``."""
+"""Text tokenizers of few words."""
 
 import tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -15,3 +15,11 @@ def make_tokenizer(template="$A", **special):
         single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def make_sized_tokenizer(size, ids=None):
+    """Return a tokenizer of ``size`` words, or of words with the given ids."""
+    words = {"<pad>": 0} | {f"w{i}": i for i in (ids or range(1, size))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")

@@ -1,0 +1,74 @@
+"""Loading a base model and its adapter in one call."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_kernels.models import adapter_files
+from moe_kernels.models.config import ModalityLoraConfig
+from moe_kernels.models.patch import PatchedModel, patch_model
+
+
+def load(
+    base: str | Path | PreTrainedModel,
+    adapter: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    backend: str | None = None,
+    **options: Any,
+) -> PatchedModel:
+    """Load a base model, patch it as its adapter asks, and load the adapter into it.
+
+    The adapter's files are read first, so that none that is missing costs the loading of a base.
+    A base of the hub is loaded at the revision that the adapter was trained on, if it has the name
+    that the adapter knows and no other ``revision`` is given.
+
+    Args:
+        base: folder or hub id for ``AutoModelForCausalLM.from_pretrained``; or a model, which is
+            patched in place: one of another class, such as of a multimodal model, comes so.
+        adapter: folder that ``save_adapter`` has written.
+        tokenizer: gets the names of the added tokens, as in ``PatchedModel.load_adapter``.
+        backend: as in :class:`moe_kernels.ModalityLoraConfig`.
+        **options: of ``from_pretrained``, such as ``dtype``, ``device_map`` and ``revision``.
+
+    Returns:
+        The handle of the model; ``.model`` is the model, in the mode that ``from_pretrained``
+        leaves it in, eval.
+
+    Raises:
+        FileNotFoundError: the folder has no adapter.
+        ValueError: the adapter does not fit the base, or a file is damaged. A model that was given
+            is unpatched then.
+        TypeError: options are given beside a model.
+
+    Example:
+        >>> patched = moe_kernels.load("allenai/OLMoE-1B-7B-0924", "my-adapter", tokenizer)
+        >>> generate_images(patched.model, ["a red apple"], tokenizer=tokenizer, ...)
+    """
+    config = ModalityLoraConfig.from_adapter(adapter, backend=backend)
+    if isinstance(base, PreTrainedModel):
+        if options:
+            raise TypeError(f"{', '.join(options)}: for from_pretrained, but base is a model")
+        model = base
+    else:
+        options = _with_revision(str(base), Path(adapter), options)
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
+    patched = patch_model(model, config)
+    try:
+        patched.load_adapter(adapter, tokenizer)
+    except BaseException:
+        patched.unpatch()
+        raise
+    return patched
+
+
+def _with_revision(base: str, adapter: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` with the revision that the adapter recorded."""
+    if "revision" in options or Path(base).is_dir():
+        return options
+    with adapter_files.opened(adapter) as file:
+        trained_on = adapter_files.read_config(file)["base_model"]
+    if trained_on["name_or_path"] != base or not trained_on.get("revision"):
+        return options
+    return options | {"revision": trained_on["revision"]}
