@@ -12,9 +12,12 @@ from moe_kernels._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moe_kernels.models import (
+        AcceleratedPeft,
+        LoraInitDiagnostics,
         ModalityLoraConfig,
         PatchedModel,
         SaveAdapter,
+        TextCheck,
         accelerate_peft,
         add_modality_tokens,
         get_accelerated,
@@ -25,9 +28,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AcceleratedPeft",
+    "LoraInitDiagnostics",
     "ModalityLoraConfig",
     "PatchedModel",
     "SaveAdapter",
+    "TextCheck",
     "accelerate_peft",
     "add_modality_tokens",
     "backends",
@@ -41,24 +47,12 @@ __all__ = [
 
 registration.register()
 
-_FROM_MODELS = (
-    "ModalityLoraConfig",
-    "PatchedModel",
-    "SaveAdapter",
-    "accelerate_peft",
-    "add_modality_tokens",
-    "get_accelerated",
-    "initialise_lora",
-    "load",
-    "patch_model",
-    "shard_evenly",
-)
+if not TYPE_CHECKING:  # a type checker would take every name for one that it returns
 
-
-def __getattr__(name: str):
-    if name in _FROM_MODELS:
-        return getattr(import_module("moe_kernels.models"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            return getattr(import_module("moe_kernels.models"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

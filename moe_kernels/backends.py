@@ -15,6 +15,8 @@ import torch
 
 from moe_kernels import _native, env
 
+__all__ = ["NAMES", "available", "select"]
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 # Backends that `backend=None` tries, best first, for tensors on a device type.

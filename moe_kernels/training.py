@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
 
 from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.models import PatchedModel, sharding
@@ -105,7 +106,7 @@ class AdapterTrainer(Trainer):
             return "DeepSpeed"
         return "FSDP" if self.is_fsdp_enabled or sharding.is_model_sharded(self.model) else None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as ``transformers.Trainer`` does, if the checkpoints hold all that trains."""
         trained = (name for name, p in self.model.named_parameters() if p.requires_grad)
         if others := [name for name in trained if not is_added(name)]:

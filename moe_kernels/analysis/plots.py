@@ -30,7 +30,7 @@ _MOST_TICKS = 16
 
 def plot_expert_load(
     statistics: RoutingStatistics,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     modalities: Sequence[str] | None = None,
     title: str = "Expert load by layer",
@@ -72,7 +72,7 @@ def plot_expert_load(
 
 def plot_specialisation(
     statistics: RoutingStatistics,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     modalities: tuple[str, str] = ("text", "image"),
     title: str = "Specialisation of the experts",
@@ -124,7 +124,7 @@ def plot_specialisation(
 
 def plot_divergence(
     statistics: RoutingStatistics | Mapping[str, RoutingStatistics],
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     modalities: tuple[str, str] = ("text", "image"),
     title: str | None = None,
@@ -155,7 +155,7 @@ def plot_divergence(
 def plot_redundancy(
     before: ExpertRedundancy,
     after: ExpertRedundancy | None = None,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     title: str | None = None,
 ) -> Figure:
@@ -270,7 +270,7 @@ def _ticks(count: int) -> range:
     return range(0, count, 1 << ((count - 1) // _MOST_TICKS).bit_length())
 
 
-def _finish(figure: Figure, title: str, path: str | os.PathLike | None) -> Figure:
+def _finish(figure: Figure, title: str, path: str | os.PathLike[str] | None) -> Figure:
     figure.suptitle(title)
     if path is not None:
         path = Path(path)

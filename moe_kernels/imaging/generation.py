@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from moe_kernels import extras
 from moe_kernels.imaging.pixels import to_pil
@@ -40,7 +45,7 @@ def generate_images(
     model: PreTrainedModel,
     captions: Sequence[str],
     *,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     image_tokenizer: ImageTokenizer,
     vocabulary: ImageVocabulary | None = None,
     guidance_scale: float = 1.0,

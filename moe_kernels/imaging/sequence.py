@@ -13,12 +13,15 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
 
 from moe_kernels.imaging.arrays import as_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 _BEGIN, _END, _FIRST_CODE = 0, 1, 2
@@ -107,7 +110,7 @@ def _check_codes(codes: torch.Tensor, index: int) -> None:
         )
 
 
-def caption_ids(tokenizer: Any, caption: str) -> list[int]:
+def caption_ids(tokenizer: PreTrainedTokenizerBase, caption: str) -> list[int]:
     """Return the token ids of a caption, for training and generation alike.
 
     They begin with begin-of-text exactly if the tokenizer puts it there. Other special tokens that
@@ -133,7 +136,7 @@ def caption_ids(tokenizer: Any, caption: str) -> list[int]:
     return ids
 
 
-def padding_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the pad token, or of end-of-text if the tokenizer has no pad token.
 
     Either works, since padding is masked.

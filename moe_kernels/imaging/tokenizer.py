@@ -230,7 +230,7 @@ class CodebookTokenizer(ABC):
             perplexity=float(torch.special.entr(usage.double() / usage.sum()).sum().exp()),
         )
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write image_tokenizer.safetensors and image_tokenizer_config.json into a folder.
 
         Each is written whole or not at all. Model, text tokenizer and adapter may be in the same
@@ -255,7 +255,7 @@ class CodebookTokenizer(ABC):
         tensor_files.write(Path(folder), _NAMES, self._tensors(), config)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> Self:
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Load a saved tokenizer of this class.
 
         Raises:
@@ -298,7 +298,7 @@ def _opened(folder: Path) -> Iterator[tuple[TensorFile, dict[str, Any]]]:
         yield file, config
 
 
-def load_image_tokenizer(folder: str | os.PathLike) -> CodebookTokenizer:
+def load_image_tokenizer(folder: str | os.PathLike[str]) -> CodebookTokenizer:
     """Load a saved tokenizer of any class.
 
     Raises:

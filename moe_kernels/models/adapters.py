@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch import distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from moe_kernels import tensor_files
 from moe_kernels._version import __version__
@@ -66,7 +67,9 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
             tensor_files.write(folder, NAMES, tensors, described)
 
 
-def load(patched: PatchState, folder: Path, tokenizer, timeout: float) -> None:
+def load(
+    patched: PatchState, folder: Path, tokenizer: PreTrainedTokenizerBase | None, timeout: float
+) -> None:
     """Copy an adapter into a patched model, and the names of its tokens into a tokenizer.
 
     All checks come before it.

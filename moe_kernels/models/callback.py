@@ -1,6 +1,7 @@
 """A callback of transformers' Trainer that saves the adapter."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,13 +32,13 @@ class SaveAdapter(TrainerCallback):
         self.patched, self.timeout = patched, timeout
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save into the folder of the checkpoint that was just written."""
         self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter", state)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save what the run ends with."""
         self._save(Path(args.output_dir) / "adapter", state)

@@ -156,7 +156,7 @@ class ModalityLoraConfig:
         """Return the ``lora_alpha`` of a projection, by its name in the model."""
         return look_up(self.alpha_pattern, name, self.lora_alpha)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return the fields that an adapter on disk carries: all but the backend."""
         values = asdict(self)
         del values["backend"]
@@ -192,7 +192,7 @@ class ModalityLoraConfig:
             )
 
     @classmethod
-    def from_dict(cls, values: dict, backend: str | None = None) -> "ModalityLoraConfig":
+    def from_dict(cls, values: dict[str, Any], backend: str | None = None) -> "ModalityLoraConfig":
         """Make a configuration from the result of :meth:`to_dict`.
 
         Fields that an older version did not know keep their defaults.
@@ -246,19 +246,19 @@ class ExtensionConfig:
         object.__setattr__(self, "experts", numbers)
         object.__setattr__(self, "calibration_hidden", hidden)
 
-    def structure(self) -> dict:
+    def structure(self) -> dict[str, Any]:
         """Return the fields that decide names, shapes and meaning of the parameters."""
         return {"experts": self.experts, "modality": self.modality} | {
             "calibration": self.calibration,
             "calibration_hidden": self.calibration_hidden,
         }
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return all fields for JSON, whose keys are strings."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, values: dict) -> "ExtensionConfig":
+    def from_dict(cls, values: dict[str, Any]) -> "ExtensionConfig":
         """Make a configuration from the result of :meth:`to_dict`.
 
         Raises:

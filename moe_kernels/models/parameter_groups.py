@@ -7,7 +7,9 @@ from moe_kernels.models import parameters
 from moe_kernels.models.handle import PatchState
 
 
-def adapters_and_rows(patched: PatchState, lr: float, rows_lr: float | None) -> list[dict]:
+def adapters_and_rows(
+    patched: PatchState, lr: float, rows_lr: float | None
+) -> list[dict[str, Any]]:
     """Return a group of adapters and one of added rows; see ``PatchedModel.parameter_groups``."""
     for name, rate in (("lr", lr), ("rows_lr", lr if rows_lr is None else rows_lr)):
         if not 0 <= rate < math.inf:

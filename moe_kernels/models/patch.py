@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import backends
 from moe_kernels.layers import ModalityLora
@@ -107,7 +108,7 @@ class PatchedModel(PatchState):
             if parameter.requires_grad:
                 yield name, parameter
 
-    def parameter_groups(self, lr: float, *, rows_lr: float | None = None) -> list[dict]:
+    def parameter_groups(self, lr: float, *, rows_lr: float | None = None) -> list[dict[str, Any]]:
         """Return what trains in groups for an optimizer of torch: adapters, then added rows.
 
         Rows learn faster at a larger rate than adapters (docs/training.md), and get no weight
@@ -222,7 +223,13 @@ class PatchedModel(PatchState):
         """
         adapters.save(self, Path(folder), timeout)
 
-    def load_adapter(self, folder: str | Path, tokenizer=None, *, timeout: float = 300.0) -> None:
+    def load_adapter(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        timeout: float = 300.0,
+    ) -> None:
         """Load the files of :meth:`save_adapter`, on all ranks if the model is sharded.
 
         Tokens, experts and projectors that the adapter has and the model lacks are added.

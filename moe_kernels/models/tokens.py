@@ -2,12 +2,13 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels.init.rows import (
     GromovWassersteinDiagnostics,
@@ -31,11 +32,11 @@ def add_modality_tokens(
     model: PreTrainedModel,
     modality: str,
     num_tokens: int,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     init: str = "normal",
     features: Tensor | None = None,
     num_delimiters: int = 0,
-    **init_options,
+    **init_options: Any,
 ) -> range:
     """Give a patched model ``num_tokens`` tokens of an added modality, with trainable rows.
 
@@ -357,7 +358,7 @@ class JoinedHead:
 class NewNames:
     """Names of added tokens that a tokenizer lacks; without a tokenizer there are none."""
 
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase | None
     names: list[str]
 
     def add(self) -> None:
@@ -368,7 +369,9 @@ class NewNames:
             vars(self.tokenizer).update(vars(grown))
 
 
-def find_names(tokenizer, first: int, added_tokens: dict[str, int]) -> NewNames:
+def find_names(
+    tokenizer: PreTrainedTokenizerBase | None, first: int, added_tokens: dict[str, int]
+) -> NewNames:
     """Return what a tokenizer lacks to decode the added tokens of a model; it may have some.
 
     Args:
@@ -394,7 +397,7 @@ def _named(modality: str, ids: range) -> list[str]:
     return [f"<{modality}_{i}>" for i in range(len(ids))]
 
 
-def _names_after(tokenizer, first: int, new: list[str]) -> NewNames:
+def _names_after(tokenizer: PreTrainedTokenizerBase | None, first: int, new: list[str]) -> NewNames:
     """Return names whose ids begin at ``first``, after fillers for the unused ids before."""
     if tokenizer is None or not new:
         return NewNames(tokenizer, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moe_kernels.layers import ModalityProjector
 from moe_kernels.models import (
     ModalityLoraConfig,
+    PatchedModel,
     added_experts,
     patch_model,
     projectors,
@@ -72,7 +73,7 @@ class ExpertExtender:
         settings = {name: value for name, value in settings.items() if value is not None}
         self.scores: LayerScores | None = None
         if is_patched(model):
-            self.patched = get_patched(model)
+            self.patched = cast(PatchedModel, get_patched(model))  # the class of every handle
             _check_same(self.patched.config, settings)
         else:
             self.patched = patch_model(model, ModalityLoraConfig(target_modules=(), **settings))
