@@ -126,6 +126,21 @@ def _remove_leftovers(path: Path) -> None:
             os.close(lock)
 
 
+def why_no_folder(path: str | os.PathLike) -> str | None:
+    """Return why a path is no folder, for a message; None: it is one.
+
+    Example:
+        >>> why_no_folder("my-adaptr")
+        'there is no folder my-adaptr in /home/me'
+    """
+    path = Path(path)
+    if path.is_dir():
+        return None
+    if path.exists():
+        return f"{path} is a file, not a folder"
+    return f"there is no folder {path}{'' if path.is_absolute() else f' in {Path.cwd()}'}"
+
+
 def _prefix(path: Path) -> str:
     """Return how the names of this computer's folders for ``path`` begin.
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_kernels.files import replacing
+from moe_kernels.files import replacing, why_no_folder
 
 _DIGEST = "sha256"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -153,9 +153,11 @@ def opened(folder: Path, names: Names, what: str) -> Iterator[TensorFile]:
         what: they are, for the message, such as "adapter".
 
     Raises:
-        FileNotFoundError: the folder has none of ours.
+        FileNotFoundError: there is no such folder, or it has none of ours.
         ValueError: the file is damaged; the message has its path.
     """
+    if reason := why_no_folder(folder):
+        raise FileNotFoundError(f"no {what}: {reason}")
     found = names
     if not (folder / names.weights).is_file():
         found = names.earlier

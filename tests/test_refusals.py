@@ -8,9 +8,11 @@ from unittest import mock
 import pytest
 import torch
 from support.added_experts import extended
+from support.dense_zoo import make_dense
 from support.model_zoo import VOCAB, make_model, token_ids
 from support.patched_models import patched_model
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from moe_kernels import (
     ModalityLoraConfig,
@@ -33,6 +35,7 @@ from moe_kernels.imaging import (
     mixed_sequence,
 )
 from moe_kernels.init import gromov_wasserstein_rows
+from moe_kernels.models import support
 from moe_kernels.models.peft_format import load_peft_adapter
 from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
 
@@ -59,6 +62,10 @@ def patched_with(use, **options):
 def no_experts(model):
     for layer in model.model.layers:
         layer.mlp = nn.Identity()
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=8, n_layer=1, n_head=1))
 
 
 def experts_in_a_list(model):
@@ -189,7 +196,16 @@ def tune_in_vain():
 REFUSALS = {
     "a dense model": (
         model_with(no_experts), ValueError,
-        "no layer has experts", "MixtralForCausalLM", "dense_to_moe makes some",
+        "no layer has experts", "MixtralForCausalLM", "take one of these",
+    ),
+    "a dense model that can be converted": (
+        lambda: patch_model(make_dense("llama")), ValueError,
+        "no layer has experts", "LlamaForCausalLM",
+        "dense_to_moe, or the command `moe-kernels convert`, makes a Mixture of Experts of it",
+    ),
+    "a dense model that cannot be converted": (
+        lambda: patch_model(gpt2()), ValueError,
+        "no layer has experts", "GPT2LMHeadModel", "LlamaForCausalLM, MistralForCausalLM",
     ),
     "experts in a list": (
         model_with(experts_in_a_list), ValueError,
@@ -343,12 +359,31 @@ REFUSALS = {
     ),
     "a folder without PEFT's files": (
         patched_with(lambda model, patched: load_peft_adapter(patched, "image", "/nowhere")),
-        FileNotFoundError, "no adapter of PEFT in", "/nowhere",
-        "adapter_model.safetensors is missing",
+        FileNotFoundError, "no adapter of PEFT", "there is no folder", "/nowhere",
+    ),
+    "a folder without an adapter": (
+        lambda: ModalityLoraConfig.from_adapter("/"), FileNotFoundError,
+        "no adapter in", "/", "modality_adapter.safetensors is missing",
+    ),
+    "the name of a folder misspelt": (
+        lambda: ModalityLoraConfig.from_adapter("my-adaptr"), FileNotFoundError,
+        "no adapter", "there is no folder my-adaptr", f" in {Path.cwd()}",
+    ),
+    "an adapter to load, misspelt": (
+        patched_with(lambda model, patched: patched.load_adapter("my-adaptr")), FileNotFoundError,
+        "no adapter", "there is no folder my-adaptr", f" in {Path.cwd()}",
+    ),
+    "a file for a folder": (
+        lambda: load_image_tokenizer(__file__), FileNotFoundError,
+        "no image tokenizer", "test_refusals.py", "is a file, not a folder",
+    ),
+    "a model's folder misspelt": (
+        lambda: support.of_folder("my-modl"), ValueError,
+        "no model", "there is no folder my-modl", f" in {Path.cwd()}",
     ),
     "a folder without an image tokenizer": (
         lambda: load_image_tokenizer("/nowhere"), FileNotFoundError,
-        "no image tokenizer", "/nowhere", "is missing",
+        "no image tokenizer", "there is no folder", "/nowhere",
     ),
     "no codes": (
         lambda: PatchTokenizer.fit(torch.rand(2, 8, 8, 3), num_codes=0), ValueError,

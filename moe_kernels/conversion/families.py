@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
     MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,6 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from moe_kernels.models.dense import CONVERTIBLE
 from moe_kernels.models.parts import find_experts
 
 # Settings that all of these configurations have, with the same names and meaning.
@@ -25,12 +25,7 @@ _CARRIED = (
     "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters",
     "attention_dropout",
 )  # fmt: skip
-SUPPORTED = {
-    LlamaForCausalLM: "Mixtral, with a shared expert Qwen2-MoE",
-    MistralForCausalLM: "Mixtral, with a shared expert Qwen2-MoE",
-    Qwen2ForCausalLM: "Qwen2-MoE",
-    Qwen3ForCausalLM: "Qwen3-MoE, without a shared expert",
-}
+SUPPORTED = {getattr(transformers, name): target for name, target in CONVERTIBLE.items()}
 
 
 @dataclass(frozen=True)

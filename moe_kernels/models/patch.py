@@ -14,6 +14,7 @@ from moe_kernels.layers import ModalityLora
 from moe_kernels.models import (
     adapters,
     added_experts,
+    dense,
     description,
     experts,
     forms,
@@ -342,11 +343,13 @@ def _check_model(
     """Return the model's parts and the projections to adapt, after every check."""
     name = type(model).__name__
     _check_kind(model, name)
+    if not dense.has_experts(model):
+        raise ValueError(f"{name} is not supported: {dense.problem(name)}")
     sharding.reshard(model)
     parts = find_parts(model)
     adapted = [each.layer for each in adapted_parts(config, parts)]
     if all(each.experts is None for each in parts):
-        raise ValueError(f"{name} is not supported: {_why_no_experts(parts)}")
+        raise ValueError(f"{name} is not supported: {_why_not_stacked(parts)}")
     for index, each in enumerate(parts):
         targets = config.target_modules if each.layer in adapted else ()
         if reasons := _layer_problems(each, targets, find):
@@ -433,8 +436,8 @@ def _children_with_heads(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _why_no_experts(parts: Sequence[LayerParts]) -> str:
-    """Return why no layer has experts that can be patched."""
+def _why_not_stacked(parts: Sequence[LayerParts]) -> str:
+    """Return why no layer has experts that can be patched, though the model has some."""
     for index, each in enumerate(parts):
         for path, module in each.layer.named_modules():
             if path.rpartition(".")[2] == "experts":
@@ -443,7 +446,7 @@ def _why_no_experts(parts: Sequence[LayerParts]) -> str:
                     f"layer {index}: {path} is {kind}, without a stacked gate_up_proj (E, 2I, H); "
                     "current classes of transformers stack experts, remote code may not"
                 )
-    return "no layer has experts; moe_kernels.conversion.dense_to_moe makes some of a dense model"
+    return "no layer of its decoder has experts"
 
 
 def _table_problems(model: PreTrainedModel) -> list[str]:

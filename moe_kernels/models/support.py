@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from moe_kernels.files import why_no_folder
 from moe_kernels.models import added_experts
 from moe_kernels.models.config import TARGETS, ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.patch import patch_model
@@ -26,12 +27,14 @@ def of_folder(folder: str | Path) -> dict[str, str]:
         The class of the model; "supported" or a reason for each target and for added experts.
 
     Raises:
-        ValueError: the folder has no configuration of a class of transformers.
+        ValueError: there is no such folder, or it has no configuration of a class of transformers.
 
     Example:
         >>> of_folder("gpt-oss-20b")["experts"]
         'supported'
     """
+    if reason := why_no_folder(folder):
+        raise ValueError(f"no model: {reason}")
     if not Path(folder, "config.json").is_file():
         raise ValueError(f"{folder} has no config.json of transformers: name a folder with one")
     try:

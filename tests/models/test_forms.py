@@ -278,13 +278,15 @@ def test_what_a_folder_gets(family, tmp_path, capsys):
 
 def test_a_folder_without_a_model(tmp_path, capsys):
     for text, match in (("{}", "has no config.json|Unrecognized"), (None, "has no config.json")):
+        folder = tmp_path / ("empty" if text is None else "half")
+        folder.mkdir()
         if text is not None:
-            (tmp_path / "config.json").write_text(text)
+            (folder / "config.json").write_text(text)
         with pytest.raises(SystemExit):
-            info.main(["--model", str(tmp_path / ("" if text else "missing"))])
+            info.main(["--model", str(folder)])
         assert re.search(match, capsys.readouterr().err)
-    with pytest.raises(ValueError, match="^no such folder! has no config.json .*: name a folder"):
-        support.of_folder("no such folder!")
+    with pytest.raises(ValueError, match="empty has no config.json .*: name a folder"):
+        support.of_folder(tmp_path / "empty")
     settings = {"model_type": "mixtral", "architectures": ["OwnForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit):

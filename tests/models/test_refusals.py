@@ -56,7 +56,7 @@ def test_not_a_transformers_model():
 
 def test_a_dense_model():
     model = LlamaForCausalLM(LlamaConfig(**DENSE))
-    refused(model, ValueError, "LlamaForCausalLM.*no layer has experts; .*dense_to_moe")
+    refused(model, ValueError, "LlamaForCausalLM.*no layer has experts: .*dense_to_moe")
 
 
 def test_experts_in_a_list():

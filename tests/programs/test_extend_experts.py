@@ -253,7 +253,7 @@ def test_refuses_a_dense_model_and_a_folder_that_is_not_there(program, command, 
     from transformers import LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path / "dense")
-    for folder, message in (("dense", "moe-kernels convert"), ("no", "is not a folder")):
+    for folder, message in (("dense", "moe-kernels convert"), ("no", "there is no folder")):
         out = tmp_path / "out"
         assert program.main([str(tmp_path / folder), *command[1:], "--out", str(out)]) == 1
         assert message in capsys.readouterr().out

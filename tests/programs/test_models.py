@@ -1,5 +1,7 @@
 """Models that the programs load: damaged files and missing weights are named."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,6 +51,32 @@ def test_missing_weights_are_not_drawn_at_random(models, folder):
         load_all(models, folder)
 
 
+@pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "/nowhere", "with space", "a..b"])
+def test_a_wrong_path_is_no_name_of_the_hub(models, name, monkeypatch):
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *_: pytest.fail("was asked"))
+    where = "" if name.startswith("/") else f" in {Path.cwd()}"
+    folder = Path(name)
+    with pytest.raises(FileNotFoundError, match=f"^no model: there is no folder {folder}{where}$"):
+        models.load_config(name)
+
+
+def test_a_file_is_no_model(models, tmp_path, monkeypatch):
+    (tmp_path / "model").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="^no model: model is a file, not a folder$"):
+        models.load_config("model")
+
+
+def test_a_name_that_may_be_of_the_hub_is_looked_for_there_too(models, monkeypatch):
+    def refuse(*_):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    words = "there is no folder my-modl in .*, and none of this name from the hub: We couldn't"
+    with pytest.raises(OSError, match=words):
+        models.load_config("my-modl")
+
+
 def test_a_fault_of_memory_is_not_called_damage(models):
-    with pytest.raises(MemoryError, match="Unable"), models.reading("a model"):
+    with pytest.raises(MemoryError, match="Unable"), models.reading("model"):
         raise MemoryError("Unable to allocate")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +17,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from moe_kernels.files import why_no_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Names that configurations have for the number of experts of a layer.
@@ -31,10 +34,9 @@ def require_experts(model: str) -> None:
     """Raise unless the model, a local folder or a hub id, is a Mixture of Experts.
 
     Raises:
-        ValueError: the folder does not exist, or the model is dense.
+        ValueError: the model is dense.
+        OSError: as :func:`reading`.
     """
-    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
-        raise ValueError(f"{model} is not a folder")
     config = load_config(model)
     if count_experts(config) is None:
         raise ValueError(
@@ -45,18 +47,37 @@ def require_experts(model: str) -> None:
 
 @contextmanager
 def reading(model: str | Path) -> Iterator[None]:
-    """Name the model in whatever transformers raises for damaged files.
+    """Name the model, and the folder that is not there, in whatever transformers raises.
 
     Raises:
         ValueError: a file is damaged.
+        OSError: there is no such folder, and the hub has no such model, or cannot be asked.
     """
+    missing = why_no_folder(model)
+    if missing and (Path(model).exists() or not _may_be_on_the_hub(str(model))):
+        raise FileNotFoundError(f"no model: {missing}")
     try:
         yield
-    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except OSError as error:
+        if missing is None or error.errno is not None:  # a disk
+            raise
+        raise OSError(
+            f"no model: {missing}, and none of this name from the hub: {error}"
+        ) from error
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"{model} cannot be loaded, a file may be damaged ({problem})") from error
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Return whether a name follows the hub's rules."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def load_config(model: str | Path, **options: Any) -> PretrainedConfig:
