@@ -1,13 +1,21 @@
-"""Parts that tests and benchmarks share: tolerances, makers of routing and inputs, named shapes."""
+"""Parts that tests and benchmarks share: tolerances, makers of routing and inputs, named shapes.
+
+And a tiny model with its tokenizer, with which the examples in docstrings run.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_kernels import backends
 from moe_kernels.ops.lora_weights import LoraWeights
+
+if TYPE_CHECKING:
+    from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 # Relative RMS errors that rounding alone can cause: about 4 times the errors of correct kernels.
 TOLERANCES = {
@@ -168,7 +176,7 @@ class MoeInputs(NamedTuple):
         tensors = [(name, getattr(self, name)) for name in names]
         return {name: tensor for name, tensor in tensors + loras if tensor is not None}
 
-    def to(self, dtype: torch.dtype, *, lora_dtype: torch.dtype | None = None) -> "MoeInputs":
+    def to(self, dtype: torch.dtype, *, lora_dtype: torch.dtype | None = None) -> MoeInputs:
         """Return a detached copy with floats cast to ``dtype`` (adapters to ``lora_dtype``)."""
 
         def cast(tensor, to):
@@ -182,7 +190,7 @@ class MoeInputs(NamedTuple):
 
         return MoeInputs(*(convert(value) for value in self))
 
-    def requires_grad_(self) -> "MoeInputs":
+    def requires_grad_(self) -> MoeInputs:
         """Make every differentiable tensor require grad, in place."""
         for tensor in self.differentiable().values():
             tensor.requires_grad_()
@@ -260,3 +268,49 @@ def make_moe_inputs(
         gate_up_bias=randn(shape.E + num_extra, rows) if bias else None,
         down_bias=randn(shape.E + num_extra, hidden) if bias else None,
     )
+
+
+def tiny_model(seed: int = 0) -> MixtralForCausalLM:
+    """Make a Mixtral of 2 layers, 4 experts and 64 tokens, with random weights, on the CPU.
+
+    Args:
+        seed: of the weights; the global generators are left as they were.
+
+    Example:
+        >>> from moe_kernels.testing import tiny_model
+        >>> sum(parameter.numel() for parameter in tiny_model().parameters())
+        13520
+    """
+    import transformers  # which takes seconds to import: programs on the ops alone do without it
+
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=128,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return transformers.MixtralForCausalLM(config).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer for :func:`tiny_model`, which knows the words of a few captions.
+
+    Example:
+        >>> from moe_kernels.testing import tiny_tokenizer
+        >>> tiny_tokenizer()("a red apple").input_ids
+        [2, 3, 5]
+    """
+    import tokenizers
+    import transformers
+
+    words = ("<pad>", "<unknown>", "a", "red", "green", "apple", "leaf")
+    known = {word: index for index, word in enumerate(words)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unknown>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>")

@@ -59,10 +59,29 @@ class AdapterTrainer(Trainer):
             would hold; or no added row trains, and ``rows_lr`` is given.
 
     Example:
+        >>> import os, torch
+        >>> from transformers import TrainingArguments
+        >>> from moe_kernels import add_modality_tokens, patch_model
+        >>> from moe_kernels.testing import tiny_model
         >>> from moe_kernels.training import AdapterTrainer
-        >>> args = TrainingArguments("out", learning_rate=3e-3, save_steps=100)
-        >>> trainer = AdapterTrainer(patched, args, rows_lr=2e-2, train_dataset=dataset)
-        >>> trainer.train(resume_from_checkpoint=True)
+        >>> patched = patch_model(tiny_model())
+        >>> ids = add_modality_tokens(patched.model, "image", 10)
+        >>> row = torch.tensor([5, 6, *ids])  # two tokens of text, and an image
+        >>> args = TrainingArguments(
+        ...     "out", learning_rate=3e-3, max_steps=2, save_steps=1, use_cpu=True,
+        ...     report_to="none", disable_tqdm=True,
+        ... )
+        >>> trainer = AdapterTrainer(
+        ...     patched, args, rows_lr=2e-2, train_dataset=[{"input_ids": row, "labels": row}] * 8
+        ... )
+        >>> trainer.train().global_step
+        {'train_runtime': ...}
+        2
+        >>> sorted(os.listdir("out/checkpoint-1"))[:2]
+        ['modality_adapter.safetensors', 'modality_adapter_config.json']
+        >>> trainer.train(resume_from_checkpoint="out/checkpoint-1").global_step
+        {'train_runtime': ...}
+        2
     """
 
     adapter_files = (NAMES.weights, NAMES.config)  # of a checkpoint

@@ -30,10 +30,6 @@ class _Sums(NamedTuple):
 class RoutingRecorder:
     """Context manager that sums the choices of every router of ``model``, in constant memory.
 
-        with torch.no_grad(), RoutingRecorder(model) as recorder:
-            model(input_ids=..., attention_mask=...)
-        recorder.statistics().divergence("text", "image")
-
     The modality of a forward's rows comes from the first of these that is available:
 
     1. the ids passed to ``observe`` before this forward;
@@ -58,6 +54,23 @@ class RoutingRecorder:
     Raises:
         ValueError: the model has no router. In a forward: the modality of the rows is unknown, its
             shape differs from that of the tokens, or an id has no name.
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels import add_modality_tokens, patch_model
+        >>> from moe_kernels.analysis import RoutingRecorder
+        >>> from moe_kernels.testing import tiny_model
+        >>> model = tiny_model()
+        >>> patched = patch_model(model)
+        >>> ids = add_modality_tokens(model, "image", 10)
+        >>> with torch.no_grad(), RoutingRecorder(model) as recorder:
+        ...     out = model(torch.tensor([[5, 6, *ids]]))
+        >>> statistics = recorder.statistics()
+        >>> statistics.rows  # of text and of images, for each layer
+        tensor([[ 2, 10],
+                [ 2, 10]])
+        >>> statistics.divergence("text", "image").shape
+        torch.Size([2])
     """
 
     def __init__(

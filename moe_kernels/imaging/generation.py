@@ -81,6 +81,21 @@ def generate_images(
             a caption contains image tokens or is too long, the tokenizer has no token to pad with,
             or a setting is out of range.
         TypeError: ``captions`` is a single string, or holds something else than strings.
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels import add_modality_tokens, patch_model
+        >>> from moe_kernels.imaging import ImageVocabulary, VQTokenizer, generate_images
+        >>> from moe_kernels.testing import tiny_model, tiny_tokenizer
+        >>> images = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8)
+        >>> codes = VQTokenizer.fit(images, num_codes=8, width=16, steps=2, progress=False)
+        >>> model, tokenizer = tiny_model(), tiny_tokenizer()
+        >>> patched = patch_model(model)
+        >>> ids = add_modality_tokens(model, "image", ImageVocabulary.size(8))
+        >>> generate_images(
+        ...     model, ["a red apple"], tokenizer=tokenizer, image_tokenizer=codes, seed=0
+        ... )
+        [<PIL.Image.Image image mode=RGB size=8x8 at ...>]
     """
     extras.load("PIL", "generate_images")
     if isinstance(captions, str):

@@ -31,9 +31,25 @@ _BEGIN, _END, _FIRST_CODE = 0, 1, 2
 class ImageVocabulary:
     """Ids of the image tokens in the model's vocabulary. Only this class knows their order.
 
-    first_id     begin-of-image
-    first_id+1   end-of-image
-    first_id+2   code 0, then the other codes
+    They are begin-of-image, end-of-image, code 0, and then the other codes.
+
+    Attributes:
+        first_id: id of begin-of-image.
+        num_codes: number of codes, without begin and end.
+
+    Raises:
+        ValueError: ``first_id`` is below 0, or there is no code.
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels.imaging import ImageVocabulary
+        >>> ImageVocabulary.size(8)  # the tokens to add to a model for 8 codes
+        10
+        >>> vocabulary = ImageVocabulary.from_token_ids(range(64, 74))
+        >>> vocabulary.begin_id, vocabulary.end_id, vocabulary.code_ids
+        (64, 65, range(66, 74))
+        >>> vocabulary.ids_of(torch.tensor([0, 7]))
+        tensor([66, 73])
     """
 
     first_id: int
@@ -57,14 +73,17 @@ class ImageVocabulary:
 
     @property
     def begin_id(self) -> int:
+        """The id of begin-of-image."""
         return self.first_id + _BEGIN
 
     @property
     def end_id(self) -> int:
+        """The id of end-of-image."""
         return self.first_id + _END
 
     @property
     def code_ids(self) -> range:
+        """The ids of the codes, in their order."""
         return range(self.first_id + _FIRST_CODE, self.first_id + _FIRST_CODE + self.num_codes)
 
     @property
@@ -303,6 +322,17 @@ class CaptionedImages(Dataset):
     Raises:
         ValueError: captions and pictures differ in number, codes are not integers (N, tokens), a
             caption contains image tokens, or the dropout is outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels.imaging import CaptionedImages, ImageVocabulary
+        >>> vocabulary = ImageVocabulary.from_token_ids(range(64, 74))
+        >>> codes = torch.tensor([[0, 1, 2, 3], [7, 6, 5, 4]])
+        >>> data = CaptionedImages([[5], [5, 6, 7]], codes, vocabulary)
+        >>> data[0]["input_ids"]
+        tensor([ 5, 64, 66, 67, 68, 69, 65])
+        >>> data[0]["labels"]
+        tensor([-100, -100,   66,   67,   68,   69,   65])
     """
 
     def __init__(
@@ -356,6 +386,22 @@ class ImageCollator:
     """``data_collator`` for the Trainer; it pads on the left, so that all pictures end together.
 
     The first token of a sample has no label: padding stands before it, and would predict it.
+
+    Attributes:
+        pad_token_id: id of the padding; see :func:`padding_id`.
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels.imaging import ImageCollator
+        >>> batch = ImageCollator(0)([
+        ...     {"input_ids": torch.tensor([5, 64, 66, 65])},
+        ...     {"input_ids": torch.tensor([5, 6, 7, 64, 66, 65])},
+        ... ])
+        >>> batch["input_ids"]
+        tensor([[ 0,  0,  5, 64, 66, 65],
+                [ 5,  6,  7, 64, 66, 65]])
+        >>> batch["attention_mask"][0]
+        tensor([0, 0, 1, 1, 1, 1])
     """
 
     pad_token_id: int

@@ -57,8 +57,21 @@ class VQTokenizer(CodebookTokenizer):
     A code stands for a square with a side of ``downsample`` pixels. Unlike with patches, encoder
     and decoder also use the square's surroundings.
 
-    codebook: (num_codes, code_dim) float32, in the encoder's space
-    image_shape: (H, W) or (H, W, C); H and W are multiples of ``downsample``
+    Attributes:
+        codebook: (num_codes, code_dim) float32, in the encoder's space.
+        image_shape: (H, W) or (H, W, C); H and W are multiples of ``downsample``.
+        grid: rows and columns of codes.
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels.imaging import VQTokenizer
+        >>> images = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8)
+        >>> tokenizer = VQTokenizer.fit(images, num_codes=8, width=16, steps=2, progress=False)
+        >>> codes = tokenizer.encode(images)
+        >>> codes.shape
+        torch.Size([16, 4])
+        >>> tokenizer.decode(codes).shape
+        torch.Size([16, 8, 8, 3])
     """
 
     type_name = "vq"
@@ -75,6 +88,7 @@ class VQTokenizer(CodebookTokenizer):
 
     @property
     def downsample(self) -> int:
+        """The side in pixels of a code's square."""
         return self.network.sizes["downsample"]
 
     @classmethod

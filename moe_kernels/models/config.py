@@ -66,6 +66,14 @@ class ModalityLoraConfig:
 
     Raises:
         ValueError: a field has an impossible value.
+
+    Example:
+        >>> from moe_kernels import ModalityLoraConfig
+        >>> config = ModalityLoraConfig(r=8, lora_alpha=16, rank_pattern={"down_proj": 4})
+        >>> config.rank("model.layers.0.mlp.experts.gate_up_proj")
+        8
+        >>> config.rank("model.layers.0.mlp.experts.down_proj")
+        4
     """
 
     r: int = 16

@@ -122,7 +122,12 @@ class PatchState(CopiedAlone):
         return self.base_vocabulary + sum(self.added_tokens.values())
 
     def modality_token_ids(self, modality: str) -> range:
-        """Return the ids of the tokens added for a modality; empty if there are none."""
+        """Return the ids of the tokens added for a modality; empty if there are none.
+
+        Example:
+            >>> patched.modality_token_ids("image")
+            range(64, 74)
+        """
         first = self.base_vocabulary
         for name, count in self.added_tokens.items():
             if name == modality:
@@ -178,6 +183,12 @@ class PatchState(CopiedAlone):
         started within is not affected: enter the context inside it, or set ``adapters_enabled``.
         Coroutines of one thread have contexts of their own; but not under torch.compile, where none
         may await within.
+
+        Example:
+            >>> with patched.adapters_disabled():
+            ...     logits = model(text_and_image).logits
+            >>> torch.equal(logits, model(text_and_image).logits)
+            False
         """
         self._check_current()
         return self.switches.without_adapters()
@@ -193,8 +204,11 @@ class PatchState(CopiedAlone):
         :meth:`adapters_disabled`.
 
         Example:
+            >>> model(text).logits.shape
+            torch.Size([1, 6, 74])
             >>> with patched.text_only():
-            ...     loss = model(input_ids, labels=input_ids).loss
+            ...     model(text).logits.shape
+            torch.Size([1, 6, 64])
         """
         self._check_current()
         return self.switches.without_added_tokens()

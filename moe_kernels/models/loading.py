@@ -43,8 +43,14 @@ def load(
         TypeError: options are given beside a model.
 
     Example:
-        >>> patched = moe_kernels.load("allenai/OLMoE-1B-7B-0924", "my-adapter", tokenizer)
-        >>> generate_images(patched.model, ["a red apple"], tokenizer=tokenizer, ...)
+        >>> from moe_kernels import add_modality_tokens, load, patch_model
+        >>> from moe_kernels.testing import tiny_model
+        >>> patched = patch_model(tiny_model())
+        >>> ids = add_modality_tokens(patched.model, "image", 10)
+        >>> patched.save_adapter("my-adapter")
+        >>> patched = load(tiny_model(), "my-adapter")  # or load("allenai/OLMoE-1B-7B-0924", ...)
+        >>> patched.modality_token_ids("image")
+        range(64, 74)
     """
     config = ModalityLoraConfig.from_adapter(adapter, backend=backend)
     if isinstance(base, PreTrainedModel):

@@ -81,6 +81,31 @@ class PatchedModel(PatchState):
         init_diagnostics: reports of Gromov-Wasserstein inits, by modality, then by "embedding" and
             "head".
         extensions: the experts that were added, in order; see :mod:`moe_kernels.moextend`.
+
+    Example:
+        Those of the methods go on from here.
+
+        >>> import os, torch
+        >>> from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+        >>> from moe_kernels.testing import tiny_model
+        >>> model = tiny_model()
+        >>> patched = patch_model(model, ModalityLoraConfig(r=4))
+        >>> image_ids = add_modality_tokens(model, "image", 10)
+        >>> patched
+        PatchedModel(MixtralForCausalLM
+          modalities: image
+          targets: experts, attention
+          ranks: 4
+          layers: 2 of 2 adapted, 2 with experts
+          backend: ...
+          added tokens: image 10 (64..73)
+          extensions: none
+        )
+        >>> text = torch.tensor([[5, 6, 7, 8, 9, 10]])
+        >>> text_and_image = torch.tensor([[5, 6, *image_ids]])
+        >>> optimizer = torch.optim.AdamW(patched.trainable_parameters(), lr=1e-2)
+        >>> model(text_and_image, labels=text_and_image).loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -127,6 +152,8 @@ class PatchedModel(PatchState):
 
         Example:
             >>> optimizer = torch.optim.AdamW(patched.parameter_groups(lr=3e-3, rows_lr=2e-2))
+            >>> [group["lr"] for group in optimizer.param_groups]
+            [0.003, 0.02]
         """
         self.check_in_place()
         return parameter_groups.adapters_and_rows(self, lr, rows_lr)
@@ -139,6 +166,8 @@ class PatchedModel(PatchState):
 
         Example:
             >>> trained, total = patched.count_parameters()
+            >>> trained, total - trained
+            (4672, 13520)
         """
         return description.count_parameters(self)
 
@@ -147,7 +176,7 @@ class PatchedModel(PatchState):
 
         Example:
             >>> patched.print_trainable_parameters()
-            trainable params: 5,696 || all params: 33,760 || trainable%: 16.8720
+            trainable params: 4,672 || all params: 18,192 || trainable%: 25.6816
         """
         print(description.trainable_line(self))
 
@@ -184,9 +213,14 @@ class PatchedModel(PatchState):
                 by PEFT too, under accelerate's autocast, or has its adapters off.
 
         Example:
-            >>> before = patched.check_text(batches)
-            >>> trainer.train()
-            >>> print(patched.check_text(batches, since=before))
+            >>> before = patched.check_text([text])
+            >>> loss = model(text_and_image, labels=text_and_image).loss.backward()
+            >>> optimizer.step()
+            >>> print(patched.check_text([text], since=before))
+            text of 6 tokens, 64 logits each
+            tokens changed by the adapters      0 of 6
+            tokens changed since the reference  0 of 6
+            ...
         """
         self.check_computed()
         text_check.check_possible(self)
@@ -219,8 +253,9 @@ class PatchedModel(PatchState):
                 the first rank writes for longer than ``timeout``, the new files may be there.
 
         Example:
-            >>> trainer.save_model("run")
-            >>> patched.save_adapter("run")
+            >>> patched.save_adapter("my-adapter")
+            >>> sorted(os.listdir("my-adapter"))
+            ['modality_adapter.safetensors', 'modality_adapter_config.json']
         """
         adapters.save(self, Path(folder), timeout)
 
@@ -252,10 +287,12 @@ class PatchedModel(PatchState):
                 they found different files.
 
         Example:
-            >>> model = AutoModelForCausalLM.from_pretrained(name)
-            >>> tokenizer = AutoTokenizer.from_pretrained(name)
-            >>> patched = patch_model(model, ModalityLoraConfig.from_adapter("run"))
-            >>> patched.load_adapter("run", tokenizer)
+            >>> patched.save_adapter("my-adapter")
+            >>> model = tiny_model()  # the plain model
+            >>> patched = patch_model(model, ModalityLoraConfig.from_adapter("my-adapter"))
+            >>> patched.load_adapter("my-adapter")
+            >>> patched.modality_token_ids("image")
+            range(64, 74)
         """
         adapters.load(self, Path(folder), tokenizer, timeout)
 
@@ -266,6 +303,11 @@ class PatchedModel(PatchState):
 
         Raises:
             ValueError: this handle has been unpatched before.
+
+        Example:
+            >>> plain, weights = patched.unpatch(), tiny_model().state_dict()
+            >>> all(torch.equal(weights[name], p) for name, p in plain.state_dict().items())
+            True
         """
         self.check_in_place()
         with all_or_nothing(self.model):
@@ -322,6 +364,18 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
             packed by a parametrisation); or a pattern of ``config`` names no projection, or
             ``layers_to_transform`` a layer that does not exist. The message names the obstacle, and
             nothing is patched.
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels import ModalityLoraConfig, patch_model
+        >>> from moe_kernels.testing import tiny_model
+        >>> model = tiny_model()  # or AutoModelForCausalLM.from_pretrained(...)
+        >>> patched = patch_model(model, ModalityLoraConfig(r=4, modalities=("image",)))
+        >>> input_ids = torch.tensor([[5, 6, 7, 8]])
+        >>> modality_ids = torch.tensor([[0, 0, 1, 1]])  # two tokens of text, two of an image
+        >>> model(input_ids, modality_ids=modality_ids, labels=input_ids).loss.backward()
+        >>> patched.unpatch() is model
+        True
     """
     config = config or ModalityLoraConfig()
     if config.backend is not None and isinstance(model, nn.Module):

@@ -77,6 +77,17 @@ def add_modality_tokens(
         TypeError: an option that the init does not have.
         ImportError: the init needs POT.
         RuntimeError: POT's coupling cannot be used. Nothing has changed after any of these.
+
+    Example:
+        >>> import torch
+        >>> from moe_kernels import add_modality_tokens, patch_model
+        >>> from moe_kernels.testing import tiny_model
+        >>> model = tiny_model()  # of 64 tokens
+        >>> patched = patch_model(model)
+        >>> add_modality_tokens(model, "image", 10)
+        range(64, 74)
+        >>> model(torch.tensor([[1, 2, 64, 66]])).logits.shape
+        torch.Size([1, 4, 74])
     """
     patched = get_patched(model)
     patched.modality_id(modality)

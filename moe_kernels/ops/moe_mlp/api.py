@@ -90,7 +90,21 @@ def moe_mlp(
         RuntimeError: the named backend is not available.
         NotImplementedError: a derivative in forward mode, or a second one, is asked for.
 
-    Example, the experts of gpt-oss, which are stored transposed::
+    Example:
+        >>> import torch
+        >>> from moe_kernels.ops import LoraWeights, moe_mlp
+        >>> T, K, E, H, I, r = 6, 2, 4, 16, 24, 3
+        >>> hidden_states, router_logits = torch.randn(T, H), torch.randn(T, E)
+        >>> topk_weights, topk_ids = router_logits.softmax(-1).topk(K)
+        >>> gate_up_proj, down_proj = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
+        >>> lora = LoraWeights(torch.randn(1, E, r, H), torch.randn(1, E, 2 * I, r), torch.ones(1))
+        >>> routed = hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj
+        >>> modality_ids = torch.tensor([0, 0, 0, 1, 1, -1])  # text, an image, padding
+        >>> out = moe_mlp(*routed, modality_ids=modality_ids, gate_up_lora=lora)
+        >>> (out == moe_mlp(*routed, modality_ids=modality_ids)).all(-1)  # text keeps its bits
+        tensor([ True,  True,  True, False, False,  True])
+
+    The experts of gpt-oss, which are stored transposed::
 
         act = Activation("clamped_swiglu", alpha=1.702, limit=7.0, shift=1.0)
         out = moe_mlp(
