@@ -1,10 +1,14 @@
 """Loading a base model and its adapter in one call."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_kernels.files import why_no_folder
 from moe_kernels.models import adapter_files
 from moe_kernels.models.config import ModalityLoraConfig
 from moe_kernels.models.patch import PatchedModel, patch_model
@@ -38,6 +42,7 @@ def load(
 
     Raises:
         FileNotFoundError: the folder has no adapter.
+        OSError: there is no such folder of a base, and the hub has none, or cannot be asked.
         ValueError: the adapter does not fit the base, or a file is damaged. A model that was given
             is unpatched then.
         TypeError: options are given beside a model.
@@ -59,7 +64,8 @@ def load(
         model = base
     else:
         options = _with_revision(str(base), Path(adapter), options)
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        with finding(base):
+            model = AutoModelForCausalLM.from_pretrained(base, **options)
     patched = patch_model(model, config)
     try:
         patched.load_adapter(adapter, tokenizer)
@@ -67,6 +73,36 @@ def load(
         patched.unpatch()
         raise
     return patched
+
+
+@contextmanager
+def finding(model: str | Path) -> Iterator[None]:
+    """Name the folder that is not there in what transformers raises within of a model.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and by the hub's rules no such model.
+        OSError: nor did the hub give one of this name.
+    """
+    missing = why_no_folder(model)
+    if missing and (Path(model).exists() or not _may_be_on_the_hub(str(model))):
+        raise FileNotFoundError(f"no model: {missing}")
+    try:
+        yield
+    except OSError as error:
+        if missing is None or error.errno is not None:  # a disk's
+            raise
+        raise OSError(
+            f"no model: {missing}, and none of this name from the hub: {error}"
+        ) from error
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Return whether a name follows the hub's rules."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _with_revision(base: str, adapter: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -117,3 +117,13 @@ def test_a_base_of_the_hub_is_that_which_was_trained_on(
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     moe_kernels.load(base, tmp_path, **options)
     assert asked == [(base, expected)]
+
+
+@pytest.mark.parametrize("base", ["no/such/folder", "my-modl"])
+def test_a_base_that_is_not_there_is_named_as_a_folder(base, folders, monkeypatch):
+    def from_pretrained(name, **options):
+        raise OSError("the hub cannot be asked")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match=f"^no model: there is no folder {base} in "):
+        moe_kernels.load(base, folders[1])

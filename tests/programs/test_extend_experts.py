@@ -250,10 +250,12 @@ def test_refuses_what_the_model_or_the_data_lacks(
 
 
 def test_refuses_a_dense_model_and_a_folder_that_is_not_there(program, command, tmp_path, capsys):
-    from transformers import LlamaConfig
+    from transformers import GPT2Config, LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path / "dense")
-    for folder, message in (("dense", "moe-kernels convert"), ("no", "there is no folder")):
+    GPT2Config().save_pretrained(tmp_path / "other")
+    messages = {"dense": "moe-kernels convert", "other": "Qwen3ForCausalLM alone"}
+    for folder, message in (*messages.items(), ("no", "there is no folder")):
         out = tmp_path / "out"
         assert program.main([str(tmp_path / folder), *command[1:], "--out", str(out)]) == 1
         assert message in capsys.readouterr().out

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moe_kernels.files import why_no_folder
+from moe_kernels.models import dense
+from moe_kernels.models.loading import finding
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Names that configurations have for the number of experts of a layer.
@@ -39,10 +40,9 @@ def require_experts(model: str) -> None:
     """
     config = load_config(model)
     if count_experts(config) is None:
-        raise ValueError(
-            f"{model} is a dense {config.model_type!r} model: "
-            "moe-kernels convert makes a Mixture of Experts of it"
-        )
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        problem = dense.problem(getattr(model_class, "__name__", config.model_type))
+        raise ValueError(f"{model} is a dense {config.model_type!r} model: {problem}")
 
 
 @contextmanager
@@ -53,31 +53,14 @@ def reading(model: str | Path) -> Iterator[None]:
         ValueError: a file is damaged.
         OSError: there is no such folder, and the hub has no such model, or cannot be asked.
     """
-    missing = why_no_folder(model)
-    if missing and (Path(model).exists() or not _may_be_on_the_hub(str(model))):
-        raise FileNotFoundError(f"no model: {missing}")
     try:
-        yield
-    except OSError as error:
-        if missing is None or error.errno is not None:  # a disk
-            raise
-        raise OSError(
-            f"no model: {missing}, and none of this name from the hub: {error}"
-        ) from error
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        with finding(model):
+            yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"{model} cannot be loaded, a file may be damaged ({problem})") from error
-
-
-def _may_be_on_the_hub(name: str) -> bool:
-    """Return whether a name follows the hub's rules."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def load_config(model: str | Path, **options: Any) -> PretrainedConfig:
