@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe_kernels import arguments
 from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.analysis.statistics import RoutingStatistics
 from moe_kernels.models.parts import find_moe_blocks
@@ -116,6 +117,7 @@ class RoutingRecorder:
 
     def observe(self, modality_ids: Tensor) -> None:
         """Set the modality ids of the next forward's rows, (B, S) or (B * S,); -1: not counted."""
+        arguments.tensors("(B, S) or (B * S,) of integers", modality_ids=modality_ids)
         self._row_modality.observed = modality_ids
 
     def clear(self) -> None:

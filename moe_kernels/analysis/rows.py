@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moe_kernels import arguments
 from moe_kernels.models.context import PerThread, resolve_modality_ids
-from moe_kernels.models.handle import get_patched, is_patched
+from moe_kernels.models.handle import PatchState, get_patched, is_patched
 from moe_kernels.models.padding import cache_of
 from moe_kernels.models.parts import MoeBlock
 from moe_kernels.modes import ending_with, removing_hooks
@@ -20,7 +21,13 @@ def modality_by_token_id(token_ids: Mapping[str, range]) -> Callable[[Tensor], T
     """Return a function from token ids to modality ids, for tensors of any shape.
 
     Ids in the m-th range (counted from 1) map to m, all others to 0, the base modality.
+
+    Raises:
+        TypeError: a value is no range.
     """
+
+    if not all(isinstance(ids, range) for ids in token_ids.values()):
+        raise TypeError(f"token_ids must map names to ranges of ids; got {dict(token_ids)!r}")
 
     def modality_of(input_ids: Tensor) -> Tensor:
         modality = torch.zeros_like(input_ids)
@@ -53,6 +60,10 @@ class RowModality(PerThread):
         modality_of: Callable[[Tensor], Tensor] | None = None,
         names: Sequence[str] | None = None,
     ):
+        if isinstance(model, PatchState):
+            raise TypeError("this is the handle of a patched model: pass its model, handle.model")
+        if isinstance(names, str):
+            raise TypeError(f"modalities must be a list of names; got the string {names!r}")
         # The patched model may be inside a wrapper (DDP), which passes its inputs on.
         patched = [module for module in model.modules() if is_patched(module)]
         self.model, self.is_patched = (patched or [model])[0], bool(patched)
@@ -120,6 +131,7 @@ class RowModality(PerThread):
                 "the modality of these rows is unknown: without input_ids, pass modality_ids to "
                 "the model (or to RoutingRecorder.observe)"
             )
+        arguments.tensors("(B, S) of integers", input_ids=input_ids, modality_ids=modality_ids)
         if modality_ids is not None and modality_ids.ndim == 1:
             shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
             if modality_ids.numel() == shape.numel():

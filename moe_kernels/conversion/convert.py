@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moe_kernels import arguments
 from moe_kernels.conversion import split as splits
 from moe_kernels.conversion.families import Sizes, check_source, target_config
 
@@ -66,7 +67,8 @@ def dense_to_moe(
         A new model with the source's dtype, device, mode and generation settings.
 
     Raises:
-        TypeError: ``model`` is not a plain transformers model.
+        TypeError: ``model`` is not a plain transformers model, a size no integer, or a batch of
+            ``calibration`` no tensor.
         ValueError: sizes do not divide, top_k is out of range, the split is unknown, calibration
             data are missing; or the model is a Mixture of Experts already, is quantised, or has a
             feature that no Mixture-of-Experts class has. Raised before any work.
@@ -91,7 +93,10 @@ def dense_to_moe(
     return _build(model, config, state)
 
 
-def _check_sizes(d_ff: int, num_experts: int, top_k: int, shared: int) -> Sizes:
+def _check_sizes(d_ff: int, num_experts: int, top_k: int, shared_expert: int) -> Sizes:
+    num_experts, top_k, shared = arguments.integers(
+        num_experts=num_experts, top_k=top_k, shared_expert=shared_expert
+    )
     if num_experts < 2:
         raise ValueError(f"num_experts must be at least 2; got {num_experts}")
     if not 1 <= top_k <= num_experts:
@@ -121,17 +126,13 @@ def _check_split(
             if needs_data:
                 raise ValueError(f"{option} needs calibration data: calibration=[(B, S) token ids]")
         return
+    arguments.token_batches("calibration", calibration)
     num_tokens = sum(ids.numel() for ids in calibration)
     if calibration_tokens < 1 or not num_tokens:
         raise ValueError(
             "calibration needs at least one token, and calibration_tokens must be at least 1; got "
             f"{num_tokens} tokens and calibration_tokens={calibration_tokens}"
         )
-    for ids in calibration:
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(
-                f"calibration must be (B, S) token ids; got {ids.dtype} {tuple(ids.shape)}"
-            )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moe_kernels import arguments
 from moe_kernels.conversion import checkpoints
 from moe_kernels.modes import ending_with, evaluating, training_only
 
@@ -83,6 +84,7 @@ def heal(
         The report of all steps, including those of earlier runs.
 
     Raises:
+        TypeError: a batch is no tensor, or a number of steps no integer.
         ValueError: a setting is out of range, the vocabularies differ, the weights to train are in
             half precision, there are no batches, or the checkpoint is damaged, of an older version
             or of another run (the error says what differs). Nothing has changed then.
@@ -90,6 +92,7 @@ def heal(
         KeyboardInterrupt: ``stop`` returned True. After this, any other interrupt and the error
             above, the model holds the last checkpoint, if there is one.
     """
+    steps, save_every = arguments.integers(steps=steps, save_every=save_every)
     _check(moe, dense, batches, steps, train, lr, save_every)
     run = _Run(moe, dense, batches, checkpoint, steps=steps, train=train, lr=lr, seed=seed)
     with (
@@ -265,6 +268,7 @@ def _check(moe, dense, batches, steps, train, lr, save_every) -> None:
         raise ValueError(f"lr must be positive and finite; got {lr}")
     if not len(batches):
         raise ValueError("batches is empty: pass at least one batch of token ids")
+    arguments.token_batches("batches", batches)
     if moe.config.vocab_size != dense.config.vocab_size:
         raise ValueError(
             f"the models have different vocabularies: {moe.config.vocab_size} tokens in the "

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from moe_kernels import arguments
 from moe_kernels.modes import evaluating
 
 
@@ -22,11 +23,13 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Tensor]) -> float:
         batches: (B, S) int64 token ids without padding, S at least 2.
 
     Raises:
-        ValueError: there is no token to predict.
+        TypeError: a batch is no tensor.
+        ValueError: a batch has another shape, or there is no token to predict.
     """
     total, count = 0.0, 0
     with evaluating(model):
         for ids in batches:
+            arguments.token_batches("batches", [ids])
             ids = ids.to(model.device)
             logits, labels = model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

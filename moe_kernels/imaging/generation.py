@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moe_kernels import extras
+from moe_kernels import arguments, extras
 from moe_kernels.imaging.pixels import to_pil
 from moe_kernels.imaging.processors import (
     ImageGuidanceProcessor,
@@ -30,7 +30,6 @@ from moe_kernels.imaging.sequence import (
     padding_id,
 )
 from moe_kernels.imaging.tokenizer import ImageTokenizer
-from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.offload import device_of_model
 from moe_kernels.modes import ending_with, evaluating
@@ -80,7 +79,8 @@ def generate_images(
         ValueError: the model has no image tokens, their number differs from the image tokenizer's,
             a caption contains image tokens or is too long, the tokenizer has no token to pad with,
             or a setting is out of range.
-        TypeError: ``captions`` is a single string, or holds something else than strings.
+        TypeError: ``captions`` is a single string, or holds something else than strings, or a
+            tokenizer is none.
 
     Example:
         >>> import torch
@@ -100,6 +100,7 @@ def generate_images(
     extras.load("PIL", "generate_images")
     if isinstance(captions, str):
         raise TypeError("captions must be a list of strings; got one string")
+    _check_tokenizers(tokenizer, image_tokenizer)
     vocabulary = vocabulary or _vocabulary_of(model)
     if vocabulary.num_codes != image_tokenizer.num_codes:
         raise ValueError(
@@ -169,6 +170,9 @@ def generate_image_codes(
         ValueError: a caption contains image tokens, a caption and a picture take more positions
             than the model has, a setting is out of range, or the model has no weights.
     """
+    tokens_per_image, pad_token_id = arguments.integers(
+        tokens_per_image=tokens_per_image, pad_token_id=pad_token_id
+    )
     _check_settings(temperature, top_k, top_p, batch_size, seed)
     prompts = [image_prompt(caption, vocabulary) for caption in caption_ids]
     _check_weights(model)
@@ -176,7 +180,8 @@ def generate_image_codes(
     # The last code is not read by the model, so it needs no position.
     longest = max(map(len, prompts + guided), default=0) + tokens_per_image - 1
     check_positions(model, longest)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    # transformers takes numbers of Python alone.
+    sampling = {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
     collate = ImageCollator(pad_token_id)
     guidance = ImageGuidanceProcessor(
         model, vocabulary, tokens_per_image, guidance_scale, empty_caption=empty_caption
@@ -203,6 +208,20 @@ def generate_image_codes(
     return torch.cat([none, *batches])
 
 
+def _check_tokenizers(tokenizer: Any, image_tokenizer: Any) -> None:
+    """Raise TypeError unless one can be called with text, and the other decodes codes."""
+    if not callable(tokenizer):
+        raise TypeError(
+            f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}: load "
+            "it by AutoTokenizer.from_pretrained"
+        )
+    if not all(hasattr(image_tokenizer, name) for name in ("decode", "num_codes")):
+        raise TypeError(
+            "image_tokenizer must be an image tokenizer, with decode and num_codes; got "
+            f"{type(image_tokenizer).__name__}: load it by load_image_tokenizer(folder)"
+        )
+
+
 def _vocabulary_of(model: PreTrainedModel) -> ImageVocabulary:
     token_ids = get_patched(model).modality_token_ids("image")
     if not token_ids:
@@ -215,6 +234,7 @@ def _vocabulary_of(model: PreTrainedModel) -> ImageVocabulary:
 def _check_settings(
     temperature: float, top_k: int, top_p: float, batch_size: int, seed: int | None
 ) -> None:
+    temperature, top_p = arguments.floats(temperature=temperature, top_p=top_p)
     low, high = _TEMPERATURES
     if not low <= temperature <= high:
         raise ValueError(
@@ -225,7 +245,7 @@ def _check_settings(
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
     integers = {"top_k": (top_k, 0), "batch_size": (batch_size, 1), "seed": (seed or 0, 0)}
     for name, (value, least) in integers.items():
-        if (number := as_integer(value)) is None or not least <= number < 2**63:
+        if (number := arguments.as_integer(value)) is None or not least <= number < 2**63:
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
 
 

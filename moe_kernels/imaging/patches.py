@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 
-from moe_kernels import extras, schema, tensor_files
+from moe_kernels import arguments, extras, schema, tensor_files
 from moe_kernels.imaging.pixels import as_pixels
 from moe_kernels.imaging.tokenizer import (
     CodebookTokenizer,
@@ -27,6 +27,7 @@ class PatchTokenizer(CodebookTokenizer):
     type_name = "patch"
 
     def __init__(self, codebook: torch.Tensor, patch_size: int, image_shape: tuple[int, ...]):
+        (patch_size,) = arguments.integers(patch_size=patch_size)
         super().__init__(codebook, image_shape, patch_size)
         self.patch_size = patch_size
         patch_length = patch_size * patch_size * self.channels
@@ -56,9 +57,13 @@ class PatchTokenizer(CodebookTokenizer):
 
         Raises:
             ImportError: scikit-learn is not installed.
+            TypeError: images are no pictures, or a number is no integer.
             ValueError: images or settings do not fit.
         """
         cluster = extras.load("sklearn.cluster", "PatchTokenizer.fit")
+        num_codes, patch_size, max_patches = arguments.integers(
+            num_codes=num_codes, patch_size=patch_size, max_patches=max_patches
+        )
         if num_codes < 1:
             raise ValueError(f"num_codes must be at least 1; got {num_codes}")
         pixels = as_pixels(images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,15 +56,44 @@ def _as_tensor(images: Any) -> torch.Tensor:
             f"PIL pictures must have a mode of {', '.join(_MODES)}; got {', '.join(unknown)}: "
             'convert them, picture.convert("RGB")'
         )
+    if pictures and all(isinstance(each, torch.Tensor) for each in pictures):
+        _check_one_shape([tuple(each.shape) for each in pictures])
+        return _as_tensor(torch.stack([each.detach().cpu() for each in pictures]))
+    if pictures and all(hasattr(each, "mode") for each in pictures):
+        _check_one_shape([np.asarray(each).shape for each in pictures])
     try:
         array = np.asarray(images)
     except ValueError as error:
+        _check_one_shape([np.shape(each) for each in pictures])
         raise ValueError(f"images must all have one shape: {error}") from error
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"images must be an array of numbers; got {type(images)} of {array.dtype}")
+        raise TypeError(
+            "images must be a tensor, an array, or a list of arrays or PIL pictures; got "
+            f"{_describe(images)}"
+        )
     # torch reads neither another byte order nor negative strides.
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(np.ascontiguousarray(native))
+    return torch.from_numpy(np.require(native, requirements=("C", "W")))
+
+
+def _check_one_shape(shapes: list[tuple[int, ...]]) -> None:
+    """Raise ValueError, with two that differ, unless all pictures have one shape."""
+    if other := [shape for shape in shapes if shape != shapes[0]]:
+        raise ValueError(
+            f"images must all have one shape; got {shapes[0]} and {other[0]}: resize and convert "
+            "them to one size and mode"
+        )
+
+
+def _describe(images: Any) -> str:
+    """Return what was given in place of pictures, and what makes pictures of it."""
+    if isinstance(images, str | os.PathLike):
+        return f"the path {str(images)!r}: open its pictures, PIL.Image.open(path)"
+    if isinstance(images, Iterator):
+        return f"a {type(images).__name__}: pass list(images)"
+    if isinstance(images, list | tuple) and images and isinstance(images[0], str | os.PathLike):
+        return f"a list of paths, such as {str(images[0])!r}: open them, PIL.Image.open(path)"
+    return f"{type(images).__name__} of {np.asarray(images).dtype}"
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
+from moe_kernels import arguments
 from moe_kernels.imaging.sequence import ImageCollator, ImageVocabulary, image_prompt
 from moe_kernels.models.offload import device_of_model
 
@@ -102,6 +103,7 @@ class ImageGuidanceProcessor(LogitsProcessor):
         empty_caption: Sequence[int] = (),
     ):
         _check_tokens_per_image(tokens_per_image)
+        (guidance_scale,) = arguments.floats(guidance_scale=guidance_scale)
         if not 0 <= guidance_scale <= _LARGEST_GUIDANCE:
             raise ValueError(
                 f"guidance_scale must be finite and at least 0 (1 means no guidance), and at most "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset
 
+from moe_kernels import arguments
 from moe_kernels.imaging.arrays import as_tensor
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class ImageVocabulary:
     num_codes: int
 
     def __post_init__(self):
+        numbers = arguments.integers(first_id=self.first_id, num_codes=self.num_codes)
+        for name, number in zip(("first_id", "num_codes"), numbers, strict=True):
+            object.__setattr__(self, name, number)
         if self.first_id < 0 or self.num_codes < 1:
             raise ValueError(
                 f"need first_id >= 0 and num_codes >= 1; got {self.first_id} and {self.num_codes}"
@@ -64,6 +68,11 @@ class ImageVocabulary:
     @classmethod
     def from_token_ids(cls, token_ids: range) -> ImageVocabulary:
         """Return the vocabulary for the range of ids that ``add_modality_tokens`` returned."""
+        if not isinstance(token_ids, range):
+            raise TypeError(
+                "token_ids must be the range that add_modality_tokens returned; got "
+                f"{type(token_ids).__name__}"
+            )
         return cls(token_ids.start, len(token_ids) - _FIRST_CODE)
 
     @staticmethod
@@ -107,6 +116,7 @@ def _checked(values: torch.Tensor, allowed: range, name: str) -> torch.Tensor:
         TypeError: the values are not integers.
         ValueError: a value is not allowed.
     """
+    values = as_tensor(values, name)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {values.dtype}")
     values = values.long()
@@ -186,7 +196,7 @@ def image_sequence(
     codes: (tokens,) -> input_ids and labels, (caption + tokens + 2,) each
     """
     caption = text_ids(caption_ids, vocabulary, "the caption")
-    return mixed_sequence([caption, as_tensor(codes)], vocabulary)
+    return mixed_sequence([caption, as_tensor(codes, "codes")], vocabulary)
 
 
 def mixed_sequence(
@@ -254,7 +264,10 @@ def split_images(
     pieces: list[list[int] | torch.Tensor] = []
     text: list[int] = []
     codes: list[int] | None = None  # codes of the open picture
-    for position, token_id in enumerate(as_tensor(token_ids).tolist()):
+    row = as_tensor(token_ids, "token_ids")
+    if row.ndim != 1:
+        raise ValueError(f"token_ids must be one row (S,); got {tuple(row.shape)}")
+    for position, token_id in enumerate(row.tolist()):
         if token_id not in vocabulary.token_ids:
             if codes is not None:
                 raise ValueError(f"text token {token_id} inside a picture, at position {position}")
@@ -288,7 +301,12 @@ def text_ids(
         ValueError: an id is an image token's or is negative; the error has this name.
         TypeError: the ids are not integers.
     """
-    ids = as_tensor(token_ids)
+    if isinstance(token_ids, str):
+        raise TypeError(
+            f"{name} must be token ids, of caption_ids(tokenizer, caption); got the string "
+            f"{token_ids!r}"
+        )
+    ids = as_tensor(token_ids, name)
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise TypeError(f"{name} must hold integer token ids; got {ids.dtype}")
     if ids.ndim != 1 or (ids.numel() and int(ids.long().min()) < 0):
@@ -354,7 +372,7 @@ class CaptionedImages(Dataset):
             raise ValueError(f"caption_dropout must lie in [0, 1]; got {caption_dropout}")
         # Of a tensor, one picture tells the dtype and shape of all.
         for index in range(len(codes) if isinstance(codes, list | tuple) else min(len(codes), 1)):
-            _check_codes(as_tensor(codes[index]), index)
+            _check_codes(as_tensor(codes[index], f"codes of picture {index}"), index)
         for index, caption in enumerate(caption_ids):
             text_ids(caption, vocabulary, f"caption {index}")
         text_ids(empty_caption, vocabulary, "empty_caption")
@@ -407,7 +425,7 @@ class ImageCollator:
     pad_token_id: int
 
     def __call__(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        input_ids = [as_tensor(sample["input_ids"]) for sample in samples]
+        input_ids = [as_tensor(sample["input_ids"], "input_ids") for sample in samples]
         batch = {
             "input_ids": _pad_left(input_ids, self.pad_token_id),
             "attention_mask": _pad_left([torch.ones_like(ids) for ids in input_ids], 0),
@@ -419,7 +437,7 @@ class ImageCollator:
                     "some samples of this batch have labels, and others have none: give them to "
                     "all or to none"
                 )
-            labels = [as_tensor(sample["labels"]).clone() for sample in samples]
+            labels = [as_tensor(sample["labels"], "labels").clone() for sample in samples]
             for each in labels:
                 each[:1] = IGNORE_INDEX
             batch["labels"] = _pad_left(labels, IGNORE_INDEX)

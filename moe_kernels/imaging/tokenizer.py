@@ -104,9 +104,11 @@ class CodebookTokenizer(ABC):
     def __init__(self, codebook: torch.Tensor, image_shape: tuple[int, ...], cell: int):
         """Check and keep the codebook; ``cell`` is the side of a code's square in pixels."""
         check_geometry(cell, image_shape)
-        self.image_shape = tuple(image_shape)
-        self.grid = (image_shape[0] // cell, image_shape[1] // cell)
-        self.codebook = codebook.detach().to("cpu", torch.float32).contiguous()
+        self.image_shape = tuple(map(int, image_shape))
+        self.grid = (self.image_shape[0] // cell, self.image_shape[1] // cell)
+        self.codebook = (
+            as_tensor(codebook, "codebook").detach().to("cpu", torch.float32).contiguous()
+        )
         if self.codebook.ndim != 2 or not len(self.codebook):
             raise ValueError(
                 f"codebook must have shape (num_codes, d); got {tuple(self.codebook.shape)}"
@@ -199,7 +201,7 @@ class CodebookTokenizer(ABC):
 
     def _checked(self, codes: Any) -> torch.Tensor:
         """Return codes of any shape as int64 on the CPU; raise ValueError unless they are codes."""
-        codes = as_tensor(codes).cpu()
+        codes = as_tensor(codes, "codes").cpu()
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"codes must be integers; got {codes.dtype}")
         codes = codes.long()  # before comparing: torch compares few of the unsigned dtypes

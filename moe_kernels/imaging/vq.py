@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from moe_kernels import schema, tensor_files
+from moe_kernels import arguments, schema, tensor_files
 from moe_kernels.imaging.pixels import as_pixels
 from moe_kernels.imaging.tokenizer import (
     CodebookTokenizer,
@@ -128,10 +128,15 @@ class VQTokenizer(CodebookTokenizer):
             UserWarning: these images use fewer than a tenth of the codes.
 
         Raises:
-            ValueError: images or settings do not fit; raised before any work.
+            TypeError: images are no pictures, or a number is no integer.
+            ValueError: images or settings do not fit. Both are raised before any work.
             FittingError: a loss, gradient or weight is not finite; the error has the step and the
                 tokenizer of the last kept state.
         """
+        num_codes, downsample, width, code_dim, steps, batch_size = arguments.integers(
+            num_codes=num_codes, downsample=downsample, width=width, code_dim=code_dim,
+            steps=steps, batch_size=batch_size,
+        )  # fmt: skip
         pixels = as_pixels(images)
         image_shape = tuple(pixels.shape[1:])
         _check_settings(image_shape, num_codes, downsample, width, code_dim)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_kernels import arguments
 from moe_kernels.init.coupling import couple, distances, prepare
 
 _COLLAPSED = 0.1  # a coupling with fewer distinct rows per code, or less spread, has collapsed
@@ -105,6 +106,7 @@ def gromov_wasserstein_rows(
 
     Raises:
         ImportError: POT is not installed.
+        TypeError: features or rows are no tensor.
         ValueError: a name, shape or value is wrong, or the problem exceeds ``max_memory``.
         RuntimeError: POT's coupling is not finite, or misses its marginals.
 
@@ -112,6 +114,8 @@ def gromov_wasserstein_rows(
         UserWarning: the coupling has collapsed.
     """
     start = time.perf_counter()
+    arguments.tensors("(n, d)", features=features)
+    arguments.tensors("(V, H)", rows=rows)
     device = rows.device
     features, rows = (t.detach().to("cpu", torch.float32) for t in (features, rows))
     coupling = couple(
@@ -265,6 +269,7 @@ def check_row_init(
         raise ValueError(f"unknown init {init!r}; the inits are {', '.join(ROW_INITS)}")
     if not 0 <= num_delimiters < num_tokens:
         raise ValueError(f"num_delimiters must be 0 to {num_tokens - 1}, got {num_delimiters}")
+    arguments.tensors("(n, d)", features=features)
     if features is None and init in _WITH_FEATURES:
         raise ValueError(f"init={init!r} needs features: pass one row for each code")
     if features is not None and (

@@ -1,7 +1,7 @@
 """Configurations: low-rank updates of a patched model, and the experts that are added to it."""
 
 import json
-import operator
+import numbers
 import re
 import reprlib
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moe_kernels import schema
+from moe_kernels.arguments import as_integer
 from moe_kernels.layers import CALIBRATIONS
 from moe_kernels.models import adapter_files, schemas
 from moe_kernels.models.patterns import check_pattern, look_up
@@ -123,13 +124,14 @@ class ModalityLoraConfig:
         if (
             not isinstance(layers, (tuple, list, range))
             or len(layers) == 0
-            or not all(type(index) is int and index >= 0 for index in layers)
+            or None in (indices := [as_integer(index) for index in layers])
+            or min(indices) < 0
         ):
             raise ValueError(
                 "layers_to_transform must be None or a non-empty tuple of indices from 0 on, "
                 f"got {layers!r}"
             )
-        object.__setattr__(self, "layers_to_transform", tuple(sorted(set(layers))))
+        object.__setattr__(self, "layers_to_transform", tuple(sorted(set(indices))))
 
     def _check_token_ids(self) -> None:
         if not isinstance(self.token_ids, Mapping) or not set(self.token_ids) <= set(
@@ -137,6 +139,12 @@ class ModalityLoraConfig:
         ):
             raise ValueError(
                 f"token_ids must map names of {self.modalities} to ids, got {self.token_ids!r}"
+            )
+        if single := [
+            name for name, each in self.token_ids.items() if as_integer(each) is not None
+        ]:
+            raise ValueError(
+                f"token_ids must map each modality to a tuple of ids, got one number for {single}"
             )
         ids = {name: tuple(map(as_integer, each)) for name, each in self.token_ids.items()}
         listed = [each for of_one in ids.values() for each in of_one]
@@ -147,14 +155,11 @@ class ModalityLoraConfig:
         object.__setattr__(self, "token_ids", ids)
 
     def _check_ranks(self) -> None:
-        for r in (self.r, *self.rank_pattern.values()):
-            if type(r) is not int or r < 1:
-                raise ValueError(f"a rank must be an integer of at least 1, got {r!r}")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST:
-                raise ValueError(
-                    f"a lora_alpha must be a finite number of float32, got {reprlib.repr(alpha)}"
-                )
+        for name, convert in (("r", _rank), ("lora_alpha", _alpha)):
+            object.__setattr__(self, name, convert(getattr(self, name)))
+        for name, convert in (("rank_pattern", _rank), ("alpha_pattern", _alpha)):
+            values = {key: convert(value) for key, value in getattr(self, name).items()}
+            object.__setattr__(self, name, values)
 
     def rank(self, name: str) -> int:
         """Return the rank of a projection, by its name in the model."""
@@ -281,19 +286,29 @@ class ExtensionConfig:
         return cls(**values)
 
 
+def _rank(value: Any) -> int:
+    """Convert a rank of any library to Python's integer."""
+    r = as_integer(value)
+    if r is None or r < 1:
+        raise ValueError(f"a rank must be an integer of at least 1, got {value!r}")
+    return r
+
+
+def _alpha(value: Any) -> int | float:
+    """Convert a ``lora_alpha`` of any library to Python's number."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= _LARGEST:
+        raise ValueError(
+            f"a lora_alpha must be a finite number of float32, got {reprlib.repr(value)}"
+        )
+    return float(value) if (number := as_integer(value)) is None else number
+
+
 def _layer(name: str | int) -> int:
     """Convert the index of a layer in JSON, whose keys are strings."""
     if isinstance(name, str) and re.fullmatch("[0-9]{1,9}", name):
         return int(name)
     return as_layer_index(name)
-
-
-def as_integer(value: Any) -> int | None:
-    """Convert an integer of any library to Python's; None for a bool or anything else."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
 
 
 def as_layer_index(value: Any) -> int:

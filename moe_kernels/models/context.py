@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import backends, env
+from moe_kernels import arguments, backends, env
 from moe_kernels.models.padding import find_real
 from moe_kernels.modes import ending_with
 from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
@@ -563,11 +563,14 @@ def resolve_modality_ids(
     Raises:
         ValueError: embeddings without modality ids, ids of another shape, or (on the CPU) above M,
             or a 2-D mask with fewer than S columns.
-        TypeError: modality ids that are not integers.
+        TypeError: modality ids that are not a tensor of integers, or token ids that are no tensor.
     """
     if input_ids is None and inputs_embeds is None:
         raise ValueError("give input_ids or inputs_embeds")
+    arguments.tensors("(B, S) of integers", input_ids=input_ids, modality_ids=modality_ids)
     tokens = inputs_embeds if input_ids is None else input_ids
+    if input_ids is not None and input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be (B, S), got {tuple(input_ids.shape)}")
     shape, device = tokens.shape[:2], tokens.device
     if modality_ids is None:
         if input_ids is None:

@@ -255,8 +255,11 @@ def get_patched(model: nn.Module) -> PatchState:
     """Return the :class:`moe_kernels.PatchedModel` of a patched model, or of a deepcopy of one.
 
     Raises:
+        TypeError: this is the handle.
         ValueError: the model is not patched.
     """
+    if isinstance(model, PatchState):
+        raise TypeError("this is the handle of a patched model: pass its model, handle.model")
     if not is_patched(model):
         raise ValueError(
             f"this {type(model).__name__} is not patched: call patch_model(model) first"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_kernels import arguments
 from moe_kernels.layers import ModalityLora
 from moe_kernels.models import checkpoint_names, offload, packed, sharding
 from moe_kernels.models.experts import IMPLEMENTATION
@@ -240,6 +241,7 @@ def _prepare_inputs_of(model_class: type[PreTrainedModel]):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = inner(self, *args, **kwargs)
         if inputs.get("modality_ids") is not None and inputs.get("input_ids") is not None:
+            arguments.tensors("(B, S) of integers", modality_ids=inputs["modality_ids"])
             cache = cache_of(inputs)
             start = 0 if cache is None else int(cache.get_seq_length())
             patched = get_patched(self)

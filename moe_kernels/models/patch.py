@@ -377,7 +377,12 @@ def patch_model(model: PreTrainedModel, config: ModalityLoraConfig | None = None
         >>> patched.unpatch() is model
         True
     """
-    config = config or ModalityLoraConfig()
+    config = ModalityLoraConfig() if config is None else config
+    if not isinstance(config, ModalityLoraConfig):
+        raise TypeError(
+            f"config must be a ModalityLoraConfig; got {type(config).__name__}: make one of a dict "
+            "by ModalityLoraConfig(**config)"
+        )
     if config.backend is not None and isinstance(model, nn.Module):
         backends.select(config.backend, offload.device_of_model(model))
     find = RoutingFinder()

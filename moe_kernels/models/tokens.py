@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_kernels import arguments
 from moe_kernels.init.rows import (
     GromovWassersteinDiagnostics,
     check_row_init,
@@ -91,6 +92,9 @@ def add_modality_tokens(
     """
     patched = get_patched(model)
     patched.modality_id(modality)
+    num_tokens, num_delimiters = arguments.integers(
+        num_tokens=num_tokens, num_delimiters=num_delimiters
+    )
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     if modality in patched.added_tokens:

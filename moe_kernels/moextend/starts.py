@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_kernels.arguments import as_integer
 from moe_kernels.layers import AddedExperts
 from moe_kernels.models import offload
 from moe_kernels.models.added_experts import added_experts, count_experts
-from moe_kernels.models.config import as_integer
 from moe_kernels.models.forms import form_of
 from moe_kernels.models.parts import LayerParts, router_linear
 from moe_kernels.moextend.scores import LayerScores

@@ -11,9 +11,9 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
+from moe_kernels.arguments import as_integer
 from moe_kernels.models import experts, offload, routers, sharding
 from moe_kernels.models.added_experts import count_experts
-from moe_kernels.models.config import as_integer
 from moe_kernels.models.handle import PatchState
 from moe_kernels.models.padding import find_real
 from moe_kernels.models.parts import router_linear
