@@ -254,7 +254,10 @@ def test_refuses_a_dense_model_and_a_folder_that_is_not_there(program, command, 
 
     LlamaConfig().save_pretrained(tmp_path / "dense")
     GPT2Config().save_pretrained(tmp_path / "other")
-    messages = {"dense": "moe-kernels convert", "other": "Qwen3ForCausalLM alone"}
+    messages = {
+        "dense": "is a dense 'llama' model: no layer has experts: moe_kernels.conversion",
+        "other": "Qwen3ForCausalLM alone",
+    }
     for folder, message in (*messages.items(), ("no", "there is no folder")):
         out = tmp_path / "out"
         assert program.main([str(tmp_path / folder), *command[1:], "--out", str(out)]) == 1
