@@ -272,10 +272,12 @@ def test_the_base_is_named(tmp_path):
 
 def test_no_adapter_there(tmp_path):
     patched = make_patched()
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match=f"{WEIGHTS} is missing"):
+    missing = tmp_path / "missing"
+    said = {tmp_path: f"{WEIGHTS} is missing", missing: f"there is no folder {missing}"}
+    for folder, problem in said.items():
+        with pytest.raises(FileNotFoundError, match=problem):
             patched.load_adapter(folder)
-        with pytest.raises(FileNotFoundError, match=f"{WEIGHTS} is missing"):
+        with pytest.raises(FileNotFoundError, match=problem):
             ModalityLoraConfig.from_adapter(folder)
 
 

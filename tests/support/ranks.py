@@ -1,5 +1,6 @@
 """Run a test's script in several gloo processes on this machine, and what the scripts share."""
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -34,12 +35,16 @@ def run_ranks(script: str | Path, *arguments: object, codes: Sequence[int] = (0,
     common = {
         "PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     command, context = [*map(str, (script, *arguments))], multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED])
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, common):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _own_port() as port,
+        mock.patch.dict(os.environ, common | {"MASTER_PORT": str(port)}),
+    ):
         printed = [Path(folder, str(rank)) for rank in range(number)]
         processes = []
         for rank, path in enumerate(printed):
@@ -109,7 +114,10 @@ def errors_of(
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def _own_port() -> Iterator[int]:
+    """Yield a port that no other call has: it is bound, but not listened to, so ranks may be."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
