@@ -13,6 +13,7 @@
 # make check-gpu-code   compile the GPU kernels, which needs no GPU, and report their resources:
 #                every CUDA kernel, and of the Triton kernels a part that has all pairs of arguments
 #                (GPU_CODE=--all: every one)
+# make docs      build the reference, from docstrings, and the pages of docs/ into out/docs/
 # make lint      check with ruff: lint and format
 #
 # Every target first sets up $(VENV). Variables:
@@ -55,7 +56,7 @@ $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 $(1)/bin/python -m pip install -q --no-build-isolation -e ".[$(or $(3),test)]" $(2)
 endef
 
-.PHONY: demo test test-all test-attacks test-sanitized test-scale test-oldest bench results results-quick check-gpu-code lint format install clean FORCE
+.PHONY: demo test test-all test-attacks test-sanitized test-scale test-oldest bench results results-quick check-gpu-code docs lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -114,6 +115,9 @@ results-quick: $(INSTALLED)
 check-gpu-code: $(INSTALLED)
 	$(PY) tools/cost_model.py
 	$(PY) tools/check_gpu_code.py $(GPU_CODE)
+
+docs: $(INSTALLED)
+	$(PY) tools/build_reference.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

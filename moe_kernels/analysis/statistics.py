@@ -35,11 +35,15 @@ class ExpertKinds:
 class RoutingStatistics:
     """Sums over recorded rows, for L layers, M modalities and at most E experts a layer.
 
-    counts: (L, M, E) int64, number of times a row of the modality chose the expert
-    rows: (L, M) int64, number of rows of the modality that the router received
-    entropy_sum: (L, M) float64, the sum over rows of the entropy of softmax(router logits), in nats
-    num_experts: number of experts in each layer; None: E in every layer. In a layer with fewer
-        than E experts the remaining counts are zeros.
+    Attributes:
+        modalities: their names, the base modality first.
+        layers: names of the layers.
+        counts: (L, M, E) int64, number of times a row of the modality chose the expert.
+        rows: (L, M) int64, number of rows of the modality that the router received.
+        entropy_sum: (L, M) float64, the sum over rows of the entropy of softmax(router logits), in
+            nats.
+        num_experts: number of experts in each layer; None: E in every layer. In a layer with fewer
+            than E experts the remaining counts are zeros.
     """
 
     modalities: tuple[str, ...]

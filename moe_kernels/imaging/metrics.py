@@ -19,7 +19,9 @@ def mean_pairwise_distance(images: torch.Tensor, groups: torch.Tensor) -> float:
 
     It is 0 if no group has two pictures.
 
-    images: (N, ...) float; groups: (N,), such as the digit in each picture's caption
+    Args:
+        images: (N, ...) float.
+        groups: (N,), such as the digit in each picture's caption.
     """
     total, pairs = 0.0, 0
     for group in groups.unique():
@@ -32,9 +34,14 @@ def mean_pairwise_distance(images: torch.Tensor, groups: torch.Tensor) -> float:
 def nearest_distances(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the Euclidean distance of each picture to its nearest reference picture.
 
-    images: (N, ...), reference: (R, ...) -> (N,) float32
-
     A copy has distance exactly 0, since distances are not computed as |a|^2 - 2ab + |b|^2.
+
+    Args:
+        images: (N, ...).
+        reference: (R, ...).
+
+    Returns:
+        (N,) float32.
     """
     return _nearest(images, reference)[0]
 
@@ -42,7 +49,12 @@ def nearest_distances(images: torch.Tensor, reference: torch.Tensor) -> torch.Te
 def nearest_indices(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the index of each picture's nearest reference picture.
 
-    images: (N, ...), reference: (R, ...) -> (N,) int64
+    Args:
+        images: (N, ...).
+        reference: (R, ...).
+
+    Returns:
+        (N,) int64.
     """
     return _nearest(images, reference)[1]
 

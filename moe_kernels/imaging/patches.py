@@ -20,8 +20,11 @@ from moe_kernels.tensor_files import TensorFile
 class PatchTokenizer(CodebookTokenizer):
     """Tokenizer whose codebook entries are patches; a patch's code is its nearest entry.
 
-    codebook: (num_codes, patch_size * patch_size * channels) float32, pixels in [0, 1]
-    image_shape: (H, W) or (H, W, C); H and W are multiples of ``patch_size``
+    Attributes:
+        codebook: (num_codes, patch_size * patch_size * channels) float32, pixels in [0, 1].
+        image_shape: (H, W) or (H, W, C); H and W are multiples of ``patch_size``.
+        patch_size: side in pixels of a patch.
+        grid: rows and columns of codes.
     """
 
     type_name = "patch"

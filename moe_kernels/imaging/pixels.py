@@ -115,10 +115,12 @@ def _check_shape(shape: tuple[int, ...]) -> None:
 def to_pil(images: Any) -> list[Image]:
     """Return PIL pictures of mode "L" or "RGB".
 
-    images: (N, H, W[, C]), C 1 or 3, uint8 or float in [0, 1]
+    Args:
+        images: (N, H, W[, C]), C 1 or 3, uint8 or float in [0, 1].
 
     Raises:
         ImportError: pillow is not installed.
+        ValueError: a picture has another number of channels.
     """
     create = extras.load("PIL.Image", "to_pil").fromarray
     pixels = as_pixels(images)

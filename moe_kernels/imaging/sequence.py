@@ -145,7 +145,9 @@ def caption_ids(tokenizer: PreTrainedTokenizerBase, caption: str) -> list[int]:
     They begin with begin-of-text exactly if the tokenizer puts it there. Other special tokens that
     the tokenizer adds (end-of-text, say) are left out, since the picture follows the caption.
 
-    tokenizer: a transformers tokenizer
+    Args:
+        tokenizer: of transformers.
+        caption: the text.
 
     Raises:
         TypeError: the caption is not a string.
@@ -193,7 +195,13 @@ def image_sequence(
 ) -> dict[str, torch.Tensor]:
     """Return one training sample, with labels on the codes and the end token only.
 
-    codes: (tokens,) -> input_ids and labels, (caption + tokens + 2,) each
+    Args:
+        caption_ids: token ids of the caption.
+        codes: (tokens,), of the picture.
+        vocabulary: ids of the image tokens.
+
+    Returns:
+        input_ids and labels, (caption + tokens + 2,) each.
     """
     caption = text_ids(caption_ids, vocabulary, "the caption")
     return mixed_sequence([caption, as_tensor(codes, "codes")], vocabulary)

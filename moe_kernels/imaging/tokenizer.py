@@ -43,10 +43,12 @@ class ImageTokenizer(Protocol):
     """
 
     @property
-    def num_codes(self) -> int: ...
+    def num_codes(self) -> int:
+        """The number of codes."""
 
     @property
-    def tokens_per_image(self) -> int: ...
+    def tokens_per_image(self) -> int:
+        """The number of codes of a picture."""
 
     def encode(self, images: Any) -> torch.Tensor:
         """Return the codes of pictures in raster order.
@@ -61,7 +63,8 @@ class ImageTokenizer(Protocol):
         """
 
     @property
-    def codebook(self) -> torch.Tensor: ...
+    def codebook(self) -> torch.Tensor:
+        """The vectors of the codes, (num_codes, d) float32."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,10 @@ class CodebookTokenizer(ABC):
     (N * tokens_per_image, d), and how entries become pictures. :func:`load_image_tokenizer` finds
     the class of a saved tokenizer by its ``type_name``.
 
-    codebook: (num_codes, d) float32
-    image_shape: (H, W) or (H, W, C)
-    grid: rows and columns of codes
+    Attributes:
+        codebook: (num_codes, d) float32.
+        image_shape: (H, W) or (H, W, C).
+        grid: rows and columns of codes.
     """
 
     type_name: ClassVar[str]
@@ -156,14 +160,17 @@ class CodebookTokenizer(ABC):
 
     @property
     def num_codes(self) -> int:
+        """The number of codes."""
         return len(self.codebook)
 
     @property
     def tokens_per_image(self) -> int:
+        """The number of codes of a picture."""
         return math.prod(self.grid)
 
     @property
     def channels(self) -> int:
+        """The number of channels of a picture."""
         return channels_of(self.image_shape)
 
     @torch.no_grad()

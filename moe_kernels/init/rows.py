@@ -79,8 +79,8 @@ def gromov_wasserstein_rows(
 
     docs/methods_specification.md, A3. With a Gromov-Wasserstein coupling T between features and
     text rows e_k, row i is (1/p_i) sum_k T[i,k] e_k. Each column is then rescaled to the text rows'
-    mean and standard deviation. It is a hypothesis that this helps: compare it with the controls of
-    :data:`ROW_INITS`.
+    mean and standard deviation. It is a hypothesis that this helps: compare it with the controls,
+    the other inits of :func:`moe_kernels.add_modality_tokens`.
 
     Args:
         features: (n, d) floats, such as a tokenizer's codebook.

@@ -58,8 +58,9 @@ def add_modality_tokens(
         init: how new rows are drawn from the text rows, those of the embedding and, unless tied,
             those of the head: "normal" (their mean and standard deviation), "gaussian" (their mean
             and covariance), "mean" (their mean with a little noise), "gromov_wasserstein" (rows
-            whose distances resemble those of the features, :func:`moe_kernels.init.
-            gromov_wasserstein_rows`) or "permuted" (the same in random order, a control).
+            whose distances resemble those of the features:
+            :func:`moe_kernels.init.gromov_wasserstein_rows`) or "permuted" (the same in random
+            order, a control).
         features: (n - num_delimiters, d) vectors of the tokens, such as a codebook, for
             "gromov_wasserstein" and "permuted".
         num_delimiters: number of tokens, the first of the n, that have no features: 2 for begin

@@ -34,11 +34,6 @@ LAYER_CHOICES = ("top-half", "all", "interval", "first-half", "second-half")
 class ExpertExtender:
     """Add experts, their router columns and a calibration to a model; all else stays frozen.
 
-        extender = ExpertExtender(model, modalities=("image",))
-        scores = extender.score_layers(held_out, steps=100)
-        extender.extend()
-        optimiser = AdamW(extender.patched.trainable_parameters())
-
     Args:
         model: a Mixture of Experts that :func:`moe_kernels.patch_model` can patch. A plain one is
             patched here, without low-rank updates.
@@ -55,6 +50,12 @@ class ExpertExtender:
     Raises:
         TypeError, ValueError: see ``patch_model``; or the model was patched for other modalities,
             with other ``sequence_modalities`` or another backend.
+
+    Example:
+        >>> extender = ExpertExtender(model, modalities=("image",))
+        >>> scores = extender.score_layers(held_out, steps=100)
+        >>> extender.extend()
+        >>> optimizer = torch.optim.AdamW(extender.patched.trainable_parameters())
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """The ops: dispatch, the fused expert MLP and the masked linear layer.
 
-An op's folder has the public function in ``api``, the registered ops and their autograd formula in
-``autograd``, the definition in plain torch in ``reference``, and one file for each other backend.
+They take tensors, and need no model. docs/design.md says what must always hold of them.
 """
 
 from moe_kernels.ops.dispatch import Dispatch, dispatch
