@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_kernels import extras
+from moe_kernels import extras, figures
 from moe_kernels.analysis.redundancy import ExpertRedundancy
 from moe_kernels.analysis.statistics import RoutingStatistics
-from moe_kernels.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,15 +54,18 @@ def plot_expert_load(
     for panel, name in zip(panels, modalities, strict=False):
         values = load[:, statistics.modalities.index(name)]
         image = _heat_map(panel, values, "viridis", highest)
-        panel.set_title(name)
+        panel.set_title(_name(name))
+    # Below the panels: beside them, the label would read as that of the next panel.
+    figure.set_figheight(figure.get_figheight() + 0.6)
     figure.colorbar(
-        image, ax=panels[: len(modalities)], label="load / even load", shrink=0.9, pad=0.02
-    )
+        image, ax=panels[: len(modalities)], label="load / even load", location="bottom",
+        aspect=50, shrink=0.6, pad=0.1 / figure.get_figheight(),
+    )  # fmt: skip
     if is_pair:
         divergence = statistics.divergence(*modalities).tolist()
         panels[-1].barh(range(len(divergence)), divergence, color=_ORANGE)
         panels[-1].set(
-            title=" against ".join(modalities), xlim=(0, 1),
+            title=textwrap.fill(" against ".join(map(_name, modalities)), 30), xlim=(0, 1),
             xlabel="Jensen-Shannon divergence (bits)",
         )  # fmt: skip
     _label_layers(panels, statistics.layers)
@@ -90,14 +92,14 @@ def plot_specialisation(
         title: title of the figure.
     """
     extras.load("matplotlib", "plot_specialisation")
-    first, second = modalities
-    values = statistics.specialisation(first, second)
-    values = values.masked_fill(statistics.unused(first, second), torch.nan)
+    first, second = map(_name, modalities)
+    values = statistics.specialisation(*modalities)
+    values = values.masked_fill(statistics.unused(*modalities), torch.nan)
     figure, (panel, counts) = _layer_panels(len(statistics.layers), (5, 3))
     image = _heat_map(panel, values, "RdBu_r", 1.0)  # has no grey, so grey can mean unused
     bar = figure.colorbar(image, ax=panel, ticks=[0, 0.5, 1], shrink=0.9, pad=0.02)
     bar.ax.set_yticklabels([f"{first} only", "both alike", f"{second} only"])
-    kinds = statistics.expert_kinds(first, second)
+    kinds = statistics.expert_kinds(*modalities)
     left = statistics.counts.new_zeros(len(statistics.layers))
     colormap = image.get_cmap()
     for number, label, color in (
@@ -115,8 +117,8 @@ def plot_specialisation(
     counts.xaxis.get_major_locator().set_params(integer=True)
     # Above the panel, since a legend inside it would cover bars.
     counts.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False,
-        columnspacing=1.0, handlelength=1.2,
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4 if len(first + second) < 20 else 2,
+        fontsize=8, frameon=False, columnspacing=1.0, handlelength=1.2,
     )  # fmt: skip
     _label_layers((panel, counts), statistics.layers)
     return _finish(figure, title, path)
@@ -148,8 +150,10 @@ def plot_divergence(
         highest = max(highest, float(divergence.max()))
         _line(panel, divergence, label)
     panel.set(ylim=(0, min(1.02, 1.15 * highest)), ylabel="Jensen-Shannon divergence (bits)")
-    _label_columns(panel, layers, legend=len(by_label) > 1)
-    return _finish(figure, title or f"Routing of {modalities[0]} against {modalities[1]}", path)
+    _label_columns(panel, layers)
+    if len(by_label) > 1:
+        panel.legend(frameon=False)
+    return _finish(figure, title or f"Routing of {' against '.join(map(_name, modalities))}", path)
 
 
 def plot_redundancy(
@@ -173,12 +177,15 @@ def plot_redundancy(
         ValueError: the two differ in their layers, modality or metric.
     """
     extras.load("matplotlib", "plot_redundancy")
+    from matplotlib.patches import Patch
+
     by_label = {"before": before} | ({} if after is None else {"after": after})
     layers = _same_layers(by_label)
     kinds = {(redundancy.modality, redundancy.metric) for redundancy in by_label.values()}
     if len(kinds) > 1:
         raise ValueError(f"before and after have different modality or metric: {kinds}")
     figure, panel = _line_panel(len(layers))
+    figure.set_figheight(4.3)  # for the legend above
     for (label, redundancy), color in zip(by_label.items(), (_BLUE, _ORANGE), strict=False):
         mean = redundancy.mean()
         name = "" if after is None else f"{label}, "
@@ -188,8 +195,14 @@ def plot_redundancy(
     metric = {"cka": "debiased linear CKA", "cosine": "cosine"}[before.metric]
     panel.set(ylabel=f"{metric} of two experts' outputs")
     panel.axhline(0, color="0.6", linewidth=0.8)
-    _label_columns(panel, layers, legend=True)
-    return _finish(figure, title or f"Redundancy of experts on {before.modality} rows", path)
+    _label_columns(panel, layers)
+    band = Patch(color=_GREY, alpha=0.3, label="band: least to most similar pair")
+    # Above the panel, since a legend inside it would cover lines.
+    panel.legend(
+        handles=[*panel.get_legend_handles_labels()[0], band], loc="lower center",
+        bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False,
+    )  # fmt: skip
+    return _finish(figure, title or f"Redundancy of experts on {_name(before.modality)} rows", path)
 
 
 def _same_layers(by_label: Mapping[str, RoutingStatistics | ExpertRedundancy]) -> tuple[str, ...]:
@@ -247,13 +260,11 @@ def _label_layers(panels: Sequence[Axes], layers: Sequence[str]) -> None:
     panels[0].set_ylabel("layer")
 
 
-def _label_columns(panel: Axes, layers: Sequence[str], *, legend: bool) -> None:
+def _label_columns(panel: Axes, layers: Sequence[str]) -> None:
     numbers, ticks = _layer_numbers(layers), _ticks(len(layers))
     panel.set(xlabel="layer", xlim=(-0.5, len(layers) - 0.5), xticks=ticks)
     panel.set_xticklabels([numbers[tick] for tick in ticks])
     panel.grid(axis="y", alpha=0.3)
-    if legend:
-        panel.legend(frameon=False)
 
 
 def _layer_numbers(layers: Sequence[str]) -> list[str]:
@@ -267,13 +278,16 @@ def _layer_numbers(layers: Sequence[str]) -> list[str]:
 
 def _ticks(count: int) -> range:
     """Return evenly spaced ticks, few enough that their labels do not touch."""
-    return range(0, count, 1 << ((count - 1) // _MOST_TICKS).bit_length())
+    most = _MOST_TICKS if count <= 100 else _MOST_TICKS // 2
+    return range(0, count, 1 << ((count - 1) // most).bit_length())
+
+
+def _name(modality: str) -> str:
+    return figures.printable(modality, 40)
 
 
 def _finish(figure: Figure, title: str, path: str | os.PathLike[str] | None) -> Figure:
     figure.suptitle(title)
     if path is not None:
-        path = Path(path)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=130, format=path.suffix.removeprefix(".") or "png")
+        figures.save(figure, path)
     return figure
