@@ -25,7 +25,7 @@ _COLOURS = {
 }  # fmt: skip
 
 
-_STYLES = {"eager": "--", "batched_mm": ":"}
+_STYLES = {"eager": "s--", "batched_mm": "^:"}
 
 
 def _colour(provider: str) -> str:
@@ -51,11 +51,12 @@ def time_figure(records: Sequence[Mapping]) -> Figure:
             [ratios[name].p80 - ratios[name].median for name in names],
         ]
         ax.barh(names, medians, xerr=errors, color=[_colour(name) for name in names], capsize=2)
-        for place, median in enumerate(medians):
+        for place, name in enumerate(names):  # beyond the bar: a short one has no room
             ax.annotate(
-                f"{median:.2f}", (0, place), xytext=(4, 0), textcoords="offset points",
-                va="center", color="white", fontsize=8,
+                f"{ratios[name].median:.2f}", (ratios[name].p80, place), xytext=(5, 0),
+                textcoords="offset points", va="center", fontsize=8,
             )  # fmt: skip
+        ax.margins(x=0.12)
         ax.axvline(1, color="0.3", linewidth=0.8, linestyle=":")
         ax.set_title(case_title(record["case"]), fontsize=10)
         ax.set_xlabel("forward + backward, times the expert GEMMs alone")
@@ -88,9 +89,10 @@ def overhead_figure(records: Sequence[Mapping]) -> Figure:
             )  # fmt: skip
         ax.axhline(0, color="0.3", linewidth=0.8)
         ax.set_xlabel(label)
+        ax.set_xticks(sorted({record["case"][key] for record in points}))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("adapters' cost over our base (%)")
-    axes[1].legend()
+    axes[1].legend(title="median; band: 20 to 80 %")
     return figure
 
 
@@ -109,10 +111,10 @@ def decode_figure(records: Sequence[Mapping]) -> Figure:
             medians = [ratio.median for _, ratio in points]
             low = [ratio.median - ratio.p20 for _, ratio in points]
             high = [ratio.p80 - ratio.median for _, ratio in points]
-            style = _STYLES.get(name.partition(":")[2], "-")
+            style = _STYLES.get(name.partition(":")[2], "o-")
             ax.errorbar(
-                [tokens for tokens, _ in points], medians, yerr=[low, high], marker="o",
-                capsize=2, linestyle=style, color=_colour(name), label=name,
+                [tokens for tokens, _ in points], medians, yerr=[low, high], fmt=style,
+                capsize=2, color=_colour(name), label=name,
             )  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel="tokens", title=" ".join(title))
         tokens = sorted({record["case"]["T"] for record in members})

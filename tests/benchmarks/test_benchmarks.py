@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.figures import check_texts
 from support.launches import COUNTS, ENGINE_COUNTS
 
 from moe_kernels import _native, backends, ops
@@ -229,6 +230,26 @@ def test_the_programs_run(bench, tmp_path):
     assert len(bench.plot.draw(results, tmp_path / "plots")) == 3
     page = (ROOT / "docs/results/cpu.md").read_text()
     assert bench.pages.render(page, results) != page
+
+
+def test_no_number_of_the_pictures_lies_over_a_bar_or_another_text(bench):
+    results = bench.result_files.read(bench.result_files.RESULTS / "cpu.json")
+    records = [r for r in results["training"] if r["case"]["routing"] == "balanced"]
+    figure = bench.plot.time_figure(records)
+    figure.tight_layout()
+    check_texts(figure)
+    for panel in figure.axes:
+        ends = [bar.get_window_extent().x1 for bar in panel.patches]
+        assert len(ends) == len(panel.texts)
+        for end, text in zip(ends, panel.texts, strict=True):
+            assert end < text.get_window_extent().x0
+            assert text.get_window_extent().x1 < panel.get_window_extent().x1
+    shares = bench.plot.overhead_figure(results["overhead"]).axes
+    assert [label.get_text() for label in shares[1].get_xticklabels()] == ["16", "64"]
+    lines = bench.plot.decode_figure(results["decode"]).axes[-1].get_legend_handles_labels()
+    styles = {label: handle.lines[0].get_marker() for handle, label in zip(*lines, strict=True)}
+    alike = {styles[name] for name in ("hf:eager", "hf:grouped_mm", "hf:batched_mm")}
+    assert len(alike) == 3, "told apart by dashes alone, which one point does not have"
 
 
 def test_options_that_do_not_go_together_are_refused(bench, capsys):
