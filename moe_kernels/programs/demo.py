@@ -136,7 +136,7 @@ def run(options: DemoOptions) -> None:
     run_all_stages(setup)
     routing = RoutingStatistics.from_dict(setup.results["routing"])
     report = describe(setup, routing)
-    draw_figures(report, setup, routing, options.out)
+    draw_figures(report, setup, routing, options.out, quick=options.quick)
     write_json(options.out / "report.json", report)
     summarize(report, options.out)
 

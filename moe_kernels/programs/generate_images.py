@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,11 +144,10 @@ def draw_missing(
 
 
 def overview(captions: list[str], paths: list[list[Path]]) -> Figure:
-    """Return a figure with a line for each caption; long captions are wrapped, then shortened."""
-    texts = [textwrap.shorten(caption, 80, placeholder="...") for caption in captions]
+    """Return a figure with a line for each caption."""
     rows = [
-        SampleRow(textwrap.fill(text, 30), [Image.open(f, formats=["PNG"]) for f in files], real=[])
-        for text, files in zip(texts, paths, strict=True)
+        SampleRow(caption, [Image.open(file, formats=["PNG"]) for file in files], real=[])
+        for caption, files in zip(captions, paths, strict=True)
     ]
     return plot_samples(rows, "Pictures for captions")
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 import moe_kernels
 from moe_kernels.programs.shared.cli import Options, console, exit_code, option
-from moe_kernels.programs.shared.files import read_json, write_text
+from moe_kernels.programs.shared.files import QUICK_NOTE, read_json, write_text
 from moe_kernels.programs.shared.options import LARGEST_SEED
 from moe_kernels.programs.shared.outputs import check_outputs
 from moe_kernels.programs.shared.stages import Stages, Workspace
@@ -73,7 +73,7 @@ class Study:
     cost: Callable[[Any], dict[str, Any]]
     core_hours: float
     blocks: Mapping[str, Block]
-    draw: Callable[[Results, Path], None]
+    draw: Callable[[Results, Path, str], None]
     describe: Callable[[Any], dict[str, Any]] | None = None
     record_tuning: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     identity: Callable[[Any], dict[str, Any]] = lambda run: {}
@@ -350,10 +350,16 @@ def _run(study: Study, given: SweepOptions) -> None:
     console.print(f"written to {results}", markup=False)
 
 
+def is_quick(study: Study, data: Results) -> bool:
+    """Return whether results were made by --quick: their budget says so."""
+    quick = json.loads(json.dumps(dataclasses.asdict(study.quick_budget)))
+    return all(data["budget"].get(name) == value for name, value in quick.items())
+
+
 def write_page(study: Study, file: Path, folder: Path) -> None:
     """Write the page and its pictures from the JSON; its prose is that of docs/results."""
     data = read_published(file)
     page = (PAGES / f"{study.name}.md").read_text()
     text = render(page, data, study.blocks)
-    study.draw(data, folder)
+    study.draw(data, folder, QUICK_NOTE if is_quick(study, data) else "")
     write_text(folder / f"{study.name}.md", text)

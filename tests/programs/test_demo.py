@@ -58,6 +58,25 @@ def assert_same_bits(actual, expected):
         assert torch.equal(actual[name], tensor), name
 
 
+def test_its_figures_say_that_they_are_too_short_to_learn(demo, finished, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved, savefig = [], Figure.savefig
+
+    def noted(figure, *arguments, **options):
+        saved.append(figure)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    assert demo.main([*OPTIONS, "--out", str(finished)]) == 0
+    assert len(saved) == 3
+    for figure in saved:
+        written = [text.get_text() for text in figure.texts]
+        assert "--quick: too short to learn; it shows only that the program runs" in written
+    samples = saved[0].get_suptitle().replace("\n", " ")
+    assert "the same classifier on real ones, through the tokenizer: " in samples
+
+
 def test_writes_pictures_and_a_report(finished):
     for name in ("samples.png", "training.png", "routing.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")

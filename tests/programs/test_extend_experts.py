@@ -117,6 +117,26 @@ def test_pages(finished, report):
     assert not list(finished.glob("**/.*")), "a temporary file stayed"
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_quick_figures_say_that_they_are_too_short_to_learn(
+    program, finished, report, quick, tmp_path, monkeypatch
+):
+    from moe_kernels.programs.shared.reports import extend_experts
+
+    notes = {}
+
+    def save_figure(figure, path, note=""):
+        notes[path.name] = note
+
+    monkeypatch.setattr(extend_experts, "save_figure", save_figure)
+    scores, pictures = program.LayerScores.from_dict(scores_of(finished)), np.zeros((40, 28, 28))
+    by_layer = {int(layer): score for layer, score in report["scores"].items()}
+    changed = {"settings": report["settings"] | {"quick": quick}, "scores": by_layer}
+    program.write_pages(report | changed, scores, pictures, tmp_path)
+    assert notes.keys() == {"answers.png", "scores.png", "training.png"}
+    assert {"too short to learn" in note for note in notes.values()} == {quick}
+
+
 def test_the_page_says_how_to_load_the_adapter(program, finished, report):
     code = (finished / "report.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_kernels.files import replacing
 from moe_kernels.programs.shared.outputs import files_of_users
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+QUICK_NOTE = "--quick: too short to learn; it shows only that the program runs"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,6 +64,11 @@ def copy_whole(source: Path, target: Path) -> None:
         shutil.copytree(source, temporary)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, note: str = "") -> None:
+    """Write a figure as PNG; note: a line below it."""
+    tight = {}
+    if note:
+        figure.text(0.5, -0.1 / figure.get_figheight(), note, ha="center", va="top", color="0.3")
+        tight = {"bbox_inches": "tight"}  # takes in what lies outside of the figure
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=110, **tight)

@@ -1,10 +1,12 @@
 """The pictures of moextend.py's page."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from moe_kernels.moextend import plot_layer_scores
 from moe_kernels.programs.shared.files import save_figure
@@ -26,40 +28,52 @@ _METHODS = {
 }
 
 
+# Markers of the learning rates, in their order: labels at the points would lie over one another.
+_MARKERS = "o^sDvPX*"
+
+
 def plot_layers(data: Results) -> Figure:
     """Plot the scores of every seed, by layer, for both tasks."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     scored = {"pictures-sequence": "pictures, gate by sequence", "code-modality": "code"}
     for panel, (name, title) in zip(panels, scored.items(), strict=True):
         d = np.array([scores.d.tolist() for scores in layer_scores(data, name)])
         panel.plot(d.T, "o-", color="0.7", markersize=4, linewidth=0.8)
         panel.plot(d.mean(0), "_", color="tab:orange", markersize=20, markeredgewidth=2)
-        panel.set(title=f"{title}: each seed, and the mean", xlabel="layer")
+        panel.set(title=title, xlabel="layer")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[0].set(ylabel="score d", ylim=(0, None))  # shared, when both are drawn
+    figure.suptitle("Scores of each seed (grey), and their mean (orange)")
     return figure
 
 
 def plot_trade(data: Results) -> Figure:
-    """Plot what is learnt against what is forgotten."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panel = figure.subplots()
-    kept = 0
-    for name in (name for name in _METHODS if name in data["runs"]):
+    """Plot what is learnt against what is forgotten.
+
+    Runs that change no bit of text forget nothing: they stand side by side in a panel of their own,
+    whose x axis has no numbers.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    kept, lost = figure.subplots(1, 2, sharey=True, width_ratios=(1, 3))
+    _scale_forgetting(lost)  # before anything is drawn, for limits that suit the scale
+    places = 0
+    for number, name in enumerate(name for name in _METHODS if name in data["runs"]):
         x, y = report.values(data, name, report.forgotten), since_start(data, name)
         _, low, high = report.interval(y)
         ends = [[y.mean() - low], [high - y.mean()]] if np.isfinite(low) else None
-        span = [[x.mean() - x.min()], [x.max() - x.mean()]]
-        if not x.any():  # side by side, in the strip of runs that change no bit
-            kept += 1
-            x = x - 0.0015 * kept
-        panel.errorbar(x.mean(), y.mean(), ends, span, fmt="o", capsize=3, label=_METHODS[name])
-    _scale_forgetting(panel)
-    panel.set_xlim(left=-0.0015 * (kept + 1))
-    panel.axvspan(-0.0015 * (kept + 1), -1e-4, color="0.92", zorder=0)
-    panel.text(0.01, 0.02, "text keeps its bits", transform=panel.transAxes, fontsize=8)
-    panel.axhline(0, color="0.6", linewidth=1, zorder=0)
-    panel.set(ylabel="change of loss on answers, nats a token")
+        options = {"fmt": "o", "capsize": 3, "label": _METHODS[name], "color": f"C{number}"}
+        if x.any():
+            span = [[x.mean() - x.min()], [x.max() - x.mean()]]
+            lost.errorbar(x.mean(), y.mean(), ends, span, **options)
+        else:
+            kept.errorbar(places, y.mean(), ends, **options)
+            places += 1
+    kept.set(title="text keeps its bits", xticks=[], xlim=(-0.5, max(places, 1) - 0.5))
+    kept.set(xlabel="no change of text loss", ylabel="change of loss on answers, nats a token")
+    lost.set(title="text changes", xlim=(min(0, lost.get_xlim()[0]), None))
+    for panel in (kept, lost):
+        panel.axhline(0, color="0.6", linewidth=1, zorder=0)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
@@ -73,25 +87,35 @@ def _scale_forgetting(panel: Axes) -> None:
 
 def plot_rates(data: Results) -> Figure:
     """Plot learning against forgetting at every learning rate, on the tuning seed."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    tried = tried_rates(data)
+    rates = sorted({lr for points in tried.values() for lr in points}, key=float)
+    markers = dict(zip(rates, itertools.cycle(_MARKERS)))
+    trained = list(dict.fromkeys(trains.partition(": ")[2] for trains in tried))
     for panel, task in zip(figure.subplots(1, 2), ("pictures", "code"), strict=True):
-        for trains, points in tried_rates(data).items():
-            if not trains.startswith(task):
-                continue
-            x, y = zip(*points.values(), strict=True)
-            panel.plot(x, y, "o-", label=trains.removeprefix(f"{task}: "))
-            for lr, point in points.items():
-                panel.annotate(lr, point, fontsize=7)
         _scale_forgetting(panel)
+        for trains, points in tried.items():
+            if not trains.startswith(task) or not points:
+                continue
+            colour = f"C{trained.index(trains.partition(': ')[2])}"
+            panel.plot(*zip(*points.values(), strict=True), "-", color=colour)
+            for lr, point in points.items():
+                panel.plot(*point, markers[lr], color=colour)
         panel.set(title=task, ylabel="loss on the task, nats a token")
-        if panel.lines:
-            panel.legend(fontsize=8)
+    keys = [Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(trained)]
+    keys += [
+        Line2D([], [], color="0.3", linestyle="", marker=marker, label=f"learning rate {lr}")
+        for lr, marker in markers.items()
+    ]
+    if keys:
+        figure.legend(handles=keys, loc="outside right upper", fontsize=8)
     return figure
 
 
-def draw_pictures(data: Results, folder: Path) -> None:
+def draw_pictures(data: Results, folder: Path, note: str = "") -> None:
+    """Draw all pictures of the page; note: a line below each."""
     scores = layer_scores(data, "pictures-sequence")[0]
-    save_figure(plot_layer_scores(scores), folder / "moextend-scores.png")
-    save_figure(plot_layers(data), folder / "moextend-layers.png")
-    save_figure(plot_trade(data), folder / "moextend-trade.png")
-    save_figure(plot_rates(data), folder / "moextend-rates.png")
+    save_figure(plot_layer_scores(scores), folder / "moextend-scores.png", note)
+    save_figure(plot_layers(data), folder / "moextend-layers.png", note)
+    save_figure(plot_trade(data), folder / "moextend-trade.png", note)
+    save_figure(plot_rates(data), folder / "moextend-rates.png", note)

@@ -27,10 +27,10 @@ _METHODS = {
 }
 
 
-def draw_pictures(data: Results, folder: Path) -> None:
-    """Draw all pictures of the page whose runs were made."""
+def draw_pictures(data: Results, folder: Path, note: str = "") -> None:
+    """Draw all pictures of the page whose runs were made; note: a line below each."""
     if any(name in data["runs"] for names in _METHODS.values() for name in names):
-        save_figure(plot_parameters(data), folder / "redundancy-parameters.png")
+        save_figure(plot_parameters(data), folder / "redundancy-parameters.png", note)
     if "plora" not in data["runs"]:
         return
     seed, result = next(iter(report.seeds_of(data, "plora").items()))
@@ -38,14 +38,14 @@ def draw_pictures(data: Results, folder: Path) -> None:
     for when, found in statistics.items():
         state = f"{when} training, seed {seed}"
         load = analysis.plot_expert_load(found, title=f"Expert load by layer, {state}")
-        save_figure(load, folder / f"redundancy-routing-{when}.png")
+        save_figure(load, folder / f"redundancy-routing-{when}.png", note)
         own = analysis.plot_specialisation(found, title=f"Specialisation of the experts, {state}")
-        save_figure(own, folder / f"redundancy-specialisation-{when}.png")
-    save_figure(analysis.plot_divergence(statistics), folder / "redundancy-divergence.png")
+        save_figure(own, folder / f"redundancy-specialisation-{when}.png", note)
+    save_figure(analysis.plot_divergence(statistics), folder / "redundancy-divergence.png", note)
     pairs = [result[f"look_{when}"]["pairs"] for when in statistics]
     similar = map(analysis.ExpertRedundancy.from_dict, pairs)
-    save_figure(analysis.plot_redundancy(*similar), folder / "redundancy-similarity.png")
-    save_figure(plot_gallery(result["gallery"]), folder / "redundancy-samples.png")
+    save_figure(analysis.plot_redundancy(*similar), folder / "redundancy-similarity.png", note)
+    save_figure(plot_gallery(result["gallery"]), folder / "redundancy-samples.png", note)
 
 
 def plot_parameters(data: Results) -> Figure:
@@ -81,4 +81,4 @@ def plot_gallery(gallery: Results) -> Figure:
         for i, caption in enumerate(gallery["captions"])
     ]
     title = f"From left to right, {real.shape[1]} pictures each at guidance {', '.join(made)}"
-    return plot_samples(rows, title)
+    return plot_samples(rows, title, through_tokenizer=True)

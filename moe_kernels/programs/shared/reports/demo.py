@@ -8,7 +8,7 @@ from typing import Any
 from moe_kernels.analysis import RoutingStatistics, plot_expert_load
 from moe_kernels.programs.shared.cli import console
 from moe_kernels.programs.shared.drawing import Setup
-from moe_kernels.programs.shared.files import save_figure
+from moe_kernels.programs.shared.files import QUICK_NOTE, save_figure
 from moe_kernels.programs.shared.reports.losses import plot_losses
 from moe_kernels.programs.shared.reports.text_to_image import plot_drawings, training_rows
 from moe_kernels.programs.shared.tables import print_rows
@@ -17,26 +17,26 @@ RESULTS = ("samples.png", "training.png", "routing.png", "report.json")
 
 
 def draw_figures(
-    report: dict[str, Any], setup: Setup, routing: RoutingStatistics, out: Path
+    report: dict[str, Any], setup: Setup, routing: RoutingStatistics, out: Path, *, quick: bool
 ) -> None:
-    """Write samples.png, training.png and routing.png."""
-    results, tokens = setup.results, setup.tokens
+    """Write samples.png, training.png and routing.png; quick: they say that it was too short."""
+    results, tokens, note = setup.results, setup.tokens, QUICK_NOTE if quick else ""
     samples, change = report["samples"], report["text"]["max_abs_logit_difference_by_training"]
     accuracy = samples["classifier_held_out_accuracy"]["tokenized"]
     title = (
         f"{samples['read_as_their_caption']:.1%} of {samples['count']} pictures are read as their "
-        f"caption (the same classifier on real ones: {accuracy:.1%})\n"
+        f"caption (the same classifier on real ones,\nthrough the tokenizer: {accuracy:.1%}); "
         f"largest change of a text logit by this training: {change}"
     )
     labels = range(len(tokens.captions))
     figure = plot_drawings(results["draw"]["codes"]["1"], samples, labels, tokens, title, real=6)
-    save_figure(figure, out / "samples.png")
+    save_figure(figure, out / "samples.png", note)
     histories = {
         "text pretraining": results["pretrain"]["history"],
         "text to image, adapters and added rows only": results["teach"]["history"],
     }
-    save_figure(plot_losses(histories, "nats a token", log=True), out / "training.png")
-    save_figure(plot_expert_load(routing), out / "routing.png")
+    save_figure(plot_losses(histories, "nats a token", log=True), out / "training.png", note)
+    save_figure(plot_expert_load(routing), out / "routing.png", note)
 
 
 def summarize(report: dict[str, Any], out: Path) -> None:

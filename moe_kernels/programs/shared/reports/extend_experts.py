@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_kernels.figures import draw_picture, printable
 from moe_kernels.moextend import LayerScores, plot_layer_scores
 from moe_kernels.programs.shared.cli import console
-from moe_kernels.programs.shared.files import save_figure, write_text
+from moe_kernels.programs.shared.files import QUICK_NOTE, save_figure, write_text
 from moe_kernels.programs.shared.reports.losses import plot_losses
 from moe_kernels.programs.shared.tables import markdown_table, print_rows, text_rows
 
 _COLUMNS = 4
+_INCHES = 3.2  # width of a column
+_STEP = 1.08  # one picture to the next, in their width
 _RIGHT, _WRONG = "tab:green", "tab:red"
 _STATES = {"projector alone": "aligned", "with experts": "tuned"}  # whose answers are shown
 
@@ -70,14 +72,15 @@ def write_pages(
 
     pictures: (N, H, W[, 3]) uint8, which the report's "shown" indexes
     """
-    save_figure(plot_answers(report["shown"], pictures), out / "answers.png")
+    note = QUICK_NOTE if report["settings"]["quick"] else ""
+    save_figure(plot_answers(report["shown"], pictures), out / "answers.png", note)
     chosen = [int(layer) for layer in report["extension"]["experts"]]
-    plot_layer_scores(scores, out / "scores.png", chosen=chosen)
+    save_figure(plot_layer_scores(scores, chosen=chosen), out / "scores.png", note)
     histories = {
         "alignment: the projector": report["training"]["align"],
         "fine-tuning: the added experts": report["training"]["tune"],
     }
-    save_figure(plot_losses(histories, "nats a token of the answers"), out / "training.png")
+    save_figure(plot_losses(histories, "nats a token of the answers"), out / "training.png", note)
     write_text(out / "report.md", page(report, out))
     print_rows(figures(report) | {"answers right": _states(report)})
     console.print(f"written to {out}; report.md has all figures", markup=False, soft_wrap=True)
@@ -87,27 +90,47 @@ def write_pages(
 
 
 def plot_answers(shown: list[dict[str, Any]], pictures: np.ndarray) -> Figure:
-    """Return a figure of questions, their pictures, and answers before and after fine-tuning."""
-    rows = -(-len(shown) // _COLUMNS)
-    figure = Figure(figsize=(3.2 * _COLUMNS, 3.1 * rows), layout="constrained")
+    """Return a figure of questions, their pictures, and answers before and after fine-tuning.
+
+    Args:
+        shown: for each question, its pictures' indices, its text, the right answer, both answers
+        pictures: (N, H, W[, 3]) uint8
+    """
+    rows, width = -(-len(shown) // _COLUMNS), max(len(each["pictures"]) for each in shown) * _STEP
+    height = pictures.shape[1] / pictures.shape[2]
+    row_inches = _INCHES / width * height + 1.1  # five lines of text, too
+    figure = Figure(figsize=(_INCHES * _COLUMNS, row_inches * rows + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for panel in panels:
         panel.axis("off")
     for panel, each in zip(panels, shown, strict=False):
         _draw_question(panel, each, pictures)
+        middle = (len(each["pictures"]) * _STEP - (_STEP - 1)) / 2
+        # One scale for all pictures, alone or in pairs.
+        panel.set(xlim=(middle - width / 2, middle + width / 2), ylim=(height, 0), aspect="equal")
     figure.suptitle("Held-out pictures, and the answers of the model (green: right)")
     return figure
 
 
 def _draw_question(panel: Axes, each: dict[str, Any], pictures: np.ndarray) -> None:
-    panel.imshow(np.concatenate(list(pictures[each["pictures"]]), axis=1), cmap="gray_r")
-    panel.set_title(each["question"], fontsize=10)
-    below = {"transform": panel.transAxes, "ha": "center", "va": "top"}
-    for y, (label, state) in zip((-0.04, -0.15), _STATES.items(), strict=True):
-        written = textwrap.shorten(each[state] or "(nothing)", 28, placeholder="...")
+    for place, number in enumerate(each["pictures"]):
+        draw_picture(panel, pictures[number] / 255, place * _STEP, 0)
+    panel.set_title(printable(each["question"], 40), fontsize=10)
+    for y, (label, state) in zip((-4, -18), _STATES.items(), strict=True):
+        written = printable(each[state], 20) or "(nothing)"
         colour = _RIGHT if each[state] == each["answer"] else _WRONG
-        panel.text(0.5, y, f"{label}: {written}", color=colour, fontsize=10, **below)
-    panel.text(0.5, -0.26, f"right: {each['answer']}", fontsize=8, color="0.4", **below)
+        _write_below(panel, y, f"{label}: {written}", color=colour, fontsize=9)
+    right = f"right: {printable(each['answer'], 40)}"
+    _write_below(panel, -32, right, color="0.4", fontsize=8)
+
+
+def _write_below(panel: Axes, points: int, text: str, **options: Any) -> None:
+    """Write under a panel, by so many points."""
+    panel.annotate(
+        text, (0.5, 0), xycoords="axes fraction", xytext=(0, points), textcoords="offset points",
+        ha="center", va="top", **options,
+    )  # fmt: skip
 
 
 # --- text

@@ -20,12 +20,19 @@ def plot_losses(
     figure = Figure(figsize=(1.5 + 5 * len(histories), 4), layout="constrained")
     panels = figure.subplots(1, len(histories), squeeze=False, sharey=not log).flat
     for panel, (title, history) in zip(panels, histories.items(), strict=True):
-        panel.plot(*zip(*history["loss"], strict=True), linewidth=1, label="training")
+        # One point draws no line.
+        marker = "." if len(history["loss"]) == 1 else None
+        panel.plot(
+            *zip(*history["loss"], strict=True), linewidth=1, marker=marker, label="training"
+        )
         panel.plot(*zip(*history["held_out"], strict=True), "o-", label="held out")
         panel.set(title=title, xlabel="step", ylabel=label)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         if log:
             panel.set_yscale("log")
-            panel.yaxis.set_major_formatter("{x:.1f}")
-            panel.yaxis.set_minor_formatter("{x:.1f}")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
+        else:  # the axes are shared
+            panel.label_outer()
         panel.legend()
     return figure

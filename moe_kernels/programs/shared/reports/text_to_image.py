@@ -45,7 +45,7 @@ def plot_drawings(
             trained[mine] if nearest else None,
         ))  # fmt: skip
     heading = "real, held out" if all_held_out else "real"
-    return imaging.plot_samples(rows, title, real_heading=heading)
+    return imaging.plot_samples(rows, title, real_heading=heading, through_tokenizer=True)
 
 
 def _real_pictures(tokens: PictureTokens, label: int, count: int) -> tuple[torch.Tensor, bool]:
