@@ -10,21 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.public_names import MODULES
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "tests/support/users_script.py"
-MODULES = (
-    "moe_kernels",
-    "moe_kernels.analysis",
-    "moe_kernels.backends",
-    "moe_kernels.conversion",
-    "moe_kernels.imaging",
-    "moe_kernels.init",
-    "moe_kernels.layers",
-    "moe_kernels.moextend",
-    "moe_kernels.ops",
-    "moe_kernels.training",
-)
 # Without arguments, these hold values that a type checker takes for Any.
 GENERIC = {
     *("dict", "list", "set", "tuple", "type"),
