@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_kernels import backends, env
 from moe_kernels.files import replacing
 from moe_kernels.ops import moe_mlp
 from moe_kernels.ops.moe_mlp import triton_tiles
 from moe_kernels.ops.moe_mlp.tiles import Tiles, force
+from moe_kernels.progress import bar
 from moe_kernels.testing import MoeInputs, Shape, assert_close, make_moe_inputs
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -62,14 +62,15 @@ def tune(shape: Shape, dtype: torch.dtype, device: str, *, trials: int = 10, lim
     chosen = triton_tiles.built_in(dtype, triton_tiles.capability(inputs.hidden_states.device))
     found = candidates(average, dtype)
     found += [tiles for least, tiles in chosen if average >= least and tiles not in found][:1]
-    for tiles in tqdm(found[: limit or None], desc=f"T = {shape.T}", unit="tile"):
+    trials_left = bar(found[: limit or None], desc=f"T = {shape.T}", unit="tiles")
+    for tiles in trials_left:
         try:
             with force(tiles):
                 for name, tensor in _run(inputs, grad_out).items():
                     assert_close(tensor, expected[name], dtype=dtype, name=name)
                 seconds = _seconds(inputs, grad_out, trials)
         except Exception as error:  # mostly too much shared memory or too many registers
-            tqdm.write(f"{tiles}: {type(error).__name__} {str(error)[:100]}")
+            trials_left.write(f"{tiles}: {type(error).__name__} {str(error)[:100]}")
             continue
         if best is None or seconds < best[1]:
             best = tiles, seconds

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moe_kernels import schema
 from moe_kernels.analysis.rows import RowModality, watch_routers
 from moe_kernels.init.sampling import smallest_keys
 from moe_kernels.models.parts import MoeBlock, find_moe_blocks
 from moe_kernels.modes import evaluating
+from moe_kernels.progress import bar
 from moe_kernels.schema import Nullable
 
 METRICS = ("cka", "cosine")
@@ -218,7 +218,7 @@ def expert_redundancy(
     row_modality = RowModality(model, modality_of)
     sample = _Sample(row_modality, row_modality.number(modality), max_tokens, seed)
     with evaluating(model), torch.no_grad(), watch_routers(blocks, row_modality, sample.add):
-        for batch in tqdm(batches, desc="inputs of the experts", disable=not progress):
+        for batch in bar(batches, desc="inputs of the experts", unit="batches", shown=progress):
             model(**batch)
     if sample.size < _FEWEST_ROWS[metric]:
         raise ValueError(
@@ -230,7 +230,7 @@ def expert_redundancy(
     modality_id = row_modality.number(modality) if use_adapters else 0
     similarity = []
     with evaluating(model), torch.no_grad():
-        layers = tqdm(sample.inputs.items(), desc="experts compared", disable=not progress)
+        layers = bar(sample.inputs.items(), desc="experts compared", unit="layers", shown=progress)
         for name, inputs in layers:
             experts = _Experts(blocks[name].experts, inputs, modality_id)
             similarity.append(compare(experts, sample.num_experts[name]))

@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_kernels import arguments
 from moe_kernels.conversion import checkpoints
 from moe_kernels.modes import ending_with, evaluating, training_only
+from moe_kernels.progress import bar
 
 CHECKPOINT = "healing.pt"
 TRAIN = ("router", "router+experts")
@@ -77,7 +77,7 @@ def heal(
             hold the weights of the checkpoint instead.) The file is replaced as a whole every
             ``save_every`` steps, and only by weights whose loss was finite. None: no checkpoint.
         save_every: steps between checkpoints.
-        progress: show a tqdm bar.
+        progress: show a bar or, where there is no terminal, a line every half minute.
         stop: called at each step; if it returns True, save, then raise KeyboardInterrupt.
 
     Returns:
@@ -113,11 +113,10 @@ def heal(
 def _train(
     run: _Run, steps: int, save_every: int, progress: bool, stop: Callable[[], bool] | None
 ) -> None:
-    bar = tqdm(total=steps, initial=run.step, desc="healing", unit="step", disable=not progress)
-    with bar:
+    with bar(total=steps, initial=run.step, desc="healing", shown=progress) as shown:
         while run.step < steps:
             loss = run.forward()
-            bar.set_postfix(KL=f"{float(loss.detach()):.4f}", refresh=False)
+            shown.set_postfix(KL=f"{float(loss.detach()):.4f}", refresh=False)
             stopping = stop is not None and stop()
             # Before the update: what is saved has just shown a finite loss.
             if stopping or (run.step and run.step % save_every == 0):
@@ -125,7 +124,7 @@ def _train(
             if stopping:
                 raise KeyboardInterrupt
             run.update(loss)
-            bar.update()
+            shown.update()
 
 
 class _Run:

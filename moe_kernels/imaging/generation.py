@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -33,6 +32,7 @@ from moe_kernels.imaging.tokenizer import ImageTokenizer
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.offload import device_of_model
 from moe_kernels.modes import ending_with, evaluating
+from moe_kernels.progress import bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -161,7 +161,7 @@ def generate_image_codes(
         batch_size: number of pictures generated at a time.
         seed: seed of the samples, which leaves the global generators as they were; None: sample
             from the global generators.
-        progress: show a tqdm bar.
+        progress: show a bar or, where there is no terminal, a line every half minute.
 
     Returns:
         Codes, (N, tokens_per_image) int64, on the CPU.
@@ -188,8 +188,8 @@ def generate_image_codes(
     )
     processors = LogitsProcessorList([guidance, ImageTokensProcessor(vocabulary, tokens_per_image)])
     batches, device = [], device_of_model(model)
-    bar = tqdm(total=len(prompts), desc="drawing", unit="image", disable=not progress)
-    with _generating(model), _seeded(device, seed), bar:
+    shown = bar(total=len(prompts), desc="drawing", unit="images", shown=progress)
+    with _generating(model), _seeded(device, seed), shown:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             batch = collate([{"input_ids": torch.tensor(ids, device="cpu")} for ids in part])
@@ -203,7 +203,7 @@ def generate_image_codes(
                 logits_processor=processors,
             )
             batches.append(vocabulary.codes_of(output[:, -tokens_per_image:].cpu()))
-            bar.update(len(part))
+            shown.update(len(part))
     none = torch.empty(0, tokens_per_image, dtype=torch.long, device="cpu")
     return torch.cat([none, *batches])
 

@@ -14,7 +14,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from moe_kernels import arguments, schema, tensor_files
 from moe_kernels.imaging.pixels import as_pixels
@@ -25,6 +24,7 @@ from moe_kernels.imaging.tokenizer import (
     nearest_entries,
     warn_if_collapsed,
 )
+from moe_kernels.progress import bar
 from moe_kernels.tensor_files import TensorFile
 
 _SIZES = ("channels", "downsample", "width", "code_dim")
@@ -122,7 +122,7 @@ class VQTokenizer(CodebookTokenizer):
             lr: the largest learning rate.
             seed: seed of weights and batches; the global generators are left as they were.
             device: device to train on; the tokenizer itself works on the CPU.
-            progress: show a tqdm bar.
+            progress: show a bar or, where there is no terminal, a line every half minute.
 
         Warns:
             UserWarning: these images use fewer than a tenth of the codes.
@@ -320,16 +320,16 @@ class _Fit:
 
     def run(self, progress: bool) -> VQTokenizer:
         """Run all steps and return the fitted tokenizer."""
-        with tqdm(total=self.steps, desc="fitting", unit="step", disable=not progress) as bar:
+        with bar(total=self.steps, desc="fitting", shown=progress) as shown:
             for step in range(self.steps):
                 loss, vectors, codes = self._forward()
                 if step % _KEEP_EVERY == 0:
-                    bar.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
+                    shown.set_postfix(loss=f"{float(loss.detach()):.4f}", refresh=False)
                 self._update(step, loss)
                 self.codebook.update(vectors, codes)
                 if step % _REVIVE_EVERY == 0 and step < _REVIVE_UNTIL * self.steps:
                     self.codebook.revive(vectors)
-                bar.update()
+                shown.update()
         self._check(self._is_finite(), "a weight", self.steps)
         return self._tokenizer(self.network.state_dict(), self.codebook.entries)
 

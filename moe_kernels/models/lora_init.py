@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_kernels.init.coupling import check_names, import_pot
@@ -24,6 +23,7 @@ from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.models.projections import Projection
 from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.modes import evaluating, removing_hooks
+from moe_kernels.progress import bar
 
 # Groups of projections that read the same input, which is recorded at the first of the group.
 _SHARED_INPUT = (
@@ -117,7 +117,7 @@ def initialise_lora(
 
     shuffle = torch.Generator().manual_seed(seed)
     pairs, diagnostics = [], {}
-    for module, group in tqdm(readers.items(), desc="couplings", disable=not progress):
+    for module, group in bar(readers.items(), desc="couplings", unit="couplings", shown=progress):
         image, text = samples[module]
         aligned, coupling = align(image, text, seed=seed, **options)
         if lora_init == "permuted":

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from tqdm import tqdm
 
 from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.arguments import as_integer
@@ -21,6 +20,7 @@ from moe_kernels.models.ranks import Ranks
 from moe_kernels.models.routers import RoutingFinder
 from moe_kernels.modes import ending_with, evaluating, training_only
 from moe_kernels.moextend.scores import LayerScores, check_count, check_num_experts
+from moe_kernels.progress import Bar, bar
 
 Batch = Mapping[str, Any]
 # seconds to wait for other ranks: to begin, and to end, as they may have more batches
@@ -57,16 +57,14 @@ def score_layers(
             raise ValueError("the dataloader gave no batch")
         all_began()
         with (
-            tqdm(
-                total=steps + 2 * len(batches), desc="scoring layers", disable=not progress
-            ) as bar,
+            bar(total=steps + 2 * len(batches), desc="scoring layers", shown=progress) as shown,
             evaluating(patched.model),
             training_only(patched.model, ()),
             _tunable_routers(patched) as changes,
         ):
-            before, widths = _count(patched, batches, counted, bar)
-            _tune(patched, batches, steps, lr, changes, bar)
-            after, _ = _count(patched, batches, counted, bar)
+            before, widths = _count(patched, batches, counted, shown)
+            _tune(patched, batches, steps, lr, changes, shown)
+            after, _ = _count(patched, batches, counted, shown)
     device = offload.device_of_model(patched.model)
     before, after = _sum_over_ranks(before, device), _sum_over_ranks(after, device)
     _check_seen(before, counted)
@@ -178,7 +176,7 @@ def _tune(
     steps: int,
     lr: float,
     changes: list[nn.Parameter],
-    bar: tqdm,
+    shown: Bar,
 ) -> None:
     optimiser = torch.optim.AdamW(changes, lr=lr, weight_decay=0.0)
     for batch in itertools.islice(itertools.cycle(batches), steps):
@@ -194,19 +192,19 @@ def _tune(
         for change, grad in zip(changes, grads, strict=True):
             change.grad = grad
         optimiser.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        bar.update()
+        shown.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        shown.update()
 
 
 @torch.no_grad()
 def _count(
-    patched: PatchState, batches: list[dict[str, Any]], modality: str | None, bar: tqdm
+    patched: PatchState, batches: list[dict[str, Any]], modality: str | None, shown: Bar
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Return selections (L, E) of this rank's batches, and the number of experts of each layer."""
     with RoutingRecorder(patched.model) as recorder:
         for batch in batches:
             patched.model(**{name: value for name, value in batch.items() if name != "labels"})
-            bar.update()
+            shown.update()
     seen = recorder.statistics()
     if modality is None:
         return seen.counts.sum(1), seen.num_experts

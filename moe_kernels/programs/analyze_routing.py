@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.analysis import (
@@ -45,6 +44,7 @@ from moe_kernels.programs.shared.outputs import check_outputs
 from moe_kernels.programs.shared.reports.analyze_routing import describe, draw_figures, summarize
 from moe_kernels.programs.shared.stages import Stages, digest, model_identity
 from moe_kernels.programs.shared.texts import held_out_text, spread, text_blocks
+from moe_kernels.progress import bar
 
 HELD_OUT = "held_out.safetensors"
 FILES = (
@@ -217,9 +217,9 @@ class Subject:
     def routing(self, state: str) -> RoutingStatistics:
         """Count the routing of text and of the modality, without captions of the sequences."""
         with self.in_state(state), RoutingRecorder(self.model) as recorder:
-            for batch in tqdm(self.text, desc="text"):
+            for batch in bar(self.text, desc="text", unit="batches"):
                 self.model(**batch)
-            for batch in tqdm(self.sequences, desc="sequences", disable=not self.sequences):
+            for batch in bar(self.sequences, desc="sequences", unit="batches"):
                 modality = self.modality_of(batch["input_ids"])
                 recorder.observe(modality.masked_fill(modality == 0, -1))
                 self.model(**batch)

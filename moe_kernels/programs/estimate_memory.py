@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from tqdm import tqdm
-
 from moe_kernels import ModalityLoraConfig, info
 from moe_kernels.files import replacing
 from moe_kernels.programs.shared import memory_run
@@ -35,6 +33,7 @@ from moe_kernels.programs.shared.memory import sizes_of, terms
 from moe_kernels.programs.shared.memory_tables import fits, measured
 from moe_kernels.programs.shared.models import load_config
 from moe_kernels.programs.shared.tables import markdown_table
+from moe_kernels.progress import bar
 
 GIB = 2**30
 
@@ -79,7 +78,7 @@ def trials() -> Iterator[dict]:
 
 def measurements() -> Iterator[dict]:
     """Yield what processes of their own measured, and the formula's terms; NF4 if it is here."""
-    for trial in tqdm(list(trials())):
+    for trial in bar(list(trials()), desc="measuring", unit="trials"):
         trial |= {"hidden": 1024, "layers": 4, "threads": 2}
         # As large tensors do, the small ones of this model go back to the system when freed.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}

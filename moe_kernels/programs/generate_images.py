@@ -18,7 +18,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.progress import track
 
 from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.imaging import SampleRow, generate_images, load_image_tokenizer, plot_samples
@@ -36,6 +35,7 @@ from moe_kernels.programs.shared.outputs import check_outputs
 from moe_kernels.programs.shared.picture_files import MAX_CAPTION
 from moe_kernels.programs.shared.stages import model_identity
 from moe_kernels.programs.shared.training import in_batches
+from moe_kernels.progress import bar
 
 FILES = ("pictures.json", "pictures.png", "[0-9][0-9][0-9][0-9]*-*.png")
 
@@ -131,7 +131,7 @@ def draw_missing(
         return
     model, tokenizer, image_tokenizer = load(options)
     write_json(options.out / "pictures.json", settings)
-    for index in track(missing, description="drawing", console=console):
+    for index in bar(missing, desc="drawing", unit="batches"):
         drawn = generate_images(
             model, [caption for caption, _ in batches[index]], tokenizer=tokenizer,
             image_tokenizer=image_tokenizer, guidance_scale=options.guidance,

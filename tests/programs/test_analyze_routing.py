@@ -157,7 +157,7 @@ def test_a_model_without_adapter(program, saved, tmp_path):
         (["--modality", "sound"], "the adapter has image, not sound"),
         (["--sequences", "none.safetensors"], "none.safetensors is not a file"),
         (["--text", "none.txt"], "none.txt is not a file"),
-        (["--adapter", "nowhere"], "no adapter in nowhere"),
+        (["--adapter", "nowhere"], "no adapter: there is no folder nowhere"),
         (["--device", "nonsense"], "nonsense"),
         (["--backend", "triton"], "triton"),
     ],
@@ -218,7 +218,7 @@ def test_says_what_is_wrong_with_the_model(program, saved, tmp_path, capsys):
     )  # fmt: skip
     for name, model, adapter, message in (
         ("dense", LlamaForCausalLM(config), False, "LlamaForCausalLM has no router"),
-        ("dense", None, True, "no layer has experts; "),
+        ("dense", None, True, "no layer has experts: "),
         ("other", make_model("olmoe", vocab_size=VOCAB, seed=5), True, "other base weights"),
     ):
         if model is not None:

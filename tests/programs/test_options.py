@@ -275,12 +275,12 @@ def in_a_call_of_a_program():
 
 
 def in_a_call_of_the_library():
-    imaging.split_images([[1], [1, 2]], imaging.ImageVocabulary(8, 4))
+    imaging.PatchTokenizer.fit(np.ones((1, 4, 4), np.uint8), num_codes=1, seed=-1)
 
 
 FAULTS = {
     "in a program": (in_a_call_of_a_program, ValueError, "must not be zero"),
-    "in the library": (in_a_call_of_the_library, ValueError, "expected sequence"),
+    "in the library": (in_a_call_of_the_library, ValueError, "random_state"),
     "in Python": (lambda: [].index(3), ValueError, "3 is not in list"),
     "in Python's own code": (lambda: statistics.quantiles([1.0, 2.0], n=0), ValueError, "n must"),
     "in numpy": (lambda: np.stack([np.ones(1), np.ones(2)]), ValueError, "the same shape"),

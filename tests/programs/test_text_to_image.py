@@ -412,7 +412,7 @@ def test_does_not_mix_settings_in_one_folder(drawing, draw_command, tmp_path, ca
 def test_needs_a_taught_model(drawing, draw_command, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert drawing.main([*draw_command, "--run", str(tmp_path), *out]) == 1
-    assert "no adapter in" in capsys.readouterr().out
+    assert "there is no folder" in capsys.readouterr().out
     assert drawing.main([*draw_command, *out]) == 0, "a failed run locked the folder"
     with pytest.raises(SystemExit):
         drawing.main([draw_command[0], "--run", str(tmp_path)])

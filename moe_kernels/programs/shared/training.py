@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_model, save_model
 from torch.nn import functional as F
 from transformers import (
@@ -31,6 +30,7 @@ from moe_kernels.modes import evaluating
 from moe_kernels.programs.shared.checkpoints import STATE, last_checkpoint, step_of
 from moe_kernels.programs.shared.cli import console
 from moe_kernels.programs.shared.stages import Workspace
+from moe_kernels.progress import bar
 from moe_kernels.training import AdapterTrainer
 
 _SECONDS = "seconds of steps"  # their key in the Trainer's state
@@ -66,15 +66,10 @@ class Monitor(TrainerCallback):
     ):  # fmt: skip
         self.held_out, self.workspace, self.stop = held_out, workspace, stop
         self.evaluate_every = math.ceil(steps / 6)
-        self.progress = Progress(
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"), TimeRemainingColumn(), console=console,
-        )  # fmt: skip
-        self.task = self.progress.add_task("training", total=steps, loss="")
+        self.steps, self.progress = steps, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.progress.start()
-        self.progress.update(self.task, completed=state.global_step)
+        self.progress = bar(total=self.steps, initial=state.global_step, desc="training")
         if state.global_step == 0:
             self._evaluate(state, model)
 
@@ -90,7 +85,7 @@ class Monitor(TrainerCallback):
         seconds = time.perf_counter() - self.step_started
         earlier = state.stateful_callbacks.get(_SECONDS, 0.0)
         state.stateful_callbacks[_SECONDS] = earlier + seconds
-        self.progress.update(self.task, completed=state.global_step)
+        self.progress.update()
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
             self._evaluate(state, model)
         if self.stop.is_set():
@@ -98,7 +93,12 @@ class Monitor(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
-            self.progress.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
+            self.progress.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def close(self) -> None:
+        """End the bar, also of a training that did not begin or did not end."""
+        if self.progress is not None:
+            self.progress.close()
 
     def on_save(self, args, state, control, **kwargs):
         self.workspace.save_seconds()
@@ -228,7 +228,7 @@ def train(
         try:
             trainer.go_on()
         finally:
-            monitor.progress.stop()
+            monitor.close()
     if trainer.state.global_step < arguments.max_steps:
         raise KeyboardInterrupt
     history = curves(trainer.state.log_history, every)
