@@ -1,5 +1,6 @@
 """Figures of the programs and of the studies: what they say, and that no text lies over another."""
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -149,6 +150,18 @@ def test_runs_that_change_no_text_have_a_panel_without_numbers(moextend):
     drawn = [bars.lines[0].get_xdata()[0] for bars in lost.containers]
     assert min(drawn) > 0 and lost.get_xlim()[0] == 0
     assert len({bars.lines[0].get_color() for bars in kept.containers + lost.containers}) == 10
+
+
+def test_ticks_of_changes_that_are_tiny_do_not_touch(moextend):
+    plots, data = moextend
+    data = copy.deepcopy(data)
+    runs = [seed for run in data["runs"].values() for seed in run["seeds"].values()]
+    rates = [rate for tried in data["tuning"]["figures"].values() for rate in tried.values()]
+    for text in (found["text"] for found in runs + rates if "text" in found):
+        change = text["nll_after_training"] - text["nll_before_training"]
+        text["nll_after_training"] = text["nll_before_training"] + 1e-4 * (change > 0)
+    for figure in (plots.plot_trade(data), plots.plot_rates(data)):
+        check_texts(figure)
 
 
 def test_rates_are_told_by_markers(moextend):

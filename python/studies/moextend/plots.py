@@ -71,7 +71,8 @@ def plot_trade(data: Results) -> Figure:
             places += 1
     kept.set(title="text keeps its bits", xticks=[], xlim=(-0.5, max(places, 1) - 0.5))
     kept.set(xlabel="no change of text loss", ylabel="change of loss on answers, nats a token")
-    lost.set(title="text changes", xlim=(min(0, lost.get_xlim()[0]), None))
+    lost.set_title("text changes")
+    _widen_forgetting(lost)
     for panel in (kept, lost):
         panel.axhline(0, color="0.6", linewidth=1, zorder=0)
     figure.legend(loc="outside right upper", fontsize=8)
@@ -83,6 +84,12 @@ def _scale_forgetting(panel: Axes) -> None:
     panel.set_xscale("symlog", linthresh=0.01)
     panel.grid(axis="x", alpha=0.3)
     panel.set(xlabel="change of text loss, nats a token (logarithmic beyond 0.01)")
+
+
+def _widen_forgetting(panel: Axes) -> None:
+    """Show 0 and 0.01 at least: without a logarithmic part, the ticks would be the limits."""
+    low, high = panel.get_xlim()
+    panel.set_xlim(min(low, 0), max(high, 0.015))
 
 
 def plot_rates(data: Results) -> Figure:
@@ -101,6 +108,7 @@ def plot_rates(data: Results) -> Figure:
             panel.plot(*zip(*points.values(), strict=True), "-", color=colour)
             for lr, point in points.items():
                 panel.plot(*point, markers[lr], color=colour)
+        _widen_forgetting(panel)
         panel.set(title=task, ylabel="loss on the task, nats a token")
     keys = [Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(trained)]
     keys += [
