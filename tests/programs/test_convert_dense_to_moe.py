@@ -123,7 +123,7 @@ def test_the_program_stopped_while_healing_goes_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sizes", "8"], "'8' is not ExK"),
+        (["--sizes", "8"], "'8' is not ExK, such as 8x6"),
         (["--heal-text", __file__], "give all of"),
         (SAME_FILE, "must be different files"),
         (["--block", "1"], "--block must be at least 2"),
@@ -152,3 +152,14 @@ def test_the_program_says_what_is_wrong_with_the_model(program, folder, tmp_path
     assert program.main(command) == 1
     assert "is a Mixture of Experts already" in capsys.readouterr().out
     assert not list(tmp_path.glob("out/stages/dense*"))
+
+
+def test_the_program_names_a_text_that_is_too_short(program, folder, tmp_path, capsys):
+    texts = {"heal": "one", "choice": "two", "test": "three"}
+    for part, text in texts.items():
+        (tmp_path / part).write_text(text)
+    options = [word for part in texts for word in (f"--{part}-text", str(tmp_path / part))]
+    command = [str(folder), *OPTIONS, *options, "--out", str(tmp_path / "out")]
+    assert program.main(command) == 1
+    said = capsys.readouterr().out
+    assert "heal text, without paragraphs of the later parts: the text has 3 tokens" in said

@@ -275,7 +275,7 @@ def test_refuses_a_dense_model_and_a_folder_that_is_not_there(program, command, 
     LlamaConfig().save_pretrained(tmp_path / "dense")
     GPT2Config().save_pretrained(tmp_path / "other")
     messages = {
-        "dense": "is a dense 'llama' model: no layer has experts: moe_kernels.conversion",
+        "dense": " is a dense 'llama' model: no layer has experts: moe_kernels.conversion",
         "other": "Qwen3ForCausalLM alone",
     }
     for folder, message in (*messages.items(), ("no", "there is no folder")):

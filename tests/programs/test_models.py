@@ -41,6 +41,12 @@ def test_a_damaged_file_is_named_with_its_model(models, folder, name, content):
         load_all(models, folder)
 
 
+def test_a_file_that_cannot_be_read_may_be_damaged(models, folder):
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r" cannot be loaded, a file may be damaged \("):
+        models.load_config(folder)
+
+
 def test_missing_weights_are_not_drawn_at_random(models, folder):
     assert not load_all(models, folder).training
     file = folder / "model.safetensors"

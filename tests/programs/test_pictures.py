@@ -194,7 +194,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(pictures, two, encoding, ending)
         ("metadata.csv", 'file_name,text\none.png,"a" b\n', "starts in line 2: ',' expected"),
         ("metadata.csv", 'file_name,text\none.png,"a\ntwo.png,b"\n', "lines 2 to 3 are one row"),
         ("metadata.csv", 'file_name,text\r\none.png,"a\r\ntwo.png,b"\r\n', "in line 2, or use"),
-        ("metadata.csv", "file_name,text,text\none.png,a,b\n", "line 1 names text 2 times"),
+        ("metadata.csv", "file_name,text,text\none.png,a,b\n", "2 times: keep one of them"),
         ("metadata.jsonl", '{"file_name":"one.png","text":"a","text":"b"}', "names text 2 times"),
         ("metadata.jsonl", '\n{"file_name":"a","text":"a","file_name":"b"}', "line 2 names file_n"),
         ("metadata.jsonl", '{"file_name": "one.png", "te', "line 1 is not JSON"),
@@ -229,18 +229,18 @@ def test_captions_in_json_may_have_line_breaks(pictures, two):
 def test_two_listings_are_refused(pictures, two):
     (two / "metadata.csv").write_text("file_name,text\none.png,a\n")
     (two / "metadata.jsonl").write_text('{"file_name": "one.png", "text": "b"}\n')
-    with pytest.raises(ValueError, match="both metadata.csv and metadata.jsonl"):
+    with pytest.raises(ValueError, match="both metadata.csv and metadata.jsonl: keep one of them"):
         pictures.folder(two, SIZE)
 
 
 CAPTIONS = [
-    ({}, "no caption"),
-    ({"text": ""}, "no caption"),
-    ({"text": " \t"}, "no caption"),
-    ({"text": None}, "no caption"),
-    ({"text": 7}, "not text: 7"),
-    ({"text": ["a"]}, "not text"),
-    ({"text": "\ud800"}, "not text"),
+    ({}, "the row has no caption"),
+    ({"text": ""}, "the row has no caption"),
+    ({"text": " \t"}, "the row has no caption"),
+    ({"text": None}, "the row has no caption"),
+    ({"text": 7}, "its caption is not text: 7"),
+    ({"text": ["a"]}, "its caption is not text: ['a']"),
+    ({"text": "\ud800"}, "its caption is not text: 'utf-8' codec"),
     ({"text": "word " * 20_000}, "100,000 characters, more than 2,000"),
 ]
 

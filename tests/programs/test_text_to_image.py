@@ -189,7 +189,7 @@ def test_other_starts_and_targets(program, command, tmp_path, init):
         (["--lr", "nan"], "--lr must be above 0"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--text", "nowhere.txt"], "is not a file"),
-        (["--backend", "triton"], "triton"),
+        (["--backend", "triton"], "--backend on cpu: "),
     ],
 )
 def test_refuses_options_before_any_work(program, command, options, message, tmp_path, capsys):
@@ -203,7 +203,7 @@ def test_refuses_options_before_any_work(program, command, options, message, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "."], "metadata.csv"),
+        (["--data", "."], ". has neither metadata.csv nor metadata.jsonl"),
         (["--held-out", "72"], "cannot be held out"),
         (["--captions", "a purple square"], "no picture has the caption"),
     ],
@@ -342,7 +342,7 @@ def test_emoji_are_read_by_category(program, tmp_path):
     assert found.images[1].min() == 255, "what is transparent lies on white"
     with pytest.raises(ValueError, match="no emoji category"):
         pictures.emoji(tmp_path, 16, ["Nothing"])
-    with pytest.raises(ValueError, match="npm pack"):
+    with pytest.raises(ValueError, match="has no emoji.json: unpack the npm package"):
         pictures.emoji(tmp_path / "img", 16)
 
 
