@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="say instead what patch_model gives the model of this config.json, and why not",
+        help="say instead what patch_model gives the model of this config.json, why not, and the "
+        "memory to train it",
     )
     arguments = parser.parse_args(argv)
     if arguments.model is None:

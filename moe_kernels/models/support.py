@@ -7,16 +7,17 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from moe_kernels.files import why_no_folder
-from moe_kernels.models import added_experts
+from moe_kernels.models import added_experts, memory
 from moe_kernels.models.config import TARGETS, ExtensionConfig, ModalityLoraConfig
+from moe_kernels.models.parts import find_parts, up_stack
 from moe_kernels.models.patch import patch_model
 from moe_kernels.models.routers import RoutingFinder
 
 _YES = "supported"
 
 
-def of_folder(folder: str | Path) -> dict[str, str]:
-    """Return what :func:`moe_kernels.patch_model` gives the model in a folder, and why not.
+def of_folder(folder: str | Path) -> dict[str, str | dict[str, str]]:
+    """Return what :func:`moe_kernels.patch_model` gives the model in a folder, and what it takes.
 
     The model is built from ``config.json`` on the device meta, without weights.
 
@@ -24,7 +25,8 @@ def of_folder(folder: str | Path) -> dict[str, str]:
         folder: with a ``config.json`` of transformers.
 
     Returns:
-        The class of the model; "supported" or a reason for each target and for added experts.
+        The class, family and layout of the model; "supported" or a reason for each target and for
+        added experts; and the memory to train it on one card and on eight, by formula.
 
     Raises:
         ValueError: there is no such folder, or it has no configuration of a class of transformers.
@@ -53,8 +55,54 @@ def of_folder(folder: str | Path) -> dict[str, str]:
     return {"class": names[0]} | of_model(model)
 
 
-def of_model(model: PreTrainedModel) -> dict[str, str]:
-    """Return "supported" or a reason for each target and for added experts; nothing changes."""
+def of_model(model: PreTrainedModel) -> dict[str, str | dict[str, str]]:
+    """Return a model's layout, what is supported or why not, and the memory to train it.
+
+    The model is as it was afterwards.
+    """
+    targets = _of_parts(model)
+    supported = tuple(name for name in ("experts", "attention") if targets[name] == _YES)
+    return {
+        "family": model.config.model_type,
+        "layout": _layout(model),
+        **targets,
+        "memory to train": _memory(model, supported),
+    }
+
+
+def _layout(model: PreTrainedModel) -> str:
+    """Return in words which layers have which experts and attention."""
+    try:
+        parts = find_parts(model)
+    except ValueError as error:
+        return str(error)
+    sparse = [each for each in parts if each.experts is not None]
+    if not sparse:
+        return f"{len(parts)} layers, none with stacked experts"
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    stacks = {
+        f"{each.num_experts} {type(each.experts).__name__} {tuple(up_stack(each.experts).shape)}"
+        for each in sparse
+    }
+    attention = {", ".join(each.attention) or type(each.self_attn).__name__ for each in parts}
+    of_token = f", {chosen} a token" if isinstance(chosen, int) else ""
+    return (
+        f"{len(parts)} layers, {len(sparse)} with experts: {' or '.join(sorted(stacks))}{of_token};"
+        f" attention {' or '.join(sorted(attention))}"
+    )
+
+
+def _memory(model: PreTrainedModel, targets: tuple[str, ...]) -> str | dict[str, str]:
+    """Return the memory to train adapters on these targets, or why it is not estimated."""
+    if not targets:
+        return "not estimated: neither experts nor attention can be adapted"
+    if problem := memory.why_no_estimate(model, find_parts(model)):
+        return f"not estimated: {problem}"
+    return memory.in_short(model, targets)
+
+
+def _of_parts(model: PreTrainedModel) -> dict[str, str]:
+    """Return "supported" or a reason for each target and for added experts."""
     found = {target: _of_targets(model, (target,)) for target in TARGETS}
     if (reason := _of_targets(model, ())) != _YES:
         return found | {"added experts": reason}

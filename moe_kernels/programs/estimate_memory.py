@@ -7,7 +7,7 @@
 
 Models are built from their published sizes on the "meta" device, so nothing is downloaded and no
 memory is used. In the first table activations come on top: they depend on batch, length and
-checkpointing. shared/memory.py has the formulas of --fits. --measure trains in processes of their
+checkpointing. models/memory.py has the formulas of --fits. --measure trains in processes of their
 own, and needs Linux, and bitsandbytes for experts in NF4.
 """
 
@@ -26,16 +26,17 @@ from pathlib import Path
 
 from moe_kernels import ModalityLoraConfig, info
 from moe_kernels.files import replacing
+from moe_kernels.models.memory import amount, sizes_of, terms
 from moe_kernels.programs.shared import memory_run
 from moe_kernels.programs.shared.cli import Options, exit_code, option, parse
 from moe_kernels.programs.shared.full_size import MODELS, patched_on_meta
-from moe_kernels.programs.shared.memory import sizes_of, terms
 from moe_kernels.programs.shared.memory_tables import fits, measured
 from moe_kernels.programs.shared.models import load_config
 from moe_kernels.programs.shared.tables import markdown_table
 from moe_kernels.progress import bar
 
-GIB = 2**30
+_NUMBERS = ("", " k", " M", " B")
+_BYTES = (" bytes", " KiB", " MiB", " GiB")
 
 
 @dataclass(kw_only=True)
@@ -51,12 +52,12 @@ class EstimateOptions(Options):
 
 
 def estimate(config, lora: ModalityLoraConfig, num_tokens: int) -> dict[str, float]:
-    """Return 1e9 base weights, 1e6 trained ones, and GiB with bf16 weights and AdamW."""
+    """Return the numbers of base and trained weights, and bytes with bf16 weights and AdamW."""
     patched = patched_on_meta(config, lora, num_tokens)
     trained = sum(p.numel() for p in patched.trainable_parameters())
     base = sum(p.numel() for p in patched.model.parameters()) - trained
     # A trained parameter takes 16 bytes: weight, gradient and two moments of AdamW in fp32.
-    return {"base": base / 1e9, "trained": trained / 1e6, "gib": (2 * base + 16 * trained) / GIB}
+    return {"base": base, "trained": trained, "bytes": 2 * base + 16 * trained}
 
 
 def trials() -> Iterator[dict]:
@@ -120,8 +121,9 @@ def run(options: EstimateOptions) -> None:
         for targets in (("experts", "attention"), ("attention",)):
             lora = ModalityLoraConfig(r=options.r, target_modules=targets)
             result = estimate(config, lora, options.num_tokens)
-            cells.append(f"{result['trained']:.0f} M, {result['gib']:.0f} GiB")
-        rows.append((name, f"{result['base']:.1f} B", *cells))
+            size = amount(result["bytes"], _BYTES, 1024)
+            cells.append(f"{amount(result['trained'], _NUMBERS)}, {size}")
+        rows.append((name, amount(result["base"], _NUMBERS), *cells))
     print(markdown_table(head, rows))
 
 

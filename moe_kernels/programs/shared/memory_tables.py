@@ -7,15 +7,12 @@ from collections.abc import Iterator, Mapping
 from transformers import PreTrainedConfig
 
 from moe_kernels import ModalityLoraConfig
+from moe_kernels.models.memory import CARDS, GB, peak, sizes_of, terms
 from moe_kernels.programs.shared.full_size import MODELS, patched_on_meta
-from moe_kernels.programs.shared.memory import peak, sizes_of, terms
 from moe_kernels.programs.shared.tables import markdown_table
 
 RESULTS = "training-memory.json"  # in benchmarks/results
 SHOWN = ("Mixtral-8x7B", "Qwen3-30B-A3B")
-GB = 1e9
-# Bytes for the model on a card of so many GB: less 2 GiB for the driver, workspaces and gaps.
-CARDS = {80: 78 * 2**30, 24: 22 * 2**30}
 _BOTH, _ATTENTION = ("experts", "attention"), ("attention",)
 # what is said, targets of the adapters, settings of the formula
 SWITCHES: tuple[tuple[str, tuple[str, ...], Mapping], ...] = (
@@ -59,10 +56,15 @@ def fits(
         names = list(of)
         most = peak(of)
         cards = ("yes" if most <= room else "no" for room in CARDS.values())
-        values = (f"{value / GB:.1f}" for value in (*of.values(), most))
+        values = (_digits(value / GB) for value in (*of.values(), most))
         rows.append((name, said, *values, *cards))
     head = ("model", "switches", *names, "peak, GB", *(f"{card} GB card" for card in CARDS))
     return markdown_table(head, rows) + "\n"
+
+
+def _digits(value: float) -> str:
+    """Return a number with a decimal, and one that would be 0.0 with two digits."""
+    return f"{value:.1f}" if value == 0 or value >= 0.05 else f"{value:.2g}"
 
 
 def measured(results: Mapping) -> str:

@@ -7,13 +7,35 @@ bits, beside two copies of hidden states in float32 for the norms.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_kernels import PatchedModel
+import torch
+from transformers import PreTrainedModel
+
+from moe_kernels.models.config import ATTENTION_LAYOUTS, ModalityLoraConfig
+from moe_kernels.models.offload import device_of_model
+from moe_kernels.models.parts import LayerParts
+from moe_kernels.models.patch import PatchedModel, patch_model
+from moe_kernels.models.tokens import add_modality_tokens
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: a code, and scales that are packed too
 _SCALES = 4 / 64  # bytes of a weight: its scale, expanded
 _CHUNK = 2**25  # logits that the fused loss holds at a time
+GB = 1e9
+# Bytes for the model on a card of so many GB: less 2 GiB for the driver, workspaces and gaps.
+CARDS = {80: 78 * 2**30, 24: 22 * 2**30}
+TOKENS, RANK, NUM_TOKENS = 4096, 16, 8194  # of a step on a card, of adapters, added
+# What is said of a model in short -> settings of :func:`terms`.
+IN_SHORT: Mapping[str, Mapping] = {
+    "one card, bf16": {},
+    "one card, experts in NF4": {"nf4": True},
+    "each of 8 cards, bf16 under FSDP2": {"ranks": 8},
+}
+_FIELDS = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+    "num_experts_per_tok", "intermediate_size",
+)  # fmt: skip
 _LOGIT = 2 + 4 + 4 + 4  # bytes: in 16 bits, in float32, of log_softmax, of its gradient
 
 
@@ -43,8 +65,14 @@ class Sizes:
 
 
 def sizes_of(patched: PatchedModel) -> Sizes:
-    """Return the sizes of a patched model, which may be on the device meta."""
-    model, config = patched.model, patched.model.config
+    """Return the sizes of a patched model, which may be on the device meta.
+
+    Raises:
+        ValueError: its layers are of another layout than the formula's.
+    """
+    if problem := why_no_estimate(patched.model, patched.parts):
+        raise ValueError(f"no estimate for {type(patched.model).__name__}: {problem}")
+    model, config = patched.model, patched.model.config.get_text_config()
     trained = sum(p.numel() for p in patched.trainable_parameters())
     every = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for n, p in model.named_parameters() if _is_stack(n, p))
@@ -63,6 +91,58 @@ def sizes_of(patched: PatchedModel) -> Sizes:
     return Sizes(
         experts, every - trained - experts, trained, layers, hidden, kept, working, columns
     )
+
+
+def why_no_estimate(model: PreTrainedModel, parts: Sequence[LayerParts]) -> str | None:
+    """Return why the formula does not hold for a model, or None."""
+    config = model.config.get_text_config()
+    if missing := [name for name in _FIELDS if not isinstance(getattr(config, name, None), int)]:
+        return f"the formula needs {', '.join(missing)}, which its configuration does not have"
+    if any(tuple(each.attention) != ATTENTION_LAYOUTS[0] for each in parts):
+        return "the formula is of layers like Mixtral's, with q, k, v and o in each"
+    return None
+
+
+def in_short(model: PreTrainedModel, targets: tuple[str, ...]) -> dict[str, str]:
+    """Return what training a model takes on one card and on eight, and the cards that it fits.
+
+    The model is patched, which a model on the device meta may be, and unpatched.
+
+    Args:
+        model: unpatched.
+        targets: ``target_modules`` of the adapters.
+    """
+    patched = patch_model(model, ModalityLoraConfig(r=RANK, target_modules=targets))
+    try:
+        with torch.device(device_of_model(model)):
+            add_modality_tokens(model, "image", NUM_TOKENS)
+        sizes = sizes_of(patched)
+    finally:
+        patched.unpatch()
+    found = {"tokens of a card": f"{TOKENS:,}, with checkpointing and the fused loss"}
+    found["trained"] = f"rank {RANK} on {' and '.join(targets)}, {NUM_TOKENS:,} added tokens"
+    for said, settings in IN_SHORT.items():
+        most = peak(terms(sizes, TOKENS, **{"fused_loss": True} | settings))
+        cards = [f"{card} GB" for card, room in sorted(CARDS.items()) if most <= room]
+        fits = f"fits cards of {' and '.join(cards)}" if cards else "fits no card of up to 80 GB"
+        found[said] = f"{amount(most, BYTES)}, {fits}"
+    return found
+
+
+BYTES = (" bytes", " kB", " MB", " GB")
+
+
+def amount(number: float, units: tuple[str, ...], step: int = 1000) -> str:
+    """Return a number with three digits, in the largest of ``units`` of which it has one.
+
+    Example:
+        >>> amount(33_760, ("", " k", " M", " B"))
+        '33.8 k'
+    """
+    power = 0
+    while number >= step * 0.9995 and power < len(units) - 1:
+        number, power = number / step, power + 1
+    return f"{number:.3g}{units[power]}" if number < 999.5 else f"{number:,.0f}{units[power]}"
 
 
 def _is_stack(name: str, parameter) -> bool:
