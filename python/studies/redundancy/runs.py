@@ -380,8 +380,10 @@ def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict
     choice, test = (painter.batches(part, IMAGE_BATCH) for part in held_out(data, run))
     steps = run.steps or budget.steps
     batch = budget.real_batch if run.base == "real" else budget.batch
+    # The copy is no part of an adapter, and its checkpoints hold the whole model.
+    trained = model if run.method == "copy" else painter.patched or model
     history = train(
-        painter.patched or model, painter.dataset(learnt, caption_dropout=0.1),
+        trained, painter.dataset(learnt, caption_dropout=0.1),
         lambda model: mean_nll(model, choice[:1]), workspace,
         collator=painter.collator, optimizer=optimizer_of(model, run, lr),
         **training_arguments(steps, batch, lr, warmup_steps=steps // 20, seed=setup.seed),
