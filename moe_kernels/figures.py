@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _EDGE = "0.75"  # of a picture without a frame of its own
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the file name's suffix names (png, pdf, svg)."""
     path = Path(path)
     with replacing(path) as temporary:

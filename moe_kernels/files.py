@@ -126,7 +126,7 @@ def _remove_leftovers(path: Path) -> None:
             os.close(lock)
 
 
-def why_no_folder(path: str | os.PathLike) -> str | None:
+def why_no_folder(path: str | os.PathLike[str]) -> str | None:
     """Return why a path is no folder, for a message; None: it is one.
 
     Example:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def plot_layer_scores(
     scores: LayerScores,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     chosen: Sequence[int] | None = None,
     title: str | None = None,
