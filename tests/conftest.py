@@ -5,6 +5,8 @@ import torch
 from support.attacks import today
 from support.ranks import errors_of
 
+from moe_kernels.progress import Lines
+
 
 def pytest_addoption(parser):
     """Add the options of tests/attacks, which pytest takes from this file alone."""
@@ -53,6 +55,24 @@ def thread_count():
 def seed():
     """Seed every test, so that its random numbers do not depend on the tests before."""
     torch.manual_seed(0)
+
+
+class Clock:
+    """Clock that stands still until it is told."""
+
+    seconds = 1000.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the clock of the lines of progress, whose ``seconds`` a test sets."""
+    found = Clock()
+    defaults = Lines.__init__.__kwdefaults__ | {"clock": found}
+    monkeypatch.setattr(Lines.__init__, "__kwdefaults__", defaults)
+    return found
 
 
 @pytest.fixture

@@ -14,24 +14,6 @@ from moe_kernels.progress import Lines, bar, duration
 PACKAGE = Path(progress.__file__).parent
 
 
-class Clock:
-    """Clock that stands still until it is told."""
-
-    seconds = 1000.0
-
-    def __call__(self):
-        return self.seconds
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    found = Clock()
-    monkeypatch.setattr(
-        Lines.__init__, "__kwdefaults__", Lines.__init__.__kwdefaults__ | {"clock": found}
-    )
-    return found
-
-
 def test_a_line_says_every_half_minute_what_is_done_and_left(clock, capsys):
     with bar(total=5000, desc="fitting") as shown:
         for _ in range(12):

@@ -2,11 +2,13 @@
 
 import errno
 import shutil
+import threading
 
 import pytest
 import torch
 from support.model_zoo import make_model
 from support.programs import imported
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 STEPS = 7  # not a whole number of epochs, which have 3
@@ -250,3 +252,18 @@ def test_the_held_out_loss_leaves_every_module_its_mode(training):
     with pytest.raises(ValueError, match="no token has a label"):
         training.mean_nll(model, [nothing])
     assert [module.training for module in model.modules()] == modes
+
+
+def test_a_training_that_was_resumed_says_in_a_file_how_far_it_is(training, clock, capsys):
+    """Nothing was printed, as if it hung."""
+    monitor = training.Monitor(10, lambda model: 0.0, None, threading.Event())
+    state = TrainerState(global_step=4, max_steps=10)
+    monitor.on_train_begin(None, state, None)
+    monitor.on_log(None, state, None, logs={"loss": 2.0})
+    monitor.on_step_begin(None, state, None)
+    clock.seconds += 40
+    state.global_step = 5
+    monitor.on_step_end(None, state, None)
+    monitor.close()
+    line = "training: 5 of 10 steps, elapsed 40 s, about 3 min left, loss=2.000\n"
+    assert capsys.readouterr().err == line
