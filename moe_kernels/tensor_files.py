@@ -31,20 +31,28 @@ class Names:
     Attributes:
         weights: the safetensors file.
         config: the JSON beside it.
-        mark: a field that each of these configurations has, and no other library's under this name.
+        marks: fields that each of these configurations has, and none of another library under this
+            name has all of.
         earlier: the names that older versions wrote, which other libraries have for their own
             files; None: there are none.
+        shared: other libraries write files of the same kind under these names, which a save
+            replaces as it does ours. Otherwise it replaces ours alone.
     """
 
     weights: str
     config: str
-    mark: str
+    marks: tuple[str, ...]
     earlier: "Names | None" = None
+    shared: bool = False
 
     @property
     def key(self) -> str:
         """The configuration's place in the header of the weights."""
         return Path(self.config).stem
+
+    def mark(self, config: dict) -> bool:
+        """Return whether a configuration is one of ours by its fields."""
+        return all(mark in config for mark in self.marks)
 
 
 class TensorFile:
@@ -83,7 +91,7 @@ class TensorFile:
         if text is None:
             return None
         config = parse_json(text, f"the header of {self.path}")
-        if self.beside.is_file() and _contradicts(self.beside, self.names.mark, config):
+        if self.beside.is_file() and _contradicts(self.beside, self.names, config):
             warnings.warn(
                 f"{self.beside} is not the configuration of {self.path.name} beside it, whose own "
                 "header counts: it was edited, or is that of another save",
@@ -123,7 +131,10 @@ def write(folder: Path, names: Names, tensors: dict[str, Tensor], config: dict) 
 
     Raises:
         ValueError: a tensor is not float64, float32, float16 or bfloat16, or not finite.
+        FileExistsError: one of the names is that of a folder, or of a file that is not ours.
     """
+    if not names.shared:
+        _check_ours(folder, names)
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS.values():
             raise ValueError(
@@ -171,11 +182,23 @@ def opened(folder: Path, names: Names, what: str) -> Iterator[TensorFile]:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
 
 
+def _check_ours(folder: Path, names: Names) -> None:
+    """Raise FileExistsError if one of the names is taken by what no save of ours has written."""
+    ours = owned(folder, names)
+    for path in (folder / names.weights, folder / names.config):
+        if path.exists() and path not in ours:
+            what = "a folder" if path.is_dir() else "damaged, or a file of something else"
+            raise FileExistsError(
+                f"{path} is {what}, and would be replaced: move it away, or save into another "
+                "folder"
+            )
+
+
 def owned(folder: Path, names: Names) -> list[Path]:
     """Return which of the two files in a folder say by their configuration that they are ours."""
     weights, config = folder / names.weights, folder / names.config
     contents = {weights: _in_header(weights, names.key), config: _in_json(config)}
-    return [path for path, content in contents.items() if names.mark in content]
+    return [path for path, content in contents.items() if names.mark(content)]
 
 
 def _in_header(path: Path, key: str) -> dict:
@@ -231,13 +254,13 @@ def check_finite(tensors: dict[str, Tensor], where: object) -> None:
             )
 
 
-def _contradicts(path: Path, mark: str, config: dict) -> bool:
+def _contradicts(path: Path, names: Names, config: dict) -> bool:
     """Return whether a JSON is damaged, or another configuration of ours than this one."""
     try:
         beside = parse_json(path.read_bytes(), path)
     except ValueError:
         return True
-    return mark in beside and beside != config
+    return names.mark(beside) and beside != config
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:

@@ -20,13 +20,15 @@ from moe_kernels.imaging.arrays import as_tensor
 from moe_kernels.imaging.pixels import as_pixels
 from moe_kernels.tensor_files import TensorFile
 
+_CONFIG = {"type": str, "format_version": int, "num_codes": int, "image_shape": [int]}
 _NAMES = tensor_files.Names(
     "image_tokenizer.safetensors",
     "image_tokenizer_config.json",
-    mark="image_shape",
-    earlier=tensor_files.Names("codebook.safetensors", "tokenizer_config.json", mark="image_shape"),
+    marks=tuple(_CONFIG),
+    earlier=tensor_files.Names(
+        "codebook.safetensors", "tokenizer_config.json", marks=tuple(_CONFIG)
+    ),
 )
-_CONFIG = {"type": str, "format_version": int, "num_codes": int, "image_shape": [int]}
 _FORMAT_VERSION = 1
 _COLLAPSED_BELOW = 0.1  # share of the codes in use
 _VECTORS_PER_CHUNK = 16_384  # vectors encoded or decoded at a time, rounded to whole pictures
@@ -248,6 +250,8 @@ class CodebookTokenizer(ABC):
 
         Raises:
             ValueError: a tensor is not of floats, or not finite.
+            FileExistsError: the folder has a file of one of the two names that no image tokenizer
+                of this package wrote.
 
         Example:
             >>> tokenizer.save_pretrained("run")  # the text tokenizer

@@ -11,12 +11,13 @@ from moe_kernels.models import schemas
 from moe_kernels.tensor_files import TensorFile
 
 _OF_PEFT = ("adapter_model.safetensors", "adapter_config.json")
-PEFT_NAMES = tensor_files.Names(*_OF_PEFT, mark="peft_type")
+_MARKS = ("layout", "lora", "base_model")
+PEFT_NAMES = tensor_files.Names(*_OF_PEFT, marks=("peft_type",), shared=True)
 NAMES = tensor_files.Names(
     "modality_adapter.safetensors",
     "modality_adapter_config.json",
-    mark="layout",
-    earlier=tensor_files.Names(*_OF_PEFT, mark="layout"),
+    marks=_MARKS,
+    earlier=tensor_files.Names(*_OF_PEFT, marks=_MARKS),
 )
 LAYOUT = 1  # raised when names or shapes of the saved tensors change
 

@@ -249,6 +249,8 @@ class PatchedModel(PatchState):
         Raises:
             ValueError: nothing could load the adapter again: values are not finite or not here, or
                 the model is not as it was patched.
+            FileExistsError: the folder has a file of one of the two names that no ``save_adapter``
+                wrote.
             RuntimeError: other ranks of a sharded model did not call it in time, or one failed. If
                 the first rank writes for longer than ``timeout``, the new files may be there.
 

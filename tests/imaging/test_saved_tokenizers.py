@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.saved_adapters import EARLIER_TOKENIZER, TOKENIZER, give_earlier_names, rewrite
+from support.saved_adapters import (
+    EARLIER_TOKENIZER,
+    SAYS_WHOSE,
+    STRANGERS,
+    TOKENIZER,
+    give_earlier_names,
+    rewrite,
+    strange,
+)
 from support.text_tokenizer import make_tokenizer
 from transformers import AutoTokenizer
 
@@ -77,6 +85,14 @@ def test_the_configuration_of_a_text_tokenizer_is_not_ours(copy, header):
     assert weights.exists() is not header
     assert AutoTokenizer.from_pretrained(copy).bos_token == "<s>"
     assert torch.equal(load_image_tokenizer(copy).codebook, tokenizer.codebook)
+
+
+@pytest.mark.parametrize("content", STRANGERS, ids=lambda content: str(content)[:12])
+@pytest.mark.parametrize("name", TOKENIZER)
+def test_a_file_of_something_else_is_not_replaced(name, content, tmp_path):
+    tokenizer = PatchTokenizer(torch.rand(8, 12), 2, (4, 6, 3))
+    with strange(tmp_path, name, content), pytest.raises(FileExistsError, match=SAYS_WHOSE):
+        tokenizer.save(tmp_path)
 
 
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: str(value)[:10])

@@ -16,8 +16,11 @@ from support.saved_adapters import (
     ADAPTER,
     CONFIG,
     EARLIER_ADAPTER,
+    SAYS_WHOSE,
+    STRANGERS,
     WEIGHTS,
     give_earlier_names,
+    strange,
 )
 from support.text_tokenizer import make_tokenizer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -346,12 +349,27 @@ def test_two_savers_in_one_folder(tmp_path):
 
 
 def test_no_file_is_written_through_a_link(tmp_path):
-    (tmp_path / "mine").write_text("mine")
-    for name in (WEIGHTS, CONFIG):
-        (tmp_path / f".{name}.tmp").symlink_to(tmp_path / "mine")
-        (tmp_path / name).symlink_to(tmp_path / "mine")
-    patched_model()[1].save_adapter(tmp_path)
-    assert (tmp_path / "mine").read_text() == "mine"
+    """As in the cache of the hub, where a snapshot's files are links."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    patched_model(scale=0.1)[1].save_adapter(first)
+    patched_model(scale=0.3)[1].save_adapter(second)
+    before = [(first / name).read_bytes() for name in ADAPTER]
+    out.mkdir()
+    for name in ADAPTER:
+        (out / f".{name}.tmp").symlink_to(first / name)
+        (out / name).symlink_to(first / name)
+    patched_model(scale=0.3)[1].save_adapter(out)
+    assert [(first / name).read_bytes() for name in ADAPTER] == before
+    assert [(out / name).read_bytes() for name in ADAPTER] == [
+        (second / name).read_bytes() for name in ADAPTER
+    ]
+
+
+@pytest.mark.parametrize("content", STRANGERS, ids=lambda content: str(content)[:12])
+@pytest.mark.parametrize("name", ADAPTER)
+def test_a_file_of_something_else_is_not_replaced(name, content, tmp_path):
+    with strange(tmp_path, name, content), pytest.raises(FileExistsError, match=SAYS_WHOSE):
+        patched_model()[1].save_adapter(tmp_path)
 
 
 # --- pickles and checkpoints of transformers

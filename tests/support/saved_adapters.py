@@ -1,10 +1,12 @@
 """Read adapters and image tokenizers on disk, and rewrite them with changes."""
 
+import contextlib
 import copy
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +15,11 @@ PEFT = EARLIER_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 TOKENIZER = ("image_tokenizer.safetensors", "image_tokenizer_config.json")
 EARLIER_TOKENIZER = ("codebook.safetensors", "tokenizer_config.json")
 WEIGHTS, CONFIG = ADAPTER
+# Contents of files that have one of our names and are not ours; None: a folder.
+STRANGERS = (
+    b'{"layout": "NCHW", "image_shape": [3, 224, 224]}', b"no JSON", b"[]", b"", None, {"w": 2.0},
+)  # fmt: skip
+SAYS_WHOSE = "is (a folder|damaged, or a file of something else), and would be replaced: move it"
 
 
 def read(folder, names=ADAPTER):
@@ -20,6 +27,22 @@ def read(folder, names=ADAPTER):
     path, key = folder / names[0], names[1].removesuffix(".json")
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()[key]), load_file(path)
+
+
+@contextlib.contextmanager
+def strange(folder, name, content):
+    """Put a stranger's file into a folder; at the end it must be there as it was, and alone."""
+    path = folder / name
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, dict):
+        save_file({key: torch.tensor(value) for key, value in content.items()}, path)
+    else:
+        path.write_bytes(content)
+    before = None if content is None else path.read_bytes()
+    yield
+    assert list(folder.rglob("*")) == [path]
+    assert content is None or path.read_bytes() == before
 
 
 def rewrite(folder, change_header=None, change_tensors=None, names=ADAPTER):
