@@ -349,7 +349,7 @@ def test_two_savers_in_one_folder(tmp_path):
 
 
 def test_no_file_is_written_through_a_link(tmp_path):
-    """As in the cache of the hub, where a snapshot's files are links."""
+    """The cache of the hub has links to files of ours in the place of files."""
     first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
     patched_model(scale=0.1)[1].save_adapter(first)
     patched_model(scale=0.3)[1].save_adapter(second)
