@@ -53,10 +53,10 @@ class AdapterTrainer(Trainer):
 
     Raises:
         TypeError: ``patched`` is not a handle.
-        ValueError: FSDP or DeepSpeed shards the model, or PEFT has adapted it too: their
-            checkpoints are of another kind. Or ``rows_lr`` is given beside an optimizer. In
-            ``train``: a parameter that was not added to the model trains too, which no checkpoint
-            would hold; or no added row trains, and ``rows_lr`` is given.
+        ValueError: the model was unpatched. FSDP or DeepSpeed shards it, or PEFT has adapted it
+            too: their checkpoints are of another kind. ``rows_lr`` is given beside an optimizer.
+            In ``train``: a parameter that was not added to the model trains too, which no
+            checkpoint would hold; or no added row trains, and ``rows_lr`` is given.
 
     Example:
         >>> import os, torch
@@ -100,6 +100,7 @@ class AdapterTrainer(Trainer):
                 "AdapterTrainer takes the handle that patch_model(model) returned, got "
                 f"{type(patched).__name__}"
             )
+        patched.check_in_place()
         if rows_lr is not None and options.get("optimizers", (None, None))[0] is not None:
             raise ValueError(
                 "rows_lr is for the optimizer that the Trainer makes, and one is given: leave one "

@@ -11,7 +11,7 @@ from support.model_zoo import VOCAB, make_model, token_ids
 from support.patched_models import patched_model
 from support.text_tokenizer import make_tokenizer
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, ops, patch_model
+from moe_kernels import ModalityLoraConfig, add_modality_tokens, load, ops, patch_model
 from moe_kernels.analysis import RoutingRecorder, modality_by_token_id
 from moe_kernels.conversion import dense_to_moe, heal, perplexity
 from moe_kernels.imaging import (
@@ -66,6 +66,11 @@ def drawn(model, captions=("red",), **options):
 def of_model(use):
     """Return a situation of a patched model, which ``use`` gets."""
     return lambda patched: use(patched[0])
+
+
+def of_handle(use):
+    """Return a situation of the handle of a patched model, which ``use`` gets."""
+    return lambda patched: use(patched[1])
 
 
 def alone(use):
@@ -159,6 +164,21 @@ REFUSED = {
     "an image tokenizer's folder": (
         of_model(lambda model: drawn(model, image_tokenizer="folder")), TypeError,
         "load it by load_image_tokenizer(folder)", "got str",
+    ),
+    "the handle for its base": (
+        of_handle(lambda patched: load(patched, "folder")), TypeError,
+        "base must be a folder, a hub id or a model that is not patched", "got PatchedModel",
+    ),
+    "no folder of an adapter": (
+        alone(lambda: load("base", None)), TypeError, "adapter must be a folder", "got NoneType",
+    ),
+    "a rate that is no number": (
+        of_handle(lambda patched: patched.parameter_groups("1e-3")), TypeError,
+        "lr must be a number", "got '1e-3'",
+    ),
+    "a reference that is none": (
+        of_handle(lambda patched: patched.check_text([IDS], since=IDS)), TypeError,
+        "since must be what an earlier check_text returned", "got Tensor",
     ),
     "a temperature that is no number": (
         of_model(lambda model: drawn(model, temperature="1")), TypeError,

@@ -35,9 +35,8 @@ def _shape(parameter: nn.Parameter, place: tuple[nn.Module, str] | None) -> torc
     return torch.Size(getattr(state, "shape", sharding.whole_shape(parameter)))
 
 
-def trainable_line(patched: PatchState) -> str:
+def trainable_line(trained: int, total: int) -> str:
     """Return a line with the number of values that train, that of all, and the share."""
-    trained, total = count_parameters(patched)
     return (
         f"trainable params: {trained:,} || all params: {total:,} || "
         f"trainable%: {100 * trained / total:.4f}"

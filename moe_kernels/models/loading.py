@@ -1,5 +1,6 @@
 """Loading a base model and its adapter in one call."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def load(
         OSError: there is no such folder of a base, and the hub has none, or cannot be asked.
         ValueError: the adapter does not fit the base, or a file is damaged. A model that was given
             is unpatched then.
-        TypeError: options are given beside a model.
+        TypeError: an argument is of another type, or options are given beside a model.
 
     Example:
         >>> from moe_kernels import add_modality_tokens, load, patch_model
@@ -57,6 +58,13 @@ def load(
         >>> patched.modality_token_ids("image")
         range(64, 74)
     """
+    if not isinstance(base, str | os.PathLike | PreTrainedModel):
+        raise TypeError(
+            "base must be a folder, a hub id or a model that is not patched; got "
+            f"{type(base).__name__}"
+        )
+    if not isinstance(adapter, str | os.PathLike):
+        raise TypeError(f"adapter must be a folder; got {type(adapter).__name__}")
     config = ModalityLoraConfig.from_adapter(adapter, backend=backend)
     if isinstance(base, PreTrainedModel):
         if options:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from moe_kernels import arguments
 from moe_kernels.models import parameters
 from moe_kernels.models.handle import PatchState
 
@@ -11,7 +12,8 @@ def adapters_and_rows(
     patched: PatchState, lr: float, rows_lr: float | None
 ) -> list[dict[str, Any]]:
     """Return a group of adapters and one of added rows; see ``PatchedModel.parameter_groups``."""
-    for name, rate in (("lr", lr), ("rows_lr", lr if rows_lr is None else rows_lr)):
+    rates = arguments.floats(lr=lr, rows_lr=lr if rows_lr is None else rows_lr)
+    for name, rate in zip(("lr", "rows_lr"), rates, strict=True):
         if not 0 <= rate < math.inf:
             raise ValueError(f"{name} must be a finite number from 0 on, got {rate}")
     rows, others = [], []

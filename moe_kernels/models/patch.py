@@ -169,6 +169,7 @@ class PatchedModel(PatchState):
             >>> trained, total - trained
             (4672, 13520)
         """
+        self.check_in_place()
         return description.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
@@ -178,7 +179,7 @@ class PatchedModel(PatchState):
             >>> patched.print_trainable_parameters()
             trainable params: 4,672 || all params: 18,192 || trainable%: 25.6816
         """
-        print(description.trainable_line(self))
+        print(description.trainable_line(*self.count_parameters()))
 
     def __repr__(self) -> str:
         return description.describe(self)

@@ -84,6 +84,10 @@ def check(
         batches: of text.
         since: an earlier check.
     """
+    if not isinstance(since, TextCheck | None):
+        raise TypeError(
+            f"since must be what an earlier check_text returned; got {type(since).__name__}"
+        )
     seen, digests, parts = hashlib.blake2b(digest_size=_DIGEST), [], []
     with evaluating(patched.model, unpatched), torch.no_grad(), patched.text_only():
         for inputs, real in _inputs(patched, batches):

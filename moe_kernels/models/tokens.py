@@ -396,10 +396,16 @@ def find_names(
         added_tokens: their number by modality, in the order of their ids.
 
     Raises:
+        TypeError: it is no tokenizer.
         ValueError: its ids cannot match those of the model.
     """
     if tokenizer is None:
         return NewNames(None, [])
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}: load "
+            "it by AutoTokenizer.from_pretrained"
+        )
     names, stop = {}, first
     for modality, count in added_tokens.items():
         names |= {name: stop + i for i, name in enumerate(_named(modality, range(count)))}

@@ -14,9 +14,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.nn import functional as F
 
-from moe_kernels import ModalityLoraConfig, patch_model
+from moe_kernels import ModalityLoraConfig, PatchedModel, patch_model
 from moe_kernels.models.intact import check_experts
 from moe_kernels.moextend import ExpertExtender
+from moe_kernels.training import AdapterTrainer
 
 TARGETS = ("experts", "attention", "router")
 IDS = token_ids(2, 7)
@@ -116,6 +117,15 @@ def test_a_handle_that_was_unpatched_has_no_switches(switch):
     patched.unpatch()
     with pytest.raises(ValueError, match="this handle was unpatched"):
         getattr(patched, switch)()
+
+
+@pytest.mark.parametrize("use", [AdapterTrainer, PatchedModel.print_trainable_parameters])
+def test_a_handle_that_was_unpatched_trains_nothing(use):
+    """All of the model trains again, which is not what was asked for."""
+    _, patched = make()
+    patched.unpatch()
+    with pytest.raises(ValueError, match="this handle was unpatched"):
+        use(patched)
 
 
 @pytest.mark.parametrize("switch", ["adapters_enabled", "added_tokens_enabled"])

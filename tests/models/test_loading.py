@@ -67,6 +67,12 @@ def test_a_tokenizer_learns_the_names_of_added_tokens(folders):
     assert tokenizer.convert_ids_to_tokens([VOCAB, VOCAB + 2]) == ["<image_0>", "<image_2>"]
 
 
+def test_the_name_of_a_tokenizer_is_no_tokenizer(folders):
+    base, adapter, _ = folders
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer of transformers; got str"):
+        moe_kernels.load(base, adapter, "gpt2")
+
+
 def test_an_adapter_that_is_not_there_is_said_before_a_base_is_loaded(
     folders, tmp_path, monkeypatch
 ):
