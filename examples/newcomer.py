@@ -3,9 +3,11 @@
     python examples/newcomer.py learn HuggingFaceTB/SmolLM2-135M-Instruct my-pictures out 2000
     python examples/newcomer.py draw out "a red apple" apple.png          # in a new process
 
-my-pictures/captions.csv has a line FILE,CAPTION for each picture; the last number is of steps.
+my-pictures/captions.csv has a line FILE,CAPTION for each picture (a caption with commas stands in
+quotes, as spreadsheets write it); the last number is of steps.
 """
 
+import csv
 import sys
 from pathlib import Path
 
@@ -23,16 +25,17 @@ def learn(base: str, folder: str, out: str, steps: str) -> None:
     tokenizer.save_pretrained(out)
     dense = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     dense_to_moe(dense, num_experts=8, top_k=8, split="random").save_pretrained(out)
-    lines = [line.split(",", 1) for line in Path(folder, "captions.csv").read_text().splitlines()]
-    pictures = [Image.open(Path(folder, each)).convert("RGB").resize((32, 32)) for each, _ in lines]
+    lines = csv.reader(Path(folder, "captions.csv").read_text(encoding="utf-8-sig").splitlines())
+    files, captions = zip(*filter(None, lines), strict=True)
+    pictures = [Image.open(Path(folder, each)).convert("RGB").resize((32, 32)) for each in files]
     image_tokenizer = imaging.VQTokenizer.fit(pictures, num_codes=64, steps=int(steps))
     patched = patch_model(AutoModelForCausalLM.from_pretrained(out), ModalityLoraConfig(r=16))
     added = add_modality_tokens(patched.model, "image", imaging.ImageVocabulary.size(64))
     text = [tokenizer("The capital of France is", return_tensors="pt")]
     before = patched.check_text(text)
-    captions = [imaging.caption_ids(tokenizer, caption) for _, caption in lines]
+    ids = [imaging.caption_ids(tokenizer, caption) for caption in captions]
     vocabulary = imaging.ImageVocabulary.from_token_ids(added)
-    data = imaging.CaptionedImages(captions, image_tokenizer.encode(pictures), vocabulary)
+    data = imaging.CaptionedImages(ids, image_tokenizer.encode(pictures), vocabulary)
     collate = imaging.ImageCollator(imaging.padding_id(tokenizer))
     args = TrainingArguments(out, max_steps=int(steps), learning_rate=1e-3, report_to="none")
     AdapterTrainer(patched, args, rows_lr=7e-3, train_dataset=data, data_collator=collate).train()
@@ -52,4 +55,6 @@ def draw(out: str, caption: str, file: str) -> None:
     patched.unpatch()
 
 
+if len(sys.argv) not in (5, 6):
+    sys.exit(__doc__)
 {"learn": learn, "draw": draw}[sys.argv[1]](*sys.argv[2:])

@@ -28,14 +28,18 @@ def make_base(folder):
 
 
 def make_pictures(folder):
-    """Save squares of two colours, in sizes of their own, and their captions."""
+    """Save squares of two colours, in sizes of their own; captions are as spreadsheets write them.
+
+    A mark begins the file, each field stands in quotes, and the last line is empty.
+    """
     folder.mkdir()
-    with (folder / "captions.csv").open("w", newline="") as file:
-        lines = csv.writer(file)
+    with (folder / "captions.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        lines = csv.writer(file, quoting=csv.QUOTE_ALL)
         for number in range(8):
             name, colour = list(COLOURS.items())[number % 2]
             Image.new("RGB", (20 + number, 40), colour).save(folder / f"{number}.png")
-            lines.writerow([f"{number}.png", f"a {name} square"])
+            lines.writerow([f"{number}.png", f"a {name} square, plain"])
+        lines.writerow([])
 
 
 def run(*arguments, **options):
@@ -47,7 +51,7 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Learn forty steps; return the folder, and what was printed."""
+    """Learn sixty steps; return the folder, and what was printed."""
     folder = tmp_path_factory.mktemp("newcomer")
     make_base(folder / "base")
     make_pictures(folder / "pictures")
@@ -56,7 +60,14 @@ def out(tmp_path_factory):
 
 
 def test_the_script_is_short():
-    assert len(SCRIPT.read_text().splitlines()) <= 55
+    assert len(SCRIPT.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("draw", "out")])
+def test_a_wrong_call_is_told_the_right_one(arguments):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "newcomer.py learn" in said and "Traceback" not in said
 
 
 def test_text_keeps_every_bit(out):
@@ -66,7 +77,7 @@ def test_text_keeps_every_bit(out):
 
 def test_a_new_process_draws_in_the_pictures_colours(out, tmp_path):
     """The small base learns no more than this in as few steps: red, blue, and nothing green."""
-    run("draw", str(out[0]), "a red square", str(tmp_path / "drawn.png"))
+    run("draw", str(out[0]), "a red square, plain", str(tmp_path / "drawn.png"))
     drawn = np.asarray(Image.open(tmp_path / "drawn.png"))
     assert drawn.shape == (256, 256, 3)
     red, green, blue = drawn.reshape(-1, 3).mean(0)
