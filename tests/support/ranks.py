@@ -78,6 +78,11 @@ def _rank(command: list[str], environment: dict[str, str], printed: Path) -> Non
     random.seed()  # its state was forked, too
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
     runpy.run_path(command[0], run_name="__main__")
+    # Without the interpreter's own end: where one rank leaves before the other, which is as the
+    # machine's load has it, threads of gloo have ended a rank with a code after all its work.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def play(scenes: Mapping[str, Callable], folder: str) -> None:
