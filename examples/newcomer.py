@@ -3,8 +3,7 @@
     python examples/newcomer.py learn HuggingFaceTB/SmolLM2-135M-Instruct my-pictures out 2000
     python examples/newcomer.py draw out "a red apple" apple.png          # in a new process
 
-my-pictures/captions.csv has a line FILE,CAPTION for each picture (a caption with commas stands in
-quotes, as spreadsheets write it); the last number is of steps.
+my-pictures/captions.csv has a line FILE,CAPTION for each picture; the last number is of steps.
 """
 
 import csv
@@ -31,15 +30,13 @@ def learn(base: str, folder: str, out: str, steps: str) -> None:
     image_tokenizer = imaging.VQTokenizer.fit(pictures, num_codes=64, steps=int(steps))
     patched = patch_model(AutoModelForCausalLM.from_pretrained(out), ModalityLoraConfig(r=16))
     added = add_modality_tokens(patched.model, "image", imaging.ImageVocabulary.size(64))
-    text = [tokenizer("The capital of France is", return_tensors="pt")]
-    before = patched.check_text(text)
     ids = [imaging.caption_ids(tokenizer, caption) for caption in captions]
     vocabulary = imaging.ImageVocabulary.from_token_ids(added)
     data = imaging.CaptionedImages(ids, image_tokenizer.encode(pictures), vocabulary)
     collate = imaging.ImageCollator(imaging.padding_id(tokenizer))
     args = TrainingArguments(out, max_steps=int(steps), learning_rate=1e-3, report_to="none")
     AdapterTrainer(patched, args, rows_lr=7e-3, train_dataset=data, data_collator=collate).train()
-    print(patched.check_text(text, since=before))  # no logit of text has another bit
+    print(patched.check_text(tokenizer("The capital of France is", return_tensors="pt")))
     patched.save_adapter(out)
     image_tokenizer.save(out)
 
@@ -48,10 +45,8 @@ def draw(out: str, caption: str, file: str) -> None:
     """Load everything from the folder, draw, and give the text model back, bit for bit."""
     tokenizer = AutoTokenizer.from_pretrained(out)
     patched, reader = load(out, out, tokenizer), imaging.load_image_tokenizer(out)
-    (drawn,) = imaging.generate_images(
-        patched.model, [caption], tokenizer=tokenizer, image_tokenizer=reader, seed=0
-    )
-    drawn.resize((256, 256)).save(file)
+    given = {"tokenizer": tokenizer, "image_tokenizer": reader, "seed": 0}
+    imaging.generate_images(patched.model, [caption], **given)[0].resize((256, 256)).save(file)
     patched.unpatch()
 
 
