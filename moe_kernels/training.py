@@ -188,7 +188,8 @@ class MatrixMuon(torch.optim.Muon):
         **settings: of ``torch.optim.Muon``.
 
     Raises:
-        ValueError: a parameter has fewer than two dimensions, or FSDP2 or ZeRO-3 has sharded it.
+        ValueError: there is no parameter, or one has fewer than two dimensions, or FSDP2 or ZeRO-3
+            has sharded it.
 
     Example:
         >>> named = dict(patched.named_trainable_parameters())
@@ -201,6 +202,8 @@ class MatrixMuon(torch.optim.Muon):
         super().__init__([torch.zeros(1, 1, requires_grad=True)], **settings)
         self.param_groups.clear()
         given = list(params)
+        if not given:
+            raise ValueError("MatrixMuon got no parameter, and would train nothing")
         for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
             self.add_param_group(group)
 

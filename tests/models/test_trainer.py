@@ -348,6 +348,8 @@ def test_muon_steps_each_matrix_of_experts_and_modalities_on_its_own(tmp_path):
     with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix.*: give it to another"):
         muon.add_param_group({"params": [vector]})
     assert len(muon.param_groups) == 2
+    with pytest.raises(ValueError, match="MatrixMuon got no parameter, and would train nothing"):
+        MatrixMuon(iter([]), lr=1e-3)
 
 
 # --- resume
