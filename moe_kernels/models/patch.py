@@ -237,9 +237,9 @@ class PatchedModel(PatchState):
     def save_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
         """Write ``modality_adapter.safetensors`` and ``modality_adapter_config.json``.
 
-        Model, tokenizers and an adapter of PEFT may be in the same folder. Files of an earlier
-        adapter there stay whole until the new ones are complete; those that an older version wrote
-        under PEFT's names are removed then. Of a model that FSDP2 or DeepSpeed ZeRO-3 has sharded,
+        Model and tokenizers may be in the same folder. Files of an earlier adapter there stay whole
+        until the new ones are complete; those that an older version wrote under PEFT's names are
+        removed then. Of a model that FSDP2 or DeepSpeed ZeRO-3 has sharded,
         call it on all ranks: the first of them writes, and all return when it has, or raise the
         error that it got.
 
