@@ -1,5 +1,7 @@
 """The trainable low-rank pairs of one projection, one pair for each added modality."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -7,9 +9,27 @@ from moe_kernels.layers.resident import Resident
 from moe_kernels.layers.whole import whole
 from moe_kernels.ops import LoraWeights
 
+DEFAULT = "default"  # name of the adapter that is there from the beginning
+ONLY = (DEFAULT,)
+BASE = "base"  # stands for no adapter
+_MARK = "@"  # between the name of a parameter and that of its adapter, if it is another
+
+
+def name_for(parameter: str, adapter: str) -> str:
+    """Return the name under which a module keeps an adapter's own values of a parameter."""
+    return parameter if adapter == DEFAULT else f"{parameter}{_MARK}{adapter}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return a parameter's name without its adapter, and this one's name."""
+    parameter, mark, adapter = name.partition(_MARK)
+    return (parameter, adapter) if mark else (name, DEFAULT)
+
 
 class ModalityLora(Resident):
     """Parameters ``lora_A`` and ``lora_B`` of one projection, for M added modalities.
+
+    Those of a further adapter are ``lora_A@NAME`` and ``lora_B@NAME``, of the same shapes.
 
     For a linear layer ``lora_A`` is (M, r, in) and ``lora_B`` (M, out, r). With ``num_experts`` E
     they are (M, E, r, in), or (M, 1, r, in) with ``shared_A``, and (M, E, out, r). As in LoRA
@@ -66,15 +86,34 @@ class ModalityLora(Resident):
             self._scaling = self._make_scaling()
         return self._scaling
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, adapter: str = DEFAULT) -> None:
         """Draw A uniformly within 1/sqrt(in), as ``nn.Linear`` and PEFT do, and set B to zero."""
-        bound = self.lora_A.shape[-1] ** -0.5
-        nn.init.uniform_(self.lora_A, -bound, bound)
-        nn.init.zeros_(self.lora_B)
+        lora_A, lora_B = self._pair(adapter)
+        bound = lora_A.shape[-1] ** -0.5
+        nn.init.uniform_(lora_A, -bound, bound)
+        nn.init.zeros_(lora_B)
 
-    def weights(self) -> LoraWeights:
-        """Return the tensors as the ops take them."""
-        return LoraWeights(whole(self.lora_A), whole(self.lora_B), self.scaling)
+    def add(self, adapter: str, like: str | None = None) -> None:
+        """Make the parameters of a further adapter, with the values of another one or new ones."""
+        for name, values in zip(("lora_A", "lora_B"), self._pair(like or DEFAULT), strict=True):
+            self.register_parameter(name_for(name, adapter), nn.Parameter(values.detach().clone()))
+        if like is None:
+            self.reset_parameters(adapter)
+
+    def weights(self, adapters: Sequence[str] = ONLY) -> LoraWeights:
+        """Return the tensors as the ops take them.
+
+        Those of several adapters are copied into one: the m-th modality of the a-th of them is
+        modality a M + m of the op, so that one launch serves all rows of a mixed batch.
+        """
+        pairs = [tuple(map(whole, self._pair(adapter))) for adapter in adapters]
+        if len(pairs) == 1:
+            return LoraWeights(*pairs[0], self.scaling)
+        lora_A, lora_B = map(torch.cat, zip(*pairs, strict=True))
+        return LoraWeights(lora_A, lora_B, self.scaling.repeat(len(pairs)))
+
+    def _pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return tuple(getattr(self, name_for(name, adapter)) for name in ("lora_A", "lora_B"))
 
     def extra_repr(self) -> str:
         return f"lora_A={tuple(self.lora_A.shape)}, lora_B={tuple(self.lora_B.shape)}"

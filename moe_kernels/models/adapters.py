@@ -18,6 +18,7 @@ from moe_kernels.layers import AddedExperts, ModalityProjector
 from moe_kernels.models import (
     adapter_files,
     added_experts,
+    named_adapters,
     offload,
     packed,
     projectors,
@@ -34,6 +35,7 @@ from moe_kernels.models.parameters import (
     is_added,
     named_adapter_parameters,
     named_parameters,
+    of_adapter,
     original_name,
     whole_parameters,
 )
@@ -47,14 +49,15 @@ _FINGERPRINT_SAMPLES = 64
 _LOAD = "load_adapter"
 
 
-def save(patched: PatchState, folder: Path, timeout: float) -> None:
-    """Write the adapter of a patched model, if it could be loaded again.
+def save(patched: PatchState, folder: Path, adapter: str, timeout: float) -> None:
+    """Write an adapter of a patched model, if it could be loaded again.
 
     Of a sharded model all ranks gather it, and the first one writes.
     """
     with _together(patched, "save_adapter", timeout) as ranks:
         first = ranks is None or ranks.first
-        parameters, tensors = whole_parameters(patched, sharded_too=True), {}
+        parameters = of_adapter(whole_parameters(patched, sharded_too=True), adapter)
+        tensors = {}
         if ranks is not None:  # before the first collective
             ranks.meet(_names_and_shapes(parameters))
         for name, parameter in parameters.items():
@@ -62,39 +65,45 @@ def save(patched: PatchState, folder: Path, timeout: float) -> None:
                 whole = sharding.gather(parameter)
                 if first:
                     tensors[name] = whole if ranks is None else whole.cpu()
-        described = _describe(patched, parameters)
+        described = _describe(patched, parameters, adapter)
         if first:
             tensor_files.write(folder, NAMES, tensors, described)
 
 
 def load(
-    patched: PatchState, folder: Path, tokenizer: PreTrainedTokenizerBase | None, timeout: float
+    patched: PatchState,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    adapter: str,
+    timeout: float,
 ) -> None:
-    """Copy an adapter into a patched model, and the names of its tokens into a tokenizer.
+    """Copy an adapter into one of a patched model, and the names of its tokens into a tokenizer.
 
-    All checks come before it.
+    All checks come before it. An adapter that the model does not have yet is made.
     """
     find = RoutingFinder()
     with _together(patched, _LOAD, timeout) as ranks:
         with adapter_files.opened(folder) as file:
             saved = adapter_files.read_config(file)
             parameters = whole_parameters(patched, sharded_too=True)
+            parameters = of_adapter(parameters, _like(patched, adapter))
             _check_fits(patched, saved)
             if ranks is not None:  # before the first collective
                 content = {f"adapter in {folder}": _hash(sorted(file.metadata.items()))}
                 ranks.meet(content | _names_and_shapes(parameters))
             _check_base(patched, saved, parameters)
             missing = _find_missing(patched, saved, find)
+            _check_beside_others(patched, missing, adapter)
             tensor_files.check_shapes(file, _expected_shapes(patched, saved, file))
             _check_frozen(file, saved)
             _check_routing(patched, saved, find)
             names = tokens.find_names(tokenizer, patched.base_vocabulary, saved["added_tokens"])
             if ranks is not None:
-                _check_settled(patched, missing, saved, parameters)
+                _check_settled(patched, missing, saved, parameters, adapter)
             tensors = _read(patched, file, parameters)
         if ranks is not None:
             ranks.meet()  # before anything changes
-        _copy_in(patched, saved, missing, tensors, find, names)
+        _copy_in(patched, saved, missing, tensors, find, names, adapter)
 
 
 @contextlib.contextmanager
@@ -140,17 +149,22 @@ def _copy_in(
     tensors: dict[str, Tensor],
     find: RoutingFinder,
     names: tokens.NewNames,
+    adapter: str,
 ) -> None:
     """Make what is missing, and copy all values in: wholly or not at all."""
     modules, frozen = missing.build(patched), saved.get("frozen")
     kept = [sharding.local(parameter) for _, parameter in named_adapter_parameters(patched.model)]
-    with all_or_nothing(patched.model, names.tokenizer, values=kept), torch.no_grad():
+    with all_or_nothing(patched.model, names.tokenizer, patched, values=kept), torch.no_grad():
         names.add()
         missing.attach(patched, modules, find)
-        for name, parameter in named_adapter_parameters(patched.model):
-            sharding.put(parameter, tensors[original_name(name)])
-            if frozen is not None:  # absent in files of older versions
-                parameter.requires_grad_(original_name(name) not in frozen)
+        if adapter not in patched.adapter_names:
+            named_adapters.add(patched, adapter)
+        for name, parameter in of_adapter(named_parameters(patched.model), adapter).items():
+            if not is_added(name):
+                continue
+            sharding.put(parameter, tensors[name])
+        if frozen is not None:  # absent in files of older versions
+            named_adapters.set_frozen(patched, adapter, frozenset(frozen))
         return  # inside, as all_or_nothing asks
 
 
@@ -198,6 +212,26 @@ def _find_missing(patched: PatchState, saved: dict, find: RoutingFinder) -> _Mis
     )
 
 
+def _like(patched: PatchState, adapter: str) -> str:
+    """Return an adapter of the model that has the shapes of one that is to be loaded."""
+    if adapter in patched.adapter_names:
+        return adapter
+    named_adapters.check_new(patched, adapter)
+    return patched.active_adapter
+
+
+def _check_beside_others(patched: PatchState, missing: "_Missing", adapter: str) -> None:
+    """Raise ValueError if what an adapter brings would change the other adapters of the model."""
+    several = len(patched.adapter_names) > 1 or adapter not in patched.adapter_names
+    if several and missing != _Missing({}, [], {}):
+        brought = [*missing.added_tokens, *missing.extensions, *missing.projectors]
+        raise ValueError(
+            "the adapter has tokens, added experts or a projector that the model lacks "
+            f"({', '.join(map(str, brought))}), and the model's other adapters would get them too: "
+            "load it into a model without other adapters, or call add_modality_tokens first"
+        )
+
+
 def _missing_extensions(
     patched: PatchState, saved: list[dict], find: RoutingFinder
 ) -> list[ExtensionConfig]:
@@ -212,7 +246,7 @@ def _missing_extensions(
             )
         return []
     if requested:
-        added_experts.check_beside_peft(patched)
+        added_experts.check_beside(patched)
     for number, config in enumerate(requested):
         added_experts.check(patched, config, requested[:number], find)
     return requested
@@ -257,14 +291,18 @@ def _check_frozen(file: TensorFile, saved: dict) -> None:
 
 
 def _check_settled(
-    patched: PatchState, missing: _Missing, saved: dict, parameters: dict[str, nn.Parameter]
+    patched: PatchState,
+    missing: _Missing,
+    saved: dict,
+    parameters: dict[str, nn.Parameter],
+    adapter: str,
 ) -> None:
     """Raise ValueError if loading would change more of a sharded model than its engine follows."""
     if missing != _Missing({}, [], {}) and (problem := sharding.problem(patched.model)):
         raise ValueError(
             f"the adapter has tokens, experts or projectors that this model lacks, and {problem}"
         )
-    if (frozen := saved.get("frozen")) is None:
+    if (frozen := saved.get("frozen")) is None or adapter != patched.active_adapter:
         return
     for name, parameter in parameters.items():
         if is_added(name) and parameter.requires_grad == (name in frozen):
@@ -327,10 +365,11 @@ def _fingerprints(patched: PatchState, parameters: dict[str, nn.Parameter]) -> I
         yield _fingerprint(here, patched.model)
 
 
-def _describe(patched: PatchState, parameters: dict[str, nn.Parameter]) -> dict:
+def _describe(patched: PatchState, parameters: dict[str, nn.Parameter], adapter: str) -> dict:
     model = patched.model
     added_tokens, extensions, settings = contents(patched)
-    frozen = [name for name, p in parameters.items() if is_added(name) and not p.requires_grad]
+    held = named_adapters.frozen(patched, adapter)
+    frozen = [name for name in parameters if name in held]
     return {
         "layout": LAYOUT,
         "lora": patched.config.to_dict(),

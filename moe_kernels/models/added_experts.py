@@ -50,14 +50,15 @@ def routing(
     return described
 
 
-def check_beside_peft(patched: PatchState) -> None:
-    """Raise ValueError if the model's experts have adapters of PEFT, which know no added ones."""
+def check_beside(patched: PatchState) -> None:
+    """Raise ValueError if adapters of PEFT, or several of ours, would know no added experts."""
     if modalities_of_peft(patched.links):
         raise ValueError(
             "experts cannot be added beside adapters of PEFT, which accelerate_peft computes: "
             "adapt experts by patch_model instead (moe_kernels.models.peft_format reads PEFT's "
             "files), or take the adapters away first: undo() of accelerate_peft, unload() of PEFT"
         )
+    patched.check_one_adapter("an extension by new experts")
 
 
 def check(

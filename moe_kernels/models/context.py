@@ -8,6 +8,7 @@ A layer without ``self_attn`` takes them itself, and its recompute carries them.
 
 import contextlib
 import copy
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import arguments, backends, env
+from moe_kernels.layers.modality_lora import DEFAULT, ONLY, ModalityLora
 from moe_kernels.models.padding import find_real
 from moe_kernels.modes import ending_with
-from moe_kernels.ops import LinearDispatch, checks, linear_dispatch
+from moe_kernels.ops import LinearDispatch, LoraWeights, checks, linear_dispatch
 from moe_kernels.ops.gradients import in_graph_capture, in_transform
 
 MISSING = (
@@ -38,11 +40,13 @@ class ModelCall:
         head_ran: the head has run, added rows included.
         for_decoder: keywords for the text model of a multimodal model, which calls other parts
             with its own keywords too.
+        chosen: the adapters of the batch.
     """
 
     fused_loss: Callable[..., Tensor] | None = None
     head_ran: bool = False
     for_decoder: dict[str, Any] = field(default_factory=dict)
+    chosen: "Chosen | None" = None
 
 
 _LEFT_OUT = (
@@ -77,19 +81,40 @@ class SortedRows:
         return dispatched
 
 
+class Chosen(NamedTuple):
+    """Adapters of a batch, by name.
+
+    Attributes:
+        names: those that some sequence has, each once.
+        of_sequence: (B,) int64, the place in ``names`` of each sequence's adapter. A sequence of
+            none has the added rows of one of them, and -1 less its place. None: all sequences have
+            the first.
+    """
+
+    names: tuple[str, ...] = ONLY
+    of_sequence: Tensor | None = None
+
+    def places_of_rows(self) -> Tensor:
+        """Return the place in ``names`` of the adapter whose added rows each sequence has."""
+        return torch.where(self.of_sequence < 0, -1 - self.of_sequence, self.of_sequence)
+
+
 @dataclass
 class LayerCall:
     """State of one forward of one layer.
 
     Attributes:
-        modality_ids: (B, S) int64.
+        modality_ids: (B, S) int64; with several adapters, the m-th modality of the a-th of them is
+            a M + m.
         added_experts: whether routers may choose added experts.
+        adapters: names of the adapters that the ids stand for, in order.
         sorted_rows: rows sorted for adapted linear modules. All layers of a forward share them.
         pending: names of the layer's patched modules that have not run yet.
     """
 
     modality_ids: Tensor
     added_experts: bool = True
+    adapters: tuple[str, ...] = ONLY
     sorted_rows: SortedRows = field(default_factory=SortedRows)
     pending: tuple[str, ...] = ()
 
@@ -141,11 +166,17 @@ class PerThread(CopiedAlone):
 
 @dataclass(eq=False)
 class _Held:
-    """A context that leaves out a part, until it is closed, in whichever thread."""
+    """A context that leaves out a part, until it is closed, in whichever thread.
+
+    Or one that chooses adapters, which ``joined`` keeps in one tensor where it is not None.
+    """
 
     switches: "Switches"
     part: str
+    adapters: tuple[str, ...] = ()
+    joined: dict[ModalityLora, LoraWeights] | None = None
     is_open: bool = True
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 # Of all models. A thread starts without any, a coroutine with those of its creator.
@@ -162,10 +193,12 @@ class Switches(PerThread):
         adapters_enabled: the value for all threads, unless a thread is within
             :meth:`without_adapters`.
         added_tokens_enabled: likewise, unless a thread is within :meth:`without_added_tokens`.
+        adapter: name of the adapter of all threads, unless one is within :meth:`with_adapters`.
     """
 
     def __init__(self):
         super().__init__()
+        self.adapter = DEFAULT
         self.adapters_enabled = True
         self.added_tokens_enabled = True
         self._held_in_training = False
@@ -208,6 +241,32 @@ class Switches(PerThread):
         """Return whether these logits are there, but are the lowest number of their dtype."""
         return self._held("unmasked_tokens")
 
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of the adapters that forwards of this thread may use."""
+        return (self.adapter,) if (held := self._innermost()) is None else held.adapters
+
+    def joined(self) -> dict[ModalityLora, LoraWeights] | None:
+        """Return where forwards of this thread keep the joined tensors of several adapters."""
+        return None if (held := self._innermost()) is None else held.joined
+
+    def _innermost(self) -> _Held | None:
+        return max(self._all_held("adapter"), key=lambda each: each.number, default=None)
+
+    def chosen(self) -> Chosen:
+        """Return the adapters of the forward that runs in this thread, or of the next one."""
+        call = self.call
+        return Chosen(self.adapters()[:1]) if call is None or call.chosen is None else call.chosen
+
+    def with_adapters(
+        self, names: tuple[str, ...], join_once: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Use these adapters within, those of the innermost context.
+
+        ``join_once``: their values do not change within, and need to be joined once alone.
+        """
+        joined = {} if join_once and len(names) > 1 else None
+        return self._without("adapter", adapters=names, joined=joined)
+
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Leave out low-rank updates and modality gates within; may be nested."""
         return self._without("adapters")
@@ -247,18 +306,23 @@ class Switches(PerThread):
 
     def _held(self, part: str) -> bool:
         """Return whether a context that leaves out a part is open here."""
+        return bool(self._all_held(part))
+
+    def _all_held(self, part: str) -> list[_Held]:
         if torch.compiler.is_compiling():  # cannot trace a ContextVar
-            return any(each.is_open for each in self._of_thread(part))
-        return any(
-            each.switches is self and each.part == part and each.is_open for each in _HELD.get()
-        )
+            return [each for each in self._of_thread(part) if each.is_open]
+        return [
+            each
+            for each in _HELD.get()
+            if each.switches is self and each.part == part and each.is_open
+        ]
 
     def _of_thread(self, part: str) -> frozenset[_Held]:
         return getattr(self._local, part, frozenset())
 
     @contextlib.contextmanager
-    def _without(self, part: str) -> Iterator[None]:
-        held = _Held(self, part)
+    def _without(self, part: str, **adapters: Any) -> Iterator[None]:
+        held = _Held(self, part, **adapters)
         own = frozenset([held])
 
         def close() -> None:
@@ -344,9 +408,25 @@ class ModalityContext(PerThread):
             call.modality_ids = modality_ids
             yield
 
-    def start(self, modality_ids: Tensor, added_experts: bool = True) -> None:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that the modality ids of this forward stand for."""
+        return ONLY if self.call is None else self.call.adapters
+
+    def weights(self, lora: ModalityLora) -> LoraWeights:
+        """Return the low-rank pairs of this forward's adapters."""
+        joined = None if torch.is_grad_enabled() else self.switches.joined()
+        if joined is None or len(self.adapters) == 1:
+            return lora.weights(self.adapters)
+        if lora not in joined:
+            joined[lora] = lora.weights(self.adapters)
+        return joined[lora]
+
+    def start(
+        self, modality_ids: Tensor, added_experts: bool = True, adapters: tuple[str, ...] = ONLY
+    ) -> None:
         """Begin a forward of the layer, which shares the model's sorted rows and nothing else."""
-        self.call = LayerCall(modality_ids, added_experts, self.forwards.sorted_rows)
+        self.call = LayerCall(modality_ids, added_experts, adapters, self.forwards.sorted_rows)
 
     def finish(self) -> None:
         """End a forward: a part of the layer that is called by itself must not use its ids."""
@@ -357,7 +437,8 @@ class ModalityContext(PerThread):
         """Begin a forward of a part of the layer alone, and restore the call before at the end."""
         before = self.call
         with ending_with(lambda: setattr(self, "call", before)):
-            self.start(modality_ids, self.switches.uses_added_experts())
+            switches = self.switches
+            self.start(modality_ids, switches.uses_added_experts(), switches.chosen().names[:1])
             yield
 
     def linear_dispatch(self, num_modalities: int, weight: Tensor) -> tuple[LinearDispatch, str]:
@@ -442,7 +523,8 @@ class Forwards(PerThread):
 class TakeModalityIds:
     """Pre-hook of ``self_attn``: moves the model's own keywords into the layer's context.
 
-    They are ``modality_ids`` and, where routers may choose no added expert, ``added_experts``.
+    They are ``modality_ids`` and, where routers may choose no added expert, ``added_experts``, and
+    where the adapter is another than the default one, ``adapters``.
     Checkpointing hands them to its recompute, for which a switch might have changed.
 
     An object, not a closure: a deepcopy of the model must set the copy's context.
@@ -455,7 +537,11 @@ class TakeModalityIds:
         kwargs = dict(kwargs)
         if kwargs.get("modality_ids") is None:
             raise RuntimeError(MISSING)
-        self.context.start(kwargs.pop("modality_ids"), kwargs.pop("added_experts", True))
+        self.context.start(
+            kwargs.pop("modality_ids"),
+            kwargs.pop("added_experts", True),
+            kwargs.pop("adapters", ONLY),
+        )
         self.context.call.pending = self.context.awaited
         return args, kwargs
 
@@ -515,7 +601,9 @@ class _CarryingCheckpoint:
     def __call__(self, function: Callable, *args, **kwargs) -> Any:
         call = self.context.call
         self.context.finish()  # the function that is checkpointed begins the forward, and ends it
-        carrying = _Carrying(function, self.context, call.modality_ids, call.added_experts)
+        carrying = _Carrying(
+            function, self.context, call.modality_ids, call.added_experts, call.adapters
+        )
         return self.checkpoint(carrying, *args, **kwargs)
 
 
@@ -527,10 +615,11 @@ class _Carrying:
     context: ModalityContext
     modality_ids: Tensor
     added_experts: bool
+    adapters: tuple[str, ...]
 
     def __call__(self, *args) -> Any:
         output = None
-        self.context.start(self.modality_ids, self.added_experts)
+        self.context.start(self.modality_ids, self.added_experts, self.adapters)
         self.context.call.pending = self.context.awaited
         try:
             output = self.function(*args)

@@ -58,10 +58,16 @@ def describe(patched: PatchState) -> str:
         "layers": f"{adapted} of {layers} adapted, {len(patched.moe_layers)} with experts",
         "backend": config.backend or f"{_backend(patched)} (chosen)",
         "added tokens": _tokens(patched),
+        "adapters": _adapters(patched),
         "extensions": _extensions(patched),
     }
     lines = [f"  {name}: {fact}" for name, fact in facts.items()]
     return "\n".join([f"PatchedModel({kind}", *lines, ")"])
+
+
+def _adapters(patched: PatchState) -> str:
+    active = patched.active_adapter
+    return ", ".join(f"{n} (active)" if n == active else n for n in patched.adapter_names)
 
 
 def _backend(patched: PatchState) -> str:

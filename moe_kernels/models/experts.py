@@ -139,7 +139,7 @@ def experts_forward(
         context.module_ran(_AWAITED)
         adapters: dict[str, ModalityLora] = self.__dict__["_modality_lora"]
         if adapters:
-            part = part_of_rank(self)
+            part = part_of_rank(self, context)
             weights = {
                 "gate_up_lora": part(adapters[up_name(self)]),
                 "down_lora": part(adapters["down_proj"]),
@@ -207,10 +207,12 @@ def _check_cast(computed_in: torch.dtype, added: Iterable[LoraWeights | Tensor |
         )
 
 
-def part_of_rank(experts: nn.Module) -> Callable[[ModalityLora], LoraWeights]:
+def part_of_rank(
+    experts: nn.Module, context: ModalityContext
+) -> Callable[[ModalityLora], LoraWeights]:
     """Return a function from adapters of experts to the weights of those on this rank."""
-    spread = sharding.spread(experts)
-    return ModalityLora.weights if spread is None else spread.part_of
+    spread = sharding.spread(experts)  # with one adapter alone
+    return context.weights if spread is None else spread.part_of
 
 
 def _one_expert_each(

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from moe_kernels.models.context import MISSING, ModelCall, resolve_modality_ids
+from moe_kernels.layers.modality_lora import ONLY
+from moe_kernels.models import named_adapters
+from moe_kernels.models.context import MISSING, Chosen, ModelCall, resolve_modality_ids
 from moe_kernels.models.fused_loss import FusedLoss, check_loss
 from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.models.intact import (
@@ -35,7 +37,7 @@ from moe_kernels.models.tokens import beside_rows
 from moe_kernels.models.training import check_training
 
 _OURS = "_of_patched_model"
-_OF_LAYERS = ("modality_ids", "added_experts")  # keywords that the decoder layers take
+_OF_LAYERS = ("modality_ids", "added_experts", "adapters")  # keywords that the decoder layers take
 # Modules with forwards that call the inner model and ask get_output_embeddings() for the head.
 _FUSED_HEADS = ("trl.trainer.utils",)
 
@@ -48,15 +50,17 @@ def forward_of(model_class: type[PreTrainedModel]) -> Callable:
     names = list(signature.parameters)[1:]
 
     @functools.wraps(inner)
-    def forward(self, *args, modality_ids=None, **kwargs):
+    def forward(self, *args, modality_ids=None, adapter=None, adapter_ids=None, **kwargs):
         if args:
             signature.bind(self, *args, **kwargs)  # refuses one too many, or one given twice
             kwargs.update(zip(names, args, strict=False))
         patched = get_patched(self)
         if not patched.added_tokens_enabled and kwargs.get("labels") is not None:
             _check_loss(self)
-        _prepare(patched, kwargs, modality_ids)
-        call, outer = ModelCall(_fused_loss(patched, kwargs)), patched.forwards.begin()
+        chosen = named_adapters.choose(patched, kwargs, adapter, adapter_ids)
+        _prepare(patched, kwargs, modality_ids, chosen)
+        call = ModelCall(_fused_loss(patched, kwargs), chosen=chosen)
+        outer = patched.forwards.begin()
         if patched.decoder is not self.base_model:
             call.for_decoder = {n: kwargs.pop(n) for n in _OF_LAYERS if n in kwargs}
         try:
@@ -72,19 +76,24 @@ def forward_of(model_class: type[PreTrainedModel]) -> Callable:
     # accelerate removes autocast by unwrapping down to the innermost function.
     del forward.__wrapped__
     parameters = list(signature.parameters.values())
-    keyword = inspect.Parameter("modality_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    ours = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("modality_ids", "adapter", "adapter_ids")
+    ]
     position = next(
         (i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD),
         len(parameters),
     )
     forward.__signature__ = signature.replace(
-        parameters=[*parameters[:position], keyword, *parameters[position:]]
+        parameters=[*parameters[:position], *ours, *parameters[position:]]
     )
     setattr(forward, _OURS, True)
     return forward
 
 
-def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor | None) -> None:
+def _prepare(
+    patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor | None, chosen: Chosen
+) -> None:
     """Check the model, and set the inputs of its layers among a forward's keyword arguments."""
     model = patched.model
     check_links(patched.links)
@@ -115,6 +124,10 @@ def _prepare(patched: PatchState, kwargs: dict[str, Any], modality_ids: Tensor |
         # The ids carry this, since checkpointing hands them to its recompute; a switch would
         # be read anew.
         modality_ids = modality_ids.clamp(max=0)
+    if chosen.of_sequence is not None:
+        modality_ids = named_adapters.slots(patched, modality_ids, chosen.of_sequence)
+    if chosen.names != ONLY:
+        kwargs["adapters"] = chosen.names
     if not patched.switches.uses_added_experts():
         kwargs["added_experts"] = False  # a keyword of the layers, for the same reason
     kwargs["modality_ids"] = modality_ids
@@ -221,7 +234,7 @@ class ForeignForward:
         fused = self._check_forward(patched, kwargs)
         patched.forwards.clear()
         kwargs |= zip(inspect.signature(module.forward).parameters, args, strict=False)
-        _prepare(patched, kwargs, kwargs.pop("modality_ids", None))
+        _prepare(patched, kwargs, kwargs.pop("modality_ids", None), patched.switches.chosen())
         patched.switches.awaits_head = fused and bool(patched.added_tokens)
         return (), kwargs
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_kernels.init.rows import GromovWassersteinDiagnostics
+from moe_kernels.layers.modality_lora import BASE, DEFAULT
 from moe_kernels.models import offload, sharding
 from moe_kernels.models.config import ExtensionConfig, ModalityLoraConfig
 from moe_kernels.models.context import CopiedAlone, Forwards, Switches
@@ -48,6 +49,9 @@ class PatchState(CopiedAlone):
         base_shapes: the shapes of the model's own parameters, by name.
         base_vocabulary: V, the number of the model's own tokens.
         added_tokens: the number of added tokens by modality, in the order of their ids, from V on.
+        adapter_names: those of the adapters; the first is "default".
+        frozen_if_active: for each adapter that is not active, the names of its parameters that do
+            not train when it is.
         fused_loss: True: forwards with labels in training mode compute the loss in chunks, without
             logits of all tokens at once; ``logits`` of their output is None.
         compare_ranks: True: the first training forward compares the patch with that of other ranks.
@@ -87,6 +91,8 @@ class PatchState(CopiedAlone):
         }
         self.base_vocabulary: int = model.get_input_embeddings().num_embeddings
         self.added_tokens: dict[str, int] = {}
+        self.adapter_names: list[str] = [DEFAULT]
+        self.frozen_if_active: dict[str, frozenset[str]] = {}
         self.fused_loss = False
         self.compare_ranks = True
         self.warned: set[str] = set()
@@ -212,6 +218,45 @@ class PatchState(CopiedAlone):
         """
         self._check_current()
         return self.switches.without_added_tokens()
+
+    def adapter(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Use the adapter of this name in this thread's forwards within; "base" uses none.
+
+        A forward that is given ``adapter=`` uses that. Threads and coroutines are as in
+        :meth:`adapters_disabled`. Without it, all use :attr:`active_adapter`.
+
+        Raises:
+            ValueError: the model has no adapter of this name.
+
+        Example:
+            >>> with patched.adapter("sketches"):
+            ...     logits = model(input_ids).logits
+        """
+        self._check_current()
+        if name == BASE:
+            return self.switches.without_adapters()
+        self.check_adapter(name)
+        return self.switches.with_adapters((name,))
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter of forwards that name no other; see ``set_adapter``."""
+        return self.switches.adapter
+
+    def check_adapter(self, name: str) -> None:
+        """Raise ValueError unless the model has an adapter of this name."""
+        if name not in self.adapter_names:
+            raise ValueError(
+                f"the model has no adapter {name!r}; it has {', '.join(self.adapter_names)}"
+            )
+
+    def check_one_adapter(self, what: str) -> None:
+        """Raise ValueError if the model has several adapters, and something goes with one alone."""
+        if len(self.adapter_names) > 1:
+            raise ValueError(
+                f"{what} goes with one adapter alone, and the model has "
+                f"{', '.join(self.adapter_names)}: delete_adapter those that are not needed"
+            )
 
     def check_in_place(self) -> None:
         """Check that this is the handle of the model, and that the model is as it was patched.

@@ -26,7 +26,7 @@ def masked_linear(module: nn.Module, hidden_states: Tensor, weight: Tensor | Non
             "hidden states of all its positions, or call the patched model itself on others"
         )
     context.module_ran(module.__dict__["_modality_name"])
-    lora = module.__dict__["_modality_lora"].weights()
+    lora = context.weights(module.__dict__["_modality_lora"])
     num_modalities = int(lora.lora_A.shape[0])  # torch.jit.trace makes sizes tensors
     weight = module.weight if weight is None else weight
     dispatched, backend = context.linear_dispatch(num_modalities, weight)

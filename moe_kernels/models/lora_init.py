@@ -101,6 +101,7 @@ def initialise_lora(
     patched = get_patched(model)
     index = patched.modality_id(modality) - 1
     sharding.check_whole(model, "initialise_lora")
+    patched.check_one_adapter("initialise_lora")
     _check_settings(lora_init, max_tokens, ridge)
     import_pot()  # before the forwards, which take longest
     options = {"metric": metric, "solver": solver, "epsilon": epsilon, "max_memory": max_memory}

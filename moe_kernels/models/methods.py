@@ -1,11 +1,12 @@
 """Methods that a patched model instance gets in place of its class's."""
 
+import contextlib
 import copy
 import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels import arguments
 from moe_kernels.layers import ModalityLora
-from moe_kernels.models import checkpoint_names, offload, packed, sharding
+from moe_kernels.models import checkpoint_names, named_adapters, offload, packed, sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.forwards import forward_of
 from moe_kernels.models.handle import HANDLE, PatchState, get_patched
@@ -155,7 +156,8 @@ def _to_empty(self: PreTrainedModel, *args, **kwargs) -> PreTrainedModel:
         parameter.fill_(torch.nan)
     for module in self.modules():
         if isinstance(module, ModalityLora) and not sharding.is_sharded(module.lora_A):
-            module.reset_parameters()
+            for adapter in get_patched(self).adapter_names:
+                module.reset_parameters(adapter)
     return self
 
 
@@ -192,15 +194,31 @@ def _generate_of(model_class: type[PreTrainedModel]):
     signature = inspect.signature(inner)
 
     @functools.wraps(inner)
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, adapter=None, **kwargs):
         patched = get_patched(self)
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        if patched.added_tokens_enabled and not _masks_added(self, given):
-            return inner(self, *args, **kwargs)
-        with patched.switches.with_masked_tokens():
+        with contextlib.ExitStack() as within:
+            if adapter is not None:
+                within.enter_context(_of_prompts(patched, adapter, given, kwargs))
+            if not patched.added_tokens_enabled or _masks_added(self, given):
+                within.enter_context(patched.switches.with_masked_tokens())
             return inner(self, *args, **kwargs)
 
     return generate
+
+
+def _of_prompts(
+    patched: PatchState, adapter: str | Sequence[str], given: dict, kwargs: dict
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a ``generate`` with these adapters; ``kwargs`` gets their places."""
+    if isinstance(adapter, str):
+        return patched.adapter(adapter)
+    inputs = given.get("inputs")
+    prompts = given.get("kwargs", {}) | ({} if inputs is None else {"input_ids": inputs})
+    chosen = named_adapters.choose(patched, prompts, adapter, None)
+    if chosen.of_sequence is not None:
+        kwargs["adapter_ids"] = chosen.of_sequence
+    return patched.switches.with_adapters(chosen.names, join_once=True)
 
 
 def _masks_added(model: PreTrainedModel, given: dict) -> bool:

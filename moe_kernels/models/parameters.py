@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_kernels.layers.modality_lora import name_for, split_name
 from moe_kernels.models import (
     added_experts,
     offload,
@@ -32,6 +33,16 @@ def named_adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramet
 def is_added(name: str) -> bool:
     """Return whether a parameter of this name was added by patching or later."""
     return any(part in _ADDED_NAMES for part in name.split("."))
+
+
+def of_adapter(parameters: dict[str, nn.Parameter], adapter: str) -> dict[str, nn.Parameter]:
+    """Return the base's parameters and one adapter's, under the names that the default one has."""
+    named = {name: split_name(name) if is_added(name) else (name, adapter) for name in parameters}
+    return {
+        named[name][0]: parameter
+        for name, parameter in parameters.items()
+        if named[name][1] == adapter
+    }
 
 
 def is_row(name: str) -> bool:
@@ -94,7 +105,11 @@ def check_values(
     brought = set(map(original_name, offload.offloaded(patched.model)))
     here = {name: parameter for name, parameter in found.items() if name not in brought}
     _check_values(here, patched.base_shapes, sharded_too, any_class=True)
-    added = expected_shapes(patched, *contents(patched))
+    added = {
+        name_for(name, adapter): shape
+        for name, shape in expected_shapes(patched, *contents(patched)).items()
+        for adapter in patched.adapter_names
+    }
     _check_values(found, added, sharded_too, any_class=False)
     return found, patched.base_shapes | added
 
@@ -114,7 +129,7 @@ def expected_shapes(
     extensions: Sequence[ExtensionConfig],
     projector_settings: dict[str, dict[str, int]],
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the added parameters by name; nothing of these sizes is allocated.
+    """Return the shapes of the default adapter's parameters by name, without allocating them.
 
     Args:
         patched: the model.

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from moe_kernels import backends
 from moe_kernels.layers import ModalityLora
+from moe_kernels.layers.modality_lora import DEFAULT
 from moe_kernels.models import (
     adapters,
     added_experts,
@@ -21,6 +22,7 @@ from moe_kernels.models import (
     linear,
     methods,
     mixing,
+    named_adapters,
     offload,
     parameter_groups,
     parameters,
@@ -99,6 +101,7 @@ class PatchedModel(PatchState):
           layers: 2 of 2 adapted, 2 with experts
           backend: ...
           added tokens: image 10 (64..73)
+          adapters: default (active)
           extensions: none
         )
         >>> text = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -234,7 +237,9 @@ class PatchedModel(PatchState):
         twin._requires_grad = {}  # unpatching would set the flags of the shared parameters
         return twin.unpatch()
 
-    def save_adapter(self, folder: str | Path, *, timeout: float = 300.0) -> None:
+    def save_adapter(
+        self, folder: str | Path, *, adapter: str | None = None, timeout: float = 300.0
+    ) -> None:
         """Write ``modality_adapter.safetensors`` and ``modality_adapter_config.json``.
 
         Model and tokenizers may be in the same folder. Files of an earlier adapter there stay whole
@@ -245,11 +250,13 @@ class PatchedModel(PatchState):
 
         Args:
             folder: of the adapter.
+            adapter: name of the adapter to write, which the files do not hold; default: the active
+                one.
             timeout: seconds to wait for the other ranks of a sharded model.
 
         Raises:
-            ValueError: nothing could load the adapter again: values are not finite or not here, or
-                the model is not as it was patched.
+            ValueError: the model has no adapter of this name, or nothing could load it again:
+                values are not finite or not here, or the model is not as it was patched.
             FileExistsError: the folder has a file of one of the two names that no ``save_adapter``
                 wrote.
             RuntimeError: other ranks of a sharded model did not call it in time, or one failed. If
@@ -260,13 +267,16 @@ class PatchedModel(PatchState):
             >>> sorted(os.listdir("my-adapter"))
             ['modality_adapter.safetensors', 'modality_adapter_config.json']
         """
-        adapters.save(self, Path(folder), timeout)
+        adapter = self.active_adapter if adapter is None else adapter
+        self.check_adapter(adapter)
+        adapters.save(self, Path(folder), adapter, timeout)
 
     def load_adapter(
         self,
         folder: str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        adapter: str | None = None,
         timeout: float = 300.0,
     ) -> None:
         """Load the files of :meth:`save_adapter`, on all ranks if the model is sharded.
@@ -279,6 +289,8 @@ class PatchedModel(PatchState):
             tokenizer: gets the names ``<modality_i>`` of the added tokens, as from
                 :func:`moe_kernels.add_modality_tokens`, where it lacks them: without names, their
                 ids decode to nothing.
+            adapter: name of the adapter to load into, which is made if the model lacks it; default:
+                the active one. Another than this does not train.
             timeout: seconds to wait for the other ranks of a sharded model.
 
         Raises:
@@ -297,7 +309,100 @@ class PatchedModel(PatchState):
             >>> patched.modality_token_ids("image")
             range(64, 74)
         """
-        adapters.load(self, Path(folder), tokenizer, timeout)
+        adapter = self.active_adapter if adapter is None else adapter
+        adapters.load(self, Path(folder), tokenizer, adapter, timeout)
+
+    def add_adapter(self, name: str, like: str | None = None) -> None:
+        """Add an adapter of the same shapes beside the model's others, and leave it inactive.
+
+        Its low-rank pairs start without an effect, and its added rows with the values of the active
+        adapter's. ``set_adapter(name)`` trains it and lets all forwards use it; ``adapter(name)``
+        and ``model(..., adapter=name)`` let some use it.
+
+        Args:
+            name: an identifier; "base" is none, since it stands for no adapter.
+            like: name of an adapter whose values it starts with, pairs too, such as that of a
+                frozen reference of the adapter that trains.
+
+        Raises:
+            ValueError: the model has an adapter of this name, or can have no other: it has added
+                experts or a projector, or is sharded. The message names the obstacle.
+
+        Example:
+            >>> patched.add_adapter("sketches")
+            >>> logits = model(input_ids, adapter=["sketches", "default", "base"]).logits
+        """
+        self.check_computed()
+        named_adapters.check_new(self, name)
+        if like is not None:
+            self.check_adapter(like)
+        with all_or_nothing(self.model, self):
+            named_adapters.add(self, name, like)
+            return
+
+    def reference_model(self) -> PreTrainedModel:
+        """Return a second model that stays as this one is now, for DPO and GRPO.
+
+        It shares the frozen base, and has copies of what was added, in eval mode and frozen. Make
+        it before a trainer takes this model. ``moe_kernels.training.use_reference`` gives it to
+        TRL's ``GRPOTrainer``; its ``DPOTrainer`` takes it as ``ref_model``.
+
+        Raises:
+            ValueError: the model is sharded or offloaded, or a parameter of the base trains, which
+                would move the reference too.
+
+        Example:
+            >>> trainer = DPOTrainer(patched.model, patched.reference_model(), args, ...)
+        """
+        self.check_computed()
+        return named_adapters.reference_model(self)
+
+    def merge_and_unload(self) -> NoReturn:
+        """Raise: what acts on a modality alone cannot become part of weights that all rows share.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "an adapter of moe_kernels cannot be merged into the base: its update acts on rows of "
+            "a modality alone, and merged weights would change text too. save_adapter(folder) "
+            "writes it, moe_kernels.load(base, folder) loads both, and "
+            "moe_kernels.combine_adapters makes one adapter of several"
+        )
+
+    def set_adapter(self, name: str) -> None:
+        """Let forwards of all threads use an adapter, and let it alone train.
+
+        What was frozen of an adapter by hand is frozen again when it is active again.
+
+        Raises:
+            ValueError: the model has no adapter of this name.
+            RuntimeError: within ``adapter(...)``, which is for one thread.
+        """
+        self.check_in_place()
+        self.check_adapter(name)
+        if self.switches.adapters() != (self.active_adapter,):
+            raise RuntimeError("set_adapter is for all threads: call it outside adapter(...)")
+        if name != self.active_adapter:
+            with all_or_nothing(self.model, self, self.switches):
+                named_adapters.activate(self, name)
+                return
+
+    def delete_adapter(self, name: str) -> None:
+        """Take an adapter out of the model, and leave the others as they are.
+
+        Raises:
+            ValueError: the model has no adapter of this name, it is active, or it is "default",
+                which ``unpatch()`` takes out.
+        """
+        self.check_in_place()
+        self.check_adapter(name)
+        if name in (self.active_adapter, DEFAULT):
+            which = "the first one: unpatch() takes it out" if name == DEFAULT else "active"
+            raise ValueError(f"adapter {name!r} cannot be deleted, as it is {which}")
+        with all_or_nothing(self.model, self):
+            named_adapters.delete(self, name)
+            return
 
     def unpatch(self) -> PreTrainedModel:
         """Remove everything that was added and return the model as it was before, bit for bit.

@@ -77,6 +77,7 @@ def accelerate_peft(
     patched, modality_id = _patched_within(model, modality), None
     if patched is not None:
         modality_id = patched.modality_id(modality)
+        patched.check_one_adapter("accelerate_peft with a modality")
         _check_own(patched)
         _check_masked(model, found)
     with all_or_nothing(model):

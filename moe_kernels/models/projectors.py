@@ -18,6 +18,7 @@ def projectors(model: nn.Module) -> dict[str, ModalityProjector]:
 def check(patched: PatchState, modality: str) -> None:
     """Raise ValueError unless the model can get a projector for this modality."""
     patched.modality_id(modality)
+    patched.check_one_adapter("a projector")
     if modality in projectors(patched.model):
         raise ValueError(
             f"the model has a projector for {modality!r} already: train that, or unpatch() and "

@@ -1,6 +1,7 @@
 """Added tokens: rows for a new modality beside the frozen embedding table and head."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from moe_kernels.init.rows import (
     check_row_init,
     initial_rows,
 )
+from moe_kernels.layers.modality_lora import DEFAULT, name_for, split_name
 from moe_kernels.layers.resident import Resident
 from moe_kernels.layers.whole import whole
 from moe_kernels.models import offload, sharding
-from moe_kernels.models.context import Switches
+from moe_kernels.models.context import Chosen, Switches
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.instance_forward import reset_forward, set_forward
 from moe_kernels.models.parts import find_decoder, trainable_dtype
@@ -147,7 +149,8 @@ def _other_table(model: PreTrainedModel) -> str | None:
 def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Tensor]) -> None:
     head = model.get_output_embeddings()
     for module, rows in new.items():
-        _add_rows(module, modality, rows)
+        module.__dict__[_SWITCHES] = head.__dict__[_SWITCHES]
+        _add_rows(module, modality, rows, get_patched(model).adapter_names)
     if head not in new:
         head.__dict__[ROWS] = _rows(model.get_input_embeddings())
 
@@ -204,8 +207,13 @@ def set_config_vocab_size(config: PretrainedConfig, size: int) -> None:
     text.vocab_size = size
 
 
-def _rows(module: nn.Module) -> nn.ParameterDict | dict:
+def _rows(module: nn.Module) -> "AddedRows | dict":
     return getattr(module, ROWS, {})
+
+
+def all_rows(model: PreTrainedModel) -> "list[AddedRows]":
+    """Return the added rows of the embedding and of the head, if it has rows of its own."""
+    return [rows for module in modules_with_rows(model).values() if len(rows := _rows(module))]
 
 
 def _set_vocab_size(model: PreTrainedModel, size: int) -> None:
@@ -229,43 +237,95 @@ def _initial_rows(
 
 
 class AddedRows(Resident, nn.ParameterDict):
-    """Added rows (n, H) by modality, in the order of their ids."""
+    """Added rows (n, H) by modality, in the order of their ids.
 
-    def joined(self) -> Tensor:
-        """Return the rows of all modalities."""
-        return torch.cat([whole(rows) for rows in self.values()])
+    Those of a further adapter are ``modality@NAME``, of the same shapes.
+    """
+
+    def of(self, adapter: str = DEFAULT) -> dict[str, nn.Parameter]:
+        """Return an adapter's rows by modality."""
+        named = {split_name(key): rows for key, rows in self.items()}
+        return {key: rows for (key, owner), rows in named.items() if owner == adapter}
+
+    def joined(self, adapter: str = DEFAULT) -> Tensor:
+        """Return an adapter's rows of all modalities."""
+        return torch.cat([whole(rows) for rows in self.of(adapter).values()])
+
+    def copy_for(self, adapter: str, like: str) -> None:
+        """Make the rows of a further adapter, with the values of another one's."""
+        for modality, rows in self.of(like).items():
+            self[name_for(modality, adapter)] = nn.Parameter(rows.detach().clone())
 
 
-def _add_rows(module: nn.Module, modality: str, rows: Tensor) -> None:
+def _add_rows(module: nn.Module, modality: str, rows: Tensor, adapters: Iterable[str]) -> None:
     if not hasattr(module, ROWS):
         setattr(module, ROWS, AddedRows())
         if isinstance(module, nn.Embedding):
             set_forward(module, _embedding_forward)
     added = getattr(module, ROWS)
-    added[modality] = nn.Parameter(rows)
+    for adapter in adapters:
+        added[name_for(modality, adapter)] = nn.Parameter(rows.clone())
     sharding.shard_beside(added, module.weight)
 
 
-def _added(module: nn.Module) -> Tensor:
-    """Return all added rows (n, H) in the order of their ids, in the table's dtype."""
-    return _joined_rows(module).to(module.weight.dtype)
+def _added(module: nn.Module, adapter: str) -> Tensor:
+    """Return an adapter's rows (n, H) in the order of their ids, in the table's dtype."""
+    return _rows(module).joined(adapter).to(module.weight.dtype)
 
 
 def _joined_rows(module: nn.Module) -> Tensor | None:
-    """Return all added rows (n, H) in their own dtype; None: there are none."""
-    rows = _rows(module)
-    return rows.joined() if len(rows) else None
+    """Return the rows (n, H) of the batch's adapter in their own dtype; None: there are none."""
+    if not len(rows := _rows(module)):
+        return None
+    names, of_sequence = module.__dict__[_SWITCHES].chosen()
+    if of_sequence is not None:
+        raise RuntimeError(
+            "a loss that reads the head's rows by itself (fused_loss) takes batches of one "
+            f"adapter, and this one has {', '.join(names)}: split it, or leave the fused loss out"
+        )
+    return rows.joined(names[0])
 
 
 def _num_added(module: nn.Module) -> int:
-    return sum(sharding.whole_shape(rows)[0] for rows in getattr(module, ROWS).values())
+    return sum(sharding.whole_shape(rows)[0] for rows in getattr(module, ROWS).of().values())
 
 
 def _embedding_forward(self: nn.Embedding, input_ids: Tensor) -> Tensor:
     first = self.weight.shape[0]
     text = type(self).forward(self, input_ids.clamp(max=first - 1))
-    added = embed((input_ids - first).clamp(min=0), self, _added(self))
+    chosen: Chosen = self.__dict__[_SWITCHES].chosen()
+    index = (input_ids - first).clamp(min=0)
+    if chosen.of_sequence is None:
+        rows = _added(self, chosen.names[0])
+    else:
+        _check_sequences(input_ids, chosen.of_sequence, "input_ids")
+        index = index + _num_added(self) * chosen.places_of_rows()[:, None]
+        rows = torch.cat([_added(self, name) for name in chosen.names])
+    added = embed(index, self, rows)
     return torch.where((input_ids >= first)[..., None], added, text)
+
+
+def _check_sequences(values: Tensor, of_sequence: Tensor, what: str) -> None:
+    if values.ndim < 2 or len(values) != len(of_sequence):
+        raise ValueError(
+            f"{what} of shape {tuple(values.shape)} do not say which of the batch's "
+            f"{len(of_sequence)} sequences a row is of, and these have different adapters: pass "
+            "one row of the batch's shape a sequence, or one adapter at a time"
+        )
+
+
+def _logits_of_rows(module: nn.Linear, hidden_states: Tensor) -> Tensor:
+    """Return the logits of added rows, by the adapter of each sequence."""
+    chosen: Chosen = module.__dict__[_SWITCHES].chosen()
+    if chosen.of_sequence is None:
+        return F.linear(hidden_states, _added(module, chosen.names[0]))
+    _check_sequences(hidden_states, chosen.of_sequence, "hidden states")
+    logits = hidden_states.new_zeros(*hidden_states.shape[:-1], _num_added(module))
+    for number, name in enumerate(chosen.names):
+        here = (chosen.places_of_rows() == number).nonzero()[:, 0]
+        own = F.linear(hidden_states.index_select(0, here), _added(module, name))
+        logits = logits.index_copy(0, here, own.to(logits.dtype))
+    return logits
 
 
 def embed(input_ids: Tensor, table: nn.Embedding, rows: Tensor) -> Tensor:
@@ -294,7 +354,7 @@ def _head_forward(self: nn.Linear, hidden_states: Tensor) -> Tensor:
     if switches.masks_added_tokens():
         added = text.new_full((*text.shape[:-1], _num_added(self)), torch.finfo(text.dtype).min)
     elif switches.uses_added_tokens():
-        added = F.linear(hidden_states, _added(self))
+        added = _logits_of_rows(self, hidden_states)
     else:
         return beside_rows(text, self)
     return torch.cat([text, added], dim=-1)
@@ -351,7 +411,8 @@ class JoinedHead:
                 "offloaded it: keep lm_head out of the offloading (device map), or use "
                 "patched.fused_loss = True in transformers' Trainer"
             )
-        rows = {name: whole(each) for name, each in getattr(head, ROWS).items()}
+        adapter = head.__dict__[_SWITCHES].chosen().names[0]
+        rows = {name: whole(each) for name, each in getattr(head, ROWS).of(adapter).items()}
         for name, each in (("weight", head.weight), *rows.items()):
             partitioned = hasattr(each, "ds_status")  # ZeRO-3, even if it is gathered by chance now
             if type(each.data) is not Tensor or partitioned or each.shape[0] == 0:

@@ -187,7 +187,7 @@ class ExpertExtender:
                 adapters of PEFT. Nothing has changed.
         """
         self.patched.check_in_place()
-        added_experts.check_beside_peft(self.patched)
+        added_experts.check_beside(self.patched)
         sharding.check_whole(self.patched.model, "extend")
         scores = scores or self.scores
         if modality_gate or modality is not None:

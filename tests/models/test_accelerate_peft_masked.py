@@ -178,6 +178,18 @@ def test_a_deepcopy():
     assert torch.equal(text_logits(copied, MIXED), expected)
 
 
+def test_adapters_by_name_do_not_go_with_them():
+    peft, patched = make()
+    with pytest.raises(ValueError, match="PEFT has adapted the model too, and its adapters are"):
+        patched.add_adapter("second")
+    base = make_model("mixtral")
+    named = patch_model(base, ModalityLoraConfig(target_modules=()))
+    named.add_adapter("second")
+    wrapped = fill_adapters(get_peft_model(base, lora_config()))
+    with pytest.raises(ValueError, match="accelerate_peft with a modality goes with one adapter"):
+        accelerate_peft(wrapped, modality="image")
+
+
 # --- rows of added tokens
 
 

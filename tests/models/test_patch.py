@@ -457,6 +457,7 @@ def test_the_handle_says_what_was_added(capsys):
     for part in (
         "MixtralForCausalLM", "modalities: image", "targets: experts, attention", "ranks: 2, 4",
         "layers: 1 of 2 adapted, 2 with experts", "(chosen)", f"image 3 ({VOCAB}..{VOCAB + 2})",
+        "adapters: default (active)",
         "extensions: 2 experts in 1 layers for",
     ):  # fmt: skip
         assert part in said

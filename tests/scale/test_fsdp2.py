@@ -39,6 +39,7 @@ from moe_kernels import (
 )
 from moe_kernels.models import tokens
 from moe_kernels.models.handle import get_patched
+from moe_kernels.models.named_adapters import parameters_of
 from moe_kernels.moextend import ExpertExtender
 
 IMAGE = 7  # not even: the ranks' parts differ
@@ -565,6 +566,35 @@ def loads_what_a_sharded_model_lacks(rank, folder):
         initialise_lora(patched.model, [])
 
 
+def adapters_by_name(rank, folder):
+    """Adapters that were added before the model was sharded: mixed batches, files, refusals."""
+    alone = make()
+    alone.model.eval()
+    alone.add_adapter("other")
+    for seed, parameter in enumerate(parameters_of(alone, "other")):
+        generator = torch.Generator().manual_seed(seed)
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    sharded = get_patched(shard(deepcopy(alone.model)))
+    ids, names = batch(0, rank), [["default", "other"], ["other", "base"]][rank]
+    with torch.no_grad():
+        expected = alone.model(ids, adapter=names).logits
+        assert torch.equal(sharded.model(ids, adapter=names).logits, expected)
+        with sharded.adapter("other"):
+            assert torch.equal(sharded.model(ids).logits, alone.model(ids, adapter="other").logits)
+    for name in sharded.adapter_names:
+        sharded.save_adapter(folder / name, adapter=name)
+        if rank == 0:
+            alone.save_adapter(folder / f"alone-{name}", adapter=name)
+        dist.barrier()
+        assert files(folder / name) == files(folder / f"alone-{name}")
+    sharded.load_adapter(folder / "default", adapter="other")
+    with torch.no_grad():
+        found = sharded.model(ids, adapter="other").logits
+        assert torch.equal(found, alone.model(ids).logits)
+    with pytest.raises(ValueError, match="is sharded: add adapters before fully_shard"):
+        sharded.add_adapter("third")
+
+
 SCENES = {
     scene.__name__: scene
     for scene in (
@@ -588,6 +618,7 @@ SCENES = {
         saves_between_forwards_and_backwards,
         a_fused_head_reads_rows_that_were_added_later,
         loads_what_a_sharded_model_lacks,
+        adapters_by_name,
     )
 }
 
