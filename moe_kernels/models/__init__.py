@@ -1,6 +1,7 @@
 """In-place patching of Hugging Face models."""
 
 from moe_kernels.models.callback import SaveAdapter
+from moe_kernels.models.combining import combine_adapters
 from moe_kernels.models.config import ModalityLoraConfig
 from moe_kernels.models.loading import load
 from moe_kernels.models.lora_init import LoraInitDiagnostics, initialise_lora
@@ -19,6 +20,7 @@ __all__ = [
     "SaveAdapter",
     "accelerate_peft",
     "add_modality_tokens",
+    "combine_adapters",
     "get_accelerated",
     "initialise_lora",
     "load",
