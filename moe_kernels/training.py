@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -19,7 +20,7 @@ from moe_kernels.models.adapter_files import NAMES
 from moe_kernels.models.intact import modalities_of_peft
 from moe_kernels.models.parameters import is_added
 
-__all__ = ["AdapterTrainer", "MatrixMuon"]
+__all__ = ["AdapterTrainer", "MatrixMuon", "use_reference"]
 
 _ELSE = "use transformers.Trainer(model=patched.model, callbacks=[SaveAdapter(patched)]) instead"
 
@@ -171,6 +172,41 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.patched.load_adapter(self.state.best_model_checkpoint)
+
+
+def use_reference(trainer: Any, reference: PreTrainedModel, beta: float) -> None:
+    """Give TRL's ``GRPOTrainer`` a reference, without loading a second base.
+
+    With ``beta`` in its configuration the trainer loads its reference by the base's name, without
+    what was added. So make it with ``beta=0``, which needs no reference, and call this.
+
+    Args:
+        trainer: a ``GRPOTrainer`` that has been made with ``beta=0`` and has not trained yet.
+        reference: what ``PatchedModel.reference_model()`` returned, before the trainer was made.
+        beta: weight of the KL divergence from the reference.
+
+    Raises:
+        ValueError: the trainer has a reference or a ``beta`` already, or the reference is the model
+            that it trains.
+
+    Example:
+        >>> reference = patched.reference_model()
+        >>> trainer = GRPOTrainer(patched.model, reward, GRPOConfig("out", beta=0.0), ...)
+        >>> use_reference(trainer, reference, beta=0.04)
+    """
+    if trainer.beta != 0 or trainer.ref_model is not None:
+        raise ValueError(
+            f"the trainer has beta {trainer.beta} and a reference: make it with beta=0"
+        )
+    if reference is trainer.accelerator.unwrap_model(trainer.model):
+        raise ValueError("the reference is the model that trains: patched.reference_model()")
+    # Versions of TRL with a fused head call the reference through it, too.
+    add_head = getattr(import_module("trl.trainer.utils"), "add_fused_lm_head", None)
+    if add_head is not None:
+        in_float32 = trainer.args.cast_lm_head_to_fp32
+        add_head(reference, temperature=trainer.temperature, cast_lm_head_to_fp32=in_float32)
+    trainer.ref_model = trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+    trainer.beta = beta
 
 
 class MatrixMuon(torch.optim.Muon):

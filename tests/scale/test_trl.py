@@ -20,6 +20,7 @@ from moe_kernels import ModalityLoraConfig
 from moe_kernels.models import sharding
 from moe_kernels.models.handle import get_patched
 from moe_kernels.testing import relative_rms
+from moe_kernels.training import use_reference
 
 pytestmark = pytest.mark.scale
 trl = pytest.importorskip("trl", reason="make test-scale installs it")
@@ -218,6 +219,27 @@ def test_dpo(precomputed, tmp_path):
     assert_same_gradients(found, expected)
 
 
+def dpo_losses(folder, shared):
+    """Return the losses of four steps of DPO beside a reference that shares the base, or a copy."""
+    model, patched = make_patched()
+    reference = patched.reference_model() if shared else copy.deepcopy(model)
+    scaled(model)
+    args = trl.DPOConfig(**settings(
+        folder, per_device_train_batch_size=2, beta=0.5, max_steps=4, learning_rate=0.1
+    ))  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model, reference, args, train_dataset=preferences(), processing_class=make_tokenizer()
+    )
+    trainer.train()
+    return [each["loss"] for each in trainer.state.log_history if "loss" in each]
+
+
+def test_dpo_with_a_reference_that_shares_the_base(tmp_path):
+    found, expected = (dpo_losses(tmp_path / str(shared), shared) for shared in (True, False))
+    assert len(found) == 4 and len(set(found)) > 1
+    assert found == expected
+
+
 def test_a_copy_that_would_compute_with_the_original():
     """TRL's head leaves forwards without its keyword to a method that it found bound."""
     heads = pytest.importorskip("trl.trainer.utils")
@@ -257,6 +279,36 @@ def test_grpo(tmp_path):
     found = gradients_of(trainer, patched)
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert any("modality_lora" in name and gradient.any() for name, gradient in found.items())
+
+
+def grpo_losses(folder, shared):
+    """Return the losses and divergences of three steps of GRPO, by a reference of either kind."""
+    model, patched = make_patched()
+    reference = patched.reference_model() if shared else copy.deepcopy(model).requires_grad_(False)
+    scaled(model)
+    args = trl.GRPOConfig(**settings(
+        folder, per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
+        beta=0.0, max_steps=3, learning_rate=0.1, seed=1,
+    ))  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+        args=args,
+        train_dataset=dataset([{"prompt": words(ids_of(i, 7))} for i in range(4)]),
+        processing_class=make_tokenizer(),
+    )
+    use_reference(trainer, reference, beta=0.3)
+    with pytest.raises(ValueError, match="make it with beta=0"):
+        use_reference(trainer, reference, beta=0.3)
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "loss" in each]
+    return [(each["loss"], each["kl"]) for each in logs]
+
+
+def test_grpo_with_a_reference_that_shares_the_base(tmp_path):
+    found, expected = (grpo_losses(tmp_path / str(shared), shared) for shared in (True, False))
+    assert len(found) == 3 and all(divergence > 1e-3 for _, divergence in found)
+    assert found == expected
 
 
 # --- two ranks take the step of one process
