@@ -17,6 +17,7 @@ PAGES = {
     gpu.RESULTS: ("docs/results/gpu.md",),
     ranks.RESULTS: ("docs/scaling.md",),
     cpu.PACKED: ("docs/kernels.md",),
+    cpu.MIXED_ADAPTERS: ("docs/adapters.md",),
 }
 
 # What stands between the markers <!-- bench:NAME --> of a page, out of its results.
@@ -37,6 +38,7 @@ BLOCKS: dict[str, Callable[[Mapping], str]] = {
     "peft": cpu.peft,
     "low_rank": cpu.low_rank,
     "packed": cpu.packed,
+    "mixed_adapters": cpu.mixed_adapters,
     "gpu_layers": gpu.layers,
     "gpu_ceilings": gpu.ceilings,
     "gpu_rates": gpu.rates,

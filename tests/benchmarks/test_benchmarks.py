@@ -32,7 +32,7 @@ LIB = (
 )  # fmt: skip
 PROGRAMS = (
     "bench_dispatch", "bench_lora_linear", "bench_moe_mlp", "host_time", "loading", "packed",
-    "packed_step", "plot", "run", "scaling", "targets",
+    "mixed_adapters", "packed_step", "plot", "run", "scaling", "targets",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ WITH_PEFT = "cpu-peft.json"  # a run with accelerated PEFT, where RESULTS is old
 OVERHEAD = "cpu-overhead.json"  # the section of this name alone, where RESULTS is older
 PACKED = "cpu-packed.json"  # a run of packed.py
 PACKED_STEP = "cpu-packed-step.json"  # a run of packed_step.py
+MIXED_ADAPTERS = "cpu-mixed-adapters.json"  # a run of mixed_adapters.py
 _ADDED_TARGETS = (12, 13)
 
 
@@ -183,6 +184,23 @@ def packed_step(results: Mapping) -> str:
         f"a layer are {layer:.0f} MiB in bf16.\n"
     )
     return f"{machine(results)}{text}\n{markdown(header, rows)}"
+
+
+def mixed_adapters(results: Mapping) -> str:
+    """Milliseconds of a forward by the number of adapters in its batch."""
+    names = list(results["records"][0]["seconds"])
+    rows = []
+    for name in names:
+        cells = []
+        for record in results["records"]:
+            seconds = record["seconds"]
+            cells.append(f"{summarize(seconds[name]).median * 1e3:.3g}")
+            cells.append("" if name == "one" else interval(ratio(seconds[name], seconds["one"])))
+        rows.append((name, *cells))
+    header = ["adapters in the batch"]
+    for record in results["records"]:
+        header += [f"8 x {record['length']} tokens, ms", "times one (20-80 %)"]
+    return f"{machine(results)}\n{markdown(header, rows)}"
 
 
 def _accelerated(results: Mapping) -> list[Mapping]:
