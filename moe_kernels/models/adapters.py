@@ -1,6 +1,7 @@
 """Saving and loading the adapter of a patched model, and the checks that it fits."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,9 +102,12 @@ def load(
             if ranks is not None:
                 _check_settled(patched, missing, saved, parameters, adapter)
             tensors = _read(patched, file, parameters)
+        change = functools.partial(_copy_in, patched, saved, missing, tensors, find, names, adapter)
         if ranks is not None:
             ranks.meet()  # before anything changes
-        _copy_in(patched, saved, missing, tensors, find, names, adapter)
+            change()
+            return
+    change()  # last of all: an interrupt after it would come too late to change nothing
 
 
 @contextlib.contextmanager

@@ -195,6 +195,54 @@ def loading_again(folder) -> Case:
     return Case(model, lambda: get_patched(model).load_adapter(folder))
 
 
+def two_adapters():
+    """Make a model of one layer with two adapters and tokens, and return its handle."""
+    patched = patch_model(make_model("mixtral", num_hidden_layers=1), ALL)
+    add_modality_tokens(patched.model, "image", 3)
+    randomise(patched)
+    patched.add_adapter("second", like="default")
+    return patched
+
+
+def adding_an_adapter() -> Case:
+    patched = two_adapters()
+    return Case(patched.model, lambda: patched.add_adapter("third"))
+
+
+def deleting_an_adapter() -> Case:
+    patched = two_adapters()
+    return Case(patched.model, lambda: patched.delete_adapter("second"))
+
+
+def changing_the_adapter() -> Case:
+    patched = two_adapters()
+    return Case(patched.model, lambda: patched.set_adapter("second"))
+
+
+def choosing_an_adapter() -> Case:
+    patched = two_adapters()
+    ids = token_ids(2, 6)
+
+    def call():
+        with patched.adapter("second"):
+            patched.model(ids)
+        patched.model(ids, adapter=["second", "base"])
+        patched.model.generate(ids, adapter=["second", "base"], max_new_tokens=1, do_sample=False)
+
+    return Case(patched.model, call)
+
+
+def making_a_reference() -> Case:
+    patched = two_adapters()
+    return Case(patched.model, patched.reference_model)
+
+
+def loading_by_name(folder) -> Case:
+    patched = two_adapters()
+    patched.save_adapter(folder)
+    return Case(patched.model, lambda: patched.load_adapter(folder, adapter="third"))
+
+
 def loading_from_peft(folder) -> Case:
     patched, other = (patch_model(make_model("olmoe"), ALL) for _ in range(2))
     for seed, each in enumerate((patched, other)):
@@ -223,12 +271,12 @@ def undoing_peft() -> Case:
 CHANGES = [
     accelerating_peft, undoing_peft, patching, unpatching, adding_tokens, adding_tokens_again,
     extending, extending_again, making_an_extender, adding_a_projector,
-    starting_adapters,
+    starting_adapters, adding_an_adapter, deleting_an_adapter, changing_the_adapter,
 ]  # fmt: skip
-LOADS = [loading, loading_again, loading_from_peft]
+LOADS = [loading, loading_again, loading_by_name, loading_from_peft]
 LOOKS = [
     disabling_adapters, disabling_experts, recording, comparing_experts, measuring_disturbance,
-    scoring_layers, measuring_perplexity,
+    scoring_layers, measuring_perplexity, choosing_an_adapter, making_a_reference,
 ]  # fmt: skip
 
 
