@@ -190,6 +190,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_parts(checkpointed):
         assert relative_rms(whole, sum(each)) < 1e-3, name
 
 
+@pytest.mark.slow  # compiles two graphs
 def test_compiled_forwards():
     model, _ = make_patched(backend="reference")
     expected = logits(model, adapter=NAMES), logits(model, adapter="photo")
