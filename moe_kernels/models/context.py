@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import arguments, backends, env
-from moe_kernels.layers.modality_lora import DEFAULT, ONLY, ModalityLora
+from moe_kernels.layers.modality_lora import BASE, DEFAULT, ONLY, ModalityLora
 from moe_kernels.models.padding import find_real
 from moe_kernels.modes import ending_with
 from moe_kernels.ops import LinearDispatch, LoraWeights, checks, linear_dispatch
@@ -89,10 +89,12 @@ class Chosen(NamedTuple):
         of_sequence: (B,) int64, the place in ``names`` of each sequence's adapter. A sequence of
             none has the added rows of one of them, and -1 less its place. None: all sequences have
             the first.
+        updates: False: no sequence gets low-rank updates.
     """
 
     names: tuple[str, ...] = ONLY
     of_sequence: Tensor | None = None
+    updates: bool = True
 
     def places_of_rows(self) -> Tensor:
         """Return the place in ``names`` of the adapter whose added rows each sequence has."""
@@ -164,17 +166,21 @@ class PerThread(CopiedAlone):
         return copied
 
 
+# Tensors of several adapters in one, by the projection and the adapters' names in order.
+Joined = dict[tuple[ModalityLora, tuple[str, ...]], LoraWeights]
+
+
 @dataclass(eq=False)
 class _Held:
     """A context that leaves out a part, until it is closed, in whichever thread.
 
-    Or one that chooses adapters, which ``joined`` keeps in one tensor where it is not None.
+    Or one that chooses adapters; those of a batch where ``joined``, which keeps them, is not None.
     """
 
     switches: "Switches"
     part: str
     adapters: tuple[str, ...] = ()
-    joined: dict[ModalityLora, LoraWeights] | None = None
+    joined: Joined | None = None
     is_open: bool = True
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -242,30 +248,43 @@ class Switches(PerThread):
         return self._held("unmasked_tokens")
 
     def adapters(self) -> tuple[str, ...]:
-        """Return the names of the adapters that forwards of this thread may use."""
+        """Return the names of the adapters that forwards of this thread may use; "base" is none."""
         return (self.adapter,) if (held := self._innermost()) is None else held.adapters
 
-    def joined(self) -> dict[ModalityLora, LoraWeights] | None:
-        """Return where forwards of this thread keep the joined tensors of several adapters."""
+    def joined(self) -> Joined | None:
+        """Return where forwards of a batch of several adapters keep them joined, within one."""
         return None if (held := self._innermost()) is None else held.joined
 
     def _innermost(self) -> _Held | None:
-        return max(self._all_held("adapter"), key=lambda each: each.number, default=None)
+        innermost = None
+        for each in self._all_held("adapter"):  # torch.compile traces no max() with a key
+            if innermost is None or each.number > innermost.number:
+                innermost = each
+        return innermost
 
     def chosen(self) -> Chosen:
         """Return the adapters of the forward that runs in this thread, or of the next one."""
         call = self.call
-        return Chosen(self.adapters()[:1]) if call is None or call.chosen is None else call.chosen
+        return (
+            self.named(self.adapters()[0]) if call is None or call.chosen is None else call.chosen
+        )
 
-    def with_adapters(
-        self, names: tuple[str, ...], join_once: bool = False
+    def named(self, name: str) -> Chosen:
+        """Return the choice of one adapter for all sequences, or of "base"."""
+        return Chosen((self.adapter,), updates=False) if name == BASE else Chosen((name,))
+
+    def with_adapter(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Use this adapter, or "base", within; the innermost context counts."""
+        return self._without("adapter", adapters=(name,))
+
+    def with_adapters_of_batch(
+        self, names: tuple[str, ...]
     ) -> contextlib.AbstractContextManager[None]:
-        """Use these adapters within, those of the innermost context.
+        """Use these adapters within, in forwards that say which sequence has which.
 
-        ``join_once``: their values do not change within, and need to be joined once alone.
+        Their values do not change within, and are joined once alone.
         """
-        joined = {} if join_once and len(names) > 1 else None
-        return self._without("adapter", adapters=names, joined=joined)
+        return self._without("adapter", adapters=names, joined={})
 
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Leave out low-rank updates and modality gates within; may be nested."""
@@ -300,8 +319,8 @@ class Switches(PerThread):
         elif held or self._held_in_training:
             raise RuntimeError(
                 "checkpoint() around a forward of the whole model does not go with "
-                "adapters_disabled(), text_only() or disabled(), which its recompute does not "
-                "see: checkpoint the layers (model.gradient_checkpointing_enable())"
+                "adapter(), adapters_disabled(), text_only() or disabled(), which its recompute "
+                "does not see: checkpoint the layers (model.gradient_checkpointing_enable())"
             )
 
     def _held(self, part: str) -> bool:
@@ -418,9 +437,11 @@ class ModalityContext(PerThread):
         joined = None if torch.is_grad_enabled() else self.switches.joined()
         if joined is None or len(self.adapters) == 1:
             return lora.weights(self.adapters)
-        if lora not in joined:
-            joined[lora] = lora.weights(self.adapters)
-        return joined[lora]
+        # A forward within may name other adapters than the context: a logits processor's.
+        key = lora, self.adapters
+        if key not in joined:
+            joined[key] = lora.weights(self.adapters)
+        return joined[key]
 
     def start(
         self, modality_ids: Tensor, added_experts: bool = True, adapters: tuple[str, ...] = ONLY

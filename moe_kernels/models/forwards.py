@@ -120,7 +120,7 @@ def _prepare(
         cache=cache_of(kwargs),
     )
     check_batch(patched, kwargs, modality_ids)
-    if not patched.adapters_enabled:
+    if not (patched.switches.uses_adapters() and chosen.updates):
         # The ids carry this, since checkpointing hands them to its recompute; a switch would
         # be read anew.
         modality_ids = modality_ids.clamp(max=0)
@@ -180,6 +180,10 @@ _HEAD_NOT_ASKED = (
     "patched.fused_loss = True in transformers' Trainer"
 )
 
+_ADAPTER_ELSEWHERE = (
+    "adapter= is for the patched model's own forward, and this is the inner model's or a fused "
+    "head's: enter patched.adapter(name) around it"
+)
 _COPIED = (
     "{} calls the model that this one is a deepcopy of: copy the model before a trainer of TRL "
     "takes it"
@@ -234,7 +238,10 @@ class ForeignForward:
         fused = self._check_forward(patched, kwargs)
         patched.forwards.clear()
         kwargs |= zip(inspect.signature(module.forward).parameters, args, strict=False)
-        _prepare(patched, kwargs, kwargs.pop("modality_ids", None), patched.switches.chosen())
+        if any(kwargs.pop(name, None) is not None for name in ("adapter", "adapter_ids")):
+            raise ValueError(_ADAPTER_ELSEWHERE)
+        chosen = named_adapters.choose(patched, kwargs, None, None)
+        _prepare(patched, kwargs, kwargs.pop("modality_ids", None), chosen)
         patched.switches.awaits_head = fused and bool(patched.added_tokens)
         return (), kwargs
 

@@ -161,7 +161,7 @@ class PatchState(CopiedAlone):
     @property
     def adapters_enabled(self) -> bool:
         """True if forwards of this thread add low-rank updates; setting it is for all threads."""
-        return self.switches.uses_adapters()
+        return self.switches.uses_adapters() and self.switches.chosen().updates
 
     @adapters_enabled.setter
     def adapters_enabled(self, enabled: bool) -> None:
@@ -185,10 +185,11 @@ class PatchState(CopiedAlone):
     def adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
         """Disable low-rank updates and modality gates for this thread's forwards within.
 
-        Added token rows stay, and so do experts that were added without a gate. A thread that is
-        started within is not affected: enter the context inside it, or set ``adapters_enabled``.
-        Coroutines of one thread have contexts of their own; but not under torch.compile, where none
-        may await within.
+        They are those of every adapter, also of one that a call or ``adapter(...)`` names. Added
+        token rows stay, and so do experts that were added without a gate. A thread that is started
+        within is not affected: enter the context inside it, or set ``adapters_enabled``. Coroutines
+        of one thread have contexts of their own; but not under torch.compile, where none may await
+        within.
 
         Example:
             >>> with patched.adapters_disabled():
@@ -222,8 +223,9 @@ class PatchState(CopiedAlone):
     def adapter(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Use the adapter of this name in this thread's forwards within; "base" uses none.
 
-        A forward that is given ``adapter=`` uses that. Threads and coroutines are as in
-        :meth:`adapters_disabled`. Without it, all use :attr:`active_adapter`.
+        The innermost context counts, and a forward that is given ``adapter=`` uses that. Threads
+        and coroutines are as in :meth:`adapters_disabled`. Without it, all use
+        :attr:`active_adapter`.
 
         Raises:
             ValueError: the model has no adapter of this name.
@@ -233,10 +235,9 @@ class PatchState(CopiedAlone):
             ...     logits = model(input_ids).logits
         """
         self._check_current()
-        if name == BASE:
-            return self.switches.without_adapters()
-        self.check_adapter(name)
-        return self.switches.with_adapters((name,))
+        if name != BASE:
+            self.check_adapter(name)
+        return self.switches.with_adapter(name)
 
     @property
     def active_adapter(self) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels import arguments
 from moe_kernels.layers import ModalityLora
+from moe_kernels.layers.modality_lora import BASE
 from moe_kernels.models import checkpoint_names, named_adapters, offload, packed, sharding
 from moe_kernels.models.experts import IMPLEMENTATION
 from moe_kernels.models.forwards import forward_of
@@ -211,14 +212,13 @@ def _of_prompts(
     patched: PatchState, adapter: str | Sequence[str], given: dict, kwargs: dict
 ) -> contextlib.AbstractContextManager[None]:
     """Return the context of a ``generate`` with these adapters; ``kwargs`` gets their places."""
-    if isinstance(adapter, str):
-        return patched.adapter(adapter)
     inputs = given.get("inputs")
     prompts = given.get("kwargs", {}) | ({} if inputs is None else {"input_ids": inputs})
     chosen = named_adapters.choose(patched, prompts, adapter, None)
-    if chosen.of_sequence is not None:
-        kwargs["adapter_ids"] = chosen.of_sequence
-    return patched.switches.with_adapters(chosen.names, join_once=True)
+    if chosen.of_sequence is None:
+        return patched.adapter(chosen.names[0] if chosen.updates else BASE)
+    kwargs["adapter_ids"] = chosen.of_sequence
+    return patched.switches.with_adapters_of_batch(chosen.names)
 
 
 def _masks_added(model: PreTrainedModel, given: dict) -> bool:

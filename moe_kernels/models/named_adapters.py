@@ -159,16 +159,38 @@ def choose(
             which ``generate`` hands from step to step; None: all sequences have the same.
 
     Raises:
-        ValueError: there is no adapter of a name, or there are not as many as sequences.
+        ValueError: there is no adapter of a name, or there are not as many as sequences; or places
+            are given outside of a ``generate`` of several adapters, or none within one.
     """
-    if adapter is None:
-        names = patched.switches.adapters()
-        if adapter_ids is not None:
-            return Chosen(names, adapter_ids)
-        return Chosen(names[:1])
-    rows = inputs["inputs_embeds"] if (ids := inputs.get("input_ids")) is None else ids
-    names = [adapter] * len(rows) if isinstance(adapter, str) else adapter
-    return of_sequences(patched, names, rows)
+    switches = patched.switches
+    of_batch = switches.joined() is not None
+    if adapter_ids is not None and not of_batch:
+        raise ValueError(
+            "adapter_ids is what generate() of several adapters hands from step to step: name the "
+            "adapters by adapter="
+        )
+    if isinstance(adapter, str):
+        _check_name(patched, adapter)
+        return switches.named(adapter)
+    if adapter is not None:
+        rows = inputs.get("inputs_embeds") if (ids := inputs.get("input_ids")) is None else ids
+        if rows is None:
+            raise ValueError("a name for each sequence needs input_ids or inputs_embeds")
+        return of_sequences(patched, adapter, rows)
+    if not of_batch:
+        return switches.named(switches.adapters()[0])
+    if adapter_ids is None:
+        raise ValueError(
+            "this forward within a generate() of several adapters does not say which sequence has "
+            "which (guidance_scale makes such forwards, and logits processors may): give it "
+            "adapter=, or generate with one adapter at a time"
+        )
+    return Chosen(switches.adapters(), adapter_ids)
+
+
+def _check_name(patched: PatchState, name: str) -> None:
+    if name != BASE:
+        patched.check_adapter(name)
 
 
 def of_sequences(patched: PatchState, names: Sequence[str], tokens_of: Tensor) -> Chosen:
@@ -180,12 +202,11 @@ def of_sequences(patched: PatchState, names: Sequence[str], tokens_of: Tensor) -
             "for each, or one name for all"
         )
     for name in names:
-        if name != BASE:
-            patched.check_adapter(name)
+        _check_name(patched, name)
     active = patched.active_adapter
+    if len(set(names)) <= 1:
+        return patched.switches.named(names[0] if names else active)
     found = tuple(dict.fromkeys(active if name == BASE else name for name in names))
-    if len(found) == 1 and BASE not in names:
-        return Chosen(found)
     places = [-1 - found.index(active) if name == BASE else found.index(name) for name in names]
     return Chosen(found, torch.tensor(places, device=tokens_of.device))
 

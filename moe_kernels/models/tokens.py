@@ -277,13 +277,14 @@ def _joined_rows(module: nn.Module) -> Tensor | None:
     """Return the rows (n, H) of the batch's adapter in their own dtype; None: there are none."""
     if not len(rows := _rows(module)):
         return None
-    names, of_sequence = module.__dict__[_SWITCHES].chosen()
-    if of_sequence is not None:
+    chosen: Chosen = module.__dict__[_SWITCHES].chosen()
+    if chosen.of_sequence is not None:
         raise RuntimeError(
             "a loss that reads the head's rows by itself (fused_loss) takes batches of one "
-            f"adapter, and this one has {', '.join(names)}: split it, or leave the fused loss out"
+            f"adapter, and this one has {', '.join(chosen.names)}: split it, or leave the fused "
+            "loss out"
         )
-    return rows.joined(names[0])
+    return rows.joined(chosen.names[0])
 
 
 def _num_added(module: nn.Module) -> int:

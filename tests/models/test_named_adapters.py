@@ -111,7 +111,13 @@ def test_contexts_nest_and_are_of_this_thread():
             assert torch.equal(logits(model), alone["photo"])
             assert torch.equal(logits(model, adapter="default"), alone["default"])
             with patched.adapter("base"):
-                assert torch.equal(logits(model), logits_of_rows(patched, "photo"))
+                assert torch.equal(logits(model), alone["base"])
+                assert not patched.adapters_enabled
+                assert torch.equal(logits(model, adapter="photo"), alone["photo"])
+                with patched.adapter("sketch"):
+                    assert torch.equal(logits(model), alone["sketch"])
+                with pytest.raises(RuntimeError, match="for all threads"):
+                    patched.set_adapter("photo")
         assert torch.equal(logits(model), alone["sketch"])
         found = []
         thread = threading.Thread(target=lambda: found.append(logits(model)))
@@ -119,6 +125,15 @@ def test_contexts_nest_and_are_of_this_thread():
         thread.join()
         assert torch.equal(found[0], alone["default"])
     assert torch.equal(logits(model), alone["default"])
+
+
+def test_where_adapters_are_disabled_no_name_brings_them_back():
+    model, patched = make_patched()
+    expected = logits_of_rows(patched, "photo")
+    with patched.adapters_disabled(), patched.adapter("photo"):
+        assert torch.equal(logits(model), expected)
+    with patched.adapter("base"), patched.adapters_disabled():
+        assert torch.equal(logits(model, adapter="photo"), expected)
 
 
 def logits_of_rows(patched, name):
@@ -171,6 +186,29 @@ def test_generation_carries_the_adapters_of_prompts(more):
     assert (mixed[:, IDS.shape[1] :] >= VOCAB).any()
 
 
+def test_a_forward_within_generation_has_the_adapters_that_it_names():
+    model, _ = make_patched()
+    expected, found = logits(model, adapter=["photo", "sketch", "photo", "sketch"]), []
+
+    def process(ids, scores):
+        found.append(logits(model, adapter=["photo", "sketch", "photo", "sketch"]))
+        return scores
+
+    settings = {**GREEDY, "logits_processor": [process]}
+    model.generate(IDS, adapter=["sketch", "photo", "sketch", "photo"], **settings)
+    assert len(found) == 5 and all(torch.equal(each, expected) for each in found)
+
+
+def test_a_forward_within_generation_that_names_none_is_refused():
+    """Classifier-free guidance calls the model by itself, without what says the adapters."""
+    model, _ = make_patched()
+    settings = {**GREEDY, "guidance_scale": 2.0}
+    with pytest.raises(ValueError, match="does not say which sequence has which"):
+        model.generate(IDS, adapter=list(NAMES), **settings)
+    model.generate(IDS, adapter=["photo"] * 4, **settings)
+    model.generate(IDS, adapter=["base"] * 4, **settings)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_of_a_mixed_batch_are_those_of_its_parts(checkpointed):
     model, patched = make_patched()
@@ -196,13 +234,17 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_parts(checkpointed):
 
 @pytest.mark.slow  # compiles two graphs
 def test_compiled_forwards():
-    model, _ = make_patched(backend="reference")
-    expected = logits(model, adapter=NAMES), logits(model, adapter="photo")
+    model, patched = make_patched(backend="reference")
+    expected = [logits(model, adapter=each) for each in (NAMES, "photo", "base")]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(IDS, adapter=NAMES, use_cache=False).logits, expected[0])
         assert torch.equal(compiled(IDS, adapter="photo", use_cache=False).logits, expected[1])
+        with patched.adapter("photo"):
+            assert torch.equal(compiled(IDS, use_cache=False).logits, expected[1])
+        with patched.adapter("base"):
+            assert torch.equal(compiled(IDS, use_cache=False).logits, expected[2])
 
 
 def test_routing_is_recorded_by_modality_whatever_the_adapter():
@@ -377,6 +419,25 @@ def test_calls_that_are_refused(adapter, message):
         model.generate(IDS, adapter=adapter, **GREEDY)
 
 
+def test_places_of_adapters_are_for_generation_alone():
+    model, _ = make_patched()
+    with pytest.raises(ValueError, match="name the adapters by adapter="):
+        logits(model, adapter_ids=torch.tensor([0, -1, 0, -1]))
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
+        model.generate(adapter=["photo"], **GREEDY)
+
+
+def test_the_inner_model_takes_no_names():
+    model, patched = make_patched()
+    inputs = {"input_ids": IDS, "modality_ids": patched.modality_of(IDS)}
+    for adapter in ("photo", list(NAMES)):
+        with pytest.raises(ValueError, match="is for the patched model's own forward"):
+            model.model(**inputs, adapter=adapter)
+    expected = model(IDS, adapter="photo", output_hidden_states=True).hidden_states[-1]
+    with patched.adapter("photo"):
+        assert torch.equal(model.model(**inputs)[0], expected)
+
+
 def test_deletions_that_are_refused():
     _, patched = make_patched()
     with pytest.raises(ValueError, match="'default' cannot be deleted"):
@@ -407,6 +468,10 @@ def test_a_fused_loss_takes_one_adapter_a_batch():
     assert torch.allclose(found, expected, rtol=1e-5)
     with pytest.raises(RuntimeError, match="batches of one adapter"):
         model(IDS, labels=IDS, adapter=NAMES)
+    expected = model.eval()(IDS, labels=IDS, adapter="base").loss
+    found = model.train()(IDS, labels=IDS, adapter="base").loss
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert not torch.allclose(found, model(IDS, labels=IDS, adapter="photo").loss, rtol=1e-2)
 
 
 # --- references
