@@ -15,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 
 from moe_kernels.analysis import RoutingRecorder
+from moe_kernels.layers.modality_lora import split_name
 from moe_kernels.models import PatchedModel, sharding
 from moe_kernels.models.adapter_files import NAMES
 from moe_kernels.models.intact import modalities_of_peft
@@ -135,6 +136,13 @@ class AdapterTrainer(Trainer):
                 f"{others[0]} trains too (one of {len(others)}), and was not added to the model, "
                 f"so that no checkpoint would hold it: freeze it, or {_ELSE}"
             )
+        active = self.patched.active_adapter
+        names = dict(self.patched.named_trainable_parameters())
+        if others := [name for name in names if split_name(name)[1] != active]:
+            raise ValueError(
+                f"{others[0]} trains too (one of {len(others)}), and checkpoints are of the active "
+                f"adapter {active!r} alone: freeze it"
+            )
         with self._recorder or nullcontext():
             return super().train(*args, **kwargs)
 
@@ -229,7 +237,7 @@ class MatrixMuon(torch.optim.Muon):
 
     Example:
         >>> named = dict(patched.named_trainable_parameters())
-        >>> pairs = [p for name, p in named.items() if name.endswith(("lora_A", "lora_B"))]
+        >>> pairs = [p for name, p in named.items() if ".modality_lora." in name]
         >>> muon = MatrixMuon(pairs, lr=2e-3, weight_decay=0.0)
     """
 

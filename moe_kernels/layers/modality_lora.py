@@ -88,14 +88,14 @@ class ModalityLora(Resident):
 
     def reset_parameters(self, adapter: str = DEFAULT) -> None:
         """Draw A uniformly within 1/sqrt(in), as ``nn.Linear`` and PEFT do, and set B to zero."""
-        lora_A, lora_B = self._pair(adapter)
+        lora_A, lora_B = self.pair(adapter)
         bound = lora_A.shape[-1] ** -0.5
         nn.init.uniform_(lora_A, -bound, bound)
         nn.init.zeros_(lora_B)
 
     def add(self, adapter: str, like: str | None = None) -> None:
         """Make the parameters of a further adapter, with the values of another one or new ones."""
-        for name, values in zip(("lora_A", "lora_B"), self._pair(like or DEFAULT), strict=True):
+        for name, values in zip(("lora_A", "lora_B"), self.pair(like or DEFAULT), strict=True):
             self.register_parameter(name_for(name, adapter), nn.Parameter(values.detach().clone()))
         if like is None:
             self.reset_parameters(adapter)
@@ -106,13 +106,14 @@ class ModalityLora(Resident):
         Those of several adapters are copied into one: the m-th modality of the a-th of them is
         modality a M + m of the op, so that one launch serves all rows of a mixed batch.
         """
-        pairs = [tuple(map(whole, self._pair(adapter))) for adapter in adapters]
+        pairs = [tuple(map(whole, self.pair(adapter))) for adapter in adapters]
         if len(pairs) == 1:
             return LoraWeights(*pairs[0], self.scaling)
         lora_A, lora_B = map(torch.cat, zip(*pairs, strict=True))
         return LoraWeights(lora_A, lora_B, self.scaling.repeat(len(pairs)))
 
-    def _pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return an adapter's own ``lora_A`` and ``lora_B``."""
         return tuple(getattr(self, name_for(name, adapter)) for name in ("lora_A", "lora_B"))
 
     def extra_repr(self) -> str:

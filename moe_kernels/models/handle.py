@@ -59,9 +59,9 @@ class PatchState(CopiedAlone):
         warned: modalities of which a training forward has warned that their adapters are idle; the
             empty name if it has warned that all is frozen.
         warned_of_saving: True: ``save_pretrained`` has said what ``from_pretrained`` leaves out.
-        checked: the numbers of extensions and of modalities with tokens at which a training forward
-            has found no fault.
-        compared_at: the places where ranks compare what they have at these numbers.
+        checked: the numbers of extensions and of modalities with tokens, and the active adapter, at
+            which a training forward has found no fault.
+        compared_at: the places where ranks compare what they have at these.
         shared_batches: the kinds of batches of which all ranks had the same, where they must.
     """
 
@@ -97,8 +97,8 @@ class PatchState(CopiedAlone):
         self.compare_ranks = True
         self.warned: set[str] = set()
         self.warned_of_saving = False
-        self.checked: set[tuple[int, int]] = set()
-        self.compared_at: dict[tuple[int, int], str] = {}
+        self.checked: set[tuple[int, int, str]] = set()
+        self.compared_at: dict[tuple[int, int, str], str] = {}
         self.shared_batches: set[tuple] = set()
 
     @property

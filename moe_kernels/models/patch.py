@@ -373,7 +373,9 @@ class PatchedModel(PatchState):
     def set_adapter(self, name: str) -> None:
         """Let forwards of all threads use an adapter, and let it alone train.
 
-        What was frozen of an adapter by hand is frozen again when it is active again.
+        What was frozen of an adapter by hand is frozen again when it is active again. Call it after
+        ``backward()``, and before the optimizer and DDP are made: what it freezes between a forward
+        and its backward gets no gradient.
 
         Raises:
             ValueError: the model has no adapter of this name.
@@ -394,12 +396,15 @@ class PatchedModel(PatchState):
         Raises:
             ValueError: the model has no adapter of this name, it is active, or it is "default",
                 which ``unpatch()`` takes out.
+            RuntimeError: within ``adapter(name)``, whose forwards need it.
         """
         self.check_in_place()
         self.check_adapter(name)
         if name in (self.active_adapter, DEFAULT):
             which = "the first one: unpatch() takes it out" if name == DEFAULT else "active"
             raise ValueError(f"adapter {name!r} cannot be deleted, as it is {which}")
+        if name in self.switches.adapters():
+            raise RuntimeError(f"adapter({name!r}) is open here: delete_adapter outside of it")
         with all_or_nothing(self.model, self):
             named_adapters.delete(self, name)
             return

@@ -77,6 +77,7 @@ def experts_B_from_peft(weight: Tensor, num_experts: int) -> Tensor:
 def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) -> None:
     """Write the pairs of one modality as a folder that ``PeftModel.from_pretrained`` loads.
 
+    Of several adapters it is the active one.
     PEFT knows no mask: its model computes the same as ours with every token in the modality.
 
     Raises:
@@ -93,7 +94,8 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
     whole_parameters(patched)
     tensors = {}
     for slot in _slots(patched):
-        lora_A, lora_B = (getattr(slot.lora, name)[index].detach() for name in ("lora_A", "lora_B"))
+        pair = slot.lora.pair(patched.active_adapter)
+        lora_A, lora_B = (each[index].detach() for each in pair)
         if slot.num_experts is not None:
             lora_A = experts_A_to_peft(lora_A.expand(slot.num_experts, -1, -1))
             lora_B = experts_B_to_peft(lora_B)
@@ -104,6 +106,8 @@ def save_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
 
 def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) -> None:
     """Copy the files of ``PeftModel.save_pretrained`` into the pairs of one modality.
+
+    Of several adapters it is the active one.
 
     Raises:
         FileNotFoundError: the folder has no adapter.
@@ -120,7 +124,7 @@ def load_peft_adapter(patched: PatchState, modality: str, folder: str | Path) ->
         _check_config(patched.config, slots, saved, file.beside)
         _check_tensors(file, slots)
         tensors = file.read()
-    pairs = [pair for slot in slots for pair in _convert(tensors, slot)]
+    pairs = [p for slot in slots for p in _convert(tensors, slot, patched.active_adapter)]
     tensor_files.check_finite({name: tensor for name, _, tensor in pairs}, file.path)
     kept = [parameter for _, parameter, _ in pairs]
     with all_or_nothing(patched.model, values=kept), torch.no_grad():
@@ -209,10 +213,13 @@ def _peft_shapes(slot: _Slot) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{slot.name}.lora_B.weight", (out_features, math.prod(stack_B) * r)
 
 
-def _convert(tensors: dict[str, Tensor], slot: _Slot) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+def _convert(
+    tensors: dict[str, Tensor], slot: _Slot, adapter: str
+) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
     """Yield the names, our parameters and the values, in our layout and dtype, of a pair."""
-    for field, convert in (("lora_A", experts_A_from_peft), ("lora_B", experts_B_from_peft)):
-        name, ours = f"{slot.name}.{field}.weight", getattr(slot.lora, field)
+    converters = (("lora_A", experts_A_from_peft), ("lora_B", experts_B_from_peft))
+    for (field, convert), ours in zip(converters, slot.lora.pair(adapter), strict=True):
+        name = f"{slot.name}.{field}.weight"
         weight = tensors[name]
         if slot.num_experts is not None:
             weight = convert(weight, slot.num_experts)

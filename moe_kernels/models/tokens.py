@@ -150,7 +150,8 @@ def _attach_rows(model: PreTrainedModel, modality: str, new: dict[nn.Module, Ten
     head = model.get_output_embeddings()
     for module, rows in new.items():
         module.__dict__[_SWITCHES] = head.__dict__[_SWITCHES]
-        _add_rows(module, modality, rows, get_patched(model).adapter_names)
+        patched = get_patched(model)
+        _add_rows(module, modality, rows, patched.adapter_names, patched.active_adapter)
     if head not in new:
         head.__dict__[ROWS] = _rows(model.get_input_embeddings())
 
@@ -257,14 +258,17 @@ class AddedRows(Resident, nn.ParameterDict):
             self[name_for(modality, adapter)] = nn.Parameter(rows.detach().clone())
 
 
-def _add_rows(module: nn.Module, modality: str, rows: Tensor, adapters: Iterable[str]) -> None:
+def _add_rows(
+    module: nn.Module, modality: str, rows: Tensor, adapters: Iterable[str], active: str
+) -> None:
     if not hasattr(module, ROWS):
         setattr(module, ROWS, AddedRows())
         if isinstance(module, nn.Embedding):
             set_forward(module, _embedding_forward)
     added = getattr(module, ROWS)
     for adapter in adapters:
-        added[name_for(modality, adapter)] = nn.Parameter(rows.clone())
+        own = nn.Parameter(rows.clone(), requires_grad=adapter == active)
+        added[name_for(modality, adapter)] = own
     sharding.shard_beside(added, module.weight)
 
 

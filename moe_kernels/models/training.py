@@ -45,7 +45,7 @@ def _check(patched: PatchState, ids_given: bool, embeds_train: bool) -> None:
         _warn_of_idle_adapters(patched)
     if not embeds_train and _has_values():
         _warn_of_frozen(patched)
-    stage = len(patched.extensions), len(patched.added_tokens)
+    stage = len(patched.extensions), len(patched.added_tokens), patched.active_adapter
     if stage in patched.checked:
         return
     if not _has_values():

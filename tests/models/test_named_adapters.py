@@ -21,6 +21,7 @@ from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
 from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.named_adapters import parameters_of
+from moe_kernels.models.peft_format import load_peft_adapter, save_peft_adapter
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.testing import relative_rms, working_backends
 
@@ -330,6 +331,29 @@ def test_deleting_leaves_the_others_and_unpatch_the_base():
     assert_same_snapshot(snapshot(model), snapshot(make_model("mixtral")))
 
 
+def test_tokens_that_come_later_train_in_the_active_adapter_alone():
+    model = make_model("mixtral")
+    patched = patch_model(model, ModalityLoraConfig(r=2))
+    patched.add_adapter("second")
+    patched.set_adapter("second")
+    add_modality_tokens(model, "image", ADDED)
+    rows = model.model.embed_tokens.added_rows
+    for name, trained, other in (("second", "image@second", "image"), ("default", "image", None)):
+        patched.set_adapter(name)
+        other = other or "image@second"
+        assert rows[trained].requires_grad and not rows[other].requires_grad
+
+
+def test_values_are_checked_when_another_adapter_trains():
+    model, patched = make_patched()
+    model.train()(IDS, labels=IDS)
+    for parameter in parameters_of(patched, "photo"):
+        parameter.data.fill_(torch.nan)
+    patched.set_adapter("photo")
+    with pytest.raises(RuntimeError, match="@photo is not finite"):
+        model(IDS, labels=IDS)
+
+
 # --- files
 
 
@@ -383,6 +407,38 @@ def test_a_trainer_saves_and_resumes_the_active_adapter(tmp_path):
     run(1, tmp_path / "parts")
     resumed = run(2, tmp_path / "parts", resume=True)
     assert all(map(torch.equal, whole, resumed))
+
+
+def test_a_trainer_whose_checkpoints_would_lack_an_adapter_refuses(tmp_path):
+    from transformers import TrainingArguments
+
+    from moe_kernels.training import AdapterTrainer
+
+    _, patched = make_patched()
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    trainer = AdapterTrainer(patched, args, train_dataset=[{"input_ids": IDS[0]}])
+    for parameter in parameters_of(patched, "photo"):
+        parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match="@photo trains too .* of the active adapter 'default'"):
+        trainer.train()
+
+
+def test_files_of_peft_are_of_the_active_adapter(tmp_path):
+    ids = IDS.clamp(max=VOCAB - 1)
+    inputs = {"ids": ids, "modality_ids": torch.ones_like(ids)}
+    patched = patch_model(make_model("mixtral"), ModalityLoraConfig(r=2, target_modules=TARGETS))
+    model = patched.model
+    randomise(patched)
+    patched.add_adapter("photo")
+    fill(patched, "photo", 5)
+    default, photo = (logits(model, **inputs, adapter=name) for name in ("default", "photo"))
+    save_peft_adapter(patched, "image", tmp_path / "default")
+    patched.set_adapter("photo")
+    save_peft_adapter(patched, "image", tmp_path / "photo")
+    for name, expected in (("default", default), ("photo", photo)):
+        load_peft_adapter(patched, "image", tmp_path / name)
+        assert torch.equal(logits(model, **inputs), expected)
+        assert torch.equal(logits(model, **inputs, adapter="default"), default)
 
 
 # --- refusals
@@ -445,6 +501,8 @@ def test_deletions_that_are_refused():
     patched.set_adapter("photo")
     with pytest.raises(ValueError, match="'photo' cannot be deleted, as it is active"):
         patched.delete_adapter("photo")
+    with patched.adapter("sketch"), pytest.raises(RuntimeError, match="outside of it"):
+        patched.delete_adapter("sketch")
 
 
 def test_added_experts_go_with_one_adapter_alone():
