@@ -29,7 +29,8 @@ def combine_adapters(
       checkpoints of one run do. Its update is not the average of the updates. The weights add up
       to 1; two of them, 1 - t and t, interpolate.
 
-    Either way the added rows are averaged by the weights, which are divided by their sum.
+    Either way the added rows are averaged by the weights, which are divided by their sum. What is
+    frozen in all adapters is frozen in theirs.
 
     Args:
         adapters: weight of each adapter, by its folder.
@@ -46,11 +47,13 @@ def combine_adapters(
         >>> combine_adapters({"sketches": 0.5, "photos": 0.5}, "both")
     """
     weights = list(adapters.values())
-    _check_weights(weights, method)
     read = [_read(Path(each)) for each in adapters]
     headers, tensors = [header for header, _ in read], [each for _, each in read]
+    _check_weights(weights, method, rows=any(header["added_tokens"] for header in headers))
     _check_alike([str(each) for each in adapters], headers, tensors, method)
-    header = dict(headers[0])
+    # Of old files without the field nothing is known, and all of the new adapter trains.
+    frozen = set.intersection(*(set(each.get("frozen", ())) for each in headers))
+    header = headers[0] | {"frozen": sorted(frozen)}
     if method == "concatenate":
         rank = sum(each["lora"]["r"] for each in headers)
         scaling = _scaling(headers[0])
@@ -95,7 +98,7 @@ def _weighted(values: list[Tensor], weights: list[float]) -> Tensor:
     return summed.to(values[0].dtype)
 
 
-def _check_weights(weights: list[float], method: str) -> None:
+def _check_weights(weights: list[float], method: str, rows: bool) -> None:
     if method not in ("concatenate", "average"):
         raise ValueError(f'method must be "concatenate" or "average", got {method!r}')
     if not weights:
@@ -105,7 +108,7 @@ def _check_weights(weights: list[float], method: str) -> None:
     total = sum(weights)
     if method == "average" and abs(total - 1) > 1e-6:
         raise ValueError(f"weights of an average must add up to 1, and {weights} do to {total}")
-    if total == 0:
+    if total == 0 and rows:
         raise ValueError(f"weights {weights} add up to 0, and added rows are averaged by them")
 
 

@@ -113,6 +113,30 @@ def test_adapters_with_added_experts_are_refused(tmp_path):
         combine_adapters({with_experts(tmp_path / "a"): 1.0}, tmp_path / "c")
 
 
+def test_a_difference_of_adapters_without_rows(tmp_path):
+    for seed, name in enumerate("ab"):
+        patched = patch_model(make_model("mixtral"), ModalityLoraConfig(r=2))
+        randomise(patched, seed=seed)
+        patched.save_adapter(tmp_path / name)
+    combine_adapters({tmp_path / "a": 1.0, tmp_path / "b": -1.0}, tmp_path / "c")
+    first, second, found = (updates(tmp_path / name) for name in "abc")
+    for name, update in found.items():
+        assert relative_rms(update, first[name] - second[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("frozen", ["a", "ab"])
+def test_what_is_frozen_in_all_of_them_is_frozen(frozen, tmp_path):
+    for name in "ab":
+        patched = patch_model(make_model("mixtral"), ModalityLoraConfig(r=2))
+        trained = len(list(patched.trainable_parameters()))
+        if name in frozen:
+            next(patched.trainable_parameters()).requires_grad_(False)
+        patched.save_adapter(tmp_path / name)
+    combine_adapters({tmp_path / "a": 0.5, tmp_path / "b": 0.5}, tmp_path / "c")
+    found = load(make_model("mixtral"), tmp_path / "c")
+    assert len(list(found.trainable_parameters())) == trained - (frozen == "ab")
+
+
 def test_no_adapter(tmp_path):
     with pytest.raises(ValueError, match="no adapters are given"):
         combine_adapters({}, tmp_path / "c")
