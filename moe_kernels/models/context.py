@@ -8,7 +8,6 @@ A layer without ``self_attn`` takes them itself, and its recompute carries them.
 
 import contextlib
 import copy
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -179,14 +178,13 @@ class _Held:
 
     switches: "Switches"
     part: str
-    adapters: tuple[str, ...] = ()
+    chosen: Chosen = Chosen()
     joined: Joined | None = None
     is_open: bool = True
-    number: int = field(default_factory=itertools.count().__next__)
 
 
-# Of all models. A thread starts without any, a coroutine with those of its creator.
-_HELD: ContextVar[frozenset[_Held]] = ContextVar("moe_kernels_held", default=frozenset())
+# Of all models, the innermost last. A thread starts without any, a coroutine with its creator's.
+_HELD: ContextVar[tuple[_Held, ...]] = ContextVar("moe_kernels_held", default=())
 
 
 class Switches(PerThread):
@@ -247,27 +245,28 @@ class Switches(PerThread):
         """Return whether these logits are there, but are the lowest number of their dtype."""
         return self._held("unmasked_tokens")
 
-    def adapters(self) -> tuple[str, ...]:
-        """Return the names of the adapters that forwards of this thread may use; "base" is none."""
-        return (self.adapter,) if (held := self._innermost()) is None else held.adapters
+    def chosen_outside(self) -> Chosen:
+        """Return the choice of the innermost context, or the adapter of all threads."""
+        return self.named(self.adapter) if (held := self._innermost()) is None else held.chosen
+
+    def holds_adapters(self, *names: str) -> bool:
+        """Return whether a context here has chosen one of these adapters; without names, any."""
+        held = self._all_held("adapter")
+        return any(not names or set(names) & set(each.chosen.names) for each in held)
 
     def joined(self) -> Joined | None:
         """Return where forwards of a batch of several adapters keep them joined, within one."""
         return None if (held := self._innermost()) is None else held.joined
 
     def _innermost(self) -> _Held | None:
-        innermost = None
-        for each in self._all_held("adapter"):  # torch.compile traces no max() with a key
-            if innermost is None or each.number > innermost.number:
-                innermost = each
-        return innermost
+        return held[-1] if (held := self._all_held("adapter")) else None
 
     def chosen(self) -> Chosen:
         """Return the adapters of the forward that runs in this thread, or of the next one."""
         call = self.call
-        return (
-            self.named(self.adapters()[0]) if call is None or call.chosen is None else call.chosen
-        )
+        if call is None or call.chosen is None:
+            return self.chosen_outside()
+        return call.chosen
 
     def named(self, name: str) -> Chosen:
         """Return the choice of one adapter for all sequences, or of "base"."""
@@ -275,16 +274,14 @@ class Switches(PerThread):
 
     def with_adapter(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Use this adapter, or "base", within; the innermost context counts."""
-        return self._without("adapter", adapters=(name,))
+        return self._without("adapter", chosen=self.named(name))
 
-    def with_adapters_of_batch(
-        self, names: tuple[str, ...]
-    ) -> contextlib.AbstractContextManager[None]:
+    def with_adapters_of_batch(self, chosen: Chosen) -> contextlib.AbstractContextManager[None]:
         """Use these adapters within, in forwards that say which sequence has which.
 
         Their values do not change within, and are joined once alone.
         """
-        return self._without("adapter", adapters=names, joined={})
+        return self._without("adapter", chosen=chosen, joined={})
 
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Leave out low-rank updates and modality gates within; may be nested."""
@@ -336,22 +333,24 @@ class Switches(PerThread):
             if each.switches is self and each.part == part and each.is_open
         ]
 
-    def _of_thread(self, part: str) -> frozenset[_Held]:
-        return getattr(self._local, part, frozenset())
+    def _of_thread(self, part: str) -> tuple[_Held, ...]:
+        return getattr(self._local, part, ())
 
     @contextlib.contextmanager
-    def _without(self, part: str, **adapters: Any) -> Iterator[None]:
-        held = _Held(self, part, **adapters)
-        own = frozenset([held])
+    def _without(self, part: str, **choice: Any) -> Iterator[None]:
+        held = _Held(self, part, **choice)
+
+        def others(all_held: tuple[_Held, ...]) -> tuple[_Held, ...]:
+            return tuple(each for each in all_held if each is not held)
 
         def close() -> None:
             held.is_open = False
-            _HELD.set(_HELD.get() - own)
-            setattr(self._local, part, self._of_thread(part) - own)
+            _HELD.set(others(_HELD.get()))
+            setattr(self._local, part, others(self._of_thread(part)))
 
         with ending_with(close):
-            _HELD.set(_HELD.get() | own)
-            setattr(self._local, part, self._of_thread(part) | own)
+            _HELD.set((*_HELD.get(), held))
+            setattr(self._local, part, (*self._of_thread(part), held))
             yield
             if held not in _HELD.get():
                 raise RuntimeError(

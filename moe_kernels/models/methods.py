@@ -201,6 +201,9 @@ def _generate_of(model_class: type[PreTrainedModel]):
         with contextlib.ExitStack() as within:
             if adapter is not None:
                 within.enter_context(_of_prompts(patched, adapter, given, kwargs))
+            elif not patched.switches.holds_adapters():
+                # All of its tokens: another thread may call set_adapter before the last one.
+                within.enter_context(patched.adapter(patched.active_adapter))
             if not patched.added_tokens_enabled or _masks_added(self, given):
                 within.enter_context(patched.switches.with_masked_tokens())
             return inner(self, *args, **kwargs)
@@ -218,7 +221,7 @@ def _of_prompts(
     if chosen.of_sequence is None:
         return patched.adapter(chosen.names[0] if chosen.updates else BASE)
     kwargs["adapter_ids"] = chosen.of_sequence
-    return patched.switches.with_adapters_of_batch(chosen.names)
+    return patched.switches.with_adapters_of_batch(chosen)
 
 
 def _masks_added(model: PreTrainedModel, given: dict) -> bool:

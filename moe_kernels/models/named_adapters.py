@@ -178,14 +178,14 @@ def choose(
             raise ValueError("a name for each sequence needs input_ids or inputs_embeds")
         return of_sequences(patched, adapter, rows)
     if not of_batch:
-        return switches.named(switches.adapters()[0])
+        return switches.chosen_outside()
     if adapter_ids is None:
         raise ValueError(
             "this forward within a generate() of several adapters does not say which sequence has "
             "which (guidance_scale makes such forwards, and logits processors may): give it "
             "adapter=, or generate with one adapter at a time"
         )
-    return Chosen(switches.adapters(), adapter_ids)
+    return Chosen(switches.chosen_outside().names, adapter_ids)
 
 
 def _check_name(patched: PatchState, name: str) -> None:

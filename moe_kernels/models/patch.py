@@ -379,12 +379,14 @@ class PatchedModel(PatchState):
 
         Raises:
             ValueError: the model has no adapter of this name.
-            RuntimeError: within ``adapter(...)``, which is for one thread.
+            RuntimeError: within ``adapter(...)`` or ``generate``, which are for one thread.
         """
         self.check_in_place()
         self.check_adapter(name)
-        if self.switches.adapters() != (self.active_adapter,):
-            raise RuntimeError("set_adapter is for all threads: call it outside adapter(...)")
+        if self.switches.holds_adapters():
+            raise RuntimeError(
+                "set_adapter is for all threads: call it outside adapter(...) and generate"
+            )
         if name != self.active_adapter:
             with all_or_nothing(self.model, self, self.switches):
                 named_adapters.activate(self, name)
@@ -403,7 +405,7 @@ class PatchedModel(PatchState):
         if name in (self.active_adapter, DEFAULT):
             which = "the first one: unpatch() takes it out" if name == DEFAULT else "active"
             raise ValueError(f"adapter {name!r} cannot be deleted, as it is {which}")
-        if name in self.switches.adapters():
+        if self.switches.holds_adapters(name):
             raise RuntimeError(f"adapter({name!r}) is open here: delete_adapter outside of it")
         with all_or_nothing(self.model, self):
             named_adapters.delete(self, name)

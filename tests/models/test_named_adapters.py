@@ -210,6 +210,22 @@ def test_a_forward_within_generation_that_names_none_is_refused():
     model.generate(IDS, adapter=["base"] * 4, **settings)
 
 
+@pytest.mark.parametrize("adapter", [None, "base", list(NAMES)], ids=str)
+def test_a_generation_ends_with_the_adapter_that_it_began_with(adapter):
+    model, patched = make_patched()
+    expected = model.generate(IDS, adapter=adapter, **GREEDY)
+
+    def switch(ids, scores):
+        thread = threading.Thread(target=patched.set_adapter, args=["photo"])
+        thread.start()
+        thread.join()
+        return scores
+
+    found = model.generate(IDS, adapter=adapter, logits_processor=[switch], **GREEDY)
+    assert patched.active_adapter == "photo"
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_of_a_mixed_batch_are_those_of_its_parts(checkpointed):
     model, patched = make_patched()
@@ -246,6 +262,21 @@ def test_compiled_forwards():
             assert torch.equal(compiled(IDS, use_cache=False).logits, expected[1])
         with patched.adapter("base"):
             assert torch.equal(compiled(IDS, use_cache=False).logits, expected[2])
+
+
+@pytest.mark.slow
+def test_entering_contexts_again_compiles_nothing_anew():
+    model, patched = make_patched(backend="reference")
+    compiled = []
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend=lambda graph, _: compiled.append(graph) or graph)
+    with torch.no_grad():
+        for times in range(6):
+            if times == 2:  # the first forward sets what the second one sees
+                before = len(compiled)
+            with patched.adapter("base"), patched.adapter("photo"):
+                found = forward(IDS, use_cache=False).logits
+    assert len(compiled) == before and torch.equal(found, logits(model, adapter="photo"))
 
 
 def test_routing_is_recorded_by_modality_whatever_the_adapter():
