@@ -119,13 +119,13 @@ def _prepare(
         attention_mask=kwargs.get("attention_mask"),
         cache=cache_of(kwargs),
     )
-    check_batch(patched, kwargs, modality_ids)
     if not (patched.switches.uses_adapters() and chosen.updates):
         # The ids carry this, since checkpointing hands them to its recompute; a switch would
         # be read anew.
         modality_ids = modality_ids.clamp(max=0)
     if chosen.of_sequence is not None:
         modality_ids = named_adapters.slots(patched, modality_ids, chosen.of_sequence)
+    check_batch(patched, kwargs, modality_ids)  # ranks may name other adapters
     if chosen.names != ONLY:
         kwargs["adapters"] = chosen.names
     if not patched.switches.uses_added_experts():

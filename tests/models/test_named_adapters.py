@@ -514,6 +514,16 @@ def test_places_of_adapters_are_for_generation_alone():
         model.generate(adapter=["photo"], **GREEDY)
 
 
+def test_ranks_that_share_a_batch_compare_its_adapters_too(monkeypatch):
+    model, _ = make_patched()
+    seen = {}
+    for adapter in ("default", "base"):
+        check = lambda _, inputs, ids, name=adapter: seen.update({name: ids})  # noqa: E731
+        monkeypatch.setattr("moe_kernels.models.forwards.check_batch", check)
+        logits(model, adapter=adapter)
+    assert not torch.equal(seen["default"], seen["base"])
+
+
 def test_the_inner_model_takes_no_names():
     model, patched = make_patched()
     inputs = {"input_ids": IDS, "modality_ids": patched.modality_of(IDS)}
