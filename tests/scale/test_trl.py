@@ -387,7 +387,7 @@ def test_a_year_old_trl(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    assert "12 passed, 1 skipped" in done.stdout
+    assert "14 passed, 1 skipped" in done.stdout
 
 
 if __name__ == "__main__":
