@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 import moe_kernels
-from moe_kernels import imaging, ops, testing, training
+from moe_kernels import imaging, modalities, ops, testing, training
 from moe_kernels.analysis import RoutingRecorder
 
 EXAMPLES = (
@@ -20,6 +20,10 @@ EXAMPLES = (
     imaging.ImageVocabulary,
     imaging.VQTokenizer,
     imaging.generate_images,
+    modalities.ModalityCollator,
+    modalities.add_placeholders,
+    modalities.join_placeholders,
+    modalities.joining_placeholders,
     ops.moe_mlp,
     training.AdapterTrainer,
     RoutingRecorder,

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model, shard_evenly
+from moe_kernels.modalities import ModalityCollator, joining_placeholders
 from moe_kernels.models import sharding
 from moe_kernels.moextend import ExpertExtender, join_features_and_text, tuning
 from moe_kernels.testing import relative_rms
@@ -126,6 +127,29 @@ def joins_no_features_beside_a_sharded_table(rank, folder):
     sharded(model)
     with pytest.raises(ValueError, match="embedding table outside of the model's forward, and"):
         join_features_and_text(model, torch.zeros(1, 2, 32), token_ids(1, 2))
+
+
+def projects_features_of_one_rank(rank, folder):
+    """DDP waits for each projector on all ranks, and rank 1 has no features of either modality."""
+    model = make_model("mixtral")
+    patch_model(model, ModalityLoraConfig(modalities=("image", "audio"), target_modules=()))
+    modalities = {"image": VOCAB, "audio": VOCAB + 1}
+    torch.manual_seed(0)
+    for name in modalities:
+        ExpertExtender(model).add_projector(4, modality=name)
+    own = {"input_ids": [5, 6]}
+    if rank == 0:
+        ids, features = [5, *modalities.values(), 6], dict.fromkeys(modalities, [torch.ones(2, 4)])
+        own = {"input_ids": ids, "features": features}
+    with joining_placeholders(model, modalities):
+        wrapped = DistributedDataParallel(model.train())
+        for _ in range(2):
+            wrapped(**ModalityCollator(modalities, 0)([own])).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            both = [torch.empty_like(parameter) for _ in range(2)]
+            dist.all_gather(both, parameter.grad)
+            assert torch.equal(*both) and both[0].any(), name
 
 
 def sharded(model):
@@ -336,6 +360,7 @@ ALL = (
     a_refused_model_stays_refused,
     text_of_one_rank,
     joins_no_features_beside_a_sharded_table,
+    projects_features_of_one_rank,
     adapters_on_one_rank,
     other_replicas,
     other_layers,

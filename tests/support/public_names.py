@@ -8,6 +8,7 @@ MODULES = (
     "moe_kernels.imaging",
     "moe_kernels.init",
     "moe_kernels.layers",
+    "moe_kernels.modalities",
     "moe_kernels.moextend",
     "moe_kernels.ops",
     "moe_kernels.training",

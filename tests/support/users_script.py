@@ -39,6 +39,12 @@ from moe_kernels.imaging import (
     load_image_tokenizer,
     padding_id,
 )
+from moe_kernels.modalities import (
+    ModalityCollator,
+    add_placeholders,
+    join_placeholders,
+    joining_placeholders,
+)
 from moe_kernels.moextend import ExpertExtender, LayerScores
 from moe_kernels.ops import LoraWeights, moe_mlp
 from moe_kernels.training import AdapterTrainer, MatrixMuon
@@ -115,6 +121,19 @@ def use(
     assert_type(extender.score_layers(batches, steps=10), LayerScores)
     assert_type(conversion.perplexity(model, [codes]), float)
     return pictures
+
+
+def understand(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, features: list[Tensor]
+) -> None:
+    placeholders = add_placeholders(model, tokenizer, ("image",))
+    assert_type(placeholders, dict[str, int])
+    joined = join_placeholders(model, ids, {"image": features}, placeholders)
+    assert_type(joined, dict[str, Tensor])
+    batch = ModalityCollator(placeholders, 0)([{"input_ids": ids[0]}])
+    assert_type(batch, dict[str, Any])
+    with joining_placeholders(model, placeholders):
+        model(**batch)
 
 
 def compute(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

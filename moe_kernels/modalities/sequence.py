@@ -1,13 +1,13 @@
-"""Join an encoder's features and text into one sequence of the model."""
+"""Join features and text into one sequence of the model: with features at one place of it."""
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from moe_kernels.imaging import IGNORE_INDEX
+from moe_kernels.modalities.placeholders import check_side
 from moe_kernels.models.handle import get_patched
-
-IGNORE = -100
 
 
 def join_features_and_text(
@@ -25,11 +25,13 @@ def join_features_and_text(
     """Join projected features and text into one sequence, as arguments of the model's forward.
 
     Padding of both is moved to one side, so that real positions are contiguous, and gets modality
-    -1. Gradients reach ``features``, and through them their projector.
+    -1. Gradients reach ``features``, and through them their projector. Features of several
+    modalities, or at several places, are joined by
+    :func:`moe_kernels.modalities.join_placeholders`.
 
     Args:
         model: patched for the modality.
-        features: (B, N, H), from a :class:`ModalityProjector`.
+        features: (B, N, H), from a :class:`moe_kernels.moextend.ModalityProjector`.
         input_ids: (B, S) text. Tokens that were added for a modality keep that modality.
         modality: of the features.
         attention_mask: (B, S), 0 on padding of the text; None: no padding.
@@ -58,29 +60,79 @@ def join_features_and_text(
     ):
         if mask.shape != expected:
             raise ValueError(f"{name} must be {tuple(expected)}, got {tuple(mask.shape)}")
-    text = model.get_input_embeddings()(input_ids)
     labels = input_ids if labels is None else labels
     real = torch.cat([feature_mask.to(device) != 0, text_mask.to(device) != 0], dim=1)
     order = _order(real, shape[1], at, padding_side)
 
-    def arrange(first: Tensor, second: Tensor, padding: int) -> Tensor:
-        joined = torch.cat([first, second], dim=1).masked_fill(~real, padding)
-        return joined.gather(1, order)
+    def arrange(of_features: Tensor, of_text: Tensor) -> Tensor:
+        return torch.cat([of_features, of_text.to(device)], dim=1).gather(1, order)
 
-    # Attention multiplies masked values by zero, so what is there must be finite.
-    features = features.masked_fill(feature_mask.to(features.device)[..., None] == 0, 0)
-    embeddings = torch.cat([features.to(text.dtype), text], dim=1)
-    feature_modality = torch.full(shape, modality_id, dtype=torch.int64, device=device)
-    feature_labels = torch.full_like(feature_modality, IGNORE)
-    attention_mask = real.long().gather(1, order)
-    first = torch.ones_like(attention_mask[:, :1])
-    follows_padding = torch.cat([first, attention_mask[:, :-1]], dim=1) == 0
+    rows = torch.arange(shape.numel(), device=device).view(shape)
+    none = torch.full_like(rows, IGNORE_INDEX)
+    return assemble(
+        model,
+        arrange(torch.zeros_like(rows), input_ids),
+        real.gather(1, order),
+        arrange(none, labels),
+        [features.flatten(0, 1)],
+        arrange(rows, torch.full_like(input_ids, -1)),
+        torch.full_like(order, modality_id),
+    )
+
+
+def assemble(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    real: Tensor,
+    labels: Tensor | None,
+    features: list[Tensor],
+    row_of: Tensor,
+    feature_modality: Tensor,
+) -> dict[str, Tensor]:
+    """Return arguments of the model's forward for sequences whose layout is known.
+
+    Whatever stands at padding, in ids or features, is not read.
+
+    Args:
+        model: patched for the modalities.
+        input_ids: (B, S).
+        real: (B, S) bool, False on padding.
+        labels: (B, S), or None.
+        features: (rows, H) each, one after another.
+        row_of: (B, S) int64, the row of the features at each position; -1: text.
+        feature_modality: (B, S) int64, the modality of features, where ``row_of`` has a row.
+
+    Returns:
+        inputs_embeds (B, S, H), modality_ids, attention_mask and labels (or None), each (B, S).
+    """
+    is_feature = real & (row_of >= 0)
+    ids = input_ids.masked_fill(is_feature | ~real, 0)
+    text = model.get_input_embeddings()(ids)
+    rows = torch.cat([text.flatten(0, 1), *(each.to(text) for each in features)])
+    places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+    index = torch.where(is_feature, row_of + ids.numel(), places)
+    modality_ids = torch.where(is_feature, feature_modality, get_patched(model).modality_of(ids))
+    if labels is not None:
+        # Nothing predicts a token that follows padding.
+        first = torch.ones_like(real[:, :1])
+        predicted = real & ~is_feature & torch.cat([first, real[:, :-1]], dim=1)
+        labels = labels.masked_fill(~predicted, IGNORE_INDEX)
     return {
-        "inputs_embeds": embeddings.gather(1, order[..., None].expand_as(embeddings)),
-        "modality_ids": arrange(feature_modality, get_patched(model).modality_of(input_ids), -1),
-        "attention_mask": attention_mask,
-        "labels": arrange(feature_labels, labels, IGNORE).masked_fill(follows_padding, IGNORE),
+        "inputs_embeds": rows.index_select(0, index.flatten()).view(*ids.shape, -1),
+        "modality_ids": modality_ids.masked_fill(~real, -1),
+        "attention_mask": real.long(),
+        "labels": labels,
     }
+
+
+def check_table(model: PreTrainedModel) -> None:
+    """Raise ValueError if the embedding table cannot be read outside of the model's forward."""
+    if isinstance(model.get_input_embeddings().weight, DTensor):
+        raise ValueError(
+            "joining features and text reads the embedding table outside of the model's forward, "
+            "and FSDP2 makes it whole within: train with DDP or DeepSpeed, or give the model "
+            "inputs_embeds that need no text"
+        )
 
 
 def _check(
@@ -93,14 +145,8 @@ def _check(
 ) -> int:
     """Return the modality's id, after all checks but those of the masks."""
     modality_id = get_patched(model).modality_id(modality)
-    table = model.get_input_embeddings().weight
-    if isinstance(table, DTensor):
-        raise ValueError(
-            "join_features_and_text reads the embedding table outside of the model's forward, and "
-            "FSDP2 makes it whole within: train with DDP or DeepSpeed, or give the model "
-            "inputs_embeds that need no text"
-        )
-    hidden = table.shape[1]
+    check_table(model)
+    hidden = model.get_input_embeddings().embedding_dim
     if (
         features.ndim != 3
         or input_ids.ndim != 2
@@ -110,8 +156,7 @@ def _check(
             f"features must be (B, N, {hidden}) and input_ids (B, S), got "
             f"{tuple(features.shape)} and {tuple(input_ids.shape)}"
         )
-    if padding_side not in ("left", "right"):
-        raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}')
+    check_side(padding_side)
     if not 0 <= at <= input_ids.shape[1]:
         raise ValueError(f"at must be in 0..{input_ids.shape[1]}, got {at}")
     return modality_id
