@@ -30,6 +30,7 @@ ATTENTION_LAYOUTS = (
     ("q_proj", "k_proj", "v_proj", "out_proj"),
 )
 ROUTER = "gate"
+BASE_MODALITY = "text"
 TARGETS = ("experts", "attention", "router")
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -46,7 +47,8 @@ class ModalityLoraConfig:
     Attributes:
         r: rank.
         lora_alpha: updates are scaled by ``lora_alpha / r``.
-        modalities: names of the added modalities; the m-th one has modality id m, from 1 on.
+        modalities: names of the added modalities; the m-th one has modality id m, from 1 on. "text"
+            is modality 0, the base's, and is none of them.
         target_modules: any of "experts" (gate_up_proj, down_proj), "attention" (q, k, v, o) and
             "router" (the logits that choose experts; not adapted by default). Empty: no low-rank
             updates, for a model that gets only added tokens or experts.
@@ -100,6 +102,11 @@ class ModalityLoraConfig:
             raise ValueError(
                 "modalities must be distinct identifiers, at least one, none of them an attribute "
                 f"of torch's ParameterDict (such as 'values'), got {names}"
+            )
+        if BASE_MODALITY in names:
+            raise ValueError(
+                f"modalities has {BASE_MODALITY!r}, which is modality 0, the base's own, and gets "
+                f"no adapter: leave it out of {names}"
             )
         if not set(self.target_modules) <= set(TARGETS):
             raise ValueError(f"target_modules must be among {TARGETS}, got {self.target_modules}")

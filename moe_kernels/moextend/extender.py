@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -151,7 +152,7 @@ class ExpertExtender:
         modality_gate: bool = True,
         calibration: str | None = "additive",
         calibration_hidden: int = 16,
-        freeze_earlier: bool = True,
+        freeze_earlier: bool | None = None,
         scores: LayerScores | None = None,
         seed: int = 0,
     ) -> ExtensionConfig:
@@ -173,12 +174,16 @@ class ExpertExtender:
                 published.
             calibration: "additive" (the published code), "multiplicative" (the paper) or None.
             calibration_hidden: hidden size of the calibration.
-            freeze_earlier: freeze the experts and projectors that were added before.
+            freeze_earlier: freeze the experts and projectors that were added before. None: freeze
+                them too, with a warning that names those that trained until now.
             scores: used instead of those of :meth:`score_layers`; of the same modality.
             seed: of the initial values.
 
         Returns:
             The extension, which is appended to ``patched.extensions`` too.
+
+        Warns:
+            UserWarning: something that trained until now is frozen, and ``freeze_earlier`` is None.
 
         Raises:
             ValueError: layers or experts that do not exist, scores that are missing or of another
@@ -208,10 +213,13 @@ class ExpertExtender:
         sources = starts.sources(init, self.patched.moe_layers, config.experts, scores)
         config = dataclasses.replace(config, sources=sources)
         new = self._start(config, init, seed)
+        frozen = {} if freeze_earlier is False else self._trained()
         with all_or_nothing(self.model):
-            if freeze_earlier:
-                self._freeze_earlier()
             added_experts.attach(self.patched, config, new, find)
+            if frozen and freeze_earlier is None:
+                warnings.warn(_FROZEN.format(", ".join(frozen)), stacklevel=2)
+            for module in frozen.values():
+                module.requires_grad_(False)
             return config
 
     def add_projector(
@@ -347,12 +355,31 @@ class ExpertExtender:
             starts.fill(module, layers[index], init, copied, std, generator)
         return new
 
-    def _freeze_earlier(self) -> None:
-        earlier: list[nn.Module] = list(projectors.projectors(self.model).values())
-        for parts in self.patched.moe_layers.values():
-            earlier += added_experts.added_experts(parts.layer)
-        for module in earlier:
-            module.requires_grad_(False)
+    def _trained(self) -> dict[str, nn.Module]:
+        """Return the added experts and projectors that train, by what a message calls them."""
+        found: dict[str, nn.Module] = {}
+        of_layer = {
+            index: iter(added_experts.added_experts(parts.layer))
+            for index, parts in self.patched.moe_layers.items()
+        }
+        for number, config in enumerate(self.patched.extensions, 1):
+            whose = "all rows" if config.modality is None else repr(config.modality)
+            modules = nn.ModuleList(next(of_layer[layer]) for layer in config.experts)
+            layers = ", ".join(map(str, config.experts))
+            found[f"the experts of {whose} in layers {layers} (extension {number})"] = modules
+        for modality, projector in projectors.projectors(self.model).items():
+            found[f"the projector of {modality!r}"] = projector
+        return {
+            name: module
+            for name, module in found.items()
+            if any(parameter.requires_grad for parameter in module.parameters())
+        }
+
+
+_FROZEN = (
+    "extend has frozen what was added before, so that the new experts train alone: {}. "
+    "freeze_earlier=False lets all of it train on; freeze_earlier=True freezes without this warning"
+)
 
 
 def _indices(layers: Iterable[int]) -> list[int]:

@@ -236,7 +236,7 @@ def check_extension(options: ExtendOptions) -> None:
     number = count_experts(model.config)
     counts = torch.ones(len(extender.layers), number, dtype=torch.int64)
     scores = LayerScores(extender.layers, counts, counts, (number,) * len(counts))
-    extender.extend(**options.extension, scores=scores)
+    extender.extend(**options.extension, scores=scores, freeze_earlier=True)
 
 
 def load_skeleton(options: ExtendOptions) -> PreTrainedModel:
@@ -391,7 +391,7 @@ def add_experts(setup: Setup) -> questions.Viewer:
     """Return the aligned model with added experts that have not learnt."""
     viewer = setup.load_viewer("align")
     scores = LayerScores.from_dict(setup.results["score"])
-    viewer.extender.extend(**setup.options.extension, scores=scores)
+    viewer.extender.extend(**setup.options.extension, scores=scores, freeze_earlier=True)
     return viewer
 
 

@@ -590,6 +590,7 @@ def test_a_backend_that_is_not_there():
             for layers in ((), 1, (0, -1), (True,))
         ),
         ({"modalities": ("values",)}, "ParameterDict"),
+        ({"modalities": ("text", "image")}, "'text', which is modality 0, .* gets no adapter"),
         ({"modalities": (1,)}, "distinct identifiers"),
         ({"lora_alpha": "x"}, "lora_alpha must be a finite number"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),

@@ -428,6 +428,33 @@ def test_no_gradient_of_a_frozen_extension_is_computed(backend, freeze, monkeypa
         assert all(grad[i].any() != freeze for i in range(2))
 
 
+def test_what_a_second_extension_freezes_is_named():
+    extender = ExpertExtender(make_model("mixtral"), ("image", "audio"))
+    first = extender.add_projector(4, modality="image")
+    with pytest.warns(UserWarning, match="alone: the projector of 'image'. freeze_earlier=False"):
+        extender.extend("all", init=0, modality="image")
+    second = extender.add_projector(4, modality="audio")
+    message = (
+        r"alone: the experts of 'image' in layers 0, 1 \(extension 1\), the projector of 'audio'"
+    )
+    with pytest.warns(UserWarning, match=message):
+        extender.extend([1], init=0, modality="audio")
+    assert not any(p.requires_grad for each in (first, second) for p in each.parameters())
+    for layer in extender.model.model.layers:
+        earlier, *later = added_experts(layer)
+        assert not any(p.requires_grad for p in earlier.parameters())
+        assert all(p.requires_grad for each in later for p in each.parameters())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_choice_to_freeze_is_not_warned_of(freeze, recwarn):
+    extender = extended("mixtral")
+    extender.extend("all", init=0, freeze_earlier=freeze)
+    earlier, _ = added_experts(extender.model.model.layers[0])
+    assert all(p.requires_grad != freeze for p in earlier.parameters())
+    assert not recwarn.list
+
+
 def test_each_modality_has_its_own_experts():
     """Image rows keep the bits of their routing when a task gets experts too."""
     extender = extended("qwen3_moe", modalities=("image", "task"), modality="image")

@@ -386,7 +386,7 @@ def add(setup: Setup, run: Run, extender: ExpertExtender) -> dict[str, tuple[int
     config = extender.extend(
         chosen_layers(run.layers, extender.layers, setup.seed), run.experts, init=run.init,
         modality_gate=run.gate != "none", calibration=run.calibration,
-        scores=setup.scores(run.task, run.gate), seed=setup.seed,
+        scores=setup.scores(run.task, run.gate), seed=setup.seed, freeze_earlier=True,
     )  # fmt: skip
     return {
         "layers": tuple(config.experts),
