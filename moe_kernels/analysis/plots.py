@@ -36,20 +36,20 @@ def plot_expert_load(
 ) -> Figure:
     """Draw one heat map of expert load (layer x expert) for each modality, on one colour scale.
 
-    With two modalities, another panel shows the divergence between them by layer.
+    With several modalities, another panel shows the divergence of each from the first by layer.
 
     Args:
         statistics: counts of a recorder.
         path: the file to write; None: none.
-        modalities: one or two names; default: the first two that have rows in ``statistics``.
+        modalities: their names; default: all that have rows in ``statistics``.
         title: title of the figure.
     """
     extras.load("matplotlib", "plot_expert_load")
-    modalities = tuple(modalities or statistics.seen()[:2])
+    modalities = tuple(modalities or statistics.seen())
     load = statistics.load() * statistics.counts.new_tensor(statistics.num_experts).view(-1, 1, 1)
     load = load.masked_fill(~statistics.exists().unsqueeze(1), torch.nan)
-    is_pair = len(modalities) == 2
-    figure, panels = _layer_panels(len(statistics.layers), [3] * len(modalities) + [2] * is_pair)
+    several = len(modalities) > 1
+    figure, panels = _layer_panels(len(statistics.layers), [3] * len(modalities) + [2] * several)
     highest = float(load.nan_to_num().max())
     for panel, name in zip(panels, modalities, strict=False):
         values = load[:, statistics.modalities.index(name)]
@@ -61,13 +61,8 @@ def plot_expert_load(
         image, ax=panels[: len(modalities)], label="load / even load", location="bottom",
         aspect=50, shrink=0.6, pad=0.1 / figure.get_figheight(),
     )  # fmt: skip
-    if is_pair:
-        divergence = statistics.divergence(*modalities).tolist()
-        panels[-1].barh(range(len(divergence)), divergence, color=_ORANGE)
-        panels[-1].set(
-            title=textwrap.fill(" against ".join(map(_name, modalities)), 30), xlim=(0, 1),
-            xlabel="Jensen-Shannon divergence (bits)",
-        )  # fmt: skip
+    if several:
+        _divergences(panels[-1], statistics, modalities)
     _label_layers(panels, statistics.layers)
     return _finish(figure, title, path)
 
@@ -203,6 +198,24 @@ def plot_redundancy(
         bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False,
     )  # fmt: skip
     return _finish(figure, title or f"Redundancy of experts on {_name(before.modality)} rows", path)
+
+
+def _divergences(panel: Axes, statistics: RoutingStatistics, modalities: Sequence[str]) -> None:
+    """Draw bars of the divergence of each modality from the first, side by side in each layer."""
+    first, *others = modalities
+    width = 0.8 / len(others)
+    for number, other in enumerate(others):
+        divergence = statistics.divergence(first, other).tolist()
+        at = [layer + (number + 0.5) * width - 0.4 for layer in range(len(divergence))]
+        color = _ORANGE if len(others) == 1 else f"C{number + 1}"
+        panel.barh(at, divergence, width, color=color, label=_name(other))
+    against = _name(others[0]) if len(others) == 1 else "each other"
+    panel.set(
+        title=textwrap.fill(f"{_name(first)} against {against}", 30), xlim=(0, 1),
+        xlabel="Jensen-Shannon divergence (bits)",
+    )  # fmt: skip
+    if len(others) > 1:
+        panel.legend(loc="lower right", fontsize=8)
 
 
 def _same_layers(by_label: Mapping[str, RoutingStatistics | ExpertRedundancy]) -> tuple[str, ...]:

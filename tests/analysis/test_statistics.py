@@ -364,6 +364,21 @@ def test_plot_of_loads(statistics, tmp_path):
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_of_loads_of_three_modalities():
+    """All that were seen are drawn, with the divergence of each added one from text."""
+    counts = torch.tensor([[[60, 0, 40, 0], [0, 30, 10, 0], [0, 0, 0, 0], [60, 0, 40, 0]]])
+    names = ("text", "image", "task", "audio")
+    rows = torch.tensor([[50, 20, 0, 50]])
+    found = RoutingStatistics(names, ("layer",), counts, rows, torch.zeros(1, 4).double())
+    figure = plot_expert_load(found)
+    titles = [panel.get_title() for panel in figure.axes[:4]]
+    assert titles == ["text", "image", "audio", "text against each other"]
+    panel = figure.axes[3]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["image", "audio"]
+    widths = [bar.get_width() for bar in panel.patches]
+    assert widths == [found.divergence("text", "image").item(), 0]
+
+
 def test_plot_of_specialisation(statistics):
     figure = plot_specialisation(statistics)
     values = figure.axes[0].images[0].get_array()
