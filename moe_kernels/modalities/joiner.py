@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_kernels import arguments
 from moe_kernels.modalities.placeholders import (
     check_placeholders,
     check_side,
@@ -58,7 +59,7 @@ def join_placeholders(
         inputs_embeds (B, S', H), modality_ids, attention_mask and labels, each (B, S') int64.
 
     Raises:
-        TypeError: features are no floats, or placeholders no integers.
+        TypeError: features are no floats, placeholders no integers, or ids no tensor.
         ValueError: the model is not patched, a modality is unknown, placeholders and features
             differ in number, features have several widths or another than the projector or the
             model takes, shapes do not fit, or FSDP2 has sharded the table.
@@ -83,6 +84,9 @@ def join_placeholders(
     placeholders = check_placeholders(patched, placeholders)
     check_side(padding_side)
     check_table(model)
+    arguments.tensors("(B, S)", input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features must map modalities to features; got {type(features).__name__}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     labels = input_ids if labels is None else labels
     if input_ids.ndim != 2 or not input_ids.shape == mask.shape == labels.shape:
@@ -167,26 +171,42 @@ class _JoinInForward:
         if "features" not in kwargs:
             return None
         check_table(self.model)  # an engine may have sharded it since
-        features = kwargs["features"] or {}
+        ids, features = kwargs.get("input_ids"), kwargs["features"] or {}
+        if ids is None or kwargs.get("modality_ids") is not None:
+            raise TypeError(
+                "features need input_ids by keyword, as ModalityCollator gives them, and no "
+                "modality_ids, which follow from the placeholders"
+            )
         _check_names(self.placeholders, features, {})
         for name, each in features.items():
             _check_width(self.model, name, each.shape[-1])
-        ids = kwargs["input_ids"]
-        names = ("input_ids", "attention_mask", "labels")
-        batch = {name: kwargs.get(name) for name in names}
-        if batch["attention_mask"] is None:
-            batch["attention_mask"] = torch.ones_like(ids)
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
         if not ids.is_cuda:  # on a GPU it would wait for the device; the collator has counted
-            real = ids[batch["attention_mask"] != 0].tolist()
-            for name, token_id in self.placeholders.items():
-                if (wanted := real.count(token_id)) != (found := len(features.get(name, ()))):
-                    raise ValueError(
-                        f"the batch has {wanted} places for features of {name!r} and {found} "
-                        "features: collate it by ModalityCollator"
-                    )
-        joined = _join(self.model, self.placeholders, features=features, **batch)
-        rest = {name: each for name, each in kwargs.items() if name not in (*names, "features")}
+            self._check_places(ids[mask != 0], features)
+        joined = _join(
+            self.model,
+            self.placeholders,
+            input_ids=ids,
+            attention_mask=mask,
+            labels=kwargs.get("labels"),
+            features=features,
+        )
+        rest = {name: each for name, each in kwargs.items() if name not in _TAKEN}
         return args, rest | {name: each for name, each in joined.items() if each is not None}
+
+    def _check_places(self, ids: Tensor, features: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless real ids have a place for each row of features."""
+        for name, token_id in self.placeholders.items():
+            wanted, found = int((ids == token_id).sum()), len(features.get(name, ()))
+            if wanted != found:
+                raise ValueError(
+                    f"the batch has {wanted} places for features of {name!r} and {found} features: "
+                    "collate it by ModalityCollator; for generate, call join_placeholders"
+                )
+
+
+_TAKEN = ("features", "input_ids", "attention_mask", "labels")
 
 
 def _join(

@@ -50,7 +50,14 @@ def names(tmp_path, monkeypatch):
 def test_chats_after_training_after_placeholders(names, tmp_path):
     model = names["model"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    path = tmp_path / "base"
+    model.save_pretrained(path)
+    names["name"] = str(path)
     exec(code_of("Chat templates"), names)
+    loaded = names["patched"].model
+    assert loaded is not model
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert names["batch"]["labels"][0, -3:].tolist() == [4, 5, 2]
     assert (names["batch"]["labels"][0, :-3] == -100).all()

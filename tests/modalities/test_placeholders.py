@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.imaging import ImageVocabulary, mixed_sequence
 from moe_kernels.modalities import (
     ModalityCollator,
@@ -19,6 +20,7 @@ from moe_kernels.modalities import (
     joining_placeholders,
 )
 from moe_kernels.moextend import ExpertExtender
+from moe_kernels.testing import relative_rms
 from moe_kernels.training import AdapterTrainer
 
 IMAGE, AUDIO = 90, 91
@@ -282,6 +284,30 @@ def test_the_trainer_counts_the_labels_that_are_learnt(tmp_path):
     assert total.item() == pytest.approx(count * mean.item(), rel=1e-5)
 
 
+def test_collated_batches_in_the_other_parts():
+    """Scores, counts of routing, disturbance, a fused loss and checkpointing see what is joined."""
+    model, _ = two_modalities()
+    patched, batch = model._modality_patch, ModalityCollator(PLACES, 0)([first_sample()])
+    extender = ExpertExtender(model)
+    with joining_placeholders(model, PLACES):
+        with torch.no_grad(), RoutingRecorder(model) as recorder:
+            model(**batch)
+        assert recorder.statistics().rows[0].tolist() == [3, 3, 2]
+        scores = extender.score_layers([batch], 1, modality="audio", progress=False)
+        assert scores.before.sum(1).tolist() == [2 * 2] * 2  # top 2
+        extender.extend("all", modality="audio", scores=scores, freeze_earlier=False)
+        assert extender.disturbance([batch])["audio"] is not None
+        expected = model.train()(**batch).loss
+        patched.fused_loss = True
+        assert model(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        patched.fused_loss = False
+        gradients = torch.autograd.grad(expected, list(patched.trainable_parameters()))
+        model.gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+    for parameter, gradient in zip(patched.trainable_parameters(), gradients, strict=True):
+        assert relative_rms(parameter.grad, gradient) < 1e-5
+
+
 # --- chat templates
 
 TEMPLATE = (
@@ -364,6 +390,8 @@ def refused_join(change, match):
          r"the mask of features of 'image' must be \(2, 3\)"),
         (lambda a: a.update(attention_mask=torch.ones(2, 5)), r"must be \(B, S\)"),
         (lambda a: a.update(padding_side="both"), "padding_side"),
+        (lambda a: a.update(input_ids=TEXTS.tolist()), "input_ids must be a tensor"),
+        (lambda a: a.update(features=[torch.randn(1, 6)]), "features must map modalities"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_joined(change, match):
@@ -393,14 +421,29 @@ def test_samples_that_cannot_be_collated(sample, match):
         ModalityCollator(PLACES, 0)([first_sample(), sample])
 
 
-def test_a_batch_that_another_collator_made_is_refused():
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"image": torch.randn(2, 6)}, "1 places for features of 'image' and 2 features"),
+        ({"audio": torch.randn(1, H)}, "1 places for features of 'image' and 0 features"),
+        ({"image": torch.randn(1, 7)}, "width 6 of its projector"),
+        ({"video": torch.randn(1, 6)}, "features of 'video'"),
+    ],
+)
+def test_a_batch_that_another_collator_made_is_refused(change, match):
     model, _ = two_modalities()
-    batch = {"input_ids": TEXTS[:1, 1:], "features": {"image": torch.randn(2, 6)}}
+    with joining_placeholders(model, PLACES), pytest.raises(ValueError, match=match):
+        model(input_ids=TEXTS[:1, 1:], features=change)
+
+
+@pytest.mark.parametrize("ids", [{}, {"input_ids": TEXTS, "modality_ids": TEXTS}])
+def test_features_beside_modality_ids_or_without_ids_are_refused(ids):
+    model, _ = two_modalities()
     with (
         joining_placeholders(model, PLACES),
-        pytest.raises(ValueError, match="1 places for features of 'image' and 2 features"),
+        pytest.raises(TypeError, match="features need input_ids by keyword"),
     ):
-        model(**batch)
+        model(**ids, features={})
 
 
 def test_text_alone_keeps_its_bits_after_training():
