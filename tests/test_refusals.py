@@ -35,9 +35,10 @@ from moe_kernels.imaging import (
     mixed_sequence,
 )
 from moe_kernels.init import gromov_wasserstein_rows
+from moe_kernels.modalities import join_features_and_text
 from moe_kernels.models import support
 from moe_kernels.models.peft_format import load_peft_adapter
-from moe_kernels.moextend import ExpertExtender, LayerScores, join_features_and_text
+from moe_kernels.moextend import ExpertExtender, LayerScores
 
 ROOT = Path(__file__).parents[1]
 IDS = token_ids(1, 6)

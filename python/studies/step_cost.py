@@ -22,7 +22,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
-from moe_kernels.moextend import ExpertExtender, join_features_and_text
+from moe_kernels.modalities import join_features_and_text
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.programs.shared.text_model import load_text_model
 from studies.moextend.runs import train_base_experts
 

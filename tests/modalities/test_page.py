@@ -32,6 +32,7 @@ def code_of(section, number=None):
 
 def listen():
     """Return the module of examples/listen.py."""
+    pytest.importorskip("sklearn")
     path = PAGE.parents[1] / "examples/listen.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -142,7 +143,6 @@ def sounds(tmp_path):
 
 
 def test_a_model_hears_and_sees(sounds, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     listen().main(str(sounds), "40")
     said = capsys.readouterr().out

@@ -10,7 +10,13 @@ from support.text_tokenizer import make_sized_tokenizer, make_tokenizer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels import (
+    ModalityLoraConfig,
+    add_modality_tokens,
+    modalities,
+    moextend,
+    patch_model,
+)
 from moe_kernels.analysis import RoutingRecorder
 from moe_kernels.imaging import ImageVocabulary, mixed_sequence
 from moe_kernels.modalities import (
@@ -237,8 +243,17 @@ def test_features_outside_of_the_context_are_refused_until_unpatched():
             model(**batch)
         with joining_placeholders(model, places):
             model(**batch)
+    twin = copy.deepcopy(model)
     patched.unpatch()
     assert not model._forward_pre_hooks
+    with pytest.raises(TypeError, match="within joining_placeholders"):
+        twin(**batch)
+    twin._modality_patch.unpatch()
+    assert not twin._forward_pre_hooks
+
+
+def test_the_old_place_of_a_name_is_the_same():
+    assert moextend.join_features_and_text is modalities.join_features_and_text
 
 
 def test_a_projector_takes_part_in_a_step_without_its_features():

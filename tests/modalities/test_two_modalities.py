@@ -75,6 +75,24 @@ def test_one_modality_alone_leaves_the_other_without_gradient():
             assert not parameter.grad[0].any() and parameter.grad[1].any(), name
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_training_one_keeps_the_other_unless_weights_decay(decay):
+    """The pairs of both are one tensor, which weight decay shrinks as a whole."""
+    patched, vocabularies = model_with_tokens()
+    randomise(patched)
+    batch = ImageCollator(0)(list(data_of(vocabularies)["audio"]))
+    pairs = {n: p for n, p in patched.named_trainable_parameters() if "lora" in n}
+    before = {name: pair.detach().clone() for name, pair in pairs.items()}
+    optimizer = torch.optim.AdamW(pairs.values(), lr=1e-2, weight_decay=decay)
+    for _ in range(2):
+        patched.model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, pair in pairs.items():
+        assert torch.equal(pair[0], before[name][0]) == (decay == 0), name
+        assert not torch.equal(pair[1], before[name][1])
+
+
 def test_both_in_one_sequence():
     """Pieces of two vocabularies are joined, and each vocabulary finds its own again."""
     patched, vocabularies = model_with_tokens()

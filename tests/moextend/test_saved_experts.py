@@ -22,9 +22,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model
+from moe_kernels.modalities import join_features_and_text
 from moe_kernels.models.parameters import named_adapter_parameters
 from moe_kernels.models.peft_format import save_peft_adapter
-from moe_kernels.moextend import ExpertExtender, ModalityProjector, join_features_and_text
+from moe_kernels.moextend import ExpertExtender, ModalityProjector
 from moe_kernels.testing import relative_rms
 
 # --- projector

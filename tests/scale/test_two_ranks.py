@@ -25,9 +25,13 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model, shard_evenly
-from moe_kernels.modalities import ModalityCollator, joining_placeholders
+from moe_kernels.modalities import (
+    ModalityCollator,
+    join_features_and_text,
+    joining_placeholders,
+)
 from moe_kernels.models import sharding
-from moe_kernels.moextend import ExpertExtender, join_features_and_text, tuning
+from moe_kernels.moextend import ExpertExtender, tuning
 from moe_kernels.testing import relative_rms
 
 IMAGE = 6

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels.imaging import IGNORE_INDEX, caption_ids, padding_id
+from moe_kernels.modalities import join_features_and_text
 from moe_kernels.modes import evaluating
-from moe_kernels.moextend import ExpertExtender, join_features_and_text
+from moe_kernels.moextend import ExpertExtender
 from moe_kernels.programs.shared.encoder import EncodedPictures
 from moe_kernels.programs.shared.pictures import DIGITS
 from moe_kernels.programs.shared.stages import Workspace
