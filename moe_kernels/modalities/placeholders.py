@@ -12,6 +12,7 @@ from moe_kernels.arguments import as_integer
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.imaging.arrays import as_tensor
 from moe_kernels.models.handle import PatchState, get_patched
+from moe_kernels.models.undo import all_or_nothing
 
 SIDES = ("left", "right")
 
@@ -60,10 +61,12 @@ def add_placeholders(
     grown.add_tokens([text for text in texts if text not in known], special_tokens=True)
     ids = grown.convert_tokens_to_ids(texts)
     placeholders = check_placeholders(patched, dict(zip(names, ids, strict=True)))
-    if _refuse_features not in model._forward_pre_hooks.values():
-        patched.hooks.append(model.register_forward_pre_hook(_refuse_features, with_kwargs=True))
-    vars(tokenizer).update(vars(grown))
-    return placeholders
+    with all_or_nothing(model, tokenizer):
+        if _refuse_features not in model._forward_pre_hooks.values():
+            hook = model.register_forward_pre_hook(_refuse_features, with_kwargs=True)
+            patched.hooks.append(hook)
+        vars(tokenizer).update(vars(grown))
+        return placeholders
 
 
 def _refuse_features(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

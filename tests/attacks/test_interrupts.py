@@ -14,7 +14,7 @@ from support.mixed_batches import IMAGE, mixed_batches
 from support.model_zoo import VOCAB, make_model, randomise, token_ids
 from support.peft_models import lora_config
 from support.states import differences, state_of
-from support.text_tokenizer import make_tokenizer
+from support.text_tokenizer import make_sized_tokenizer, make_tokenizer
 
 from moe_kernels import (
     ModalityLoraConfig,
@@ -25,6 +25,7 @@ from moe_kernels import (
 )
 from moe_kernels.analysis import RoutingRecorder, expert_redundancy
 from moe_kernels.conversion import perplexity
+from moe_kernels.modalities import ModalityCollator, add_placeholders, joining_placeholders
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.peft_format import load_peft_adapter, save_peft_adapter
 from moe_kernels.models.undo import all_or_nothing
@@ -92,6 +93,12 @@ def adding_a_projector() -> Case:
     return Case(extender.model, lambda: extender.add_projector(5))
 
 
+def adding_placeholders() -> Case:
+    model, tokenizer = make_model("mixtral"), make_sized_tokenizer(VOCAB)
+    patch_model(model, ALL)
+    return Case(model, lambda: add_placeholders(model, tokenizer), tokenizer)
+
+
 def starting_adapters() -> Case:
     pytest.importorskip("ot", reason="POT is not installed (the extra 'ot')")
     model = make_model("olmoe", num_hidden_layers=1)
@@ -133,6 +140,19 @@ def disabling_experts() -> Case:
     def call():
         with ExpertExtender(model).disabled():
             forward(model)
+
+    return Case(model, call)
+
+
+def joining() -> Case:
+    model = extended_model()
+    batch = ModalityCollator({"image": 90}, 0)(
+        [{"input_ids": [3, 90, 4], "features": {"image": [torch.ones(2, 5)]}}]
+    )
+
+    def call():
+        with joining_placeholders(model, {"image": 90}), torch.no_grad():
+            model(**batch)
 
     return Case(model, call)
 
@@ -271,12 +291,14 @@ def undoing_peft() -> Case:
 CHANGES = [
     accelerating_peft, undoing_peft, patching, unpatching, adding_tokens, adding_tokens_again,
     extending, extending_again, making_an_extender, adding_a_projector,
-    starting_adapters, adding_an_adapter, deleting_an_adapter, changing_the_adapter,
+    adding_placeholders, starting_adapters, adding_an_adapter, deleting_an_adapter,
+    changing_the_adapter,
 ]  # fmt: skip
 LOADS = [loading, loading_again, loading_by_name, loading_from_peft]
 LOOKS = [
-    disabling_adapters, disabling_experts, recording, comparing_experts, measuring_disturbance,
-    scoring_layers, measuring_perplexity, choosing_an_adapter, making_a_reference,
+    disabling_adapters, disabling_experts, joining, recording, comparing_experts,
+    measuring_disturbance, scoring_layers, measuring_perplexity, choosing_an_adapter,
+    making_a_reference,
 ]  # fmt: skip
 
 
