@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_kernels import arguments
+from moe_kernels import arguments, env
 from moe_kernels.modalities.placeholders import (
     check_placeholders,
     check_side,
@@ -182,7 +182,8 @@ class _JoinInForward:
             _check_width(self.model, name, each.shape[-1])
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        if not ids.is_cuda:  # on a GPU it would wait for the device; the collator has counted
+        # On a GPU this would wait for the device, and the collator has counted.
+        if not ids.is_cuda or env.check_values():
             self._check_places(ids[mask != 0], features)
         joined = _join(
             self.model,
