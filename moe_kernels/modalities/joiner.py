@@ -177,6 +177,11 @@ class _JoinInForward:
                 "features need input_ids by keyword, as ModalityCollator gives them, and no "
                 "modality_ids, which follow from the placeholders"
             )
+        if kwargs.get("adapter") is not None:
+            raise TypeError(
+                "features are joined before the forward knows its adapter: give no adapter=, but "
+                "call the model within patched.adapter(name)"
+            )
         _check_names(self.placeholders, features, {})
         for name, each in features.items():
             _check_width(self.model, name, each.shape[-1])

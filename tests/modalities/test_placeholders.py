@@ -461,6 +461,16 @@ def test_features_beside_modality_ids_or_without_ids_are_refused(ids):
         model(**ids, features={})
 
 
+def test_features_beside_the_name_of_an_adapter_are_refused():
+    """Added rows are looked up when features are joined, by the adapter of the context."""
+    model, _ = two_modalities()
+    with (
+        joining_placeholders(model, PLACES),
+        pytest.raises(TypeError, match="joined before the forward knows its adapter"),
+    ):
+        model(input_ids=TEXTS, features={}, adapter="default")
+
+
 def test_text_alone_keeps_its_bits_after_training():
     model, _ = two_modalities(hidden_size=128)
     text = token_ids(2, 40)
