@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels import arguments
 from moe_kernels.imaging.arrays import as_tensor
 from moe_kernels.modalities.placeholders import as_placeholders, check_side, expand, items_of
 
@@ -32,7 +33,8 @@ class ModalityCollator:
         padding_side: "right", or "left".
 
     Raises:
-        TypeError: placeholders that are no integers; features or ids that are no numbers.
+        TypeError: placeholders or a padding that are no integers; features or ids that are no
+            numbers, or features that are not given by modality.
         ValueError: a setting is impossible. In a call: a sample has more placeholders than
             features, or features without a placeholder, of a modality without one, or of several
             widths.
@@ -62,6 +64,7 @@ class ModalityCollator:
 
     def __post_init__(self):
         object.__setattr__(self, "placeholders", as_placeholders(self.placeholders))
+        arguments.integers(pad_token_id=self.pad_token_id)
         check_side(self.padding_side)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -90,7 +93,13 @@ class ModalityCollator:
         self, sample: Mapping[str, Any], index: int, ids: list[int]
     ) -> dict[str, list[Tensor]]:
         """Return a sample's features by modality, as many as it has placeholders."""
-        given = sample.get("features") or {}
+        given = sample.get("features")
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"features of sample {index} must map modalities to lists of (n, d); got "
+                f"{type(given).__name__}"
+            )
         if unknown := sorted(set(given) - set(self.placeholders)):
             raise ValueError(
                 f"sample {index} has features of {', '.join(map(repr, unknown))}, which has no "

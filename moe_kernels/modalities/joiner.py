@@ -17,7 +17,7 @@ from moe_kernels.modalities.placeholders import (
 )
 from moe_kernels.modalities.sequence import assemble, check_table
 from moe_kernels.models import projectors
-from moe_kernels.models.handle import get_patched
+from moe_kernels.models.handle import PatchState, get_patched
 from moe_kernels.modes import removing_hooks
 
 Features = Mapping[str, Sequence[Tensor] | Tensor]
@@ -38,8 +38,9 @@ def join_placeholders(
 
     A placeholder takes all features of one item, such as a picture. Padding is moved to one side
     and gets modality -1; what stands there, NaN included, has no say. Gradients reach the projector
-    of each modality. The ids are read by the host: to train, let a :class:`ModalityCollator` do so
-    in the data loader.
+    of each modality. Beside features of one of the model's ``sequence_modalities``, text of the row
+    gets that modality too. The ids are read by the host: to train, let a :class:`ModalityCollator`
+    do so in the data loader.
 
     Args:
         model: patched for the modalities.
@@ -59,10 +60,11 @@ def join_placeholders(
         inputs_embeds (B, S', H), modality_ids, attention_mask and labels, each (B, S') int64.
 
     Raises:
-        TypeError: features are no floats, placeholders no integers, or ids no tensor.
+        TypeError: features are no floats, placeholders or ids no integers.
         ValueError: the model is not patched, a modality is unknown, placeholders and features
-            differ in number, features have several widths or another than the projector or the
-            model takes, shapes do not fit, or FSDP2 has sharded the table.
+            differ in number, an id is no token of the model, features have several widths or
+            another than the projector or the model takes, shapes do not fit, or FSDP2 has sharded
+            the table.
 
     Example:
         >>> import torch
@@ -94,12 +96,15 @@ def join_placeholders(
             "input_ids, attention_mask and labels must be (B, S), got "
             f"{tuple(input_ids.shape)}, {tuple(mask.shape)} and {tuple(labels.shape)}"
         )
+    if input_ids.is_floating_point() or labels.is_floating_point():
+        raise TypeError(f"ids and labels must be integers, got {input_ids.dtype}, {labels.dtype}")
     masks = feature_masks or {}
     _check_names(placeholders, features, masks)
     items = {name: items_of(name, each, masks.get(name)) for name, each in features.items()}
     kept = mask != 0
     rows = [row[each].tolist() for row, each in zip(input_ids, kept, strict=True)]
     _check_counts(placeholders, rows, items)
+    _check_ids(patched, placeholders, {token_id for row in rows for token_id in row})
     for name, each in items.items():
         _check_width(model, name, each[0].shape[-1] if each else None)
     batch = expand(
@@ -166,10 +171,12 @@ class _JoinInForward:
         self.model, self.placeholders = model, placeholders
 
     def __call__(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple, dict[str, Any]] | None:
-        if "features" not in kwargs:
+        # torch gives no kwargs where another thread, whose hook this is, adds or removes it now.
+        if kwargs is None or "features" not in kwargs:
             return None
+        patched = get_patched(self.model)
         check_table(self.model)  # an engine may have sharded it since
         ids, features = kwargs.get("input_ids"), kwargs["features"] or {}
         if ids is None or kwargs.get("modality_ids") is not None:
@@ -187,9 +194,10 @@ class _JoinInForward:
             _check_width(self.model, name, each.shape[-1])
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        # On a GPU this would wait for the device, and the collator has counted.
-        if not ids.is_cuda or env.check_values():
+        # On a GPU this would wait for the device, and a graph cannot; the collator has counted.
+        if env.check_values() or not (ids.is_cuda or torch.compiler.is_compiling()):
             self._check_places(ids[mask != 0], features)
+            _check_ids(patched, self.placeholders, set(ids[mask != 0].tolist()))
         joined = _join(
             self.model,
             self.placeholders,
@@ -240,7 +248,13 @@ def _join(
         if rows is not None:
             parts.append(rows.to(device))
             first += len(rows)
-    return assemble(model, input_ids, real, labels, parts, row_of, feature_modality)
+    joined = assemble(model, input_ids, real, labels, parts, row_of, feature_modality)
+    modality_ids = joined["modality_ids"]
+    for name in patched.config.sequence_modalities:
+        own = patched.modality_id(name)
+        whole = (modality_ids == own).any(dim=1, keepdim=True) & (modality_ids == 0)
+        modality_ids = modality_ids.masked_fill(whole, own)
+    return joined | {"modality_ids": modality_ids}
 
 
 def _projected(model: PreTrainedModel, name: str, features: Tensor | None) -> Tensor | None:
@@ -281,6 +295,15 @@ def _check_counts(
                 f"input_ids have {sum(counts)} placeholders of {name!r} (id {token_id}, in rows "
                 f"{places}) and there are features of {found}"
             )
+
+
+def _check_ids(patched: PatchState, placeholders: Mapping[str, int], ids: set[int]) -> None:
+    unknown = {each for each in ids if not 0 <= each < patched.vocabulary}
+    if unknown := sorted(unknown.difference(placeholders.values())):
+        raise ValueError(
+            f"the text has ids {unknown}, and the model has rows for 0..{patched.vocabulary - 1}: "
+            f"they are no placeholders of this call either, which are {dict(placeholders)}"
+        )
 
 
 def _check_width(model: PreTrainedModel, name: str, width: int | None) -> None:

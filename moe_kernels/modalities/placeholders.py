@@ -25,7 +25,7 @@ def add_placeholders(
     """Give the tokenizer a special token ``<modality>`` for each modality, and return their ids.
 
     The model gets no rows for them, since features take their places before it sees the ids. A
-    token that the tokenizer has already is taken as it is. Call ``add_modality_tokens`` or
+    token that the tokenizer has already keeps its id. Call ``add_modality_tokens`` or
     ``load_adapter`` with the tokenizer first, as their ids follow the model's own. From now on the
     model's forward refuses features outside of :func:`joining_placeholders`: it would ignore them.
 
@@ -57,7 +57,8 @@ def add_placeholders(
     names = patched.config.modalities if modalities is None else tuple(modalities)
     grown = copy.deepcopy(tokenizer)  # what is added to a tokenizer cannot be removed
     texts = [f"<{name}>" for name in names]
-    known = grown.get_vocab()
+    # A text that is in the vocabulary alone keeps its id, and is one token from now on.
+    known = grown.get_added_vocab()
     grown.add_tokens([text for text in texts if text not in known], special_tokens=True)
     ids = grown.convert_tokens_to_ids(texts)
     placeholders = check_placeholders(patched, dict(zip(names, ids, strict=True)))

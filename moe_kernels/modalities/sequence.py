@@ -118,7 +118,7 @@ def assemble(
         predicted = real & ~is_feature & torch.cat([first, real[:, :-1]], dim=1)
         labels = labels.masked_fill(~predicted, IGNORE_INDEX)
     return {
-        "inputs_embeds": rows.index_select(0, index.flatten()).view(*ids.shape, -1),
+        "inputs_embeds": rows.index_select(0, index.flatten()).view_as(text),
         "modality_ids": modality_ids.masked_fill(~real, -1),
         "attention_mask": real.long(),
         "labels": labels,

@@ -494,7 +494,8 @@ def _names_after(tokenizer: PreTrainedTokenizerBase | None, first: int, new: lis
     if last >= first:
         raise ValueError(
             f"the tokenizer has ids up to {last} but the model's table {first} rows: "
-            "resize the model's embeddings before patching"
+            "resize the model's embeddings before patching. Placeholders (add_placeholders) are "
+            "given to the tokenizer after these tokens"
         )
     if last >= len(vocabulary):
         raise ValueError(

@@ -377,7 +377,7 @@ class ExpertExtender:
 
 
 _FROZEN = (
-    "extend has frozen what was added before, so that the new experts train alone: {}. "
+    "extend has frozen what was added before, so that of these the new experts train alone: {}. "
     "freeze_earlier=False lets all of it train on; freeze_earlier=True freezes without this warning"
 )
 

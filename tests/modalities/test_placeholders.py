@@ -1,14 +1,16 @@
 """Features of several modalities at placeholders in the text."""
 
+import contextlib
 import copy
 
 import pytest
+import tokenizers
 import torch
 from support.model_zoo import VOCAB, make_model, randomise, token_ids
 from support.registered_ops import same
 from support.text_tokenizer import make_sized_tokenizer, make_tokenizer
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from moe_kernels import (
     ModalityLoraConfig,
@@ -168,7 +170,71 @@ def test_generation_of_a_padded_batch_is_that_of_each_text():
         assert torch.equal(written(slice(row, row + 1), **parts)[0], both[row])
 
 
+def test_empty_texts_are_joined():
+    model, _ = two_modalities()
+    joined = join_placeholders(model, torch.zeros(2, 0, dtype=torch.int64), {}, PLACES)
+    assert joined["inputs_embeds"].shape == (2, 0, H)
+
+
+def test_placeholders_side_by_side_at_both_ends_and_alone():
+    model, projector = two_modalities()
+    ids = torch.tensor([[IMAGE, IMAGE, AUDIO, 5, AUDIO], [IMAGE, AUDIO, 0, 0, 0]])
+    mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    pictures, sounds = torch.randn(6, 6), torch.randn(4, H)
+    features = {"image": pictures.split((2, 1, 3)), "audio": sounds.split((1, 2, 1))}
+    joined = join_placeholders(model, ids, features, PLACES, attention_mask=mask)
+    assert joined["modality_ids"].tolist() == [[1, 1, 1, 2, 0, 2, 2], [1, 1, 1, 2, -1, -1, -1]]
+    assert joined["labels"].tolist() == [[-100] * 4 + [5, -100, -100], [-100] * 7]
+    embeddings, rows = joined["inputs_embeds"], projector(pictures)
+    assert torch.equal(embeddings[:, :3], torch.stack([rows[:3], rows[3:]]))
+    assert torch.equal(
+        torch.cat([embeddings[0, 3:4], embeddings[0, 5:], embeddings[1, 3:4]]), sounds
+    )
+
+
+def test_text_beside_features_of_a_whole_sequence_has_their_modality():
+    """Text is trained as what ``generate`` goes on with, which is the modality of the sequence."""
+    model = make_model("mixtral")
+    settings = {"modalities": ("image", "audio"), "sequence_modalities": ("image",)}
+    patched = patch_model(model, ModalityLoraConfig(**settings))
+    randomise(patched)
+    features = {"image": [torch.randn(2, H)], "audio": [torch.randn(1, H)] * 2}
+    ids = torch.tensor([[5, IMAGE, 6, AUDIO], [5, 6, AUDIO, 7]])
+    joined = join_placeholders(model, ids, features, PLACES)
+    assert joined["modality_ids"].tolist() == [[1, 1, 1, 1, 2], [0, 0, 2, 0, -1]]
+    samples = [
+        {"input_ids": row, "features": {name: features[name][:1] for name in names}}
+        for row, names in zip(ids, (("image", "audio"), ("audio",)), strict=True)
+    ]
+    with joining_placeholders(model, PLACES):
+        loss = model(**ModalityCollator(PLACES, 0)(samples)).loss
+    assert torch.equal(loss, model(**joined).loss)
+
+
 # --- placeholders of a tokenizer
+
+
+def test_a_placeholder_is_one_token_of_a_tokenizer_with_merges():
+    """A word of its vocabulary that no merges make is no token of a text yet."""
+    letters = {letter: i for i, letter in enumerate("<> abdegimou")}
+    vocabulary = letters | {"<image>": len(letters)}
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    model = make_model("mixtral")
+    patch_model(model, ModalityLoraConfig(modalities=("image", "audio")))
+    places = add_placeholders(model, tokenizer)
+    assert places == {"image": len(letters), "audio": len(letters) + 1}
+    ids = tokenizer("a<image><audio>b").input_ids
+    assert ids == [letters["a"], *places.values(), letters["b"]]
+    assert add_placeholders(model, tokenizer) == places
+
+
+def test_tokens_after_placeholders_are_refused_with_the_order():
+    model, tokenizer = make_model("mixtral"), make_sized_tokenizer(VOCAB)
+    patch_model(model)
+    add_placeholders(model, tokenizer)
+    with pytest.raises(ValueError, match="Placeholders .* after these tokens"):
+        add_modality_tokens(model, "image", 3, tokenizer=tokenizer)
 
 
 def test_placeholders_follow_the_added_tokens():
@@ -250,6 +316,41 @@ def test_features_outside_of_the_context_are_refused_until_unpatched():
         twin(**batch)
     twin._modality_patch.unpatch()
     assert not twin._forward_pre_hooks
+
+
+def test_a_context_that_another_thread_ends_during_a_forward():
+    """torch calls its hook all the same, without keywords; that of this thread joins."""
+    model, _ = two_modalities()
+    batch = ModalityCollator(PLACES, 0)([first_sample()])
+    hooks = len(model._forward_pre_hooks)
+    with joining_placeholders(model, PLACES), contextlib.ExitStack() as other:
+        expected = model(**batch).logits
+        other.enter_context(joining_placeholders(model, PLACES))
+        ending = model.register_forward_pre_hook(lambda *_: other.close(), prepend=True)
+        assert torch.equal(model(**batch).logits, expected)
+        ending.remove()
+    assert len(model._forward_pre_hooks) == hooks
+
+
+def test_a_model_that_is_unpatched_within_says_so():
+    model, _ = two_modalities()
+    batch = ModalityCollator(PLACES, 0)([first_sample()])
+    with joining_placeholders(model, PLACES):
+        model._modality_patch.unpatch()
+        with pytest.raises(ValueError, match="is not patched"):
+            model(**batch)
+        model(TEXTS[:, 3:4])
+
+
+def test_a_whole_graph_is_compiled_within():
+    torch.compiler.reset()
+    model, _ = two_modalities()
+    batch = ModalityCollator(PLACES, 0)([first_sample()])
+    with joining_placeholders(model, PLACES):
+        expected = model(**batch)
+        actual = torch.compile(model, backend="eager", fullgraph=True)(**batch)
+    assert relative_rms(actual.logits, expected.logits) < 1e-6
+    assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
 
 
 def test_the_old_place_of_a_name_is_the_same():
@@ -405,6 +506,11 @@ def refused_join(change, match):
          r"the mask of features of 'image' must be \(2, 3\)"),
         (lambda a: a.update(attention_mask=torch.ones(2, 5)), r"must be \(B, S\)"),
         (lambda a: a.update(padding_side="both"), "padding_side"),
+        (lambda a: a.update(input_ids=TEXTS.float()), "must be integers, got torch.float32"),
+        (lambda a: a.update(input_ids=torch.where(TEXTS == 7, 300, TEXTS)),
+         r"ids \[300\], and the model has rows for 0\.\.47"),
+        (lambda a: (a["features"].pop("audio"), a.update(placeholders={"image": IMAGE})),
+         r"ids \[91\].* no placeholders of this call"),
         (lambda a: a.update(input_ids=TEXTS.tolist()), "input_ids must be a tensor"),
         (lambda a: a.update(features=[torch.randn(1, 6)]), "features must map modalities"),
     ],
@@ -429,11 +535,19 @@ def test_a_plain_model_is_refused():
         ({"input_ids": [IMAGE], "features": {"image": [torch.ones(1, 7)]}}, "one d for all"),
         ({"input_ids": [5], "labels": [5, 6]}, r"of sample 1 must be \(S,\)"),
         ({"input_ids": [5.5]}, "sample 1 must be integers"),
+        ({"input_ids": [IMAGE], "features": [torch.ones(1, 6)]}, "sample 1 must map .* got list"),
+        ({"input_ids": [IMAGE], "features": torch.ones(2, 6)}, "sample 1 must map .* got Tensor"),
     ],
 )  # fmt: skip
 def test_samples_that_cannot_be_collated(sample, match):
     with pytest.raises((TypeError, ValueError), match=match):
         ModalityCollator(PLACES, 0)([first_sample(), sample])
+
+
+@pytest.mark.parametrize("padding", [None, "<pad>", 0.5])
+def test_a_padding_that_is_no_id_is_refused_at_once(padding):
+    with pytest.raises(TypeError, match="pad_token_id must be an integer"):
+        ModalityCollator(PLACES, padding)
 
 
 @pytest.mark.parametrize(
