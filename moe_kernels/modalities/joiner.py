@@ -176,9 +176,29 @@ class _JoinInForward:
         # torch gives no kwargs where another thread, whose hook this is, adds or removes it now.
         if kwargs is None or "features" not in kwargs:
             return None
-        patched = get_patched(self.model)
         check_table(self.model)  # an engine may have sharded it since
-        ids, features = kwargs.get("input_ids"), kwargs["features"] or {}
+        ids, mask, labels, features = (kwargs.get(name) for name in _TAKEN)
+        features = {} if features is None else features
+        self._check(kwargs, features)
+        mask = torch.ones_like(ids) if mask is None else mask
+        # On a GPU this would wait for the device, and a graph cannot; the collator has counted.
+        if env.check_values() or not (ids.is_cuda or torch.compiler.is_compiling()):
+            self._check_places(ids[mask != 0], features)
+        joined = _join(
+            self.model,
+            self.placeholders,
+            input_ids=ids,
+            attention_mask=mask,
+            labels=labels,
+            features=features,
+        )
+        rest = {name: each for name, each in kwargs.items() if name not in _TAKEN}
+        return args, rest | {name: each for name, each in joined.items() if each is not None}
+
+    def _check(self, kwargs: dict[str, Any], features: Any) -> None:
+        """Raise TypeError or ValueError for what no values are needed to see."""
+        get_patched(self.model)
+        ids = kwargs.get("input_ids")
         if ids is None or kwargs.get("modality_ids") is not None:
             raise TypeError(
                 "features need input_ids by keyword, as ModalityCollator gives them, and no "
@@ -189,28 +209,19 @@ class _JoinInForward:
                 "features are joined before the forward knows its adapter: give no adapter=, but "
                 "call the model within patched.adapter(name)"
             )
+        beside = (kwargs.get(name) for name in ("attention_mask", "labels"))
+        if any(each is not None and each.shape != ids.shape for each in beside):
+            raise ValueError(
+                "beside features, attention_mask and labels must be as large as input_ids, "
+                f"{tuple(ids.shape)}: collate the batch by ModalityCollator"
+            )
+        _check_rows(features)
         _check_names(self.placeholders, features, {})
         for name, each in features.items():
             _check_width(self.model, name, each.shape[-1])
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        # On a GPU this would wait for the device, and a graph cannot; the collator has counted.
-        if env.check_values() or not (ids.is_cuda or torch.compiler.is_compiling()):
-            self._check_places(ids[mask != 0], features)
-            _check_ids(patched, self.placeholders, set(ids[mask != 0].tolist()))
-        joined = _join(
-            self.model,
-            self.placeholders,
-            input_ids=ids,
-            attention_mask=mask,
-            labels=kwargs.get("labels"),
-            features=features,
-        )
-        rest = {name: each for name, each in kwargs.items() if name not in _TAKEN}
-        return args, rest | {name: each for name, each in joined.items() if each is not None}
 
     def _check_places(self, ids: Tensor, features: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless real ids have a place for each row of features."""
+        """Raise ValueError unless real ids have a place for each row of features, and are known."""
         for name, token_id in self.placeholders.items():
             wanted, found = int((ids == token_id).sum()), len(features.get(name, ()))
             if wanted != found:
@@ -218,9 +229,10 @@ class _JoinInForward:
                     f"the batch has {wanted} places for features of {name!r} and {found} features: "
                     "collate it by ModalityCollator; for generate, call join_placeholders"
                 )
+        _check_ids(get_patched(self.model), self.placeholders, set(ids.tolist()))
 
 
-_TAKEN = ("features", "input_ids", "attention_mask", "labels")
+_TAKEN = ("input_ids", "attention_mask", "labels", "features")
 
 
 def _join(
@@ -270,6 +282,16 @@ def _projected(model: PreTrainedModel, name: str, features: Tensor | None) -> Te
     if features is None:
         features = torch.zeros(0, projector.in_features, device=weight.device)
     return projector(features.to(weight.device))
+
+
+def _check_rows(features: Any) -> None:
+    if not isinstance(features, Mapping) or not all(
+        isinstance(each, Tensor) and each.ndim == 2 for each in features.values()
+    ):
+        raise TypeError(
+            "within joining_placeholders, features must map modalities to (rows, d), as "
+            "ModalityCollator gives them; join_placeholders takes lists"
+        )
 
 
 def _check_names(

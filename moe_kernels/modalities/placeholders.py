@@ -12,6 +12,7 @@ from moe_kernels.arguments import as_integer
 from moe_kernels.imaging import IGNORE_INDEX
 from moe_kernels.imaging.arrays import as_tensor
 from moe_kernels.models.handle import PatchState, get_patched
+from moe_kernels.models.tokens import check_tokenizer
 from moe_kernels.models.undo import all_or_nothing
 
 SIDES = ("left", "right")
@@ -38,6 +39,7 @@ def add_placeholders(
         The placeholders: modality -> token id.
 
     Raises:
+        TypeError: this is no tokenizer, or ``modalities`` is a string.
         ValueError: the model is not patched for a modality, or a placeholder would get the id of a
             token that was added to the model. The tokenizer has not changed.
 
@@ -54,6 +56,9 @@ def add_placeholders(
         [2, 3, 7, 6]
     """
     patched = get_patched(model)
+    check_tokenizer(tokenizer)
+    if isinstance(modalities, str):
+        raise TypeError(f"modalities must be names, got the string {modalities!r}")
     names = patched.config.modalities if modalities is None else tuple(modalities)
     grown = copy.deepcopy(tokenizer)  # what is added to a tokenizer cannot be removed
     texts = [f"<{name}>" for name in names]

@@ -451,6 +451,15 @@ class NewNames:
             vars(self.tokenizer).update(vars(grown))
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise TypeError unless this is a tokenizer of transformers."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}: load "
+            "it by AutoTokenizer.from_pretrained"
+        )
+
+
 def find_names(
     tokenizer: PreTrainedTokenizerBase | None, first: int, added_tokens: dict[str, int]
 ) -> NewNames:
@@ -467,11 +476,7 @@ def find_names(
     """
     if tokenizer is None:
         return NewNames(None, [])
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"tokenizer must be a tokenizer of transformers; got {type(tokenizer).__name__}: load "
-            "it by AutoTokenizer.from_pretrained"
-        )
+    check_tokenizer(tokenizer)
     names, stop = {}, first
     for modality, count in added_tokens.items():
         names |= {name: stop + i for i, name in enumerate(_named(modality, range(count)))}

@@ -229,6 +229,16 @@ def test_a_placeholder_is_one_token_of_a_tokenizer_with_merges():
     assert add_placeholders(model, tokenizer) == places
 
 
+def test_what_gets_no_placeholders():
+    model = make_model("mixtral")
+    patch_model(model)
+    for other in (None, model):
+        with pytest.raises(TypeError, match="must be a tokenizer of transformers"):
+            add_placeholders(model, other)
+    with pytest.raises(TypeError, match="got the string 'image'"):
+        add_placeholders(model, make_sized_tokenizer(VOCAB), "image")
+
+
 def test_tokens_after_placeholders_are_refused_with_the_order():
     model, tokenizer = make_model("mixtral"), make_sized_tokenizer(VOCAB)
     patch_model(model)
@@ -563,6 +573,28 @@ def test_a_batch_that_another_collator_made_is_refused(change, match):
     model, _ = two_modalities()
     with joining_placeholders(model, PLACES), pytest.raises(ValueError, match=match):
         model(input_ids=TEXTS[:1, 1:], features=change)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"features": [torch.randn(1, 6)]}, r"features must map modalities to \(rows, d\)"),
+        ({"features": torch.randn(1, 6)}, r"features must map modalities to \(rows, d\)"),
+        ({"features": {"image": [torch.randn(1, 6)]}}, "join_placeholders takes lists"),
+        ({"input_ids": torch.tensor([[5, IMAGE, 6, 300, 7]])}, r"ids \[300\], and the model has"),
+        ({"features": {"image": torch.randn(1, 1, 6)}}, "join_placeholders takes lists"),
+        ({"labels": TEXTS[:1, 2:]}, r"as large as input_ids, \(1, 5\)"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5)}, r"as large as input_ids, \(1, 5\)"),
+    ],
+)
+def test_a_batch_of_other_shapes_is_refused(change, match):
+    model, _ = two_modalities()
+    batch = {"input_ids": TEXTS[:1, 1:], "features": {"image": torch.randn(1, 6)}}
+    with (
+        joining_placeholders(model, PLACES),
+        pytest.raises((TypeError, ValueError), match=match),
+    ):
+        model(**batch | change)
 
 
 @pytest.mark.parametrize("ids", [{}, {"input_ids": TEXTS, "modality_ids": TEXTS}])

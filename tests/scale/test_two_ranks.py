@@ -28,6 +28,7 @@ from moe_kernels import ModalityLoraConfig, add_modality_tokens, patch_model, sh
 from moe_kernels.modalities import (
     ModalityCollator,
     join_features_and_text,
+    join_placeholders,
     joining_placeholders,
 )
 from moe_kernels.models import sharding
@@ -131,6 +132,13 @@ def joins_no_features_beside_a_sharded_table(rank, folder):
     sharded(model)
     with pytest.raises(ValueError, match="embedding table outside of the model's forward, and"):
         join_features_and_text(model, torch.zeros(1, 2, 32), token_ids(1, 2))
+    with pytest.raises(ValueError, match="embedding table outside of the model's forward, and"):
+        join_placeholders(model, token_ids(1, 2), {}, {"image": VOCAB})
+    with (
+        pytest.raises(ValueError, match="embedding table outside of the model's forward, and"),
+        joining_placeholders(model, {"image": VOCAB}),
+    ):
+        pass
 
 
 def projects_features_of_one_rank(rank, folder):
