@@ -24,7 +24,7 @@ class ModalityCollator:
     A batch has ``input_ids``, ``attention_mask`` and ``labels``, (B, S') int64 each, in which a
     placeholder stands once for each of its features, and ``features``: modality -> (rows, d), those
     of all placeholders one after another. Labels are -100 on features, padding and the first token.
-    The rows do not divide by samples: an iterable data set that accelerate dispatches to several
+    A batch cannot be cut by samples: an iterable data set that accelerate dispatches to several
     processes needs ``dispatch_batches=False``.
 
     Attributes:
