@@ -57,10 +57,11 @@ def add(patched: PatchState, name: str, like: str | None = None) -> None:
 
     It has the values of another one, ``like``; default: pairs of no effect, and the active rows.
     """
-    for projection in patched.projections:
-        projection.lora.add(name, like)
-    for rows in tokens.all_rows(patched.model):
-        rows.copy_for(name, patched.active_adapter if like is None else like)
+    with torch.inference_mode(False):  # tensors of inference mode could not train later
+        for projection in patched.projections:
+            projection.lora.add(name, like)
+        for rows in tokens.all_rows(patched.model):
+            rows.copy_for(name, patched.active_adapter if like is None else like)
     for parameter in parameters_of(patched, name):
         parameter.requires_grad_(False)
     patched.frozen_if_active[name] = frozenset() if like is None else frozen(patched, like)

@@ -348,6 +348,15 @@ def test_a_new_adapter_has_no_effect_and_the_rows_of_the_active_one():
     assert torch.equal(logits(model, adapter="fresher"), logits(model, adapter="base"))
 
 
+def test_an_adapter_that_was_added_in_inference_mode_trains():
+    model, patched = make_patched()
+    with torch.inference_mode():
+        patched.add_adapter("late")
+    patched.set_adapter("late")
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in parameters_of(patched, "late"))
+
+
 def test_deleting_leaves_the_others_and_unpatch_the_base():
     model, patched = make_patched()
     expected = {name: logits(model, adapter=name) for name in ("default", "photo")}
