@@ -45,15 +45,10 @@ def make_app(patched: PatchedModel, tokenizer: PreTrainedTokenizerBase) -> FastA
     return app
 
 
-def main(base: str, default: str, *named: str) -> None:
-    """Load the base with its adapters, and serve them until Ctrl-C."""
+if __name__ == "__main__":
+    base, default, *named = sys.argv[1:] if len(sys.argv) > 2 else sys.exit(__doc__)
     tokenizer = AutoTokenizer.from_pretrained(base)
     patched = load(base, default, tokenizer)
     for each in named:
-        name, _, folder = each.partition("=")
-        patched.load_adapter(folder, adapter=name)
+        patched.load_adapter(each.partition("=")[2], adapter=each.partition("=")[0])
     uvicorn.run(make_app(patched, tokenizer), port=8000)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
