@@ -1,35 +1,27 @@
 """The reference that ``make docs`` builds: it has the public names, and all links resolve."""
 
-import importlib.util
 import re
 from importlib import import_module
-from pathlib import Path
 
 import pytest
-from support.public_names import MODULES
+from support.reference_tool import load_tool
 
 from moe_kernels import backends
-
-TOOL = Path(__file__).parent.parent / "tools/build_reference.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location(TOOL.stem, TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool()
 
 
 @pytest.mark.filterwarnings("error:::pdoc")
 def test_the_pages_have_the_public_names_and_their_links_resolve(tool, tmp_path):
     assert tool.build(tmp_path) == []
-    assert tool.MODULES == MODULES
-    for name in MODULES:
+    for name in tool.MODULES:
         text = (tmp_path / f"{name.replace('.', '/')}.html").read_text()
         found = set(re.findall(r'<section id="(\w+)">', text))
         public = set(import_module(name).__all__)
-        assert found == {each for each in public if f"{name}.{each}" not in MODULES}
+        assert found == {each for each in public if f"{name}.{each}" not in tool.MODULES}
         assert not re.search(r'id="(\w+\.)?_(?!_init__")', text)
     page = (tmp_path / "index.html").read_text()
     assert 'href="moe_kernels/imaging.html"' in page and 'href="docs/patching.html"' in page

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.public_names import MODULES
+from support.reference_tool import load_tool
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "tests/support/users_script.py"
@@ -23,7 +23,7 @@ GENERIC = {
 
 def public_functions():
     """Yield the name and the function of every public name, and of the members of its classes."""
-    for module in map(importlib.import_module, MODULES):
+    for module in map(importlib.import_module, load_tool().MODULES):
         for name in module.__all__:
             value = getattr(module, name)
             if inspect.isfunction(value):
