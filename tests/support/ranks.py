@@ -1,6 +1,7 @@
 """Run a test's script in several gloo processes on this machine, and what the scripts share."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -24,11 +25,15 @@ IMPORTED = (
     "transformers.trainer",
 )  # fmt: skip
 
+LIMIT = 240  # seconds that ranks may take; what they then do is printed
+
 
 def run_ranks(script: str | Path, *arguments: object, codes: Sequence[int] = (0, 0)) -> list[str]:
     """Run ``python script arguments`` as every rank; return what each printed.
 
-    The test fails with the output of a rank that does not exit with its code of ``codes``.
+    The test fails with the output of a rank that does not exit with its code of ``codes``. A rank
+    that reached its script's end counts as 0, and stays until all ranks have ended: when one leaves
+    first, threads of gloo in the other can end that one by a signal after all its work.
     """
     number = len(codes)
     tests = str(Path(__file__).parents[1])
@@ -53,18 +58,19 @@ def run_ranks(script: str | Path, *arguments: object, codes: Sequence[int] = (0,
         try:
             for process in processes:
                 process.start()
-            limit = time.monotonic() + 240
-            for process in processes:
-                process.join(limit - time.monotonic())
-            found = [process.exitcode for process in processes]  # None: it did not end
+            limit = time.monotonic() + LIMIT
+            while None in (found := [*map(_exit_code, processes, printed)]):
+                if time.monotonic() > limit:
+                    break
+                time.sleep(0.05)
         finally:
             for process in processes:
                 if process.pid is not None:
                     process.kill()
                     process.join()
         outputs = [path.read_text() for path in printed]
-    for exit_code, output, code in zip(found, outputs, codes, strict=True):
-        assert exit_code == code, output[-5000:]
+    for rank, (exit_code, code) in enumerate(zip(found, codes, strict=True)):
+        assert exit_code == code, f"rank {rank} of codes {found}: {outputs[rank][-5000:]}"
     return outputs
 
 
@@ -75,21 +81,34 @@ def _rank(command: list[str], environment: dict[str, str], printed: Path) -> Non
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    faulthandler.enable()  # a signal that ends the rank leaves a traceback
+    faulthandler.dump_traceback_later(LIMIT - 20)
     random.seed()  # its state was forked, too
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
     runpy.run_path(command[0], run_name="__main__")
-    # Without the interpreter's own end: where one rank leaves before the other, which is as the
-    # machine's load has it, threads of gloo have ended a rank with a code after all its work.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    faulthandler.cancel_dump_traceback_later()
+    _end_of(printed).touch()
+    while True:  # until it is killed with the others
+        time.sleep(60)
+
+
+def _exit_code(process: multiprocessing.Process, printed: Path) -> int | None:
+    """Return 0 if the rank came to its script's end, its exit code if it ended otherwise."""
+    return 0 if _end_of(printed).exists() else process.exitcode
+
+
+def _end_of(printed: Path) -> Path:
+    """Return the file that says that a rank came to its script's end."""
+    return printed.with_suffix(".ended")
 
 
 def play(scenes: Mapping[str, Callable], folder: str) -> None:
     """Play scenes ``f(rank, folder)``, each in a folder of its own, in a process of a group.
 
-    The process joins a group of gloo unless it belongs to one, and leaves it. What went wrong is
-    kept for :func:`errors_of`.
+    The process joins a group of gloo unless it belongs to one. What went wrong is kept for
+    :func:`errors_of`.
     """
     torch.set_num_threads(1)
     if not dist.is_initialized():
@@ -103,8 +122,6 @@ def play(scenes: Mapping[str, Callable], folder: str) -> None:
         except BaseException:  # the other scenes still have something to say
             errors[name] = traceback.format_exc()
     torch.save(errors, Path(folder, f"errors-{dist.get_rank()}.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def errors_of(
