@@ -111,7 +111,7 @@ def describe(setup: Setup, routing: RoutingStatistics) -> dict[str, Any]:
     return described | {
         **results["measure"],
         "text": text | {"bits_per_byte": bits},
-        "samples": results["draw"]["samples"]["1"],
+        "samples": results["judge"]["samples"]["1"],
         "tokenizer": results["tokenize"],
         "routing": {
             "layers": routing.layers,

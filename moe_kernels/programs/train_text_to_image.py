@@ -1,21 +1,25 @@
 """Teach a text-only Mixture-of-Experts model to draw, and show that its text is unchanged.
 
     moe-kernels train-text-to-image MODEL --data digits
+    moe-kernels train-text-to-image MODEL --data coloured-digits --tokenizer vq
     moe-kernels train-text-to-image MODEL --data emoji --emoji-folder package
     moe-kernels train-text-to-image MODEL --data my_pictures
 
 MODEL is a local folder or a hub id of a Mixtral, OLMoE or Qwen-MoE model. --data is "digits" (5,000
-digits of MNIST), "emoji" (the npm package emoji-datasource-twitter), or a folder of pictures with a
-metadata.csv or .jsonl that has file_name and text.
+digits of MNIST), "coloured-digits" (the same in eight colours at five places, with a tenth of the
+combinations held out), "emoji" (the npm package emoji-datasource-twitter), or a folder of pictures
+with a metadata.csv or .jsonl that has file_name and text.
 
 1. tokenize: a codebook is learnt from the pictures, and turns them into tokens.
 2. teach: the model is patched in place; low-rank updates and the rows of the added tokens learn
    caption -> image tokens; everything else is frozen.
 3. measure: the loss of held-out pictures, and held-out text before and after, bit by bit.
 4. draw: pictures for some captions, at every --guidance, beside real ones.
+5. judge: a reader that learnt from the training pictures tells what the drawings show.
 
 Under --out: adapter/ and image_tokenizer/ (for moe-kernels generate-images),
-held_out.safetensors (for moe-kernels analyze-routing), report.json, training.png, samples-*.png.
+held_out.safetensors (for moe-kernels analyze-routing), report.json, training.png,
+samples-*.png, held-out-*.png.
 Every stage is kept, keyed by its settings: a second run, or one that was interrupted, continues
 where the first stopped.
 """
@@ -38,6 +42,7 @@ from moe_kernels.programs.shared.stages import Stages
 FILES = (
     *ADAPTER, *IMAGE_TOKENIZER, "image_tokenizer-last-good/*", "held_out.safetensors",
     "report.json", "training.png", "samples-guidance-*.png",
+    "held-out-guidance-*.png",
 )  # fmt: skip
 
 
@@ -50,22 +55,41 @@ def save_held_out(setup: Setup, path: Path) -> None:
         save_file(batch, temporary)
 
 
-def plot_samples(setup: Setup, guidance: str) -> Figure:
-    drawn, title = setup.results["draw"], f"guidance {guidance}"
-    codes, samples = drawn["codes"][guidance], drawn["samples"][guidance]
-    if "read_as_their_caption" in samples:
-        title += f": {samples['read_as_their_caption']:.1%} read as their caption"
-    return plot_drawings(codes, samples, setup.labels, setup.tokens, title, nearest=True)
+def plot_samples(setup: Setup, guidance: str, group: str, labels: list[int]) -> Figure:
+    """Draw the sheet of a group of captions, "trained" or "held_out", with these numbers."""
+    codes = setup.results["draw"]["codes"][guidance]
+    samples, title = setup.results["judge"]["samples"][guidance], f"guidance {guidance}"
+    if group == "held_out":
+        title = f"captions that no training picture has, {title}"
+    if "read_right" in samples:
+        share = samples["read_right"][group]["caption"]["share"]
+        title += f": {share:.1%} read as their caption"
+    return plot_drawings(
+        codes, samples, setup.labels, setup.tokens, title, nearest=True, shown=labels
+    )
+
+
+def save_sheets(setup: Setup) -> None:
+    """Write the drawings of captions of training, and of held-out ones, at each guidance."""
+    trained = set(setup.tokens.train.labels.tolist())
+    groups = {
+        ("trained", "samples"): [each for each in setup.labels if each in trained],
+        ("held_out", "held-out"): [each for each in setup.labels if each not in trained],
+    }
+    for guidance in setup.results["draw"]["codes"]:
+        for (group, name), labels in groups.items():
+            if labels:
+                figure = plot_samples(setup, guidance, group, labels)
+                save_figure(figure, setup.options.out / f"{name}-guidance-{guidance}.png")
 
 
 def write_results(setup: Setup) -> None:
     out, tokens, results = setup.options.out, setup.tokens, setup.results
-    samples, history = results["draw"]["samples"], results["teach"]["history"]
+    judged, history = results["judge"], results["teach"]["history"]
     copy_whole(setup.folder("teach") / "adapter", out / "adapter")
     tokens.tokenizer.save(out / "image_tokenizer")
     save_held_out(setup, out / "held_out.safetensors")
-    for guidance in samples:
-        save_figure(plot_samples(setup, guidance), out / f"samples-guidance-{guidance}.png")
+    save_sheets(setup)
     curve = plot_losses({"text to image": history}, "nats an image token")
     save_figure(curve, out / "training.png")
     report = {
@@ -73,7 +97,8 @@ def write_results(setup: Setup) -> None:
         "set_aside": setup.train.reasons,
         "listed_more_than_once": setup.train.listed_again + setup.held_out.listed_again,
         "image_tokenizer": results["tokenize"],
-        "samples": samples,
+        "reader": judged["reader"],
+        "samples": judged["samples"],
         "training": history,
         "captions": [tokens.captions[label] for label in setup.labels],
         **setup.stages.describe(setup.options),

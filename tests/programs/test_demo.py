@@ -107,7 +107,7 @@ def test_writes_pictures_and_a_report(finished):
     for comparison in ("pairwise_distance", "nearest_training_distance"):
         assert all(samples[comparison][side] > 0 for side in ("generated", "held_out_real"))
 
-    stages = {"pretrain", "tokenize", "teach", "measure", "draw", "routing"}
+    stages = {"pretrain", "tokenize", "teach", "measure", "draw", "judge", "routing"}
     assert report["seconds"].keys() == stages | {"total"}
     assert all(rate > 0 for rate in report["tokens_per_second"].values())
     assert report["settings"]["steps"] == 6
@@ -225,7 +225,7 @@ def test_killed_without_warning_it_goes_on_from_the_last_whole_checkpoint(
 )
 def test_settings_decide_what_is_computed_again(demo, finished, changed, kept):
     before, after = (stage_folders(demo, finished, **more) for more in ({}, changed))
-    assert before.keys() == {"pretrain", "tokenize", "teach", "measure", "draw", "routing"}
+    assert before.keys() == {"pretrain", "tokenize", "teach", "measure", "draw", "judge", "routing"}
     assert [name for name in before if before[name] == after[name]] == kept
 
 

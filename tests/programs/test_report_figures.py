@@ -81,16 +81,18 @@ def test_answers_of_any_letters_are_shown_below_framed_pictures(programs, answer
 
 def test_real_pictures_of_samples_are_told_to_be_through_the_tokenizer(programs):
     from moe_kernels.imaging import PatchTokenizer
-    from moe_kernels.programs.shared import drawing, pictures, text_to_image
+    from moe_kernels.programs.shared import drawing, pictures
     from moe_kernels.programs.shared.reports.text_to_image import plot_drawings
 
     images = (np.arange(12 * 64) % 251).astype(np.uint8).reshape(12, 8, 8)
     parts = pictures.CaptionedPictures(images, ("a cat", "a dog"), np.arange(12) % 2)
     tokenizer = PatchTokenizer.fit(images, patch_size=4, num_codes=4)
-    encoded = text_to_image.TokenizedPictures.encode(tokenizer, parts)
+    encoded = pictures.TokenizedPictures.encode(tokenizer, parts)
     tokens = drawing.PictureTokens(tokenizer, encoded, encoded)
     codes = encoded.codes[:4].tolist()
-    figure = plot_drawings(codes, {"read": [0, 1, 1, 1]}, [0, 1], tokens, "title", nearest=True)
+    figure = plot_drawings(
+        codes, {"read": [0, 1, 1, 1], "nearest": [0] * 4}, [0, 1], tokens, "title", nearest=True
+    )
     check_texts(figure)
     written = {text.get_text().replace("\n", " ") for text in figure.axes[0].texts}
     assert {

@@ -291,15 +291,15 @@ def test_a_tokenizer_that_cannot_be_fitted_leaves_its_last_good_state(
 
 def test_one_caption_alone_is_not_read_back(program, pictures):
     """A classifier needs two captions to tell apart."""
-    from moe_kernels.programs.shared.pictures import folder
-    from moe_kernels.programs.shared.text_to_image import CaptionReader, TokenizedPictures
+    from moe_kernels.programs.shared.pictures import TokenizedPictures, folder
+    from moe_kernels.programs.shared.reader import fit_reader
 
     some = folder(pictures, 8)
     red = some.take(np.flatnonzero(some.labels == 0))
     alone = type(red)(red.images, red.names[:1], red.labels)
     codes = torch.zeros(len(alone), 4, dtype=torch.int64)
     decode = lambda codes: torch.zeros(len(codes), 8, 8, 3)  # noqa: E731
-    assert CaptionReader.fit(TokenizedPictures(alone, codes), decode) is None
+    assert fit_reader(TokenizedPictures(alone, codes), decode) is None
 
 
 def test_a_caption_that_does_not_fit_into_the_positions_is_refused(program):

@@ -17,16 +17,16 @@ from moe_kernels.imaging.generation import check_positions
 from moe_kernels.models import initialise_lora
 from moe_kernels.programs.shared import pictures
 from moe_kernels.programs.shared.cli import Options, console, option
+from moe_kernels.programs.shared.coloured_digits import COUNT, SMALLEST, coloured_digits
+from moe_kernels.programs.shared.files import read_json, write_json
 from moe_kernels.programs.shared.models import load_causal_lm, load_tokenizer, require_experts
 from moe_kernels.programs.shared.options import ModelOptions, TextOptions, out_folder
-from moe_kernels.programs.shared.pictures import CaptionedPictures
+from moe_kernels.programs.shared.pictures import CaptionedPictures, TokenizedPictures
 from moe_kernels.programs.shared.stages import Stages, StageSetup, Workspace, digest, model_identity
 from moe_kernels.programs.shared.text_to_image import (
-    CaptionReader,
+    Judge,
     Painter,
-    TokenizedPictures,
     measure_model,
-    measure_samples,
 )
 from moe_kernels.programs.shared.training import mean_nll, train
 
@@ -34,6 +34,7 @@ ROW_INITS = ("normal", "gaussian", "mean", "gromov_wasserstein", "permuted")
 TARGET_MODULES = ("experts", "attention", "router")
 LORA_INITS = ("zero", "gromov_wasserstein", "permuted")
 COUPLED_INITS = ("gromov_wasserstein", "permuted")  # computed by POT
+_CAPTIONS = 10  # that are drawn where none is asked for
 _INIT_ROWS = 16  # texts and pictures that a Gromov-Wasserstein start of the adapters sees
 
 
@@ -44,15 +45,21 @@ _INIT_ROWS = 16  # texts and pictures that a Gromov-Wasserstein start of the ada
 class PictureOptions(Options):
     """Pictures."""
 
-    data: str = option("digits", "digits, emoji, or a folder of pictures")
+    data: str = option("digits", "digits, coloured-digits, emoji, or a folder of pictures")
     emoji_folder: str | None = option(None, "unpacked npm package emoji-datasource-twitter")
     emoji_categories: list[str] = option([], "categories of emoji; default: all", metavar="NAME")
     image_size: int = option(32, "pixels of a side; digits have 28", at_least=1, at_most=4096)
     held_out: int = option(200, "pictures to hold out", at_least=1)
-    images: int | None = None  # pictures to use; None for all
+    images: int | None = option(
+        None, "pictures to use, held-out ones among them; default: all, of coloured digits "
+        f"{COUNT:,}", at_least=2, metavar="N",
+    )  # fmt: skip
 
     def load_pictures(self) -> tuple[CaptionedPictures, CaptionedPictures]:
         """Return the pictures for training, and the held-out ones."""
+        if self.data == "coloured-digits":
+            count = (self.images or COUNT) - self.held_out
+            return coloured_digits(self.image_size, count, self.held_out, self.seed)
         if self.data == "digits":
             loaded = pictures.digits()
         elif self.data == "emoji":
@@ -112,7 +119,9 @@ class TeachingOptions(Options):
 class DrawingOptions(Options):
     """Drawing."""
 
-    captions: list[str] = option([], "captions to draw; default: ten of the pictures'")
+    captions: list[str] = option(
+        [], "captions to draw; default: ten of training; or the held-out ones and as many of them"
+    )
     samples_per_caption: int = option(
         6, "drawings of each caption", at_least=1, at_most=10_000, metavar="N"
     )
@@ -150,6 +159,8 @@ class TextToImageOptions(
             raise ValueError(
                 "--data emoji needs --emoji-folder: the npm package emoji-datasource-twitter"
             )
+        if self.data == "coloured-digits" and self.image_size < SMALLEST:
+            raise ValueError(f"--data coloured-digits needs --image-size {SMALLEST} or more")
         size = 28 if self.data == "digits" else self.image_size
         if self.tokenizer in ("patch", "vq") and size % self.patch_size:
             raise ValueError(f"--patch-size {self.patch_size} does not divide pictures of {size}")
@@ -198,6 +209,11 @@ class Setup(StageSetup):
         blocks = options.text_blocks(tokenizer)
         return cls(options, stages, train, held_out, tokenizer, blocks, labels)
 
+    @property
+    def asked(self) -> torch.Tensor:
+        """(N,) numbers of the captions of all drawings, those of one caption together."""
+        return torch.tensor(self.labels).repeat_interleave(self.options.samples_per_caption)
+
     @cached_property
     def tokens(self) -> PictureTokens:
         """The fitted image tokenizer, and the encoded pictures."""
@@ -217,7 +233,11 @@ class Setup(StageSetup):
 
 
 def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
-    """Return the numbers of the captions; without captions, of ten that the pictures have."""
+    """Return the numbers of the captions to draw.
+
+    Without captions these are ten that the pictures have; or, where captions are held out, those
+    and as many that the pictures have.
+    """
     if unknown := [caption for caption in captions if caption not in train.names]:
         raise ValueError(
             f"no picture has the caption {unknown[0]!r}; "
@@ -226,7 +246,8 @@ def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
     if captions:
         return [train.names.index(caption) for caption in captions]
     present = np.unique(train.labels)
-    return present[np.linspace(0, len(present) - 1, min(10, len(present))).astype(int)].tolist()
+    count = min(len(train.unseen) or _CAPTIONS, len(present))
+    return [*present[np.linspace(0, len(present) - 1, count).astype(int)].tolist(), *train.unseen]
 
 
 @dataclass(frozen=True)
@@ -371,20 +392,34 @@ def measure(setup: Setup, workspace: Workspace) -> dict[str, Any]:
 
 
 def draw(setup: Setup, workspace: Workspace) -> dict[str, Any]:
-    """Draw each caption, and measure the drawings; the result has both by guidance."""
-    options, tokens, decode = setup.options, setup.tokens, setup.tokens.tokenizer.decode
-    labels = torch.tensor(setup.labels).repeat_interleave(options.samples_per_caption)
-    started = time.perf_counter()
-    drawn = {f"{scale:g}": draw_codes(setup, labels.tolist(), scale) for scale in options.guidance}
-    seconds = time.perf_counter() - started
-    reader = CaptionReader.fit(tokens.train, decode)
+    """Draw each caption at each guidance; a guidance that was finished earlier is kept."""
+    workspace.checkpoints.mkdir(exist_ok=True)
+    drawn = {}
+    for scale in setup.options.guidance:
+        file = workspace.checkpoints / f"guidance-{scale:g}.json"
+        if not file.exists():
+            started = time.perf_counter()
+            codes = draw_codes(setup, setup.asked.tolist(), scale).tolist()
+            seconds = time.perf_counter() - started
+            write_json(file, {"codes": codes, "seconds": seconds}, indent=None)
+        drawn[f"{scale:g}"] = read_json(file)
+    tokens = len(setup.asked) * setup.tokens.tokenizer.tokens_per_image * len(drawn)
     return {
+        "codes": {scale: each["codes"] for scale, each in drawn.items()},
+        "tokens_per_second": tokens / sum(each["seconds"] for each in drawn.values()),
+    }
+
+
+def judge(setup: Setup, workspace: Workspace) -> dict[str, Any]:
+    """Measure the drawings of each guidance, and how well the reader reads real pictures."""
+    tokens = setup.tokens
+    judge = Judge(tokens.train, tokens.held_out, tokens.tokenizer, setup.options.seed)
+    return {
+        "reader": judge.describe_reader(),
         "samples": {
-            scale: measure_samples(codes, labels, tokens.train, tokens.held_out, decode, reader)
-            for scale, codes in drawn.items()
+            scale: judge.measure(torch.tensor(codes), setup.asked)
+            for scale, codes in setup.results["draw"]["codes"].items()
         },
-        "codes": {scale: codes.tolist() for scale, codes in drawn.items()},
-        "tokens_per_second": sum(codes.numel() for codes in drawn.values()) / seconds,
     }
 
 
@@ -412,3 +447,4 @@ def run_stages(setup: Setup) -> None:
     setup.run("teach", teach, adapter_inputs(setup), after="tokenize")
     setup.run("measure", measure, batches | {"text": digest(setup.blocks)}, after="teach")
     setup.run("draw", draw, drawing, after="teach")
+    setup.run("judge", judge, options.pick("seed"), after="draw")

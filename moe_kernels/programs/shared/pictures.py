@@ -1,4 +1,4 @@
-"""Captioned pictures: digits, emoji, or a folder of yours."""
+"""Captioned pictures: digits, emoji, or a folder of yours; and how they are held out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from moe_kernels.imaging import ImageTokenizer
 from moe_kernels.programs.shared.cli import console
 from moe_kernels.programs.shared.picture_files import (
     Row,
@@ -32,12 +35,18 @@ class CaptionedPictures:
 
     images: (N, H, W[, 3]) uint8; names: the distinct captions; labels: (N,), indices into names
     set_aside: files and rows of the source that are not used, each with the reason
+    attributes: what the captions are composed of: for each attribute the value that each name has
+    unseen: indices of the names that are held out, so that no picture of them is trained on
+    to_read: what a reader of these pictures learns from, None for these pictures themselves
     """
 
     images: np.ndarray
     names: tuple[str, ...]
     labels: np.ndarray
     set_aside: tuple[tuple[str, str], ...] = ()
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unseen: tuple[int, ...] = ()
+    to_read: CaptionedPictures | None = None
 
     @classmethod
     def from_captions(cls, images: np.ndarray, captions: list[str]) -> CaptionedPictures:
@@ -99,6 +108,30 @@ class CaptionedPictures:
     def listed_again(self) -> int:
         """Number of pictures that have several rows."""
         return sum(len(rows) > 1 for rows in self.rows_of_pictures)
+
+
+@dataclass(frozen=True)
+class TokenizedPictures:
+    """Pictures and their codes, (N, tokens) int64."""
+
+    pictures: CaptionedPictures
+    codes: torch.Tensor
+
+    @classmethod
+    def encode(cls, tokenizer: ImageTokenizer, pictures: CaptionedPictures) -> TokenizedPictures:
+        return cls(pictures, tokenizer.encode(pictures.images))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.pictures.labels
+
+    def head(self, count: int) -> TokenizedPictures:
+        return TokenizedPictures(
+            self.pictures.take(np.arange(len(self))[:count]), self.codes[:count]
+        )
+
+    def __len__(self) -> int:
+        return len(self.codes)
 
 
 def digits() -> CaptionedPictures:

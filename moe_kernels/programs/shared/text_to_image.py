@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,12 @@ from moe_kernels.imaging import (
     count_distinct,
     mean_pairwise_distance,
     nearest_distances,
+    nearest_indices,
     padding_id,
 )
-from moe_kernels.programs.shared.pictures import CaptionedPictures
+from moe_kernels.programs.shared.pictures import TokenizedPictures
+from moe_kernels.programs.shared.reader import fit_reader, read_right
 from moe_kernels.programs.shared.training import in_batches, mean_nll
-
-# Real pictures that every caption needs before a classifier is trained to read them.
-_PICTURES_TO_READ = 10
-
-
-@dataclass(frozen=True)
-class TokenizedPictures:
-    """Pictures and their codes, (N, tokens) int64."""
-
-    pictures: CaptionedPictures
-    codes: torch.Tensor
-
-    @classmethod
-    def encode(cls, tokenizer: ImageTokenizer, pictures: CaptionedPictures) -> TokenizedPictures:
-        return cls(pictures, tokenizer.encode(pictures.images))
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.pictures.labels
-
-    def head(self, count: int) -> TokenizedPictures:
-        return TokenizedPictures(
-            self.pictures.take(np.arange(len(self))[:count]), self.codes[:count]
-        )
-
-    def __len__(self) -> int:
-        return len(self.codes)
 
 
 class Painter:
@@ -175,87 +150,85 @@ def record_routing(
     return recorder.statistics()
 
 
-def flat(images: Any) -> np.ndarray:
-    return np.asarray(images, dtype=np.float32).reshape(len(images), -1)
-
-
-@dataclass(frozen=True)
-class CaptionReader:
-    """A classifier that tells the caption of a picture."""
-
-    classifier: Any
-    decode: Callable[[torch.Tensor], torch.Tensor]
-
-    @classmethod
-    def fit(
-        cls, train: TokenizedPictures, decode: Callable[[torch.Tensor], torch.Tensor]
-    ) -> CaptionReader | None:
-        """Fit on real pictures, raw and as decoded by the tokenizer.
-
-        Returns None if a caption has too few pictures to learn from, or there is one caption alone.
-        """
-        from sklearn.svm import SVC
-
-        counts = np.bincount(train.labels, minlength=len(train.pictures.names))
-        if len(counts) < 2 or counts.min() < _PICTURES_TO_READ:
-            return None
-        both = [flat(train.pictures.images) / 255, flat(decode(train.codes))]
-        return cls(SVC(C=5.0).fit(np.concatenate(both), np.tile(train.labels, 2)), decode)
-
-    def read(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return (N,) captions' numbers of (N, tokens) codes."""
-        return torch.from_numpy(self.classifier.predict(flat(self.decode(codes)))).long()
-
-    def accuracy(self, held_out: TokenizedPictures) -> dict[str, float]:
-        """Return the accuracy on real pictures, raw and tokenized."""
-        raw = flat(held_out.pictures.images) / 255
-        return {
-            "raw": self.classifier.score(raw, held_out.labels),
-            "tokenized": float((self.read(held_out.codes).numpy() == held_out.labels).mean()),
-        }
-
-
-def measure_samples(
-    codes: torch.Tensor, asked: torch.Tensor, train: TokenizedPictures,
-    held_out: TokenizedPictures, decode: Callable[[torch.Tensor], torch.Tensor],
-    reader: CaptionReader | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure whether drawings show their caption, vary, and are new.
+class Judge:
+    """Measures drawings: whether they show their caption, vary, and are new.
 
     Real pictures are compared as decoded by the tokenizer, as drawings are.
 
-    Args:
-        codes: (N, tokens)
-        asked: (N,), the captions' numbers
-        reader: None to leave out reading
+    reader: tells captions; None if there are too few pictures to learn that from
     """
-    generated, real, real_held_out = map(decode, (codes, train.codes, held_out.codes))
-    compared = {"generated": generated, "held_out_real": real_held_out}
-    near = {name: nearest_distances(images, real) for name, images in compared.items()}
-    labels = {"generated": asked, "held_out_real": torch.from_numpy(held_out.labels)}
-    measured = {
-        "count": len(codes),
-        "distinct": count_distinct(codes),
-        "pairwise_distance": {
-            name: mean_pairwise_distance(images, labels[name]) for name, images in compared.items()
-        },
-        "nearest_training_distance": {name: float(each.mean()) for name, each in near.items()},
-        "copies_of_a_training_image": {name: int((each == 0).sum()) for name, each in near.items()},
-    }
-    return measured if reader is None else measured | read_samples(codes, asked, held_out, reader)
 
+    def __init__(
+        self, train: TokenizedPictures, held_out: TokenizedPictures, tokenizer: ImageTokenizer,
+        seed: int = 0,
+    ):  # fmt: skip
+        self.held_out, self.decode = held_out, (decode := tokenizer.decode)
+        self.trained = np.unique(train.labels)
+        self.real, self.real_held_out = decode(train.codes), decode(held_out.codes)
+        to_read = train.pictures.to_read
+        learnt = train if to_read is None else TokenizedPictures.encode(tokenizer, to_read)
+        self.reader = fit_reader(learnt, decode, seed)
 
-def read_samples(
-    codes: torch.Tensor, asked: torch.Tensor, held_out: TokenizedPictures, reader: CaptionReader
-) -> dict[str, Any]:
-    """Compare the captions that a classifier reads with those that were drawn."""
-    read, names = reader.read(codes), held_out.pictures.names
-    right = (read == asked).double()
-    return {
-        "read_as_their_caption": float(right.mean()),
-        "read_by_caption": {
-            names[label]: float(right[asked == label].mean()) for label in asked.unique()
-        },
-        "read": read.tolist(),
-        "classifier_held_out_accuracy": reader.accuracy(held_out),
-    }
+    @cached_property
+    def held_out_distances(self) -> torch.Tensor:
+        return nearest_distances(self.real_held_out, self.real)
+
+    @cached_property
+    def held_out_read(self) -> dict[str, torch.Tensor]:
+        return self.reader.read_both(self.held_out)
+
+    def describe_reader(self) -> dict[str, Any] | None:
+        """Return what the reader reads right of held-out real pictures, raw and tokenized."""
+        if self.reader is None:
+            return None
+        asked, pictures = torch.from_numpy(self.held_out.labels), self.held_out.pictures
+        return {
+            kind: read_right(read, asked, pictures, self.trained)
+            for kind, read in self.held_out_read.items()
+        }
+
+    def measure(self, codes: torch.Tensor, asked: torch.Tensor) -> dict[str, Any]:
+        """Measure drawings, (N, tokens) codes of the captions with the numbers ``asked``, (N,)."""
+        drawn = self.decode(codes)
+        nearest = nearest_indices(drawn, self.real)
+        near = {
+            # Of pairs, since a copy has a distance of exactly 0.
+            "generated": (drawn - self.real[nearest]).flatten(1).norm(dim=1),
+            "held_out_real": self.held_out_distances,
+        }
+        compared = {
+            "generated": (drawn, asked),
+            "held_out_real": (self.real_held_out, torch.from_numpy(self.held_out.labels)),
+        }
+        measured = {
+            "count": len(codes),
+            "distinct": count_distinct(codes),
+            "pairwise_distance": {
+                name: mean_pairwise_distance(*each) for name, each in compared.items()
+            },
+            "nearest_training_distance": {name: float(each.mean()) for name, each in near.items()},
+            "copies_of_a_training_image": {
+                name: int((each == 0).sum()) for name, each in near.items()
+            },
+            "nearest": nearest.tolist(),
+        }
+        return measured if self.reader is None else measured | self._read(codes, asked)
+
+    def _read(self, codes: torch.Tensor, asked: torch.Tensor) -> dict[str, Any]:
+        """Compare the captions that the reader reads with those that were drawn."""
+        read, pictures = self.reader.read(codes), self.held_out.pictures
+        right = (read == asked).double()
+        real = torch.from_numpy(self.held_out.labels)
+        return {
+            "read_as_their_caption": float(right.mean()),
+            "read_by_caption": {
+                pictures.names[label]: float(right[asked == label].mean())
+                for label in asked.unique()
+            },
+            "read": read.tolist(),
+            "read_right": read_right(read, asked, pictures, self.trained),
+            "classifier_held_out_accuracy": {
+                kind: float((each == real).double().mean())
+                for kind, each in self.held_out_read.items()
+            },
+        }

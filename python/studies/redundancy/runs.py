@@ -21,15 +21,18 @@ from moe_kernels.models import initialise_lora
 from moe_kernels.models.tokens import ROWS
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.programs.shared.models import load_causal_lm
-from moe_kernels.programs.shared.pictures import CaptionedPictures, digits, emoji
+from moe_kernels.programs.shared.pictures import (
+    CaptionedPictures,
+    TokenizedPictures,
+    digits,
+    emoji,
+)
 from moe_kernels.programs.shared.stages import Stages, Workspace
 from moe_kernels.programs.shared.text_model import TextModelSettings, load_text_model, pretrain
 from moe_kernels.programs.shared.text_to_image import (
-    CaptionReader,
+    Judge,
     Painter,
-    TokenizedPictures,
     compare_text,
-    measure_samples,
     record_routing,
     text_logits,
 )
@@ -160,8 +163,8 @@ class PictureSplits:
         return TokenizedPictures.encode(self.tokenizer, self._split[2])
 
     @cached_property
-    def reader(self) -> CaptionReader:
-        return CaptionReader.fit(self.train, self.tokenizer.decode)
+    def judge(self) -> Judge:
+        return Judge(self.train, self.test, self.tokenizer, self.seed)
 
 
 class Setup:
@@ -415,12 +418,12 @@ def draw_codes(data: PictureSplits, painter: Painter, each: int, guidance: float
 
 def gallery(data: PictureSplits, painter: Painter) -> dict[str, Any]:
     """Draw two pictures a caption at each guidance, beside the nearest training pictures."""
-    decode, real = data.tokenizer.decode, data.train.codes
+    judge, real = data.judge, data.train.codes
     drawn = {}
     for guidance in GUIDANCE:
         codes = draw_codes(data, painter, 2, guidance)
-        nearest = real[imaging.nearest_indices(decode(codes), decode(real))]
-        read = data.reader.read(codes).tolist()
+        nearest = real[imaging.nearest_indices(judge.decode(codes), judge.real)]
+        read = judge.reader.read(codes).tolist()
         drawn[f"{guidance:g}"] = {
             "codes": codes.tolist(),
             "nearest": nearest.tolist(),
@@ -442,10 +445,8 @@ def draw(data: PictureSplits, painter: Painter) -> dict[str, Any]:
     each = data.budget.samples_per_caption
     codes = draw_codes(data, painter, each, guidance=1.0)
     asked = torch.arange(len(painter.caption_ids)).repeat_interleave(each)
-    measured = measure_samples(
-        codes, asked, data.train, data.test, data.tokenizer.decode, data.reader
-    )
-    del measured["read"]
+    measured = data.judge.measure(codes, asked)
+    del measured["read"], measured["nearest"]
     return measured
 
 

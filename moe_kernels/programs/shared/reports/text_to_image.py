@@ -18,7 +18,7 @@ from moe_kernels.programs.shared.tables import print_rows, text_rows
 
 def plot_drawings(
     codes: list[list[int]], samples: dict[str, Any], labels: Sequence[int], tokens: PictureTokens,
-    title: str, *, real: int = 3, nearest: bool = False,
+    title: str, *, real: int = 3, nearest: bool = False, shown: Sequence[int] | None = None,
 ) -> Figure:  # fmt: skip
     """Return a figure with a row for each caption: drawings, and real pictures beside them.
 
@@ -28,14 +28,16 @@ def plot_drawings(
         labels: numbers of the captions that were drawn, each equally often
         real: number of real pictures, held-out ones where there are any
         nearest: show the nearest training picture of each drawing too
+        shown: the captions that get a row, some of ``labels``; None: all
     """
     decode, each = tokens.tokenizer.decode, len(codes) // len(labels)
     drawn = decode(torch.tensor(codes))
     if nearest:
-        trained = decode(tokens.train.codes)
-        trained = trained[imaging.nearest_indices(drawn, trained)]
+        trained = decode(tokens.train.codes[samples["nearest"]])
     rows, all_held_out = [], True
     for number, label in enumerate(labels):
+        if shown is not None and label not in shown:
+            continue
         mine = slice(number * each, (number + 1) * each)
         real_codes, is_held_out = _real_pictures(tokens, label, real)
         all_held_out &= is_held_out
@@ -49,11 +51,14 @@ def plot_drawings(
 
 
 def _real_pictures(tokens: PictureTokens, label: int, count: int) -> tuple[torch.Tensor, bool]:
-    """Return codes of real pictures of a caption, and whether they are held-out ones."""
+    """Return codes of real pictures of a caption, and whether they are held-out ones.
+
+    There are none of a held-out caption where few pictures are held out.
+    """
     for part in (tokens.held_out, tokens.train):
         if (mine := np.flatnonzero(part.labels == label)).size:
             return part.codes[torch.from_numpy(mine[:count])], part is tokens.held_out
-    raise AssertionError("every caption to draw has a training picture")
+    return tokens.held_out.codes[:0], True
 
 
 def training_rows(report: dict[str, Any]) -> dict[str, str]:
@@ -68,6 +73,19 @@ def training_rows(report: dict[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _read_apart(samples: dict[str, Any]) -> str:
+    """Return what is read right of held-out captions, and of each attribute."""
+    groups = samples.get("read_right", {})
+    if len(groups) == 1 and all(len(kinds) == 1 for kinds in groups.values()):
+        return ""
+    parts = [
+        f"{group.replace('_', ' ')}: "
+        + " ".join(f"{kind} {each['share']:.1%}" for kind, each in kinds.items())
+        for group, kinds in groups.items()
+    ]
+    return "".join(f"{part}, " for part in parts)
+
+
 def summarize(report: dict[str, Any], out: Path) -> None:
     """Print a table of the results."""
     rows = training_rows(report)
@@ -76,7 +94,7 @@ def summarize(report: dict[str, Any], out: Path) -> None:
         read = samples.get("read_as_their_caption")
         reads = f"{read:.1%} read as their caption, " if read is not None else ""
         rows[f"pictures, guidance {guidance}"] = (
-            f"{reads}{samples['distinct']} of {samples['count']} distinct, "
+            f"{reads}{_read_apart(samples)}{samples['distinct']} of {samples['count']} distinct, "
             f"nearest training picture at {near['generated']:.2f} "
             f"(held-out real {near['held_out_real']:.2f})"
         )
