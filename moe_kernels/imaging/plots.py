@@ -70,6 +70,7 @@ def plot_samples(
     rows: Sequence[SampleRow],
     title: str,
     *,
+    heading: str = "generated",
     real_heading: str = "real, held out",
     through_tokenizer: bool = False,
 ) -> Figure:
@@ -78,6 +79,7 @@ def plot_samples(
     Args:
         rows: captions and their pictures. Captions are wrapped, and cut after 80 characters.
         title: title of the figure.
+        heading: heading of the generated pictures.
         real_heading: heading of the real pictures.
         through_tokenizer: the real pictures, and those of training, are what the image tokenizer
             makes of them; their headings say so.
@@ -89,7 +91,9 @@ def plot_samples(
         ValueError: there are no pictures.
     """
     matplotlib = extras.load("matplotlib.figure", "plot_samples")
-    blocks = _blocks(rows, real_heading, ", through the tokenizer" if through_tokenizer else "")
+    blocks = _blocks(
+        rows, heading, real_heading, ", through the tokenizer" if through_tokenizer else ""
+    )
     if not blocks:
         raise ValueError("there are no pictures to plot")
     shape = next(line[0].shape for line in blocks[0].lines if line)
@@ -118,13 +122,15 @@ def plot_samples(
     return figure
 
 
-def _blocks(rows: Sequence[SampleRow], real_heading: str, suffix: str) -> list[_Block]:
+def _blocks(
+    rows: Sequence[SampleRow], heading: str, real_heading: str, suffix: str
+) -> list[_Block]:
     """Return the blocks that have pictures: generated, nearest in training, real."""
     framed = [row.misread for row in rows]
     marked = any(misread is not None for misread in framed)
     blocks = [
         _Block(
-            "generated (red frame: misread)" if marked else "generated",
+            f"{heading} (red frame: misread)" if marked else heading,
             [_pictures(row.generated) for row in rows],
             framed,
         ),

@@ -19,7 +19,7 @@ with a metadata.csv or .jsonl that has file_name and text.
 
 Under --out: adapter/ and image_tokenizer/ (for moe-kernels generate-images),
 held_out.safetensors (for moe-kernels analyze-routing), report.json, training.png,
-samples-*.png, held-out-*.png.
+samples-*.png, held-out-*.png, failures-*.png, reconstruction.png.
 Every stage is kept, keyed by its settings: a second run, or one that was interrupted, continues
 where the first stopped.
 """
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
@@ -35,15 +36,23 @@ from moe_kernels.programs.shared.cli import exit_code, parse
 from moe_kernels.programs.shared.drawing import Setup, TextToImageOptions, run_stages
 from moe_kernels.programs.shared.files import copy_whole, replacing, save_figure, write_json
 from moe_kernels.programs.shared.outputs import ADAPTER, IMAGE_TOKENIZER, check_outputs
+from moe_kernels.programs.shared.pictures import grouped
 from moe_kernels.programs.shared.reports.losses import plot_losses
-from moe_kernels.programs.shared.reports.text_to_image import plot_drawings, summarize
+from moe_kernels.programs.shared.reports.text_to_image import (
+    plot_drawings,
+    plot_failures,
+    plot_reconstruction,
+    summarize,
+)
 from moe_kernels.programs.shared.stages import Stages
 
 FILES = (
     *ADAPTER, *IMAGE_TOKENIZER, "image_tokenizer-last-good/*", "held_out.safetensors",
     "report.json", "training.png", "samples-guidance-*.png",
-    "held-out-guidance-*.png",
+    "held-out-guidance-*.png", "failures-guidance-*.png", "reconstruction.png",
 )  # fmt: skip
+
+SHEETS = {"trained": "samples", "held_out": "held-out"}  # their names, by group of captions
 
 
 def save_held_out(setup: Setup, path: Path) -> None:
@@ -70,17 +79,25 @@ def plot_samples(setup: Setup, guidance: str, group: str, labels: list[int]) -> 
 
 
 def save_sheets(setup: Setup) -> None:
-    """Write the drawings of captions of training, and of held-out ones, at each guidance."""
-    trained = set(setup.tokens.train.labels.tolist())
-    groups = {
-        ("trained", "samples"): [each for each in setup.labels if each in trained],
-        ("held_out", "held-out"): [each for each in setup.labels if each not in trained],
-    }
-    for guidance in setup.results["draw"]["codes"]:
-        for (group, name), labels in groups.items():
-            if labels:
-                figure = plot_samples(setup, guidance, group, labels)
-                save_figure(figure, setup.options.out / f"{name}-guidance-{guidance}.png")
+    """Write the drawings of captions of training, of held-out ones, and those read wrongly.
+
+    Beside them, what the image tokenizer makes of held-out pictures.
+    """
+    labels, out = np.array(setup.labels), setup.options.out
+    groups = grouped(labels, setup.train.present)
+    figures = {"reconstruction": plot_reconstruction(setup.tokens, setup.labels)}
+    for guidance, codes in setup.results["draw"]["codes"].items():
+        for group, mine in groups.items():
+            figure = plot_samples(setup, guidance, group, labels[mine].tolist())
+            figures[f"{SHEETS[group]}-guidance-{guidance}"] = figure
+        samples = setup.results["judge"]["samples"][guidance]
+        if "read" in samples:
+            figures[f"failures-guidance-{guidance}"] = plot_failures(
+                codes, samples, setup.asked.tolist(), setup.tokens, f"guidance {guidance}"
+            )
+    for name, figure in figures.items():
+        if figure is not None:
+            save_figure(figure, out / f"{name}.png")
 
 
 def write_results(setup: Setup) -> None:
@@ -101,6 +118,7 @@ def write_results(setup: Setup) -> None:
         "samples": judged["samples"],
         "training": history,
         "captions": [tokens.captions[label] for label in setup.labels],
+        "held_out_captions": [tokens.captions[label] for label in setup.train.unseen],
         **setup.stages.describe(setup.options),
     }
     write_json(out / "report.json", report)

@@ -413,3 +413,52 @@ def test_different_pictures_are_split_by_caption(pictures):
     train, held_out = found.split(9, seed=0)
     assert np.bincount(held_out.labels).tolist() == [3, 3, 3] and found.listed_again == 0
     assert len(train) == 21
+
+
+# --- held-out captions
+
+
+def names_of(part):
+    return {part.names[label] for label in part.labels}
+
+
+def test_all_pictures_of_a_held_out_caption_are_apart(pictures):
+    found = shades(pictures, [(grey, "abcde"[grey % 5]) for grey in range(30)])
+    rest, apart = found.hold_out_names(["b"], 2, seed=0)
+    assert names_of(apart) == {found.names[label] for label in rest.unseen} >= {"b"}
+    assert len(names_of(apart)) == 3 and not names_of(apart) & names_of(rest)
+    assert len(rest) + len(apart) == 30 and rest.names == apart.names == found.names
+    again, _ = found.hold_out_names(["b"], 2, seed=0)
+    assert again.unseen == rest.unseen
+    others = {found.hold_out_names([], 2, seed)[0].unseen for seed in range(5)}
+    assert len(others) > 1, "the seed draws none"
+
+
+def test_a_picture_with_a_held_out_caption_is_not_trained_on_under_another(pictures):
+    found = shades(pictures, [(1, "a"), (1, "b"), (2, "b"), (3, "c")])
+    rest, apart = found.hold_out_names(["a"], 0, seed=0)
+    assert rest.images[:, 0, 0, 0].tolist() == [2, 3]
+    assert apart.images[:, 0, 0, 0].tolist() == [1, 1] and names_of(apart) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "message"),
+    [
+        (["green haert"], 0, "no picture has the caption 'green haert'.*: green heart"),
+        ([], 2, "2 of 2 captions cannot be held out"),
+        (["green heart"], 1, "1 of 1 captions cannot be held out"),
+    ],
+)
+def test_captions_that_cannot_be_held_out(pictures, names, count, message):
+    found = shades(pictures, [(1, "green heart"), (2, "car")])
+    with pytest.raises(ValueError, match=message):
+        found.hold_out_names(names, count, seed=0)
+
+
+def test_joined_pictures_keep_their_captions(pictures):
+    found = shades(pictures, [(grey, "abcde"[grey % 5]) for grey in range(30)])
+    rest, apart = found.hold_out_names(["b"], 0, seed=0)
+    joined = rest.join(apart, seed=1)
+    assert sorted(joined.images[:, 0, 0, 0]) == list(range(30))
+    for image, label in zip(joined.images, joined.labels, strict=True):
+        assert joined.names[label] == "abcde"[image[0, 0, 0] % 5]

@@ -79,17 +79,23 @@ def test_answers_of_any_letters_are_shown_below_framed_pictures(programs, answer
 # --- samples.png
 
 
-def test_real_pictures_of_samples_are_told_to_be_through_the_tokenizer(programs):
+@pytest.fixture
+def four_drawings(programs):
+    """Return the tokens of twelve pictures of two captions, and codes of four of them."""
     from moe_kernels.imaging import PatchTokenizer
     from moe_kernels.programs.shared import drawing, pictures
-    from moe_kernels.programs.shared.reports.text_to_image import plot_drawings
 
     images = (np.arange(12 * 64) % 251).astype(np.uint8).reshape(12, 8, 8)
     parts = pictures.CaptionedPictures(images, ("a cat", "a dog"), np.arange(12) % 2)
     tokenizer = PatchTokenizer.fit(images, patch_size=4, num_codes=4)
     encoded = pictures.TokenizedPictures.encode(tokenizer, parts)
-    tokens = drawing.PictureTokens(tokenizer, encoded, encoded)
-    codes = encoded.codes[:4].tolist()
+    return drawing.PictureTokens(tokenizer, encoded, encoded), encoded.codes[:4].tolist()
+
+
+def test_real_pictures_of_samples_are_told_to_be_through_the_tokenizer(four_drawings):
+    from moe_kernels.programs.shared.reports.text_to_image import plot_drawings
+
+    tokens, codes = four_drawings
     figure = plot_drawings(
         codes, {"read": [0, 1, 1, 1], "nearest": [0] * 4}, [0, 1], tokens, "title", nearest=True
     )
@@ -98,6 +104,31 @@ def test_real_pictures_of_samples_are_told_to_be_through_the_tokenizer(programs)
     assert {
         "nearest in training, through the tokenizer", "real, held out, through the tokenizer",
     } <= written  # fmt: skip
+
+
+def test_failures_are_named_by_what_was_asked_and_read(four_drawings):
+    from moe_kernels.programs.shared.reports.text_to_image import plot_failures
+
+    tokens, codes = four_drawings
+    asked, samples = [0, 0, 1, 1], {"read": [0, 1, 1, 0], "nearest": [0] * 4}
+    figure = plot_failures(codes, samples, asked, tokens, "guidance 2")
+    check_texts(figure)
+    assert figure.get_suptitle() == "guidance 2: 2 of 4 read as another caption"
+    written = [text.get_text().replace("\n", " ") for text in figure.axes[0].texts]
+    assert {"a cat; read: a dog", "a dog; read: a cat"} <= set(written)
+    assert plot_failures(codes, samples, samples["read"], tokens, "all right") is None
+
+
+def test_reconstructions_stand_beside_held_out_pictures(four_drawings):
+    from moe_kernels.programs.shared.reports.text_to_image import plot_reconstruction
+
+    tokens, _ = four_drawings
+    figure = plot_reconstruction(tokens, [1])
+    check_texts(figure)
+    written = {text.get_text().replace("\n", " ") for text in figure.axes[0].texts}
+    assert {'"a dog"', "through the tokenizer", "real, held out"} == written
+    assert len(figure.axes[0].images) == 8
+    assert plot_reconstruction(tokens, [2]) is None
 
 
 # --- --quick

@@ -85,6 +85,29 @@ def test_reports_text_pictures_and_what_was_drawn(finished):
     assert not list(finished.glob(".*")), "a temporary file stayed"
 
 
+def test_held_out_captions_are_drawn_and_reported_apart(program, command, tmp_path):
+    extra = ["--held-out-names", "a blue square", "--steps", "1", "--guidance", "1"]
+    assert program.main([*command, *extra, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["held_out_captions"] == ["a blue square"]
+    assert report["captions"][-1] == "a blue square" and len(report["captions"]) == 2
+    image = report["image"]
+    assert image["images_by_captions"] == {"trained": 9, "held_out": 24}
+    losses, counts = image["nll_end_by_captions"], image["images_by_captions"]
+    whole = sum(losses[name] * counts[name] for name in losses)
+    assert whole / 33 == pytest.approx(image["nll_end"], rel=1e-5)
+    for name in ("samples", "held-out"):
+        assert (tmp_path / f"{name}-guidance-1.png").is_file()
+
+
+def test_sheets_show_reconstructions_and_what_was_read_wrongly(program, finished):
+    assert (finished / "reconstruction.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((finished / "report.json").read_text())
+    for guidance, samples in report["samples"].items():
+        wrong = samples["read_right"]["trained"]["caption"]["right"] < 6
+        assert (finished / f"failures-guidance-{guidance}.png").is_file() == wrong
+
+
 def test_a_second_run_computes_nothing_again(program, command, finished, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a finished stage was built again")
@@ -183,6 +206,11 @@ def test_other_starts_and_targets(program, command, tmp_path, init):
         (["--steps", "0"], "--steps must be at least 1"),
         (["--patch-size", "3"], "does not divide"),
         (["--data", "emoji"], "needs --emoji-folder"),
+        (["--data", "coloured-digits"], "coloured-digits needs --image-size 16 or more"),
+        (
+            ["--data", "coloured-digits", "--image-size", "16", "--held-out-random-names", "1"],
+            "coloured-digits holds out a tenth of its captions by itself",
+        ),
         (["--caption-dropout", "0"], "trained with --caption-dropout"),
         (["--guidance", "1", "-1"], "--guidance must be at least 0"),
         (["--guidance", "nan"], "--guidance must be at least 0"),
@@ -333,11 +361,12 @@ def test_emoji_are_read_by_category(program, tmp_path):
     for index, category in enumerate(["Food & Drink", "Flags", "Food & Drink"]):
         picture = Image.new("RGBA", (64, 64), (200, 0, 0, 0 if index else 255))
         picture.save(tmp_path / "img" / "twitter" / "64" / f"{index}.png")
-        entry = {"name": f"NAME {index}", "category": category, "image": f"{index}.png"}
+        name = f"NAME {index}" if index else "HEAVY BLACK HEART"
+        entry = {"name": name, "category": category, "image": f"{index}.png"}
         entries.append(entry | {"has_img_twitter": True})
     (tmp_path / "emoji.json").write_text(json.dumps(entries))
     found = pictures.emoji(tmp_path, 16, ["Food & Drink"])
-    assert found.names == ("name 0", "name 2") and found.images.shape == (2, 16, 16, 3)
+    assert found.names == ("red heart", "name 2") and found.images.shape == (2, 16, 16, 3)
     assert found.images[0, 8, 8].tolist() == [200, 0, 0]
     assert found.images[1].min() == 255, "what is transparent lies on white"
     with pytest.raises(ValueError, match="no emoji category"):

@@ -50,9 +50,15 @@ class PictureOptions(Options):
     emoji_categories: list[str] = option([], "categories of emoji; default: all", metavar="NAME")
     image_size: int = option(32, "pixels of a side; digits have 28", at_least=1, at_most=4096)
     held_out: int = option(200, "pictures to hold out", at_least=1)
+    held_out_names: list[str] = option(
+        [], "captions to hold out, with all their pictures", metavar="NAME"
+    )
+    held_out_random_names: int = option(
+        0, "captions to hold out in the same way, drawn by --seed", at_least=0, metavar="N"
+    )
     images: int | None = option(
-        None, "pictures to use, held-out ones among them; default: all, of coloured digits "
-        f"{COUNT:,}", at_least=2, metavar="N",
+        None, "pictures to use, with those of --held-out, without those of held-out captions; "
+        f"default: all, of coloured digits {COUNT:,}", at_least=2, metavar="N",
     )  # fmt: skip
 
     def load_pictures(self) -> tuple[CaptionedPictures, CaptionedPictures]:
@@ -67,6 +73,19 @@ class PictureOptions(Options):
             loaded = pictures.emoji(Path(self.emoji_folder), self.image_size, categories)
         else:
             loaded = pictures.folder(Path(self.data), self.image_size)
+        if not self.names_held_out:
+            return self._split(loaded)
+        rest, apart = loaded.hold_out_names(
+            self.held_out_names, self.held_out_random_names, self.seed
+        )
+        train, held_out = self._split(rest)
+        return train, held_out.join(apart, self.seed)
+
+    @property
+    def names_held_out(self) -> bool:
+        return bool(self.held_out_names or self.held_out_random_names)
+
+    def _split(self, loaded: CaptionedPictures) -> tuple[CaptionedPictures, CaptionedPictures]:
         count = len(loaded.rows_of_pictures)
         if self.images and self.images < count:
             loaded, _ = loaded.split(count - self.images, self.seed)
@@ -161,6 +180,11 @@ class TextToImageOptions(
             )
         if self.data == "coloured-digits" and self.image_size < SMALLEST:
             raise ValueError(f"--data coloured-digits needs --image-size {SMALLEST} or more")
+        if self.data == "coloured-digits" and self.names_held_out:
+            raise ValueError(
+                "--data coloured-digits holds out a tenth of its captions by itself: leave out "
+                "--held-out-names and --held-out-random-names"
+            )
         size = 28 if self.data == "digits" else self.image_size
         if self.tokenizer in ("patch", "vq") and size % self.patch_size:
             raise ValueError(f"--patch-size {self.patch_size} does not divide pictures of {size}")
@@ -245,7 +269,7 @@ def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
         )
     if captions:
         return [train.names.index(caption) for caption in captions]
-    present = np.unique(train.labels)
+    present = train.present
     count = min(len(train.unseen) or _CAPTIONS, len(present))
     return [*present[np.linspace(0, len(present) - 1, count).astype(int)].tolist(), *train.unseen]
 
@@ -386,7 +410,8 @@ def measure(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     """Compare text bit by bit, and the loss of held-out pictures."""
     setup.painter, measured = measure_model(
         setup.load_base(), lambda model: patch(setup, model), setup.folder("teach") / "adapter",
-        setup.blocks, setup.tokens.held_out, **setup.options.pick("text_batch", "image_batch"),
+        setup.blocks, setup.tokens.held_out, setup.train.present,
+        **setup.options.pick("text_batch", "image_batch"),
     )  # fmt: skip
     return measured
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ from moe_kernels.programs.shared.picture_files import (
     read_picture,
 )
 
+# Emoji whose names in Unicode do not say what the pictures show.
+PLAIN_NAMES = {"heavy black heart": "red heart"}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -96,6 +99,51 @@ class CaptionedPictures:
         first, second = (self.take(np.concatenate(part)) for part in parts)
         return first, second
 
+    def hold_out_names(
+        self, names: Sequence[str], count: int, seed: int
+    ) -> tuple[CaptionedPictures, CaptionedPictures]:
+        """Return the pictures without certain captions, and those with them.
+
+        A picture with several captions is among the second ones if any of them is held out.
+
+        Args:
+            names: captions to hold out
+            count: others to hold out, drawn by the seed
+
+        Raises:
+            ValueError: no picture has such a caption, or no picture would be left.
+        """
+        if missing := [name for name in names if name not in self.names]:
+            near = difflib.get_close_matches(missing[0], self.names)
+            hint = f"; near it are: {', '.join(near)}" if near else ""
+            raise ValueError(f"no picture has the caption {missing[0]!r} to hold out{hint}")
+        given = [self.names.index(name) for name in dict.fromkeys(names)]
+        others = np.setdiff1d(self.present, given)
+        if count >= len(others):
+            raise ValueError(f"{count} of {len(others)} captions cannot be held out")
+        drawn = np.random.default_rng(seed).choice(others, count, replace=False)
+        unseen = tuple(sorted([*given, *drawn.tolist()]))
+        parts: tuple[list[int], list[int]] = ([], [])
+        for rows in self.rows_of_pictures:
+            parts[bool(np.isin(self.labels[rows], unseen).any())].extend(rows)
+        if not parts[0]:
+            raise ValueError("every picture has a caption that is held out")
+        known = dataclasses.replace(self, unseen=unseen)
+        first, second = (known.take(np.sort(part)) for part in parts)
+        return first, second
+
+    def join(self, other: CaptionedPictures, seed: int) -> CaptionedPictures:
+        """Return both pictures of the same captions, in an order drawn by the seed."""
+        order = np.random.default_rng(seed).permutation(len(self) + len(other))
+        images = np.concatenate([self.images, other.images])[order]
+        labels = np.concatenate([self.labels, other.labels])[order]
+        return dataclasses.replace(self, images=images, labels=labels)
+
+    @property
+    def present(self) -> np.ndarray:
+        """The indices of the names that have pictures, in ascending order."""
+        return np.unique(self.labels)
+
     @cached_property
     def rows_of_pictures(self) -> list[list[int]]:
         """The indices that each picture has; pictures with the same pixels are one."""
@@ -108,6 +156,12 @@ class CaptionedPictures:
     def listed_again(self) -> int:
         """Number of pictures that have several rows."""
         return sum(len(rows) > 1 for rows in self.rows_of_pictures)
+
+
+def grouped(labels: np.ndarray, trained: np.ndarray) -> dict[str, np.ndarray]:
+    """Return (N,) bool for each group that has captions: "trained", and the others, "held_out"."""
+    seen = np.isin(labels, trained)
+    return {name: mine for name, mine in (("trained", seen), ("held_out", ~seen)) if mine.any()}
 
 
 @dataclass(frozen=True)
@@ -126,9 +180,21 @@ class TokenizedPictures:
         return self.pictures.labels
 
     def head(self, count: int) -> TokenizedPictures:
-        return TokenizedPictures(
-            self.pictures.take(np.arange(len(self))[:count]), self.codes[:count]
-        )
+        return self.take(np.arange(len(self))[:count])
+
+    def take(self, indices: np.ndarray) -> TokenizedPictures:
+        return TokenizedPictures(self.pictures.take(indices), self.codes[indices])
+
+    def by_captions(self, trained: np.ndarray) -> dict[str, TokenizedPictures]:
+        """Return the pictures of captions that are "trained", and of others, "held_out".
+
+        Only groups that have pictures are there.
+
+        Args:
+            trained: numbers of the captions that have training pictures
+        """
+        groups = grouped(self.labels, trained)
+        return {name: self.take(np.flatnonzero(mine)) for name, mine in groups.items()}
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -166,7 +232,7 @@ def emoji(
         entries = json.loads(listing.read_text(encoding="utf-8"))
         known = sorted({entry["category"] for entry in entries})
         rows = [
-            (listing.name, {"file_name": entry["image"], "text": str(entry[caption]).lower()})
+            (listing.name, {"file_name": entry["image"], "text": _in_words(str(entry[caption]))})
             for entry in entries
             if entry["has_img_twitter"] and (not categories or entry["category"] in categories)
         ]
@@ -177,6 +243,10 @@ def emoji(
     if unknown := set(categories or ()) - set(known):
         raise ValueError(f"no emoji category {sorted(unknown)}; the categories are {known}")
     return _read_rows(listing, folder / "img" / "twitter" / "64", rows, size)
+
+
+def _in_words(name: str) -> str:
+    return PLAIN_NAMES.get(name.lower(), name.lower())
 
 
 def folder(path: Path, size: int) -> CaptionedPictures:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_kernels.modes import evaluating
-from moe_kernels.programs.shared.pictures import CaptionedPictures, TokenizedPictures
+from moe_kernels.programs.shared.pictures import CaptionedPictures, TokenizedPictures, grouped
 from moe_kernels.progress import bar
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
@@ -176,8 +176,9 @@ def read_right(
         {"trained": shares, "held_out": shares}, of which one may be missing. The shares are those
         of the "caption", all attributes together, and of each attribute; see :func:`share_right`.
     """
-    seen = torch.from_numpy(np.isin(asked.numpy(), trained))
-    groups = {"trained": seen, "held_out": ~seen}
+    groups = {
+        name: torch.from_numpy(mine) for name, mine in grouped(asked.numpy(), trained).items()
+    }
     kinds = {"caption": pictures.names, **pictures.attributes}
     numbers = {
         kind: torch.from_numpy(np.unique(values, return_inverse=True)[1])
@@ -189,7 +190,6 @@ def read_right(
             for kind, each in numbers.items()
         }
         for group, mine in groups.items()
-        if mine.any()
     }
 
 

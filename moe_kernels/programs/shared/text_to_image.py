@@ -106,11 +106,16 @@ def compare_text(
 
 def measure_model(
     model: PreTrainedModel, patch: Callable[[PreTrainedModel], Painter], adapter: Path,
-    blocks: torch.Tensor, held_out: TokenizedPictures, *, text_batch: int, image_batch: int,
+    blocks: torch.Tensor, held_out: TokenizedPictures, trained: np.ndarray, *, text_batch: int,
+    image_batch: int,
 ) -> tuple[Painter, dict[str, Any]]:  # fmt: skip
     """Measure a model in three states: unpatched, patched but untrained, with the adapter.
 
-    blocks: (blocks, block) token ids of held-out text. Returns the model in its last state, too.
+    Returns the model in its last state, too.
+
+    Args:
+        blocks: (blocks, block) token ids of held-out text
+        trained: numbers of the captions that have training pictures
     """
     vocab_size = model.config.vocab_size
     unpatched = text_logits(model, blocks, vocab_size, text_batch)
@@ -121,6 +126,10 @@ def measure_model(
     painter.patched.load_adapter(adapter)
     after = text_logits(model, blocks, vocab_size, text_batch)
     nll_end = mean_nll(model, images)
+    groups = held_out.by_captions(trained)
+    by_captions = {
+        name: mean_nll(model, painter.batches(some, image_batch)) for name, some in groups.items()
+    }
     with painter.patched.adapters_disabled():
         nll_off = mean_nll(model, images)
     trained, total = painter.patched.count_parameters()
@@ -131,6 +140,8 @@ def measure_model(
             "held_out_images": len(held_out),
             "nll_start": nll_start,
             "nll_end": nll_end,
+            "nll_end_by_captions": by_captions,
+            "images_by_captions": {name: len(some) for name, some in groups.items()},
             "nll_adapters_off": nll_off,
         },
     }
@@ -163,7 +174,7 @@ class Judge:
         seed: int = 0,
     ):  # fmt: skip
         self.held_out, self.decode = held_out, (decode := tokenizer.decode)
-        self.trained = np.unique(train.labels)
+        self.trained = train.pictures.present
         self.real, self.real_held_out = decode(train.codes), decode(held_out.codes)
         to_read = train.pictures.to_read
         learnt = train if to_read is None else TokenizedPictures.encode(tokenizer, to_read)

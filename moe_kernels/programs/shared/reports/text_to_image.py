@@ -50,6 +50,65 @@ def plot_drawings(
     return imaging.plot_samples(rows, title, real_heading=heading, through_tokenizer=True)
 
 
+def plot_reconstruction(
+    tokens: PictureTokens, labels: Sequence[int], *, real: int = 4, rows: int = 12
+) -> Figure | None:
+    """Return a figure of held-out pictures beside what the image tokenizer makes of them.
+
+    Returns None if none of the captions ``labels`` has a held-out picture.
+    """
+    decode, held_out = tokens.tokenizer.decode, tokens.held_out
+    found = [mine for label in labels if (mine := np.flatnonzero(held_out.labels == label)).size]
+    if not found:
+        return None
+    return imaging.plot_samples(
+        [
+            imaging.SampleRow(
+                f'"{tokens.captions[held_out.labels[mine[0]]]}"',
+                decode(held_out.codes[mine[:real]]), held_out.pictures.images[mine[:real]],
+            )
+            for mine in spread(found, rows)
+        ],
+        f"{tokens.tokenizer.num_codes} codes, {tokens.tokenizer.tokens_per_image} tokens a picture",
+        heading="through the tokenizer",
+    )  # fmt: skip
+
+
+def plot_failures(
+    codes: list[list[int]], samples: dict[str, Any], asked: Sequence[int], tokens: PictureTokens,
+    title: str, *, rows: int = 24,
+) -> Figure | None:  # fmt: skip
+    """Return a figure of drawings that were read as another caption; None if there is none.
+
+    Args:
+        codes: of the drawings
+        samples: what was measured of them, by a reader
+        asked: the caption's number of each drawing
+        rows: the most that are shown
+    """
+    pairs = zip(asked, samples["read"], strict=True)
+    wrong = [number for number, (label, read) in enumerate(pairs) if label != read]
+    if not wrong:
+        return None
+    decode, captions = tokens.tokenizer.decode, tokens.captions
+    shown = []
+    for number in spread(wrong, rows):
+        label, read = asked[number], samples["read"][number]
+        nearest = tokens.train.codes[samples["nearest"][number]]
+        shown.append(imaging.SampleRow(
+            f"{captions[label]}; read: {captions[read]}", decode(torch.tensor([codes[number]])),
+            decode(_real_pictures(tokens, label, 3)[0]), nearest=decode(nearest[None]),
+        ))  # fmt: skip
+    title += f": {len(wrong)} of {len(asked)} read as another caption"
+    return imaging.plot_samples(shown, title, real_heading="real", through_tokenizer=True)
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Return so many of the items, evenly spaced, or all if there are fewer."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return [items[place] for place in places]
+
+
 def _real_pictures(tokens: PictureTokens, label: int, count: int) -> tuple[torch.Tensor, bool]:
     """Return codes of real pictures of a caption, and whether they are held-out ones.
 
