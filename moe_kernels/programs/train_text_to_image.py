@@ -19,7 +19,7 @@ with a metadata.csv or .jsonl that has file_name and text.
 
 Under --out: adapter/ and image_tokenizer/ (for moe-kernels generate-images),
 held_out.safetensors (for moe-kernels analyze-routing), report.json, training.png,
-samples-*.png, held-out-*.png, failures-*.png, reconstruction.png.
+samples-*.png, held-out-*.png, failures-*.png, reconstruction.png; film.gif (--film-every).
 Every stage is kept, keyed by its settings: a second run, or one that was interrupted, continues
 where the first stopped.
 """
@@ -33,8 +33,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from moe_kernels.programs.shared.cli import exit_code, parse
-from moe_kernels.programs.shared.drawing import Setup, TextToImageOptions, run_stages
+from moe_kernels.programs.shared.drawing import (
+    Setup,
+    TextToImageOptions,
+    film_labels,
+    run_stages,
+)
 from moe_kernels.programs.shared.files import copy_whole, replacing, save_figure, write_json
+from moe_kernels.programs.shared.film import read_frames, save_film
 from moe_kernels.programs.shared.outputs import ADAPTER, IMAGE_TOKENIZER, check_outputs
 from moe_kernels.programs.shared.pictures import grouped
 from moe_kernels.programs.shared.reports.losses import plot_losses
@@ -50,6 +56,7 @@ FILES = (
     *ADAPTER, *IMAGE_TOKENIZER, "image_tokenizer-last-good/*", "held_out.safetensors",
     "report.json", "training.png", "samples-guidance-*.png",
     "held-out-guidance-*.png", "failures-guidance-*.png", "reconstruction.png",
+    "film.gif",
 )  # fmt: skip
 
 SHEETS = {"trained": "samples", "held_out": "held-out"}  # their names, by group of captions
@@ -107,6 +114,10 @@ def write_results(setup: Setup) -> None:
     tokens.tokenizer.save(out / "image_tokenizer")
     save_held_out(setup, out / "held_out.safetensors")
     save_sheets(setup)
+    if setup.options.film_every:
+        captions = [tokens.captions[label] for label in film_labels(setup.train)]
+        frames = read_frames(setup.folder("teach") / "film")
+        save_film(frames, captions, tokens.tokenizer.decode, out / "film.gif")
     curve = plot_losses({"text to image": history}, "nats an image token")
     save_figure(curve, out / "training.png")
     report = {

@@ -146,6 +146,53 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
         assert torch.equal(actual[name], tensor), name
 
 
+def test_a_film_keeps_its_frames_and_changes_no_bit_of_the_training(
+    program, command, finished, tmp_path, monkeypatch
+):
+    from moe_kernels.programs.shared import film, training
+
+    original, drawn = training.Monitor.on_step_end, []
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            control.should_save = control.should_training_stop = True
+
+    frame = film.write_json
+    monkeypatch.setattr(
+        film, "write_json",
+        lambda path, *rest, **options: drawn.append(path.stem) or frame(path, *rest, **options),
+    )  # fmt: skip
+    filmed = [*command, "--film-every", "4", "--film-guidance", "2", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Monitor, "on_step_end", stop)
+        assert program.main(filmed) == 130
+    assert drawn == ["0000000", "0000004"]
+    assert program.main(filmed) == 0
+    assert drawn == ["0000000", "0000004", "0000006"]
+    with Image.open(tmp_path / "film.gif") as picture:
+        assert picture.n_frames == 3
+    expected = load_file(finished / "adapter" / WEIGHTS)
+    for name, tensor in load_file(tmp_path / "adapter" / WEIGHTS).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_film_that_is_too_large_loses_frames_but_not_the_last(program, tmp_path):
+    from moe_kernels.programs.shared.film import save_film
+
+    generator = torch.Generator().manual_seed(0)
+    frames = {step: torch.rand(2, 8, 8, 3, generator=generator) for step in range(0, 40, 2)}
+    sizes, lasts = [], []
+    for most in (10**6, 60_000, 1):
+        save_film(frames, ["a", "b"], lambda codes: codes, tmp_path / "film.gif", most)
+        with Image.open(tmp_path / "film.gif") as picture:
+            sizes.append(picture.n_frames)
+            picture.seek(picture.n_frames - 1)
+            lasts.append(np.asarray(picture.convert("RGB")))
+    assert sizes[0] == 20 > sizes[1] > sizes[2] == 1
+    assert all(np.array_equal(last, lasts[0]) for last in lasts)
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     program, command, tmp_path, monkeypatch, capsys
 ):

@@ -19,9 +19,10 @@ from moe_kernels.programs.shared import pictures
 from moe_kernels.programs.shared.cli import Options, console, option
 from moe_kernels.programs.shared.coloured_digits import COUNT, SMALLEST, coloured_digits
 from moe_kernels.programs.shared.files import read_json, write_json
+from moe_kernels.programs.shared.film import Film
 from moe_kernels.programs.shared.models import load_causal_lm, load_tokenizer, require_experts
 from moe_kernels.programs.shared.options import ModelOptions, TextOptions, out_folder
-from moe_kernels.programs.shared.pictures import CaptionedPictures, TokenizedPictures
+from moe_kernels.programs.shared.pictures import CaptionedPictures, TokenizedPictures, spread
 from moe_kernels.programs.shared.stages import Stages, StageSetup, Workspace, digest, model_identity
 from moe_kernels.programs.shared.text_to_image import (
     Judge,
@@ -35,6 +36,7 @@ TARGET_MODULES = ("experts", "attention", "router")
 LORA_INITS = ("zero", "gromov_wasserstein", "permuted")
 COUPLED_INITS = ("gromov_wasserstein", "permuted")  # computed by POT
 _CAPTIONS = 10  # that are drawn where none is asked for
+_FILM_CAPTIONS = 12
 _INIT_ROWS = 16  # texts and pictures that a Gromov-Wasserstein start of the adapters sees
 
 
@@ -135,6 +137,14 @@ class TeachingOptions(Options):
 
 
 @dataclass(kw_only=True)
+class FilmOptions(Options):
+    """Film of the training."""
+
+    film_every: int = option(0, "steps from frame to frame; 0: no film", at_least=0, metavar="N")
+    film_guidance: float = option(1.0, "scale of guidance in the film", at_least=0)
+
+
+@dataclass(kw_only=True)
 class DrawingOptions(Options):
     """Drawing."""
 
@@ -150,8 +160,8 @@ class DrawingOptions(Options):
 
 @dataclass(kw_only=True)
 class TextToImageOptions(
-    PictureOptions, TokenizerOptions, AdapterOptions, TeachingOptions, TextOptions, DrawingOptions,
-    ModelOptions,
+    PictureOptions, TokenizerOptions, AdapterOptions, TeachingOptions, FilmOptions, TextOptions,
+    DrawingOptions, ModelOptions,
 ):  # fmt: skip
     """Model."""
 
@@ -170,9 +180,11 @@ class TextToImageOptions(
         self.drawing_batch = self.drawing_batch or self.batch
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError("--caption-dropout must lie in 0..1")
-        if any(scale != 1 for scale in self.guidance) and self.caption_dropout == 0:
+        guided = any(scale != 1 for scale in (*self.guidance, self.film_guidance))
+        if guided and self.caption_dropout == 0:
             raise ValueError(
-                "--guidance other than 1 needs a model trained with --caption-dropout above 0"
+                "--guidance and --film-guidance other than 1 need a model trained with "
+                "--caption-dropout above 0"
             )
         if self.data == "emoji" and self.emoji_folder is None:
             raise ValueError(
@@ -271,7 +283,12 @@ def choose_labels(train: CaptionedPictures, captions: list[str]) -> list[int]:
         return [train.names.index(caption) for caption in captions]
     present = train.present
     count = min(len(train.unseen) or _CAPTIONS, len(present))
-    return [*present[np.linspace(0, len(present) - 1, count).astype(int)].tolist(), *train.unseen]
+    return [*spread(present.tolist(), count), *train.unseen]
+
+
+def film_labels(train: CaptionedPictures) -> list[int]:
+    """Return the numbers of the captions of a film, whatever captions are drawn at the end."""
+    return spread(choose_labels(train, []), _FILM_CAPTIONS)
 
 
 @dataclass(frozen=True)
@@ -372,6 +389,8 @@ def adapter_inputs(setup: Setup) -> dict[str, Any]:
     options = setup.options
     inputs = options.pick("seed", "dtype", "device", "backend")
     inputs |= options.of(AdapterOptions, TeachingOptions) | {"base": model_identity(options.model)}
+    if options.film_every:
+        inputs |= options.of(FilmOptions) | {"film_labels": film_labels(setup.train)}
     return inputs | ({} if options.lora_init == "zero" else {"text": digest(setup.blocks)})
 
 
@@ -389,13 +408,18 @@ def teach(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     held_out = painter.batches(tokens.held_out.head(options.curve_pictures), options.image_batch)
     if options.gradient_checkpointing:
         painter.model.gradient_checkpointing_enable()
+    labels = film_labels(setup.train)
+    film = Film(
+        options.film_every, workspace.folder / "film",
+        lambda: draw_codes(setup, painter, labels, options.film_guidance, temperature=1.0),
+    )  # fmt: skip
     history = train(
         painter.patched, painter.dataset(tokens.train, options.caption_dropout, options.seed),
         lambda model: mean_nll(model, held_out), workspace, collator=painter.collator,
         max_steps=options.steps, per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.gradient_accumulation, learning_rate=options.lr,
         warmup_steps=options.steps // 20, seed=options.seed, use_cpu=options.device == "cpu",
-        rows_lr=options.rows_lr,
+        rows_lr=options.rows_lr, callbacks=[film] if options.film_every else [],
     )  # fmt: skip
     painter.patched.save_adapter(workspace.folder / "adapter")
     caption = np.mean([len(ids) for ids in painter.caption_ids])
@@ -424,7 +448,9 @@ def draw(setup: Setup, workspace: Workspace) -> dict[str, Any]:
         file = workspace.checkpoints / f"guidance-{scale:g}.json"
         if not file.exists():
             started = time.perf_counter()
-            codes = draw_codes(setup, setup.asked.tolist(), scale).tolist()
+            codes = draw_codes(
+                setup, setup.painter, setup.asked.tolist(), scale, setup.options.temperature
+            ).tolist()
             seconds = time.perf_counter() - started
             write_json(file, {"codes": codes, "seconds": seconds}, indent=None)
         drawn[f"{scale:g}"] = read_json(file)
@@ -448,14 +474,16 @@ def judge(setup: Setup, workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def draw_codes(setup: Setup, labels: list[int], guidance: float) -> torch.Tensor:
+def draw_codes(
+    setup: Setup, painter: Painter, labels: list[int], guidance: float, temperature: float
+) -> torch.Tensor:
     """Return (N, tokens) codes: a drawing for each caption's number."""
-    painter, options = setup.painter, setup.options
+    options = setup.options
     return imaging.generate_image_codes(
         painter.model, [painter.caption_ids[label] for label in labels], painter.vocabulary,
         setup.tokens.tokenizer.tokens_per_image, guidance_scale=guidance,
         pad_token_id=painter.collator.pad_token_id, empty_caption=painter.empty_caption,
-        temperature=options.temperature, batch_size=options.drawing_batch, seed=options.seed,
+        temperature=temperature, batch_size=options.drawing_batch, seed=options.seed,
         progress=True,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,6 +163,12 @@ def grouped(labels: np.ndarray, trained: np.ndarray) -> dict[str, np.ndarray]:
     """Return (N,) bool for each group that has captions: "trained", and the others, "held_out"."""
     seen = np.isin(labels, trained)
     return {name: mine for name, mine in (("trained", seen), ("held_out", ~seen)) if mine.any()}
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Return so many of the items, evenly spaced, or all if there are fewer."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
+    return [items[place] for place in places]
 
 
 @dataclass(frozen=True)

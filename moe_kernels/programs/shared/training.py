@@ -180,7 +180,8 @@ def train(
     model: PreTrainedModel | PatchedModel, dataset: torch.utils.data.Dataset,
     held_out: Callable[[PreTrainedModel], float], workspace: Workspace, *,
     collator: Callable | None = None, optimizer: torch.optim.Optimizer | None = None,
-    rows_lr: float | None = None, every: int = 5, **arguments: Any,
+    rows_lr: float | None = None, every: int = 5, callbacks: Sequence[TrainerCallback] = (),
+    **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train with transformers' Trainer, from the last complete checkpoint in the workspace.
 
@@ -192,6 +193,7 @@ def train(
         optimizer: replaces the Trainer's, for several learning rates
         rows_lr: learning rate of added rows, of a PatchedModel; default: that of all
         every: steps that a loss of the result is the mean of
+        callbacks: called after the time of a step is taken
         arguments: of `TrainingArguments`
 
     Returns:
@@ -217,7 +219,7 @@ def train(
     with stop_after_step() as stop:
         monitor = Monitor(arguments.max_steps, held_out, workspace, stop)
         options = dict(
-            train_dataset=dataset, data_collator=collator, callbacks=[monitor],
+            train_dataset=dataset, data_collator=collator, callbacks=[monitor, *callbacks],
             optimizers=(optimizer, None),
         )  # fmt: skip
         if isinstance(model, PatchedModel):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from moe_kernels import imaging
 from moe_kernels.programs.shared.cli import console
 from moe_kernels.programs.shared.drawing import PictureTokens
+from moe_kernels.programs.shared.pictures import spread
 from moe_kernels.programs.shared.tables import print_rows, text_rows
 
 
@@ -101,12 +102,6 @@ def plot_failures(
         ))  # fmt: skip
     title += f": {len(wrong)} of {len(asked)} read as another caption"
     return imaging.plot_samples(shown, title, real_heading="real", through_tokenizer=True)
-
-
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Return so many of the items, evenly spaced, or all if there are fewer."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)
-    return [items[place] for place in places]
 
 
 def _real_pictures(tokens: PictureTokens, label: int, count: int) -> tuple[torch.Tensor, bool]:
