@@ -146,6 +146,31 @@ def test_stopped_while_teaching_it_ends_with_the_same_bits(
         assert torch.equal(actual[name], tensor), name
 
 
+def test_a_guidance_that_was_drawn_is_kept_by_an_interruption(
+    program, command, finished, tmp_path, monkeypatch
+):
+    from moe_kernels.programs.shared import drawing
+
+    out, scales = tmp_path / "out", []
+    shutil.copytree(finished, out)
+    for stage in [*out.glob("stages/draw-*"), *out.glob("stages/judge-*")]:
+        shutil.rmtree(stage)
+    original = drawing.draw_codes
+
+    def draw(setup, painter, labels, guidance, temperature):
+        scales.append(guidance)
+        if len(scales) == 2:
+            raise KeyboardInterrupt
+        return original(setup, painter, labels, guidance, temperature)
+
+    monkeypatch.setattr(drawing, "draw_codes", draw)
+    assert program.main([*command, "--out", str(out)]) == 130
+    assert program.main([*command, "--out", str(out)]) == 0
+    assert scales == [1, 2, 2]
+    expected, actual = (json.loads((each / "report.json").read_text()) for each in (finished, out))
+    assert actual["samples"] == expected["samples"]
+
+
 def test_a_film_keeps_its_frames_and_changes_no_bit_of_the_training(
     program, command, finished, tmp_path, monkeypatch
 ):
