@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _TEMPERATURES = (1e-6, 1e6)  # beyond them, scores become infinite or equal
+# Torch's generators, which a seed sets, and the model's settings are those of all threads.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def generate_images(
@@ -146,6 +149,8 @@ def generate_image_codes(
     """Sample the codes of one picture for each caption, with the key-value cache.
 
     The model's ``generation_config`` (a repetition penalty, say) is meant for text and is ignored.
+    Calls of several threads run one after another, since all share torch's generators. Text that
+    another thread generates meanwhile needs a ``generation_config`` of its own.
 
     Args:
         model: a model with the vocabulary's tokens.
@@ -189,7 +194,7 @@ def generate_image_codes(
     processors = LogitsProcessorList([guidance, ImageTokensProcessor(vocabulary, tokens_per_image)])
     batches, device = [], device_of_model(model)
     shown = bar(total=len(prompts), desc="drawing", unit="images", shown=progress)
-    with _generating(model), _seeded(device, seed), shown:
+    with _ONE_AT_A_TIME, _generating(model), _seeded(device, seed), shown:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             batch = collate([{"input_ids": torch.tensor(ids, device="cpu")} for ids in part])

@@ -1,6 +1,7 @@
 """Pictures from caption strings: the prompt equals that of training, and bad input is refused."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -59,6 +60,19 @@ def test_one_picture_a_caption(painter, scale):
     assert same_pictures(pictures, to_pil(image_tokenizer.decode(codes)))
     assert not same_pictures(pictures, draw(painter, guidance_scale=scale, seed=1))
     assert draw(painter, []) == []
+
+
+def test_every_drawing_at_once_is_the_drawing_alone(painter):
+    """Seeds and the model's settings for text are those of all threads."""
+    model, settings, state = painter[0], painter[0].generation_config, torch.get_rng_state()
+    seeds = list(range(4)) * 3
+    alone = [draw(painter, seed=seed, guidance_scale=1 + seed % 2) for seed in seeds]
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(draw, painter, seed=s, guidance_scale=1 + s % 2) for s in seeds]
+        together = [call.result() for call in calls]
+    assert all(same_pictures(*pair) for pair in zip(alone, together, strict=True))
+    assert model.generation_config is settings
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_prompt_is_that_of_training(painter, monkeypatch):
