@@ -9,6 +9,8 @@ PACKAGES = {
     "PIL": ("pillow", "images"),
     "sklearn": ("scikit-learn", "images"),
     "matplotlib": ("matplotlib", "plots"),
+    "fastapi": ("fastapi", "serve"),
+    "uvicorn": ("uvicorn", "serve"),
     "peft": ("peft", None),
 }
 

@@ -46,6 +46,9 @@ COMMANDS = {
     "generate-images": Command(
         "moe_kernels.programs.generate_images", "draw with a trained adapter"
     ),
+    "draw": Command(
+        "moe_kernels.programs.draw", "serve a page that draws, beside a chat with the base's text"
+    ),
     "analyze-routing": Command(
         "moe_kernels.programs.analyze_routing", "measure which experts serve which modality"
     ),

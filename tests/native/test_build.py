@@ -529,13 +529,15 @@ def test_max_jobs_limits_the_compilations(setup_module, source, tmp_path):
     assert "-j 3" in note.read_text()
 
 
-def test_the_wheel_says_that_it_has_types(source, tmp_path):
+def test_the_wheel_has_the_page_and_says_that_it_has_types(source, tmp_path):
     """Without py.typed, type checkers take all names of an installed package for Any."""
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", tmp_path]
     variables = os.environ | {"MOE_KERNELS_SKIP_CPP": "1"}
     subprocess.run(command, cwd=source, check=True, capture_output=True, env=variables)
     (wheel,) = tmp_path.glob("*.whl")
-    assert "moe_kernels/py.typed" in zipfile.ZipFile(wheel).namelist()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "moe_kernels/py.typed" in names
+    assert "moe_kernels/programs/shared/serving/page.html" in names
 
 
 @pytest.mark.slow

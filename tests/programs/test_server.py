@@ -1,11 +1,7 @@
 """``examples/server.py`` with a real client: concurrent requests of different adapters."""
 
 import importlib.util
-import json
-import socket
-import threading
-import time
-import urllib.request
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,11 +9,12 @@ import pytest
 import torch
 from support.model_zoo import make_model, randomise
 from support.programs import save_byte_tokenizer
+from support.servers import ask, running
 
 from moe_kernels import add_modality_tokens, patch_model
 from moe_kernels.models.named_adapters import parameters_of
 
-uvicorn = pytest.importorskip("uvicorn", reason="the extra `test` installs it")
+pytest.importorskip("uvicorn", reason="the extra `test` installs it")
 pytest.importorskip("fastapi", reason="the extra `test` installs it")
 SCRIPT = Path(__file__).parents[2] / "examples" / "server.py"
 ADAPTERS = ("base", "default", "sketches", "photos")
@@ -43,26 +40,8 @@ def served(tmp_path_factory):
         generator = torch.Generator().manual_seed(seed)
         for parameter in parameters_of(patched, name):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = server.make_app(patched, tokenizer)
-    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield patched, tokenizer, f"http://127.0.0.1:{port}/generate"
-    running.should_exit = True
-    thread.join()
-
-
-def ask(address, **request):
-    body = json.dumps(request).encode()
-    headers = {"content-type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(address, body, headers)) as answer:
-        return json.load(answer)
+    with running(server.make_app(patched, tokenizer)) as address:
+        yield patched, tokenizer, f"{address}/generate"
 
 
 def requests():
