@@ -6,6 +6,7 @@ docs/methods_specification.md A1 has the mathematics, docs/conversion.md explain
 from moe_kernels.conversion.convert import dense_to_moe
 from moe_kernels.conversion.healing import HealingReport, heal
 from moe_kernels.conversion.perplexity import perplexity
+from moe_kernels.conversion.refit import refit
 from moe_kernels.conversion.split import balanced_kmeans, random_labels
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "heal",
     "perplexity",
     "random_labels",
+    "refit",
 ]

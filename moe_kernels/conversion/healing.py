@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels import arguments
 from moe_kernels.conversion import checkpoints
+from moe_kernels.conversion.whole import whole_experts
 from moe_kernels.modes import ending_with, evaluating, training_only
 from moe_kernels.progress import bar
 
@@ -50,6 +51,8 @@ def heal(
     steps: int,
     train: str = "router",
     lr: float = 3e-4,
+    temperature: float = 1.0,
+    autocast: torch.dtype | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     save_every: int = 50,
@@ -71,6 +74,11 @@ def heal(
         steps: total number of steps, including those of earlier runs with the same checkpoint.
         train: "router", or "router+experts". All other parameters stay frozen.
         lr: the largest learning rate.
+        temperature: T, which divides the logits of both models in the loss; the loss is then
+            multiplied by T^2, which keeps the size of its gradient (arXiv 1503.02531, section 2.1).
+        autocast: dtype of the matrix products of both models (torch.autocast), such as
+            torch.bfloat16, which is several times as fast on processors that multiply it; weights,
+            loss and optimiser stay as they are. None: the weights' own dtype.
         seed: seed of the order of the batches.
         checkpoint: a folder for ``healing.pt``. If the file exists, this run continues it: pass
             the models with the weights and configurations that the run began with. (``moe`` may
@@ -94,11 +102,15 @@ def heal(
     """
     steps, save_every = arguments.integers(steps=steps, save_every=save_every)
     _check(moe, dense, batches, steps, train, lr, save_every)
-    run = _Run(moe, dense, batches, checkpoint, steps=steps, train=train, lr=lr, seed=seed)
+    _check_arithmetic(temperature, autocast)
+    settings = {"steps": steps, "train": train, "lr": float(lr), "seed": seed}
+    settings |= {"temperature": float(temperature), "autocast": str(autocast).rpartition(".")[-1]}
+    run = _Run(moe, dense, batches, checkpoint, autocast, settings)
     with (
         ending_with(run.optimizer.zero_grad),
         training_only(moe, run.parameters.values()),
         evaluating(moe, dense),
+        whole_experts(moe),
     ):
         try:
             run.resume()
@@ -136,9 +148,10 @@ class _Run:
         dense: PreTrainedModel,
         batches: Sequence[Tensor],
         checkpoint: str | Path | None,
-        **settings: Any,
+        autocast: torch.dtype | None,
+        settings: dict[str, Any],
     ):
-        self.moe, self.dense = moe, dense
+        self.moe, self.dense, self.autocast = moe, dense, autocast
         self.settings, self.batches = settings, batches
         self.parameters = trained_parameters(moe, settings["train"])
         self.optimizer = torch.optim.AdamW(self.parameters.values(), settings["lr"], weight_decay=0)
@@ -149,14 +162,16 @@ class _Run:
         self.description: dict[str, Any] = {}
         if self.file is not None:
             described = checkpoints.describe(moe, dense, batches, self.parameters)
-            self.description = settings | {"lr": float(settings["lr"])} | described
+            self.description = settings | described
         self._clock = time.perf_counter()
 
     def forward(self) -> Tensor:
-        ids = self._batch().to(self.moe.device)
-        with torch.no_grad():
-            target_logits = self.dense(input_ids=ids, use_cache=False).logits
-        loss = kl_divergence(self.moe(input_ids=ids, use_cache=False).logits, target_logits)
+        ids, device = self._batch().to(self.moe.device), self.moe.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            with torch.no_grad():
+                target_logits = self.dense(input_ids=ids, use_cache=False).logits
+            logits = self.moe(input_ids=ids, use_cache=False).logits
+        loss = kl_divergence(logits, target_logits, self.settings["temperature"])
         if not torch.isfinite(loss):
             self._fail("the loss")
         return loss
@@ -246,16 +261,17 @@ def trained_parameters(moe: PreTrainedModel, train: str) -> dict[str, nn.Paramet
     }
 
 
-def kl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Return KL(target || prediction) in nats, averaged over tokens.
+def kl_divergence(logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return T^2 KL(target || prediction) at temperature T in nats, averaged over tokens.
 
     (B, S, V), (B, S, V) -> (), in float32 or a wider dtype of ``logits``.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     student, teacher = (
-        F.log_softmax(t.to(dtype).flatten(0, -2), -1) for t in (logits, target_logits)
+        F.log_softmax(t.to(dtype).flatten(0, -2) / temperature, -1) for t in (logits, target_logits)
     )
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    loss = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    return loss * temperature**2
 
 
 def _check(moe, dense, batches, steps, train, lr, save_every) -> None:
@@ -285,6 +301,13 @@ def _check(moe, dense, batches, steps, train, lr, save_every) -> None:
                 f"{name} is {parameter.dtype}, too coarse for small updates: heal in float32 "
                 "(model.float()), and convert to half precision afterwards"
             )
+
+
+def _check_arithmetic(temperature: float, autocast: torch.dtype | None) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(f"autocast must be torch.bfloat16 or None; got {autocast}")
 
 
 def _schedule(step: int, steps: int) -> float:

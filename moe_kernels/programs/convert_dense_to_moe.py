@@ -5,10 +5,11 @@
 MODEL is a local folder or a hub id of a Llama, Mistral, Qwen2 or Qwen3 model; --gguf-file names a
 GGUF file in it. For every size ExK (E experts, K of them for each token) and split:
 
-1. convert: `dense_to_moe`; perplexity before healing.
+1. convert: `dense_to_moe`, then `refit` of down_proj; perplexity before healing.
 2. heal: the dense model's predictions are distilled, once for each --lr; the perplexity on the
    choice text decides between the learning rates.
-3. report: perplexity on the test text, which decided nothing, in report.json and table.md.
+3. report: perplexity on the test text, which decided nothing, in report.json and table.md; with
+   --answer-tokens, greedy answers of all models to twenty plain questions in answers.md.
 
 Healing, choice and test text are different topics of Python's own documentation, without the
 paragraphs that they share; or files of yours. Every stage is kept under --out, keyed by its
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_kernels.conversion import dense_to_moe, heal, perplexity
+from moe_kernels.conversion import dense_to_moe, heal, perplexity, refit
+from moe_kernels.programs.shared.answers import answers_table, greedy_answers
 from moe_kernels.programs.shared.cli import Options, console, exit_code, option, parse
 from moe_kernels.programs.shared.files import read_text, replacing, write_json, write_text
 from moe_kernels.programs.shared.models import (
@@ -49,7 +51,8 @@ from moe_kernels.programs.shared.texts import (
 from moe_kernels.programs.shared.training import stop_after_step
 
 PARTS = ("heal", "choice", "test")
-FILES = ("model", "report.json", "table.md")
+FILES = ("model", "report.json", "table.md", "answers.md")
+AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class HealingOptions(Options):
     heal_steps: int = option(400, "steps of distillation; 0 for none", at_least=0)
     train: str = option("router+experts", "parts that learn", choices=("router", "router+experts"))
     lr: list[float] = option([3e-4], "learning rates; the choice text picks one", above=0)
+    temperature: float = option(1.0, "divides the logits of both models in the loss", above=0)
+    autocast: str = option(
+        "none", "dtype of matrix products; bfloat16 needs a device that multiplies it",
+        choices=tuple(AUTOCAST),
+    )  # fmt: skip
     batch: int = option(4, "blocks in a batch", at_least=1)
 
 
@@ -89,7 +97,13 @@ class SourceTextOptions(Options):
     calibration_tokens: int = option(
         2048, "tokens to calibrate the split and the routers with", at_least=1
     )
+    refit_tokens: int = option(
+        16_384, "tokens to fit down_proj to the dense model with; 0: no fit", at_least=0
+    )
     test_tokens: int = option(16_384, "tokens of choice and of test text, at most", at_least=1)
+    answer_tokens: int = option(
+        0, "tokens of a greedy answer to each of twenty plain questions; 0: none", at_least=0
+    )
 
     @property
     def texts(self) -> dict[str, Path]:
@@ -226,15 +240,21 @@ def convert(setup: Setup, stages: Stages, conversion: Conversion) -> Stage:
     options = setup.options
 
     def build(workspace: Workspace) -> dict[str, Any]:
+        dense = load_dense(options)
         moe = dense_to_moe(
-            load_dense(options), conversion.num_experts, conversion.top_k, conversion.split,
+            dense, conversion.num_experts, conversion.top_k, conversion.split,
             shared_expert=options.shared_expert, calibration=setup.batches("heal"),
             calibration_tokens=options.calibration_tokens, seed=options.seed,
         )  # fmt: skip
-        return setup.keep(moe, workspace) | {"class": type(moe).__name__}
+        kept = {"class": type(moe).__name__}
+        count = -(-options.refit_tokens // options.block)  # blocks, the last one whole
+        if count and conversion.top_k < conversion.num_experts:  # else it is the dense model
+            batches = setup.blocks["heal"][:count].split(options.batch)
+            kept["error_left"] = refit(moe, dense, batches)
+        return setup.keep(moe, workspace) | kept
 
     inputs = setup.inputs | dataclasses.asdict(conversion)
-    inputs |= options.pick("calibration_tokens", "shared_expert")
+    inputs |= options.pick("calibration_tokens", "refit_tokens", "shared_expert")
     return stages.run(f"convert-{conversion.name}", inputs, build)
 
 
@@ -249,12 +269,28 @@ def heal_conversion(
             report = heal(
                 moe, load_dense(options), setup.batches("heal"),
                 steps=options.heal_steps, train=options.train, lr=lr, seed=options.seed,
+                temperature=options.temperature, autocast=AUTOCAST[options.autocast],
                 checkpoint=workspace.checkpoints, save_every=50, stop=stop.is_set,
             )  # fmt: skip
         return setup.keep(moe, workspace) | {"lr": lr, **dataclasses.asdict(report)}
 
-    inputs = options.pick("heal_steps", "train") | {"lr": lr}
+    inputs = options.pick("heal_steps", "train", "temperature", "autocast") | {"lr": lr}
     return stages.run(f"heal-{conversion.name}-{lr:g}", inputs, build, after=[converted])
+
+
+def answer(setup: Setup, stages: Stages, name: str, of: Stage | None) -> list[str]:
+    """Return the answers of a stage's model, of the dense model without one."""
+    options = setup.options
+
+    def build(workspace: Workspace) -> dict[str, Any]:
+        folder = of and of.folder / "model"
+        model = load_causal_lm(folder, torch.float32, options.device) if of else load_dense(options)
+        tokenizer = load_text_tokenizer(options)
+        return {"answers": greedy_answers(model, tokenizer, options.answer_tokens)}
+
+    inputs = options.pick("answer_tokens", "gguf_file", "device")
+    inputs["model"] = model_identity(options.model)
+    return stages.run(f"answers-{name}", inputs, build, [of] if of else []).result["answers"]
 
 
 # --- results
@@ -268,11 +304,15 @@ def row(setup: Setup, stages: Stages, conversion: Conversion) -> dict[str, Any]:
         "before": converted.result["perplexity"],
         "model": str(converted.folder / "model"),
     }
+    if setup.options.answer_tokens:
+        found["answers_before"] = answer(setup, stages, f"{conversion.name}-split", converted)
     if not setup.options.heal_steps:
         return found
     healed = [heal_conversion(setup, stages, conversion, converted, lr) for lr in setup.options.lr]
     best = min(healed, key=lambda stage: stage.result["perplexity"]["choice"])
     results = [stage.result for stage in healed]
+    if setup.options.answer_tokens:
+        found["answers_after"] = answer(setup, stages, f"{conversion.name}-healed", best)
     return found | {
         "after": best.result["perplexity"],
         "model": str(best.folder / "model"),
@@ -296,6 +336,16 @@ def table(report: dict[str, Any]) -> str:
     return markdown_table(head, rows) + "\n"
 
 
+def answers_page(report: dict[str, Any], answers: list[str]) -> str:
+    """Return a table of the answers of the dense model and of the best conversion."""
+    best = next(r for r in report["conversions"] if r["model"] == report["best_by_choice_text"])
+    columns = {"dense": answers}
+    for state, head in (("answers_before", "split"), ("answers_after", "healed")):
+        if state in best:
+            columns[head] = best[state]
+    return answers_table(columns)
+
+
 def write_results(setup: Setup, stages: Stages, rows: list[dict[str, Any]], dense: Stage) -> None:
     out, last = setup.options.out, "after" if setup.options.heal_steps else "before"
     best = min(rows, key=lambda row: row[last]["choice"])["model"]
@@ -308,8 +358,11 @@ def write_results(setup: Setup, stages: Stages, rows: list[dict[str, Any]], dens
     }
     with replacing(out / "model") as link:
         link.symlink_to(Path(best).resolve().relative_to(out.resolve()))
-    write_json(out / "report.json", report)
     write_text(out / "table.md", table(report))
+    if setup.options.answer_tokens:
+        report["dense"] = report["dense"] | {"answers": answer(setup, stages, "dense", None)}
+        write_text(out / "answers.md", answers_page(report, report["dense"]["answers"]))
+    write_json(out / "report.json", report)
     console.print(table(report), markup=False)
     console.print(f"best on the choice text: {best}", markup=False, soft_wrap=True)
 

@@ -37,7 +37,7 @@ SAME_FILE = [
 OPTIONS = [
     "--sizes", "4x2", "8x8", "--split", "random", "clustered", "--heal-steps", "4", "--batch", "2",
     "--block", "32", "--test-tokens", "128", "--calibration-tokens", "256", "--lr", "1e-4", "1e-3",
-    "--device", "cpu",
+    "--device", "cpu", "--refit-tokens", "256", "--answer-tokens", "1",
 ]  # fmt: skip
 
 
@@ -64,6 +64,14 @@ def test_the_program_reports_every_conversion(program, finished):
             wanted = report["dense"]["perplexity"][part]
             assert row["before"][part] == pytest.approx(wanted, rel=1e-5)
             assert row["healing"]["losses"][0] < 1e-6
+    # The fit comes nearer in every layer; where all experts are chosen there is nothing to fit.
+    stages = [json.loads(path.read_text()) for path in finished.glob("stages/convert-*/stage.json")]
+    for stage in stages:
+        left = stage["result"].get("error_left")
+        if stage["inputs"]["top_k"] == 8:
+            assert left is None
+        else:
+            assert all(0 < share < 1 for share in left)
     best = min(rows, key=lambda row: row["after"]["choice"])
     assert report["best_by_choice_text"] == best["model"]
     model = AutoModelForCausalLM.from_pretrained(best["model"])
@@ -74,6 +82,10 @@ def test_the_program_reports_every_conversion(program, finished):
     table = (finished / "table.md").read_text()
     assert table.count("\n") == 2 + 1 + 4
     assert f"| 4 | 2 | random | 50 % | {rows[0]['before']['test']:.2f} |" in table
+    # All experts are chosen in the last row: it answers as the dense model does.
+    assert rows[3]["answers_before"] == report["dense"]["answers"]
+    answers = (finished / "answers.md").read_text().splitlines()
+    assert answers[0] == "| question | dense | split | healed |" and len(answers) == 2 + 20
 
 
 def test_a_second_run_of_the_program_computes_nothing(program, folder, finished, monkeypatch):
