@@ -267,3 +267,21 @@ def test_a_training_that_was_resumed_says_in_a_file_how_far_it_is(training, cloc
     monitor.close()
     line = "training: 5 of 10 steps, elapsed 40 s, about 3 min left, loss=2.000\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [(None, [0, 2, 4, 6, 8, 10, 11]), ([1, 4, 11], [1, 4, 11])]
+)
+def test_the_held_out_loss_is_computed_after_the_steps_that_are_asked_for(
+    training, chosen, expected
+):
+    """A curve of the first steps needs others than the default's, which are evenly spaced."""
+    monitor = training.Monitor(11, lambda model: 0.5, None, threading.Event(), chosen)
+    state = TrainerState(global_step=0, max_steps=11)
+    monitor.on_train_begin(None, state, None)
+    for step in range(1, 12):
+        monitor.on_step_begin(None, state, None)
+        state.global_step = step
+        monitor.on_step_end(None, state, None)
+    monitor.close()
+    assert [entry["step"] for entry in state.log_history] == expected

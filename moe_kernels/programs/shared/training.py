@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,17 @@ class Monitor(TrainerCallback):
 
     def __init__(
         self, steps: int, held_out: Callable[[PreTrainedModel], float], workspace: Workspace,
-        stop: threading.Event,
+        stop: threading.Event, held_out_at: Collection[int] | None = None,
     ):  # fmt: skip
         self.held_out, self.workspace, self.stop = held_out, workspace, stop
-        self.evaluate_every = math.ceil(steps / 6)
+        every = range(0, steps, math.ceil(steps / 6))
+        self.held_out_at = {*every, steps} if held_out_at is None else held_out_at
         self.steps, self.progress = steps, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.progress = bar(total=self.steps, initial=state.global_step, desc="training")
         if state.global_step == 0:
-            self._evaluate(state, model)
+            self._evaluate_if_due(state, model)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(dataset := train_dataloader.dataset, "set_epoch"):
@@ -86,8 +87,7 @@ class Monitor(TrainerCallback):
         earlier = state.stateful_callbacks.get(_SECONDS, 0.0)
         state.stateful_callbacks[_SECONDS] = earlier + seconds
         self.progress.update()
-        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            self._evaluate(state, model)
+        self._evaluate_if_due(state, model)
         if self.stop.is_set():
             control.should_save = control.should_training_stop = True
 
@@ -103,9 +103,10 @@ class Monitor(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.workspace.save_seconds()
 
-    def _evaluate(self, state, model) -> None:
-        # Kept in the Trainer's own history, which its checkpoints carry.
-        state.log_history.append({"step": state.global_step, "held_out": self.held_out(model)})
+    def _evaluate_if_due(self, state, model) -> None:
+        if state.global_step in self.held_out_at:
+            # Kept in the Trainer's own history, which its checkpoints carry.
+            state.log_history.append({"step": state.global_step, "held_out": self.held_out(model)})
 
 
 def steps_per_second(state: TrainerState) -> float:
@@ -180,8 +181,8 @@ def train(
     model: PreTrainedModel | PatchedModel, dataset: torch.utils.data.Dataset,
     held_out: Callable[[PreTrainedModel], float], workspace: Workspace, *,
     collator: Callable | None = None, optimizer: torch.optim.Optimizer | None = None,
-    rows_lr: float | None = None, every: int = 5, callbacks: Sequence[TrainerCallback] = (),
-    **arguments: Any,
+    rows_lr: float | None = None, every: int = 5, held_out_at: Collection[int] | None = None,
+    callbacks: Sequence[TrainerCallback] = (), **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train with transformers' Trainer, from the last complete checkpoint in the workspace.
 
@@ -189,10 +190,12 @@ def train(
     interruptions, except for rounding and the time of a step that was made twice.
 
     Args:
-        held_out: returns the held-out loss of a model; computed seven times
+        held_out: returns the held-out loss of a model
         optimizer: replaces the Trainer's, for several learning rates
         rows_lr: learning rate of added rows, of a PatchedModel; default: that of all
         every: steps that a loss of the result is the mean of
+        held_out_at: steps after which the held-out loss is computed; 0 is before the first.
+            Default: seven, evenly spaced
         callbacks: called after the time of a step is taken
         arguments: of `TrainingArguments`
 
@@ -217,7 +220,7 @@ def train(
             "nn.DataParallel: choose one of them by CUDA_VISIBLE_DEVICES"
         )
     with stop_after_step() as stop:
-        monitor = Monitor(arguments.max_steps, held_out, workspace, stop)
+        monitor = Monitor(arguments.max_steps, held_out, workspace, stop, held_out_at)
         options = dict(
             train_dataset=dataset, data_collator=collator, callbacks=[monitor, *callbacks],
             optimizers=(optimizer, None),
