@@ -342,7 +342,6 @@ COMMON: Mapping[str, Block] = {
     "forgets": verdict_on("change of text loss", partial(values, get=forgotten), above=True),
     "base": base_model,
     "rates": tuning_tables,
-    "step": cost_row,
     "hours": lambda data: f"{data['seconds'] / 3600:.1f}",
     "versions-used": lambda data: ", ".join(f"{n} {v}" for n, v in data["versions"].items()),
 }

@@ -155,7 +155,7 @@ A base of <!-- study:base --><!-- /study:base -->, <!-- study:seeds --><!-- /stu
 
 <!-- study:joint -->
 <!-- /study:joint -->
-<!-- study:rates --><!-- /study:rates --> <!-- study:step.x --><!-- /study:step.x -->
+<!-- study:rates --><!-- /study:rates -->
 <!-- study:hours --><!-- /study:hours --> <!-- study:versions-used --><!-- /study:versions-used -->
 """
 

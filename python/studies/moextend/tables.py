@@ -128,6 +128,7 @@ BLOCKS: dict[str, Block] = {
         )
     )),
     "trade": trade_line,
+    "step": report.cost_row,
     "rates-tried": rates_table,
     "overlaps": overlaps_table,
     "agreement": agreement_row,

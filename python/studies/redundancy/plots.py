@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from moe_kernels import analysis
 from moe_kernels.imaging import PatchTokenizer, SampleRow, plot_samples
 from moe_kernels.programs.shared.files import save_figure
-from studies import report
-from studies.redundancy import verdicts
+from studies import looks, report
 from studies.report import Results
 
 # Runs by their label in the plot of parameters; a line joins those of one label.
@@ -34,7 +33,7 @@ def draw_pictures(data: Results, folder: Path, note: str = "") -> None:
     if "plora" not in data["runs"]:
         return
     seed, result = next(iter(report.seeds_of(data, "plora").items()))
-    statistics = {when: verdicts.routings(data, when)[0] for when in ("before", "after")}
+    statistics = {when: looks.routings(data, "plora", when)[0] for when in looks.WHEN}
     for when, found in statistics.items():
         state = f"{when} training, seed {seed}"
         load = analysis.plot_expert_load(found, title=f"Expert load by layer, {state}")

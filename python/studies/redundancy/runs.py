@@ -14,10 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, imaging
-from moe_kernels.analysis import expert_redundancy
 from moe_kernels.conversion import dense_to_moe, heal
-from moe_kernels.init.rows import initial_rows
-from moe_kernels.models import initialise_lora
 from moe_kernels.models.tokens import ROWS
 from moe_kernels.moextend import ExpertExtender
 from moe_kernels.programs.shared.models import load_causal_lm
@@ -33,11 +30,11 @@ from moe_kernels.programs.shared.text_to_image import (
     Judge,
     Painter,
     compare_text,
-    record_routing,
     text_logits,
 )
 from moe_kernels.programs.shared.texts import documentation, text_blocks
 from moe_kernels.programs.shared.training import mean_nll, train
+from studies.adapters import draw_codes, look, restart_rows, row_start, start_adapters
 from studies.sweep import record_training, training_arguments
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100
@@ -300,8 +297,9 @@ def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painte
         r=run.r, lora_alpha=2 * run.r, target_modules=run.targets, layers_to_transform=run.layers
     )
     painter = Painter.create(
-        model, tokenizer, config, num_codes, captions, seed=setup.seed, **row_start(data, run)
-    )
+        model, tokenizer, config, num_codes, captions, seed=setup.seed,
+        **row_start(run, data.tokenizer, data.train),
+    )  # fmt: skip
     if run.init_where != "both":
         other = "head" if run.init_where == "embedding" else "embedding"
         restart_rows(model, other, setup.seed)
@@ -315,32 +313,9 @@ def prepare(setup: Setup, run: Run, model: PreTrainedModel, tokenizer) -> Painte
     if run.method == "added_experts":
         add_experts(model, run.added_experts, painter.batches(data.train.head(64), 16), setup.seed)
     if run.lora_init != "zero":
-        text = [{"input_ids": ids} for ids in setup.blocks(tokenizer, run.base)[:8].split(4)]
-        pictures = painter.batches(data.train.head(16), 4)
-        rows = [{k: v for k, v in batch.items() if k != "labels"} for batch in pictures]
-        initialise_lora(model, text + rows, lora_init=run.lora_init, seed=setup.seed)
+        blocks = setup.blocks(tokenizer, run.base)
+        start_adapters(painter, blocks, data.train, run.lora_init, setup.seed)
     return painter
-
-
-def row_start(data: PictureSplits, run: Run) -> dict[str, Any]:
-    """Return the keywords of ``add_modality_tokens`` that say how added rows start."""
-    if run.init not in ("gromov_wasserstein", "permuted"):
-        return {"init": run.init}
-    return {
-        "init": run.init, "features": data.tokenizer.codebook, "num_delimiters": 2,
-        "frequencies": data.tokenizer.codebook_usage(data.train.codes), "solver": run.solver,
-        "feature_metric": run.feature_metric, "row_metric": run.row_metric,
-    }  # fmt: skip
-
-
-def restart_rows(model: PreTrainedModel, where: str, seed: int) -> None:
-    """Restart the added rows of "embedding" or "head" as "normal" does."""
-    is_head = where == "head"
-    module = model.get_output_embeddings() if is_head else model.get_input_embeddings()
-    rows = getattr(module, ROWS)["image"]
-    torch.manual_seed(seed)
-    start, _ = initial_rows(module.weight.detach(), num_tokens=len(rows), init="normal")
-    rows.data.copy_(start)
 
 
 def add_experts(
@@ -378,7 +353,11 @@ def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict
     unpatched = logits()
     painter = prepare(setup, run, model, tokenizer)
     before = logits()
-    result = {"look_before": look(data, painter, blocks)} if run.look else {}
+    look_now = partial(
+        look, painter, blocks, data.test.head(100), text_batch=TEXT_BATCH, image_batch=IMAGE_BATCH,
+        seed=data.seed,
+    )  # fmt: skip
+    result = {"look_before": look_now()} if run.look else {}
     learnt = data.train if run.pictures is None else data.train.head(run.pictures)
     choice, test = (painter.batches(part, IMAGE_BATCH) for part in held_out(data, run))
     steps = run.steps or budget.steps
@@ -401,18 +380,17 @@ def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict
     if run.samples:
         result["samples"] = draw(data, painter)
     if run.look:
-        result["look_after"] = look(data, painter, blocks)
+        result["look_after"] = look_now()
         result["gallery"] = gallery(data, painter)
     return result
 
 
-def draw_codes(data: PictureSplits, painter: Painter, each: int, guidance: float) -> torch.Tensor:
+def draw_each(data: PictureSplits, painter: Painter, each: int, guidance: float) -> torch.Tensor:
     """Draw ``each`` pictures of every caption, as codes."""
-    return imaging.generate_image_codes(
-        painter.model, [ids for ids in painter.caption_ids for _ in range(each)],
-        painter.vocabulary, data.tokenizer.tokens_per_image, guidance_scale=guidance,
-        pad_token_id=painter.collator.pad_token_id, empty_caption=painter.empty_caption,
-        batch_size=IMAGE_BATCH, seed=data.seed,
+    labels = [label for label in range(len(painter.caption_ids)) for _ in range(each)]
+    return draw_codes(
+        painter, labels, data.tokenizer.tokens_per_image, guidance, batch=IMAGE_BATCH,
+        seed=data.seed,
     )  # fmt: skip
 
 
@@ -421,7 +399,7 @@ def gallery(data: PictureSplits, painter: Painter) -> dict[str, Any]:
     judge, real = data.judge, data.train.codes
     drawn = {}
     for guidance in GUIDANCE:
-        codes = draw_codes(data, painter, 2, guidance)
+        codes = draw_each(data, painter, 2, guidance)
         nearest = real[imaging.nearest_indices(judge.decode(codes), judge.real)]
         read = judge.reader.read(codes).tolist()
         drawn[f"{guidance:g}"] = {
@@ -443,28 +421,8 @@ def gallery(data: PictureSplits, painter: Painter) -> dict[str, Any]:
 
 def draw(data: PictureSplits, painter: Painter) -> dict[str, Any]:
     each = data.budget.samples_per_caption
-    codes = draw_codes(data, painter, each, guidance=1.0)
+    codes = draw_each(data, painter, each, guidance=1.0)
     asked = torch.arange(len(painter.caption_ids)).repeat_interleave(each)
     measured = data.judge.measure(codes, asked)
     del measured["read"], measured["nearest"]
     return measured
-
-
-def look(data: PictureSplits, painter: Painter, blocks: torch.Tensor) -> dict[str, Any]:
-    """Record routing, and the similarity of experts on text and on pictures."""
-    few = data.test.head(100)
-    pictures = [
-        {name: tensor for name, tensor in batch.items() if name != "labels"}
-        for batch in painter.batches(few, 50)
-    ]
-    text = [{"input_ids": ids} for ids in blocks[:16].split(8)]
-    rows = {"text": text, "image": pictures}
-    return {
-        "routing": record_routing(painter, blocks, few, TEXT_BATCH, IMAGE_BATCH).to_dict(),
-        "redundancy": {
-            modality: expert_redundancy(
-                painter.model, batches, modality=modality, seed=data.seed
-            ).to_dict()
-            for modality, batches in rows.items()
-        },
-    }

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
-from moe_kernels.analysis import ExpertRedundancy
 from moe_kernels.programs.shared.cli import option, parse
-from moe_kernels.programs.shared.models import count_experts
 from moe_kernels.programs.shared.stages import model_identity
 from moe_kernels.programs.shared.text_model import TextModelSettings
+from studies.adapters import describe_model, record_look
 from studies.redundancy.plots import draw_pictures
 from studies.redundancy.runs import (
     FIXED_LOSS,
@@ -110,14 +108,6 @@ def tuned(run: Run) -> Run:
     )  # fmt: skip
 
 
-def describe_model(folder: Path, name: str) -> dict[str, Any]:
-    config = AutoConfig.from_pretrained(folder)
-    return {
-        "name": name, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
-        "experts": count_experts(config), "top_k": config.num_experts_per_tok,
-    }  # fmt: skip
-
-
 def runs_with(real: Path | None, emoji: Path | None) -> dict[str, Run]:
     """Return the runs without those that need an absent model or absent emoji."""
     return {
@@ -189,25 +179,6 @@ def steps_to_fixed_loss(losses: Sequence[float], fixed: float) -> int | None:
     means = np.convolve(losses, np.ones(WINDOW) / WINDOW, mode="valid")
     reached = np.flatnonzero(means <= fixed)
     return int(reached[0]) + WINDOW if len(reached) else None
-
-
-def record_look(look: dict[str, Any], is_first: bool) -> dict[str, Any]:
-    """Keep routing, the mean similarity of two experts by layer, and that of pairs on image rows,
-    to four digits.
-    """
-    means = {
-        modality: ExpertRedundancy.from_dict(found).mean().tolist()
-        for modality, found in look["redundancy"].items()
-    }
-    kept = {"routing": look["routing"], "similarity": means}
-    if is_first:
-        pairs = look["redundancy"]["image"]
-        matrices = [
-            [[None if value is None else round(value, 4) for value in row] for row in matrix]
-            for matrix in pairs["similarity"]
-        ]
-        kept["pairs"] = pairs | {"similarity": matrices}
-    return kept
 
 
 def grade_gallery(drawn: dict[str, Any], captions: int) -> dict[str, float]:

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from studies import report
+from studies import looks, report
+from studies.looks import MODALITIES
 from studies.redundancy import verdicts
 from studies.redundancy.runs import FIXED_LOSS, WINDOW
 from studies.report import Block, NotMeasured, Results, mean_and_spread, spread
-
-MODALITIES = ("text", "image")
+from studies.starts import gradient_ratio
 
 # --- columns of a run
 
@@ -39,12 +39,6 @@ def slower(data: Results, name: str, baseline: str) -> str:
     return "" if name == baseline or not len(apart) else report.mean_and_interval(apart, 0)
 
 
-def gradient_ratio(data: Results, name: str, baseline: str) -> str:
-    apart = report.paired(data, name, baseline, verdicts.log_gradient)
-    ratio = np.exp(report.interval(apart))
-    return "" if name == baseline else f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
-
-
 # --- rows that are not of one run
 
 
@@ -62,23 +56,9 @@ def between_layers(data: Results, of: str) -> str:
     return f"{found:+.2f}" if of == "correlation" else f"{100 * share:.0f} %"
 
 
-def routing_row(data: Results, when: str) -> str:
-    kinds = [each.expert_kinds("text", "image") for each in verdicts.routings(data, when)]
-    numbers = (
-        np.array([float(getattr(each, kind).sum()) for each in kinds])
-        for kind in ("only_first", "only_second", "agnostic", "unused")
-    )
-    alike = (verdicts.similarity(data, modality, when) for modality in MODALITIES)
-    return " | ".join((
-        mean_and_spread(verdicts.divergence(data, when)),
-        *(mean_and_spread(each, 1) for each in numbers),
-        *(mean_and_spread(each) for each in alike),
-    ))  # fmt: skip
-
-
 def kinds_row(data: Results, layer: str) -> str:
     """Numbers of a layer's experts that serve one modality alone, or none, in the first seed."""
-    statistics = verdicts.routings(data, "after")[0]
+    statistics = looks.routings(data, "plora", "after")[0]
     unused = statistics.unused("text", "image")
     share = statistics.specialisation("text", "image").masked_fill(unused, torch.nan)
     kinds = (kind[int(layer)].nonzero().flatten() for kind in (share <= 0.1, share >= 0.9, unused))
@@ -138,8 +118,9 @@ BLOCKS: dict[str, Block] = {
     ),
     "layer": layer_row,
     "between-layers": between_layers,
-    "best-start": verdicts.best_start,
-    "routing": routing_row,
+    "step": report.cost_row,
+    "best-start": verdicts.JUDGED.best,
+    "routing": lambda data, when: looks.routing_row(data, "plora", when),
     "kinds": kinds_row,
     "guidance": guidance_row,
     "every-run": report.runs_table({
@@ -156,5 +137,5 @@ BLOCKS: dict[str, Block] = {
     "budget-kept": budget_kept,
     "fixed-loss": lambda data, of: str(FIXED_LOSS[of]),
     "window": lambda data: str(WINDOW),
-    "experts": lambda data: str(int(verdicts.routings(data, "after")[0].exists().sum())),
+    "experts": lambda data: str(int(looks.routings(data, "plora", "after")[0].exists().sum())),
 }  # fmt: skip

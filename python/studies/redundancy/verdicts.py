@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from moe_kernels.analysis import RoutingStatistics
-from studies import report
-from studies.report import FAILS, HOLDS, UNDECIDED, Block, NotMeasured, Results, Verdict
+from studies import looks, report
+from studies.report import FAILS, HOLDS, UNDECIDED, Block, Results, Verdict
+from studies.starts import GW, Starts
 
-GW = "gromov_wasserstein"
 _CONTROLS = ("plora", "init-gaussian", "init-mean", "init-permuted")
 _VARIANTS = ("cosine", "euclidean", "exact", "embedding", "head")
 # Runs that differ in their start; those named after GW are compared with the others.
@@ -31,31 +30,9 @@ def steps(result: Results) -> float:
     return found if found is not None and math.isfinite(result["test_nll"]) else math.nan
 
 
-def log_gradient(result: Results) -> float:
-    return math.log(result["largest_gradient_norm"])
-
-
-def routings(data: Results, when: str) -> list[RoutingStatistics]:
-    """Routing "before" or "after" training, one a seed."""
-    results = report.seeds_of(data, "plora").values()
-    return [RoutingStatistics.from_dict(result[f"look_{when}"]["routing"]) for result in results]
-
-
-def divergence(data: Results, when: str) -> np.ndarray:
-    """Divergence of text and image loads in bits, the mean of layers, one number a seed."""
-    found = [routing.divergence("text", "image").mean() for routing in routings(data, when)]
-    return np.array(found, dtype=float)
-
-
-def layer_similarity(data: Results, modality: str, when: str = "before") -> np.ndarray:
-    """Similarity of experts, the mean of pairs, (seeds, layers)."""
-    results = report.seeds_of(data, "plora").values()
-    return np.array([result[f"look_{when}"]["similarity"][modality] for result in results])
-
-
-def similarity(data: Results, modality: str, when: str) -> np.ndarray:
-    """Similarity of experts, the mean of pairs and layers, one number a seed."""
-    return np.nanmean(layer_similarity(data, modality, when), axis=1)
+def layer_similarity(data: Results, modality: str) -> np.ndarray:
+    """Similarity of experts before training, the mean of pairs, (seeds, layers)."""
+    return looks.layer_similarity(data, "plora", modality, "before")
 
 
 def layer_losses(data: Results) -> np.ndarray:
@@ -128,54 +105,16 @@ def residual_correlation(x: np.ndarray, y: np.ndarray, draws: int = 9999) -> tup
     return found, (1 + sum(each >= abs(found) - 1e-12 for each in drawn)) / (1 + draws)
 
 
-# --- starts and routing
-
-
-def start_verdict(data: Results, where: str, name: str) -> Verdict:
-    """Judge a start: it holds where every control is beaten in loss, in steps or in gradient."""
-    found = start_outcomes(data, where, name)
-    wins = any(set(outcomes) == {HOLDS} for outcomes in found.values())
-    evidence = "; ".join(
-        f"{measure}: better than {outcomes.count(HOLDS)} of {len(outcomes)}, worse than "
-        f"{outcomes.count(FAILS)}"
-        for measure, outcomes in found.items()
-    )
-    return Verdict(HOLDS if wins else FAILS if FAILS in found["loss"] else UNDECIDED, evidence)
-
-
-def start_outcomes(data: Results, where: str, name: str) -> dict[str, list[str]]:
-    """Outcomes against each control that was run, by measure."""
-    controls = [each for each in STARTS[where] if GW not in each and each in data["runs"]]
-    if not controls:
-        raise NotMeasured("controls")
-    measures = {"loss": "test_nll", "steps": steps, "largest gradient": log_gradient}
-    return {
-        measure: [report.outcome(report.paired(data, name, control, get)) for control in controls]
-        for measure, get in measures.items()
-    }
-
-
-def best_start(data: Results) -> str:
-    """Say whether any start beats all of its controls in loss or in steps."""
-    tried = [(where, name) for where, names in STARTS.items() for name in names if GW in name]
-    found = {name: start_outcomes(data, where, name) for where, name in tried}
-    helped = [name for name, by in found.items() if {HOLDS} in (set(by["loss"]), set(by["steps"]))]
-    if helped:
-        return f"These runs beat all of their controls in loss or in steps: {', '.join(helped)}."
-    return "**No Gromov-Wasserstein start beats all of its controls in loss or in steps.**"
-
-
+JUDGED = Starts(STARTS, ("steps", steps))
 VERDICTS: dict[str, Block] = {
     "text-kept": report.text_kept(
         is_masked, lambda tokens: f"{len(tokens)} runs, each on "
         f"{' or '.join(f'{size:,}' for size in sorted(set(tokens)))} text tokens"),
     "alike-layers": layer_verdict,
     "source": source_verdict,
-    "start": start_verdict,
+    "start": JUDGED.verdict,
     "loads-part": report.verdict_on(
-        "mean divergence of layers before less after, bits",
-        lambda data: divergence(data, "before") - divergence(data, "after")),
-    "outputs-part": report.verdict_on(
-        "CKA", lambda data: similarity(data, "image", "after") - similarity(data, "image", "before")
+        "mean divergence of layers before less after, bits", partial(looks.loads_part, run="plora")
     ),
+    "outputs-part": report.verdict_on("CKA", partial(looks.outputs_part, run="plora")),
 }  # fmt: skip
