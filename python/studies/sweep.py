@@ -40,6 +40,7 @@ class Study:
     """Runs to make, and how to measure, keep and show them.
 
     name: of the JSON, the page and the folder under out/
+    template: page to begin with, where docs/results has none yet
     runs: by name, dataclasses with ``trains``, the name of a learning rate that runs share, and
         ``lr``, None where that rate is tuned
     quick_runs: names of the runs of --quick and --remake
@@ -49,13 +50,15 @@ class Study:
     measure: (setup, run, learning rate, workspace) -> a result, for JSON, with ``choice_nll``,
         ``test_nll`` and ``text``
     record: (run, result, whether the seed is the first) -> what the JSON keeps of a result
-    cost: (setup) -> cost of a training step, for JSON
+    cost: (setup) -> cost of a training step, for JSON; None: it is not measured
     core_hours, core_hours_later: budget fixed in advance, and what was added after the first runs
     blocks: of the page, by the name of their markers
     draw: (results, folder) draws the pictures of the page
     describe: (setup) -> figures of a seed that hold for all of its runs
     record_tuning: (result) -> what the JSON keeps of each run that chose a learning rate
-    identity: (run) -> inputs of a result beside its settings, such as files
+    identity: (run) -> inputs of a result beside its settings, such as files; (None) -> those of
+        what all runs of a seed share
+    seeds: those of a sweep that names none
     seeds_of: name of a run -> its seeds, where it has fewer than the others
     facts: further values for the JSON
     """
@@ -70,7 +73,7 @@ class Study:
     setup: Callable[[Any, int, Stages], Any]
     measure: Callable[[Any, Any, float, Workspace], dict[str, Any]]
     record: Callable[[Any, dict[str, Any], bool], dict[str, Any]]
-    cost: Callable[[Any], dict[str, Any]]
+    cost: Callable[[Any], dict[str, Any]] | None
     core_hours: float
     blocks: Mapping[str, Block]
     draw: Callable[[Results, Path, str], None]
@@ -80,6 +83,8 @@ class Study:
     seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     core_hours_later: float = 0.0
+    seeds: Sequence[int] = SEEDS
+    template: Path | None = None
 
 
 class Sweep:
@@ -105,8 +110,8 @@ class Sweep:
         return finished.result | {"seconds": finished.seconds, "lr": lr}
 
     def describe(self, seed: int) -> dict[str, Any]:
-        stage, inputs = f"setup-{seed}", {"budget": dataclasses.asdict(self.budget)}
-        describe = self.study.describe
+        stage, describe = f"setup-{seed}", self.study.describe
+        inputs = {"budget": dataclasses.asdict(self.budget)} | self.study.identity(None)
         return self.stages.run(stage, inputs, lambda _: describe(self.setup(seed))).result
 
     def tune(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -173,7 +178,7 @@ class Sweep:
                     result = self.result(name, run, seed, lr)
                     runs[name]["seeds"][str(seed)] = study.record(run, result, seed == min(seeds))
         return {
-            "cost": self.cost() if cost else {},
+            "cost": self.cost() if cost and study.cost else {},
             "budget": dataclasses.asdict(self.budget)
             | {"core_hours": study.core_hours, "core_hours_later": study.core_hours_later},
             "tuning": tuning,
@@ -329,7 +334,7 @@ def _run(study: Study, given: SweepOptions) -> None:
     kind = "-quick" if given.quick else "-remade" if given.remake else ""
     out = given.out or Path("out") / (study.name + kind)
     results = given.results or (out if given.quick else RESULTS)
-    seeds = given.seeds or SEEDS[: 1 if given.quick else None]
+    seeds = given.seeds or study.seeds[: 1 if given.quick else None]
     names = given.runs or list(study.quick_runs if given.quick else study.runs)
     file = results / f"{study.name}.json"
     if given.remake:
@@ -357,9 +362,13 @@ def is_quick(study: Study, data: Results) -> bool:
 
 
 def write_page(study: Study, file: Path, folder: Path) -> None:
-    """Write the page and its pictures from the JSON; its prose is that of docs/results."""
+    """Write the page and its pictures from the JSON.
+
+    Its prose is that of docs/results, or of the study's template as long as there is none.
+    """
     data = read_published(file)
-    page = (PAGES / f"{study.name}.md").read_text()
-    text = render(page, data, study.blocks)
+    page = PAGES / f"{study.name}.md"
+    prose = page if study.template is None or page.exists() else study.template
+    text = render(prose.read_text(), data, study.blocks)
     study.draw(data, folder, QUICK_NOTE if is_quick(study, data) else "")
     write_text(folder / f"{study.name}.md", text)

@@ -12,7 +12,7 @@ import pytest
 from moe_kernels.programs import commands
 
 LAUNCHERS = sorted((Path(__file__).parents[2] / "python").glob("*.py"))
-STUDIES = {"moextend", "redundancy"}
+STUDIES = {"drawing", "moextend", "redundancy"}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

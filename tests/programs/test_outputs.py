@@ -119,6 +119,7 @@ PROGRAMS = {
     "analyze_routing": ["MODEL"],
     "convert_dense_to_moe": ["MODEL"],
     "demo": ["--quick"],
+    "drawing": ["--quick", "--base", ".", "--dense", "."],
     "extend_experts": ["--quick"],
     "generate_images": ["MODEL", "--run", "RUN", "--captions", "a"],
     "moextend": ["--quick"],

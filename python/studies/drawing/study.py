@@ -1,0 +1,169 @@
+"""Study of drawing on a real base: its runs, their budget, and what its JSON keeps of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.programs.shared.cli import option, parse
+from moe_kernels.programs.shared.files import read_json
+from moe_kernels.programs.shared.options import LARGEST_SEED
+from moe_kernels.programs.shared.stages import model_identity
+from studies.adapters import record_look
+from studies.drawing.plots import draw_pictures
+from studies.drawing.runs import (
+    Budget,
+    Run,
+    Setup,
+    fall_at_end,
+    mean_over_log_steps,
+    measure_run,
+)
+from studies.drawing.tables import BLOCKS
+from studies.sweep import Study, SweepOptions, pick, run_study, runs_option
+
+SEEDS = (0, 1, 2)
+CORE_HOURS = 18.0  # fixed in advance, for two cores
+LEARNING_RATES, ROWS_RATES = (5e-4, 1.5e-3, 4e-3), (3e-3, 1e-2, 3e-2)
+_LONGEST = 20  # items of a list of a report that the JSON takes over
+_GW = {"init": "gromov_wasserstein"}
+RUNS = {
+    "rows": Run(adapts=(), look=True),
+    "attention": Run(adapts=("attention",), look=True),
+    "experts": Run(adapts=("experts",), look=True),
+    "both": Run(look=True),
+    "all-tokens": Run(all_tokens=True),
+    "dense-rows": Run(base="dense", adapts=()),
+    "dense-experts": Run(base="dense", adapts=("experts",)),
+    "dense-both": Run(base="dense"),
+    "layers-alike": Run(adapts=("experts",), layers="alike"),
+    "layers-unlike": Run(adapts=("experts",), layers="unlike"),
+    "init-gaussian": Run(init="gaussian"),
+    "init-mean": Run(init="mean"),
+    "init-permuted": Run(init="permuted"),
+    "init-gromov_wasserstein": Run(**_GW),
+    "init-gromov_wasserstein-exact": Run(solver="exact", **_GW),
+    "init-gromov_wasserstein-cosine": Run(feature_metric="cosine", **_GW),
+    "init-gromov_wasserstein-euclidean": Run(row_metric="euclidean", **_GW),
+    "lora-permuted": Run(lora_init="permuted"),
+    "lora-gromov_wasserstein": Run(lora_init="gromov_wasserstein"),
+}
+QUICK_RUNS = ("rows", "experts", "both", "dense-experts")
+QUICK = Budget(
+    image_size=16, patch_size=4, codes=32, images=400, held_out=40, choice=16, steps=20, batch=8,
+    tuning_steps=5, points=5, text_blocks=2, looked_at=20, captions=4, samples_per_caption=1,
+    dtype="float32",
+)  # fmt: skip
+
+
+def learning_rates(run: Run) -> tuple[float, ...]:
+    return LEARNING_RATES if run.adapts else ROWS_RATES
+
+
+def tuned(run: Run) -> Run:
+    return Run(base=run.base, adapts=run.adapts, rows_lr=run.rows_lr, tunes=True)
+
+
+def runs_at(rows_lr: float) -> dict[str, Run]:
+    """Return the runs with this rate of added rows beside adapters; alone, rows have their own."""
+    return {
+        name: replace(run, rows_lr=rows_lr) if run.adapts else run for name, run in RUNS.items()
+    }
+
+
+def study(
+    base: Path | None, dense: Path | None, rows_lr: float, reports: Mapping[str, Path]
+) -> Study:
+    """base, dense: as in :class:`Setup`; reports: files of other programs for the page"""
+
+    def identity(_: Run | None) -> dict[str, Any]:
+        folders = {"base": base, "dense": dense}
+        return {name: model_identity(str(folder)) for name, folder in folders.items()}
+
+    return Study(
+        name="drawing", runs=runs_at(rows_lr), quick_runs=QUICK_RUNS, budget=Budget(),
+        quick_budget=QUICK, learning_rates=learning_rates, tuned=tuned, measure=measure_run,
+        record=record, describe=Setup.to_dict,
+        setup=lambda budget, seed, stages: Setup(budget, seed, stages, base, dense),
+        cost=None, core_hours=CORE_HOURS, blocks=BLOCKS, draw=draw_pictures, identity=identity,
+        facts={"reports": {name: brief(read_json(file)) for name, file in reports.items()}},
+        seeds=SEEDS, template=Path(__file__).with_name("page.md"),
+    )  # fmt: skip
+
+
+# --- what the JSON keeps
+
+
+def record(run: Run, result: dict[str, Any], is_first: bool) -> dict[str, Any]:
+    """Keep what the page shows; pairs of experts of the first seed alone."""
+    kept = pick(
+        result, "trained_parameters", "adapter_parameters", "largest_gradient_norm", "test_nll",
+        "test_nll_by_captions", "read", "lr", "seconds",
+    ) | {
+        "curve": [[step, round(loss, 4)] for step, loss in result["curve"]],
+        "mean_over_log_steps": mean_over_log_steps(result["curve"]),
+        "fall_at_end": fall_at_end(result["curve"]),
+        "text": pick(
+            result["text"], "held_out_tokens", "nll_unpatched", "nll_before_training",
+            "nll_after_training", "logits_changed_by_training",
+            "median_logit_difference_to_unpatched",
+        ),
+    }  # fmt: skip
+    if run.look:
+        kept |= {key: record_look(result[key], is_first) for key in ("look_before", "look_after")}
+    return kept
+
+
+def brief(report: Any) -> Any:
+    """Return a report without its long lists, such as codes of drawings and curves."""
+    if isinstance(report, dict):
+        short = {key: brief(value) for key, value in report.items()}
+        return {key: value for key, value in short.items() if value is not None}
+    if isinstance(report, list):
+        return [brief(each) for each in report] if len(report) <= _LONGEST else None
+    return report
+
+
+# --- the program
+
+
+@dataclass(kw_only=True)
+class DrawingOptions(SweepOptions):
+    """Study."""
+
+    seeds: list[int] | None = option(
+        None, f"default: {' '.join(map(str, SEEDS))}", at_least=0, at_most=LARGEST_SEED
+    )
+    runs: list[str] | None = runs_option(RUNS)
+    base: Path | None = option(
+        None, "a Mixture of Experts with a shared expert", metavar="MOE", is_folder=True
+    )
+    dense: Path | None = option(
+        None, "the dense model that it was made of", metavar="DENSE", is_folder=True
+    )
+    rows_lr: float = option(1e-2, "learning rate of added rows beside adapters", above=0)
+    convert_report: Path | None = option(
+        None, "report.json of moe-kernels convert, for the page", metavar="FILE", is_file=True
+    )
+    drawing_report: Path | None = option(
+        None, "report.json of moe-kernels train-text-to-image, for the page", metavar="FILE",
+        is_file=True,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.page and (self.base is None or self.dense is None):
+            raise ValueError("--base and --dense are needed for anything but --page")
+
+    @property
+    def reports(self) -> dict[str, Path]:
+        """The given reports of other programs, by what the page calls them."""
+        files = {"convert": self.convert_report, "drawing": self.drawing_report}
+        return {name: file for name, file in files.items() if file is not None}
+
+
+def main(description: str, arguments: list[str] | None = None) -> int:
+    given = parse(DrawingOptions, arguments, description)
+    return run_study(study(given.base, given.dense, given.rows_lr, given.reports), given)
