@@ -4,6 +4,7 @@
     python python/drawing.py --base MOE --dense DENSE --runs rows attention experts both
     python python/drawing.py --base MOE --dense DENSE --seeds 0      # one seed of every run
     python python/drawing.py --base MOE --dense DENSE --rows-lr 0.03    # of the added rows
+    python python/drawing.py --base MOE --dense DENSE --images 16000    # runs of twice the length
     python python/drawing.py --base MOE --dense DENSE --quick        # short: shows that it runs
     python python/drawing.py --page               # write the page alone, from the JSON
 

@@ -252,7 +252,7 @@ def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monk
 
     template = tmp_path / "template.md"
     template.write_text("template")
-    study = program.study(None, None, 1e-2, {})
+    study = program.study(None, None, 1e-2, 8000, {})
     study = dataclasses.replace(study, template=template, draw=lambda *_: None)
     monkeypatch.setattr(sweep, "render", lambda page, *_: f"filled {page}")
     monkeypatch.setattr(sweep, "PAGES", tmp_path / "pages")
@@ -266,7 +266,7 @@ def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monk
 
 
 def test_added_rows_learn_at_the_rate_of_the_option_and_alone_at_the_tuned_one(program):
-    study = program.study(None, None, 0.5, {})
+    study = program.study(None, None, 0.5, 8000, {})
     assert {run.rows_lr for run in study.runs.values() if run.adapts} == {0.5}
     # So that the run that finds the rate need not be made again.
     for name in ("rows", "dense-rows"):
@@ -282,7 +282,7 @@ def test_what_is_known_of_a_base_is_not_taken_for_that_of_another(program, bases
     from studies import sweep
 
     def facts_of(*folders):
-        study = program.study(*folders, 1e-2, {})
+        study = program.study(*folders, 1e-2, 8000, {})
         study = dataclasses.replace(
             study, setup=lambda *_: folders, describe=lambda setup: {"base": str(setup[0])}
         )
@@ -301,3 +301,24 @@ def test_a_line_of_the_curves_is_the_mean_of_seeds(program):
     (line,) = figure.axes[0].get_lines()
     assert line.get_xdata().tolist() == [1, 10] and line.get_ydata().tolist() == [5.0, 1.5]
     assert not figure.axes[2].get_lines()
+
+
+def test_more_pictures_are_more_steps_each_seen_once(program):
+    assert program.budget_of(8000) == program.Budget()
+    longer = program.budget_of(16_000)
+    assert longer.steps * longer.batch == longer.images == 16_000
+    assert longer.tuning_steps == program.Budget().tuning_steps
+
+
+def test_reports_of_other_programs_are_values_of_the_page(program, bases, tmp_path, capsys):
+    from studies import report
+
+    good, bad = tmp_path / "report.json", tmp_path / "bad.json"
+    good.write_text(json.dumps({"image": {"nll_end": 1.25}, "codes": [0] * 100}))
+    bad.write_text("{")
+    given = program.DrawingOptions(page=True, drawing_report=good)
+    facts = program.study(None, None, 1e-2, 8000, given.read_reports()).facts
+    assert report.figure(facts, "reports.drawing") == {"image": {"nll_end": 1.25}}
+    with pytest.raises(SystemExit):
+        program.main("", [*options(bases), "--convert-report", str(bad)])
+    assert "bad.json" in capsys.readouterr().err

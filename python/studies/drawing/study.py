@@ -73,23 +73,27 @@ def runs_at(rows_lr: float) -> dict[str, Run]:
     }
 
 
+def budget_of(images: int) -> Budget:
+    """Return the budget with another number of pictures, each of which is still seen once."""
+    return replace(Budget(), images=images, steps=images // Budget().batch)
+
+
 def study(
-    base: Path | None, dense: Path | None, rows_lr: float, reports: Mapping[str, Path]
+    base: Path | None, dense: Path | None, rows_lr: float, images: int, reports: Mapping[str, Any]
 ) -> Study:
-    """base, dense: as in :class:`Setup`; reports: files of other programs for the page"""
+    """base, dense: as in :class:`Setup`; reports: those of other programs, for the page"""
 
     def identity(_: Run | None) -> dict[str, Any]:
         folders = {"base": base, "dense": dense}
         return {name: model_identity(str(folder)) for name, folder in folders.items()}
 
     return Study(
-        name="drawing", runs=runs_at(rows_lr), quick_runs=QUICK_RUNS, budget=Budget(),
+        name="drawing", runs=runs_at(rows_lr), quick_runs=QUICK_RUNS, budget=budget_of(images),
         quick_budget=QUICK, learning_rates=learning_rates, tuned=tuned, measure=measure_run,
         record=record, describe=Setup.to_dict,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, base, dense),
         cost=None, core_hours=CORE_HOURS, blocks=BLOCKS, draw=draw_pictures, identity=identity,
-        facts={"reports": {name: brief(read_json(file)) for name, file in reports.items()}},
-        seeds=SEEDS, template=Path(__file__).with_name("page.md"),
+        facts={"reports": reports}, seeds=SEEDS, template=Path(__file__).with_name("page.md"),
     )  # fmt: skip
 
 
@@ -144,6 +148,9 @@ class DrawingOptions(SweepOptions):
         None, "the dense model that it was made of", metavar="DENSE", is_folder=True
     )
     rows_lr: float = option(1e-2, "learning rate of added rows beside adapters", above=0)
+    images: int = option(
+        Budget.images, "pictures that a run learns from", at_least=1_000, metavar="N"
+    )
     convert_report: Path | None = option(
         None, "report.json of moe-kernels convert, for the page", metavar="FILE", is_file=True
     )
@@ -156,14 +163,15 @@ class DrawingOptions(SweepOptions):
         super().__post_init__()
         if not self.page and (self.base is None or self.dense is None):
             raise ValueError("--base and --dense are needed for anything but --page")
+        self.read_reports()  # a damaged one is refused before any work
 
-    @property
-    def reports(self) -> dict[str, Path]:
-        """The given reports of other programs, by what the page calls them."""
+    def read_reports(self) -> dict[str, Any]:
+        """Return the given reports of other programs, by what the page calls them."""
         files = {"convert": self.convert_report, "drawing": self.drawing_report}
-        return {name: file for name, file in files.items() if file is not None}
+        return {name: brief(read_json(file)) for name, file in files.items() if file is not None}
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
     given = parse(DrawingOptions, arguments, description)
-    return run_study(study(given.base, given.dense, given.rows_lr, given.reports), given)
+    made = study(given.base, given.dense, given.rows_lr, given.images, given.read_reports())
+    return run_study(made, given)
