@@ -11,6 +11,7 @@ PACKAGES = {
     "matplotlib": ("matplotlib", "plots"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
+    "gguf": ("gguf", None),
     "peft": ("peft", None),
 }
 

@@ -47,7 +47,7 @@ COMMANDS = {
         "moe_kernels.programs.generate_images", "draw with a trained adapter"
     ),
     "draw": Command(
-        "moe_kernels.programs.draw", "serve a page that draws, beside a chat with the base's text"
+        "moe_kernels.programs.draw", "teach a pretrained model to draw in colour, and serve a page"
     ),
     "analyze-routing": Command(
         "moe_kernels.programs.analyze_routing", "measure which experts serve which modality"

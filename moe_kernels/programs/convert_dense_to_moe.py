@@ -101,6 +101,9 @@ class SourceTextOptions(Options):
         16_384, "tokens to fit down_proj to the dense model with; 0: no fit", at_least=0
     )
     test_tokens: int = option(16_384, "tokens of choice and of test text, at most", at_least=1)
+    more_texts: list[str] = option(
+        [], "more texts to measure all models on", metavar="FILE", is_file=True
+    )
     answer_tokens: int = option(
         0, "tokens of a greedy answer to each of twenty plain questions; 0: none", at_least=0
     )
@@ -217,6 +220,16 @@ class Setup:
         return {"perplexity": measured}
 
     @property
+    def more_blocks(self) -> dict[str, torch.Tensor]:
+        """Token ids of --more-texts by file name, (blocks, block)."""
+        options, tokenizer = self.options, load_text_tokenizer(self.options)
+        most, blocks = max(1, options.test_tokens // options.block), {}
+        for file in map(Path, options.more_texts):
+            text = text_blocks(tokenizer, read_text(file), options.block, options.block)
+            blocks[file.stem] = spread(text, most)
+        return blocks
+
+    @property
     def inputs(self) -> dict[str, Any]:
         names = "gguf_file", "device", "seed", "block", "batch", "test_tokens"
         texts = {part: digest(blocks) for part, blocks in self.blocks.items()}
@@ -278,19 +291,51 @@ def heal_conversion(
     return stages.run(f"heal-{conversion.name}-{lr:g}", inputs, build, after=[converted])
 
 
-def answer(setup: Setup, stages: Stages, name: str, of: Stage | None) -> list[str]:
-    """Return the answers of a stage's model, of the dense model without one."""
+def measure_more(setup: Setup, stages: Stages, name: str, of: Stage | None) -> dict[str, Any]:
+    """Return a stage's perplexity on --more-texts, by file name, and its greedy answers.
+
+    Args:
+        of: the stage whose model is measured; None: the dense model
+    """
     options = setup.options
+    found: dict[str, Any] = {}
+    if options.more_texts:
+        texts = setup.more_blocks
+        found["perplexity"] = stages.run(
+            f"texts-{name}",
+            {"texts": {name: digest(blocks) for name, blocks in texts.items()}} | of_model(options),
+            lambda _: perplexities(load_stage(options, of), texts, options.batch),
+            [of] if of else [],
+        ).result
+    if options.answer_tokens:
+        found |= stages.run(
+            f"answers-{name}",
+            options.pick("answer_tokens") | of_model(options),
+            lambda _: {"answers": answers(options, load_stage(options, of))},
+            [of] if of else [],
+        ).result
+    return found
 
-    def build(workspace: Workspace) -> dict[str, Any]:
-        folder = of and of.folder / "model"
-        model = load_causal_lm(folder, torch.float32, options.device) if of else load_dense(options)
-        tokenizer = load_text_tokenizer(options)
-        return {"answers": greedy_answers(model, tokenizer, options.answer_tokens)}
 
-    inputs = options.pick("answer_tokens", "gguf_file", "device")
-    inputs["model"] = model_identity(options.model)
-    return stages.run(f"answers-{name}", inputs, build, [of] if of else []).result["answers"]
+def perplexities(
+    model: PreTrainedModel, texts: dict[str, torch.Tensor], batch: int
+) -> dict[str, float]:
+    return {name: perplexity(model, blocks.split(batch)) for name, blocks in texts.items()}
+
+
+def answers(options: ConvertOptions, model: PreTrainedModel) -> list[str]:
+    return greedy_answers(model, load_text_tokenizer(options), options.answer_tokens)
+
+
+def load_stage(options: ConvertOptions, of: Stage | None) -> PreTrainedModel:
+    """Load a stage's model, or the dense one."""
+    if of is None:
+        return load_dense(options)
+    return load_causal_lm(of.folder / "model", torch.float32, options.device)
+
+
+def of_model(options: ConvertOptions) -> dict[str, Any]:
+    return options.pick("gguf_file", "device") | {"model": model_identity(options.model)}
 
 
 # --- results
@@ -304,16 +349,14 @@ def row(setup: Setup, stages: Stages, conversion: Conversion) -> dict[str, Any]:
         "before": converted.result["perplexity"],
         "model": str(converted.folder / "model"),
     }
-    if setup.options.answer_tokens:
-        found["answers_before"] = answer(setup, stages, f"{conversion.name}-split", converted)
+    found["more_before"] = measure_more(setup, stages, f"{conversion.name}-split", converted)
     if not setup.options.heal_steps:
         return found
     healed = [heal_conversion(setup, stages, conversion, converted, lr) for lr in setup.options.lr]
     best = min(healed, key=lambda stage: stage.result["perplexity"]["choice"])
     results = [stage.result for stage in healed]
-    if setup.options.answer_tokens:
-        found["answers_after"] = answer(setup, stages, f"{conversion.name}-healed", best)
     return found | {
+        "more_after": measure_more(setup, stages, f"{conversion.name}-healed", best),
         "after": best.result["perplexity"],
         "model": str(best.folder / "model"),
         "healing": {name: best.result[name] for name in ("lr", "losses", "seconds", "tokens")},
@@ -336,14 +379,13 @@ def table(report: dict[str, Any]) -> str:
     return markdown_table(head, rows) + "\n"
 
 
-def answers_page(report: dict[str, Any], answers: list[str]) -> str:
+def answers_page(report: dict[str, Any]) -> str:
     """Return a table of the answers of the dense model and of the best conversion."""
     best = next(r for r in report["conversions"] if r["model"] == report["best_by_choice_text"])
-    columns = {"dense": answers}
-    for state, head in (("answers_before", "split"), ("answers_after", "healed")):
-        if state in best:
-            columns[head] = best[state]
-    return answers_table(columns)
+    columns = {"dense": report["dense"]["more"], "split": best["more_before"]}
+    if "more_after" in best:
+        columns["healed"] = best["more_after"]
+    return answers_table({name: more["answers"] for name, more in columns.items()})
 
 
 def write_results(setup: Setup, stages: Stages, rows: list[dict[str, Any]], dense: Stage) -> None:
@@ -358,10 +400,10 @@ def write_results(setup: Setup, stages: Stages, rows: list[dict[str, Any]], dens
     }
     with replacing(out / "model") as link:
         link.symlink_to(Path(best).resolve().relative_to(out.resolve()))
+    report["dense"] = report["dense"] | {"more": measure_more(setup, stages, "dense", None)}
     write_text(out / "table.md", table(report))
     if setup.options.answer_tokens:
-        report["dense"] = report["dense"] | {"answers": answer(setup, stages, "dense", None)}
-        write_text(out / "answers.md", answers_page(report, report["dense"]["answers"]))
+        write_text(out / "answers.md", answers_page(report))
     write_json(out / "report.json", report)
     console.print(table(report), markup=False)
     console.print(f"best on the choice text: {best}", markup=False, soft_wrap=True)

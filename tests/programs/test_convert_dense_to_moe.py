@@ -38,6 +38,7 @@ OPTIONS = [
     "--sizes", "4x2", "8x8", "--split", "random", "clustered", "--heal-steps", "4", "--batch", "2",
     "--block", "32", "--test-tokens", "128", "--calibration-tokens", "256", "--lr", "1e-4", "1e-3",
     "--device", "cpu", "--refit-tokens", "256", "--answer-tokens", "1",
+    "--more-texts", __file__,
 ]  # fmt: skip
 
 
@@ -83,7 +84,12 @@ def test_the_program_reports_every_conversion(program, finished):
     assert table.count("\n") == 2 + 1 + 4
     assert f"| 4 | 2 | random | 50 % | {rows[0]['before']['test']:.2f} |" in table
     # All experts are chosen in the last row: it answers as the dense model does.
-    assert rows[3]["answers_before"] == report["dense"]["answers"]
+    assert rows[3]["more_before"]["answers"] == report["dense"]["more"]["answers"]
+    found, wanted = (
+        more["perplexity"][Path(__file__).stem]
+        for more in (rows[3]["more_before"], report["dense"]["more"])
+    )
+    assert found == pytest.approx(wanted, rel=1e-5)
     answers = (finished / "answers.md").read_text().splitlines()
     assert answers[0] == "| question | dense | split | healed |" and len(answers) == 2 + 20
 

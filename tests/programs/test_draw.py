@@ -305,6 +305,31 @@ def test_runs_that_cannot_be_served_are_refused(program, base, runs, tmp_path, c
     assert "no model" in capsys.readouterr().out
 
 
+def test_a_base_is_taught_every_kind_of_picture(program, base, tmp_path, monkeypatch):
+    """The pipeline, without what makes the default base."""
+    monkeypatch.setattr(program, "TEACHING", {"tokenizer": "patch", "num_codes": 8, "batch": 4})
+    small = {"data": "coloured-digits", "held_out": 40, "image_size": 16, "patch_size": 8}
+    small |= {"text_block": 16, "text_tokens": 32, "samples_per_caption": 1, "guidance": [1.0]}
+    monkeypatch.setattr(program, "RUNS", {"digits": small})
+    served = []
+    monkeypatch.setattr(program, "serve", lambda *given, **options: served.append(given))
+    arguments = [
+        "--base", str(base), "--pictures", "digits", "--steps", "2", "--images", "500",
+        "--film-every", "1", "--device", "cpu", "--out", str(tmp_path), "--serve", "--port", "0",
+    ]  # fmt: skip
+    assert program.main(arguments) == 0
+    assert served == [(str(base), [tmp_path / "digits"])]
+    report = json.loads((tmp_path / "digits" / "report.json").read_text())
+    assert report["settings"]["steps"] == 2 and report["text"]["logits_changed_by_training"] == 0
+    assert (tmp_path / "digits" / "film.gif").exists()
+
+
+def test_runs_without_their_base_are_refused(program, runs, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--run", str(runs[0]), "--serve"])
+    assert "--run needs --base" in capsys.readouterr().err
+
+
 # --- a browser
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -99,10 +100,22 @@ class SmallBodies:
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
             size = dict(scope["headers"]).get(b"content-length", b"")
             if not size.isdigit() or int(size) > limits.MAX_BODY:
+                await _read_on(receive)
                 problem = f"A request must say its length, at most {limits.MAX_BODY:,} bytes."
                 await _problem(413, problem)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+async def _read_on(receive: Callable) -> None:
+    """Read what is still coming, within bounds: who is answered while sending sees no answer."""
+    left = limits.MAX_BODY
+    with anyio.move_on_after(0.5):
+        while left > 0:
+            message = await receive()
+            if not message.get("more_body"):
+                return
+            left -= len(message["body"])
 
 
 def _problem(status: int, sentence: str) -> JSONResponse:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from moe_kernels import extras
 from moe_kernels.programs.shared.cli import console
@@ -31,7 +32,7 @@ def serve(
         ValueError: the runs do not fit the base or each other, or a file is damaged.
         OSError: the port is taken, a file is missing, or there is no such base.
     """
-    uvicorn, _ = (extras.load(name, USER) for name in ("uvicorn", "fastapi"))
+    uvicorn = check_packages()
     with bind(host, port) as listening:
         console.print(f"loading {base}", markup=False)
         loaded = studio.load(base, runs, dtype=dtype, device=device, backend=backend)
@@ -39,6 +40,18 @@ def serve(
         app = import_module("moe_kernels.programs.shared.serving.app").make_app(loaded)
         console.print(f"open {address_of(listening)} in a browser; Ctrl-C stops", markup=False)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
+
+
+def check_server(host: str, port: int) -> None:
+    """Raise, before work of hours, what :func:`serve` would raise: packages, and the port."""
+    check_packages()
+    bind(host, port).close()
+
+
+def check_packages() -> ModuleType:
+    """Return uvicorn; raise ImportError unless the extra `serve` is installed."""
+    uvicorn, _ = (extras.load(name, USER) for name in ("uvicorn", "fastapi"))
+    return uvicorn
 
 
 def bind(host: str, port: int) -> socket.socket:
