@@ -1,4 +1,6 @@
 # make demo      teach a small text model to draw digits; results in out/demo/
+# make draw      convert and heal SmolLM2, teach it coloured digits and emoji (hours on a CPU);
+#                DRAW="--serve" then serves a page
 # make test      run the test suite (under 10 minutes on 2 cores)
 # make test-all  also run the slow tests: builds in empty environments, longer training
 # make test-attacks   interrupt, kill and damage in every way that the suite tries a few of (hours)
@@ -22,7 +24,7 @@
 #   PYTHON   the Python that creates it
 #   PYTEST   arguments for pytest
 #   ATTACKS  which attacks: ATTACKS="--attack-share 10% --attack-seed 1 -k patch_model"
-#   DEMO, BENCH, RESULTS, GPU_CODE   arguments for the demo, benchmarks/run.py,
+#   DEMO, DRAW, BENCH, RESULTS, GPU_CODE   arguments for the demo, moe-kernels draw, benchmarks/run.py,
 #            python/redundancy.py and tools/check_gpu_code.py
 
 TORCH  ?= torch==2.13.0
@@ -56,7 +58,7 @@ $(1)/bin/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 $(1)/bin/python -m pip install -q --no-build-isolation -e ".[$(or $(3),test)]" $(2)
 endef
 
-.PHONY: demo test test-all test-attacks test-sanitized test-scale test-oldest bench results results-quick check-gpu-code docs lint format install clean FORCE
+.PHONY: demo draw test test-all test-attacks test-sanitized test-scale test-oldest bench results results-quick check-gpu-code docs lint format install clean FORCE
 
 $(INSTALLED): $(SOURCES) $(TORCH_WAS)
 	$(call install,$(VENV))
@@ -71,6 +73,10 @@ install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(VENV)/bin/moe-kernels demo $(DEMO)
+
+draw: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet gguf
+	$(VENV)/bin/moe-kernels draw $(DRAW)
 
 test: $(INSTALLED)
 	$(call RUN_TESTS,$(VENV)) -m "not slow and not scale"
