@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels import arguments
 from moe_kernels.conversion.whole import gated_activations
+from moe_kernels.models.undo import all_or_nothing
 from moe_kernels.modes import evaluating, removing_hooks
 from moe_kernels.progress import bar
 
@@ -37,23 +38,34 @@ def refit(
     where h are the hidden states behind the layer, so that each layer also makes up for what the
     layers before it have lost; W_0 is the weight before, and r a hundredth of the mean squared
     activation times the number of tokens. The solution is in closed form: there is no learning
-    rate.
+    rate. Where every token chooses all experts (k = E) there is nothing to make up for: no weight
+    changes.
+
+    In memory, beside both models and a copy of all down_proj, are
+
+    - of each token the hidden states behind the last layer done, of both models, and of one layer
+      the input, the chosen experts and the gates of its experts: 3 H + k floats and k int64;
+    - of each batch the masks and positions that the models give to their layers;
+    - of one layer, of I neurons an expert, the matrix of (E I)^2 float64 and its factors.
 
     Args:
         moe: a model that :func:`dense_to_moe` returned, in float32 or float64; down_proj of its
             routed experts changes in place.
-        dense: its source, on the same device; not changed.
+        dense: its source, on the same device; not changed. Its attention may be implemented in
+            another way ("sdpa", "eager").
         batches: (B, S) int64 token ids without padding. A layer has as many unknowns a row as it
-            has neurons: several times as many tokens are needed. All hidden states of both models
-            are kept, two floats of 32 bits a token and hidden dimension.
+            has neurons: several times as many tokens are needed.
         progress: show a bar or, where there is no terminal, a line every half minute.
 
     Returns:
-        For each layer |h_dense - h_moe|^2 after the fit, as a share of that before.
+        For each layer |h_dense - h_moe|^2 after the fit, as a share of that before; 1.0 if k = E.
 
     Raises:
         TypeError: a batch is no tensor.
-        ValueError: there are no batches, or the weights are in half precision. Nothing has changed.
+        ValueError: there are no batches, or the weights are in half precision.
+        FloatingPointError: activations, errors or the solution are not finite; names the layer.
+
+        After any error, Ctrl-C included, all weights are as they were before the call.
 
     Example:
         >>> import torch
@@ -67,20 +79,35 @@ def refit(
         True
     """
     _check(moe, batches)
-    shares = []
-    with evaluating(moe, dense):
-        entered = [_Batch(*_entry(dense, ids.to(moe.device))) for ids in batches]
-        layers = list(zip(moe.model.layers, dense.model.layers, strict=True))
-        for index, pair in enumerate(bar(layers, desc="refitting", unit="layers", shown=progress)):
-            shares.append(_refit_layer(*pair, entered, index))
-    return shares
+    layers = list(zip(moe.model.layers, dense.model.layers, strict=True))
+    if all(_chooses_all(layer) for layer, _ in layers):
+        return [1.0] * len(layers)
+    fitted = [layer.mlp.experts.down_proj for layer, _ in layers]
+    with all_or_nothing(moe, values=fitted), evaluating(moe, dense):
+        entered = [_Batch(moe, dense, ids.to(moe.device)) for ids in batches]
+        return [
+            _refit_layer(*pair, entered, index)
+            for index, pair in enumerate(
+                bar(layers, desc="refitting", unit="layers", shown=progress)
+            )
+        ]
 
 
 class _Batch:
-    """Hidden states of a batch in both models, and what its forward gives to each layer."""
+    """Hidden states of a batch in both models, and what each model gives to its own layers.
 
-    def __init__(self, entered: Tensor, kwargs: list[dict[str, Any]]):
-        self.state, self.target, self.kwargs = entered, entered, kwargs
+    Masks are not exchanged: that of one implementation of attention, None say, would let another
+    see the future.
+    """
+
+    def __init__(self, moe: PreTrainedModel, dense: PreTrainedModel, ids: Tensor):
+        self.state, self.kwargs = _entry(moe, ids)
+        self.target, self.dense_kwargs = _entry(dense, ids)
+        self.visit: list[Tensor] = []  # what the experts of the present layer were given
+
+
+def _chooses_all(layer: nn.Module) -> bool:
+    return layer.mlp.gate.top_k == layer.mlp.experts.num_experts
 
 
 def _check(moe: PreTrainedModel, batches: Sequence[Tensor]) -> None:
@@ -106,7 +133,7 @@ def _entry(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, 
     with removing_hooks() as hooks:
         for layer in model.model.layers:
             hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
-        model(input_ids=ids, use_cache=False)
+        model.model(input_ids=ids, use_cache=False)  # without the head, whose logits are large
     return entered[0], kwargs
 
 
@@ -119,27 +146,44 @@ def _refit_layer(
     width = down.shape[0] * down.shape[2]
     gram = down.new_zeros(width, width, dtype=torch.float64)
     moment = down.new_zeros(width, down.shape[1], dtype=torch.float64)
-    visits = []
     before = 0.0
     for batch in batches:
-        kwargs = batch.kwargs[index]
-        batch.target = dense_layer(batch.target, **kwargs)
-        with _experts_inputs(experts) as visit:
-            batch.state = layer(batch.state, **kwargs)
-        act, error = gated_activations(experts, *visit), (batch.target - batch.state).flatten(0, 1)
+        batch.target = dense_layer(batch.target, **batch.dense_kwargs[index])
+        with _experts_inputs(experts) as batch.visit:
+            batch.state = layer(batch.state, **batch.kwargs[index])
+        act = gated_activations(experts, *batch.visit)
+        error = (batch.target - batch.state).flatten(0, 1)
         gram += act.T @ act
         moment += act.T @ error
         before += float(error.double().square().sum())
-        visits.append(visit)
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
-    change = torch.linalg.solve(gram, moment).to(down.dtype)  # (E I, H)
-    down += change.view(down.shape[0], down.shape[2], -1).transpose(1, 2)
+    change = _solution(gram, moment, index).to(down.dtype)  # (E I, H)
+    solved = down + change.view(down.shape[0], down.shape[2], -1).transpose(1, 2)
+    _check_finite(solved, "the solution", index)
+    down.copy_(solved)
     after = 0.0
-    for batch, visit in zip(batches, visits, strict=True):
-        added = gated_activations(experts, *visit) @ change
+    for batch in batches:
+        added = gated_activations(experts, *batch.visit) @ change
+        batch.visit = []
         batch.state = batch.state + added.view_as(batch.state)
         after += float((batch.target - batch.state).double().square().sum())
     return after / before if before else 1.0
+
+
+def _solution(gram: Tensor, moment: Tensor, index: int) -> Tensor:
+    """Return the change of down_proj that the sums over tokens ask for; ``gram`` gets the ridge."""
+    _check_finite(gram, "the sum of the activations' products", index)
+    _check_finite(moment, "the error", index)
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
+    return torch.linalg.solve(gram, moment)
+
+
+def _check_finite(tensor: Tensor, quantity: str, index: int) -> None:
+    if not tensor.isfinite().all():
+        raise FloatingPointError(
+            f"{quantity} of layer {index} (model.layers.{index}.mlp.experts) is not finite; no "
+            "weight has changed. Look for NaN and inf in the weights of both models; if there are "
+            "none, convert and refit in float64 (dense.double())"
+        )
 
 
 @contextmanager

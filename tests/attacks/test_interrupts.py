@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from support.dense_zoo import make_dense
 from support.interrupts import LIBRARY, interrupt, lines_of
 from support.mixed_batches import IMAGE, mixed_batches
 from support.model_zoo import VOCAB, make_model, randomise, token_ids
@@ -24,7 +25,7 @@ from moe_kernels import (
     patch_model,
 )
 from moe_kernels.analysis import RoutingRecorder, expert_redundancy
-from moe_kernels.conversion import perplexity
+from moe_kernels.conversion import dense_to_moe, perplexity, refit
 from moe_kernels.modalities import ModalityCollator, add_placeholders, joining_placeholders
 from moe_kernels.models.handle import get_patched
 from moe_kernels.models.peft_format import load_peft_adapter, save_peft_adapter
@@ -106,6 +107,12 @@ def starting_adapters() -> Case:
     add_modality_tokens(model, "image", len(IMAGE))
     batches = mixed_batches(1, num_text=8, num_image=8)
     return Case(model, lambda: initialise_lora(model, batches, max_tokens=4))
+
+
+def refitting() -> Case:
+    dense = make_dense("mistral", num_hidden_layers=1)
+    moe = dense_to_moe(dense, 4, 2)
+    return Case(moe, lambda: refit(moe, dense, [token_ids(2, 6)], progress=False))
 
 
 def extended_model():
@@ -292,7 +299,7 @@ CHANGES = [
     accelerating_peft, undoing_peft, patching, unpatching, adding_tokens, adding_tokens_again,
     extending, extending_again, making_an_extender, adding_a_projector,
     adding_placeholders, starting_adapters, adding_an_adapter, deleting_an_adapter,
-    changing_the_adapter,
+    changing_the_adapter, refitting,
 ]  # fmt: skip
 LOADS = [loading, loading_again, loading_by_name, loading_from_peft]
 LOOKS = [
