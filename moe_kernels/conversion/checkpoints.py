@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from moe_kernels.files import is_of_the_system, replacing
 
-_FORMAT = 2
+_FORMAT = 3
 # Entries of a configuration that say nothing of what the model computes.
 _IRRELEVANT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 

@@ -78,7 +78,9 @@ def heal(
             multiplied by T^2, which keeps the size of its gradient (arXiv 1503.02531, section 2.1).
         autocast: dtype of the matrix products of both models (torch.autocast), such as
             torch.bfloat16, which is several times as fast on processors that multiply it; weights,
-            loss and optimiser stay as they are. None: the weights' own dtype.
+            loss and optimiser stay as they are. Routed experts of which a token chooses fewer than
+            half stay in the weights' dtype unless ``moe`` computes them by "eager", as
+            transformers' grouped_mm ignores autocast. None: the weights' own dtype.
         seed: seed of the order of the batches.
         checkpoint: a folder for ``healing.pt``. If the file exists, this run continues it: pass
             the models with the weights and configurations that the run began with. (``moe`` may

@@ -63,6 +63,54 @@ def test_healing_trains_a_shared_expert_and_its_gate(source):
     assert changed == {n for n, _ in moe.named_parameters() if ".mlp." in n}
 
 
+def test_the_divergence_at_a_temperature():
+    """Two tokens of a vocabulary of two, by hand: T^2 sum p log(p / q), p and q at T = 2.
+
+    Logits (2 log 3, 0) and (0, 0) give p = (3/4, 1/4) and q = (1/2, 1/2); equal ones give 0.
+    """
+    teacher = torch.tensor([[[2 * math.log(3), 0.0], [1.0, 5.0]]], dtype=torch.float64)
+    student = torch.tensor([[[0.0, 0.0], [1.0, 5.0]]], dtype=torch.float64)
+    expected = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
+    found = healing_module.kl_divergence(student, teacher, 2.0)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+def test_healing_reads_its_temperature(source):
+    """The first loss, before any update, against the sum written out."""
+    moe = convert(source)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    ids = batches()[int(order[0])]
+    log_q, log_p = ((logits(m, ids).double() / 3).log_softmax(-1) for m in (moe, source))
+    expected = 9 * float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    report = quick(moe, source, steps=1, temperature=3.0)
+    assert report.losses == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_autocast_is_near_and_keeps_the_weights_in_float32(source):
+    exact, near = convert(source), convert(source)
+    expected = quick(exact, source, steps=3)
+    found = quick(near, source, steps=3, autocast=torch.bfloat16)
+    assert found.losses != expected.losses
+    assert found.losses == pytest.approx(expected.losses, rel=0.1)
+    assert all(parameter.dtype == torch.float32 for parameter in near.parameters())
+    assert not same_state(near, exact) and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_products_of_experts_under_autocast(source, top_k, implementation):
+    """Fewer than half of the experts stay in float32 by grouped_mm, as the docstring says."""
+    dense = make_dense("llama", dtype=torch.float32, intermediate_size=64)
+    moe = dense_to_moe(dense, 4, top_k)
+    moe.set_experts_implementation(implementation)
+    dtypes = set()
+    activation = moe.model.layers[0].mlp.experts.act_fn
+    activation.register_forward_pre_hook(lambda _, args: dtypes.add(args[0].dtype))
+    quick(moe, dense, steps=1, autocast=torch.bfloat16)
+    kept = top_k == 1 and implementation == "grouped_mm"
+    assert dtypes == {torch.float32 if kept else torch.bfloat16}
+
+
 @pytest.mark.parametrize("when", [4, 5])
 def test_a_stopped_healing_ends_with_the_same_bits(source, tmp_path, when):
     whole = convert(source)
@@ -145,7 +193,13 @@ def test_stops_where_the_loss_is_not_finite(source, tmp_path, monkeypatch, cause
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"steps": 20}, "steps was 12"), ({"lr": 1e-2}, "lr was"), ({"seed": 5}, "seed was 0")],
+    [
+        ({"steps": 20}, "steps was 12"),
+        ({"lr": 1e-2}, "lr was"),
+        ({"seed": 5}, "seed was 0"),
+        ({"temperature": 2.0}, "temperature was 1.0 there and is 2.0 now"),
+        ({"autocast": torch.bfloat16}, "autocast was 'None' there and is 'bfloat16' now"),
+    ],
 )
 def test_refuses_the_checkpoint_of_another_run(source, tmp_path, change, match):
     quick(convert(source), source, checkpoint=tmp_path)
@@ -224,6 +278,8 @@ def put(*place):
     ("change", "match"),
     [
         (put("format", None), "of another version of moe_kernels"),
+        # Written before the settings of a run had temperature and autocast.
+        (put("format", 2), "of another version of moe_kernels, .*: delete it"),
         (put("step", -1), "step -1 is not one of 0..12"),
         (put("step", 10**9), "step 1000000000 is not one of"),
         (put("step", True), "step True is not one of"),
@@ -272,6 +328,12 @@ def test_refuses_a_file_that_is_no_checkpoint(source, tmp_path):
         ({"save_every": 0}, "at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": math.nan}, "lr must be positive"),
+        ({"temperature": 0.0}, "temperature must be positive and finite; got 0.0"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"temperature": math.inf}, "temperature must be positive"),
+        ({"temperature": math.nan}, "temperature must be positive"),
+        ({"autocast": torch.float16}, "autocast must be torch.bfloat16 or None"),
+        ({"autocast": "bfloat16"}, "autocast must be torch.bfloat16 or None"),
     ],
 )
 def test_healing_refuses(source, settings, match):
