@@ -19,7 +19,8 @@ settings: a second run, or one that was interrupted, continues where the first s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,22 @@ class ConvertOptions(HealingOptions, SourceTextOptions, RunOptions):
             raise ValueError("give all of --heal-text, --choice-text and --test-text, or none")
         if len(set(self.texts.values())) != len(self.texts):
             raise ValueError("--heal-text, --choice-text and --test-text must be different files")
+        if twice := repeated(Path(file).stem for file in self.more_texts):
+            raise ValueError(
+                f"--more-texts: two files are named {twice}, and figures are kept by this name: "
+                "rename or leave out one of them"
+            )
         _ = self.conversions  # refuse sizes that cannot be read
 
     @property
     def conversions(self) -> list[Conversion]:
         sizes = map(parse_size, self.sizes)
         return [Conversion(*size, split) for size in sizes for split in self.split]
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Return a name that comes twice, if there is one."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -261,7 +272,7 @@ def convert(setup: Setup, stages: Stages, conversion: Conversion) -> Stage:
         )  # fmt: skip
         kept = {"class": type(moe).__name__}
         count = -(-options.refit_tokens // options.block)  # blocks, the last one whole
-        if count and conversion.top_k < conversion.num_experts:  # else it is the dense model
+        if count:
             batches = setup.blocks["heal"][:count].split(options.batch)
             kept["error_left"] = refit(moe, dense, batches)
         return setup.keep(moe, workspace) | kept
@@ -303,7 +314,9 @@ def measure_more(setup: Setup, stages: Stages, name: str, of: Stage | None) -> d
         texts = setup.more_blocks
         found["perplexity"] = stages.run(
             f"texts-{name}",
-            {"texts": {name: digest(blocks) for name, blocks in texts.items()}} | of_model(options),
+            {"texts": {name: digest(blocks) for name, blocks in texts.items()}}
+            | options.pick("block", "batch")
+            | of_model(options),
             lambda _: perplexities(load_stage(options, of), texts, options.batch),
             [of] if of else [],
         ).result
