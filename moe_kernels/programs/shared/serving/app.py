@@ -2,13 +2,14 @@
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,10 +56,16 @@ class Chatting(_Asked):
     adapter: str | None = None
 
 
-def make_app(studio: Studio) -> FastAPI:
-    """Return the app. Each request is computed in a thread of its own."""
+def make_app(studio: Studio, hosts: Sequence[str]) -> FastAPI:
+    """Return the app. Each request is computed in a thread of its own.
+
+    Args:
+        hosts: names by which it may be asked, ["*"] for any. A page of somebody else's, whose name
+            was made to mean this machine, asks by that name.
+    """
     app = FastAPI(title="moe-kernels draw", docs_url=None, redoc_url=None)  # theirs are of a CDN
     app.add_middleware(SmallBodies)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts])
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(Refused, lambda _, error: _problem(422, str(error)))
     app.add_exception_handler(Busy, lambda _, error: _problem(503, str(error)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,6 +14,7 @@ from moe_kernels.programs.shared.cli import console
 from moe_kernels.programs.shared.serving import studio
 
 USER = "moe-kernels draw --serve"
+LOOPBACK = ["127.0.0.1", "localhost"]
 
 
 def serve(
@@ -37,9 +39,15 @@ def serve(
         console.print(f"loading {base}", markup=False)
         loaded = studio.load(base, runs, dtype=dtype, device=device, backend=backend)
         # By its name, as it imports what may be missing.
-        app = import_module("moe_kernels.programs.shared.serving.app").make_app(loaded)
+        app = import_module("moe_kernels.programs.shared.serving.app").make_app(
+            loaded, hosts=LOOPBACK if host in LOOPBACK else ["*"]
+        )
         console.print(f"open {address_of(listening)} in a browser; Ctrl-C stops", markup=False)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+        with contextlib.suppress(
+            KeyboardInterrupt
+        ):  # the way to stop it, and nothing to go on with
+            uvicorn.Server(settings).run([listening])
 
 
 def check_server(host: str, port: int) -> None:
