@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_kernels import ModalityLoraConfig, imaging, patch_model
+from moe_kernels import ModalityLoraConfig, patch_model
 from moe_kernels.analysis import expert_redundancy
 from moe_kernels.conversion import dense_to_moe
 from moe_kernels.programs.shared.coloured_digits import coloured_digits
@@ -23,10 +23,9 @@ from moe_kernels.programs.shared.models import (
     load_tokenizer,
     require_experts,
 )
-from moe_kernels.programs.shared.pictures import CaptionedPictures, TokenizedPictures, spread
+from moe_kernels.programs.shared.pictures import CaptionedPictures, spread
 from moe_kernels.programs.shared.stages import Stages, Workspace, model_identity
 from moe_kernels.programs.shared.text_to_image import (
-    Judge,
     Painter,
     compare_text,
     text_logits,
@@ -35,6 +34,7 @@ from moe_kernels.programs.shared.text_to_image import (
 from moe_kernels.programs.shared.texts import documentation, text_blocks
 from moe_kernels.programs.shared.training import mean_nll, train
 from studies.adapters import describe_model, draw_codes, look, row_start, start_adapters
+from studies.pictures import PictureSplits
 from studies.sweep import record_training, training_arguments
 
 TEXT_BATCH, IMAGE_BATCH = 8, 32
@@ -160,42 +160,19 @@ def ranks_for(target: int, per_rank: Mapping[str, int]) -> dict[str, int]:
     return ranks
 
 
-class Pictures:
-    """Coloured digits for training, for choosing learning rates and for reporting, as codes."""
+class Pictures(PictureSplits):
+    """Coloured digits."""
 
     def __init__(self, budget: Budget, seed: int):
         self.budget, self.seed = budget, seed
+        self.num_codes, self.patch_size = budget.codes, budget.patch_size
 
-    @cached_property
-    def _split(self) -> tuple[CaptionedPictures, CaptionedPictures, CaptionedPictures]:
+    def split(self) -> tuple[CaptionedPictures, CaptionedPictures, CaptionedPictures]:
         budget = self.budget
         count = budget.held_out + budget.choice
         learnt, rest = coloured_digits(budget.image_size, budget.images, count, self.seed)
         choice, test = rest.split(budget.held_out, self.seed)
         return learnt, choice, test
-
-    @cached_property
-    def tokenizer(self) -> imaging.PatchTokenizer:
-        return imaging.PatchTokenizer.fit(
-            self._split[0].images, num_codes=self.budget.codes, patch_size=self.budget.patch_size,
-            seed=self.seed,
-        )  # fmt: skip
-
-    @cached_property
-    def train(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.tokenizer, self._split[0])
-
-    @cached_property
-    def choice(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.tokenizer, self._split[1])
-
-    @cached_property
-    def test(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.tokenizer, self._split[2])
-
-    @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.train, self.test, self.tokenizer, self.seed)
 
     @property
     def asked(self) -> torch.Tensor:

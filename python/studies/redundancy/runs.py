@@ -27,7 +27,6 @@ from moe_kernels.programs.shared.pictures import (
 from moe_kernels.programs.shared.stages import Stages, Workspace
 from moe_kernels.programs.shared.text_model import TextModelSettings, load_text_model, pretrain
 from moe_kernels.programs.shared.text_to_image import (
-    Judge,
     Painter,
     compare_text,
     text_logits,
@@ -35,6 +34,7 @@ from moe_kernels.programs.shared.text_to_image import (
 from moe_kernels.programs.shared.texts import documentation, text_blocks
 from moe_kernels.programs.shared.training import mean_nll, train
 from studies.adapters import draw_codes, look, restart_rows, row_start, start_adapters
+from studies.pictures import PictureSplits
 from studies.sweep import record_training, training_arguments
 
 TEXT_BATCH, IMAGE_BATCH = 32, 100
@@ -126,42 +126,21 @@ class Budget:
     samples_per_caption: int = 10
 
 
-class PictureSplits:
-    """Pictures for training, for choosing learning rates and for reporting, as codes."""
+class Pictures(PictureSplits):
+    """A part of a data set, of which the budget says how large it is."""
+
+    patch_size = 4
 
     def __init__(self, pictures: CaptionedPictures, budget: Budget, num_codes: int, seed: int):
         self.pictures, self.budget = pictures, budget
         self.num_codes, self.seed = num_codes, seed
 
-    @cached_property
-    def _split(self) -> tuple[CaptionedPictures, CaptionedPictures, CaptionedPictures]:
+    def split(self) -> tuple[CaptionedPictures, CaptionedPictures, CaptionedPictures]:
         learnt, rest = self.pictures.split(self.budget.held_out, self.seed)
         choice, test = rest.split(self.budget.held_out // 2, self.seed)
         if self.budget.images < len(learnt):
             _, learnt = learnt.split(self.budget.images, self.seed)
         return learnt, choice, test
-
-    @cached_property
-    def tokenizer(self) -> imaging.PatchTokenizer:
-        return imaging.PatchTokenizer.fit(
-            self._split[0].images, num_codes=self.num_codes, patch_size=4, seed=self.seed
-        )
-
-    @cached_property
-    def train(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.tokenizer, self._split[0])
-
-    @cached_property
-    def choice(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.tokenizer, self._split[1])
-
-    @cached_property
-    def test(self) -> TokenizedPictures:
-        return TokenizedPictures.encode(self.tokenizer, self._split[2])
-
-    @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.train, self.test, self.tokenizer, self.seed)
 
 
 class Setup:
@@ -182,12 +161,12 @@ class Setup:
 
     @cached_property
     def _digits(self) -> PictureSplits:
-        return PictureSplits(digits(), self.budget, self.budget.digit_codes, self.seed)
+        return Pictures(digits(), self.budget, self.budget.digit_codes, self.seed)
 
     @cached_property
     def _emoji(self) -> PictureSplits:
         pictures = emoji(self.emoji, self.budget.emoji_size)
-        return PictureSplits(pictures, self.budget, self.budget.emoji_codes, self.seed)
+        return Pictures(pictures, self.budget, self.budget.emoji_codes, self.seed)
 
     # --- text
 
