@@ -61,6 +61,10 @@ def linear_cross_entropy(
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     rows = weight[:0] if rows is None else rows
     chunk = chunk or (CPU_CHUNK if device.type == "cpu" else CHUNK)
+    # A GPU would have to wait for the number of tokens that are left, and a graph has none.
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        counts = labels != ignore_index
+        hidden_states, labels = hidden_states[counts], labels[counts]
     with without_autocast(device):
         return _LinearCrossEntropy.apply(
             hidden_states, rows, weight, bias, labels, ignore_index, max(1, chunk // columns)

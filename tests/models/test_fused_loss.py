@@ -56,6 +56,16 @@ def test_labels_that_all_do_not_count_and_no_rows():
     assert loss == 0 and not hidden.grad.any()
 
 
+def test_tokens_without_a_label_are_not_computed():
+    """A caption has no labels, and is often longer than its picture."""
+    hidden, weight, bias, rows, labels = inputs()
+    with torch.no_grad():
+        hidden[labels == -100] = torch.nan
+    linear_cross_entropy(hidden, weight, bias, rows, labels).backward()
+    assert hidden.grad.isfinite().all() and not hidden.grad[labels == -100].any()
+    assert hidden.grad[labels != -100].any(1).all() and rows.grad.isfinite().all()
+
+
 def test_it_asks_for_gradients_where_they_are_needed_alone():
     hidden, weight, bias, rows, labels = inputs()
     linear_cross_entropy(hidden, weight, bias, rows.detach(), labels).backward()
