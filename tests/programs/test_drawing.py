@@ -219,7 +219,9 @@ def test_what_a_base_gains_is_its_loss_less_that_of_its_rows_alone(program):
 
 def test_lists_of_a_report_stay_only_if_they_are_short(program):
     report = {"nll": 1.5, "interval": [0.1, 0.2], "codes": [0] * 100, "in": {"curve": [[1]] * 21}}
-    assert program.brief(report) == {"nll": 1.5, "interval": [0.1, 0.2], "in": {}}
+    from studies.drawing.reports import brief
+
+    assert brief(report) == {"nll": 1.5, "interval": [0.1, 0.2], "in": {}}
 
 
 # --- the page
@@ -252,7 +254,7 @@ def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monk
 
     template = tmp_path / "template.md"
     template.write_text("template")
-    study = program.study(None, None, 1e-2, 8000, {})
+    study = program.study(None, None, 1e-2, 8000, {}, {})
     study = dataclasses.replace(study, template=template, draw=lambda *_: None)
     monkeypatch.setattr(sweep, "render", lambda page, *_: f"filled {page}")
     monkeypatch.setattr(sweep, "PAGES", tmp_path / "pages")
@@ -266,7 +268,7 @@ def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monk
 
 
 def test_added_rows_learn_at_the_rate_of_the_option_and_alone_at_the_tuned_one(program):
-    study = program.study(None, None, 0.5, 8000, {})
+    study = program.study(None, None, 0.5, 8000, {}, {})
     assert {run.rows_lr for run in study.runs.values() if run.adapts} == {0.5}
     # So that the run that finds the rate need not be made again.
     for name in ("rows", "dense-rows"):
@@ -282,7 +284,7 @@ def test_what_is_known_of_a_base_is_not_taken_for_that_of_another(program, bases
     from studies import sweep
 
     def facts_of(*folders):
-        study = program.study(*folders, 1e-2, 8000, {})
+        study = program.study(*folders, 1e-2, 8000, {}, {})
         study = dataclasses.replace(
             study, setup=lambda *_: folders, describe=lambda setup: {"base": str(setup[0])}
         )
@@ -316,9 +318,9 @@ def test_reports_of_other_programs_are_values_of_the_page(program, bases, tmp_pa
     good, bad = tmp_path / "report.json", tmp_path / "bad.json"
     good.write_text(json.dumps({"image": {"nll_end": 1.25}, "codes": [0] * 100}))
     bad.write_text("{")
-    given = program.DrawingOptions(page=True, drawing_report=good)
-    facts = program.study(None, None, 1e-2, 8000, given.read_reports()).facts
-    assert report.figure(facts, "reports.drawing") == {"image": {"nll_end": 1.25}}
+    given = program.DrawingOptions(page=True, digits_report=good)
+    facts = program.study(None, None, 1e-2, 8000, given.reports, {}).facts
+    assert report.figure(facts, "reports.digits") == {"image": {"nll_end": 1.25}}
     with pytest.raises(SystemExit):
         program.main("", [*options(bases), "--convert-report", str(bad)])
     assert "bad.json" in capsys.readouterr().err

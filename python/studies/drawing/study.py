@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moe_kernels.programs.shared.cli import option, parse
-from moe_kernels.programs.shared.files import read_json
 from moe_kernels.programs.shared.options import LARGEST_SEED
 from moe_kernels.programs.shared.stages import model_identity
 from studies.adapters import record_look
 from studies.drawing.plots import draw_pictures
+from studies.drawing.reports import copy_sheets, read_reports
 from studies.drawing.runs import (
     Budget,
     Run,
@@ -22,12 +23,12 @@ from studies.drawing.runs import (
     measure_run,
 )
 from studies.drawing.tables import BLOCKS
+from studies.report import Results
 from studies.sweep import Study, SweepOptions, pick, run_study, runs_option
 
 SEEDS = (0, 1, 2)
 CORE_HOURS = 18.0  # fixed in advance, for two cores
 LEARNING_RATES, ROWS_RATES = (5e-4, 1.5e-3, 4e-3), (3e-3, 1e-2, 3e-2)
-_LONGEST = 20  # items of a list of a report that the JSON takes over
 _GW = {"init": "gromov_wasserstein"}
 RUNS = {
     "rows": Run(adapts=(), look=True),
@@ -79,20 +80,30 @@ def budget_of(images: int) -> Budget:
 
 
 def study(
-    base: Path | None, dense: Path | None, rows_lr: float, images: int, reports: Mapping[str, Any]
-) -> Study:
-    """base, dense: as in :class:`Setup`; reports: those of other programs, for the page"""
+    base: Path | None, dense: Path | None, rows_lr: float, images: int,
+    reports: Mapping[str, Any], shown: Mapping[str, Path | None],
+) -> Study:  # fmt: skip
+    """Return the study.
+
+    base, dense: as in :class:`Setup`
+    reports: those of other programs, for the page
+    shown: files of the reports whose pictures the page shows, by name
+    """
 
     def identity(_: Run | None) -> dict[str, Any]:
         folders = {"base": base, "dense": dense}
         return {name: model_identity(str(folder)) for name, folder in folders.items()}
+
+    def draw(data: Results, folder: Path, note: str) -> None:
+        draw_pictures(data, folder, note)
+        copy_sheets(shown, folder)
 
     return Study(
         name="drawing", runs=runs_at(rows_lr), quick_runs=QUICK_RUNS, budget=budget_of(images),
         quick_budget=QUICK, learning_rates=learning_rates, tuned=tuned, measure=measure_run,
         record=record, describe=Setup.to_dict,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, base, dense),
-        cost=None, core_hours=CORE_HOURS, blocks=BLOCKS, draw=draw_pictures, identity=identity,
+        cost=None, core_hours=CORE_HOURS, blocks=BLOCKS, draw=draw, identity=identity,
         facts={"reports": reports}, seeds=SEEDS, template=Path(__file__).with_name("page.md"),
     )  # fmt: skip
 
@@ -120,16 +131,6 @@ def record(run: Run, result: dict[str, Any], is_first: bool) -> dict[str, Any]:
     return kept
 
 
-def brief(report: Any) -> Any:
-    """Return a report without its long lists, such as codes of drawings and curves."""
-    if isinstance(report, dict):
-        short = {key: brief(value) for key, value in report.items()}
-        return {key: value for key, value in short.items() if value is not None}
-    if isinstance(report, list):
-        return [brief(each) for each in report] if len(report) <= _LONGEST else None
-    return report
-
-
 # --- the program
 
 
@@ -151,27 +152,36 @@ class DrawingOptions(SweepOptions):
     images: int = option(
         Budget.images, "pictures that a run learns from", at_least=1_000, metavar="N"
     )
-    convert_report: Path | None = option(
-        None, "report.json of moe-kernels convert, for the page", metavar="FILE", is_file=True
-    )
-    drawing_report: Path | None = option(
-        None, "report.json of moe-kernels train-text-to-image, for the page", metavar="FILE",
-        is_file=True,
+    convert_report: list[Path] = option(
+        [], "report.json of moe-kernels convert, that of the base first, for the page",
+        metavar="FILE", is_file=True,
     )  # fmt: skip
+    digits_report: Path | None = option(
+        None, "report.json of moe-kernels train-text-to-image --data coloured-digits, for the page",
+        metavar="FILE", is_file=True,
+    )  # fmt: skip
+    emoji_report: Path | None = option(
+        None, "the same of --data emoji", metavar="FILE", is_file=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.page and (self.base is None or self.dense is None):
             raise ValueError("--base and --dense are needed for anything but --page")
-        self.read_reports()  # a damaged one is refused before any work
+        assert self.reports is not None  # a damaged one is refused before any work
 
-    def read_reports(self) -> dict[str, Any]:
-        """Return the given reports of other programs, by what the page calls them."""
-        files = {"convert": self.convert_report, "drawing": self.drawing_report}
-        return {name: brief(read_json(file)) for name, file in files.items() if file is not None}
+    @property
+    def runs_shown(self) -> dict[str, Path | None]:
+        return {"digits": self.digits_report, "emoji": self.emoji_report}
+
+    @cached_property
+    def reports(self) -> dict[str, Any]:
+        return read_reports(self.convert_report, self.runs_shown)
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
     given = parse(DrawingOptions, arguments, description)
-    made = study(given.base, given.dense, given.rows_lr, given.images, given.read_reports())
+    made = study(
+        given.base, given.dense, given.rows_lr, given.images, given.reports, given.runs_shown
+    )
     return run_study(made, given)

@@ -1,0 +1,221 @@
+"""Tables of the page of drawing.py out of the reports of other programs: bases, and pictures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.programs.shared.answers import answers_table
+from moe_kernels.programs.shared.files import read_json
+from studies import report
+from studies.report import NotMeasured, Results
+
+# Aims that were set before the runs.
+PERPLEXITY, DIGITS, COMBINATIONS = 23.0, 0.9, 0.85
+# Sheets of a run of train-text-to-image that the page shows, without the guidance in their names.
+_SHEETS = ("samples", "held-out", "failures")
+_LONGEST = 20  # items of a list of a report that the JSON takes over
+GROUPS, ATTRIBUTES = ("trained", "held_out"), ("digit", "colour", "place", "caption")
+
+
+def read_reports(convert: list[Path], runs: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Return the reports as the JSON keeps them.
+
+    convert: of moe-kernels convert; runs: of moe-kernels train-text-to-image, by name
+    """
+    found = {name: brief(read_json(file)) for name, file in runs.items() if file is not None}
+    return found | {"convert": [brief(read_json(file)) for file in convert]}
+
+
+def brief(report: Any) -> Any:
+    """Return a report without its long lists, such as codes of drawings and curves."""
+    if isinstance(report, dict):
+        short = {key: brief(value) for key, value in report.items()}
+        return {key: value for key, value in short.items() if value is not None}
+    if isinstance(report, list):
+        return [brief(each) for each in report] if len(report) <= _LONGEST else None
+    return report
+
+
+def of(data: Results, name: str) -> Any:
+    """Return the report with this name, "convert" (a list), "digits" or "emoji"."""
+    found = data["reports"].get(name)
+    if not found:
+        raise NotMeasured(f"report {name}")
+    return found
+
+
+# --- the bases
+
+
+def bases(data: Results) -> str:
+    """Table of all conversions: their settings, and perplexity before and after healing."""
+    heads = (
+        "E", "k", "shared expert", "split", "refitted on", "trains", "temperature", "healed on",
+        "neurons a token", "before healing", "after", "minutes",
+    )  # fmt: skip
+    reports = of(data, "convert")
+    dense = f"{reports[0]['dense']['perplexity']['test']:.2f}"
+    rows = [["the dense parent", *[""] * 7, "100 %", dense, "", ""]]
+    rows += [_base(each, row) for each in reports for row in each["conversions"]]
+    return report.table(heads, rows)
+
+
+def _base(given: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    settings, healed = given["settings"], "after" in row
+    shared, width = settings["shared_expert"], given["dense"]["intermediate_size"]
+    share = (shared + (width - shared) * row["top_k"] / row["num_experts"]) / width
+    minutes = row["healing"]["seconds"] / 60 if healed else 0
+    return [
+        str(row["num_experts"]), str(row["top_k"]), f"{shared:,}" if shared else "none",
+        row["split"], _tokens(settings["refit_tokens"]),
+        settings["train"] if healed else "", f"{settings['temperature']:g}" if healed else "",
+        _tokens(row["healing"]["tokens"]) if healed else "", f"{100 * share:.0f} %",
+        f"{row['before']['test']:.2f}", f"{row['after']['test']:.2f}" if healed else "",
+        f"{minutes:.0f}" if healed else "",
+    ]  # fmt: skip
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else "not"
+
+
+def answers(data: Results) -> str:
+    """Answers of the dense parent, of the base as it was split, and healed."""
+    for each in of(data, "convert"):
+        best = [row for row in each["conversions"] if row["model"] == each["best_by_choice_text"]]
+        columns = {
+            "dense parent": each["dense"].get("more", {}),
+            "split": best[0].get("more_before", {}),
+            "healed": best[0].get("more_after", {}),
+        }
+        if all("answers" in more for more in columns.values()):
+            return answers_table({name: more["answers"] for name, more in columns.items()}).strip()
+    raise NotMeasured("a report of moe-kernels convert with --answer-tokens")
+
+
+# --- what it was taught
+
+
+def taught(data: Results, name: str) -> str:
+    """Say what a run trained, on how much, for how long, and what became of text."""
+    run = of(data, name)
+    settings, parameters, text = run["settings"], run["parameters"], run["text"]
+    return (
+        f"{settings['steps']:,} steps of {settings['batch']} pictures, "
+        f"{run['image_tokenizer']['tokens_per_image']} tokens each out of "
+        f"{run['image_tokenizer']['codes']:,} codes, in {run['seconds']['teach'] / 60:.0f} minutes "
+        f"on a CPU ({run['threads']} threads); {parameters['trained']:,} of "
+        f"{parameters['total']:,} parameters train. Loss on held-out pictures, nats a token: "
+        f"{run['image']['nll_start']:.2f} before, {run['image']['nll_end']:.2f} after, and "
+        f"{run['image']['nll_adapters_off']:.2f} with the adapters off. Text logits changed: "
+        f"{text['logits_changed_by_training']:,}, on {text['held_out_tokens']:,} tokens"
+    )
+
+
+def read(data: Results, name: str) -> str:
+    """Table of what a reader tells of a run's drawings, by guidance, and of real pictures."""
+    run = of(data, name)
+    made = {f"guidance {scale}": each["read_right"] for scale, each in run["samples"].items()}
+    made |= {
+        "real pictures, through the image tokenizer": run["reader"]["tokenized"],
+        "real pictures": run["reader"]["raw"],
+    }
+    heads = [
+        f"{group}: {'all' if attribute == 'caption' else attribute}"
+        for group in ("trained", "held out")
+        for attribute in ATTRIBUTES
+    ]
+    rows = [
+        [what, *(_share(found[group][kind]) for group in GROUPS for kind in ATTRIBUTES)]
+        for what, found in made.items()
+    ]
+    return report.table(["drawings", *heads], rows)
+
+
+def _share(found: dict[str, Any]) -> str:
+    return f"{100 * found['share']:.0f}"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    low, high = found["interval_95"]
+    return (
+        f"{100 * found['share']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {found['count']:,}"
+    )
+
+
+def best_guidance(run: dict[str, Any]) -> str:
+    """Return the scale at which most captions of training are read right.
+
+    Where no reader tells, it is the largest.
+    """
+    samples = run["samples"]
+    if not run["reader"]:
+        return max(samples, key=float)
+    return max(
+        samples, key=lambda scale: samples[scale]["read_right"]["trained"]["caption"]["share"]
+    )
+
+
+def copies(data: Results, name: str) -> str:
+    """Say how many drawings are nearer to a picture of training than held-out ones are."""
+    run = of(data, name)
+    samples = run["samples"][best_guidance(run)]
+    nearest = samples["nearest_training_distance"]
+    return (
+        f"{samples['copies_of_a_training_image']} of {samples['count']} are copies of a training "
+        f"picture, and {samples['distinct']} are distinct; their mean distance to the nearest "
+        f"one is {nearest['generated']:.2f}, and that of real held-out pictures "
+        f"{nearest['held_out_real']:.2f}"
+    )
+
+
+# --- aims
+
+
+def aims(data: Results) -> str:
+    """Table of the aims that were set before the runs, and what was reached."""
+    base, run = of(data, "convert")[0]["conversions"][0], of(data, "digits")
+    best = best_guidance(run)
+    right = run["samples"][best]["read_right"]
+    digits, combinations = right["trained"]["digit"], right["held_out"]["caption"]
+    changed = run["text"]["logits_changed_by_training"]
+    perplexity, verdict = base["after"]["test"], {True: "reached", False: "**missed**"}
+    rows = [
+        [
+            f"a base with a perplexity of at most {PERPLEXITY:g} on text of another kind",
+            verdict[perplexity <= PERPLEXITY], f"{perplexity:.2f}",
+        ],
+        [
+            f"{DIGITS:.0%} of the digits are read right",
+            verdict[digits["share"] >= DIGITS], f"{_interval(digits)}, guidance {best}",
+        ],
+        [
+            f"{COMBINATIONS:.0%} of the held-out combinations are read right in all three",
+            verdict[combinations["share"] >= COMBINATIONS],
+            f"{_interval(combinations)}, guidance {best}",
+        ],
+        ["text keeps every bit", verdict[changed == 0], f"{changed:,} logits changed"],
+    ]  # fmt: skip
+    return report.table(["aim", "", "figure (95 % interval)"], rows)
+
+
+# --- pictures
+
+
+def copy_sheets(runs: Mapping[str, Path | None], folder: Path) -> None:
+    """Copy the sheets of runs, at the guidance that is read best, and their films.
+
+    runs: reports by name, each in the folder of its run
+    """
+    for name, file in runs.items():
+        if file is None:
+            continue
+        best = best_guidance(read_json(file))
+        sheets = {sheet: f"{sheet}-guidance-{best}.png" for sheet in _SHEETS}
+        sheets |= {"reconstruction": "reconstruction.png", "film": "film.gif"}
+        for sheet, source in sheets.items():
+            if (found := file.parent / source).exists():
+                shutil.copyfile(found, folder / f"drawing-{name}-{sheet}{found.suffix}")
