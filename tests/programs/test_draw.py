@@ -260,6 +260,17 @@ def test_a_fault_of_the_server_is_said(address, studio, monkeypatch):
     assert status == 500 and answer["error"].startswith("The server failed (KeyError)")
 
 
+def test_a_fault_while_drawing_is_not_taken_for_the_visitors(address, monkeypatch):
+    from moe_kernels.programs.shared.serving import studio as module
+
+    def fail(*_, **__):
+        raise ValueError("of the program")
+
+    monkeypatch.setattr(module, "generate_images", fail)
+    status, answer = refusal(f"{address}/api/draw", json.dumps(CAPTION).encode())
+    assert status == 500 and answer["error"].startswith("The server failed (ValueError)")
+
+
 # --- the page
 
 

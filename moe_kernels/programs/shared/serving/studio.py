@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from moe_kernels import ModalityLoraConfig, PatchedModel
 from moe_kernels import load as load_patched
 from moe_kernels.imaging import generate_images, load_image_tokenizer
+from moe_kernels.imaging.generation import check_positions
 from moe_kernels.imaging.tokenizer import ImageTokenizer
 from moe_kernels.programs.shared.files import read_json
 from moe_kernels.programs.shared.models import load_causal_lm, load_tokenizer
@@ -131,20 +132,22 @@ class Studio:
         """Return pictures of a caption.
 
         Raises:
-            Refused: the caption cannot be drawn, or there is no such adapter.
+            Refused: the caption is too long for the model, or there is no such adapter.
             Busy: too many requests wait.
         """
         run = self._run(adapter)
+        length = len(self.tokenizer(caption).input_ids) + run.image_tokenizer.tokens_per_image
+        try:
+            check_positions(self.patched.model, length)
+        except ValueError as error:
+            raise Refused(f"This cannot be drawn: {error}.") from error
         with self._drawing.place(), self.patched.adapter(run.adapter):
-            try:
-                # In one batch, as the pictures of a batch depend on its size.
-                return generate_images(
-                    self.patched.model, [caption] * count, tokenizer=self.tokenizer,
-                    image_tokenizer=run.image_tokenizer, guidance_scale=guidance, seed=seed,
-                    batch_size=count,
-                )  # fmt: skip
-            except ValueError as error:  # as too long a caption
-                raise Refused(f"This cannot be drawn: {error}.") from error
+            # In one batch, as the pictures of a batch depend on its size.
+            return generate_images(
+                self.patched.model, [caption] * count, tokenizer=self.tokenizer,
+                image_tokenizer=run.image_tokenizer, guidance_scale=guidance, seed=seed,
+                batch_size=count,
+            )  # fmt: skip
 
     def chat(self, messages: Sequence[dict[str, str]], adapter: str | None) -> dict[str, Any]:
         """Return the greedy answer to a conversation, and what its text was compared with.
