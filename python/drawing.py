@@ -1,6 +1,6 @@
 """Test on a real base whether the routing does what the paper says, and write the page.
 
-    python python/drawing.py --base MOE --dense DENSE                # everything: eight hours
+    python python/drawing.py --base MOE --dense DENSE    # everything: nine hours of one core
     python python/drawing.py --base MOE --dense DENSE --runs rows attention experts both
     python python/drawing.py --base MOE --dense DENSE --seeds 0      # one seed of every run
     python python/drawing.py --base MOE --dense DENSE --rows-lr 0.03    # of the added rows
@@ -13,15 +13,15 @@ a Llama or Mistral. Every run teaches one of them to draw coloured digits;
 studies/drawing/runs.py defines what a run measures. Seeds differ in adapters, in the order of the
 pictures, and in the handwriting and the combinations that are held out; the bases are the same.
 
-On two cores and a base of 135 M parameters, by an estimate of 600 tokens a second, a run takes 7
-to 8 minutes. So a seed of all 19 runs takes two hours and a half, and three seeds seven hours. The
-runs that choose learning rates, on a seed of their own that is not reported, take another 50
-minutes.
+On one core and a base of 135 M parameters a run takes about eight minutes, so that three seeds of
+all 19 runs take eight hours, and the runs that choose learning rates another 40 minutes. One thread
+a process is the fastest: several processes, each with OMP_NUM_THREADS=1, some runs and an --out of
+its own, share a machine well.
 
 Finished runs are kept under --out, keyed by their settings, and an interrupted sweep continues from
 them, a run from its last checkpoint. So --runs and --seeds make a sweep in parts, each with a
-folder of its own for --results; a last call without them fills the page. Make the run "rows" first:
-the rate that it chooses for added rows alone is the one to give as --rows-lr to all later calls.
+folder of its own for --results. Put the folders under stages/ of all parts together, and a last
+call without --runs and --seeds fills the page.
 """
 
 import sys

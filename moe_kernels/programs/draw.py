@@ -42,15 +42,27 @@ BASE: dict[str, Any] = {
     "sizes": ["8x4"], "split": ["clustered"], "shared_expert": 1152, "calibration_tokens": 4096,
     "heal_steps": 240, "batch": 8, "lr": [2e-4], "test_tokens": 3072, "answer_tokens": 48,
 }  # fmt: skip
-# Options of moe-kernels train-text-to-image that its runs share, and those of each.
+# Options of moe-kernels train-text-to-image that its runs share, and those of each: the page
+# docs/results/drawing.md has what they lead to. One base serves runs with as many codes alone.
 TEACHING: dict[str, Any] = {
-    "tokenizer": "vq", "patch_size": 4, "num_codes": 256, "image_size": 32, "batch": 32, "lr": 1e-3,
+    "num_codes": 1024, "image_size": 32, "lr": 1.5e-3, "rows_lr": 1e-2, "guidance": [1.0, 2.0, 3.0],
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
-    "digits": {"data": "coloured-digits", "held_out": 800},
+    "digits": {
+        "data": "coloured-digits", "held_out": 800, "tokenizer": "vq", "patch_size": 8,
+        "vq_steps": 6000, "batch": 32, "steps": 2400, "samples_per_caption": 6, "film_every": 100,
+    },
     "emoji": {
-        "data": "emoji", "held_out": 50, "held_out_names": ["green heart"],
-        "captions": ["red heart", "blue heart", "yellow heart", "green heart", "red apple"],
+        "data": "emoji", "emoji_categories": ["Smileys & Emotion", "Food & Drink", "Symbols"],
+        "held_out": 20,
+        "held_out_names": ["green heart", "large purple circle", "large blue square"],
+        "captions": [
+            "red heart", "blue heart", "yellow heart", "large green circle", "large green square",
+            "red apple", "green apple", "pineapple", "pear", "broken heart", "pouting face",
+            "cheese wedge", "green heart", "large purple circle", "large blue square",
+        ],
+        "tokenizer": "patch", "patch_size": 4, "batch": 8, "steps": 900, "samples_per_caption": 4,
+        "film_every": 100,
     },
 }  # fmt: skip
 
@@ -79,9 +91,10 @@ class DrawOptions(ServerOptions, ModelOptions):
         None, "unpacked npm package emoji-datasource-twitter; default: npm downloads it",
         is_folder=True,
     )  # fmt: skip
-    steps: int = option(1000, "training steps for each kind of pictures", at_least=1)
+    steps: int | None = option(
+        None, "training steps; default: 2,400 for digits, 900 for emoji", at_least=1
+    )
     images: int | None = option(None, "pictures of each kind to use", at_least=2, metavar="N")
-    film_every: int = option(50, "steps from frame to frame of a film; 0: no film", at_least=0)
     autocast: str = option(
         "none", "dtype of the matrix products that heal the base; see moe-kernels convert",
         choices=tuple(convert_dense_to_moe.AUTOCAST),
@@ -122,7 +135,9 @@ def teaching(options: DrawOptions, name: str) -> TextToImageOptions:
         settings["emoji_folder"] = options.emoji_folder or str(
             fetch_npm_package(EMOJI, options.out / "packages")
         )
-    shared = options.pick("steps", "images", "film_every", "seed", "device", "backend", "dtype")
+    if options.steps is not None:
+        settings["steps"] = options.steps
+    shared = options.pick("images", "seed", "device", "backend", "dtype")
     base = options.base or str(options.out / "base" / "model")
     made = TextToImageOptions(model=base, out=options.out / name, **settings, **shared)
     made.load_pictures()

@@ -332,12 +332,13 @@ def test_a_base_is_taught_every_kind_of_picture(program, base, tmp_path, monkeyp
     monkeypatch.setattr(program, "TEACHING", {"tokenizer": "patch", "num_codes": 8, "batch": 4})
     small = {"data": "coloured-digits", "held_out": 40, "image_size": 16, "patch_size": 8}
     small |= {"text_block": 16, "text_tokens": 32, "samples_per_caption": 1, "guidance": [1.0]}
+    small |= {"film_every": 1}
     monkeypatch.setattr(program, "RUNS", {"digits": small})
     served = []
     monkeypatch.setattr(program, "serve", lambda *given, **options: served.append(given))
     arguments = [
         "--base", str(base), "--pictures", "digits", "--steps", "2", "--images", "500",
-        "--film-every", "1", "--device", "cpu", "--out", str(tmp_path), "--serve", "--port", "0",
+        "--device", "cpu", "--out", str(tmp_path), "--serve", "--port", "0",
     ]  # fmt: skip
     assert program.main(arguments) == 0
     assert served == [(str(base), [tmp_path / "digits"])]

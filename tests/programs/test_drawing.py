@@ -254,7 +254,7 @@ def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monk
 
     template = tmp_path / "template.md"
     template.write_text("template")
-    study = program.study(None, None, 1e-2, 8000, {}, {})
+    study = program.study(None, None, 1e-2, 4000, {}, {})
     study = dataclasses.replace(study, template=template, draw=lambda *_: None)
     monkeypatch.setattr(sweep, "render", lambda page, *_: f"filled {page}")
     monkeypatch.setattr(sweep, "PAGES", tmp_path / "pages")
@@ -268,7 +268,7 @@ def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monk
 
 
 def test_added_rows_learn_at_the_rate_of_the_option_and_alone_at_the_tuned_one(program):
-    study = program.study(None, None, 0.5, 8000, {}, {})
+    study = program.study(None, None, 0.5, 4000, {}, {})
     assert {run.rows_lr for run in study.runs.values() if run.adapts} == {0.5}
     # So that the run that finds the rate need not be made again.
     for name in ("rows", "dense-rows"):
@@ -284,7 +284,7 @@ def test_what_is_known_of_a_base_is_not_taken_for_that_of_another(program, bases
     from studies import sweep
 
     def facts_of(*folders):
-        study = program.study(*folders, 1e-2, 8000, {}, {})
+        study = program.study(*folders, 1e-2, 4000, {}, {})
         study = dataclasses.replace(
             study, setup=lambda *_: folders, describe=lambda setup: {"base": str(setup[0])}
         )
@@ -306,7 +306,8 @@ def test_a_line_of_the_curves_is_the_mean_of_seeds(program):
 
 
 def test_more_pictures_are_more_steps_each_seen_once(program):
-    assert program.budget_of(8000) == program.Budget()
+    usual = program.Budget()
+    assert program.budget_of(usual.images) == usual and usual.steps * usual.batch == usual.images
     longer = program.budget_of(16_000)
     assert longer.steps * longer.batch == longer.images == 16_000
     assert longer.tuning_steps == program.Budget().tuning_steps
@@ -319,7 +320,7 @@ def test_reports_of_other_programs_are_values_of_the_page(program, bases, tmp_pa
     good.write_text(json.dumps({"image": {"nll_end": 1.25}, "codes": [0] * 100}))
     bad.write_text("{")
     given = program.DrawingOptions(page=True, digits_report=good)
-    facts = program.study(None, None, 1e-2, 8000, given.reports, {}).facts
+    facts = program.study(None, None, 1e-2, 4000, given.reports, {}).facts
     assert report.figure(facts, "reports.digits") == {"image": {"nll_end": 1.25}}
     with pytest.raises(SystemExit):
         program.main("", [*options(bases), "--convert-report", str(bad)])
