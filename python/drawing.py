@@ -1,36 +1,64 @@
-"""Test on a real base whether the routing does what the paper says, and write the page.
+"""Write docs/results/drawing.md out of reports of the programs: a base, and what it learnt to draw.
 
-    python python/drawing.py --base MOE --dense DENSE    # everything: nine hours of one core
-    python python/drawing.py --base MOE --dense DENSE --runs rows attention experts both
-    python python/drawing.py --base MOE --dense DENSE --seeds 0      # one seed of every run
-    python python/drawing.py --base MOE --dense DENSE --rows-lr 0.03    # of the added rows
-    python python/drawing.py --base MOE --dense DENSE --images 16000    # runs of twice the length
-    python python/drawing.py --base MOE --dense DENSE --quick        # short: shows that it runs
-    python python/drawing.py --page               # write the page alone, from the JSON
+    python python/drawing.py --convert BASE/report.json MORE/report.json \\
+        --digits DIGITS/report.json --emoji EMOJI/report.json
+    python python/drawing.py              # write the page again, from docs/results/drawing.json
 
-MOE is a Mixture of Experts with a shared expert that moe-kernels convert made of DENSE, its parent,
-a Llama or Mistral. Every run teaches one of them to draw coloured digits;
-studies/drawing/runs.py defines what a run measures. Seeds differ in adapters, in the order of the
-pictures, and in the handwriting and the combinations that are held out; the bases are the same.
-
-On one core and a base of 135 M parameters a run takes about eight minutes, so that three seeds of
-all 19 runs take eight hours, and the runs that choose learning rates another 40 minutes. One thread
-a process is the fastest: several processes, each with OMP_NUM_THREADS=1, some runs and an --out of
-its own, share a machine well.
-
-Finished runs are kept under --out, keyed by their settings, and an interrupted sweep continues from
-them, a run from its last checkpoint. So --runs and --seeds make a sweep in parts, each with a
-folder of its own for --results. Put the folders under stages/ of all parts together, and a last
-call without --runs and --seeds fills the page.
+`make draw` makes such reports, under out/draw: in base, digits and emoji. The page's prose stands
+in docs/results/drawing.md, between markers that this program fills; sheets of pictures and films
+are copied out of the folders of the reports.
 """
 
-import sys
+from __future__ import annotations
 
-from studies.drawing import study
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from studies import drawing, report
+from studies.sweep import PAGES
+
+from moe_kernels.programs.shared.cli import Options, console, exit_code, option, parse
+from moe_kernels.programs.shared.files import read_json, write_json, write_text
+
+
+@dataclass(kw_only=True)
+class PageOptions(Options):
+    """Reports."""
+
+    convert: list[Path] = option(
+        [], "report.json of moe-kernels convert, that of the base first", metavar="FILE",
+        is_file=True,
+    )  # fmt: skip
+    digits: Path | None = option(
+        None, "report.json of a run on coloured digits", metavar="FILE",
+        is_file=True,
+    )  # fmt: skip
+    emoji: Path | None = option(None, "report.json of a run on emoji", metavar="FILE", is_file=True)
+    results: Path = option(PAGES, "folder of the JSON, the page and its pictures", is_folder=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [bool(self.convert), self.digits is not None, self.emoji is not None]
+        if any(given) and not all(given):
+            raise ValueError("give --convert, --digits and --emoji together, or none of them")
+
+
+def run(options: PageOptions) -> None:
+    file = options.results / "drawing.json"
+    if options.convert:
+        runs = {"digits": options.digits, "emoji": options.emoji}
+        write_json(file, drawing.read_reports(options.convert, runs))
+        drawing.copy_sheets(runs, options.results)
+    prose = (PAGES / "drawing.md").read_text(encoding="utf-8")
+    page = report.fill(prose, read_json(file), drawing.BLOCKS)
+    write_text(options.results / "drawing.md", page)
+    console.print(f"written to {options.results}", markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return study.main(__doc__, arguments)
+    options = parse(PageOptions, arguments, __doc__)
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

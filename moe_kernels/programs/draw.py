@@ -44,13 +44,12 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 # Options of moe-kernels train-text-to-image that its runs share, and those of each: the page
 # docs/results/drawing.md has what they lead to. One base serves runs with as many codes alone.
-TEACHING: dict[str, Any] = {
-    "num_codes": 1024, "image_size": 32, "lr": 1.5e-3, "rows_lr": 1e-2, "guidance": [1.0, 2.0, 3.0],
-}  # fmt: skip
+TEACHING: dict[str, Any] = {"num_codes": 1024, "image_size": 32, "lr": 1.5e-3, "rows_lr": 1e-2}
 RUNS: dict[str, dict[str, Any]] = {
     "digits": {
         "data": "coloured-digits", "held_out": 800, "tokenizer": "vq", "patch_size": 8,
         "vq_steps": 6000, "batch": 32, "steps": 2400, "samples_per_caption": 6, "film_every": 100,
+        "guidance": [1.0, 2.0, 3.0],
     },
     "emoji": {
         "data": "emoji", "emoji_categories": ["Smileys & Emotion", "Food & Drink", "Symbols"],
@@ -62,7 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
             "cheese wedge", "green heart", "large purple circle", "large blue square",
         ],
         "tokenizer": "patch", "patch_size": 4, "batch": 8, "steps": 900, "samples_per_caption": 4,
-        "film_every": 100,
+        "film_every": 100, "guidance": [1.0, 1.5], "temperature": 0.5,
     },
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ fills the cells that follow its label or claim in a table.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import takewhile
@@ -56,13 +56,26 @@ def render(page: str, data: Results, blocks: Mapping[str, Block]) -> str:
     Raises:
         ValueError: a block has no marker, or a marker is neither a block nor a value.
     """
-    blocks, names = {**COMMON, **blocks}, dict.fromkeys(markers.names(page, "study"))
-    if missing := sorted({*blocks, "joint"} - {name.split(".")[0] for name in names}):
-        raise ValueError(f"the page has no marker for {', '.join(missing)}")
-    found = {name: _call(name, data, blocks) for name in names if name != "joint"}
+    found = _found(page, data, {**COMMON, **blocks}, ["joint"])
     claims = {claim_of(page, name): v for name, v in found.items() if isinstance(v, Verdict)}
     texts = {name: str(text) for name, text in found.items()}
     return markers.fill(page, texts | {"joint": joint(claims)}, "study")
+
+
+def fill(page: str, data: Results, blocks: Mapping[str, Block]) -> str:
+    """Do as :func:`render` does for a page without runs and verdicts."""
+    texts = {name: str(text) for name, text in _found(page, data, blocks, []).items()}
+    return markers.fill(page, texts, "study")
+
+
+def _found(
+    page: str, data: Results, blocks: Mapping[str, Block], others: Sequence[str]
+) -> dict[str, str | Verdict]:
+    """Return what the page's markers stand for, but those of ``others``."""
+    names = dict.fromkeys(markers.names(page, "study"))
+    if missing := sorted({*blocks, *others} - {name.split(".")[0] for name in names}):
+        raise ValueError(f"the page has no marker for {', '.join(missing)}")
+    return {name: _call(name, data, blocks) for name in names if name not in others}
 
 
 def _call(name: str, data: Results, blocks: Mapping[str, Block]) -> str | Verdict:

@@ -1,327 +1,81 @@
-"""The study on a real base, here a tiny one: its sweep, its page, and its measures."""
+"""The page of what a real base learnt to draw: tables out of reports of the programs."""
 
-import dataclasses
 import json
-import math
 import re
 
 import pytest
-import torch
-from support.programs import STUDIES, imported, save_byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from PIL import Image
+from support.programs import STUDIES, imported
 
-from moe_kernels.conversion import dense_to_moe
-
-TEMPLATE = STUDIES / "studies" / "drawing" / "page.md"
-NAMES = [
-    "rows", "attention", "experts", "both", "all-tokens", "dense-experts", "layers-alike",
-    "init-permuted", "init-gromov_wasserstein", "lora-permuted",
-]  # fmt: skip
+RESULTS = STUDIES.parent / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
 def program():
-    with imported("drawing"):
-        from studies.drawing import study
+    with imported("drawing") as loaded:
+        yield loaded
 
-        yield study
 
+def test_the_page_is_the_one_that_the_json_gives(program):
+    data, page = (json.loads((RESULTS / "drawing.json").read_text()),
+                  (RESULTS / "drawing.md").read_text())  # fmt: skip
+    assert program.report.fill(page, data, program.drawing.BLOCKS) == page
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (RESULTS / picture).is_file(), picture
 
-@pytest.fixture(scope="module")
-def runs(program):
-    from studies.drawing import runs
 
-    return runs
+def test_a_report_is_kept_without_long_lists_and_paths_of_a_machine(program):
+    report = {
+        "nll": 1.5, "interval": [0.1, 0.2], "codes": [0] * 100, "in": {"curve": [[1]] * 21},
+        "model": "/home/somebody/out/heal-8x4/model",
+    }  # fmt: skip
+    kept = {"nll": 1.5, "interval": [0.1, 0.2], "in": {}, "model": "heal-8x4/model"}
+    assert program.drawing.brief(report) == kept
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Folders of a tiny Mixture of Experts with a shared expert, and of its dense parent."""
-    root = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
-    dense = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-            tie_word_embeddings=True,
-        )
-    ).eval()  # fmt: skip
-    calibration = [torch.randint(0, 256, (4, 64))]
-    moe = dense_to_moe(dense, 4, 2, shared_expert=32, calibration=calibration)
-    for name, model in (("moe", moe), ("dense", dense)):
-        model.save_pretrained(root / name)
-        save_byte_tokenizer(root / name)
-    return root / "moe", root / "dense"
+def test_the_guidance_is_chosen_on_captions_of_training(program):
+    def read(trained, held_out):
+        shares = {"trained": trained, "held_out": held_out}
+        return {"read_right": {group: {"caption": {"share": s}} for group, s in shares.items()}}
 
+    samples = {"1": read(0.5, 0.9), "2": read(0.7, 0.1), "3": read(0.6, 0.2)}
+    assert program.drawing.best_guidance({"reader": {"raw": {}}, "samples": samples}) == "2"
+    assert program.drawing.best_guidance({"reader": None, "samples": samples}) == "1"
 
-def options(bases):
-    return ["--base", str(bases[0]), "--dense", str(bases[1])]
 
+def test_an_aim_that_is_missed_is_said_to_be(program):
+    data = json.loads((RESULTS / "drawing.json").read_text())
+    run = data["digits"]
+    best = program.drawing.best_guidance(run)
+    for share, word in ((0.849, "**missed**"), (0.85, "reached")):
+        run["samples"][best]["read_right"]["held_out"]["caption"]["share"] = share
+        (row,) = [r for r in program.drawing.aims(data).split("\n") if "held-out" in r]
+        assert word in row
 
-@pytest.fixture
-def setup(runs, program, bases, tmp_path):
-    from moe_kernels.programs.shared.stages import Stages
 
-    return runs.Setup(program.QUICK, 0, Stages(tmp_path), *bases)
-
-
-@pytest.mark.slow
-def test_a_sweep_on_a_tiny_base_writes_its_page_and_a_second_one_computes_nothing(
-    program, bases, tmp_path, monkeypatch
-):
-    pytest.importorskip("ot")
-    monkeypatch.setattr("moe_kernels.programs.shared.reader._STEPS", 10)
-    command = ["--quick", *options(bases), "--runs", *NAMES, "--out", str(tmp_path)]
-    assert program.main("", command) == 0
-    data = json.loads((tmp_path / "drawing.json").read_text())
-    assert data["runs"].keys() == set(NAMES)
-    results = {name: run["seeds"]["0"] for name, run in data["runs"].items()}
-    for name, result in results.items():
-        changed = result["text"]["logits_changed_by_training"]
-        assert (changed > 0) == (name == "all-tokens"), name
-        assert math.isfinite(result["test_nll"])
-        assert [step for step, _ in result["curve"]] == [0, 1, 2, 4, 9, 16, 20]
-        assert set(result["read"]) == {"trained", "held_out"}
-    whole = results["experts"]["adapter_parameters"]
-    for name in ("attention", "both", "dense-experts"):
-        assert results[name]["adapter_parameters"] == pytest.approx(whole, rel=0.05)
-    assert results["rows"]["adapter_parameters"] == 0
-    assert 3 * results["layers-alike"]["adapter_parameters"] == whole
-    page = (tmp_path / "drawing.md").read_text()
-    assert "| both | 0 |" in page and "9 runs, each on 256 text tokens; 0 logits" in page
-    assert "not measured: run dense-rows" in page and "not measured: run both" not in page
-    for name in ("curves", "divergence", "similarity"):
-        assert (tmp_path / f"drawing-{name}.png").read_bytes().startswith(b"\x89PNG"), name
-
-    def fail(*_):
-        raise AssertionError("a finished run was computed again")
-
-    monkeypatch.setattr(program, "measure_run", fail)
-    assert program.main("", command) == 0
-    assert json.loads((tmp_path / "drawing.json").read_text()) == data
-    (tmp_path / "drawing.md").unlink()
-    assert program.main("", ["--page", "--results", str(tmp_path)]) == 0
-    assert (tmp_path / "drawing.md").read_text() == page
-
-
-# --- adapters of as many parameters
-
-
-@pytest.mark.parametrize("name", ["attention", "experts", "both", "dense-experts"])
-def test_adapters_of_compared_runs_have_as_many_parameters(program, runs, setup, name):
-    from moe_kernels import patch_model
-
-    run = program.RUNS[name]
-    patched = patch_model(setup.load(run.base), setup.config_of(run))
-    target = setup.budget.rank * setup.facts["per_rank"]["moe"]["experts"]
-    trained, _ = patched.count_parameters()
-    assert trained == pytest.approx(target, rel=runs.EQUAL)
-    kinds = {
-        kind: sum(
-            parameter.numel()
-            for parameter_name, parameter in patched.named_trainable_parameters()
-            if bool(re.search(r"\.[qkvo]_proj\b", parameter_name)) == (kind == "attention")
-        )
-        for kind in ("experts", "attention")
-    }
-    for kind, count in kinds.items():
-        expected = target / len(run.adapts) if kind in run.adapts else 0
-        assert count == pytest.approx(expected, rel=0.1), kind
-
-
-def test_ranks_that_cannot_be_equal_are_refused(runs):
-    assert runs.ranks_for(1000, {"experts": 100, "attention": 50}) == {
-        "experts": 5,
-        "attention": 10,
-    }
-    with pytest.raises(ValueError, match="would have 600 parameters .* raise Budget.rank"):
-        runs.ranks_for(500, {"experts": 600})
-
-
-def test_the_dense_parent_as_two_experts_computes_the_same(setup, bases):
-    from moe_kernels.programs.shared.models import load_causal_lm
-
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        ours = setup.load("dense")(input_ids=ids).logits
-        theirs = load_causal_lm(bases[1], "float32", "cpu")(input_ids=ids).logits
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_of_three_neighbours_the_layer_with_the_most_or_least_alike_experts_is_taken(runs):
-    similarity = [0.1, 0.3, 0.2, 0.9, 0.5, 0.7, 0.0]
-    assert runs.layers_of(similarity, "alike") == (1, 3)
-    assert runs.layers_of(similarity, "unlike") == (0, 4)
-    assert runs.layers_of([0.2, 0.1], "alike") == (0,)
-
-
-@pytest.mark.parametrize(
-    ("swap", "problem"),
-    [("moe moe", "has experts"), ("dense dense", "dense 'llama' model"), ("moe other", "32 and 8")],
-)
-def test_bases_that_do_not_belong_together_are_refused(runs, bases, tmp_path, swap, problem):
-    folders = {"moe": bases[0], "dense": bases[1], "other": tmp_path}
-    config = json.loads((bases[1] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 8}))
-    problem = "hidden_size is 8 and 32" if swap == "moe other" else problem
-    with pytest.raises(ValueError, match=problem):
-        runs.check_kinship(*(folders[name] for name in swap.split()))
-
-
-# --- measures
-
-
-def test_the_curve_is_measured_from_the_first_step_and_at_four_fifths(runs):
-    steps = runs.evaluation_steps(500, 14)
-    assert steps[:2] == [0, 1] and steps[-1] == 500 and 400 in steps
-    apart = [b / a for a, b in zip(steps[1:], steps[2:], strict=False)]
-    assert max(apart) <= 2 and len(steps) <= 16
-
-
-def test_a_run_that_still_falls_has_not_converged(runs):
-    # As one over the steps, and flat.
-    falling = [[step, 10 / step] for step in (1, 10, 80, 100)]
-    assert runs.fall_at_end(falling) == pytest.approx(0.2)
-    assert runs.fall_at_end([[0, 5.0], [1, 3.0], [4, 2.0], [5, 2.0]]) == 0
-    assert runs.fall_at_end([[0, 5.0], [4, 2.0], [5, 2.1]]) < 0
-
-
-def test_the_mean_over_log_steps_is_lower_for_a_faster_run(runs):
-    flat = [[0, 99.0], [1, 2.0], [7, 2.0], [100, 2.0]]
-    assert runs.mean_over_log_steps(flat) == pytest.approx(2)
-    # It falls evenly over the logarithm, wherever it was measured.
-    even = [[step, 3 - math.log10(step)] for step in (1, 5, 10, 80, 100)]
-    assert runs.mean_over_log_steps(even) == pytest.approx(2)
-    early = [[1, 3.0], [10, 1.0], [100, 1.0]]
-    late = [[1, 3.0], [10, 3.0], [100, 1.0]]
-    assert runs.mean_over_log_steps(early) < runs.mean_over_log_steps(late)
-
-
-def result(loss, **others):
-    return {"test_nll": loss, **others}
-
-
-def data_of(**losses):
-    return {
-        "runs": {
-            name: {"seeds": {str(seed): result(loss) for seed, loss in enumerate(numbers)}}
-            for name, numbers in losses.items()
-        }
-    }
-
-
-def test_what_a_base_gains_is_its_loss_less_that_of_its_rows_alone(program):
-    from studies.drawing import verdicts
-
-    data = data_of(a=[1.0, 2.0], rows=[3.0, 3.0], b=[2.0, 2.0, 9.0], others=[2.5, 2.5])
-    assert verdicts.more_than_rows(data, "a", "rows", "b", "others").tolist() == [-1.5, -0.5]
-
-
-def test_lists_of_a_report_stay_only_if_they_are_short(program):
-    report = {"nll": 1.5, "interval": [0.1, 0.2], "codes": [0] * 100, "in": {"curve": [[1]] * 21}}
-    from studies.drawing.reports import brief
-
-    assert brief(report) == {"nll": 1.5, "interval": [0.1, 0.2], "in": {}}
-
-
-# --- the page
-
-
-def test_the_template_shows_every_run_and_has_no_figure(program):
-    page = TEMPLATE.read_text()
-    rows = "learns|read|captions|text|routing|start-row"
-    named = set(re.findall(rf"<!-- study:(?:{rows})\.([\w-]+)", page))
-    assert named == program.RUNS.keys()
-    assert set(program.QUICK_RUNS) <= program.RUNS.keys()
-    filled = re.findall(r"<!-- study:([\w.-]+) -->\s*[^<\s]", page)
-    assert filled == [], "figures and verdicts come from the JSON"
-    starts = set(re.findall(r"<!-- study:start\.(\w+\.[\w-]+) -->", page))
-    from studies.drawing import verdicts
-    from studies.starts import GW
-
-    groups = verdicts.STARTS.groups
-    assert starts == {
-        f"{where}.{name}" for where, names in groups.items() for name in names if GW in name
-    }
-    claims = re.findall(r"^\| (.+?) \| <!-- study:([\w.-]+) --><!-- /study:\2 --> \|$", page, re.M)
-    kinds = {*verdicts.VERDICTS, "lower", "forgets"}
-    claims = {(claim, name) for claim, name in claims if name.split(".")[0] in kinds}
-    assert len(dict(claims)) == len(claims) == len({name for _, name in claims})
-
-
-def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monkeypatch):
-    from studies import sweep
-
-    template = tmp_path / "template.md"
-    template.write_text("template")
-    study = program.study(None, None, 1e-2, 4000, {}, {})
-    study = dataclasses.replace(study, template=template, draw=lambda *_: None)
-    monkeypatch.setattr(sweep, "render", lambda page, *_: f"filled {page}")
-    monkeypatch.setattr(sweep, "PAGES", tmp_path / "pages")
-    (tmp_path / "pages").mkdir()
-    (tmp_path / "drawing.json").write_text(json.dumps({"runs": {}, "budget": {}}))
-    sweep.write_page(study, tmp_path / "drawing.json", tmp_path)
-    assert (tmp_path / "drawing.md").read_text() == "filled template"
-    (tmp_path / "pages" / "drawing.md").write_text("prose of today")
-    sweep.write_page(study, tmp_path / "drawing.json", tmp_path)
-    assert (tmp_path / "drawing.md").read_text() == "filled prose of today"
-
-
-def test_added_rows_learn_at_the_rate_of_the_option_and_alone_at_the_tuned_one(program):
-    study = program.study(None, None, 0.5, 4000, {}, {})
-    assert {run.rows_lr for run in study.runs.values() if run.adapts} == {0.5}
-    # So that the run that finds the rate need not be made again.
-    for name in ("rows", "dense-rows"):
-        assert study.runs[name] == program.RUNS[name]
-    assert study.learning_rates(study.runs["rows"]) == program.ROWS_RATES
-    assert study.learning_rates(study.runs["both"]) == program.LEARNING_RATES
-    tuned = study.tuned(study.runs["init-gromov_wasserstein"])
-    assert tuned.tunes and tuned.init == "normal" and tuned.rows_lr == 0.5
-    assert tuned.trains == study.runs["both"].trains != study.runs["dense-both"].trains
-
-
-def test_what_is_known_of_a_base_is_not_taken_for_that_of_another(program, bases, tmp_path):
-    from studies import sweep
-
-    def facts_of(*folders):
-        study = program.study(*folders, 1e-2, 4000, {}, {})
-        study = dataclasses.replace(
-            study, setup=lambda *_: folders, describe=lambda setup: {"base": str(setup[0])}
-        )
-        return sweep.Sweep(study, program.QUICK, tmp_path).describe(0)
-
-    assert facts_of(*bases) == {"base": str(bases[0])}
-    assert facts_of(*reversed(bases)) == {"base": str(bases[1])}
-
-
-def test_a_line_of_the_curves_is_the_mean_of_seeds(program):
-    from studies.drawing import plots
-
-    curves = [[[0, 9.0], [1, 4.0], [10, 2.0]], [[0, 9.0], [1, 6.0], [10, 1.0]]]
-    seeds = {str(seed): {"curve": curve} for seed, curve in enumerate(curves)}
-    figure = plots.plot_curves({"runs": {"rows": {"seeds": seeds}}})
-    (line,) = figure.axes[0].get_lines()
-    assert line.get_xdata().tolist() == [1, 10] and line.get_ydata().tolist() == [5.0, 1.5]
-    assert not figure.axes[2].get_lines()
-
-
-def test_more_pictures_are_more_steps_each_seen_once(program):
-    usual = program.Budget()
-    assert program.budget_of(usual.images) == usual and usual.steps * usual.batch == usual.images
-    longer = program.budget_of(16_000)
-    assert longer.steps * longer.batch == longer.images == 16_000
-    assert longer.tuning_steps == program.Budget().tuning_steps
-
-
-def test_reports_of_other_programs_are_values_of_the_page(program, bases, tmp_path, capsys):
-    from studies import report
-
-    good, bad = tmp_path / "report.json", tmp_path / "bad.json"
-    good.write_text(json.dumps({"image": {"nll_end": 1.25}, "codes": [0] * 100}))
-    bad.write_text("{")
-    given = program.DrawingOptions(page=True, digits_report=good)
-    facts = program.study(None, None, 1e-2, 4000, given.reports, {}).facts
-    assert report.figure(facts, "reports.digits") == {"image": {"nll_end": 1.25}}
+def test_some_reports_without_the_others_are_refused(program, tmp_path, capsys):
+    (tmp_path / "report.json").write_text("{}")
     with pytest.raises(SystemExit):
-        program.main("", [*options(bases), "--convert-report", str(bad)])
-    assert "bad.json" in capsys.readouterr().err
+        program.main(["--digits", str(tmp_path / "report.json")])
+    assert "together, or none" in capsys.readouterr().err
+
+
+def test_reports_fill_the_page_and_their_sheets_are_copied(program, tmp_path, monkeypatch):
+    """The reports of the page itself, as if they had just been made."""
+    data = json.loads((RESULTS / "drawing.json").read_text())
+    arguments = ["--results", str(tmp_path / "results")]
+    (tmp_path / "results").mkdir()
+    for name in ("convert", "digits", "emoji"):
+        (tmp_path / name).mkdir()
+        made = data["convert"][0] if name == "convert" else data[name]
+        (tmp_path / name / "report.json").write_text(json.dumps(made))
+        arguments += [f"--{name}", str(tmp_path / name / "report.json")]
+    best = program.drawing.best_guidance(data["digits"])
+    sheet = Image.effect_noise((64, 64), 50).convert("RGB")
+    sheet.save(tmp_path / "digits" / f"held-out-guidance-{best}.png")
+    assert program.main(arguments) == 0
+    copied = Image.open(tmp_path / "results" / "drawing-digits-held-out.png")
+    assert copied.size == sheet.size and len(copied.getcolors()) <= 256
+    again = json.loads((tmp_path / "results" / "drawing.json").read_text())
+    assert again == data | {"convert": data["convert"][:1]}
+    assert "<!-- study:aims -->\n\n| aim |" in (tmp_path / "results" / "drawing.md").read_text()

@@ -22,14 +22,16 @@ DECLARED = {
     "analyze_routing": "RoutingOptions",
     "convert_dense_to_moe": "ConvertOptions",
     "demo": "DemoOptions",
-    "drawing": "study.DrawingOptions",
+    "drawing": "PageOptions",
     "estimate_memory": "EstimateOptions",
     "extend_experts": "ExtendOptions",
     "generate_images": "DrawOptions",
     "moextend": "study.MoExtendOptions",
+    "pathways": "study.PathwaysOptions",
     "redundancy": "study.RedundancyOptions",
     "train_text_to_image": "TextToImageOptions",
 }
+STUDY_PAGES = ("drawing", "moextend", "pathways", "redundancy")  # not run as files by the tests
 COMMAND_OF = {
     command.module.split(".")[-1]: f"moe-kernels {name}"
     for name, command in commands.COMMANDS.items()
@@ -45,7 +47,7 @@ def test_help_explains_every_option(name, capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     command = COMMAND_OF.get(name, f"python python/{name}.py")
-    assert f"usage: {command} " in text or name in ("drawing", "moextend", "redundancy")
+    assert f"usage: {command} " in text or name in STUDY_PAGES
     assert text.count(command) > 1, "no example of a call"
     for field in fields:
         if "help" in field.metadata:
@@ -69,8 +71,8 @@ def test_options_are_declared_as_fields_alone():
         ("moextend", ["--emoji", "."], "unrecognized arguments"),
         ("redundancy", ["--runs", "emoji-plora"], "['emoji-plora'] need --real or --emoji"),
         ("redundancy", ["--real", "nowhere"], "there is no folder nowhere"),
-        ("drawing", ["--runs", "both"], "--base and --dense are needed for anything but --page"),
-        ("drawing", ["--base", ".", "--dense", "nowhere"], "there is no folder nowhere"),
+        ("pathways", ["--runs", "both"], "--base and --dense are needed for anything but --page"),
+        ("pathways", ["--base", ".", "--dense", "nowhere"], "there is no folder nowhere"),
     ],
 )
 def test_studies_refuse_what_they_cannot_run(name, arguments, message, capsys):

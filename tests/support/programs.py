@@ -16,7 +16,7 @@ def imported(name):
     """Import a module of moe_kernels/programs, or of python/, which is on the path meanwhile."""
     for needed in ("mlxtend", "sklearn", "matplotlib", "rich", "accelerate", "tokenizers"):
         pytest.importorskip(needed)
-    is_study = name.split(".")[0] in ("drawing", "moextend", "redundancy", "studies")
+    is_study = name.split(".")[0] in ("drawing", "moextend", "pathways", "redundancy", "studies")
     sys.path.insert(0, str(STUDIES))
     try:
         with pytest.MonkeyPatch.context() as patch:

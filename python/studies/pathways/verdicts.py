@@ -1,4 +1,4 @@
-"""Verdicts on the claims of arXiv 2503.22517, out of the JSON of drawing.py."""
+"""Verdicts on the claims of arXiv 2503.22517, out of the JSON of pathways.py."""
 
 from functools import partial
 from typing import Any

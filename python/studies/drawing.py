@@ -7,44 +7,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from moe_kernels.programs.shared.answers import answers_table
 from moe_kernels.programs.shared.files import read_json
 from studies import report
-from studies.report import NotMeasured, Results
+from studies.report import Block, NotMeasured, Results
 
 # Aims that were set before the runs.
 PERPLEXITY, DIGITS, COMBINATIONS = 23.0, 0.9, 0.85
 # Sheets of a run of train-text-to-image that the page shows, without the guidance in their names.
 _SHEETS = ("samples", "held-out", "failures")
+_COLOURS = 256
 _LONGEST = 20  # items of a list of a report that the JSON takes over
 GROUPS, ATTRIBUTES = ("trained", "held_out"), ("digit", "colour", "place", "caption")
 
 
-def read_reports(convert: list[Path], runs: Mapping[str, Path | None]) -> dict[str, Any]:
+def read_reports(convert: list[Path], runs: Mapping[str, Path]) -> Results:
     """Return the reports as the JSON keeps them.
 
     convert: of moe-kernels convert; runs: of moe-kernels train-text-to-image, by name
     """
-    found = {name: brief(read_json(file)) for name, file in runs.items() if file is not None}
+    found = {name: brief(read_json(file)) for name, file in runs.items()}
     return found | {"convert": [brief(read_json(file)) for file in convert]}
 
 
 def brief(report: Any) -> Any:
-    """Return a report without its long lists, such as codes of drawings and curves."""
+    """Return a report without its long lists, such as codes of drawings, and with short paths."""
     if isinstance(report, dict):
         short = {key: brief(value) for key, value in report.items()}
         return {key: value for key, value in short.items() if value is not None}
     if isinstance(report, list):
         return [brief(each) for each in report] if len(report) <= _LONGEST else None
+    if isinstance(report, str) and Path(report).is_absolute():
+        return "/".join(Path(report).parts[-2:])
     return report
-
-
-def of(data: Results, name: str) -> Any:
-    """Return the report with this name, "convert" (a list), "digits" or "emoji"."""
-    found = data["reports"].get(name)
-    if not found:
-        raise NotMeasured(f"report {name}")
-    return found
 
 
 # --- the bases
@@ -56,7 +53,7 @@ def bases(data: Results) -> str:
         "E", "k", "shared expert", "split", "refitted on", "trains", "temperature", "healed on",
         "neurons a token", "before healing", "after", "minutes",
     )  # fmt: skip
-    reports = of(data, "convert")
+    reports = data["convert"]
     dense = f"{reports[0]['dense']['perplexity']['test']:.2f}"
     rows = [["the dense parent", *[""] * 7, "100 %", dense, "", ""]]
     rows += [_base(each, row) for each in reports for row in each["conversions"]]
@@ -84,7 +81,7 @@ def _tokens(count: int) -> str:
 
 def answers(data: Results) -> str:
     """Answers of the dense parent, of the base as it was split, and healed."""
-    for each in of(data, "convert"):
+    for each in data["convert"]:
         best = [row for row in each["conversions"] if row["model"] == each["best_by_choice_text"]]
         columns = {
             "dense parent": each["dense"].get("more", {}),
@@ -96,18 +93,36 @@ def answers(data: Results) -> str:
     raise NotMeasured("a report of moe-kernels convert with --answer-tokens")
 
 
+def other_texts(data: Results) -> str:
+    """Table of the first conversion's perplexity on further texts."""
+    first = data["convert"][0]
+    row = first["conversions"][0]
+    columns = {
+        "dense parent": first["dense"].get("more", {}),
+        "before healing": row.get("more_before", {}),
+        "after": row.get("more_after", {}),
+    }
+    if not all("perplexity" in more for more in columns.values()):
+        raise NotMeasured("a report of moe-kernels convert with --more-texts")
+    rows = [
+        [name, *(f"{more['perplexity'][name]:.2f}" for more in columns.values())]
+        for name in columns["after"]["perplexity"]
+    ]
+    return report.table(["text", *columns], rows)
+
+
 # --- what it was taught
 
 
 def taught(data: Results, name: str) -> str:
     """Say what a run trained, on how much, for how long, and what became of text."""
-    run = of(data, name)
+    run = data[name]
     settings, parameters, text = run["settings"], run["parameters"], run["text"]
     return (
         f"{settings['steps']:,} steps of {settings['batch']} pictures, "
         f"{run['image_tokenizer']['tokens_per_image']} tokens each out of "
         f"{run['image_tokenizer']['codes']:,} codes, in {run['seconds']['teach'] / 60:.0f} minutes "
-        f"on a CPU ({run['threads']} threads); {parameters['trained']:,} of "
+        f"on a CPU; {parameters['trained']:,} of "
         f"{parameters['total']:,} parameters train. Loss on held-out pictures, nats a token: "
         f"{run['image']['nll_start']:.2f} before, {run['image']['nll_end']:.2f} after, and "
         f"{run['image']['nll_adapters_off']:.2f} with the adapters off. Text logits changed: "
@@ -117,7 +132,7 @@ def taught(data: Results, name: str) -> str:
 
 def read(data: Results, name: str) -> str:
     """Table of what a reader tells of a run's drawings, by guidance, and of real pictures."""
-    run = of(data, name)
+    run = data[name]
     made = {f"guidance {scale}": each["read_right"] for scale, each in run["samples"].items()}
     made |= {
         "real pictures, through the image tokenizer": run["reader"]["tokenized"],
@@ -149,11 +164,11 @@ def _interval(found: dict[str, Any]) -> str:
 def best_guidance(run: dict[str, Any]) -> str:
     """Return the scale at which most captions of training are read right.
 
-    Where no reader tells, it is the largest.
+    Where no reader tells, it is the smallest.
     """
     samples = run["samples"]
-    if not run["reader"]:
-        return max(samples, key=float)
+    if not run.get("reader"):
+        return min(samples, key=float)
     return max(
         samples, key=lambda scale: samples[scale]["read_right"]["trained"]["caption"]["share"]
     )
@@ -161,14 +176,14 @@ def best_guidance(run: dict[str, Any]) -> str:
 
 def copies(data: Results, name: str) -> str:
     """Say how many drawings are nearer to a picture of training than held-out ones are."""
-    run = of(data, name)
+    run = data[name]
     samples = run["samples"][best_guidance(run)]
     nearest = samples["nearest_training_distance"]
     return (
-        f"{samples['copies_of_a_training_image']} of {samples['count']} are copies of a training "
-        f"picture, and {samples['distinct']} are distinct; their mean distance to the nearest "
-        f"one is {nearest['generated']:.2f}, and that of real held-out pictures "
-        f"{nearest['held_out_real']:.2f}"
+        f"{samples['copies_of_a_training_image']['generated']} of {samples['count']} drawings are "
+        f"copies of a training picture, and {samples['distinct']} are distinct; their mean "
+        f"distance to the nearest one is {nearest['generated']:.2f}, and that of real held-out "
+        f"pictures {nearest['held_out_real']:.2f}"
     )
 
 
@@ -177,7 +192,7 @@ def copies(data: Results, name: str) -> str:
 
 def aims(data: Results) -> str:
     """Table of the aims that were set before the runs, and what was reached."""
-    base, run = of(data, "convert")[0]["conversions"][0], of(data, "digits")
+    base, run = data["convert"][0]["conversions"][0], data["digits"]
     best = best_guidance(run)
     right = run["samples"][best]["read_right"]
     digits, combinations = right["trained"]["digit"], right["held_out"]["caption"]
@@ -189,11 +204,11 @@ def aims(data: Results) -> str:
             verdict[perplexity <= PERPLEXITY], f"{perplexity:.2f}",
         ],
         [
-            f"{DIGITS:.0%} of the digits are read right",
+            f"{100 * DIGITS:g} % of the digits are read right",
             verdict[digits["share"] >= DIGITS], f"{_interval(digits)}, guidance {best}",
         ],
         [
-            f"{COMBINATIONS:.0%} of the held-out combinations are read right in all three",
+            f"{100 * COMBINATIONS:g} % of the held-out combinations are read right in all three",
             verdict[combinations["share"] >= COMBINATIONS],
             f"{_interval(combinations)}, guidance {best}",
         ],
@@ -202,20 +217,39 @@ def aims(data: Results) -> str:
     return report.table(["aim", "", "figure (95 % interval)"], rows)
 
 
+def times(data: Results) -> str:
+    """Table of the minutes that the steps of `make draw` took."""
+    seconds = {"base": data["convert"][0]["seconds"]}
+    seconds |= {name: data[name]["seconds"] for name in ("digits", "emoji")}
+    minutes = {name: sum(each.values()) / 60 for name, each in seconds.items()}
+    minutes["together"] = sum(minutes.values())
+    rows = [[name, f"{each:.0f}"] for name, each in minutes.items()]
+    return report.table(["step", "minutes"], rows)
+
+
 # --- pictures
 
 
-def copy_sheets(runs: Mapping[str, Path | None], folder: Path) -> None:
+def copy_sheets(runs: Mapping[str, Path], folder: Path) -> None:
     """Copy the sheets of runs, at the guidance that is read best, and their films.
+
+    Sheets get a palette, which makes them a sixth as large.
 
     runs: reports by name, each in the folder of its run
     """
     for name, file in runs.items():
-        if file is None:
-            continue
         best = best_guidance(read_json(file))
         sheets = {sheet: f"{sheet}-guidance-{best}.png" for sheet in _SHEETS}
-        sheets |= {"reconstruction": "reconstruction.png", "film": "film.gif"}
-        for sheet, source in sheets.items():
-            if (found := file.parent / source).exists():
-                shutil.copyfile(found, folder / f"drawing-{name}-{sheet}{found.suffix}")
+        for sheet, source in (sheets | {"reconstruction": "reconstruction.png"}).items():
+            if (file.parent / source).exists():
+                with Image.open(file.parent / source) as drawn:
+                    few = drawn.convert("RGB").quantize(_COLOURS, Image.Quantize.FASTOCTREE)
+                few.save(folder / f"drawing-{name}-{sheet}.png", optimize=True)
+        if (film := file.parent / "film.gif").exists():
+            shutil.copyfile(film, folder / f"drawing-{name}-film.gif")
+
+
+BLOCKS: dict[str, Block] = {
+    "aims": aims, "answers": answers, "bases": bases, "copies": copies, "drawings": read,
+    "other-texts": other_texts, "taught": taught, "times": times,
+}  # fmt: skip

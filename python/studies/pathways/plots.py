@@ -1,4 +1,4 @@
-"""The pictures of drawing.py's page."""
+"""The pictures of pathways.py's page."""
 
 from pathlib import Path
 
@@ -26,15 +26,15 @@ _PANELS = {
 def draw_pictures(data: Results, folder: Path, note: str = "") -> None:
     """Draw all pictures of the page whose runs were made; note: a line below each."""
     if any(name in data["runs"] for names in _PANELS.values() for name in names):
-        save_figure(plot_curves(data), folder / "drawing-curves.png", note)
+        save_figure(plot_curves(data), folder / "pathways-curves.png", note)
     if "both" not in data["runs"]:
         return
     _, result = next(iter(report.seeds_of(data, "both").items()))
     statistics = {when: looks.routings(data, "both", when)[0] for when in looks.WHEN}
-    save_figure(analysis.plot_divergence(statistics), folder / "drawing-divergence.png", note)
+    save_figure(analysis.plot_divergence(statistics), folder / "pathways-divergence.png", note)
     pairs = [result[f"look_{when}"]["pairs"] for when in looks.WHEN]
     similar = map(analysis.ExpertRedundancy.from_dict, pairs)
-    save_figure(analysis.plot_redundancy(*similar), folder / "drawing-similarity.png", note)
+    save_figure(analysis.plot_redundancy(*similar), folder / "pathways-similarity.png", note)
 
 
 def plot_curves(data: Results) -> Figure:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,8 @@ from moe_kernels.programs.shared.cli import option, parse
 from moe_kernels.programs.shared.options import LARGEST_SEED
 from moe_kernels.programs.shared.stages import model_identity
 from studies.adapters import record_look
-from studies.drawing.plots import draw_pictures
-from studies.drawing.reports import copy_sheets, read_reports
-from studies.drawing.runs import (
+from studies.pathways.plots import draw_pictures
+from studies.pathways.runs import (
     Budget,
     Run,
     Setup,
@@ -22,13 +19,13 @@ from studies.drawing.runs import (
     mean_over_log_steps,
     measure_run,
 )
-from studies.drawing.tables import BLOCKS
-from studies.report import Results
+from studies.pathways.tables import BLOCKS
 from studies.sweep import Study, SweepOptions, pick, run_study, runs_option
 
 SEEDS = (0, 1, 2)
 CORE_HOURS = 10.0  # fixed in advance
-LEARNING_RATES, ROWS_RATES = (5e-4, 1.5e-3, 4e-3), (3e-3, 1e-2, 3e-2)
+LEARNING_RATES, ROWS_RATES = (1.5e-3, 4e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+EXPERTS_RATES = (4e-3, 1e-2, 2.5e-2)  # a routed expert's adapters see a part of the tokens
 _GW = {"init": "gromov_wasserstein"}
 RUNS = {
     "rows": Run(adapts=(), look=True),
@@ -60,7 +57,10 @@ QUICK = Budget(
 
 
 def learning_rates(run: Run) -> tuple[float, ...]:
-    return LEARNING_RATES if run.adapts else ROWS_RATES
+    if not run.adapts:
+        return ROWS_RATES
+    routed_alone = run.base == "moe" and run.adapts == ("experts",)
+    return EXPERTS_RATES if routed_alone else LEARNING_RATES
 
 
 def tuned(run: Run) -> Run:
@@ -80,31 +80,21 @@ def budget_of(images: int) -> Budget:
 
 
 def study(
-    base: Path | None, dense: Path | None, rows_lr: float, images: int,
-    reports: Mapping[str, Any], shown: Mapping[str, Path | None],
+    base: Path | None, dense: Path | None, rows_lr: float, images: int
 ) -> Study:  # fmt: skip
-    """Return the study.
-
-    base, dense: as in :class:`Setup`
-    reports: those of other programs, for the page
-    shown: files of the reports whose pictures the page shows, by name
-    """
+    """base, dense: as in :class:`Setup`"""
 
     def identity(_: Run | None) -> dict[str, Any]:
         folders = {"base": base, "dense": dense}
         return {name: model_identity(str(folder)) for name, folder in folders.items()}
 
-    def draw(data: Results, folder: Path, note: str) -> None:
-        draw_pictures(data, folder, note)
-        copy_sheets(shown, folder)
-
     return Study(
-        name="drawing", runs=runs_at(rows_lr), quick_runs=QUICK_RUNS, budget=budget_of(images),
+        name="pathways", runs=runs_at(rows_lr), quick_runs=QUICK_RUNS, budget=budget_of(images),
         quick_budget=QUICK, learning_rates=learning_rates, tuned=tuned, measure=measure_run,
         record=record, describe=Setup.to_dict,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, base, dense),
-        cost=None, core_hours=CORE_HOURS, blocks=BLOCKS, draw=draw, identity=identity,
-        facts={"reports": reports}, seeds=SEEDS, template=Path(__file__).with_name("page.md"),
+        cost=None, core_hours=CORE_HOURS, blocks=BLOCKS, draw=draw_pictures, identity=identity,
+        seeds=SEEDS, template=Path(__file__).with_name("page.md"),
     )  # fmt: skip
 
 
@@ -135,7 +125,7 @@ def record(run: Run, result: dict[str, Any], is_first: bool) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class DrawingOptions(SweepOptions):
+class PathwaysOptions(SweepOptions):
     """Study."""
 
     seeds: list[int] | None = option(
@@ -152,36 +142,13 @@ class DrawingOptions(SweepOptions):
     images: int = option(
         Budget.images, "pictures that a run learns from", at_least=1_000, metavar="N"
     )
-    convert_report: list[Path] = option(
-        [], "report.json of moe-kernels convert, that of the base first, for the page",
-        metavar="FILE", is_file=True,
-    )  # fmt: skip
-    digits_report: Path | None = option(
-        None, "report.json of moe-kernels train-text-to-image --data coloured-digits, for the page",
-        metavar="FILE", is_file=True,
-    )  # fmt: skip
-    emoji_report: Path | None = option(
-        None, "the same of --data emoji", metavar="FILE", is_file=True
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.page and (self.base is None or self.dense is None):
             raise ValueError("--base and --dense are needed for anything but --page")
-        assert self.reports is not None  # a damaged one is refused before any work
-
-    @property
-    def runs_shown(self) -> dict[str, Path | None]:
-        return {"digits": self.digits_report, "emoji": self.emoji_report}
-
-    @cached_property
-    def reports(self) -> dict[str, Any]:
-        return read_reports(self.convert_report, self.runs_shown)
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
-    given = parse(DrawingOptions, arguments, description)
-    made = study(
-        given.base, given.dense, given.rows_lr, given.images, given.reports, given.runs_shown
-    )
-    return run_study(made, given)
+    given = parse(PathwaysOptions, arguments, description)
+    return run_study(study(given.base, given.dense, given.rows_lr, given.images), given)

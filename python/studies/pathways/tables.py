@@ -1,10 +1,9 @@
-"""Rows, tables and values of the page of drawing.py."""
+"""Rows, tables and values of the page of pathways.py."""
 
 import numpy as np
 
 from studies import looks, report
-from studies.drawing import reports
-from studies.drawing.verdicts import SPEED, STARTS, VERDICTS
+from studies.pathways.verdicts import SPEED, STARTS, VERDICTS
 from studies.report import (
     SETUP,
     Block,
@@ -16,6 +15,7 @@ from studies.report import (
 )
 from studies.starts import gradient_ratio
 
+GROUPS, ATTRIBUTES = ("trained", "held_out"), ("digit", "colour", "place", "caption")
 CONVERGED = 0.01  # a run whose loss falls by less than this share in its last fifth
 # Runs that train as many parameters in all layers.
 _EQUAL = ("attention", "experts", "both", "dense-experts", "dense-both")
@@ -38,8 +38,8 @@ def right(where: str) -> tuple[report.Column, ...]:
     """Columns of the shares read right in per cent, of trained and of held-out combinations."""
     return tuple(
         spread(f"{where}.{group}.{attribute}", 0, scale=100)
-        for group in reports.GROUPS
-        for attribute in reports.ATTRIBUTES
+        for group in GROUPS
+        for attribute in ATTRIBUTES
     )
 
 
@@ -116,12 +116,6 @@ def rows_rate(data: Results) -> str:
 LOSS = (spread("test_nll"), report.difference)
 BLOCKS: dict[str, Block] = {
     **VERDICTS,
-    "aims": reports.aims,
-    "bases": reports.bases,
-    "answers": reports.answers,
-    "taught": reports.taught,
-    "drawings": reports.read,
-    "copies": reports.copies,
     "base": base,
     "equal": equal,
     "converged": converged_runs,
@@ -132,7 +126,7 @@ BLOCKS: dict[str, Block] = {
     ),
     "read": report.row(*right("read")),
     "reader": lambda data: report.row(*right("reader"))(data, SETUP),
-    "captions": report.row(*(spread(f"test_nll_by_captions.{group}") for group in reports.GROUPS)),
+    "captions": report.row(*(spread(f"test_nll_by_captions.{group}") for group in GROUPS)),
     "text": report.row(
         report.SEEDS, spread("text.nll_unpatched"), spread("text.nll_before_training"),
         spread("text.nll_after_training"), report.count("text.logits_changed_by_training"),
