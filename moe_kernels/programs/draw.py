@@ -49,7 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "digits": {
         "data": "coloured-digits", "held_out": 800, "tokenizer": "vq", "patch_size": 8,
         "vq_steps": 6000, "batch": 32, "steps": 2400, "samples_per_caption": 6, "film_every": 100,
-        "guidance": [1.0, 2.0, 3.0],
+        "guidance": [1.0, 2.0, 3.0, 4.0, 6.0],
     },
     "emoji": {
         "data": "emoji", "emoji_categories": ["Smileys & Emotion", "Food & Drink", "Symbols"],

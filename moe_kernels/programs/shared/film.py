@@ -107,4 +107,4 @@ def _panel(pictures: list[Image.Image], captions: Sequence[str], step: int) -> I
         pen.rectangle((left - 1, top - 1, left + _SIDE, top + _SIDE), outline="lightgrey")
         lines = textwrap.wrap(caption, 18, max_lines=2, placeholder="...")
         pen.multiline_text((left, top + _SIDE + 2), "\n".join(lines), "black", font, spacing=1)
-    return panel.quantize(64)
+    return panel.quantize(128, Image.Quantize.FASTOCTREE)  # keeps colours that are rare
