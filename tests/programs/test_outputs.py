@@ -119,10 +119,10 @@ PROGRAMS = {
     "analyze_routing": ["MODEL"],
     "convert_dense_to_moe": ["MODEL"],
     "demo": ["--quick"],
-    "drawing": ["--quick", "--base", ".", "--dense", "."],
     "extend_experts": ["--quick"],
     "generate_images": ["MODEL", "--run", "RUN", "--captions", "a"],
     "moextend": ["--quick"],
+    "pathways": ["--quick", "--base", ".", "--dense", "."],
     "redundancy": ["--quick"],
     "train_text_to_image": ["MODEL"],
 }

@@ -3,6 +3,7 @@
 import numpy as np
 
 from studies import looks, report
+from studies.drawing import ATTRIBUTES, GROUPS
 from studies.pathways.verdicts import SPEED, STARTS, VERDICTS
 from studies.report import (
     SETUP,
@@ -15,7 +16,6 @@ from studies.report import (
 )
 from studies.starts import gradient_ratio
 
-GROUPS, ATTRIBUTES = ("trained", "held_out"), ("digit", "colour", "place", "caption")
 CONVERGED = 0.01  # a run whose loss falls by less than this share in its last fifth
 # Runs that train as many parameters in all layers.
 _EQUAL = ("attention", "experts", "both", "dense-experts", "dense-both")
