@@ -32,16 +32,16 @@ def read_reports(convert: list[Path], runs: Mapping[str, Path]) -> Results:
     return found | {"convert": [brief(read_json(file)) for file in convert]}
 
 
-def brief(report: Any) -> Any:
+def brief(found: Any) -> Any:
     """Return a report without its long lists, such as codes of drawings, and with short paths."""
-    if isinstance(report, dict):
-        short = {key: brief(value) for key, value in report.items()}
+    if isinstance(found, dict):
+        short = {key: brief(value) for key, value in found.items()}
         return {key: value for key, value in short.items() if value is not None}
-    if isinstance(report, list):
-        return [brief(each) for each in report] if len(report) <= _LONGEST else None
-    if isinstance(report, str) and Path(report).is_absolute():
-        return "/".join(Path(report).parts[-2:])
-    return report
+    if isinstance(found, list):
+        return [brief(each) for each in found] if len(found) <= _LONGEST else None
+    if isinstance(found, str) and Path(found).is_absolute():
+        return "/".join(Path(found).parts[-2:])
+    return found
 
 
 # --- the bases
@@ -204,7 +204,7 @@ def aims(data: Results) -> str:
             verdict[perplexity <= PERPLEXITY], f"{perplexity:.2f}",
         ],
         [
-            f"{100 * DIGITS:g} % of the digits are read right",
+            f"{100 * DIGITS:g} % of the digits of captions of training are read right",
             verdict[digits["share"] >= DIGITS], f"{_interval(digits)}, guidance {best}",
         ],
         [
