@@ -1,22 +1,20 @@
 """Test on a real base whether the routing does what the paper says, and write the page.
 
-    python python/pathways.py --base MOE --dense DENSE    # everything: nine hours of one core
+    python python/pathways.py --base MOE --dense DENSE    # everything: seven hours of one core
     python python/pathways.py --base MOE --dense DENSE --runs rows attention experts both
     python python/pathways.py --base MOE --dense DENSE --seeds 0      # one seed of every run
-    python python/pathways.py --base MOE --dense DENSE --rows-lr 0.03    # of the added rows
-    python python/pathways.py --base MOE --dense DENSE --images 16000    # runs of twice the length
     python python/pathways.py --base MOE --dense DENSE --quick        # short: shows that it runs
     python python/pathways.py --page               # write the page alone, from the JSON
 
 MOE is a Mixture of Experts with a shared expert that moe-kernels convert made of DENSE, its parent,
 a Llama or Mistral. Every run teaches one of them to draw coloured digits;
-studies/drawing/runs.py defines what a run measures. Seeds differ in adapters, in the order of the
+studies/pathways/runs.py defines what a run measures. Seeds differ in adapters, in the order of the
 pictures, and in the handwriting and the combinations that are held out; the bases are the same.
 
-On one core and a base of 135 M parameters a run takes about eight minutes, so that three seeds of
-all 19 runs take eight hours, and the runs that choose learning rates another 40 minutes. One thread
-a process is the fastest: several processes, each with OMP_NUM_THREADS=1, some runs and an --out of
-its own, share a machine well.
+On one core and a base of 135 M parameters an epoch takes about five minutes. Runs that compare what
+trains have three epochs, and runs that compare starts have one. One thread a process is the
+fastest: several processes, each with OMP_NUM_THREADS=1, some runs and an --out of its own, share a
+machine well.
 
 Finished runs are kept under --out, keyed by their settings, and an interrupted sweep continues from
 them, a run from its last checkpoint. So --runs and --seeds make a sweep in parts, each with a

@@ -13,11 +13,9 @@ from studies.report import Results
 # Runs of a panel of curves, by its title.
 _PANELS = {
     "what trains": ("rows", "attention", "experts", "both"),
-    "Mixture of Experts and dense parent": (
-        "rows", "dense-rows", "experts", "dense-experts", "both", "dense-both",
-    ),
+    "Mixture of Experts and dense parent": ("rows", "dense-rows", "experts", "dense-experts"),
     "starts": (
-        "both", "init-permuted", "init-gromov_wasserstein", "lora-permuted",
+        "init-normal", "init-permuted", "init-gromov_wasserstein", "lora-permuted",
         "lora-gromov_wasserstein",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Runs of the drawing study: what each trains, on what, and how it is measured."""
+"""Runs of the study of pathways: what each trains, on what, and how it is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, patch_model
-from moe_kernels.analysis import expert_redundancy
 from moe_kernels.conversion import dense_to_moe
 from moe_kernels.programs.shared.coloured_digits import coloured_digits
 from moe_kernels.programs.shared.models import (
@@ -33,24 +32,31 @@ from moe_kernels.programs.shared.text_to_image import (
 )
 from moe_kernels.programs.shared.texts import documentation, text_blocks
 from moe_kernels.programs.shared.training import mean_nll, train
-from studies.adapters import describe_model, draw_codes, look, row_start, start_adapters
+from studies.adapters import (
+    describe_model,
+    draw_codes,
+    look,
+    restart_rows,
+    row_start,
+    start_adapters,
+)
 from studies.pictures import PictureSplits
 from studies.sweep import record_training, training_arguments
 
 TEXT_BATCH, IMAGE_BATCH = 8, 32
 EQUAL = 0.05  # largest share by which adapters may miss the number of parameters that all have
-_NEIGHBOURS = 3  # layers of which one is taken for its experts' likeness
+_WARMUP = 0.05  # of the steps
+_CALIBRATION_BLOCKS = 32  # of text that tells which neurons of the dense parent are most active
 
 
 @dataclass(frozen=True)
 class Run:
     """Settings of one training.
 
-    base: "moe", or "dense": its parent, each feed-forward as two experts that every token uses
+    base: "moe", or "dense": its parent, in experts of the same shape that every token uses
     adapts: what gets low-rank updates, each the same share of the parameters; () is added rows
         alone
-    layers: "all"; "alike" or "unlike": of each three neighbours the layer whose experts are the
-        most, or the least, alike on text
+    epochs: number of times that each picture is seen
     all_tokens: update text tokens too, a control
     init, solver, feature_metric, row_metric: start of the added rows
     lora_init: start of the adapters
@@ -62,7 +68,7 @@ class Run:
 
     base: str = "moe"
     adapts: tuple[str, ...] = ("experts", "attention")
-    layers: str = "all"
+    epochs: int = 3
     all_tokens: bool = False
     init: str = "normal"
     solver: str = "semirelaxed"
@@ -85,14 +91,14 @@ class Run:
 class Budget:
     """Sizes and lengths that all runs of a sweep share.
 
-    A picture is 16 tokens: a digit's box is 2x2 patches at each of its places. With 512 codes a
-    reader that learnt from such pictures tells 9 in 10 digits and colours of decoded ones; with
-    256 codes it takes one colour in six for another.
+    A picture is 16 tokens: a digit's box is 2x2 patches at each of its places. A reader that learnt
+    from such pictures takes one colour in six for another after 256 codes, and few after 512.
 
     rank: of the experts' adapters, where they alone are adapted; sets the parameters of all runs
-    images: pictures to learn from, each seen once
+    images: pictures to learn from
     held_out: pictures to report
     choice: held-out pictures to choose learning rates by, and for the curve of a training
+    steps: of one epoch
     points: of that curve, evenly spaced on a logarithmic scale
     captions: numbers of captions of training that are drawn, as many as are held out
     """
@@ -117,28 +123,18 @@ class Budget:
     dtype: str = "bfloat16"
 
 
+def warmup_steps(steps: int) -> int:
+    return round(_WARMUP * steps)
+
+
 def evaluation_steps(steps: int, points: int) -> list[int]:
     """Return steps from 0 to the last, about evenly spaced by their logarithm.
 
-    The end of the fourth fifth is one of them, from where :func:`fall_at_end` measures.
+    Two of them are where measures of the curve begin: the end of the warm-up, from where
+    :func:`mean_over_log_steps` measures, and of the fourth fifth, for :func:`fall_at_end`.
     """
     spaced = (round(steps ** (i / (points - 1))) for i in range(points))
-    return sorted({0, *spaced, round(0.8 * steps), steps})
-
-
-def layers_of(similarity: Sequence[float], which: str) -> tuple[int, ...]:
-    """Return of each three neighbouring layers the one with the most "alike" or "unlike" experts.
-
-    So both choices have the same number of layers, and lie at about the same depth. A rest of less
-    than three layers is left out, unless there are no more.
-
-    Args:
-        similarity: of the experts of each layer
-    """
-    size = min(_NEIGHBOURS, len(similarity))
-    best = max if which == "alike" else min
-    starts = range(0, len(similarity) - size + 1, size)
-    return tuple(best(range(i, i + size), key=similarity.__getitem__) for i in starts)
+    return sorted({0, *spaced, warmup_steps(steps), round(0.8 * steps), steps})
 
 
 def ranks_for(target: int, per_rank: Mapping[str, int]) -> dict[str, int]:
@@ -198,10 +194,22 @@ class Setup:
         """Load "moe" or "dense", with the attention that is fast for short sequences on a CPU."""
         model = load_causal_lm(self.base if base == "moe" else self.dense, self.budget.dtype, "cpu")
         if base == "dense":
-            # Two experts that every token uses compute what the dense layer does, up to rounding.
-            model = dense_to_moe(model, 2, 2)
+            model = self._shape_like_base(model)
         model.set_attn_implementation("eager")
         return model
+
+    def _shape_like_base(self, dense: PreTrainedModel) -> PreTrainedModel:
+        """Part the dense model into a shared expert and experts of the base's sizes, all chosen.
+
+        It computes what the dense model does, up to rounding, and the same adapters fit it.
+        """
+        config = load_config(self.base)
+        experts = count_experts(config)
+        return dense_to_moe(
+            dense, experts, experts, shared_expert=config.shared_expert_intermediate_size,
+            calibration=[self.text("train", _CALIBRATION_BLOCKS)],
+            calibration_tokens=128 * _CALIBRATION_BLOCKS,
+        )  # fmt: skip
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -210,12 +218,15 @@ class Setup:
     @cached_property
     def blocks(self) -> torch.Tensor:
         """(blocks, 128) token ids of held-out text."""
-        blocks = text_blocks(self.tokenizer, documentation()["test"], 128, 128)
-        return blocks[: self.budget.text_blocks]
+        return self.text("test", self.budget.text_blocks)
+
+    def text(self, part: str, blocks: int) -> torch.Tensor:
+        """Return (blocks, 128) token ids of a part of Python's documentation."""
+        return text_blocks(self.tokenizer, documentation()[part], 128, 128)[:blocks]
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Sizes, text losses and similarity of the bases before any training, for all seeds."""
+        """Sizes and text losses of the bases before any training, for all seeds."""
         identities = {
             name: model_identity(str(folder))
             for name, folder in (("base", self.base), ("dense", self.dense))
@@ -229,47 +240,47 @@ class Setup:
             "base": describe_model(self.base, self.base.name)
             | {"intermediate_size": config.moe_intermediate_size}
             | {"shared_expert": config.shared_expert_intermediate_size},
-            "per_rank": {},
             "text_nll": {},
         }
+        embeddings = []
         for name in ("moe", "dense"):
             model = self.load(name)
             logits = text_logits(model, self.blocks, model.config.vocab_size, TEXT_BATCH)
             found["text_nll"][name] = text_nll(logits, self.blocks)
-            found["per_rank"][name] = {
-                kind: parameters_per_rank(model, kind) for kind in ("experts", "attention")
-            }
-            if name == "moe":
-                text = [{"input_ids": ids} for ids in self.blocks.split(TEXT_BATCH)]
-                found["similarity"] = expert_redundancy(model, text).mean().tolist()
-        return found
+            embeddings.append(model.get_input_embeddings().weight)
+        if not torch.equal(*embeddings):  # splitting and healing leave them alone
+            raise ValueError(
+                f"--dense {self.dense} is not the parent of --base {self.base}: their embeddings "
+                "differ"
+            )
+        kinds = ("experts", "attention")
+        return found | {"per_rank": {kind: parameters_per_rank(model, kind) for kind in kinds}}
 
     def config_of(self, run: Run) -> ModalityLoraConfig:
         """Return the run's adapters: as many parameters a layer as those of any other run."""
         if not run.adapts:
             return ModalityLoraConfig(target_modules=())
         facts = self.facts
-        per_rank = {kind: facts["per_rank"][run.base][kind] for kind in run.adapts}
-        ranks = ranks_for(self.budget.rank * facts["per_rank"]["moe"]["experts"], per_rank)
+        per_rank = {kind: facts["per_rank"][kind] for kind in run.adapts}
+        ranks = ranks_for(self.budget.rank * facts["per_rank"]["experts"], per_rank)
         first, *others = run.adapts
         names = {"attention": "[qkvo]_proj", "experts": "(gate_up|down)_proj"}
-        layers = None if run.layers == "all" else layers_of(facts["similarity"], run.layers)
         return ModalityLoraConfig(
             r=ranks[first], lora_alpha=2 * ranks[first], target_modules=run.adapts,
             rank_pattern={names[kind]: ranks[kind] for kind in others},
             alpha_pattern={names[kind]: 2 * ranks[kind] for kind in others},
-            layers_to_transform=layers,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts of the seed, for JSON: those of the bases, and what a reader reads."""
-        chosen = {kind: layers_of(self.facts["similarity"], kind) for kind in ("alike", "unlike")}
         reader = self.data.judge.describe_reader()["tokenized"]
-        return self.facts | {"layers": chosen, "reader": shares(reader)}
+        return self.facts | {"reader": shares(reader)}
 
 
 def check_kinship(base: Path, dense: Path) -> None:
-    """Check by their configurations that one may be made of the other.
+    """Check by their configurations that one may be made of the other, before any work.
+
+    :meth:`Setup.facts` looks at the weights.
 
     Raises:
         ValueError: they cannot, or the first has no shared expert.
@@ -315,6 +326,9 @@ def prepare(setup: Setup, run: Run, model: PreTrainedModel) -> Painter:
         model, setup.tokenizer, setup.config_of(run), data.budget.codes, data.train.pictures.names,
         seed=setup.seed, **row_start(run, data.tokenizer, data.train),
     )  # fmt: skip
+    if run.init == "normal":
+        # What adapters drew must not decide how rows start: runs are compared in pairs.
+        restart_rows(model, "embedding", setup.seed)
     painter.patched.fused_loss = True
     if run.all_tokens:
         painter.patched.modality_of = torch.ones_like  # text too is the modality
@@ -362,7 +376,7 @@ def teach(
     workspace: Workspace,
 ) -> dict[str, Any]:  # fmt: skip
     budget = setup.budget
-    steps = budget.tuning_steps if run.tunes else budget.steps
+    steps = budget.tuning_steps if run.tunes else run.epochs * budget.steps
     return train(
         painter.patched, painter.dataset(setup.data.train, budget.caption_dropout, setup.seed),
         lambda model: mean_nll(model, choice), workspace, collator=painter.collator,
@@ -370,7 +384,7 @@ def teach(
         rows_lr=run.rows_lr if run.adapts else lr,
         held_out_at=evaluation_steps(steps, budget.points),
         **training_arguments(
-            steps, budget.batch, lr, warmup_steps=steps // 20, seed=setup.seed
+            steps, budget.batch, lr, warmup_steps=warmup_steps(steps), seed=setup.seed
         ),
     )  # fmt: skip
 
@@ -402,8 +416,9 @@ def fall_at_end(curve: Sequence[Sequence[float]]) -> float:
 
 
 def mean_over_log_steps(curve: Sequence[Sequence[float]]) -> float:
-    """Return the mean loss over the logarithm of the steps, from the first: lower is faster."""
-    points = [(math.log(step), loss) for step, loss in curve if step]
+    """Return the mean loss over the logarithm of the steps after the warm-up: lower is faster."""
+    first = warmup_steps(max(step for step, _ in curve))
+    points = [(math.log(step), loss) for step, loss in curve if step and step >= first]
     pairs = list(zip(points, points[1:], strict=False))
     area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairs)
     return area / (points[-1][0] - points[0][0])

@@ -1,8 +1,8 @@
-"""Study of drawing on a real base: its runs, their budget, and what its JSON keeps of a result."""
+"""Study of pathways on a real base: its runs, their budget, and what its JSON keeps of a result."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,23 @@ from studies.pathways.tables import BLOCKS
 from studies.sweep import Study, SweepOptions, pick, run_study, runs_option
 
 SEEDS = (0, 1, 2)
-CORE_HOURS = 10.0  # fixed in advance
-LEARNING_RATES, ROWS_RATES = (1.5e-3, 4e-3, 1e-2), (3e-3, 1e-2, 3e-2)
-EXPERTS_RATES = (4e-3, 1e-2, 2.5e-2)  # a routed expert's adapters see a part of the tokens
-_GW = {"init": "gromov_wasserstein"}
+CORE_HOURS = 8.0
+LEARNING_RATES, ROWS_RATES = (1.5e-3, 4e-3, 1e-2, 2.5e-2), (3e-3, 1e-2, 3e-2)
 RUNS = {
     "rows": Run(adapts=(), look=True),
     "attention": Run(adapts=("attention",), look=True),
     "experts": Run(adapts=("experts",), look=True),
     "both": Run(look=True),
-    "all-tokens": Run(all_tokens=True),
     "dense-rows": Run(base="dense", adapts=()),
     "dense-experts": Run(base="dense", adapts=("experts",)),
-    "dense-both": Run(base="dense"),
-    "layers-alike": Run(adapts=("experts",), layers="alike"),
-    "layers-unlike": Run(adapts=("experts",), layers="unlike"),
-    "init-gaussian": Run(init="gaussian"),
-    "init-mean": Run(init="mean"),
-    "init-permuted": Run(init="permuted"),
-    "init-gromov_wasserstein": Run(**_GW),
-    "init-gromov_wasserstein-exact": Run(solver="exact", **_GW),
-    "init-gromov_wasserstein-cosine": Run(feature_metric="cosine", **_GW),
-    "init-gromov_wasserstein-euclidean": Run(row_metric="euclidean", **_GW),
-    "lora-permuted": Run(lora_init="permuted"),
-    "lora-gromov_wasserstein": Run(lora_init="gromov_wasserstein"),
+    "all-tokens": Run(epochs=1, all_tokens=True),
+    "init-normal": Run(epochs=1),
+    "init-gaussian": Run(epochs=1, init="gaussian"),
+    "init-mean": Run(epochs=1, init="mean"),
+    "init-permuted": Run(epochs=1, init="permuted"),
+    "init-gromov_wasserstein": Run(epochs=1, init="gromov_wasserstein"),
+    "lora-permuted": Run(epochs=1, lora_init="permuted"),
+    "lora-gromov_wasserstein": Run(epochs=1, lora_init="gromov_wasserstein"),
 }
 QUICK_RUNS = ("rows", "experts", "both", "dense-experts")
 QUICK = Budget(
@@ -57,39 +50,22 @@ QUICK = Budget(
 
 
 def learning_rates(run: Run) -> tuple[float, ...]:
-    if not run.adapts:
-        return ROWS_RATES
-    routed_alone = run.base == "moe" and run.adapts == ("experts",)
-    return EXPERTS_RATES if routed_alone else LEARNING_RATES
+    return LEARNING_RATES if run.adapts else ROWS_RATES
 
 
 def tuned(run: Run) -> Run:
-    return Run(base=run.base, adapts=run.adapts, rows_lr=run.rows_lr, tunes=True)
+    return Run(base=run.base, adapts=run.adapts, tunes=True)
 
 
-def runs_at(rows_lr: float) -> dict[str, Run]:
-    """Return the runs with this rate of added rows beside adapters; alone, rows have their own."""
-    return {
-        name: replace(run, rows_lr=rows_lr) if run.adapts else run for name, run in RUNS.items()
-    }
-
-
-def budget_of(images: int) -> Budget:
-    """Return the budget with another number of pictures, each of which is still seen once."""
-    return replace(Budget(), images=images, steps=images // Budget().batch)
-
-
-def study(
-    base: Path | None, dense: Path | None, rows_lr: float, images: int
-) -> Study:  # fmt: skip
-    """base, dense: as in :class:`Setup`"""
+def study(base: Path | None, dense: Path | None) -> Study:
+    """Return the study of these folders, which are those of :class:`Setup`."""
 
     def identity(_: Run | None) -> dict[str, Any]:
         folders = {"base": base, "dense": dense}
         return {name: model_identity(str(folder)) for name, folder in folders.items()}
 
     return Study(
-        name="pathways", runs=runs_at(rows_lr), quick_runs=QUICK_RUNS, budget=budget_of(images),
+        name="pathways", runs=RUNS, quick_runs=QUICK_RUNS, budget=Budget(),
         quick_budget=QUICK, learning_rates=learning_rates, tuned=tuned, measure=measure_run,
         record=record, describe=Setup.to_dict,
         setup=lambda budget, seed, stages: Setup(budget, seed, stages, base, dense),
@@ -138,10 +114,6 @@ class PathwaysOptions(SweepOptions):
     dense: Path | None = option(
         None, "the dense model that it was made of", metavar="DENSE", is_folder=True
     )
-    rows_lr: float = option(1e-2, "learning rate of added rows beside adapters", above=0)
-    images: int = option(
-        Budget.images, "pictures that a run learns from", at_least=1_000, metavar="N"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,4 +123,4 @@ class PathwaysOptions(SweepOptions):
 
 def main(description: str, arguments: list[str] | None = None) -> int:
     given = parse(PathwaysOptions, arguments, description)
-    return run_study(study(given.base, given.dense, given.rows_lr, given.images), given)
+    return run_study(study(given.base, given.dense), given)

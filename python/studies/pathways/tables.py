@@ -1,7 +1,5 @@
 """Rows, tables and values of the page of pathways.py."""
 
-import numpy as np
-
 from studies import looks, report
 from studies.drawing import ATTRIBUTES, GROUPS
 from studies.pathways.verdicts import SPEED, STARTS, VERDICTS
@@ -18,7 +16,7 @@ from studies.starts import gradient_ratio
 
 CONVERGED = 0.01  # a run whose loss falls by less than this share in its last fifth
 # Runs that train as many parameters in all layers.
-_EQUAL = ("attention", "experts", "both", "dense-experts", "dense-both")
+_EQUAL = ("attention", "experts", "both", "dense-experts")
 
 # --- columns of a run
 
@@ -93,14 +91,6 @@ def layers_table(data: Results, run: str) -> str:
     return report.table(["layer", *heads], rows)
 
 
-def chosen_layers(data: Results, which: str) -> str:
-    """List the layers of "alike" or "unlike", with their experts' mean similarity on text."""
-    found = first_setup(data)
-    layers = found["layers"][which]
-    alike = np.mean([found["similarity"][layer] for layer in layers])
-    return f"{', '.join(map(str, layers))} (similarity {alike:.3f}, depth {np.mean(layers):.1f})"
-
-
 def rows_rate(data: Results) -> str:
     """Say at which rate added rows learnt beside adapters, and which was the best alone."""
     settings = [run["settings"] for run in data["runs"].values()]
@@ -134,7 +124,6 @@ BLOCKS: dict[str, Block] = {
     ),
     "routing": looks.routing_row,
     "layers": layers_table,
-    "chosen-layers": chosen_layers,
     "start-row": report.row(
         *LOSS, spread(SPEED), speed_difference, spread("largest_gradient_norm", 1), gradient_ratio
     ),
