@@ -66,6 +66,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _listed(setting: str) -> str:
+    return ", ".join(f"{run[setting]:,} for {name}" for name, run in RUNS.items())
+
+
 @dataclass(kw_only=True)
 class ServerOptions(Options):
     """Server."""
@@ -91,7 +95,7 @@ class DrawOptions(ServerOptions, ModelOptions):
         is_folder=True,
     )  # fmt: skip
     steps: int | None = option(
-        None, "training steps; default: 2,400 for digits, 900 for emoji", at_least=1
+        None, f"training steps; default: {_listed('steps')}", at_least=1, metavar="N"
     )
     images: int | None = option(None, "pictures of each kind to use", at_least=2, metavar="N")
     autocast: str = option(

@@ -19,7 +19,8 @@ PERPLEXITY, DIGITS, COMBINATIONS = 23.0, 0.9, 0.85
 # Sheets of a run of train-text-to-image that the page shows, without the guidance in their names.
 _SHEETS = ("samples", "held-out", "failures")
 _COLOURS = 256
-_LONGEST = 20  # items of a list of a report that the JSON takes over
+# Keys of reports that the JSON leaves out: long lists, and folders of a machine.
+_LEFT_OUT = {"grad_norm", "loss", "nearest", "out", "read"}
 GROUPS, ATTRIBUTES = ("trained", "held_out"), ("digit", "colour", "place", "caption")
 
 
@@ -33,15 +34,25 @@ def read_reports(convert: list[Path], runs: Mapping[str, Path]) -> Results:
 
 
 def brief(found: Any) -> Any:
-    """Return a report without its long lists, such as codes of drawings, and with short paths."""
+    """Return a report without its long lists, and with short paths."""
     if isinstance(found, dict):
-        short = {key: brief(value) for key, value in found.items()}
-        return {key: value for key, value in short.items() if value is not None}
+        return {key: brief(value) for key, value in found.items() if key not in _LEFT_OUT}
     if isinstance(found, list):
-        return [brief(each) for each in found] if len(found) <= _LONGEST else None
+        return [brief(each) for each in found]
     if isinstance(found, str) and Path(found).is_absolute():
-        return "/".join(Path(found).parts[-2:])
+        path = Path(found)
+        # Of a folder "model" it is the one around it that has a name of its own.
+        return f"{path.parent.name}/model" if path.name == "model" else path.name
     return found
+
+
+def base_of(data: Results) -> tuple[Results, Results]:
+    """Return the first report of moe-kernels convert, and its conversion that was chosen."""
+    first = data["convert"][0]
+    (row,) = [
+        each for each in first["conversions"] if each["model"] == first["best_by_choice_text"]
+    ]
+    return first, row
 
 
 # --- the bases
@@ -51,7 +62,7 @@ def bases(data: Results) -> str:
     """Table of all conversions: their settings, and perplexity before and after healing."""
     heads = (
         "E", "k", "shared expert", "split", "refitted on", "trains", "temperature", "healed on",
-        "neurons a token", "before healing", "after", "minutes",
+        "neurons a token", "before healing", "after", "minutes of healing",
     )  # fmt: skip
     reports = data["convert"]
     dense = f"{reports[0]['dense']['perplexity']['test']:.2f}"
@@ -81,34 +92,25 @@ def _tokens(count: int) -> str:
 
 def answers(data: Results) -> str:
     """Answers of the dense parent, of the base as it was split, and healed."""
-    for each in data["convert"]:
-        best = [row for row in each["conversions"] if row["model"] == each["best_by_choice_text"]]
-        columns = {
-            "dense parent": each["dense"].get("more", {}),
-            "split": best[0].get("more_before", {}),
-            "healed": best[0].get("more_after", {}),
-        }
-        if all("answers" in more for more in columns.values()):
-            return answers_table({name: more["answers"] for name, more in columns.items()}).strip()
-    raise NotMeasured("a report of moe-kernels convert with --answer-tokens")
+    columns = _measured_more(data, "answers", "--answer-tokens")
+    names = ("dense parent", "split", "healed")
+    return answers_table(dict(zip(names, columns, strict=True))).strip()
 
 
 def other_texts(data: Results) -> str:
-    """Table of the first conversion's perplexity on further texts."""
-    first = data["convert"][0]
-    row = first["conversions"][0]
-    columns = {
-        "dense parent": first["dense"].get("more", {}),
-        "before healing": row.get("more_before", {}),
-        "after": row.get("more_after", {}),
-    }
-    if not all("perplexity" in more for more in columns.values()):
-        raise NotMeasured("a report of moe-kernels convert with --more-texts")
-    rows = [
-        [name, *(f"{more['perplexity'][name]:.2f}" for more in columns.values())]
-        for name in columns["after"]["perplexity"]
-    ]
-    return report.table(["text", *columns], rows)
+    """Table of the base's perplexity on further texts."""
+    columns = _measured_more(data, "perplexity", "--more-texts")
+    rows = [[name, *(f"{each[name]:.2f}" for each in columns)] for name in columns[-1]]
+    return report.table(["text", "dense parent", "before healing", "after"], rows)
+
+
+def _measured_more(data: Results, what: str, option: str) -> list[Any]:
+    """Return what was measured of the dense parent, of the base as it was split, and healed."""
+    first, row = base_of(data)
+    found = [first["dense"].get("more", {}), row.get("more_before", {}), row.get("more_after", {})]
+    if not all(what in each for each in found):
+        raise NotMeasured(f"a report of moe-kernels convert with {option}")
+    return [each[what] for each in found]
 
 
 # --- what it was taught
@@ -117,17 +119,40 @@ def other_texts(data: Results) -> str:
 def taught(data: Results, name: str) -> str:
     """Say what a run trained, on how much, for how long, and what became of text."""
     run = data[name]
-    settings, parameters, text = run["settings"], run["parameters"], run["text"]
+    settings, parameters, loss = run["settings"], run["parameters"], run["image"]
     return (
         f"{settings['steps']:,} steps of {settings['batch']} pictures, "
         f"{run['image_tokenizer']['tokens_per_image']} tokens each out of "
         f"{run['image_tokenizer']['codes']:,} codes, in {run['seconds']['teach'] / 60:.0f} minutes "
-        f"on a CPU; {parameters['trained']:,} of "
-        f"{parameters['total']:,} parameters train. Loss on held-out pictures, nats a token: "
-        f"{run['image']['nll_start']:.2f} before, {run['image']['nll_end']:.2f} after, and "
-        f"{run['image']['nll_adapters_off']:.2f} with the adapters off. Text logits changed: "
-        f"{text['logits_changed_by_training']:,}, on {text['held_out_tokens']:,} tokens"
+        f"on a CPU; {parameters['trained']:,} of {parameters['total']:,} parameters train. Loss on "
+        f"held-out pictures, nats a token: {loss['nll_start']:.2f} before, {loss['nll_end']:.2f} "
+        f"after, and {loss['nll_adapters_off']:.2f} with the adapters off. {_course(run)} "
+        f"{_kept(run['text'])}"
     )
+
+
+def _kept(text: dict[str, Any]) -> str:
+    """Say what training changed of text, and patching before it."""
+    return (
+        f"Text logits changed: {text['logits_changed_by_training']:,}, on "
+        f"{text['held_out_tokens']:,} tokens. Patching itself rounds, before any training: at the "
+        "median token, the logit that moves most moves by "
+        f"{text['median_logit_difference_to_unpatched']:.2f}"
+    )
+
+
+def _course(run: dict[str, Any]) -> str:
+    """Say whether the held-out loss was still falling at the end."""
+    curve = run["training"]["held_out"]
+    (before, earlier), (end, last) = curve[-2:]
+    step, lowest = min(curve, key=lambda point: point[1])
+    if step < end:
+        return (
+            f"The loss was lowest, {lowest:.2f}, after {step:,} steps: from there on pictures are "
+            "learnt by heart."
+        )
+    fall = 100 * (1 - last / earlier)
+    return f"The loss still fell by {fall:.1f} % in the last {end - before:,} steps."
 
 
 def read(data: Results, name: str) -> str:
@@ -155,7 +180,9 @@ def _share(found: dict[str, Any]) -> str:
 
 
 def _interval(found: dict[str, Any]) -> str:
-    low, high = found["interval_95"]
+    """Say a share with its 95 % interval, in which drawings of a caption do not count apart."""
+    half = 1.96 * found["standard_error_over_captions"]
+    low, high = max(0.0, found["share"] - half), min(1.0, found["share"] + half)
     return (
         f"{100 * found['share']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {found['count']:,}"
     )
@@ -175,15 +202,18 @@ def best_guidance(run: dict[str, Any]) -> str:
 
 
 def copies(data: Results, name: str) -> str:
-    """Say how many drawings are nearer to a picture of training than held-out ones are."""
+    """Say how many drawings are copies, and how near they are to pictures of training."""
     run = data[name]
-    samples = run["samples"][best_guidance(run)]
-    nearest = samples["nearest_training_distance"]
+    best = best_guidance(run)
+    samples = run["samples"][best]
+    nearest, shows = samples["nearest_training_distance"], samples["nearest_shows_the_caption"]
     return (
-        f"{samples['copies_of_a_training_image']['generated']} of {samples['count']} drawings are "
-        f"copies of a training picture, and {samples['distinct']} are distinct; their mean "
-        f"distance to the nearest one is {nearest['generated']:.2f}, and that of real held-out "
-        f"pictures {nearest['held_out_real']:.2f}"
+        f"At guidance {best}, {samples['copies_of_a_training_image']['generated']} of "
+        f"{samples['count']} drawings are copies of a training picture, and {samples['distinct']} "
+        f"are distinct. Of {shows['count']} drawings of captions of training, {shows['right']} are "
+        "nearest to a picture that has their caption. The mean distance to the nearest picture "
+        f"(Euclidean, colours from 0 to 1) is {nearest['generated']:.2f}, and that of real "
+        f"held-out pictures {nearest['held_out_real']:.2f}"
     )
 
 
@@ -192,15 +222,15 @@ def copies(data: Results, name: str) -> str:
 
 def aims(data: Results) -> str:
     """Table of the aims that were set before the runs, and what was reached."""
-    base, run = data["convert"][0]["conversions"][0], data["digits"]
-    best = best_guidance(run)
-    right = run["samples"][best]["read_right"]
+    runs, (_, base) = [data["digits"], data["emoji"]], base_of(data)
+    best = best_guidance(data["digits"])
+    right = data["digits"]["samples"][best]["read_right"]
     digits, combinations = right["trained"]["digit"], right["held_out"]["caption"]
-    changed = run["text"]["logits_changed_by_training"]
+    changed = sum(run["text"]["logits_changed_by_training"] for run in runs)
     perplexity, verdict = base["after"]["test"], {True: "reached", False: "**missed**"}
     rows = [
         [
-            f"a base with a perplexity of at most {PERPLEXITY:g} on text of another kind",
+            f"a base with a perplexity of at most {PERPLEXITY:g} on text that it was not healed on",
             verdict[perplexity <= PERPLEXITY], f"{perplexity:.2f}",
         ],
         [
@@ -212,9 +242,19 @@ def aims(data: Results) -> str:
             verdict[combinations["share"] >= COMBINATIONS],
             f"{_interval(combinations)}, guidance {best}",
         ],
-        ["text keeps every bit", verdict[changed == 0], f"{changed:,} logits changed"],
+        [
+            "text keeps every bit", verdict[changed == 0],
+            f"{changed:,} logits changed by {len(runs)} trainings",
+        ],
     ]  # fmt: skip
     return report.table(["aim", "", "figure (95 % interval)"], rows)
+
+
+def headline(data: Results) -> str:
+    """Say what share of drawings of held-out combinations is read right."""
+    best = best_guidance(data["digits"])
+    share = data["digits"]["samples"][best]["read_right"]["held_out"]["caption"]["share"]
+    return f"{100 * share:.0f} % of such drawings are read as their caption, at guidance {best}"
 
 
 def times(data: Results) -> str:
@@ -251,5 +291,5 @@ def copy_sheets(runs: Mapping[str, Path], folder: Path) -> None:
 
 BLOCKS: dict[str, Block] = {
     "aims": aims, "answers": answers, "bases": bases, "copies": copies, "drawings": read,
-    "other-texts": other_texts, "taught": taught, "times": times,
+    "headline": headline, "other-texts": other_texts, "taught": taught, "times": times,
 }  # fmt: skip

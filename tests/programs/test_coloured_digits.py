@@ -162,6 +162,21 @@ def test_real_pictures_are_read_right_and_swapped_colours_wrong(judge, coloured,
         assert kinds["caption"]["right"] <= kinds["colour"]["right"]
 
 
+def test_drawings_nearest_to_a_picture_of_their_caption_are_counted(judge, parts):
+    train, _ = parts
+    codes = NoTokenizer().encode(train.images[:10])
+    labels = torch.from_numpy(train.labels[:10])
+    unseen = torch.full((3,), train.unseen[0])
+
+    def counted(asked):
+        return judge.measure(codes[: len(asked)], asked)["nearest_shows_the_caption"]
+
+    assert counted(labels) == {"right": 10, "count": 10}
+    assert counted(torch.cat([unseen, labels[3:]])) == {"right": 7, "count": 7}
+    others = labels.roll(1)
+    assert counted(others) == {"right": int((others == labels).sum()), "count": 10}
+
+
 def test_captions_of_training_and_held_out_ones_are_counted_apart(parts):
     from moe_kernels.programs.shared.reader import read_right
 

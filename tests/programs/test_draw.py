@@ -95,6 +95,21 @@ def info(address):
         return json.load(answer)
 
 
+def test_a_converted_base_has_the_name_of_what_it_was_made_of(studio, base, tmp_path):
+    from moe_kernels.programs.shared.serving.studio import _name_of
+
+    assert studio.base == base.name == _name_of(f"somebody/{base.name}")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert _name_of(str(folder)) == "model"
+    for settings, name in (
+        ({"model": "/home/somebody/smol", "gguf_file": None}, "smol"),
+        ({"model": "/home/somebody/smol", "gguf_file": "smol.gguf"}, "smol.gguf"),
+    ):
+        (tmp_path / "report.json").write_text(json.dumps({"settings": settings}))
+        assert _name_of(str(folder)) == f"{name} as a Mixture of Experts"
+
+
 # --- answers
 
 

@@ -26,10 +26,12 @@ def test_the_page_is_the_one_that_the_json_gives(program):
 
 def test_a_report_is_kept_without_long_lists_and_paths_of_a_machine(program):
     report = {
-        "nll": 1.5, "interval": [0.1, 0.2], "codes": [0] * 100, "in": {"curve": [[1]] * 21},
-        "model": "/home/somebody/out/heal-8x4/model",
+        "nll": 1.5, "answers": ["Paris"] * 30, "nearest": [0] * 100, "in": {"loss": [[1]] * 21},
+        "model": "/home/somebody/out/heal-8x4/model", "dense": "/home/somebody/smol", "out": "/o/x",
     }  # fmt: skip
-    kept = {"nll": 1.5, "interval": [0.1, 0.2], "in": {}, "model": "heal-8x4/model"}
+    kept = {
+        "nll": 1.5, "answers": ["Paris"] * 30, "in": {}, "model": "heal-8x4/model", "dense": "smol",
+    }  # fmt: skip
     assert program.drawing.brief(report) == kept
 
 
@@ -51,6 +53,35 @@ def test_an_aim_that_is_missed_is_said_to_be(program):
         run["samples"][best]["read_right"]["held_out"]["caption"]["share"] = share
         (row,) = [r for r in program.drawing.aims(data).split("\n") if "held-out" in r]
         assert word in row
+
+
+def test_a_perplexity_is_that_of_the_conversion_that_was_chosen(program):
+    data = json.loads((RESULTS / "drawing.json").read_text())
+    first = data["convert"][0]
+    (chosen,) = first["conversions"]
+    worse = chosen | {"model": "another", "after": {"test": 99.0}}
+    first["conversions"] = [worse, chosen]
+    assert "99.00" not in program.drawing.aims(data) and "99.00" in program.drawing.bases(data)
+    tables = program.drawing.other_texts(data), program.drawing.answers(data)
+    first["conversions"] = [chosen]
+    assert tables == (program.drawing.other_texts(data), program.drawing.answers(data))
+
+
+def test_a_logit_that_either_training_changed_is_counted(program):
+    data = json.loads((RESULTS / "drawing.json").read_text())
+    data["emoji"]["text"]["logits_changed_by_training"] = 3
+    (row,) = [r for r in program.drawing.aims(data).split("\n") if "every bit" in r]
+    assert "**missed**" in row and "3 logits changed by 2 trainings" in row
+
+
+def test_a_run_that_learns_by_heart_is_told_from_one_that_still_falls(program):
+    def said(curve):
+        data = json.loads((RESULTS / "drawing.json").read_text())
+        data["digits"]["training"]["held_out"] = curve
+        return program.drawing.taught(data, "digits")
+
+    assert "still fell by 25.0 % in the last 100 steps" in said([[0, 9.0], [100, 4.0], [200, 3.0]])
+    assert "was lowest, 2.00, after 100 steps" in said([[0, 9.0], [100, 2.0], [200, 3.0]])
 
 
 def test_some_reports_without_the_others_are_refused(program, tmp_path, capsys):

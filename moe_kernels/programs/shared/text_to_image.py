@@ -174,7 +174,7 @@ class Judge:
         seed: int = 0,
     ):  # fmt: skip
         self.held_out, self.decode = held_out, (decode := tokenizer.decode)
-        self.trained = train.pictures.present
+        self.trained, self.labels = train.pictures.present, torch.from_numpy(train.labels)
         self.real, self.real_held_out = decode(train.codes), decode(held_out.codes)
         to_read = train.pictures.to_read
         learnt = train if to_read is None else TokenizedPictures.encode(tokenizer, to_read)
@@ -222,8 +222,15 @@ class Judge:
                 name: int((each == 0).sum()) for name, each in near.items()
             },
             "nearest": nearest.tolist(),
+            "nearest_shows_the_caption": self._nearest_shows(nearest, asked),
         }
         return measured if self.reader is None else measured | self._read(codes, asked)
+
+    def _nearest_shows(self, nearest: torch.Tensor, asked: torch.Tensor) -> dict[str, int]:
+        """Count drawings whose nearest picture has the caption asked for, where one has it."""
+        known = torch.isin(asked, torch.as_tensor(self.trained))
+        right = (self.labels[nearest] == asked) & known
+        return {"right": int(right.sum()), "count": int(known.sum())}
 
     def _read(self, codes: torch.Tensor, asked: torch.Tensor) -> dict[str, Any]:
         """Compare the captions that the reader reads with those that were drawn."""

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from moe_kernels import ModalityLoraConfig, PatchedModel
 from moe_kernels import load as load_patched
-from moe_kernels.imaging import generate_images, load_image_tokenizer
+from moe_kernels.imaging import caption_ids, generate_images, load_image_tokenizer
 from moe_kernels.imaging.generation import check_positions
 from moe_kernels.imaging.tokenizer import ImageTokenizer
 from moe_kernels.programs.shared.files import read_json
@@ -136,7 +136,8 @@ class Studio:
             Busy: too many requests wait.
         """
         run = self._run(adapter)
-        length = len(self.tokenizer(caption).input_ids) + run.image_tokenizer.tokens_per_image
+        # As generate_image_codes counts: a delimiter more, and the last code is not read.
+        length = len(caption_ids(self.tokenizer, caption)) + run.image_tokenizer.tokens_per_image
         try:
             check_positions(self.patched.model, length)
         except ValueError as error:
@@ -261,7 +262,18 @@ def load(
     patched = load_patched(model, folders[0] / "adapter", backend=backend)
     for run, folder in zip(runs[1:], folders[1:], strict=True):
         patched.load_adapter(folder / "adapter", adapter=run.adapter)
-    return Studio(Path(base).name or base, patched, load_tokenizer(base), runs, parameters)
+    return Studio(_name_of(base), patched, load_tokenizer(base), runs, parameters)
+
+
+def _name_of(base: str) -> str:
+    """Return the name of a base's folder, or of what moe-kernels convert made it of."""
+    folder = Path(base)
+    report = folder.parent / "report.json"
+    if folder.name != "model" or not report.is_file():
+        return folder.name or base
+    settings = read_json(report).get("settings", {})
+    dense = settings.get("gguf_file") or Path(settings.get("model", base)).name
+    return f"{dense} as a Mixture of Experts"
 
 
 def _read_run(number: int, folder: Path) -> Run:
