@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,34 @@ def test_one_more_than_may_wait_is_told_to_come_again(program, monkeypatch):
         assert [call.result() for call in calls] == [None, None]
     with queue.place():
         pass
+
+
+@pytest.mark.parametrize("kind", ["draw", "chat"])
+def test_nothing_is_computed_for_a_visitor_who_left_while_waiting(
+    address, studio, monkeypatch, kind
+):
+    from moe_kernels.programs.shared.serving import studio as module
+
+    computed = []
+    monkeypatch.setattr(module, "generate_images", lambda *_, **__: computed.append("draw") or [])
+    monkeypatch.setattr(studio.patched.model, "generate", lambda *_, **__: computed.append("chat"))
+    queue = studio._drawing if kind == "draw" else studio._chatting
+    free = queue._places._value
+    asked = {"draw": {"caption": "a"}, "chat": {"messages": conversation("a")}}[kind]
+    body = json.dumps(asked).encode()
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /api/{kind} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    with ExitStack() as computing:
+        for _ in range(queue._computing._value):
+            computing.enter_context(queue._computing)
+        with socket.create_connection((host, int(port))) as visitor:
+            visitor.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            while queue._places._value == free:  # until the visitor waits
+                time.sleep(0.001)
+        time.sleep(0.2)  # the server's loop sees that the connection is closed
+    while queue._places._value < free:
+        time.sleep(0.001)
+    assert computed == []
 
 
 def test_a_fault_of_the_server_is_said(address, studio, monkeypatch):

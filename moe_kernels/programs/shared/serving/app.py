@@ -3,10 +3,12 @@
 import base64
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from typing import Annotated, Any, Literal
 
 import anyio
+import anyio.from_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
@@ -16,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe_kernels.programs.shared.options import LARGEST_SEED
 from moe_kernels.programs.shared.serving import limits
-from moe_kernels.programs.shared.serving.studio import Busy, Refused, Studio
+from moe_kernels.programs.shared.serving.studio import Busy, HasLeft, Left, Refused, Studio
 
 PAGE = resources.files(__package__).joinpath("page.html")
 # The page has all that it needs, and the browser loads nothing from elsewhere.
@@ -69,6 +71,7 @@ def make_app(studio: Studio, hosts: Sequence[str]) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(Refused, lambda _, error: _problem(422, str(error)))
     app.add_exception_handler(Busy, lambda _, error: _problem(503, str(error)))
+    app.add_exception_handler(Left, lambda _, error: _problem(503, str(error)))  # for nobody
     app.add_exception_handler(Exception, _on_failure)
     page = PAGE.read_text(encoding="utf-8")
 
@@ -81,18 +84,19 @@ def make_app(studio: Studio, hosts: Sequence[str]) -> FastAPI:
         return studio.info()
 
     @app.post("/api/draw")
-    def draw(asked: Drawing) -> dict[str, Any]:
+    def draw(asked: Drawing, request: Request) -> dict[str, Any]:
         pictures = studio.draw(
-            asked.caption, asked.count, asked.guidance, asked.seed, asked.adapter
-        )
+            asked.caption, asked.count, asked.guidance, asked.seed, asked.adapter,
+            _has_left(request),
+        )  # fmt: skip
         return {"pictures": [_data_url(picture) for picture in pictures]}
 
     @app.post("/api/chat")
-    def chat(asked: Chatting) -> dict[str, Any]:
+    def chat(asked: Chatting, request: Request) -> dict[str, Any]:
         messages = [message.model_dump() for message in asked.messages]
         if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
             raise Refused("There is nothing to answer: the last message must be the user's text.")
-        return studio.chat(messages, asked.adapter)
+        return studio.chat(messages, asked.adapter, _has_left(request))
 
     return app
 
@@ -123,6 +127,11 @@ async def _read_on(receive: Callable) -> None:
             if not message.get("more_body"):
                 return
             left -= len(message["body"])
+
+
+def _has_left(request: Request) -> HasLeft:
+    """Return a function of the request's thread that asks the server's loop for its client."""
+    return partial(anyio.from_thread.run, request.is_disconnected)
 
 
 def _problem(status: int, sentence: str) -> JSONResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,17 @@ class Run:
     captions: list[str]
 
 
+class Left(Exception):
+    """Whoever asked does not wait for the answer any more."""
+
+
+HasLeft = Callable[[], bool]
+
+
+def _stays() -> bool:
+    return False
+
+
 class Queue:
     """Lets some requests be computed at once, others wait for them, and refuses more."""
 
@@ -57,16 +68,19 @@ class Queue:
         self._computing = threading.Semaphore(at_once)
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, has_left: HasLeft = _stays) -> Iterator[None]:
         """Wait until it is this request's turn.
 
         Raises:
             Busy: too many wait.
+            Left: who asked has left meanwhile.
         """
         if not self._places.acquire(blocking=False):
             raise Busy(f"{limits.WAITING} requests wait already: try again in a moment.")
         try:
             with self._computing:
+                if has_left():
+                    raise Left("The visitor left before their turn came.")
                 yield
         finally:
             self._places.release()
@@ -127,13 +141,15 @@ class Studio:
         }
 
     def draw(
-        self, caption: str, count: int, guidance: float, seed: int, adapter: str | None
-    ) -> list[Image]:
+        self, caption: str, count: int, guidance: float, seed: int, adapter: str | None,
+        has_left: HasLeft = _stays,
+    ) -> list[Image]:  # fmt: skip
         """Return pictures of a caption.
 
         Raises:
             Refused: the caption is too long for the model, or there is no such adapter.
             Busy: too many requests wait.
+            Left: who asked has left before anything was drawn.
         """
         run = self._run(adapter)
         # As generate_image_codes counts: a delimiter more, and the last code is not read.
@@ -142,7 +158,7 @@ class Studio:
             check_positions(self.patched.model, length)
         except ValueError as error:
             raise Refused(f"This cannot be drawn: {error}.") from error
-        with self._drawing.place(), self.patched.adapter(run.adapter):
+        with self._drawing.place(has_left), self.patched.adapter(run.adapter):
             # In one batch, as the pictures of a batch depend on its size.
             return generate_images(
                 self.patched.model, [caption] * count, tokenizer=self.tokenizer,
@@ -150,17 +166,20 @@ class Studio:
                 batch_size=count,
             )  # fmt: skip
 
-    def chat(self, messages: Sequence[dict[str, str]], adapter: str | None) -> dict[str, Any]:
+    def chat(
+        self, messages: Sequence[dict[str, str]], adapter: str | None, has_left: HasLeft = _stays
+    ) -> dict[str, Any]:
         """Return the greedy answer to a conversation, and what its text was compared with.
 
         Raises:
             Refused: the conversation is too long, the model's template has no place for it, or
                 there is no such adapter.
             Busy: too many requests wait.
+            Left: who asked has left before anything was computed.
         """
         run = self._run(adapter)
         prompt = self._prompt(messages)
-        with self._chatting.place(), self.patched.adapter(run.adapter):
+        with self._chatting.place(has_left), self.patched.adapter(run.adapter):
             ids = self.patched.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=self._greedy
             )
