@@ -266,6 +266,17 @@ def test_one_more_than_may_wait_is_told_to_come_again(program, monkeypatch):
         pass
 
 
+def test_who_has_left_gives_the_place_to_the_next(program):
+    from moe_kernels.programs.shared.serving.studio import Left, Queue
+
+    queue = Queue(1)
+    left = pytest.raises(Left, match="The visitor left before their turn came")
+    with left, queue.place(lambda: True):
+        raise AssertionError("it was computed")
+    with queue.place(lambda: False):
+        pass
+
+
 @pytest.mark.parametrize("kind", ["draw", "chat"])
 def test_nothing_is_computed_for_a_visitor_who_left_while_waiting(
     address, studio, monkeypatch, kind
