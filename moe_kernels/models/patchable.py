@@ -1,4 +1,4 @@
-"""What a model must have to be patched. All of it is looked at before anything is changed."""
+"""Checks of what a model must have to be patched, all made before anything is changed."""
 
 from collections.abc import Sequence
 
