@@ -1,6 +1,6 @@
 """Test on a real base whether the routing does what the paper says, and write the page.
 
-    python python/pathways.py --base MOE --dense DENSE    # everything: seven hours of one core
+    python python/pathways.py --base MOE --dense DENSE    # everything: nine hours of one core
     python python/pathways.py --base MOE --dense DENSE --runs rows attention experts both
     python python/pathways.py --base MOE --dense DENSE --seeds 0      # one seed of every run
     python python/pathways.py --base MOE --dense DENSE --quick        # short: shows that it runs
@@ -11,8 +11,8 @@ a Llama or Mistral. Every run teaches one of them to draw coloured digits;
 studies/pathways/runs.py defines what a run measures. Seeds differ in adapters, in the order of the
 pictures, and in the handwriting and the combinations that are held out; the bases are the same.
 
-On one core and a base of 135 M parameters an epoch takes about five minutes. Runs that compare what
-trains have three epochs, and runs that compare starts have one. One thread a process is the
+On one core and a base of 135 M parameters an epoch takes five to seven minutes. Runs that compare
+what trains have three epochs, and runs that compare starts have one. One thread a process is the
 fastest: several processes, each with OMP_NUM_THREADS=1, some runs and an --out of its own, share a
 machine well.
 

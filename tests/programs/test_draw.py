@@ -107,8 +107,12 @@ def test_a_converted_base_has_the_name_of_what_it_was_made_of(studio, base, tmp_
         ({"model": "/home/somebody/smol", "gguf_file": None}, "smol"),
         ({"model": "/home/somebody/smol", "gguf_file": "smol.gguf"}, "smol.gguf"),
     ):
-        (tmp_path / "report.json").write_text(json.dumps({"settings": settings}))
+        report = {"settings": settings, "conversions": []}
+        (tmp_path / "report.json").write_text(json.dumps(report))
         assert _name_of(str(folder)) == f"{name} as a Mixture of Experts"
+    for of_another_program in ({"settings": settings}, []):
+        (tmp_path / "report.json").write_text(json.dumps(of_another_program))
+        assert _name_of(str(folder)) == "model"
 
 
 # --- answers

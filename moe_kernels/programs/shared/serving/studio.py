@@ -290,8 +290,11 @@ def _name_of(base: str) -> str:
     report = folder.parent / "report.json"
     if folder.name != "model" or not report.is_file():
         return folder.name or base
-    settings = read_json(report).get("settings", {})
-    dense = settings.get("gguf_file") or Path(settings.get("model", base)).name
+    found = read_json(report)
+    if not isinstance(found, dict) or "conversions" not in found:  # of another program
+        return folder.name
+    settings = found["settings"]
+    dense = settings["gguf_file"] or Path(settings["model"]).name
     return f"{dense} as a Mixture of Experts"
 
 
