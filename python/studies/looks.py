@@ -63,8 +63,8 @@ def routing_row(data: Results, run: str, when: str) -> str:
 
 
 def loads_part(data: Results, run: str) -> np.ndarray:
-    """Divergence before less after, below zero where loads grow apart, one number a seed."""
-    return divergence(data, run, "before") - divergence(data, run, "after")
+    """Divergence after less before, above zero where loads grow apart, one number a seed."""
+    return divergence(data, run, "after") - divergence(data, run, "before")
 
 
 def outputs_part(data: Results, run: str) -> np.ndarray:

@@ -238,7 +238,8 @@ def joint(claims: Mapping[str, Verdict]) -> str:
     kept = [claim for claim in hold_together(tested) if tested[claim].outcome != UNDECIDED]
     text = (
         f"{len(tested)} verdicts have a p, and {decided} of them are decided, each by an interval "
-        f"of its own. If no claim were true, {0.05 * len(tested):.1f} would be decided by chance. "
+        "of its own. If every true difference were zero, chance would decide about "
+        f"{0.05 * len(tested):.1f}. "
         f"With a joint error of at most 5 % (Holm), {len(kept)} stay decided."
     )
     rows = [[claim, str(tested[claim])] for claim in kept]

@@ -15,8 +15,8 @@ _PANELS = {
     "what trains": ("rows", "attention", "experts", "both"),
     "Mixture of Experts and dense parent": ("rows", "dense-rows", "experts", "dense-experts"),
     "starts": (
-        "init-normal", "init-permuted", "init-gromov_wasserstein", "lora-permuted",
-        "lora-gromov_wasserstein",
+        "init-normal", "init-gaussian", "init-mean", "init-permuted", "init-gromov_wasserstein",
+        "lora-permuted", "lora-gromov_wasserstein",
     ),
 }  # fmt: skip
 
@@ -28,7 +28,10 @@ def draw_pictures(data: Results, folder: Path, note: str = "") -> None:
     if "both" not in data["runs"]:
         return
     _, result = next(iter(report.seeds_of(data, "both").items()))
-    statistics = {when: looks.routings(data, "both", when)[0] for when in looks.WHEN}
+    statistics = {"before": looks.routings(data, "both", "before")[0]} | {
+        f"after training {name}": looks.routings(data, name, "after")[0]
+        for name in ("both", "experts", "attention") if name in data["runs"]
+    }  # fmt: skip
     save_figure(analysis.plot_divergence(statistics), folder / "pathways-divergence.png", note)
     pairs = [result[f"look_{when}"]["pairs"] for when in looks.WHEN]
     similar = map(analysis.ExpertRedundancy.from_dict, pairs)

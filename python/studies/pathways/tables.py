@@ -1,5 +1,11 @@
 """Rows, tables and values of the page of pathways.py."""
 
+import math
+
+import numpy as np
+import torch
+
+from moe_kernels.analysis import RoutingStatistics
 from studies import looks, report
 from studies.drawing import ATTRIBUTES, GROUPS
 from studies.pathways.verdicts import SPEED, STARTS, VERDICTS
@@ -15,6 +21,7 @@ from studies.report import (
 from studies.starts import gradient_ratio
 
 CONVERGED = 0.01  # a run whose loss falls by less than this share in its last fifth
+RISE = 0.1  # share by which the loss of an unstable run rises between two points of its curve
 # Runs that train as many parameters in all layers.
 _EQUAL = ("attention", "experts", "both", "dense-experts")
 
@@ -68,13 +75,87 @@ def equal(data: Results) -> str:
 
 
 def converged_runs(data: Results) -> str:
-    """Say how many of the runs have converged."""
-    falls = [
-        result["fall_at_end"] for name in data["runs"]
-        for result in report.seeds_of(data, name).values()
-    ]  # fmt: skip
-    done = sum(fall < CONVERGED for fall in falls)
-    return f"{done} of {len(falls)} runs fall by less than {100 * CONVERGED:g} %"
+    """Say how many of the runs have converged, and how much losses fell in the last fifth."""
+    falls: dict[int, list[float]] = {}
+    for name, run in data["runs"].items():
+        falls.setdefault(run["settings"]["epochs"], []).extend(
+            report.values(data, name, "fall_at_end")
+        )
+    done = sum(fall < CONVERGED for each in falls.values() for fall in each)
+    ranges = ", and ".join(
+        f"by {100 * min(each):.1f} to {100 * max(each):.1f} % in the {len(each)} runs of {epochs} "
+        f"epoch{'s' * (epochs > 1)}"
+        for epochs, each in falls.items()
+    )
+    total = sum(map(len, falls.values()))
+    return (
+        f"{done} of {total} runs converged. In the last fifth of the steps, losses fell {ranges}; "
+        f"less than {100 * CONVERGED:g} % would count"
+    )
+
+
+def rises(data: Results) -> str:
+    """Name the runs whose held-out loss rose between two measurements of its curve."""
+    found = []
+    for name in data["runs"]:
+        for seed, result in report.seeds_of(data, name).items():
+            curve = [point for point in result["curve"] if point[0]]
+            before, after = max(
+                zip(curve, curve[1:], strict=False), key=lambda pair: pair[1][1] / pair[0][1]
+            )
+            if after[1] > (1 + RISE) * before[1]:
+                found.append(
+                    f"{name}, seed {seed}, from {before[1]:.2f} at step {before[0]} to "
+                    f"{after[1]:.2f} at step {after[0]}"
+                )
+    return "; ".join(found) or "none"
+
+
+def routing_row(data: Results, run: str, when: str) -> str:
+    """Columns of :func:`looks.routing_row`, and the image share of the k most chosen experts."""
+    chosen = first_setup(data)["base"]["top_k"]
+    shares = np.array([
+        float(_load(each, "image").topk(chosen).values.sum(-1).mean())
+        for each in looks.routings(data, run, when)
+    ])  # fmt: skip
+    return f"{looks.routing_row(data, run, when)} | {mean_and_spread(100 * shares, 0)}"
+
+
+def largest_divergence(data: Results) -> str:
+    """Largest divergence that images can reach, the mean of layers, of the first seed.
+
+    Text's loads are fixed, and an image load is at most 1/k. The divergence is convex in the image
+    loads, so it is largest where k experts have 1/k each.
+    """
+    text, chosen = _first_text_load(data)
+    terms = {share: _divergence_terms(text, share) for share in (0.0, 1 / chosen)}
+    gains = (terms[1 / chosen] - terms[0.0]).topk(chosen).values.sum(-1)
+    return f"{float((terms[0.0].sum(-1) + gains).mean()):.2f}"
+
+
+def could_be_image_alone(data: Results) -> str:
+    """Say how many experts could have nine tenths of their load from images."""
+    text, chosen = _first_text_load(data)
+    return f"{int((9 * text <= 1 / chosen).sum())} of {text.numel()}"
+
+
+def _load(statistics: RoutingStatistics, modality: str) -> torch.Tensor:
+    """(layers, experts) shares of a modality's choices."""
+    return statistics.load()[:, statistics.modalities.index(modality)]
+
+
+def _first_text_load(data: Results) -> tuple[torch.Tensor, int]:
+    """Loads of text, which no run changes, and the number of chosen experts."""
+    text = _load(looks.routings(data, "rows", "before")[0], "text")
+    return text, first_setup(data)["base"]["top_k"]
+
+
+def _divergence_terms(text: torch.Tensor, image: float) -> torch.Tensor:
+    """Each expert's part of the Jensen-Shannon divergence in bits, if images load it so."""
+    here = torch.full_like(text, image)
+    middle = (text + here) / 2
+    nats = torch.xlogy(text, text / middle) + torch.xlogy(here, here / middle)
+    return nats.nan_to_num(nan=0.0) / (2 * math.log(2))
 
 
 def layers_table(data: Results, run: str) -> str:
@@ -87,7 +168,8 @@ def layers_table(data: Results, run: str) -> str:
         [str(layer), *(mean_and_spread(each[:, layer]) for each in columns)]
         for layer in range(columns[0].shape[1])
     ]
-    heads = [f"{what}, {when}" for what in ("similarity", "divergence") for when in looks.WHEN]
+    whats = ("similarity on images", "divergence")
+    heads = [f"{what}, {when}" for what in whats for when in looks.WHEN]
     return report.table(["layer", *heads], rows)
 
 
@@ -122,7 +204,10 @@ BLOCKS: dict[str, Block] = {
         spread("text.nll_after_training"), report.count("text.logits_changed_by_training"),
         spread("text.median_logit_difference_to_unpatched"),
     ),
-    "routing": looks.routing_row,
+    "rises": rises,
+    "routing": routing_row,
+    "largest-divergence": largest_divergence,
+    "could-be-image-alone": could_be_image_alone,
     "layers": layers_table,
     "start-row": report.row(
         *LOSS, spread(SPEED), speed_difference, spread("largest_gradient_norm", 1), gradient_ratio
@@ -133,6 +218,7 @@ BLOCKS: dict[str, Block] = {
         "lr": ("lr", "g"),
         "trained parameters": ("trained_parameters", ","),
         "image loss": ("test_nll", ".3f"),
+        "largest gradient norm": ("largest_gradient_norm", ",.0f"),
         "fall in the last fifth, %": (lambda result: 100 * result["fall_at_end"], ".2f"),
         "text logits changed": ("text.logits_changed_by_training", ","),
         "seconds": ("seconds", ".0f"),

@@ -49,13 +49,14 @@ def parts_more(data: Results, run: str, other: str) -> np.ndarray:
         dict(zip(report.seeds_of(data, name), looks.loads_part(data, name), strict=True))
         for name in (run, other)
     )
-    return np.array([theirs[seed] - ours[seed] for seed in ours if seed in theirs])
+    return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
 
 VERDICTS: dict[str, Block] = {
     "text-kept": report.text_kept(
         is_masked, lambda tokens: f"{len(tokens)} runs, each on {max(tokens):,} text tokens"
     ),
+    "lower": report.verdict_on("image loss", report.paired),
     "faster": report.verdict_on(
         "mean loss over the logarithm of steps after the warm-up", partial(report.paired, get=SPEED)
     ),
@@ -63,9 +64,9 @@ VERDICTS: dict[str, Block] = {
         "share of held-out combinations read right",
         partial(report.paired, get="read.held_out.caption"), above=True,
     ),
-    "gains-more": report.verdict_on("test loss, less that of its rows alone", more_than_rows),
+    "gains-more": report.verdict_on("image loss, less that of its rows alone", more_than_rows),
     "loads-part": report.verdict_on(
-        "mean divergence of layers before less after, bits", looks.loads_part
+        "mean divergence of layers after less before, bits", looks.loads_part, above=True
     ),
     "parts-more": report.verdict_on("growth of divergence, bits", parts_more, above=True),
     "specialise": report.verdict_on(

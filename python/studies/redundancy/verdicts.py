@@ -114,7 +114,8 @@ VERDICTS: dict[str, Block] = {
     "source": source_verdict,
     "start": JUDGED.verdict,
     "loads-part": report.verdict_on(
-        "mean divergence of layers before less after, bits", partial(looks.loads_part, run="plora")
+        "mean divergence of layers after less before, bits",
+        partial(looks.loads_part, run="plora"), above=True,
     ),
     "outputs-part": report.verdict_on("CKA", partial(looks.outputs_part, run="plora")),
 }  # fmt: skip
