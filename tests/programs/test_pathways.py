@@ -274,7 +274,7 @@ def test_convergence_is_told_for_each_number_of_epochs(program):
 
 
 def routing_of(text, image):
-    """What a run has that looked at one layer, with choices of 2 experts a token."""
+    """Look of a run at one layer, where a token chooses two experts."""
     counts = torch.tensor([[text, image]])
     found = RoutingStatistics(
         ("text", "image"), ("0",), counts, counts.sum(-1) // 2, torch.zeros(1, 2)
