@@ -1,6 +1,6 @@
 """Rows, tables and values of the page of pathways.py."""
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -125,17 +125,23 @@ def largest_divergence(data: Results) -> str:
     """Largest divergence that images can reach, the mean of layers, of the first seed.
 
     Text's loads are fixed, and an image load is at most 1/k. The divergence is convex in the image
-    loads, so it is largest where k experts have 1/k each.
+    loads, and falls with the load that text has where images go: it is largest where the k experts
+    that text loads least have 1/k each.
     """
-    text, chosen = _first_text_load(data)
-    terms = {share: _divergence_terms(text, share) for share in (0.0, 1 / chosen)}
-    gains = (terms[1 / chosen] - terms[0.0]).topk(chosen).values.sum(-1)
-    return f"{float((terms[0.0].sum(-1) + gains).mean()):.2f}"
+    found, chosen = _first_routing(data)
+    text = found.counts[:, found.modalities.index("text")]
+    least = text.topk(chosen, largest=False).indices
+    counts = torch.stack([text, torch.zeros_like(text).scatter(-1, least, 1)], dim=1)
+    best = replace(
+        found, modalities=looks.MODALITIES, counts=counts, rows=counts.sum(-1) // chosen
+    )  # fmt: skip
+    return f"{float(best.divergence(*looks.MODALITIES).mean()):.2f}"
 
 
 def could_be_image_alone(data: Results) -> str:
     """Say how many experts could have nine tenths of their load from images."""
-    text, chosen = _first_text_load(data)
+    found, chosen = _first_routing(data)
+    text = _load(found, "text")
     return f"{int((9 * text <= 1 / chosen).sum())} of {text.numel()}"
 
 
@@ -144,18 +150,9 @@ def _load(statistics: RoutingStatistics, modality: str) -> torch.Tensor:
     return statistics.load()[:, statistics.modalities.index(modality)]
 
 
-def _first_text_load(data: Results) -> tuple[torch.Tensor, int]:
-    """Loads of text, which no run changes, and the number of chosen experts."""
-    text = _load(looks.routings(data, "rows", "before")[0], "text")
-    return text, first_setup(data)["base"]["top_k"]
-
-
-def _divergence_terms(text: torch.Tensor, image: float) -> torch.Tensor:
-    """Each expert's part of the Jensen-Shannon divergence in bits, if images load it so."""
-    here = torch.full_like(text, image)
-    middle = (text + here) / 2
-    nats = torch.xlogy(text, text / middle) + torch.xlogy(here, here / middle)
-    return nats.nan_to_num(nan=0.0) / (2 * math.log(2))
+def _first_routing(data: Results) -> tuple[RoutingStatistics, int]:
+    """Routing before training, whose text no run changes, and the number of chosen experts."""
+    return looks.routings(data, "rows", "before")[0], first_setup(data)["base"]["top_k"]
 
 
 def layers_table(data: Results, run: str) -> str:
