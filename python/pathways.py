@@ -1,6 +1,6 @@
 """Test on a real base whether the routing does what the paper says, and write the page.
 
-    python python/pathways.py --base MOE --dense DENSE    # everything: nine hours of one core
+    python python/pathways.py --base MOE --dense DENSE    # everything: 10 hours of a core
     python python/pathways.py --base MOE --dense DENSE --runs rows attention experts both
     python python/pathways.py --base MOE --dense DENSE --seeds 0      # one seed of every run
     python python/pathways.py --base MOE --dense DENSE --quick        # short: shows that it runs
@@ -18,8 +18,8 @@ machine well.
 
 Finished runs are kept under --out, keyed by their settings, and an interrupted sweep continues from
 them, a run from its last checkpoint. So --runs and --seeds make a sweep in parts, each with a
-folder of its own for --results. Put the folders under stages/ of all parts together, and a last
-call without --runs and --seeds fills the page.
+folder of its own, outside --out, for --results. Put the folders under stages/ of all parts
+together, and a last call without --runs and --seeds fills the page.
 """
 
 import sys

@@ -12,6 +12,7 @@ from studies import report
 from studies.report import FAILS, HOLDS, UNDECIDED, Get, NotMeasured, Results, Verdict
 
 GW = "gromov_wasserstein"
+_LARGE = 1000  # ratios of at least this are written with an exponent
 
 
 def log_gradient(result: Results) -> float:
@@ -21,8 +22,12 @@ def log_gradient(result: Results) -> float:
 def gradient_ratio(data: Results, name: str, baseline: str) -> str:
     """Ratio of the largest gradient norms, geometric over seeds, with its interval."""
     apart = report.paired(data, name, baseline, log_gradient)
-    ratio = np.exp(report.interval(apart))
-    return "" if name == baseline else f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
+    if name == baseline:
+        return ""
+    mean, low, high = (
+        f"{x:.2f}" if x < _LARGE else f"{x:.1e}" for x in np.exp(report.interval(apart))
+    )
+    return f"{mean} ({low} to {high})"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ class Study:
     """Runs to make, and how to measure, keep and show them.
 
     name: of the JSON, the page and the folder under out/
-    template: page to begin with, where docs/results has none yet
     runs: by name, dataclasses with ``trains``, the name of a learning rate that runs share, and
         ``lr``, None where that rate is tuned
     quick_runs: names of the runs of --quick and --remake
@@ -84,7 +83,6 @@ class Study:
     facts: Mapping[str, Any] = field(default_factory=dict)
     core_hours_later: float = 0.0
     seeds: Sequence[int] = SEEDS
-    template: Path | None = None
 
 
 class Sweep:
@@ -362,13 +360,8 @@ def is_quick(study: Study, data: Results) -> bool:
 
 
 def write_page(study: Study, file: Path, folder: Path) -> None:
-    """Write the page and its pictures from the JSON.
-
-    Its prose is that of docs/results, or of the study's template as long as there is none.
-    """
+    """Write the page and its pictures from the JSON; its prose is that of docs/results."""
     data = read_published(file)
-    page = PAGES / f"{study.name}.md"
-    prose = page if study.template is None or page.exists() else study.template
-    text = render(prose.read_text(), data, study.blocks)
+    text = render((PAGES / f"{study.name}.md").read_text(), data, study.blocks)
     study.draw(data, folder, QUICK_NOTE if is_quick(study, data) else "")
     write_text(folder / f"{study.name}.md", text)

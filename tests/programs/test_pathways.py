@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moe_kernels.analysis import RoutingStatistics
 from moe_kernels.conversion import dense_to_moe
 
-TEMPLATE = STUDIES / "studies" / "pathways" / "page.md"
+PAGE = STUDIES.parent / "docs" / "results" / "pathways.md"
 NAMES = [
     "rows", "attention", "experts", "both", "all-tokens", "dense-experts", "init-normal",
     "init-permuted", "init-gromov_wasserstein", "lora-permuted",
@@ -85,7 +85,8 @@ def test_a_sweep_on_a_tiny_base_writes_its_page_and_a_second_one_computes_nothin
         epochs = program.RUNS[name].epochs
         steps = [0, 1, 3, 8, 22, 48, 60] if epochs == 3 else [0, 1, 2, 4, 9, 16, 20]
         assert [step for step, _ in result["curve"]] == steps
-        assert set(result["read"]) == {"trained", "held_out"}
+        read = {"trained", "held_out"} if epochs == 3 else set()
+        assert set(result.get("read", ())) == read, "starts are compared by loss alone"
     whole = results["experts"]["adapter_parameters"]
     for name in ("attention", "both", "dense-experts"):
         assert results[name]["adapter_parameters"] == pytest.approx(whole, rel=0.05)
@@ -306,14 +307,12 @@ def test_what_images_could_reach_beside_the_loads_of_text(program):
 # --- the page
 
 
-def test_the_template_shows_every_run_and_has_no_figure(program):
-    page = TEMPLATE.read_text()
+def test_the_page_shows_every_run_and_every_start_that_is_judged(program):
+    page = PAGE.read_text()
     rows = "learns|read|captions|text|routing|start-row"
     named = set(re.findall(rf"<!-- study:(?:{rows})\.([\w-]+)", page))
     assert named == program.RUNS.keys()
     assert set(program.QUICK_RUNS) <= program.RUNS.keys()
-    filled = re.findall(r"<!-- study:([\w.-]+) -->\s*[^<\s]", page)
-    assert filled == [], "figures and verdicts come from the JSON"
     starts = set(re.findall(r"<!-- study:start\.(\w+\.[\w-]+) -->", page))
     from studies.pathways import verdicts
     from studies.starts import GW
@@ -322,28 +321,6 @@ def test_the_template_shows_every_run_and_has_no_figure(program):
     assert starts == {
         f"{where}.{name}" for where, names in groups.items() for name in names if GW in name
     }
-    claims = re.findall(r"^\| (.+?) \| <!-- study:([\w.-]+) --><!-- /study:\2 --> \|$", page, re.M)
-    kinds = {*verdicts.VERDICTS, "lower", "forgets"}
-    claims = {(claim, name) for claim, name in claims if name.split(".")[0] in kinds}
-    assert len(dict(claims)) == len(claims) == len({name for _, name in claims})
-
-
-def test_a_study_without_a_page_begins_with_its_template(program, tmp_path, monkeypatch):
-    from studies import sweep
-
-    template = tmp_path / "template.md"
-    template.write_text("template")
-    study = program.study(None, None)
-    study = dataclasses.replace(study, template=template, draw=lambda *_: None)
-    monkeypatch.setattr(sweep, "render", lambda page, *_: f"filled {page}")
-    monkeypatch.setattr(sweep, "PAGES", tmp_path / "pages")
-    (tmp_path / "pages").mkdir()
-    (tmp_path / "pathways.json").write_text(json.dumps({"runs": {}, "budget": {}}))
-    sweep.write_page(study, tmp_path / "pathways.json", tmp_path)
-    assert (tmp_path / "pathways.md").read_text() == "filled template"
-    (tmp_path / "pages" / "pathways.md").write_text("prose of today")
-    sweep.write_page(study, tmp_path / "pathways.json", tmp_path)
-    assert (tmp_path / "pathways.md").read_text() == "filled prose of today"
 
 
 def test_runs_that_train_the_same_share_the_rate_that_is_tuned(program):
@@ -378,6 +355,19 @@ def test_what_is_known_of_a_base_is_not_taken_for_that_of_another(program, bases
 
     assert facts_of(*bases) == {"base": str(bases[0])}
     assert facts_of(*reversed(bases)) == {"base": str(bases[1])}
+
+
+def test_ratios_of_gradients_that_explode_stay_short(program):
+    from studies.starts import gradient_ratio
+
+    def run(*norms):
+        return {"seeds": {str(i): {"largest_gradient_norm": n} for i, n in enumerate(norms)}}
+
+    data = {"runs": {"a": run(2.0, 4.0, 8.0), "b": run(2e9, 4e9, 9e9), "c": run(2.0, 4.0, 8.5)}}
+    large = r"1\.0e\+09 \(\d\.\de\+08 to \d\.\de\+09\)"
+    assert re.fullmatch(large, gradient_ratio(data, "b", "a"))
+    assert re.fullmatch(r"1\.02 \(0\.\d\d to 1\.\d\d\)", gradient_ratio(data, "c", "a"))
+    assert gradient_ratio(data, "a", "a") == ""
 
 
 def test_a_line_of_the_curves_is_the_mean_of_seeds(program):

@@ -365,7 +365,7 @@ def published():
     return json.loads((RESULTS / "redundancy.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["redundancy", "moextend"])
+@pytest.mark.parametrize("name", ["redundancy", "moextend", "pathways"])
 def test_the_page_is_the_one_that_the_json_gives(report, name):
     tables = importlib.import_module(f"studies.{name}.tables")
     data, page = (json.loads((RESULTS / f"{name}.json").read_text()),
@@ -381,7 +381,7 @@ def test_the_page_is_the_one_that_the_json_gives(report, name):
     assert len(dict(claims)) == len(set(claims)) == len({name for _, name in claims})
 
 
-@pytest.mark.parametrize("name", ["redundancy", "moextend"])
+@pytest.mark.parametrize("name", ["redundancy", "moextend", "pathways"])
 def test_the_json_has_one_run_a_line(program, name):
     from studies import sweep
 

@@ -12,7 +12,7 @@ from studies.report import Results
 
 # Runs of a panel of curves, by its title.
 _PANELS = {
-    "what trains": ("rows", "attention", "experts", "both"),
+    "what trains": ("rows", "attention", "attention-low", "experts", "both"),
     "Mixture of Experts and dense parent": ("rows", "dense-rows", "experts", "dense-experts"),
     "starts": (
         "init-normal", "init-gaussian", "init-mean", "init-permuted", "init-gromov_wasserstein",
@@ -30,7 +30,7 @@ def draw_pictures(data: Results, folder: Path, note: str = "") -> None:
     _, result = next(iter(report.seeds_of(data, "both").items()))
     statistics = {"before": looks.routings(data, "both", "before")[0]} | {
         f"after training {name}": looks.routings(data, name, "after")[0]
-        for name in ("both", "experts", "attention") if name in data["runs"]
+        for name in ("both", "experts", "attention-low") if name in data["runs"]
     }  # fmt: skip
     save_figure(analysis.plot_divergence(statistics), folder / "pathways-divergence.png", note)
     pairs = [result[f"look_{when}"]["pairs"] for when in looks.WHEN]

@@ -86,6 +86,11 @@ class Run:
         what = " and ".join(self.adapts) or "added rows alone"
         return what if self.base == "moe" else f"{what}, dense parent"
 
+    @property
+    def draws(self) -> bool:
+        """Return whether its drawings are read: starts, of one epoch, are compared by loss."""
+        return self.epochs > 1
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -366,8 +371,9 @@ def measure_run(setup: Setup, run: Run, lr: float, workspace: Workspace) -> dict
             for group, some in data.test.by_captions(data.train.pictures.present).items()
         },
         "text": compare_text(unpatched, before, logits(), blocks),
-        "read": read_drawings(data, painter),
     }
+    if run.draws:
+        result["read"] = read_drawings(data, painter)
     return result | ({"look_after": look_now()} if run.look else {})
 
 

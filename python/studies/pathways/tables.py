@@ -207,7 +207,9 @@ BLOCKS: dict[str, Block] = {
     "could-be-image-alone": could_be_image_alone,
     "layers": layers_table,
     "start-row": report.row(
-        *LOSS, spread(SPEED), speed_difference, spread("largest_gradient_norm", 1), gradient_ratio
+        *LOSS, spread(SPEED), speed_difference,
+        report.column("largest_gradient_norm", lambda x: f"{x.min():.3g} to {x.max():.3g}"),
+        gradient_ratio,
     ),
     "best-start": STARTS.best,
     "text-loss": lambda data, of: f"{first_setup(data)['text_nll'][of]:.3f}",
